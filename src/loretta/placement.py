@@ -1,0 +1,102 @@
+"""Where an adapter goes and what it costs: decided from names and sizes before any module is replaced."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils.other import get_pattern_key
+from peft.utils.quantization_utils import resolve_quantization_backend
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from loretta import tt
+from loretta.errors import InputError
+from loretta.tuners.config import LorettaConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Two trains at one module: ``down`` reduces to the bottleneck, ``up`` comes back from it.
+
+    ``where`` is "update" (rep: added to the weight), "after" or "before" (adp: on the module's output or input).
+    """
+
+    name: str
+    where: str
+    down: tt.TTShape
+    up: tt.TTShape
+    bias_params: int = 0
+
+    @property
+    def core_params(self) -> int:
+        return self.down.n_params + self.up.n_params
+
+    @property
+    def n_params(self) -> int:
+        return self.core_params + self.bias_params
+
+
+def linear_size(module: nn.Module) -> tuple[int, int] | None:
+    """(in, out) of a linear layer, GPT-2's Conv1D or a quantised linear layer; None for anything else."""
+    if isinstance(module, Conv1D):
+        return tuple(module.weight.shape)
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if resolve_quantization_backend(module) is not None:
+        return module.in_features, module.out_features
+    return None
+
+
+def rank_for(config: LorettaConfig, name: str) -> int:
+    """The tensor-train rank of one module: its ``rank_pattern`` entry, or ``tensor_rank``."""
+    return config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.tensor_rank)
+
+
+def require_linear(name: str, module: nn.Module) -> tuple[int, int]:
+    """(in, out) of the target. Raises InputError that names the module and the reason when it is not linear."""
+    size = linear_size(module)
+    if size is None:
+        raise InputError(
+            f"the target '{name}' is a {type(module).__name__}, and tensor trains are put on linear layers only: "
+            "name linear layers in target_modules, or leave this one out with exclude_modules"
+        )
+    return size
+
+
+def matched_modules(config: LorettaConfig, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that ``config`` targets, by PEFT's own matcher, before anything is replaced.
+
+    Raises InputError that lists what could be targeted instead when nothing matches.
+    """
+    config = _maybe_include_all_linear_layers(config, model)
+    found = False
+    for name, module in model.named_modules():
+        if name and check_target_module_exists(config, name):
+            found = True
+            yield name, module
+    if not found:
+        raise InputError(_nothing_matched(config, model))
+
+
+def _nothing_matched(config: LorettaConfig, model: nn.Module) -> str:
+    wanted = config.target_modules
+    given = repr(wanted) if isinstance(wanted, str) else str(sorted(wanted or []))
+    names = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if linear_size(module)})
+    close = (
+        []
+        if isinstance(wanted, str)
+        else [
+            match
+            for name in sorted(wanted or [])
+            for match in get_close_matches(name.rpartition(".")[2], names, 1)
+        ]
+    )
+    guess = f"did you mean {', '.join(map(repr, close))}? " if close else ""
+    limits = [
+        f"{key}={value!r}"
+        for key in ("exclude_modules", "layers_to_transform", "layers_pattern")
+        if (value := getattr(config, key))
+    ]
+    within = f" within {', '.join(limits)}" if limits else ""
+    return f"target_modules={given} matches no module{within}: {guess}linear layers here end in {', '.join(names)}"

@@ -1,0 +1,73 @@
+"""What a run leaves behind: the content of ``run.json``."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from loretta.errors import InputError
+
+
+class ParameterCounts(BaseModel):
+    """Trainable parameters by what they are, and the size of the whole model, as numbers of scalars."""
+
+    model_config = ConfigDict(frozen=True)
+
+    cores: int
+    biases: int
+    norms: int
+    head: int
+    other: int  # what the method trains beside these: LoRA's matrices, for example
+    total: int
+
+    @property
+    def trainable(self) -> int:
+        return self.cores + self.biases + self.norms + self.head + self.other
+
+
+class Point(BaseModel):
+    """One logged moment of a run."""
+
+    model_config = ConfigDict(frozen=True)
+
+    step: int
+    epoch: float
+    split: str  # "train" or "validation"
+    values: dict[str, float]  # "loss", and on validation the metrics by name; on train "learning_rate", "grad_norm"
+
+
+class RunRecord(BaseModel):
+    """One finished training run. Seconds and bytes are plain; memory is the peak above the process's start."""
+
+    model_config = ConfigDict(frozen=True)
+
+    config: dict[str, Any]
+    command: str
+    versions: dict[str, str]
+    model: str
+    task: str
+    method: str
+    seed: int
+    device: str
+    sizes: dict[str, int]  # examples (or blocks of text) per split
+    metric: str  # the one that chose the best checkpoint
+    higher_is_better: bool
+    parameters: ParameterCounts
+    adapter_bytes: int
+    train_seconds: float
+    peak_memory_bytes: int
+    history: list[Point]
+    best_step: int
+    validation: dict[str, float]  # at the best step
+    test: dict[str, float] | None
+
+    @classmethod
+    def load(cls, path: Path) -> "RunRecord":
+        """Read a ``run.json``. Raises InputError when it is missing or is not one."""
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            raise InputError(f"no run.json in '{path.parent}': give the folder that `loretta train` wrote") from None
+        except ValueError as error:
+            first = str(error).splitlines()[0]
+            raise InputError(f"'{path}' is not a run.json of `loretta train`: {first}") from None

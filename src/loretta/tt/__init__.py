@@ -1,0 +1,38 @@
+"""Tensor trains: integers (:mod:`shape`, :mod:`plan`) and functions on cores (:mod:`ops`, :mod:`init`).
+
+Depends on torch alone and knows nothing of PEFT.
+"""
+
+from loretta.tt.init import gaussian
+from loretta.tt.ops import (
+    add,
+    contract,
+    halves,
+    matrix,
+    matrix_naive,
+    orthogonalise,
+    pad_ranks,
+    round_ranks,
+    tt_svd,
+)
+from loretta.tt.plan import PAPER_MODES, balanced_modes, plan
+from loretta.tt.shape import TTShape, constant_ranks, shape_from_modes
+
+__all__ = [
+    "PAPER_MODES",
+    "TTShape",
+    "add",
+    "balanced_modes",
+    "constant_ranks",
+    "contract",
+    "gaussian",
+    "halves",
+    "matrix",
+    "matrix_naive",
+    "orthogonalise",
+    "pad_ranks",
+    "plan",
+    "round_ranks",
+    "shape_from_modes",
+    "tt_svd",
+]

@@ -1,0 +1,206 @@
+"""Pure functions on lists of cores: contract, halve, decompose, round, orthogonalise, add.
+
+Axes: I input features, O output features, C inner size at the boundary, N features folded so far, R/S
+neighbouring ranks, n one mode. Every core has shape (R, n, S).
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from loretta.tt.shape import TTShape
+
+Cores = Sequence[Tensor]
+
+
+def contract(cores: Cores) -> Tensor:
+    """Multiply all cores together. Returns the full tensor, of shape ``(modes[0], ..., modes[-1])``."""
+    modes = [core.shape[1] for core in cores]
+    return _fold_right(cores, cores[0]).reshape(modes)
+
+
+def halves(cores: Cores, shape: TTShape) -> tuple[Tensor, Tensor]:
+    """The two factors at the boundary: L of shape (I, C) and R of shape (C, O), with ``L @ R`` the train's matrix.
+
+    C is ``shape.cut_rank``. Rows and columns that only pad the true sizes are cut off. The I x O matrix is never
+    built, so this is also how a train is applied: ``(x @ L) @ R``.
+    """
+    n, split = shape.n_in, shape.split
+    if shape.aligned:
+        left_IC, right_CO = _fold_left(cores[:n], cores[0]), _fold_right(cores[n:], cores[0])
+    else:
+        core_RnS = cores[n]
+        rank, mode, next_rank = core_RnS.shape
+        left_NR, right_SN = _fold_left(cores[:n], cores[0]), _fold_right(cores[n + 1 :], cores[0])
+        core_RabS = core_RnS.reshape(rank, split, mode // split, next_rank)
+        if rank * split <= mode // split * next_rank:
+            left_IC = torch.kron(left_NR.contiguous(), _eye(split, core_RnS))
+            # (r, a) together index the inner side; the rest of the core goes right
+            right_CO = (core_RabS.reshape(-1, next_rank) @ right_SN).reshape(rank * split, -1)
+        else:
+            inner = mode // split * next_rank
+            left_IC = (left_NR @ core_RabS.reshape(rank, -1)).reshape(-1, inner)
+            right_CO = torch.kron(_eye(mode // split, core_RnS), right_SN.contiguous())
+    return left_IC[: shape.in_features], right_CO[:, : shape.out_features]
+
+
+def matrix(cores: Cores, shape: TTShape) -> Tensor:
+    """The dense (I, O) matrix that the train spells. For tests, merging and export; training uses :func:`halves`."""
+    left_IC, right_CO = halves(cores, shape)
+    return left_IC @ right_CO
+
+
+def matrix_naive(cores: Cores, shape: TTShape) -> Tensor:
+    """As :func:`matrix`, by contracting everything and reshaping: the definition, as an oracle."""
+    full = contract(cores).reshape(shape.padded_in, shape.padded_out)
+    return full[: shape.in_features, : shape.out_features]
+
+
+def tt_svd(dense_IO: Tensor, shape: TTShape, *, error: float | None = None) -> list[Tensor]:
+    """Decompose a matrix by successive truncated SVDs (Oseledets 2011, algorithm 1).
+
+    Without ``error`` the ranks are the smaller of ``shape.ranks`` and what the modes can carry. With ``error``
+    they shrink further while the Frobenius error stays below ``error`` times the norm of the matrix; if
+    ``shape.ranks`` is too small for that, the ranks win. Computed in float64, returned in the matrix's dtype.
+
+    Raises ValueError when the matrix is not in x out or ``error`` is negative.
+    """
+    if tuple(dense_IO.shape) != (shape.in_features, shape.out_features):
+        raise ValueError(f"a {tuple(dense_IO.shape)} matrix does not fit a train for {shape}")
+    rest = torch.nn.functional.pad(
+        dense_IO.double(), (0, shape.padded_out - shape.out_features, 0, shape.padded_in - shape.in_features)
+    )
+    budget = _budget_per_cut(float(rest.norm()), len(shape.modes), error)
+    cores, rank = [], 1
+    for mode, next_rank in zip(shape.modes[:-1], shape.ranks[1:-1], strict=True):
+        left, rest = _truncated(rest.reshape(rank * mode, -1), next_rank, budget)
+        cores.append(left.reshape(rank, mode, -1))
+        rank = left.shape[1]
+    cores.append(rest.reshape(rank, shape.modes[-1], 1))
+    return [core.to(dense_IO.dtype) for core in cores]
+
+
+def pad_ranks(cores: Cores, ranks: Sequence[int]) -> list[Tensor]:
+    """The same train with its ranks raised to ``ranks`` by zeros. Raises ValueError when a rank would shrink."""
+    have = [core.shape[0] for core in cores] + [cores[-1].shape[2]]
+    if len(have) != len(ranks) or any(new < old for new, old in zip(ranks, have, strict=False)):
+        raise ValueError(f"cannot pad the ranks {have} to {list(ranks)}: round the train instead")
+    return [
+        torch.nn.functional.pad(core, (0, right - core.shape[2], 0, 0, 0, left - core.shape[0]))
+        for core, left, right in zip(cores, ranks[:-1], ranks[1:], strict=True)
+    ]
+
+
+def orthogonalise(cores: Cores, centre: int = -1) -> list[Tensor]:
+    """The same train with orthonormal cores left and right of ``centre`` (QR sweeps towards it).
+
+    The norm of the whole train is then the norm of the core at ``centre`` alone. A rank that exceeds what its
+    side can carry shrinks.
+    """
+    cores = list(cores)
+    centre = range(len(cores))[centre]
+    for k in range(centre):
+        rank, mode, _ = cores[k].shape
+        q, r = torch.linalg.qr(cores[k].reshape(rank * mode, -1))
+        cores[k] = q.reshape(rank, mode, -1)
+        cores[k + 1] = torch.einsum("RS,SnT->RnT", r, cores[k + 1])
+    for k in range(len(cores) - 1, centre, -1):
+        _, mode, rank = cores[k].shape
+        q, r = torch.linalg.qr(cores[k].reshape(-1, mode * rank).T)
+        cores[k] = q.T.reshape(-1, mode, rank)
+        cores[k - 1] = torch.einsum("RnS,TS->RnT", cores[k - 1], r)
+    return cores
+
+
+def round_ranks(cores: Cores, *, rank: int | None = None, error: float | None = None) -> list[Tensor]:
+    """The nearest train of smaller ranks (Oseledets 2011, algorithm 2), without building the full tensor.
+
+    ``rank`` bounds every inner rank; ``error`` bounds the Frobenius error relative to the train's norm; both
+    together bound the rank first. Computed in float64, returned in the dtype of the cores.
+
+    Raises ValueError without a budget, and for a rank below 1 or a negative error.
+    """
+    if rank is None and error is None:
+        raise ValueError("rounding needs a budget: give rank=, error= or both")
+    if rank is not None and rank < 1:
+        raise ValueError(f"a tensor-train rank must be at least 1, got {rank}")
+    dtype = cores[0].dtype
+    rounded = orthogonalise([core.double() for core in cores], centre=0)
+    budget = _budget_per_cut(float(rounded[0].norm()), len(rounded), error)
+    for k in range(len(rounded) - 1):
+        left_rank, mode, right_rank = rounded[k].shape
+        left, rest = _truncated(rounded[k].reshape(-1, right_rank), rank or right_rank, budget)
+        rounded[k] = left.reshape(left_rank, mode, -1)
+        rounded[k + 1] = torch.einsum("RS,SnT->RnT", rest, rounded[k + 1])
+    return [core.to(dtype) for core in rounded]
+
+
+def add(left: Cores, right: Cores) -> list[Tensor]:
+    """The train of the sum of two trains of the same modes; its inner ranks add up.
+
+    Raises ValueError when the modes differ.
+    """
+    modes = [core.shape[1] for core in left]
+    if modes != [core.shape[1] for core in right]:
+        raise ValueError(f"cannot add trains of modes {modes} and {[core.shape[1] for core in right]}")
+    if len(modes) == 1:
+        return [left[0] + right[0]]
+    first = torch.cat([left[0], right[0]], dim=2)
+    last = torch.cat([left[-1], right[-1]], dim=0)
+    inner = [_block_diagonal(a, b) for a, b in zip(left[1:-1], right[1:-1], strict=True)]
+    return [first, *inner, last]
+
+
+def _fold_left(cores: Cores, like: Tensor) -> Tensor:
+    """(N, S): the first cores multiplied together, their modes as one index. Their first rank is 1."""
+    if not cores:  # this side of the matrix has size 1
+        return like.new_ones(1, 1)
+    out_NR = cores[0].reshape(-1, cores[0].shape[2])
+    for core_RnS in cores[1:]:
+        rank, _, next_rank = core_RnS.shape
+        out_NR = (out_NR @ core_RnS.reshape(rank, -1)).reshape(-1, next_rank)
+    return out_NR
+
+
+def _fold_right(cores: Cores, like: Tensor) -> Tensor:
+    """(R, N): the last cores multiplied together, their modes as one index. Their last rank is 1."""
+    if not cores:  # this side of the matrix has size 1
+        return like.new_ones(1, 1)
+    out_SN = cores[-1].reshape(cores[-1].shape[0], -1)
+    for core_RnS in reversed(cores[:-1]):
+        rank, _, next_rank = core_RnS.shape
+        out_SN = (core_RnS.reshape(-1, next_rank) @ out_SN).reshape(rank, -1)
+    return out_SN
+
+
+def _eye(size: int, like: Tensor) -> Tensor:
+    return torch.eye(size, dtype=like.dtype, device=like.device)
+
+
+def _budget_per_cut(norm: float, n_modes: int, error: float | None) -> float:
+    """Frobenius error that each of the d - 1 truncations may make so that all of them stay below error * norm."""
+    if error is None:
+        return 0.0
+    if error < 0:
+        raise ValueError(f"an error budget must not be negative, got {error}")
+    return error * norm / math.sqrt(max(1, n_modes - 1))
+
+
+def _truncated(unfolding: Tensor, rank: int, budget: float) -> tuple[Tensor, Tensor]:
+    """Orthonormal left factor and the rest, cut to ``rank`` and further while the error stays within ``budget``."""
+    u, s, vh = torch.linalg.svd(unfolding, full_matrices=False)
+    keep = min(rank, len(s))
+    if budget > 0:
+        # tails[k]: error of keeping the first k singular values
+        tails = s.square().flip(0).cumsum(0).flip(0).sqrt()
+        keep = min(keep, max(1, int((tails > budget).sum())))
+    return u[:, :keep], s[:keep, None] * vh[:keep]
+
+
+def _block_diagonal(left_RnS: Tensor, right_RnS: Tensor) -> Tensor:
+    (r1, mode, s1), (r2, _, s2) = left_RnS.shape, right_RnS.shape
+    out = left_RnS.new_zeros(r1 + r2, mode, s1 + s2)
+    out[:r1, :, :s1], out[r1:, :, s1:] = left_RnS, right_RnS
+    return out

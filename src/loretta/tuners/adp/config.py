@@ -1,0 +1,44 @@
+"""Options of adp: the bottleneck adapter."""
+
+from dataclasses import dataclass, field
+
+from transformers.activations import ACT2FN
+
+from loretta.tuners.config import LorettaConfig
+from loretta.tuners.register import add_peft_type
+
+
+@dataclass
+class LorettaAdpConfig(LorettaConfig):
+    """LoRETTA_adp (section 3.2): ``y + scaling * up(act(down(y)))`` on the output y of attention and feed-forward.
+
+    The options below come on top of those of :class:`LorettaConfig`.
+
+    Args:
+        bottleneck_size: width of the adapter (64 in the paper).
+        non_linearity: the activation, by its name in transformers (``"relu"``, ``"gelu"``, ``"silu"``, ...).
+        adapter_dropout: dropout on the activated bottleneck.
+        scaling: factor on the adapter's output.
+        train_bias: whether the two trains of an adapter have biases, of ``bottleneck_size`` and the width.
+        insert_before: endings of target names whose adapter works on the module's *input*; elsewhere it works on
+            the output. The default serves the paper's LLaMA tables (gate and up before, down after).
+    """
+
+    bottleneck_size: int = 64
+    non_linearity: str = "relu"
+    adapter_dropout: float = 0.0
+    scaling: float = 1.0
+    train_bias: bool = True
+    insert_before: list[str] = field(default_factory=lambda: ["gate_proj", "up_proj", "gate_up_proj"])
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = add_peft_type("LORETTA_ADP")
+
+    def _problems(self) -> list[str]:
+        problems = [*super()._problems(), *self._below_one("bottleneck_size", self.bottleneck_size)]
+        if self.non_linearity not in ACT2FN:
+            problems.append(f"non_linearity={self.non_linearity!r} is none of {', '.join(sorted(ACT2FN))}")
+        if not 0 <= self.adapter_dropout < 1:
+            problems.append(f"adapter_dropout={self.adapter_dropout!r} must be at least 0 and below 1")
+        return problems

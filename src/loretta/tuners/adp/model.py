@@ -1,0 +1,41 @@
+"""The adp tuner."""
+
+from torch import nn
+
+from loretta import tt
+from loretta.errors import InputError
+from loretta.placement import Placement, rank_for, require_linear
+from loretta.tuners.adp.config import LorettaAdpConfig
+from loretta.tuners.adp.layer import CANNOT_MERGE, AdpLinear
+from loretta.tuners.model import LorettaModel
+from loretta.tuners.targets import ADP_TARGETS
+
+
+class LorettaAdpModel(LorettaModel):
+    """Puts a tensor-train bottleneck adapter at every target (LoRETTA section 3.2)."""
+
+    prefix = "loretta_adp_"
+    tuner_layer_cls = AdpLinear
+    layer_cls = AdpLinear
+    target_module_mapping = ADP_TARGETS
+
+    @staticmethod
+    def place(config: LorettaAdpConfig, name: str, module: nn.Module) -> Placement:  # type: ignore[override]
+        """Plan width x b and b x width. Raises InputError when the target is not linear or a shape does not fit."""
+        in_features, out_features = require_linear(name, module)
+        before = name.endswith(tuple(config.insert_before))
+        width, bottleneck = in_features if before else out_features, config.bottleneck_size
+        rank = rank_for(config, name)
+        try:
+            return Placement(
+                name=name,
+                where="before" if before else "after",
+                down=tt.plan(width, bottleneck, rank=rank, overrides=config.shapes),
+                up=tt.plan(bottleneck, width, rank=rank, overrides=config.shapes),
+                bias_params=width + bottleneck if config.train_bias else 0,
+            )
+        except ValueError as error:
+            raise InputError(f"'{name}': {error}") from None
+
+    def _check_merge_allowed(self) -> None:
+        raise ValueError(CANNOT_MERGE)

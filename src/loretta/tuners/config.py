@@ -1,0 +1,104 @@
+"""Options that both methods share, as a PEFT config."""
+
+from dataclasses import dataclass, field
+
+from peft import PeftConfig
+
+from loretta.errors import InputError
+
+TRAIN_HEAD = ("tensorized", "tensorized_only", "dense", "frozen")
+INIT_WEIGHTS = ("zero", "denoised", "gaussian")
+
+
+@dataclass
+class LorettaConfig(PeftConfig):
+    """What rep and adp have in common.
+
+    Args:
+        target_modules: names (ends of names), a regular expression, or ``"all-linear"``; ``None`` takes the
+            method's default for the model's type.
+        exclude_modules: as ``target_modules``, for modules to leave alone.
+        tensor_rank: the constant inner rank of every train.
+        shapes: modes for given matrix sizes, ``{"768x64": [8, 8, 12, 8, 8]}``; others are planned
+            (:func:`loretta.tt.plan`).
+        init_weights: "zero": exactly no change at the start. "gaussian": Gaussian trains, as the authors' code
+            starts; the model is perturbed. "denoised": the same Gaussian trains with their starting effect
+            subtracted for good, as section 3.3 describes; the frozen start is saved with the adapter, which
+            doubles its cores on disk. ``True`` and ``False`` mean "zero" and "gaussian", as in other methods.
+        train_norms: also train every layer norm (saved with the adapter).
+        train_head: what happens to a classification head (task types SEQ_CLS, TOKEN_CLS and QUESTION_ANS):
+            "tensorized": the head's hidden layer (``pooler.dense``, ``classifier.dense``, ``head.dense``) becomes
+            a tensor train that starts as its TT-SVD, and the final layer is trained; "tensorized_only": the same
+            with the final layer frozen, as in the paper's rep rows; "dense": both are trained as they are;
+            "frozen": neither is trained. What a base model initialises at random is saved with the adapter even
+            when it is frozen. Heads of language models are never trained.
+        rank_pattern: ``tensor_rank`` for single modules, by the end of their name or a regular expression.
+        bias: which biases of the *base model* are trained: "none", "all", or "<method>_only" for those of the
+            adapted modules.
+        modules_to_save: further modules to train and save whole.
+        layers_to_transform, layers_pattern: restrict the adapted layers by index, as in LoRA.
+
+    Raises InputError (a ValueError) that names every mistake at once.
+    """
+
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    tensor_rank: int = 5
+    shapes: dict[str, list[int]] = field(default_factory=dict)
+    init_weights: str | bool = "zero"
+    train_norms: bool = True
+    train_head: str = "tensorized"
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    bias: str = "none"
+    modules_to_save: list[str] | None = None
+    layers_to_transform: list[int] | int | None = None
+    layers_pattern: list[str] | str | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.init_weights, bool):
+            self.init_weights = "zero" if self.init_weights else "gaussian"
+        if problems := self._problems():
+            raise InputError(f"{type(self).__name__}: " + "; ".join(problems))
+        if isinstance(self.target_modules, list | tuple):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+        if isinstance(self.exclude_modules, list | tuple):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+
+    def _problems(self) -> list[str]:
+        """One phrase per mistake, each quoting what was given."""
+        problems = [
+            *self._below_one("tensor_rank", self.tensor_rank),
+            *(
+                p
+                for key, rank in self.rank_pattern.items()
+                for p in self._below_one(f"rank_pattern[{key!r}]", rank)
+            ),
+            *_not_among("init_weights", self.init_weights, INIT_WEIGHTS),
+            *_not_among("train_head", self.train_head, TRAIN_HEAD),
+        ]
+        if self.bias not in ("none", "all") and not str(self.bias).endswith("_only"):
+            problems.append(f"bias={self.bias!r} is none of 'none', 'all' and '<method>_only'")
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    problems.append(
+                        f"{name} needs target_modules as a list, not the expression {self.target_modules!r}"
+                    )
+        for size, modes in self.shapes.items():
+            sides = size.split("x")
+            if len(sides) != 2 or not all(side.isdecimal() for side in sides):
+                problems.append(f"the key {size!r} of shapes is not of the form '768x64'")
+            elif not modes:
+                problems.append(f"shapes[{size!r}] is empty: give its modes, such as [8, 8, 12, 8, 8]")
+        return problems
+
+    @staticmethod
+    def _below_one(name: str, value: int) -> list[str]:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            return [f"{name}={value!r} must be a whole number of at least 1"]
+        return []
+
+
+def _not_among(name: str, value: object, allowed: tuple[str, ...]) -> list[str]:
+    return [] if value in allowed else [f"{name}={value!r} is none of {', '.join(map(repr, allowed))}"]

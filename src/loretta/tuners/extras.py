@@ -1,0 +1,183 @@
+"""What is trained beside the trains: layer norms, and the classification head (LoRETTA sections 3.2 and B).
+
+Both go through PEFT's ``modules_to_save`` machinery, so that they are copied per adapter, saved with it, and the
+base model stays as it was when the adapter is disabled or unloaded.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from peft import TaskType
+from peft.utils.other import ModulesToSaveWrapper
+from torch import nn
+
+from loretta import tt
+from loretta.layers import TTLinear
+from loretta.tuners.config import LorettaConfig
+
+_NORM_CLASS = re.compile(r"(Layer|RMS|Group)Norm")
+# What PEFT itself puts into modules_to_save for a task, and BART's head, which it overlooks
+_FINAL_LAYERS = {
+    TaskType.SEQ_CLS: ("classifier", "score", "classification_head"),
+    TaskType.TOKEN_CLS: ("classifier", "score"),
+    TaskType.QUESTION_ANS: ("qa_outputs",),
+}
+# The hidden layer between the encoder and the final layer, where it lies outside the module above
+_HIDDEN_LAYERS = ("pooler.dense", "head.dense")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyPolicy:
+    """How one adapter treats its copy of a module. Paths are relative to the module; "" is the module itself."""
+
+    tensorized: tuple[str, ...] = ()
+    frozen: bool = False  # all but the tensorised layers
+    rank: int = 1
+    shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+
+class AdapterCopy(ModulesToSaveWrapper):
+    """PEFT's trained-and-saved copy of a module, which may hold a train in place of a dense layer, or be frozen.
+
+    PEFT finds this wrapper already in place when it comes to ``modules_to_save`` and only calls :meth:`update`,
+    so saving, loading and switching stay PEFT's.
+    """
+
+    def __init__(self, module: nn.Module, adapter_name: str, policy: CopyPolicy) -> None:
+        self.policies = {adapter_name: policy}
+        super().__init__(module, adapter_name)
+
+    def update(self, adapter_name: str, **kwargs) -> None:
+        is_new = adapter_name not in self.modules_to_save
+        super().update(adapter_name, **kwargs)
+        policy = self.policies.get(adapter_name, CopyPolicy())
+        for path in policy.tensorized if is_new else ():
+            self._tensorize(adapter_name, path, policy)
+        self._apply_frozen()
+
+    def _tensorize(self, adapter_name: str, path: str, policy: CopyPolicy) -> None:
+        copy = self.modules_to_save[adapter_name]
+        dense = copy.get_submodule(path)
+        shape = tt.plan(dense.in_features, dense.out_features, rank=policy.rank, overrides=policy.shapes)
+        train = TTLinear.from_dense(dense, shape)
+        if path:
+            copy.set_submodule(path, train)
+        else:
+            self.modules_to_save[adapter_name] = train
+
+    def _apply_frozen(self) -> None:
+        for adapter_name, policy in self.policies.items():
+            if not policy.frozen or adapter_name not in self.modules_to_save:
+                continue
+            trained = tuple(path + "." for path in policy.tensorized)
+            for name, parameter in self.modules_to_save[adapter_name].named_parameters():
+                if not name.startswith(trained):
+                    parameter.requires_grad_(False)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        super().enable_adapters(enabled)
+        self._apply_frozen()
+
+    def set_adapter(self, adapter_names, inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._apply_frozen()
+
+    def set_requires_grad(self, adapter_names, requires_grad: bool = True) -> None:
+        super().set_requires_grad(adapter_names, requires_grad=requires_grad)
+        self._apply_frozen()
+
+    def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names) -> nn.Module:
+        """The base module as it was, or (merged) the adapter's copy with plain dense layers."""
+        if not merge:
+            return self.original_module
+        module = super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+        if isinstance(module, TTLinear):
+            return module.to_dense()
+        for name, child in list(module.named_modules()):
+            if isinstance(child, TTLinear):
+                module.set_submodule(name, child.to_dense())
+        return module
+
+
+def install_copies(model: nn.Module, config: LorettaConfig, adapter_name: str) -> list[str]:
+    """Wrap the head and the norms that ``config`` asks for. Returns the names for ``modules_to_save``.
+
+    PEFT activates the copies later, when it goes through ``modules_to_save``.
+    """
+    heads = _head_policies(config, model)
+    norms = _norm_names(model, inside=tuple(name + "." for name in heads)) if config.train_norms else []
+    for name, policy in {**heads, **{name: CopyPolicy() for name in norms}}.items():
+        module = model.get_submodule(name)
+        if isinstance(module, AdapterCopy):
+            module.policies[adapter_name] = policy
+        elif not isinstance(module, ModulesToSaveWrapper):
+            model.set_submodule(name, AdapterCopy(module, adapter_name, policy))
+    return [*heads, *_short_endings(norms, model)]
+
+
+def _original(module: nn.Module) -> nn.Module:
+    return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+
+
+def _modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Named modules without the insides of earlier adapters' copies."""
+    wrappers = [
+        name + "." for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)
+    ]
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if name and not name.startswith(tuple(wrappers))
+    }
+
+
+def _head_policies(config: LorettaConfig, model: nn.Module) -> dict[str, CopyPolicy]:
+    """Module name -> policy for the head under ``config.task_type``; empty where the task has none."""
+    endings = _FINAL_LAYERS.get(config.task_type, ())
+    if not endings:
+        return {}
+    modules = _modules(model)
+    finals = [name for name in modules if name.endswith(endings)]
+    finals = [name for name in finals if not any(name.startswith(other + ".") for other in finals)]
+    tensorize = config.train_head.startswith("tensorized")
+    settings = {"rank": config.tensor_rank, "shapes": config.shapes}
+    policies = {}
+    for name in finals:
+        has_hidden = isinstance(getattr(_original(modules[name]), "dense", None), nn.Linear)
+        is_hidden = name.endswith(
+            "pre_classifier"
+        )  # DistilBERT: PEFT takes it for a final layer by its ending
+        path = "" if is_hidden else "dense"
+        policies[name] = CopyPolicy(
+            tensorized=(path,) if tensorize and (has_hidden or is_hidden) else (),
+            frozen=config.train_head in ("tensorized_only", "frozen"),
+            **settings,
+        )
+    if finals and config.task_type == TaskType.SEQ_CLS and config.train_head != "frozen":
+        for name, module in modules.items():
+            if name.endswith(_HIDDEN_LAYERS) and not name.startswith(tuple(final + "." for final in finals)):
+                policies[name] = CopyPolicy(tensorized=("",) if tensorize else (), **settings)
+    return policies
+
+
+def _norm_names(model: nn.Module, inside: tuple[str, ...]) -> list[str]:
+    """Full names of the layer norms, but for those inside the head, which are copied with it."""
+    return [
+        name
+        for name, module in _modules(model).items()
+        if not name.startswith(inside)
+        and _NORM_CLASS.search(type(_original(module)).__name__)
+        and any(True for _ in _original(module).parameters(recurse=False))
+    ]
+
+
+def _short_endings(names: Sequence[str], model: nn.Module) -> list[str]:
+    """Endings that name all of ``names`` and no other module, as PEFT matches them; full names where none do."""
+    others = _modules(model).keys() - set(names)
+    chosen: dict[str, None] = {}
+    for name in names:
+        ending = name.rpartition(".")[2]
+        ambiguous = ending.isdecimal() or any(other.endswith(ending) for other in others)
+        chosen[name if ambiguous else ending] = None
+    return list(chosen)

@@ -1,0 +1,137 @@
+"""What the tuners of both methods share: planning before injection, norms and heads, mixed batches, load checks."""
+
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    _filter_state_dict_by_key_prefixes,
+    _get_tuner_state_dict_key_prefixes,
+)
+from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.quantization_utils import get_quantization_kwargs
+from torch import nn
+
+from loretta.errors import InputError
+from loretta.placement import Placement, matched_modules
+from loretta.tuners.config import LorettaConfig
+from loretta.tuners.extras import AdapterCopy, install_copies
+from loretta.tuners.layer import LorettaLayer
+
+
+class LorettaModel(BaseTuner):
+    """Base of the two tuners. A method adds where its trains go (``place``) and its layer class."""
+
+    layer_cls: type[LorettaLayer]
+
+    @staticmethod
+    def place(config: LorettaConfig, name: str, module: nn.Module) -> Placement:
+        """Plan the trains at one module. Raises InputError (a ValueError) when they do not fit it."""
+        raise NotImplementedError
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, state_dict=None, **kwargs) -> None:
+        """PEFT's injection, after every target has been planned: a mistake leaves the model untouched."""
+        config = self.peft_config[adapter_name]
+        self._check_new_adapter_config(config)
+        config = self._prepare_adapter_config(config, self.get_model_config(model))
+        if state_dict is None:
+            for name, module in matched_modules(config, model):
+                self.place(config, name, _base_of(module))
+        names = install_copies(model, config, adapter_name)
+        if names:
+            config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *names]))
+        super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
+
+    def _prepare_adapter_config(self, peft_config: LorettaConfig, model_config: dict) -> LorettaConfig:
+        if peft_config.target_modules is None:
+            model_type = model_config.get("model_type")
+            if model_type not in self.target_module_mapping:
+                raise InputError(
+                    f"no default target modules are known for model type {model_type!r}: "
+                    "give target_modules=['name', ...] or target_modules='all-linear'"
+                )
+            targets = self.target_module_mapping[model_type]
+            peft_config.target_modules = targets if isinstance(targets, str) else set(targets)
+        return peft_config
+
+    def _create_and_replace(
+        self, peft_config, adapter_name, target, target_name, parent, current_key, **optional_kwargs
+    ) -> None:
+        placement = self.place(peft_config, current_key, _base_of(target))
+        if isinstance(target, self.layer_cls):
+            target.update_layer(adapter_name, placement, peft_config)
+            return
+        layer = self.layer_cls(target, name=current_key, **get_quantization_kwargs(self.model))
+        layer.update_layer(adapter_name, placement, peft_config)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+        self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        if isinstance(child, AdapterCopy):
+            # PEFT would hand the weights of the copy over to the module that takes its place
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args, **kwargs):
+        """Pass ``adapter_names`` (one per row of a mixed batch) to every layer for the length of one call."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        layers = [m for m in self.modules() if isinstance(m, self.layer_cls | AuxiliaryTrainingWrapper)]
+        known = {name for layer in layers for name in layer._get_available_adapters()}
+        unknown = set(adapter_names) - known - {"__base__"}
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+        # beam search repeats every row; the encoder of an encoder-decoder model still sees the rows once
+        beams = kwargs.get("num_beams") or 1
+        repeated = [name for name in adapter_names for _ in range(beams)]
+        encoder = self.model.get_encoder() if beams > 1 and hasattr(self.model, "get_encoder") else None
+        once = set(encoder.modules()) if encoder is not None and encoder is not self.model else set()
+        handles = [
+            layer.register_forward_pre_hook(
+                partial(_pass_adapter_names, list(adapter_names) if layer in once else repeated),
+                with_kwargs=True,
+            )
+            for layer in layers
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
+        """PEFT's key translation, then a check that the adapter was made for this base model."""
+        loaded = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
+        expected = _filter_state_dict_by_key_prefixes(model.state_dict(), prefixes)
+        for key, parameter in expected.items():
+            found = loaded.get(key)
+            if found is None or found.shape != parameter.shape:
+                what = "does not hold it" if found is None else f"holds {tuple(found.shape)}"
+                base = config.base_model_name_or_path or "the model it was trained on"
+                raise InputError(
+                    f"this adapter was trained for another base model: '{key}' needs {tuple(parameter.shape)} here "
+                    f"and the file {what}; load it with '{base}'"
+                )
+        return loaded
+
+
+def _base_of(module: nn.Module) -> nn.Module:
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
+
+
+def _pass_adapter_names(names: list[str], module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict):
+    kwargs["adapter_names"] = names
+    return args, kwargs

@@ -1,0 +1,46 @@
+"""The only file that touches PEFT's private enum and registry.
+
+``PeftType`` is a closed enum and PEFT has no entry point for methods of other packages, so the member is added
+here and everything else goes through PEFT's own ``register_peft_method``.
+"""
+
+from peft import PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import register_peft_method
+from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
+
+
+def add_peft_type(name: str) -> PeftType:
+    """The member ``PeftType.<NAME>``, added when it does not exist yet. ``name`` is in capitals."""
+    if name not in PeftType.__members__:
+        member = str.__new__(PeftType, name)
+        member._name_, member._value_ = name, name
+        PeftType._member_names_.append(name)
+        PeftType._member_map_[name] = member
+        PeftType._value2member_map_[name] = member
+        # Python 3.13 looks values up here first
+        if hasattr(PeftType, "_hashable_values_"):
+            PeftType._hashable_values_.append(name)
+        type.__setattr__(PeftType, name, member)
+    return PeftType[name]
+
+
+def register(
+    name: str, config_cls: type, model_cls: type[BaseTuner], *, hotswap_keys: tuple[str, ...]
+) -> None:
+    """Register a method with PEFT. A second call (re-import, ``importlib.reload``) replaces the classes.
+
+    Args:
+        name: in lower case, as in ``loretta_rep``; the prefix of its parameters is ``name + "_"``.
+        hotswap_keys: config fields that have to be equal for two adapters to be swapped in place.
+    """
+    peft_type = add_peft_type(name.upper())
+    if peft_type in PEFT_TYPE_TO_CONFIG_MAPPING:
+        from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+        PEFT_TYPE_TO_CONFIG_MAPPING[peft_type] = config_cls
+        PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = model_cls
+    else:
+        register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)
+    CONFIG_KEYS_TO_CHECK[peft_type] = list(hotswap_keys)

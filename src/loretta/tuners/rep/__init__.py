@@ -1,0 +1,23 @@
+"""LoRETTA_rep: a weight update that is a product of two tensor trains."""
+
+from loretta.tuners.register import register
+from loretta.tuners.rep.config import LorettaRepConfig
+from loretta.tuners.rep.layer import RepLinear
+from loretta.tuners.rep.model import LorettaRepModel
+
+__all__ = ["LorettaRepConfig", "LorettaRepModel", "RepLinear"]
+
+register(
+    "loretta_rep",
+    LorettaRepConfig,
+    LorettaRepModel,
+    hotswap_keys=(
+        "use_rslora",
+        "lora_dropout",
+        "alpha_pattern",
+        "rank_pattern",
+        "r",
+        "tensor_rank",
+        "shapes",
+    ),
+)

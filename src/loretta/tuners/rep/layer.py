@@ -1,0 +1,161 @@
+"""The rep layer: a linear module whose weight gets an update of two trains. Axes: B batch, I input, O output, R rank."""
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from loretta.layers import Cores, update_factors
+from loretta.placement import Placement, rank_for
+from loretta.tuners.layer import LorettaLayer, starting_cores
+from loretta.tuners.rep.config import LorettaRepConfig
+
+
+class RepLinear(LorettaLayer):
+    """``base(x) + scaling * (x A) B`` summed over the active adapters; A and B come from the two trains."""
+
+    adapter_layer_names = ("loretta_rep_down", "loretta_rep_up")
+    other_param_names = (
+        "loretta_rep_start_down",
+        "loretta_rep_start_up",
+        "loretta_rep_dropout",
+        "r",
+        "lora_alpha",
+        "scaling",
+    )
+
+    def __init__(self, base_layer: nn.Module, *, name: str, **quantization_kwargs) -> None:
+        super().__init__(base_layer, name=name, **quantization_kwargs)
+        self.loretta_rep_down = nn.ModuleDict()
+        self.loretta_rep_up = nn.ModuleDict()
+        # the frozen Gaussian start that "denoised" subtracts
+        self.loretta_rep_start_down = nn.ModuleDict()
+        self.loretta_rep_start_up = nn.ModuleDict()
+        self.loretta_rep_dropout = nn.ModuleDict()
+        self.r: dict[str, int] = {}
+        self.lora_alpha: dict[str, float] = {}
+        self.scaling: dict[str, float] = {}
+
+    def update_layer(self, adapter_name: str, placement: Placement, config: LorettaRepConfig) -> None:
+        """Add one adapter's trains, with the starting values that ``config.init_weights`` names."""
+        rank = rank_for(config, placement.name)
+        alpha = config.alpha_pattern.get(
+            get_pattern_key(config.alpha_pattern, placement.name), config.lora_alpha
+        )
+        self.r[adapter_name] = placement.down.out_features
+        self.lora_alpha[adapter_name] = alpha
+        self.scaling[adapter_name] = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+        self.loretta_rep_dropout[adapter_name] = (
+            nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        )
+        down, up = Cores(placement.down), Cores(placement.up)
+        starting_cores(down, up, config.init_weights)
+        self.loretta_rep_down[adapter_name], self.loretta_rep_up[adapter_name] = down, up
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        if config.init_weights == "denoised":
+            # taken after the move: the start must equal the trained cores to the last bit
+            for start, cores in (
+                (self.loretta_rep_start_down, self.loretta_rep_down),
+                (self.loretta_rep_start_up, self.loretta_rep_up),
+            ):
+                start[adapter_name] = Cores(cores[adapter_name].shape).to(cores[adapter_name][0])
+                start[adapter_name].assign(list(cores[adapter_name]))
+                start[adapter_name].requires_grad_(False)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
+        """A (I, R) and B (R, O): the adapter's update before scaling is exactly ``A @ B``."""
+        a_IR, b_RO = update_factors(self.loretta_rep_down[adapter_name], self.loretta_rep_up[adapter_name])
+        if adapter_name not in self.loretta_rep_start_down:
+            return a_IR, b_RO
+        start_a_IR, start_b_RO = update_factors(
+            self.loretta_rep_start_down[adapter_name], self.loretta_rep_start_up[adapter_name]
+        )
+        return torch.cat([a_IR, start_a_IR], dim=1), torch.cat([b_RO, -start_b_RO], dim=0)
+
+    def delta(self, adapter_name: str, x_BI: Tensor) -> Tensor:
+        """What one adapter adds to the output, in the dtype of ``x``. The I x O matrix is never built."""
+        x_BI = self.loretta_rep_dropout[adapter_name](x_BI)
+        pairs = [update_factors(self.loretta_rep_down[adapter_name], self.loretta_rep_up[adapter_name])]
+        if adapter_name in self.loretta_rep_start_down:
+            pairs.append(
+                update_factors(
+                    self.loretta_rep_start_down[adapter_name], self.loretta_rep_start_up[adapter_name]
+                )
+            )
+        scaling = self.scaling[adapter_name]
+        now, *start = [(x_BI @ a_IR.to(x_BI.dtype)) @ (scaling * b_RO).to(x_BI.dtype) for a_IR, b_RO in pairs]
+        # subtracted as outputs, so that an untrained adapter cancels to the last bit
+        return now - start[0] if start else now
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        adapter_names = kwargs.pop("adapter_names", None)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        result = self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._add_mixed(result, x, adapter_names)
+        if self.merged:
+            return result
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        for name in self.active_adapters:
+            if name in self.loretta_rep_down:
+                result = result + self.delta(name, x).to(result.dtype)
+        return result
+
+    def _add_mixed(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
+        self._check_mixed_batch(x, adapter_names)
+        result = result.clone()
+        for name, rows in self._rows_by_adapter(adapter_names, list(self.loretta_rep_down), x.device):
+            result[rows] += self.delta(name, x[rows]).to(result.dtype)
+        return result
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """The adapter's scaled update in the layout of the base weight: (O, I), or (I, O) for Conv1D."""
+        a_IR, b_RO = self.factors(adapter_name)
+        delta_IO = self.scaling[adapter_name] * (a_IR @ b_RO)
+        return delta_IO if isinstance(self.get_base_layer(), Conv1D) else delta_IO.T
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the updates of ``adapter_names`` (default: the active ones) to the base weight.
+
+        Raises ValueError when ``safe_merge`` finds a value that is not finite, or the quantised base cannot merge.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if name not in self.loretta_rep_down:
+                continue
+            self._add_to_base(self.get_delta_weight(name), name, safe=safe_merge)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Subtract the merged updates again, the last one first."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            if name in self.loretta_rep_down:
+                self._add_to_base(-self.get_delta_weight(name), name, safe=False)
+
+    def _add_to_base(self, delta: Tensor, adapter_name: str, *, safe: bool) -> None:
+        weight = self.get_base_weight()
+        merged = weight + delta.to(weight.dtype).to(weight.device)
+        if safe and not torch.isfinite(merged).all():
+            raise ValueError(
+                f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken"
+            )
+        self.set_base_weight(merged)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        return "loretta_rep." + super().__repr__()

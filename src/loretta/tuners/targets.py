@@ -1,0 +1,62 @@
+"""Which modules each method adapts by default, by ``config.model_type``.
+
+Entries are matched as PEFT matches ``target_modules``: a list by the end of the module's name, a string as a
+regular expression.
+"""
+
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+# rep: the query and value projections (LoRETTA section 4), or the fused one that holds them
+REP_TARGETS: dict[str, list[str] | str] = {
+    **TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    "camembert": ["query", "value"],
+    "distilbert": ["q_lin", "v_lin"],
+    "gemma3": r".*language_model\..*\.(q_proj|v_proj)",
+    "mbart": ["q_proj", "v_proj"],
+    "modernbert": ["Wqkv"],
+    "mpnet": ["attn.q", "attn.v"],
+    "olmo2": ["q_proj", "v_proj"],
+    "phi3": ["qkv_proj"],
+    "qwen2_moe": ["q_proj", "v_proj"],
+    "qwen3_moe": ["q_proj", "v_proj"],
+    "vit": ["attention.query", "attention.value"],
+}
+
+# adp: the projections that end the attention and the feed-forward block (LoRETTA section 3.2)
+_BERT_LIKE = ["output.dense"]  # attention.output.dense and output.dense
+_LLAMA_LIKE = ["o_proj", "down_proj"]
+ADP_TARGETS: dict[str, list[str] | str] = {
+    "bart": ["self_attn.out_proj", "encoder_attn.out_proj", "fc2"],
+    "bert": _BERT_LIKE,
+    "bloom": ["self_attention.dense", "dense_4h_to_h"],
+    "camembert": _BERT_LIKE,
+    "deberta": _BERT_LIKE,
+    "deberta-v2": _BERT_LIKE,
+    "distilbert": ["out_lin", "lin2"],
+    "electra": _BERT_LIKE,
+    "falcon": ["self_attention.dense", "dense_4h_to_h"],
+    "gemma": _LLAMA_LIKE,
+    "gemma2": _LLAMA_LIKE,
+    "gemma3": r".*language_model\..*\.(o_proj|down_proj)",
+    "gemma3_text": _LLAMA_LIKE,
+    "gpt2": ["attn.c_proj", "mlp.c_proj"],
+    "gpt_neo": ["out_proj", "mlp.c_proj"],
+    "gpt_neox": ["attention.dense", "dense_4h_to_h"],
+    "gptj": ["out_proj", "fc_out"],
+    "llama": _LLAMA_LIKE,
+    "mbart": ["self_attn.out_proj", "encoder_attn.out_proj", "fc2"],
+    "mistral": _LLAMA_LIKE,
+    "modernbert": ["attn.Wo", "mlp.Wo"],
+    "mpnet": ["attn.o", "output.dense"],
+    "mt5": ["o", "wo"],
+    "olmo2": _LLAMA_LIKE,
+    "opt": ["out_proj", "fc2"],
+    "phi": ["self_attn.dense", "fc2"],
+    "phi3": _LLAMA_LIKE,
+    "qwen2": _LLAMA_LIKE,
+    "qwen3": _LLAMA_LIKE,
+    "roberta": _BERT_LIKE,
+    "t5": ["o", "wo"],
+    "vit": _BERT_LIKE,
+    "xlm-roberta": _BERT_LIKE,
+}
