@@ -26,9 +26,7 @@ class Cores(nn.ParameterList):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__(
-            [nn.Parameter(torch.zeros(core, dtype=dtype, device=device)) for core in shape.cores]
-        )
+        super().__init__([nn.Parameter(torch.zeros(core, dtype=dtype, device=device)) for core in shape.cores])
         self.shape = shape
 
     @torch.no_grad()
@@ -53,6 +51,8 @@ class TTLinear(nn.Module):
     Args:
         shape: the plan of the in x out matrix.
         bias: whether a dense bias of ``out_features`` is learned.
+        as_change: subtract the layer's own frozen start, so that it computes the *change* of a dense layer that
+            goes on to be applied beside it.
     """
 
     def __init__(
@@ -60,43 +60,67 @@ class TTLinear(nn.Module):
         shape: tt.TTShape,
         *,
         bias: bool = True,
+        as_change: bool = False,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = shape.in_features, shape.out_features
         self.cores = Cores(shape, dtype=dtype, device=device)
+        self.start = Cores(shape, dtype=dtype, device=device).requires_grad_(False) if as_change else None
         self.bias = nn.Parameter(torch.zeros(self.out_features, dtype=dtype, device=device)) if bias else None
 
     @classmethod
-    def from_dense(cls, dense: nn.Linear, shape: tt.TTShape) -> "TTLinear":
-        """The TT-SVD of a dense layer at the ranks of ``shape``, with its bias and its dtype."""
+    def from_dense(cls, dense: nn.Linear, shape: tt.TTShape, *, as_change: bool = False) -> "TTLinear":
+        """Start as the TT-SVD of a dense layer at the ranks of ``shape``, in its dtype.
+
+        With ``as_change`` the start is subtracted and the bias begins at zero: no change. Without, the layer
+        stands in for the dense one and takes over its bias.
+        """
         weight = dense.weight
         dtype = weight.dtype if weight.dtype.is_floating_point else torch.float32
-        layer = cls(shape, bias=dense.bias is not None, dtype=dtype, device=weight.device)
+        layer = cls(shape, bias=dense.bias is not None, as_change=as_change, dtype=dtype, device=weight.device)
+        if weight.is_meta:
+            return layer
         with torch.no_grad():
-            if not weight.is_meta:
-                layer.cores.assign(tt.pad_ranks(tt.tt_svd(weight.T, shape), shape.ranks))
-            if dense.bias is not None and not dense.bias.is_meta:
+            layer.cores.assign(tt.pad_ranks(tt.balance(tt.tt_svd(weight.T, shape)), shape.ranks))
+            if layer.start is not None:
+                layer.start.assign(list(layer.cores))
+            elif layer.bias is not None:
                 layer.bias.copy_(dense.bias)
         return layer
 
-    def to_dense(self) -> nn.Linear:
-        """The dense layer with the same weight, for merging and export."""
-        first = self.cores[0]
+    @torch.no_grad()
+    def to_dense(self, beside: nn.Linear | None = None) -> nn.Linear:
+        """The dense layer with the same effect, for merging and export; ``beside`` is what a change changes."""
+        weight_IO, bias_O = tt.matrix(list(self.cores), self.cores.shape), self.bias
+        if self.start is not None:
+            weight_IO = weight_IO - tt.matrix(list(self.start), self.start.shape)
+        if beside is not None:
+            weight_IO = weight_IO + beside.weight.T
+            bias_O = bias_O if beside.bias is None else bias_O + beside.bias
         dense = nn.Linear(
-            self.in_features, self.out_features, self.bias is not None, dtype=first.dtype, device=first.device
+            self.in_features,
+            self.out_features,
+            bias_O is not None,
+            dtype=weight_IO.dtype,
+            device=weight_IO.device,
         )
-        with torch.no_grad():
-            dense.weight.copy_(tt.matrix(list(self.cores), self.cores.shape).T)
-            if self.bias is not None:
-                dense.bias.copy_(self.bias)
+        dense.weight.copy_(weight_IO.T)
+        if bias_O is not None:
+            dense.bias.copy_(bias_O)
         return dense
 
     def forward(self, x_BI: Tensor) -> Tensor:
-        left_IC, right_CO = self.cores.halves()
-        y_BO = (x_BI @ left_IC.to(x_BI.dtype)) @ right_CO.to(x_BI.dtype)
+        y_BO = _apply(x_BI, self.cores)
+        if self.start is not None:
+            y_BO = y_BO - _apply(x_BI, self.start)
         return y_BO if self.bias is None else y_BO + self.bias.to(y_BO.dtype)
+
+
+def _apply(x_BI: Tensor, cores: Cores) -> Tensor:
+    left_IC, right_CO = cores.halves()
+    return (x_BI @ left_IC.to(x_BI.dtype)) @ right_CO.to(x_BI.dtype)
 
 
 def update_factors(down: Cores, up: Cores) -> tuple[Tensor, Tensor]:

@@ -86,11 +86,7 @@ def _nothing_matched(config: LorettaConfig, model: nn.Module) -> str:
     close = (
         []
         if isinstance(wanted, str)
-        else [
-            match
-            for name in sorted(wanted or [])
-            for match in get_close_matches(name.rpartition(".")[2], names, 1)
-        ]
+        else [match for name in sorted(wanted or []) for match in get_close_matches(name.rpartition(".")[2], names, 1)]
     )
     guess = f"did you mean {', '.join(map(repr, close))}? " if close else ""
     limits = [

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from markupsafe import Markup
 
 MISSING = "–"
-LONGEST_LEGEND_ENTRY = 34  # characters; what fits into FIGURE_WIDTH even when all of them are wide (Chinese)
-FIGURE_WIDTH, AXES_HEIGHT, LEGEND_ROW = 4.6, 2.9, 0.17  # inches
+LONGEST_LEGEND_ENTRY = 30  # characters; what fits into FIGURE_WIDTH even when all of them are wide (Chinese)
+FIGURE_WIDTH, AXES_HEIGHT, LEGEND_ROW = 4.6, 2.9, 0.19  # inches
 MARKED_POINTS = 30  # a line of more points than this is drawn without markers
 
 # Okabe and Ito's colour-blind safe palette without its yellow, which is too pale for a line on white
@@ -108,9 +108,7 @@ def render(records: Sequence[RunRecord], *, title: str | None = None, notes: Seq
         facts=_facts(records),
         notes=list(notes),
         columns=columns,
-        groups=[
-            (name, len(list(group))) for name, group in groupby(columns, key=lambda column: column.group)
-        ],
+        groups=[(name, len(list(group))) for name, group in groupby(columns, key=lambda column: column.group)],
         rows=[
             {"label": label, "look": look, "cells": [column.cell(record) for column in columns]}
             for label, look, record in zip(labels, looks, records, strict=True)
@@ -130,9 +128,7 @@ def render(records: Sequence[RunRecord], *, title: str | None = None, notes: Seq
     )
 
 
-def write(
-    records: Sequence[RunRecord], path: Path, *, title: str | None = None, notes: Sequence[str] = ()
-) -> None:
+def write(records: Sequence[RunRecord], path: Path, *, title: str | None = None, notes: Sequence[str] = ()) -> None:
     """Write :func:`render`'s page to ``path``, whole or not at all; an older file stays until it is replaced.
 
     Raises:
@@ -262,19 +258,14 @@ def _labels(records: Sequence[RunRecord]) -> list[str]:
                     parts[index].append(f"{key} {settings[index].get(key, MISSING)}")
     labels = [" · ".join(part) for part in parts]
     shared = Counter(labels)
-    return [
-        f"{label} · run {number}" if shared[label] > 1 else label
-        for number, label in enumerate(labels, start=1)
-    ]
+    return [f"{label} · run {number}" if shared[label] > 1 else label for number, label in enumerate(labels, start=1)]
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     """Nested settings by dotted name, as text."""
     flat: dict[str, str] = {}
     for key, value in config.items():
-        flat |= (
-            _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": str(value)}
-        )
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": str(value)}
     return flat
 
 
@@ -386,7 +377,7 @@ def _svg(chart: Chart, *, prefix: str) -> "Markup":
                 ["run"] * len(handles),
                 loc="outside lower left",
                 frameon=False,
-                fontsize=8.5,
+                fontsize=9.5,
                 labelspacing=0.3,
                 handlelength=2.6,
             )

@@ -6,6 +6,7 @@ Depends on torch alone and knows nothing of PEFT.
 from loretta.tt.init import gaussian
 from loretta.tt.ops import (
     add,
+    balance,
     contract,
     halves,
     matrix,
@@ -22,6 +23,7 @@ __all__ = [
     "PAPER_MODES",
     "TTShape",
     "add",
+    "balance",
     "balanced_modes",
     "constant_ranks",
     "contract",

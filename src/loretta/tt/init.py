@@ -29,6 +29,4 @@ def gaussian(
     if std < 0:
         raise ValueError(f"a standard deviation must not be negative, got {std}")
     scale = core_std(shape, std)
-    return [
-        scale * torch.randn(*core, generator=generator, dtype=dtype, device=device) for core in shape.cores
-    ]
+    return [scale * torch.randn(*core, generator=generator, dtype=dtype, device=device) for core in shape.cores]

@@ -93,6 +93,19 @@ def pad_ranks(cores: Cores, ranks: Sequence[int]) -> list[Tensor]:
     ]
 
 
+def balance(cores: Cores) -> list[Tensor]:
+    """The same train with the same Frobenius norm in every core.
+
+    A TT-SVD leaves all of the norm in the last core; an optimiser whose steps have one size for all entries
+    (Adam) needs cores of one size. A train with a zero core is returned as it is.
+    """
+    norms = torch.stack([core.double().norm() for core in cores])
+    if not bool((norms > 0).all()):
+        return list(cores)
+    mean = norms.log().mean().exp()
+    return [core * (mean / norm).to(core.dtype) for core, norm in zip(cores, norms, strict=True)]
+
+
 def orthogonalise(cores: Cores, centre: int = -1) -> list[Tensor]:
     """The same train with orthonormal cores left and right of ``centre`` (QR sweeps towards it).
 

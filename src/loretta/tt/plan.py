@@ -52,9 +52,7 @@ def plan(
     Raises ValueError for sizes or a rank below 1 and for given modes that do not fit.
     """
     if in_features < 1 or out_features < 1:
-        raise ValueError(
-            f"a matrix needs at least one row and one column, got {in_features} x {out_features}"
-        )
+        raise ValueError(f"a matrix needs at least one row and one column, got {in_features} x {out_features}")
     if rank < 1:
         raise ValueError(f"a tensor-train rank must be at least 1, got {rank}")
     if modes is None and overrides:

@@ -14,8 +14,8 @@ class TTShape:
 
     Core ``k`` has shape ``(ranks[k], modes[k], ranks[k + 1])``; the outer ranks are 1. The modes, read left to
     right, spell first the input index and then the output index, both row-major. The boundary between the two
-    lies after the first ``n_in`` cores when ``split == 1`` ("aligned"); otherwise core ``n_in`` straddles it and
-    the first ``split`` x ... part of its mode still belongs to the input.
+    lies after the first ``n_in`` cores when ``split == 1`` ("aligned"); otherwise core ``n_in`` straddles it, and its
+    mode is ``split`` (input) times ``mode / split`` (output).
 
     ``padded_in`` and ``padded_out`` are the sizes that the modes spell. They may exceed the true sizes (the
     planner pads primes); the surplus rows and columns exist in the cores and are cut off when they are used.
@@ -44,9 +44,7 @@ class TTShape:
                 f"{len(self.modes)} modes need {len(self.modes) + 1} ranks that begin and end with 1, got {self.ranks}"
             )
         if not 0 <= self.n_in <= len(self.modes) or (not self.aligned and self.modes[self.n_in] % self.split):
-            raise ValueError(
-                f"the boundary (n_in={self.n_in}, split={self.split}) does not fit the modes {self.modes}"
-            )
+            raise ValueError(f"the boundary (n_in={self.n_in}, split={self.split}) does not fit the modes {self.modes}")
         if self.padded_in < self.in_features or self.padded_out < self.out_features:
             raise ValueError(
                 f"the modes {self.modes} spell {self.padded_in} x {self.padded_out}, "
@@ -70,6 +68,12 @@ class TTShape:
     def cores(self) -> list[tuple[int, int, int]]:
         """Shapes of the cores, left to right."""
         return list(zip(self.ranks, self.modes, self.ranks[1:], strict=False))
+
+    def out_part(self, core: int) -> int:
+        """How much of the mode of one core spells the output: 1 for an input core, the mode for an output core."""
+        if core < self.n_in:
+            return 1
+        return self.modes[core] // (self.split if core == self.n_in else 1)
 
     @property
     def cut_rank(self) -> int:

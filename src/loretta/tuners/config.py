@@ -69,22 +69,18 @@ class LorettaConfig(PeftConfig):
         """One phrase per mistake, each quoting what was given."""
         problems = [
             *self._below_one("tensor_rank", self.tensor_rank),
-            *(
-                p
-                for key, rank in self.rank_pattern.items()
-                for p in self._below_one(f"rank_pattern[{key!r}]", rank)
-            ),
+            *(p for key, rank in self.rank_pattern.items() for p in self._below_one(f"rank_pattern[{key!r}]", rank)),
             *_not_among("init_weights", self.init_weights, INIT_WEIGHTS),
             *_not_among("train_head", self.train_head, TRAIN_HEAD),
         ]
         if self.bias not in ("none", "all") and not str(self.bias).endswith("_only"):
             problems.append(f"bias={self.bias!r} is none of 'none', 'all' and '<method>_only'")
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
-            for name in ("layers_to_transform", "layers_pattern"):
-                if getattr(self, name) is not None:
-                    problems.append(
-                        f"{name} needs target_modules as a list, not the expression {self.target_modules!r}"
-                    )
+            problems += [
+                f"{name} needs target_modules as a list, not the expression {self.target_modules!r}"
+                for name in ("layers_to_transform", "layers_pattern")
+                if getattr(self, name) is not None
+            ]
         for size, modes in self.shapes.items():
             sides = size.split("x")
             if len(sides) != 2 or not all(side.isdecimal() for side in sides):

@@ -32,6 +32,7 @@ class CopyPolicy:
     """How one adapter treats its copy of a module. Paths are relative to the module; "" is the module itself."""
 
     tensorized: tuple[str, ...] = ()
+    as_change: bool = False  # the train is added to the pretrained layer instead of standing in for it
     frozen: bool = False  # all but the tensorised layers
     rank: int = 1
     shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
@@ -51,7 +52,7 @@ class AdapterCopy(ModulesToSaveWrapper):
     def update(self, adapter_name: str, **kwargs) -> None:
         is_new = adapter_name not in self.modules_to_save
         super().update(adapter_name, **kwargs)
-        policy = self.policies.get(adapter_name, CopyPolicy())
+        policy = self._policy(adapter_name)
         for path in policy.tensorized if is_new else ():
             self._tensorize(adapter_name, path, policy)
         self._apply_frozen()
@@ -60,20 +61,51 @@ class AdapterCopy(ModulesToSaveWrapper):
         copy = self.modules_to_save[adapter_name]
         dense = copy.get_submodule(path)
         shape = tt.plan(dense.in_features, dense.out_features, rank=policy.rank, overrides=policy.shapes)
-        train = TTLinear.from_dense(dense, shape)
+        train = TTLinear.from_dense(dense, shape, as_change=policy.as_change)
         if path:
             copy.set_submodule(path, train)
         else:
             self.modules_to_save[adapter_name] = train
 
     def _apply_frozen(self) -> None:
+        """Freeze again what PEFT, which trains whole copies, has just set trainable."""
         for adapter_name, policy in self.policies.items():
-            if not policy.frozen or adapter_name not in self.modules_to_save:
+            if adapter_name not in self.modules_to_save:
                 continue
             trained = tuple(path + "." for path in policy.tensorized)
             for name, parameter in self.modules_to_save[adapter_name].named_parameters():
-                if not name.startswith(trained):
+                is_start = policy.as_change and name.startswith("start.")
+                if is_start or (policy.frozen and not name.startswith(trained)):
                     parameter.requires_grad_(False)
+
+    def _forward_wrapped(self, *args, **kwargs):
+        result = super()._forward_wrapped(*args, **kwargs)
+        if self.active_adapters and self._policy(self.active_adapters[0]).as_change:
+            result = result + self.original_module(*args, **kwargs)
+        return result
+
+    def _forward_wrapped_mixed_batch(self, x, active_adapter, *args, **kwargs):
+        result = super()._forward_wrapped_mixed_batch(x, active_adapter, *args, **kwargs)
+        if self._policy(active_adapter).as_change:
+            result = result + self.original_module(x, *args, **kwargs)
+        return result
+
+    def _mixed_batch_forward(self, input, *args, adapter_names, **kwargs):
+        """As PEFT's, for any module that maps rows to rows: norms and whole heads, not only linear layers."""
+        result = None
+        for name in sorted(set(adapter_names)):
+            rows = [row for row, wanted in enumerate(adapter_names) if wanted == name]
+            if name in self.modules_to_save:
+                part = self._forward_wrapped_mixed_batch(input[rows], name, *args, **kwargs)
+            else:
+                part = self.original_module(input[rows], *args, **kwargs)
+            if result is None:
+                result = part.new_empty(len(input), *part.shape[1:])
+            result[rows] = part
+        return result
+
+    def _policy(self, adapter_name: str) -> CopyPolicy:
+        return self.policies.get(adapter_name, CopyPolicy())
 
     def enable_adapters(self, enabled: bool) -> None:
         super().enable_adapters(enabled)
@@ -93,7 +125,7 @@ class AdapterCopy(ModulesToSaveWrapper):
             return self.original_module
         module = super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
         if isinstance(module, TTLinear):
-            return module.to_dense()
+            return module.to_dense(self.original_module if module.start is not None else None)
         for name, child in list(module.named_modules()):
             if isinstance(child, TTLinear):
                 module.set_submodule(name, child.to_dense())
@@ -122,14 +154,8 @@ def _original(module: nn.Module) -> nn.Module:
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:
     """Named modules without the insides of earlier adapters' copies."""
-    wrappers = [
-        name + "." for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)
-    ]
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if name and not name.startswith(tuple(wrappers))
-    }
+    wrappers = [name + "." for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+    return {name: module for name, module in model.named_modules() if name and not name.startswith(tuple(wrappers))}
 
 
 def _head_policies(config: LorettaConfig, model: nn.Module) -> dict[str, CopyPolicy]:
@@ -145,9 +171,7 @@ def _head_policies(config: LorettaConfig, model: nn.Module) -> dict[str, CopyPol
     policies = {}
     for name in finals:
         has_hidden = isinstance(getattr(_original(modules[name]), "dense", None), nn.Linear)
-        is_hidden = name.endswith(
-            "pre_classifier"
-        )  # DistilBERT: PEFT takes it for a final layer by its ending
+        is_hidden = name.endswith("pre_classifier")  # DistilBERT: PEFT takes it for a final layer by its ending
         path = "" if is_hidden else "dense"
         policies[name] = CopyPolicy(
             tensorized=(path,) if tensorize and (has_hidden or is_hidden) else (),
@@ -155,9 +179,14 @@ def _head_policies(config: LorettaConfig, model: nn.Module) -> dict[str, CopyPol
             **settings,
         )
     if finals and config.task_type == TaskType.SEQ_CLS and config.train_head != "frozen":
-        for name, module in modules.items():
+        pretrained = f"{getattr(model, 'base_model_prefix', '')}."
+        for name in modules:
             if name.endswith(_HIDDEN_LAYERS) and not name.startswith(tuple(final + "." for final in finals)):
-                policies[name] = CopyPolicy(tensorized=("",) if tensorize else (), **settings)
+                policies[name] = CopyPolicy(
+                    tensorized=("",) if tensorize else (),
+                    as_change=tensorize and name.startswith(pretrained),
+                    **settings,
+                )
     return policies
 
 

@@ -1,5 +1,6 @@
 """What the layers of both methods share: the calling rules of a PEFT layer."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -46,14 +47,17 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
 def starting_cores(down: Cores, up: Cores, init_weights: str) -> None:
     """Assign starting values to a pair of trains; ``init_weights`` as in the config.
 
-    "zero": every core orthonormal (so that no direction of the input is favoured and gradients keep their size
-    through the train), but for the last core of ``up``, which is zero. Otherwise Gaussian, with entries of
-    standard deviation sqrt(1 / (in + out)) in each contracted matrix (LoRETTA section 3.3).
+    "zero": the last core of ``up`` is zero. The others are random orthonormal maps scaled so that an input with
+    entries of variance 1 keeps that variance through the train: a core that sums over a piece of the input is
+    orthonormal, one that spells a piece of the output is sqrt(its mode) times that. The zero core then meets
+    inputs of size 1, as LoRA's B does, and the same learning rates suit it and the layer norms.
+    Otherwise Gaussian, with entries of standard deviation sqrt(1 / (in + out)) in each contracted matrix
+    (LoRETTA section 3.3).
     """
     for cores in (down, up):
         shape = cores.shape
         if init_weights == "zero":
-            values = [_orthonormal(core) for core in shape.cores]
+            values = [_variance_keeping(core, shape.out_part(k)) for k, core in enumerate(shape.cores)]
         else:
             values = tt.gaussian(shape, std=(shape.in_features + shape.out_features) ** -0.5)
         cores.assign(values)
@@ -61,6 +65,6 @@ def starting_cores(down: Cores, up: Cores, init_weights: str) -> None:
         nn.init.zeros_(up[-1])
 
 
-def _orthonormal(core: tuple[int, int, int]) -> Tensor:
+def _variance_keeping(core: tuple[int, int, int], out_part: int) -> Tensor:
     left, mode, right = core
-    return nn.init.orthogonal_(torch.empty(left * mode, right)).reshape(core)
+    return math.sqrt(out_part) * nn.init.orthogonal_(torch.empty(left * mode, right)).reshape(core)

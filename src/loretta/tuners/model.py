@@ -69,9 +69,7 @@ class LorettaModel(BaseTuner):
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
         self._replace_module(parent, target_name, layer, target)
 
-    def _replace_module(
-        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
-    ) -> None:
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(child, AdapterCopy):
             # PEFT would hand the weights of the copy over to the module that takes its place
             setattr(parent, child_name, new_module)

@@ -26,9 +26,7 @@ def add_peft_type(name: str) -> PeftType:
     return PeftType[name]
 
 
-def register(
-    name: str, config_cls: type, model_cls: type[BaseTuner], *, hotswap_keys: tuple[str, ...]
-) -> None:
+def register(name: str, config_cls: type, model_cls: type[BaseTuner], *, hotswap_keys: tuple[str, ...]) -> None:
     """Register a method with PEFT. A second call (re-import, ``importlib.reload``) replaces the classes.
 
     Args:

@@ -1,4 +1,7 @@
-"""The rep layer: a linear module whose weight gets an update of two trains. Axes: B batch, I input, O output, R rank."""
+"""The rep layer: a linear module whose weight gets an update of two trains.
+
+Axes: B batch, I input features, O output features, R rank of the update.
+"""
 
 import math
 import warnings
@@ -44,9 +47,7 @@ class RepLinear(LorettaLayer):
     def update_layer(self, adapter_name: str, placement: Placement, config: LorettaRepConfig) -> None:
         """Add one adapter's trains, with the starting values that ``config.init_weights`` names."""
         rank = rank_for(config, placement.name)
-        alpha = config.alpha_pattern.get(
-            get_pattern_key(config.alpha_pattern, placement.name), config.lora_alpha
-        )
+        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, placement.name), config.lora_alpha)
         self.r[adapter_name] = placement.down.out_features
         self.lora_alpha[adapter_name] = alpha
         self.scaling[adapter_name] = alpha / (math.sqrt(rank) if config.use_rslora else rank)
@@ -84,9 +85,7 @@ class RepLinear(LorettaLayer):
         pairs = [update_factors(self.loretta_rep_down[adapter_name], self.loretta_rep_up[adapter_name])]
         if adapter_name in self.loretta_rep_start_down:
             pairs.append(
-                update_factors(
-                    self.loretta_rep_start_down[adapter_name], self.loretta_rep_start_up[adapter_name]
-                )
+                update_factors(self.loretta_rep_start_down[adapter_name], self.loretta_rep_start_up[adapter_name])
             )
         scaling = self.scaling[adapter_name]
         now, *start = [(x_BI @ a_IR.to(x_BI.dtype)) @ (scaling * b_RO).to(x_BI.dtype) for a_IR, b_RO in pairs]
@@ -149,9 +148,7 @@ class RepLinear(LorettaLayer):
         weight = self.get_base_weight()
         merged = weight + delta.to(weight.dtype).to(weight.device)
         if safe and not torch.isfinite(merged).all():
-            raise ValueError(
-                f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken"
-            )
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken")
         self.set_base_weight(merged)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

@@ -1,0 +1,29 @@
+"""What a supervised run needs to know about its data."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    import datasets
+
+Kind = Literal["classification", "regression", "language_modeling"]
+KINDS: tuple[Kind, ...] = ("classification", "regression", "language_modeling")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """Normalised splits and how to score them.
+
+    Every split has a column "text", for pairs also "text_pair", and "label" (a class id as int, or a score as
+    float). Language modelling has "text" alone.
+    """
+
+    name: str  # "sst2", "reviews.csv", "stdlib"
+    kind: Kind
+    columns: tuple[str, ...]  # the text columns in order: ("text",) or ("text", "text_pair")
+    label_names: tuple[str, ...]  # classification: class id -> name; () otherwise
+    metrics: tuple[str, ...]  # names of loretta.tasks.metrics; the first one selects the best checkpoint
+    train: "datasets.Dataset"
+    validation: "datasets.Dataset"
+    test: "datasets.Dataset | None"
+    notes: tuple[str, ...] = ()  # one sentence each: what a reader of the results should know about the data

@@ -1,0 +1,189 @@
+"""The eight GLUE tasks of the LoRETTA paper, from the Hub or from a folder."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from loretta.errors import InputError
+from loretta.tasks.base import Task
+from loretta.tasks.read import read_columns
+from loretta.tasks.wording import listed, nearest, quoted
+
+HUB_NAME = "nyu-mll/glue"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GlueTask:
+    """One task as the Hub has it. The sizes are rows of the official splits."""
+
+    columns: tuple[str, ...]
+    label_names: tuple[str, ...]  # in the order of the Hub's ids; () for scores
+    metrics: tuple[str, ...]
+    train_rows: int
+    validation_rows: int
+    validation_split: str = "validation"
+
+
+# Metrics as in the LoRETTA paper (Yang et al., NAACL 2024, arXiv:2402.11417): matched accuracy for MNLI,
+# Matthews' correlation for CoLA, F1 for MRPC and QQP, Spearman's correlation for STS-B, accuracy for the
+# others.
+GLUE: Mapping[str, GlueTask] = MappingProxyType(
+    {
+        "mnli": GlueTask(
+            columns=("premise", "hypothesis"),
+            label_names=("entailment", "neutral", "contradiction"),
+            metrics=("accuracy",),
+            train_rows=392_702,
+            validation_rows=9_815,
+            validation_split="validation_matched",
+        ),
+        "sst2": GlueTask(
+            columns=("sentence",),
+            label_names=("negative", "positive"),
+            metrics=("accuracy",),
+            train_rows=67_349,
+            validation_rows=872,
+        ),
+        "mrpc": GlueTask(
+            columns=("sentence1", "sentence2"),
+            label_names=("not_equivalent", "equivalent"),
+            metrics=("f1", "accuracy"),
+            train_rows=3_668,
+            validation_rows=408,
+        ),
+        "cola": GlueTask(
+            columns=("sentence",),
+            label_names=("unacceptable", "acceptable"),
+            metrics=("mcc",),
+            train_rows=8_551,
+            validation_rows=1_043,
+        ),
+        "qnli": GlueTask(
+            columns=("question", "sentence"),
+            label_names=("entailment", "not_entailment"),
+            metrics=("accuracy",),
+            train_rows=104_743,
+            validation_rows=5_463,
+        ),
+        "qqp": GlueTask(
+            columns=("question1", "question2"),
+            label_names=("not_duplicate", "duplicate"),
+            metrics=("f1", "accuracy"),
+            train_rows=363_846,
+            validation_rows=40_430,
+        ),
+        "rte": GlueTask(
+            columns=("sentence1", "sentence2"),
+            label_names=("entailment", "not_entailment"),
+            metrics=("accuracy",),
+            train_rows=2_490,
+            validation_rows=277,
+        ),
+        "stsb": GlueTask(
+            columns=("sentence1", "sentence2"),
+            label_names=(),
+            metrics=("spearman", "pearson"),
+            train_rows=5_749,
+            validation_rows=1_500,
+        ),
+    }
+)
+
+
+def load(name: str, *, data_dir: Path | None = None) -> Task:
+    """One GLUE task; ``test`` is None, because GLUE keeps the labels of its test split to itself.
+
+    With ``data_dir`` the rows come from ``<data_dir>/<name>/train.jsonl.gz`` and ``validation.jsonl.gz``
+    (MNLI: ``validation_matched.jsonl.gz``), with the Hub's field names and label ids. Sizes that differ from
+    the official ones are noted in the task, not refused.
+
+    Raises:
+        InputError: an unknown name, a missing or broken file, or a Hub that cannot be reached.
+    """
+    if name not in GLUE:
+        raise InputError(f"unknown GLUE task {quoted(name)}{nearest(name, tuple(GLUE))}: give one of {listed(GLUE)}")
+    glue_task = GLUE[name]
+    splits = ("train", glue_task.validation_split)
+    fields = (*glue_task.columns, "label")
+    columns = _from_hub(name, splits, fields) if data_dir is None else _from_folder(name, data_dir, splits, fields)
+    train, validation = (_dataset(glue_task, part) for part in columns)
+    official = {"train": glue_task.train_rows, "validation": glue_task.validation_rows}
+    return Task(
+        name=name,
+        kind="classification" if glue_task.label_names else "regression",
+        columns=_text_columns(glue_task),
+        label_names=glue_task.label_names,
+        metrics=glue_task.metrics,
+        train=train,
+        validation=validation,
+        test=None,
+        notes=tuple(
+            f"{split} has {len(rows)} of the official {official[split]} rows"
+            for split, rows in {"train": train, "validation": validation}.items()
+            if len(rows) != official[split]
+        ),
+    )
+
+
+def _text_columns(glue_task: GlueTask) -> tuple[str, ...]:
+    return ("text", "text_pair")[: len(glue_task.columns)]
+
+
+def _dataset(glue_task: GlueTask, columns: Mapping[str, list[Any]]) -> Any:
+    from datasets import Dataset
+
+    names = dict(zip(glue_task.columns, _text_columns(glue_task), strict=True)) | {"label": "label"}
+    return Dataset.from_dict({new: columns[old] for old, new in names.items()})
+
+
+def _from_hub(name: str, splits: tuple[str, ...], fields: tuple[str, ...]) -> list[Mapping[str, list[Any]]]:
+    import datasets
+
+    try:
+        parts = datasets.load_dataset(HUB_NAME, name, split=list(splits))
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"GLUE task {quoted(name)} cannot be had from the Hub ({reason}): connect to a network, "
+            f"or give --data-dir FOLDER with {name}/train.jsonl.gz in it"
+        ) from error
+    return [part.select_columns(list(fields))[:] for part in parts]
+
+
+def _from_folder(
+    name: str, data_dir: Path, splits: tuple[str, ...], fields: tuple[str, ...]
+) -> list[Mapping[str, list[Any]]]:
+    folder = data_dir / name
+    if not folder.is_dir():
+        raise InputError(
+            f"there is no folder '{folder}' for the GLUE task {quoted(name)}: "
+            f"give a --data-dir with {name}/{splits[0]}.jsonl.gz and {name}/{splits[1]}.jsonl.gz in it"
+        )
+    parts: list[Mapping[str, list[Any]]] = []
+    for split in splits:
+        path = folder / f"{split}.jsonl.gz"
+        columns = read_columns(path, fields)
+        _refuse_bad_cells(path, columns, len(GLUE[name].label_names))
+        parts.append(columns)
+    return parts
+
+
+def _refuse_bad_cells(path: Path, columns: Mapping[str, list[Any]], n_classes: int) -> None:
+    for field, cells in columns.items():
+        for row, cell in enumerate(cells, start=1):
+            if field != "label":
+                good, wanted = isinstance(cell, str), "a text"
+            elif n_classes:
+                good, wanted = (
+                    type(cell) is int and 0 <= cell < n_classes,
+                    f"a class id from 0 to {n_classes - 1}",
+                )
+            else:
+                good, wanted = type(cell) in (int, float) and 0 <= cell <= 5, "a score from 0 to 5"
+            if not good:
+                raise InputError(
+                    f"'{path}' has {quoted(cell)} as {quoted(field)} in row {row}, not {wanted}: "
+                    f"write the file with the Hub's fields and label ids"
+                )

@@ -1,0 +1,146 @@
+"""Cells of a label column -> class ids or scores."""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from loretta.errors import InputError
+from loretta.tasks.base import Kind
+from loretta.tasks.wording import quoted
+
+MAX_GUESSED_CLASSES = 50
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
+WHOLE = re.compile(r"[+-]?\d{1,18}", re.ASCII)
+MAX_UNSEEN_QUOTED = 5
+
+Value = str | int | float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabelScheme:
+    """How the label column of the training file reads, for the other files too."""
+
+    kind: Kind
+    column: str
+    source: Path  # the training file
+    numeric: bool
+    classes: tuple[Value, ...]  # in the order of their ids; () for regression
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(str(value) for value in self.classes)
+
+    def encode(self, cells: Sequence[Any], path: Path) -> list[int] | list[float]:
+        """Class ids, or scores for regression.
+
+        Raises:
+            InputError: a class that the training file has not, or for regression a cell that is no number.
+        """
+        if self.kind == "regression":
+            return [float(number) for number in _all_numbers(cells, self.column, path)]
+        ids = {value: at for at, value in enumerate(self.classes)}
+        values = [_value(cell, self.numeric) for cell in cells]
+        unseen = Counter(value for value in values if value not in ids)
+        if unseen:
+            shown = ", ".join(
+                f"{quoted(value)} in {count} row{'s' * (count > 1)}"
+                for value, count in unseen.most_common(MAX_UNSEEN_QUOTED)
+            )
+            more = len(unseen) - MAX_UNSEEN_QUOTED
+            raise InputError(
+                f"'{path}' has labels in its column {quoted(self.column)} that the training file "
+                f"'{self.source}' has not ({shown}{f' and {more} other labels' if more > 0 else ''}): "
+                f"add such rows to the training file or remove them here"
+            )
+        return [ids[value] for value in values]
+
+
+def decide(cells: Sequence[Any], *, kind: Kind | None, column: str, path: Path) -> LabelScheme:
+    """Read the label column of the training file; no cell may be missing.
+
+    Without a ``kind``, words and at most 50 different whole numbers are classes, and numbers with a fraction
+    are scores. Class ids follow the sorted labels, numbers by size; space around a label does not count, and
+    1, "1" and 1.0 are the same label.
+
+    Raises:
+        InputError: the kind cannot be told, a score is no number, or there is only one class or score.
+    """
+    numbers = [_number(cell) for cell in cells]
+    strays = [at for at, number in enumerate(numbers) if number is None]
+    if kind is None:
+        kind = _guess(cells, numbers, strays, column, path)
+    if kind == "regression":
+        numeric = True
+        values: list[Any] = sorted(set(_all_numbers(cells, column, path)))
+    else:
+        numeric = not strays
+        values = sorted({_value(cell, numeric) for cell in cells})
+    if len(values) < 2:
+        raise InputError(
+            f"every row of '{path}' has the label {quoted(values[0])} in its column {quoted(column)}: "
+            f"give a training file with at least two different labels"
+        )
+    classes = () if kind == "regression" else tuple(values)
+    return LabelScheme(kind=kind, column=column, source=path, numeric=numeric, classes=classes)
+
+
+def _guess(
+    cells: Sequence[Any], numbers: Sequence[float | None], strays: Sequence[int], column: str, path: Path
+) -> Kind:
+    if 0 < len(strays) < len(cells) / 2:
+        raise InputError(
+            f"column {quoted(column)} of '{path}' holds numbers except {quoted(cells[strays[0]])} in row "
+            f"{strays[0] + 1} ({len(strays)} such rows): mend them, or give --kind classification to take "
+            f"every cell as the name of a class"
+        )
+    if strays:
+        return "classification"
+    if any(isinstance(number, float) for number in numbers):
+        return "regression"
+    if (distinct := len(set(numbers))) > MAX_GUESSED_CLASSES:
+        raise InputError(
+            f"column {quoted(column)} of '{path}' holds {distinct} different whole numbers, which may be "
+            f"classes or scores: give --kind classification or --kind regression"
+        )
+    return "classification"
+
+
+def _all_numbers(cells: Sequence[Any], column: str, path: Path) -> list[int | float]:
+    numbers: list[int | float] = []
+    for row, cell in enumerate(cells, start=1):
+        number = _number(cell)
+        if number is None:
+            raise InputError(
+                f"column {quoted(column)} of '{path}' holds {quoted(cell)} in row {row}, which is not a "
+                f"finite number: mend the cell, or give --kind classification"
+            )
+        numbers.append(number)
+    return numbers
+
+
+def _value(cell: Any, numeric: bool) -> Value:
+    number = _number(cell) if numeric else None
+    return str(cell).strip() if number is None else number
+
+
+def _number(cell: Any) -> int | float | None:
+    """The finite number in a cell, an int when it is whole; None for anything else (bool too)."""
+    if isinstance(cell, str):
+        cell = cell.strip()
+        if WHOLE.fullmatch(cell):
+            return int(cell)
+        if not NUMBER.fullmatch(cell):
+            return None
+    elif isinstance(cell, bool) or not isinstance(cell, int | float | Decimal):
+        return None
+    elif isinstance(cell, int):
+        return cell
+    number = float(cell)
+    if not math.isfinite(number):
+        return None
+    return int(number) if number.is_integer() else number

@@ -1,0 +1,123 @@
+"""Scores of predictions against references, by name."""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from loretta.errors import InputError
+from loretta.tasks.wording import listed, nearest, quoted
+
+# "perplexity" is exp(loss): the trainer has the loss, so it is only a reserved name here
+LOWER_IS_BETTER = ("mse", "perplexity")
+
+
+def compute(names: Sequence[str], predictions: ArrayLike, references: ArrayLike) -> dict[str, float]:
+    """Score predictions of shape (rows,) against references of shape (rows,).
+
+    ``accuracy``, ``f1`` (two classes, class 1 is the positive one), ``macro_f1`` and ``mcc`` take class ids;
+    ``spearman``, ``pearson`` and ``mse`` take scores. All are plain fractions or coefficients, not percent.
+
+    A metric that is undefined because all predictions (or all references) are the same is 0.0: the
+    correlations, ``mcc`` and ``f1`` without any positive. The correlations of a single row are 0.0 too.
+    Predictions that are not finite make every metric of scores NaN, so that a diverged run never looks good.
+
+    Raises:
+        InputError: an unknown metric, shapes that differ, no rows, or class ids beyond 1 for ``f1``.
+
+    Source: scikit-learn for the classes and the mean squared error, SciPy for the correlations.
+    """
+    for name in names:
+        if name not in _COMPUTE:
+            higher_is_better(name)  # an unknown name is refused there
+            raise InputError(f"metric {quoted(name)} comes from the loss: compute() cannot tell it from predictions")
+    predicted, expected = np.asarray(predictions), np.asarray(references)
+    if predicted.shape != expected.shape or predicted.ndim != 1 or not len(predicted):
+        raise InputError(
+            f"metrics need two lists of the same length with at least one row, "
+            f"got shapes {predicted.shape} and {expected.shape}"
+        )
+    return {name: float(_COMPUTE[name](predicted, expected)) for name in names}
+
+
+def higher_is_better(name: str) -> bool:
+    """Whether a larger value of the metric is the better one. Raises InputError for an unknown metric."""
+    if name not in (*_COMPUTE, *LOWER_IS_BETTER):
+        names = (*_COMPUTE, "perplexity")
+        raise InputError(f"unknown metric {quoted(name)}{nearest(name, names)}: give one of {listed(names)}")
+    return name not in LOWER_IS_BETTER
+
+
+def _accuracy(predicted: NDArray, expected: NDArray) -> float:
+    from sklearn.metrics import accuracy_score
+
+    return accuracy_score(expected, predicted)
+
+
+def _f1(predicted: NDArray, expected: NDArray) -> float:
+    from sklearn.metrics import f1_score
+
+    beyond = sorted(set(np.union1d(predicted, expected).tolist()) - {0, 1})
+    if beyond:
+        raise InputError(f"metric 'f1' is for the classes 0 and 1, got class {beyond[0]}: take 'macro_f1'")
+    return f1_score(expected, predicted, pos_label=1, zero_division=0.0)
+
+
+def _macro_f1(predicted: NDArray, expected: NDArray) -> float:
+    from sklearn.metrics import f1_score
+
+    return f1_score(expected, predicted, average="macro", zero_division=0.0)
+
+
+def _mcc(predicted: NDArray, expected: NDArray) -> float:
+    from sklearn.metrics import matthews_corrcoef
+
+    return 0.0 if _constant(predicted, expected) else matthews_corrcoef(expected, predicted)
+
+
+def _spearman(predicted: NDArray, expected: NDArray) -> float:
+    from scipy.stats import spearmanr
+
+    return _correlation(lambda x, y: spearmanr(x, y).statistic, predicted, expected)
+
+
+def _pearson(predicted: NDArray, expected: NDArray) -> float:
+    from scipy.stats import pearsonr
+
+    return _correlation(lambda x, y: pearsonr(x, y).statistic, predicted, expected)
+
+
+def _mse(predicted: NDArray, expected: NDArray) -> float:
+    from sklearn.metrics import mean_squared_error
+
+    return mean_squared_error(expected, predicted) if np.isfinite(predicted).all() else math.nan
+
+
+def _correlation(coefficient: Callable, predicted: NDArray, expected: NDArray) -> float:
+    from scipy.stats import NearConstantInputWarning
+
+    if not np.isfinite(predicted).all():
+        return math.nan
+    if _constant(predicted, expected):
+        return 0.0
+    with warnings.catch_warnings():
+        # a model's first scores differ in the last digits only: imprecise, but a number
+        warnings.simplefilter("ignore", NearConstantInputWarning)
+        return coefficient(predicted.astype(np.float64), expected.astype(np.float64))
+
+
+def _constant(*arrays: NDArray) -> bool:
+    return any((array == array[0]).all() for array in arrays)
+
+
+_COMPUTE: dict[str, Callable[[NDArray, NDArray], float]] = {
+    "accuracy": _accuracy,
+    "f1": _f1,
+    "macro_f1": _macro_f1,
+    "mcc": _mcc,
+    "spearman": _spearman,
+    "pearson": _pearson,
+    "mse": _mse,
+}

@@ -1,0 +1,266 @@
+"""A file of the user -> named columns of cells, or documents; every bad file is refused here."""
+
+import csv
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from loretta.errors import InputError
+from loretta.tasks.wording import listed, nearest, quoted
+
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
+TEXT_ENDINGS = (".txt", ".md")
+ENDINGS_IN_WORDS = ".csv, .tsv, .jsonl, .json (one object per line), .txt, .md, each also with .gz, or .parquet"
+
+# first bytes -> what such a file is; people rename these to .csv
+SIGNATURES = {
+    b"\x89PNG": "a PNG image",
+    b"\xff\xd8\xff": "a JPEG image",
+    b"%PDF": "a PDF",
+    b"PAR1": "a Parquet file",
+    b"PK\x03\x04": "a ZIP archive (as Excel writes)",
+    b"\xd0\xcf\x11\xe0": "an old Excel or Word file",
+    b"\x1f\x8b": "gzip data",
+    b"\xff\xfe": "UTF-16 text",
+    b"\xfe\xff": "UTF-16 text",
+}
+
+Columns = dict[str, list[Any]]
+
+
+def ending(path: Path) -> str:
+    """The ending that names the format, in small letters: ".csv" for "a.csv" and for "A.CSV.GZ"."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes[-1:] != [".gz"]:
+        return suffixes[-1] if suffixes else ""
+    inner = suffixes[-2] if len(suffixes) > 1 else ""
+    return inner if inner != ".parquet" and inner in (*TABLE_ENDINGS, *TEXT_ENDINGS) else inner + ".gz"
+
+
+def column_names(path: Path) -> tuple[str, ...]:
+    """The columns of a table, in the order of the file. Raises InputError as :func:`read_columns` does."""
+    return _parquet_names(path) if _format(path, TABLE_ENDINGS) == ".parquet" else tuple(_parse(path))
+
+
+def read_columns(path: Path, names: Sequence[str]) -> Columns:
+    """The named columns of a CSV, TSV, JSON Lines or Parquet file, all of one length of at least one row.
+
+    Cells of CSV and TSV are str; those of the other formats are what the file holds, None where a line of
+    JSON has no such key.
+
+    Raises:
+        InputError: no such file, a folder, an empty file, an ending that is not a table's, content that is
+            not what the ending says, rows of unequal length, or a column that the file has not.
+    """
+    if _format(path, TABLE_ENDINGS) == ".parquet":
+        return _read_parquet(path, names)
+    columns = _parse(path)
+    _require(path, names, tuple(columns))
+    return {name: columns[name] for name in names}
+
+
+def read_documents(path: Path) -> list[str]:
+    """The paragraphs of a plain text file, cut at blank lines, without the space around them.
+
+    Raises:
+        InputError: no such file, a folder, an empty file, an ending that is not plain text's, or content that
+            is not UTF-8 text.
+    """
+    _format(path, TEXT_ENDINGS)
+    text = _text(path).replace("\r\n", "\n").replace("\r", "\n")
+    documents = [part.strip() for part in re.split(r"\n[ \t]*\n", text) if part.strip()]
+    if not documents:
+        raise InputError(f"'{path}' holds nothing but white space: give a file with text in it")
+    return documents
+
+
+def _format(path: Path, allowed: Sequence[str]) -> str:
+    try:
+        is_folder, size = path.is_dir(), path.stat().st_size
+    except OSError as error:
+        folder = path.parent
+        siblings = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+        reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
+        raise InputError(f"'{path}' {reason}{nearest(path.name, siblings)}: give the path of a data file") from None
+    if is_folder:
+        raise InputError(f"'{path}' is a folder: give the path of a file in it")
+    found = ending(path)
+    if found not in allowed:
+        what = "a table" if tuple(allowed) == TABLE_ENDINGS else "plain text"
+        known = found in (*TABLE_ENDINGS, *TEXT_ENDINGS)
+        wanted = f"{what} ends in {' or '.join(allowed)}" if known else f"these work: {ENDINGS_IN_WORDS}"
+        raise InputError(f"'{path}' has the ending {quoted(found)}: {wanted}")
+    if size == 0:
+        raise InputError(f"'{path}' is empty (0 bytes): give a file with rows in it")
+    return found
+
+
+def _text(path: Path) -> str:
+    """The whole file as text, decompressed, without a byte order mark."""
+    what = ending(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"'{path}' cannot be read ({error.strerror}): check its permissions") from None
+    if path.suffix.lower() == ".gz":
+        try:
+            data = gzip.decompress(data)
+        except (OSError, EOFError, zlib.error):
+            raise InputError(
+                f"'{path}' is not whole gzip data, as .gz says: compress it again or drop the ending"
+            ) from None
+        if not data:
+            raise InputError(f"'{path}' is empty (0 bytes inside the gzip): give a file with rows in it")
+    for signature, content in SIGNATURES.items():
+        if data.startswith(signature):
+            raise InputError(f"'{path}' is {content} by its first bytes, not {what}: save the data as UTF-8 {what}")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data[: error.start].count(b"\n") + 1
+        raise InputError(
+            f"'{path}' is not UTF-8 text: line {line} holds the byte 0x{data[error.start]:02x}, "
+            f"so save the file with the encoding UTF-8"
+        ) from None
+    if "\0" in text:
+        line = text[: text.index("\0")].count("\n") + 1
+        raise InputError(f"'{path}' is not {what} text: line {line} holds a zero byte, so give a text file")
+    return text
+
+
+def _parse(path: Path) -> Columns:
+    found = ending(path)
+    return _parse_csv(path, SEPARATORS[found]) if found in SEPARATORS else _parse_jsonl(path)
+
+
+def _parse_csv(path: Path, separator: str) -> Columns:
+    text = _text(path)
+    if text.lstrip().startswith(("{", "[")) and _is_json(text.lstrip().split("\n", 1)[0]):
+        raise InputError(f"'{path}' holds JSON, not {ending(path)}: name it .jsonl, one object per line")
+    usual_limit = csv.field_size_limit(2**31 - 1)  # a document may exceed the usual 128 KiB
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    try:
+        header = next((row for row in reader if row), [])
+        rows: list[list[str]] = []
+        for row in reader:
+            if len(row) not in (0, len(header)):
+                raise InputError(
+                    f"'{path}' line {reader.line_num} has {len(row)} cells where the header has "
+                    f"{len(header)}: put cells that hold {quoted(separator)} or line ends in double quotes"
+                )
+            if row:
+                rows.append(row)
+    except csv.Error as error:
+        raise InputError(
+            f"'{path}' line {reader.line_num} is not {ending(path)} ({error}): "
+            f"put the cell in double quotes and write each quote inside it twice"
+        ) from None
+    finally:
+        csv.field_size_limit(usual_limit)
+    _refuse_doubles(path, header)
+    if not header:
+        raise InputError(f"'{path}' holds nothing but blank lines: give a file with rows in it")
+    if not rows:
+        raise InputError(f"'{path}' has a header ({listed(header)}) but no rows: give a file with rows in it")
+    return {name: [row[at] for row in rows] for at, name in enumerate(header) if name}
+
+
+def _parse_jsonl(path: Path) -> Columns:
+    rows: list[dict[str, Any]] = []
+    # not splitlines(): JSON strings may hold U+2028, which it would take for a line end
+    for number, line in enumerate(_text(path).split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            whole = "a JSON list over several lines" if line.lstrip().startswith("[") else "not JSON"
+            raise InputError(
+                f"'{path}' line {number} is {whole} ({quoted(line.strip())}): write one JSON object per line"
+            ) from None
+        if not isinstance(row, dict):
+            raise InputError(
+                f"'{path}' line {number} is a JSON {type(row).__name__}, not an object "
+                f"({quoted(line.strip())}): write one JSON object per line"
+            )
+        if "\\ud" in line.lower() and not _is_unicode(row):
+            raise InputError(
+                f"'{path}' line {number} holds half a character, a lone surrogate ({quoted(line.strip())}): "
+                f"write characters beyond U+FFFF as two escapes or as UTF-8"
+            )
+        rows.append(row)
+    if not rows:
+        raise InputError(f"'{path}' holds nothing but blank lines: give a file with rows in it")
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+def _parquet_names(path: Path) -> tuple[str, ...]:
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+    try:
+        names = tuple(pq.read_schema(path).names)
+    except (pa.ArrowException, OSError):
+        with path.open("rb") as file:
+            begin = quoted(file.read(20).decode("utf-8", "replace"))
+        raise InputError(
+            f"'{path}' is not a whole Parquet file (it begins with {begin}): write it again or name it by what it holds"
+        ) from None
+    _refuse_doubles(path, names)
+    return names
+
+
+def _read_parquet(path: Path, names: Sequence[str]) -> Columns:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    _require(path, names, _parquet_names(path))
+    try:
+        table = pq.ParquetFile(path).read(columns=list(names))
+    except (pa.ArrowException, OSError) as error:
+        reason = quoted(str(error).partition("\n")[0])
+        raise InputError(f"'{path}' is a damaged Parquet file ({reason}): write it again") from None
+    if not table.num_rows:
+        raise InputError(f"'{path}' has the columns {listed(names)} but no rows: give a file with rows in it")
+    return {name: table.column(name).to_pylist() for name in names}
+
+
+def _require(path: Path, names: Sequence[str], existing: Sequence[str]) -> None:
+    for name in names:
+        if name in existing:
+            continue
+        hint = nearest(name, existing)
+        other = next((mark for mark in (";", "\t", ",") if len(existing) == 1 and mark in existing[0]), None)
+        if other and ending(path) in SEPARATORS:
+            hint = f" (its cells seem to be separated by {quoted(other)}, those of {ending(path)} are not)"
+        raise InputError(f"'{path}' has no column {quoted(name)}{hint}: its columns are {listed(existing)}")
+
+
+def _refuse_doubles(path: Path, names: Sequence[str]) -> None:
+    # spreadsheets leave several columns without a name behind: those cannot be asked for
+    double = next((name for at, name in enumerate(names) if name and name in names[:at]), None)
+    if double is not None:
+        raise InputError(f"'{path}' has two columns named {quoted(double)}: rename one of them")
+
+
+def _is_json(line: str) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _is_unicode(row: dict[str, Any]) -> bool:
+    try:
+        json.dumps(row, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return False
+    return True

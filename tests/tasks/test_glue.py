@@ -1,0 +1,141 @@
+import gzip
+import json
+import os
+from pathlib import Path
+
+import datasets
+import pytest
+
+from loretta.tasks import glue, metrics
+
+DATA_DIR = os.environ.get("LORETTA_DATA_DIR")
+
+
+def write_rows(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress("\n".join(json.dumps(row) for row in rows).encode()))
+
+
+def rows_of(name, n):
+    """n rows with the Hub's fields: texts that name their column, labels in turn."""
+    task = glue.GLUE[name]
+    labels = [row % len(task.label_names) if task.label_names else row / 2 for row in range(n)]
+    return [{**{c: f"{c} {row}" for c in task.columns}, "label": labels[row], "idx": row} for row in range(n)]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in glue.GLUE:
+        write_rows(tmp_path / name / "train.jsonl.gz", rows_of(name, 6))
+        split = "validation_matched" if name == "mnli" else "validation"
+        write_rows(tmp_path / name / f"{split}.jsonl.gz", rows_of(name, 4))
+    return tmp_path
+
+
+def test_the_eight_tasks_of_the_paper():
+    assert set(glue.GLUE) == {"mnli", "sst2", "mrpc", "cola", "qnli", "qqp", "rte", "stsb"}
+    assert [glue.GLUE[name].metrics[0] for name in ("mnli", "sst2", "qnli", "rte")] == ["accuracy"] * 4
+    assert [glue.GLUE[name].metrics[0] for name in ("cola", "mrpc", "qqp", "stsb")] == ["mcc", "f1", "f1", "spearman"]
+    assert all(metrics.higher_is_better(name) for task in glue.GLUE.values() for name in task.metrics)
+
+
+@pytest.mark.parametrize("name", glue.GLUE)
+def test_rows_from_a_folder(folder, name):
+    official, task = glue.GLUE[name], glue.load(name, data_dir=folder)
+    assert (task.name, task.metrics, task.label_names, task.test) == (
+        name,
+        official.metrics,
+        official.label_names,
+        None,
+    )
+    assert task.kind == ("regression" if name == "stsb" else "classification")
+    assert task.columns == ("text", "text_pair")[: len(official.columns)]
+    assert task.train.column_names == [*task.columns, "label"]
+    assert task.train[5]["text"] == f"{official.columns[0]} 5"
+    assert task.validation[3].get("text_pair", "no pair") == (
+        f"{official.columns[1]} 3" if len(official.columns) == 2 else "no pair"
+    )
+    assert task.train["label"][:] == [row["label"] for row in rows_of(name, 6)]
+    assert task.notes == (
+        f"train has 6 of the official {official.train_rows} rows",
+        f"validation has 4 of the official {official.validation_rows} rows",
+    )
+
+
+def test_official_sizes_need_no_note(tmp_path):
+    write_rows(tmp_path / "rte" / "train.jsonl.gz", rows_of("rte", 2490))
+    write_rows(tmp_path / "rte" / "validation.jsonl.gz", rows_of("rte", 277))
+    assert glue.load("rte", data_dir=tmp_path).notes == ()
+
+
+@pytest.mark.parametrize("name", ["mnli", "stsb"])
+def test_rows_from_the_hub(monkeypatch, folder, name):
+    asked = []
+
+    def load_dataset(*args, split):
+        asked.append((*args, split))
+        return [datasets.Dataset.from_list(rows_of(name, n)) for n in (6, 4)]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    task, from_folder = glue.load(name), glue.load(name, data_dir=folder)
+    split = "validation_matched" if name == "mnli" else "validation"
+    assert asked == [("nyu-mll/glue", name, ["train", split])]
+    assert task.train.to_dict() == from_folder.train.to_dict()
+    assert task.validation.to_dict() == from_folder.validation.to_dict()
+
+
+@pytest.mark.parametrize(
+    "error", [ConnectionError("Couldn't reach it\nat all"), datasets.exceptions.DatasetNotFoundError("no such")]
+)
+def test_no_hub(monkeypatch, refused, error):
+    def load_dataset(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    refused(lambda: glue.load("rte"), "'rte'", str(error).split("\n")[0], "network", "--data-dir", "rte/train.jsonl.gz")
+
+
+def test_unknown_name(refused):
+    refused(lambda: glue.load("SST-2"), "'SST-2'", "did you mean 'sst2'?", "'mnli'")
+
+
+def test_missing_folder_and_file(folder, refused):
+    elsewhere = folder / "elsewhere"
+    refused(lambda: glue.load("rte", data_dir=elsewhere), f"'{elsewhere / 'rte'}'", "--data-dir")
+    path = folder / "mnli" / "validation_matched.jsonl.gz"
+    path.unlink()
+    refused(lambda: glue.load("mnli", data_dir=folder), f"'{path}' does not exist")
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "pieces"),
+    [
+        ("rte", {"label": 2}, ["2 as 'label'", "row 2", "a class id from 0 to 1"]),
+        ("rte", {"label": -1}, ["-1 as 'label'", "row 2"]),
+        ("rte", {"label": "entailment"}, ["'entailment' as 'label'"]),
+        ("rte", {"label": None}, ["None as 'label'"]),
+        ("stsb", {"label": 5.5}, ["5.5 as 'label'", "a score from 0 to 5"]),
+        ("stsb", {"sentence2": None}, ["None as 'sentence2'", "row 2", "a text"]),
+    ],
+)
+def test_bad_cells(folder, refused, name, change, pieces):
+    path = folder / name / "train.jsonl.gz"
+    rows = rows_of(name, 3)
+    rows[1].update(change)
+    write_rows(path, rows)
+    refused(lambda: glue.load(name, data_dir=folder), f"'{path}'", *pieces)
+
+
+def test_missing_field(folder, refused):
+    path = folder / "cola" / "train.jsonl.gz"
+    write_rows(path, [{"text": "a", "label": 0}])
+    refused(lambda: glue.load("cola", data_dir=folder), f"'{path}'", "no column 'sentence'", "'text', 'label'")
+
+
+@pytest.mark.skipif(DATA_DIR is None, reason="LORETTA_DATA_DIR, a folder with GLUE's files, is not set")
+@pytest.mark.parametrize("name", glue.GLUE)
+def test_real_files(name):
+    task = glue.load(name, data_dir=Path(DATA_DIR))
+    assert len(task.validation) == glue.GLUE[name].validation_rows
+    if task.kind == "classification":
+        assert set(task.train["label"]) == set(range(len(task.label_names)))

@@ -1,0 +1,86 @@
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from loretta.tasks.labels import decide
+
+TRAIN, OTHER = Path("train.csv"), Path("val.csv")
+
+
+def scheme_of(cells, kind=None):
+    return decide(cells, kind=kind, column="label", path=TRAIN)
+
+
+@pytest.mark.parametrize(
+    ("cells", "names", "ids"),
+    [
+        (["pos", "neg", "pos"], ("neg", "pos"), [1, 0, 1]),
+        (["10", "9", "2"], ("2", "9", "10"), [2, 1, 0]),
+        ([10, 9, -1], ("-1", "9", "10"), [2, 1, 0]),
+        ([1.0, 0.0, 1.0], ("0", "1"), [1, 0, 1]),
+        (["1", "1.0", "0"], ("0", "1"), [1, 1, 0]),
+        ([" pos", "pos ", "neg"], ("neg", "pos"), [1, 1, 0]),
+        ([True, False, True], ("False", "True"), [1, 0, 1]),
+        (["a", 1, "a"], ("1", "a"), [1, 0, 1]),
+    ],
+)
+def test_classes_are_sorted_and_numbered(cells, names, ids):
+    scheme = scheme_of(cells)
+    assert (scheme.kind, scheme.names) == ("classification", names)
+    assert scheme.encode(cells, OTHER) == ids
+
+
+@pytest.mark.parametrize("cells", [["0.5", "1", "2e0"], [0.5, 1, 2.0], [Decimal("0.5"), Decimal(1), Decimal(2)]])
+def test_fractions_are_scores(cells):
+    scheme = scheme_of(cells)
+    assert (scheme.kind, scheme.names) == ("regression", ())
+    encoded = scheme.encode(cells, OTHER)
+    assert encoded == [0.5, 1.0, 2.0]
+    assert {type(score) for score in encoded} == {float}
+
+
+def test_the_kind_can_be_given():
+    assert scheme_of(["1", "2", "1"], "regression").encode(["1", "2"], OTHER) == [1.0, 2.0]
+    assert scheme_of(["0.5", "1.5"], "classification").names == ("0.5", "1.5")
+    assert len(scheme_of([str(n) for n in range(60)], "classification").names) == 60
+
+
+def test_fifty_whole_numbers_are_classes_and_fifty_one_must_be_told(refused):
+    assert scheme_of(list(range(50))).kind == "classification"
+    pieces = ("'label'", "'train.csv'", "51", "--kind classification", "--kind regression")
+    refused(lambda: scheme_of(list(range(51))), *pieces)
+
+
+@pytest.mark.parametrize(
+    ("cells", "kind", "pieces"),
+    [
+        (["same", "same"], None, ["'same'", "'train.csv'", "two different labels"]),
+        ([0.5, 0.5], None, ["0.5", "two different labels"]),
+        (["1", "2", "N/A", "3", "n.a."], None, ["'N/A'", "row 3", "2 such rows", "--kind classification"]),
+        (["1", "good"], "regression", ["'good'", "row 2", "'train.csv'"]),
+        ([1, True, 2], "regression", ["True", "row 2"]),
+        (["1", "inf", "2"], "regression", ["'inf'", "row 2"]),
+        ([1.0, float("inf"), 2.5], "regression", ["inf", "row 2"]),
+    ],
+)
+def test_refused_training_labels(refused, cells, kind, pieces):
+    refused(lambda: scheme_of(cells, kind), *pieces)
+
+
+def test_labels_that_training_has_not(refused):
+    scheme = scheme_of(["pos", "neg"])
+    cells = ["pos", "neutral", "neutral", "mixed"]
+    refused(lambda: scheme.encode(cells, OTHER), "'val.csv'", "'train.csv'", "'neutral' in 2 rows", "'mixed' in 1 row")
+
+
+def test_a_word_among_number_classes_is_unseen(refused):
+    refused(lambda: scheme_of(["0", "1"]).encode(["0", "two"], OTHER), "'two' in 1 row", "'val.csv'")
+
+
+def test_many_unseen_labels_are_counted(refused):
+    refused(lambda: scheme_of(["a", "b"]).encode([f"z{n}" for n in range(9)], OTHER), "and 4 other labels")
+
+
+def test_a_word_among_scores(refused):
+    refused(lambda: scheme_of([0.5, 1.5]).encode([1.0, "bad"], OTHER), "'bad'", "row 2", "'val.csv'")

@@ -1,0 +1,130 @@
+import ast
+from pathlib import Path
+
+import pytest
+
+import loretta.tasks
+from loretta.tasks import load_task
+
+HEAVY = {"datasets", "pandas", "pyarrow", "sklearn", "scipy", "torch", "transformers", "peft"}
+ALLOWED_HERE = {"errors", "tasks"}
+
+
+@pytest.fixture
+def table(tmp_path):
+    path = tmp_path / "reviews.csv"
+    path.write_text("text,body,stars\n" + "".join(f"t{n},b{n},{n % 2}\n" for n in range(20)))
+    return path
+
+
+def test_a_glue_task(monkeypatch, tmp_path):
+    monkeypatch.setattr("loretta.tasks.glue.load", lambda name, data_dir: (name, data_dir))
+    assert load_task("rte", data_dir=str(tmp_path), seed=3) == ("rte", tmp_path)
+    assert load_task("stsb") == ("stsb", None)
+
+
+def test_the_demo(monkeypatch):
+    monkeypatch.setattr("loretta.tasks.stdlib.load", lambda: "the demo")
+    assert load_task("stdlib") == "the demo"
+
+
+def test_a_table(table):
+    task = load_task(str(table), label="stars")
+    assert task.train["text"][0].startswith("t")
+    assert task.label_names == ("0", "1")
+    other = load_task(
+        str(table), text="body", text_pair="text", label="stars", kind="regression", validation=str(table)
+    )
+    assert other.kind == "regression"
+    assert (other.train[0]["text"], other.train[0]["text_pair"]) == ("b0", "t0")
+    assert len(other.validation) == len(other.train) == 20
+    assert load_task(str(table), label="stars", test=table).test.num_rows == 20
+
+
+def test_the_seed_reaches_the_split(table):
+    first, second = (load_task(str(table), label="stars", seed=seed).validation["text"][:] for seed in (0, 1))
+    assert first != second
+
+
+def test_text_alone(table, tmp_path):
+    assert load_task(str(table), text="body", kind="language_modeling").train["text"][0].startswith("b")
+    (tmp_path / "a.txt").write_text("one\n\ntwo\n\nthree")
+    for kind in (None, "language_modeling"):
+        assert load_task(str(tmp_path / "a.txt"), kind=kind).kind == "language_modeling"
+
+
+def test_a_file_next_door_and_at_home(table, monkeypatch):
+    monkeypatch.chdir(table.parent)
+    monkeypatch.setenv("HOME", str(table.parent))
+    assert (
+        load_task("reviews.csv", label="stars").name == load_task("~/reviews.csv", label="stars").name == "reviews.csv"
+    )
+
+
+@pytest.mark.parametrize(
+    ("data", "pieces"),
+    [
+        ("SST-2", ["'SST-2'", "did you mean 'sst2'?", "'mnli'", "'stdlib'", ".csv", ".parquet", ".txt"]),
+        ("wnli", ["'wnli'", "'qnli'"]),
+        ("", ["unknown data ''"]),
+        ("x" * 5000, ["unknown data"]),
+        ("missing.csv", ["'missing.csv' does not exist"]),
+        ("some/where", ["'some/where' does not exist"]),
+        ("~nobody-here/a.csv", ["'~nobody-here/a.csv' does not exist"]),
+    ],
+)
+def test_unknown_data(refused, data, pieces):
+    refused(lambda: load_task(data), *pieces)
+
+
+def test_a_folder_and_a_strange_ending(refused, tmp_path):
+    refused(lambda: load_task(str(tmp_path)), f"'{tmp_path}' is a folder")
+    path = tmp_path / "a.xlsx"
+    path.write_text("x")
+    refused(lambda: load_task(str(path)), "'.xlsx'", ".csv")
+
+
+def test_columns_that_must_be_named(table, refused):
+    columns = "'text', 'body', 'stars'"
+    refused(lambda: load_task(str(table)), f"'{table}'", "give --label COLUMN", columns, "language_modeling")
+    refused(lambda: load_task(str(table), text="body"), "give --label COLUMN", columns)
+    table.write_text("body,stars\na,1\n")
+    refused(lambda: load_task(str(table), label="stars"), "give --text COLUMN", "'body', 'stars'")
+    table.write_text("text;stars\na;1\n")
+    refused(lambda: load_task(str(table), label="stars"), "separated by ';'", "'text;stars'")
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "pieces"),
+    [
+        ("rte", {"label": "x"}, ["--label does not fit 'rte'", "GLUE"]),
+        ("rte", {"text": "x", "kind": "regression"}, ["--text and --kind do not fit 'rte'"]),
+        ("rte", {"validation": "x.csv"}, ["--validation"]),
+        ("stdlib", {"data_dir": "x"}, ["--data-dir does not fit 'stdlib'"]),
+        ("stdlib", {"test": "x.csv"}, ["--test does not fit 'stdlib'"]),
+        ("a.csv", {"data_dir": "x"}, ["--data-dir does not fit the file 'a.csv'"]),
+        ("a.txt", {"label": "x"}, ["--label does not fit 'a.txt'"]),
+        ("a.txt", {"kind": "regression"}, ["--kind regression does not fit 'a.txt'"]),
+        ("a.csv", {"kind": "language_modeling", "label": "x"}, ["--label does not fit --kind language_modeling"]),
+        ("a.csv", {"kind": "clasification"}, ["'clasification'", "did you mean 'classification'?"]),
+    ],
+)
+def test_options_that_do_not_fit(refused, data, options, pieces):
+    refused(lambda: load_task(data, **options), *pieces)
+
+
+def test_the_package_stands_low_and_imports_late():
+    files = sorted(Path(loretta.tasks.__file__).parent.glob("*.py"))
+    assert len(files) > 5
+    for file in files:
+        tree = ast.parse(file.read_text())
+        nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = {
+            name: node
+            for node in nodes
+            for name in ([node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
+        }
+        ours = {name.split(".")[1] for name in names if name.startswith("loretta.")}
+        assert ours <= ALLOWED_HERE, file.name
+        early = {name.split(".")[0] for name, node in names.items() if node in tree.body}
+        assert not early & HEAVY, file.name

@@ -1,0 +1,174 @@
+import csv
+import gzip
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from loretta.tasks.read import column_names, ending, read_columns, read_documents
+
+NAMES = ("text", "label")
+WANTED = {"text": ["a, b", 'say "hi"\nagain'], "label": ["x", "y"]}
+CSV = 'text,label\n"a, b",x\n"say ""hi""\nagain",y\n'
+JSONL = '{"text": "a, b", "label": "x"}\n\n{"label": "y", "text": "say \\"hi\\"\\nagain"}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", CSV.encode()),
+        ("a.CSV", CSV.encode()),
+        ("a.csv.gz", gzip.compress(CSV.encode())),
+        ("a.csv", CSV.encode("utf-8-sig")),
+        ("a.csv", b"\n" + CSV.encode()),
+        ("a.csv", b',text,label,,\n0,"a, b",x,,\n\n1,"say ""hi""\nagain",y,,\n'),
+        ("a.tsv", b'text\tlabel\na, b\tx\n"say ""hi""\nagain"\ty\n'),
+        ("a.jsonl", JSONL.encode()),
+        ("a.json", JSONL.replace("\n\n", "\r\n").encode()),
+        ("a.jsonl.gz", gzip.compress(JSONL.encode())),
+    ],
+)
+def test_every_format_gives_the_same_cells(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content)
+    assert read_columns(path, NAMES) == WANTED
+    assert {*NAMES} <= {*column_names(path)}
+
+
+def test_parquet(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({**WANTED, "vector": [[1.0], [2.0]]}), path)
+    assert read_columns(path, NAMES) == WANTED
+    assert column_names(path) == ("text", "label", "vector")
+
+
+def test_words_like_none_and_na_stay_words(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\nNone,NA\nnull,nan\n")
+    assert read_columns(path, NAMES) == {"text": ["None", "null"], "label": ["NA", "nan"]}
+
+
+def test_jsonl_cells_keep_their_types_and_absent_keys_are_none(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a\u2028b", "label": 1}\n{"text": "c"}\n')
+    assert read_columns(path, NAMES) == {"text": ["a\u2028b", "c"], "label": [1, None]}
+
+
+def test_a_long_cell_is_read_and_the_limit_of_csv_is_put_back(tmp_path):
+    path, limit = tmp_path / "a.csv", csv.field_size_limit()
+    path.write_text(f"text,label\n{'x' * (limit + 1)},y\n")
+    assert len(read_columns(path, NAMES)["text"][0]) == limit + 1
+    assert csv.field_size_limit() == limit
+
+
+PARQUET = b"PAR1" + bytes(range(64)) + b"PAR1"
+BAD_CONTENT = [
+    ("a.csv", b"", ["empty", "0 bytes"]),
+    ("a.parquet", b"", ["empty", "0 bytes"]),
+    ("a.csv.gz", gzip.compress(b""), ["empty", "inside the gzip"]),
+    ("a.csv", b"text,label\n", ["no rows", "'text', 'label'"]),
+    ("a.csv", b"\n \n", ["has a header (' ') but no rows"]),
+    ("a.csv", b"\n\n", ["nothing but blank lines"]),
+    ("a.jsonl", b"\n\n", ["nothing but blank lines"]),
+    ("a.csv", b"\x89PNG\r\n\x1a\n\0\0", ["a PNG image", ".csv"]),
+    ("a.jsonl", b"\xff\xd8\xff\xe0", ["a JPEG image", ".jsonl"]),
+    ("a.csv", PARQUET, ["a Parquet file", ".csv"]),
+    ("a.csv", b"PK\x03\x04rest", ["a ZIP archive (as Excel writes)"]),
+    ("a.csv", gzip.compress(CSV.encode()), ["gzip data", ".csv"]),
+    ("a.csv", CSV.encode("utf-16"), ["UTF-16 text", "UTF-8"]),
+    ("a.csv.gz", CSV.encode(), ["not whole gzip data"]),
+    ("a.csv.gz", gzip.compress(CSV.encode())[:-12], ["not whole gzip data"]),
+    ("a.csv", "text,label\nfine,x\ncafé,y\n".encode("latin-1"), ["line 3", "0xe9", "UTF-8"]),
+    ("a.csv", b"text,label\na\0b,x\n", ["line 2", "zero byte"]),
+    ("a.csv", JSONL.encode(), ["holds JSON", ".jsonl"]),
+    ("a.csv", b"text,label\na,x\nb, c,y\n", ["line 3", "3 cells", "2", "double quotes"]),
+    ("a.csv", b"text,label\na,x\nb\n", ["line 3", "1 cells"]),
+    ("a.csv", b'text,label\n"a,x\nb,y\n', ["line 3", "quote"]),
+    ("a.tsv", b'text\tlabel\n"a" b\tx\n', ["line 2", ".tsv"]),
+    ("a.csv", b"text,label,text\na,x,b\n", ["two columns", "'text'"]),
+    ("a.csv", b"texts,label\na,x\n", ["no column 'text'", "did you mean 'texts'?", "'texts', 'label'"]),
+    ("a.csv", b"text;label\na;x\n", ["no column 'text'", "';'", "'text;label'"]),
+    ("a.tsv", b"text,label\na,x\n", ["no column 'text'", "','"]),
+    ("a.jsonl", b'{"text": "a", "label": 0}\nnonsense here\n', ["line 2", "not JSON", "'nonsense here'"]),
+    ("a.jsonl", b'[{"text": "a", "label": 0}]\n', ["line 1", "a JSON list", "one JSON object per line"]),
+    ("a.json", b'[\n  {"text": "a", "label": 0}\n]\n', ["line 1", "a JSON list over several lines"]),
+    ("a.jsonl", b'"just text"\n', ["line 1", "a JSON str", "just text"]),
+    ("a.jsonl", CSV.encode(), ["line 1", "not JSON", "'text,label'"]),
+    ("a.jsonl", b'{"text": "\\ud83d", "label": 0}\n', ["line 1", "half a character"]),
+    ("a.jsonl", b'{"txt": "a", "label": 0}\n', ["no column 'text'", "did you mean 'txt'?"]),
+    ("a.parquet", CSV.encode(), ["not a whole Parquet file", "text,label"]),
+    ("a.parquet", PARQUET, ["not a whole Parquet file"]),
+    ("a.xlsx", b"PK\x03\x04", ["'.xlsx'", ".csv", ".parquet", ".txt"]),
+    ("a", b"text,label\n", ["the ending ''", ".csv"]),
+    ("a.gz", b"text,label\n", ["'.gz'", ".csv"]),
+    ("a.parquet.gz", b"x", ["'.parquet.gz'", ".parquet"]),
+    ("a.txt", b"text", ["'.txt'", "a table ends in .csv"]),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "pieces"), BAD_CONTENT)
+def test_bad_tables(tmp_path, refused, name, content, pieces):
+    path = tmp_path / name
+    path.write_bytes(content)
+    refused(lambda: read_columns(path, NAMES), f"'{path}'", *pieces)
+
+
+def test_parquet_refusals(tmp_path, refused):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"texts": ["a"], "label": ["x"]}), path)
+    refused(lambda: read_columns(path, NAMES), "no column 'text'", "did you mean 'texts'?", "'texts', 'label'")
+    pq.write_table(pa.table({"text": pa.array([], pa.string()), "label": pa.array([], pa.string())}), path)
+    refused(lambda: read_columns(path, NAMES), f"'{path}'", "no rows")
+
+
+def test_a_parquet_file_with_a_broken_page(tmp_path, refused):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["a" * 100] * 50, "label": ["x"] * 50}), path, compression="snappy")
+    data = bytearray(path.read_bytes())
+    data[4:60] = bytes(56)
+    path.write_bytes(data)
+    refused(lambda: read_columns(path, NAMES), f"'{path}'", "damaged Parquet file")
+
+
+def test_missing_file_and_folder(tmp_path, refused):
+    (tmp_path / "reviews.csv").write_text(CSV)
+    missing = tmp_path / "review.csv"
+    refused(lambda: read_columns(missing, NAMES), f"'{missing}' does not exist", "did you mean 'reviews.csv'?")
+    nowhere = tmp_path / "no" / "a.csv"
+    refused(lambda: read_columns(nowhere, NAMES), f"'{nowhere}' does not exist")
+    folder = tmp_path / "b.csv"
+    folder.mkdir()
+    refused(lambda: read_columns(folder, NAMES), f"'{folder}' is a folder")
+
+
+@pytest.mark.parametrize(
+    "content", ["One\nstill one.\n\nTwo.\n \t\n\n\n Three. \n", "One\r\nstill one.\r\n\r\nTwo.\r\n\r\nThree."]
+)
+def test_documents_are_paragraphs(tmp_path, content):
+    path = tmp_path / "a.md"
+    path.write_bytes(content.encode())
+    assert read_documents(path) == ["One\nstill one.", "Two.", "Three."]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "pieces"),
+    [
+        ("a.txt", b"", ["empty"]),
+        ("a.txt", b" \n\n", ["white space"]),
+        ("a.md", b"\x89PNG", ["a PNG image"]),
+        ("a.txt", b"caf\xe9", ["line 1", "0xe9"]),
+        ("a.csv", b"text", ["'.csv'", "plain text ends in .txt or .md"]),
+    ],
+)
+def test_bad_documents(tmp_path, refused, name, content, pieces):
+    path = tmp_path / name
+    path.write_bytes(content)
+    refused(lambda: read_documents(path), f"'{path}'", *pieces)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("a.b.csv", ".csv"), ("A.JSONL.GZ", ".jsonl"), ("a", ""), ("a.gz", ".gz"), ("a.parquet.gz", ".parquet.gz")],
+)
+def test_ending(tmp_path, name, expected):
+    assert ending(tmp_path / name) == expected
