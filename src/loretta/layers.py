@@ -93,12 +93,13 @@ class TTLinear(nn.Module):
     @torch.no_grad()
     def to_dense(self, beside: nn.Linear | None = None) -> nn.Linear:
         """The dense layer with the same effect, for merging and export; ``beside`` is what a change changes."""
-        weight_IO, bias_O = tt.matrix(list(self.cores), self.cores.shape), self.bias
+        weight_IO = tt.matrix(list(self.cores), self.cores.shape)
+        bias_O: Tensor | None = self.bias
         if self.start is not None:
             weight_IO = weight_IO - tt.matrix(list(self.start), self.start.shape)
         if beside is not None:
             weight_IO = weight_IO + beside.weight.T
-            bias_O = bias_O if beside.bias is None else bias_O + beside.bias
+            bias_O = beside.bias if bias_O is None else bias_O + beside.bias
         dense = nn.Linear(
             self.in_features,
             self.out_features,

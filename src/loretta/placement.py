@@ -3,8 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import cast
 
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import get_pattern_key
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
@@ -40,17 +42,17 @@ class Placement:
 def linear_size(module: nn.Module) -> tuple[int, int] | None:
     """(in, out) of a linear layer, GPT-2's Conv1D or a quantised linear layer; None for anything else."""
     if isinstance(module, Conv1D):
-        return tuple(module.weight.shape)
+        return module.weight.shape[0], module.weight.shape[1]
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
     if resolve_quantization_backend(module) is not None:
-        return module.in_features, module.out_features
+        return cast(int, module.in_features), cast(int, module.out_features)
     return None
 
 
 def rank_for(config: LorettaConfig, name: str) -> int:
     """The tensor-train rank of one module: its ``rank_pattern`` entry, or ``tensor_rank``."""
-    return config.rank_pattern.get(get_pattern_key(config.rank_pattern, name), config.tensor_rank)
+    return config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.tensor_rank)
 
 
 def require_linear(name: str, module: nn.Module) -> tuple[int, int]:
@@ -70,6 +72,8 @@ def matched_modules(config: LorettaConfig, model: nn.Module) -> Iterator[tuple[s
     Raises InputError that lists what could be targeted instead when nothing matches.
     """
     config = _maybe_include_all_linear_layers(config, model)
+    if config.target_modules == DUMMY_TARGET_MODULES:  # PEFT's word for "adapt nothing"
+        return
     found = False
     for name, module in model.named_modules():
         if name and check_target_module_exists(config, name):
@@ -95,4 +99,7 @@ def _nothing_matched(config: LorettaConfig, model: nn.Module) -> str:
         if (value := getattr(config, key))
     ]
     within = f" within {', '.join(limits)}" if limits else ""
-    return f"target_modules={given} matches no module{within}: {guess}linear layers here end in {', '.join(names)}"
+    return (
+        f"Target modules {given} not found in the base model{within}: {guess}"
+        f"linear layers here end in {', '.join(names)}"
+    )

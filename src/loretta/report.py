@@ -20,16 +20,13 @@ if TYPE_CHECKING:
 MISSING = "–"
 LONGEST_LEGEND_ENTRY = 30  # characters; what fits into FIGURE_WIDTH even when all of them are wide (Chinese)
 FIGURE_WIDTH, AXES_HEIGHT, LEGEND_ROW = 4.6, 2.9, 0.19  # inches
+UNDRAWABLE = 1e300  # as good as infinite: matplotlib's margins would overflow
 MARKED_POINTS = 30  # a line of more points than this is drawn without markers
 
 # Okabe and Ito's colour-blind safe palette without its yellow, which is too pale for a line on white
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
-DASHES: tuple[tuple[float, ...], ...] = (
-    (),
-    (5, 2),
-    (1.5, 1.5),
-    (6, 2, 1.5, 2),
-)  # points drawn, points left out
+# once the colours are used up: points drawn, points left out
+DASHES: tuple[tuple[float, ...], ...] = ((), (5, 2), (1.5, 1.5), (6, 2, 1.5, 2))
 
 
 class Look(NamedTuple):
@@ -61,7 +58,7 @@ class Column(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Line:
-    """One curve. A value that is NaN or infinite is a gap."""
+    """One curve. A NaN is a gap."""
 
     label: str
     look: Look
@@ -75,6 +72,7 @@ class Chart:
     title: str
     y_label: str
     lines: list[Line]
+    note: str = ""
 
 
 def render(records: Sequence[RunRecord], *, title: str | None = None, notes: Sequence[str] = ()) -> str:
@@ -92,20 +90,13 @@ def render(records: Sequence[RunRecord], *, title: str | None = None, notes: Seq
 
     labels = _labels(records)
     looks = [Look.of(index) for index in range(len(records))]
-    columns = _columns(records)
+    columns, facts = _columns(records), _facts(records)
     charts = _charts(records, labels, looks)
     template = resources.files("loretta").joinpath("report.html.j2").read_text(encoding="utf-8")
     page = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     return page.from_string(template).render(
-        title=title
-        or " · ".join(
-            (
-                _listed(r.task for r in records),
-                _listed(r.model for r in records),
-                _listed(r.method for r in records),
-            )
-        ),
-        facts=_facts(records),
+        title=title or " · ".join(facts[name] for name in ("Task", "Model", "Method")),
+        facts=facts,
         notes=list(notes),
         columns=columns,
         groups=[(name, len(list(group))) for name, group in groupby(columns, key=lambda column: column.group)],
@@ -118,11 +109,7 @@ def render(records: Sequence[RunRecord], *, title: str | None = None, notes: Seq
             for number, chart in enumerate(charts, start=1)
         ],
         runs=[
-            {
-                "label": label,
-                "record": record,
-                "config": json.dumps(record.config, indent=2, ensure_ascii=False, default=str),
-            }
+            (label, record, json.dumps(record.config, indent=2, ensure_ascii=False, default=str))
             for label, record in zip(labels, records, strict=True)
         ],
     )
@@ -223,21 +210,21 @@ def _listed(values: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(values))
 
 
-def _facts(records: Sequence[RunRecord]) -> list[tuple[str, str]]:
+def _facts(records: Sequence[RunRecord]) -> dict[str, str]:
     def direction(record: RunRecord) -> str:
         return f"{record.metric} on validation, {'higher' if record.higher_is_better else 'lower'} is better"
 
     def sizes(record: RunRecord) -> str:
         return " + ".join(f"{count:,} {split}" for split, count in record.sizes.items())
 
-    return [
-        ("Task", _listed(record.task for record in records)),
-        ("Model", _listed(record.model for record in records)),
-        ("Method", _listed(record.method for record in records)),
-        ("Data", _listed(sizes(record) for record in records) or MISSING),
-        ("Device", _listed(record.device for record in records)),
-        ("Best step by", _listed(direction(record) for record in records)),
-    ]
+    return {
+        "Task": _listed(record.task for record in records),
+        "Model": _listed(record.model for record in records),
+        "Method": _listed(record.method for record in records),
+        "Data": _listed(sizes(record) for record in records) or MISSING,
+        "Device": _listed(record.device for record in records),
+        "Best step by": _listed(direction(record) for record in records),
+    }
 
 
 def _labels(records: Sequence[RunRecord]) -> list[str]:
@@ -248,14 +235,16 @@ def _labels(records: Sequence[RunRecord]) -> list[str]:
             for part, value in zip(parts, values, strict=True):
                 part.append(value)
     settings = [_flat(record.config) | {"seed": str(record.seed)} for record in records]
-    for key in dict.fromkeys(key for setting in settings for key in setting):
+    keys = dict.fromkeys(key for setting in settings for key in setting)
+    # the folder last: it always differs, and tells the least
+    for key in sorted(keys, key=lambda key: key == "output"):
         by_label: dict[str, list[int]] = {}
         for index, part in enumerate(parts):
             by_label.setdefault(" · ".join(part), []).append(index)
         for namesakes in by_label.values():
             if len({settings[index].get(key, MISSING) for index in namesakes}) > 1:
                 for index in namesakes:
-                    parts[index].append(f"{key} {settings[index].get(key, MISSING)}")
+                    parts[index].append(f"{key.rpartition('.')[2]} {settings[index].get(key, MISSING)}")
     labels = [" · ".join(part) for part in parts]
     shared = Counter(labels)
     return [f"{label} · run {number}" if shared[label] > 1 else label for number, label in enumerate(labels, start=1)]
@@ -270,33 +259,31 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _charts(records: Sequence[RunRecord], labels: Sequence[str], looks: Sequence[Look]) -> list[Chart]:
+    alone = len(records) == 1
+
     def lines(split: str, name: str) -> list[Line]:
-        return [
-            line
-            for record, label, look in zip(records, labels, looks, strict=True)
-            if (line := _line(record, split, name, label, look)).steps
-        ]
+        if alone:  # nothing to tell the run from, so the line says which data it is of
+            label, look = ("training", Look.of(0)) if split == "train" else (split, Look.of(1))
+            found = [_line(records[0], split, name, label, look)]
+        else:
+            runs = zip(records, labels, looks, strict=True)
+            found = [_line(record, split, name, label, look) for record, label, look in runs]
+        return [line for line in found if line.steps]
 
     training, validation = lines("train", "loss"), lines("validation", "loss")
-    if len(records) == 1:  # both losses of one run belong into one picture: their distance is the message
-        named = [(training, "training", Look.of(0)), (validation, "validation", Look.of(1))]
-        both = [
-            Line(label=label, look=look, steps=line.steps, values=line.values, best_step=line.best_step)
-            for found, label, look in named
-            for line in found
-        ]
-        charts = [Chart(title="Loss", y_label="loss", lines=both)]
+    if alone:  # both losses in one picture: their distance is the message
+        charts = [Chart(title="Loss", y_label="loss", lines=training + validation)]
     else:
         charts = [
             Chart(title="Training loss", y_label="loss on training data", lines=training),
             Chart(title="Validation loss", y_label="loss on validation data", lines=validation),
         ]
-    better = {r.metric: "higher is better" if r.higher_is_better else "lower is better" for r in records}
+    better = {r.metric: f"{'Higher' if r.higher_is_better else 'Lower'} is better." for r in records}
     logged = (point.values for r in records for point in r.history if point.split == "validation")
     for name in _metric_names((), logged):
         if name != "loss":
-            y_label = f"{_short(name)} ({better[name]})" if name in better else _short(name)
-            charts.append(Chart(title=f"Validation {name}", y_label=y_label, lines=lines("validation", name)))
+            drawn, note = lines("validation", name), better.get(name, "")
+            charts.append(Chart(title=f"Validation {name}", y_label=name, lines=drawn, note=note))
     return [chart for chart in charts if chart.lines]
 
 
@@ -307,15 +294,20 @@ def _line(record: RunRecord, split: str, name: str, label: str, look: Look) -> L
         label=label,
         look=look,
         steps=[point.step for point in points],
-        values=[math.nan if value is None or not math.isfinite(value) else value for value in logged],
+        values=[math.nan if value is None or not abs(value) < UNDRAWABLE else value for value in logged],
         best_step=record.best_step if split == "validation" else None,
     )
 
 
 def _caption(chart: Chart) -> str:
-    drawn = [not math.isnan(value) for line in chart.lines for value in line.values]
-    sentences = []
-    if any(step == line.best_step for line in chart.lines for step in line.steps):
+    points = [
+        (step == line.best_step, not math.isnan(value))
+        for line in chart.lines
+        for step, value in zip(line.steps, line.values, strict=True)
+    ]
+    drawn = [is_drawn for _, is_drawn in points]
+    sentences = [chart.note] if chart.note else []
+    if (True, True) in points:
         sentences.append("Ring: the best step.")
     if not all(drawn):
         sentences.append(f"Not drawn: {drawn.count(False):,} of {len(drawn):,} values, NaN or infinite.")
@@ -340,7 +332,6 @@ def _svg(chart: Chart, *, prefix: str) -> "Markup":
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-    legend_rows = len(chart.lines) if len(chart.lines) > 1 else 0
     with matplotlib.rc_context(), warnings.catch_warnings():
         # the browser has the letters that matplotlib's own font lacks
         warnings.filterwarnings("ignore", message="Glyph .* missing from font|Matplotlib currently does not")
@@ -359,31 +350,30 @@ def _svg(chart: Chart, *, prefix: str) -> "Markup":
                 "grid.color": "#e4e4e4",
             }
         )
-        figure = Figure(figsize=(FIGURE_WIDTH, AXES_HEIGHT + LEGEND_ROW * legend_rows), layout="constrained")
+        figure = Figure(figsize=(FIGURE_WIDTH, AXES_HEIGHT + LEGEND_ROW * len(chart.lines)), layout="constrained")
         axes = figure.add_subplot()
         axes.grid()
         handles = [_draw(axes, line) for line in chart.lines]
         axes.set_title(_short(chart.title), loc="left", fontsize=11, fontweight="bold")
         axes.set_xlabel("training step")
-        axes.set_ylabel(chart.y_label)
-        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        axes.set_ylabel(_short(chart.y_label))
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
         axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         if all(math.isnan(value) for line in chart.lines for value in line.values):
             axes.text(0.5, 0.5, "no finite values", transform=axes.transAxes, ha="center", va="center")
-            axes.set_yticks([])
-        if legend_rows:
-            legend = figure.legend(
-                handles,
-                ["run"] * len(handles),
-                loc="outside lower left",
-                frameon=False,
-                fontsize=9.5,
-                labelspacing=0.3,
-                handlelength=2.6,
-            )
-            # set afterwards: as arguments, names with a leading underscore would be left out
-            for text, line in zip(legend.get_texts(), chart.lines, strict=True):
-                text.set_text(_short(line.label))
+            axes.set(xticks=[], yticks=[])
+        legend = figure.legend(
+            handles,
+            ["run"] * len(handles),
+            loc="outside lower left",
+            frameon=False,
+            fontsize=9.5,
+            labelspacing=0.3,
+            handlelength=2.6,
+        )
+        # set afterwards: as arguments, names with a leading underscore would be left out
+        for text, line in zip(legend.get_texts(), chart.lines, strict=True):
+            text.set_text(_short(line.label))
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     return _inline(buffer.getvalue(), prefix=prefix, name=f"{chart.title} by training step")
@@ -432,5 +422,5 @@ def _inline(document: bytes, *, prefix: str, name: str) -> "Markup":
     for metadata in svg.findall("metadata"):
         svg.remove(metadata)
     del svg.attrib["width"], svg.attrib["height"]  # the page's style sheet decides
-    svg.attrib |= {"role": "img", "aria-label": _short(name)}
+    svg.attrib |= {"role": "img", "aria-label": name}
     return Markup(ElementTree.tostring(svg, encoding="unicode"))

@@ -53,6 +53,18 @@ def test_text_alone(table, tmp_path):
         assert load_task(str(tmp_path / "a.txt"), kind=kind).kind == "language_modeling"
 
 
+def test_a_column_for_the_validation_of_plain_text(table, tmp_path, refused):
+    book = tmp_path / "a.txt"
+    book.write_text("one\n\ntwo\n\nthree")
+    task = load_task(str(book), text="body", validation=table)
+    assert (len(task.train), task.validation["text"][0]) == (3, "b0")
+    refused(lambda: load_task(str(book), text="body", validation=book), "--text does not fit", "plain text")
+
+
+def test_a_path_need_not_be_a_string(table):
+    assert load_task(table, label="stars").name == "reviews.csv"
+
+
 def test_a_file_next_door_and_at_home(table, monkeypatch):
     monkeypatch.chdir(table.parent)
     monkeypatch.setenv("HOME", str(table.parent))
@@ -71,6 +83,8 @@ def test_a_file_next_door_and_at_home(table, monkeypatch):
         ("missing.csv", ["'missing.csv' does not exist"]),
         ("some/where", ["'some/where' does not exist"]),
         ("~nobody-here/a.csv", ["'~nobody-here/a.csv' does not exist"]),
+        ("two\nlines/a.csv", [r"'two\nlines/a.csv' holds a line end", "give the path of a file"]),
+        ("zero\0byte.csv", [r"'zero\x00byte.csv' holds", "a zero byte"]),
     ],
 )
 def test_unknown_data(refused, data, pieces):

@@ -17,7 +17,7 @@ STDLIB = "stdlib"
 
 
 def load_task(
-    data: str,
+    data: Path | str,
     *,
     text: str | None = None,
     text_pair: str | None = None,
@@ -36,6 +36,7 @@ def load_task(
     Raises:
         InputError: anything that cannot be found or read, and options that do not fit the data.
     """
+    data = os.fspath(data)
     options = {
         "--text": text,
         "--text-pair": text_pair,
@@ -65,10 +66,13 @@ def load_task(
     validation_path = None if validation is None else _path(validation)
     test_path = None if test is None else _path(test)
     if ending(path) in TEXT_ENDINGS:
-        _refuse(options, {"--text", "--text-pair", "--label"}, f"'{data}', plain text without columns")
+        others = [other for other in (validation_path, test_path) if other is not None]
+        # a column to read may be that of a table for validation
+        columnless = {"--text"} if all(ending(other) in TEXT_ENDINGS for other in others) else set()
+        _refuse(options, {"--text-pair", "--label"} | columnless, f"'{data}', plain text without columns")
         if kind not in (None, "language_modeling"):
             raise InputError(f"--kind {kind} does not fit '{data}', plain text without labels: leave it out")
-        return load_text(path, validation_path=validation_path, test_path=test_path, seed=seed)
+        return load_text(path, text=text, validation_path=validation_path, test_path=test_path, seed=seed)
     if kind == "language_modeling":
         _refuse(options, {"--text-pair", "--label"}, "--kind language_modeling, which reads one column of text")
         return load_text(path, text=text, validation_path=validation_path, test_path=test_path, seed=seed)
@@ -95,6 +99,8 @@ def load_task(
 
 
 def _path(given: Path | str) -> Path:
+    if any(mark in os.fspath(given) for mark in "\0\r\n"):
+        raise InputError(f"{quoted(os.fspath(given))} holds a line end or a zero byte: give the path of a file")
     # os.path's expanduser, unlike pathlib's, leaves the ~name of an unknown user alone
     return Path(os.path.expanduser(given))
 

@@ -1,6 +1,6 @@
 """What a supervised run needs to know about its data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -27,3 +27,17 @@ class Task:
     validation: "datasets.Dataset"
     test: "datasets.Dataset | None"
     notes: tuple[str, ...] = ()  # one sentence each: what a reader of the results should know about the data
+
+    def limited(self, rows: int, *, seed: int = 0) -> "Task":
+        """The same task with at most ``rows`` rows a split, drawn with ``seed``."""
+
+        def cut(split: "datasets.Dataset") -> "datasets.Dataset":
+            return split.shuffle(seed=seed).select(range(rows)) if len(split) > rows else split
+
+        return replace(
+            self,
+            train=cut(self.train),
+            validation=cut(self.validation),
+            test=None if self.test is None else cut(self.test),
+            notes=(*self.notes, f"each split is cut to at most {rows} rows"),
+        )

@@ -12,7 +12,7 @@ from loretta.tasks.base import Kind, Task
 from loretta.tasks.labels import LabelScheme, decide
 from loretta.tasks.read import TEXT_ENDINGS, column_names, ending, read_columns, read_documents
 from loretta.tasks.split import hold_out, text_key
-from loretta.tasks.wording import quoted
+from loretta.tasks.wording import listed, quoted
 
 if TYPE_CHECKING:
     import datasets
@@ -67,7 +67,7 @@ def load_table(
             that cannot be told apart or that training has not, or too few rows to split.
     """
     if kind == "language_modeling":
-        raise InputError(f"kind 'language_modeling' has no labels, got label column {quoted(label)}: leave one out")
+        raise InputError(f"kind 'language_modeling' has no labels, got the column {quoted(label)}: drop one of the two")
     text_columns = (text,) if text_pair is None else (text, text_pair)
     if len(set(names := (*text_columns, label))) < len(names):
         double = next(name for name, count in Counter(names).items() if count > 1)
@@ -94,7 +94,7 @@ def load_table(
         train, validation = train.rows(kept), train.rows(held)
         lost = set(train.labels or ()) - set(validation.labels or ()) if scheme.classes else set()
         if lost:
-            shown = ", ".join(quoted(scheme.names[int(at)]) for at in sorted(lost))
+            shown = listed(scheme.names[int(at)] for at in sorted(lost))
             notes.append(f"too few different texts to hold any out: validation has no rows of class {shown}")
     else:
         validation = _labelled(validation_path, text_columns, scheme)
@@ -170,7 +170,7 @@ def _documents(path: Path, text: str | None) -> Part:
     if ending(path) in TEXT_ENDINGS:
         return Part([(document,) for document in read_documents(path)], None)
     if text is None and "text" not in (names := column_names(path)):
-        raise InputError(f"'{path}' has no column 'text': give --text COLUMN, one of {', '.join(map(quoted, names))}")
+        raise InputError(f"'{path}' has no column 'text': give --text COLUMN, one of {listed(names)}")
     name = text or "text"
     return Part([(cell,) for cell in _texts(read_columns(path, (name,))[name], name, path)], None)
 

@@ -134,8 +134,10 @@ def _text_columns(glue_task: GlueTask) -> tuple[str, ...]:
 def _dataset(glue_task: GlueTask, columns: Mapping[str, list[Any]]) -> Any:
     from datasets import Dataset
 
-    names = dict(zip(glue_task.columns, _text_columns(glue_task), strict=True)) | {"label": "label"}
-    return Dataset.from_dict({new: columns[old] for old, new in names.items()})
+    texts = {new: columns[old] for old, new in zip(glue_task.columns, _text_columns(glue_task), strict=True)}
+    # JSON may write the score 3.0 as 3
+    labels = columns["label"] if glue_task.label_names else [float(score) for score in columns["label"]]
+    return Dataset.from_dict({**texts, "label": labels})
 
 
 def _from_hub(name: str, splits: tuple[str, ...], fields: tuple[str, ...]) -> list[Mapping[str, list[Any]]]:
@@ -155,15 +157,15 @@ def _from_hub(name: str, splits: tuple[str, ...], fields: tuple[str, ...]) -> li
 def _from_folder(
     name: str, data_dir: Path, splits: tuple[str, ...], fields: tuple[str, ...]
 ) -> list[Mapping[str, list[Any]]]:
-    folder = data_dir / name
-    if not folder.is_dir():
+    paths = [data_dir / name / f"{split}.jsonl.gz" for split in splits]
+    missing = next((path for path in paths if not path.is_file()), None)
+    if missing is not None:
         raise InputError(
-            f"there is no folder '{folder}' for the GLUE task {quoted(name)}: "
+            f"there is no file '{missing}' for the GLUE task {quoted(name)}: "
             f"give a --data-dir with {name}/{splits[0]}.jsonl.gz and {name}/{splits[1]}.jsonl.gz in it"
         )
     parts: list[Mapping[str, list[Any]]] = []
-    for split in splits:
-        path = folder / f"{split}.jsonl.gz"
+    for path in paths:
         columns = read_columns(path, fields)
         _refuse_bad_cells(path, columns, len(GLUE[name].label_names))
         parts.append(columns)

@@ -138,9 +138,12 @@ def _number(cell: Any) -> int | float | None:
             return None
     elif isinstance(cell, bool) or not isinstance(cell, int | float | Decimal):
         return None
-    elif isinstance(cell, int):
+    elif isinstance(cell, int) and abs(cell) < 10**18:
         return cell
-    number = float(cell)
+    try:
+        number = float(cell)
+    except OverflowError:
+        return None
     if not math.isfinite(number):
         return None
     return int(number) if number.is_integer() else number

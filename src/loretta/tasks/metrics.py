@@ -92,7 +92,9 @@ def _pearson(predicted: NDArray, expected: NDArray) -> float:
 def _mse(predicted: NDArray, expected: NDArray) -> float:
     from sklearn.metrics import mean_squared_error
 
-    return mean_squared_error(expected, predicted) if np.isfinite(predicted).all() else math.nan
+    if not np.isfinite(predicted).all():
+        return math.nan
+    return mean_squared_error(expected.astype(np.float64), predicted.astype(np.float64))  # float16 overflows at 65,504
 
 
 def _correlation(coefficient: Callable, predicted: NDArray, expected: NDArray) -> float:

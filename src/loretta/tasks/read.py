@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import re
 import zlib
 from collections.abc import Sequence
@@ -85,7 +86,7 @@ def _format(path: Path, allowed: Sequence[str]) -> str:
         is_folder, size = path.is_dir(), path.stat().st_size
     except OSError as error:
         folder = path.parent
-        siblings = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+        siblings = os.listdir(folder) if os.path.isdir(folder) and os.access(folder, os.R_OK) else []
         reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
         raise InputError(f"'{path}' {reason}{nearest(path.name, siblings)}: give the path of a data file") from None
     if is_folder:
@@ -98,16 +99,17 @@ def _format(path: Path, allowed: Sequence[str]) -> str:
         raise InputError(f"'{path}' has the ending {quoted(found)}: {wanted}")
     if size == 0:
         raise InputError(f"'{path}' is empty (0 bytes): give a file with rows in it")
+    try:
+        path.open("rb").close()
+    except OSError as error:
+        raise InputError(f"'{path}' cannot be read ({error.strerror}): check its permissions") from None
     return found
 
 
 def _text(path: Path) -> str:
     """The whole file as text, decompressed, without a byte order mark."""
     what = ending(path)
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"'{path}' cannot be read ({error.strerror}): check its permissions") from None
+    data = path.read_bytes()
     if path.suffix.lower() == ".gz":
         try:
             data = gzip.decompress(data)
@@ -143,22 +145,25 @@ def _parse_csv(path: Path, separator: str) -> Columns:
     text = _text(path)
     if text.lstrip().startswith(("{", "[")) and _is_json(text.lstrip().split("\n", 1)[0]):
         raise InputError(f"'{path}' holds JSON, not {ending(path)}: name it .jsonl, one object per line")
+    begin = 1  # the line where the row begins: an open quote is noticed at the end of the file only
     usual_limit = csv.field_size_limit(2**31 - 1)  # a document may exceed the usual 128 KiB
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     try:
         header = next((row for row in reader if row), [])
+        begin = reader.line_num + 1
         rows: list[list[str]] = []
         for row in reader:
             if len(row) not in (0, len(header)):
                 raise InputError(
-                    f"'{path}' line {reader.line_num} has {len(row)} cells where the header has "
+                    f"'{path}' line {begin} has {len(row)} cell{'s' * (len(row) > 1)} where the header has "
                     f"{len(header)}: put cells that hold {quoted(separator)} or line ends in double quotes"
                 )
             if row:
                 rows.append(row)
+            begin = reader.line_num + 1
     except csv.Error as error:
         raise InputError(
-            f"'{path}' line {reader.line_num} is not {ending(path)} ({error}): "
+            f"'{path}' line {begin} is not {ending(path)} ({error}): "
             f"put the cell in double quotes and write each quote inside it twice"
         ) from None
     finally:
@@ -202,8 +207,8 @@ def _parse_jsonl(path: Path) -> Columns:
 
 
 def _parquet_names(path: Path) -> tuple[str, ...]:
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     try:
         names = tuple(pq.read_schema(path).names)
@@ -224,12 +229,13 @@ def _read_parquet(path: Path, names: Sequence[str]) -> Columns:
     _require(path, names, _parquet_names(path))
     try:
         table = pq.ParquetFile(path).read(columns=list(names))
-    except (pa.ArrowException, OSError) as error:
+        columns = {name: table.column(name).to_pylist() for name in names}
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8
         reason = quoted(str(error).partition("\n")[0])
         raise InputError(f"'{path}' is a damaged Parquet file ({reason}): write it again") from None
     if not table.num_rows:
         raise InputError(f"'{path}' has the columns {listed(names)} but no rows: give a file with rows in it")
-    return {name: table.column(name).to_pylist() for name in names}
+    return columns
 
 
 def _require(path: Path, names: Sequence[str], existing: Sequence[str]) -> None:

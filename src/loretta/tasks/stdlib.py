@@ -8,6 +8,7 @@ import sysconfig
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,7 @@ PLAIN_WORD = re.compile(r"[\"'(]?[A-Za-z][a-z]*(?:['-][a-z]+)?[\"')]?[.,;:!?]?")
 MIN_PLAIN_SHARE = 0.8
 
 
+@cache  # several runs of one process use it, and parsing takes seconds
 def load(root: Path | None = None) -> Task:
     """Classify documentation sentences by the part (top-level module or package) they are from.
 

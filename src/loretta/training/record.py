@@ -39,7 +39,7 @@ class Point(BaseModel):
 class RunRecord(BaseModel):
     """One finished training run. Seconds and bytes are plain; memory is the peak above the process's start."""
 
-    model_config = ConfigDict(frozen=True)
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
 
     config: dict[str, Any]
     command: str
@@ -50,6 +50,7 @@ class RunRecord(BaseModel):
     seed: int
     device: str
     sizes: dict[str, int]  # examples (or blocks of text) per split
+    label_names: list[str] = []  # classification: class id -> name
     metric: str  # the one that chose the best checkpoint
     higher_is_better: bool
     parameters: ParameterCounts

@@ -7,6 +7,8 @@ base model stays as it was when the adapter is disabled or unloaded.
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import cast
 
 from peft import TaskType
 from peft.utils.other import ModulesToSaveWrapper
@@ -18,7 +20,7 @@ from loretta.tuners.config import LorettaConfig
 
 _NORM_CLASS = re.compile(r"(Layer|RMS|Group)Norm")
 # What PEFT itself puts into modules_to_save for a task, and BART's head, which it overlooks
-_FINAL_LAYERS = {
+_FINAL_LAYERS: dict[str | None, tuple[str, ...]] = {
     TaskType.SEQ_CLS: ("classifier", "score", "classification_head"),
     TaskType.TOKEN_CLS: ("classifier", "score"),
     TaskType.QUESTION_ANS: ("qa_outputs",),
@@ -49,9 +51,9 @@ class AdapterCopy(ModulesToSaveWrapper):
         self.policies = {adapter_name: policy}
         super().__init__(module, adapter_name)
 
-    def update(self, adapter_name: str, **kwargs) -> None:
+    def update(self, adapter_name: str, tied_module: nn.Module | None = None, **kwargs) -> None:
         is_new = adapter_name not in self.modules_to_save
-        super().update(adapter_name, **kwargs)
+        super().update(adapter_name, tied_module=tied_module, **kwargs)
         policy = self._policy(adapter_name)
         for path in policy.tensorized if is_new else ():
             self._tensorize(adapter_name, path, policy)
@@ -59,7 +61,7 @@ class AdapterCopy(ModulesToSaveWrapper):
 
     def _tensorize(self, adapter_name: str, path: str, policy: CopyPolicy) -> None:
         copy = self.modules_to_save[adapter_name]
-        dense = copy.get_submodule(path)
+        dense = cast(nn.Linear, copy.get_submodule(path))
         shape = tt.plan(dense.in_features, dense.out_features, rank=policy.rank, overrides=policy.shapes)
         train = TTLinear.from_dense(dense, shape, as_change=policy.as_change)
         if path:
@@ -148,6 +150,16 @@ def install_copies(model: nn.Module, config: LorettaConfig, adapter_name: str) -
     return [*heads, *_short_endings(norms, model)]
 
 
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a layer norm (of any library) with parameters of its own."""
+    return bool(_NORM_CLASS.search(type(module).__name__)) and any(True for _ in module.parameters(recurse=False))
+
+
+def norm_names(model: nn.Module) -> list[str]:
+    """Endings (or full names) that PEFT matches to every layer norm of ``model`` and to nothing else."""
+    return _short_endings(_norm_names(model, inside=()), model)
+
+
 def _original(module: nn.Module) -> nn.Module:
     return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
 
@@ -167,25 +179,23 @@ def _head_policies(config: LorettaConfig, model: nn.Module) -> dict[str, CopyPol
     finals = [name for name in modules if name.endswith(endings)]
     finals = [name for name in finals if not any(name.startswith(other + ".") for other in finals)]
     tensorize = config.train_head.startswith("tensorized")
-    settings = {"rank": config.tensor_rank, "shapes": config.shapes}
+    policy = partial(CopyPolicy, rank=config.tensor_rank, shapes=config.shapes)
     policies = {}
     for name in finals:
         has_hidden = isinstance(getattr(_original(modules[name]), "dense", None), nn.Linear)
         is_hidden = name.endswith("pre_classifier")  # DistilBERT: PEFT takes it for a final layer by its ending
         path = "" if is_hidden else "dense"
-        policies[name] = CopyPolicy(
+        policies[name] = policy(
             tensorized=(path,) if tensorize and (has_hidden or is_hidden) else (),
             frozen=config.train_head in ("tensorized_only", "frozen"),
-            **settings,
         )
     if finals and config.task_type == TaskType.SEQ_CLS and config.train_head != "frozen":
         pretrained = f"{getattr(model, 'base_model_prefix', '')}."
         for name in modules:
             if name.endswith(_HIDDEN_LAYERS) and not name.startswith(tuple(final + "." for final in finals)):
-                policies[name] = CopyPolicy(
+                policies[name] = policy(
                     tensorized=("",) if tensorize else (),
                     as_change=tensorize and name.startswith(pretrained),
-                    **settings,
                 )
     return policies
 
@@ -193,11 +203,7 @@ def _head_policies(config: LorettaConfig, model: nn.Module) -> dict[str, CopyPol
 def _norm_names(model: nn.Module, inside: tuple[str, ...]) -> list[str]:
     """Full names of the layer norms, but for those inside the head, which are copied with it."""
     return [
-        name
-        for name, module in _modules(model).items()
-        if not name.startswith(inside)
-        and _NORM_CLASS.search(type(_original(module)).__name__)
-        and any(True for _ in _original(module).parameters(recurse=False))
+        name for name, module in _modules(model).items() if not name.startswith(inside) and is_norm(_original(module))
     ]
 
 

@@ -1,7 +1,9 @@
 """What the layers of both methods share: the calling rules of a PEFT layer."""
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -10,11 +12,17 @@ from torch import Tensor, nn
 
 from loretta import tt
 from loretta.layers import Cores
-from loretta.placement import require_linear
+from loretta.placement import Placement, require_linear
 
 
 class LorettaLayer(nn.Module, BaseTunerLayer):
-    """A module wrapped by tensor trains, one pair per adapter. Axes: B batch, I input, O output features."""
+    """A module wrapped by pairs of tensor trains, one pair per adapter.
+
+    The trains lie in dictionaries by adapter, whose names begin with the method's ``prefix`` as PEFT demands:
+    ``down`` and ``up``, and ``start_down`` and ``start_up`` for the frozen start that "denoised" subtracts.
+    """
+
+    prefix: str
 
     def __init__(self, base_layer: nn.Module, *, name: str, **quantization_kwargs) -> None:
         super().__init__()
@@ -24,6 +32,34 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter = []
         self.merged_adapters = []
+        for part in ("down", "up", "start_down", "start_up", "dropout"):
+            self.add_module(self.prefix + part, nn.ModuleDict())
+        self.scaling: dict[str, float] = {}
+
+    def _part(self, part: str) -> nn.ModuleDict:
+        return getattr(self, self.prefix + part)
+
+    def _trains(self, adapter_name: str) -> list[tuple[Cores, Cores]]:
+        """(down, up) of one adapter, and after it the frozen start that is subtracted, if the adapter has one."""
+        pairs = [("down", "up"), ("start_down", "start_up")]
+        return [
+            (cast(Cores, self._part(down)[adapter_name]), cast(Cores, self._part(up)[adapter_name]))
+            for down, up in pairs
+            if adapter_name in self._part(down)
+        ]
+
+    def _add_trains(self, adapter_name: str, placement: Placement, init_weights: str, dropout: float) -> None:
+        """New trains with their starting values, on the device and in the dtype of the base layer."""
+        down, up = Cores(placement.down), Cores(placement.up)
+        starting_cores(down, up, init_weights)
+        self._part("down")[adapter_name], self._part("up")[adapter_name] = down, up
+        self._part("dropout")[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        if init_weights == "denoised":
+            # after the move: the start has to equal the trained cores to the last bit
+            for part in ("down", "up"):
+                self._part("start_" + part)[adapter_name] = copy.deepcopy(self._part(part)[adapter_name])
+                self._part("start_" + part)[adapter_name].requires_grad_(False)
 
     def _check_mixed_batch(self, x: Tensor, adapter_names: Sequence[str]) -> None:
         if len(x) != len(adapter_names):
@@ -37,11 +73,10 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
             )
 
     @staticmethod
-    def _rows_by_adapter(adapter_names: Sequence[str], known: Sequence[str], device: torch.device):
+    def _rows_by_adapter(adapter_names: Sequence[str], known: Sequence[str]) -> Iterator[tuple[str, list[int]]]:
         """(adapter, row indices) for every adapter of a mixed batch that this layer has; "__base__" has none."""
         for name in sorted(set(adapter_names) & set(known)):
-            rows = [row for row, wanted in enumerate(adapter_names) if wanted == name]
-            yield name, torch.tensor(rows, device=device)
+            yield name, [row for row, wanted in enumerate(adapter_names) if wanted == name]
 
 
 def starting_cores(down: Cores, up: Cores, init_weights: str) -> None:

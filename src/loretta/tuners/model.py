@@ -2,35 +2,43 @@
 
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import (
     BaseTuner,
+    BaseTunerLayer,
     _filter_state_dict_by_key_prefixes,
     _get_tuner_state_dict_key_prefixes,
 )
 from peft.utils.other import AuxiliaryTrainingWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
-from torch import nn
+from torch import Tensor, nn
 
 from loretta.errors import InputError
 from loretta.placement import Placement, matched_modules
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.extras import AdapterCopy, install_copies
-from loretta.tuners.layer import LorettaLayer
 
 
 class LorettaModel(BaseTuner):
     """Base of the two tuners. A method adds where its trains go (``place``) and its layer class."""
 
-    layer_cls: type[LorettaLayer]
+    # more than LorettaLayer promises: both layers have update_layer(adapter_name, placement, config)
+    layer_cls: type[Any]
 
     @staticmethod
     def place(config: LorettaConfig, name: str, module: nn.Module) -> Placement:
         """Plan the trains at one module. Raises InputError (a ValueError) when they do not fit it."""
         raise NotImplementedError
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args, state_dict=None, **kwargs) -> None:
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
         """PEFT's injection, after every target has been planned: a mistake leaves the model untouched."""
         config = self.peft_config[adapter_name]
         self._check_new_adapter_config(config)
@@ -41,7 +49,7 @@ class LorettaModel(BaseTuner):
         names = install_copies(model, config, adapter_name)
         if names:
             config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *names]))
-        super().inject_adapter(model, adapter_name, *args, state_dict=state_dict, **kwargs)
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
 
     def _prepare_adapter_config(self, peft_config: LorettaConfig, model_config: dict) -> LorettaConfig:
         if peft_config.target_modules is None:
@@ -52,17 +60,17 @@ class LorettaModel(BaseTuner):
                     "give target_modules=['name', ...] or target_modules='all-linear'"
                 )
             targets = self.target_module_mapping[model_type]
-            peft_config.target_modules = targets if isinstance(targets, str) else set(targets)
+            peft_config.target_modules = targets if isinstance(targets, str) else set(targets)  # type: ignore[assignment]
         return peft_config
 
     def _create_and_replace(
-        self, peft_config, adapter_name, target, target_name, parent, current_key, **optional_kwargs
+        self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ) -> None:
         placement = self.place(peft_config, current_key, _base_of(target))
         if isinstance(target, self.layer_cls):
             target.update_layer(adapter_name, placement, peft_config)
             return
-        layer = self.layer_cls(target, name=current_key, **get_quantization_kwargs(self.model))
+        layer: Any = self.layer_cls(target, name=current_key, **get_quantization_kwargs(self.model))
         layer.update_layer(adapter_name, placement, peft_config)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
@@ -127,9 +135,9 @@ class LorettaModel(BaseTuner):
 
 
 def _base_of(module: nn.Module) -> nn.Module:
-    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
-def _pass_adapter_names(names: list[str], module: nn.Module, args: tuple[torch.Tensor, ...], kwargs: dict):
+def _pass_adapter_names(names: list[str], module: nn.Module, args: tuple[Tensor, ...], kwargs: dict):
     kwargs["adapter_names"] = names
     return args, kwargs

@@ -20,8 +20,9 @@ def add_peft_type(name: str) -> PeftType:
         PeftType._member_map_[name] = member
         PeftType._value2member_map_[name] = member
         # Python 3.13 looks values up here first
-        if hasattr(PeftType, "_hashable_values_"):
-            PeftType._hashable_values_.append(name)
+        hashable_values = getattr(PeftType, "_hashable_values_", None)
+        if hashable_values is not None:
+            hashable_values.append(name)
         type.__setattr__(PeftType, name, member)
     return PeftType[name]
 

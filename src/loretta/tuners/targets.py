@@ -4,10 +4,12 @@ Entries are matched as PEFT matches ``target_modules``: a list by the end of the
 regular expression.
 """
 
+from collections.abc import Sequence
+
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
 # rep: the query and value projections (LoRETTA section 4), or the fused one that holds them
-REP_TARGETS: dict[str, list[str] | str] = {
+REP_TARGETS: dict[str, Sequence[str]] = {
     **TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     "camembert": ["query", "value"],
     "distilbert": ["q_lin", "v_lin"],
@@ -25,7 +27,7 @@ REP_TARGETS: dict[str, list[str] | str] = {
 # adp: the projections that end the attention and the feed-forward block (LoRETTA section 3.2)
 _BERT_LIKE = ["output.dense"]  # attention.output.dense and output.dense
 _LLAMA_LIKE = ["o_proj", "down_proj"]
-ADP_TARGETS: dict[str, list[str] | str] = {
+ADP_TARGETS: dict[str, Sequence[str]] = {
     "bart": ["self_attn.out_proj", "encoder_attn.out_proj", "fc2"],
     "bert": _BERT_LIKE,
     "bloom": ["self_attention.dense", "dense_4h_to_h"],

@@ -3,7 +3,7 @@
 Axes: B batch, H the width the adapter works on, b bottleneck.
 """
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from transformers.activations import ACT2FN
 from loretta.layers import Cores
 from loretta.placement import Placement
 from loretta.tuners.adp.config import LorettaAdpConfig
-from loretta.tuners.layer import LorettaLayer, starting_cores
+from loretta.tuners.layer import LorettaLayer
 
 
 class AdpLinear(LorettaLayer):
@@ -21,6 +21,7 @@ class AdpLinear(LorettaLayer):
     y is the module's output ("after") or its input ("before"); one module may have adapters of both kinds.
     """
 
+    prefix = "loretta_adp_"
     adapter_layer_names = ("loretta_adp_down", "loretta_adp_up", "loretta_adp_bias")
     other_param_names = (
         "loretta_adp_start_down",
@@ -33,55 +34,30 @@ class AdpLinear(LorettaLayer):
 
     def __init__(self, base_layer: nn.Module, *, name: str, **quantization_kwargs) -> None:
         super().__init__(base_layer, name=name, **quantization_kwargs)
-        self.loretta_adp_down = nn.ModuleDict()
-        self.loretta_adp_up = nn.ModuleDict()
         self.loretta_adp_bias = nn.ModuleDict()
-        # the frozen Gaussian start that "denoised" subtracts; its biases are zero
-        self.loretta_adp_start_down = nn.ModuleDict()
-        self.loretta_adp_start_up = nn.ModuleDict()
         self.loretta_adp_act = nn.ModuleDict()
-        self.loretta_adp_dropout = nn.ModuleDict()
         self.where: dict[str, str] = {}
-        self.scaling: dict[str, float] = {}
 
     def update_layer(self, adapter_name: str, placement: Placement, config: LorettaAdpConfig) -> None:
         """Add one adapter, with the starting values that ``config.init_weights`` names; biases start at zero."""
         self.where[adapter_name] = placement.where
         self.scaling[adapter_name] = config.scaling
         self.loretta_adp_act[adapter_name] = ACT2FN[config.non_linearity]
-        self.loretta_adp_dropout[adapter_name] = (
-            nn.Dropout(config.adapter_dropout) if config.adapter_dropout else nn.Identity()
-        )
-        down, up = Cores(placement.down), Cores(placement.up)
-        starting_cores(down, up, config.init_weights)
-        self.loretta_adp_down[adapter_name], self.loretta_adp_up[adapter_name] = down, up
         if config.train_bias:
+            sizes = {"down": placement.down.out_features, "up": placement.up.out_features}
             self.loretta_adp_bias[adapter_name] = nn.ParameterDict(
-                {
-                    "down": nn.Parameter(torch.zeros(placement.down.out_features)),
-                    "up": nn.Parameter(torch.zeros(placement.up.out_features)),
-                }
+                {part: nn.Parameter(torch.zeros(size)) for part, size in sizes.items()}
             )
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        if config.init_weights == "denoised":
-            # taken after the move: the start must equal the trained cores to the last bit
-            for start, cores in (
-                (self.loretta_adp_start_down, self.loretta_adp_down),
-                (self.loretta_adp_start_up, self.loretta_adp_up),
-            ):
-                start[adapter_name] = Cores(cores[adapter_name].shape).to(cores[adapter_name][0])
-                start[adapter_name].assign(list(cores[adapter_name]))
-                start[adapter_name].requires_grad_(False)
+        self._add_trains(adapter_name, placement, str(config.init_weights), config.adapter_dropout)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def delta(self, adapter_name: str, y_BH: Tensor) -> Tensor:
         """What one adapter adds to ``y``, in its dtype."""
-        biases = self.loretta_adp_bias[adapter_name] if adapter_name in self.loretta_adp_bias else None
-        down, up = self.loretta_adp_down[adapter_name], self.loretta_adp_up[adapter_name]
-        now = self._bottleneck(adapter_name, y_BH, down, up, biases)
-        if adapter_name in self.loretta_adp_start_down:
-            down, up = self.loretta_adp_start_down[adapter_name], self.loretta_adp_start_up[adapter_name]
-            now = now - self._bottleneck(adapter_name, y_BH, down, up, None)
+        (down, up), *start = self._trains(adapter_name)
+        biases = self.loretta_adp_bias[adapter_name] if adapter_name in self.loretta_adp_bias else None  # noqa: SIM401
+        now = self._bottleneck(adapter_name, y_BH, down, up, cast(nn.ParameterDict | None, biases))
+        for start_down, start_up in start:  # its biases were zero
+            now = now - self._bottleneck(adapter_name, y_BH, start_down, start_up, None)
         return self.scaling[adapter_name] * now
 
     def _bottleneck(
@@ -92,7 +68,7 @@ class AdpLinear(LorettaLayer):
         hidden_Bb = (y_BH @ down_HC.to(dtype)) @ down_Cb.to(dtype)
         if biases is not None:
             hidden_Bb = hidden_Bb + biases["down"].to(hidden_Bb.dtype)
-        hidden_Bb = self.loretta_adp_dropout[adapter_name](self.loretta_adp_act[adapter_name](hidden_Bb))
+        hidden_Bb = self._part("dropout")[adapter_name](self.loretta_adp_act[adapter_name](hidden_Bb))
         out_BH = (hidden_Bb @ up_bC.to(dtype)) @ up_CH.to(dtype)
         return out_BH if biases is None else out_BH + biases["up"].to(out_BH.dtype)
 
@@ -112,9 +88,11 @@ class AdpLinear(LorettaLayer):
         here = [name for name, place in self.where.items() if place == where]
         if adapter_names is None:
             deltas = [self.delta(name, y).to(y.dtype) for name in self.active_adapters if name in here]
-            return y + sum(deltas) if deltas else y
+            for delta in deltas:
+                y = y + delta
+            return y
         mixed = y.clone()
-        for name, rows in self._rows_by_adapter(adapter_names, here, y.device):
+        for name, rows in self._rows_by_adapter(adapter_names, here):
             mixed[rows] += self.delta(name, y[rows]).to(y.dtype)
         return mixed
 

@@ -17,10 +17,10 @@ class LorettaAdpModel(LorettaModel):
     prefix = "loretta_adp_"
     tuner_layer_cls = AdpLinear
     layer_cls = AdpLinear
-    target_module_mapping = ADP_TARGETS
+    target_module_mapping = ADP_TARGETS  # type: ignore[assignment]
 
     @staticmethod
-    def place(config: LorettaAdpConfig, name: str, module: nn.Module) -> Placement:  # type: ignore[override]
+    def place(config: LorettaAdpConfig, name: str, module: nn.Module) -> Placement:
         """Plan width x b and b x width. Raises InputError when the target is not linear or a shape does not fit."""
         in_features, out_features = require_linear(name, module)
         before = name.endswith(tuple(config.insert_before))

@@ -13,15 +13,16 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from loretta.layers import Cores, update_factors
+from loretta.layers import update_factors
 from loretta.placement import Placement, rank_for
-from loretta.tuners.layer import LorettaLayer, starting_cores
+from loretta.tuners.layer import LorettaLayer
 from loretta.tuners.rep.config import LorettaRepConfig
 
 
 class RepLinear(LorettaLayer):
     """``base(x) + scaling * (x A) B`` summed over the active adapters; A and B come from the two trains."""
 
+    prefix = "loretta_rep_"
     adapter_layer_names = ("loretta_rep_down", "loretta_rep_up")
     other_param_names = (
         "loretta_rep_start_down",
@@ -34,62 +35,34 @@ class RepLinear(LorettaLayer):
 
     def __init__(self, base_layer: nn.Module, *, name: str, **quantization_kwargs) -> None:
         super().__init__(base_layer, name=name, **quantization_kwargs)
-        self.loretta_rep_down = nn.ModuleDict()
-        self.loretta_rep_up = nn.ModuleDict()
-        # the frozen Gaussian start that "denoised" subtracts
-        self.loretta_rep_start_down = nn.ModuleDict()
-        self.loretta_rep_start_up = nn.ModuleDict()
-        self.loretta_rep_dropout = nn.ModuleDict()
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
-        self.scaling: dict[str, float] = {}
 
     def update_layer(self, adapter_name: str, placement: Placement, config: LorettaRepConfig) -> None:
         """Add one adapter's trains, with the starting values that ``config.init_weights`` names."""
         rank = rank_for(config, placement.name)
-        alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, placement.name), config.lora_alpha)
+        alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), placement.name), config.lora_alpha)
         self.r[adapter_name] = placement.down.out_features
         self.lora_alpha[adapter_name] = alpha
         self.scaling[adapter_name] = alpha / (math.sqrt(rank) if config.use_rslora else rank)
-        self.loretta_rep_dropout[adapter_name] = (
-            nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
-        )
-        down, up = Cores(placement.down), Cores(placement.up)
-        starting_cores(down, up, config.init_weights)
-        self.loretta_rep_down[adapter_name], self.loretta_rep_up[adapter_name] = down, up
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        if config.init_weights == "denoised":
-            # taken after the move: the start must equal the trained cores to the last bit
-            for start, cores in (
-                (self.loretta_rep_start_down, self.loretta_rep_down),
-                (self.loretta_rep_start_up, self.loretta_rep_up),
-            ):
-                start[adapter_name] = Cores(cores[adapter_name].shape).to(cores[adapter_name][0])
-                start[adapter_name].assign(list(cores[adapter_name]))
-                start[adapter_name].requires_grad_(False)
+        self._add_trains(adapter_name, placement, str(config.init_weights), config.lora_dropout)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """A (I, R) and B (R, O): the adapter's update before scaling is exactly ``A @ B``."""
-        a_IR, b_RO = update_factors(self.loretta_rep_down[adapter_name], self.loretta_rep_up[adapter_name])
-        if adapter_name not in self.loretta_rep_start_down:
-            return a_IR, b_RO
-        start_a_IR, start_b_RO = update_factors(
-            self.loretta_rep_start_down[adapter_name], self.loretta_rep_start_up[adapter_name]
-        )
-        return torch.cat([a_IR, start_a_IR], dim=1), torch.cat([b_RO, -start_b_RO], dim=0)
+        (a_IR, b_RO), *start = [update_factors(down, up) for down, up in self._trains(adapter_name)]
+        for start_a_IR, start_b_RO in start:
+            a_IR, b_RO = torch.cat([a_IR, start_a_IR], dim=1), torch.cat([b_RO, -start_b_RO], dim=0)
+        return a_IR, b_RO
 
     def delta(self, adapter_name: str, x_BI: Tensor) -> Tensor:
         """What one adapter adds to the output, in the dtype of ``x``. The I x O matrix is never built."""
-        x_BI = self.loretta_rep_dropout[adapter_name](x_BI)
-        pairs = [update_factors(self.loretta_rep_down[adapter_name], self.loretta_rep_up[adapter_name])]
-        if adapter_name in self.loretta_rep_start_down:
-            pairs.append(
-                update_factors(self.loretta_rep_start_down[adapter_name], self.loretta_rep_start_up[adapter_name])
-            )
-        scaling = self.scaling[adapter_name]
-        now, *start = [(x_BI @ a_IR.to(x_BI.dtype)) @ (scaling * b_RO).to(x_BI.dtype) for a_IR, b_RO in pairs]
-        # subtracted as outputs, so that an untrained adapter cancels to the last bit
+        x_BI, scaling = self._part("dropout")[adapter_name](x_BI), self.scaling[adapter_name]
+        now, *start = [
+            (x_BI @ a_IR.to(x_BI.dtype)) @ (scaling * b_RO).to(x_BI.dtype)
+            for a_IR, b_RO in (update_factors(down, up) for down, up in self._trains(adapter_name))
+        ]
+        # subtracted as outputs, not as factors: an untrained adapter then cancels to the last bit
         return now - start[0] if start else now
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -106,14 +79,14 @@ class RepLinear(LorettaLayer):
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
         for name in self.active_adapters:
-            if name in self.loretta_rep_down:
+            if name in self._part("down"):
                 result = result + self.delta(name, x).to(result.dtype)
         return result
 
     def _add_mixed(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
         self._check_mixed_batch(x, adapter_names)
         result = result.clone()
-        for name, rows in self._rows_by_adapter(adapter_names, list(self.loretta_rep_down), x.device):
+        for name, rows in self._rows_by_adapter(adapter_names, list(self._part("down"))):
             result[rows] += self.delta(name, x[rows]).to(result.dtype)
         return result
 
@@ -129,7 +102,7 @@ class RepLinear(LorettaLayer):
         Raises ValueError when ``safe_merge`` finds a value that is not finite, or the quantised base cannot merge.
         """
         for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self.loretta_rep_down:
+            if name not in self._part("down"):
                 continue
             self._add_to_base(self.get_delta_weight(name), name, safe=safe_merge)
             self.merged_adapters.append(name)
@@ -141,7 +114,7 @@ class RepLinear(LorettaLayer):
             return
         while self.merged_adapters:
             name = self.merged_adapters.pop()
-            if name in self.loretta_rep_down:
+            if name in self._part("down"):
                 self._add_to_base(-self.get_delta_weight(name), name, safe=False)
 
     def _add_to_base(self, delta: Tensor, adapter_name: str, *, safe: bool) -> None:

@@ -17,10 +17,10 @@ class LorettaRepModel(LorettaModel):
     prefix = "loretta_rep_"
     tuner_layer_cls = RepLinear
     layer_cls = RepLinear
-    target_module_mapping = REP_TARGETS
+    target_module_mapping = REP_TARGETS  # type: ignore[assignment]
 
     @staticmethod
-    def place(config: LorettaRepConfig, name: str, module: nn.Module) -> Placement:  # type: ignore[override]
+    def place(config: LorettaRepConfig, name: str, module: nn.Module) -> Placement:
         """Plan in x r and r x out. Raises InputError when the target is not linear or a given shape does not fit."""
         in_features, out_features = require_linear(name, module)
         rank = rank_for(config, name)

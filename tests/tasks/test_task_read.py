@@ -1,5 +1,7 @@
 import csv
 import gzip
+import struct
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -82,8 +84,10 @@ BAD_CONTENT = [
     ("a.csv", b"text,label\na\0b,x\n", ["line 2", "zero byte"]),
     ("a.csv", JSONL.encode(), ["holds JSON", ".jsonl"]),
     ("a.csv", b"text,label\na,x\nb, c,y\n", ["line 3", "3 cells", "2", "double quotes"]),
-    ("a.csv", b"text,label\na,x\nb\n", ["line 3", "1 cells"]),
-    ("a.csv", b'text,label\n"a,x\nb,y\n', ["line 3", "quote"]),
+    ("a.csv", b"text,label\na,x\nb\n", ["line 3", "1 cell where", "2"]),
+    ("a.csv", b'text,label\n"a\nb",x\n"c\nd",y,z\n', ["line 4", "3 cells"]),
+    ("a.csv", b'text,label\na,x\n"b,y\nc,x\nd,y\n', ["line 3 is not .csv", "quote"]),
+    ("a.csv", b'"text,label\na,x\n', ["line 1 is not .csv", "quote"]),
     ("a.tsv", b'text\tlabel\n"a" b\tx\n', ["line 2", ".tsv"]),
     ("a.csv", b"text,label,text\na,x,b\n", ["two columns", "'text'"]),
     ("a.csv", b"texts,label\na,x\n", ["no column 'text'", "did you mean 'texts'?", "'texts', 'label'"]),
@@ -128,6 +132,24 @@ def test_a_parquet_file_with_a_broken_page(tmp_path, refused):
     data[4:60] = bytes(56)
     path.write_bytes(data)
     refused(lambda: read_columns(path, NAMES), f"'{path}'", "damaged Parquet file")
+
+
+def test_parquet_text_that_is_not_utf8(tmp_path, refused):
+    path, offsets = tmp_path / "a.parquet", pa.py_buffer(struct.pack("=2i", 0, 1))
+    text = pa.Array.from_buffers(pa.string(), 1, [None, offsets, pa.py_buffer(b"\xe9")])
+    pq.write_table(pa.table({"text": text, "label": ["x"]}), path)
+    refused(lambda: read_columns(path, NAMES), f"'{path}'", "damaged Parquet file", "0xe9")
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.parquet"])
+def test_a_file_without_permission(tmp_path, monkeypatch, refused, name):
+    def denied(*args, **kwargs):
+        raise PermissionError(13, "Permission denied")
+
+    path = tmp_path / name
+    path.write_text(CSV)
+    monkeypatch.setattr(Path, "open", denied)  # root may read everything, so take the right away here
+    refused(lambda: read_columns(path, NAMES), f"'{path}' cannot be read (Permission denied)", "check its permissions")
 
 
 def test_missing_file_and_folder(tmp_path, refused):

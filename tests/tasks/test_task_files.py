@@ -95,10 +95,13 @@ def test_whole_numbers_as_scores_on_request(tmp_path):
 def test_files_for_validation_and_test(tmp_path, reviews):
     validation = write(tmp_path / "val.csv", [("new", "p", "neg"), ("Good 1", "p", "pos")])
     test = tmp_path / "test.jsonl"
-    test.write_text('{"text": "other", "label": "pos"}\n')
+    test.write_text('{"text": "bad  2", "label": "pos"}\n')
     task = load_table(reviews, text="text", label="label", validation_path=validation, test_path=test)
     assert (len(task.train), task.validation["label"][:], task.test["label"][:]) == (40, [0, 1], [1])
-    assert task.notes == ("1 of the 2 validation rows have texts that also occur in training",)
+    assert task.notes == (
+        "1 of the 2 validation rows have texts that also occur in training",
+        "1 of the 1 test rows have texts that also occur in training",
+    )
 
 
 def test_a_class_too_small_to_hold_out_is_noted(tmp_path):
@@ -108,6 +111,12 @@ def test_a_class_too_small_to_hold_out_is_noted(tmp_path):
     assert 1 in task.train["label"]
     assert set(task.validation["label"]) == {0}
     assert "'rare'" in task.notes[1]
+
+
+def test_many_small_classes_are_noted_in_short(tmp_path):
+    rows = [(f"t{n}", "p", "many") for n in range(10)] + [(f"only {n}", "p", f"rare {n}") for n in range(50)]
+    note = load_table(write(tmp_path / "a.csv", rows), text="text", label="label").notes[1]
+    assert note.endswith("and 30 more")
 
 
 GOOD = [("a", "p", 0), ("b", "p", 0), ("c", "p", 1), ("d", "p", 1)]

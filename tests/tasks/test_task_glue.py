@@ -62,6 +62,13 @@ def test_rows_from_a_folder(folder, name):
     )
 
 
+def test_scores_are_floats_even_if_written_as_whole_numbers(tmp_path):
+    for split in ("train", "validation"):
+        write_rows(tmp_path / "stsb" / f"{split}.jsonl.gz", [{**row, "label": 3} for row in rows_of("stsb", 2)])
+    task = glue.load("stsb", data_dir=tmp_path)
+    assert [type(score) for score in (*task.train["label"], *task.validation["label"])] == [float] * 4
+
+
 def test_official_sizes_need_no_note(tmp_path):
     write_rows(tmp_path / "rte" / "train.jsonl.gz", rows_of("rte", 2490))
     write_rows(tmp_path / "rte" / "validation.jsonl.gz", rows_of("rte", 277))
@@ -101,10 +108,10 @@ def test_unknown_name(refused):
 
 def test_missing_folder_and_file(folder, refused):
     elsewhere = folder / "elsewhere"
-    refused(lambda: glue.load("rte", data_dir=elsewhere), f"'{elsewhere / 'rte'}'", "--data-dir")
+    refused(lambda: glue.load("rte", data_dir=elsewhere), f"'{elsewhere}/rte/train.jsonl.gz'", "give a --data-dir with")
     path = folder / "mnli" / "validation_matched.jsonl.gz"
     path.unlink()
-    refused(lambda: glue.load("mnli", data_dir=folder), f"'{path}' does not exist")
+    refused(lambda: glue.load("mnli", data_dir=folder), f"no file '{path}'", "mnli/validation_matched.jsonl.gz in it")
 
 
 @pytest.mark.parametrize(

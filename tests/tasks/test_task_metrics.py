@@ -82,6 +82,10 @@ def test_a_diverged_run_scores_nan(bad):
     assert all(math.isnan(score) for score in scores.values())
 
 
+def test_half_precision_scores_do_not_overflow():
+    assert compute(["mse"], np.array([300, 0], np.float16), np.array([0, 0], np.float16)) == {"mse": 45_000.0}
+
+
 def test_direction():
     ups = [name for name in ("accuracy", "f1", "macro_f1", "mcc", "spearman", "pearson") if higher_is_better(name)]
     assert len(ups) == 6

@@ -62,6 +62,7 @@ def test_fifty_whole_numbers_are_classes_and_fifty_one_must_be_told(refused):
         ([1, True, 2], "regression", ["True", "row 2"]),
         (["1", "inf", "2"], "regression", ["'inf'", "row 2"]),
         ([1.0, float("inf"), 2.5], "regression", ["inf", "row 2"]),
+        ([1, 10**400, 2], "regression", ["100000", "row 2", "finite"]),
     ],
 )
 def test_refused_training_labels(refused, cells, kind, pieces):

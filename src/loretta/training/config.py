@@ -1,0 +1,122 @@
+"""The options of one run as plain frozen data: from a YAML file, the command line, and ``--set key=value``."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from loretta.errors import InputError
+
+
+class RunConfig(BaseModel):
+    """One training run.
+
+    Every key may stand in the YAML file of ``--config`` and after ``--set``; a key that is none of these is an
+    option of the method (``--set tensor_rank=8`` is ``method_args: {tensor_rank: 8}``).
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = Field(description="Hub id or folder of the base model")
+    data: str = Field(description="GLUE task, 'stdlib', or the path of a table or text file")
+    method: str = "rep"
+    method_args: dict[str, Any] = {}
+    output: str | None = Field(default=None, description="folder of the run; default runs/DATA-METHOD-sSEED")
+
+    text: str | None = None
+    text_pair: str | None = None
+    label: str | None = None
+    kind: Literal["classification", "regression", "language_modeling"] | None = None
+    validation: str | None = None
+    test: str | None = None
+    data_dir: str | None = None
+    limit: int | None = Field(default=None, ge=1, description="use at most this many rows of each split")
+
+    epochs: float = Field(default=3.0, gt=0)
+    batch_size: int = Field(default=16, ge=1)
+    eval_batch_size: int = Field(default=64, ge=1)
+    learning_rate: float | None = Field(
+        default=None, gt=0, description="default: the method's (loretta.training.methods)"
+    )
+    head_learning_rate: float | None = Field(
+        default=None, gt=0, description="of the final layer, which starts from nothing; default: learning_rate"
+    )
+    weight_decay: float = Field(default=0.0, ge=0)
+    warmup: float = Field(default=0.06, ge=0, lt=1, description="share of the steps")
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
+    max_length: int = Field(default=128, ge=2, description="tokens per example, or per block in language modelling")
+    eval_steps: int | None = Field(default=None, ge=1, description="default: after each epoch")
+    logging_steps: int = Field(default=10, ge=1)
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    bf16: bool = Field(default=False, description="autocast the forward pass to bfloat16")
+    gradient_checkpointing: bool = False
+    cpu: bool = Field(default=False, description="stay on the CPU even where there is an accelerator")
+    tensorboard: bool = False
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output or f"runs/{Path(self.data).stem}-{self.method.replace(':', '-')}-s{self.seed}")
+
+
+def read_config(path: Path | None, options: Mapping[str, Any], sets: Sequence[str] = ()) -> RunConfig:
+    """Merge a YAML file, command-line options (None means not given) and ``key=value`` words, later ones winning.
+
+    Raises InputError that names every mistake at once.
+    """
+    raw = _read_yaml(path) if path is not None else {}
+    raw |= {key: value for key, value in options.items() if value is not None}
+    for word in sets:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise InputError(f"--set {word!r} is not of the form key=value: write, for example, --set epochs=5")
+        key = key.removeprefix("method_args.")
+        if key in RunConfig.model_fields and key != "method_args":
+            raw[key] = _parse(word, value)
+        else:
+            raw["method_args"] = {**(raw.get("method_args") or {}), key: _parse(word, value)}
+    try:
+        return RunConfig(**raw)
+    except ValidationError as error:
+        raise InputError(_all_mistakes(error)) from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"the config file '{path}' does not exist: give the path of a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise InputError(f"the config file '{path}' is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise InputError(f"the config file '{path}' holds no keys: write lines such as 'epochs: 3'")
+    return raw
+
+
+def _parse(word: str, value: str) -> Any:
+    try:
+        parsed = yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise InputError(f"--set {word!r}: the value is not a YAML value") from None
+    # YAML 1.1 reads 5e-3 as a word
+    if isinstance(parsed, str):
+        try:
+            return float(parsed)
+        except ValueError:
+            return parsed
+    return parsed
+
+
+def _all_mistakes(error: ValidationError) -> str:
+    problems = []
+    for mistake in error.errors():
+        key = ".".join(map(str, mistake["loc"]))
+        if mistake["type"] == "missing":
+            problems.append(f"{key} is missing: give --{key.replace('_', '-')}")
+        elif mistake["type"] == "extra_forbidden":
+            problems.append(f"unknown key {key!r}: put a method's options under method_args")
+        else:
+            problems.append(f"{key}={mistake['input']!r}: {mistake['msg'][:1].lower()}{mistake['msg'][1:]}")
+    return "run options: " + "; ".join(problems)

@@ -1,0 +1,114 @@
+"""Use a finished run: load its adapter again, score it, apply it to new text."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from loretta.errors import InputError
+from loretta.tasks import metrics
+from loretta.tasks.base import Task
+from loretta.training.config import RunConfig
+from loretta.training.model import load_adapter, load_base, load_tokenizer
+from loretta.training.record import RunRecord
+from loretta.training.run import ADAPTER, encode, prediction_rows
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedRun:
+    """A finished run with its adapter on the base model again."""
+
+    record: RunRecord
+    config: RunConfig
+    model: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    kind: str
+
+
+def load_run(folder: Path, *, model: str | None = None, cpu: bool = False) -> LoadedRun:
+    """Load the adapter of a run folder onto its base model, or onto ``model`` where that has moved.
+
+    Raises InputError when the folder holds no run or the adapter does not fit.
+    """
+    record = RunRecord.load(folder / "run.json")
+    config = RunConfig(**record.config)
+    name = model or config.model
+    kind = _kind(record)
+    tokenizer = load_tokenizer(name)
+    base = load_base(
+        name, kind, label_names=tuple(record.label_names), dtype=config.dtype, pad_token_id=tokenizer.pad_token_id
+    )
+    adapted = load_adapter(base, folder / ADAPTER)
+    if torch.cuda.is_available() and not cpu:
+        adapted = adapted.cuda()
+    return LoadedRun(record=record, config=config, model=adapted, tokenizer=tokenizer, kind=kind)
+
+
+def _kind(record: RunRecord) -> str:
+    if record.metric == "perplexity":
+        return "language_modeling"
+    return "classification" if record.label_names else "regression"
+
+
+@torch.inference_mode()
+def evaluate(run: LoadedRun, task: Task, split: str) -> dict[str, float]:
+    """The task's metrics on one split. Raises InputError for a task of another kind or with other labels."""
+    if task.kind != run.kind or (task.label_names and list(task.label_names) != run.record.label_names):
+        raise InputError(
+            f"the run was trained on a {run.kind} task with the labels {run.record.label_names}, and "
+            f"'{task.name}' is a {task.kind} task with {list(task.label_names)}: give data with the same labels"
+        )
+    data = getattr(task, split)
+    if data is None:
+        raise InputError(f"'{task.name}' has no {split} split: choose another with --split")
+    if run.kind == "language_modeling":
+        blocks = encode(data, task, run.tokenizer, run.config.max_length)
+        losses = [
+            run.model(input_ids=ids, labels=ids).loss.double()
+            for row in blocks["input_ids"]
+            for ids in [torch.tensor([row], device=run.model.device)]
+        ]
+        loss = float(torch.stack(losses).mean())
+        return {"loss": loss, "perplexity": float(torch.tensor(loss).exp())}
+    texts = [list(data[column]) for column in task.columns]
+    scores = torch.cat(list(_logits(run, texts)))
+    predicted = scores[:, 0] if run.kind == "regression" else scores.argmax(-1)
+    return metrics.compute(task.metrics, predicted.numpy(), list(data["label"]))
+
+
+def predict(run: LoadedRun, texts: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+    """One row per example. ``texts`` holds the text columns, as the run was trained with them.
+
+    Classification gives "label" and its "probability", regression a "score", language modelling a "continuation".
+    """
+    if run.kind == "language_modeling":
+        return [{"continuation": _continue(run, text)} for text in texts[0]]
+    return [row for logits in _logits(run, texts) for row in prediction_rows(logits, run.record.label_names)]
+
+
+@torch.inference_mode()
+def _logits(run: LoadedRun, texts: Sequence[Sequence[str]]) -> Iterator[Tensor]:
+    """(B, labels) logits in float32 on the CPU, batch by batch and in order."""
+    size = run.config.eval_batch_size
+    for start in range(0, len(texts[0]), size):
+        batch: Mapping[str, Tensor] = run.tokenizer(
+            *[list(column[start : start + size]) for column in texts],
+            truncation=True,
+            max_length=run.config.max_length,
+            padding=True,
+            return_tensors="pt",
+        ).to(run.model.device)
+        yield run.model(**batch).logits.float().cpu()
+
+
+@torch.inference_mode()
+def _continue(run: LoadedRun, text: str) -> str:
+    inputs = run.tokenizer(text, return_tensors="pt").to(run.model.device)
+    inputs.pop("token_type_ids", None)
+    out = run.model.generate(**inputs, max_new_tokens=50, do_sample=False, pad_token_id=run.tokenizer.pad_token_id)
+    return run.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -1,0 +1,360 @@
+"""The one training loop: Hugging Face's Trainer between a task and a run folder."""
+
+import importlib.util
+import json
+import math
+import os
+import platform
+import resource
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+from transformers.trainer_utils import get_last_checkpoint
+
+from loretta import report
+from loretta.counts import trainable_by_kind
+from loretta.errors import InputError
+from loretta.tasks import load_task, metrics
+from loretta.tasks.base import Task
+from loretta.training.config import RunConfig
+from loretta.training.methods import find_method
+from loretta.training.model import load_base, load_tokenizer, wrap
+from loretta.training.record import ParameterCounts, Point, RunRecord
+
+ADAPTER, CHECKPOINTS, CONFIG, PREDICTIONS = "adapter", "checkpoints", "config.json", "predictions.jsonl"
+PACKAGES = ("loretta-peft", "torch", "transformers", "peft", "accelerate", "datasets", "numpy")
+
+
+def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> RunRecord:
+    """Train as ``config`` says and write the run folder: ``adapter/``, ``run.json``, ``report.html``.
+
+    Everything that a user can get wrong is checked before anything is written. ``resume`` goes on from the last
+    checkpoint in the folder (a finished run is returned as it is); ``overwrite`` replaces what the folder holds.
+
+    Raises InputError for input that the user can mend.
+    """
+    folder = config.folder
+    if (finished := _claim(folder, config, resume=resume, overwrite=overwrite)) is not None:
+        return finished
+    if config.tensorboard:
+        _need_tensorboard()
+    find_method(config.method)
+    task = load_config_task(config)
+    tokenizer = load_tokenizer(config.model)
+    set_seed(config.seed)
+    base = load_base(
+        config.model,
+        task.kind,
+        label_names=task.label_names,
+        dtype=config.dtype,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    model = wrap(base, config.method, task.kind, config.method_args)
+    encoded = {
+        split: encode(data, task, tokenizer, config.max_length)
+        for split in ("train", "validation", "test")
+        if (data := getattr(task, split)) is not None
+    }
+    if overwrite and folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / CONFIG, config.model_dump())
+
+    trainer = make_trainer(config, task, model, tokenizer, encoded)
+    start, memory = time.perf_counter(), peak_memory()
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder / CHECKPOINTS)) if resume else None)
+    seconds = time.perf_counter() - start
+    if torch.cuda.is_available() and not config.cpu:
+        memory = 0
+    record = _finish(config, task, trainer, encoded, seconds=seconds, memory=peak_memory() - memory)
+    report.write([record], folder / "report.html", notes=task.notes)
+    return record
+
+
+def load_config_task(config: RunConfig) -> Task:
+    """The task that ``config`` names, cut to ``limit`` rows a split. Raises InputError as ``load_task``."""
+    task = load_task(
+        config.data,
+        text=config.text,
+        text_pair=config.text_pair,
+        label=config.label,
+        kind=config.kind,
+        data_dir=Path(config.data_dir) if config.data_dir else None,
+        validation=Path(config.validation) if config.validation else None,
+        test=Path(config.test) if config.test else None,
+        seed=config.seed,
+    )
+    if config.limit is None:
+        return task
+    return task.limited(config.limit)
+
+
+def encode(data: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+    """Token ids of a split: an example a row, or (language modelling) blocks of ``max_length`` tokens.
+
+    Raises InputError when the text is too short for one block.
+    """
+    if task.kind != "language_modeling":
+        columns = [data[column] for column in task.columns]
+        tokens = tokenizer(*map(list, columns), truncation=True, max_length=max_length)
+        return Dataset.from_dict({**tokens, "labels": list(data["label"])})
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids = [token for row in tokenizer(list(data["text"]), verbose=False)["input_ids"] for token in [*row, *end]]
+    blocks = [ids[k : k + max_length] for k in range(0, len(ids) - max_length + 1, max_length)]
+    if not blocks:
+        raise InputError(
+            f"a split of '{task.name}' has {len(ids)} tokens, less than one block of {max_length}: "
+            "give more text or a smaller max_length"
+        )
+    return Dataset.from_dict({"input_ids": blocks, "attention_mask": [[1] * max_length] * len(blocks)})
+
+
+class TwoRateTrainer(Trainer):
+    """A Trainer whose final layer may learn at a rate of its own: it starts from nothing, the rest does not."""
+
+    def __init__(self, *args, head_learning_rate: float | None, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.optimizer: torch.optim.Optimizer | None
+        self.head_learning_rate = head_learning_rate
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler:
+        # the Trainer would group by length here too, and return predictions in that order
+        return SequentialSampler(eval_dataset)
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None and self.head_learning_rate is not None:
+            model = self.model if model is None else model
+            assert model is not None
+            final = [p for name, p in model.named_parameters() if p.requires_grad and is_final_layer(name)]
+            ids = {id(p) for p in final}
+            rest = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
+            groups = [{"params": rest}, {"params": final, "lr": self.head_learning_rate}]
+            cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = cls(groups, weight_decay=self.args.weight_decay, **kwargs)
+        return super().create_optimizer(model)
+
+
+def is_final_layer(parameter: str) -> bool:
+    """Whether a parameter's name lies in the task's last layer, and not in the hidden layer of the head."""
+    parts = parameter.split(".")
+    return "modules_to_save" in parts and (
+        bool({"out_proj", "score", "qa_outputs"} & set(parts))
+        or ("classifier" in parts and not {"dense", "norm"} & set(parts))
+    )
+
+
+def make_trainer(
+    config: RunConfig,
+    task: Task,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: Mapping[str, Dataset],
+) -> Trainer:
+    """The Trainer of a run: AdamW, best checkpoint by the task's first metric, one line of progress with an ETA."""
+    metric = task.metrics[0]
+    every = "epoch" if config.eval_steps is None else "steps"
+    steps = {} if config.eval_steps is None else {"eval_steps": config.eval_steps, "save_steps": config.eval_steps}
+    method = find_method(config.method)
+    rate = config.learning_rate or method.learning_rate
+    if config.tensorboard:
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(config.folder / "tensorboard")
+    arguments = TrainingArguments(
+        output_dir=str(config.folder / CHECKPOINTS),
+        num_train_epochs=config.epochs,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.eval_batch_size,
+        learning_rate=rate,
+        weight_decay=config.weight_decay,
+        warmup_steps=config.warmup,
+        lr_scheduler_type=config.schedule,
+        eval_strategy=every,
+        save_strategy=every,
+        **steps,
+        logging_steps=config.logging_steps,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        # perplexity is exp(loss): the same order
+        metric_for_best_model="loss" if metric == "perplexity" else metric,
+        greater_is_better=metrics.higher_is_better(metric),
+        train_sampling_strategy="random" if task.kind == "language_modeling" else "group_by_length",
+        seed=config.seed,
+        bf16=config.bf16,
+        **({"gradient_checkpointing": True} if config.gradient_checkpointing else {}),
+        use_cpu=config.cpu,
+        report_to=["tensorboard"] if config.tensorboard else [],
+        dataloader_pin_memory=torch.cuda.is_available() and not config.cpu,
+        label_names=["labels"],
+    )
+    collate = (
+        DataCollatorForLanguageModeling(tokenizer, mlm=False)
+        if task.kind == "language_modeling"
+        else DataCollatorWithPadding(tokenizer)
+    )
+    return TwoRateTrainer(
+        model=model,
+        args=arguments,
+        train_dataset=encoded["train"],
+        eval_dataset=encoded["validation"],
+        data_collator=collate,
+        processing_class=tokenizer,
+        compute_metrics=None if task.kind == "language_modeling" else _compute_metrics(task),
+        head_learning_rate=config.head_learning_rate,
+    )
+
+
+def _compute_metrics(task: Task):
+    def compute(prediction) -> dict[str, float]:
+        scores = _scores(prediction.predictions)
+        predicted = np.squeeze(scores, -1) if task.kind == "regression" else np.argmax(scores, -1)
+        return metrics.compute(task.metrics, predicted, prediction.label_ids)
+
+    return compute
+
+
+def _scores(predictions) -> np.ndarray:
+    """The logits; encoder-decoder models give hidden states after them."""
+    return predictions[0] if isinstance(predictions, tuple) else predictions
+
+
+def prediction_rows(logits: torch.Tensor, label_names: Sequence[str]) -> list[dict[str, Any]]:
+    """(B, labels) logits -> a "label" and its "probability" each; without label names a "score" each."""
+    if not label_names:
+        return [{"score": float(score)} for score in logits[:, 0]]
+    best = logits.float().softmax(-1).max(-1)
+    return [
+        {"label": label_names[int(k)], "probability": float(p)} for p, k in zip(best.values, best.indices, strict=True)
+    ]
+
+
+def named_values(raw: Mapping[str, float], task: Task, prefix: str) -> dict[str, float]:
+    """Loss and metrics out of the Trainer's prefixed names, with perplexity for language modelling."""
+    values = {
+        key.removeprefix(prefix): float(value)
+        for key, value in raw.items()
+        if key.removeprefix(prefix) in ("loss", *task.metrics)
+    }
+    if task.kind == "language_modeling" and "loss" in values:
+        values["perplexity"] = math.exp(min(values["loss"], 700))
+    return values
+
+
+def _finish(
+    config: RunConfig,
+    task: Task,
+    trainer: Trainer,
+    encoded: Mapping[str, Dataset],
+    *,
+    seconds: float,
+    memory: int,
+) -> RunRecord:
+    """Save the best adapter, score the test split, write run.json."""
+    folder, model = config.folder, trainer.model
+    assert isinstance(model, PeftModel)
+    model.save_pretrained(str(folder / ADAPTER))
+    test = None
+    if "test" in encoded:
+        output = trainer.predict(encoded["test"], metric_key_prefix="test")
+        test = named_values(output.metrics or {}, task, "test_")
+        if task.kind != "language_modeling":
+            rows = prediction_rows(torch.as_tensor(_scores(output.predictions)), task.label_names)
+            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+            (folder / PREDICTIONS).write_text("".join(lines), encoding="utf-8")
+    history = [_point(entry, task) for entry in trainer.state.log_history if "train_runtime" not in entry]
+    history = [point for point in history if point is not None]
+    best_step = trainer.state.best_global_step or trainer.state.global_step
+    record = RunRecord(
+        config=config.model_dump(),
+        command=shlex.join(["loretta", *sys.argv[1:]]),
+        versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        model=config.model,
+        task=task.name,
+        method=config.method,
+        seed=config.seed,
+        device=torch.cuda.get_device_name() if trainer.args.device.type == "cuda" else trainer.args.device.type,
+        sizes={split: len(data) for split, data in encoded.items()},
+        label_names=list(task.label_names),
+        metric=task.metrics[0],
+        higher_is_better=metrics.higher_is_better(task.metrics[0]),
+        parameters=ParameterCounts(**trainable_by_kind(model), total=sum(p.numel() for p in model.parameters())),
+        adapter_bytes=(folder / ADAPTER / "adapter_model.safetensors").stat().st_size,
+        train_seconds=seconds,
+        peak_memory_bytes=max(0, memory),
+        history=[point for point in history if point is not None],
+        best_step=best_step,
+        validation=next((p.values for p in history if p and p.split == "validation" and p.step == best_step), {}),
+        test=test,
+    )
+    write_json(folder / "run.json", record.model_dump())
+    return record
+
+
+def _point(entry: Mapping[str, Any], task: Task) -> Point | None:
+    where = {"step": entry["step"], "epoch": entry["epoch"]}
+    if "eval_loss" in entry:
+        return Point(split="validation", values=named_values(entry, task, "eval_"), **where)
+    if "loss" in entry:
+        kept = {key: float(entry[key]) for key in ("loss", "learning_rate", "grad_norm") if key in entry}
+        return Point(split="train", values=kept, **where)
+    return None
+
+
+def _claim(folder: Path, config: RunConfig, *, resume: bool, overwrite: bool) -> RunRecord | None:
+    """Refuse to touch a folder that holds something else; the record if the run to resume is finished."""
+    if folder.is_file():
+        raise InputError(f"the output '{folder}' is a file: give a folder with --output")
+    if overwrite or not folder.is_dir() or not any(folder.iterdir()):
+        return None
+    if not (folder / CONFIG).is_file():
+        raise InputError(f"the output folder '{folder}' holds other files: give an empty or new one with --output")
+    if not resume:
+        raise InputError(f"'{folder}' already holds a run: go on with --resume, replace it with --overwrite")
+    try:
+        before = json.loads((folder / CONFIG).read_bytes())
+    except ValueError:
+        raise InputError(f"'{folder / CONFIG}' is damaged: start again with --overwrite") from None
+    now = config.model_dump()
+    changed = sorted(key for key in now if key != "output" and before.get(key) != now[key])
+    if changed:
+        words = "; ".join(f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in changed)
+        raise InputError(f"cannot resume '{folder}' with other options ({words}): give the same ones, or --overwrite")
+    return RunRecord.load(folder / "run.json") if (folder / "run.json").is_file() else None
+
+
+def _need_tensorboard() -> None:
+    if importlib.util.find_spec("tensorboard") is None:
+        raise InputError("--tensorboard needs the package tensorboard: pip install 'loretta-peft[tensorboard]'")
+
+
+def peak_memory() -> int:
+    """Peak bytes so far: of the accelerator's allocator where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    # kilobytes on Linux, bytes on macOS
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a file in one step: a crash leaves the old one or the new one, never half of it."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

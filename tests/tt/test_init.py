@@ -1,0 +1,66 @@
+import math
+
+import pytest
+import torch
+from tt.trains import SHAPES
+
+from loretta.tt import gaussian, matrix, plan
+
+DRAWS = {
+    "small": (SHAPES["aligned"], 3000),
+    "straddling": (SHAPES["straddling, folded left"], 3000),
+    "padded": (SHAPES["padded and straddling"], 3000),
+    "one core": (SHAPES["one core"], 1000),
+    "Table 10": (plan(768, 8, rank=5), 300),
+    "70B": (plan(16, 1024, rank=8, modes=(8, 8, 8, 8, 4)), 100),
+}
+
+
+@pytest.mark.parametrize(("shape", "draws"), DRAWS.values(), ids=DRAWS)
+def test_the_contracted_matrix_has_the_promised_std(shape, draws):
+    generator = torch.Generator().manual_seed(0)
+    variances, means = [], []
+    for _ in range(draws):
+        dense = matrix(gaussian(shape, std=0.02, generator=generator, dtype=torch.float64), shape)
+        variances.append(dense.square().mean())
+        means.append(dense.mean())
+    assert torch.stack(variances).mean().sqrt().item() == pytest.approx(0.02, rel=0.05)
+    assert abs(torch.stack(means).mean().item()) < 0.05 * 0.02
+
+
+def test_all_cores_are_drawn_alike():
+    cores = gaussian(plan(768, 64, rank=30), std=0.1, generator=torch.Generator().manual_seed(0))
+    spreads = [core.std().item() for core in cores]
+    assert max(spreads) < 1.15 * min(spreads)
+
+
+def test_a_generator_makes_the_draw_reproducible():
+    shape = SHAPES["aligned"]
+    first, again, other = (gaussian(shape, std=1.0, generator=torch.Generator().manual_seed(s)) for s in (3, 3, 4))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    torch.manual_seed(3)
+    assert all(torch.equal(a, b) for a, b in zip(gaussian(shape, std=1.0), first, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_cores_have_the_planned_shapes_dtype_and_device(dtype):
+    shape = SHAPES["straddling, folded right"]
+    cores = gaussian(shape, std=1.0, dtype=dtype)
+    assert [tuple(core.shape) for core in cores] == shape.cores
+    assert {core.dtype for core in cores} == {dtype}
+    assert all(core.is_meta for core in gaussian(shape, std=1.0, device="meta"))
+
+
+def test_std_zero_is_the_zero_matrix_and_a_negative_std_is_quoted():
+    shape = SHAPES["aligned"]
+    assert not matrix(gaussian(shape, std=0.0), shape).any()
+    with pytest.raises(ValueError, match=r"must not be negative, got -0\.5"):
+        gaussian(shape, std=-0.5)
+
+
+def test_the_std_scales_the_matrix_and_not_each_core():
+    shape, factor = SHAPES["aligned"], 16.0
+    narrow, wide = (gaussian(shape, std=s, generator=torch.Generator().manual_seed(0)) for s in (1.0, factor))
+    ratio = (matrix(wide, shape) / matrix(narrow, shape)).median().item()
+    assert math.isclose(ratio, factor, rel_tol=1e-4)

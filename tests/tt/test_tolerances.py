@@ -1,0 +1,32 @@
+import math
+
+import pytest
+import torch
+from tolerances import RTOL, assert_near
+
+
+@pytest.mark.parametrize("dtype", RTOL)
+def test_rounding_passes_and_twice_the_tolerance_fails(dtype):
+    ref = torch.linspace(1, 2, 50, dtype=torch.float64)
+    assert_near("cast", ref.to(dtype), ref)
+    with pytest.raises(AssertionError, match="scaled: relative error"):
+        assert_near("scaled", (ref * (1 + 2 * RTOL[dtype])).to(dtype), ref)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_nan_and_infinity_fail_on_either_side(bad):
+    fine, broken = torch.ones(3), torch.tensor([1.0, bad, 1.0])
+    for got, ref in [(broken, fine), (fine, broken), (broken, broken)]:
+        with pytest.raises(AssertionError):
+            assert_near("y", got, ref)
+
+
+def test_a_zero_reference_is_met_exactly_or_not_at_all():
+    assert_near("zero", torch.zeros(3), torch.zeros(3))
+    with pytest.raises(AssertionError):
+        assert_near("zero", torch.full((3,), 1e-30), torch.zeros(3))
+
+
+def test_broadcasting_does_not_hide_a_wrong_shape():
+    with pytest.raises(AssertionError, match="shape"):
+        assert_near("y", torch.ones(3, 1), torch.ones(3, 3))
