@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loretta.tt import TTShape, plan
 
-examples = settings(derandomize=True, deadline=None, max_examples=60)
+examples = settings(derandomize=True, deadline=None, max_examples=100)
 seeds = st.integers(0, 2**31 - 1)
 
 # One shape of every kind, for tests that have dtypes or draws to go through as well.

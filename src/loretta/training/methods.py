@@ -28,9 +28,9 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "rep": Method(config=LorettaRepConfig, learning_rate=3e-3),
+    "rep": Method(config=LorettaRepConfig, learning_rate=2e-3),
     "adp": Method(config=LorettaAdpConfig, learning_rate=2e-3),
-    "lora": Method(config=LoraConfig, options={"r": 8, "lora_alpha": 16}, learning_rate=3e-3),
+    "lora": Method(config=LoraConfig, options={"r": 8, "lora_alpha": 16}, learning_rate=2e-3),
     "ia3": Method(config=IA3Config, learning_rate=5e-3),
     "norms": Method(config=LNTuningConfig, learning_rate=2e-3, targets=norm_names),
     # a LoRA that adapts nothing: PEFT then trains and saves the head alone

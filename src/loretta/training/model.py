@@ -74,7 +74,7 @@ def wrap(base: PreTrainedModel, method: str, kind: str, options: Mapping[str, An
     except InputError:
         raise
     except (TypeError, ValueError) as error:
-        raise InputError(f"method {method!r} does not fit this model: {' '.join(str(error).split())}") from None
+        raise InputError(f"method {method!r} does not fit this model: {_short(error)}") from None
 
 
 def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
@@ -93,21 +93,24 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
             file.keys()
     except (SafetensorError, OSError) as error:
         raise InputError(
-            f"'{weights}' is damaged or truncated ({' '.join(str(error).split())}): copy it again or train again"
+            f"'{weights}' is damaged or truncated ({_short(error)}): copy it again or train again"
         ) from None
     try:
         return PeftModel.from_pretrained(base, str(folder)).eval()
-    except InputError:
-        raise
     except (KeyError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
         raise InputError(
-            f"the adapter in '{folder}' does not fit the base model '{base.config.name_or_path}': {reason}; "
-            "give the base model it was trained on"
+            f"the adapter in '{folder}' does not fit the base model '{base.config.name_or_path}' "
+            f"({_short(error)}): give the base model it was trained on"
         ) from None
 
 
 def _not_loaded(model: str, what: str, error: Exception) -> str:
-    reason = " ".join(str(error).split())
-    reason = reason if len(reason) <= 300 else reason[:300] + "..."
-    return f"cannot load a {what} from '{model}' ({reason}): give a Hub id that can be reached, or a model's folder"
+    return (
+        f"cannot load a {what} from '{model}' ({_short(error)}): give a Hub id that can be reached, or a model's folder"
+    )
+
+
+def _short(error: Exception) -> str:
+    """A library's message on one line, cut where it begins to list every tensor."""
+    words = " ".join(str(error).split())
+    return words if len(words) <= 300 else words[:300] + "..."

@@ -30,6 +30,7 @@ from transformers import (
 )
 from transformers.trainer_utils import get_last_checkpoint
 
+import loretta
 from loretta import report
 from loretta.counts import trainable_by_kind
 from loretta.errors import InputError
@@ -41,7 +42,7 @@ from loretta.training.model import load_base, load_tokenizer, wrap
 from loretta.training.record import ParameterCounts, Point, RunRecord
 
 ADAPTER, CHECKPOINTS, CONFIG, PREDICTIONS = "adapter", "checkpoints", "config.json", "predictions.jsonl"
-PACKAGES = ("loretta-peft", "torch", "transformers", "peft", "accelerate", "datasets", "numpy")
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy")
 
 
 def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> RunRecord:
@@ -284,7 +285,11 @@ def _finish(
     record = RunRecord(
         config=config.model_dump(),
         command=shlex.join(["loretta", *sys.argv[1:]]),
-        versions={"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        versions={
+            "python": platform.python_version(),
+            "loretta": loretta.__version__,
+            **{name: version(name) for name in PACKAGES},
+        },
         model=config.model,
         task=task.name,
         method=config.method,
@@ -321,10 +326,12 @@ def _claim(folder: Path, config: RunConfig, *, resume: bool, overwrite: bool) ->
     """Refuse to touch a folder that holds something else; the record if the run to resume is finished."""
     if folder.is_file():
         raise InputError(f"the output '{folder}' is a file: give a folder with --output")
-    if overwrite or not folder.is_dir() or not any(folder.iterdir()):
+    if not folder.is_dir() or not any(folder.iterdir()):
         return None
     if not (folder / CONFIG).is_file():
         raise InputError(f"the output folder '{folder}' holds other files: give an empty or new one with --output")
+    if overwrite:
+        return None
     if not resume:
         raise InputError(f"'{folder}' already holds a run: go on with --resume, replace it with --overwrite")
     try:

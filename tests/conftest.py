@@ -1,0 +1,6 @@
+import os
+
+# before torch: many tiny matrices are slower on several threads than on one
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# nothing here may reach for the network
+os.environ["HF_HUB_OFFLINE"] = "1"

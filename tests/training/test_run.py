@@ -1,0 +1,271 @@
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_data import sentences
+
+from loretta.errors import InputError
+from loretta.training.config import RunConfig, read_config
+from loretta.training.methods import METHODS, find_method, peft_config
+from loretta.training.predict import evaluate, load_run, predict
+from loretta.training.record import RunRecord
+from loretta.training.run import is_final_layer, load_config_task, train
+
+
+def config_for(model, data, folder, **changes) -> RunConfig:
+    options = {
+        "model": model,
+        "data": data,
+        "text": "review",
+        "label": "mood",
+        "output": str(folder),
+        "epochs": 4,
+        "batch_size": 8,
+        "learning_rate": 1e-2,
+        "max_length": 16,
+        "logging_steps": 2,
+        "cpu": True,
+    }
+    return RunConfig(**{**options, **changes})
+
+
+@pytest.mark.parametrize("method", ["rep", "adp", "lora", "ia3", "norms", "head", "peft:vera"])
+def test_a_method_learns_and_loads_again(method, bert, reviews, tmp_path):
+    config = config_for(bert, reviews, tmp_path / "run", method=method, test=reviews, head_learning_rate=0.1)
+    record = train(config)
+    folder = tmp_path / "run"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "adapter", "checkpoints", "config.json", "predictions.jsonl", "report.html", "run.json",
+    ]  # fmt: skip
+    assert not list((folder / "adapter").glob("*.bin")), "safetensors only"
+    assert record == RunRecord.load(folder / "run.json")
+    losses = [point.values["loss"] for point in record.history if point.split == "train"]
+    assert sum(losses[-5:]) < sum(losses[:5]) - 0.1
+    assert record.adapter_bytes == (folder / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert {point.split for point in record.history} == {"train", "validation"}
+    assert record.train_seconds > 0
+    assert record.label_names == ["neg", "pos"]
+
+    run = load_run(folder, cpu=True)
+    values = evaluate(run, load_config_task(run.config), "validation")
+    assert values["accuracy"] == pytest.approx(record.validation["accuracy"])
+    saved = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    task = load_config_task(config)
+    again = predict(run, [list(task.test["text"])])
+    assert [row["label"] for row in again] == [row["label"] for row in saved]
+    assert [row["probability"] for row in again] == pytest.approx([row["probability"] for row in saved], abs=1e-5)
+
+
+def test_parameters_in_the_record_are_those_that_trained(bert, reviews, tmp_path):
+    record = train(config_for(bert, reviews, tmp_path / "run", method="adp", epochs=1))
+    tensors = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    frozen_starts = sum(value.numel() for name, value in tensors.items() if ".start." in name)
+    assert record.parameters.trainable == sum(value.numel() for value in tensors.values()) - frozen_starts
+    counts = record.parameters
+    assert counts.norms == 2 * 32 * 5
+    assert counts.biases == 4 * (64 + 32)
+    assert counts.other == 0
+
+
+def test_the_same_seed_gives_the_same_adapter(bert, reviews, tmp_path):
+    for name in ("a", "b"):
+        train(config_for(bert, reviews, tmp_path / name, epochs=1))
+    a, b = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("a", "b"))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+def test_a_killed_run_resumes_to_the_same_end(bert, reviews, tmp_path):
+    whole = train(config_for(bert, reviews, tmp_path / "whole", epochs=3))
+    config = config_for(bert, reviews, tmp_path / "cut", epochs=3)
+    # killed by a signal after its first epoch's checkpoint
+    script = (
+        "import os, signal, sys\n"
+        "from transformers import TrainerCallback\n"
+        "import loretta.training.run as run\n"
+        "from loretta.training.config import RunConfig\n"
+        "class Kill(TrainerCallback):\n"
+        "    def on_epoch_begin(self, args, state, control, **kwargs):\n"
+        "        if state.epoch and state.epoch >= 1: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "make = run.make_trainer\n"
+        "def killing(*args):\n"
+        "    trainer = make(*args); trainer.add_callback(Kill()); return trainer\n"
+        "run.make_trainer = killing\n"
+        "run.train(RunConfig.model_validate_json(sys.argv[1]))\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", script, config.model_dump_json()], capture_output=True)
+    assert killed.returncode == -9
+    assert not (tmp_path / "cut" / "run.json").exists()
+    resumed = train(config, resume=True)
+    assert resumed.validation["loss"] == pytest.approx(whole.validation["loss"], rel=1e-4)
+    assert resumed.best_step == whole.best_step
+    # a finished run is not repeated
+    assert train(config, resume=True).train_seconds == resumed.train_seconds
+
+
+def test_what_is_on_disk_is_safe(bert, reviews, tmp_path):
+    config = config_for(bert, reviews, tmp_path / "run", epochs=1)
+    train(config)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match="already holds a run: go on with --resume, replace it with --overwrite"):
+        train(config)
+    with pytest.raises(InputError, match=r"epochs was 1.0 and is 2.0"):
+        train(config.model_copy(update={"epochs": 2.0}), resume=True)
+    with pytest.raises(InputError, match="no column 'nope'"):
+        train(config.model_copy(update={"label": "nope"}), overwrite=True)
+    with pytest.raises(InputError, match="tensor_rank=0"):
+        train(config.model_copy(update={"method_args": {"tensor_rank": 0}}), overwrite=True)
+    after = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    assert after == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("do not touch")
+    with pytest.raises(InputError, match="holds other files"):
+        train(config.model_copy(update={"output": str(tmp_path / "mine")}))
+    with pytest.raises(InputError, match="holds other files"):
+        train(config.model_copy(update={"output": str(tmp_path / "mine")}), overwrite=True)
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "do not touch"
+
+
+def test_language_modelling_lowers_the_perplexity(llama, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join("the film was good and the plot was bad " * 4 + words for words, _ in sentences(40)))
+    config = RunConfig(
+        model=llama,
+        data=str(text),
+        method="rep",
+        output=str(tmp_path / "run"),
+        epochs=3,
+        batch_size=4,
+        learning_rate=2e-2,
+        max_length=16,
+        cpu=True,
+        method_args={"target_modules": "all-linear"},
+    )
+    record = train(config)
+    losses = [point.values["loss"] for point in record.history if point.split == "validation"]
+    assert losses[-1] < math.log(32) - 0.2
+    assert record.validation["perplexity"] == pytest.approx(math.exp(record.validation["loss"]))
+    run = load_run(tmp_path / "run", cpu=True)
+    values = evaluate(run, load_config_task(config), "validation")
+    assert values["perplexity"] == pytest.approx(record.validation["perplexity"], rel=1e-3)
+    assert isinstance(predict(run, [["the film"]])[0]["continuation"], str)
+
+
+def test_regression_and_pairs(bert, tmp_path):
+    rows = [f"the film {'good' if k % 2 else 'bad'} {k},a plot {k % 7},{(k % 2) + k / 1000}" for k in range(60)]
+    path = tmp_path / "pairs.csv"
+    path.write_text("\n".join(["a,b,score", *rows]))
+    config = config_for(bert, str(path), tmp_path / "run", text="a", text_pair="b", label="score", epochs=2)
+    record = train(config)
+    assert record.metric == "spearman"
+    run = load_run(tmp_path / "run", cpu=True)
+    assert run.kind == "regression"
+    assert isinstance(predict(run, [["the film"], ["a plot"]])[0]["score"], float)
+
+
+def test_the_final_layer_has_its_own_rate(bert, reviews, tmp_path):
+    train(config_for(bert, reviews, tmp_path / "run", method="rep", head_learning_rate=0.1, epochs=1))
+    state = torch.load(next((tmp_path / "run" / "checkpoints").glob("*/optimizer.pt")), weights_only=True)
+    assert [group["initial_lr"] for group in state["param_groups"]] == [1e-2, 0.1]
+    assert len(state["param_groups"][1]["params"]) == 2  # weight and bias of the classifier
+
+
+@pytest.mark.parametrize(
+    ("name", "final"),
+    [
+        ("base_model.model.classifier.modules_to_save.default.weight", True),
+        ("base_model.model.classifier.modules_to_save.default.out_proj.weight", True),
+        ("base_model.model.score.modules_to_save.default.weight", True),
+        ("base_model.model.classifier.modules_to_save.default.dense.cores.0", False),
+        ("base_model.model.bert.pooler.dense.modules_to_save.default.cores.0", False),
+        ("base_model.model.bert.encoder.layer.0.output.LayerNorm.modules_to_save.default.weight", False),
+    ],
+)
+def test_what_counts_as_the_final_layer(name, final):
+    assert is_final_layer(name) is final
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "missing", "run.json"])
+def test_a_damaged_adapter_is_one_sentence(damage, bert, reviews, tmp_path):
+    train(config_for(bert, reviews, tmp_path / "run", epochs=1))
+    weights = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    if damage == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "garbage":
+        weights.write_bytes(b"not a tensor")
+    elif damage == "missing":
+        weights.unlink()
+    else:
+        (tmp_path / "run" / "run.json").write_text("{")
+    with pytest.raises(InputError) as caught:
+        load_run(tmp_path / "run", cpu=True)
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path / "run") in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["rep", "lora"])
+def test_an_adapter_for_another_base_is_refused(method, bert, other_bert, llama, reviews, tmp_path):
+    train(config_for(bert, reviews, tmp_path / "run", epochs=1, method=method))
+    # PEFT itself only warns of missing layers
+    for other in (other_bert, llama) if method == "rep" else (llama,):
+        with pytest.raises(InputError, match="does not fit the base model") as caught:
+            load_run(tmp_path / "run", model=other, cpu=True)
+        assert "\n" not in str(caught.value)
+
+
+def test_labels_of_other_data_must_be_the_same(bert, reviews, tmp_path):
+    train(config_for(bert, reviews, tmp_path / "run", epochs=1))
+    other = tmp_path / "other.csv"
+    other.write_text("review,mood\n" + "\n".join(f"a film {k},{'up' if k % 2 else 'down'}" for k in range(20)))
+    run = load_run(tmp_path / "run", cpu=True)
+    task = load_config_task(run.config.model_copy(update={"data": str(other)}))
+    with pytest.raises(InputError, match=r"\['neg', 'pos'\].*\['down', 'up'\]"):
+        evaluate(run, task, "validation")
+
+
+def test_options_come_from_file_then_command_line_then_set(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: m\ndata: sst2\nepochs: 5\nseed: 3\nmethod_args: {tensor_rank: 4, r: 16}\n")
+    config = read_config(path, {"seed": 4, "model": None}, ["learning_rate=5e-3", "tensor_rank=8", "epochs=7"])
+    assert (config.model, config.epochs, config.seed, config.learning_rate) == ("m", 7, 4, 5e-3)
+    assert config.method_args == {"tensor_rank": 8, "r": 16}
+    assert str(config.folder) == "runs/sst2-rep-s4"
+
+
+@pytest.mark.parametrize(
+    ("options", "sets", "words"),
+    [
+        ({}, [], ["model is missing: give --model", "data is missing: give --data"]),
+        ({"model": "m", "data": "d", "epochs": -1}, ["seed=x"], ["epochs=-1", "seed='x'"]),
+        ({"model": "m", "data": "d"}, ["epochs"], ["--set 'epochs' is not of the form key=value"]),
+        ({"model": "m", "data": "d"}, ["schedule=zigzag"], ["schedule='zigzag'"]),
+    ],
+)
+def test_every_mistake_in_the_options_is_named_at_once(options, sets, words):
+    with pytest.raises(InputError) as caught:
+        read_config(None, options, sets)
+    assert all(word in str(caught.value) for word in words)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "word"), [("- a\n", "holds no keys"), ("a: [", "is not YAML"), ("colour: red", "unknown key 'colour'")]
+)
+def test_a_bad_config_file_is_one_sentence(content, word, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    with pytest.raises(InputError, match=word) as caught:
+        read_config(path, {"model": "m", "data": "d"})
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_methods_and_options_name_the_nearest():
+    with pytest.raises(InputError, match="unknown method 'rpe': did you mean 'rep'"):
+        find_method("rpe")
+    with pytest.raises(InputError, match=r"unknown option 'tensor_rnak'.*did you mean 'tensor_rank'"):
+        peft_config("rep", None, "SEQ_CLS", {"tensor_rnak": 3})
+    assert METHODS["rep"].learning_rate > 0
