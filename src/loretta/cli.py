@@ -64,7 +64,10 @@ def train(
     run_config = read_config(config, given, sets or [])
     from loretta.training.run import train as run
 
+    from loretta import report
+
     record = run(run_config, resume=resume, overwrite=overwrite)
+    report.write([record], run_config.folder / "report.html", notes=record.notes)
     if as_json:
         _print_json(record.model_dump())
         return

@@ -46,6 +46,7 @@ def test_train_writes_what_it_says(trained):
     run = json.loads((trained / "run.json").read_text())
     assert run["config"]["method_args"] == {"tensor_rank": 3}
     assert run["command"].startswith("loretta train --model")
+    assert "accuracy" in (trained / "report.html").read_text()
     assert json.loads((trained / "adapter" / "adapter_config.json").read_text())["tensor_rank"] == 3
 
 

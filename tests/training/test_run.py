@@ -39,7 +39,7 @@ def test_a_method_learns_and_loads_again(method, bert, reviews, tmp_path):
     record = train(config)
     folder = tmp_path / "run"
     assert sorted(path.name for path in folder.iterdir()) == [
-        "adapter", "checkpoints", "config.json", "predictions.jsonl", "report.html", "run.json",
+        "adapter", "checkpoints", "config.json", "predictions.jsonl", "run.json",
     ]  # fmt: skip
     assert not list((folder / "adapter").glob("*.bin")), "safetensors only"
     assert record == RunRecord.load(folder / "run.json")

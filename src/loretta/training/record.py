@@ -50,6 +50,7 @@ class RunRecord(BaseModel):
     seed: int
     device: str
     sizes: dict[str, int]  # examples (or blocks of text) per split
+    notes: list[str] = []  # what a reader should know about the data, a sentence each
     label_names: list[str] = []  # classification: class id -> name
     metric: str  # the one that chose the best checkpoint
     higher_is_better: bool

@@ -31,7 +31,6 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 import loretta
-from loretta import report
 from loretta.counts import trainable_by_kind
 from loretta.errors import InputError
 from loretta.tasks import load_task, metrics
@@ -46,7 +45,7 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy")
 
 
 def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> RunRecord:
-    """Train as ``config`` says and write the run folder: ``adapter/``, ``run.json``, ``report.html``.
+    """Train as ``config`` says and write the run folder: ``adapter/``, ``run.json``, ``predictions.jsonl`` of the test split.
 
     Everything that a user can get wrong is checked before anything is written. ``resume`` goes on from the last
     checkpoint in the folder (a finished run is returned as it is); ``overwrite`` replaces what the folder holds.
@@ -86,9 +85,7 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
     seconds = time.perf_counter() - start
     if torch.cuda.is_available() and not config.cpu:
         memory = 0
-    record = _finish(config, task, trainer, encoded, seconds=seconds, memory=peak_memory() - memory)
-    report.write([record], folder / "report.html", notes=task.notes)
-    return record
+    return _finish(config, task, trainer, encoded, seconds=seconds, memory=peak_memory() - memory)
 
 
 def load_config_task(config: RunConfig) -> Task:
@@ -296,6 +293,7 @@ def _finish(
         seed=config.seed,
         device=torch.cuda.get_device_name() if trainer.args.device.type == "cuda" else trainer.args.device.type,
         sizes={split: len(data) for split, data in encoded.items()},
+        notes=list(task.notes),
         label_names=list(task.label_names),
         metric=task.metrics[0],
         higher_is_better=metrics.higher_is_better(task.metrics[0]),

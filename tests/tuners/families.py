@@ -1,0 +1,160 @@
+"""Tiny random models of every family that has default targets, with inputs for them."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+
+VOCABULARY, HIDDEN, INNER, LAYERS, HEADS = 64, 32, 48, 2, 4
+
+_ENCODER = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": HIDDEN,
+    "intermediate_size": INNER,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "max_position_embeddings": 40,
+    "pad_token_id": 0,
+}
+_DECODER = {**_ENCODER, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False}
+# the width of a head is chosen freely in these, so that the attention is not as wide as the model
+_GEMMA = {**_DECODER, "head_dim": 16, "tie_word_embeddings": True}
+_GEMMA3 = {**_GEMMA, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
+
+OPTIONS: dict[str, dict] = {
+    "bert": _ENCODER,
+    "roberta": _ENCODER,
+    "deberta": {**_ENCODER, "relative_attention": True, "pos_att_type": "c2p|p2c", "type_vocab_size": 0},
+    "deberta-v2": {**_ENCODER, "relative_attention": True, "pos_att_type": "c2p|p2c", "type_vocab_size": 0},
+    "electra": {**_ENCODER, "embedding_size": 16},
+    "modernbert": {**_ENCODER, "global_attn_every_n_layers": 2, "local_attention": 8, "cls_token_id": 1},
+    "gpt2": {
+        "vocab_size": VOCABULARY,
+        "n_embd": HIDDEN,
+        "n_inner": INNER,
+        "n_layer": LAYERS,
+        "n_head": HEADS,
+        "n_positions": 40,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    },
+    "opt": {**_ENCODER, "ffn_dim": INNER, "word_embed_proj_dim": HIDDEN},
+    "llama": _DECODER,
+    "mistral": {**_DECODER, "sliding_window": 8},
+    "qwen2": _DECODER,
+    "qwen3": {**_DECODER, "head_dim": 16},
+    "gemma": _GEMMA,
+    "gemma2": {**_GEMMA, "sliding_window": 8},
+    "gemma3_text": _GEMMA3,
+    "gemma3": {
+        "text_config": _GEMMA3,
+        "vision_config": {
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 8,
+            "patch_size": 4,
+        },
+        "mm_tokens_per_image": 4,
+    },
+    "phi3": {**_DECODER, "original_max_position_embeddings": 40},
+    "t5": {
+        "vocab_size": VOCABULARY,
+        "d_model": HIDDEN,
+        "d_kv": 16,
+        "d_ff": INNER,
+        "num_layers": LAYERS,
+        "num_heads": HEADS,
+        "decoder_start_token_id": 0,
+    },
+    "bart": {
+        "vocab_size": VOCABULARY,
+        "d_model": HIDDEN,
+        "encoder_layers": LAYERS,
+        "decoder_layers": LAYERS,
+        "encoder_attention_heads": HEADS,
+        "decoder_attention_heads": HEADS,
+        "encoder_ffn_dim": INNER,
+        "decoder_ffn_dim": INNER,
+        "max_position_embeddings": 40,
+        "forced_eos_token_id": None,
+        "decoder_start_token_id": 2,
+    },
+}
+ENCODERS = ("bert", "roberta", "deberta", "deberta-v2", "electra", "modernbert")
+SEQ2SEQ = ("t5", "bart")
+DECODERS = tuple(name for name in OPTIONS if name not in (*ENCODERS, *SEQ2SEQ))
+
+_CLASSES = {
+    "CAUSAL_LM": AutoModelForCausalLM,
+    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
+    "SEQ_CLS": AutoModelForSequenceClassification,
+}
+
+
+def natural_task(family: str) -> str:
+    """The task type that the family is mostly used for."""
+    if family in ENCODERS:
+        return "SEQ_CLS"
+    return "SEQ_2_SEQ_LM" if family in SEQ2SEQ else "CAUSAL_LM"
+
+
+def config_of(family: str, **changes) -> PreTrainedConfig:
+    return AutoConfig.for_model(family, **{**OPTIONS[family], **changes})
+
+
+def build(
+    family: str, task: str | None = None, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes
+) -> tuple[PreTrainedModel, dict[str, Tensor]]:
+    """A model in eval mode, and a batch of four rows with padding. Every parameter is random, norms and biases too."""
+    task = task or natural_task(family)
+    config = config_of(family, **changes)
+    model = _CLASSES[task].from_config(config).eval()
+    randomise(model.parameters(), seed=seed)
+    return model.to(dtype), inputs_for(task)
+
+
+def inputs_for(task: str) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(4, VOCABULARY, (4, 7), generator=generator)
+    mask = torch.ones_like(ids)
+    if task == "SEQ_CLS":  # padded on the right, where every family can tell the last token of a row
+        ids[1, 5:] = mask[1, 5:] = 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if task == "SEQ_2_SEQ_LM":
+        inputs["decoder_input_ids"] = ids.flip(1)[:, :5]
+    return inputs
+
+
+@torch.no_grad()
+def randomise(parameters, *, seed: int, scale: float = 0.3) -> None:
+    """Add noise to every parameter, so that no norm is the identity and no bias is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in parameters:
+        parameter.add_(scale * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+
+
+@torch.no_grad()
+def logits(model: nn.Module, inputs: dict[str, Tensor], **options) -> Tensor:
+    return model(**inputs, **options).logits
+
+
+def loss_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """A loss that every logit enters with a weight of its own."""
+    out = model(**inputs).logits
+    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    return (out.float() * weights).mean() + out.float().square().mean()
+
+
+def builder(family: str) -> Callable[..., tuple[PreTrainedModel, dict[str, Tensor]]]:
+    return lambda **options: build(family, **options)
