@@ -62,9 +62,8 @@ def train(
     from loretta.training.config import read_config
 
     run_config = read_config(config, given, sets or [])
-    from loretta.training.run import train as run
-
     from loretta import report
+    from loretta.training.run import train as run
 
     record = run(run_config, resume=resume, overwrite=overwrite)
     report.write([record], run_config.folder / "report.html", notes=record.notes)
@@ -152,6 +151,43 @@ def predict(
     else:
         for row in rows:
             typer.echo("\t".join(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()))
+
+
+@app.command()
+def plan(
+    model: Annotated[str | None, typer.Option(help="Hub id, folder, or a name such as llama-2-70b.")] = None,
+    method: Annotated[str | None, typer.Option(help="rep or adp.")] = None,
+    preset: Annotated[str | None, typer.Option(help="A configuration of the paper; --presets lists them.")] = None,
+    task_type: Annotated[str | None, typer.Option(help="SEQ_CLS, CAUSAL_LM, ...; default: by the model.")] = None,
+    num_labels: Annotated[int, typer.Option(help="Labels of a classification head.")] = 2,
+    budget: Annotated[
+        str | None, typer.Option(help="100k or 1.5M (parameters), 400kB or 1MiB (bytes): choose what fits.")
+    ] = None,
+    sets: Annotated[list[str] | None, typer.Option("--set", help="key=value: an option of the method.")] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="One page in words.")] = False,
+    presets: Annotated[bool, typer.Option("--presets", help="List the paper's configurations and stop.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what LoRETTA will do to a model, from its configuration alone."""
+    from loretta import planning
+
+    if presets:
+        rows = planning.list_presets()
+        _print_json(rows) if as_json else typer.echo(planning.preset_table(rows))
+        return
+    result = planning.make_plan(
+        model=model,
+        method=method,
+        preset=preset,
+        task_type=task_type,
+        num_labels=num_labels,
+        budget=budget,
+        sets=sets or [],
+    )
+    if as_json:
+        _print_json(result.as_dict())
+    else:
+        typer.echo(result.explanation() if explain else result.table())
 
 
 @app.command()

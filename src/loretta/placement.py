@@ -66,10 +66,32 @@ def require_linear(name: str, module: nn.Module) -> tuple[int, int]:
     return size
 
 
-def matched_modules(config: LorettaConfig, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def not_adaptable(model: nn.Module) -> dict[str, str]:
+    """Class name -> why tensor trains cannot be put on its weights, for modules with matrices that are not linear.
+
+    Embeddings and norms are left out: nobody expects them to be adapted.
+    """
+    reasons: dict[str, str] = {}
+    for module in model.modules():
+        dims = {parameter.dim() for parameter in module.parameters(recurse=False) if parameter.dim() >= 2}
+        if not dims or linear_size(module) or isinstance(module, nn.Embedding):
+            continue
+        name = type(module).__name__
+        if "Expert" in name or (max(dims) == 3 and "Conv" not in name):
+            reasons[name] = "holds the matrices of all experts in one tensor of three dimensions, not linear layers"
+        elif "Conv" in name:
+            reasons[name] = "is a convolution"
+        else:
+            reasons[name] = "applies its weights itself instead of through a linear layer"
+    return reasons
+
+
+def matched_modules(
+    config: LorettaConfig, model: nn.Module, *, required: bool = True
+) -> Iterator[tuple[str, nn.Module]]:
     """The modules that ``config`` targets, by PEFT's own matcher, before anything is replaced.
 
-    Raises InputError that lists what could be targeted instead when nothing matches.
+    Raises InputError that lists what could be targeted instead when nothing matches and something is ``required``.
     """
     config = _maybe_include_all_linear_layers(config, model)
     if config.target_modules == DUMMY_TARGET_MODULES:  # PEFT's word for "adapt nothing"
@@ -79,7 +101,7 @@ def matched_modules(config: LorettaConfig, model: nn.Module) -> Iterator[tuple[s
         if name and check_target_module_exists(config, name):
             found = True
             yield name, module
-    if not found:
+    if required and not found:
         raise InputError(_nothing_matched(config, model))
 
 

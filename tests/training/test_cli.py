@@ -34,11 +34,11 @@ def trained(bert, reviews, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "rep"
     old, sys.argv = sys.argv, ["loretta", *map(str, train_arguments(bert, reviews, folder, "--set", "tensor_rank=3"))]
     try:
-        cli.main()
-    except SystemExit as stop:
-        assert not stop.code
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
     finally:
         sys.argv = old
+    assert not stop.value.code
     return folder
 
 

@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from loretta.errors import InputError
+from loretta.options import parse_option
 
 
 class RunConfig(BaseModel):
@@ -69,14 +70,12 @@ def read_config(path: Path | None, options: Mapping[str, Any], sets: Sequence[st
     raw = _read_yaml(path) if path is not None else {}
     raw |= {key: value for key, value in options.items() if value is not None}
     for word in sets:
-        key, equals, value = word.partition("=")
-        if not equals or not key:
-            raise InputError(f"--set {word!r} is not of the form key=value: write, for example, --set epochs=5")
+        key, value = parse_option(word)
         key = key.removeprefix("method_args.")
         if key in RunConfig.model_fields and key != "method_args":
-            raw[key] = _parse(word, value)
+            raw[key] = value
         else:
-            raw["method_args"] = {**(raw.get("method_args") or {}), key: _parse(word, value)}
+            raw["method_args"] = {**(raw.get("method_args") or {}), key: value}
     try:
         return RunConfig(**raw)
     except ValidationError as error:
@@ -93,20 +92,6 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(raw, dict):
         raise InputError(f"the config file '{path}' holds no keys: write lines such as 'epochs: 3'")
     return raw
-
-
-def _parse(word: str, value: str) -> Any:
-    try:
-        parsed = yaml.safe_load(value)
-    except yaml.YAMLError:
-        raise InputError(f"--set {word!r}: the value is not a YAML value") from None
-    # YAML 1.1 reads 5e-3 as a word
-    if isinstance(parsed, str):
-        try:
-            return float(parsed)
-        except ValueError:
-            return parsed
-    return parsed
 
 
 def _all_mistakes(error: ValidationError) -> str:

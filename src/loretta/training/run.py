@@ -45,7 +45,9 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy")
 
 
 def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> RunRecord:
-    """Train as ``config`` says and write the run folder: ``adapter/``, ``run.json``, ``predictions.jsonl`` of the test split.
+    """Train as ``config`` says and write the run folder.
+
+    It holds ``adapter/``, ``run.json`` and, where there is a test split, its ``predictions.jsonl``.
 
     Everything that a user can get wrong is checked before anything is written. ``resume`` goes on from the last
     checkpoint in the folder (a finished run is returned as it is); ``overwrite`` replaces what the folder holds.

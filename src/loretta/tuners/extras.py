@@ -134,6 +134,40 @@ class AdapterCopy(ModulesToSaveWrapper):
         return module
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CopyCost:
+    """Numbers beside the trains: trained in norms and head, and saved with the adapter though frozen."""
+
+    norms: int
+    head: int
+    frozen: int
+
+
+def copy_cost(model: nn.Module, config: LorettaConfig) -> CopyCost:
+    """What :func:`install_copies` and the user's ``modules_to_save`` will add, counted on sizes alone."""
+    heads = _head_policies(config, model)
+    norms = _norm_names(model, inside=tuple(name + "." for name in heads)) if config.train_norms else []
+    head = frozen = 0
+    for name, policy in heads.items():
+        copy, trains = model.get_submodule(name), 0
+        total = sum(parameter.numel() for parameter in copy.parameters())
+        for path in policy.tensorized:
+            dense = cast(nn.Linear, copy.get_submodule(path))
+            shape = tt.plan(dense.in_features, dense.out_features, rank=policy.rank, overrides=policy.shapes)
+            trains += shape.n_params + (0 if dense.bias is None else dense.bias.numel())
+            total -= sum(parameter.numel() for parameter in dense.parameters())
+            frozen += shape.n_params if policy.as_change else 0
+        head += trains + (0 if policy.frozen else total)
+        frozen += total if policy.frozen else 0
+    ours = {*heads, *norms}
+    for name, module in model.named_modules():
+        wanted = name not in ours and any(name.endswith(ending) for ending in config.modules_to_save or [])
+        if name and wanted:
+            head += sum(parameter.numel() for parameter in module.parameters())
+    norm_total = sum(parameter.numel() for name in norms for parameter in model.get_submodule(name).parameters())
+    return CopyCost(norms=norm_total, head=head, frozen=frozen)
+
+
 def install_copies(model: nn.Module, config: LorettaConfig, adapter_name: str) -> list[str]:
     """Wrap the head and the norms that ``config`` asks for. Returns the names for ``modules_to_save``.
 
@@ -158,6 +192,11 @@ def is_norm(module: nn.Module) -> bool:
 def norm_names(model: nn.Module) -> list[str]:
     """Endings (or full names) that PEFT matches to every layer norm of ``model`` and to nothing else."""
     return _short_endings(_norm_names(model, inside=()), model)
+
+
+def head_names(model: nn.Module, config: LorettaConfig) -> list[str]:
+    """Names of the modules of the head that are copied whole under ``config.task_type``."""
+    return list(_head_policies(config, model))
 
 
 def _original(module: nn.Module) -> nn.Module:

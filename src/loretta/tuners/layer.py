@@ -35,6 +35,7 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
         for part in ("down", "up", "start_down", "start_up", "dropout"):
             self.add_module(self.prefix + part, nn.ModuleDict())
         self.scaling: dict[str, float] = {}
+        self.placements: dict[str, Placement] = {}
 
     def _part(self, part: str) -> nn.ModuleDict:
         return getattr(self, self.prefix + part)
@@ -50,6 +51,7 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
 
     def _add_trains(self, adapter_name: str, placement: Placement, init_weights: str, dropout: float) -> None:
         """New trains with their starting values, on the device and in the dtype of the base layer."""
+        self.placements[adapter_name] = placement
         down, up = Cores(placement.down), Cores(placement.up)
         starting_cores(down, up, init_weights)
         self._part("down")[adapter_name], self._part("up")[adapter_name] = down, up

@@ -51,16 +51,25 @@ class LorettaModel(BaseTuner):
             config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *names]))
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
 
+    @classmethod
+    def default_targets(cls, config: LorettaConfig, model_config: dict) -> Any:
+        """``config.target_modules``, or the method's default for the model's type.
+
+        Raises InputError when there is neither.
+        """
+        if config.target_modules is not None:
+            return config.target_modules
+        model_type = model_config.get("model_type")
+        if model_type not in cls.target_module_mapping:
+            raise InputError(
+                f"no default target modules are known for model type {model_type!r}: "
+                "give target_modules=['name', ...] or target_modules='all-linear'"
+            )
+        targets = cls.target_module_mapping[model_type]
+        return targets if isinstance(targets, str) else set(targets)
+
     def _prepare_adapter_config(self, peft_config: LorettaConfig, model_config: dict) -> LorettaConfig:
-        if peft_config.target_modules is None:
-            model_type = model_config.get("model_type")
-            if model_type not in self.target_module_mapping:
-                raise InputError(
-                    f"no default target modules are known for model type {model_type!r}: "
-                    "give target_modules=['name', ...] or target_modules='all-linear'"
-                )
-            targets = self.target_module_mapping[model_type]
-            peft_config.target_modules = targets if isinstance(targets, str) else set(targets)  # type: ignore[assignment]
+        peft_config.target_modules = self.default_targets(peft_config, model_config)
         return peft_config
 
     def _create_and_replace(

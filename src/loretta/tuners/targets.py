@@ -14,6 +14,7 @@ REP_TARGETS: dict[str, Sequence[str]] = {
     "camembert": ["query", "value"],
     "distilbert": ["q_lin", "v_lin"],
     "gemma3": r".*language_model\..*\.(q_proj|v_proj)",
+    "mamba": ["in_proj"],  # the fused kernels read the weights of the other projections past any adapter
     "mbart": ["q_proj", "v_proj"],
     "modernbert": ["Wqkv"],
     "mpnet": ["attn.q", "attn.v"],
@@ -48,6 +49,7 @@ ADP_TARGETS: dict[str, Sequence[str]] = {
     "llama": _LLAMA_LIKE,
     "mbart": ["self_attn.out_proj", "encoder_attn.out_proj", "fc2"],
     "mistral": _LLAMA_LIKE,
+    "mixtral": ["o_proj"],  # its experts are not linear layers
     "modernbert": ["attn.Wo", "mlp.Wo"],
     "mpnet": ["attn.o", "output.dense"],
     "mt5": ["o", "wo"],
@@ -56,6 +58,7 @@ ADP_TARGETS: dict[str, Sequence[str]] = {
     "phi": ["self_attn.dense", "fc2"],
     "phi3": _LLAMA_LIKE,
     "qwen2": _LLAMA_LIKE,
+    "qwen2_moe": ["o_proj", "shared_expert.down_proj"],
     "qwen3": _LLAMA_LIKE,
     "roberta": _BERT_LIKE,
     "t5": ["o", "wo"],

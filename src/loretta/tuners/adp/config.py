@@ -7,6 +7,8 @@ from transformers.activations import ACT2FN
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.register import add_peft_type
 
+PLACEMENTS = ("blocks", "mlp")
+
 
 @dataclass
 class LorettaAdpConfig(LorettaConfig):
@@ -20,6 +22,9 @@ class LorettaAdpConfig(LorettaConfig):
         adapter_dropout: dropout on the activated bottleneck.
         scaling: factor on the adapter's output.
         train_bias: whether the two trains of an adapter have biases, of ``bottleneck_size`` and the width.
+        placement: where adapters go by default, for models with gate, up and down projections: "blocks", after
+            attention and after the feed-forward block (the paper's text), or "mlp", before the gate and up projections
+            and after the down projection (the paper's LLaMA tables).
         insert_before: endings of target names whose adapter works on the module's *input*; elsewhere it works on
             the output. The default serves the paper's LLaMA tables (gate and up before, down after).
     """
@@ -29,6 +34,7 @@ class LorettaAdpConfig(LorettaConfig):
     adapter_dropout: float = 0.0
     scaling: float = 1.0
     train_bias: bool = True
+    placement: str = "blocks"
     insert_before: list[str] = field(default_factory=lambda: ["gate_proj", "up_proj", "gate_up_proj"])
 
     def __post_init__(self) -> None:
@@ -39,6 +45,8 @@ class LorettaAdpConfig(LorettaConfig):
         problems = [*super()._problems(), *self._below_one("bottleneck_size", self.bottleneck_size)]
         if self.non_linearity not in ACT2FN:
             problems.append(f"non_linearity={self.non_linearity!r} is none of {', '.join(sorted(ACT2FN))}")
+        if self.placement not in PLACEMENTS:
+            problems.append(f"placement={self.placement!r} is none of {', '.join(map(repr, PLACEMENTS))}")
         if not 0 <= self.adapter_dropout < 1:
             problems.append(f"adapter_dropout={self.adapter_dropout!r} must be at least 0 and below 1")
         return problems

@@ -28,19 +28,17 @@ class AdpLinear(LorettaLayer):
         "loretta_adp_start_up",
         "loretta_adp_act",
         "loretta_adp_dropout",
-        "where",
         "scaling",
+        "placements",
     )
 
     def __init__(self, base_layer: nn.Module, *, name: str, **quantization_kwargs) -> None:
         super().__init__(base_layer, name=name, **quantization_kwargs)
         self.loretta_adp_bias = nn.ModuleDict()
         self.loretta_adp_act = nn.ModuleDict()
-        self.where: dict[str, str] = {}
 
     def update_layer(self, adapter_name: str, placement: Placement, config: LorettaAdpConfig) -> None:
         """Add one adapter, with the starting values that ``config.init_weights`` names; biases start at zero."""
-        self.where[adapter_name] = placement.where
         self.scaling[adapter_name] = config.scaling
         self.loretta_adp_act[adapter_name] = ACT2FN[config.non_linearity]
         if config.train_bias:
@@ -85,7 +83,7 @@ class AdpLinear(LorettaLayer):
 
     def _adapted(self, y: Tensor, where: str, adapter_names: list[str] | None) -> Tensor:
         """``y`` plus what the adapters at ``where`` add to it; each of them sees the same ``y``."""
-        here = [name for name, place in self.where.items() if place == where]
+        here = [name for name, placement in self.placements.items() if placement.where == where]
         if adapter_names is None:
             deltas = [self.delta(name, y).to(y.dtype) for name in self.active_adapters if name in here]
             for delta in deltas:

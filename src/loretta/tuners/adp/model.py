@@ -1,5 +1,7 @@
 """The adp tuner."""
 
+from typing import Any, cast
+
 from torch import nn
 
 from loretta import tt
@@ -7,6 +9,7 @@ from loretta.errors import InputError
 from loretta.placement import Placement, rank_for, require_linear
 from loretta.tuners.adp.config import LorettaAdpConfig
 from loretta.tuners.adp.layer import CANNOT_MERGE, AdpLinear
+from loretta.tuners.config import LorettaConfig
 from loretta.tuners.model import LorettaModel
 from loretta.tuners.targets import ADP_TARGETS
 
@@ -36,6 +39,13 @@ class LorettaAdpModel(LorettaModel):
             )
         except ValueError as error:
             raise InputError(f"'{name}': {error}") from None
+
+    @classmethod
+    def default_targets(cls, config: LorettaConfig, model_config: dict) -> Any:
+        """As for every method, but ``placement="mlp"`` means the gate, up and down projections."""
+        if config.target_modules is None and cast(LorettaAdpConfig, config).placement == "mlp":
+            return {"gate_proj", "up_proj", "down_proj"}
+        return super().default_targets(config, model_config)
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(CANNOT_MERGE)

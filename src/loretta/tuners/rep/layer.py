@@ -31,6 +31,7 @@ class RepLinear(LorettaLayer):
         "r",
         "lora_alpha",
         "scaling",
+        "placements",
     )
 
     def __init__(self, base_layer: nn.Module, *, name: str, **quantization_kwargs) -> None:
