@@ -237,14 +237,12 @@ def test_a_change_without_bias_keeps_the_bias_of_the_base():
     assert torch.equal(layer.to_dense(beside=dense).bias, dense.bias)
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason="to_dense adds the bias of a base that has none")
 def test_a_change_with_bias_merges_into_a_base_without():
     shape = SHAPES["aligned"]
     dense, layer = dense_layer(shape, seed=0, bias=False), filled_layer(shape, seed=2, as_change=True)
     assert torch.equal(layer.to_dense(beside=dense).bias, layer.bias)
 
 
-@pytest.mark.xfail(strict=True, reason="tt_svd answers in the integer dtype of the weight, which rounds cores to zero")
 def test_from_dense_of_an_integer_weight_is_not_silently_zero():
     shape = plan(12, 20, rank=12, modes=(4, 3, 5, 4))
     dense = nn.Linear(12, 20)

@@ -3,6 +3,8 @@
 Axes: B batch and token positions, I input features, O output features, b bottleneck, C inner size at a boundary.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -38,11 +40,17 @@ class Cores(nn.ParameterList):
 
     def halves(self) -> tuple[Tensor, Tensor]:
         """L (I, C) and R (C, O) of the train, contracted in the dtype of the cores whatever autocast says."""
-        with torch.autocast(device_type=self[0].device.type, enabled=False):
+        with _own_precision(self[0]):
             return tt.halves(list(self), self.shape)
 
     def extra_repr(self) -> str:
         return str(self.shape)
+
+
+def _own_precision(tensor: Tensor) -> AbstractContextManager:
+    """Keep autocast away from the cores: their products are small, and rounding them would round the weight."""
+    # the meta device has no autocast
+    return nullcontext() if tensor.is_meta else torch.autocast(device_type=tensor.device.type, enabled=False)
 
 
 class TTLinear(nn.Module):
@@ -83,7 +91,7 @@ class TTLinear(nn.Module):
         if weight.is_meta:
             return layer
         with torch.no_grad():
-            layer.cores.assign(tt.pad_ranks(tt.balance(tt.tt_svd(weight.T, shape)), shape.ranks))
+            layer.cores.assign(tt.pad_ranks(tt.balance(tt.tt_svd(weight.T.to(dtype), shape)), shape.ranks))
             if layer.start is not None:
                 layer.start.assign(list(layer.cores))
             elif layer.bias is not None:
@@ -99,7 +107,8 @@ class TTLinear(nn.Module):
             weight_IO = weight_IO - tt.matrix(list(self.start), self.start.shape)
         if beside is not None:
             weight_IO = weight_IO + beside.weight.T
-            bias_O = beside.bias if bias_O is None else bias_O + beside.bias
+            biases: list[Tensor] = [bias for bias in (self.bias, beside.bias) if bias is not None]
+            bias_O = torch.stack(biases).sum(0) if biases else None
         dense = nn.Linear(
             self.in_features,
             self.out_features,
@@ -131,7 +140,7 @@ def update_factors(down: Cores, up: Cores) -> tuple[Tensor, Tensor]:
     """
     (left_IC, mid_Cb), (mid_bD, right_DO) = down.halves(), up.halves()
     inner_down, bottleneck, inner_up = left_IC.shape[1], mid_Cb.shape[1], mid_bD.shape[1]
-    with torch.autocast(device_type=left_IC.device.type, enabled=False):
+    with _own_precision(left_IC):
         if bottleneck < min(inner_down, inner_up):
             return left_IC @ mid_Cb, mid_bD @ right_DO
         mid_CD = mid_Cb @ mid_bD

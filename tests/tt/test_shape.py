@@ -162,17 +162,11 @@ def test_a_shape_refuses_and_quotes(change, quoted):
 
 
 @pytest.mark.parametrize("change", [{"split": 0}, {"n_in": 3, "split": 2}])
-@pytest.mark.xfail(
-    strict=True,
-    raises=(ZeroDivisionError, IndexError),
-    reason="TTShape divides by split and looks up mode n_in before it checks them",
-)
 def test_a_shape_refuses_a_boundary_outside_the_modes(change):
     with pytest.raises(ValueError, match="boundary"):
         replace(SMALL, **change)
 
 
-@pytest.mark.xfail(strict=True, reason="a train without cores passes the checks; contracting it is an IndexError")
 def test_a_shape_refuses_to_have_no_modes():
     with pytest.raises(ValueError):
         TTShape(in_features=1, out_features=1, modes=(), ranks=(1,), n_in=0)
@@ -220,14 +214,12 @@ def test_fold_flops_are_those_measured_up_to_the_outer_cores(name):
     assert measured <= shape.fold_flops <= measured + outer_flops(shape)
 
 
-@pytest.mark.xfail(strict=True, reason="counts the outer cores, which are only reshaped")
 def test_fold_flops_by_hand():
     # left: (2 x 2) (2 x 9); right: one core, nothing to multiply
     assert SMALL.fold_flops == 2 * 2 * 2 * 9
 
 
 @pytest.mark.parametrize("name", FOLDED_LEFT)
-@pytest.mark.xfail(strict=True, reason="counts a straddling core as folded to the right also when it is folded left")
 def test_fold_flops_of_a_core_folded_left(name):
     shape = SHAPES[name]
     measured = fold_flops_measured(shape)

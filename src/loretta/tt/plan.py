@@ -47,7 +47,7 @@ def plan(
     factored by itself (:func:`balanced_modes`), so that the boundary falls between two cores. Any size works:
     GQA widths (1024 -> 8, 8, 16) and 14336 (4, 7, 8, 8, 8) factor exactly, 11008 = 2^8 x 43 keeps its 43 as one
     outer mode, and a size with a prime factor above 64 (50257 = 29 x 1733, or a prime such as 10007) is padded to
-    the next size without one (50400, 10080); the surplus rows are cut off when the train is used.
+    the next size whose primes are 2, 3, 5 and 7 (50400, 10080); the surplus is cut off when the train is used.
 
     Raises ValueError for sizes or a rank below 1 and for given modes that do not fit.
     """
@@ -73,7 +73,7 @@ def plan(
 
 
 def balanced_modes(size: int) -> tuple[int, ...]:
-    """Ascending modes near 8 whose product is ``size``, or the least larger size that has no long mode."""
+    """Ascending modes near 8 whose product is ``size``, or the next larger size with primes up to 7 alone."""
     n_modes = max(1, round(math.log(size, TYPICAL_MODE)))
     for count in range(n_modes, 0, -1):
         modes = _most_balanced(size, count, 2)

@@ -33,7 +33,7 @@ class TTShape:
 
     def __post_init__(self) -> None:
         sizes = (self.in_features, self.out_features, *self.modes)
-        if min(sizes) < 1:
+        if not self.modes or min(sizes) < 1:
             raise ValueError(
                 f"features and modes must be at least 1, got {self.in_features} x {self.out_features}, {self.modes}"
             )
@@ -43,7 +43,8 @@ class TTShape:
             raise ValueError(
                 f"{len(self.modes)} modes need {len(self.modes) + 1} ranks that begin and end with 1, got {self.ranks}"
             )
-        if not 0 <= self.n_in <= len(self.modes) or (not self.aligned and self.modes[self.n_in] % self.split):
+        inside = 0 <= self.n_in <= len(self.modes) - (self.split != 1) and self.split >= 1
+        if not inside or (not self.aligned and self.modes[self.n_in] % self.split):
             raise ValueError(f"the boundary (n_in={self.n_in}, split={self.split}) does not fit the modes {self.modes}")
         if self.padded_in < self.in_features or self.padded_out < self.out_features:
             raise ValueError(
@@ -98,13 +99,15 @@ class TTShape:
     @property
     def fold_flops(self) -> int:
         """FLOPs that multiply the cores into the two halves L and R, once per step, whatever the batch."""
-        flops, size = 0, 1
-        for left, mode, right in self.cores[: self.n_in]:
-            flops, size = flops + 2 * size * left * mode * right, size * mode
-        size = 1
-        for left, mode, right in reversed(self.cores[self.n_in :]):
-            flops, size = flops + 2 * size * left * mode * right, size * mode
-        return flops
+        n, cores = self.n_in, self.cores
+        if self.aligned:
+            return _chain_flops(cores[:n]) + _chain_flops(cores[n:][::-1])
+        left, mode, right = cores[n]
+        # the straddling core goes to the side that leaves the smaller inner size
+        goes_right = left * self.split <= mode // self.split * right
+        neighbours = self.modes[n + 1 :] if goes_right else self.modes[:n]
+        straddling = 2 * left * mode * right * math.prod(neighbours)
+        return _chain_flops(cores[:n]) + _chain_flops(cores[n + 1 :][::-1]) + straddling
 
     def apply_flops(self, tokens: int = 1) -> int:
         """FLOPs of (x L) R for ``tokens`` rows of x, forward only."""
@@ -112,6 +115,14 @@ class TTShape:
 
     def __str__(self) -> str:
         return f"{self.in_features} x {self.out_features} {list(self.modes)}, ranks {list(self.ranks)}"
+
+
+def _chain_flops(cores: Sequence[tuple[int, int, int]]) -> int:
+    """FLOPs of folding cores one after the other onto the first, which costs nothing itself."""
+    flops, size = 0, cores[0][1] if cores else 1
+    for left, mode, right in cores[1:]:
+        flops, size = flops + 2 * size * left * mode * right, size * mode
+    return flops
 
 
 def constant_ranks(n_modes: int, rank: int) -> tuple[int, ...]:
