@@ -74,7 +74,7 @@ def not_adaptable(model: nn.Module) -> dict[str, str]:
     reasons: dict[str, str] = {}
     for module in model.modules():
         dims = {parameter.dim() for parameter in module.parameters(recurse=False) if parameter.dim() >= 2}
-        if not dims or linear_size(module) or isinstance(module, nn.Embedding):
+        if not dims or linear_size(module) or isinstance(module, nn.Embedding | nn.ParameterList):
             continue
         name = type(module).__name__
         if "Expert" in name or (max(dims) == 3 and "Conv" not in name):

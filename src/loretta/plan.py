@@ -191,6 +191,7 @@ def read_plan(model: PeftModel, adapter_name: str = "default") -> Plan:
         placements=placements,
         extras=CopyCost(norms=counts["norms"], head=counts["head"], frozen=0),
         model_parameters=sum(parameter.numel() for parameter in model.parameters()) - sum(counts.values()),
+        not_adaptable=not_adaptable(model),
     )
 
 

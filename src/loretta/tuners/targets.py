@@ -22,7 +22,7 @@ REP_TARGETS: dict[str, Sequence[str]] = {
     "phi3": ["qkv_proj"],
     "qwen2_moe": ["q_proj", "v_proj"],
     "qwen3_moe": ["q_proj", "v_proj"],
-    "vit": ["attention.query", "attention.value"],
+    "vit": ["attention.query", "attention.value", "q_proj", "v_proj"],  # older and newer transformers
 }
 
 # adp: the projections that end the attention and the feed-forward block (LoRETTA section 3.2)
@@ -62,6 +62,6 @@ ADP_TARGETS: dict[str, Sequence[str]] = {
     "qwen3": _LLAMA_LIKE,
     "roberta": _BERT_LIKE,
     "t5": ["o", "wo"],
-    "vit": _BERT_LIKE,
+    "vit": ["output.dense", "o_proj", "fc2"],  # older and newer transformers
     "xlm-roberta": _BERT_LIKE,
 }
