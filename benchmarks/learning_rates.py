@@ -54,6 +54,7 @@ def run(job: tuple[dict[str, Any], str, dict[str, Any]]) -> dict[str, Any]:
         record = train(config.model_copy(update={**point, **changes, "cpu": False}))
     return {
         **point,
+        "epochs": record.config["epochs"],
         "validation": record.validation["accuracy"],
         "test": (record.test or {})["accuracy"],
         "trainable": record.parameters.trainable,

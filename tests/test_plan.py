@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageClassification
 from tuners.families import OPTIONS, build, natural_task
 
-from loretta import LorettaAdpConfig, LorettaRepConfig, PeftModel, get_peft_model
+from loretta import LorettaAdpConfig, LorettaRepConfig, PeftModel, explain, get_peft_model
 from loretta.budget import Budget, choose
 from loretta.errors import InputError
-from loretta.explain import draw, explain
+from loretta.explanation import draw
 from loretta.families import FAMILIES, default_task_type, find_config, meta_model
 from loretta.plan import flops_per_token, plan_model, read_plan
 from loretta.planning import make_plan

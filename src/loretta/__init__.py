@@ -8,6 +8,18 @@ from loretta.tuners.rep import LorettaRepConfig, LorettaRepModel
 
 __version__ = "0.1.0"
 
+
+def explain(model: PeftModel, adapter_name: str = "default") -> str:
+    """One page on a wrapped model: where adapters sit, what is trained, and why the counts are what they are.
+
+    Raises InputError when the adapter is not a LoRETTA adapter.
+    """
+    from loretta.explanation import explain_plan  # only here: what it draws tables with is not needed to train
+    from loretta.plan import read_plan
+
+    return explain_plan(read_plan(model, adapter_name))
+
+
 __all__ = [
     "InputError",
     "LorettaAdpConfig",
@@ -16,5 +28,6 @@ __all__ = [
     "LorettaRepModel",
     "PeftModel",
     "TaskType",
+    "explain",
     "get_peft_model",
 ]

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from loretta.budget import Budget, choose
 from loretta.errors import InputError
-from loretta.explain import explain_plan, tables
+from loretta.explanation import explain_plan, tables
 from loretta.families import default_task_type, find_config, meta_model
 from loretta.options import parse_option
 from loretta.plan import Plan, count_baseline, plan_model

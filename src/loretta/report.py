@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from loretta.errors import InputError
+from loretta.picture import train_svg
 from loretta.training.record import RunRecord
+from loretta.tt import TTShape
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -108,6 +110,7 @@ def render(records: Sequence[RunRecord], *, title: str | None = None, notes: Seq
             {"svg": _svg(chart, prefix=f"chart{number}-"), "note": _caption(chart)}
             for number, chart in enumerate(charts, start=1)
         ],
+        trains=_trains(records, labels),
         runs=[
             (label, record, json.dumps(record.config, indent=2, ensure_ascii=False, default=str))
             for label, record in zip(labels, records, strict=True)
@@ -130,6 +133,18 @@ def write(records: Sequence[RunRecord], path: Path, *, title: str | None = None,
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _trains(records: Sequence[RunRecord], labels: Sequence[str]) -> list[dict[str, Any]]:
+    """A picture for each train of another shape, with the places that have it."""
+    from markupsafe import Markup
+
+    places: dict[TTShape, list[str]] = {}
+    for label, record in zip(labels, records, strict=True):
+        for train in record.trains:
+            places.setdefault(train.shape(), []).append(f"{label}: {train.count} × {train.at}")
+    # train_svg escapes what it is given
+    return [{"at": "; ".join(at), "svg": Markup(train_svg(shape, at[0]))} for shape, at in places.items()]
 
 
 def _columns(records: Sequence[RunRecord]) -> list[Column]:

@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from loretta.errors import InputError
+from loretta.tt import TTShape
 
 
 class ParameterCounts(BaseModel):
@@ -23,6 +24,30 @@ class ParameterCounts(BaseModel):
     @property
     def trainable(self) -> int:
         return self.cores + self.biases + self.norms + self.head + self.other
+
+
+class Train(BaseModel):
+    """One kind of tensor train in the model and how many there are; the fields of ``loretta.tt.TTShape``."""
+
+    model_config = ConfigDict(frozen=True)
+
+    at: str  # ending of the modules' names, and whether the train goes down to the bottleneck or up from it
+    count: int
+    in_features: int
+    out_features: int
+    modes: tuple[int, ...]
+    ranks: tuple[int, ...]
+    n_in: int
+    split: int
+
+    @model_validator(mode="after")
+    def _is_a_train(self) -> "Train":
+        self.shape()
+        return self
+
+    def shape(self) -> TTShape:
+        """The plan of the train."""
+        return TTShape(**self.model_dump(exclude={"at", "count"}))
 
 
 class Point(BaseModel):
@@ -55,6 +80,7 @@ class RunRecord(BaseModel):
     metric: str  # the one that chose the best checkpoint
     higher_is_better: bool
     parameters: ParameterCounts
+    trains: list[Train] = []
     adapter_bytes: int
     train_seconds: float
     peak_memory_bytes: int

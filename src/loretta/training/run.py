@@ -1,5 +1,6 @@
 """The one training loop: Hugging Face's Trainer between a task and a run folder."""
 
+import dataclasses
 import importlib.util
 import json
 import math
@@ -33,12 +34,14 @@ from transformers.trainer_utils import get_last_checkpoint
 import loretta
 from loretta.counts import trainable_by_kind
 from loretta.errors import InputError
+from loretta.plan import read_plan
 from loretta.tasks import load_task, metrics
 from loretta.tasks.base import Task
 from loretta.training.config import RunConfig
 from loretta.training.methods import find_method
 from loretta.training.model import load_base, load_tokenizer, wrap
-from loretta.training.record import ParameterCounts, Point, RunRecord
+from loretta.training.record import ParameterCounts, Point, RunRecord, Train
+from loretta.tuners.config import LorettaConfig
 
 ADAPTER, CHECKPOINTS, CONFIG, PREDICTIONS = "adapter", "checkpoints", "config.json", "predictions.jsonl"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy")
@@ -300,6 +303,7 @@ def _finish(
         metric=task.metrics[0],
         higher_is_better=metrics.higher_is_better(task.metrics[0]),
         parameters=ParameterCounts(**trainable_by_kind(model), total=sum(p.numel() for p in model.parameters())),
+        trains=_trains(model),
         adapter_bytes=(folder / ADAPTER / "adapter_model.safetensors").stat().st_size,
         train_seconds=seconds,
         peak_memory_bytes=max(0, memory),
@@ -310,6 +314,17 @@ def _finish(
     )
     write_json(folder / "run.json", record.model_dump())
     return record
+
+
+def _trains(model: PeftModel) -> list[Train]:
+    """The trains of a LoRETTA adapter by kind; empty for other methods."""
+    if not isinstance(model.peft_config["default"], LorettaConfig):
+        return []
+    return [
+        Train(at=f"{placement.name.rpartition('.')[2]} {part}", count=count, **dataclasses.asdict(shape))
+        for placement, count in read_plan(model).groups()
+        for part, shape in (("down", placement.down), ("up", placement.up))
+    ]
 
 
 def _point(entry: Mapping[str, Any], task: Task) -> Point | None:

@@ -2,27 +2,18 @@
 
 from collections.abc import Sequence
 
-from peft import PeftModel
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from loretta.plan import Plan, read_plan
+from loretta.plan import Plan
 from loretta.tt import TTShape
 
 _WHERE = {"update": "added to the weight", "after": "after it", "before": "before it"}
 
 
-def explain(model: PeftModel, adapter_name: str = "default") -> str:
-    """One page on a wrapped model: where adapters sit, what is trained, and why the counts are what they are.
-
-    Raises InputError when the adapter is not a LoRETTA adapter.
-    """
-    return explain_plan(read_plan(model, adapter_name))
-
-
 def explain_plan(plan: Plan, notes: Sequence[str] = ()) -> str:
-    """As :func:`explain`, for a plan."""
+    """One page: where adapters sit, what is trained, and why the counts are what they are; ``notes`` come last."""
     what = {
         "rep": "LoRETTA_rep adds an update of two tensor trains to the weight of each module below.",
         "adp": "LoRETTA_adp puts a bottleneck adapter of two tensor trains at each module below.",
