@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint check format
+.PHONY: demo test lint check format tables
 
 # make demo QUICK=1: one epoch on a part of the data
 demo: $(INSTALLED)
@@ -22,6 +22,11 @@ check: lint test
 format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Fill the tables of README and docs from benchmarks/results/ (cp runs/demo/demo.json there after a demo)
+tables: $(INSTALLED)
+	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/counts.py
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

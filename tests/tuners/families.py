@@ -14,6 +14,7 @@ from transformers import (
 )
 
 VOCABULARY, HIDDEN, INNER, LAYERS, HEADS = 64, 32, 48, 2, 4
+END = 2
 
 _ENCODER = {
     "vocab_size": VOCABULARY,
@@ -23,8 +24,10 @@ _ENCODER = {
     "num_attention_heads": HEADS,
     "max_position_embeddings": 40,
     "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": END,
 }
-_DECODER = {**_ENCODER, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False}
+_DECODER = {**_ENCODER, "num_key_value_heads": 2, "tie_word_embeddings": False}
 # the width of a head is chosen freely in these, so that the attention is not as wide as the model
 _GEMMA = {**_DECODER, "head_dim": 16, "tie_word_embeddings": True}
 _GEMMA3 = {**_GEMMA, "layer_types": ["sliding_attention", "full_attention"], "sliding_window": 8}
@@ -35,7 +38,13 @@ OPTIONS: dict[str, dict] = {
     "deberta": {**_ENCODER, "relative_attention": True, "pos_att_type": "c2p|p2c", "type_vocab_size": 0},
     "deberta-v2": {**_ENCODER, "relative_attention": True, "pos_att_type": "c2p|p2c", "type_vocab_size": 0},
     "electra": {**_ENCODER, "embedding_size": 16},
-    "modernbert": {**_ENCODER, "global_attn_every_n_layers": 2, "local_attention": 8, "cls_token_id": 1},
+    "modernbert": {
+        **_ENCODER,
+        "global_attn_every_n_layers": 2,
+        "local_attention": 8,
+        "cls_token_id": 1,
+        "sep_token_id": END,
+    },
     "gpt2": {
         "vocab_size": VOCABULARY,
         "n_embd": HIDDEN,
@@ -44,12 +53,12 @@ OPTIONS: dict[str, dict] = {
         "n_head": HEADS,
         "n_positions": 40,
         "bos_token_id": 1,
-        "eos_token_id": 2,
+        "eos_token_id": END,
         "pad_token_id": 0,
     },
     "opt": {**_ENCODER, "ffn_dim": INNER, "word_embed_proj_dim": HIDDEN},
     "llama": _DECODER,
-    "mistral": {**_DECODER, "sliding_window": 8},
+    "mistral": {**_DECODER, "sliding_window": 4},
     "qwen2": _DECODER,
     "qwen3": {**_DECODER, "head_dim": 16},
     "gemma": _GEMMA,
@@ -76,6 +85,7 @@ OPTIONS: dict[str, dict] = {
         "num_layers": LAYERS,
         "num_heads": HEADS,
         "decoder_start_token_id": 0,
+        "eos_token_id": END,
     },
     "bart": {
         "vocab_size": VOCABULARY,
@@ -88,7 +98,8 @@ OPTIONS: dict[str, dict] = {
         "decoder_ffn_dim": INNER,
         "max_position_embeddings": 40,
         "forced_eos_token_id": None,
-        "decoder_start_token_id": 2,
+        "decoder_start_token_id": END,
+        "pad_token_id": 0,
     },
 }
 ENCODERS = ("bert", "roberta", "deberta", "deberta-v2", "electra", "modernbert")
@@ -119,7 +130,9 @@ def build(
     """A model in eval mode, and a batch of four rows with padding. Every parameter is random, norms and biases too."""
     task = task or natural_task(family)
     config = config_of(family, **changes)
-    model = _CLASSES[task].from_config(config).eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = _CLASSES[task].from_config(config).eval()
     randomise(model.parameters(), seed=seed)
     return model.to(dtype), inputs_for(task)
 
@@ -128,8 +141,10 @@ def inputs_for(task: str) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(4, VOCABULARY, (4, 7), generator=generator)
     mask = torch.ones_like(ids)
-    if task == "SEQ_CLS":  # padded on the right, where every family can tell the last token of a row
+    if task == "SEQ_CLS":
+        # padded on the right; T5 and BART read the one end token of a row
         ids[1, 5:] = mask[1, 5:] = 0
+        ids[[0, 1, 2, 3], [6, 4, 6, 6]] = END
     inputs = {"input_ids": ids, "attention_mask": mask}
     if task == "SEQ_2_SEQ_LM":
         inputs["decoder_input_ids"] = ids.flip(1)[:, :5]
@@ -137,7 +152,7 @@ def inputs_for(task: str) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def randomise(parameters, *, seed: int, scale: float = 0.3) -> None:
+def randomise(parameters, *, seed: int, scale: float = 0.15) -> None:
     """Add noise to every parameter, so that no norm is the identity and no bias is zero."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in parameters:

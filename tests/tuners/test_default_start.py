@@ -1,0 +1,82 @@
+"""A fresh adapter changes no bit of a language model; only "gaussian" perturbs it, as the authors' code does."""
+
+import pytest
+import torch
+from tuners.families import DECODERS, SEQ2SEQ, build, logits
+from tuners.wrapped import every_method, wrap
+
+LANGUAGE_MODELS = DECODERS + SEQ2SEQ
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+
+
+@every_method
+@every_dtype
+@pytest.mark.parametrize("family", LANGUAGE_MODELS)
+@pytest.mark.parametrize("init_weights", ["zero", "denoised"])
+def test_fresh_logits_are_those_of_the_base_bit_for_bit(family, method, dtype, init_weights):
+    base, inputs = build(family, dtype=dtype)
+    expected = logits(base, inputs)
+    model, _ = wrap(family, method, base={"dtype": dtype}, init_weights=init_weights)
+    got = logits(model, inputs)
+    assert got.dtype == expected.dtype == dtype
+    assert expected.float().std() > 0.1  # nothing is equal because all of it is zero
+    assert torch.equal(got, expected)
+    if init_weights == "denoised":
+        for name, core in model.named_parameters():
+            assert core.any() or "bias" in name, f"{name} is zero: nothing was there to be denoised"
+
+
+@every_method
+@pytest.mark.parametrize("family", LANGUAGE_MODELS)
+def test_gaussian_perturbs(family, method):
+    base, inputs = build(family)
+    model, _ = wrap(family, method, init_weights="gaussian")
+    assert (logits(model, inputs) - logits(base, inputs)).norm() > 1e-3 * logits(base, inputs).norm()
+
+
+@every_method
+@pytest.mark.parametrize("init_weights", [True, False])
+def test_true_and_false_mean_zero_and_gaussian(method, init_weights):
+    base, inputs = build("llama")
+    model, _ = wrap("llama", method, init_weights=init_weights)
+    assert model.peft_config["default"].init_weights == ("zero" if init_weights else "gaussian")
+    assert torch.equal(logits(model, inputs), logits(base, inputs)) is init_weights
+
+
+@every_method
+@pytest.mark.parametrize("train_norms", [True, False])
+@pytest.mark.parametrize("train_head", ["dense", "frozen"])
+@pytest.mark.parametrize("family", ["roberta", "deberta", "deberta-v2", "electra", "modernbert", "llama", "bart"])
+def test_a_dense_head_is_untouched_too(family, method, train_head, train_norms):
+    base, inputs = build(family, "SEQ_CLS")
+    model, _ = wrap(family, method, "SEQ_CLS", train_head=train_head, train_norms=train_norms)
+    assert torch.equal(logits(model, inputs), logits(base, inputs))
+
+
+@every_method
+def test_only_the_last_core_of_up_is_zero(method):
+    model, _ = wrap("llama", method)
+    for name, layer in model.named_modules():
+        if not hasattr(layer, "base_layer"):
+            continue
+        down, up = (getattr(layer, f"loretta_{method}_{part}")["default"] for part in ("down", "up"))
+        assert not up[-1].any(), name
+        assert all(core.any() for core in [*down, *list(up)[:-1]]), name
+
+
+@every_method
+def test_two_fresh_adapters_start_with_different_cores(method):
+    first, _ = wrap("llama", method, seed=1)
+    second, _ = wrap("llama", method, seed=2)
+    pairs = zip(first.named_parameters(), second.named_parameters(), strict=True)
+    cores = [(a, b) for (name, a), (_, b) in pairs if f"loretta_{method}_down" in name]
+    assert cores
+    assert not any(torch.equal(a, b) for a, b in cores)
+
+
+@every_method
+def test_adapters_of_a_bfloat16_model_are_kept_in_float32(method):
+    model, _ = wrap("llama", method, base={"dtype": torch.bfloat16})
+    dtypes = {parameter.dtype for name, parameter in model.named_parameters() if f"loretta_{method}_" in name}
+    assert dtypes == {torch.float32}
+    assert {parameter.dtype for name, parameter in model.named_parameters() if "base_layer" in name} == {torch.bfloat16}

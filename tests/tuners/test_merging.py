@@ -1,0 +1,238 @@
+"""Merging rep into plain weights, refusing to merge adp, and getting the base model back from both."""
+
+import warnings
+
+import pytest
+import torch
+from peft import PeftModel
+from tolerances import assert_near
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from tuners.families import OPTIONS, build, logits, natural_task
+from tuners.wrapped import config_for, every_method, snapshot, trained, wrap
+
+from loretta.tuners.adp import AdpLinear
+from loretta.tuners.rep import RepLinear
+
+every_family = pytest.mark.parametrize("family", OPTIONS)
+
+
+def kinds(model: nn.Module) -> dict[str, type]:
+    return {name: type(module) for name, module in model.named_modules()}
+
+
+def adapted(model: nn.Module) -> list[RepLinear]:
+    return [module for module in model.modules() if isinstance(module, RepLinear)]
+
+
+def assert_plain(merged: nn.Module, family: str, task: str | None = None) -> None:
+    """The model is built as the base model is: same modules, same parameters, nothing of ours."""
+    base, _ = build(family, task)
+    assert kinds(merged) == kinds(base)
+    assert {name: value.shape for name, value in merged.state_dict().items()} == {
+        name: value.shape for name, value in base.state_dict().items()
+    }
+    assert not hasattr(merged, "peft_config")
+
+
+@every_family
+def test_a_merged_model_is_a_plain_one_with_the_same_logits(family):
+    model, inputs = wrap(family, "rep")
+    trained(model)
+    expected = logits(model, inputs)
+    base, _ = build(family)
+    merged = model.merge_and_unload()
+    assert_plain(merged, family)
+    assert_near("logits", logits(merged, inputs), expected)
+    assert not torch.allclose(logits(merged, inputs), logits(base, inputs), rtol=1e-2)
+
+
+@pytest.mark.parametrize("train_head", ["tensorized", "tensorized_only", "dense", "frozen"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "deberta", "deberta-v2", "electra", "modernbert", "bart", "t5"])
+def test_merging_makes_heads_dense(family, train_head):
+    model, inputs = wrap(family, "rep", "SEQ_CLS", train_head=train_head)
+    trained(model)
+    expected = logits(model, inputs)
+    merged = model.merge_and_unload()
+    assert_plain(merged, family, "SEQ_CLS")
+    assert_near("logits", logits(merged, inputs), expected)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "bert"])
+@pytest.mark.parametrize("options", [{"init_weights": "denoised"}, {"use_rslora": True, "lora_alpha": 3}, {"r": 2}])
+def test_every_kind_of_update_merges(family, options):
+    model, inputs = wrap(family, "rep", **options)
+    trained(model)
+    expected = logits(model, inputs)
+    assert_near("logits", logits(model.merge_and_unload(safe_merge=True), inputs), expected)
+
+
+def test_merging_in_bfloat16_rounds_once():
+    model, inputs = wrap("llama", "rep", base={"dtype": torch.bfloat16}, train_norms=False)
+    trained(model)
+    weights = {
+        name: (layer.base_layer.weight.float() + layer.get_delta_weight("default").float()).bfloat16()
+        for name, layer in model.get_base_model().named_modules()
+        if isinstance(layer, RepLinear)
+    }
+    merged = model.merge_and_unload()
+    for name, weight in weights.items():
+        assert merged.get_submodule(name).weight.dtype == torch.bfloat16
+        assert_near(name, merged.get_submodule(name).weight, weight)
+    assert logits(merged, inputs).isfinite().all()
+
+
+@every_family
+def test_merging_can_be_undone(family):
+    model, inputs = wrap(family, "rep")
+    trained(model)
+    unmerged = logits(model, inputs)
+    values = snapshot(model)
+    model.merge_adapter()
+    assert {tuple(layer.merged_adapters) for layer in adapted(model)} == {("default",)}
+    assert_near("merged", logits(model, inputs), unmerged)
+    changed = {name for name, value in model.state_dict().items() if not torch.equal(value, values[name])}
+    assert changed == {
+        f"{name}.base_layer.weight" for name, module in model.named_modules() if isinstance(module, RepLinear)
+    }
+    model.unmerge_adapter()
+    assert not any(layer.merged for layer in adapted(model))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, values[name]) or name in changed
+        assert_near(name, value, values[name])
+    assert_near("unmerged", logits(model, inputs), unmerged)
+
+
+def test_disabling_a_merged_adapter_unmerges_it():
+    model, inputs = wrap("llama", "rep", train_norms=False)
+    trained(model)
+    base, _ = build("llama")
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert_near("base", logits(model, inputs), logits(base, inputs))
+
+
+def test_merging_twice_merges_once():
+    model, inputs = wrap("llama", "rep", train_norms=False)
+    expected = logits(trained(model), inputs)
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match="[Aa]lready"):
+        model.merge_adapter()
+    assert_near("logits", logits(model, inputs), expected)
+    model.unmerge_adapter()
+    with pytest.warns(UserWarning, match="Already unmerged"):
+        model.unmerge_adapter()
+    assert_near("logits", logits(model, inputs), expected)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_conv1d_and_linear_are_merged_in_their_own_orientation(family):
+    model, _ = wrap(family, "rep")
+    trained(model)
+    for layer in adapted(model):
+        base = layer.get_base_layer()
+        assert isinstance(base, Conv1D if family == "gpt2" else nn.Linear)
+        before = base.weight.clone()
+        a_IR, b_RO = layer.factors("default")
+        delta_IO = layer.scaling["default"] * a_IR @ b_RO
+        layer.merge()
+        assert_near("weight", base.weight, before + (delta_IO if family == "gpt2" else delta_IO.T))
+
+
+def test_two_adapters_merge_to_the_sum_of_their_updates():
+    model, inputs = wrap("gpt2", "rep", train_norms=False)
+    trained(model)
+    model.add_adapter("other", config_for("rep", task_type="CAUSAL_LM", tensor_rank=2, train_norms=False))
+    model.base_model.set_adapter(["default", "other"])
+    trained(model, seed=5)
+    expected = logits(model, inputs)
+    assert_near("logits", logits(model.merge_and_unload(adapter_names=["default", "other"]), inputs), expected)
+
+
+def test_only_the_named_adapter_is_merged():
+    model, inputs = wrap("llama", "rep", train_norms=False)
+    trained(model)
+    expected = logits(model, inputs)
+    model.add_adapter("other", config_for("rep", task_type="CAUSAL_LM", train_norms=False, init_weights="gaussian"))
+    model.set_adapter("other")
+    assert_near("logits", logits(model.merge_and_unload(adapter_names=["default"]), inputs), expected)
+
+
+@pytest.mark.parametrize("how", ["merge_and_unload", "merge_adapter"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_safe_merge_refuses_what_is_not_finite(how, bad):
+    model, _ = wrap("llama", "rep", train_norms=False)
+    trained(model)
+    first = adapted(model)[0]
+    with torch.no_grad():
+        first.loretta_rep_down["default"][0][0, 0, 0] = bad
+    values = snapshot(model)
+    with pytest.raises(ValueError, match="default"):
+        getattr(model, how)(safe_merge=True)
+    assert all(torch.equal(value.nan_to_num(), values[k].nan_to_num()) for k, value in model.state_dict().items())
+    assert model.get_model_status().merged_adapters == []
+
+
+# adp
+
+
+@pytest.mark.parametrize("how", ["merge_and_unload", "merge_adapter"])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
+def test_adp_says_why_it_cannot_merge_and_touches_nothing(family, how):
+    model, inputs = wrap(family, "adp")
+    trained(model)
+    values, types, expected = snapshot(model), kinds(model), logits(model, inputs)
+    with pytest.raises(ValueError, match="cannot be merged.*non-linearity.*LoRETTA_rep"):
+        getattr(model, how)()
+    assert kinds(model) == types
+    now = model.state_dict()
+    assert list(now) == list(values)
+    assert all(torch.equal(now[name], value) for name, value in values.items())
+    assert torch.equal(logits(model, inputs), expected)
+    layer = next(module for module in model.modules() if isinstance(module, AdpLinear))
+    with pytest.raises(ValueError, match="cannot be merged"):
+        layer.merge()
+    model.unmerge_adapter()  # nothing to undo, and nothing wrong
+    assert torch.equal(logits(model, inputs), expected)
+
+
+# Unloading
+
+
+@every_method
+@every_family
+@pytest.mark.parametrize("init_weights", ["zero", "gaussian"])
+def test_unload_gives_the_base_model_back_bit_for_bit(family, init_weights, method):
+    base, inputs = build(family)
+    values = snapshot(base)
+    model, _ = wrap(family, method, init_weights=init_weights)
+    model.add_adapter("other", config_for(method, task_type=natural_task(family), tensor_rank=2))
+    trained(model)
+    assert not torch.allclose(logits(model, inputs), logits(base, inputs), rtol=1e-2)
+    unloaded = model.unload()
+    assert_plain(unloaded, family)
+    now = unloaded.state_dict()
+    assert all(torch.equal(now[name], value) for name, value in values.items())
+    assert torch.equal(logits(unloaded, inputs), logits(base, inputs))
+
+
+@every_method
+@pytest.mark.parametrize("family", ["bert", "roberta", "llama"])
+def test_an_unloaded_model_can_be_wrapped_again(family, method):
+    model, inputs = wrap(family, method)
+    trained(model)
+    base = model.unload()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # PEFT warns of a model that is wrapped already
+        again = PeftModel(base, config_for(method, task_type=natural_task(family)))
+    trained(again)
+    assert again.get_model_status().available_adapters == ["default"]
+    assert logits(again, inputs).isfinite().all()
+
+
+def test_a_merged_model_can_be_wrapped_again():
+    model, inputs = wrap("bert", "rep")
+    trained(model)
+    expected = logits(model, inputs)
+    again = PeftModel(model.merge_and_unload(), config_for("rep", task_type="SEQ_CLS", train_head="dense")).eval()
+    assert_near("logits", logits(again, inputs), expected)

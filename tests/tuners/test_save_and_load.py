@@ -1,0 +1,263 @@
+"""What is written to disk, and that a fresh process with nothing but the base model computes the same with it."""
+
+import json
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftConfig, PeftModel
+from safetensors.torch import load_file
+from tolerances import assert_near
+from transformers import AutoModelForSequenceClassification, BertForMaskedLM
+from tuners.families import build, logits, natural_task
+from tuners.wrapped import CONFIGS, config_for, every_method, snapshot, trainable, trained, wrap
+
+from loretta import get_peft_model
+
+# name -> (family, task type, options); a classifier is loaded from its encoder alone, so that its head is random
+CASES = {
+    "bert tensorized": ("bert", "SEQ_CLS", {}),
+    "bert tensorized_only": ("bert", "SEQ_CLS", {"train_head": "tensorized_only"}),
+    "roberta tensorized": ("roberta", "SEQ_CLS", {}),
+    "roberta frozen": ("roberta", "SEQ_CLS", {"train_head": "frozen"}),
+    "deberta dense": ("deberta", "SEQ_CLS", {"train_head": "dense"}),
+    "deberta-v2 tensorized_only": ("deberta-v2", "SEQ_CLS", {"train_head": "tensorized_only"}),
+    "modernbert tensorized": ("modernbert", "SEQ_CLS", {}),
+    "llama classifier": ("llama", "SEQ_CLS", {}),
+    "bart classifier": ("bart", "SEQ_CLS", {}),
+    "llama": ("llama", "CAUSAL_LM", {}),
+    "gpt2 biases": ("gpt2", "CAUSAL_LM", {"bias": "all"}),
+    "gemma2 denoised": ("gemma2", "CAUSAL_LM", {"init_weights": "denoised"}),
+    "t5 without norms": ("t5", "SEQ_2_SEQ_LM", {"train_norms": False}),
+}
+LOADED = ("as saved", "other name", "low memory")
+
+PROGRAM = """
+import sys, torch, transformers
+from loretta import PeftModel
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+AUTO = {
+    "SEQ_CLS": transformers.AutoModelForSequenceClassification,
+    "CAUSAL_LM": transformers.AutoModelForCausalLM,
+    "SEQ_2_SEQ_LM": transformers.AutoModelForSeq2SeqLM,
+}
+folder = sys.argv[1]
+cases = torch.load(folder + "/cases.pt")
+results = {}
+for name, (task, path, inputs) in cases.items():
+    for how, options in {
+        "as saved": {},
+        "other name": {"adapter_name": "other"},
+        "low memory": {"low_cpu_mem_usage": True},
+    }.items():
+        torch.manual_seed(len(results) + 100)  # a head of its own for every classifier
+        base = AUTO[task].from_pretrained(path + "/base")
+        model = PeftModel.from_pretrained(base, path + "/adapter", **options).eval()
+        assert model.active_adapter == options.get("adapter_name", "default")
+        assert not any(p.is_meta for p in model.parameters()), name
+        # PEFT leaves trained biases of the base model trainable
+        assert not any(p.requires_grad for n, p in model.named_parameters() if not n.endswith(".bias")), name
+        with torch.no_grad():
+            results[name, how] = model(**inputs).logits
+torch.save(results, folder + "/results.pt")
+"""
+
+
+@pytest.fixture(scope="module")
+def sessions(tmp_path_factory) -> tuple[dict, dict]:
+    """Logits by (method and case) of models trained here, and those of a fresh process by (method and case, how)."""
+    root = tmp_path_factory.mktemp("saved")
+    cases, expected = {}, {}
+    for method in CONFIGS:
+        for name, (family, task, options) in CASES.items():
+            folder = root / f"{method} {name}"
+            base, inputs = build(family, task)
+            (base.base_model if task == "SEQ_CLS" else base).save_pretrained(folder / "base")
+            model = trained(get_peft_model(base, config_for(method, task_type=task, **options))).eval()
+            model.save_pretrained(folder / "adapter")
+            cases[f"{method} {name}"] = (task, str(folder), inputs)
+            expected[f"{method} {name}"] = logits(model, inputs)
+    torch.save(cases, root / "cases.pt")
+    done = subprocess.run([sys.executable, "-c", PROGRAM, str(root)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return expected, torch.load(root / "results.pt")
+
+
+@every_method
+@pytest.mark.parametrize("how", LOADED)
+@pytest.mark.parametrize("case", CASES)
+def test_a_fresh_process_computes_the_same(case, how, method, sessions):
+    expected, got = sessions
+    assert_near("logits", got[f"{method} {case}", how], expected[f"{method} {case}"])
+
+
+def fresh_classifier(folder: Path, seed: int):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return AutoModelForSequenceClassification.from_pretrained(folder, pad_token_id=0).eval()
+
+
+@every_method
+@pytest.mark.parametrize("family", ["bert", "roberta", "deberta", "deberta-v2", "electra", "modernbert", "llama"])
+@pytest.mark.parametrize("train_norms", [True, False])
+def test_a_frozen_random_head_is_saved_with_the_adapter(family, method, train_norms, tmp_path):
+    base, inputs = build(family, "SEQ_CLS")
+    base.base_model.save_pretrained(tmp_path / "base")
+    config = config_for(method, task_type="SEQ_CLS", train_head="frozen", train_norms=train_norms)
+    model = trained(get_peft_model(fresh_classifier(tmp_path / "base", 1), config)).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(fresh_classifier(tmp_path / "base", 2), tmp_path / "adapter").eval()
+    assert_near("logits", logits(again, inputs), logits(model, inputs))
+
+
+@every_method
+@pytest.mark.parametrize("train_head", ["tensorized", "tensorized_only", "dense", "frozen"])
+def test_a_pooler_that_the_checkpoint_lacks_is_saved_with_the_adapter(method, train_head, tmp_path):
+    # a BERT that was saved as a masked language model has no pooler: the classifier starts with a random one
+    base, inputs = build("bert", "SEQ_CLS")
+    masked = BertForMaskedLM(base.config)
+    masked.save_pretrained(tmp_path / "base")
+    config = config_for(method, task_type="SEQ_CLS", train_head=train_head)
+    model = trained(get_peft_model(fresh_classifier(tmp_path / "base", 1), config)).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(fresh_classifier(tmp_path / "base", 2), tmp_path / "adapter").eval()
+    assert_near("logits", logits(again, inputs), logits(model, inputs))
+
+
+@every_method
+@pytest.mark.parametrize("family", ["llama", "bert", "t5"])
+def test_the_folder_holds_safetensors_and_what_trains(family, method, tmp_path):
+    model, _ = wrap(family, method)
+    trained(model).save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert all(key.startswith("base_model.model.") and "default" not in key for key in saved)
+    # a pretrained pooler that is tensorised as a change keeps its start beside it
+    held = {name: tensor for name, tensor in saved.items() if ".start." not in name}
+    trains = trainable(model)
+    assert sum(tensor.numel() for tensor in held.values()) == sum(tensor.numel() for tensor in trains.values())
+    stripped = {name.replace(".modules_to_save.default", "").replace(".default", ""): p for name, p in trains.items()}
+    assert stripped.keys() == held.keys()
+    assert all(torch.equal(tensor, stripped[name]) for name, tensor in held.items())
+
+
+@every_method
+def test_denoised_saves_its_start(method, tmp_path):
+    model, _ = wrap("llama", method, init_weights="denoised", train_norms=False)
+    trained(model).save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    cores = sum(t.numel() for name, t in saved.items() if "_start_" not in name and "_bias." not in name)
+    assert sum(tensor.numel() for name, tensor in saved.items() if "_start_" in name) == cores > 0
+
+
+@every_method
+@pytest.mark.parametrize("name", ["other", "0", "1", "down", "up"])
+def test_any_name_can_be_saved_and_loaded(method, name, tmp_path):
+    base, inputs = build("bert")
+    model = get_peft_model(base, config_for(method, task_type="SEQ_CLS"), adapter_name=name)
+    trained(model).eval().save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(build("bert")[0], tmp_path / name, adapter_name="x").eval()
+    assert torch.equal(logits(again, inputs), logits(model, inputs))
+
+
+@every_method
+def test_an_adapter_is_loaded_beside_another(method, tmp_path):
+    first, inputs = wrap("roberta", method)
+    trained(first, seed=1).save_pretrained(tmp_path)
+    second, _ = wrap("roberta", method, tensor_rank=2, train_head="dense")
+    trained(second, seed=2)
+    own = logits(second, inputs)
+    second.load_adapter(tmp_path, "first")
+    assert torch.equal(logits(second, inputs), own)
+    second.set_adapter("first")
+    assert torch.equal(logits(second, inputs), logits(first, inputs))
+
+
+@every_method
+def test_a_trainable_adapter_goes_on_where_it_stopped(method, tmp_path):
+    model, _ = wrap("bert", method, train_head="tensorized_only")
+    trained(model).save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(build("bert")[0], tmp_path, is_trainable=True)
+    assert list(trainable(again)) == list(trainable(model))
+    assert all(torch.equal(p, trainable(model)[name]) for name, p in trainable(again).items())
+
+
+@every_method
+def test_the_config_file_round_trips(method, tmp_path):
+    options = {
+        "shapes": {"32x64": [8, 4, 8, 8]},
+        "rank_pattern": {"0.self_attn.q_proj": 2, "0.self_attn.o_proj": 2},
+        "train_head": "dense",
+        "train_norms": False,
+        "target_modules": ["q_proj", "o_proj"],
+        "exclude_modules": ["1.self_attn.o_proj"],
+        "modules_to_save": ["lm_head"],
+        "init_weights": "denoised",
+        "layers_to_transform": [0, 1],
+        **({"alpha_pattern": {"0.self_attn.q_proj": 2}} if method == "rep" else {"insert_before": ["q_proj"]}),
+    }
+    model, _ = wrap("llama", method, **options)
+    model.save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert raw["peft_type"] == f"LORETTA_{method.upper()}"
+    config = model.peft_config["default"]
+    again = PeftConfig.from_pretrained(tmp_path)
+    assert type(again) is CONFIGS[method]
+    assert again.inference_mode  # PEFT's way of saying that a loaded adapter is frozen
+    assert asdict(again) == {**asdict(config), "inference_mode": True}
+    for key, value in options.items():
+        assert getattr(again, key) == (set(value) if key in ("target_modules", "exclude_modules") else value), key
+
+
+@every_method
+def test_saving_and_loading_leave_the_model_and_its_config_alone(method, tmp_path):
+    model, _ = wrap("bert", method)
+    before, names = snapshot(model), list(trainable(model))
+    model.save_pretrained(tmp_path)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert list(trainable(model)) == names
+    assert not model.peft_config["default"].inference_mode
+
+
+@every_method
+@pytest.mark.parametrize("train_norms", [True, False])
+@pytest.mark.parametrize("family", ["llama", "bert"])
+@pytest.mark.parametrize(
+    ("saved_with", "loaded_with"),
+    [
+        ({"num_hidden_layers": 2}, {"num_hidden_layers": 3}),
+        ({"num_hidden_layers": 3}, {"num_hidden_layers": 2}),
+        ({"hidden_size": 32}, {"hidden_size": 48}),
+        ({"hidden_size": 48}, {"hidden_size": 32}),
+    ],
+    ids=["more layers", "fewer layers", "wider", "narrower"],
+)
+def test_an_adapter_of_another_base_is_refused_by_name(saved_with, loaded_with, family, train_norms, method, tmp_path):
+    from loretta import InputError
+
+    model, _ = wrap(family, method, base=saved_with, train_norms=train_norms)
+    model.peft_config["default"].base_model_name_or_path = "someone/the-right-base"
+    model.save_pretrained(tmp_path, save_embedding_layers=False)
+    base, _ = build(family, **loaded_with)
+    with pytest.raises(InputError, match="someone/the-right-base"):
+        PeftModel.from_pretrained(base, tmp_path)
+
+
+@every_method
+def test_a_head_for_other_labels_is_refused(method, tmp_path):
+    model, _ = wrap("roberta", method, base={"num_labels": 3})
+    model.save_pretrained(tmp_path)
+    with pytest.raises((ValueError, RuntimeError), match="out_proj"):
+        PeftModel.from_pretrained(build("roberta", num_labels=2)[0], tmp_path)
+
+
+def test_every_case_has_its_natural_task_or_a_head():
+    assert all(task in (natural_task(family), "SEQ_CLS") for family, task, _ in CASES.values())

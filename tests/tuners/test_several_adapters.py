@@ -1,0 +1,268 @@
+"""Several adapters on one model: switching, switching off, deleting, adding up, and one per row of a batch."""
+
+import pytest
+import torch
+from peft import PeftModel
+from tolerances import assert_near
+from torch import Tensor
+from tuners.families import OPTIONS, build, logits, natural_task
+from tuners.wrapped import config_for, every_method, snapshot, trainable, trained, wrap
+
+FAMILIES = ["bert", "roberta", "deberta", "modernbert", "gpt2", "llama", "gemma2", "t5", "bart"]
+every_family = pytest.mark.parametrize("family", FAMILIES)
+deletes_the_active = pytest.mark.filterwarnings("ignore:Adapter default was active which is now deleted:UserWarning")
+
+
+def pair(family: str, method: str, *, second: dict | None = None, **options) -> tuple[PeftModel, dict[str, Tensor]]:
+    """A model with two trained adapters of different ranks, "default" (active) and "other"."""
+    task = options.pop("task", natural_task(family))
+    model, inputs = wrap(family, method, task, **options)
+    trained(model, seed=1)
+    config = config_for(method, **{"task_type": task, "tensor_rank": 2, **options, **(second or {})})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        model.add_adapter("other", config)
+    model.set_adapter("other")
+    trained(model, seed=2)
+    model.set_adapter("default")
+    return model.eval(), inputs
+
+
+def alone(model: PeftModel, inputs: dict[str, Tensor], name: str, **options) -> Tensor:
+    """The logits of one adapter, or of the base; "default" is active afterwards."""
+    if name == "__base__":
+        with model.disable_adapter():
+            return logits(model, inputs, **options)
+    model.set_adapter(name)
+    try:
+        return logits(model, inputs, **options)
+    finally:
+        model.set_adapter("default")
+
+
+@every_method
+@every_family
+def test_each_adapter_computes_as_if_it_were_the_only_one(family, method):
+    model, inputs = pair(family, method)
+    default, other, base = (alone(model, inputs, name) for name in ("default", "other", "__base__"))
+    untouched, _ = build(family)
+    assert torch.equal(base, logits(untouched, inputs))
+    assert not torch.equal(default, other)
+    only, _ = wrap(family, method)
+    assert torch.equal(default, logits(trained(only, seed=1), inputs))
+    assert torch.equal(alone(model, inputs, "default"), default)
+
+
+@every_method
+@every_family
+def test_switching_moves_what_trains(family, method):
+    model, _ = pair(family, method)
+    for name, other in (("default", "other"), ("other", "default")):
+        model.set_adapter(name)
+        names = set(trainable(model))
+        assert names
+        assert all(f".{name}" in parameter and f".{other}" not in parameter for parameter in names)
+        with model.disable_adapter():
+            pass
+        assert set(trainable(model)) == names
+    fresh, _ = wrap(family, method, tensor_rank=2)
+    assert {name.replace(".other", ".default") for name in names} == set(trainable(fresh))
+
+
+@every_method
+@every_family
+def test_a_new_adapter_is_not_active_and_leaves_the_first_alone(family, method):
+    model, inputs = wrap(family, method)
+    trained(model)
+    before, values, names = logits(model, inputs), snapshot(model), set(trainable(model))
+    model.add_adapter("other", config_for(method, task_type=natural_task(family), tensor_rank=2))
+    assert model.active_adapters == ["default"]
+    assert torch.equal(logits(model, inputs), before)
+    assert set(trainable(model)) == names
+    now = model.state_dict()
+    assert all(torch.equal(now[name], value) for name, value in values.items())
+
+
+@deletes_the_active
+@every_method
+@every_family
+def test_deleting_an_adapter_leaves_nothing_of_it(family, method):
+    model, inputs = pair(family, method)
+    other, base = alone(model, inputs, "other"), alone(model, inputs, "__base__")
+    model.delete_adapter("default")
+    assert list(model.peft_config) == ["other"]
+    assert not any(".default" in name for name in model.state_dict())
+    for layer in (module for module in model.modules() if hasattr(module, "base_layer")):
+        for key in (*layer.adapter_layer_names, *layer.other_param_names):
+            assert "default" not in getattr(layer, key), key
+    model.set_adapter("other")
+    assert torch.equal(logits(model, inputs), other)
+    model.delete_adapter("other")
+    assert torch.equal(logits(model.base_model.model, inputs), base)
+
+
+@deletes_the_active
+@every_method
+def test_a_name_can_be_used_again_after_deletion(method):
+    model, inputs = pair("bert", method)
+    model.delete_adapter("default")
+    model.add_adapter("default", config_for(method, task_type="SEQ_CLS", train_head="dense", train_norms=False))
+    model.set_adapter("default")
+    names = {name.removeprefix("base_model.model.") for name in trainable(model) if f"loretta_{method}" not in name}
+    assert names == {
+        f"{module}.modules_to_save.default.{part}"
+        for module in ("classifier", "bert.pooler.dense")
+        for part in ("weight", "bias")
+    }
+    assert torch.equal(logits(model, inputs), alone(model, inputs, "__base__"))
+
+
+@deletes_the_active
+@every_method
+def test_the_policy_of_a_deleted_adapter_is_forgotten(method):
+    model, _ = pair("roberta", method)
+    model.delete_adapter("default")
+    # no task type: nothing asks for a tensorised head now
+    model.add_adapter("default", config_for(method, modules_to_save=["classifier"], train_norms=False))
+    model.set_adapter("default")
+    names = {name.removeprefix("base_model.model.") for name in trainable(model) if f"loretta_{method}" not in name}
+    assert names == {
+        f"classifier.modules_to_save.default.{layer}.{part}"
+        for layer in ("dense", "out_proj")
+        for part in ("weight", "bias")
+    }
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
+def test_two_active_updates_of_rep_add_up(family):
+    model, inputs = pair(family, "rep", train_norms=False)
+    model.base_model.set_adapter(["default", "other"])
+    got = logits(model, inputs)
+    base, _ = build(family)
+    for name, layer in model.get_base_model().named_modules():
+        if hasattr(layer, "base_layer"):
+            weight = base.get_submodule(name).weight
+            with torch.no_grad():
+                weight += layer.get_delta_weight("default") + layer.get_delta_weight("other")
+    assert_near("logits", got, logits(base, inputs))
+    with model.disable_adapter():
+        assert not torch.equal(got, logits(model, inputs))
+
+
+@every_method
+@pytest.mark.parametrize("init_weights", ["zero", "denoised"])
+def test_two_active_adapters_see_the_same_input(method, init_weights):
+    model, _ = pair("llama", method, train_norms=False, init_weights=init_weights)
+    model.base_model.set_adapter(["default", "other"])
+    layer = next(module for module in model.modules() if hasattr(module, "base_layer"))
+    x = torch.randn(3, 5, layer.in_features)
+    y = layer.base_layer(x)
+    adapted = x if method == "rep" else y
+    expected = y + layer.delta("default", adapted) + layer.delta("other", adapted)
+    assert_near("y", layer(x), expected)
+    assert not torch.equal(layer.delta("default", adapted), layer.delta("other", adapted))
+
+
+def test_adapters_before_and_after_one_module_are_both_applied():
+    options = {"target_modules": ["o_proj"], "train_norms": False}
+    model, _ = pair("llama", "adp", **options, second={"insert_before": ["o_proj"]})
+    model.base_model.set_adapter(["default", "other"])
+    layer = next(module for module in model.modules() if hasattr(module, "base_layer"))
+    x = torch.randn(3, 5, layer.in_features)
+    y = layer.base_layer(x + layer.delta("other", x))
+    assert_near("y", layer(x), y + layer.delta("default", y))
+
+
+# One adapter per row
+
+ROWS = ["default", "other", "__base__", "default"]
+
+
+def expected_rows(model: PeftModel, inputs: dict[str, Tensor], rows: list[str]) -> Tensor:
+    single = {name: alone(model, inputs, name) for name in set(rows)}
+    return torch.stack([single[name][k] for k, name in enumerate(rows)])
+
+
+@every_method
+@pytest.mark.parametrize("train_norms", [True, False])
+@pytest.mark.parametrize("family", [family for family in OPTIONS if family != "opt"])
+def test_a_mixed_batch_equals_the_single_runs(family, train_norms, method):
+    model, inputs = pair(family, method, train_norms=train_norms)
+    assert_near("logits", logits(model, inputs, adapter_names=ROWS), expected_rows(model, inputs, ROWS))
+    assert not any(layer._forward_pre_hooks for layer in model.modules())
+
+
+def test_a_mixed_batch_works_where_the_host_keeps_the_batch_apart():
+    # OPT flattens batch and positions before its feed-forward block: only attention can be told the rows
+    model, inputs = pair("opt", "rep", train_norms=False)
+    assert_near("logits", logits(model, inputs, adapter_names=ROWS), expected_rows(model, inputs, ROWS))
+
+
+@every_method
+@pytest.mark.parametrize("active", ["default", "other"])
+@pytest.mark.parametrize("first", [{"train_norms": True}, {"train_norms": False}])
+@pytest.mark.parametrize("train_head", ["tensorized", "dense", "frozen"])
+def test_adapters_of_a_mixed_batch_may_train_different_things(active, first, train_head, method):
+    model, inputs = pair("bert", method, **first, second={"train_norms": False, "train_head": train_head})
+    model.set_adapter(active)
+    expected = expected_rows(model, inputs, ROWS)
+    model.set_adapter(active)
+    assert_near("logits", logits(model, inputs, adapter_names=ROWS), expected)
+
+
+@every_method
+def test_adapters_of_a_mixed_batch_may_have_different_targets(method):
+    options = {"target_modules": ["q_proj", "o_proj"]}
+    model, inputs = pair("llama", method, **options, second={"target_modules": ["v_proj", "o_proj"]})
+    assert_near("logits", logits(model, inputs, adapter_names=ROWS), expected_rows(model, inputs, ROWS))
+
+
+@every_method
+@pytest.mark.parametrize("family", ["llama", "bart"])
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_a_mixed_batch_generates_as_the_single_runs(family, num_beams, method):
+    model, inputs = pair(family, method)
+    inputs = {key: inputs[key] for key in ("input_ids", "attention_mask")}
+    options = {"max_new_tokens": 4, "num_beams": num_beams, "do_sample": False, "pad_token_id": 0}
+    options |= {"eos_token_id": 10**6}  # never: rows of one length
+
+    def generate(**how) -> Tensor:
+        return model.generate(**inputs, **options, **how)
+
+    with model.disable_adapter():
+        single = {"__base__": generate()}
+    for name in ("other", "default"):
+        model.set_adapter(name)
+        single[name] = generate()
+    expected = torch.stack([single[name][k] for k, name in enumerate(ROWS)])
+    assert not torch.equal(expected, single["default"])
+    assert torch.equal(generate(adapter_names=ROWS), expected)
+
+
+@every_method
+def test_bad_mixed_batches_are_refused(method):
+    model, inputs = pair("llama", method)
+    with pytest.raises(ValueError, match="non-existing adapter.*nobody"):
+        logits(model, inputs, adapter_names=["default", "nobody", "default", "default"])
+    with pytest.raises(ValueError, match="3 and 4"):
+        logits(model, inputs, adapter_names=["default"] * 3)
+    model.train()
+    with pytest.raises(ValueError, match="training mode"):
+        logits(model, inputs, adapter_names=ROWS)
+    assert not any(layer._forward_pre_hooks for layer in model.modules())
+
+
+def test_a_mixed_batch_is_refused_while_an_adapter_is_merged():
+    model, inputs = pair("llama", "rep", train_norms=False)
+    model.merge_adapter(["default"])
+    with pytest.raises(ValueError, match="merged"):
+        logits(model, inputs, adapter_names=ROWS)
+
+
+@every_method
+def test_layer_status_of_two_adapters(method):
+    model, _ = pair("llama", method)
+    status = model.get_model_status()
+    assert status.available_adapters == ["default", "other"]
+    assert status.active_adapters == ["default"]
+    assert status.requires_grad == {"default": True, "other": False}

@@ -1,0 +1,228 @@
+"""What one and two optimiser steps reach: everything that trains, and nothing else."""
+
+import pytest
+import torch
+from peft import PeftModel
+from tolerances import assert_near
+from torch import nn
+from tuners.families import OPTIONS, build, logits, loss_of, natural_task
+from tuners.wrapped import CONFIGS, config_for, every_method, snapshot, trainable, trained, wrap
+
+from loretta import get_peft_model
+
+every_family = pytest.mark.parametrize("family", OPTIONS)
+
+
+def seen_by_text(name: str) -> bool:
+    """Whether text alone reaches a parameter: the norms of Gemma 3's vision half see pictures only."""
+    return "vision_tower" not in name and "multi_modal_projector" not in name
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: dict) -> None:
+    optimizer.zero_grad()
+    loss_of(model, inputs).backward()
+    optimizer.step()
+
+
+def without_gradient(model: nn.Module) -> set[str]:
+    return {
+        name for name, p in trainable(model).items() if seen_by_text(name) and (p.grad is None or not p.grad.any())
+    }
+
+
+def behind_the_zero_core(model: nn.Module, method: str) -> set[str]:
+    """What can have no gradient while the last core of every "up" is zero."""
+    names = set()
+    for prefix, layer in model.named_modules():
+        if hasattr(layer, "base_layer"):
+            down, up = (getattr(layer, f"loretta_{method}_{part}")["default"] for part in ("down", "up"))
+            names |= {f"{prefix}.loretta_{method}_down.default.{k}" for k in range(len(down))}
+            names |= {f"{prefix}.loretta_{method}_up.default.{k}" for k in range(len(up) - 1)}
+            if method == "adp":
+                names.add(f"{prefix}.loretta_adp_bias.default.down")
+    return names
+
+
+@every_method
+@every_family
+def test_two_steps_reach_everything_that_trains_and_nothing_else(family, method):
+    model, inputs = wrap(family, method)
+    before, values = logits(model, inputs), snapshot(model)
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-2)
+    step(model, optimizer, inputs)
+    assert without_gradient(model) == behind_the_zero_core(model, method)
+    after_one = logits(model, inputs)
+    assert not torch.equal(after_one, before)
+    step(model, optimizer, inputs)
+    assert without_gradient(model) == set()
+    assert not torch.equal(logits(model, inputs), after_one)
+    now, names = model.state_dict(), set(trainable(model))
+    frozen = set(now) - names
+    tied = {name for name in frozen if any(now[name] is now[other] for other in names)}
+    assert frozen - tied
+    for name in frozen - tied:
+        assert torch.equal(now[name], values[name]), f"{name} is frozen and changed"
+    for name in names:
+        assert not seen_by_text(name) or not torch.equal(now[name], values[name]), f"{name} trains and did not change"
+
+
+@every_method
+@every_family
+def test_the_base_model_is_as_it_was_after_training_and_unloading(family, method):
+    base, inputs = build(family)
+    expected, values = logits(base, inputs), snapshot(base)
+    model, _ = wrap(family, method)
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-2)
+    step(model, optimizer, inputs)
+    step(model, optimizer, inputs)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, inputs), expected)
+    base_again = model.unload()
+    again = base_again.state_dict()
+    assert list(again) == list(values)
+    assert all(torch.equal(again[name], value) for name, value in values.items())
+    assert torch.equal(logits(base_again, inputs), expected)
+
+
+@every_method
+@pytest.mark.parametrize("train_norms", [True, False])
+@every_family
+def test_what_trains_is_cores_norms_and_head(family, method, train_norms):
+    model, _ = wrap(family, method, train_norms=train_norms)
+    names = set(trainable(model))
+    ours = {name for name in names if f".loretta_{method}_" in name}
+    assert ours == {
+        name for name, _ in model.named_parameters() if f".loretta_{method}_" in name and "_start_" not in name
+    }
+    owners = {name.partition(".modules_to_save.")[0] for name in names - ours}
+    norms = {
+        name
+        for name, module in build(family)[0].named_modules()
+        if "norm" in type(module).__name__.lower() and any(True for _ in module.parameters(recurse=False))
+    }
+    assert norms
+    heads = {
+        "bert": {"classifier", "bert.pooler.dense"},
+        "roberta": {"classifier"},
+        "electra": {"classifier"},
+        "deberta": {"classifier", "pooler.dense"},
+        "deberta-v2": {"classifier", "pooler.dense"},
+        "modernbert": {"classifier", "head.dense"},
+    }
+    expected = heads.get(family, set()) | (norms if train_norms else set())
+    assert {owner.removeprefix("base_model.model.") for owner in owners} == expected
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
+@every_method
+@pytest.mark.parametrize("use_reentrant", [True, False])
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5", "bart", "modernbert"])
+def test_gradient_checkpointing_gives_equal_gradients(family, method, use_reentrant):
+    gradients = []
+    for checkpointing in (False, True):
+        # BART and T5 call dropout as a function too
+        changes = {"bart": {"dropout": 0.0}, "t5": {"dropout_rate": 0.0}}.get(family, {})
+        model, inputs = wrap(family, method, base=changes)
+        model.double()  # checkpointing adds up the gradients of shared inputs in another order
+        trained(model).train()
+        for module in model.modules():  # two passes draw the same masks only without any
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        calls = []
+        if checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+            model.enable_input_require_grads()
+            assert model.get_base_model().is_gradient_checkpointing
+        layer = next(module for module in model.modules() if hasattr(module, "base_layer"))
+        layer.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        loss_of(model, inputs).backward()
+        assert (len(calls) > 1) is checkpointing  # computed again in the backward pass
+        gradients.append({name: p.grad for name, p in trainable(model).items()})
+    plain, checkpointed = gradients
+    assert all(grad is not None and grad.any() for grad in plain.values())
+    for name, grad in plain.items():
+        assert_near(name, checkpointed[name], grad)
+
+
+# Biases of the base model
+
+
+@every_method
+def test_bias_all_trains_every_bias_of_the_base(method):
+    model, inputs = wrap("gpt2", method, bias="all", train_norms=False)
+    base_biases = {name for name, _ in build("gpt2")[0].named_parameters() if name.endswith("bias")}
+    ours = {
+        name.removeprefix("base_model.model.").replace(".base_layer", "")
+        for name in trainable(model)
+        if f"loretta_{method}" not in name
+    }
+    assert ours == base_biases
+    loss_of(model, inputs).backward()
+    assert all(p.grad is not None for p in trainable(model).values())
+
+
+@every_method
+def test_bias_only_trains_the_biases_of_the_adapted_modules(method):
+    model, _ = wrap("gpt2", method, bias=f"loretta_{method}_only", train_norms=False)
+    ours = {name for name in trainable(model) if f"loretta_{method}" not in name}
+    names = {"rep": ["attn.c_attn"], "adp": ["attn.c_proj", "mlp.c_proj"]}[method]
+    assert ours == {
+        f"base_model.model.transformer.h.{layer}.{name}.base_layer.bias" for layer in (0, 1) for name in names
+    }
+
+
+@every_method
+def test_bias_all_trains_nothing_that_has_no_effect(method):
+    model, inputs = wrap("bert", method, bias="all", train_head="dense")
+    loss_of(model, inputs).backward()
+    unused = {name for name, p in trainable(model).items() if p.grad is None}
+    assert unused == set()
+
+
+@every_method
+@pytest.mark.parametrize("bias", ["all", "only"])
+def test_trained_biases_are_saved_and_loaded(method, bias, tmp_path):
+    bias = f"loretta_{method}_only" if bias == "only" else bias
+    model, inputs = wrap("gpt2", method, bias=bias)
+    trained(model).save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(build("gpt2")[0], tmp_path).eval()
+    assert torch.equal(logits(again, inputs), logits(model, inputs))
+
+
+# Further modules
+
+
+@every_method
+def test_modules_to_save_of_the_user_are_trained_and_saved(method, tmp_path):
+    base, inputs = build("llama")
+    options = {"task_type": "CAUSAL_LM", "modules_to_save": ["lm_head", "layers.1.mlp.up_proj"]}
+    model = get_peft_model(base, config_for(method, **options)).eval()
+    copies = {name.partition(".modules_to_save.")[0] for name in trainable(model) if "modules_to_save" in name}
+    copies = {name.removeprefix("base_model.model.") for name in copies if "norm" not in name}
+    assert copies == {"lm_head", "model.layers.1.mlp.up_proj"}
+    trained(model).save_pretrained(tmp_path)
+    expected = logits(model, inputs)
+    again = PeftModel.from_pretrained(build("llama")[0], tmp_path).eval()
+    assert torch.equal(logits(again, inputs), expected)
+    with model.disable_adapter():
+        assert torch.equal(logits(model, inputs), logits(build("llama")[0], inputs))
+
+
+@pytest.mark.parametrize("family", ["gemma", "gpt2", "t5", "bart"])
+@every_method
+def test_tied_embeddings_stay_tied_and_untouched(family, method):
+    model, inputs = wrap(family, method, base={"tie_word_embeddings": True})
+    base = model.get_base_model()
+    embedding, output = base.get_input_embeddings().weight, base.get_output_embeddings().weight
+    before = embedding.clone()
+    assert output is embedding
+    optimizer = torch.optim.AdamW(trainable(model).values(), lr=1e-2)
+    step(model, optimizer, inputs)
+    assert base.get_output_embeddings().weight is base.get_input_embeddings().weight is embedding
+    assert torch.equal(embedding, before)
+    assert not embedding.requires_grad
+
+
+def test_every_family_has_a_task():
+    assert {natural_task(family) for family in OPTIONS} == {"CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS"}
+    assert list(CONFIGS) == ["rep", "adp"]

@@ -1,0 +1,41 @@
+"""Wrap the tiny models with either method, and pretend to have trained them."""
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+from tuners.families import build, natural_task, randomise
+
+from loretta import LorettaAdpConfig, LorettaRepConfig, get_peft_model
+
+CONFIGS = {"rep": LorettaRepConfig, "adp": LorettaAdpConfig}
+every_method = pytest.mark.parametrize("method", CONFIGS)
+
+
+def config_for(method: str, **options):
+    return CONFIGS[method](**{"tensor_rank": 3, **options})
+
+
+def wrap(
+    family: str, method: str, task: str | None = None, *, seed: int = 0, base: dict | None = None, **options
+) -> tuple[PeftModel, dict[str, Tensor]]:
+    """A fresh adapter on a tiny model, in eval mode; ``base`` are options of :func:`build`."""
+    task = task or natural_task(family)
+    model, inputs = build(family, task, **(base or {}))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return get_peft_model(model, config_for(method, task_type=task, **options)).eval(), inputs
+
+
+def trained(model: PeftModel, seed: int = 1, scale: float = 0.2) -> PeftModel:
+    """Noise on everything that trains: no core, bias or norm keeps a value that it could have got by default."""
+    randomise([parameter for parameter in model.parameters() if parameter.requires_grad], seed=seed, scale=scale)
+    return model
+
+
+def trainable(model: PeftModel) -> dict[str, Tensor]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def snapshot(model) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
