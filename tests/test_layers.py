@@ -52,7 +52,7 @@ def dense_layer(shape: TTShape, *, seed: int, dtype: torch.dtype = torch.float64
 def test_cores_begin_as_zeros_of_the_planned_shapes(shape):
     cores = Cores(shape)
     assert [(name, tuple(core.shape)) for name, core in cores.named_parameters()] == [
-        (str(k), core) for k, core in enumerate(shape.cores)
+        (f"core_{k}", core) for k, core in enumerate(shape.cores)
     ]
     assert all(core.requires_grad and core.dtype == torch.float32 and not core.any() for core in cores)
     assert sum(core.numel() for core in cores.parameters()) == shape.n_params
@@ -208,7 +208,7 @@ def test_a_change_trains_its_cores_and_not_its_start():
     shape = SHAPES["aligned"]
     layer = TTLinear.from_dense(dense_layer(shape, seed=0), shape, as_change=True)
     assert {name for name, parameter in layer.named_parameters() if not parameter.requires_grad} == {
-        f"start.{k}" for k in range(4)
+        f"start.core_{k}" for k in range(4)
     }
     layer(randn(3, 24, seed=0)).sum().backward()
     assert all(core.grad.any() for core in layer.cores)
@@ -259,8 +259,8 @@ def test_state_dict_round_trip(options):
     shape = SHAPES["padded and straddling"]
     layer, other = filled_layer(shape, seed=0, **options), filled_layer(shape, seed=5, **options)
     state = layer.state_dict()
-    names = {f"cores.{k}" for k in range(3)}
-    names |= {f"start.{k}" for k in range(3)} if options.get("as_change") else set()
+    names = {f"cores.core_{k}" for k in range(3)}
+    names |= {f"start.core_{k}" for k in range(3)} if options.get("as_change") else set()
     names |= {"bias"} if options.get("bias", True) else set()
     assert state.keys() == names
     assert other.load_state_dict(state).missing_keys == []

@@ -3,6 +3,7 @@
 Axes: B batch and token positions, I input features, O output features, b bottleneck, C inner size at a boundary.
 """
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -11,25 +12,33 @@ from torch import Tensor, nn
 from loretta import tt
 
 
-class Cores(nn.ParameterList):
-    """The trainable cores of one tensor train, with its plan.
+class Cores(nn.Module):
+    """The trainable cores of one tensor train, with its plan. Iterates over the cores, left to right.
 
     Args:
-        shape: the plan; core ``k`` is the parameter named ``k``.
+        shape: the plan; core ``k`` is the parameter ``core_k`` (not ``k``: PEFT would take it for an adapter that
+            is named by a number).
         dtype: of the cores (the plan's maths is the same in any floating dtype).
 
     The cores start as zeros: call :meth:`assign` with starting values.
     """
 
     def __init__(
-        self,
-        shape: tt.TTShape,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
+        self, shape: tt.TTShape, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
     ) -> None:
-        super().__init__([nn.Parameter(torch.zeros(core, dtype=dtype, device=device)) for core in shape.cores])
+        super().__init__()
         self.shape = shape
+        for k, core in enumerate(shape.cores):
+            self.register_parameter(f"core_{k}", nn.Parameter(torch.zeros(core, dtype=dtype, device=device)))
+
+    def __len__(self) -> int:
+        return len(self.shape.modes)
+
+    def __getitem__(self, k: int) -> nn.Parameter:
+        return getattr(self, f"core_{range(len(self))[k]}")
+
+    def __iter__(self) -> Iterator[nn.Parameter]:
+        return (self[k] for k in range(len(self)))
 
     @torch.no_grad()
     def assign(self, values: list[Tensor]) -> None:

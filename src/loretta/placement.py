@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loretta import tt
 from loretta.errors import InputError
+from loretta.layers import Cores
 from loretta.tuners.config import LorettaConfig
 
 
@@ -74,7 +75,7 @@ def not_adaptable(model: nn.Module) -> dict[str, str]:
     reasons: dict[str, str] = {}
     for module in model.modules():
         dims = {parameter.dim() for parameter in module.parameters(recurse=False) if parameter.dim() >= 2}
-        if not dims or linear_size(module) or isinstance(module, nn.Embedding | nn.ParameterList):
+        if not dims or linear_size(module) or isinstance(module, nn.Embedding | Cores):
             continue
         name = type(module).__name__
         if "Expert" in name or (max(dims) == 3 and "Conv" not in name):

@@ -36,7 +36,15 @@ OPTIONS: dict[str, dict] = {
     "bert": _ENCODER,
     "roberta": _ENCODER,
     "deberta": {**_ENCODER, "relative_attention": True, "pos_att_type": "c2p|p2c", "type_vocab_size": 0},
-    "deberta-v2": {**_ENCODER, "relative_attention": True, "pos_att_type": "c2p|p2c", "type_vocab_size": 0},
+    "deberta-v2": {  # as version 3 is configured: query_proj also reads the normed embeddings of the distances
+        **_ENCODER,
+        "relative_attention": True,
+        "pos_att_type": "c2p|p2c",
+        "type_vocab_size": 0,
+        "share_att_key": True,
+        "norm_rel_ebd": "layer_norm",
+        "position_buckets": 4,
+    },
     "electra": {**_ENCODER, "embedding_size": 16},
     "modernbert": {
         **_ENCODER,

@@ -100,7 +100,11 @@ MODEL_MISTAKES = {
     "unknown targets": ("llama", {"target_modules": ["q_porj", "vv_proj"]}, r"q_porj.*vv_proj.*q_proj.*v_proj"),
     "unknown expression": ("llama", {"target_modules": ".*query"}, r"'\.\*query'.*q_proj"),
     "all excluded": ("llama", {"target_modules": ["q_proj"], "exclude_modules": ".*"}, "exclude_modules"),
-    "no such layer": ("llama", {"target_modules": ["q_proj"], "layers_to_transform": [9]}, r"layers_to_transform=\[9\]"),
+    "no such layer": (
+        "llama",
+        {"target_modules": ["q_proj"], "layers_to_transform": [9]},
+        r"layers_to_transform=\[9\]",
+    ),
     "a norm": ("llama", {"target_modules": ["q_proj", "input_layernorm"]}, "input_layernorm' is a LlamaRMSNorm"),
     "a layer norm": ("bert", {"target_modules": ["query", "output.LayerNorm"]}, "LayerNorm' is a LayerNorm"),
     "an embedding": ("bert", {"target_modules": ["query", "word_embeddings"]}, "word_embeddings' is a Embedding"),
@@ -144,6 +148,16 @@ def test_a_bad_shape_of_the_head_leaves_the_model_as_it_was(method):
 
 
 @every_method
+def test_targets_that_the_head_takes_all_for_itself_leave_the_model_as_it_was(method):
+    model, _ = build("bert")
+    before = state(model)
+    with pytest.raises(InputError, match="pooler"):
+        get_peft_model(model, config_for(method, task_type="SEQ_CLS", target_modules=["pooler.dense"]))
+    assert_same(before, state(model))
+    get_peft_model(model, config_for(method, target_modules=["pooler.dense"]))
+
+
+@every_method
 def test_a_mistake_in_a_second_adapter_leaves_the_first_as_it_was(method):
     model, inputs = wrap("bert", method)
     before, expected = state(model), logits(model, inputs)
@@ -173,7 +187,7 @@ def test_an_unknown_model_type_needs_targets(method, monkeypatch):
     model, _ = build("llama")
     monkeypatch.setattr(type(model.config), "model_type", "lama")
     before = state(model)
-    with pytest.raises(InputError, match="'lama'.*all-linear"):
+    with pytest.raises(InputError, match=r"'lama'.*all-linear"):
         get_peft_model(model, config_for(method))
     assert_same(before, state(model))
     get_peft_model(model, config_for(method, target_modules="all-linear"))

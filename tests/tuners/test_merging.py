@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, convert_to_lora, get_peft_model, set_peft_model_state_dict
 from tolerances import assert_near
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -173,6 +173,19 @@ def test_a_safe_merge_refuses_what_is_not_finite(how, bad):
     assert model.get_model_status().merged_adapters == []
 
 
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")  # PEFT's config says nothing of it
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_an_update_converts_to_a_lora_of_its_rank(family):
+    model, inputs = wrap(family, "rep", train_norms=False, tensor_rank=3)
+    trained(model)
+    config, weights = convert_to_lora(model, rank=3)
+    lora = get_peft_model(build(family)[0], config).eval()
+    assert not set_peft_model_state_dict(lora, weights).unexpected_keys
+    assert_near("logits", logits(lora, inputs), logits(model, inputs))
+    assert model.supports_lora_conversion()
+    assert not wrap(family, "adp")[0].supports_lora_conversion()
+
+
 # adp
 
 
@@ -182,7 +195,7 @@ def test_adp_says_why_it_cannot_merge_and_touches_nothing(family, how):
     model, inputs = wrap(family, "adp")
     trained(model)
     values, types, expected = snapshot(model), kinds(model), logits(model, inputs)
-    with pytest.raises(ValueError, match="cannot be merged.*non-linearity.*LoRETTA_rep"):
+    with pytest.raises(ValueError, match=r"cannot be merged.*non-linearity.*LoRETTA_rep"):
         getattr(model, how)()
     assert kinds(model) == types
     now = model.state_dict()

@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftConfig, PeftModel
+from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
 from tolerances import assert_near
 from transformers import AutoModelForSequenceClassification, BertForMaskedLM
 from tuners.families import build, logits, natural_task
 from tuners.wrapped import CONFIGS, config_for, every_method, snapshot, trainable, trained, wrap
 
-from loretta import get_peft_model
+from loretta import InputError, get_peft_model
 
 # name -> (family, task type, options); a classifier is loaded from its encoder alone, so that its head is random
 CASES = {
@@ -182,6 +183,48 @@ def test_an_adapter_is_loaded_beside_another(method, tmp_path):
 
 
 @every_method
+@pytest.mark.parametrize("train_norms", [True, False])
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_transformers_own_methods_load_and_add(family, train_norms, method, tmp_path):
+    model, inputs = wrap(family, method, train_norms=train_norms)
+    trained(model).save_pretrained(tmp_path / "first")
+    base, _ = build(family)
+    base.load_adapter(tmp_path / "first")
+    assert torch.equal(logits(base.eval(), inputs), logits(model, inputs))
+    base, _ = build(family)
+    base.add_adapter(config_for(method, task_type=natural_task(family), train_norms=train_norms))
+    trained(base).save_pretrained(tmp_path / "second")
+    again, _ = build(family)
+    again.load_adapter(tmp_path / "second")
+    assert torch.equal(logits(again.eval(), inputs), logits(base.eval(), inputs))
+
+
+@every_method
+def test_swapping_in_place_computes_what_was_saved_or_is_refused(method, tmp_path):
+    model, inputs = wrap("llama", method, train_norms=False)
+    trained(model, seed=1).save_pretrained(tmp_path)
+    other, _ = wrap("llama", method, train_norms=False)
+    trained(other, seed=2)
+    expected = logits(other, inputs)
+    try:
+        hotswap_adapter(other, tmp_path, "default")
+    except (ValueError, NotImplementedError):
+        assert torch.equal(logits(other, inputs), expected)
+    else:
+        assert torch.equal(logits(other, inputs), logits(model, inputs))
+
+
+@every_method
+def test_an_adapter_fits_the_base_in_another_precision(method, tmp_path):
+    model, inputs = wrap("llama", method)
+    trained(model).save_pretrained(tmp_path)
+    half = PeftModel.from_pretrained(build("llama", dtype=torch.bfloat16)[0], tmp_path).eval()
+    got = logits(half, inputs)
+    assert got.dtype == torch.bfloat16
+    assert_near("logits", got, logits(model, inputs))
+
+
+@every_method
 def test_a_trainable_adapter_goes_on_where_it_stopped(method, tmp_path):
     model, _ = wrap("bert", method, train_head="tensorized_only")
     trained(model).save_pretrained(tmp_path)
@@ -212,9 +255,32 @@ def test_the_config_file_round_trips(method, tmp_path):
     again = PeftConfig.from_pretrained(tmp_path)
     assert type(again) is CONFIGS[method]
     assert again.inference_mode  # PEFT's way of saying that a loaded adapter is frozen
-    assert asdict(again) == {**asdict(config), "inference_mode": True}
+    assert again.base_signature == "1 o_proj 32 x 32, 2 q_proj 32 x 32"
+    assert asdict(again) == {**asdict(config), "inference_mode": True, "base_signature": again.base_signature}
     for key, value in options.items():
         assert getattr(again, key) == (set(value) if key in ("target_modules", "exclude_modules") else value), key
+
+
+@every_method
+def test_one_config_serves_two_models(method, tmp_path):
+    config = config_for(method, task_type="SEQ_CLS")
+    base, inputs = build("bert")
+    model = trained(get_peft_model(base, config)).eval()
+    get_peft_model(build("bert", hidden_size=48, num_hidden_layers=3)[0], config)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(build("bert")[0], tmp_path).eval()
+    assert torch.equal(logits(again, inputs), logits(model, inputs))
+
+
+@every_method
+def test_a_loaded_adapter_can_be_saved_and_loaded_again(method, tmp_path):
+    model, inputs = wrap("bert", method)
+    trained(model).save_pretrained(tmp_path / "first")
+    again = PeftModel.from_pretrained(build("bert")[0], tmp_path / "first")
+    again.save_pretrained(tmp_path / "second")
+    assert (tmp_path / "first/adapter_config.json").read_text() == (tmp_path / "second/adapter_config.json").read_text()
+    third = PeftModel.from_pretrained(build("bert")[0], tmp_path / "second").eval()
+    assert torch.equal(logits(third, inputs), logits(model, inputs))
 
 
 @every_method
@@ -241,8 +307,6 @@ def test_saving_and_loading_leave_the_model_and_its_config_alone(method, tmp_pat
     ids=["more layers", "fewer layers", "wider", "narrower"],
 )
 def test_an_adapter_of_another_base_is_refused_by_name(saved_with, loaded_with, family, train_norms, method, tmp_path):
-    from loretta import InputError
-
     model, _ = wrap(family, method, base=saved_with, train_norms=train_norms)
     model.peft_config["default"].base_model_name_or_path = "someone/the-right-base"
     model.save_pretrained(tmp_path, save_embedding_layers=False)

@@ -25,9 +25,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: dict) -> No
 
 
 def without_gradient(model: nn.Module) -> set[str]:
-    return {
-        name for name, p in trainable(model).items() if seen_by_text(name) and (p.grad is None or not p.grad.any())
-    }
+    return {name for name, p in trainable(model).items() if seen_by_text(name) and (p.grad is None or not p.grad.any())}
 
 
 def behind_the_zero_core(model: nn.Module, method: str) -> set[str]:
@@ -36,8 +34,8 @@ def behind_the_zero_core(model: nn.Module, method: str) -> set[str]:
     for prefix, layer in model.named_modules():
         if hasattr(layer, "base_layer"):
             down, up = (getattr(layer, f"loretta_{method}_{part}")["default"] for part in ("down", "up"))
-            names |= {f"{prefix}.loretta_{method}_down.default.{k}" for k in range(len(down))}
-            names |= {f"{prefix}.loretta_{method}_up.default.{k}" for k in range(len(up) - 1)}
+            names |= {f"{prefix}.loretta_{method}_down.default.core_{k}" for k in range(len(down))}
+            names |= {f"{prefix}.loretta_{method}_up.default.core_{k}" for k in range(len(up) - 1)}
             if method == "adp":
                 names.add(f"{prefix}.loretta_adp_bias.default.down")
     return names

@@ -1,6 +1,7 @@
 """Options that both methods share, as a PEFT config."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from peft import PeftConfig
 
@@ -37,6 +38,8 @@ class LorettaConfig(PeftConfig):
             adapted modules.
         modules_to_save: further modules to train and save whole.
         layers_to_transform, layers_pattern: restrict the adapted layers by index, as in LoRA.
+        base_signature: written when the adapter is saved, and checked when it is loaded: the adapted modules of the
+            base model it was trained on. Not to be given.
 
     Raises InputError (a ValueError) that names every mistake at once.
     """
@@ -53,6 +56,7 @@ class LorettaConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
+    base_signature: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -64,6 +68,10 @@ class LorettaConfig(PeftConfig):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, list | tuple):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As PEFT writes it, with the signature of the model that this config was last injected into."""
+        return {**super().to_dict(), "base_signature": getattr(self, "_injected_into", self.base_signature)}
 
     def _problems(self) -> list[str]:
         """One phrase per mistake, each quoting what was given."""

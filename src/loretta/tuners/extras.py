@@ -15,6 +15,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from loretta import tt
+from loretta.errors import InputError
 from loretta.layers import TTLinear
 from loretta.tuners.config import LorettaConfig
 
@@ -64,6 +65,8 @@ class AdapterCopy(ModulesToSaveWrapper):
         dense = cast(nn.Linear, copy.get_submodule(path))
         shape = tt.plan(dense.in_features, dense.out_features, rank=policy.rank, overrides=policy.shapes)
         train = TTLinear.from_dense(dense, shape, as_change=policy.as_change)
+        # an adapter that is added beside the active one is not trained yet
+        train.requires_grad_(dense.weight.requires_grad)
         if path:
             copy.set_submodule(path, train)
         else:
@@ -79,6 +82,10 @@ class AdapterCopy(ModulesToSaveWrapper):
                 is_start = policy.as_change and name.startswith("start.")
                 if is_start or (policy.frozen and not name.startswith(trained)):
                     parameter.requires_grad_(False)
+
+    def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None) -> None:
+        super().delete_adapter(adapter_name, new_active_adapters)
+        self.policies.pop(adapter_name, None)
 
     def _forward_wrapped(self, *args, **kwargs):
         result = super()._forward_wrapped(*args, **kwargs)
@@ -144,7 +151,10 @@ class CopyCost:
 
 
 def copy_cost(model: nn.Module, config: LorettaConfig) -> CopyCost:
-    """What :func:`install_copies` and the user's ``modules_to_save`` will add, counted on sizes alone."""
+    """What :func:`install_copies` and the user's ``modules_to_save`` will add, counted on sizes alone.
+
+    Raises InputError when a given shape does not fit the head's hidden layer.
+    """
     heads = _head_policies(config, model)
     norms = _norm_names(model, inside=tuple(name + "." for name in heads)) if config.train_norms else []
     head = frozen = 0
@@ -153,7 +163,10 @@ def copy_cost(model: nn.Module, config: LorettaConfig) -> CopyCost:
         total = sum(parameter.numel() for parameter in copy.parameters())
         for path in policy.tensorized:
             dense = cast(nn.Linear, copy.get_submodule(path))
-            shape = tt.plan(dense.in_features, dense.out_features, rank=policy.rank, overrides=policy.shapes)
+            try:
+                shape = tt.plan(dense.in_features, dense.out_features, rank=policy.rank, overrides=policy.shapes)
+            except ValueError as error:
+                raise InputError(f"'{name}': {error}") from None
             trains += shape.n_params + (0 if dense.bias is None else dense.bias.numel())
             total -= sum(parameter.numel() for parameter in dense.parameters())
             frozen += shape.n_params if policy.as_change else 0
@@ -226,17 +239,33 @@ def _head_policies(config: LorettaConfig, model: nn.Module) -> dict[str, CopyPol
         path = "" if is_hidden else "dense"
         policies[name] = policy(
             tensorized=(path,) if tensorize and (has_hidden or is_hidden) else (),
-            frozen=config.train_head in ("tensorized_only", "frozen"),
+            # the hidden layer is tensorised whole, and trains unless nothing of the head does
+            frozen=config.train_head == "frozen" or (config.train_head == "tensorized_only" and not is_hidden),
         )
-    if finals and config.task_type == TaskType.SEQ_CLS and config.train_head != "frozen":
-        pretrained = f"{getattr(model, 'base_model_prefix', '')}."
-        for name in modules:
-            if name.endswith(_HIDDEN_LAYERS) and not name.startswith(tuple(final + "." for final in finals)):
-                policies[name] = policy(
-                    tensorized=("",) if tensorize else (),
-                    as_change=tensorize and name.startswith(pretrained),
-                )
+    if not finals or config.task_type != TaskType.SEQ_CLS:
+        return policies
+    for name, module in modules.items():
+        if not name.endswith(_HIDDEN_LAYERS) or name.startswith(tuple(final + "." for final in finals)):
+            continue
+        pretrained = _is_pretrained(model, name, _original(module))
+        if config.train_head != "frozen":
+            policies[name] = policy(tensorized=("",) if tensorize else (), as_change=tensorize and pretrained)
+        elif not pretrained:
+            policies[name] = policy(frozen=True)
     return policies
+
+
+def _is_pretrained(model: nn.Module, name: str, module: nn.Module) -> bool:
+    """Whether a hidden layer came with the checkpoint, or was made at random with the head.
+
+    It lies inside the base model then. A checkpoint may still lack it (BERT saved as a masked language model has no
+    pooler): transformers starts such a layer with a bias of zeros, which no trained layer has.
+    """
+    prefix = getattr(model, "base_model_prefix", "")
+    if not prefix or not name.startswith(prefix + "."):
+        return False
+    bias = getattr(module, "bias", None)
+    return bias is None or bias.is_meta or bool(bias.any())
 
 
 def _norm_names(model: nn.Module, inside: tuple[str, ...]) -> list[str]:

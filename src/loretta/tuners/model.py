@@ -1,5 +1,7 @@
 """What the tuners of both methods share: planning before injection, norms and heads, mixed batches, load checks."""
 
+import copy
+from collections import Counter
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from loretta.errors import InputError
 from loretta.placement import Placement, matched_modules
 from loretta.tuners.config import LorettaConfig
-from loretta.tuners.extras import AdapterCopy, install_copies
+from loretta.tuners.extras import AdapterCopy, copy_cost, head_names, install_copies
 
 
 class LorettaModel(BaseTuner):
@@ -43,9 +45,14 @@ class LorettaModel(BaseTuner):
         config = self.peft_config[adapter_name]
         self._check_new_adapter_config(config)
         config = self._prepare_adapter_config(config, self.get_model_config(model))
+        # a copy: the copied modules and the signature belong to this model alone
+        config = self.peft_config[adapter_name] = copy.copy(config)
         if state_dict is None:
-            for name, module in matched_modules(config, model):
-                self.place(config, name, _base_of(module))
+            targeted = copy.copy(config)
+            targeted.modules_to_save = [*(config.modules_to_save or []), *head_names(model, config)]
+            placements = [self.place(config, name, _base_of(m)) for name, m in matched_modules(targeted, model)]
+            _check_signature(config, placements)
+        copy_cost(model, config)
         names = install_copies(model, config, adapter_name)
         if names:
             config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *names]))
@@ -141,6 +148,19 @@ class LorettaModel(BaseTuner):
                     f"and the file {what}; load it with '{base}'"
                 )
         return loaded
+
+
+def _check_signature(config: LorettaConfig, placements: list[Placement]) -> None:
+    """Refuse an adapter of another base model, and note the modules of this one for when it is saved."""
+    kinds = Counter((p.name.rpartition(".")[2], p.down.in_features, p.up.out_features) for p in placements)
+    signature = ", ".join(f"{count} {name} {i} x {o}" for (name, i, o), count in sorted(kinds.items()))
+    if config.base_signature not in (None, signature):
+        base = config.base_model_name_or_path or "the model it was trained on"
+        raise InputError(
+            f"this adapter was trained for another base model: it adapts {config.base_signature}, and this model has "
+            f"{signature}; load it with '{base}'"
+        )
+    config._injected_into = signature
 
 
 def _base_of(module: nn.Module) -> nn.Module:

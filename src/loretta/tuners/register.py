@@ -8,7 +8,6 @@ from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import register_peft_method
-from peft.utils.hotswap import CONFIG_KEYS_TO_CHECK
 
 
 def add_peft_type(name: str) -> PeftType:
@@ -27,12 +26,11 @@ def add_peft_type(name: str) -> PeftType:
     return PeftType[name]
 
 
-def register(name: str, config_cls: type, model_cls: type[BaseTuner], *, hotswap_keys: tuple[str, ...]) -> None:
+def register(name: str, config_cls: type, model_cls: type[BaseTuner]) -> None:
     """Register a method with PEFT. A second call (re-import, ``importlib.reload``) replaces the classes.
 
     Args:
         name: in lower case, as in ``loretta_rep``; the prefix of its parameters is ``name + "_"``.
-        hotswap_keys: config fields that have to be equal for two adapters to be swapped in place.
     """
     peft_type = add_peft_type(name.upper())
     if peft_type in PEFT_TYPE_TO_CONFIG_MAPPING:
@@ -42,4 +40,3 @@ def register(name: str, config_cls: type, model_cls: type[BaseTuner], *, hotswap
         PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = model_cls
     else:
         register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)
-    CONFIG_KEYS_TO_CHECK[peft_type] = list(hotswap_keys)

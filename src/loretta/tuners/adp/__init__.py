@@ -7,17 +7,4 @@ from loretta.tuners.register import register
 
 __all__ = ["AdpLinear", "LorettaAdpConfig", "LorettaAdpModel"]
 
-register(
-    "loretta_adp",
-    LorettaAdpConfig,
-    LorettaAdpModel,
-    hotswap_keys=(
-        "bottleneck_size",
-        "non_linearity",
-        "tensor_rank",
-        "rank_pattern",
-        "shapes",
-        "train_bias",
-        "scaling",
-    ),
-)
+register("loretta_adp", LorettaAdpConfig, LorettaAdpModel)

@@ -7,17 +7,4 @@ from loretta.tuners.rep.model import LorettaRepModel
 
 __all__ = ["LorettaRepConfig", "LorettaRepModel", "RepLinear"]
 
-register(
-    "loretta_rep",
-    LorettaRepConfig,
-    LorettaRepModel,
-    hotswap_keys=(
-        "use_rslora",
-        "lora_dropout",
-        "alpha_pattern",
-        "rank_pattern",
-        "r",
-        "tensor_rank",
-        "shapes",
-    ),
-)
+register("loretta_rep", LorettaRepConfig, LorettaRepModel)
