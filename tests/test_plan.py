@@ -15,7 +15,7 @@ from tuners.families import OPTIONS, build, natural_task
 from loretta import LorettaAdpConfig, LorettaRepConfig, PeftModel, explain, get_peft_model
 from loretta.budget import Budget, choose
 from loretta.errors import InputError
-from loretta.explanation import draw
+from loretta.explanation import draw, explain_plan
 from loretta.families import FAMILIES, default_task_type, find_config, meta_model
 from loretta.plan import flops_per_token, plan_model, read_plan
 from loretta.planning import make_plan
@@ -221,6 +221,20 @@ def test_explain_tells_the_counts_of_a_wrapped_model():
     lora = get_peft_model(build("llama")[0], LoraConfig(task_type="CAUSAL_LM"))
     with pytest.raises(InputError, match="not a LoRETTA adapter, but LoraConfig"):
         explain(lora)
+
+
+@pytest.mark.parametrize(
+    ("family", "words"),
+    [
+        ("llama", "score: a plain dense layer, trained whole"),
+        ("roberta", "classifier: its hidden layer is a train"),
+        ("bert", "bert.pooler.dense: pretrained; a train is added to it"),
+        ("deberta", "pooler.dense: a train that starts as its TT-SVD"),
+    ],
+)
+def test_the_page_says_what_happens_to_the_head(family, words):
+    result = plan_model(build(family, "SEQ_CLS")[0], LorettaRepConfig(task_type="SEQ_CLS"))
+    assert words in explain_plan(result)
 
 
 def test_both_llama_placements_are_named_options():

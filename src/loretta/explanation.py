@@ -33,6 +33,7 @@ def explain_plan(plan: Plan, notes: Sequence[str] = ()) -> str:
     lines.append(
         f"  {'total':7} {plan.trainable:>13,}  {plan.trainable / max(1, plan.model_parameters):.3%} of the model"
     )
+    lines += [f"Head: {part}." for part in plan.extras.parts]
     if plan.extras.frozen:
         lines.append(
             f"Saved with the adapter though frozen: {plan.extras.frozen:,} (starting values, an untrained head)"

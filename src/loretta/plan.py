@@ -103,6 +103,7 @@ class Plan:
             "norms": self.extras.norms,
             "head": self.extras.head,
             "frozen_but_saved": self.extras.frozen,
+            "head_parts": list(self.extras.parts),
             "model_parameters": self.model_parameters,
             "adapter_bytes": {"float32": 4 * self.saved, "bfloat16": 2 * self.saved},
             "per_token": {

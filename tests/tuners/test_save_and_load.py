@@ -56,7 +56,9 @@ for name, (task, path, inputs) in cases.items():
         "low memory": {"low_cpu_mem_usage": True},
     }.items():
         torch.manual_seed(len(results) + 100)  # a head of its own for every classifier
-        base = AUTO[task].from_pretrained(path + "/base")
+        base = AUTO[task].from_pretrained(path + "/base").eval()
+        with torch.no_grad():
+            alone = base(**inputs).logits
         model = PeftModel.from_pretrained(base, path + "/adapter", **options).eval()
         assert model.active_adapter == options.get("adapter_name", "default")
         assert not any(p.is_meta for p in model.parameters()), name
@@ -64,6 +66,9 @@ for name, (task, path, inputs) in cases.items():
         assert not any(p.requires_grad for n, p in model.named_parameters() if not n.endswith(".bias")), name
         with torch.no_grad():
             results[name, how] = model(**inputs).logits
+            if model.active_peft_config.bias == "none":  # PEFT trains biases in place
+                with model.disable_adapter():
+                    assert torch.equal(model(**inputs).logits, alone), name
 torch.save(results, folder + "/results.pt")
 """
 

@@ -148,6 +148,7 @@ class CopyCost:
     norms: int
     head: int
     frozen: int
+    parts: tuple[str, ...] = ()  # what happens to each module of the head, in words
 
 
 def copy_cost(model: nn.Module, config: LorettaConfig) -> CopyCost:
@@ -158,6 +159,7 @@ def copy_cost(model: nn.Module, config: LorettaConfig) -> CopyCost:
     heads = _head_policies(config, model)
     norms = _norm_names(model, inside=tuple(name + "." for name in heads)) if config.train_norms else []
     head = frozen = 0
+    parts: list[str] = []
     for name, policy in heads.items():
         copy, trains = model.get_submodule(name), 0
         total = sum(parameter.numel() for parameter in copy.parameters())
@@ -170,6 +172,7 @@ def copy_cost(model: nn.Module, config: LorettaConfig) -> CopyCost:
             trains += shape.n_params + (0 if dense.bias is None else dense.bias.numel())
             total -= sum(parameter.numel() for parameter in dense.parameters())
             frozen += shape.n_params if policy.as_change else 0
+        parts.append(f"{name}: {_in_words(policy)}")
         head += trains + (0 if policy.frozen else total)
         frozen += total if policy.frozen else 0
     ours = {*heads, *norms}
@@ -178,7 +181,17 @@ def copy_cost(model: nn.Module, config: LorettaConfig) -> CopyCost:
         if name and wanted:
             head += sum(parameter.numel() for parameter in module.parameters())
     norm_total = sum(parameter.numel() for name in norms for parameter in model.get_submodule(name).parameters())
-    return CopyCost(norms=norm_total, head=head, frozen=frozen)
+    return CopyCost(norms=norm_total, head=head, frozen=frozen, parts=tuple(parts))
+
+
+def _in_words(policy: CopyPolicy) -> str:
+    if policy.as_change:
+        return "pretrained; a train is added to it, which starts as its TT-SVD and as no change"
+    hidden = "a train that starts as its TT-SVD"
+    if policy.tensorized == ("",):
+        return hidden
+    rest = "frozen, and saved because it is random" if policy.frozen else "a plain dense layer, trained whole"
+    return f"its hidden layer is {hidden}; its final layer is {rest}" if policy.tensorized else rest
 
 
 def install_copies(model: nn.Module, config: LorettaConfig, adapter_name: str) -> list[str]:
