@@ -233,7 +233,6 @@ def test_an_adapter_that_is_not_active_does_not_count(method):
     ],
     ids=["lora", "ia3", "norms"],
 )
-@pytest.mark.filterwarnings("ignore:Unsupported layer type:UserWarning")
 def test_other_methods_are_counted_too(config, kind, count):
     counts = counted(llama("7B"), config)
     assert counts == {**dict.fromkeys(KINDS, 0), kind: count}

@@ -201,6 +201,24 @@ def test_the_chosen_adapter_fits_and_the_next_does_not(method, words):
         assert not budget.fits(plan_model(model, bigger))
 
 
+def test_a_tiny_budget_keeps_the_upper_layers():
+    model, budget = meta_model(find_config("llama-2-7b"), "CAUSAL_LM"), Budget.parse("1k")
+    config, plan, reasons = choose(model, LorettaRepConfig(task_type="CAUSAL_LM"), budget)
+    assert budget.fits(plan)
+    assert config.layers_to_transform == [28, 29, 30, 31]
+    assert {int(placement.name.split(".")[2]) for placement in plan.placements} == {28, 29, 30, 31}
+    assert "only the layers from 28 on are adapted" in reasons
+
+
+def test_a_large_budget_targets_every_linear_layer():
+    model, budget = meta_model(find_config("llama-2-7b"), "CAUSAL_LM"), Budget.parse("60M")
+    config, plan, reasons = choose(model, LorettaRepConfig(task_type="CAUSAL_LM"), budget)
+    assert budget.fits(plan)
+    assert {placement.name.rpartition(".")[2] for placement in plan.placements} > {"q_proj", "gate_proj", "down_proj"}
+    assert reasons[0].startswith("every linear layer is targeted")
+    assert config.target_modules == "all-linear"
+
+
 def test_a_budget_too_small_says_what_it_would_take():
     model = meta_model(find_config("llama-2-7b"), "CAUSAL_LM")
     with pytest.raises(InputError, match=r"the smallest takes [\d,]+ parameters"):

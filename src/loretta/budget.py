@@ -47,14 +47,22 @@ class Budget:
 def choose(model: nn.Module, config: LorettaConfig, budget: Budget) -> tuple[LorettaConfig, Plan, list[str]]:
     """The largest configuration of ``config``'s method that fits, its plan, and the reasons, a sentence each.
 
-    Capacity is spent in this order: the targets that were asked for (the default ones), then the highest tensor
-    rank, then for rep a bottleneck that does not bound that rank. Layer norms are given up first when they alone
-    do not leave room for a train of rank 1, then the biases of adp, then half of the bottleneck again and again.
+    Capacity is spent on the targets that were asked for (the default ones), then on the highest tensor rank, for rep
+    with a bottleneck that does not bound that rank; when the highest rank there is fits and no targets were given,
+    every linear layer is targeted. What is given up when not even rank 1 fits, in this order: the layer norms, the
+    biases of adp, half of its bottleneck again and again, and half of the layers (the lower ones) again and again.
 
     Raises InputError when even the smallest does not fit, with what it would take.
     """
     reasons: list[str] = []
-    for start, reason in _reductions(config):
+    if config.target_modules is None:
+        everywhere = replace(config, target_modules="all-linear")
+        if budget.fits(plan_model(model, _with_rank(config, RANKS[-1]))) and budget.fits(
+            plan_model(model, _with_rank(everywhere, RANKS[0]))
+        ):
+            config = everywhere
+            reasons.append(f"every linear layer is targeted: the default targets fit even at rank {RANKS[-1]}")
+    for start, reason in _reductions(config, model):
         reasons += [reason] if reason else []
         smallest = plan_model(model, _with_rank(start, RANKS[0]))
         if not budget.fits(smallest):
@@ -79,7 +87,7 @@ def choose(model: nn.Module, config: LorettaConfig, budget: Budget) -> tuple[Lor
         return best, best_plan, reasons
     raise InputError(
         f"no {_method(config)} adapter fits {budget}: the smallest takes {budget.used(smallest):,} {budget.unit}; "
-        "raise the budget or name fewer target_modules"
+        "raise the budget"
     )
 
 
@@ -87,7 +95,7 @@ def _method(config: LorettaConfig) -> str:
     return "rep" if isinstance(config, LorettaRepConfig) else "adp"
 
 
-def _reductions(config: LorettaConfig) -> Iterator[tuple[LorettaConfig, str]]:
+def _reductions(config: LorettaConfig, model: nn.Module) -> Iterator[tuple[LorettaConfig, str]]:
     """The configuration as asked, then smaller and smaller ones, each with what was given up."""
     yield config, ""
     if config.train_norms:
@@ -100,6 +108,14 @@ def _reductions(config: LorettaConfig) -> Iterator[tuple[LorettaConfig, str]]:
         while config.bottleneck_size > 4:
             config = replace(config, bottleneck_size=config.bottleneck_size // 2)
             yield config, f"the bottleneck is {config.bottleneck_size}"
+    if isinstance(config.target_modules, str) or config.layers_to_transform is not None:
+        return
+    names = [placement.name for placement in plan_model(model, config).placements]
+    layers = sorted({int(match[1]) for name in names if (match := re.search(r"\.(\d+)\.", name))})
+    while len(layers) > 1:
+        layers = layers[(len(layers) + 1) // 2 :]
+        config = replace(config, layers_to_transform=layers)
+        yield config, f"only the layers from {layers[0]} on are adapted"
 
 
 def _with_rank(config: LorettaConfig, rank: int) -> LorettaConfig:

@@ -1,6 +1,4 @@
-"""Tiny random models of every family that has default targets, with inputs for them."""
-
-from collections.abc import Callable
+"""Tiny random models of the families whose default targets are tested, with inputs for them."""
 
 import torch
 from torch import Tensor, nn
@@ -135,7 +133,7 @@ def config_of(family: str, **changes) -> PreTrainedConfig:
 def build(
     family: str, task: str | None = None, *, seed: int = 0, dtype: torch.dtype = torch.float32, **changes
 ) -> tuple[PreTrainedModel, dict[str, Tensor]]:
-    """A model in eval mode, and a batch of four rows with padding. Every parameter is random, norms and biases too."""
+    """A model in eval mode and a batch of four rows. Every parameter is random, norms and biases too."""
     task = task or natural_task(family)
     config = config_of(family, **changes)
     with torch.random.fork_rng(devices=[]):
@@ -177,7 +175,3 @@ def loss_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     out = model(**inputs).logits
     weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
     return (out.float() * weights).mean() + out.float().square().mean()
-
-
-def builder(family: str) -> Callable[..., tuple[PreTrainedModel, dict[str, Tensor]]]:
-    return lambda **options: build(family, **options)

@@ -1,6 +1,7 @@
 """Which modules each family's defaults adapt (names spelled by hand), and other ways to name targets."""
 
 import pytest
+from torch import nn
 from tuners.families import OPTIONS, build, natural_task
 from tuners.wrapped import config_for, every_method, wrap
 
@@ -170,8 +171,6 @@ def test_layers_to_transform(method, layers):
 
 @every_method
 def test_a_wrapped_model_of_no_known_family_needs_only_names(method):
-    from torch import nn
-
     class Toy(nn.Module):
         def __init__(self):
             super().__init__()

@@ -205,18 +205,15 @@ def test_transformers_own_methods_load_and_add(family, train_norms, method, tmp_
 
 
 @every_method
-def test_swapping_in_place_computes_what_was_saved_or_is_refused(method, tmp_path):
+def test_swapping_in_place_is_refused(method, tmp_path):
+    # PEFT would set the scale of a LoRA, lora_alpha / r, and say nothing
     model, inputs = wrap("llama", method, train_norms=False)
     trained(model, seed=1).save_pretrained(tmp_path)
     other, _ = wrap("llama", method, train_norms=False)
-    trained(other, seed=2)
-    expected = logits(other, inputs)
-    try:
+    expected = logits(trained(other, seed=2), inputs)
+    with pytest.raises(ValueError, match="only supports LORA"):
         hotswap_adapter(other, tmp_path, "default")
-    except (ValueError, NotImplementedError):
-        assert torch.equal(logits(other, inputs), expected)
-    else:
-        assert torch.equal(logits(other, inputs), logits(model, inputs))
+    assert torch.equal(logits(other, inputs), expected)
 
 
 @every_method
@@ -326,7 +323,3 @@ def test_a_head_for_other_labels_is_refused(method, tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises((ValueError, RuntimeError), match="out_proj"):
         PeftModel.from_pretrained(build("roberta", num_labels=2)[0], tmp_path)
-
-
-def test_every_case_has_its_natural_task_or_a_head():
-    assert all(task in (natural_task(family), "SEQ_CLS") for family, task, _ in CASES.values())

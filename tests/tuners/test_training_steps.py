@@ -5,8 +5,8 @@ import torch
 from peft import PeftModel
 from tolerances import assert_near
 from torch import nn
-from tuners.families import OPTIONS, build, logits, loss_of, natural_task
-from tuners.wrapped import CONFIGS, config_for, every_method, snapshot, trainable, trained, wrap
+from tuners.families import OPTIONS, build, logits, loss_of
+from tuners.wrapped import config_for, every_method, snapshot, trainable, trained, wrap
 
 from loretta import get_peft_model
 
@@ -219,8 +219,3 @@ def test_tied_embeddings_stay_tied_and_untouched(family, method):
     assert base.get_output_embeddings().weight is base.get_input_embeddings().weight is embedding
     assert torch.equal(embedding, before)
     assert not embedding.requires_grad
-
-
-def test_every_family_has_a_task():
-    assert {natural_task(family) for family in OPTIONS} == {"CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS"}
-    assert list(CONFIGS) == ["rep", "adp"]
