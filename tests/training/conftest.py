@@ -24,14 +24,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-@pytest.fixture(scope="session")
-def bert(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "tiny-bert"
+def save_bert(folder, layers: int) -> str:
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=32,
         hidden_size=32,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         intermediate_size=64,
         initializer_range=0.2,
@@ -39,23 +37,17 @@ def bert(tmp_path_factory):
     BertModel(config).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory):
+    return save_bert(tmp_path_factory.mktemp("models") / "tiny-bert", layers=2)
 
 
 @pytest.fixture(scope="session")
 def other_bert(tmp_path_factory):
     """As ``bert`` with one layer more."""
-    folder = tmp_path_factory.mktemp("models") / "other-bert"
-    config = BertConfig(
-        vocab_size=32,
-        hidden_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        intermediate_size=64,
-        initializer_range=0.2,
-    )
-    BertModel(config).save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return str(folder)
+    return save_bert(tmp_path_factory.mktemp("models") / "other-bert", layers=3)
 
 
 @pytest.fixture(scope="session")
