@@ -7,7 +7,7 @@ from transformers.pytorch_utils import Conv1D
 from tuners.families import OPTIONS, build
 from tuners.wrapped import config_for, every_method, wrap
 
-from loretta import InputError, LorettaAdpModel, LorettaRepModel, tt
+from loretta import InputError, LorettaAdpModel, LorettaRepConfig, LorettaRepModel, get_peft_model, tt
 from loretta.placement import Placement, linear_size, matched_modules, rank_for, require_linear
 
 MODELS = {"rep": LorettaRepModel, "adp": LorettaAdpModel}
@@ -145,3 +145,9 @@ def test_planning_needs_no_weights():
         linear = nn.Linear(8192, 28672)
     placement = LorettaRepModel.place(config_for("rep", tensor_rank=8), "x", linear)
     assert placement.down.padded_in == 8192
+
+
+def test_targets_of_the_head_are_said_to_be_trained_whole():
+    config = LorettaRepConfig(task_type="SEQ_CLS", target_modules=["classifier"])
+    with pytest.raises(InputError, match=r"\['classifier'\] not found .* trained whole \(classifier\)"):
+        get_peft_model(build("bert")[0], config)

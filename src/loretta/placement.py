@@ -109,7 +109,15 @@ def matched_modules(
 def _nothing_matched(config: LorettaConfig, model: nn.Module) -> str:
     wanted = config.target_modules
     given = repr(wanted) if isinstance(wanted, str) else str(sorted(wanted or []))
-    names = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if linear_size(module)})
+    linear = [name for name, module in model.named_modules() if linear_size(module)]
+    if not isinstance(wanted, str) and any(name.endswith(tuple(wanted or [])) for name in linear):
+        kept = dict.fromkeys(config.modules_to_save or [])
+        if whole := ", ".join(name for name in kept if name.endswith(tuple(wanted or []))):
+            return (
+                f"Target modules {given} not found in the base model beside what is trained whole ({whole}): "
+                "name other modules"
+            )
+    names = sorted({name.rpartition(".")[2] for name in linear})
     close = (
         []
         if isinstance(wanted, str)
