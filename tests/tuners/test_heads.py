@@ -253,3 +253,18 @@ def test_a_head_that_the_user_names_too_is_copied_once(method):
     plain, _ = wrap("roberta", method, "SEQ_CLS")
     named, _ = wrap("roberta", method, "SEQ_CLS", modules_to_save=["classifier"])
     assert trainable(named).keys() == trainable(plain).keys()
+
+
+@every_method
+def test_a_loaded_pooler_is_pretrained_even_with_a_bias_of_zeros(method, tmp_path):
+    from transformers import BertForSequenceClassification, BertModel
+
+    base = BertModel(build("bert")[0].config)
+    assert not base.pooler.dense.bias.any()
+    base.save_pretrained(tmp_path)
+    model = BertForSequenceClassification.from_pretrained(tmp_path).eval()
+    inputs = build("bert")[1]
+    expected = logits(model, inputs)
+    wrapped = get_peft_model(model, config_for(method, task_type="SEQ_CLS")).eval()
+    # the train changes the pooler instead of standing in for it: at the start nothing changes
+    assert torch.equal(logits(wrapped, inputs), expected)

@@ -272,13 +272,14 @@ def _is_pretrained(model: nn.Module, name: str, module: nn.Module) -> bool:
     """Whether a hidden layer came with the checkpoint, or was made at random with the head.
 
     It lies inside the base model then. A checkpoint may still lack it (BERT saved as a masked language model has no
-    pooler): transformers starts such a layer with a bias of zeros, which no trained layer has.
+    pooler); transformers marks what it did load, and starts the rest with a bias of zeros.
     """
     prefix = getattr(model, "base_model_prefix", "")
     if not prefix or not name.startswith(prefix + "."):
         return False
-    bias = getattr(module, "bias", None)
-    return bias is None or bias.is_meta or bool(bias.any())
+    weight, bias = cast(nn.Linear, module).weight, cast(nn.Linear, module).bias
+    was_loaded = getattr(weight, "_is_hf_initialized", False)
+    return was_loaded or bias is None or bias.is_meta or bool(bias.any())
 
 
 def _norm_names(model: nn.Module, inside: tuple[str, ...]) -> list[str]:
