@@ -15,12 +15,9 @@ from loretta.explanation import explain_plan, tables
 from loretta.families import default_task_type, find_config, meta_model
 from loretta.options import parse_option
 from loretta.plan import Plan, count_baseline, plan_model
-from loretta.presets import PRESETS, Preset, find_preset
-from loretta.tuners.adp import LorettaAdpConfig
+from loretta.presets import CONFIGS, PRESETS, Preset, find_preset
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.rep import LorettaRepConfig
-
-CONFIGS: dict[str, type[LorettaConfig]] = {"rep": LorettaRepConfig, "adp": LorettaAdpConfig}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

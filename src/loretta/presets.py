@@ -54,12 +54,12 @@ class Preset:
 
     def config(self) -> LorettaConfig:
         """The PEFT config. Raises InputError for a baseline, which is no LoRETTA method."""
-        if self.method not in _CONFIGS:
+        if self.method not in CONFIGS:
             raise InputError(f"this preset is a {self.method} baseline of the paper and has no LoRETTA config")
-        return _CONFIGS[self.method](task_type=self.task_type, **self.options)
+        return CONFIGS[self.method](task_type=self.task_type, **self.options)
 
 
-_CONFIGS: dict[str, type[LorettaConfig]] = {"rep": LorettaRepConfig, "adp": LorettaAdpConfig}
+CONFIGS: dict[str, type[LorettaConfig]] = {"rep": LorettaRepConfig, "adp": LorettaAdpConfig}
 
 
 def _glue(table: str, method: str, count: int, printed: str, *, model: str = "deberta-base", note: str = "", **options):
