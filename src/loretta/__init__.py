@@ -2,6 +2,7 @@
 
 from peft import PeftModel, TaskType, get_peft_model
 
+from loretta.adapters import hotswap_adapter, rename_adapter
 from loretta.errors import InputError
 from loretta.tuners.adp import LorettaAdpConfig, LorettaAdpModel
 from loretta.tuners.rep import LorettaRepConfig, LorettaRepModel
@@ -30,4 +31,6 @@ __all__ = [
     "TaskType",
     "explain",
     "get_peft_model",
+    "hotswap_adapter",
+    "rename_adapter",
 ]

@@ -18,33 +18,43 @@ class Cores(nn.Module):
     Args:
         shape: the plan; core ``k`` is the parameter ``core_k`` (not ``k``: PEFT would take it for an adapter that
             is named by a number).
+        trainable: parameters, or buffers: saved and moved with the module, and never trained.
         dtype: of the cores (the plan's maths is the same in any floating dtype).
 
     The cores start as zeros: call :meth:`assign` with starting values.
     """
 
     def __init__(
-        self, shape: tt.TTShape, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+        self,
+        shape: tt.TTShape,
+        *,
+        trainable: bool = True,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
         self.shape = shape
-        for k, core in enumerate(shape.cores):
-            self.register_parameter(f"core_{k}", nn.Parameter(torch.zeros(core, dtype=dtype, device=device)))
+        for k, size in enumerate(shape.cores):
+            core = torch.zeros(size, dtype=dtype, device=device)
+            if trainable:
+                self.register_parameter(f"core_{k}", nn.Parameter(core))
+            else:
+                self.register_buffer(f"core_{k}", core)
 
     def __len__(self) -> int:
         return len(self.shape.modes)
 
-    def __getitem__(self, k: int) -> nn.Parameter:
+    def __getitem__(self, k: int) -> Tensor:
         return getattr(self, f"core_{range(len(self))[k]}")
 
-    def __iter__(self) -> Iterator[nn.Parameter]:
+    def __iter__(self) -> Iterator[Tensor]:
         return (self[k] for k in range(len(self)))
 
     @torch.no_grad()
     def assign(self, values: list[Tensor]) -> None:
-        """Overwrite the cores in place. Does nothing on the meta device, where values arrive later."""
+        """Overwrite the cores in place. Does nothing to or from the meta device, where values arrive later."""
         for core, value in zip(self, values, strict=True):
-            if not core.is_meta:
+            if not (core.is_meta or value.is_meta):
                 core.copy_(value)
 
     def halves(self) -> tuple[Tensor, Tensor]:
@@ -84,7 +94,7 @@ class TTLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = shape.in_features, shape.out_features
         self.cores = Cores(shape, dtype=dtype, device=device)
-        self.start = Cores(shape, dtype=dtype, device=device).requires_grad_(False) if as_change else None
+        self.start = Cores(shape, trainable=False, dtype=dtype, device=device) if as_change else None
         self.bias = nn.Parameter(torch.zeros(self.out_features, dtype=dtype, device=device)) if bias else None
 
     @classmethod

@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import cast
 
+import torch
 from peft import TaskType
 from peft.utils.other import ModulesToSaveWrapper
-from torch import nn
+from torch import Tensor, nn
+from torch.func import functional_call
 
 from loretta import tt
 from loretta.errors import InputError
@@ -34,6 +36,7 @@ _HIDDEN_LAYERS = ("pooler.dense", "head.dense")
 class CopyPolicy:
     """How one adapter treats its copy of a module. Paths are relative to the module; "" is the module itself."""
 
+    is_norm: bool = False  # the changes that several adapters make to it add up
     tensorized: tuple[str, ...] = ()
     as_change: bool = False  # the train is added to the pretrained layer instead of standing in for it
     frozen: bool = False  # all but the tensorised layers
@@ -79,15 +82,41 @@ class AdapterCopy(ModulesToSaveWrapper):
                 continue
             trained = tuple(path + "." for path in policy.tensorized)
             for name, parameter in self.modules_to_save[adapter_name].named_parameters():
-                is_start = policy.as_change and name.startswith("start.")
-                if is_start or (policy.frozen and not name.startswith(trained)):
+                if policy.frozen and not name.startswith(trained):
                     parameter.requires_grad_(False)
 
+    @property
+    def is_norm(self) -> bool:
+        """Whether several adapters may be active here: a norm is linear in its parameters, so changes add up."""
+        return bool(self.modules_to_save) and all(self._policy(name).is_norm for name in self.modules_to_save)
+
+    def parameters_of(self, weights: Mapping[str, float]) -> dict[str, Tensor]:
+        """The base module's parameters plus the weighted sum of what each named adapter changes in them."""
+        copies = [(weight, dict(self.modules_to_save[name].named_parameters())) for name, weight in weights.items()]
+        return {
+            name: base + sum((weight * (copy[name] - base) for weight, copy in copies), torch.zeros_like(base))
+            for name, base in self.original_module.named_parameters()
+        }
+
+    @torch.no_grad()
+    def assign(self, adapter_name: str, weights: Mapping[str, float]) -> None:
+        """Overwrite one adapter's copy with :meth:`parameters_of` the others."""
+        for name, value in self.parameters_of(weights).items():
+            self.modules_to_save[adapter_name].get_parameter(name).copy_(value)
+
     def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None) -> None:
-        super().delete_adapter(adapter_name, new_active_adapters)
+        if self.is_norm and new_active_adapters and adapter_name in self.modules_to_save:
+            self._adapters.remove(adapter_name)
+            self.set_adapter(new_active_adapters)
+            del self.modules_to_save[adapter_name]
+        else:
+            super().delete_adapter(adapter_name, new_active_adapters)
         self.policies.pop(adapter_name, None)
 
     def _forward_wrapped(self, *args, **kwargs):
+        if len(self.active_adapters) > 1:
+            summed = self.parameters_of(dict.fromkeys(self.active_adapters, 1.0))
+            return functional_call(self.original_module, summed, args, kwargs)
         result = super()._forward_wrapped(*args, **kwargs)
         if self.active_adapters and self._policy(self.active_adapters[0]).as_change:
             result = result + self.original_module(*args, **kwargs)
@@ -120,8 +149,20 @@ class AdapterCopy(ModulesToSaveWrapper):
         super().enable_adapters(enabled)
         self._apply_frozen()
 
-    def set_adapter(self, adapter_names, inference_mode: bool = False) -> None:
-        super().set_adapter(adapter_names, inference_mode=inference_mode)
+    def check_set_adapter(self, adapter_name: str | list[str]) -> str | None:
+        """As PEFT's, which allows one name; several norms are activated by :meth:`LorettaModel.set_adapter`."""
+        if self.is_norm and not isinstance(adapter_name, str):
+            here = [name for name in adapter_name if name in self.modules_to_save]
+            return here[0] if len(here) == 1 else None
+        return super().check_set_adapter(adapter_name)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        if self.is_norm and not isinstance(adapter_names, str) and len(adapter_names) > 1:
+            self._active_adapter = [name for name in adapter_names if name in self.modules_to_save]
+            for name, copy in self.modules_to_save.items():
+                copy.requires_grad_(name in self._active_adapter and not inference_mode)
+        else:
+            super().set_adapter(adapter_names, inference_mode=inference_mode)
         self._apply_frozen()
 
     def set_requires_grad(self, adapter_names, requires_grad: bool = True) -> None:
@@ -129,10 +170,17 @@ class AdapterCopy(ModulesToSaveWrapper):
         self._apply_frozen()
 
     def unload_and_optionally_merge_module(self, merge: bool, safe_merge: bool, adapter_names) -> nn.Module:
-        """The base module as it was, or (merged) the adapter's copy with plain dense layers."""
-        if not merge:
+        """The base module as it was, or (merged) the adapter's copy with plain dense layers; of norms, the sum."""
+        names = [name for name in adapter_names or self.active_adapters if name in self.modules_to_save]
+        if not merge or not names:
             return self.original_module
-        module = super().unload_and_optionally_merge_module(merge, safe_merge, adapter_names)
+        module = self.modules_to_save[names[0]]
+        if len(names) > 1 and not self.is_norm:
+            raise ValueError(
+                f"cannot merge the heads of {', '.join(names)} into one: name one of them in adapter_names"
+            )
+        if len(names) > 1:
+            self.assign(names[0], dict.fromkeys(names, 1.0))
         if isinstance(module, TTLinear):
             return module.to_dense(self.original_module if module.start is not None else None)
         for name, child in list(module.named_modules()):
@@ -201,13 +249,26 @@ def install_copies(model: nn.Module, config: LorettaConfig, adapter_name: str) -
     """
     heads = _head_policies(config, model)
     norms = _norm_names(model, inside=tuple(name + "." for name in heads)) if config.train_norms else []
-    for name, policy in {**heads, **{name: CopyPolicy() for name in norms}}.items():
+    for name, policy in {**heads, **{name: CopyPolicy(is_norm=True) for name in norms}}.items():
         module = model.get_submodule(name)
         if isinstance(module, AdapterCopy):
             module.policies[adapter_name] = policy
         elif not isinstance(module, ModulesToSaveWrapper):
             model.set_submodule(name, AdapterCopy(module, adapter_name, policy))
     return [*heads, *_short_endings(norms, model)]
+
+
+def rename_copies(model: nn.Module, old: str, new: str) -> None:
+    """Give one adapter's copies, those of the user's ``modules_to_save`` included, another name."""
+    for wrapper in model.modules():
+        if not isinstance(wrapper, ModulesToSaveWrapper) or old not in wrapper.modules_to_save:
+            continue
+        wrapper.modules_to_save[new] = wrapper.modules_to_save.pop(old)
+        wrapper._adapters = wrapper._adapters - {old} | {new}
+        active = [new if name == old else name for name in wrapper.active_adapters]
+        wrapper._active_adapter = active[0] if len(active) == 1 else active
+        if isinstance(wrapper, AdapterCopy) and old in wrapper.policies:
+            wrapper.policies[new] = wrapper.policies.pop(old)
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -62,6 +62,19 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
             for part in ("down", "up"):
                 self._part("start_" + part)[adapter_name] = copy.deepcopy(self._part(part)[adapter_name])
                 self._part("start_" + part)[adapter_name].requires_grad_(False)
+
+    def set_scaling(self, adapter_name: str, config: Any) -> None:
+        """Take over the factor on one adapter's effect from its config."""
+        raise NotImplementedError
+
+    def rename_adapter(self, old: str, new: str) -> None:
+        """Give one adapter another name; nothing happens when this layer does not have it."""
+        for part in (*self.adapter_layer_names, *self.other_param_names):
+            by_adapter = getattr(self, part)
+            if old in by_adapter:
+                by_adapter[new] = by_adapter.pop(old)
+        self.merged_adapters = [new if name == old else name for name in self.merged_adapters]
+        self._active_adapter = [new if name == old else name for name in self.active_adapters]
 
     def _check_mixed_batch(self, x: Tensor, adapter_names: Sequence[str]) -> None:
         if len(x) != len(adapter_names):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from loretta.errors import InputError
 from loretta.placement import Placement, matched_modules
 from loretta.tuners.config import LorettaConfig
-from loretta.tuners.extras import AdapterCopy, copy_cost, head_names, install_copies
+from loretta.tuners.extras import AdapterCopy, copy_cost, head_names, install_copies, rename_copies
 
 
 class LorettaModel(BaseTuner):
@@ -99,6 +99,28 @@ class LorettaModel(BaseTuner):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """As PEFT's. The norms of several adapters may be active together: their changes add up, as the trains' do."""
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        if isinstance(adapter_name, str):
+            return
+        for module in self.model.modules():
+            if isinstance(module, AdapterCopy) and module.is_norm:
+                module.set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def rename_adapter(self, old: str, new: str) -> None:
+        """Give a loaded adapter another name; see :func:`loretta.rename_adapter`."""
+        if old not in self.peft_config:
+            raise InputError(f"there is no adapter {old!r} to rename: loaded are {', '.join(self.peft_config)}")
+        if new in self.peft_config:
+            raise InputError(f"cannot rename {old!r} to {new!r}, which is the name of another loaded adapter")
+        self.peft_config[new] = self.peft_config.pop(old)
+        for module in self.model.modules():
+            if isinstance(module, self.layer_cls):
+                module.rename_adapter(old, new)
+        rename_copies(self.model, old, new)
+        self.active_adapter = [new if name == old else name for name in self.active_adapters]
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):

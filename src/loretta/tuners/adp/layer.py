@@ -39,7 +39,7 @@ class AdpLinear(LorettaLayer):
 
     def update_layer(self, adapter_name: str, placement: Placement, config: LorettaAdpConfig) -> None:
         """Add one adapter, with the starting values that ``config.init_weights`` names; biases start at zero."""
-        self.scaling[adapter_name] = config.scaling
+        self.set_scaling(adapter_name, config)
         self.loretta_adp_act[adapter_name] = ACT2FN[config.non_linearity]
         if config.train_bias:
             sizes = {"down": placement.down.out_features, "up": placement.up.out_features}
@@ -48,6 +48,10 @@ class AdpLinear(LorettaLayer):
             )
         self._add_trains(adapter_name, placement, str(config.init_weights), config.adapter_dropout)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def set_scaling(self, adapter_name: str, config: LorettaAdpConfig) -> None:
+        """The factor on one adapter's output."""
+        self.scaling[adapter_name] = config.scaling
 
     def delta(self, adapter_name: str, y_BH: Tensor) -> Tensor:
         """What one adapter adds to ``y``, in its dtype."""

@@ -41,13 +41,18 @@ class RepLinear(LorettaLayer):
 
     def update_layer(self, adapter_name: str, placement: Placement, config: LorettaRepConfig) -> None:
         """Add one adapter's trains, with the starting values that ``config.init_weights`` names."""
-        rank = rank_for(config, placement.name)
-        alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), placement.name), config.lora_alpha)
         self.r[adapter_name] = placement.down.out_features
+        self._add_trains(adapter_name, placement, str(config.init_weights), config.lora_dropout)
+        self.set_scaling(adapter_name, config)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def set_scaling(self, adapter_name: str, config: LorettaRepConfig) -> None:
+        """The factor on one adapter's update: ``lora_alpha / tensor_rank``, with the patterns of ``config``."""
+        name = self.placements[adapter_name].name
+        rank = rank_for(config, name)
+        alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), name), config.lora_alpha)
         self.lora_alpha[adapter_name] = alpha
         self.scaling[adapter_name] = alpha / (math.sqrt(rank) if config.use_rslora else rank)
-        self._add_trains(adapter_name, placement, str(config.init_weights), config.lora_dropout)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """A (I, R) and B (R, O): the adapter's update before scaling is exactly ``A @ B``."""

@@ -1,0 +1,74 @@
+"""Change the adapters of a wrapped model in place: another name, other weights."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import load_peft_weights
+
+from loretta.errors import InputError
+from loretta.tuners.config import LorettaConfig
+from loretta.tuners.layer import LorettaLayer
+
+# What may differ between an adapter and the one that takes its place: where it came from, and its scale.
+_MAY_DIFFER = {
+    "auto_mapping", "base_model_name_or_path", "base_signature", "inference_mode", "init_weights", "peft_version",
+    "revision", "lora_alpha", "alpha_pattern", "use_rslora", "scaling",
+}  # fmt: skip
+
+
+def rename_adapter(model: PeftModel, old: str, new: str) -> None:
+    """Give a loaded adapter another name; which adapters are active does not change.
+
+    Raises InputError when there is no adapter ``old`` or ``new`` is taken.
+    """
+    model.base_model.rename_adapter(old, new)
+    if model.active_adapter == old:
+        model.active_adapter = new
+
+
+def hotswap_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "default", **load_kwargs: Any) -> None:
+    """Replace a loaded adapter's values with those of a saved one, in place: nothing is compiled or captured anew.
+
+    Unlike :func:`peft.utils.hotswap.hotswap_adapter` it also swaps norms and heads, and the scales of all modules.
+    ``load_kwargs`` go to PEFT's loader (``revision``, ``token``, ...).
+
+    Raises InputError, before anything is changed, when the saved adapter is of another kind or shape, or the loaded
+    one is merged.
+    """
+    if adapter_name not in model.peft_config:
+        raise InputError(f"there is no adapter {adapter_name!r} to swap: loaded are {', '.join(model.peft_config)}")
+    if any(adapter_name in m.merged_adapters for m in model.modules() if isinstance(m, BaseTunerLayer)):
+        raise InputError(f"cannot swap the adapter {adapter_name!r} while it is merged: call unmerge_adapter() first")
+    now, new = model.peft_config[adapter_name], PeftConfig.from_pretrained(str(folder), **load_kwargs)
+    if type(now) is not type(new) or not isinstance(new, LorettaConfig):
+        raise InputError(f"'{folder}' holds a {new.peft_type} adapter, and {adapter_name!r} is {now.peft_type}")
+    differ = [
+        f"{name}={getattr(new, name)!r} instead of {getattr(now, name)!r}"
+        for name in (field.name for field in dataclasses.fields(new))
+        if name not in _MAY_DIFFER and _comparable(getattr(now, name)) != _comparable(getattr(new, name))
+    ]
+    if differ:
+        raise InputError(f"the adapter in '{folder}' cannot take the place of {adapter_name!r}: {'; '.join(differ)}")
+    values = load_peft_weights(str(folder), device="cpu", **load_kwargs)
+    expected = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    wrong = sorted(expected.keys() ^ values.keys())
+    wrong += sorted(key for key in expected.keys() & values.keys() if expected[key].shape != values[key].shape)
+    if wrong:
+        raise InputError(
+            f"the adapter in '{folder}' cannot take the place of {adapter_name!r}: {len(wrong)} tensors are missing or "
+            f"of another size, the first is '{wrong[0]}'"
+        )
+    set_peft_model_state_dict(model, values, adapter_name=adapter_name)
+    for module in model.modules():
+        if isinstance(module, LorettaLayer) and adapter_name in module.scaling:
+            module.set_scaling(adapter_name, new)
+    for name in ("lora_alpha", "alpha_pattern", "use_rslora", "scaling"):
+        if hasattr(new, name):
+            setattr(now, name, getattr(new, name))
+
+
+def _comparable(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set | list | tuple) else value
