@@ -4,6 +4,7 @@ from peft import PeftModel, TaskType, get_peft_model
 
 from loretta.adapters import hotswap_adapter, rename_adapter
 from loretta.errors import InputError
+from loretta.export import export_lora
 from loretta.tuners.adp import LorettaAdpConfig, LorettaAdpModel
 from loretta.tuners.rep import LorettaRepConfig, LorettaRepModel
 
@@ -30,6 +31,7 @@ __all__ = [
     "PeftModel",
     "TaskType",
     "explain",
+    "export_lora",
     "get_peft_model",
     "hotswap_adapter",
     "rename_adapter",

@@ -1,6 +1,7 @@
 """The command line. One function per verb: parse, call the library, print."""
 
 import csv
+import dataclasses
 import json
 import os
 import sys
@@ -188,6 +189,34 @@ def plan(
         _print_json(result.as_dict())
     else:
         typer.echo(result.explanation() if explain else result.table())
+
+
+@app.command()
+def export(
+    adapter: Annotated[
+        Path, typer.Argument(help="Folder of an adapter, or of a run of `loretta train`.", show_default=False)
+    ],
+    output: Annotated[
+        Path, typer.Argument(help="Folder to write; with --to gguf-lora a .gguf file.", show_default=False)
+    ],
+    to: Annotated[str, typer.Option(help="lora, merged or gguf-lora.", show_default=False)],
+    model: Model = None,
+    dtype: Annotated[str, typer.Option(help="Of a merged model; auto: of the base model's checkpoint.")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier export.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a rep adapter so that it works without LoRETTA: a LoRA adapter, a merged model, a LoRA for llama.cpp."""
+    from loretta.export import export as write
+
+    written = write(adapter, output, to=to, model=model, dtype=dtype, overwrite=overwrite)
+    if as_json:
+        _print_json(dataclasses.asdict(written))
+        return
+    ranks = ", ".join(f"{count} of rank {rank}" for rank, count in written.ranks.items())
+    typer.echo(f"{to} in {written.dtype}: {sum(written.ranks.values())} modules adapted ({ranks})")
+    if written.whole:
+        typer.echo(f"written whole: {', '.join(written.whole)}")
+    typer.echo(f"{written.bytes_before:,} bytes of tensors became {written.bytes_after:,}; see {written.path}")
 
 
 @app.command()
