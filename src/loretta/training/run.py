@@ -32,6 +32,7 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 import loretta
+from loretta.card import write_card
 from loretta.counts import trainable_by_kind
 from loretta.errors import InputError
 from loretta.plan import read_plan
@@ -313,6 +314,8 @@ def _finish(
         test=test,
     )
     write_json(folder / "run.json", record.model_dump())
+    if isinstance(model.peft_config["default"], LorettaConfig):
+        write_card(folder / ADAPTER, record, learning_rate=trainer.args.learning_rate)
     return record
 
 

@@ -1,10 +1,12 @@
 """Options that both methods share, as a PEFT config."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
 
+from loretta.card import write_card
 from loretta.errors import InputError
 
 TRAIN_HEAD = ("tensorized", "tensorized_only", "dense", "frozen")
@@ -72,6 +74,14 @@ class LorettaConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """As PEFT writes it, with the signature of the model that this config was last injected into."""
         return {**super().to_dict(), "base_signature": getattr(self, "_injected_into", self.base_signature)}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """As PEFT's; within ``PeftModel.save_pretrained`` also the model card, which then describes this adapter."""
+        # only PeftModel passes this, and it has written the weights by then; transformers' add_adapter has not
+        saved_with_weights = "auto_mapping_dict" in kwargs
+        super().save_pretrained(save_directory, **kwargs)
+        if saved_with_weights:
+            write_card(Path(save_directory))
 
     def _problems(self) -> list[str]:
         """One phrase per mistake, each quoting what was given."""
