@@ -112,14 +112,13 @@ def _render(config: Mapping[str, Any], base: str | None, folder: Path, **about_r
         .render(
             config=config,
             method=config["peft_type"].removeprefix("LORETTA_").lower(),
-            base=base,
+            base=_short(base),
             loader=_loader(config, base, shapes),
             kinds=_kinds(config, shapes),
             trains=_trains(config),
             weights_bytes=_weights(folder).stat().st_size,
-            run=run,
-            settings=_settings(run),
             version=version("loretta-peft"),
+            **about_run,
         )
         .strip()
     )
