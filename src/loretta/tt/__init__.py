@@ -1,9 +1,10 @@
-"""Tensor trains: integers (:mod:`shape`, :mod:`plan`) and functions on cores (:mod:`ops`, :mod:`init`).
+"""Tensor trains: integers (:mod:`shape`, :mod:`plan`), functions on cores (:mod:`ops`, :mod:`init`, :mod:`lowrank`).
 
 Depends on torch alone and knows nothing of PEFT.
 """
 
 from loretta.tt.init import gaussian
+from loretta.tt.lowrank import fit_product, product_error, product_norm
 from loretta.tt.ops import (
     add,
     balance,
@@ -27,6 +28,7 @@ __all__ = [
     "balanced_modes",
     "constant_ranks",
     "contract",
+    "fit_product",
     "gaussian",
     "halves",
     "matrix",
@@ -34,6 +36,8 @@ __all__ = [
     "orthogonalise",
     "pad_ranks",
     "plan",
+    "product_error",
+    "product_norm",
     "round_ranks",
     "shape_from_modes",
     "tt_svd",
