@@ -51,23 +51,24 @@ def dense_layer(shape: TTShape, *, seed: int, dtype: torch.dtype = torch.float64
 @every_shape
 def test_cores_begin_as_zeros_of_the_planned_shapes(shape):
     cores = Cores(shape)
-    assert [(name, tuple(core.shape)) for name, core in cores.named_parameters()] == [
-        (f"core_{k}", core) for k, core in enumerate(shape.cores)
-    ]
+    assert {name: tuple(value.shape) for name, value in cores.named_parameters()} == {"values": (shape.n_params,)}
+    assert [tuple(core.shape) for core in cores] == shape.cores
     assert all(core.requires_grad and core.dtype == torch.float32 and not core.any() for core in cores)
-    assert sum(core.numel() for core in cores.parameters()) == shape.n_params
+    assert len(cores) == len(shape.cores)
     assert str(shape) in repr(cores)
 
 
 def test_assign_overwrites_in_place():
     shape = SHAPES["aligned"]
     cores, values = Cores(shape), tt.gaussian(shape, std=1.0)
-    parameters, addresses = list(cores), [core.data_ptr() for core in cores]
+    parameter, addresses = cores.values, [core.data_ptr() for core in cores]
     cores.assign(values)
-    assert all(core is parameter for core, parameter in zip(cores, parameters, strict=True))
+    assert cores.values is parameter
+    assert parameter.requires_grad
+    assert parameter.is_leaf
     assert [core.data_ptr() for core in cores] == addresses
     assert all(torch.equal(core, value) for core, value in zip(cores, values, strict=True))
-    assert all(core.requires_grad and core.is_leaf for core in cores)
+    assert all(torch.equal(cores[k], value) for k, value in enumerate(values))
     with pytest.raises(ValueError):
         cores.assign(values[:-1])
 
@@ -116,7 +117,7 @@ def test_forward_is_the_dense_layer(bias, as_change, shape, seed):
     assert_near("y", got, ref)
     assert_near("dense", layer.to_dense()(x_BI), ref)
     trained = [x_BI, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
-    assert len(trained) == 1 + len(shape.modes) + bias
+    assert len(trained) == 2 + bias
     weights = randn(*ref.shape, seed=7)
     got_grads = torch.autograd.grad((got * weights).sum(), trained)
     ref_grads = torch.autograd.grad((ref * weights).sum(), trained)
@@ -207,11 +208,11 @@ def test_a_change_starts_as_exactly_zero(shape, dtype, autocast):
 def test_a_change_trains_its_cores_and_not_its_start():
     shape = SHAPES["aligned"]
     layer = TTLinear.from_dense(dense_layer(shape, seed=0), shape, as_change=True)
-    assert {name for name, _ in layer.named_buffers()} == {f"start.core_{k}" for k in range(4)}
+    assert {name for name, _ in layer.named_buffers()} == {"start.values"}
     assert not any(name.startswith("start") for name, _ in layer.named_parameters())
     layer(randn(3, 24, seed=0)).sum().backward()
-    assert all(core.grad.any() for core in layer.cores)
-    assert all(core.grad is None for core in layer.start)
+    assert all(grad.any() for grad in tt.split_cores(layer.cores.values.grad, shape))
+    assert layer.start.values.grad is None
     with torch.no_grad():
         for core in layer.cores:
             core.add_(1.0)
@@ -258,8 +259,7 @@ def test_state_dict_round_trip(options):
     shape = SHAPES["padded and straddling"]
     layer, other = filled_layer(shape, seed=0, **options), filled_layer(shape, seed=5, **options)
     state = layer.state_dict()
-    names = {f"cores.core_{k}" for k in range(3)}
-    names |= {f"start.core_{k}" for k in range(3)} if options.get("as_change") else set()
+    names = {"cores.values"} | ({"start.values"} if options.get("as_change") else set())
     names |= {"bias"} if options.get("bias", True) else set()
     assert state.keys() == names
     assert other.load_state_dict(state).missing_keys == []
@@ -336,8 +336,8 @@ def test_an_update_is_a_product_of_the_smallest_inner_size(in_modes, out_modes, 
     got = a_IR @ b_RO
     assert_near("update", got, ref)
     weights = randn(*ref.shape, seed=7)
-    got_grads = torch.autograd.grad((got * weights).sum(), [*down, *up])
-    ref_grads = torch.autograd.grad((ref * weights).sum(), [*down, *up])
+    got_grads = torch.autograd.grad((got * weights).sum(), [down.values, up.values])
+    ref_grads = torch.autograd.grad((ref * weights).sum(), [down.values, up.values])
     for k, (got_grad, ref_grad) in enumerate(zip(got_grads, ref_grads, strict=True)):
         assert_near(f"gradient {k}", got_grad, ref_grad)
 

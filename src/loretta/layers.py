@@ -13,16 +13,21 @@ from loretta import tt
 
 
 class Cores(nn.Module):
-    """The trainable cores of one tensor train, with its plan. Iterates over the cores, left to right.
+    """The cores of one tensor train, with its plan. Iterates over the cores, left to right.
+
+    All cores lie one after the other in the single parameter ``values``, of ``shape.n_params`` entries, and are
+    views of it: one tensor to store, to shard, to update and to stack with those of other modules, in place of a
+    handful of tiny ones.
 
     Args:
-        shape: the plan; core ``k`` is the parameter ``core_k`` (not ``k``: PEFT would take it for an adapter that
-            is named by a number).
-        trainable: parameters, or buffers: saved and moved with the module, and never trained.
+        shape: the plan.
+        trainable: a parameter, or a buffer: saved and moved with the module, and never trained.
         dtype: of the cores (the plan's maths is the same in any floating dtype).
 
     The cores start as zeros: call :meth:`assign` with starting values.
     """
+
+    values: Tensor
 
     def __init__(
         self,
@@ -34,21 +39,20 @@ class Cores(nn.Module):
     ) -> None:
         super().__init__()
         self.shape = shape
-        for k, size in enumerate(shape.cores):
-            core = torch.zeros(size, dtype=dtype, device=device)
-            if trainable:
-                self.register_parameter(f"core_{k}", nn.Parameter(core))
-            else:
-                self.register_buffer(f"core_{k}", core)
+        values = torch.zeros(shape.n_params, dtype=dtype, device=device)
+        if trainable:
+            self.values = nn.Parameter(values)
+        else:
+            self.register_buffer("values", values)
 
     def __len__(self) -> int:
         return len(self.shape.modes)
 
     def __getitem__(self, k: int) -> Tensor:
-        return getattr(self, f"core_{range(len(self))[k]}")
+        return tt.split_cores(self.values, self.shape)[k]
 
     def __iter__(self) -> Iterator[Tensor]:
-        return (self[k] for k in range(len(self)))
+        return iter(tt.split_cores(self.values, self.shape))
 
     @torch.no_grad()
     def assign(self, values: list[Tensor]) -> None:
@@ -59,7 +63,7 @@ class Cores(nn.Module):
 
     def halves(self) -> tuple[Tensor, Tensor]:
         """L (I, C) and R (C, O) of the train, contracted in the dtype of the cores whatever autocast says."""
-        with _own_precision(self[0]):
+        with _own_precision(self.values):
             return tt.halves(list(self), self.shape)
 
     def extra_repr(self) -> str:

@@ -180,8 +180,8 @@ def test_the_final_layer_has_its_own_rate(bert, reviews, tmp_path):
         ("base_model.model.classifier.modules_to_save.default.weight", True),
         ("base_model.model.classifier.modules_to_save.default.out_proj.weight", True),
         ("base_model.model.score.modules_to_save.default.weight", True),
-        ("base_model.model.classifier.modules_to_save.default.dense.cores.core_0", False),
-        ("base_model.model.bert.pooler.dense.modules_to_save.default.cores.core_0", False),
+        ("base_model.model.classifier.modules_to_save.default.dense.cores.values", False),
+        ("base_model.model.bert.pooler.dense.modules_to_save.default.cores.values", False),
         ("base_model.model.bert.encoder.layer.0.output.LayerNorm.modules_to_save.default.weight", False),
     ],
 )

@@ -23,7 +23,7 @@ N_CORES = 4  # of the planned 32 x 32 train: 8 x 4 | 4 x 8
 
 
 def cores(name: str, *, bias: bool = True) -> set[str]:
-    return {f"{name}.cores.core_{k}" for k in range(N_CORES)} | ({f"{name}.bias"} if bias else set())
+    return {f"{name}.cores.values"} | ({f"{name}.bias"} if bias else set())
 
 
 def dense(name: str, *, bias: bool = True) -> set[str]:

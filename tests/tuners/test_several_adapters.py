@@ -136,9 +136,9 @@ def test_the_policy_of_a_deleted_adapter_is_forgotten(method):
 @pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
 def test_two_active_updates_of_rep_add_up(family):
     model, inputs = pair(family, "rep", train_norms=False)
-    model.base_model.set_adapter(["default", "other"])
+    model.double().base_model.set_adapter(["default", "other"])
     got = logits(model, inputs)
-    base, _ = build(family)
+    base = build(family)[0].double()
     for name, layer in model.get_base_model().named_modules():
         if hasattr(layer, "base_layer"):
             weight = base.get_submodule(name).weight

@@ -8,7 +8,8 @@ from torch import nn
 from tuners.families import OPTIONS, build, logits, loss_of
 from tuners.wrapped import config_for, every_method, snapshot, trainable, trained, wrap
 
-from loretta import get_peft_model
+from loretta import get_peft_model, tt
+from loretta.layers import Cores
 
 every_family = pytest.mark.parametrize("family", OPTIONS)
 
@@ -25,7 +26,12 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, inputs: dict) -> No
 
 
 def without_gradient(model: nn.Module) -> set[str]:
-    return {name for name, p in trainable(model).items() if seen_by_text(name) and (p.grad is None or not p.grad.any())}
+    """Names of what trains and has no gradient; cores one by one, with their number."""
+    parts = {name: p.grad for name, p in trainable(model).items() if seen_by_text(name)}
+    for prefix, cores in model.named_modules():
+        if isinstance(cores, Cores) and (grad := parts.pop(f"{prefix}.values", None)) is not None:
+            parts |= {f"{prefix}.{k}": core for k, core in enumerate(tt.split_cores(grad, cores.shape))}
+    return {name for name, grad in parts.items() if grad is None or not grad.any()}
 
 
 def behind_the_zero_core(model: nn.Module, method: str) -> set[str]:
@@ -34,8 +40,8 @@ def behind_the_zero_core(model: nn.Module, method: str) -> set[str]:
     for prefix, layer in model.named_modules():
         if hasattr(layer, "base_layer"):
             down, up = (getattr(layer, f"loretta_{method}_{part}")["default"] for part in ("down", "up"))
-            names |= {f"{prefix}.loretta_{method}_down.default.core_{k}" for k in range(len(down))}
-            names |= {f"{prefix}.loretta_{method}_up.default.core_{k}" for k in range(len(up) - 1)}
+            names |= {f"{prefix}.loretta_{method}_down.default.{k}" for k in range(len(down))}
+            names |= {f"{prefix}.loretta_{method}_up.default.{k}" for k in range(len(up) - 1)}
             if method == "adp":
                 names.add(f"{prefix}.loretta_adp_bias.default.down")
     return names

@@ -15,6 +15,7 @@ from loretta.tt.ops import (
     orthogonalise,
     pad_ranks,
     round_ranks,
+    split_cores,
     tt_svd,
 )
 from loretta.tt.plan import PAPER_MODES, balanced_modes, plan
@@ -40,5 +41,6 @@ __all__ = [
     "product_norm",
     "round_ranks",
     "shape_from_modes",
+    "split_cores",
     "tt_svd",
 ]

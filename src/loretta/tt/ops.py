@@ -21,29 +21,40 @@ def contract(cores: Cores) -> Tensor:
     return _fold_right(cores, cores[0]).reshape(modes)
 
 
+def split_cores(values: Tensor, shape: TTShape) -> list[Tensor]:
+    """The cores (R, n, S) of a train as views of one tensor that holds them one after the other.
+
+    Dimensions before the last stay in front of each core: ``values`` of shape (modules, n_params) gives the cores
+    of as many trains, stacked.
+    """
+    parts = values.split([math.prod(core) for core in shape.cores], dim=-1)
+    return [part.unflatten(-1, core) for part, core in zip(parts, shape.cores, strict=True)]
+
+
 def halves(cores: Cores, shape: TTShape) -> tuple[Tensor, Tensor]:
     """The two factors at the boundary: L of shape (I, C) and R of shape (C, O), with ``L @ R`` the train's matrix.
 
     C is ``shape.cut_rank``. Rows and columns that only pad the true sizes are cut off. The I x O matrix is never
-    built, so this is also how a train is applied: ``(x @ L) @ R``.
+    built, so this is also how a train is applied: ``(x @ L) @ R``. Dimensions in front of the cores (the same for
+    all of them) stay in front of the halves: many trains of one shape are contracted at once.
     """
     n, split = shape.n_in, shape.split
     if shape.aligned:
         left_IC, right_CO = _fold_left(cores[:n], cores[0]), _fold_right(cores[n:], cores[0])
     else:
         core_RnS = cores[n]
-        rank, mode, next_rank = core_RnS.shape
+        rank, mode, next_rank = core_RnS.shape[-3:]
         left_NR, right_SN = _fold_left(cores[:n], cores[0]), _fold_right(cores[n + 1 :], cores[0])
-        core_RabS = core_RnS.reshape(rank, split, mode // split, next_rank)
+        core_RabS = core_RnS.unflatten(-2, (split, mode // split))
         if rank * split <= mode // split * next_rank:
-            left_IC = torch.kron(left_NR.contiguous(), _eye(split, core_RnS))
+            left_IC = _kron(left_NR, _eye(split, core_RnS))
             # (r, a) together index the inner side; the rest of the core goes right
-            right_CO = (core_RabS.reshape(-1, next_rank) @ right_SN).reshape(rank * split, -1)
+            right_CO = (core_RabS.flatten(-4, -2) @ right_SN).unflatten(-2, (rank * split, -1)).flatten(-2)
         else:
-            inner = mode // split * next_rank
-            left_IC = (left_NR @ core_RabS.reshape(rank, -1)).reshape(-1, inner)
-            right_CO = torch.kron(_eye(mode // split, core_RnS), right_SN.contiguous())
-    return left_IC[: shape.in_features], right_CO[:, : shape.out_features]
+            # the core goes left: its columns are (a, b, s), of which (b, s) index the inner side
+            left_IC = (left_NR @ core_RabS.flatten(-3)).unflatten(-1, (split, -1)).flatten(-3, -2)
+            right_CO = _kron(_eye(mode // split, core_RnS), right_SN)
+    return left_IC[..., : shape.in_features, :], right_CO[..., : shape.out_features]
 
 
 def matrix(cores: Cores, shape: TTShape) -> Tensor:
@@ -170,10 +181,9 @@ def _fold_left(cores: Cores, like: Tensor) -> Tensor:
     """(N, S): the first cores multiplied together, their modes as one index. Their first rank is 1."""
     if not cores:  # this side of the matrix has size 1
         return like.new_ones(1, 1)
-    out_NR = cores[0].reshape(-1, cores[0].shape[2])
+    out_NR = cores[0].flatten(-3, -2)
     for core_RnS in cores[1:]:
-        rank, _, next_rank = core_RnS.shape
-        out_NR = (out_NR @ core_RnS.reshape(rank, -1)).reshape(-1, next_rank)
+        out_NR = (out_NR @ core_RnS.flatten(-2)).unflatten(-1, core_RnS.shape[-2:]).flatten(-3, -2)
     return out_NR
 
 
@@ -181,11 +191,15 @@ def _fold_right(cores: Cores, like: Tensor) -> Tensor:
     """(R, N): the last cores multiplied together, their modes as one index. Their last rank is 1."""
     if not cores:  # this side of the matrix has size 1
         return like.new_ones(1, 1)
-    out_SN = cores[-1].reshape(cores[-1].shape[0], -1)
+    out_SN = cores[-1].flatten(-2)
     for core_RnS in reversed(cores[:-1]):
-        rank, _, next_rank = core_RnS.shape
-        out_SN = (core_RnS.reshape(-1, next_rank) @ out_SN).reshape(rank, -1)
+        out_SN = (core_RnS.flatten(-3, -2) @ out_SN).unflatten(-2, core_RnS.shape[-3:-1]).flatten(-2)
     return out_SN
+
+
+def _kron(left: Tensor, right: Tensor) -> Tensor:
+    """Kronecker product of the last two dimensions; those in front broadcast."""
+    return (left[..., :, None, :, None] * right[..., None, :, None, :]).flatten(-4, -3).flatten(-2)
 
 
 def _eye(size: int, like: Tensor) -> Tensor:

@@ -28,6 +28,7 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.in_features, self.out_features = require_linear(name, self.get_base_layer())
+        keep_differentiable(self.get_base_layer())
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization_kwargs)
         self._disable_adapters = False
         self._active_adapter = []
@@ -94,6 +95,19 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
             yield name, [row for row, wanted in enumerate(adapter_names) if wanted == name]
 
 
+def keep_differentiable(model: nn.Module) -> None:
+    """Hold bitsandbytes' 4-bit weights within ``model`` in the layout that backward passes and merging read.
+
+    On a CPU with bf16 instructions the first evaluation packs them into another one. From then on no gradient passes
+    the layer, without an error, and dequantising it gives noise (bitsandbytes 0.50).
+    """
+    layers: Iterator[Any] = model.modules()
+    for layer in layers:
+        if getattr(layer, "support_avx512bf16_for_cpu", False):
+            layer.support_avx512bf16_for_cpu = False
+            layer.state_dict()  # unpacks what an earlier evaluation has packed
+
+
 def starting_cores(down: Cores, up: Cores, init_weights: str) -> None:
     """Assign starting values to a pair of trains; ``init_weights`` as in the config.
 
@@ -110,9 +124,9 @@ def starting_cores(down: Cores, up: Cores, init_weights: str) -> None:
             values = [_variance_keeping(core, shape.out_part(k)) for k, core in enumerate(shape.cores)]
         else:
             values = tt.gaussian(shape, std=(shape.in_features + shape.out_features) ** -0.5)
+        if cores is up and init_weights == "zero":
+            values[-1] = torch.zeros_like(values[-1])
         cores.assign(values)
-    if init_weights == "zero":
-        nn.init.zeros_(up[-1])
 
 
 def _variance_keeping(core: tuple[int, int, int], out_part: int) -> Tensor:
