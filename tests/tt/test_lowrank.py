@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tolerances import assert_near
 
 from loretta import tt
-from loretta.tt import TTShape, fit_product, plan, product_error, product_norm
+from loretta.tt import TTShape, fit_product, plan, product_error, product_norm, product_singular_values
 from tt.trains import examples, oracle, randn, seeds, shapes
 
 
@@ -48,6 +48,9 @@ def test_the_error_is_that_of_the_dense_matrices_and_below_one(pair, rank, seed)
     assert [tuple(core.shape) for core in (*down_cores, *up_cores)] == down.cores + up.cores
     ref_IO = a_IR @ b_RO
     error = (dense(down_cores, up_cores, down, up) - ref_IO).norm()
+    singular = torch.linalg.svdvals(ref_IO)
+    got_singular = product_singular_values(a_IR, b_RO)
+    assert_near("singular values", got_singular, singular[: len(got_singular)])
     assert product_norm(a_IR, b_RO) == pytest.approx(ref_IO.norm().item(), rel=1e-12)
     got = product_error(a_IR, b_RO, down_cores, up_cores, down, up)
     assert got == pytest.approx(error.item(), rel=1e-9, abs=1e-12 * ref_IO.norm().item())

@@ -4,7 +4,7 @@ Depends on torch alone and knows nothing of PEFT.
 """
 
 from loretta.tt.init import gaussian
-from loretta.tt.lowrank import fit_product, product_error, product_norm
+from loretta.tt.lowrank import fit_product, product_error, product_norm, product_singular_values
 from loretta.tt.ops import (
     add,
     balance,
@@ -39,6 +39,7 @@ __all__ = [
     "plan",
     "product_error",
     "product_norm",
+    "product_singular_values",
     "round_ranks",
     "shape_from_modes",
     "split_cores",

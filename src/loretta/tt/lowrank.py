@@ -67,12 +67,17 @@ def fit_product(
     return cores[: len(down.modes)], cores[len(down.modes) :]
 
 
-def product_norm(a_IR: Tensor, b_RO: Tensor) -> float:
-    """Frobenius norm of ``A @ B``, to rounding in float64.
+def product_singular_values(a_IR: Tensor, b_RO: Tensor) -> Tensor:
+    """The largest ``min(I, R, O)`` singular values of ``A @ B`` in float64, descending; all others are zero.
 
     From QR factors of the thin matrices: the squares of a Gram matrix would lose half of the digits.
     """
-    return float((_triangle(a_IR) @ _triangle(b_RO.T).T).norm())
+    return torch.linalg.svdvals(_triangle(a_IR) @ _triangle(b_RO.T).T)
+
+
+def product_norm(a_IR: Tensor, b_RO: Tensor) -> float:
+    """Frobenius norm of ``A @ B``, to rounding in float64."""
+    return float(product_singular_values(a_IR, b_RO).norm())
 
 
 def product_error(a_IR: Tensor, b_RO: Tensor, down_cores: Cores, up_cores: Cores, down: TTShape, up: TTShape) -> float:
