@@ -63,12 +63,14 @@ class SavedAdapter:
             transformers_logging.set_verbosity(verbosity)
             transformers_logging.enable_progress_bar()
         try:
-            return PeftModel.from_pretrained(model, str(self.folder)).eval()
+            adapted = PeftModel.from_pretrained(model, str(self.folder)).eval()
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise InputError(
                 f"the adapter in '{self.folder}' does not fit the base model '{self.base}' ({_short(error)}): "
                 "give the one it was trained on with --model"
             ) from None
+        adapted.peft_config["default"].base_model_name_or_path = self.base
+        return adapted
 
     def tokenizer(self) -> Any:
         """The tokenizer saved beside the adapter, else that of the base model, else None."""
