@@ -46,6 +46,9 @@ def train(
     epochs: Annotated[float | None, typer.Option()] = None,
     batch_size: Annotated[int | None, typer.Option()] = None,
     learning_rate: Annotated[float | None, typer.Option()] = None,
+    quantize: Annotated[
+        str | None, typer.Option(help="Load the base in fewer bits: nf4, fp4, int8, torchao-int8 or fp8.")
+    ] = None,
     seed: Annotated[int | None, typer.Option()] = None,
     limit: Annotated[int | None, typer.Option(help="Use at most this many rows of each split.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML file with any of the options.")] = None,

@@ -46,7 +46,8 @@ def linear_size(module: nn.Module) -> tuple[int, int] | None:
         return module.weight.shape[0], module.weight.shape[1]
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
-    if resolve_quantization_backend(module) is not None:
+    # torchao's weights also lie in embeddings, for which PEFT has no backend
+    if not isinstance(module, nn.Embedding) and resolve_quantization_backend(module) is not None:
         return cast(int, module.in_features), cast(int, module.out_features)
     return None
 

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from loretta.errors import InputError
 from loretta.options import parse_option
 
+Quantization = Literal["nf4", "fp4", "int8", "torchao-int8", "fp8"]
+
 
 class RunConfig(BaseModel):
     """One training run.
@@ -52,6 +54,7 @@ class RunConfig(BaseModel):
     logging_steps: int = Field(default=10, ge=1)
     seed: int = 0
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    quantize: Quantization | None = Field(default=None, description="load the base with quantised weights")
     bf16: bool = Field(default=False, description="autocast the forward pass to bfloat16")
     gradient_checkpointing: bool = False
     cpu: bool = Field(default=False, description="stay on the CPU even where there is an accelerator")

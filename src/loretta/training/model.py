@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from loretta.errors import InputError
 from loretta.training.methods import peft_config
+from loretta.training.quantization import prepare_quantized, quantized_loading
 
 TASK_TYPES = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "language_modeling": "CAUSAL_LM"}
 
@@ -34,13 +35,25 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
 
 
 def load_base(
-    model: str, kind: str, *, label_names: tuple[str, ...] = (), dtype: str = "float32", pad_token_id: int | None = None
+    model: str,
+    kind: str,
+    *,
+    label_names: tuple[str, ...] = (),
+    dtype: str = "float32",
+    quantize: str | None = None,
+    cpu: bool = False,
+    pad_token_id: int | None = None,
 ) -> PreTrainedModel:
     """The base model with the head that the kind of task needs; a new head is random, so set the seed before.
+
+    ``quantize`` names the form of the weights of its linear layers (:mod:`loretta.training.quantization`); such a
+    base comes on the accelerator unless ``cpu``, any other on the CPU.
 
     Raises InputError when it cannot be loaded.
     """
     wanted: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+    if quantize is not None:
+        wanted |= quantized_loading(quantize, kind=kind, dtype=dtype, cpu=cpu)
     auto: Any = AutoModelForCausalLM
     if kind != "language_modeling":
         auto = AutoModelForSequenceClassification
@@ -56,11 +69,12 @@ def load_base(
     transformers_logging.disable_progress_bar()
     try:
         base = auto.from_pretrained(model, **wanted)
-    except (OSError, ValueError, SafetensorError, RuntimeError) as error:
+    except (OSError, ValueError, SafetensorError, RuntimeError, ImportError) as error:
         raise InputError(_not_loaded(model, "model", error)) from None
     finally:
         transformers_logging.set_verbosity(verbosity)
         transformers_logging.enable_progress_bar()
+    prepare_quantized(base)
     if base.config.pad_token_id is None:
         base.config.pad_token_id = pad_token_id
     return base

@@ -41,10 +41,17 @@ def load_run(folder: Path, *, model: str | None = None, cpu: bool = False) -> Lo
     kind = _kind(record)
     tokenizer = load_tokenizer(name)
     base = load_base(
-        name, kind, label_names=tuple(record.label_names), dtype=config.dtype, pad_token_id=tokenizer.pad_token_id
+        name,
+        kind,
+        label_names=tuple(record.label_names),
+        dtype=config.dtype,
+        quantize=config.quantize,
+        cpu=cpu,
+        pad_token_id=tokenizer.pad_token_id,
     )
     adapted = load_adapter(base, folder / ADAPTER)
-    if torch.cuda.is_available() and not cpu:
+    # a quantised base may already lie there, and not every one may be moved
+    if torch.cuda.is_available() and not cpu and adapted.device.type == "cpu":
         adapted = adapted.cuda()
     return LoadedRun(record=record, config=config, model=adapted, tokenizer=tokenizer, kind=kind)
 

@@ -72,6 +72,8 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
         task.kind,
         label_names=task.label_names,
         dtype=config.dtype,
+        quantize=config.quantize,
+        cpu=config.cpu,
         pad_token_id=tokenizer.pad_token_id,
     )
     model = wrap(base, config.method, task.kind, config.method_args)
@@ -303,7 +305,7 @@ def _finish(
         label_names=list(task.label_names),
         metric=task.metrics[0],
         higher_is_better=metrics.higher_is_better(task.metrics[0]),
-        parameters=ParameterCounts(**trainable_by_kind(model), total=sum(p.numel() for p in model.parameters())),
+        parameters=ParameterCounts(**trainable_by_kind(model), total=model.get_nb_trainable_parameters()[1]),
         trains=_trains(model),
         adapter_bytes=(folder / ADAPTER / "adapter_model.safetensors").stat().st_size,
         train_seconds=seconds,

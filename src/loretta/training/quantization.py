@@ -1,0 +1,68 @@
+"""Quantised bases: the words of ``--quantize``, and what each needs for loading and training."""
+
+import importlib.util
+import logging
+from typing import Any, get_args
+
+import torch
+from peft import prepare_model_for_kbit_training
+from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
+
+from loretta.errors import InputError
+from loretta.training.config import Quantization
+from loretta.tuners.layer import keep_differentiable
+
+_PACKAGES = {name: "torchao" if name in ("torchao-int8", "fp8") else "bitsandbytes" for name in get_args(Quantization)}
+# Trained whole, so left as they are: what lies between an encoder and the labels. transformers leaves out the last
+# parameter's module alone, and of a layer with a bias that is not the layer.
+_HEADS = ("classifier", "score", "classification_head", "pre_classifier", "pooler", "head")
+
+
+def quantized_loading(name: str, *, kind: str, dtype: str = "float32", cpu: bool = False) -> dict[str, Any]:
+    """What ``from_pretrained`` has to be given so that it quantises the linear layers of a base while loading it.
+
+    The base lands on the accelerator where there is one, unless ``cpu``: many quantised weights cannot be moved later.
+
+    Raises InputError for an unknown name and for a missing package.
+    """
+    if name not in _PACKAGES:
+        raise InputError(f"quantize={name!r} is none of {', '.join(_PACKAGES)}")
+    if importlib.util.find_spec(_PACKAGES[name]) is None:
+        raise InputError(f"quantize={name!r} needs the package {_PACKAGES[name]}: pip install 'loretta-peft[quantize]'")
+    whole = None if kind == "language_modeling" else [rf"(.*\.)?{head}" for head in _HEADS]
+    on_cpu = cpu or not torch.cuda.is_available()
+    return {
+        "quantization_config": _config(name, whole, dtype),
+        "device_map": {"": "cpu" if on_cpu else torch.cuda.current_device()},
+    }
+
+
+def _config(name: str, whole: list[str] | None, dtype: str) -> BitsAndBytesConfig | TorchAoConfig:
+    if _PACKAGES[name] == "torchao":
+        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig  # type: ignore # has no types
+
+        weights = Float8WeightOnlyConfig() if name == "fp8" else Int8WeightOnlyConfig()
+        return TorchAoConfig(weights, modules_to_not_convert=whole)
+    if name == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=whole)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=name,
+        bnb_4bit_compute_dtype=None if dtype == "auto" else getattr(torch, dtype),
+        llm_int8_skip_modules=whole,
+    )
+
+
+def prepare_quantized(base: PreTrainedModel) -> None:
+    """Make a base with quantised weights ready for an adapter, as PEFT recommends: all frozen, norms in float32.
+
+    The same before training and before using the adapter, so that both compute the same. A base that is not quantised
+    stays as it is.
+    """
+    if not getattr(base, "is_quantized", False):
+        return
+    # the Trainer turns checkpointing on when the run asks for it
+    prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
+    keep_differentiable(base)
+    # one line per layer and step, that it computes in float16
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
