@@ -11,7 +11,6 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from importlib import resources
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from huggingface_hub.utils import validate_repo_id
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import safe_open
 
+import loretta
 from loretta import tt
 from loretta.training.record import RunRecord
 
@@ -39,12 +39,13 @@ _AUTO_CLASSES = {
 _SETTINGS = ("learning_rate", "head_learning_rate", "epochs", "batch_size", "max_length", "schedule", "limit", "seed")
 _PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification"}
 _OURS = re.compile(r"<!-- loretta ([0-9a-f]{12})[^>]*-->\n(.*?)\n<!-- end of loretta -->", re.DOTALL)
-_START = re.compile(r"\.(loretta_(rep|adp)_start_(down|up)|start)\.")
+# the start that "denoised" and a train beside a pretrained layer subtract; what bias="all" makes PEFT save once more
+_NOT_TRAINED = re.compile(r"\.(loretta_(rep|adp)_start_(down|up)|start|original_module|modules_to_save)\.")
 _TRAIN = re.compile(r"\.loretta_(rep|adp)_(down|up)\.")
 _SIGNATURE = re.compile(r"(?P<count>\d+) (?P<module>\S+) (?P<in>\d+) x (?P<out>\d+)")
 _FINAL_LAYER = re.compile(r"\b(classifier|score|classification_head)(\.out_proj)?\.weight$")
 # heads that are saved because their random start is not part of the base model, and not or only in part trained
-_FROZEN_HEADS = {"frozen": "frozen", "tensorized_only": "its trains and their biases"}
+_FROZEN_HEADS = {"frozen": "none", "tensorized_only": "its trains and their biases"}
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -117,7 +118,7 @@ def _render(config: Mapping[str, Any], base: str | None, folder: Path, **about_r
             kinds=_kinds(config, shapes),
             trains=_trains(config),
             weights_bytes=_weights(folder).stat().st_size,
-            version=version("loretta-peft"),
+            version=loretta.__version__,
             **about_run,
         )
         .strip()
@@ -185,17 +186,23 @@ def _kinds(config: Mapping[str, Any], shapes: Shapes) -> list[tuple[str, int, st
     for key, shape in shapes.items():
         counts[_kind(key, shapes)] += math.prod(shape)
     trained = {
-        "starting values": "frozen",
+        "starting values and copies": "none",
         "head and other modules saved whole": _FROZEN_HEADS.get(config["train_head"], "all"),
     }
-    kinds = ("cores of the trains", "biases", "layer norms", "head and other modules saved whole", "starting values")
+    kinds = (
+        "cores of the trains",
+        "biases",
+        "layer norms",
+        "head and other modules saved whole",
+        "starting values and copies",
+    )
     return [(kind, counts[kind], trained.get(kind, "all")) for kind in kinds if counts[kind]]
 
 
 def _kind(key: str, shapes: Shapes) -> str:
     module, _, name = key.rpartition(".")
-    if _START.search(key):
-        return "starting values"
+    if _NOT_TRAINED.search(key):
+        return "starting values and copies"
     if _TRAIN.search(key):
         return "cores of the trains"
     beside = [other for other in shapes if other.startswith(f"{module}.") and other != key]
