@@ -570,6 +570,20 @@ def test_the_dtype_of_a_merged_model_can_be_chosen(saved, tmp_path):
     assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
 
 
+def test_a_head_is_not_rounded_to_the_checkpoint_of_its_base(tmp_path):
+    base, inputs = build("bert", "SEQ_CLS", dtype=torch.bfloat16)
+    base.base_model.save_pretrained(tmp_path / "base")
+
+    def load() -> PreTrainedModel:
+        return AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", dtype=torch.float32)
+
+    model = get_peft_model(load(), config_for("rep", task_type="SEQ_CLS", train_norms=False))
+    expected = logits(trained(model, scale=0.05).eval(), inputs)
+    model.save_pretrained(tmp_path / "rep")
+    export.export(tmp_path / "rep", tmp_path / "out", to="lora")
+    assert_near("logits", logits(PeftModel.from_pretrained(load(), str(tmp_path / "out")).eval(), inputs), expected)
+
+
 def test_a_run_is_exported_with_its_labels(saved, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(saved / "rep", run / "adapter")
@@ -613,6 +627,7 @@ BAD = {
         [], ["--model"],
     ),
     "unknown format": ("rep", None, ["--to", "onnx"], ["'onnx'", "lora, merged, gguf-lora"]),
+    "a dtype for a LoRA": ("rep", None, ["--dtype", "bfloat16"], ["'bfloat16'", "--to merged"]),
     "unknown dtype": ("rep", None, ["--dtype", "int3"], ["'int3'", "bfloat16"]),
     "another architecture": ("rep", None, ["--to", "gguf-lora"], ["llama and mistral", "'roberta'"]),
 }  # fmt: skip

@@ -58,7 +58,7 @@ def export(
         out: the folder to write; for "gguf-lora" the ``.gguf`` file.
         to: "lora", "merged" or "gguf-lora".
         model: the base model, where it is no longer at the name that the adapter remembers.
-        dtype: of the base model while it is loaded, and so of a merged one; "auto" is that of its checkpoint.
+        dtype: of a merged model; "auto" is that of the base model's checkpoint.
         overwrite: replace an earlier export at ``out``.
 
     Raises InputError when the adapter cannot be loaded, cannot be written in this format, or ``out`` is taken.
@@ -66,11 +66,15 @@ def export(
     for option, value, allowed in (("--to", to, FORMATS), ("--dtype", dtype, DTYPES)):
         if value not in allowed:
             raise InputError(f"{option} {value!r} is none of {', '.join(allowed)}")
+    if dtype != "auto" and to != "merged":
+        raise InputError(f"--dtype {dtype!r} is for --to merged: an adapter keeps the dtype it was trained in")
     saved = find_adapter(adapter, model)
     _check_method(saved.method)
     if out.resolve() in {path.resolve() for path in (adapter, saved.folder, Path(saved.base))}:
         raise InputError(f"'{out}' is what is to be exported: give another folder to write to")
     _check_output(out, file=to == "gguf-lora", overwrite=overwrite)
+    if to != "merged" and saved.config.get("modules_to_save"):
+        dtype = "float32"  # heads take the dtype of the base model, and must not be rounded to that of its checkpoint
     loaded = saved.load(dtype)
     if to == "merged":
         return export_merged(loaded, out, tokenizer=saved.tokenizer(), overwrite=overwrite)
