@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from loretta.errors import InputError
 from loretta.training.methods import peft_config
-from loretta.training.quantization import prepare_quantized, quantized_loading
+from loretta.training.quantization import prepare_quantized, quantized_loading, require_quantized
 
 TASK_TYPES = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "language_modeling": "CAUSAL_LM"}
 
@@ -74,6 +74,8 @@ def load_base(
     finally:
         transformers_logging.set_verbosity(verbosity)
         transformers_logging.enable_progress_bar()
+    if quantize is not None:
+        require_quantized(base, quantize)
     prepare_quantized(base)
     if base.config.pad_token_id is None:
         base.config.pad_token_id = pad_token_id

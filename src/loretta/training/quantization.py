@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 import torch
 from peft import prepare_model_for_kbit_training
+from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 
 from loretta.errors import InputError
@@ -51,6 +52,16 @@ def _config(name: str, whole: list[str] | None, dtype: str) -> BitsAndBytesConfi
         bnb_4bit_compute_dtype=None if dtype == "auto" else getattr(torch, dtype),
         llm_int8_skip_modules=whole,
     )
+
+
+def require_quantized(base: PreTrainedModel, name: str) -> None:
+    """Raise InputError when ``name`` has left every layer of ``base`` in its float form."""
+    known = get_quantization_kwargs(base)
+    if not any(resolve_quantization_backend(module, **known) for module in base.modules()):
+        raise InputError(
+            f"quantize={name!r} changes no layer of '{base.config.name_or_path}', whose layers are not of the class "
+            f"nn.Linear: choose another of {', '.join(_PACKAGES)}, or none"
+        )
 
 
 def prepare_quantized(base: PreTrainedModel) -> None:

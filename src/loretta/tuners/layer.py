@@ -29,7 +29,6 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         self.in_features, self.out_features = require_linear(name, self.get_base_layer())
         keep_differentiable(self.get_base_layer())
-        keep_differentiable(self.get_base_layer())
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization_kwargs)
         self._disable_adapters = False
         self._active_adapter = []
@@ -94,19 +93,6 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
         """(adapter, row indices) for every adapter of a mixed batch that this layer has; "__base__" has none."""
         for name in sorted(set(adapter_names) & set(known)):
             yield name, [row for row, wanted in enumerate(adapter_names) if wanted == name]
-
-
-def keep_differentiable(model: nn.Module) -> None:
-    """Hold bitsandbytes' 4-bit weights within ``model`` in the layout that backward passes and merging read.
-
-    On a CPU with bf16 instructions the first evaluation packs them into another one. From then on no gradient passes
-    the layer, without an error, and dequantising it gives noise (bitsandbytes 0.50).
-    """
-    layers: Iterator[Any] = model.modules()
-    for layer in layers:
-        if getattr(layer, "support_avx512bf16_for_cpu", False):
-            layer.support_avx512bf16_for_cpu = False
-            layer.state_dict()  # unpacks what an earlier evaluation has packed
 
 
 def keep_differentiable(model: nn.Module) -> None:

@@ -13,6 +13,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from loretta.errors import InputError
 from loretta.layers import update_factors
 from loretta.placement import Placement, rank_for
 from loretta.tuners.layer import LorettaLayer
@@ -105,8 +106,15 @@ class RepLinear(LorettaLayer):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the updates of ``adapter_names`` (default: the active ones) to the base weight.
 
+        A quantised weight is rounded again by each merge and each unmerge, so it does not come back to the last bit.
+
         Raises ValueError when ``safe_merge`` finds a value that is not finite, or the quantised base cannot merge.
         """
+        if self.quantization_backend is not None and not self.quantization_backend.supports_merge:
+            raise InputError(
+                f"cannot merge into a {type(self.get_base_layer()).__name__}, whose packed weights are fixed: keep the "
+                "adapter loaded, or merge it into the base model before quantisation"
+            )
         for name in check_adapters_to_merge(self, adapter_names):
             if name not in self._part("down"):
                 continue
