@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import cast
 
-from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import get_pattern_key
 from peft.utils.quantization_utils import resolve_quantization_backend
@@ -46,8 +46,8 @@ def linear_size(module: nn.Module) -> tuple[int, int] | None:
         return module.weight.shape[0], module.weight.shape[1]
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
-    # torchao's weights also lie in embeddings, for which PEFT has no backend
-    if not isinstance(module, nn.Embedding) and resolve_quantization_backend(module) is not None:
+    # where these show a weight of torchao's, PEFT would ask for what only the model knows
+    if not isinstance(module, nn.Embedding | BaseTunerLayer) and resolve_quantization_backend(module) is not None:
         return cast(int, module.in_features), cast(int, module.out_features)
     return None
 
