@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import ModelCard, ModelCardData
@@ -23,7 +23,9 @@ from safetensors import safe_open
 
 import loretta
 from loretta import tt
-from loretta.training.record import RunRecord
+
+if TYPE_CHECKING:
+    from loretta.training.record import RunRecord  # pydantic is not to be imported with every `import loretta`
 
 README = "README.md"
 _TAGS = ("loretta", "tensor-train")
@@ -50,7 +52,7 @@ _FROZEN_HEADS = {"frozen": "none", "tensorized_only": "its trains and their bias
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def write_card(folder: Path, run: RunRecord | None = None, *, learning_rate: float | None = None) -> None:
+def write_card(folder: Path, run: "RunRecord | None" = None, *, learning_rate: float | None = None) -> None:
     """Describe the LoRETTA adapter saved in ``folder`` in its README.md; ``run`` adds the data and the results.
 
     Of a README that is there, PEFT's placeholders are replaced and everything else is kept: the description stands
@@ -103,7 +105,7 @@ def _short(base: str | None) -> str | None:
 
 
 def _render(config: Mapping[str, Any], base: str | None, folder: Path, **about_run: Any) -> str:
-    from jinja2 import Environment, StrictUndefined  # only here: slow to import, and `import loretta` needs it not
+    from jinja2 import Environment, StrictUndefined  # only here: `import loretta` stays light
 
     shapes = _saved_shapes(folder)
     environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, autoescape=False)
