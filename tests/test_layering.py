@@ -9,7 +9,20 @@ import loretta
 
 ROOT = pathlib.Path(loretta.__file__).parent
 LAYERS = ["errors", "options", "tt", "layers", "card", "tuners.config", "placement", "tuners", "adapters"]
-LAYERS += ["loading", "export", "counts", "presets", "plan", "families", "updates", "difference", "compress", "budget", "explanation", "planning"]
+LAYERS += [
+    "loading",
+    "export",
+    "counts",
+    "presets",
+    "plan",
+    "families",
+    "updates",
+    "difference",
+    "compress",
+    "budget",
+    "explanation",
+    "planning",
+]
 LAYERS += ["picture", "tasks", "training", "report", "demo", "cli"]
 # what a run writes down, as plain data: the report reads it and the training writes both
 FREE = {"training.record"}

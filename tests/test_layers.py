@@ -83,17 +83,17 @@ def test_assign_does_nothing_on_the_meta_device():
 @every_shape
 def test_cores_halve_to_their_matrix(shape):
     cores = filled_cores(shape, seed=0)
-    left_IC, right_CO = cores.halves()
+    left_IC, right_CO = cores()
     assert_near("matrix", left_IC @ right_CO, oracle(list(cores), shape))
 
 
 @every_shape
 def test_autocast_leaves_the_halves_in_the_dtype_of_the_cores(shape):
     cores = filled_cores(shape, seed=0, dtype=torch.float32)
-    expected = cores.halves()
+    expected = cores()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16  # autocast is at work
-        got = cores.halves()
+        got = cores()
     for got_half, expected_half in zip(got, expected, strict=True):
         assert got_half.dtype == torch.float32
         assert torch.equal(got_half, expected_half)
@@ -329,7 +329,7 @@ def test_an_update_is_a_product_of_the_smallest_inner_size(in_modes, out_modes, 
     down_shape = plan(in_features, bottleneck, rank=rank_down, modes=(*in_modes, bottleneck))
     up_shape = plan(bottleneck, out_features, rank=rank_up, modes=(bottleneck, *out_modes))
     down, up = filled_cores(down_shape, seed=seed), filled_cores(up_shape, seed=seed + 1)
-    a_IR, b_RO = update_factors(down, up)
+    a_IR, b_RO = update_factors(down(), up())
     inner = min(bottleneck, down_shape.cut_rank, up_shape.cut_rank)
     assert (a_IR.shape, b_RO.shape) == ((in_features, inner), (inner, out_features))
     ref = oracle(list(down), down_shape) @ oracle(list(up), up_shape)
@@ -356,7 +356,7 @@ def test_an_update_is_a_product_of_the_smallest_inner_size(in_modes, out_modes, 
 )
 def test_an_update_of_planned_shapes(down, up, inner):
     down_cores, up_cores = filled_cores(down, seed=0), filled_cores(up, seed=1)
-    a_IR, b_RO = update_factors(down_cores, up_cores)
+    a_IR, b_RO = update_factors(down_cores(), up_cores())
     assert a_IR.shape[1] == b_RO.shape[0] == inner
     assert_near("update", a_IR @ b_RO, oracle(list(down_cores), down) @ oracle(list(up_cores), up))
 
@@ -366,6 +366,6 @@ def test_an_update_keeps_the_dtype_of_the_cores_under_autocast(dtype):
     down, up = plan(64, 8, rank=5), plan(8, 48, rank=3)
     down_cores, up_cores = filled_cores(down, seed=0, dtype=dtype), filled_cores(up, seed=1, dtype=dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        a_IR, b_RO = update_factors(down_cores, up_cores)
+        a_IR, b_RO = update_factors(down_cores(), up_cores())
     assert a_IR.dtype == b_RO.dtype == dtype
     assert_near("update", a_IR @ b_RO, oracle(list(down_cores), down) @ oracle(list(up_cores), up))

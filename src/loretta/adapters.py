@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -11,6 +11,7 @@ from peft.utils import load_peft_weights
 from loretta.errors import InputError
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.layer import LorettaLayer
+from loretta.tuners.model import LorettaModel
 
 # What may differ between an adapter and the one that takes its place: where it came from, and its scale.
 _MAY_DIFFER = {
@@ -24,7 +25,7 @@ def rename_adapter(model: PeftModel, old: str, new: str) -> None:
 
     Raises InputError when there is no adapter ``old`` or ``new`` is taken.
     """
-    model.base_model.rename_adapter(old, new)
+    cast(LorettaModel, model.base_model).rename_adapter(old, new)
     if model.active_adapter == old:
         model.active_adapter = new
 

@@ -61,13 +61,21 @@ class Cores(nn.Module):
             if not (core.is_meta or value.is_meta):
                 core.copy_(value)
 
-    def halves(self) -> tuple[Tensor, Tensor]:
+    def forward(self) -> tuple[Tensor, Tensor]:
         """L (I, C) and R (C, O) of the train, contracted in the dtype of the cores whatever autocast says."""
-        with _own_precision(self.values):
-            return tt.halves(list(self), self.shape)
+        return halves(self.values, self.shape)
 
     def extra_repr(self) -> str:
         return str(self.shape)
+
+
+def halves(values: Tensor, shape: tt.TTShape) -> tuple[Tensor, Tensor]:
+    """:func:`loretta.tt.halves` of cores that lie one after the other in ``values``, away from autocast.
+
+    Dimensions in front of the last stay in front: the trains of many modules are contracted at once.
+    """
+    with _own_precision(values):
+        return tt.halves(tt.split_cores(values, shape), shape)
 
 
 def _own_precision(tensor: Tensor) -> AbstractContextManager:
@@ -152,17 +160,17 @@ class TTLinear(nn.Module):
 
 
 def _apply(x_BI: Tensor, cores: Cores) -> Tensor:
-    left_IC, right_CO = cores.halves()
+    left_IC, right_CO = cores()
     return (x_BI @ left_IC.to(x_BI.dtype)) @ right_CO.to(x_BI.dtype)
 
 
-def update_factors(down: Cores, up: Cores) -> tuple[Tensor, Tensor]:
-    """A (I, R) and B (R, O) with ``A @ B`` the weight update TT(down) TT(up) of rep (LoRETTA eq. 4).
+def update_factors(down: tuple[Tensor, Tensor], up: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """A (I, R) and B (R, O) with ``A @ B`` the weight update TT(down) TT(up) of rep (LoRETTA eq. 4), from the halves.
 
     R is the smallest of the bottleneck and the two cut ranks: an update is exactly a LoRA of that rank.
     """
-    (left_IC, mid_Cb), (mid_bD, right_DO) = down.halves(), up.halves()
-    inner_down, bottleneck, inner_up = left_IC.shape[1], mid_Cb.shape[1], mid_bD.shape[1]
+    (left_IC, mid_Cb), (mid_bD, right_DO) = down, up
+    inner_down, bottleneck, inner_up = left_IC.shape[-1], mid_Cb.shape[-1], mid_bD.shape[-1]
     with _own_precision(left_IC):
         if bottleneck < min(inner_down, inner_up):
             return left_IC @ mid_Cb, mid_bD @ right_DO
@@ -170,3 +178,29 @@ def update_factors(down: Cores, up: Cores) -> tuple[Tensor, Tensor]:
         if inner_down <= inner_up:
             return left_IC, mid_CD @ right_DO
         return left_IC @ mid_CD, right_DO
+
+
+def add_update(y_BO: Tensor, x_BI: Tensor, a_IR: Tensor, b_RO: Tensor) -> Tensor:
+    """``y + (x A) B`` on matrices of one dtype, written into y: it must be new, and no gradient may need it."""
+    return y_BO.addmm_(x_BI @ a_IR, b_RO)
+
+
+def fold_bias(left_IC: Tensor, right_CO: Tensor, bias_O: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """``x L R + bias`` as ``(x L + one) R``: the bias is one more row of R, and costs no kernel, nor does its gradient.
+
+    Returns one (C), L and R, their inner size padded by zeros as :func:`pad_inner` does.
+    """
+    inner = left_IC.shape[-1]
+    right_CO = torch.cat([right_CO, bias_O[..., None, :].to(right_CO.dtype)], dim=-2)
+    left_IC, right_CO = pad_inner(nn.functional.pad(left_IC, (0, 1)), right_CO)
+    one_C = left_IC.new_zeros(*left_IC.shape[:-2], left_IC.shape[-1])
+    one_C[..., inner] = 1
+    return one_C, left_IC, right_CO
+
+
+def pad_inner(left_IC: Tensor, right_CO: Tensor) -> tuple[Tensor, Tensor]:
+    """The same product with its inner size padded by zeros to a multiple of 8 on a GPU, whose kernels want it so."""
+    padding = -left_IC.shape[-1] % 8 if left_IC.is_cuda else 0
+    if not padding:
+        return left_IC, right_CO
+    return nn.functional.pad(left_IC, (0, padding)), nn.functional.pad(right_CO, (0, 0, 0, padding))

@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from typing import cast
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils import NoMatchingPeftModuleError
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import get_pattern_key
 from peft.utils.quantization_utils import resolve_quantization_backend
@@ -16,6 +17,10 @@ from loretta import tt
 from loretta.errors import InputError
 from loretta.layers import Cores
 from loretta.tuners.config import LorettaConfig
+
+
+class NothingMatchedError(InputError, NoMatchingPeftModuleError):
+    """The targets of an adapter match nothing that it could be put on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,13 +109,15 @@ def matched_modules(
             found = True
             yield name, module
     if required and not found:
-        raise InputError(_nothing_matched(config, model))
+        raise NothingMatchedError(_nothing_matched(config, model))
 
 
 def _nothing_matched(config: LorettaConfig, model: nn.Module) -> str:
     wanted = config.target_modules
     given = repr(wanted) if isinstance(wanted, str) else str(sorted(wanted or []))
-    linear = [name for name, module in model.named_modules() if linear_size(module)]
+    # the layer inside an earlier adapter's is no target of its own
+    linear = [name for name, module in model.named_modules() if linear_size(module) and ".base_layer" not in name]
+    linear += [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     if not isinstance(wanted, str) and any(name.endswith(tuple(wanted or [])) for name in linear):
         kept = dict.fromkeys(config.modules_to_save or [])
         if whole := ", ".join(name for name in kept if name.endswith(tuple(wanted or []))):

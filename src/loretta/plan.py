@@ -139,7 +139,9 @@ def flops_per_token(placement: Placement) -> int:
     if placement.where == "update":
         rank = min(down.cut_rank, down.out_features, up.cut_rank)
         return 2 * rank * (down.in_features + up.out_features)
-    return down.apply_flops() + up.apply_flops()
+    # a bias is one more row of each second factor
+    biases = 2 * (down.in_features + down.out_features + up.in_features + up.out_features)
+    return down.apply_flops() + up.apply_flops() + (biases if placement.bias_params else 0)
 
 
 def kept_per_token(placement: Placement) -> int:

@@ -228,7 +228,7 @@ def test_autocast_contracts_the_cores_in_their_own_dtype(method):
     expected = model(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = model(x)
-        halves = getattr(layer, f"loretta_{method}_down")["default"].halves()
+        halves = getattr(layer, f"loretta_{method}_down")["default"]()
     assert {half.dtype for half in halves} == {torch.float32}
     assert got.dtype == torch.bfloat16
     assert_near("y", got, expected)

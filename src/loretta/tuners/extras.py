@@ -265,8 +265,8 @@ def rename_copies(model: nn.Module, old: str, new: str) -> None:
             continue
         wrapper.modules_to_save[new] = wrapper.modules_to_save.pop(old)
         wrapper._adapters = wrapper._adapters - {old} | {new}
-        active = [new if name == old else name for name in wrapper.active_adapters]
-        wrapper._active_adapter = active[0] if len(active) == 1 else active
+        names: list[str] = [new if name == old else name for name in wrapper.active_adapters]
+        wrapper._active_adapter = names
         if isinstance(wrapper, AdapterCopy) and old in wrapper.policies:
             wrapper.policies[new] = wrapper.policies.pop(old)
 

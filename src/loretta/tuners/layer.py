@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -13,6 +13,9 @@ from torch import Tensor, nn
 from loretta import tt
 from loretta.layers import Cores
 from loretta.placement import Placement, require_linear
+from loretta.tuners.contraction import Factors, Handed, finish, note_change
+
+Halves = tuple[Tensor, Tensor]
 
 
 class LorettaLayer(nn.Module, BaseTunerLayer):
@@ -37,9 +40,56 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
             self.add_module(self.prefix + part, nn.ModuleDict())
         self.scaling: dict[str, float] = {}
         self.placements: dict[str, Placement] = {}
+        self.handed = Handed()
 
     def _part(self, part: str) -> nn.ModuleDict:
         return getattr(self, self.prefix + part)
+
+    def running(self) -> Iterator[tuple[str, int]]:
+        """(adapter, number of the pair of trains) of all that the next forward pass will use."""
+        if not (self.disable_adapters or self.merged):
+            for name in self.active_adapters:
+                yield from ((name, pair) for pair in range(len(self._trains(name))))
+
+    def ingredients(self, adapter_name: str, pair: int) -> tuple[Tensor, ...]:
+        """The parameters of one pair of trains, those of equal layers to be stacked: down, up, and any biases."""
+        down, up = self._trains(adapter_name)[pair]
+        return down.values, up.values
+
+    @staticmethod
+    def assemble(down: Halves, up: Halves, biases: Sequence[Tensor]) -> Factors:
+        """The matrices that the layer multiplies with, from the halves of its trains; the last one gets the scale."""
+        raise NotImplementedError
+
+    def recipe(self, adapter_name: str) -> Hashable:
+        """Layers with equal recipes can be contracted together."""
+        placement = self.placements[adapter_name]
+        return type(self), placement.down, placement.up, self.working_dtype()
+
+    def working_dtype(self) -> torch.dtype:
+        """The dtype of activations here: that of autocast, or of the base weight where it is a plain number's."""
+        weight = cast(Tensor, self.get_base_layer().weight)
+        device = weight.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):
+            return torch.get_autocast_dtype(device)
+        plain = weight.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        return weight.dtype if plain else torch.float32
+
+    def contracted(self, adapter_name: str) -> list[Factors]:
+        """The factors of each pair of trains of one adapter: those handed over by the model's joint contraction.
+
+        A layer that is called on its own, or whose cores are sharded or elsewhere, contracts them itself.
+        """
+        return [
+            self.handed.get(adapter_name, pair) or self._contract_alone(adapter_name, pair)
+            for pair in range(len(self._trains(adapter_name)))
+        ]
+
+    def _contract_alone(self, adapter_name: str, pair: int) -> Factors:
+        down, up = self._trains(adapter_name)[pair]
+        _, _, *biases = self.ingredients(adapter_name, pair)
+        # called as modules: hooks that bring offloaded parameters here run
+        return finish(self.assemble(down(), up(), biases), self.scaling[adapter_name], self.working_dtype())
 
     def _trains(self, adapter_name: str) -> list[tuple[Cores, Cores]]:
         """(down, up) of one adapter, and after it the frozen start that is subtracted, if the adapter has one."""
@@ -63,6 +113,7 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
             for part in ("down", "up"):
                 self._part("start_" + part)[adapter_name] = copy.deepcopy(self._part(part)[adapter_name])
                 self._part("start_" + part)[adapter_name].requires_grad_(False)
+        note_change()
 
     def set_scaling(self, adapter_name: str, config: Any) -> None:
         """Take over the factor on one adapter's effect from its config."""
@@ -76,6 +127,24 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
                 by_adapter[new] = by_adapter.pop(old)
         self.merged_adapters = [new if name == old else name for name in self.merged_adapters]
         self._active_adapter = [new if name == old else name for name in self.active_adapters]
+        note_change()
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        note_change()
+
+    def enable_adapters(self, enabled: bool) -> None:
+        super().enable_adapters(enabled)
+        note_change()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        note_change()
+
+    def train(self, mode: bool = True) -> "LorettaLayer":
+        # between training and evaluation something may have written past autograd's version counters
+        note_change()
+        return super().train(mode)
 
     def _check_mixed_batch(self, x: Tensor, adapter_names: Sequence[str]) -> None:
         if len(x) != len(adapter_names):
@@ -93,6 +162,21 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
         """(adapter, row indices) for every adapter of a mixed batch that this layer has; "__base__" has none."""
         for name in sorted(set(adapter_names) & set(known)):
             yield name, [row for row, wanted in enumerate(adapter_names) if wanted == name]
+
+
+def is_bare_linear(module: nn.Module) -> bool:
+    """Whether a module is torch's linear layer with nobody watching its output, and a weight that is whole."""
+    return type(module) is nn.Linear and not module._forward_hooks and type(module.weight) is nn.Parameter
+
+
+def works_in(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether products with ``x`` come out in ``dtype``, by themselves or because autocast sees to it."""
+    return x.dtype == dtype or torch.is_autocast_enabled(x.device.type)
+
+
+def fitting(factor: Tensor, x: Tensor) -> Tensor:
+    """``factor`` in the dtype of ``x``, unless autocast is going to cast both."""
+    return factor if works_in(x, factor.dtype) else factor.to(x.dtype)
 
 
 def keep_differentiable(model: nn.Module) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from loretta.errors import InputError
 from loretta.placement import Placement, matched_modules
 from loretta.tuners.config import LorettaConfig
+from loretta.tuners.contraction import Contraction
 from loretta.tuners.extras import AdapterCopy, copy_cost, head_names, install_copies, rename_copies
 
 
@@ -45,8 +46,8 @@ class LorettaModel(BaseTuner):
         config = self.peft_config[adapter_name]
         self._check_new_adapter_config(config)
         config = self._prepare_adapter_config(config, self.get_model_config(model))
-        # a copy: the copied modules and the signature belong to this model alone
-        config = self.peft_config[adapter_name] = copy.copy(config)
+        if hasattr(config, "_injected_into"):  # a second model: the signature belongs to the first
+            config = self.peft_config[adapter_name] = copy.copy(config)
         if state_dict is None:
             targeted = copy.copy(config)
             targeted.modules_to_save = [*(config.modules_to_save or []), *head_names(model, config)]
@@ -54,9 +55,19 @@ class LorettaModel(BaseTuner):
             _check_signature(config, placements)
         copy_cost(model, config)
         names = install_copies(model, config, adapter_name)
-        if names:
-            config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or []), *names]))
-        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        given = list(dict.fromkeys(config.modules_to_save or [])) or None
+        # for PEFT alone: what the config says already follows from its other options
+        config.modules_to_save = list(dict.fromkeys([*(given or []), *names])) or None
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        finally:
+            config.modules_to_save = given
+        Contraction.attach(model)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
+        Contraction.detach(self.model)
+        return unloaded
 
     @classmethod
     def default_targets(cls, config: LorettaConfig, model_config: dict) -> Any:
@@ -141,9 +152,10 @@ class LorettaModel(BaseTuner):
         repeated = [name for name in adapter_names for _ in range(beams)]
         encoder = self.model.get_encoder() if beams > 1 and hasattr(self.model, "get_encoder") else None
         once = set(encoder.modules()) if encoder is not None and encoder is not self.model else set()
+        flattens = self.get_model_config(self.model).get("model_type") in _FLATTENS
         handles = [
             layer.register_forward_pre_hook(
-                partial(_pass_adapter_names, list(adapter_names) if layer in once else repeated),
+                partial(_pass_adapter_names, list(adapter_names) if layer in once else repeated, flattens),
                 with_kwargs=True,
             )
             for layer in layers
@@ -189,6 +201,12 @@ def _base_of(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
-def _pass_adapter_names(names: list[str], module: nn.Module, args: tuple[Tensor, ...], kwargs: dict):
-    kwargs["adapter_names"] = names
+# Models that make one dimension of batch and positions before their feed-forward blocks
+_FLATTENS = {"opt"}
+
+
+def _pass_adapter_names(names: list[str], flattens: bool, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict):
+    flat = flattens and names and args and args[0].dim() == 2
+    positions, rest = divmod(len(args[0]), len(names)) if flat else (1, 0)
+    kwargs["adapter_names"] = names if rest else [name for name in names for _ in range(positions)]
     return args, kwargs

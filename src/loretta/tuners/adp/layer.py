@@ -3,16 +3,18 @@
 Axes: B batch, H the width the adapter works on, b bottleneck.
 """
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from loretta.layers import Cores
+from loretta.layers import fold_bias, pad_inner
 from loretta.placement import Placement
 from loretta.tuners.adp.config import LorettaAdpConfig
-from loretta.tuners.layer import LorettaLayer
+from loretta.tuners.contraction import Factors
+from loretta.tuners.layer import Halves, LorettaLayer, fitting, works_in
 
 
 class AdpLinear(LorettaLayer):
@@ -53,26 +55,51 @@ class AdpLinear(LorettaLayer):
         """The factor on one adapter's output."""
         self.scaling[adapter_name] = config.scaling
 
-    def delta(self, adapter_name: str, y_BH: Tensor) -> Tensor:
-        """What one adapter adds to ``y``, in its dtype."""
-        (down, up), *start = self._trains(adapter_name)
-        biases = self.loretta_adp_bias[adapter_name] if adapter_name in self.loretta_adp_bias else None  # noqa: SIM401
-        now = self._bottleneck(adapter_name, y_BH, down, up, cast(nn.ParameterDict | None, biases))
-        for start_down, start_up in start:  # its biases were zero
-            now = now - self._bottleneck(adapter_name, y_BH, start_down, start_up, None)
-        return self.scaling[adapter_name] * now
+    def _biases(self, adapter_name: str) -> nn.ParameterDict | None:
+        found = self.loretta_adp_bias
+        return cast(nn.ParameterDict, found[adapter_name]) if adapter_name in found else None
 
-    def _bottleneck(
-        self, adapter_name: str, y_BH: Tensor, down: Cores, up: Cores, biases: nn.ParameterDict | None
-    ) -> Tensor:
-        dtype = y_BH.dtype
-        (down_HC, down_Cb), (up_bC, up_CH) = down.halves(), up.halves()
-        hidden_Bb = (y_BH @ down_HC.to(dtype)) @ down_Cb.to(dtype)
+    def ingredients(self, adapter_name: str, pair: int) -> tuple[Tensor, ...]:
+        trains, biases = super().ingredients(adapter_name, pair), self._biases(adapter_name)
+        # beside a start that is subtracted they stay apart: both have to round alike
+        folded = biases is not None and len(self._trains(adapter_name)) == 1
+        return (*trains, biases["down"], biases["up"]) if biases is not None and folded else trains
+
+    @staticmethod
+    def assemble(down: Halves, up: Halves, biases: Sequence[Tensor]) -> Factors:
+        """The halves of down (H, C), (C, b) and up (b, D), (D, H); with biases each after a vector, as `fold_bias`."""
+        if not biases:
+            return (*pad_inner(*down), *pad_inner(*up))
+        return (*fold_bias(*down, biases[0]), *fold_bias(*up, biases[1]))
+
+    def delta(self, adapter_name: str, y_BH: Tensor) -> Tensor:
+        """What one adapter adds to ``y``, whose rows may lie along any number of dimensions."""
+        rows_BH, biases = y_BH.reshape(-1, y_BH.shape[-1]), self._biases(adapter_name)
+        now, *start = self.contracted(adapter_name)
+        inner_BD, up_DH = self._inner(adapter_name, rows_BH, now, biases if start else None)
+        delta_BH = inner_BD @ up_DH
+        for factors in start:  # its biases were zero
+            inner_BD, up_DH = self._inner(adapter_name, rows_BH, factors, None)
+            delta_BH = delta_BH - inner_BD @ up_DH
+        if start and biases is not None:
+            delta_BH = delta_BH + (self.scaling[adapter_name] * biases["up"]).to(delta_BH.dtype)
+        return delta_BH.view(y_BH.shape)
+
+    def _inner(
+        self, adapter_name: str, rows_BH: Tensor, factors: Factors, biases: nn.ParameterDict | None
+    ) -> tuple[Tensor, Tensor]:
+        """The adapter up to its last matrix, which is the second value; ``biases`` where they are not folded in."""
+        factors = tuple(fitting(factor, rows_BH) for factor in factors)
+        act, dropout = self.loretta_adp_act[adapter_name], self._part("dropout")[adapter_name]
+        if len(factors) == 6:
+            one_C, left_HC, mid_Cb, one_D, mid_bD, up_DH = factors
+            hidden_Bb = torch.addmm(one_C, rows_BH, left_HC) @ mid_Cb
+            return torch.addmm(one_D, dropout(act(hidden_Bb)), mid_bD), up_DH
+        left_HC, mid_Cb, mid_bD, up_DH = factors
+        hidden_Bb = (rows_BH @ left_HC) @ mid_Cb
         if biases is not None:
             hidden_Bb = hidden_Bb + biases["down"].to(hidden_Bb.dtype)
-        hidden_Bb = self._part("dropout")[adapter_name](self.loretta_adp_act[adapter_name](hidden_Bb))
-        out_BH = (hidden_Bb @ up_bC.to(dtype)) @ up_CH.to(dtype)
-        return out_BH if biases is None else out_BH + biases["up"].to(out_BH.dtype)
+        return dropout(act(hidden_Bb)) @ mid_bD, up_DH
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapter_names = kwargs.pop("adapter_names", None)
@@ -89,13 +116,18 @@ class AdpLinear(LorettaLayer):
         """``y`` plus what the adapters at ``where`` add to it; each of them sees the same ``y``."""
         here = [name for name, placement in self.placements.items() if placement.where == where]
         if adapter_names is None:
-            deltas = [self.delta(name, y).to(y.dtype) for name in self.active_adapters if name in here]
-            for delta in deltas:
-                y = y + delta
-            return y
+            rows = y.reshape(-1, y.shape[-1])
+            out = rows
+            for name in (name for name in self.active_adapters if name in here):
+                factors, *start = self.contracted(name)
+                if not start and y.dtype == factors[-1].dtype and works_in(y, y.dtype):
+                    out = torch.addmm(out, *self._inner(name, rows, factors, None))
+                else:
+                    out = out + self.delta(name, rows).to(y.dtype)
+            return out.view(y.shape) if out is not rows else y
         mixed = y.clone()
-        for name, rows in self._rows_by_adapter(adapter_names, here):
-            mixed[rows] += self.delta(name, y[rows]).to(y.dtype)
+        for name, chosen in self._rows_by_adapter(adapter_names, here):
+            mixed[chosen] += self.delta(name, y[chosen]).to(y.dtype)
         return mixed
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

@@ -5,6 +5,7 @@ Axes: B batch, I input features, O output features, R rank of the update.
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from loretta.errors import InputError
-from loretta.layers import update_factors
+from loretta.layers import add_update, pad_inner, update_factors
 from loretta.placement import Placement, rank_for
-from loretta.tuners.layer import LorettaLayer
+from loretta.tuners.contraction import Factors, note_change
+from loretta.tuners.layer import Halves, LorettaLayer, fitting, is_bare_linear, works_in
 from loretta.tuners.rep.config import LorettaRepConfig
 
 
@@ -57,17 +59,21 @@ class RepLinear(LorettaLayer):
 
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """A (I, R) and B (R, O): the adapter's update before scaling is exactly ``A @ B``."""
-        (a_IR, b_RO), *start = [update_factors(down, up) for down, up in self._trains(adapter_name)]
+        (a_IR, b_RO), *start = [update_factors(down(), up()) for down, up in self._trains(adapter_name)]
         for start_a_IR, start_b_RO in start:
             a_IR, b_RO = torch.cat([a_IR, start_a_IR], dim=1), torch.cat([b_RO, -start_b_RO], dim=0)
         return a_IR, b_RO
 
+    @staticmethod
+    def assemble(down: Halves, up: Halves, biases: Sequence[Tensor]) -> Factors:
+        """A (I, R) and B (R, O) of the update."""
+        return pad_inner(*update_factors(down, up))
+
     def delta(self, adapter_name: str, x_BI: Tensor) -> Tensor:
-        """What one adapter adds to the output, in the dtype of ``x``. The I x O matrix is never built."""
-        x_BI, scaling = self._part("dropout")[adapter_name](x_BI), self.scaling[adapter_name]
+        """What one adapter adds to the output. The I x O matrix is never built."""
+        x_BI = self._part("dropout")[adapter_name](x_BI)
         now, *start = [
-            (x_BI @ a_IR.to(x_BI.dtype)) @ (scaling * b_RO).to(x_BI.dtype)
-            for a_IR, b_RO in (update_factors(down, up) for down, up in self._trains(adapter_name))
+            (x_BI @ fitting(a_IR, x_BI)) @ fitting(b_RO, x_BI) for a_IR, b_RO in self.contracted(adapter_name)
         ]
         # subtracted as outputs, not as factors: an untrained adapter then cancels to the last bit
         return now - start[0] if start else now
@@ -78,15 +84,27 @@ class RepLinear(LorettaLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
-        result = self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
-            return self._add_mixed(result, x, adapter_names)
+            return self._add_mixed(self.base_layer(x, *args, **kwargs), x, adapter_names)
         if self.merged:
-            return result
+            return self.base_layer(x, *args, **kwargs)
+        if is_bare_linear(self.base_layer) and not args and not kwargs and x.dim() > 1:
+            # Its output is a new matrix that nobody else has seen, so the updates can be added into it.
+            rows = x.flatten(0, -2)
+            return self._updated(self.base_layer(rows), rows, in_place=True).unflatten(0, x.shape[:-1])
+        result = self.base_layer(x, *args, **kwargs)
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
+        return self._updated(result, x, in_place=False)
+
+    def _updated(self, result: Tensor, x: Tensor, *, in_place: bool) -> Tensor:
         for name in self.active_adapters:
-            if name in self._part("down"):
+            if name not in self._part("down"):
+                continue
+            (a_IR, b_RO), *start = self.contracted(name)
+            if in_place and not start and result.dtype == b_RO.dtype and works_in(x, b_RO.dtype):
+                result = add_update(result, self._part("dropout")[name](x), a_IR, b_RO)
+            else:
                 result = result + self.delta(name, x).to(result.dtype)
         return result
 
@@ -120,6 +138,7 @@ class RepLinear(LorettaLayer):
                 continue
             self._add_to_base(self.get_delta_weight(name), name, safe=safe_merge)
             self.merged_adapters.append(name)
+            note_change()
 
     def unmerge(self) -> None:
         """Subtract the merged updates again, the last one first."""
@@ -128,6 +147,7 @@ class RepLinear(LorettaLayer):
             return
         while self.merged_adapters:
             name = self.merged_adapters.pop()
+            note_change()
             if name in self._part("down"):
                 self._add_to_base(-self.get_delta_weight(name), name, safe=False)
 
