@@ -21,6 +21,7 @@ from loretta.placement import Placement, matched_modules
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.contraction import Contraction
 from loretta.tuners.extras import AdapterCopy, copy_cost, head_names, install_copies, rename_copies
+from loretta.tuners.layer import keep_differentiable
 
 
 class LorettaModel(BaseTuner):
@@ -43,6 +44,7 @@ class LorettaModel(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         """PEFT's injection, after every target has been planned: a mistake leaves the model untouched."""
+        keep_differentiable(model)
         config = self.peft_config[adapter_name]
         self._check_new_adapter_config(config)
         config = self._prepare_adapter_config(config, self.get_model_config(model))

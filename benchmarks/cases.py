@@ -1,0 +1,92 @@
+"""The models, methods and sizes that are measured, built in one place."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from peft import LoraConfig, PeftConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, RobertaConfig
+
+from loretta import LorettaAdpConfig, LorettaRepConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """A model by its configuration; its weights are random. Sizes are (batch, tokens)."""
+
+    config: Callable[[], object]
+    sizes: tuple[tuple[int, int], ...]
+    task_type: str = "CAUSAL_LM"
+
+
+def _llama(layers: int, hidden: int, inner: int, heads: int, kv_heads: int, vocabulary: int) -> LlamaConfig:
+    return LlamaConfig(
+        num_hidden_layers=layers,
+        hidden_size=hidden,
+        intermediate_size=inner,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        vocab_size=vocabulary,
+        use_cache=False,
+    )
+
+
+SHAPES = {
+    "llama-7b": Shape(
+        config=lambda: _llama(32, 4096, 11008, 32, 32, 32000), sizes=((1, 256), (2, 512), (8, 512), (2, 2048))
+    ),
+    "llama-1b": Shape(
+        config=lambda: _llama(16, 2048, 8192, 32, 8, 128256), sizes=((1, 256), (2, 512), (8, 512), (2, 2048))
+    ),
+    "roberta-base": Shape(
+        config=lambda: RobertaConfig(vocab_size=50265, max_position_embeddings=514, type_vocab_size=1),
+        sizes=((16, 128), (32, 128)),
+        task_type="SEQ_CLS",
+    ),
+    # for trying the scripts where there is no GPU
+    "tiny": Shape(config=lambda: _llama(2, 64, 128, 4, 2, 256), sizes=((1, 16), (2, 32))),
+}
+
+# rep and adp without norms: what LoRA is compared with; "norms" are LoRETTA's defaults
+METHODS: dict[str, Callable[[str], PeftConfig]] = {
+    "lora q,v": lambda task: LoraConfig(r=8, task_type=task),
+    "lora all-linear": lambda task: LoraConfig(r=8, task_type=task, target_modules="all-linear"),
+    "rep q,v": lambda task: LorettaRepConfig(task_type=task, train_norms=False),
+    "adp": lambda task: LorettaAdpConfig(task_type=task, train_norms=False),
+    "adp mlp": lambda task: LorettaAdpConfig(task_type=task, train_norms=False, placement="mlp"),
+    "rep q,v norms": lambda task: LorettaRepConfig(task_type=task),
+    "adp norms": lambda task: LorettaAdpConfig(task_type=task),
+}
+
+
+def build_base(shape: str, *, device: str, dtype: torch.dtype, layers: int | None = None) -> nn.Module:
+    """A frozen base model with random weights; ``layers`` replaces the shape's number of layers."""
+    config = SHAPES[shape].config()
+    if layers is not None:
+        config.num_hidden_layers = layers  # type: ignore[attr-defined]
+    auto = AutoModelForCausalLM if SHAPES[shape].task_type == "CAUSAL_LM" else AutoModelForSequenceClassification
+    torch.manual_seed(0)
+    with torch.device(device):
+        model = auto.from_config(config, dtype=dtype)
+    return model.requires_grad_(False).train()
+
+
+def wrap(base: nn.Module, method: str, shape: str) -> nn.Module:
+    """``base`` with an adapter whose last factors are not zero, as in the middle of a training."""
+    torch.manual_seed(1)
+    model = get_peft_model(base, METHODS[method](SHAPES[shape].task_type)).train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(1e-3 * torch.randn_like(parameter))
+    return model
+
+
+def inputs(base: nn.Module, batch: int, tokens: int) -> dict[str, Tensor]:
+    """Embeddings that ask for a gradient, so that every method and the floor do the whole backward pass."""
+    config, embedding = base.config, base.get_input_embeddings().weight
+    generator = torch.Generator(embedding.device).manual_seed(2)
+    ids = torch.randint(5, config.vocab_size, (batch, tokens), generator=generator, device=embedding.device)
+    labels = ids if hasattr(base, "lm_head") and "CausalLM" in type(base).__name__ else ids[:, 0] % 2
+    return {"inputs_embeds": embedding[ids].detach().requires_grad_(), "labels": labels}

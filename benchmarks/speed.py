@@ -1,0 +1,159 @@
+"""Time of a training step against the frozen floor, in one process: eager, compiled, or as one CUDA graph.
+
+The floor is the frozen base, forward and backward with only the gradient of its input. A method's step is forward,
+backward and a fused AdamW. Prints a table and writes JSON.
+
+    python benchmarks/speed.py --shape llama-7b --modes eager,graph --out benchmarks/results/speed-7b.json
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from pathlib import Path
+
+import peft
+import torch
+import transformers
+from cases import METHODS, SHAPES, build_base, inputs, wrap
+from torch import nn
+
+WARM_UP = 4
+FLOOR = "floor"
+
+
+def step_of(model: nn.Module, batch: dict[str, torch.Tensor], call) -> tuple:
+    """A training step, and what it updates."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    on_gpu = batch["labels"].is_cuda
+    optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=on_gpu, capturable=on_gpu) if trained else None
+
+    def step() -> None:
+        call(**batch).loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        batch["inputs_embeds"].grad = None
+
+    return step, trained
+
+
+def captured(step, batch) -> object:
+    """The step as one CUDA graph; the gradients live in the graph's own memory."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def timed(step, steps: int, device: str) -> list[float]:
+    """Milliseconds of each step."""
+    for _ in range(WARM_UP):
+        step()
+    if device == "cpu":
+        times = []
+        for _ in range(steps):
+            begin = time.perf_counter()
+            step()
+            times.append(1e3 * (time.perf_counter() - begin))
+        return times
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(steps)]
+    torch.cuda.synchronize()
+    for begin, end in events:
+        begin.record()
+        step()
+        end.record()
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) for begin, end in events]
+
+
+def measure(base: nn.Module, args, method: str, mode: str, size: tuple[int, int]) -> dict:
+    gc.collect()
+    if args.device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        weights = torch.cuda.memory_allocated()
+    model = base if method.startswith(FLOOR) else wrap(base, method, args.shape)
+    call = torch.compile(model, dynamic=False) if mode == "compile" else model
+    batch = inputs(base, *size)
+    step, trained = step_of(model, batch, call)
+    begin = time.perf_counter()
+    run = captured(step, batch) if mode == "graph" else step
+    times = timed(run, args.steps, args.device)
+    row = {
+        "method": method,
+        "mode": mode,
+        "batch": size[0],
+        "tokens": size[1],
+        "ms": statistics.median(times),
+        "min": min(times),
+        "max": max(times),
+        "trained": sum(parameter.numel() for parameter in trained),
+        "peak_gib": (torch.cuda.max_memory_allocated() - weights) / 2**30 if args.device == "cuda" else None,
+        "setup_s": time.perf_counter() - begin,
+    }
+    del run, step, call
+    if model is not base:
+        model.unload()
+    if mode == "compile":
+        torch._dynamo.reset()
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", default="llama-7b", choices=SHAPES)
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--sizes", help="such as 1x256,8x512; default: those of the shape")
+    parser.add_argument("--methods", default=",".join(METHODS).replace("q,v", "q+v"))
+    parser.add_argument("--modes", default="eager,graph")
+    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    sizes = [tuple(map(int, size.split("x"))) for size in args.sizes.split(",")] if args.sizes else SHAPES[args.shape].sizes
+    methods = [name.replace("q+v", "q,v") for name in args.methods.split(",")]
+    base = build_base(args.shape, device=args.device, dtype=getattr(torch, args.dtype), layers=args.layers)
+    about = {
+        "shape": args.shape,
+        "layers": base.config.num_hidden_layers,
+        "dtype": args.dtype,
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
+        "threads": torch.get_num_threads(),
+        "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft)},
+        "steps": args.steps,
+    }
+    rows = []
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    for mode in args.modes.split(","):
+        for size in sizes:
+            floor = None
+            # the floor once more at the end shows how far the machine itself moved
+            for method in [FLOOR, *methods, f"{FLOOR} again"]:
+                try:
+                    row = measure(base, args, method, mode, size)
+                except torch.OutOfMemoryError as error:
+                    print(f"{mode} {size} {method}: {str(error)[:80]}")
+                    continue
+                floor = floor or row["ms"]
+                row["ratio"] = row["ms"] / floor
+                rows.append(row)
+                peak = f"{row['peak_gib']:7.2f} GiB" if row["peak_gib"] is not None else ""
+                print(
+                    f"{mode:8} {size[0]}x{size[1]:<5} {method:16} {row['ms']:9.2f} ms "
+                    f"[{row['min']:.2f}, {row['max']:.2f}] x{row['ratio']:.3f} {peak} ({row['setup_s']:.0f} s)",
+                    flush=True,
+                )
+            args.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
