@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -453,6 +454,14 @@ def test_another_base_model_is_noticed_with_text(decoder, tmp_path):
     with pytest.raises(InputError, match="does not fit the base model"):
         compress(decoder[0], tmp_path / "out", rank=2, model=str(tmp_path / "other"), text="a film")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_head_of_a_base_model_that_is_gone(tmp_path):
+    model, _ = saved_base(tmp_path / "base", "bert", "SEQ_CLS")
+    lora(model, "SEQ_CLS", target_modules=["query"]).save_pretrained(tmp_path / "lora")
+    shutil.rmtree(tmp_path / "base")
+    with pytest.raises(InputError, match=r"brings a head.*--model"):
+        compress(tmp_path / "lora", tmp_path / "out", rank=2)
 
 
 @pytest.mark.parametrize("text", ["", "  \n"])

@@ -105,14 +105,14 @@ def compress(
         watch: wraps the names of the modules on their way, to show progress.
 
     Raises InputError when the adapter has no plain low-rank updates, ``out`` is taken, or the base model is needed
-    and cannot be loaded.
+    and cannot be loaded (for an adapter with a head, its configuration is).
     """
     start = time.perf_counter()
     _check_budget(rank, error)
     saved = find_adapter(adapter, model)
     out = out or adapter.resolve().with_name(adapter.resolve().name + "-loretta")
     _check_output(out, saved, overwrite=overwrite)
-    given = read_updates(saved)
+    given, purpose = read_updates(saved), _purpose(saved)
     # before the work, so that a base model that cannot be loaded is known at once
     comparison = Comparison(saved, read_texts(text)) if text is not None else None
 
@@ -123,7 +123,7 @@ def compress(
     for name in watch(list(given.by_module)):
         update = given.by_module[name]
         fits[name] = _fit(update, bottleneck, rank) if rank else _smallest_fit(update, bottleneck, cast(float, error))
-    config = _config(saved, {name: fit.rank for name, fit in fits.items()}, bottleneck)
+    config = _config(saved, purpose, {name: fit.rank for name, fit in fits.items()}, bottleneck)
     _write(out, config, {**_tensors(config, fits), **given.beside})
 
     norms = [tt.product_norm(*update) for update in given.by_module.values()]
@@ -249,16 +249,32 @@ def _together(errors: Iterable[float], norms: Iterable[float]) -> float:
 # Writing
 
 
-def _config(saved: SavedAdapter, ranks: Mapping[str, int], bottleneck: int) -> LorettaRepConfig:
+def _purpose(saved: SavedAdapter) -> dict[str, Any]:
+    """The options that say what the adapter is for: its task type, or the class of its base model.
+
+    For classification our tuner copies more of a head than other methods save with an adapter. Without a task type
+    it does as they do: what modules_to_save names is copied, and trained.
+    """
+    task_type = saved.config.get("task_type")
+    if task_type not in _TASKS_WITH_HEADS:
+        return {"task_type": task_type, "auto_mapping": saved.config.get("auto_mapping")}
+    try:
+        kind = type(meta_model(find_config(saved.base), task_type))
+    except InputError:
+        raise InputError(
+            f"the adapter brings a head, and the configuration of its base model '{saved.base}' cannot be read: "
+            "give its folder or Hub id with --model"
+        ) from None
+    return {"task_type": None, "auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__}}
+
+
+def _config(
+    saved: SavedAdapter, purpose: Mapping[str, Any], ranks: Mapping[str, int], bottleneck: int
+) -> LorettaRepConfig:
     """The config of a rep adapter on the same modules, with a scaling of 1 everywhere."""
     given = saved.config
     rank = Counter(ranks.values()).most_common(1)[0][0]
     others = {f"^{re.escape(name)}": other for name, other in ranks.items() if other != rank}
-    task_type, auto_mapping = given.get("task_type"), given.get("auto_mapping")
-    if task_type in _TASKS_WITH_HEADS:
-        # For these task types our tuner copies more of a head than PEFT's other methods save with an adapter.
-        # Without one it does as they do; the model's class then says what the adapter is for.
-        task_type, auto_mapping = None, _auto_mapping(saved)
     bias = given.get("bias", "none")
     return LorettaRepConfig(
         r=bottleneck,
@@ -275,17 +291,11 @@ def _config(saved: SavedAdapter, ranks: Mapping[str, int], bottleneck: int) -> L
         bias=bias if bias in ("none", "all") else "loretta_rep_only",
         train_norms=False,
         train_head="dense",
-        task_type=task_type,
-        auto_mapping=auto_mapping,
         base_model_name_or_path=saved.base,
         revision=given.get("revision"),
         inference_mode=True,
+        **purpose,
     )
-
-
-def _auto_mapping(saved: SavedAdapter) -> dict[str, str]:
-    kind = type(meta_model(find_config(saved.base), saved.config["task_type"]))
-    return {"base_model_class": kind.__name__, "parent_library": kind.__module__}
 
 
 def _tensors(config: LorettaRepConfig, fits: Mapping[str, _Fit]) -> dict[str, Tensor]:
