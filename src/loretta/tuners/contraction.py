@@ -52,7 +52,10 @@ class Handed:
 
     def get(self, adapter_name: str, pair: int) -> "Factors | None":
         """The factors of one pair of trains, or None where the layer has to contract them itself."""
-        key, in_backward = (adapter_name, pair), _in_backward()
+        key = (adapter_name, pair)
+        if self.call.is_running and not self.recomputed and torch.is_grad_enabled():
+            return self.with_gradient.get(key)
+        in_backward = _in_backward()
         if not (self.call.is_running or in_backward):
             return None
         if torch.is_grad_enabled():

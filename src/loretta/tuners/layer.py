@@ -40,6 +40,9 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
             self.add_module(self.prefix + part, nn.ModuleDict())
         self.scaling: dict[str, float] = {}
         self.placements: dict[str, Placement] = {}
+        # plain dictionaries beside the modules, whose attributes torch is slow to look up
+        self.n_pairs: dict[str, int] = {}
+        self.drops: dict[str, bool] = {}
         self.handed = Handed()
 
     def _part(self, part: str) -> nn.ModuleDict:
@@ -49,7 +52,7 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
         """(adapter, number of the pair of trains) of all that the next forward pass will use."""
         if not (self.disable_adapters or self.merged):
             for name in self.active_adapters:
-                yield from ((name, pair) for pair in range(len(self._trains(name))))
+                yield from ((name, pair) for pair in range(self.n_pairs.get(name, 0)))
 
     def ingredients(self, adapter_name: str, pair: int) -> tuple[Tensor, ...]:
         """The parameters of one pair of trains, those of equal layers to be stacked: down, up, and any biases."""
@@ -82,7 +85,7 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
         """
         return [
             self.handed.get(adapter_name, pair) or self._contract_alone(adapter_name, pair)
-            for pair in range(len(self._trains(adapter_name)))
+            for pair in range(self.n_pairs[adapter_name])
         ]
 
     def _contract_alone(self, adapter_name: str, pair: int) -> Factors:
@@ -113,6 +116,8 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
             for part in ("down", "up"):
                 self._part("start_" + part)[adapter_name] = copy.deepcopy(self._part(part)[adapter_name])
                 self._part("start_" + part)[adapter_name].requires_grad_(False)
+        self.n_pairs[adapter_name] = 2 if init_weights == "denoised" else 1
+        self.drops[adapter_name] = bool(dropout)
         note_change()
 
     def set_scaling(self, adapter_name: str, config: Any) -> None:
@@ -145,6 +150,10 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
         # between training and evaluation something may have written past autograd's version counters
         note_change()
         return super().train(mode)
+
+    def dropout(self, adapter_name: str, x: Tensor) -> Tensor:
+        """One adapter's dropout."""
+        return self._part("dropout")[adapter_name](x) if self.drops[adapter_name] else x
 
     def _check_mixed_batch(self, x: Tensor, adapter_names: Sequence[str]) -> None:
         if len(x) != len(adapter_names):

@@ -4,6 +4,7 @@ Axes: B batch, H the width the adapter works on, b bottleneck.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -14,7 +15,7 @@ from loretta.layers import fold_bias, pad_inner
 from loretta.placement import Placement
 from loretta.tuners.adp.config import LorettaAdpConfig
 from loretta.tuners.contraction import Factors
-from loretta.tuners.layer import Halves, LorettaLayer, fitting, works_in
+from loretta.tuners.layer import Halves, LorettaLayer, works_in
 
 
 class AdpLinear(LorettaLayer):
@@ -32,6 +33,8 @@ class AdpLinear(LorettaLayer):
         "loretta_adp_dropout",
         "scaling",
         "placements",
+        "n_pairs",
+        "drops",
     )
 
     def __init__(self, base_layer: nn.Module, *, name: str, **quantization_kwargs) -> None:
@@ -62,7 +65,7 @@ class AdpLinear(LorettaLayer):
     def ingredients(self, adapter_name: str, pair: int) -> tuple[Tensor, ...]:
         trains, biases = super().ingredients(adapter_name, pair), self._biases(adapter_name)
         # beside a start that is subtracted they stay apart: both have to round alike
-        folded = biases is not None and len(self._trains(adapter_name)) == 1
+        folded = biases is not None and self.n_pairs[adapter_name] == 1
         return (*trains, biases["down"], biases["up"]) if biases is not None and folded else trains
 
     @staticmethod
@@ -89,8 +92,9 @@ class AdpLinear(LorettaLayer):
         self, adapter_name: str, rows_BH: Tensor, factors: Factors, biases: nn.ParameterDict | None
     ) -> tuple[Tensor, Tensor]:
         """The adapter up to its last matrix, which is the second value; ``biases`` where they are not folded in."""
-        factors = tuple(fitting(factor, rows_BH) for factor in factors)
-        act, dropout = self.loretta_adp_act[adapter_name], self._part("dropout")[adapter_name]
+        if not works_in(rows_BH, factors[0].dtype):
+            factors = tuple(factor.to(rows_BH.dtype) for factor in factors)
+        act, dropout = self.loretta_adp_act[adapter_name], partial(self.dropout, adapter_name)
         if len(factors) == 6:
             one_C, left_HC, mid_Cb, one_D, mid_bD, up_DH = factors
             hidden_Bb = torch.addmm(one_C, rows_BH, left_HC) @ mid_Cb

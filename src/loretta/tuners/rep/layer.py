@@ -35,6 +35,8 @@ class RepLinear(LorettaLayer):
         "lora_alpha",
         "scaling",
         "placements",
+        "n_pairs",
+        "drops",
     )
 
     def __init__(self, base_layer: nn.Module, *, name: str, **quantization_kwargs) -> None:
@@ -71,7 +73,7 @@ class RepLinear(LorettaLayer):
 
     def delta(self, adapter_name: str, x_BI: Tensor) -> Tensor:
         """What one adapter adds to the output. The I x O matrix is never built."""
-        x_BI = self._part("dropout")[adapter_name](x_BI)
+        x_BI = self.dropout(adapter_name, x_BI)
         now, *start = [
             (x_BI @ fitting(a_IR, x_BI)) @ fitting(b_RO, x_BI) for a_IR, b_RO in self.contracted(adapter_name)
         ]
@@ -79,31 +81,31 @@ class RepLinear(LorettaLayer):
         return now - start[0] if start else now
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        adapter_names = kwargs.pop("adapter_names", None)
+        adapter_names, base_layer = kwargs.pop("adapter_names", None), self.base_layer
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
+            return base_layer(x, *args, **kwargs)
         if adapter_names is not None:
-            return self._add_mixed(self.base_layer(x, *args, **kwargs), x, adapter_names)
+            return self._add_mixed(base_layer(x, *args, **kwargs), x, adapter_names)
         if self.merged:
-            return self.base_layer(x, *args, **kwargs)
-        if is_bare_linear(self.base_layer) and not args and not kwargs and x.dim() > 1:
+            return base_layer(x, *args, **kwargs)
+        if is_bare_linear(base_layer) and not args and not kwargs:
             # Its output is a new matrix that nobody else has seen, so the updates can be added into it.
-            rows = x.flatten(0, -2)
-            return self._updated(self.base_layer(rows), rows, in_place=True).unflatten(0, x.shape[:-1])
-        result = self.base_layer(x, *args, **kwargs)
+            rows = x.reshape(-1, self.in_features)
+            return self._updated(base_layer(rows), rows, in_place=True).view(*x.shape[:-1], self.out_features)
+        result = base_layer(x, *args, **kwargs)
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
         return self._updated(result, x, in_place=False)
 
     def _updated(self, result: Tensor, x: Tensor, *, in_place: bool) -> Tensor:
         for name in self.active_adapters:
-            if name not in self._part("down"):
+            if name not in self.n_pairs:
                 continue
             (a_IR, b_RO), *start = self.contracted(name)
             if in_place and not start and result.dtype == b_RO.dtype and works_in(x, b_RO.dtype):
-                result = add_update(result, self._part("dropout")[name](x), a_IR, b_RO)
+                result = add_update(result, self.dropout(name, x), a_IR, b_RO)
             else:
                 result = result + self.delta(name, x).to(result.dtype)
         return result
