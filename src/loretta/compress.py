@@ -11,7 +11,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,13 +26,12 @@ from loretta.card import README, write_card
 from loretta.difference import Comparison, Difference, read_texts
 from loretta.errors import InputError
 from loretta.families import find_config, meta_model
-from loretta.layers import Cores
+from loretta.fitting import EXACT, Fit, Update, fit_update, smallest_fit
 from loretta.loading import CONFIG, WEIGHTS, SavedAdapter, find_adapter
-from loretta.tuners.model import _check_signature
+from loretta.tuners.model import check_signature
 from loretta.tuners.rep import LorettaRepConfig, LorettaRepModel
-from loretta.updates import PREFIX, Update, is_base_weight, read_updates
+from loretta.updates import PREFIX, is_base_weight, read_updates
 
-EXACT = 1e-6  # an error below this is rounding: cores are written in float32
 _TASKS_WITH_HEADS = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
 
 
@@ -122,7 +120,9 @@ def compress(
     fits = {}
     for name in watch(list(given.by_module)):
         update = given.by_module[name]
-        fits[name] = _fit(update, bottleneck, rank) if rank else _smallest_fit(update, bottleneck, cast(float, error))
+        fits[name] = (
+            fit_update(update, bottleneck, rank) if rank else smallest_fit(update, bottleneck, cast(float, error))
+        )
     config = _config(saved, purpose, {name: fit.rank for name, fit in fits.items()}, bottleneck)
     _write(out, config, {**_tensors(config, fits), **given.beside})
 
@@ -175,51 +175,11 @@ def _check_output(out: Path, saved: SavedAdapter, *, overwrite: bool) -> None:
         raise InputError(f"'{out}' holds something else than a rep adapter: give another folder with -o")
 
 
-# Fitting
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Fit:
-    """The trains of one module at one rank, and the relative error of their product in the dtype of the cores."""
-
-    rank: int
-    down: Cores
-    up: Cores
-    error: float
-
-
-def _fit(update: Update, bottleneck: int, rank: int) -> _Fit:
-    (a_IR, b_RO), (in_features, out_features) = update, _size(update)
-    down = Cores(tt.plan(in_features, bottleneck, rank=rank))
-    up = Cores(tt.plan(bottleneck, out_features, rank=rank))
-    for cores, values in zip((down, up), tt.fit_product(a_IR, b_RO, down.shape, up.shape), strict=True):
-        cores.assign(values)
-    error = tt.product_error(a_IR, b_RO, list(down), list(up), down.shape, up.shape)
-    return _Fit(rank=rank, down=down, up=up, error=error / norm if (norm := tt.product_norm(a_IR, b_RO)) else 0.0)
-
-
-def _smallest_fit(update: Update, bottleneck: int, error: float) -> _Fit:
-    """The fit of the smallest rank that keeps ``error``: double the rank until it does, then bisect."""
-
-    @cache
-    def fit(rank: int) -> _Fit:
-        return _fit(update, bottleneck, rank)
-
-    high = 1
-    while fit(high).error > max(error, EXACT):  # ends where the ranks carry everything
-        high *= 2
-    low = high // 2
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fit(middle).error <= max(error, EXACT) else (middle, high)
-    return fit(high)
-
-
 def _size(update: Update) -> tuple[int, int]:
     return update[0].shape[0], update[1].shape[1]
 
 
-def _module(name: str, update: Update, fit: _Fit) -> Module:
+def _module(name: str, update: Update, fit: Fit) -> Module:
     in_features, out_features = _size(update)
     return Module(
         name=name,
@@ -298,7 +258,7 @@ def _config(
     )
 
 
-def _tensors(config: LorettaRepConfig, fits: Mapping[str, _Fit]) -> dict[str, Tensor]:
+def _tensors(config: LorettaRepConfig, fits: Mapping[str, Fit]) -> dict[str, Tensor]:
     """The trains under the names that PEFT gives them; ``config`` learns which modules it is for."""
     placements = []
     tensors: dict[str, Tensor] = {}
@@ -308,7 +268,7 @@ def _tensors(config: LorettaRepConfig, fits: Mapping[str, _Fit]) -> dict[str, Te
         for part, cores in (("down", fit.down), ("up", fit.up)):
             key = f"{PREFIX}{name}.{LorettaRepModel.prefix}{part}"
             tensors |= {f"{key}.{own}": value.detach() for own, value in cores.state_dict().items()}
-    _check_signature(config, placements)
+    check_signature(config, placements)
     return tensors
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from loretta.errors import InputError
+from loretta.fitting import Update
 from loretta.loading import WEIGHTS, SavedAdapter
 
 PREFIX = "base_model.model."  # in a file that PEFT writes, of every key for what lies in the base model
@@ -32,8 +33,6 @@ _NOT_PLAIN = (
 _CHANGES_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
 # Singular values of a dense update below this part of the largest are rounding in float32
 _ROUNDING = 1e-6
-
-Update = tuple[Tensor, Tensor]  # A (I, R) and B (R, O) in float32: the change of a weight is A B, scaling included
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

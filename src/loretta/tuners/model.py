@@ -54,7 +54,7 @@ class LorettaModel(BaseTuner):
             targeted = copy.copy(config)
             targeted.modules_to_save = [*(config.modules_to_save or []), *head_names(model, config)]
             placements = [self.place(config, name, _base_of(m)) for name, m in matched_modules(targeted, model)]
-            _check_signature(config, placements)
+            check_signature(config, placements)
         copy_cost(model, config)
         names = install_copies(model, config, adapter_name)
         given = list(dict.fromkeys(config.modules_to_save or [])) or None
@@ -186,7 +186,7 @@ class LorettaModel(BaseTuner):
         return loaded
 
 
-def _check_signature(config: LorettaConfig, placements: list[Placement]) -> None:
+def check_signature(config: LorettaConfig, placements: list[Placement]) -> None:
     """Refuse an adapter of another base model, and note the modules of this one for when it is saved."""
     kinds = Counter((p.name.rpartition(".")[2], p.down.in_features, p.up.out_features) for p in placements)
     signature = ", ".join(f"{count} {name} {i} x {o}" for (name, i, o), count in sorted(kinds.items()))

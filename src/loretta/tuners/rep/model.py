@@ -1,14 +1,32 @@
 """The rep tuner."""
 
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import cast
+
+import torch
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from loretta import tt
 from loretta.errors import InputError
+from loretta.fitting import EXACT, Fit, Update, fit_update, smallest_fit
 from loretta.placement import Placement, rank_for, require_linear
+from loretta.tuners.extras import AdapterCopy
 from loretta.tuners.model import LorettaModel
 from loretta.tuners.rep.config import LorettaRepConfig
 from loretta.tuners.rep.layer import RepLinear
 from loretta.tuners.targets import REP_TARGETS
+
+
+def _sum(layer: RepLinear, adapters: Sequence[str], weights: Sequence[float]) -> Update:
+    """The weighted sum of a layer's updates as two thin matrices."""
+    present = [(a, w) for a, w in zip(adapters, weights, strict=True) if a in layer.n_pairs]
+    factors = [(w * layer.scaling[a], *layer.factors(a)) for a, w in present]
+    a_IR = torch.cat([scale * a_IR.detach().float() for scale, a_IR, _ in factors], dim=1)
+    return a_IR, torch.cat([b_RO.detach().float() for _, _, b_RO in factors], dim=0)
 
 
 class LorettaRepModel(LorettaModel):
@@ -18,6 +36,124 @@ class LorettaRepModel(LorettaModel):
     tuner_layer_cls = RepLinear
     layer_cls = RepLinear
     target_module_mapping = REP_TARGETS  # type: ignore[assignment]
+
+    def add_weighted_adapter(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str = "linear",
+        *,
+        rank: int | None = None,
+        error: float | None = None,
+        svd_rank: int | None = None,
+    ) -> None:
+        """Add an adapter whose update is the weighted sum of the updates of others; it is not active.
+
+        "linear" adds the trains up, so bottlenecks and ranks add up too (Oseledets 2011, section 4.1), and rounds
+        the sum where ``rank`` or ``error`` asks for it. "svd" first cuts the sum to its ``svd_rank`` largest
+        singular directions. Unlike LoRA's "linear", which adds up factors, the update is the sum itself. Norms are
+        combined alike; a head is taken over from the one adapter that has it.
+
+        Args:
+            adapters, weights: what is summed, and how much of each (negative to subtract).
+            adapter_name: the name of the sum.
+            combination_type: "linear" or "svd".
+            rank: tensor rank of the new trains. Default: "linear" the sum of the ranks, which is exact; "svd" the
+                largest rank of the given adapters.
+            error: in place of ``rank``: the relative Frobenius error that each module's update may have.
+            svd_rank: bottleneck of the new trains for "svd". Default: the largest ``r`` of the given adapters.
+
+        Raises InputError for unknown or taken names, budgets that make no sense, and adapters with heads of their own.
+        """
+        self._check_sum(adapters, weights, adapter_name, combination_type, rank, error, svd_rank)
+        layers = {
+            name: layer
+            for name, layer in self.model.named_modules()
+            if isinstance(layer, RepLinear) and any(adapter in layer.n_pairs for adapter in adapters)
+        }
+        updates = {name: _sum(layer, adapters, weights) for name, layer in layers.items()}
+        configs = [cast(LorettaRepConfig, self.peft_config[adapter]) for adapter in adapters]
+        if combination_type == "svd":
+            bottleneck = svd_rank or max(config.r for config in configs)
+            rank = rank or max(config.tensor_rank for config in configs)
+        else:
+            bottleneck = max(a_IR.shape[1] for a_IR, _ in updates.values())
+        fits = {}
+        for name, update in updates.items():
+            present = [a for a in adapters if a in layers[name].n_pairs]
+            total = sum(rank_for(self.peft_config[a], name) * layers[name].n_pairs[a] for a in present)
+            fits[name] = fit_update(update, bottleneck, rank or max(total, bottleneck))
+            # trains whose shapes were given do not add up at the ranks of the planned ones
+            if error is not None or (rank is None and fits[name].error > EXACT):
+                fits[name] = smallest_fit(update, bottleneck, error or 0.0)
+        first = cast(LorettaRepConfig, self.peft_config[self._with_head(adapters)])
+        norms = any(config.train_norms for config in configs)
+        self.peft_config[adapter_name] = _config_of_sum(first, fits, bottleneck, train_norms=norms)
+        self.inject_adapter(self.model, adapter_name)
+        for name, fit in fits.items():
+            down, up = layers[name]._trains(adapter_name)[0]
+            down.assign(list(fit.down))
+            up.assign(list(fit.up))
+        self._combine_copies(adapters, weights, adapter_name)
+
+    def _with_head(self, adapters: Sequence[str]) -> str:
+        """The adapter whose trained whole modules the sum takes over, or the first one."""
+        heads = [wrapper for wrapper in self._wrappers() if not getattr(wrapper, "is_norm", False)]
+        return next((a for a in adapters if any(a in head.modules_to_save for head in heads)), adapters[0])
+
+    def _wrappers(self) -> list[ModulesToSaveWrapper]:
+        return [module for module in self.model.modules() if isinstance(module, ModulesToSaveWrapper)]
+
+    @torch.no_grad()
+    def _combine_copies(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+        for wrapper in self._wrappers():
+            present = {a: w for a, w in zip(adapters, weights, strict=True) if a in wrapper.modules_to_save}
+            if adapter_name not in wrapper.modules_to_save or not present:
+                continue
+            if isinstance(wrapper, AdapterCopy) and wrapper.is_norm:
+                wrapper.assign(adapter_name, present)
+            else:
+                source = wrapper.modules_to_save[next(iter(present))]
+                wrapper.modules_to_save[adapter_name].load_state_dict(source.state_dict())
+
+    def _check_sum(
+        self,
+        adapters: Sequence[str],
+        weights: Sequence[float],
+        adapter_name: str,
+        combination_type: str,
+        rank: int | None,
+        error: float | None,
+        svd_rank: int | None,
+    ) -> None:
+        problems = [f"there is no adapter {a!r}" for a in adapters if a not in self.peft_config]
+        if not adapters or len(adapters) != len(weights) or len(set(adapters)) != len(adapters):
+            problems.append(
+                f"{len(adapters)} adapters and {len(weights)} weights: give one weight for each adapter once"
+            )
+        if adapter_name in self.peft_config:
+            problems.append(f"the name {adapter_name!r} is taken")
+        if combination_type not in ("linear", "svd"):
+            problems.append(f"combination_type={combination_type!r} is none of 'linear' and 'svd'")
+        if rank is not None and error is not None:
+            problems.append("rank and error are two budgets: give one of them")
+        if svd_rank is not None and combination_type != "svd":
+            problems.append("svd_rank is for combination_type='svd'")
+        problems += [
+            f"{n}={v!r} must be at least 1"
+            for n, v in (("rank", rank), ("svd_rank", svd_rank))
+            if v is not None and v < 1
+        ]
+        if error is not None and not 0 <= error < 1:
+            problems.append(f"error={error!r} must be from 0 to below 1")
+        for wrapper in self._wrappers():
+            having = [a for a in adapters if a in wrapper.modules_to_save]
+            if len(having) > 1 and not getattr(wrapper, "is_norm", False):
+                problems.append(f"the heads of {', '.join(having)} cannot be added up: leave one in, or train without")
+                break
+        if problems:
+            raise InputError("cannot add a weighted adapter: " + "; ".join(problems))
 
     @staticmethod
     def place(config: LorettaRepConfig, name: str, module: nn.Module) -> Placement:
@@ -33,3 +169,28 @@ class LorettaRepModel(LorettaModel):
             )
         except ValueError as error:
             raise InputError(f"'{name}': {error}") from None
+
+
+def _config_of_sum(
+    first: LorettaRepConfig, fits: Mapping[str, Fit], bottleneck: int, *, train_norms: bool
+) -> LorettaRepConfig:
+    """The config of one of the adapters, for the modules of all of them and with a scaling of 1."""
+    rank = Counter(fit.rank for fit in fits.values()).most_common(1)[0][0]
+    others = {f"^{re.escape(name)}": fit.rank for name, fit in fits.items() if fit.rank != rank}
+    return replace(
+        first,
+        r=bottleneck,
+        tensor_rank=rank,
+        lora_alpha=rank,
+        use_rslora=False,
+        rank_pattern=others,
+        alpha_pattern=dict(others),
+        shapes={},
+        init_weights="zero",
+        train_norms=train_norms,
+        target_modules=list(fits),
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        base_signature=None,
+    )
