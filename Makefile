@@ -30,5 +30,5 @@ tables: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,demo]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,demo,examples]'
 	touch $(INSTALLED)

@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from loretta import tt
 from loretta.layers import Cores
 from loretta.placement import Placement, require_linear
-from loretta.tuners.contraction import Factors, Handed, finish, note_change
+from loretta.tuners.contraction import (
+    Factors,
+    Handed,
+    Ingredient,
+    finish,
+    hidden_from_checkpoints,
+    look_up,
+    note_change,
+    note_write,
+)
 
 Halves = tuple[Tensor, Tensor]
 
@@ -54,10 +63,10 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
             for name in self.active_adapters:
                 yield from ((name, pair) for pair in range(self.n_pairs.get(name, 0)))
 
-    def ingredients(self, adapter_name: str, pair: int) -> tuple[Tensor, ...]:
-        """The parameters of one pair of trains, those of equal layers to be stacked: down, up, and any biases."""
+    def ingredients(self, adapter_name: str, pair: int) -> tuple[Ingredient, ...]:
+        """Where one pair of trains lies, to be stacked with those of equal layers: down, up, and any biases."""
         down, up = self._trains(adapter_name)[pair]
-        return down.values, up.values
+        return (down, "values"), (up, "values")
 
     @staticmethod
     def assemble(down: Halves, up: Halves, biases: Sequence[Tensor]) -> Factors:
@@ -90,9 +99,10 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
 
     def _contract_alone(self, adapter_name: str, pair: int) -> Factors:
         down, up = self._trains(adapter_name)[pair]
-        _, _, *biases = self.ingredients(adapter_name, pair)
-        # called as modules: hooks that bring offloaded parameters here run
-        return finish(self.assemble(down(), up(), biases), self.scaling[adapter_name], self.working_dtype())
+        biases = look_up(self.ingredients(adapter_name, pair)[2:])
+        with hidden_from_checkpoints():
+            # called as modules: hooks that bring offloaded parameters here run
+            return finish(self.assemble(down(), up(), biases), self.scaling[adapter_name], self.working_dtype())
 
     def _trains(self, adapter_name: str) -> list[tuple[Cores, Cores]]:
         """(down, up) of one adapter, and after it the frozen start that is subtracted, if the adapter has one."""
@@ -148,8 +158,14 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
 
     def train(self, mode: bool = True) -> "LorettaLayer":
         # between training and evaluation something may have written past autograd's version counters
-        note_change()
+        note_write()
         return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "LorettaLayer":
+        # other devices and dtypes, which also are written past them
+        note_write()
+        note_change()
+        return super()._apply(*args, **kwargs)
 
     def dropout(self, adapter_name: str, x: Tensor) -> Tensor:
         """One adapter's dropout."""

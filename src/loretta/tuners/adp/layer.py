@@ -14,7 +14,7 @@ from transformers.activations import ACT2FN
 from loretta.layers import fold_bias, pad_inner
 from loretta.placement import Placement
 from loretta.tuners.adp.config import LorettaAdpConfig
-from loretta.tuners.contraction import Factors
+from loretta.tuners.contraction import Factors, Ingredient
 from loretta.tuners.layer import Halves, LorettaLayer, works_in
 
 
@@ -62,11 +62,11 @@ class AdpLinear(LorettaLayer):
         found = self.loretta_adp_bias
         return cast(nn.ParameterDict, found[adapter_name]) if adapter_name in found else None
 
-    def ingredients(self, adapter_name: str, pair: int) -> tuple[Tensor, ...]:
+    def ingredients(self, adapter_name: str, pair: int) -> tuple[Ingredient, ...]:
         trains, biases = super().ingredients(adapter_name, pair), self._biases(adapter_name)
         # beside a start that is subtracted they stay apart: both have to round alike
         folded = biases is not None and self.n_pairs[adapter_name] == 1
-        return (*trains, biases["down"], biases["up"]) if biases is not None and folded else trains
+        return (*trains, (biases, "down"), (biases, "up")) if biases is not None and folded else trains
 
     @staticmethod
     def assemble(down: Halves, up: Halves, biases: Sequence[Tensor]) -> Factors:
