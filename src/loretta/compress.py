@@ -28,7 +28,7 @@ from loretta.errors import InputError
 from loretta.families import find_config, meta_model
 from loretta.fitting import EXACT, Fit, Update, fit_update, smallest_fit
 from loretta.loading import CONFIG, WEIGHTS, SavedAdapter, find_adapter
-from loretta.tuners.model import check_signature
+from loretta.tuners.model import sign
 from loretta.tuners.rep import LorettaRepConfig, LorettaRepModel
 from loretta.updates import PREFIX, is_base_weight, read_updates
 
@@ -268,7 +268,7 @@ def _tensors(config: LorettaRepConfig, fits: Mapping[str, Fit]) -> dict[str, Ten
         for part, cores in (("down", fit.down), ("up", fit.up)):
             key = f"{PREFIX}{name}.{LorettaRepModel.prefix}{part}"
             tensors |= {f"{key}.{own}": value.detach() for own, value in cores.state_dict().items()}
-    check_signature(config, placements)
+    sign(config, placements)
     return tensors
 
 

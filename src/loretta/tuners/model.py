@@ -48,13 +48,11 @@ class LorettaModel(BaseTuner):
         config = self.peft_config[adapter_name]
         self._check_new_adapter_config(config)
         config = self._prepare_adapter_config(config, self.get_model_config(model))
-        if hasattr(config, "_injected_into"):  # a second model: the signature belongs to the first
-            config = self.peft_config[adapter_name] = copy.copy(config)
         if state_dict is None:
             targeted = copy.copy(config)
             targeted.modules_to_save = [*(config.modules_to_save or []), *head_names(model, config)]
             placements = [self.place(config, name, _base_of(m)) for name, m in matched_modules(targeted, model)]
-            check_signature(config, placements)
+            _check_signature(config, placements)
         copy_cost(model, config)
         names = install_copies(model, config, adapter_name)
         given = list(dict.fromkeys(config.modules_to_save or [])) or None
@@ -169,6 +167,13 @@ class LorettaModel(BaseTuner):
                 handle.remove()
 
     @classmethod
+    def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):
+        """PEFT's selection of what to save; the config, which is saved next, learns what model it was trained on."""
+        layers = [module for module in model.modules() if isinstance(module, cls.layer_cls)]
+        sign(config, [layer.placements[adapter_name] for layer in layers if adapter_name in layer.placements])
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+
+    @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         """PEFT's key translation, then a check that the adapter was made for this base model."""
         loaded = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
@@ -186,17 +191,25 @@ class LorettaModel(BaseTuner):
         return loaded
 
 
-def check_signature(config: LorettaConfig, placements: list[Placement]) -> None:
-    """Refuse an adapter of another base model, and note the modules of this one for when it is saved."""
+def sign(config: LorettaConfig, placements: list[Placement]) -> None:
+    """Note the adapted modules of the base model in a config that is about to be saved."""
+    config._injected_into = _signature(placements)
+
+
+def _signature(placements: list[Placement]) -> str:
     kinds = Counter((p.name.rpartition(".")[2], p.down.in_features, p.up.out_features) for p in placements)
-    signature = ", ".join(f"{count} {name} {i} x {o}" for (name, i, o), count in sorted(kinds.items()))
+    return ", ".join(f"{count} {name} {i} x {o}" for (name, i, o), count in sorted(kinds.items()))
+
+
+def _check_signature(config: LorettaConfig, placements: list[Placement]) -> None:
+    """Refuse an adapter of another base model."""
+    signature = _signature(placements)
     if config.base_signature not in (None, signature):
         base = config.base_model_name_or_path or "the model it was trained on"
         raise InputError(
             f"this adapter was trained for another base model: it adapts {config.base_signature}, and this model has "
             f"{signature}; load it with '{base}'"
         )
-    config._injected_into = signature
 
 
 def _base_of(module: nn.Module) -> nn.Module:
