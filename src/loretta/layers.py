@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from loretta import tt
 
@@ -182,7 +183,11 @@ def update_factors(down: tuple[Tensor, Tensor], up: tuple[Tensor, Tensor]) -> tu
 
 def add_update(y_BO: Tensor, x_BI: Tensor, a_IR: Tensor, b_RO: Tensor) -> Tensor:
     """``y + (x A) B`` on matrices of one dtype, written into y: it must be new, and no gradient may need it."""
-    return y_BO.addmm_(x_BI @ a_IR, b_RO)
+    inner_BR = x_BI @ a_IR
+    # a compiler works in place by itself; under vmap over adapters one y has no room for the results of all
+    if torch.compiler.is_compiling() or any(is_functorch_wrapped_tensor(t) for t in (inner_BR, b_RO)):
+        return torch.addmm(y_BO, inner_BR, b_RO)
+    return y_BO.addmm_(inner_BR, b_RO)
 
 
 def fold_bias(left_IC: Tensor, right_CO: Tensor, bias_O: Tensor) -> tuple[Tensor, Tensor, Tensor]:
