@@ -8,7 +8,7 @@ import pytest
 import loretta
 
 ROOT = pathlib.Path(loretta.__file__).parent
-LAYERS = ["errors", "options", "tt", "kernels", "layers", "card", "tuners.config", "placement", "tuners", "adapters"]
+LAYERS = ["errors", "options", "tt", "layers", "card", "tuners.config", "placement", "tuners", "adapters"]
 LAYERS += [
     "loading",
     "export",

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from loretta import kernels
 from loretta.layers import fold_bias, pad_inner
 from loretta.placement import Placement
 from loretta.tuners.adp.config import LorettaAdpConfig
@@ -106,20 +105,6 @@ class AdpLinear(LorettaLayer):
             hidden_Bb = hidden_Bb + biases["down"].to(hidden_Bb.dtype)
         return dropout(act(hidden_Bb)) @ mid_bD, up_DH
 
-    def _fused(self, adapter_name: str, rows_BH: Tensor, factors: Factors) -> Tensor:
-        """``rows`` plus the adapter's output, by one autograd function."""
-        act, dropout = self.loretta_adp_act[adapter_name], partial(self.dropout, adapter_name)
-        if len(factors) == 6:
-            one_C, left_HC, mid_Cb, one_D, mid_bD, up_DH = factors
-        else:
-            (left_HC, mid_Cb, mid_bD, up_DH), one_C, one_D = factors, None, None
-
-        def inner(h_BC: Tensor, mid_Cb: Tensor, mid_bD: Tensor) -> Tensor:
-            activated_Bb = dropout(act(h_BC @ mid_Cb))
-            return activated_Bb @ mid_bD if one_D is None else torch.addmm(one_D, activated_Bb, mid_bD)
-
-        return cast(Tensor, kernels.AddBottleneck.apply(inner, rows_BH, one_C, left_HC, up_DH, mid_Cb, mid_bD))
-
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         adapter_names = kwargs.pop("adapter_names", None)
         if self.disable_adapters:
@@ -139,10 +124,7 @@ class AdpLinear(LorettaLayer):
             out = rows
             for name in (name for name in self.active_adapters if name in here):
                 factors, *start = self.contracted(name)
-                alike = not start and y.dtype == factors[-1].dtype and works_in(y, y.dtype)
-                if alike and out is rows and kernels.pays(rows):
-                    out = self._fused(name, rows, factors)
-                elif alike:
+                if not start and y.dtype == factors[-1].dtype and works_in(y, y.dtype):
                     out = torch.addmm(out, *self._inner(name, rows, factors, None))
                 else:
                     out = out + self.delta(name, rows).to(y.dtype)
