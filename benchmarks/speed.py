@@ -119,7 +119,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    sizes = [tuple(map(int, size.split("x"))) for size in args.sizes.split(",")] if args.sizes else SHAPES[args.shape].sizes
+    given = [tuple(map(int, size.split("x"))) for size in args.sizes.split(",")] if args.sizes else None
+    sizes = given or SHAPES[args.shape].sizes
     methods = [name.replace("q+v", "q,v") for name in args.methods.split(",")]
     base = build_base(args.shape, device=args.device, dtype=getattr(torch, args.dtype), layers=args.layers)
     about = {
