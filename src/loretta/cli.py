@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import logging
 import os
 import sys
 import warnings
@@ -300,6 +301,9 @@ def main() -> None:
     # deprecations inside the libraries are for their authors; PEFT warns of layers that it then handles
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     warnings.filterwarnings("ignore", message="Unsupported layer type", module="peft")
+    # where they are installed, PEFT imports them, and they report on kernels that nobody asked for
+    for library in ("torchao", "bitsandbytes", "torch.utils._pytree"):
+        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         app()
     except InputError as error:
