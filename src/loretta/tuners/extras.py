@@ -149,16 +149,22 @@ class AdapterCopy(ModulesToSaveWrapper):
         super().enable_adapters(enabled)
         self._apply_frozen()
 
+    def summed(self, adapter_names: str | list[str]) -> list[str]:
+        """Those of a list of adapters that change this norm; none for a single name, or what is not a norm."""
+        if isinstance(adapter_names, str) or not self.is_norm:
+            return []
+        return [name for name in adapter_names if name in self.modules_to_save]
+
     def check_set_adapter(self, adapter_name: str | list[str]) -> str | None:
         """As PEFT's, which allows one name; several norms are activated by :meth:`LorettaModel.set_adapter`."""
         if self.is_norm and not isinstance(adapter_name, str):
-            here = [name for name in adapter_name if name in self.modules_to_save]
+            here = self.summed(adapter_name)
             return here[0] if len(here) == 1 else None
         return super().check_set_adapter(adapter_name)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        if self.is_norm and not isinstance(adapter_names, str) and len(adapter_names) > 1:
-            self._active_adapter = [name for name in adapter_names if name in self.modules_to_save]
+        if len(names := self.summed(adapter_names)) > 1:
+            self._active_adapter = names
             for name, copy in self.modules_to_save.items():
                 copy.requires_grad_(name in self._active_adapter and not inference_mode)
         else:

@@ -114,11 +114,10 @@ class LorettaModel(BaseTuner):
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """As PEFT's. The norms of several adapters may be active together: their changes add up, as the trains' do."""
         super().set_adapter(adapter_name, inference_mode=inference_mode)
-        if isinstance(adapter_name, str):
-            return
         for module in self.model.modules():
-            if isinstance(module, AdapterCopy) and module.is_norm:
-                module.set_adapter(adapter_name, inference_mode=inference_mode)
+            # PEFT has activated what it allows: one adapter in a copied module
+            if isinstance(module, AdapterCopy) and len(names := module.summed(adapter_name)) > 1:
+                module.set_adapter(names, inference_mode=inference_mode)
 
     def rename_adapter(self, old: str, new: str) -> None:
         """Give a loaded adapter another name; see :func:`loretta.rename_adapter`."""
@@ -132,6 +131,17 @@ class LorettaModel(BaseTuner):
                 module.rename_adapter(old, new)
         rename_copies(self.model, old, new)
         self.active_adapter = [new if name == old else name for name in self.active_adapters]
+
+    def _check_merge_allowed(self) -> None:
+        """As PEFT's, and refuse what PEFT warns of: an update of a tied output layer would change the input too."""
+        super()._check_merge_allowed()
+        owners = Counter(id(p) for module in self.model.modules() for p in module.parameters(recurse=False))
+        for name, module in self.model.named_modules():
+            if isinstance(module, self.layer_cls) and owners[id(module.get_base_layer().weight)] > 1:
+                raise InputError(
+                    f"cannot merge into '{name}', whose weight is tied to another module's: keep the adapter unmerged, "
+                    "or load the base model with tie_word_embeddings=False and a copy of the weight"
+                )
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):

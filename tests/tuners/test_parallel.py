@@ -1,0 +1,147 @@
+"""Two processes train as one: DistributedDataParallel and FSDP2, over gloo on a CPU."""
+
+from collections.abc import Callable
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from peft import PeftModel
+from tolerances import assert_near
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from tuners.families import logits
+from tuners.matrix import base_of, cast, wrapped
+from tuners.wrapped import CONFIGS, trainable, trained
+
+pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+
+RANKS, STEPS = 2, 2
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "bert": ("bert", {}),
+    "llama": ("llama", {}),
+    "llama denoised": ("llama", {"init_weights": "denoised"}),
+    "gpt2": ("gpt2", {}),
+    "bart": ("bart", {}),
+    "mlp": ("mlp", {}),
+}
+
+
+def replicated(model: PeftModel) -> nn.Module:
+    return DistributedDataParallel(model, find_unused_parameters=False)
+
+
+def sharded(model: PeftModel) -> nn.Module:
+    """Every block on its own, and the rest with the root."""
+    mesh = init_device_mesh("cpu", (RANKS,))
+    for blocks in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
+        for block in blocks:
+            fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def checkpointed(then: Callable[[PeftModel], nn.Module], use_reentrant: bool, model: PeftModel) -> nn.Module:
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.enable_input_require_grads()
+    return then(model.train())  # without dropout, as llama is
+
+
+WAYS: dict[str, Callable[[PeftModel], nn.Module]] = {
+    "ddp": replicated,
+    "fsdp2": sharded,
+    "ddp, checkpointed": partial(checkpointed, replicated, False),
+    "ddp, reentrant": partial(checkpointed, replicated, True),
+    "fsdp2, checkpointed": partial(checkpointed, sharded, False),
+}
+JOBS = [
+    (way, case, method)
+    for way in WAYS
+    for case in (["llama"] if "," in way else CASES)
+    for method in CONFIGS
+]  # fmt: skip
+
+
+def prepared(case: str, method: str) -> tuple[PeftModel, dict[str, Tensor]]:
+    """A model that has been called, and its joint batch; in float64, where the order of a sum makes no difference."""
+    family, options = CASES[case]
+    model, inputs = wrapped(family, method, **options)
+    model, inputs = trained(model.double(), scale=0.05), cast(inputs, torch.float64)
+    logits(model, inputs)
+    return model, inputs
+
+
+def train(runs: nn.Module, model: PeftModel, inputs: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Gradients of a few steps of ``runs``, which holds ``model``. The loss is a mean over rows, as gradients are."""
+    optimizer = torch.optim.SGD(trainable(model).values(), lr=0.1)
+    gradients = []
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        out = runs(**inputs).logits
+        (out.square() + out).mean().backward()
+        gradients.append({name: gathered(parameter.grad) for name, parameter in trainable(model).items()})
+        optimizer.step()
+    return gradients
+
+
+def gathered(gradient: Tensor) -> Tensor:
+    return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient.clone()
+
+
+def on_one_rank(rank: int, folder: str) -> None:
+    """All jobs in one pair of processes: starting them takes longer than the jobs do."""
+    torch.manual_seed(0)
+    meeting = f"file://{folder}/meeting"
+    dist.init_process_group("gloo", meeting, timedelta(seconds=60), rank=rank, world_size=RANKS)
+    results = {}
+    for way, case, method in JOBS:
+        model, inputs = prepared(case, method)
+        rows = slice(rank, None, RANKS)
+        results[way, case, method] = train(
+            WAYS[way](model), model, {name: value[rows] for name, value in inputs.items()}
+        )
+        if way == "fsdp2":
+            options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+            weights = get_model_state_dict(model, options=options)  # whole on the first rank, and empty elsewhere
+            if rank == 0:
+                model.save_pretrained(f"{folder}/{case} {method}", state_dict=weights)
+    torch.save(results, f"{folder}/rank{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Where both ranks left their gradients, and the first one its adapters."""
+    path = tmp_path_factory.mktemp("parallel")
+    mp.spawn(on_one_rank, (str(path),), nprocs=RANKS)
+    return path
+
+
+@pytest.mark.parametrize(("way", "case", "method"), JOBS)
+def test_two_ranks_have_the_gradients_of_the_joint_batch(way, case, method, folder):
+    model, inputs = prepared(case, method)
+    expected = train(model, model, inputs)
+    for rank in range(RANKS):
+        got = torch.load(folder / f"rank{rank}.pt")[way, case, method]
+        for got_step, expected_step in zip(got, expected, strict=True):
+            assert got_step.keys() == expected_step.keys()
+            for name, gradient in expected_step.items():
+                assert gradient.any(), name
+                assert_near(name, got_step[name], gradient)
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("case", CASES)
+def test_a_sharded_adapter_is_saved_whole(case, method, folder):
+    model, inputs = prepared(case, method)
+    train(model, model, inputs)
+    base, _ = base_of(CASES[case][0])
+    again = PeftModel.from_pretrained(base.double(), folder / f"{case} {method}", autocast_adapter_dtype=False)
+    assert_near("logits", logits(again.double().eval(), inputs), logits(model, inputs))
