@@ -1,0 +1,340 @@
+"""Run folders -> the numbers of a study: means and intervals over seeds, and what is missing."""
+
+import json
+import shlex
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from scipy import stats
+
+from loretta.errors import InputError
+from loretta.studies.state import COST, COUNT, EVALUATIONS, State, state_of
+from loretta.studies.study import Planned, Row, Study
+from loretta.training.record import RunRecord
+
+STUDY = "study.json"
+CONFIDENCE = 0.95
+AVERAGE = "average"
+
+
+class Score(BaseModel):
+    """One seed's number, and where it comes from."""
+
+    model_config = ConfigDict(frozen=True)
+
+    seed: int
+    value: float  # of the cell's metric, as the record has it (a fraction, not percent)
+    values: dict[str, float]  # every metric of the split
+    folder: str  # below the folder of all runs; "" in an average
+    learning_rate: float | None
+    seconds: float | None
+    command: str  # as it was typed
+    repeat: str  # the command that runs this one again
+
+
+class Missing(BaseModel):
+    """A seed without a number."""
+
+    model_config = ConfigDict(frozen=True)
+
+    seed: int
+    folder: str
+    state: State
+    reason: str
+
+
+class Cell(BaseModel):
+    """One number of a table: a method on a task, over seeds.
+
+    ``mean``, ``low`` and ``high`` are in the record's unit; multiply by the study's ``scale`` to stand beside
+    ``printed``. The interval is Student's t at 95%, None for fewer than two seeds.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str
+    task: str  # a task of the study, "average", or a quantity ("memcpy_us", "flops", "bytes")
+    row: str
+    label: str
+    method: str
+    order: tuple[str, ...] = ()  # of a sequence
+    stage: int | None = None  # of a sequence: after how many tasks the score was taken
+    metric: str
+    split: str  # "validation" or "test"; "" for what has none
+    higher_is_better: bool
+    asked: int
+    scores: tuple[Score, ...]
+    missing: tuple[Missing, ...]
+    mean: float | None
+    low: float | None
+    high: float | None
+    parameters: int | None  # trained
+    adapter_bytes: int | None
+    printed: float | None  # as the paper prints it, in percent where ours is a fraction
+    printed_model: str | None  # the paper's model that the printed number belongs to
+    printed_parameters: str | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def finished(self) -> int:
+        return len(self.scores)
+
+    @property
+    def seeds(self) -> str:
+        """As "3 of 5 seeds" where some are missing, else "5 seeds"."""
+        count = f"{self.finished} of {self.asked}" if self.finished < self.asked else str(self.asked)
+        return f"{count} seed{'s' if self.asked != 1 else ''}"
+
+
+class Results(BaseModel):
+    """Everything that was run for one study."""
+
+    model_config = ConfigDict(frozen=True)
+
+    study: Study
+    options: dict[str, Any]  # of the command: models, tasks, seeds, limit, ...
+    commands: tuple[str, ...]  # as they were typed
+    planned: tuple[Planned, ...]
+    cells: tuple[Cell, ...]
+
+    def final(self) -> tuple[Cell, ...]:
+        """The cells of the table: in a sequence those after its last task."""
+        return tuple(cell for cell in self.cells if cell.stage in (None, len(self.study.tasks)))
+
+    def record(self, root: Path, score: Score) -> RunRecord:
+        """The run behind a score of a training run."""
+        return RunRecord.load(root / score.folder / "run.json")
+
+
+def interval(values: Sequence[float]) -> tuple[float | None, float | None, float | None]:
+    """Mean, and the ends of Student's t interval at 95% of the mean of a sample.
+
+    All None without values; no ends for a single value. Equal values give an interval of no width.
+    """
+    if not values:
+        return None, None, None
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return mean, None, None
+    error = statistics.stdev(values) / len(values) ** 0.5
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * error
+    return mean, mean - half, mean + half
+
+
+def collect_all(root: Path) -> list[Results]:
+    """The results of every study in a folder of runs. Raises InputError when it holds none."""
+    files = sorted(root.glob("study*.json"))
+    if not files:
+        raise InputError(f"'{root}' holds no study: give the --output of `loretta reproduce` or `loretta compare`")
+    return [_collect(root, file) for file in files]
+
+
+def collect(root: Path, name: str | None = None) -> Results:
+    """The results of the study ``name``, or of the only one in the folder.
+
+    Raises InputError when the folder holds none, no such, or several without a name.
+    """
+    found = collect_all(root)
+    if name is not None:
+        found = [results for results in found if results.study.name == name]
+        if not found:
+            raise InputError(f"'{root}' holds no study {name!r}: `loretta runs ls '{root}'` shows what there is")
+    if len(found) > 1:
+        names = ", ".join(results.study.name for results in found)
+        raise InputError(f"'{root}' holds several studies ({names}): name one")
+    return found[0]
+
+
+def _collect(root: Path, file: Path) -> Results:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        study = Study.model_validate(content["study"])
+        planned = tuple(Planned.model_validate(run) for run in content["planned"])
+        options, commands = content.get("options", {}), tuple(content.get("commands", ()))
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"'{file}' is damaged or of another version ({reason}): run the study again") from None
+    groups: dict[tuple, list[Planned]] = {}
+    for run in planned:
+        # several kinds are one cell only where they are seeds of the same number
+        if not run.candidate:
+            groups.setdefault(run.cell, []).append(run)
+    cells = [cell for runs in groups.values() for cell in _cells(root, study, runs)]
+    return Results(
+        study=study, options=options, commands=commands, planned=planned, cells=(*cells, *_averages(study, cells))
+    )
+
+
+def _cells(root: Path, study: Study, runs: list[Planned]) -> list[Cell]:
+    """The cells of the seeds of one (model, task, method): one, or several where a run gives several numbers."""
+    first = runs[0]
+    if first.kind == "cost":
+        return [_measured(root, study, runs, COST, name) for name in ("memcpy_us", "flops")]
+    if first.kind == "count":
+        return [_measured(root, study, runs, COUNT, name) for name in ("parameters", "bytes")]
+    if first.order:
+        stage = len(first.task.split("-"))
+        return [_trained(root, study, runs, task=task, stage=stage) for task in first.order]
+    return [_trained(root, study, runs, task=first.task)]
+
+
+def _trained(root: Path, study: Study, runs: list[Planned], *, task: str, stage: int | None = None) -> Cell:
+    scores, missing, records = [], [], []
+    metric = study.metrics.get(task)
+    for run in runs:
+        state, reason = state_of(root, run)
+        if state != "finished":
+            missing.append(Missing(seed=run.seed, folder=run.folder, state=state, reason=reason))
+            continue
+        record = RunRecord.load(root / run.folder / "run.json")
+        if stage is None:
+            values = record.validation if record.test is None else record.test
+            metric = metric or record.metric
+        else:
+            evaluations = json.loads((root / run.folder / EVALUATIONS).read_text(encoding="utf-8"))
+            values = evaluations[task]
+            metric = metric or next(iter(values))
+        if metric not in values:
+            reason = f"its record has no {metric}, only {', '.join(values)}"
+            missing.append(Missing(seed=run.seed, folder=run.folder, state="finished", reason=reason))
+            continue
+        records.append(record)
+        scores.append(_score(root, run, values[metric], values, record))
+    last = records[-1] if records else None
+    return _cell(
+        study,
+        runs[0],
+        task=task,
+        stage=stage,
+        metric=metric or "",
+        split="" if last is None else "validation" if stage is not None or last.test is None else "test",
+        higher_is_better=metric not in ("loss", "perplexity", "mse"),
+        asked=len(runs),
+        scores=scores,
+        missing=missing,
+        parameters=last.parameters.trainable if last else None,
+        adapter_bytes=last.adapter_bytes if last else None,
+        notes=tuple(dict.fromkeys(note for record in records for note in record.notes)),
+    )
+
+
+def _measured(root: Path, study: Study, runs: list[Planned], file: str, name: str) -> Cell:
+    scores, missing, notes, content = [], [], (), {}
+    for run in runs:
+        state, reason = state_of(root, run)
+        if state == "finished":
+            content = json.loads((root / run.folder / file).read_text(encoding="utf-8"))
+            notes = tuple(content["notes"])
+            if content[name] is not None:
+                numbers = {key: value for key, value in content.items() if isinstance(value, int | float)}
+                scores.append(_score(root, run, content[name], numbers, None))
+                continue
+            reason = content["notes"][0]
+        missing.append(Missing(seed=run.seed, folder=run.folder, state=state, reason=reason))
+    return _cell(
+        study,
+        runs[0],
+        task=name,
+        metric=name,
+        split="",
+        higher_is_better=False,
+        asked=len(runs),
+        scores=scores,
+        missing=missing,
+        parameters=content.get("parameters"),
+        adapter_bytes=content.get("bytes"),
+        notes=notes,
+    )
+
+
+def _score(root: Path, run: Planned, value: float, values: dict[str, float], record: RunRecord | None) -> Score:
+    folder = root / run.folder
+    return Score(
+        seed=run.seed,
+        value=value,
+        values=values,
+        folder=run.folder,
+        learning_rate=run.learning_rate,
+        seconds=record.train_seconds if record else None,
+        command=record.command if record else "",
+        repeat=shlex.join(["loretta", "train", "--config", str(folder / "config.json"), "--output", f"{folder}-again"])
+        if record
+        else "",
+    )
+
+
+def _cell(study: Study, run: Planned, *, task: str, scores: Sequence[Score], **known: Any) -> Cell:
+    mean, low, high = interval([score.value for score in scores])
+    row = find_row(study, run.row, run.model)
+    return Cell(
+        model=run.model,
+        task=task,
+        row=run.row,
+        label=run.label,
+        method=run.method,
+        order=run.order,
+        scores=tuple(scores),
+        mean=mean,
+        low=low,
+        high=high,
+        # another order is another experiment than the printed one
+        printed=row.printed.get(task) if row and run.order in ((), study.tasks) else None,
+        printed_model=row.model if row else None,
+        printed_parameters=row.parameters if row else None,
+        **known,
+    )
+
+
+def find_row(study: Study, name: str, model: str) -> Row | None:
+    """The row of a name: that of the model where the study has one, else the first; None for a user's own method."""
+    rows = [row for row in study.rows if row.name == name]
+    return next((row for row in rows if row.model == model), rows[0] if rows else None)
+
+
+def _averages(study: Study, cells: Iterable[Cell]) -> list[Cell]:
+    """The mean over all tasks of the study for each seed that has them all, where there are several tasks."""
+    groups: dict[tuple, list[Cell]] = {}
+    for cell in cells:
+        if cell.task in study.tasks and cell.stage in (None, len(study.tasks)):
+            groups.setdefault((cell.model, cell.row, cell.order), []).append(cell)
+    averages = []
+    for group in groups.values():
+        if len(study.tasks) < 2 or len(group) < len(study.tasks):
+            continue
+        by_seed = [{score.seed: score for score in cell.scores} for cell in group]
+        common = sorted(set.intersection(*map(set, by_seed)))
+        scores = [
+            Score(
+                seed=seed,
+                value=statistics.fmean(scores[seed].value for scores in by_seed),
+                values={},
+                folder="",
+                learning_rate=None,
+                seconds=None,
+                command="",
+                repeat="",
+            )
+            for seed in common
+        ]
+        mean, low, high = interval([score.value for score in scores])
+        row = find_row(study, group[0].row, group[0].model)
+        averages.append(
+            group[0].model_copy(
+                update={
+                    "task": AVERAGE,
+                    "metric": AVERAGE,
+                    "scores": tuple(scores),
+                    "missing": tuple(missing for cell in group for missing in cell.missing),
+                    "asked": max(cell.asked for cell in group),
+                    "mean": mean,
+                    "low": low,
+                    "high": high,
+                    "printed": row.printed.get(AVERAGE) if row and group[0].order in ((), study.tasks) else None,
+                    "notes": (),
+                }
+            )
+        )
+    return averages

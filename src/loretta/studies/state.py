@@ -1,0 +1,108 @@
+"""What has happened to a run, read off its folder alone."""
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from loretta.studies.study import Planned
+
+State = Literal["waiting", "running", "killed", "failed", "finished"]
+
+# beside the files of `loretta train`
+ERROR, COST, COUNT, EVALUATIONS = "error.json", "cost.json", "count.json", "evaluations.json"
+RESULT_OF = {"train": "run.json", "cost": COST, "count": COUNT}
+STARTED = "config.json"
+
+
+def lock_path(folder: Path) -> Path:
+    """The lock of a run, beside its folder: the folder itself is empty until the run starts."""
+    return folder.with_name(folder.name + ".lock")
+
+
+def state_of(root: Path, run: Planned) -> tuple[State, str]:
+    """The state of a planned run, and a few words for what is not finished."""
+    if run.config is None:
+        return "waiting", "its learning rate is not chosen yet"
+    folder = root / run.folder
+    state, reason = folder_state(folder, RESULT_OF[run.kind])
+    if state == "finished" and not set(run.evaluate) <= evaluated(folder):
+        return "waiting", "trained, but not scored on every task of the sequence yet"
+    return state, reason
+
+
+def folder_state(folder: Path, result: str = "run.json") -> tuple[State, str]:
+    """The state of the run in ``folder`` whose last file is ``result``."""
+    if (folder / result).is_file():
+        return "finished", ""
+    holder = held_by(folder)
+    if holder is not None:
+        return "running", f"in process {holder.pid} on {holder.host}"
+    if (folder / ERROR).is_file():
+        return "failed", read_error(folder)
+    if (folder / STARTED).is_file():
+        return "killed", "it stopped before its end; the next start goes on from its last checkpoint"
+    return "waiting", "not started"
+
+
+def read_error(folder: Path) -> str:
+    """The last words of a failed run."""
+    try:
+        return str(json.loads((folder / ERROR).read_text(encoding="utf-8"))["error"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"unknown: '{folder / ERROR}' is damaged"
+
+
+def evaluated(folder: Path) -> set[str]:
+    """The tasks that a finished adapter was scored on."""
+    try:
+        return set(json.loads((folder / EVALUATIONS).read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return set()
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """The process that has a run's lock."""
+
+    pid: int
+    host: str
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process still runs; one on another host is believed to."""
+        if self.host != socket.gethostname():
+            return True
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            return True
+        return True
+
+
+def held_by(folder: Path) -> Holder | None:
+    """The living process that works on a run, as its lock file says; None for a stale lock or none."""
+    try:
+        content = json.loads(lock_path(folder).read_text(encoding="utf-8"))
+        holder = Holder(pid=int(content["pid"]), host=str(content["host"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return holder if holder.alive else None
+
+
+def find_runs(root: Path) -> Iterator[tuple[Path, State, str]]:
+    """Every run below ``root`` that was started, whatever its kind, with its state, in the order of the paths."""
+    marks = {*RESULT_OF.values(), STARTED, ERROR}
+    folders = {file.parent for mark in marks for file in root.rglob(mark)}
+    folders |= {lock.with_suffix("") for lock in root.rglob("*.lock") if held_by(lock.with_suffix(""))}
+    # what `loretta train` writes inside a run has config files of its own
+    for folder in sorted(folders):
+        if "checkpoints" in folder.parts or folder.name == "adapter":
+            continue
+        result = next((name for name in RESULT_OF.values() if (folder / name).is_file()), "run.json")
+        yield folder, *folder_state(folder, result)
