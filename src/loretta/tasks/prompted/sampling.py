@@ -1,0 +1,93 @@
+"""The low-data protocol: a seeded draw of train, validation and test examples."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from loretta.errors import InputError
+from loretta.tasks.prompted.base import Example, PromptedSpec, Sample
+from loretta.tasks.prompted.rows import Split, bad_row
+from loretta.tasks.wording import quoted
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Drawn:
+    train: tuple[Example, ...]
+    validation: tuple[Example, ...]
+    test: tuple[Example, ...]
+    notes: tuple[str, ...]
+
+
+def draw(spec: PromptedSpec, train: Split, validation: Split, *, sample: Sample, seed: int) -> Drawn:
+    """Train and validation from the train split, without a text in common; test from the validation split.
+
+    Rows are taken in the order of a hash of the seed and their texts, validation first. So the draw hangs on no other
+    row, nor on the order of the rows, the wording of the prompts or a random generator's version, and a larger draw
+    has the smaller one in it. Where the train split has fewer rows than are asked for, at most half of them validate.
+    Rows without a usable gold answer are passed over.
+
+    Raises:
+        InputError: a row that is not as the Hub's, or fewer usable rows than 2 in train and 1 in validation.
+    """
+    pool, test_pool = _usable(spec, train, seed, at_least=2), _usable(spec, validation, seed, at_least=1)
+    n_validation = min(sample.validation, spec.max_validation or sample.validation)
+    if n_validation + sample.train > len(pool):
+        n_validation = min(n_validation, len(pool) // 2)
+    held = {key for key, _ in pool[:n_validation]}
+    kept = [(key, number) for key, number in pool if key not in held]
+    drawn = {
+        "train": _examples(spec, train, kept[: sample.train]),
+        "validation": _examples(spec, train, pool[:n_validation]),
+        "test": _examples(spec, validation, test_pool[: sample.test]),
+    }
+    if not drawn["train"]:
+        raise InputError(f"all rows of '{train.source}' have the same text: add rows with different texts")
+    return Drawn(**drawn, notes=tuple(_notes(spec, train, validation, len(pool), len(test_pool), sample, drawn)))
+
+
+def _usable(spec: PromptedSpec, split: Split, seed: int, *, at_least: int) -> list[tuple[str, int]]:
+    """(hash, row number) of the rows to draw from, in the order of the draw."""
+    pool: list[tuple[str, int]] = []
+    for number, row in enumerate(split.rows):
+        try:
+            usable = spec.example(row) is not None
+        except ValueError as error:
+            raise bad_row(split.source, number + 1, str(error)) from None
+        if usable:
+            texts = json.dumps([spec.name, seed, *(row[field] for field in spec.texts)])
+            pool.append((hashlib.sha256(texts.encode()).hexdigest(), number))
+    if len(pool) < at_least:
+        raise InputError(
+            f"'{split.source}' has {len(pool)} usable rows for {quoted(spec.name)}, which needs at least {at_least}: "
+            f"add rows with a gold answer"
+        )
+    return sorted(pool)
+
+
+def _examples(spec: PromptedSpec, split: Split, pool: Sequence[tuple[str, int]]) -> tuple[Example, ...]:
+    # built again: a split of ReCoRD has a million options, too many to keep for a draw of 1000 rows
+    examples = (spec.example(split.rows[number]) for _, number in pool)
+    return tuple(example for example in examples if example is not None)
+
+
+def _notes(
+    spec: PromptedSpec,
+    train: Split,
+    validation: Split,
+    n_pool: int,
+    n_test_pool: int,
+    sample: Sample,
+    drawn: dict[str, tuple[Example, ...]],
+) -> list[str]:
+    notes = [
+        f"{lost} of the {len(split.rows)} rows of the {name} split have no usable gold answer and were passed over"
+        for name, split, n_usable in (("train", train, n_pool), ("validation", validation, n_test_pool))
+        if (lost := len(split.rows) - n_usable)
+    ]
+    for name, examples in drawn.items():
+        if len(examples) < (asked := getattr(sample, name)):
+            kept = name == "validation" and len(examples) == spec.max_validation
+            reason = "to leave more for training" if kept else "because the split has no more"
+            notes.append(f"{len(examples)} {name} examples instead of {asked}, {reason}")
+    return notes
