@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -11,6 +11,7 @@ from loretta.errors import InputError
 from loretta.options import parse_option
 
 Quantization = Literal["nf4", "fp4", "int8", "torchao-int8", "fp8"]
+HeadPolicy = Literal["method", "full", "frozen"]
 
 
 class RunConfig(BaseModel):
@@ -23,9 +24,19 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str = Field(description="Hub id or folder of the base model")
-    data: str = Field(description="GLUE task, 'stdlib', or the path of a table or text file")
+    data: str = Field(description="GLUE or prompted task, 'stdlib', or the path of a table or text file")
     method: str = "rep"
     method_args: dict[str, Any] = {}
+    head_policy: HeadPolicy = Field(
+        default="method",
+        description="what is trained of a classification head. method: what the method itself does (LoRETTA: its "
+        "train_head; PEFT's: the final layer; ft: all); full: its hidden and its final layer, dense, for every method; "
+        "frozen: nothing",
+    )
+    start_from: str | None = Field(
+        default=None,
+        description="folder of a finished run of the same method, whose trained weights this one starts from",
+    )
     output: str | None = Field(default=None, description="folder of the run; default runs/DATA-METHOD-sSEED")
 
     text: str | None = None
@@ -37,7 +48,21 @@ class RunConfig(BaseModel):
     data_dir: str | None = None
     limit: int | None = Field(default=None, ge=1, description="use at most this many rows of each split")
 
+    prompted: bool | None = Field(
+        default=None, description="put a task in words; default: where it has a prompt and the model is a causal one"
+    )
+    train_as: Literal["auto", "classification", "language_modeling"] = Field(
+        default="auto",
+        description="loss of a prompted task. classification: cross-entropy over the mean log-probabilities of all "
+        "options; language_modeling: of the gold completion; auto: the former where all examples have the same options",
+    )
+    sample: dict[Literal["train", "validation", "test"], Annotated[int, Field(ge=1)]] = Field(
+        default={}, description="examples of a prompted task to draw; default: 1000, 500 and 1000"
+    )
+    max_new_tokens: int = Field(default=50, ge=1, description="of an answer that is generated")
+
     epochs: float = Field(default=3.0, gt=0)
+    max_steps: int | None = Field(default=None, ge=1, description="in place of epochs")
     batch_size: int = Field(default=16, ge=1)
     eval_batch_size: int = Field(default=64, ge=1)
     learning_rate: float | None = Field(
@@ -48,9 +73,13 @@ class RunConfig(BaseModel):
     )
     weight_decay: float = Field(default=0.0, ge=0)
     warmup: float = Field(default=0.06, ge=0, lt=1, description="share of the steps")
+    warmup_steps: int | None = Field(default=None, ge=0, description="in place of warmup")
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
     max_length: int = Field(default=128, ge=2, description="tokens per example, or per block in language modelling")
     eval_steps: int | None = Field(default=None, ge=1, description="default: after each epoch")
+    select_by: Literal["metric", "loss"] | None = Field(
+        default=None, description="what chooses the best checkpoint; default: the metric, of a prompted task the loss"
+    )
     logging_steps: int = Field(default=10, ge=1)
     seed: int = 0
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"

@@ -1,39 +1,69 @@
 """The methods that a run can train, each as a PEFT config: the same trainer, data order and head for all."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
 
-from peft import IA3Config, LNTuningConfig, LoraConfig, PeftConfig
+from peft import (
+    IA3Config,
+    LNTuningConfig,
+    LoraConfig,
+    PeftConfig,
+    PrefixTuningConfig,
+    PromptEncoderConfig,
+    PromptTuningConfig,
+)
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
+from transformers import PreTrainedModel
 
 from loretta.errors import InputError
+from loretta.training.config import HeadPolicy
 from loretta.tuners.adp import LorettaAdpConfig
-from loretta.tuners.extras import norm_names
+from loretta.tuners.config import LorettaConfig
+from loretta.tuners.extras import head_names, norm_names
 from loretta.tuners.rep import LorettaRepConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
-    """A named method: its PEFT config class, options that differ from that class's defaults, a learning rate."""
+    """A named method: its PEFT config class, options that differ from that class's defaults, a learning rate.
 
-    config: Callable[..., PeftConfig]
+    Without a config class every parameter of the model is trained.
+    """
+
+    config: Callable[..., PeftConfig] | None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     learning_rate: float = 1e-3
     targets: Callable[[nn.Module], list[str] | str] | None = None
 
 
+FULL = Method(config=None, learning_rate=5e-5)
+_REP = Method(config=LorettaRepConfig, learning_rate=2e-3)
+_ADP = Method(config=LorettaAdpConfig, learning_rate=2e-3)
+# 20 virtual tokens, and 768 in the prompt's encoder, as in the paper
+_PROMPT = {"num_virtual_tokens": 20}
 METHODS: dict[str, Method] = {
-    "rep": Method(config=LorettaRepConfig, learning_rate=2e-3),
-    "adp": Method(config=LorettaAdpConfig, learning_rate=2e-3),
+    "rep": _REP,
+    "adp": _ADP,
+    "loretta_rep": _REP,
+    "loretta_adp": _ADP,
+    "ft": FULL,
+    "adapters": Method(config=LorettaAdpConfig, options={"dense": True}, learning_rate=1e-3),
     "lora": Method(config=LoraConfig, options={"r": 8, "lora_alpha": 16}, learning_rate=2e-3),
+    "prefix": Method(config=PrefixTuningConfig, options=_PROMPT, learning_rate=1e-2),
+    "prompt": Method(config=PromptTuningConfig, options=_PROMPT, learning_rate=1e-2),
+    "p-tuning": Method(config=PromptEncoderConfig, options={**_PROMPT, "encoder_hidden_size": 768}, learning_rate=1e-3),
+    # a LoRA that adapts nothing: PEFT then trains and saves what is asked for beside it, here the biases of the base
+    "bitfit": Method(
+        config=LoraConfig, options={"target_modules": DUMMY_TARGET_MODULES, "bias": "all"}, learning_rate=2e-3
+    ),
     "ia3": Method(config=IA3Config, learning_rate=5e-3),
     "norms": Method(config=LNTuningConfig, learning_rate=2e-3, targets=norm_names),
-    # a LoRA that adapts nothing: PEFT then trains and saves the head alone
     "head": Method(config=LoraConfig, options={"target_modules": DUMMY_TARGET_MODULES}, learning_rate=1e-2),
 }
 
@@ -54,12 +84,16 @@ def find_method(name: str) -> Method:
     )
 
 
-def peft_config(name: str, model: nn.Module, task_type: str, options: Mapping[str, Any]) -> PeftConfig:
+def peft_config(
+    name: str, model: nn.Module, task_type: str, options: Mapping[str, Any], head_policy: HeadPolicy = "method"
+) -> PeftConfig:
     """The PEFT config of a method for one model.
 
-    Raises InputError for an unknown method, an unknown option (with those that exist), or a bad value.
+    Raises InputError for an unknown method, an unknown option (with those that exist), a bad value, and a model that
+    the method cannot train.
     """
     method = find_method(name)
+    assert method.config is not None, f"{name} trains the model itself"
     fields = {field.name for field in dataclasses.fields(method.config)}  # type: ignore[arg-type]
     unknown = sorted(options.keys() - fields)
     if unknown:
@@ -72,9 +106,66 @@ def peft_config(name: str, model: nn.Module, task_type: str, options: Mapping[st
     merged = {**method.options, **options}
     if method.targets is not None and "target_modules" not in merged:
         merged["target_modules"] = method.targets(model)
+    if "train_head" in options and head_policy != "method":
+        raise InputError(
+            f"train_head={options['train_head']!r} and head_policy={head_policy!r} both say what becomes of the head: "
+            "give one of them"
+        )
     try:
-        return method.config(task_type=task_type, **merged)
+        config = method.config(task_type=task_type, **merged)
     except InputError:
         raise
     except (TypeError, ValueError) as error:
         raise InputError(f"method {name!r}: {' '.join(str(error).split())}") from None
+    if (reason := _misfit(config, model)) is not None:
+        raise InputError(f"method {name!r} does not fit this model: {reason}")
+    _set_head(config, model, head_policy)
+    return config
+
+
+def frozen_head(config: PeftConfig, model: nn.Module, head_policy: HeadPolicy) -> list[str]:
+    """Modules of the head that are saved and not trained, of a method whose own options do not say so.
+
+    That is the whole head, or under "method" the hidden layer where it has random weights: PEFT would leave it out
+    of the adapter's file, and nobody could load what was trained on top of it.
+    """
+    if isinstance(config, LorettaConfig) or head_policy == "full":
+        return []
+    names = head_names(model, LorettaConfig(task_type=config.task_type, train_head="frozen"))
+    return names if head_policy == "frozen" else [name for name in names if name.endswith(".dense")]
+
+
+def _set_head(config: PeftConfig, model: nn.Module, head_policy: HeadPolicy) -> None:
+    """Say in the method's own words what becomes of the head."""
+    if isinstance(config, LorettaConfig):
+        if head_policy != "method":
+            config.train_head = "dense" if head_policy == "full" else "frozen"
+        return
+    train_head = "dense" if head_policy == "full" else "frozen"
+    names = head_names(model, LorettaConfig(task_type=config.task_type, train_head=train_head))
+    if names and hasattr(config, "modules_to_save"):
+        saved: Any = config
+        saved.modules_to_save = list(dict.fromkeys([*(saved.modules_to_save or []), *names]))
+
+
+def _misfit(config: PeftConfig, model: nn.Module) -> str | None:
+    """Why a method cannot train this model, where PEFT would say so late or not at all."""
+    trains_biases_alone = (
+        isinstance(config, LoraConfig) and config.bias == "all" and config.target_modules == DUMMY_TARGET_MODULES
+    )
+    if trains_biases_alone and not any(name.endswith("bias") for name, _ in model.named_parameters()):
+        return "it has no biases to train"
+    if isinstance(config, PrefixTuningConfig) and not _takes_prefix(model):
+        return "its layers take no past keys and values, which a prefix is made of; try prompt"
+    is_classifier = config.task_type == "SEQ_CLS" and hasattr(model, "score")
+    if isinstance(config, PromptTuningConfig | PromptEncoderConfig) and is_classifier:
+        return (
+            "its head reads the last token before the padding, and behind a prompt of embeddings it does not see where "
+            "that begins; try prefix"
+        )
+    return None
+
+
+def _takes_prefix(model: nn.Module) -> bool:
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    return any("past_key_values" in inspect.signature(module.forward).parameters for module in models)

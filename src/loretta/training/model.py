@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, PromptEncoderConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -17,10 +18,18 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from loretta.errors import InputError
-from loretta.training.methods import peft_config
+from loretta.training.config import HeadPolicy
+from loretta.training.methods import FULL, find_method, frozen_head, peft_config
 from loretta.training.quantization import prepare_quantized, quantized_loading, require_quantized
 
-TASK_TYPES = {"classification": "SEQ_CLS", "regression": "SEQ_CLS", "language_modeling": "CAUSAL_LM"}
+Trained: TypeAlias = PreTrainedModel | PeftModel  # the former under full fine-tuning
+TASK_TYPES = {
+    "classification": "SEQ_CLS",
+    "regression": "SEQ_CLS",
+    "language_modeling": "CAUSAL_LM",
+    "choice": "CAUSAL_LM",
+    "generation": "CAUSAL_LM",
+}
 
 
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
@@ -53,9 +62,9 @@ def load_base(
     """
     wanted: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     if quantize is not None:
-        wanted |= quantized_loading(quantize, kind=kind, dtype=dtype, cpu=cpu)
+        wanted |= quantized_loading(quantize, task_type=TASK_TYPES[kind], dtype=dtype, cpu=cpu)
     auto: Any = AutoModelForCausalLM
-    if kind != "language_modeling":
+    if TASK_TYPES[kind] == "SEQ_CLS":
         auto = AutoModelForSequenceClassification
         wanted["num_labels"] = max(1, len(label_names))
         if kind == "regression":
@@ -82,15 +91,63 @@ def load_base(
     return base
 
 
-def wrap(base: PreTrainedModel, method: str, kind: str, options: Mapping[str, Any]) -> PeftModel:
-    """``base`` with a fresh adapter of ``method``. Raises InputError when the method's options do not fit it."""
-    config = peft_config(method, base, TASK_TYPES[kind], options)
+def wrap(
+    base: PreTrainedModel, method: str, kind: str, options: Mapping[str, Any], head_policy: HeadPolicy = "method"
+) -> Trained:
+    """``base`` with a fresh adapter of ``method``; under full fine-tuning itself, with every parameter trainable.
+
+    Raises InputError when the method's options do not fit it.
+    """
+    if find_method(method) is FULL:
+        return _whole(base, options, head_policy)
+    config = peft_config(method, base, TASK_TYPES[kind], options, head_policy)
+    frozen = frozen_head(config, base, head_policy)
     try:
-        return get_peft_model(base, config)
+        model = get_peft_model(base, config)
     except InputError:
         raise
     except (TypeError, ValueError) as error:
         raise InputError(f"method {method!r} does not fit this model: {_short(error)}") from None
+    for name in frozen:
+        model.get_base_model().get_submodule(name).requires_grad_(False)
+    return model
+
+
+def _whole(base: PreTrainedModel, options: Mapping[str, Any], head_policy: HeadPolicy) -> PreTrainedModel:
+    if options:
+        raise InputError(f"method 'ft' trains all there is and has no options, got {', '.join(sorted(options))}")
+    if head_policy == "frozen":
+        raise InputError(
+            "method 'ft' trains all there is, and head_policy='frozen' leaves the head out: give one of them"
+        )
+    if getattr(base, "is_quantized", False):
+        raise InputError(
+            "method 'ft' trains the weights themselves, which quantize makes whole numbers: leave that out"
+        )
+    return base.requires_grad_(True)
+
+
+def start_from(model: PeftModel, folder: Path) -> None:
+    """Give an adapter the weights of another one of the same form, saved in ``folder``, and go on training from there.
+
+    Raises InputError when the file is missing or damaged, or holds other tensors.
+    """
+    if isinstance(model.active_peft_config, PromptEncoderConfig):
+        raise InputError(
+            "start_from: p-tuning saves what its encoder gives out and not the encoder: no training goes on from it"
+        )
+    found = load_file(_readable_weights(folder))
+    needed = get_peft_model_state_dict(model)
+    for key in sorted(found.keys() ^ needed.keys()):
+        raise InputError(f"start_from: '{key}' is only in {'the file' if key in found else 'this adapter'}: {_SAME}")
+    for key, tensor in found.items():
+        if tensor.shape != needed[key].shape:
+            sizes = f"{tuple(tensor.shape)} in the file and {tuple(needed[key].shape)} here"
+            raise InputError(f"start_from: '{key}' is {sizes}: {_SAME}")
+    set_peft_model_state_dict(model, found)
+
+
+_SAME = "give a run of the same method and options on the same model"
 
 
 def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
@@ -98,6 +155,18 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
 
     Raises InputError for a missing or damaged file and for an adapter of another base model.
     """
+    _readable_weights(folder)
+    try:
+        return PeftModel.from_pretrained(base, str(folder)).eval()
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise InputError(
+            f"the adapter in '{folder}' does not fit the base model '{base.config.name_or_path}' "
+            f"({_short(error)}): give the base model it was trained on"
+        ) from None
+
+
+def _readable_weights(folder: Path) -> Path:
+    """The file with the tensors of the adapter in ``folder``. Raises InputError when it is missing or damaged."""
     weights = folder / "adapter_model.safetensors"
     if not (folder / "adapter_config.json").is_file() or not weights.is_file():
         raise InputError(
@@ -111,13 +180,7 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
         raise InputError(
             f"'{weights}' is damaged or truncated ({_short(error)}): copy it again or train again"
         ) from None
-    try:
-        return PeftModel.from_pretrained(base, str(folder)).eval()
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise InputError(
-            f"the adapter in '{folder}' does not fit the base model '{base.config.name_or_path}' "
-            f"({_short(error)}): give the base model it was trained on"
-        ) from None
+    return weights
 
 
 def _not_loaded(model: str, what: str, error: Exception) -> str:

@@ -6,26 +6,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from loretta.errors import InputError
 from loretta.tasks import metrics
 from loretta.tasks.base import Task
 from loretta.training.config import RunConfig
-from loretta.training.model import load_adapter, load_base, load_tokenizer
+from loretta.training.methods import FULL, find_method
+from loretta.training.model import Trained, load_adapter, load_base, load_tokenizer
 from loretta.training.record import RunRecord
 from loretta.training.run import ADAPTER, encode, prediction_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedRun:
-    """A finished run with its adapter on the base model again."""
+    """A finished run with its adapter on the base model again, or the fine-tuned model itself."""
 
     record: RunRecord
     config: RunConfig
-    model: PeftModel
+    model: Trained
     tokenizer: PreTrainedTokenizerBase
     kind: str
 
@@ -38,28 +38,24 @@ def load_run(folder: Path, *, model: str | None = None, cpu: bool = False) -> Lo
     record = RunRecord.load(folder / "run.json")
     config = RunConfig(**record.config)
     name = model or config.model
-    kind = _kind(record)
     tokenizer = load_tokenizer(name)
+    whole = find_method(record.method) is FULL
+    # what the checkpoint lacks and the adapter's file leaves out is random: the same as in the run
+    set_seed(config.seed)
     base = load_base(
-        name,
-        kind,
+        str(folder / ADAPTER) if whole else name,
+        record.kind,
         label_names=tuple(record.label_names),
         dtype=config.dtype,
         quantize=config.quantize,
         cpu=cpu,
         pad_token_id=tokenizer.pad_token_id,
     )
-    adapted = load_adapter(base, folder / ADAPTER)
+    adapted = base.eval() if whole else load_adapter(base, folder / ADAPTER)
     # a quantised base may already lie there, and not every one may be moved
     if torch.cuda.is_available() and not cpu and adapted.device.type == "cpu":
         adapted = adapted.cuda()
-    return LoadedRun(record=record, config=config, model=adapted, tokenizer=tokenizer, kind=kind)
-
-
-def _kind(record: RunRecord) -> str:
-    if record.metric == "perplexity":
-        return "language_modeling"
-    return "classification" if record.label_names else "regression"
+    return LoadedRun(record=record, config=config, model=adapted, tokenizer=tokenizer, kind=record.kind)
 
 
 @torch.inference_mode()

@@ -19,7 +19,7 @@ _PACKAGES = {name: "torchao" if name in ("torchao-int8", "fp8") else "bitsandbyt
 _HEADS = ("classifier", "score", "classification_head", "pre_classifier", "pooler", "head")
 
 
-def quantized_loading(name: str, *, kind: str, dtype: str = "float32", cpu: bool = False) -> dict[str, Any]:
+def quantized_loading(name: str, *, task_type: str, dtype: str = "float32", cpu: bool = False) -> dict[str, Any]:
     """What ``from_pretrained`` has to be given so that it quantises the linear layers of a base while loading it.
 
     The base lands on the accelerator where there is one, unless ``cpu``: many quantised weights cannot be moved later.
@@ -30,7 +30,7 @@ def quantized_loading(name: str, *, kind: str, dtype: str = "float32", cpu: bool
         raise InputError(f"quantize={name!r} is none of {', '.join(_PACKAGES)}")
     if importlib.util.find_spec(_PACKAGES[name]) is None:
         raise InputError(f"quantize={name!r} needs the package {_PACKAGES[name]}: pip install 'loretta-peft[quantize]'")
-    whole = None if kind == "language_modeling" else [rf"(.*\.)?{head}" for head in _HEADS]
+    whole = None if task_type == "CAUSAL_LM" else [rf"(.*\.)?{head}" for head in _HEADS]
     on_cpu = cpu or not torch.cuda.is_available()
     return {
         "quantization_config": _config(name, whole, dtype),

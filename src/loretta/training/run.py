@@ -14,19 +14,17 @@ import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from torch.utils.data import Sampler, SequentialSampler
 from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorWithPadding,
     PreTrainedTokenizerBase,
     Trainer,
-    TrainingArguments,
     set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
@@ -39,9 +37,10 @@ from loretta.plan import read_plan
 from loretta.tasks import load_task, metrics
 from loretta.tasks.base import Task
 from loretta.training.config import RunConfig
-from loretta.training.methods import find_method
-from loretta.training.model import load_base, load_tokenizer, wrap
+from loretta.training.methods import FULL, find_method
+from loretta.training.model import TASK_TYPES, Trained, load_base, load_tokenizer, start_from, wrap
 from loretta.training.record import ParameterCounts, Point, RunRecord, Train
+from loretta.training.trainer import TwoRateTrainer, training_arguments
 from loretta.tuners.config import LorettaConfig
 
 ADAPTER, CHECKPOINTS, CONFIG, PREDICTIONS = "adapter", "checkpoints", "config.json", "predictions.jsonl"
@@ -63,12 +62,13 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
         return finished
     if config.tensorboard:
         _need_tensorboard()
-    find_method(config.method)
+    method = find_method(config.method)
     task = load_config_task(config)
+    before = None if config.start_from is None else find_start(config, task)
     tokenizer = load_tokenizer(config.model)
     set_seed(config.seed)
     base = load_base(
-        config.model,
+        config.model if before is None or method is not FULL else str(before),
         task.kind,
         label_names=task.label_names,
         dtype=config.dtype,
@@ -76,7 +76,9 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
         cpu=config.cpu,
         pad_token_id=tokenizer.pad_token_id,
     )
-    model = wrap(base, config.method, task.kind, config.method_args)
+    model = wrap(base, config.method, task.kind, config.method_args, config.head_policy)
+    if before is not None and isinstance(model, PeftModel):
+        start_from(model, before)
     encoded = {
         split: encode(data, task, tokenizer, config.max_length)
         for split in ("train", "validation", "test")
@@ -94,6 +96,39 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
     if torch.cuda.is_available() and not config.cpu:
         memory = 0
     return _finish(config, task, trainer, encoded, seconds=seconds, memory=peak_memory() - memory)
+
+
+def find_start(config: RunConfig, task: Task) -> Path:
+    """The adapter that the training starts from: the one of the run ``config.start_from``.
+
+    Raises InputError when that is no finished run, or not one of the same model, method and labels.
+    """
+    folder = Path(str(config.start_from))
+    record = RunRecord.load(folder / "run.json")
+    earlier = RunConfig(**record.config)
+    labels = len(record.label_names), len(task.label_names)
+    different = [
+        f"{what} was {then!r} and is {now!r}"
+        for what, then, now, same in (
+            ("model", earlier.model, config.model, earlier.model == config.model),
+            ("method", earlier.method, config.method, find_method(earlier.method) == find_method(config.method)),
+            ("method_args", earlier.method_args, config.method_args, earlier.method_args == config.method_args),
+            ("head_policy", earlier.head_policy, config.head_policy, earlier.head_policy == config.head_policy),
+            (
+                "the kind of model",
+                TASK_TYPES[record.kind],
+                TASK_TYPES[task.kind],
+                TASK_TYPES[record.kind] == TASK_TYPES[task.kind],
+            ),
+            ("the number of labels", *labels, TASK_TYPES[task.kind] == "CAUSAL_LM" or labels[0] == labels[1]),
+        )
+        if not same
+    ]
+    if different:
+        raise InputError(
+            f"cannot start from '{folder}' ({'; '.join(different)}): give a run that differs in its data alone"
+        )
+    return folder / ADAPTER
 
 
 def load_config_task(config: RunConfig) -> Task:
@@ -134,97 +169,43 @@ def encode(data: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_le
     return Dataset.from_dict({"input_ids": blocks, "attention_mask": [[1] * max_length] * len(blocks)})
 
 
-class TwoRateTrainer(Trainer):
-    """A Trainer whose final layer may learn at a rate of its own: it starts from nothing, the rest does not."""
-
-    def __init__(self, *args, head_learning_rate: float | None, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.optimizer: torch.optim.Optimizer | None
-        self.head_learning_rate = head_learning_rate
-
-    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler:
-        # the Trainer would group by length here too, and return predictions in that order
-        return SequentialSampler(eval_dataset)
-
-    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
-        if self.optimizer is None and self.head_learning_rate is not None:
-            model = self.model if model is None else model
-            assert model is not None
-            final = [p for name, p in model.named_parameters() if p.requires_grad and is_final_layer(name)]
-            ids = {id(p) for p in final}
-            rest = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
-            groups = [{"params": rest}, {"params": final, "lr": self.head_learning_rate}]
-            cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer = cls(groups, weight_decay=self.args.weight_decay, **kwargs)
-        return super().create_optimizer(model)
-
-
-def is_final_layer(parameter: str) -> bool:
-    """Whether a parameter's name lies in the task's last layer, and not in the hidden layer of the head."""
-    parts = parameter.split(".")
-    return "modules_to_save" in parts and (
-        bool({"out_proj", "score", "qa_outputs"} & set(parts))
-        or ("classifier" in parts and not {"dense", "norm"} & set(parts))
-    )
-
-
 def make_trainer(
     config: RunConfig,
     task: Task,
-    model: PeftModel,
+    model: Trained,
     tokenizer: PreTrainedTokenizerBase,
-    encoded: Mapping[str, Dataset],
-) -> Trainer:
-    """The Trainer of a run: AdamW, best checkpoint by the task's first metric, one line of progress with an ETA."""
-    metric = task.metrics[0]
-    every = "epoch" if config.eval_steps is None else "steps"
-    steps = {} if config.eval_steps is None else {"eval_steps": config.eval_steps, "save_steps": config.eval_steps}
-    method = find_method(config.method)
-    rate = config.learning_rate or method.learning_rate
+    encoded: Mapping[str, Any],
+) -> TwoRateTrainer:
+    """The Trainer of a run: AdamW, best checkpoint on validation, one line of progress with an ETA."""
     if config.tensorboard:
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(config.folder / "tensorboard")
-    arguments = TrainingArguments(
-        output_dir=str(config.folder / CHECKPOINTS),
-        num_train_epochs=config.epochs,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.eval_batch_size,
-        learning_rate=rate,
-        weight_decay=config.weight_decay,
-        warmup_steps=config.warmup,
-        lr_scheduler_type=config.schedule,
-        eval_strategy=every,
-        save_strategy=every,
-        **steps,
-        logging_steps=config.logging_steps,
-        save_total_limit=2,
-        load_best_model_at_end=True,
-        # perplexity is exp(loss): the same order
-        metric_for_best_model="loss" if metric == "perplexity" else metric,
-        greater_is_better=metrics.higher_is_better(metric),
-        train_sampling_strategy="random" if task.kind == "language_modeling" else "group_by_length",
-        seed=config.seed,
-        bf16=config.bf16,
-        **({"gradient_checkpointing": True} if config.gradient_checkpointing else {}),
-        use_cpu=config.cpu,
-        report_to=["tensorboard"] if config.tensorboard else [],
-        dataloader_pin_memory=torch.cuda.is_available() and not config.cpu,
-        label_names=["labels"],
-    )
-    collate = (
-        DataCollatorForLanguageModeling(tokenizer, mlm=False)
-        if task.kind == "language_modeling"
-        else DataCollatorWithPadding(tokenizer)
-    )
+    common: dict[str, Any] = {
+        "model": model,
+        "train_dataset": encoded["train"],
+        "eval_dataset": encoded["validation"],
+        "processing_class": tokenizer,
+        "head_learning_rate": config.head_learning_rate,
+    }
+    chosen_by = choosing_metric(config, task)
+    arguments = training_arguments(config, config.folder / CHECKPOINTS, metric=chosen_by)
+    if task.kind == "language_modeling":
+        return TwoRateTrainer(
+            **common, args=arguments, data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False)
+        )
     return TwoRateTrainer(
-        model=model,
+        **common,
         args=arguments,
-        train_dataset=encoded["train"],
-        eval_dataset=encoded["validation"],
-        data_collator=collate,
-        processing_class=tokenizer,
-        compute_metrics=None if task.kind == "language_modeling" else _compute_metrics(task),
-        head_learning_rate=config.head_learning_rate,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=_compute_metrics(task),
+        lengths=[len(ids) for ids in encoded["train"]["input_ids"]],
     )
+
+
+def choosing_metric(config: RunConfig, task: Task) -> str:
+    """What the best checkpoint is chosen by: the task's first metric, or "loss"."""
+    # perplexity is exp(loss): the same order
+    by_loss = config.select_by == "loss" or task.metrics[0] == "perplexity"
+    return "loss" if by_loss else task.metrics[0]
 
 
 def _compute_metrics(task: Task):
@@ -273,8 +254,8 @@ def _finish(
     memory: int,
 ) -> RunRecord:
     """Save the best adapter, score the test split, write run.json."""
-    folder, model = config.folder, trainer.model
-    assert isinstance(model, PeftModel)
+    folder = config.folder
+    model = cast(Trained, trainer.model)
     model.save_pretrained(str(folder / ADAPTER))
     test = None
     if "test" in encoded:
@@ -298,6 +279,7 @@ def _finish(
         model=config.model,
         task=task.name,
         method=config.method,
+        kind=task.kind,
         seed=config.seed,
         device=torch.cuda.get_device_name() if trainer.args.device.type == "cuda" else trainer.args.device.type,
         sizes={split: len(data) for split, data in encoded.items()},
@@ -305,9 +287,10 @@ def _finish(
         label_names=list(task.label_names),
         metric=task.metrics[0],
         higher_is_better=metrics.higher_is_better(task.metrics[0]),
-        parameters=ParameterCounts(**trainable_by_kind(model), total=model.get_nb_trainable_parameters()[1]),
+        selected_by="loss" if choosing_metric(config, task) == "loss" else "metric",
+        parameters=ParameterCounts(**trainable_by_kind(model), total=_total(model)),
         trains=_trains(model),
-        adapter_bytes=(folder / ADAPTER / "adapter_model.safetensors").stat().st_size,
+        adapter_bytes=sum(path.stat().st_size for path in (folder / ADAPTER).glob("*.safetensors")),
         train_seconds=seconds,
         peak_memory_bytes=max(0, memory),
         history=[point for point in history if point is not None],
@@ -316,14 +299,26 @@ def _finish(
         test=test,
     )
     write_json(folder / "run.json", record.model_dump())
-    if isinstance(model.peft_config["default"], LorettaConfig):
+    if _loretta_config(model) is not None:
         write_card(folder / ADAPTER, record, learning_rate=trainer.args.learning_rate)
     return record
 
 
-def _trains(model: PeftModel) -> list[Train]:
-    """The trains of a LoRETTA adapter by kind; empty for other methods."""
-    if not isinstance(model.peft_config["default"], LorettaConfig):
+def _total(model: Trained) -> int:
+    if isinstance(model, PeftModel):
+        return model.get_nb_trainable_parameters()[1]
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _loretta_config(model: Trained) -> LorettaConfig | None:
+    config = model.active_peft_config if isinstance(model, PeftModel) else None
+    return config if isinstance(config, LorettaConfig) else None
+
+
+def _trains(model: Trained) -> list[Train]:
+    """The trains of a LoRETTA adapter by kind; empty for other methods, dense adapters among them."""
+    config = _loretta_config(model)
+    if not isinstance(model, PeftModel) or config is None or getattr(config, "dense", False):
         return []
     return [
         Train(at=f"{placement.name.rpartition('.')[2]} {part}", count=count, **dataclasses.asdict(shape))

@@ -18,6 +18,9 @@ class LorettaAdpConfig(LorettaConfig):
 
     Args:
         bottleneck_size: width of the adapter (64 in the paper).
+        dense: the two matrices are plain ones instead of trains, to compare with: the bottleneck adapter of Houlsby et
+            al. (2019) in the same places, with the same start. ``tensor_rank`` and ``shapes`` then hold for a
+            tensorised head alone.
         non_linearity: the activation, by its name in transformers (``"relu"``, ``"gelu"``, ``"silu"``, ...).
         adapter_dropout: dropout on the activated bottleneck.
         scaling: factor on the adapter's output.
@@ -30,6 +33,7 @@ class LorettaAdpConfig(LorettaConfig):
     """
 
     bottleneck_size: int = 64
+    dense: bool = False
     non_linearity: str = "relu"
     adapter_dropout: float = 0.0
     scaling: float = 1.0

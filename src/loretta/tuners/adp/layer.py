@@ -3,7 +3,7 @@
 Axes: B batch, H the width the adapter works on, b bottleneck.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -61,6 +61,10 @@ class AdpLinear(LorettaLayer):
     def _biases(self, adapter_name: str) -> nn.ParameterDict | None:
         found = self.loretta_adp_bias
         return cast(nn.ParameterDict, found[adapter_name]) if adapter_name in found else None
+
+    def running(self) -> Iterator[tuple[str, int]]:
+        # dense matrices have nothing to contract, and to stack those of all layers would copy them
+        return ((name, pair) for name, pair in super().running() if len(self.placements[name].down.modes) > 1)
 
     def ingredients(self, adapter_name: str, pair: int) -> tuple[Ingredient, ...]:
         trains, biases = super().ingredients(adapter_name, pair), self._biases(adapter_name)

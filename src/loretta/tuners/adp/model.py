@@ -29,12 +29,14 @@ class LorettaAdpModel(LorettaModel):
         before = name.endswith(tuple(config.insert_before))
         width, bottleneck = in_features if before else out_features, config.bottleneck_size
         rank = rank_for(config, name)
+        # a train of a single core is the matrix itself
+        modes = [width * bottleneck] if config.dense else None
         try:
             return Placement(
                 name=name,
                 where="before" if before else "after",
-                down=tt.plan(width, bottleneck, rank=rank, overrides=config.shapes),
-                up=tt.plan(bottleneck, width, rank=rank, overrides=config.shapes),
+                down=tt.plan(width, bottleneck, rank=rank, modes=modes, overrides=config.shapes),
+                up=tt.plan(bottleneck, width, rank=rank, modes=modes, overrides=config.shapes),
                 bias_params=width + bottleneck if config.train_bias else 0,
             )
         except ValueError as error:

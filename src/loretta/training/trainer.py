@@ -1,0 +1,169 @@
+"""Hugging Face's Trainer with what every run has in common: its order of the data, its rates, its checkpoints."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.utils.data import Sampler, SequentialSampler
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_pt_utils import get_length_grouped_indices
+
+from loretta.tasks import metrics
+from loretta.training.config import RunConfig
+from loretta.training.methods import find_method
+
+TRAINED = "trained.safetensors"
+
+
+def training_arguments(config: RunConfig, folder: Path, *, metric: str, **more: Any) -> TrainingArguments:
+    """The Trainer's options for a run; the checkpoint that scores best on ``metric`` ("loss" is one) is kept."""
+    every = "epoch" if config.eval_steps is None else "steps"
+    steps = {} if config.eval_steps is None else {"eval_steps": config.eval_steps, "save_steps": config.eval_steps}
+    return TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.eval_batch_size,
+        learning_rate=config.learning_rate or find_method(config.method).learning_rate,
+        weight_decay=config.weight_decay,
+        warmup_steps=config.warmup if config.warmup_steps is None else config.warmup_steps,
+        lr_scheduler_type=config.schedule,
+        eval_strategy=every,
+        save_strategy=every,
+        **steps,
+        logging_steps=config.logging_steps,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model=metric,
+        greater_is_better=metric != "loss" and metrics.higher_is_better(metric),
+        seed=config.seed,
+        bf16=config.bf16,
+        **({"gradient_checkpointing": True} if config.gradient_checkpointing else {}),
+        use_cpu=config.cpu,
+        report_to=["tensorboard"] if config.tensorboard else [],
+        dataloader_pin_memory=torch.cuda.is_available() and not config.cpu,
+        label_names=["labels"],
+        **more,
+    )
+
+
+class EpochOrder(Sampler[int]):
+    """The order of the training examples, from the seed and the epoch alone.
+
+    What a method draws at random, at its start or in a step, leaves it as it is: all methods see the same batches.
+    With ``lengths`` examples of similar lengths come together.
+    """
+
+    def __init__(self, size: int, *, seed: int, batch_size: int, lengths: Sequence[int] | None = None) -> None:
+        self.size, self.seed, self.batch_size, self.lengths, self.epoch = size, seed, batch_size, lengths, 0
+
+    def __len__(self) -> int:
+        return self.size
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer before each epoch."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        # a generator of its own for each pair of seed and epoch
+        mixed = torch.Generator().manual_seed(self.seed)
+        seeds = torch.randint(2**62, (self.epoch + 1,), generator=mixed)
+        generator = torch.Generator().manual_seed(int(seeds[-1]))
+        if self.lengths is None:
+            return iter(torch.randperm(self.size, generator=generator).tolist())
+        return iter(get_length_grouped_indices(list(self.lengths), self.batch_size, generator=generator))
+
+
+class TwoRateTrainer(Trainer):
+    """A Trainer whose final layer may learn at a rate of its own: it starts from nothing, the rest does not.
+
+    Args:
+        lengths: of the training examples, which then come grouped by it.
+    """
+
+    def __init__(
+        self, *args: Any, head_learning_rate: float | None, lengths: Sequence[int] | None = None, **kwargs: Any
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.optimizer: torch.optim.Optimizer | None
+        self.head_learning_rate = head_learning_rate
+        self.lengths = lengths
+        assert self.model is not None
+        self.trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
+    def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
+        data: Any = self.train_dataset if train_dataset is None else train_dataset
+        return EpochOrder(len(data), seed=self.args.seed, batch_size=self.args.train_batch_size, lengths=self.lengths)
+
+    def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler:
+        # the Trainer would group by length here too, and return predictions in that order
+        return SequentialSampler(eval_dataset)
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None and self.head_learning_rate is not None:
+            model = self.model if model is None else model
+            assert model is not None
+            final = [p for name, p in model.named_parameters() if p.requires_grad and is_final_layer(name)]
+            ids = {id(p) for p in final}
+            rest = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
+            groups = [{"params": rest}, {"params": final, "lr": self.head_learning_rate}]
+            cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = cls(groups, weight_decay=self.args.weight_decay, **kwargs)
+        return super().create_optimizer(model)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self._learns_prompt() and self.args.should_save:
+            tensors = {name: p.detach().contiguous() for name, p in self._parameters().items() if name in self.trained}
+            save_file(tensors, Path(output_dir or self.args.output_dir) / TRAINED)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self._learns_prompt():
+            self._load_trained(resume_from_checkpoint)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            self._train_the_same()
+
+    def _load_best_model(self) -> None:
+        if self._learns_prompt():
+            assert self.state.best_model_checkpoint is not None
+            self._load_trained(self.state.best_model_checkpoint)
+        else:
+            super()._load_best_model()
+            self._train_the_same()
+
+    def _learns_prompt(self) -> bool:
+        """Whether PEFT saves what the trained parameters give out and not the parameters: no training goes on then."""
+        return isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning
+
+    @torch.no_grad()
+    def _load_trained(self, checkpoint: str) -> None:
+        parameters = self._parameters()
+        for name, tensor in load_file(Path(checkpoint) / TRAINED).items():
+            parameters[name].copy_(tensor)
+
+    def _train_the_same(self) -> None:
+        """PEFT sets all of an adapter that it loads trainable, what it was told to freeze too."""
+        for name, parameter in self._parameters().items():
+            parameter.requires_grad_(name in self.trained)
+
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        assert self.model is not None
+        return dict(self.model.named_parameters())
+
+
+def is_final_layer(parameter: str) -> bool:
+    """Whether a parameter's name lies in the task's last layer, and not in the hidden layer of the head."""
+    parts = parameter.split(".")
+    # an adapter trains a copy of the head; under full fine-tuning it stands at the top of the model
+    in_head = "modules_to_save" in parts or parts[0] in ("classifier", "score", "classification_head", "qa_outputs")
+    return in_head and (
+        bool({"out_proj", "score", "qa_outputs"} & set(parts))
+        or ("classifier" in parts and not {"dense", "norm"} & set(parts))
+    )
