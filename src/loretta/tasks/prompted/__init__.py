@@ -9,15 +9,32 @@ from pathlib import Path
 from types import MappingProxyType
 
 from loretta.errors import InputError
-from loretta.tasks.prompted import boolq, sst2
+from loretta.tasks.prompted import boolq, cb, copa, drop, record, rte, squad, sst2, wsc
 from loretta.tasks.prompted.base import STOP, Example, PromptedSpec, PromptedTask, Sample
+from loretta.tasks.prompted.encoding import Encoded, encode_example, encode_options, encode_pair, encode_prompt, padded
 from loretta.tasks.prompted.rows import Split, read_splits
 from loretta.tasks.prompted.sampling import draw
 from loretta.tasks.wording import listed, nearest, quoted
 
-__all__ = ["PROMPTED", "STOP", "Example", "PromptedSpec", "PromptedTask", "Sample", "load_prompted"]
+__all__ = [
+    "PROMPTED",
+    "STOP",
+    "Encoded",
+    "Example",
+    "PromptedSpec",
+    "PromptedTask",
+    "Sample",
+    "encode_example",
+    "encode_options",
+    "encode_pair",
+    "encode_prompt",
+    "load_prompted",
+    "padded",
+]
 
-PROMPTED: Mapping[str, PromptedSpec] = MappingProxyType({task.SPEC.name: task.SPEC for task in (boolq, sst2)})
+PROMPTED: Mapping[str, PromptedSpec] = MappingProxyType(
+    {task.SPEC.name: task.SPEC for task in (boolq, cb, wsc, copa, record, squad, drop, sst2, rte)}
+)
 
 
 def load_prompted(

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from loretta.errors import InputError
 from loretta.tasks.prompted.base import Example, PromptedSpec, Sample
@@ -17,6 +18,14 @@ class Drawn:
     validation: tuple[Example, ...]
     test: tuple[Example, ...]
     notes: tuple[str, ...]
+
+
+class Place(NamedTuple):
+    """Where a row comes in the draw. Places are sorted; rows with equal texts are neighbours."""
+
+    texts: str  # hash of the seed and the row's texts
+    gold: str  # hash of the rest, so that the order of the rows does not count where texts are equal
+    number: int
 
 
 def draw(spec: PromptedSpec, train: Split, validation: Split, *, sample: Sample, seed: int) -> Drawn:
@@ -34,8 +43,8 @@ def draw(spec: PromptedSpec, train: Split, validation: Split, *, sample: Sample,
     n_validation = min(sample.validation, spec.max_validation or sample.validation)
     if n_validation + sample.train > len(pool):
         n_validation = min(n_validation, len(pool) // 2)
-    held = {key for key, _ in pool[:n_validation]}
-    kept = [(key, number) for key, number in pool if key not in held]
+    held = {place.texts for place in pool[:n_validation]}
+    kept = [place for place in pool if place.texts not in held]
     drawn = {
         "train": _examples(spec, train, kept[: sample.train]),
         "validation": _examples(spec, train, pool[:n_validation]),
@@ -46,17 +55,16 @@ def draw(spec: PromptedSpec, train: Split, validation: Split, *, sample: Sample,
     return Drawn(**drawn, notes=tuple(_notes(spec, train, validation, len(pool), len(test_pool), sample, drawn)))
 
 
-def _usable(spec: PromptedSpec, split: Split, seed: int, *, at_least: int) -> list[tuple[str, int]]:
-    """(hash, row number) of the rows to draw from, in the order of the draw."""
-    pool: list[tuple[str, int]] = []
+def _usable(spec: PromptedSpec, split: Split, seed: int, *, at_least: int) -> list[Place]:
+    pool: list[Place] = []
     for number, row in enumerate(split.rows):
         try:
             usable = spec.example(row) is not None
         except ValueError as error:
             raise bad_row(split.source, number + 1, str(error)) from None
         if usable:
-            texts = json.dumps([spec.name, seed, *(row[field] for field in spec.texts)])
-            pool.append((hashlib.sha256(texts.encode()).hexdigest(), number))
+            texts = _hash(spec.name, seed, *(row[field] for field in spec.texts))
+            pool.append(Place(texts, _hash(*(row[field] for field in spec.gold)), number))
     if len(pool) < at_least:
         raise InputError(
             f"'{split.source}' has {len(pool)} usable rows for {quoted(spec.name)}, which needs at least {at_least}: "
@@ -65,9 +73,13 @@ def _usable(spec: PromptedSpec, split: Split, seed: int, *, at_least: int) -> li
     return sorted(pool)
 
 
-def _examples(spec: PromptedSpec, split: Split, pool: Sequence[tuple[str, int]]) -> tuple[Example, ...]:
+def _hash(*values: object) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def _examples(spec: PromptedSpec, split: Split, pool: Sequence[Place]) -> tuple[Example, ...]:
     # built again: a split of ReCoRD has a million options, too many to keep for a draw of 1000 rows
-    examples = (spec.example(split.rows[number]) for _, number in pool)
+    examples = (spec.example(split.rows[place.number]) for place in pool)
     return tuple(example for example in examples if example is not None)
 
 
@@ -88,6 +100,8 @@ def _notes(
     for name, examples in drawn.items():
         if len(examples) < (asked := getattr(sample, name)):
             kept = name == "validation" and len(examples) == spec.max_validation
-            reason = "to leave more for training" if kept else "because the split has no more"
-            notes.append(f"{len(examples)} {name} examples instead of {asked}, {reason}")
+            few = f"as the split has {n_test_pool if name == 'test' else n_pool}"
+            notes.append(
+                f"{len(examples)} {name} examples instead of {asked}, {'to leave more for training' if kept else few}"
+            )
     return notes
