@@ -4,3 +4,9 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # nothing here may reach for the network
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+
+# the kernels then run on the CPU; Triton asks once, when it is imported
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from loretta import kernels
 from loretta.layers import fold_bias, pad_inner
 from loretta.placement import Placement
 from loretta.tuners.adp.config import LorettaAdpConfig
@@ -92,6 +93,11 @@ class AdpLinear(LorettaLayer):
             delta_BH = delta_BH + (self.scaling[adapter_name] * biases["up"]).to(delta_BH.dtype)
         return delta_BH.view(y_BH.shape)
 
+    def _fuses(self, adapter_name: str, factors: Factors) -> bool:
+        """Whether the adapter is the one that the kernels compute: with biases, a ReLU, and no dropout."""
+        relu = isinstance(self.loretta_adp_act[adapter_name], nn.ReLU)
+        return relu and len(factors) == 6 and not self.drops[adapter_name]
+
     def _inner(
         self, adapter_name: str, rows_BH: Tensor, factors: Factors, biases: nn.ParameterDict | None
     ) -> tuple[Tensor, Tensor]:
@@ -128,7 +134,10 @@ class AdpLinear(LorettaLayer):
             out = rows
             for name in (name for name in self.active_adapters if name in here):
                 factors, *start = self.contracted(name)
-                if not start and y.dtype == factors[-1].dtype and works_in(y, y.dtype):
+                alike = not start and y.dtype == factors[-1].dtype and works_in(y, y.dtype)
+                if alike and out is rows and kernels.pays(rows) and self._fuses(name, factors):
+                    out = cast(Tensor, kernels.AddBottleneck.apply(rows, *factors))
+                elif alike:
                     out = torch.addmm(out, *self._inner(name, rows, factors, None))
                 else:
                     out = out + self.delta(name, rows).to(y.dtype)

@@ -6,7 +6,7 @@ Axes: B batch, I input features, O output features, R rank of the update.
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
@@ -14,6 +14,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from loretta import kernels
 from loretta.errors import InputError
 from loretta.layers import add_update, pad_inner, update_factors
 from loretta.placement import Placement, rank_for
@@ -93,11 +94,25 @@ class RepLinear(LorettaLayer):
         if is_bare_linear(base_layer) and not args and not kwargs:
             # Its output is a new matrix that nobody else has seen, so the updates can be added into it.
             rows = x.reshape(-1, self.in_features)
-            return self._updated(base_layer(rows), rows, in_place=True).view(*x.shape[:-1], self.out_features)
+            fused = self._fused(rows, cast(nn.Linear, base_layer)) if kernels.pays(rows) else None
+            result = self._updated(base_layer(rows), rows, in_place=True) if fused is None else fused
+            return result.view(*x.shape[:-1], self.out_features)
         result = base_layer(x, *args, **kwargs)
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
         return self._updated(result, x, in_place=False)
+
+    def _fused(self, rows_BI: Tensor, base_layer: nn.Linear) -> Tensor | None:
+        """The output by one autograd function; None where that does not compute all that is asked for."""
+        names = [name for name in self.active_adapters if name in self.n_pairs]
+        if len(names) != 1 or self.n_pairs[names[0]] != 1 or self.drops[names[0]]:
+            return None
+        weight, bias = base_layer.weight, base_layer.bias
+        (a_IR, b_RO), *_ = self.contracted(names[0])
+        trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+        if trained or not rows_BI.dtype == weight.dtype == a_IR.dtype:
+            return None
+        return cast(Tensor, kernels.LinearWithUpdate.apply(rows_BI, weight, bias, a_IR, b_RO))
 
     def _updated(self, result: Tensor, x: Tensor, *, in_place: bool) -> Tensor:
         for name in self.active_adapters:
