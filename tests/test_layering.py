@@ -8,7 +8,19 @@ import pytest
 import loretta
 
 ROOT = pathlib.Path(loretta.__file__).parent
-LAYERS = ["errors", "options", "tt", "layers", "card", "tuners.config", "placement", "tuners", "adapters"]
+LAYERS = [
+    "errors",
+    "options",
+    "tt",
+    "triton_kernels",
+    "kernels",
+    "layers",
+    "card",
+    "tuners.config",
+    "placement",
+    "tuners",
+    "adapters",
+]
 LAYERS += [
     "loading",
     "export",
@@ -23,7 +35,7 @@ LAYERS += [
     "explanation",
     "planning",
 ]
-LAYERS += ["picture", "tasks", "training", "report", "demo", "cli"]
+LAYERS += ["picture", "tasks", "training", "studies", "report", "demo", "studies_cli", "cli"]
 # what a run writes down, as plain data: the report reads it and the training writes both
 FREE = {"training.record"}
 
