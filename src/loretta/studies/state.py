@@ -18,9 +18,12 @@ RESULT_OF = {"train": "run.json", "cost": COST, "count": COUNT}
 STARTED = "config.json"
 
 
-def lock_path(folder: Path) -> Path:
-    """The lock of a run, beside its folder: the folder itself is empty until the run starts."""
-    return folder.with_name(folder.name + ".lock")
+HOLDER = ".holder"  # ending of the file that says which process works on a run
+
+
+def beside(folder: Path, ending: str) -> Path:
+    """A file next to a run's folder, which must be empty when the run starts."""
+    return folder.with_name(folder.name + ending)
 
 
 def state_of(root: Path, run: Planned) -> tuple[State, str]:
@@ -66,7 +69,7 @@ def evaluated(folder: Path) -> set[str]:
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """The process that has a run's lock."""
+    """The process that works on a run."""
 
     pid: int
     host: str
@@ -86,9 +89,9 @@ class Holder:
 
 
 def held_by(folder: Path) -> Holder | None:
-    """The living process that works on a run, as its lock file says; None for a stale lock or none."""
+    """The living process that works on a run; None where there is none, or it died."""
     try:
-        content = json.loads(lock_path(folder).read_text(encoding="utf-8"))
+        content = json.loads(beside(folder, HOLDER).read_text(encoding="utf-8"))
         holder = Holder(pid=int(content["pid"]), host=str(content["host"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -99,7 +102,7 @@ def find_runs(root: Path) -> Iterator[tuple[Path, State, str]]:
     """Every run below ``root`` that was started, whatever its kind, with its state, in the order of the paths."""
     marks = {*RESULT_OF.values(), STARTED, ERROR}
     folders = {file.parent for mark in marks for file in root.rglob(mark)}
-    folders |= {lock.with_suffix("") for lock in root.rglob("*.lock") if held_by(lock.with_suffix(""))}
+    folders |= {file.with_suffix("") for file in root.rglob(f"*{HOLDER}") if held_by(file.with_suffix(""))}
     # what `loretta train` writes inside a run has config files of its own
     for folder in sorted(folders):
         if "checkpoints" in folder.parts or folder.name == "adapter":

@@ -98,6 +98,7 @@ class Planned(Frozen):
     folder: str = Field(description="below the folder of all runs; one folder, one config")
     kind: Kind = "train"
     model: str = Field(description="the model as a folder's name")
+    sizes: str = Field(description="the model as loretta.families knows it, weights or not")
     task: str = Field(description="the task, or 'sst2-mrpc' for the second step of a sequence")
     row: str
     label: str

@@ -1,0 +1,123 @@
+"""One training step measured: floating-point operations, and the time of memory copies (the paper's Table 5)."""
+
+import statistics
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from loretta.errors import InputError
+from loretta.studies.sizes import bare_model, size_of, task_type_of
+from loretta.studies.state import COST
+from loretta.training.config import RunConfig
+from loretta.training.model import load_base, wrap
+
+STEPS = 5  # measured ones, after one that warms up
+
+
+def measure(config: RunConfig, folder: Path, sizes: str) -> None:
+    """Write the cost of one step of ``config`` on a batch of random tokens of the maximum length.
+
+    FLOPs are those of the products that PyTorch's counter knows, counted on the meta device: without the model's
+    weights, and without fused kernels that would hide them. The time of copies needs the weights: on a GPU that of the
+    memcpy events, on a CPU that of the ``aten::copy_`` operators, the median of a few steps; where the weights cannot
+    be had it is null, and the notes say why.
+
+    Raises InputError when the method does not fit the model.
+    """
+    from loretta.training.run import write_json
+
+    task_type, n_labels = task_type_of(config, sizes)
+    kind = "classification" if task_type == "SEQ_CLS" else "language_modeling"
+    with torch.device("meta"):
+        bare = wrap(bare_model(sizes, task_type, n_labels), config.method, kind, config.method_args, config.head_policy)
+    flops = count_flops(bare, _batch(config, bare, kind, torch.device("meta")))
+    notes = [
+        f"one training step of {config.batch_size} x {config.max_length} random tokens; FLOPs are counted on the meta "
+        "device: products of matrices, forward and backward"
+    ]
+    copies: dict[str, Any] = {"memcpy_us": None, "copies": None, "device": None}
+    try:
+        names = tuple(map(str, range(n_labels))) if kind == "classification" else ()
+        base = load_base(config.model, kind, label_names=names, dtype=config.dtype, cpu=config.cpu)
+    except InputError as error:
+        notes.insert(0, f"no time of copies: {error}")
+    else:
+        device = torch.device("cuda" if torch.cuda.is_available() and not config.cpu else "cpu")
+        model = wrap(base, config.method, kind, config.method_args, config.head_policy).to(device)
+        copies = time_copies(model, _batch(config, model, kind, torch.device("cpu")), device)
+        notes.append(
+            "the time of copies is that of "
+            + ("the memcpy events of the GPU" if device.type == "cuda" else "the aten::copy_ operators of the CPU")
+            + f", the median of {STEPS} steps"
+        )
+    size = size_of(config, sizes)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(
+        folder / COST,
+        {
+            "flops": flops,
+            **copies,
+            "parameters": size.trained,
+            "bytes": 4 * size.trained,
+            "tokens": config.batch_size * config.max_length,
+            "notes": notes,
+            "config": config.model_dump(),
+            "command": " ".join(["loretta", *sys.argv[1:]]),
+        },
+    )
+
+
+def count_flops(model: nn.Module, batch: dict[str, Tensor]) -> int:
+    """FLOPs of the forward and backward pass of one batch, as PyTorch counts them."""
+    model.train()
+    with FlopCounterMode(display=False) as counter:
+        model(**batch).loss.backward()
+    model.zero_grad(set_to_none=True)
+    return counter.get_total_flops()
+
+
+def time_copies(model: nn.Module, batch: dict[str, Tensor], device: torch.device) -> dict[str, Any]:
+    """Microseconds that a training step spends on copies, how many it makes, and on which device."""
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-4)
+    model.train()
+
+    def step() -> None:
+        model(**{name: tensor.to(device) for name, tensor in batch.items()}).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    times, counts = [], []
+    for _ in range(STEPS):
+        with ExitStack() as stack:
+            watched = stack.enter_context(profile(activities=activities))
+            step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+        events = watched.key_averages()
+        if device.type == "cuda":
+            copies = [event for event in events if event.key.startswith("Memcpy")]
+            times.append(sum(event.self_device_time_total for event in copies))
+        else:
+            copies = [event for event in events if event.key == "aten::copy_"]
+            times.append(sum(event.self_cpu_time_total for event in copies))
+        counts.append(sum(event.count for event in copies))
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    return {"memcpy_us": float(statistics.median(times)), "copies": int(statistics.median(counts)), "device": name}
+
+
+def _batch(config: RunConfig, model: nn.Module, kind: str, device: torch.device) -> dict[str, Tensor]:
+    shape = (config.batch_size, config.max_length)
+    vocabulary: Any = model.config.vocab_size  # type: ignore[union-attr]
+    generator = torch.Generator().manual_seed(config.seed)
+    ids = torch.randint(int(vocabulary), shape, generator=generator)
+    labels = ids if kind == "language_modeling" else torch.zeros(config.batch_size, dtype=torch.long)
+    batch = {"input_ids": ids, "attention_mask": torch.ones(shape, dtype=torch.long), "labels": labels}
+    return {name: tensor.to(device) for name, tensor in batch.items()}

@@ -1,0 +1,141 @@
+"""Carry out one planned run in its folder: under a lock, from its last checkpoint; a failure is written down."""
+
+import json
+import os
+import shutil
+import socket
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from loretta.errors import InputError
+from loretta.studies.state import ERROR, EVALUATIONS, HOLDER, STARTED, State, beside, evaluated, held_by, state_of
+from loretta.studies.study import Planned
+from loretta.training.config import RunConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What became of a run: "finished", "failed", or "running" where another process has it."""
+
+    folder: str
+    state: State
+    reason: str = ""
+    seconds: float = 0.0
+
+
+@contextmanager
+def hold(folder: Path) -> Iterator[bool]:
+    """Whether this process alone may work on a run until the block ends.
+
+    The lock is the operating system's: that of a process that died is free. Beside it a file says who holds it.
+    """
+    lock, holder = FileLock(beside(folder, ".lock"), thread_local=False), beside(folder, HOLDER)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        yield False
+        return
+    try:
+        holder.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}), encoding="utf-8")
+        yield True
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def carry_out(root: Path, run: Planned) -> Outcome:
+    """Finish a run from wherever its folder stands. Never raises for what goes wrong in the run itself."""
+    folder, start = root / run.folder, time.perf_counter()
+    with hold(folder) as mine:
+        if not mine:
+            holder = held_by(folder)
+            where = f"in process {holder.pid} on {holder.host}" if holder else "in another process"
+            return Outcome(folder=run.folder, state="running", reason=where)
+        if state_of(root, run)[0] == "finished":
+            return Outcome(folder=run.folder, state="finished")
+        try:
+            _DO[run.kind](folder, run)
+        except Exception as error:
+            words = " ".join(str(error).split()) or type(error).__name__
+            reason = words if isinstance(error, InputError) else f"{type(error).__name__}: {words}"
+            folder.mkdir(parents=True, exist_ok=True)
+            record_failure(folder, reason, traceback.format_exc())
+            return Outcome(folder=run.folder, state="failed", reason=reason, seconds=time.perf_counter() - start)
+        (folder / ERROR).unlink(missing_ok=True)
+    return Outcome(folder=run.folder, state="finished", seconds=time.perf_counter() - start)
+
+
+def record_failure(folder: Path, reason: str, trace: str = "") -> None:
+    """Write down in the run's folder why it failed."""
+    content = {"error": reason, "time": time.strftime("%Y-%m-%d %H:%M:%S%z"), "traceback": trace}
+    (folder / ERROR).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _train(folder: Path, run: Planned) -> None:
+    from loretta.training.run import train
+
+    config = RunConfig(**(run.config or {}))
+    if not (folder / "run.json").is_file():
+        (folder / ERROR).unlink(missing_ok=True)
+        started = (folder / STARTED).is_file()
+        can_resume = started and _has_checkpoint(folder)
+        train(config, resume=can_resume, overwrite=started and not can_resume)
+        # the adapter is saved; a study has hundreds of runs
+        shutil.rmtree(_checkpoints(folder), ignore_errors=True)
+    missing = [task for task in run.evaluate if task not in evaluated(folder)]
+    if missing:
+        _evaluate(folder, config, missing)
+
+
+def _checkpoints(folder: Path) -> Path:
+    return folder / "checkpoints"
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    """Whether there is a whole checkpoint to go on from; one that a kill left half-written is removed."""
+    found = False
+    for checkpoint in _checkpoints(folder).glob("checkpoint-*"):
+        try:
+            # the Trainer writes this file last
+            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+            found = True
+        except (OSError, ValueError):
+            shutil.rmtree(checkpoint, ignore_errors=True)
+    return found
+
+
+def _evaluate(folder: Path, config: RunConfig, tasks: list[str]) -> None:
+    """Score a finished adapter on the validation splits of several tasks, one after the other."""
+    from loretta.training.predict import evaluate, load_run
+    from loretta.training.run import load_config_task, write_json
+
+    loaded = load_run(folder, cpu=config.cpu)
+    file = folder / EVALUATIONS
+    scores = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    for name in tasks:
+        task = load_config_task(config.model_copy(update={"data": name}))
+        # one head serves all tasks of a sequence: what counts are the class ids, not their names
+        scores[name] = evaluate(loaded, replace(task, label_names=tuple(loaded.record.label_names)), "validation")
+    write_json(file, scores)
+
+
+def _cost(folder: Path, run: Planned) -> None:
+    from loretta.studies.cost import measure
+
+    measure(RunConfig(**(run.config or {})), folder, run.sizes)
+
+
+def _count(folder: Path, run: Planned) -> None:
+    from loretta.studies.sizes import count
+
+    count(RunConfig(**(run.config or {})), folder, run.sizes)
+
+
+_DO = {"train": _train, "cost": _cost, "count": _count}

@@ -1,0 +1,382 @@
+"""A study and the user's options -> every run, each with its whole configuration and its folder."""
+
+import gzip
+import itertools
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from loretta.errors import InputError
+from loretta.families import FAMILIES, find_config
+from loretta.studies.state import folder_state
+from loretta.studies.study import Frozen, PaperModel, Planned, Row, Study
+from loretta.tasks.glue import GLUE
+from loretta.training.config import RunConfig
+from loretta.training.record import RunRecord
+
+ALIASES = {"adp": "loretta_adp", "rep": "loretta_rep"}
+FEWEST_EVALUATIONS = 3  # of a run; with fewer there is nothing to choose the best checkpoint from
+
+
+class Options(Frozen):
+    """What the user changes of a study."""
+
+    models: tuple[str, ...] = ()  # keys of the study's models, Hub ids, folders; () for all of the study's
+    tasks: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()  # names of rows, methods of rows, or any other method
+    seeds: int | None = None
+    limit: int | None = None
+    data_dir: str | None = None
+    sweep: bool = False
+    rates: tuple[float, ...] = ()  # to sweep over, in place of the study's grids
+    batches: bool = False  # sweep over the grids' batch sizes too
+    orders: bool = False  # a sequence in every order
+    cpu: bool = False
+    sets: dict[str, Any] = Field(default={}, description='run options for all, or "METHOD.option" for a method\'s')
+
+
+class Base(Frozen):
+    """A model to run on."""
+
+    folder: str
+    weights: str  # what RunConfig.model takes
+    key: str | None  # of the study's models; None for any other
+    sizes: str  # what loretta.families.find_config takes
+    paper: PaperModel | None
+
+
+class Expansion(Frozen):
+    """All runs, and what was changed to fit them to short data, a sentence each."""
+
+    runs: tuple[Planned, ...]
+    notes: tuple[str, ...]
+    bases: tuple[Base, ...]
+
+
+def expand(study: Study, options: Options, root: Path) -> Expansion:
+    """Every run of the study as narrowed by ``options``, below ``root``.
+
+    Under a sweep the first seed has a candidate for each rate; once all of them are finished in ``root``, the best on
+    validation is the run of that seed and gives the other seeds their rate. Until then those have no config.
+
+    Raises InputError for models, tasks, methods and options that there are not.
+    """
+    bases = tuple(_bases(study, options))
+    notes: dict[str, None] = {}
+    runs = [
+        run
+        for base in bases
+        for row in _rows(study, options, base)
+        for run in _row_runs(study, options, root, base, row, notes)
+    ]
+    if not runs:
+        raise InputError(f"nothing of {study.name} is left to run: give fewer of --tasks, --methods and --model")
+    return Expansion(runs=tuple(runs), notes=tuple(notes), bases=bases)
+
+
+def _bases(study: Study, options: Options) -> Iterator[Base]:
+    hubs = {model.hub: key for key, model in study.models.items()}
+    for given in options.models or study.models:
+        key = given if given in study.models else hubs.get(given)
+        if key is not None:
+            paper = study.models[key]
+            known = key if key in FAMILIES else paper.hub
+            yield Base(folder=key, weights=paper.hub, key=key, sizes=known, paper=paper)
+        else:
+            try:
+                find_config(given)
+            except InputError as error:
+                raise InputError(f"--model '{given}': {error}") from None
+            name = Path(given).name
+            yield Base(folder=name, weights=given, key=None, sizes=given, paper=None)
+
+
+def _rows(study: Study, options: Options, base: Base) -> list[Row]:
+    """The study's rows for a model (for another model than its own the first of each name), cut to the methods."""
+    rows = {row.name: row for row in reversed(study.rows) if base.key is None or row.model in (None, base.key)}
+    rows = {row.name: row for row in study.rows if rows.get(row.name) is row}
+    if not options.methods:
+        return list(rows.values())
+    chosen: dict[str, Row] = {}
+    for word in options.methods:
+        named = ALIASES.get(word, word)
+        exact = [rows[named]] if named in rows else []
+        for row in exact or [row for row in rows.values() if row.method == named] or [_other(named, study)]:
+            chosen[row.name] = row
+    return list(chosen.values())
+
+
+def _other(method: str, study: Study) -> Row:
+    """A row for a method that the study does not have."""
+    from loretta.training.methods import find_method
+
+    try:
+        find_method(method)
+    except InputError as error:
+        rows = ", ".join(dict.fromkeys(row.name for row in study.rows))
+        raise InputError(f"--methods {method}: {error}; the rows of {study.name} are {rows}") from None
+    return Row(name=method.replace(":", "-"), label=method, method=method)
+
+
+def _tasks(study: Study, options: Options, base: Base) -> tuple[str, ...]:
+    for task in options.tasks:
+        if task not in study.tasks:
+            close = get_close_matches(task, study.tasks, 1)
+            guess = f"did you mean {close[0]!r}? " if close else ""
+            raise InputError(f"--tasks {task!r} is not in {study.name}: {guess}it has {', '.join(study.tasks)}")
+    own = base.paper.tasks if base.paper and base.paper.tasks else study.tasks
+    return tuple(task for task in (options.tasks or study.tasks) if task in own)
+
+
+def _row_runs(
+    study: Study, options: Options, root: Path, base: Base, row: Row, notes: dict[str, None]
+) -> Iterator[Planned]:
+    tasks = _tasks(study, options, base)
+    seeds = range(options.seeds or study.seeds)
+
+    def plan(task: str, seed: int, settings: Mapping[str, Any] | None, **more: Any) -> Planned:
+        name = "-".join(more["order"][: more["order"].index(task) + 1]) if more.get("order") else task
+        config = _config(study, options, base, row, task, seed, settings or {}, more.pop("start_from", None), notes)
+        suffix = _suffix(study, base, row, config)
+        run = study.kind if study.kind != "train" else f"s{seed}{suffix}"
+        folder = "/".join((base.folder, name, row.name, run))
+        if settings is None:  # the sweep has not chosen yet
+            folder, dumped = f"{folder}-not-chosen", None
+        else:
+            dumped = RunConfig(**config, output=str(root / folder)).model_dump()
+        return Planned(
+            folder=folder,
+            kind=study.kind,
+            model=base.folder,
+            sizes=base.sizes,
+            task=name,
+            row=row.name,
+            label=row.label,
+            method=row.method,
+            seed=seed,
+            learning_rate=None if dumped is None else dumped["learning_rate"],
+            config=dumped,
+            **more,
+        )
+
+    if study.kind != "train":
+        yield from (plan(task, 0, {}) for task in tasks)
+        return
+    candidates = _candidates(study, options, row)
+    if not study.sequence:
+        for task in tasks:
+            yield from _swept(study, root, seeds, candidates, task, lambda seed, s, task=task: plan(task, seed, s))
+        return
+    for order in itertools.permutations(tasks) if options.orders else [tasks]:
+        first = list(
+            _swept(
+                study, root, seeds, candidates, order[0],
+                lambda seed, s, order=order: plan(order[0], seed, s, order=order, evaluate=order),
+            )
+        )  # fmt: skip
+        yield from first
+        # the rate that the sweep chose on the first task serves the whole sequence
+        for run in first:
+            if run.candidate:
+                continue
+            before = run
+            for task in order[1:]:
+                settings = None
+                if run.config is not None:
+                    settings = {key: run.config[key] for key in candidates[0]}
+                before = plan(
+                    task, run.seed, settings, order=order, evaluate=order,
+                    after=(before.folder,), start_from=str(root / before.folder),
+                )  # fmt: skip
+                yield before
+
+
+def _candidates(study: Study, options: Options, row: Row) -> list[dict[str, Any]]:
+    """The settings that a sweep tries for a row; one without a setting when there is nothing to choose."""
+    if not (options.sweep or options.rates or options.batches):
+        return [{}]
+    grid = study.grids.get(ALIASES.get(row.method, row.method))
+    rates = options.rates or (grid.learning_rate if grid else ())
+    axes: dict[str, Sequence[Any]] = {}
+    if rates and "learning_rate" not in options.sets:
+        axes["learning_rate"] = rates
+    if options.batches and grid and grid.batch_size and "batch_size" not in options.sets:
+        axes["batch_size"] = grid.batch_size
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def _swept(study, root, seeds, candidates, task, plan) -> Iterator[Planned]:
+    """The runs of one cell: candidates of the first seed while more than one is left, then all seeds."""
+    if len(candidates) == 1:
+        yield from (plan(seed, candidates[0]) for seed in seeds)
+        return
+    tried = [plan(seeds[0], settings) for settings in candidates]
+    best = choose(root, tried, metric=study.metrics.get(task))
+    for k, run in enumerate(tried):
+        yield run if k == best else run.model_copy(update={"candidate": True})
+    yield from (
+        plan(seed, None if best is None else candidates[best]) for seed in seeds[1 if best is not None else 0 :]
+    )
+
+
+def choose(root: Path, candidates: Sequence[Planned], *, metric: str | None = None) -> int | None:
+    """The index of the finished candidate that is best on *validation*; None while one may still finish.
+
+    The test split is never looked at. ``metric`` is by default the task's first; where the validation has none (answers
+    are generated for the test alone), the loss decides, as it does between equals. Then the earlier candidate wins.
+    """
+    states = [folder_state(root / run.folder)[0] for run in candidates]
+    if not all(state in ("finished", "failed") for state in states) or "finished" not in states:
+        return None
+
+    def merit(k: int) -> tuple[float, float, int]:
+        record = RunRecord.load(root / candidates[k].folder / "run.json")
+        name = metric if metric in record.validation else record.metric
+        loss = record.validation.get("loss", math.nan)
+        value = record.validation.get(name, -loss)
+        if name in record.validation and not record.higher_is_better:
+            value = -value
+        # a diverged run never wins
+        return (value if math.isfinite(value) else -math.inf, -loss if math.isfinite(loss) else -math.inf, -k)
+
+    return max((k for k, state in enumerate(states) if state == "finished"), key=merit)
+
+
+def _config(
+    study: Study,
+    options: Options,
+    base: Base,
+    row: Row,
+    task: str,
+    seed: int,
+    settings: Mapping[str, Any],
+    start_from: str | None,
+    notes: dict[str, None],
+) -> dict[str, Any]:
+    """The options of one run, fitted to the length of its data."""
+    sets = {key: value for key, value in options.sets.items() if "." not in key}
+    unknown = sorted(sets.keys() - RunConfig.model_fields.keys())
+    if unknown:
+        raise InputError(
+            f"--set {unknown[0]}={sets[unknown[0]]}: no option of a run; one of a method is METHOD.{unknown[0]}"
+        )
+    raw = {
+        "data": task,
+        **study.protocol,
+        **(base.paper.settings if base.paper else {}),
+        **row.settings,
+        **settings,
+        "model": base.weights,
+        "method": row.method,
+        "method_args": _method_args(options, base, row),
+        "seed": seed,
+        "limit": options.limit,
+        "data_dir": options.data_dir,
+        "start_from": start_from,
+        "cpu": options.cpu,
+        **sets,
+    }
+    if base.paper is None and (longest := getattr(find_config(base.sizes), "max_position_embeddings", None)):
+        raw["max_length"] = min(raw.get("max_length", 128), longest)
+    if study.kind == "train":
+        _fit(raw, sets, notes)
+    return raw
+
+
+def _method_args(options: Options, base: Base, row: Row) -> dict[str, Any]:
+    args = dict(row.all_options)
+    if base.key is None and row.modes is not None:
+        args["shapes"] = shapes(find_config(base.sizes).hidden_size, args.get("bottleneck_size", 64), row.modes)
+    if options.sets.get("head_policy", "method") != "method":
+        args.pop("train_head", None)  # the command's policy is for all rows
+    for key, value in options.sets.items():
+        method, dot, option = key.partition(".")
+        if dot and ALIASES.get(method, method) in (row.name, row.method):
+            args[option] = value
+    return args
+
+
+def shapes(width: int, bottleneck: int, count: int) -> dict[str, list[int]]:
+    """Modes of an adapter's two trains, ``count`` each, as Table 7 splits them: the larger half on the wide side."""
+    n_out = count // 2
+    wide, narrow = list(_equal_factors(width, count - n_out)), list(_equal_factors(bottleneck, n_out))
+    return {f"{width}x{bottleneck}": wide[::-1] + narrow, f"{bottleneck}x{width}": narrow[::-1] + wide}
+
+
+@cache
+def _equal_factors(size: int, count: int) -> tuple[int, ...]:
+    """``count`` ascending factors with the product ``size`` and the smallest sum; 1 where there are too few."""
+    if count == 1:
+        return (size,)
+    divisors = [k for k in range(1, size + 1) if size % k == 0]
+    splits = (tuple(sorted((k, *_equal_factors(size // k, count - 1)))) for k in divisors)
+    return min(splits, key=lambda factors: (sum(factors), factors))
+
+
+def _fit(raw: dict[str, Any], sets: Mapping[str, Any], notes: dict[str, None]) -> None:
+    """Leave out a warm-up and evaluation steps that were meant for longer training."""
+    steps = total_steps(raw)
+    if steps is None:
+        return
+    warmup, every = raw.get("warmup_steps"), raw.get("eval_steps")
+    if warmup and 2 * warmup > steps and "warmup_steps" not in sets:
+        raw["warmup_steps"] = None
+        notes[f"a warm-up of {warmup} steps is more than half of a short run: it is 6% of the steps there"] = None
+    if every and FEWEST_EVALUATIONS * every > steps and "eval_steps" not in sets:
+        raw["eval_steps"] = None
+        notes[f"a run too short to evaluate {FEWEST_EVALUATIONS} times every {every} steps does so each epoch"] = None
+
+
+def total_steps(raw: Mapping[str, Any]) -> int | None:
+    """Optimiser steps of a run; None where the size of its data is not known before it is loaded."""
+    if raw.get("max_steps"):
+        return raw["max_steps"]
+    rows = train_rows(raw["data"], raw.get("data_dir"), raw.get("sample", {}).get("train", 1000))
+    if rows is None:
+        return None
+    rows = min(rows, raw["limit"]) if raw.get("limit") else rows
+    return math.ceil(math.ceil(rows / raw.get("batch_size", 16)) * raw.get("epochs", 3))
+
+
+@cache
+def train_rows(data: str, data_dir: str | None, sample: int) -> int | None:
+    """Training rows of a task by its name: those of its file, the official ones, or the sample of a prompted task."""
+    file = Path(data_dir) / data / "train.jsonl.gz" if data_dir else None
+    rows = None
+    if file is not None and file.is_file():
+        with gzip.open(file, "rb") as lines:
+            rows = sum(1 for line in lines if line.strip())
+    if data in GLUE:
+        return GLUE[data].train_rows if rows is None else rows
+    if Path(data).suffix:
+        return None
+    return sample if rows is None else min(sample, rows)
+
+
+def _suffix(study: Study, base: Base, row: Row, config: Mapping[str, Any]) -> str:
+    """The rate and the batch size in a folder's name, where they are not those of the study."""
+    own = {**study.protocol, **(base.paper.settings if base.paper else {}), **row.settings}
+    rate, batch = config.get("learning_rate"), config.get("batch_size")
+    words = f"-lr{rate:g}" if rate is not None and rate != own.get("learning_rate") else ""
+    return words + (f"-b{batch}" if batch is not None and batch != own.get("batch_size") else "")
+
+
+def differences(root: Path, run: Planned) -> list[str]:
+    """What differs between a planned run and the one that its folder already holds, a phrase each."""
+    file = root / run.folder / "config.json"
+    if run.config is None or not file.is_file():
+        return []
+    try:
+        before = RunConfig(**json.loads(file.read_text(encoding="utf-8"))).model_dump()
+    except ValueError:
+        return [f"'{file}' is damaged or of another version"]
+    now = run.config
+    return [
+        f"{key} was {before[key]!r} and is {now[key]!r}" for key in now if key != "output" and before[key] != now[key]
+    ]

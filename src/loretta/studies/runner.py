@@ -1,0 +1,277 @@
+"""Carry out all runs of a study, several at once, from whatever state their folders are in."""
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from loretta.errors import InputError
+from loretta.studies.execution import Outcome, carry_out, record_failure
+from loretta.studies.expansion import Expansion, Options, differences, expand
+from loretta.studies.results import STUDY
+from loretta.studies.state import beside, state_of
+from loretta.studies.study import Planned, Study
+
+Watch = Callable[[str, Outcome | None, int, int], None]  # folder, how it ended, runs that ended, runs in all
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Summary:
+    """How a study stands after the runner: every run that was asked for, by its state."""
+
+    expansion: Expansion
+    outcomes: tuple[Outcome, ...]
+
+    def of(self, state: str) -> tuple[Outcome, ...]:
+        return tuple(outcome for outcome in self.outcomes if outcome.state == state)
+
+    @property
+    def complete(self) -> bool:
+        return len(self.of("finished")) == len(self.outcomes)
+
+
+def run_study(
+    study: Study,
+    options: Options,
+    root: Path,
+    *,
+    jobs: int = 1,
+    command: str = "",
+    watch: Watch = lambda folder, outcome, ended, total: None,
+) -> Summary:
+    """Run what is not finished yet, at most ``jobs`` at once, each in a worker process; 0 jobs: in this process.
+
+    Workers take the visible GPUs in turn; without one they share the CPU's threads. A run that fails is written down
+    and the others go on. What is waited for (a sweep, the run before in a sequence) starts as soon as it can.
+
+    Raises InputError before anything starts: for bad options, weights that cannot be had, and a folder that holds a
+    run with other options. KeyboardInterrupt stops the workers; the next call goes on from their checkpoints.
+    """
+    expansion = expand(study, options, root)
+    _refuse_other_options(root, expansion.runs)
+    _refuse_missing_weights(root, study, expansion)
+    root.mkdir(parents=True, exist_ok=True)
+    tried: dict[str, Outcome] = {}
+    with _workers(jobs) as workers:
+        busy: dict[Future[Outcome], tuple[_Worker, Planned]] = {}
+        while True:
+            expansion = expand(study, options, root)
+            runs = {run.folder: run for run in expansion.runs}
+            write_study(root, study, options, expansion.runs, command)
+            for run in runs.values():
+                free = next((worker for worker in workers if worker not in {w for w, _ in busy.values()}), None)
+                if free is None:
+                    break
+                if run.folder not in tried and not _in(busy, run) and _ready(root, run, runs):
+                    watch(run.folder, None, _ended(root, runs, tried), len(runs))
+                    busy[free.submit(root, run)] = (free, run)
+            if not busy:
+                break
+            for future in wait(busy, return_when=FIRST_COMPLETED).done:
+                worker, run = busy.pop(future)
+                tried[run.folder] = outcome = worker.outcome(root, run, future)
+                watch(run.folder, outcome, _ended(root, runs, tried), len(runs))
+    return Summary(expansion=expansion, outcomes=tuple(_outcome(root, run, tried, runs) for run in runs.values()))
+
+
+def _in(busy: dict[Future[Outcome], tuple["_Worker", Planned]], run: Planned) -> bool:
+    return any(run.folder == other.folder for _, other in busy.values())
+
+
+def _ready(root: Path, run: Planned, runs: dict[str, Planned]) -> bool:
+    return (
+        run.config is not None
+        and state_of(root, run)[0] not in ("finished", "running")
+        and all(state_of(root, runs[folder])[0] == "finished" for folder in run.after)
+    )
+
+
+def _ended(root: Path, runs: dict[str, Planned], tried: dict[str, Outcome]) -> int:
+    return sum(folder in tried or state_of(root, run)[0] == "finished" for folder, run in runs.items())
+
+
+def _outcome(root: Path, run: Planned, tried: dict[str, Outcome], runs: dict[str, Planned]) -> Outcome:
+    """How a run stands, with the reason why one that was not tried could not start."""
+    if run.folder in tried:
+        return tried[run.folder]
+    state, reason = state_of(root, run)
+    needed = [folder for folder in run.after if state_of(root, runs[folder])[0] != "finished"]
+    if state != "finished" and needed:
+        reason = f"it needs '{needed[0]}', which is not finished"
+    return Outcome(folder=run.folder, state=state, reason=reason)
+
+
+def _refuse_other_options(root: Path, runs: Sequence[Planned]) -> None:
+    for run in runs:
+        if changed := differences(root, run):
+            raise InputError(
+                f"'{root / run.folder}' holds a run with other options ({'; '.join(changed)}): give the same ones, "
+                "another --output, or remove that folder"
+            )
+
+
+def _refuse_missing_weights(root: Path, study: Study, expansion: Expansion) -> None:
+    """Ask for each model's configuration where its weights are: a minute later every run would fail alike."""
+    if study.kind != "train":
+        return
+    unfinished = {run.model for run in expansion.runs if state_of(root, run)[0] != "finished"}
+    for base in expansion.bases:
+        if base.folder in unfinished:
+            try:
+                AutoConfig.from_pretrained(base.weights)
+            except (OSError, ValueError) as error:
+                reason = " ".join(str(error).split())[:160]
+                raise InputError(
+                    f"the model '{base.weights}' cannot be loaded ({reason}): give --model a Hub id that can be "
+                    "reached or a model's folder, or --dry-run to see the plan"
+                ) from None
+
+
+def write_study(root: Path, study: Study, options: Options, runs: Sequence[Planned], command: str) -> None:
+    """Note in the folder of runs what was asked for: the last command decides for its cells, others stay."""
+    from loretta.training.run import write_json
+
+    file = study_file(root, study.name)
+    before: dict[str, Any] = {}
+    if file.is_file():
+        try:
+            before = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            before = {}
+    cells = {(run.model, run.task, run.row, "-".join(run.order)) for run in runs}
+    kept = [
+        run
+        for run in before.get("planned", [])
+        if (run["model"], run["task"], run["row"], "-".join(run["order"])) not in cells
+    ]
+    content = {
+        "study": study.model_dump(mode="json"),
+        "options": options.model_dump(mode="json"),
+        "commands": list(dict.fromkeys([*before.get("commands", []), *([command] if command else [])])),
+        "planned": [*kept, *(run.model_dump(mode="json") for run in runs)],
+    }
+    if content != before:
+        write_json(file, content)
+
+
+def study_file(root: Path, name: str) -> Path:
+    """Where a study is noted: study.json, or where another has that, a file of its own."""
+    file = root / STUDY
+    try:
+        taken = json.loads(file.read_text(encoding="utf-8"))["study"]["name"] != name
+    except (OSError, ValueError, KeyError, TypeError):
+        taken = False
+    return root / f"study-{name}.json" if taken else file
+
+
+class _Worker:
+    """A process that carries out one run at a time, on one GPU or a share of the CPU's threads."""
+
+    def __init__(self, gpu: str | None, threads: int | None) -> None:
+        self.gpu, self.threads = gpu, threads
+        self._start()
+
+    def _start(self) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        # the process ends when this end of the pipe is closed: by stop(), or because the runner died
+        theirs, self.pipe = spawn.Pipe(duplex=False)
+        self.pool = ProcessPoolExecutor(
+            1, mp_context=spawn, initializer=_enter, initargs=(self.gpu, self.threads, theirs)
+        )
+
+    def submit(self, root: Path, run: Planned) -> Future[Outcome]:
+        return self.pool.submit(_carry_out, root, run)
+
+    def outcome(self, root: Path, run: Planned, future: Future[Outcome]) -> Outcome:
+        try:
+            return future.result()
+        except BrokenProcessPool:
+            reason = "its process died, as when it is killed or the memory is used up"
+            folder = root / run.folder
+            folder.mkdir(parents=True, exist_ok=True)
+            record_failure(folder, reason)
+            self._start()
+            return Outcome(folder=run.folder, state="failed", reason=reason)
+
+    def stop(self) -> None:
+        self.pipe.close()
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+
+class _Here(_Worker):
+    """The same in this process: nothing is redirected, and nothing goes on beside it."""
+
+    def __init__(self) -> None:
+        pass
+
+    def submit(self, root: Path, run: Planned) -> Future[Outcome]:
+        future: Future[Outcome] = Future()
+        future.set_result(carry_out(root, run))
+        return future
+
+    def stop(self) -> None:
+        pass
+
+
+@contextmanager
+def _workers(jobs: int) -> Iterator[list[_Worker]]:
+    """``jobs`` workers, stopped at the end or when the user interrupts."""
+    if jobs < 0:
+        raise InputError(f"--jobs {jobs} must be 0 or more: the number of runs at once")
+    gpus = visible_gpus()
+    threads = None if gpus else max(1, (os.cpu_count() or 1) // max(1, jobs))
+    workers = [_Worker(gpus[k % len(gpus)] if gpus else None, threads) for k in range(jobs)] or [_Here()]
+    try:
+        yield workers
+    finally:
+        for worker in workers:
+            worker.stop()
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that workers may take, as CUDA_VISIBLE_DEVICES names them."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [name for name in given.split(",") if name and name != "-1"]
+    return [str(k) for k in range(torch.cuda.device_count())]
+
+
+def _enter(gpu: str | None, threads: int | None, pipe: Connection) -> None:
+    """The first thing that a worker process does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the runner tells it
+    if gpu is not None:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # CUDA is not started yet
+    if threads is not None:
+        torch.set_num_threads(threads)
+    threading.Thread(target=_leave_when_closed, args=(pipe,), daemon=True).start()
+
+
+def _leave_when_closed(pipe: Connection) -> None:
+    with suppress(EOFError, OSError):
+        pipe.recv()
+    os._exit(1)
+
+
+def _carry_out(root: Path, run: Planned) -> Outcome:
+    """In a worker process: what the run and its libraries print goes to a log beside its folder."""
+    log = beside(root / run.folder, ".log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a", encoding="utf-8") as file:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        return carry_out(root, run)

@@ -1,0 +1,224 @@
+"""What a run will train, need and take, from the sizes of its model alone (on the meta device)."""
+
+import json
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PreTrainedConfig
+
+from loretta.counts import trainable_by_kind
+from loretta.families import default_task_type, find_config, meta_model
+from loretta.plan import plan_model
+from loretta.studies.expansion import total_steps
+from loretta.studies.state import COUNT
+from loretta.studies.study import Planned
+from loretta.tasks.glue import GLUE
+from loretta.tasks.prompted import PROMPTED
+from loretta.training.config import RunConfig
+from loretta.training.methods import FULL, find_method, peft_config
+from loretta.training.model import wrap
+from loretta.training.record import RunRecord
+from loretta.tuners.config import LorettaConfig
+
+USE_OF_PEAK = 0.4  # of the rate of one large product, which the small ones of a training step reach
+KEPT_PER_UNIT = 17  # numbers kept for the backward pass per token, layer and unit of width (34 bytes in 16 bits)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Size:
+    """Numbers of scalars, and sizes of the base model."""
+
+    trained: int
+    saved: int  # in the adapter's file
+    model: int  # of the base model
+    products: int  # of the base model's linear layers, which each token passes
+    width: int
+    layers: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """One planned run: its size, and rough figures of what it takes. None where nothing is known."""
+
+    run: Planned
+    size: Size | None
+    reason: str  # why there is no size
+    steps: int | None
+    seconds: float | None
+    memory_bytes: int | None
+
+
+def estimate(root: Path, runs: Iterable[Planned]) -> tuple[list[Estimate], list[str]]:
+    """Each run's size, steps, time and memory, and what the figures rest on, a sentence each."""
+    estimates = []
+    rates: dict[str, float] = {}
+    basis: dict[str, None] = {}
+    runs = list(runs)
+    for run in runs:
+        if run.model not in rates:
+            rates[run.model], words = _rate(root, [other for other in runs if other.model == run.model])
+            basis[words] = None
+        # one whose rate a sweep still has to choose is as long as any other
+        config = _config_of(run, runs)
+        try:
+            size = size_of(config, run.sizes)
+        except ValueError as error:
+            estimates.append(
+                Estimate(run=run, size=None, reason=str(error), steps=None, seconds=None, memory_bytes=None)
+            )
+            continue
+        steps = total_steps(config.model_dump()) if run.kind == "train" else None
+        estimates.append(
+            Estimate(
+                run=run,
+                size=size,
+                reason="",
+                steps=steps,
+                seconds=None if steps is None else steps * step_flops(size, config) / rates[run.model],
+                memory_bytes=memory(size, config),
+            )
+        )
+    basis["trained parameters are counted on the meta device, from the model's configuration"] = None
+    basis[
+        "memory is weights, gradients, AdamW's moments and "
+        f"{KEPT_PER_UNIT} numbers per token, layer and unit of width: a rough guide"
+    ] = None
+    return estimates, list(basis)
+
+
+def _config_of(run: Planned, runs: Iterable[Planned]) -> RunConfig:
+    config = run.config or next(
+        other.config for other in runs if other.config and (other.model, other.row) == (run.model, run.row)
+    )
+    return RunConfig(**config)
+
+
+def _rate(root: Path, runs: Sequence[Planned]) -> tuple[float, str]:
+    """FLOPs per second: of the finished runs of a model, or what this machine could do."""
+    flops = seconds = 0.0
+    count = 0
+    for run in runs:
+        file = root / run.folder / "run.json"
+        if run.kind == "train" and file.is_file():
+            record, config = RunRecord.load(file), RunConfig(**RunRecord.load(file).config)
+            steps = total_steps(config.model_dump())
+            if steps and record.train_seconds:
+                flops += steps * step_flops(size_of(config, run.sizes), config)
+                seconds += record.train_seconds
+                count += 1
+    if seconds:
+        return flops / seconds, f"time of {runs[0].model} is that of its {count} finished runs, scaled by FLOPs"
+    peak, device = _peak()
+    return USE_OF_PEAK * peak, (
+        f"time is FLOPs at the full length of each example over {USE_OF_PEAK:.0%} of the {peak / 1e12:.2g} TFLOP/s "
+        f"that one large product reached on this machine's {device} just now; evaluation is not in it"
+    )
+
+
+@lru_cache(maxsize=1)
+def _peak() -> tuple[float, str]:
+    """FLOPs per second of a 1024 x 1024 product (GPU: 8192 x 8192 in bfloat16), the best of a few."""
+    gpu = torch.cuda.is_available()
+    n, device = (8192, "GPU") if gpu else (1024, "CPU")
+    x = torch.ones(n, n, device="cuda" if gpu else "cpu", dtype=torch.bfloat16 if gpu else torch.float32)
+    best = 0.0
+    for _ in range(4):
+        start = time.perf_counter()
+        x @ x
+        if gpu:
+            torch.cuda.synchronize()
+        best = max(best, 2 * n**3 / (time.perf_counter() - start))
+    return best, device
+
+
+def step_flops(size: Size, config: RunConfig) -> float:
+    """FLOPs of one step at full length: 4 per weight and token, 6 where the weights themselves are trained."""
+    per_weight = 6 if find_method(config.method) is FULL else 4
+    return float(per_weight * size.products * config.batch_size * config.max_length)
+
+
+def memory(size: Size, config: RunConfig) -> int:
+    """Bytes at the peak of a step, roughly."""
+    width = 4 if config.dtype == "float32" else 2
+    frozen = 0 if find_method(config.method) is FULL else width * size.model
+    # weight, gradient, two moments
+    trained = size.trained * (width + width + 8 if not frozen else 16)
+    tokens = config.batch_size * config.max_length
+    return frozen + trained + width * KEPT_PER_UNIT * tokens * size.layers * size.width
+
+
+def size_of(config: RunConfig, sizes: str) -> Size:
+    """What a run trains on the model of that configuration. Raises InputError when its options do not fit it."""
+    options = json.dumps([config.method_args, config.head_policy], sort_keys=True)
+    return _size(sizes, config.method, options, *task_type_of(config, sizes))
+
+
+def task_type_of(config: RunConfig, sizes: str) -> tuple[str, int]:
+    """The task type of a run, and how many labels its head has (2 for a file that is not read yet)."""
+    causal = default_task_type(find_config(sizes)) == "CAUSAL_LM"
+    prompted = config.data in PROMPTED and causal if config.prompted is None else config.prompted
+    if prompted or config.kind == "language_modeling" or (causal and config.data in PROMPTED):
+        return "CAUSAL_LM", 0
+    if config.data in GLUE:
+        return "SEQ_CLS", max(1, len(GLUE[config.data].label_names))
+    return "SEQ_CLS", 1 if config.kind == "regression" else 2
+
+
+@lru_cache(maxsize=256)
+def _size(sizes: str, method: str, options: str, task_type: str, n_labels: int) -> Size:
+    base = bare_model(sizes, task_type, n_labels)
+    model_config: PreTrainedConfig = base.config
+    args, head_policy = json.loads(options)
+    total = sum(parameter.numel() for parameter in base.parameters())
+    products = sum(
+        module.weight.numel()
+        for module in base.modules()
+        if isinstance(getattr(module, "weight", None), nn.Parameter)
+        and module.weight.ndim == 2
+        and not isinstance(module, nn.Embedding)
+    )
+    # the integers of a plan, where the method has one; PEFT's own modules for the others
+    config = None if find_method(method) is FULL else peft_config(method, base, task_type, args, head_policy)
+    if isinstance(config, LorettaConfig):
+        plan = plan_model(base, config)
+        trained, saved = plan.trainable, plan.saved
+    else:
+        with torch.device("meta"):
+            kind = "classification" if task_type == "SEQ_CLS" else "language_modeling"
+            trained = saved = sum(trainable_by_kind(wrap(base, method, kind, args, head_policy)).values())
+    return Size(
+        trained=trained,
+        saved=saved,
+        model=total,
+        products=products,
+        width=getattr(model_config, "hidden_size", 0),
+        layers=getattr(model_config, "num_hidden_layers", 0),
+    )
+
+
+def bare_model(sizes: str, task_type: str, n_labels: int):
+    """The base model on the meta device."""
+    return meta_model(find_config(sizes), task_type, num_labels=max(1, n_labels))
+
+
+def count(config: RunConfig, folder: Path, sizes: str) -> None:
+    """Write the trained parameters of a method and their bytes as float32."""
+    from loretta.training.run import write_json
+
+    size = size_of(config, sizes)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(
+        folder / COUNT,
+        {
+            "parameters": size.trained,
+            "bytes": 4 * size.trained,
+            "saved_bytes": 4 * size.saved,
+            "model_parameters": size.model,
+            "notes": ["bytes of the trained parameters as float32, counted from the model's configuration"],
+        },
+    )
