@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
+from loretta import studies_cli
 from loretta.errors import InputError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -294,6 +295,9 @@ def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
         else:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     os.replace(temporary, path)
+
+
+app.add_typer(studies_cli.app)
 
 
 def main() -> None:

@@ -39,6 +39,10 @@ class Summary:
         return tuple(outcome for outcome in self.outcomes if outcome.state == state)
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        return self.expansion.notes
+
+    @property
     def complete(self) -> bool:
         return len(self.of("finished")) == len(self.outcomes)
 

@@ -1,0 +1,126 @@
+"""A user's own comparison as a study, and what it lets one say: which method, and how small."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loretta.errors import InputError
+from loretta.studies.expansion import ALIASES
+from loretta.studies.results import Cell, Results
+from loretta.studies.study import Grid, Row, Study
+from loretta.training.methods import find_method
+
+# a factor of 5 between neighbours, around the methods' defaults (loretta.training.methods)
+RATES = (2e-4, 1e-3, 5e-3)
+_RANKED = ("loretta_adp", "loretta_rep", "lora")
+
+
+def comparison(
+    data: str, methods: Sequence[str], *, ranks: Sequence[int] = (), seeds: int = 5, settings: Mapping[str, Any]
+) -> Study:
+    """The study that compares ``methods`` on ``data``, with one row for each of ``ranks`` where a method has a rank.
+
+    ``settings`` are run options (text, label, epochs, ...). Raises InputError for an unknown method.
+    """
+    if not methods:
+        raise InputError("--methods is empty: give at least two, for example lora,loretta_adp,loretta_rep,ia3")
+    rows: dict[str, Row] = {}
+    for given in methods:
+        method = ALIASES.get(given, given)
+        find_method(method)
+        for row in _rows(method, ranks):
+            rows[row.name] = row
+    task = Path(data).stem if Path(data).suffix else data
+    return Study(
+        name="compare",
+        title=f"Which method for {task}",
+        view="compare",
+        seeds=seeds,
+        scale=1,
+        tasks=(task,),
+        protocol={**settings, "data": data},
+        grids={row.method: Grid(learning_rate=RATES) for row in rows.values()},
+        rows=tuple(rows.values()),
+    )
+
+
+def _rows(method: str, ranks: Sequence[int]) -> list[Row]:
+    name = method.replace(":", "-")
+    if method not in _RANKED or not ranks:
+        return [Row(name=name, label=method, method=method)]
+    return [
+        Row(name=f"{name}-r{rank}", label=f"{method}, rank {rank}", method=method, options=_options(method, rank))
+        for rank in ranks
+    ]
+
+
+def _options(method: str, rank: int) -> dict[str, Any]:
+    if method == "lora":
+        return {"r": rank, "lora_alpha": 2 * rank}  # the scale of the default
+    # a bottleneck below the tensor rank would waste it
+    return {"tensor_rank": rank, "r": max(8, rank)} if method == "loretta_rep" else {"tensor_rank": rank}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What the seeds allow to say. ``best`` and ``smallest`` are rows; None where nothing can be said."""
+
+    best: str | None
+    smallest: str | None
+    words: str
+
+
+def verdict(results: Results) -> Verdict:
+    """Name the method of the best mean, and the smallest whose interval reaches that mean, in careful words."""
+    cells = [cell for cell in results.final() if cell.mean is not None and cell.task in results.study.tasks]
+    if not cells:
+        return Verdict(best=None, smallest=None, words="No run is finished, so there is nothing to compare.")
+    sign = 1 if cells[0].higher_is_better else -1
+    best = max(cells, key=lambda cell: sign * _mean(cell))
+    words = f"{best.label} has the best mean {best.metric} ({_figures(best)}) with {_size(best)}."
+    if any(cell.low is None for cell in cells):
+        return Verdict(
+            best=best.row,
+            smallest=None,
+            words=f"{words} With fewer than two finished seeds for a method there is no interval, so this says little "
+            "about which method is better: give --seeds 5 or more.",
+        )
+    reach = [cell for cell in cells if cell is best or _reaches(cell, _mean(best), sign)]
+    smallest = min(reach, key=lambda cell: cell.parameters or 0)
+    if len(cells) == 1:
+        return Verdict(best=best.row, smallest=None, words=f"{words} There is no other method to compare it with.")
+    seeds = "" if all(cell.finished == cell.asked for cell in cells) else " Some seeds are missing."
+    if len(reach) == len(cells):
+        words += (
+            f" The 95% interval of every other method reaches that mean: on these {best.finished} seeds the data "
+            f"cannot tell the methods apart. The smallest is {smallest.label} ({_figures(smallest)}, {_size(smallest)})."
+        )
+    elif smallest is best:
+        words += " No smaller method's 95% interval reaches that mean."
+    else:
+        words += (
+            f" The smallest method whose 95% interval reaches that mean is {smallest.label} ({_figures(smallest)}, "
+            f"{_size(smallest)}): the seeds show no difference between the two, which is not proof that there is none."
+        )
+    return Verdict(best=best.row, smallest=smallest.row, words=words + seeds)
+
+
+def _reaches(cell: Cell, mean: float, sign: int) -> bool:
+    assert cell.low is not None
+    assert cell.high is not None
+    return cell.high >= mean if sign > 0 else cell.low <= mean
+
+
+def _mean(cell: Cell) -> float:
+    assert cell.mean is not None
+    return cell.mean
+
+
+def _figures(cell: Cell) -> str:
+    ends = "" if cell.low is None or cell.high is None else f", 95% interval {cell.low:.4f} to {cell.high:.4f}"
+    return f"{cell.mean:.4f}{ends}"
+
+
+def _size(cell: Cell) -> str:
+    return f"{cell.parameters:,} trained parameters" if cell.parameters is not None else "an unknown size"

@@ -1,0 +1,210 @@
+"""Studies, estimates and run folders as tables for a terminal."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from loretta.studies.results import Cell, Results
+from loretta.studies.sizes import Estimate
+from loretta.studies.state import State
+from loretta.training.record import RunRecord
+
+MISSING = "–"
+
+
+def results_table(results: Results) -> Table:
+    """A row for each model and method (and order of a sequence), a column for each number."""
+    study = results.study
+    cells = results.final()
+    columns = list(dict.fromkeys(cell.task for cell in cells))
+    table = Table(title=study.title, caption=_caption(results), box=box.SIMPLE_HEAD, caption_justify="left")
+    for name in ("model", "method", *(["order"] if study.sequence else [])):
+        table.add_column(name, overflow="fold")
+    for name in ("parameters", "bytes", *columns):
+        table.add_column(name, justify="right")
+    rows: dict[tuple, dict[str, Cell]] = {}
+    for cell in cells:
+        rows.setdefault((cell.model, cell.row, cell.order), {})[cell.task] = cell
+    for (model, _, order), by_task in rows.items():
+        first = next(iter(by_task.values()))
+        table.add_row(
+            model,
+            first.label,
+            *([" > ".join(order)] if study.sequence else []),
+            number(_known(by_task, "parameters")),
+            number(_known(by_task, "adapter_bytes")),
+            *(_score(by_task.get(name), study.scale) for name in columns),
+        )
+    return table
+
+
+def _known(cells: Mapping[str, Cell], name: str) -> int | None:
+    return next((value for cell in cells.values() if (value := getattr(cell, name)) is not None), None)
+
+
+def _caption(results: Results) -> str:
+    splits = sorted({cell.split for cell in results.cells if cell.split})
+    words = [f"scores are of the {' or '.join(splits)} split"] if splits else []
+    if any(cell.low is not None for cell in results.cells):
+        words.append("± is half of Student's 95% interval over seeds")
+    if any(cell.printed is not None for cell in results.cells):
+        words.append("in brackets what the paper prints")
+    return "; ".join(words)
+
+
+def _score(cell: Cell | None, scale: float) -> str:
+    """Mean, half of the interval, how many seeds where some are missing, the printed number."""
+    if cell is None:
+        return ""
+    words = MISSING if cell.mean is None else figure(cell.mean * scale)
+    if cell.mean is not None and cell.high is not None:
+        words += f" ± {figure((cell.high - cell.mean) * scale)}"
+    if cell.finished < cell.asked:
+        words += f" ({cell.seeds})"
+    return words if cell.printed is None else rf"{words} \[{figure(cell.printed)}]"
+
+
+def figure(value: float) -> str:
+    """A score to two or four decimals, a large quantity in four figures."""
+    if abs(value) >= 10_000:
+        return f"{value:.4g}" if abs(value) >= 1e9 else f"{value:,.0f}"
+    return f"{value:.4f}" if abs(value) < 1 else f"{value:.2f}"
+
+
+def number(value: int | None) -> str:
+    """An integer with separators."""
+    return MISSING if value is None else f"{value:,}"
+
+
+def estimate_table(estimates: Sequence[Estimate], printed: Mapping[tuple[str, str], str | None], title: str) -> Table:
+    """A row for each model and method of a dry run. ``printed`` is the paper's count by (model, row)."""
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    for name in ("model", "method", "tasks"):
+        table.add_column(name, overflow="fold")
+    for name in ("runs", "parameters", "paper", "steps", "time", "memory"):
+        table.add_column(name, justify="right")
+    groups: dict[tuple[str, str], list[Estimate]] = {}
+    for estimate in estimates:
+        groups.setdefault((estimate.run.model, estimate.run.row), []).append(estimate)
+    for key, group in groups.items():
+        sizes = sorted({estimate.size.trained for estimate in group if estimate.size})
+        reason = next((estimate.reason for estimate in group if estimate.reason), "")
+        counts = f"{sizes[0]:,}" + (f" to {sizes[-1]:,}" if len(sizes) > 1 else "") if sizes else MISSING
+        table.add_row(
+            key[0],
+            group[0].run.label + (f"\ncannot run: {reason}" if reason else ""),
+            ", ".join(dict.fromkeys(estimate.run.task for estimate in group)),
+            str(len(group)),
+            counts,
+            printed.get(key) or "",
+            number(total(estimate.steps for estimate in group)),
+            duration(total(estimate.seconds for estimate in group)),
+            size_words(max((estimate.memory_bytes or 0 for estimate in group), default=0)),
+        )
+    return table
+
+
+def total(values: Iterable[Any]) -> Any:
+    """The sum of what is known; None when nothing is."""
+    known = [value for value in values if value is not None]
+    return sum(known) if known else None
+
+
+def duration(seconds: float | None) -> str:
+    """As 0:01:30 or "3 days, 4:00:00"."""
+    return MISSING if seconds is None else str(timedelta(seconds=round(seconds)))
+
+
+def size_words(n_bytes: int) -> str:
+    """As "1.5 GiB"."""
+    value, unit = float(n_bytes), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.1f} {unit}" if n_bytes else MISSING
+
+
+def run_row(root: Path, folder: Path, state: State, reason: str) -> dict[str, Any]:
+    """One run of a listing as plain data."""
+    row: dict[str, Any] = {"run": str(folder.relative_to(root)), "state": state, "reason": reason}
+    if state == "finished" and (folder / "run.json").is_file():
+        record = RunRecord.load(folder / "run.json")
+        values = record.validation if record.test is None else record.test
+        row |= {
+            "method": record.method,
+            "seed": record.seed,
+            "learning_rate": record.config.get("learning_rate"),
+            "metric": record.metric,
+            "score": values.get(record.metric),
+            "parameters": record.parameters.trainable,
+            "seconds": record.train_seconds,
+        }
+    return row
+
+
+def runs_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """A listing of runs."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("run", "state"):
+        table.add_column(name, overflow="fold")
+    for name in ("score", "parameters", "seconds", "learning rate"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        score = f"{row['metric']} {row['score']:.4f}" if row.get("score") is not None else row["reason"]
+        rate = row.get("learning_rate")
+        table.add_row(
+            row["run"],
+            row["state"],
+            score,
+            number(row.get("parameters")),
+            f"{row['seconds']:.0f}" if "seconds" in row else "",
+            f"{rate:g}" if rate is not None else "",
+        )
+    return table
+
+
+def comparison_rows(records: Mapping[str, RunRecord]) -> list[dict[str, Any]]:
+    """What differs between runs, options first, then results; a row for each quantity."""
+    configs = {name: _flat(record.config) for name, record in records.items()}
+    keys = list(dict.fromkeys(key for config in configs.values() for key in config))
+    rows = []
+    for key in keys:
+        values = {name: config.get(key) for name, config in configs.items()}
+        if key != "output" and any(value != next(iter(values.values())) for value in values.values()):
+            rows.append({"what": key, **values})
+    rows.append({"what": "trained parameters", **{n: record.parameters.trainable for n, record in records.items()}})
+    rows.append({"what": "adapter bytes", **{n: record.adapter_bytes for n, record in records.items()}})
+    rows.append({"what": "seconds", **{n: round(record.train_seconds, 1) for n, record in records.items()}})
+    for split in ("validation", "test"):
+        scores = {name: getattr(record, split) or {} for name, record in records.items()}
+        metrics = dict.fromkeys(metric for values in scores.values() for metric in values)
+        rows += [{"what": f"{split} {metric}", **{n: scores[n].get(metric) for n in scores}} for metric in metrics]
+    return rows
+
+
+def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    args = {f"method_args.{key}": value for key, value in config.get("method_args", {}).items()}
+    return {**{key: value for key, value in config.items() if key != "method_args"}, **args}
+
+
+def comparison_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Table:
+    """Runs side by side."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in ("", *names):
+        table.add_column(name, overflow="fold")
+    for row in rows:
+        table.add_row(row["what"], *(_words(row[name]) for name in names))
+    return table
+
+
+def _words(value: Any) -> str:
+    if value is None:
+        return MISSING
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
