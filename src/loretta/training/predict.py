@@ -12,9 +12,11 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from loretta.errors import InputError
 from loretta.tasks import metrics
 from loretta.tasks.base import Task
+from loretta.tasks.prompted import PromptedTask
 from loretta.training.config import RunConfig
 from loretta.training.methods import FULL, find_method
-from loretta.training.model import Trained, load_adapter, load_base, load_tokenizer
+from loretta.training.model import TASK_TYPES, Trained, load_adapter, load_base, load_tokenizer
+from loretta.training.prompted import encode_examples, judge
 from loretta.training.record import RunRecord
 from loretta.training.run import ADAPTER, encode, prediction_rows
 
@@ -59,8 +61,10 @@ def load_run(folder: Path, *, model: str | None = None, cpu: bool = False) -> Lo
 
 
 @torch.inference_mode()
-def evaluate(run: LoadedRun, task: Task, split: str) -> dict[str, float]:
+def evaluate(run: LoadedRun, task: Task | PromptedTask, split: str) -> dict[str, float]:
     """The task's metrics on one split. Raises InputError for a task of another kind or with other labels."""
+    if isinstance(task, PromptedTask):
+        return _judge(run, task, split)
     if task.kind != run.kind or (task.label_names and list(task.label_names) != run.record.label_names):
         raise InputError(
             f"the run was trained on a {run.kind} task with the labels {run.record.label_names}, and "
@@ -84,12 +88,22 @@ def evaluate(run: LoadedRun, task: Task, split: str) -> dict[str, float]:
     return metrics.compute(task.metrics, predicted.numpy(), list(data["label"]))
 
 
+def _judge(run: LoadedRun, task: PromptedTask, split: str) -> dict[str, float]:
+    if TASK_TYPES[run.kind] != "CAUSAL_LM":
+        raise InputError(
+            f"the run was trained on a {run.kind} task, and '{task.name}' is put in words: give data with labels"
+        )
+    examples = getattr(task, split)
+    texts = encode_examples(examples, run.tokenizer, run.config)
+    return judge(run.model, run.tokenizer, task, examples, texts, run.config, progress=split).values
+
+
 def predict(run: LoadedRun, texts: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
     """One row per example. ``texts`` holds the text columns, as the run was trained with them.
 
-    Classification gives "label" and its "probability", regression a "score", language modelling a "continuation".
+    Classification gives "label" and its "probability", regression a "score", a language model a "continuation".
     """
-    if run.kind == "language_modeling":
+    if TASK_TYPES[run.kind] == "CAUSAL_LM":
         return [{"continuation": _continue(run, text)} for text in texts[0]]
     return [row for logits in _logits(run, texts) for row in prediction_rows(logits, run.record.label_names)]
 

@@ -24,7 +24,6 @@ from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorWithPadding,
     PreTrainedTokenizerBase,
-    Trainer,
     set_seed,
 )
 from transformers.trainer_utils import get_last_checkpoint
@@ -33,12 +32,16 @@ import loretta
 from loretta.card import write_card
 from loretta.counts import trainable_by_kind
 from loretta.errors import InputError
+from loretta.families import default_task_type, find_config
 from loretta.plan import read_plan
 from loretta.tasks import load_task, metrics
 from loretta.tasks.base import Task
+from loretta.tasks.glue import GLUE
+from loretta.tasks.prompted import PROMPTED, PromptedTask, Sample, load_prompted
 from loretta.training.config import RunConfig
 from loretta.training.methods import FULL, find_method
 from loretta.training.model import TASK_TYPES, Trained, load_base, load_tokenizer, start_from, wrap
+from loretta.training.prompted import PromptedTrainer, Texts, encode_task
 from loretta.training.record import ParameterCounts, Point, RunRecord, Train
 from loretta.training.trainer import TwoRateTrainer, training_arguments
 from loretta.tuners.config import LorettaConfig
@@ -64,6 +67,7 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
         _need_tensorboard()
     method = find_method(config.method)
     task = load_config_task(config)
+    check_loss(config, task)
     before = None if config.start_from is None else find_start(config, task)
     tokenizer = load_tokenizer(config.model)
     set_seed(config.seed)
@@ -79,11 +83,7 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
     model = wrap(base, config.method, task.kind, config.method_args, config.head_policy)
     if before is not None and isinstance(model, PeftModel):
         start_from(model, before)
-    encoded = {
-        split: encode(data, task, tokenizer, config.max_length)
-        for split in ("train", "validation", "test")
-        if (data := getattr(task, split)) is not None
-    }
+    encoded = encode_splits(config, task, tokenizer)
     if overwrite and folder.exists():
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,7 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
     return _finish(config, task, trainer, encoded, seconds=seconds, memory=peak_memory() - memory)
 
 
-def find_start(config: RunConfig, task: Task) -> Path:
+def find_start(config: RunConfig, task: Task | PromptedTask) -> Path:
     """The adapter that the training starts from: the one of the run ``config.start_from``.
 
     Raises InputError when that is no finished run, or not one of the same model, method and labels.
@@ -131,22 +131,73 @@ def find_start(config: RunConfig, task: Task) -> Path:
     return folder / ADAPTER
 
 
-def load_config_task(config: RunConfig) -> Task:
-    """The task that ``config`` names, cut to ``limit`` rows a split. Raises InputError as ``load_task``."""
-    task = load_task(
-        config.data,
-        text=config.text,
-        text_pair=config.text_pair,
-        label=config.label,
-        kind=config.kind,
-        data_dir=Path(config.data_dir) if config.data_dir else None,
-        validation=Path(config.validation) if config.validation else None,
-        test=Path(config.test) if config.test else None,
-        seed=config.seed,
-    )
-    if config.limit is None:
-        return task
-    return task.limited(config.limit)
+def load_config_task(config: RunConfig) -> Task | PromptedTask:
+    """The task that ``config`` names, in words or as a table, cut to ``limit`` rows a split.
+
+    Raises InputError as ``load_task`` and ``load_prompted`` do, and for options that are of the other form.
+    """
+    data_dir = Path(config.data_dir) if config.data_dir else None
+    task: Task | PromptedTask
+    if is_prompted(config):
+        of_tables = ("text", "text_pair", "label", "kind", "validation", "test")
+        if given := [f"{key}={getattr(config, key)!r}" for key in of_tables if getattr(config, key) is not None]:
+            raise InputError(f"'{config.data}' is put in words and has its own splits: leave out {', '.join(given)}")
+        task = load_prompted(config.data, data_dir=data_dir, sample=Sample(**config.sample), seed=config.seed)
+    else:
+        if config.sample or config.train_as != "auto":
+            raise InputError(
+                f"sample and train_as are for prompted tasks ({', '.join(PROMPTED)}) on a causal language model, and "
+                f"'{config.data}' on '{config.model}' is none: leave them out"
+            )
+        task = load_task(
+            config.data,
+            text=config.text,
+            text_pair=config.text_pair,
+            label=config.label,
+            kind=config.kind,
+            data_dir=data_dir,
+            validation=Path(config.validation) if config.validation else None,
+            test=Path(config.test) if config.test else None,
+            seed=config.seed,
+        )
+    return task if config.limit is None else task.limited(config.limit)
+
+
+def is_prompted(config: RunConfig) -> bool:
+    """Whether the task is put in words for the model to go on with. Raises InputError where it cannot be."""
+    if config.data not in PROMPTED:
+        if config.prompted:
+            raise InputError(f"prompted: '{config.data}' has no prompt; there are {', '.join(PROMPTED)}")
+        return False
+    has_table = config.data in GLUE
+    if config.prompted is False and has_table:
+        return False
+    if config.prompted is False:
+        raise InputError(f"prompted=false: '{config.data}' has no other form than a prompt")
+    is_causal = default_task_type(find_config(config.model)) == "CAUSAL_LM"
+    if not is_causal and (config.prompted or not has_table):
+        raise InputError(
+            f"'{config.data}' is put in words for a causal language model, and '{config.model}' is none: give a decoder"
+        )
+    return is_causal
+
+
+def check_loss(config: RunConfig, task: Task | PromptedTask) -> None:
+    """Raise InputError for a loss that the task does not have."""
+    if config.train_as == "classification" and task.kind == "generation":
+        raise InputError(f"train_as='classification': '{task.name}' has no options to choose from, leave it out")
+
+
+def encode_splits(
+    config: RunConfig, task: Task | PromptedTask, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Dataset] | dict[str, list[Texts]]:
+    """The splits that there are as token ids. Raises InputError as :func:`encode` and ``encode_task`` do."""
+    if isinstance(task, PromptedTask):
+        return encode_task(task, tokenizer, config)
+    splits = {"train": task.train, "validation": task.validation, "test": task.test}
+    return {
+        split: encode(data, task, tokenizer, config.max_length) for split, data in splits.items() if data is not None
+    }
 
 
 def encode(data: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
@@ -171,7 +222,7 @@ def encode(data: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_le
 
 def make_trainer(
     config: RunConfig,
-    task: Task,
+    task: Task | PromptedTask,
     model: Trained,
     tokenizer: PreTrainedTokenizerBase,
     encoded: Mapping[str, Any],
@@ -187,7 +238,19 @@ def make_trainer(
         "head_learning_rate": config.head_learning_rate,
     }
     chosen_by = choosing_metric(config, task)
-    arguments = training_arguments(config, config.folder / CHECKPOINTS, metric=chosen_by)
+    chosen_well = chosen_by != "loss" and _higher_is_better(task)
+    arguments = training_arguments(
+        config, config.folder / CHECKPOINTS, best_by=chosen_by, greater_is_better=chosen_well
+    )
+    if isinstance(task, PromptedTask):
+        return PromptedTrainer(
+            **common,
+            args=arguments,
+            config=config,
+            task=task,
+            tokenizer=tokenizer,
+            lengths=[len(texts) for texts in encoded["train"]],
+        )
     if task.kind == "language_modeling":
         return TwoRateTrainer(
             **common, args=arguments, data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False)
@@ -201,11 +264,16 @@ def make_trainer(
     )
 
 
-def choosing_metric(config: RunConfig, task: Task) -> str:
+def choosing_metric(config: RunConfig, task: Task | PromptedTask) -> str:
     """What the best checkpoint is chosen by: the task's first metric, or "loss"."""
+    default = "loss" if isinstance(task, PromptedTask) else "metric"
     # perplexity is exp(loss): the same order
-    by_loss = config.select_by == "loss" or task.metrics[0] == "perplexity"
+    by_loss = (config.select_by or default) == "loss" or task.metrics[0] == "perplexity"
     return "loss" if by_loss else task.metrics[0]
+
+
+def _higher_is_better(task: Task | PromptedTask) -> bool:
+    return isinstance(task, PromptedTask) or metrics.higher_is_better(task.metrics[0])
 
 
 def _compute_metrics(task: Task):
@@ -232,7 +300,7 @@ def prediction_rows(logits: torch.Tensor, label_names: Sequence[str]) -> list[di
     ]
 
 
-def named_values(raw: Mapping[str, float], task: Task, prefix: str) -> dict[str, float]:
+def named_values(raw: Mapping[str, float], task: Task | PromptedTask, prefix: str) -> dict[str, float]:
     """Loss and metrics out of the Trainer's prefixed names, with perplexity for language modelling."""
     values = {
         key.removeprefix(prefix): float(value)
@@ -246,9 +314,9 @@ def named_values(raw: Mapping[str, float], task: Task, prefix: str) -> dict[str,
 
 def _finish(
     config: RunConfig,
-    task: Task,
-    trainer: Trainer,
-    encoded: Mapping[str, Dataset],
+    task: Task | PromptedTask,
+    trainer: TwoRateTrainer,
+    encoded: Mapping[str, Any],
     *,
     seconds: float,
     memory: int,
@@ -257,17 +325,16 @@ def _finish(
     folder = config.folder
     model = cast(Trained, trainer.model)
     model.save_pretrained(str(folder / ADAPTER))
-    test = None
-    if "test" in encoded:
-        output = trainer.predict(encoded["test"], metric_key_prefix="test")
-        test = named_values(output.metrics or {}, task, "test_")
-        if task.kind != "language_modeling":
-            rows = prediction_rows(torch.as_tensor(_scores(output.predictions)), task.label_names)
-            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-            (folder / PREDICTIONS).write_text("".join(lines), encoding="utf-8")
+    test, lines = _score_test(config, task, trainer, encoded)
+    if lines:
+        written = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        (folder / PREDICTIONS).write_text(written, encoding="utf-8")
     history = [_point(entry, task) for entry in trainer.state.log_history if "train_runtime" not in entry]
     history = [point for point in history if point is not None]
     best_step = trainer.state.best_global_step or trainer.state.global_step
+    validation = next((p.values for p in history if p and p.split == "validation" and p.step == best_step), {})
+    if isinstance(trainer, PromptedTrainer) and task.metrics[0] not in validation:
+        validation = trainer.judge("validation", encoded["validation"]).values  # generated once, at the best step
     record = RunRecord(
         config=config.model_dump(),
         command=shlex.join(["loretta", *sys.argv[1:]]),
@@ -286,7 +353,7 @@ def _finish(
         notes=list(task.notes),
         label_names=list(task.label_names),
         metric=task.metrics[0],
-        higher_is_better=metrics.higher_is_better(task.metrics[0]),
+        higher_is_better=_higher_is_better(task),
         selected_by="loss" if choosing_metric(config, task) == "loss" else "metric",
         parameters=ParameterCounts(**trainable_by_kind(model), total=_total(model)),
         trains=_trains(model),
@@ -295,13 +362,30 @@ def _finish(
         peak_memory_bytes=max(0, memory),
         history=[point for point in history if point is not None],
         best_step=best_step,
-        validation=next((p.values for p in history if p and p.split == "validation" and p.step == best_step), {}),
+        validation=validation,
         test=test,
     )
     write_json(folder / "run.json", record.model_dump())
     if _loretta_config(model) is not None:
         write_card(folder / ADAPTER, record, learning_rate=trainer.args.learning_rate)
     return record
+
+
+def _score_test(
+    config: RunConfig, task: Task | PromptedTask, trainer: TwoRateTrainer, encoded: Mapping[str, Any]
+) -> tuple[dict[str, float] | None, list[dict[str, Any]]]:
+    """Metrics of the test split and a row for each of its examples; nothing where there is none."""
+    if "test" not in encoded:
+        return None, []
+    if isinstance(trainer, PromptedTrainer):
+        judged = trainer.judge("test", encoded["test"])
+        return judged.values, judged.answers
+    assert isinstance(task, Task)
+    output = trainer.predict(encoded["test"], metric_key_prefix="test")
+    values = named_values(output.metrics or {}, task, "test_")
+    if task.kind == "language_modeling":
+        return values, []
+    return values, prediction_rows(torch.as_tensor(_scores(output.predictions)), task.label_names)
 
 
 def _total(model: Trained) -> int:
@@ -327,7 +411,7 @@ def _trains(model: Trained) -> list[Train]:
     ]
 
 
-def _point(entry: Mapping[str, Any], task: Task) -> Point | None:
+def _point(entry: Mapping[str, Any], task: Task | PromptedTask) -> Point | None:
     where = {"step": entry["step"], "epoch": entry["epoch"]}
     if "eval_loss" in entry:
         return Point(split="validation", values=named_values(entry, task, "eval_"), **where)

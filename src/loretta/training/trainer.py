@@ -13,15 +13,14 @@ from torch.utils.data import Sampler, SequentialSampler
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from loretta.tasks import metrics
 from loretta.training.config import RunConfig
 from loretta.training.methods import find_method
 
 TRAINED = "trained.safetensors"
 
 
-def training_arguments(config: RunConfig, folder: Path, *, metric: str, **more: Any) -> TrainingArguments:
-    """The Trainer's options for a run; the checkpoint that scores best on ``metric`` ("loss" is one) is kept."""
+def training_arguments(config: RunConfig, folder: Path, *, best_by: str, greater_is_better: bool) -> TrainingArguments:
+    """The Trainer's options for a run; the checkpoint that is best by a metric on validation, or "loss", is kept."""
     every = "epoch" if config.eval_steps is None else "steps"
     steps = {} if config.eval_steps is None else {"eval_steps": config.eval_steps, "save_steps": config.eval_steps}
     return TrainingArguments(
@@ -40,8 +39,8 @@ def training_arguments(config: RunConfig, folder: Path, *, metric: str, **more: 
         logging_steps=config.logging_steps,
         save_total_limit=2,
         load_best_model_at_end=True,
-        metric_for_best_model=metric,
-        greater_is_better=metric != "loss" and metrics.higher_is_better(metric),
+        metric_for_best_model=best_by,
+        greater_is_better=greater_is_better,
         seed=config.seed,
         bf16=config.bf16,
         **({"gradient_checkpointing": True} if config.gradient_checkpointing else {}),
@@ -49,7 +48,6 @@ def training_arguments(config: RunConfig, folder: Path, *, metric: str, **more: 
         report_to=["tensorboard"] if config.tensorboard else [],
         dataloader_pin_memory=torch.cuda.is_available() and not config.cpu,
         label_names=["labels"],
-        **more,
     )
 
 

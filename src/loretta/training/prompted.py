@@ -1,0 +1,291 @@
+"""Train and score a causal language model on prompted tasks: option by log-probability, answers by greedy decoding.
+
+Axes: N texts (a prompt with one of its options each), T tokens, V vocabulary.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from loretta.tasks.prompted import STOP, Example, PromptedTask
+from loretta.tasks.prompted.encoding import (
+    IGNORED,
+    Encoded,
+    encode_example,
+    encode_options,
+    encode_prompt,
+    padded,
+)
+from loretta.training.config import RunConfig
+from loretta.training.model import Trained
+from loretta.training.trainer import TwoRateTrainer
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Texts:
+    """One example as token ids: its options, or its completion alone, and which of them are right."""
+
+    options: tuple[Encoded, ...]
+    correct: tuple[int, ...]
+
+    def __len__(self) -> int:
+        """Tokens of the longest one."""
+        return max(len(option.ids) for option in self.options)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judged:
+    """What a model makes of a split: the loss and the task's metrics, and what it answers to each example."""
+
+    values: dict[str, float]
+    answers: list[dict[str, Any]]
+
+
+def loss_of(config: RunConfig, task: PromptedTask) -> str:
+    """The loss of a run: "classification" or "language_modeling"."""
+    return task.train_as if config.train_as == "auto" else config.train_as
+
+
+def encode_task(task: PromptedTask, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> dict[str, list[Texts]]:
+    """The splits as token ids. Training as language modelling reads the gold completion alone.
+
+    Raises InputError when an option does not fit into ``config.max_length``.
+    """
+    gold_alone = loss_of(config, task) == "language_modeling"
+    return {
+        "train": encode_examples(task.train, tokenizer, config, gold_alone=gold_alone),
+        "validation": encode_examples(task.validation, tokenizer, config),
+        "test": encode_examples(task.test, tokenizer, config),
+    }
+
+
+def encode_examples(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, config: RunConfig, *, gold_alone: bool = False
+) -> list[Texts]:
+    """Token ids of each example with all its options, or with its completion alone. Raises InputError as above."""
+    encoded = []
+    for example in examples:
+        if gold_alone or not example.options:
+            gold = encode_example(tokenizer, example, config.max_length)
+            encoded.append(Texts(options=(gold,), correct=(0,)))
+        else:
+            options = encode_options(tokenizer, example, config.max_length)
+            encoded.append(Texts(options=tuple(options), correct=example.correct))
+    return encoded
+
+
+def mean_log_probabilities(logits_NTV: Tensor, labels_NT: Tensor) -> Tensor:
+    """(N) mean log-probability of the labelled tokens of each text, in float32 or better.
+
+    A label stands at the place of its token, which the logits one place before predict. Logits may have more places
+    in front, those of a trained prompt.
+    """
+    logits_NTV = logits_NTV[:, -labels_NT.shape[1] :][:, :-1]
+    targets_NT = labels_NT[:, 1:]
+    wanted_NT = targets_NT != IGNORED
+    # a softmax over the vocabulary for the few places of the completions alone
+    chosen_KV = logits_NTV[wanted_NT]
+    chosen_KV = chosen_KV.to(torch.promote_types(chosen_KV.dtype, torch.float32))
+    values_K = -nn.functional.cross_entropy(chosen_KV, targets_NT[wanted_NT], reduction="none")
+    values_NT = values_K.new_zeros(targets_NT.shape).masked_scatter(wanted_NT, values_K)
+    return values_NT.sum(-1) / wanted_NT.sum(-1)
+
+
+def example_loss(scores: Tensor, correct: Sequence[int], train_as: str) -> Tensor:
+    """The loss of one example from the mean log-probabilities of its options.
+
+    "language_modeling": minus that of the (first) right one. "classification": cross-entropy of the softmax over all
+    options, where several right ones share the probability.
+    """
+    if train_as == "language_modeling":
+        return -scores[correct[0]]
+    return scores.logsumexp(0) - scores[list(correct)].logsumexp(0)
+
+
+class PromptedTrainer(TwoRateTrainer):
+    """The trainer of all runs, with the losses of prompted tasks: means over examples, whatever their lengths."""
+
+    def __init__(self, *args: Any, config: RunConfig, task: PromptedTask, tokenizer: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs, data_collator=self._collate)
+        self.model_accepts_loss_kwargs = False  # the loss is a mean already
+        self.config, self.task, self.tokenizer = config, task, tokenizer
+        self.control: Any
+
+    def _collate(self, examples: Sequence[Texts]) -> dict[str, Any]:
+        texts = [option for example in examples for option in example.options]
+        return {**padded(texts, pad_id(self.tokenizer)), "examples": list(examples)}
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
+        scores = mean_log_probabilities(outputs.logits, inputs["labels"])
+        train_as, examples = loss_of(self.config, self.task), inputs["examples"]
+        each = scores.split([len(example.options) for example in examples])
+        losses = [example_loss(s, example.correct, train_as) for s, example in zip(each, examples, strict=True)]
+        loss = torch.stack(losses).mean()
+        return (loss, outputs) if return_outputs else loss
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Score the validation split: the loss and, unless answers would be generated for nothing, the metrics."""
+        needed = self.task.kind == "choice" or self.config.select_by == "metric"
+        judged = self.judge("validation", self.eval_dataset, answer=needed, show=False)
+        values = {f"{metric_key_prefix}_{name}": value for name, value in judged.values.items()}
+        self.log(values)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, values)
+        return values
+
+    def judge(self, split: str, texts: Any, *, answer: bool = True, show: bool = True) -> Judged:
+        """:func:`judge` of one split of the task by the model as it is now."""
+        return judge(
+            self.model,
+            self.tokenizer,
+            self.task,
+            getattr(self.task, split),
+            texts,
+            self.config,
+            answer=answer,
+            progress=split if show else None,
+        )
+
+
+def judge(
+    model: Trained,
+    tokenizer: PreTrainedTokenizerBase,
+    task: PromptedTask,
+    examples: Sequence[Example],
+    texts: Sequence[Texts],
+    config: RunConfig,
+    *,
+    answer: bool = True,
+    progress: str | None = None,
+) -> Judged:
+    """Score a split: the training's loss, and the metrics of the likeliest options or of generated answers.
+
+    Args:
+        texts: the examples as :func:`encode_task` gives them, with all options.
+        answer: False leaves out the metrics of generated answers.
+        progress: words in front of a progress bar, which a terminal shows.
+    """
+    with _evaluating(model, config):
+        scores = option_scores(model, texts, pad_id(tokenizer), config.eval_batch_size, progress=progress)
+        train_as = loss_of(config, task)
+        losses = [example_loss(s, text.correct, train_as) for s, text in zip(scores, texts, strict=True)]
+        values = {"loss": float(torch.stack(losses).mean())}
+        if task.kind == "choice":
+            best = [int(s.argmax()) for s in scores]
+            answers = [
+                {"option": example.options[k].strip(), "log_probabilities": s.tolist()}
+                for example, k, s in zip(examples, best, scores, strict=True)
+            ]
+            return Judged(values=values | task.score(best, examples), answers=answers)
+        if not answer:
+            return Judged(values=values, answers=[])
+        prompts = [encode_prompt(tokenizer, example.prompt, config.max_length) for example in examples]
+        words = generate(model, tokenizer, prompts, config, progress=progress)
+    return Judged(values=values | task.score(words, examples), answers=[{"answer": text} for text in words])
+
+
+@torch.no_grad()
+def option_scores(
+    model: Trained, texts: Sequence[Texts], pad: int, batch_size: int, *, progress: str | None = None
+) -> list[Tensor]:
+    """The mean log-probabilities of the options of each example, (options) in float64 on the CPU.
+
+    Options of all examples are scored together, ``batch_size`` texts of similar length at a time.
+    """
+    flat = [option for text in texts for option in text.options]
+    out = torch.zeros(len(flat), dtype=torch.float64)
+    for rows in _shown(list(_batches([len(text.ids) for text in flat], batch_size)), progress):
+        batch = {name: tensor.to(model.device) for name, tensor in padded([flat[k] for k in rows], pad).items()}
+        labels = batch.pop("labels")
+        out[rows] = mean_log_probabilities(model(**batch).logits, labels).double().cpu()
+    return list(out.split([len(text.options) for text in texts]))
+
+
+@torch.no_grad()
+def generate(
+    model: Trained,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    config: RunConfig,
+    *,
+    progress: str | None = None,
+) -> list[str]:
+    """The greedy continuation of each prompt up to the end of a line, without the space around it.
+
+    At most ``config.max_new_tokens`` tokens each, ``config.eval_batch_size`` prompts at a time.
+    """
+    pad = pad_id(tokenizer)
+    ends = {tokenizer.eos_token_id, *_with_line_end(tokenizer)} - {None}
+    settings = GenerationConfig(
+        max_new_tokens=config.max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=sorted(ends) or None
+    )
+    # PEFT gives pads positions behind a trained prompt, and what follows them another distance to it
+    alike = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
+    words = [""] * len(prompts)
+    batches = list(_batches([len(prompt) for prompt in prompts], config.eval_batch_size, alike=alike))
+    for rows in _shown(batches, progress):
+        batch = padded([prompts[k] for k in rows], pad, side="left")
+        inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
+        out = model.generate(**inputs, generation_config=settings)
+        for k, ids in zip(rows, out[:, inputs["input_ids"].shape[1] :], strict=True):
+            words[k] = tokenizer.decode(ids, skip_special_tokens=True).lstrip().partition(STOP)[0].rstrip()
+    return words
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """What fills a batch up; masked, so that any token will do."""
+    return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def _with_line_end(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Every token that ends a line, in whichever way the vocabulary has merged line ends."""
+    ids = range(len(tokenizer))
+    return {k for k, text in zip(ids, tokenizer.batch_decode([[k] for k in ids]), strict=True) if STOP in text}
+
+
+def _batches(lengths: Sequence[int], size: int, *, alike: bool = False) -> Iterator[list[int]]:
+    """Indices of texts of similar length (``alike``: the same), longest first: too little memory shows at once."""
+    batch: list[int] = []
+    for k in sorted(range(len(lengths)), key=lambda k: -lengths[k]):
+        if len(batch) == size or (alike and batch and lengths[batch[0]] != lengths[k]):
+            yield batch
+            batch = []
+        batch.append(k)
+    if batch:
+        yield batch
+
+
+def _shown(steps: Sequence[T], words: str | None) -> Iterable[T]:
+    console = Console(stderr=True)
+    hidden = words is None or not console.is_terminal
+    return track(steps, words or "", console=console, transient=True, disable=hidden)
+
+
+@contextmanager
+def _evaluating(model: Trained, config: RunConfig) -> Iterator[None]:
+    """Without dropout, and in the precision of the training steps; then as it was."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.autocast(model.device.type, dtype=torch.bfloat16, enabled=config.bf16):
+            yield
+    finally:
+        model.train(training)
