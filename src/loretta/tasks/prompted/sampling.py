@@ -9,6 +9,7 @@ from typing import NamedTuple
 from loretta.errors import InputError
 from loretta.tasks.prompted.base import Example, PromptedSpec, Sample
 from loretta.tasks.prompted.rows import Split, bad_row
+from loretta.tasks.split import text_key
 from loretta.tasks.wording import quoted
 
 
@@ -23,18 +24,18 @@ class Drawn:
 class Place(NamedTuple):
     """Where a row comes in the draw. Places are sorted; rows with equal texts are neighbours."""
 
-    texts: str  # hash of the seed and the row's texts
-    gold: str  # hash of the rest, so that the order of the rows does not count where texts are equal
+    texts: str  # hash of the seed and the row's texts, whatever their case and spacing
+    row: str  # hash of the whole row, so that the order of the rows does not count where texts are equal
     number: int
 
 
 def draw(spec: PromptedSpec, train: Split, validation: Split, *, sample: Sample, seed: int) -> Drawn:
     """Train and validation from the train split, without a text in common; test from the validation split.
 
-    Rows are taken in the order of a hash of the seed and their texts, validation first. So the draw hangs on no other
-    row, nor on the order of the rows, the wording of the prompts or a random generator's version, and a larger draw
-    has the smaller one in it. Where the train split has fewer rows than are asked for, at most half of them validate.
-    Rows without a usable gold answer are passed over.
+    Texts are the same whatever their case and spacing. Rows are taken in the order of a hash of the seed and their
+    texts, validation first. So the draw hangs on no other row, nor on the order of the rows, the wording of the
+    prompts or a random generator's version, and a larger draw has the smaller one in it. Where the train split has
+    fewer rows than are asked for, at most half of them validate. Rows without a usable gold answer are passed over.
 
     Raises:
         InputError: a row that is not as the Hub's, or fewer usable rows than 2 in train and 1 in validation.
@@ -51,7 +52,7 @@ def draw(spec: PromptedSpec, train: Split, validation: Split, *, sample: Sample,
         "test": _examples(spec, validation, test_pool[: sample.test]),
     }
     if not drawn["train"]:
-        raise InputError(f"all rows of '{train.source}' have the same text: add rows with different texts")
+        raise InputError(f"'{train.source}' has too few different texts to split: add rows with different texts")
     return Drawn(**drawn, notes=tuple(_notes(spec, train, validation, len(pool), len(test_pool), sample, drawn)))
 
 
@@ -63,8 +64,9 @@ def _usable(spec: PromptedSpec, split: Split, seed: int, *, at_least: int) -> li
         except ValueError as error:
             raise bad_row(split.source, number + 1, str(error)) from None
         if usable:
-            texts = _hash(spec.name, seed, *(row[field] for field in spec.texts))
-            pool.append(Place(texts, _hash(*(row[field] for field in spec.gold)), number))
+            texts = tuple(row[field] for field in spec.texts)
+            rest = _hash(*texts, *(row[field] for field in spec.gold))
+            pool.append(Place(_hash(spec.name, seed, *text_key(texts)), rest, number))
     if len(pool) < at_least:
         raise InputError(
             f"'{split.source}' has {len(pool)} usable rows for {quoted(spec.name)}, which needs at least {at_least}: "
