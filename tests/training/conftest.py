@@ -1,10 +1,13 @@
-"""A tiny BERT and a tiny LLaMA on disk with a word tokenizer, and small tables to train on."""
+"""Tiny models on disk with tokenizers of words or of characters, small tables and prompted tasks to train on."""
 
 import csv
+import gzip
+import json
+import string
 
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from training_data import WORDS, sentences
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -66,6 +69,58 @@ def llama(tmp_path_factory):
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def speller(tmp_path_factory):
+    """A LLaMA that reads characters, line ends among them."""
+    folder = tmp_path_factory.mktemp("models") / "speller"
+    vocabulary = {token: k for k, token in enumerate(["<pad>", "<s>", "</s>", *string.printable])}
+    characters = Tokenizer(models.WordLevel(vocabulary, unk_token="?"))
+    characters.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
+    characters.decoder = decoders.Fuse()
+    characters.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        initializer_range=0.3,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>"}
+    PreTrainedTokenizerFast(tokenizer_object=characters, **special).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def prompted(tmp_path_factory):
+    """A folder with a few rows of SST-2, COPA and SQuAD, in the form of the Hub's."""
+    folder = tmp_path_factory.mktemp("prompted")
+    words = ["dull", "fun", "a bore", "fine", "long", "short"]
+
+    def rows(task: str, k: int) -> dict:
+        word = words[k % 6]
+        if task == "sst2":
+            return {"sentence": f"film {k} is {word}", "label": k % 2}
+        if task == "copa":
+            choices = {"choice1": f"It was {word}.", "choice2": f"It had been {k}."}
+            return {"premise": f"I left film {k}.", "question": ("cause", "effect")[k % 2], "label": k % 2, **choices}
+        answers = {"text": [word], "answer_start": [0]}
+        return {"title": f"Film {k}", "context": f"It is {word}.", "question": "How?", "answers": answers}
+
+    for task in ("sst2", "copa", "squad"):
+        (folder / task).mkdir()
+        for split, first, last in (("train", 0, 24), ("validation", 24, 32)):
+            with gzip.open(folder / task / f"{split}.jsonl.gz", "wt") as file:
+                file.writelines(json.dumps(rows(task, k)) + "\n" for k in range(first, last))
     return str(folder)
 
 

@@ -3,6 +3,7 @@
 Axes: N texts (a prompt with one of its options each), T tokens, V vocabulary.
 """
 
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -244,7 +245,10 @@ def generate(
     for rows in _shown(batches, progress):
         batch = padded([prompts[k] for k in rows], pad, side="left")
         inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
-        out = model.generate(**inputs, generation_config=settings)
+        with warnings.catch_warnings():
+            # without pads they are what PEFT puts in their place
+            warnings.filterwarnings("ignore", message="Position ids are not supported", module="peft")
+            out = model.generate(**inputs, generation_config=settings)
         for k, ids in zip(rows, out[:, inputs["input_ids"].shape[1] :], strict=True):
             words[k] = tokenizer.decode(ids, skip_special_tokens=True).lstrip().partition(STOP)[0].rstrip()
     return words
