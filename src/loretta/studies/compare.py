@@ -94,7 +94,8 @@ def verdict(results: Results) -> Verdict:
     if len(reach) == len(cells):
         words += (
             f" The 95% interval of every other method reaches that mean: on these {best.finished} seeds the data "
-            f"cannot tell the methods apart. The smallest is {smallest.label} ({_figures(smallest)}, {_size(smallest)})."
+            f"cannot tell the methods apart. The smallest is {smallest.label} "
+            f"({_figures(smallest)}, {_size(smallest)})."
         )
     elif smallest is best:
         words += " No smaller method's 95% interval reaches that mean."

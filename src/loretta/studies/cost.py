@@ -16,6 +16,7 @@ from loretta.studies.sizes import bare_model, size_of, task_type_of
 from loretta.studies.state import COST
 from loretta.training.config import RunConfig
 from loretta.training.model import load_base, wrap
+from loretta.training.run import write_json
 
 STEPS = 5  # measured ones, after one that warms up
 
@@ -30,8 +31,6 @@ def measure(config: RunConfig, folder: Path, sizes: str) -> None:
 
     Raises InputError when the method does not fit the model.
     """
-    from loretta.training.run import write_json
-
     task_type, n_labels = task_type_of(config, sizes)
     kind = "classification" if task_type == "SEQ_CLS" else "language_modeling"
     with torch.device("meta"):

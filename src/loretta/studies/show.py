@@ -52,7 +52,8 @@ def _caption(results: Results) -> str:
     if any(cell.low is not None for cell in results.cells):
         words.append("± is half of Student's 95% interval over seeds")
     if any(cell.printed is not None for cell in results.cells):
-        words.append("in brackets what the paper prints")
+        models = sorted({str(cell.printed_model) for cell in results.cells if cell.printed is not None})
+        words.append(f"in brackets what the paper prints for {' and '.join(models)}")
     return "; ".join(words)
 
 
@@ -60,19 +61,19 @@ def _score(cell: Cell | None, scale: float) -> str:
     """Mean, half of the interval, how many seeds where some are missing, the printed number."""
     if cell is None:
         return ""
-    words = MISSING if cell.mean is None else figure(cell.mean * scale)
+    words = MISSING if cell.mean is None else figure(cell.mean * scale, scale)
     if cell.mean is not None and cell.high is not None:
-        words += f" ± {figure((cell.high - cell.mean) * scale)}"
+        words += f" ± {figure((cell.high - cell.mean) * scale, scale)}"
     if cell.finished < cell.asked:
         words += f" ({cell.seeds})"
-    return words if cell.printed is None else rf"{words} \[{figure(cell.printed)}]"
+    return words if cell.printed is None else rf"{words} \[{figure(cell.printed, scale)}]"
 
 
-def figure(value: float) -> str:
-    """A score to two or four decimals, a large quantity in four figures."""
-    if abs(value) >= 10_000:
+def figure(value: float, scale: float = 1) -> str:
+    """A score in percent to two decimals and a fraction to four; a large quantity in four figures."""
+    if abs(value) >= 1000:
         return f"{value:.4g}" if abs(value) >= 1e9 else f"{value:,.0f}"
-    return f"{value:.4f}" if abs(value) < 1 else f"{value:.2f}"
+    return f"{value:.2f}" if scale == 100 else f"{value:.4f}"
 
 
 def number(value: int | None) -> str:

@@ -12,17 +12,17 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from loretta.counts import trainable_by_kind
-from loretta.families import default_task_type, find_config, meta_model
+from loretta.families import find_config, meta_model
 from loretta.plan import plan_model
 from loretta.studies.expansion import total_steps
 from loretta.studies.state import COUNT
 from loretta.studies.study import Planned
 from loretta.tasks.glue import GLUE
-from loretta.tasks.prompted import PROMPTED
 from loretta.training.config import RunConfig
 from loretta.training.methods import FULL, find_method, peft_config
 from loretta.training.model import wrap
 from loretta.training.record import RunRecord
+from loretta.training.run import is_prompted, write_json
 from loretta.tuners.config import LorettaConfig
 
 USE_OF_PEAK = 0.4  # of the rate of one large product, which the small ones of a training step reach
@@ -159,10 +159,11 @@ def size_of(config: RunConfig, sizes: str) -> Size:
 
 
 def task_type_of(config: RunConfig, sizes: str) -> tuple[str, int]:
-    """The task type of a run, and how many labels its head has (2 for a file that is not read yet)."""
-    causal = default_task_type(find_config(sizes)) == "CAUSAL_LM"
-    prompted = config.data in PROMPTED and causal if config.prompted is None else config.prompted
-    if prompted or config.kind == "language_modeling" or (causal and config.data in PROMPTED):
+    """The task type of a run, and how many labels its head has (2 for a file that is not read yet).
+
+    Raises InputError for a prompted task on a model that is no causal one.
+    """
+    if is_prompted(config.model_copy(update={"model": sizes})) or config.kind == "language_modeling":
         return "CAUSAL_LM", 0
     if config.data in GLUE:
         return "SEQ_CLS", max(1, len(GLUE[config.data].label_names))
@@ -208,8 +209,6 @@ def bare_model(sizes: str, task_type: str, n_labels: int):
 
 def count(config: RunConfig, folder: Path, sizes: str) -> None:
     """Write the trained parameters of a method and their bytes as float32."""
-    from loretta.training.run import write_json
-
     size = size_of(config, sizes)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(
