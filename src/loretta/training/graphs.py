@@ -1,0 +1,472 @@
+"""Training steps recorded as CUDA graphs: a Trainer for models whose eager steps wait for the CPU.
+
+A step of a small model, or of one with many small modules, is hundreds of kernels of a few microseconds that the CPU
+cannot launch fast enough. Here each shape of batch is recorded once, and then launched with one call.
+"""
+
+import logging
+import warnings
+from collections.abc import Callable, Container, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import Trainer
+
+from loretta.tuners.contraction import note_change, note_write
+
+logger = logging.getLogger(__name__)
+
+Work = Callable[[], tuple[Tensor, Tensor | None]]  # loss of a batch, and the norm of the gradients where it updates
+Shapes = tuple[tuple[str, torch.Size, torch.dtype], ...]
+
+IGNORED = -100
+# what stands at places that attention_mask hides, by the name of the tensor; input_ids take the padding token
+FILLS = {"attention_mask": 0, "token_type_ids": 0, "position_ids": 0, "special_tokens_mask": 1, "labels": IGNORED}
+
+
+class CudaGraphTrainer(Trainer):
+    """A Trainer that replays its training steps as CUDA graphs, one for each shape of batch.
+
+    It takes what :class:`transformers.Trainer` takes, and stands in front of a subclass of it as a mixin. Batches are
+    padded up to a few lengths (:func:`bucket`). The first batch of a shape is trained eagerly, the second is recorded,
+    all others are replayed: forward, backward, clipping and the update, or, with gradient accumulation, forward and
+    backward in one graph per shape and the update in another. The update is recorded for a fused Adam or AdamW, which
+    is what the Trainer takes by default. The learning rate is an input of the recording, so any schedule works.
+
+    The CPU waits for the GPU only to log, to evaluate and to save. Therefore a loss that is NaN is logged as NaN,
+    whatever ``logging_nan_inf_filter`` says. To keep the GPU busy, batches must come fast enough: give
+    ``dataloader_num_workers`` where a model is small.
+
+    What runs in Python in a step runs when it is recorded, and not in a replay: hooks, ``compute_loss``, a module that
+    changes with the number of the step. Callbacks find no gradients in ``on_pre_optimizer_step``. Which parameters
+    are trained must not change within a call of :meth:`train`.
+
+    Where nothing can be recorded it trains as its base class does, and says in one line why; :attr:`why_eager` has
+    the reason.
+
+    Args:
+        max_graphs: Shapes of batches to record. Further ones are trained eagerly.
+    """
+
+    data_collator: Any
+    optimizer: Any
+    current_gradient_accumulation_steps: Any
+
+    def __init__(self, *args: Any, max_graphs: int = 32, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.max_graphs = max_graphs
+        self.why_eager: str | None = None
+        self.replayed = 0  # batches that were trained by a replay
+        self._graphs: _Graphs | None = None
+        self._norm: Tensor | None = None
+        self._flops: dict[Shapes, int] = {}
+
+    def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
+        self.why_eager, self.replayed = None, 0
+        if (obstacle := find_obstacle(self)) is not None:
+            self._go_on_eagerly(obstacle)
+            return super()._inner_training_loop(*args, **kwargs)
+        note_change()  # no layer keeps factors of an earlier pass, whose gradients would flow on another stream
+        looks_at_each_loss, self.args.logging_nan_inf_filter = self.args.logging_nan_inf_filter, False
+        try:
+            with Recorder.stream():
+                self._graphs = _Graphs(Recorder())
+                return super()._inner_training_loop(*args, **kwargs)
+        finally:
+            self.args.logging_nan_inf_filter = looks_at_each_loss
+            self._graphs = self._norm = None
+
+    def get_train_dataloader(self) -> DataLoader:
+        if self._graphs is None:
+            return super().get_train_dataloader()
+        collator = self.data_collator
+        self.data_collator = PadToBucket(collator, self._padding_token(), self._longest())
+        try:
+            loader = super().get_train_dataloader()
+        finally:
+            self.data_collator = collator
+        # Accelerate would copy a batch to the GPU and wait for it, behind all steps that are under way
+        loader.device = None
+        return loader
+
+    def _padding_token(self) -> int:
+        for owner in (self.processing_class, getattr(self.model, "config", None)):
+            if isinstance(token := getattr(owner, "pad_token_id", None), int):
+                return token
+        return 0
+
+    def _longest(self) -> int | None:
+        """The tokens for which the model has positions, or None where it has them for any number."""
+        positions = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
+        if positions is None or not isinstance(self.model, PeftModel):
+            return positions
+        return positions - getattr(self.model.active_peft_config, "num_virtual_tokens", 0)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        # the batches are still in the memory of the CPU, and so is their number
+        return super()._get_num_items_in_batch(batch_samples, torch.device("cpu") if self._graphs else device)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """As the Trainer's, which counts all parameters of the model at each step, but once for each shape."""
+        shapes = shapes_of(inputs)
+        if shapes is None:
+            return super().floating_point_ops(inputs)
+        if shapes not in self._flops:
+            self._flops[shapes] = super().floating_point_ops(inputs)
+        return self._flops[shapes]
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Train on a batch: replay its graph, record it, or train eagerly."""
+        self._norm = None
+        if (graphs := self._graphs) is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        updates = self._can_record_update()
+        if gathers := self.args.gradient_accumulation_steps > 1 or not updates:
+            graphs.gradients.attach()
+        if (recording := self._find_recording(model, inputs, num_items_in_batch, gathers=gathers)) is not None:
+            recording.load(inputs, num_items_in_batch)
+            graphs.load(self)
+            loss, self._norm = recording.replay()
+            self._replayed()
+        else:
+            if isinstance(num_items_in_batch, Tensor):
+                num_items_in_batch = num_items_in_batch.to(self.args.device)
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            if gathers:
+                graphs.gradients.keep(model)
+        if gathers and updates and self.accelerator.sync_gradients and self._has_updated():
+            self._replay_update(model, loss)
+        if self._norm is not None:
+            # the update was part of the replay: the optimizer's step, which comes next, has nothing to do
+            self.accelerator.gradient_state._set_sync_gradients(False)
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        return super()._clip_grad_norm(model) if self._norm is None else self._norm
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        return super()._get_grad_norm(model, grad_norm=grad_norm) if self._norm is None else self._norm
+
+    def _find_recording(
+        self, model: nn.Module, inputs: dict[str, Any], num_items: Tensor | int | None, *, gathers: bool
+    ) -> "_Recording | None":
+        """The recording for batches of this shape; None where it is, or stays, one to train eagerly."""
+        graphs = self._graphs
+        assert graphs is not None
+        if self.why_eager is not None:
+            return None
+        if (shapes := shapes_of(inputs)) is None:
+            names = [repr(name) for name, value in inputs.items() if not isinstance(value, Tensor)]
+            self._go_on_eagerly(f"batches hold {', '.join(names)}, which is no tensor")
+            return None
+        if shapes in graphs.steps:
+            return graphs.steps[shapes]
+        if shapes not in graphs.seen:
+            # once eagerly: kernels are compiled, libraries get their memory, the optimizer its state
+            graphs.seen.add(shapes)
+            return None
+        if len(graphs.steps) == self.max_graphs or not (gathers or self._has_updated()):
+            return None
+        recording = _Recording.of(inputs, num_items, self.args.device)
+        try:
+            recording.replay = self._record_step(model, recording, gathers=gathers)
+        except RuntimeError as error:
+            self._go_on_eagerly(f"a step of this model cannot be recorded ({_short(error)})")
+            return None
+        graphs.steps[shapes] = recording
+        return recording
+
+    def _record_step(self, model: nn.Module, recording: "_Recording", *, gathers: bool) -> Work:
+        """Record the step of one shape. Nothing is computed, and where it fails nothing has changed."""
+        graphs = self._graphs
+        assert graphs is not None
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        before = [parameter.grad for parameter in trained]
+        micro_steps, step, optimizer = (
+            self.current_gradient_accumulation_steps,
+            super().training_step,
+            self._optimizer(),
+        )
+        known: Container[Tensor] = graphs.gradients.of if gathers else optimizer.state
+
+        def work() -> tuple[Tensor, Tensor | None]:
+            loss = step(model, dict(recording.inputs), recording.num_items)
+            if not all(parameter.grad is None or parameter in known for parameter in trained):
+                raise RuntimeError("not every batch trains the same parameters")
+            return loss, None if gathers else self._update(model)
+
+        try:
+            if self.args.gradient_accumulation_steps > 1:
+                self.current_gradient_accumulation_steps = graphs.micro_steps(self.args.device)
+            with nullcontext() if gathers else graphs.rates.as_inputs(optimizer):
+                return graphs.recorder.record(work)
+        finally:
+            self.current_gradient_accumulation_steps = micro_steps
+            for parameter, gradient in zip(trained, before, strict=True):
+                parameter.grad = gradient
+
+    def _update(self, model: nn.Module) -> Tensor:
+        """Clip and step, as the Trainer's loop does after the backward pass. Returns the norm of the gradients."""
+        clipped = super()._clip_grad_norm(model) if self.args.max_grad_norm > 0 else None
+        norm = super()._get_grad_norm(model, grad_norm=clipped)
+        self.optimizer.step()
+        return norm
+
+    def _replay_update(self, model: nn.Module, loss: Tensor) -> None:
+        """The update on its own, from gradients that were gathered over some batches."""
+        graphs = self._graphs
+        assert graphs is not None
+        if graphs.update is None and self.why_eager is None:
+            try:
+                with graphs.rates.as_inputs(self._optimizer()):
+                    graphs.update = graphs.recorder.record(lambda: (loss, self._update(model)))
+            except RuntimeError as error:
+                self._go_on_eagerly(f"the update cannot be recorded ({_short(error)})")
+        if graphs.update is not None:
+            graphs.load(self)
+            _, self._norm = graphs.update()
+            note_write()
+
+    def _replayed(self) -> None:
+        self.replayed += 1
+        note_write()  # a replay writes to parameters past their version counters
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer itself, without Accelerate's wrapper."""
+        return getattr(self.optimizer, "optimizer", self.optimizer)
+
+    def _can_record_update(self) -> bool:
+        # of the others some look at their state from the CPU, and all take the learning rate as a number
+        return all(group.get("fused") and "capturable" in group for group in self._optimizer().param_groups)
+
+    def _has_updated(self) -> bool:
+        """Whether the optimizer has its state: to record that it begins would be to begin in every replay."""
+        return bool(self._optimizer().state)
+
+    def _go_on_eagerly(self, reason: str) -> None:
+        self.why_eager = reason
+        logger.warning("no CUDA graphs, training is eager: %s", reason)
+
+
+def find_obstacle(trainer: Trainer) -> str | None:
+    """Why no step of ``trainer`` can be recorded, as far as that is known before the first one; None if it is not."""
+    args, model = trainer.args, trainer.model
+    assert model is not None
+    obstacles = {
+        f"the device is {args.device.type}, and CUDA graphs are for cuda": args.device.type != "cuda",
+        "several GPUs share the work": args.n_gpu > 1 or args.world_size > 1 or trainer.is_model_parallel,
+        "fp16 looks at the gradients of each step to scale the loss; bf16 does not": args.fp16,
+        "the base model is quantized": getattr(model, "is_quantized", False),
+        "gradient checkpointing reads the state of the random numbers": any(
+            getattr(module, "gradient_checkpointing", False) for module in model.modules()
+        ),
+        "torch_compile has CUDA graphs of its own (mode reduce-overhead)": args.torch_compile,
+        "torch_empty_cache_steps frees memory within a step": args.torch_empty_cache_steps is not None,
+    }
+    return next((reason for reason, is_there in obstacles.items() if is_there), None)
+
+
+def bucket(length: int) -> int:
+    """The length to which a batch of ``length`` tokens is padded: 8, 16, ..., 64, then four lengths an octave.
+
+    ``length`` or at most 25 % more above 32 tokens, and 28 different lengths up to 2048.
+    """
+    step = max(8, 1 << max(0, (length - 1).bit_length() - 3))
+    return -(-length // step) * step
+
+
+@dataclass(frozen=True, slots=True)
+class PadToBucket:
+    """A collator whose batches have the length of a :func:`bucket`, padded on the right.
+
+    That is exact where an attention mask hides the padding, so a batch without one stays as it is, as does one with a
+    tensor of that length whose padding is not known.
+    """
+
+    collator: Callable[[list[Any]], Any]
+    padding_token: int
+    longest: int | None = None  # of which the model is capable
+
+    def __call__(self, examples: list[Any]) -> Any:
+        batch = self.collator(examples)
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        if not isinstance(mask, Tensor) or mask.dim() != 2:
+            return batch
+        length, target = mask.shape[1], bucket(mask.shape[1])
+        if self.longest is not None and target > self.longest:
+            return batch
+        fills = {**FILLS, "input_ids": self.padding_token}
+        along = {
+            name: value
+            for name, value in batch.items()
+            if isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == length
+        }
+        if not all(
+            name in fills and value.dim() == 2 and not value.is_floating_point() for name, value in along.items()
+        ):
+            return batch
+        for name, value in along.items():
+            batch[name] = nn.functional.pad(value, (0, target - length), value=fills[name])
+        return batch
+
+
+def shapes_of(inputs: Mapping[str, Any]) -> Shapes | None:
+    """What batches must agree in to share a graph; None where not all of a batch is tensors."""
+    if not all(isinstance(value, Tensor) for value in inputs.values()):
+        return None
+    return tuple((name, value.shape, value.dtype) for name, value in inputs.items())
+
+
+class Recorder:
+    """Records work as CUDA graphs, which share their memory: they are replayed one after the other."""
+
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+
+    @staticmethod
+    @contextmanager
+    def stream() -> Iterator[None]:
+        """A stream for all of a training: nothing can be recorded of what depends on the default stream."""
+        outer, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(outer)
+        try:
+            with torch.cuda.stream(side):
+                yield
+        finally:
+            outer.wait_stream(side)
+
+    def record(self, work: Work) -> Work:
+        """Run ``work`` without computing anything. Returns what does: it fills the tensors that ``work`` returned.
+
+        Raises RuntimeError for work that needs a number from the GPU to go on.
+        """
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        generator = torch.cuda.default_generators[stream.device_index]
+        random = generator.clone_state()
+        mode = torch.cuda.get_sync_debug_mode()
+        try:
+            # thread_local: a thread of the data loader may allocate pinned memory meanwhile
+            with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
+                # what would wait for the GPU raises before it has spoilt the recording
+                with warnings.catch_warnings(action="ignore"):  # that not every such wait is found
+                    torch.cuda.set_sync_debug_mode("error")
+                try:
+                    result = work()
+                finally:
+                    torch.cuda.set_sync_debug_mode(mode)
+        except RuntimeError:
+            generator.graphsafe_set_state(random)  # that of a spoilt recording would refuse to go on
+            raise
+
+        def replay() -> tuple[Tensor, Tensor | None]:
+            graph.replay()
+            return result
+
+        return replay
+
+
+@dataclass(slots=True)
+class _Recording:
+    """The step of one shape of batch: the tensors that it reads, and what repeats it."""
+
+    inputs: dict[str, Tensor]
+    num_items: Tensor | None
+    replay: Work = field(init=False)
+
+    @classmethod
+    def of(cls, inputs: Mapping[str, Tensor], num_items: Tensor | int | None, device: torch.device) -> "_Recording":
+        numbers = None if num_items is None else torch.ones((), device=device)
+        recording = cls({name: torch.empty_like(value, device=device) for name, value in inputs.items()}, numbers)
+        recording.load(inputs, num_items)
+        return recording
+
+    def load(self, inputs: Mapping[str, Tensor], num_items: Tensor | int | None) -> None:
+        for name, tensor in self.inputs.items():
+            tensor.copy_(inputs[name], non_blocking=True)
+        if self.num_items is not None:
+            assert num_items is not None
+            self.num_items.fill_(float(num_items))
+
+
+class _Rates:
+    """The learning rates of an optimizer's groups as tensors, which a recorded update reads."""
+
+    def __init__(self) -> None:
+        self.tensors: list[Tensor] = []
+        self.values: list[float] = []
+
+    @contextmanager
+    def as_inputs(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+        """In it the groups hold tensors, and may be recorded. Outside they hold numbers, to schedule and to save."""
+        groups = optimizer.param_groups
+        if not self.tensors:
+            self.values = [float(group["lr"]) for group in groups]
+            self.tensors = [torch.tensor(group["lr"], device=group["params"][0].device) for group in groups]
+        before = [(group["lr"], group["capturable"]) for group in groups]
+        for group, tensor in zip(groups, self.tensors, strict=True):
+            group["lr"], group["capturable"] = tensor, True
+        try:
+            yield
+        finally:
+            for group, (rate, capturable) in zip(groups, before, strict=True):
+                group["lr"], group["capturable"] = rate, capturable
+
+    def load(self, optimizer: torch.optim.Optimizer) -> None:
+        for k, tensor in enumerate(self.tensors):
+            if (value := float(optimizer.param_groups[k]["lr"])) != self.values[k]:
+                self.values[k] = value
+                tensor.fill_(value)
+
+
+class _Gradients:
+    """Gradients that stay in the same tensors, to which the backward passes of an update's batches add."""
+
+    def __init__(self) -> None:
+        self.of: dict[nn.Parameter, Tensor] = {}
+
+    def keep(self, model: nn.Module) -> None:
+        """Take the gradients of the first batch for those tensors."""
+        if not self.of:
+            self.of = {parameter: parameter.grad for parameter in model.parameters() if parameter.grad is not None}
+
+    def attach(self) -> None:
+        """Set them to zero before the first batch of an update, which the Trainer's loop marks by removing them."""
+        if self.of and next(iter(self.of)).grad is None:
+            torch._foreach_zero_(list(self.of.values()))
+            for parameter, gradient in self.of.items():
+                parameter.grad = gradient
+
+
+class _Graphs:
+    """All that one call of :meth:`CudaGraphTrainer.train` has recorded."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+        self.seen: set[Shapes] = set()
+        self.steps: dict[Shapes, _Recording] = {}
+        self.update: Work | None = None
+        self.rates, self.gradients = _Rates(), _Gradients()
+        self._micro_steps: Tensor | None = None
+
+    def micro_steps(self, device: torch.device) -> Tensor:
+        """How many batches the current update has, as an input: at the end of an epoch it may be fewer."""
+        if self._micro_steps is None:
+            self._micro_steps = torch.ones((), device=device)
+        return self._micro_steps
+
+    def load(self, trainer: CudaGraphTrainer) -> None:
+        """Bring the inputs that are no part of a batch up to date."""
+        self.rates.load(trainer._optimizer())
+        if self._micro_steps is not None:
+            self._micro_steps.fill_(trainer.current_gradient_accumulation_steps)
+
+
+def _short(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
