@@ -93,6 +93,9 @@ class TwoRateTrainer(Trainer):
         self.head_learning_rate = head_learning_rate
         self.lengths = lengths
         assert self.model is not None
+        if self._learns_prompt():
+            # the Trainer would divide by the labels it sees, and behind a prompt the first one is predicted too
+            self.model_accepts_loss_kwargs = False
         self.trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
