@@ -292,10 +292,10 @@ def test_p_tuning_cannot_be_gone_on_with(bert, reviews, tmp_path):
         train(first.model_copy(update=then))
 
 
-@pytest.mark.parametrize("method", ["ft", "p-tuning", "lora"])
-def test_a_stopped_run_resumes_to_the_same_end(method, bert, reviews, tmp_path, monkeypatch):
-    whole = train(config_for(bert, reviews, tmp_path / "whole", method=method, epochs=3, head_policy="full"))
-    config = config_for(bert, reviews, tmp_path / "cut", method=method, epochs=3, head_policy="full")
+@pytest.mark.parametrize(("method", "policy"), [("ft", "full"), ("p-tuning", "full"), ("bitfit", "frozen")])
+def test_a_stopped_run_resumes_to_the_same_end(method, policy, bert, reviews, tmp_path, monkeypatch):
+    whole = train(config_for(bert, reviews, tmp_path / "whole", method=method, epochs=3, head_policy=policy))
+    config = config_for(bert, reviews, tmp_path / "cut", method=method, epochs=3, head_policy=policy)
 
     class Stop(TrainerCallback):
         def on_epoch_begin(self, args, state, control, **kwargs):

@@ -92,11 +92,9 @@ class TwoRateTrainer(Trainer):
         self.optimizer: torch.optim.Optimizer | None
         self.head_learning_rate = head_learning_rate
         self.lengths = lengths
-        assert self.model is not None
         if self._learns_prompt():
             # the Trainer would divide by the labels it sees, and behind a prompt the first one is predicted too
             self.model_accepts_loss_kwargs = False
-        self.trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         data: Any = self.train_dataset if train_dataset is None else train_dataset
@@ -121,15 +119,14 @@ class TwoRateTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
         if self._learns_prompt() and self.args.should_save:
-            tensors = {name: p.detach().contiguous() for name, p in self._parameters().items() if name in self.trained}
-            save_file(tensors, Path(output_dir or self.args.output_dir) / TRAINED)
+            trained = {name: p.detach().contiguous() for name, p in self._parameters().items() if p.requires_grad}
+            save_file(trained, Path(output_dir or self.args.output_dir) / TRAINED)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if self._learns_prompt():
             self._load_trained(resume_from_checkpoint)
         else:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-            self._train_the_same()
 
     def _load_best_model(self) -> None:
         if self._learns_prompt():
@@ -137,7 +134,6 @@ class TwoRateTrainer(Trainer):
             self._load_trained(self.state.best_model_checkpoint)
         else:
             super()._load_best_model()
-            self._train_the_same()
 
     def _learns_prompt(self) -> bool:
         """Whether PEFT saves what the trained parameters give out and not the parameters: no training goes on then."""
@@ -148,11 +144,6 @@ class TwoRateTrainer(Trainer):
         parameters = self._parameters()
         for name, tensor in load_file(Path(checkpoint) / TRAINED).items():
             parameters[name].copy_(tensor)
-
-    def _train_the_same(self) -> None:
-        """PEFT sets all of an adapter that it loads trainable, what it was told to freeze too."""
-        for name, parameter in self._parameters().items():
-            parameter.requires_grad_(name in self.trained)
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         assert self.model is not None
