@@ -1,0 +1,383 @@
+"""Graphs against eager steps: with a recorder that repeats the Python work everywhere, with CUDA graphs on a GPU."""
+
+import logging
+from contextlib import contextmanager
+from itertools import pairwise
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from tolerances import assert_near
+from torch import nn
+from torch.utils.data import SequentialSampler
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
+
+from loretta import LorettaAdpConfig, LorettaRepConfig
+from loretta.training import graphs
+from loretta.training.graphs import CudaGraphTrainer, PadToBucket, bucket
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "vocab_size": 50}
+METHODS = {
+    "rep": lambda task: LorettaRepConfig(task_type=task),
+    "adp": lambda task: LorettaAdpConfig(task_type=task),
+    "lora": lambda task: LoraConfig(task_type=task, r=4),
+}
+CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU"))
+
+
+def bert(method="rep", *, dropout=0.0):
+    torch.manual_seed(0)
+    config = BertConfig(**SIZES, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, num_labels=2)
+    # the kernels of sdpa depend on whether there is a mask, and in a recording there always is one
+    config._attn_implementation = "eager"
+    return get_peft_model(BertForSequenceClassification(config), METHODS[method]("SEQ_CLS"))
+
+
+def llama(method="adp"):
+    torch.manual_seed(0)
+    config = LlamaConfig(**SIZES, use_cache=False)
+    config._attn_implementation = "eager"
+    return get_peft_model(LlamaForCausalLM(config), METHODS[method]("CAUSAL_LM"))
+
+
+def examples(lengths, *, causal=False):
+    """Token ids of these lengths, with a label for each of them or for each of their tokens."""
+    generator = torch.Generator().manual_seed(3)
+    ids = [torch.randint(5, 50, (length,), generator=generator).tolist() for length in lengths]
+    return [{"input_ids": row, "labels": row if causal else row[0] % 2} for row in ids]
+
+
+def collate(rows):
+    length = max(len(row["input_ids"]) for row in rows)
+    batch = {
+        "input_ids": [row["input_ids"] + [0] * (length - len(row["input_ids"])) for row in rows],
+        "attention_mask": [[1] * len(row["input_ids"]) + [0] * (length - len(row["input_ids"])) for row in rows],
+        "labels": [row["labels"] for row in rows],
+    }
+    if isinstance(rows[0]["labels"], list):
+        batch["labels"] = [row["labels"] + [-100] * (length - len(row["labels"])) for row in rows]
+    return {name: torch.tensor(value) for name, value in batch.items()}
+
+
+class InOrder(Trainer):
+    """Batches as the data have them, so that their shapes are known."""
+
+    def _get_train_sampler(self, train_dataset=None):
+        return SequentialSampler(self.train_dataset)
+
+
+class GraphTrainer(CudaGraphTrainer, InOrder):
+    pass
+
+
+class Repeats:
+    """Stands for the recorder where there is no GPU: a replay does the work again, as it was when it was recorded."""
+
+    trainer: GraphTrainer
+
+    @staticmethod
+    @contextmanager
+    def stream():
+        yield
+
+    def record(self, work):
+        groups, trainer = self.trainer._optimizer().param_groups, self.trainer
+
+        def state():
+            settings = [{key: group[key] for key in ("lr", "capturable") if key in group} for group in groups]
+            return settings, trainer.current_gradient_accumulation_steps
+
+        def bring_back(settings, micro_steps):
+            trainer.current_gradient_accumulation_steps = micro_steps
+            for group, setting in zip(groups, settings, strict=True):
+                group.update(setting)
+
+        def replay():
+            now = state()
+            bring_back(*recorded)
+            result = work()
+            bring_back(*now)
+            return result
+
+        recorded = state()
+        return replay
+
+
+@pytest.fixture(params=["cpu", CUDA])
+def device(request, monkeypatch):
+    """Where the graphs are recorded: on the CPU by :class:`Repeats`, which finds nothing in its way."""
+    if request.param == "cpu":
+        monkeypatch.setattr(graphs, "Recorder", Repeats)
+        monkeypatch.setattr(graphs, "find_obstacle", lambda trainer: None)
+    return request.param
+
+
+def trainer_of(cls, model, data, folder, device, *, collator=collate, eval_data=None, **options):
+    given = {"num_train_epochs": 3, "learning_rate": 1e-2, "warmup_steps": 2, "weight_decay": 0.1, "logging_steps": 1}
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=4,
+        use_cpu=device == "cpu",
+        dataloader_pin_memory=device != "cpu",
+        report_to=[],
+        disable_tqdm=True,
+        **{"save_strategy": "no", **given, **options},
+    )
+    trainer = cls(model=model, args=arguments, train_dataset=data, eval_dataset=eval_data, data_collator=collator)
+    Repeats.trainer = trainer
+    return trainer
+
+
+def logged(trainer, key):
+    return torch.tensor([entry[key] for entry in trainer.state.log_history if key in entry])
+
+
+def compare(device, tmp_path, model_of, data, **options):
+    """Train with graphs and without: the same losses, norms, rates and parameters. Returns the former trainer."""
+    plain = trainer_of(InOrder, model_of(), data, tmp_path / "plain", device, **options)
+    plain.train()
+    recorded = trainer_of(GraphTrainer, model_of(), data, tmp_path / "graphs", device, **options)
+    recorded.train()
+    assert recorded.why_eager is None
+    assert recorded.state.global_step == plain.state.global_step
+    for key in ("loss", "grad_norm", "learning_rate"):
+        assert_near(key, logged(recorded, key), logged(plain, key))
+    parameters = dict(recorded.model.named_parameters())
+    for name, parameter in plain.model.named_parameters():
+        assert_near(name, parameters[name], parameter)
+    return recorded
+
+
+# batches of 8, 16, 8, 16, 16 tokens and half a batch of 8
+LENGTHS = [8] * 4 + [16] * 4 + [8] * 4 + [16] * 8 + [8] * 2
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_graphs_train_as_eager_steps_do(device, tmp_path, method):
+    trainer = compare(device, tmp_path, lambda: bert(method), examples(LENGTHS))
+    assert trainer.replayed == 18 - 3  # each of the three shapes comes once eagerly
+
+
+@pytest.mark.parametrize(
+    ("options", "replayed"),
+    [
+        ({"max_grad_norm": 0.0}, 15),
+        ({"max_grad_norm": 1e-2, "lr_scheduler_type": "cosine"}, 15),
+        # windows of 2, 2, 2; of 4, 2; the second with a weight of its own
+        ({"gradient_accumulation_steps": 2}, 15),
+        ({"gradient_accumulation_steps": 4, "max_grad_norm": 1e-2}, 15),
+        # an optimizer that stays outside of the graph
+        ({"optim": "sgd"}, 15),
+        ({"optim": "adamw_torch", "gradient_accumulation_steps": 2}, 15),
+    ],
+    ids=str,
+)
+def test_graphs_follow_the_options_of_the_trainer(device, tmp_path, options, replayed):
+    assert compare(device, tmp_path, bert, examples(LENGTHS), **options).replayed == replayed
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_a_causal_loss_is_divided_by_its_tokens(device, tmp_path, accumulation):
+    data = examples(LENGTHS, causal=True)
+    for k, row in enumerate(data):
+        row["labels"] = [-100] * (k % 7) + row["labels"][k % 7 :]  # another number of them in each batch
+    compare(device, tmp_path, llama, data, gradient_accumulation_steps=accumulation)
+
+
+def test_batches_are_padded_and_train_the_same(device, tmp_path):
+    lengths = [3, 5, 7, 2, 9, 11, 12, 10, 6, 6, 6, 1, 15, 13, 14, 10]
+    # padding moves the last bit of a sum, and Adam divides a small gradient by itself
+    trainer = compare(device, tmp_path, bert, examples(lengths), optim="sgd")
+    assert trainer.replayed == 12 - 2
+
+
+def test_bf16_autocast(device, tmp_path):
+    assert compare(device, tmp_path, bert, examples(LENGTHS), bf16=True).replayed == 15
+
+
+def test_only_so_many_shapes_are_recorded(device, tmp_path):
+    trainer = trainer_of(GraphTrainer, bert(), examples(LENGTHS), tmp_path, device)
+    trainer.max_graphs = 1
+    trainer.train()
+    assert trainer.why_eager is None
+    assert trainer.replayed == 3 * 2 - 1  # those of 8 tokens, the first to come a second time
+
+
+def test_a_run_goes_on_from_a_checkpoint(device, tmp_path):
+    options = {"save_strategy": "steps", "save_steps": 8}
+    whole = compare(device, tmp_path, bert, examples(LENGTHS), **options)
+    resumed = trainer_of(GraphTrainer, bert(), examples(LENGTHS), tmp_path / "graphs", device, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "graphs" / "checkpoint-8"))
+    assert resumed.replayed == 10 - 3
+    parameters = dict(whole.model.named_parameters())
+    for name, parameter in resumed.model.named_parameters():
+        assert_near(name, parameter, parameters[name])
+    # nor does a checkpoint of graphs ask for graphs
+    plain = trainer_of(InOrder, bert(), examples(LENGTHS), tmp_path / "graphs", device, **options)
+    plain.train(resume_from_checkpoint=str(tmp_path / "graphs" / "checkpoint-8"))
+    for name, parameter in plain.model.named_parameters():
+        assert_near(name, parameter, parameters[name])
+
+
+def test_evaluation_sees_what_replays_have_trained(device, tmp_path):
+    data = examples([8] * 16)
+    losses = {}
+    for cls in (InOrder, GraphTrainer):
+        trainer = trainer_of(cls, bert(), data, tmp_path, device, eval_data=data, eval_strategy="steps", eval_steps=1)
+        trainer.train()
+        losses[cls] = logged(trainer, "eval_loss")
+    assert (losses[InOrder].diff() != 0).all()
+    assert_near("losses", losses[GraphTrainer], losses[InOrder])
+
+
+def test_dropout_differs_between_replays(device, tmp_path):
+    data = examples([8] * 4)  # the same batch in each step
+    trainer = trainer_of(GraphTrainer, bert(dropout=0.3), data, tmp_path, device, num_train_epochs=6, learning_rate=0.0)
+    trainer.train()
+    assert trainer.replayed == 5
+    assert len(set(logged(trainer, "loss").tolist())) == 6
+
+
+class LooksAtItsLogits(nn.Module):
+    """A model whose path depends on a number that it computes."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Embedding(50, 8), nn.Dropout(0.1), nn.Linear(8, 2)])
+        self.calls_with = []
+
+    def forward(self, input_ids, attention_mask, labels):
+        embedding, dropout, linear = self.layers
+        logits = linear(dropout(embedding(input_ids))).mean(1)
+        self.calls_with.append(logits.sum().item() > 0)
+        return {"loss": nn.functional.cross_entropy(logits, labels)}
+
+
+def test_a_step_that_cannot_be_recorded_is_trained_eagerly(device, tmp_path, monkeypatch, caplog):
+    if device == "cpu":
+
+        def refuse(self, work):
+            raise RuntimeError("called a synchronizing\n operation")
+
+        monkeypatch.setattr(Repeats, "record", refuse)
+    models = []
+    for cls in (InOrder, GraphTrainer):
+        trainer = trainer_of(cls, LooksAtItsLogits(), examples(LENGTHS), tmp_path, device)
+        with caplog.at_level(logging.WARNING, logger="loretta"):
+            trainer.train()
+        models.append(trainer.model)
+    assert trainer.replayed == 0
+    (message,) = [record.getMessage() for record in caplog.records if record.name.startswith("loretta")]
+    assert message.startswith("no CUDA graphs, training is eager: a step of this model cannot be recorded (")
+    assert "synchronizing" in message
+    assert "\n" not in message
+    for (name, parameter), other in zip(models[1].named_parameters(), models[0].parameters(), strict=True):
+        assert_near(name, parameter, other)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_training_goes_on_after_a_recording_that_was_spoilt(tmp_path):
+    class Waits(LooksAtItsLogits):
+        def forward(self, **batch):
+            torch.cuda.synchronize()
+            return super().forward(**batch)
+
+    trainer = trainer_of(GraphTrainer, Waits(), examples(LENGTHS), tmp_path, "cuda")
+    trainer.train()
+    assert trainer.why_eager is not None
+    assert trainer.state.global_step == 18
+
+
+def test_a_batch_with_more_than_tensors_is_trained_eagerly(device, tmp_path):
+    class Named(GraphTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            inputs = {name: value for name, value in inputs.items() if name != "rows"}
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    trainer = trainer_of(
+        Named, bert(), examples(LENGTHS), tmp_path, device, collator=lambda rows: {**collate(rows), "rows": rows}
+    )
+    trainer.train()
+    assert trainer.why_eager == "batches hold 'rows', which is no tensor"
+    assert trainer.replayed == 0
+
+
+def test_without_cuda_it_is_the_plain_trainer(tmp_path, caplog):
+    losses = {}
+    for cls in (InOrder, GraphTrainer):
+        trainer = trainer_of(cls, bert(), examples(LENGTHS), tmp_path, "cpu")
+        with caplog.at_level(logging.WARNING, logger="loretta"):
+            trainer.train()
+        losses[cls] = logged(trainer, "loss")
+    assert torch.equal(losses[InOrder], losses[GraphTrainer])
+    messages = [record.getMessage() for record in caplog.records if record.name.startswith("loretta")]
+    assert messages == ["no CUDA graphs, training is eager: the device is cpu, and CUDA graphs are for cuda"]
+
+
+def test_buckets():
+    buckets = [bucket(length) for length in range(1, 2049)]
+    assert all(length <= padded and padded % 8 == 0 for length, padded in enumerate(buckets, 1))
+    assert all(padded <= 1.25 * length for length, padded in enumerate(buckets, 1) if length > 32)
+    assert all(before <= after for before, after in pairwise(buckets))
+    assert len(set(buckets)) == 28
+    assert sorted(set(buckets))[:12] == [8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128]
+
+
+@pytest.mark.parametrize(("model_of", "causal"), [(bert, False), (llama, True)])
+def test_padding_to_a_bucket_changes_neither_loss_nor_gradients(model_of, causal):
+    model = model_of().double()
+    results = []
+    for collator in (collate, PadToBucket(collate, padding_token=0)):
+        model.zero_grad()
+        batch = collator(examples([5, 9, 3], causal=causal))
+        loss = model(**batch).loss
+        loss.backward()
+        results.append((batch, loss, [p.grad for p in model.parameters() if p.grad is not None]))
+    (plain, loss, gradients), (padded, loss_padded, gradients_padded) = results
+    assert plain["input_ids"].shape == (3, 9)
+    assert padded["input_ids"].shape == (3, 16)
+    assert_near("loss", loss_padded.float(), loss)  # LLaMA's norms and softmax are in float32 always
+    for got, expected in zip(gradients_padded, gradients, strict=True):
+        assert_near("gradient", got.float(), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "longest"),
+    [
+        (lambda batch: batch.pop("attention_mask"), None),  # nothing would hide the padding
+        (lambda batch: batch.update(other=torch.ones(2, 5, dtype=torch.long)), None),
+        (lambda batch: batch.update(labels=torch.ones(2, 5)), None),  # of five classes
+        (lambda batch: None, 7),  # the model has no eighth position
+    ],
+)
+def test_what_cannot_be_padded_stays(change, longest):
+    def collator(rows):
+        batch = collate(rows)
+        change(batch)
+        return batch
+
+    batch = PadToBucket(collator, padding_token=0, longest=longest)(examples([5, 4]))
+    assert batch["input_ids"].shape == (2, 5)
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"fp16": True}, "fp16 looks at"),
+        ({"torch_empty_cache_steps": 4}, "torch_empty_cache_steps"),
+    ],
+)
+def test_obstacles_that_are_known_before(tmp_path, monkeypatch, options, reason):
+    trainer = trainer_of(GraphTrainer, bert(), examples([8]), tmp_path, "cpu")
+    for name, value in options.items():
+        setattr(trainer.args, name, value)
+    monkeypatch.setattr(TrainingArguments, "device", torch.device("cuda"))
+    assert graphs.find_obstacle(trainer).startswith(reason)
