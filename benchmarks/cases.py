@@ -66,6 +66,16 @@ def build_base(shape: str, *, device: str, dtype: torch.dtype, layers: int | Non
     if layers is not None:
         config.num_hidden_layers = layers  # type: ignore[attr-defined]
     auto = AutoModelForCausalLM if SHAPES[shape].task_type == "CAUSAL_LM" else AutoModelForSequenceClassification
+    return _frozen(auto, config, device, dtype)
+
+
+def build_llama(*, layers: int, width: int, device: str, dtype: torch.dtype) -> nn.Module:
+    """A frozen LLaMA of any depth and width (a multiple of 128) with random weights and a small vocabulary."""
+    config = _llama(layers, width, 11 * width // 4, width // 128, width // 128, 8192)
+    return _frozen(AutoModelForCausalLM, config, device, dtype)
+
+
+def _frozen(auto: type, config: object, device: str, dtype: torch.dtype) -> nn.Module:
     torch.manual_seed(0)
     with torch.device(device):
         model = auto.from_config(config, dtype=dtype)
@@ -73,9 +83,14 @@ def build_base(shape: str, *, device: str, dtype: torch.dtype, layers: int | Non
 
 
 def wrap(base: nn.Module, method: str, shape: str) -> nn.Module:
+    """``base`` with one of :data:`METHODS`."""
+    return perturbed(base, METHODS[method](SHAPES[shape].task_type))
+
+
+def perturbed(base: nn.Module, config: PeftConfig) -> nn.Module:
     """``base`` with an adapter whose last factors are not zero, as in the middle of a training."""
     torch.manual_seed(1)
-    model = get_peft_model(base, METHODS[method](SHAPES[shape].task_type)).train()
+    model = get_peft_model(base, config).train()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:

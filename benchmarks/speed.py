@@ -13,14 +13,17 @@ import statistics
 import time
 from pathlib import Path
 
-import peft
 import torch
-import transformers
 from cases import METHODS, SHAPES, build_base, inputs, wrap
+from timing import about, captured, timed
 from torch import nn
 
-WARM_UP = 4
+from loretta.tuners.contraction import Contraction
+from loretta.tuners.layer import LorettaLayer
+
 FLOOR = "floor"
+# the joint contraction of a method's trains alone, forward and backward: part of the method's time
+ALONE = " contraction"
 
 
 def step_of(model: nn.Module, batch: dict[str, torch.Tensor], call) -> tuple:
@@ -39,39 +42,28 @@ def step_of(model: nn.Module, batch: dict[str, torch.Tensor], call) -> tuple:
     return step, trained
 
 
-def captured(step, batch) -> object:
-    """The step as one CUDA graph; the gradients live in the graph's own memory."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+def contraction_of(model: nn.Module) -> tuple:
+    """What the wrapped model does with its trains in every step, without the model."""
+    inner = model.get_base_model()
+    hooks = [getattr(hook, "__self__", None) for hook in inner._forward_pre_hooks.values()]
+    contraction = next(hook for hook in hooks if isinstance(hook, Contraction))
+    layers = [module for module in model.modules() if isinstance(module, LorettaLayer)]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
+    def factors() -> list[torch.Tensor]:
+        contraction.begin(inner, ())
+        found = [f for layer in layers for handed in layer.handed.with_gradient.values() for f in handed]
+        contraction.end(inner, (), None)
+        return [factor for factor in found if factor.requires_grad]
 
-def timed(step, steps: int, device: str) -> list[float]:
-    """Milliseconds of each step."""
-    for _ in range(WARM_UP):
-        step()
-    if device == "cpu":
-        times = []
-        for _ in range(steps):
-            begin = time.perf_counter()
-            step()
-            times.append(1e3 * (time.perf_counter() - begin))
-        return times
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(steps)]
-    torch.cuda.synchronize()
-    for begin, end in events:
-        begin.record()
-        step()
-        end.record()
-    torch.cuda.synchronize()
-    return [begin.elapsed_time(end) for begin, end in events]
+    grads = [torch.ones_like(factor) for factor in factors()]
+
+    def step() -> None:
+        torch.autograd.backward(factors(), grads)
+        for parameter in trained:
+            parameter.grad = None
+
+    return step, trained
 
 
 def measure(base: nn.Module, args, method: str, mode: str, size: tuple[int, int]) -> dict:
@@ -80,12 +72,14 @@ def measure(base: nn.Module, args, method: str, mode: str, size: tuple[int, int]
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         weights = torch.cuda.memory_allocated()
-    model = base if method.startswith(FLOOR) else wrap(base, method, args.shape)
+    model = base if method.startswith(FLOOR) else wrap(base, method.removesuffix(ALONE), args.shape)
     call = torch.compile(model, dynamic=False) if mode == "compile" else model
-    batch = inputs(base, *size)
-    step, trained = step_of(model, batch, call)
+    if method.endswith(ALONE):
+        step, trained = contraction_of(model)
+    else:
+        step, trained = step_of(model, inputs(base, *size), call)
     begin = time.perf_counter()
-    run = captured(step, batch) if mode == "graph" else step
+    run = captured(step) if mode == "graph" else step
     times = timed(run, args.steps, args.device)
     row = {
         "method": method,
@@ -112,7 +106,9 @@ def main() -> None:
     parser.add_argument("--shape", default="llama-7b", choices=SHAPES)
     parser.add_argument("--layers", type=int)
     parser.add_argument("--sizes", help="such as 1x256,8x512; default: those of the shape")
-    parser.add_argument("--methods", default=",".join(METHODS).replace("q,v", "q+v"))
+    parser.add_argument(
+        "--methods", default=",".join([*METHODS, f"rep q,v{ALONE}", f"adp{ALONE}"]).replace("q,v", "q+v")
+    )
     parser.add_argument("--modes", default="eager,graph")
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -123,14 +119,11 @@ def main() -> None:
     sizes = given or SHAPES[args.shape].sizes
     methods = [name.replace("q+v", "q,v") for name in args.methods.split(",")]
     base = build_base(args.shape, device=args.device, dtype=getattr(torch, args.dtype), layers=args.layers)
-    about = {
+    head = {
         "shape": args.shape,
         "layers": base.config.num_hidden_layers,
-        "dtype": args.dtype,
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
-        "threads": torch.get_num_threads(),
-        "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft)},
         "steps": args.steps,
+        **about(args.device, args.dtype),
     }
     rows = []
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -153,7 +146,7 @@ def main() -> None:
                     f"[{row['min']:.2f}, {row['max']:.2f}] x{row['ratio']:.3f} {peak} ({row['setup_s']:.0f} s)",
                     flush=True,
                 )
-            args.out.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+            args.out.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

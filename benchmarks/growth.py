@@ -1,0 +1,92 @@
+"""How the overhead of a training step grows: with the number of layers, with the width, with the tensor rank.
+
+Each step is one CUDA graph of forward, backward and AdamW on a LLaMA shape; its floor is the frozen model with only
+the gradient of its input. Prints a table and writes JSON.
+
+    python benchmarks/growth.py --out benchmarks/results/growth.json
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from cases import build_llama, inputs, perturbed
+from speed import step_of
+from timing import about, captured, timed
+
+from loretta import LorettaAdpConfig, LorettaRepConfig
+
+LAYERS, WIDTH, RANK = 8, 2048, 5
+# axis -> values; the other two stay at the constants above
+AXES = {"layers": (8, 16, 32, 80), "width": (1024, 2048, 4096, 8192), "rank": (2, 4, 8, 16, 32)}
+METHODS = {"rep": LorettaRepConfig, "adp": LorettaAdpConfig}
+
+
+def measure(device: str, dtype: torch.dtype, size: tuple[int, int], steps: int, axis: str, value: int) -> Iterator:
+    """Rows of the floor and both methods at one point."""
+    point = {"layers": LAYERS, "width": WIDTH, "rank": RANK, axis: value}
+    base = build_llama(layers=point["layers"], width=point["width"], device=device, dtype=dtype)
+    floor = None
+    for method in ("floor", *METHODS):
+        model = base
+        if method != "floor":
+            config = METHODS[method](task_type="CAUSAL_LM", train_norms=False, tensor_rank=point["rank"])
+            model = perturbed(base, config)
+        batch = inputs(base, *size)
+        step, trained = step_of(model, batch, model)
+        times = timed(captured(step) if device == "cuda" else step, steps, device)
+        ms = statistics.median(times)
+        floor = floor or ms
+        yield {
+            "axis": axis,
+            **point,
+            "method": method,
+            "batch": size[0],
+            "tokens": size[1],
+            "ms": ms,
+            "min": min(times),
+            "max": max(times),
+            "floor_ms": floor,
+            "ratio": ms / floor,
+            "trained": sum(parameter.numel() for parameter in trained),
+        }
+        del step
+        if model is not base:
+            model.unload()
+        gc.collect()
+        if device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--axes", default=",".join(AXES))
+    parser.add_argument("--size", default="2x512", help="batch x tokens")
+    parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--budget", type=float, default=300, help="seconds after which nothing new is begun")
+    parser.add_argument("--tiny", action="store_true", help="small values, to try the script without a GPU")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    batch, tokens = map(int, args.size.split("x"))
+    begin, rows = time.monotonic(), []
+    for axis in args.axes.split(","):
+        for value in (AXES[axis][0], AXES[axis][1]) if args.tiny else AXES[axis]:
+            if time.monotonic() - begin > args.budget:
+                print(f"not measured, the budget is spent: {axis} {value}")
+                continue
+            for row in measure(args.device, getattr(torch, args.dtype), (batch, tokens), args.steps, axis, value):
+                rows.append(row)
+                print(f"{axis:6} {value:5} {row['method']:5} {row['ms']:8.2f} ms x{row['ratio']:.3f}", flush=True)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps({**about(args.device, args.dtype), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Timing of repeated work on a GPU or a CPU, and what a result has to say about where it came from."""
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from typing import Any
+
+import peft
+import torch
+import transformers
+
+WARM_UP = 4
+
+
+def captured(work: Callable[[], Any]) -> Callable[[], None]:
+    """``work`` as one CUDA graph, after a warm-up; what it allocates lives in the graph's own memory."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            work()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
+def timed(work: Callable[[], Any], times: int, device: str) -> list[float]:
+    """Milliseconds of each of ``times`` calls, after a warm-up; on a GPU between events on its stream."""
+    for _ in range(WARM_UP):
+        work()
+    if device == "cpu":
+        found = []
+        for _ in range(times):
+            begin = time.perf_counter()
+            work()
+            found.append(1e3 * (time.perf_counter() - begin))
+        return found
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(times)]
+    torch.cuda.synchronize()
+    for begin, end in events:
+        begin.record()
+        work()
+        end.record()
+    torch.cuda.synchronize()
+    return [begin.elapsed_time(end) for begin, end in events]
+
+
+def about(device: str, dtype: str) -> dict[str, Any]:
+    """Versions and hardware, for the head of a result file."""
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "processor": platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "dtype": dtype,
+        "versions": {
+            "python": platform.python_version(),
+            **{module.__name__: module.__version__ for module in (torch, transformers, peft)},
+            "cuda": torch.version.cuda,
+        },
+    }
