@@ -13,11 +13,11 @@ from typing import Any
 from pydantic import Field
 
 from loretta.errors import InputError
-from loretta.families import FAMILIES, find_config
+from loretta.families import FAMILIES, default_task_type, find_config
 from loretta.studies.state import folder_state
 from loretta.studies.study import Frozen, PaperModel, Planned, Row, Study
 from loretta.tasks.glue import GLUE
-from loretta.training.config import RunConfig
+from loretta.training.config import RunConfig, read_config
 from loretta.training.record import RunRecord
 
 ALIASES = {"adp": "loretta_adp", "rep": "loretta_rep"}
@@ -98,9 +98,16 @@ def _bases(study: Study, options: Options) -> Iterator[Base]:
 
 
 def _rows(study: Study, options: Options, base: Base) -> list[Row]:
-    """The study's rows for a model (for another model than its own the first of each name), cut to the methods."""
-    rows = {row.name: row for row in reversed(study.rows) if base.key is None or row.model in (None, base.key)}
-    rows = {row.name: row for row in study.rows if rows.get(row.name) is row}
+    """The study's rows for a model, cut to the methods.
+
+    A model that is not one of the study's takes the rows of those of its kind (encoder or decoder), where there are
+    any; of two rows of one name the first.
+    """
+    models = {base.key} if base.key is not None else _alike(study, base)
+    rows: dict[str, Row] = {}
+    for row in study.rows:
+        if row.model is None or row.model in models:
+            rows.setdefault(row.name, row)
     if not options.methods:
         return list(rows.values())
     chosen: dict[str, Row] = {}
@@ -110,6 +117,12 @@ def _rows(study: Study, options: Options, base: Base) -> list[Row]:
         for row in exact or [row for row in rows.values() if row.method == named] or [_other(named, study)]:
             chosen[row.name] = row
     return list(chosen.values())
+
+
+def _alike(study: Study, base: Base) -> set[str]:
+    kind = default_task_type(find_config(base.sizes))
+    models = {key for key in study.models if default_task_type(find_config(key)) == kind}
+    return models or set(study.models)
 
 
 def _other(method: str, study: Study) -> Row:
@@ -149,7 +162,7 @@ def _row_runs(
         if settings is None:  # the sweep has not chosen yet
             folder, dumped = f"{folder}-not-chosen", None
         else:
-            dumped = RunConfig(**config, output=str(root / folder)).model_dump()
+            dumped = read_config(None, {**config, "output": str(root / folder)}).model_dump()
         return Planned(
             folder=folder,
             kind=study.kind,

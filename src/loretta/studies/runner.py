@@ -9,11 +9,11 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from transformers import AutoConfig
@@ -216,14 +216,15 @@ class _Worker:
 
 
 class _Here(_Worker):
-    """The same in this process: nothing is redirected, and nothing goes on beside it."""
+    """The same in this process: nothing goes on beside it."""
 
     def __init__(self) -> None:
         pass
 
     def submit(self, root: Path, run: Planned) -> Future[Outcome]:
         future: Future[Outcome] = Future()
-        future.set_result(carry_out(root, run))
+        with _log(root, run) as log, redirect_stdout(log), redirect_stderr(log):
+            future.set_result(carry_out(root, run))
         return future
 
     def stop(self) -> None:
@@ -270,12 +271,17 @@ def _leave_when_closed(pipe: Connection) -> None:
 
 
 def _carry_out(root: Path, run: Planned) -> Outcome:
-    """In a worker process: what the run and its libraries print goes to a log beside its folder."""
-    log = beside(root / run.folder, ".log")
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a", encoding="utf-8") as file:
+    """In a worker process: what the run and its libraries print goes to its log."""
+    with _log(root, run) as log:
         sys.stdout.flush()
         sys.stderr.flush()
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
         return carry_out(root, run)
+
+
+def _log(root: Path, run: Planned) -> TextIO:
+    """The file beside a run's folder that takes what it prints."""
+    path = beside(root / run.folder, ".log")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("a", encoding="utf-8")
