@@ -60,6 +60,9 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
     tensorboard: Annotated[bool | None, typer.Option("--tensorboard", help="Also log for TensorBoard.")] = None,
+    cuda_graph: Annotated[
+        bool | None, typer.Option("--cuda-graph", help="Replay training steps as CUDA graphs: small models on a GPU.")
+    ] = None,
     cpu: Cpu = None,
     as_json: Json = False,
 ) -> None:

@@ -32,7 +32,7 @@ METHODS = {
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU"))
 
 
-def bert(method="rep", *, dropout=0.0):
+def tiny_bert(method="rep", *, dropout=0.0):
     torch.manual_seed(0)
     config = BertConfig(**SIZES, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, num_labels=2)
     # the kernels of sdpa depend on whether there is a mask, and in a recording there always is one
@@ -40,7 +40,7 @@ def bert(method="rep", *, dropout=0.0):
     return get_peft_model(BertForSequenceClassification(config), METHODS[method]("SEQ_CLS"))
 
 
-def llama(method="adp"):
+def tiny_llama(method="adp"):
     torch.manual_seed(0)
     config = LlamaConfig(**SIZES, use_cache=False)
     config._attn_implementation = "eager"
@@ -161,7 +161,7 @@ LENGTHS = [8] * 4 + [16] * 4 + [8] * 4 + [16] * 8 + [8] * 2
 
 @pytest.mark.parametrize("method", METHODS)
 def test_graphs_train_as_eager_steps_do(device, tmp_path, method):
-    trainer = compare(device, tmp_path, lambda: bert(method), examples(LENGTHS))
+    trainer = compare(device, tmp_path, lambda: tiny_bert(method), examples(LENGTHS))
     assert trainer.replayed == 18 - 3  # each of the three shapes comes once eagerly
 
 
@@ -180,7 +180,7 @@ def test_graphs_train_as_eager_steps_do(device, tmp_path, method):
     ids=str,
 )
 def test_graphs_follow_the_options_of_the_trainer(device, tmp_path, options, replayed):
-    assert compare(device, tmp_path, bert, examples(LENGTHS), **options).replayed == replayed
+    assert compare(device, tmp_path, tiny_bert, examples(LENGTHS), **options).replayed == replayed
 
 
 @pytest.mark.parametrize("accumulation", [1, 4])
@@ -188,22 +188,22 @@ def test_a_causal_loss_is_divided_by_its_tokens(device, tmp_path, accumulation):
     data = examples(LENGTHS, causal=True)
     for k, row in enumerate(data):
         row["labels"] = [-100] * (k % 7) + row["labels"][k % 7 :]  # another number of them in each batch
-    compare(device, tmp_path, llama, data, gradient_accumulation_steps=accumulation)
+    compare(device, tmp_path, tiny_llama, data, gradient_accumulation_steps=accumulation)
 
 
 def test_batches_are_padded_and_train_the_same(device, tmp_path):
     lengths = [3, 5, 7, 2, 9, 11, 12, 10, 6, 6, 6, 1, 15, 13, 14, 10]
     # padding moves the last bit of a sum, and Adam divides a small gradient by itself
-    trainer = compare(device, tmp_path, bert, examples(lengths), optim="sgd")
+    trainer = compare(device, tmp_path, tiny_bert, examples(lengths), optim="sgd")
     assert trainer.replayed == 12 - 2
 
 
 def test_bf16_autocast(device, tmp_path):
-    assert compare(device, tmp_path, bert, examples(LENGTHS), bf16=True).replayed == 15
+    assert compare(device, tmp_path, tiny_bert, examples(LENGTHS), bf16=True).replayed == 15
 
 
 def test_only_so_many_shapes_are_recorded(device, tmp_path):
-    trainer = trainer_of(GraphTrainer, bert(), examples(LENGTHS), tmp_path, device)
+    trainer = trainer_of(GraphTrainer, tiny_bert(), examples(LENGTHS), tmp_path, device)
     trainer.max_graphs = 1
     trainer.train()
     assert trainer.why_eager is None
@@ -212,15 +212,15 @@ def test_only_so_many_shapes_are_recorded(device, tmp_path):
 
 def test_a_run_goes_on_from_a_checkpoint(device, tmp_path):
     options = {"save_strategy": "steps", "save_steps": 8}
-    whole = compare(device, tmp_path, bert, examples(LENGTHS), **options)
-    resumed = trainer_of(GraphTrainer, bert(), examples(LENGTHS), tmp_path / "graphs", device, **options)
+    whole = compare(device, tmp_path, tiny_bert, examples(LENGTHS), **options)
+    resumed = trainer_of(GraphTrainer, tiny_bert(), examples(LENGTHS), tmp_path / "graphs", device, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "graphs" / "checkpoint-8"))
     assert resumed.replayed == 10 - 3
     parameters = dict(whole.model.named_parameters())
     for name, parameter in resumed.model.named_parameters():
         assert_near(name, parameter, parameters[name])
     # nor does a checkpoint of graphs ask for graphs
-    plain = trainer_of(InOrder, bert(), examples(LENGTHS), tmp_path / "graphs", device, **options)
+    plain = trainer_of(InOrder, tiny_bert(), examples(LENGTHS), tmp_path / "graphs", device, **options)
     plain.train(resume_from_checkpoint=str(tmp_path / "graphs" / "checkpoint-8"))
     for name, parameter in plain.model.named_parameters():
         assert_near(name, parameter, parameters[name])
@@ -230,7 +230,9 @@ def test_evaluation_sees_what_replays_have_trained(device, tmp_path):
     data = examples([8] * 16)
     losses = {}
     for cls in (InOrder, GraphTrainer):
-        trainer = trainer_of(cls, bert(), data, tmp_path, device, eval_data=data, eval_strategy="steps", eval_steps=1)
+        trainer = trainer_of(
+            cls, tiny_bert(), data, tmp_path, device, eval_data=data, eval_strategy="steps", eval_steps=1
+        )
         trainer.train()
         losses[cls] = logged(trainer, "eval_loss")
     assert (losses[InOrder].diff() != 0).all()
@@ -239,7 +241,9 @@ def test_evaluation_sees_what_replays_have_trained(device, tmp_path):
 
 def test_dropout_differs_between_replays(device, tmp_path):
     data = examples([8] * 4)  # the same batch in each step
-    trainer = trainer_of(GraphTrainer, bert(dropout=0.3), data, tmp_path, device, num_train_epochs=6, learning_rate=0.0)
+    trainer = trainer_of(
+        GraphTrainer, tiny_bert(dropout=0.3), data, tmp_path, device, num_train_epochs=6, learning_rate=0.0
+    )
     trainer.train()
     assert trainer.replayed == 5
     assert len(set(logged(trainer, "loss").tolist())) == 6
@@ -303,7 +307,7 @@ def test_a_batch_with_more_than_tensors_is_trained_eagerly(device, tmp_path):
             return super().compute_loss(model, inputs, *args, **kwargs)
 
     trainer = trainer_of(
-        Named, bert(), examples(LENGTHS), tmp_path, device, collator=lambda rows: {**collate(rows), "rows": rows}
+        Named, tiny_bert(), examples(LENGTHS), tmp_path, device, collator=lambda rows: {**collate(rows), "rows": rows}
     )
     trainer.train()
     assert trainer.why_eager == "batches hold 'rows', which is no tensor"
@@ -313,7 +317,7 @@ def test_a_batch_with_more_than_tensors_is_trained_eagerly(device, tmp_path):
 def test_without_cuda_it_is_the_plain_trainer(tmp_path, caplog):
     losses = {}
     for cls in (InOrder, GraphTrainer):
-        trainer = trainer_of(cls, bert(), examples(LENGTHS), tmp_path, "cpu")
+        trainer = trainer_of(cls, tiny_bert(), examples(LENGTHS), tmp_path, "cpu")
         with caplog.at_level(logging.WARNING, logger="loretta"):
             trainer.train()
         losses[cls] = logged(trainer, "loss")
@@ -331,7 +335,7 @@ def test_buckets():
     assert sorted(set(buckets))[:12] == [8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128]
 
 
-@pytest.mark.parametrize(("model_of", "causal"), [(bert, False), (llama, True)])
+@pytest.mark.parametrize(("model_of", "causal"), [(tiny_bert, False), (tiny_llama, True)])
 def test_padding_to_a_bucket_changes_neither_loss_nor_gradients(model_of, causal):
     model = model_of().double()
     results = []
@@ -376,8 +380,24 @@ def test_what_cannot_be_padded_stays(change, longest):
     ],
 )
 def test_obstacles_that_are_known_before(tmp_path, monkeypatch, options, reason):
-    trainer = trainer_of(GraphTrainer, bert(), examples([8]), tmp_path, "cpu")
+    trainer = trainer_of(GraphTrainer, tiny_bert(), examples([8]), tmp_path, "cpu")
     for name, value in options.items():
         setattr(trainer.args, name, value)
     monkeypatch.setattr(TrainingArguments, "device", torch.device("cuda"))
     assert graphs.find_obstacle(trainer).startswith(reason)
+
+
+def test_a_run_says_why_it_is_eager(bert, reviews, tmp_path, caplog):
+    pytest.importorskip("pydantic")
+    pytest.importorskip("datasets")
+    from loretta.training.config import RunConfig
+    from loretta.training.run import train
+
+    common = {"model": bert, "data": reviews, "text": "review", "label": "mood", "epochs": 1, "cpu": True}
+    records = [
+        train(RunConfig(**common, output=str(tmp_path / str(cuda_graph)), cuda_graph=cuda_graph))
+        for cuda_graph in (False, True)
+    ]
+    assert records[0].validation == records[1].validation
+    (message,) = [record.getMessage() for record in caplog.records if record.name == graphs.__name__]
+    assert message.startswith("no CUDA graphs, training is eager")

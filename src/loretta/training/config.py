@@ -86,6 +86,11 @@ class RunConfig(BaseModel):
     quantize: Quantization | None = Field(default=None, description="load the base with quantised weights")
     bf16: bool = Field(default=False, description="autocast the forward pass to bfloat16")
     gradient_checkpointing: bool = False
+    cuda_graph: bool = Field(
+        default=False,
+        description="replay training steps as CUDA graphs, one for each length of batch: faster where the GPU waits "
+        "for the CPU; where that cannot be, a line says why",
+    )
     cpu: bool = Field(default=False, description="stay on the CPU even where there is an accelerator")
     tensorboard: bool = False
 

@@ -39,6 +39,7 @@ from loretta.tasks.base import Task
 from loretta.tasks.glue import GLUE
 from loretta.tasks.prompted import PROMPTED, PromptedTask, Sample, load_prompted
 from loretta.training.config import RunConfig
+from loretta.training.graphs import CudaGraphTrainer
 from loretta.training.methods import FULL, find_method
 from loretta.training.model import TASK_TYPES, Trained, load_base, load_tokenizer, start_from, wrap
 from loretta.training.prompted import PromptedTrainer, Texts, encode_task
@@ -220,6 +221,14 @@ def encode(data: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_le
     return Dataset.from_dict({"input_ids": blocks, "attention_mask": [[1] * max_length] * len(blocks)})
 
 
+class TwoRateGraphTrainer(CudaGraphTrainer, TwoRateTrainer):
+    """The trainer of all runs, with CUDA graphs."""
+
+
+class PromptedGraphTrainer(CudaGraphTrainer, PromptedTrainer):
+    """That of prompted tasks, whose batches are no plain tensors: it says so, and trains eagerly."""
+
+
 def make_trainer(
     config: RunConfig,
     task: Task | PromptedTask,
@@ -243,7 +252,8 @@ def make_trainer(
         config, config.folder / CHECKPOINTS, best_by=chosen_by, greater_is_better=chosen_well
     )
     if isinstance(task, PromptedTask):
-        return PromptedTrainer(
+        prompted = PromptedGraphTrainer if config.cuda_graph else PromptedTrainer
+        return prompted(
             **common,
             args=arguments,
             config=config,
@@ -251,11 +261,13 @@ def make_trainer(
             tokenizer=tokenizer,
             lengths=[len(texts) for texts in encoded["train"]],
         )
+    if config.cuda_graph and arguments.device.type == "cuda":
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # which warns of the workers else
+        arguments.dataloader_num_workers, arguments.dataloader_persistent_workers = 2, True
+    plain = TwoRateGraphTrainer if config.cuda_graph else TwoRateTrainer
     if task.kind == "language_modeling":
-        return TwoRateTrainer(
-            **common, args=arguments, data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False)
-        )
-    return TwoRateTrainer(
+        return plain(**common, args=arguments, data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False))
+    return plain(
         **common,
         args=arguments,
         data_collator=DataCollatorWithPadding(tokenizer),
