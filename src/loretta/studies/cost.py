@@ -49,10 +49,18 @@ def measure(config: RunConfig, folder: Path, sizes: str) -> None:
     else:
         device = torch.device("cuda" if torch.cuda.is_available() and not config.cpu else "cpu")
         model = wrap(base, config.method, kind, config.method_args, config.head_policy).to(device)
+        threads = torch.get_num_threads()
+        # threads that wait for each other would count as copying
+        torch.set_num_threads(1)
         copies = time_copies(model, _batch(config, model, kind, torch.device("cpu")), device)
+        torch.set_num_threads(threads)
         notes.append(
             "the time of copies is that of "
-            + ("the memcpy events of the GPU" if device.type == "cuda" else "the aten::copy_ operators of the CPU")
+            + (
+                "the memcpy events of the GPU"
+                if device.type == "cuda"
+                else "the aten::copy_ operators of the CPU on one thread"
+            )
             + f", the median of {STEPS} steps"
         )
     size = size_of(config, sizes)

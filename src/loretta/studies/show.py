@@ -71,7 +71,7 @@ def _score(cell: Cell | None, scale: float) -> str:
 
 def figure(value: float, scale: float = 1) -> str:
     """A score in percent to two decimals and a fraction to four; a large quantity in four figures."""
-    if abs(value) >= 1000:
+    if abs(value) > 100:
         return f"{value:.4g}" if abs(value) >= 1e9 else f"{value:,.0f}"
     return f"{value:.2f}" if scale == 100 else f"{value:.4f}"
 
