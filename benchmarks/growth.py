@@ -1,9 +1,10 @@
 """How the overhead of a training step grows: with the number of layers, with the width, with the tensor rank.
 
 Each step is one CUDA graph of forward, backward and AdamW on a LLaMA shape; its floor is the frozen model with only
-the gradient of its input. Prints a table and writes JSON.
+the gradient of its input. Each point is written when it is measured, and nothing new is begun once the budget is spent.
 
     python benchmarks/growth.py --out benchmarks/results/growth.json
+    python benchmarks/growth.py --tiny --out /tmp/growth.json  # tries the script on a CPU
 """
 
 import argparse
@@ -21,15 +22,16 @@ from timing import about, captured, timed
 
 from loretta import LorettaAdpConfig, LorettaRepConfig
 
-LAYERS, WIDTH, RANK = 8, 2048, 5
-# axis -> values; the other two stay at the constants above
+# axis -> values, while the other two stay at these constants
+CENTRE = {"layers": 8, "width": 2048, "rank": 5}
 AXES = {"layers": (8, 16, 32, 80), "width": (1024, 2048, 4096, 8192), "rank": (2, 4, 8, 16, 32)}
+# points and axes of a size that a CPU can step through
+TINY = {"layers": 2, "width": 128, "rank": 2}, {"layers": (2, 4), "width": (128, 256), "rank": (2, 4)}
 METHODS = {"rep": LorettaRepConfig, "adp": LorettaAdpConfig}
 
 
-def measure(device: str, dtype: torch.dtype, size: tuple[int, int], steps: int, axis: str, value: int) -> Iterator:
+def measure(device: str, dtype: torch.dtype, size: tuple[int, int], steps: int, point: dict[str, int]) -> Iterator:
     """Rows of the floor and both methods at one point."""
-    point = {"layers": LAYERS, "width": WIDTH, "rank": RANK, axis: value}
     base = build_llama(layers=point["layers"], width=point["width"], device=device, dtype=dtype)
     floor = None
     for method in ("floor", *METHODS):
@@ -43,7 +45,6 @@ def measure(device: str, dtype: torch.dtype, size: tuple[int, int], steps: int, 
         ms = statistics.median(times)
         floor = floor or ms
         yield {
-            "axis": axis,
             **point,
             "method": method,
             "batch": size[0],
@@ -68,24 +69,32 @@ def main() -> None:
     parser.add_argument("--axes", default=",".join(AXES))
     parser.add_argument("--size", default="2x512", help="batch x tokens")
     parser.add_argument("--steps", type=int, default=15)
-    parser.add_argument("--budget", type=float, default=300, help="seconds after which nothing new is begun")
-    parser.add_argument("--tiny", action="store_true", help="small values, to try the script without a GPU")
+    parser.add_argument("--budget", type=float, default=240, help="seconds after which nothing new is begun")
+    parser.add_argument("--tiny", action="store_true", help="small values on the CPU, to try the script")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    centre, axes = TINY if args.tiny else (CENTRE, AXES)
+    if args.tiny:
+        args.size, args.device, args.steps = "1x16", "cpu", 3
     batch, tokens = map(int, args.size.split("x"))
+    head = {"steps": args.steps, "centre": centre, **about(args.device, args.dtype)}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     begin, rows = time.monotonic(), []
     for axis in args.axes.split(","):
-        for value in (AXES[axis][0], AXES[axis][1]) if args.tiny else AXES[axis]:
+        for value in axes[axis]:
             if time.monotonic() - begin > args.budget:
                 print(f"not measured, the budget is spent: {axis} {value}")
                 continue
-            for row in measure(args.device, getattr(torch, args.dtype), (batch, tokens), args.steps, axis, value):
-                rows.append(row)
-                print(f"{axis:6} {value:5} {row['method']:5} {row['ms']:8.2f} ms x{row['ratio']:.3f}", flush=True)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({**about(args.device, args.dtype), "rows": rows}, indent=1) + "\n")
+            point = {**centre, axis: value}
+            try:
+                for row in measure(args.device, getattr(torch, args.dtype), (batch, tokens), args.steps, point):
+                    rows.append({"axis": axis, **row})
+                    print(f"{axis:6} {value:5} {row['method']:5} {row['ms']:8.2f} ms x{row['ratio']:.3f}", flush=True)
+            except RuntimeError as error:  # out of memory too
+                print(f"{axis} {value}: {' '.join(str(error).split())[:120]}", flush=True)
+            args.out.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

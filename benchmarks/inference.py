@@ -1,9 +1,11 @@
 """Tokens per second of greedy decoding with a static cache: base, merged, and adapters as they are.
 
 One decoding step is a forward pass of one token per row on a cache that holds the prompt; the next token is its
-argmax. Each method is timed eagerly and as one CUDA graph per step. Prints a table and writes JSON.
+argmax. Each method is timed eagerly and as one CUDA graph per step. Each row is written when it is measured, and
+nothing new is begun once the budget is spent.
 
     python benchmarks/inference.py --out benchmarks/results/inference.json
+    python benchmarks/inference.py --tiny --out /tmp/inference.json  # tries the script on a CPU
 """
 
 import argparse
@@ -19,7 +21,8 @@ from timing import about, captured, timed
 from torch import nn
 from transformers import StaticCache
 
-METHODS = ["base", "rep q,v merged", "rep q,v", "adp", "lora q,v"]
+BASE = "base"
+METHODS = [BASE, "rep q,v merged", "rep q,v", "adp", "lora q,v"]
 
 
 def decoding(model: nn.Module, config, batch: int, prompt: int, new: int, device: str):
@@ -44,7 +47,7 @@ def decoding(model: nn.Module, config, batch: int, prompt: int, new: int, device
 @torch.no_grad()
 def measure(base: nn.Module, method: str, mode: str, batch: int, args) -> dict:
     name = method.removesuffix(" merged")
-    model = base if name == "base" else wrap(base, name, args.shape).eval()
+    model = base if name.startswith(BASE) else wrap(base, name, args.shape).eval()
     if method.endswith("merged"):
         model.merge_adapter()
     step, restart = decoding(model, base.config, batch, args.prompt, args.new, args.device)
@@ -72,6 +75,8 @@ def measure(base: nn.Module, method: str, mode: str, batch: int, args) -> dict:
             model.unmerge_adapter()
         model.unload()
     gc.collect()
+    if args.device == "cuda":
+        torch.cuda.empty_cache()
     return row
 
 
@@ -81,24 +86,34 @@ def main() -> None:
     parser.add_argument("--batches", default="1,32")
     parser.add_argument("--modes", default="graph,eager")
     parser.add_argument("--prompt", type=int, default=128)
-    parser.add_argument("--new", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--budget", type=float, default=300, help="seconds after which nothing new is begun")
+    parser.add_argument("--new", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--budget", type=float, default=240, help="seconds after which nothing new is begun")
+    parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU, to try the script")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    if args.tiny:
+        args.shape, args.device, args.modes, args.prompt, args.new = "tiny", "cpu", "eager", 8, 24
     begin = time.monotonic()
     base = build_base(args.shape, device=args.device, dtype=getattr(torch, args.dtype)).eval()
+    head = {"shape": args.shape, "layers": base.config.num_hidden_layers, **about(args.device, args.dtype)}
+    args.out.parent.mkdir(parents=True, exist_ok=True)
     rows: list[dict] = []
     for mode in args.modes.split(","):
         for batch in map(int, args.batches.split(",")):
             reference = None
-            for method in [*METHODS, "base"]:
+            # the base once more at the end shows how far the machine itself moved
+            for method in [*METHODS, f"{BASE} again"]:
                 if time.monotonic() - begin > args.budget:
                     print(f"not measured, the budget is spent: {mode} {batch} {method}")
                     continue
-                row = measure(base, method, mode, batch, args)
+                try:
+                    row = measure(base, method, mode, batch, args)
+                except RuntimeError as error:  # out of memory too
+                    print(f"{mode} {batch} {method}: {' '.join(str(error).split())[:120]}", flush=True)
+                    continue
                 reference = reference or row["ms"]
                 row["ratio"] = row["ms"] / reference
                 rows.append(row)
@@ -107,9 +122,7 @@ def main() -> None:
                     f"{row['tokens_per_second']:8.0f} tokens/s x{row['ratio']:.3f}",
                     flush=True,
                 )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    result = {"shape": args.shape, **about(args.device, args.dtype), "rows": rows}
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+                args.out.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -52,7 +53,7 @@ def about(device: str, dtype: str) -> dict[str, Any]:
     """Versions and hardware, for the head of a result file."""
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "processor": platform.machine(),
+        "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "dtype": dtype,
@@ -62,3 +63,10 @@ def about(device: str, dtype: str) -> dict[str, Any]:
             "cuda": torch.version.cuda,
         },
     }
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
