@@ -210,9 +210,10 @@ class _Worker:
             self._start()
             return Outcome(folder=run.folder, state="failed", reason=reason)
 
-    def stop(self) -> None:
-        self.pipe.close()
-        self.pool.shutdown(wait=False, cancel_futures=True)
+    def stop(self, *, at_once: bool) -> None:
+        if at_once:
+            self.pipe.close()
+        self.pool.shutdown(wait=not at_once, cancel_futures=True)
 
 
 class _Here(_Worker):
@@ -227,7 +228,7 @@ class _Here(_Worker):
             future.set_result(carry_out(root, run))
         return future
 
-    def stop(self) -> None:
+    def stop(self, *, at_once: bool) -> None:
         pass
 
 
@@ -241,9 +242,12 @@ def _workers(jobs: int) -> Iterator[list[_Worker]]:
     workers = [_Worker(gpus[k % len(gpus)] if gpus else None, threads) for k in range(jobs)] or [_Here()]
     try:
         yield workers
-    finally:
+    except BaseException:
         for worker in workers:
-            worker.stop()
+            worker.stop(at_once=True)
+        raise
+    for worker in workers:
+        worker.stop(at_once=False)
 
 
 def visible_gpus() -> list[str]:
