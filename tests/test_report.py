@@ -15,6 +15,7 @@ import pytest
 
 from loretta import report
 from loretta.errors import InputError
+from loretta.report import figures
 from loretta.training.record import ParameterCounts, Point, RunRecord
 
 SCRIPT = "<script>alert(1)</script>.csv"
@@ -304,7 +305,7 @@ def test_one_point_is_a_marker():
 def test_a_point_between_gaps_is_a_marker(n_points: int):
     values = [math.nan] * n_points
     values[n_points // 2] = 1.0
-    assert n_points // 2 in report._marked(values)
+    assert n_points // 2 in figures._marked(values)
 
 
 @pytest.mark.parametrize("values", [(0.0, 0.0), (1e308, -1e308), (9e299, -9e299), (1e-300, 2e-300), (3e38, 1.0)])
@@ -344,7 +345,7 @@ def test_write_puts_the_rendered_page(tmp_path: Path):
     assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
 
 
-@pytest.mark.parametrize("broken", ["loretta.report._svg", "os.replace"])
+@pytest.mark.parametrize("broken", ["loretta.report.page.svg", "os.replace"])
 def test_a_failure_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str):
     def fail(*args: Any, **kwargs: Any) -> None:
         raise OSError("no space left")
@@ -380,6 +381,6 @@ def test_a_browser_paints_the_page(tmp_path: Path, width: int):
     options += [f"--window-size={width},2000", (tmp_path / "report.html").as_uri()]
     subprocess.run(["chromium", *options], check=True, capture_output=True, timeout=120)
     pixels_YXC = (imread(tmp_path / "shot.png")[..., :3] * 255).round()
-    for colour in report.COLOURS[:2]:  # the line of each run is there
+    for colour in figures.COLOURS[:2]:  # the line of each run is there
         rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
         assert (pixels_YXC == rgb).all(axis=-1).sum() > 50

@@ -1,0 +1,309 @@
+"""Charts -> inline SVG elements in the page's own colours, so that they follow its light and dark looks."""
+
+import io
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+LONGEST_LEGEND_ENTRY = 30  # characters; what fits into FIGURE_WIDTH even when all of them are wide (Chinese)
+FIGURE_WIDTH, AXES_HEIGHT, LEGEND_ROW, BAR_ROW = 4.6, 2.9, 0.19, 0.3  # inches
+UNDRAWABLE = 1e300  # as good as infinite: matplotlib's margins would overflow
+MARKED_POINTS = 30  # a line of more points than this is drawn without markers
+DESCRIBED_POINTS = 8  # of a line, in the words that stand for the chart
+
+# Okabe and Ito's colour-blind safe palette without its yellow, which is too pale for a line on white
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
+# once the colours are used up: points drawn, points left out
+DASHES: tuple[tuple[float, ...], ...] = ((), (5, 2), (1.5, 1.5), (6, 2, 1.5, 2))
+TEXT, AXIS, GRID, CARD = "#1d2126", "#777777", "#e4e4e4", "#ffffff"
+# what matplotlib paints -> the page's variable, which has another value in the dark
+VARIABLES = {
+    **{colour.lower(): f"var(--c{k})" for k, colour in enumerate(COLOURS)},
+    TEXT: "var(--text)",
+    AXIS: "var(--axis)",
+    GRID: "var(--grid)",
+    CARD: "var(--card)",
+}
+
+
+class Look(NamedTuple):
+    """How one run or method is drawn, in its table row and in every chart."""
+
+    colour: str
+    dashes: tuple[float, ...]  # () is a solid line
+
+    @classmethod
+    def of(cls, index: int) -> "Look":
+        return cls(COLOURS[index % len(COLOURS)], DASHES[index // len(COLOURS) % len(DASHES)])
+
+    @property
+    def css(self) -> str:
+        """The colour as the page's variable."""
+        return VARIABLES[self.colour.lower()]
+
+
+QUIET = Look(AXIS, (4, 3))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """One curve or set of points. A NaN is a gap."""
+
+    label: str
+    look: Look
+    x: Sequence[float]
+    y: Sequence[float]
+    low: Sequence[float] | None = None  # NaN: no interval there
+    high: Sequence[float] | None = None
+    band: bool = False  # the interval as a band, not as a bar at each point
+    joined: bool = True
+    marked: bool = True
+    hollow: bool = False
+    in_legend: bool = True
+    ring_at: float | None = None  # where to put the ring; None for none
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chart:
+    title: str
+    y_label: str
+    lines: Sequence[Line]
+    note: str = ""
+    x_label: str = "training step"
+    x_scale: Literal["steps", "log"] = "steps"
+    ticks: Mapping[float, str] = field(default_factory=dict)  # of the x axis, where they are not round numbers
+
+
+class Bar(NamedTuple):
+    label: str
+    look: Look
+    value: float
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bars:
+    """Horizontal bars from zero."""
+
+    title: str
+    x_label: str
+    bars: Sequence[Bar]
+    note: str = ""
+
+
+def svg(chart: Chart | Bars, *, prefix: str) -> "Markup":
+    """The chart as an inline SVG element whose ids all begin with ``prefix``."""
+    import warnings
+
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        # the browser has the letters that matplotlib's own font lacks
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font|Matplotlib currently does not")
+        matplotlib.rcdefaults()  # a user's matplotlibrc must not change the page
+        matplotlib.rcParams.update(
+            {
+                "svg.fonttype": "none",
+                "svg.hashsalt": "loretta",
+                "text.parse_math": False,
+                "font.size": 10,
+                "axes.formatter.useoffset": False,
+                "axes.edgecolor": AXIS,
+                "axes.spines.top": False,
+                "axes.spines.right": False,
+                "axes.axisbelow": True,
+                "grid.color": GRID,
+                "figure.facecolor": "none",
+                "axes.facecolor": "none",
+                **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), TEXT),
+                **dict.fromkeys(("xtick.color", "ytick.color"), AXIS),
+            }
+        )
+        bars = isinstance(chart, Bars)
+        height = 0.9 + BAR_ROW * len(chart.bars) if bars else AXES_HEIGHT + LEGEND_ROW * len(_legend(chart))
+        figure = Figure(figsize=(FIGURE_WIDTH, height), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set_title(_short(chart.title), loc="left", fontsize=11, fontweight="bold")
+        axes.set_xlabel(chart.x_label)
+        _draw_bars(axes, chart) if bars else _draw_lines(figure, axes, chart)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    name = chart.title if bars else f"{chart.title} by {chart.x_label}"
+    return _inline(buffer.getvalue(), prefix=prefix, name=name, description=describe(chart))
+
+
+def describe(chart: Chart | Bars) -> str:
+    """The chart in words, for those who do not see it."""
+    if isinstance(chart, Bars):
+        return "; ".join(f"{bar.label}: {bar.text}" for bar in chart.bars)
+    return "; ".join(f"{line.label}: {_points(line, chart.ticks)}" for line in chart.lines)
+
+
+def _points(line: Line, ticks: Mapping[float, str]) -> str:
+    points = [(x, y) for x, y in zip(line.x, line.y, strict=True) if not math.isnan(y)]
+    shown = points if len(points) <= DESCRIBED_POINTS else [points[0], points[-1]]
+    words = (", " if shown is points else " to ").join(f"{y:.4g} at {ticks.get(x, f'{x:,.6g}')}" for x, y in shown)
+    return words or "nothing"
+
+
+def _draw_bars(axes: Any, chart: Bars) -> None:
+    places = range(len(chart.bars))
+    values = [bar.value for bar in chart.bars]
+    axes.barh(places, values, height=0.62, color=[bar.look.colour for bar in chart.bars])
+    axes.set_yticks(places, [_short(bar.label) for bar in chart.bars])
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", length=0)
+    for place, bar in zip(places, chart.bars, strict=True):
+        axes.annotate(bar.text, (bar.value, place), (4, 0), textcoords="offset points", va="center", fontsize=9)
+    # room for the words behind the longest bar
+    axes.set_xlim(0, 1.45 * max([*values, 1e-9]))
+    axes.set_xticks([])
+    axes.spines["bottom"].set_visible(False)
+
+
+def _draw_lines(figure: Any, axes: Any, chart: Chart) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
+
+    axes.grid()
+    for line in chart.lines:
+        _draw(axes, line)
+    axes.set_ylabel(_short(chart.y_label))
+    if chart.x_scale == "log":
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_locator(LogLocator(subs=_steps_per_decade(chart)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: compact(value)))
+        axes.margins(x=0.08)
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    if chart.ticks:
+        axes.set_xticks(list(chart.ticks), list(chart.ticks.values()))
+        axes.margins(x=0.12)
+    if all(math.isnan(value) for line in chart.lines for value in line.y):
+        axes.text(0.5, 0.5, "no finite values", transform=axes.transAxes, ha="center", va="center")
+        axes.set(xticks=[], yticks=[])
+    shown = _legend(chart)
+    legend = figure.legend(
+        [_key(line) for line in shown],
+        ["run"] * len(shown),
+        loc="outside lower left",
+        frameon=False,
+        fontsize=9.5,
+        labelspacing=0.3,
+        handlelength=2.6,
+    )
+    # set afterwards: as arguments, names with a leading underscore would be left out
+    for text, line in zip(legend.get_texts(), shown, strict=True):
+        text.set_text(_short(line.label))
+
+
+def _legend(chart: Chart) -> list[Line]:
+    return [line for line in chart.lines if line.in_legend]
+
+
+def _steps_per_decade(chart: Chart) -> tuple[int, ...]:
+    """Ticks at 1, 2 and 5 where the values span few decades."""
+    values = [x for line in chart.lines for x in line.x if x > 0]
+    decades = math.log10(max(values) / min(values)) if values else 0
+    return (1, 2, 5) if decades < 1.5 else (1, 3) if decades < 2.5 else (1,)
+
+
+def compact(value: float) -> str:
+    """A count in at most four characters and a letter: 54K, 1.5M."""
+    for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if value >= size:
+            return f"{value / size:.3g}{letter}"
+    return f"{value:.3g}"
+
+
+def _style(line: Line) -> dict[str, Any]:
+    dashes = (0, line.look.dashes) if line.look.dashes else "-"
+    return {
+        "color": line.look.colour,
+        "linestyle": dashes if line.joined else "none",
+        "linewidth": 1.5,
+        "marker": ("s" if line.hollow else "o") if line.marked else "none",
+        "markersize": 3.5 if line.joined and not line.hollow else 6,
+        **({"markerfacecolor": CARD, "alpha": 0.75} if line.hollow else {}),
+    }
+
+
+def _key(line: Line) -> Any:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], **_style(line))
+
+
+def _draw(axes: Any, line: Line) -> None:
+    axes.plot(line.x, line.y, markevery=_marked(line.y), zorder=2 if line.hollow else 3, **_style(line))
+    if line.low is not None and line.high is not None:
+        if line.band:
+            axes.fill_between(line.x, line.low, line.high, color=line.look.colour, alpha=0.15, linewidth=0)
+        else:
+            axes.vlines(line.x, line.low, line.high, color=line.look.colour, linewidth=1.2, alpha=0.8)
+    if line.ring_at in line.x:
+        value = line.y[list(line.x).index(line.ring_at)]
+        axes.plot(line.ring_at, value, "o", markersize=9, color=line.look.colour, fillstyle="none")
+
+
+def _marked(values: Sequence[float]) -> list[int]:
+    """The points that need a marker: all of a short line, else those that stand alone between gaps."""
+    if len(values) <= MARKED_POINTS:
+        return list(range(len(values)))
+    gap = [True, *(math.isnan(value) for value in values), True]
+    return [i for i in range(len(values)) if gap[i] and not gap[i + 1] and gap[i + 2]]
+
+
+def drawable(value: float | None) -> float:
+    """The value, or NaN for one that cannot be drawn."""
+    return math.nan if value is None or not abs(value) < UNDRAWABLE else value
+
+
+def _short(name: str) -> str:
+    """One printable line of at most LONGEST_LEGEND_ENTRY characters; the middle gives way."""
+    line = " ".join("".join(c if c.isprintable() else " " for c in name).split())
+    if len(line) <= LONGEST_LEGEND_ENTRY:
+        return line
+    half = (LONGEST_LEGEND_ENTRY - 1) // 2
+    return f"{line[:half]}…{line[-half:]}"
+
+
+def _inline(document: bytes, *, prefix: str, name: str, description: str) -> "Markup":
+    """An SVG file as an element of a page: ids are shared with the other figures, namespaces unknown."""
+    from xml.etree import ElementTree
+
+    from markupsafe import Markup
+
+    svg = ElementTree.fromstring(document)
+    for element in svg.iter():
+        element.tag = element.tag.rpartition("}")[2]
+        for key, value in list(element.attrib.items()):
+            del element.attrib[key]
+            value = prefix + value if key == "id" else value.replace("url(#", f"url(#{prefix}")
+            if key.endswith("href"):
+                value = value.replace("#", f"#{prefix}")
+            elif key == "style":
+                value = re.sub(r"#[0-9a-f]{6}\b", lambda colour: VARIABLES.get(colour[0], colour[0]), value)
+                # matplotlib leaves out what is black in any SVG
+                value += "; fill: var(--text)" if element.tag == "text" and "fill:" not in value else ""
+            element.set(key.rpartition("}")[2], value)
+    for metadata in svg.findall("metadata"):
+        svg.remove(metadata)
+    words = ElementTree.Element("desc", id=f"{prefix}words")
+    words.text = _printable(description)
+    svg.insert(0, words)
+    del svg.attrib["width"], svg.attrib["height"]  # the page's style sheet decides
+    svg.attrib |= {"role": "img", "aria-label": _printable(name), "aria-describedby": f"{prefix}words"}
+    return Markup(ElementTree.tostring(svg, encoding="unicode"))
+
+
+def _printable(text: str) -> str:
+    """XML has no control characters."""
+    return "".join(c if c.isprintable() else " " for c in text)

@@ -1,0 +1,64 @@
+"""Templates and charts -> one HTML page, and its way into a file."""
+
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loretta.report.figures import Bars, Chart, svg
+
+if TYPE_CHECKING:
+    from markupsafe import Markup
+
+
+def render(template: str, **content: Any) -> str:
+    """The page of a template of this package. All text in ``content`` is shown literally; Markup is not escaped."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    environment = Environment(
+        loader=PackageLoader("loretta", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(**content)
+
+
+def drawn(charts: Iterable[Chart | Bars], *, prefix: str) -> list[dict[str, "Markup | str"]]:
+    """Each chart as an element with its caption; ids in it begin with ``prefix`` and the chart's number."""
+    return [
+        {"svg": svg(chart, prefix=f"{prefix}{number}-"), "note": caption(chart)}
+        for number, chart in enumerate(charts, start=1)
+    ]
+
+
+def caption(chart: Chart | Bars) -> str:
+    """The chart's note, what its rings are, and how much could not be drawn."""
+    sentences = [chart.note] if chart.note else []
+    if isinstance(chart, Chart):
+        points = [
+            (x == line.ring_at, not math.isnan(y)) for line in chart.lines for x, y in zip(line.x, line.y, strict=True)
+        ]
+        drawn = [is_drawn for _, is_drawn in points]
+        if (True, True) in points:
+            sentences.append("Ring: the best step.")
+        if not all(drawn):
+            sentences.append(f"Not drawn: {drawn.count(False):,} of {len(drawn):,} values, NaN or infinite.")
+    return " ".join(sentences)
+
+
+def save(text: str, path: Path) -> None:
+    """Write a page, or another format, whole or not at all; an older file stays until it is replaced.
+
+    Raises:
+        OSError: the folder does not exist or cannot be written to.
+    """
+    temporary = path.with_name(f".report-{os.getpid()}.tmp")
+    try:
+        # replace: half a surrogate pair in a config must not cost the user the page
+        temporary.write_bytes(text.encode("utf-8", errors="replace"))
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

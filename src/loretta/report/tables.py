@@ -1,0 +1,84 @@
+"""Tables of text, as every format of the report shows them, and how numbers become text."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
+
+from loretta.report.figures import Look
+
+MISSING = "–"
+
+
+class Cell(NamedTuple):
+    """A number as people read it, and what stands around it."""
+
+    text: str
+    exact: str = ""  # in full, for those who hover over it
+    paper: str = ""  # the number that the paper prints
+    note: str = ""  # "2 of 3 seeds"
+    anchor: str = ""  # id of the place that says where it comes from
+    shade: float | None = None  # of its background, from 0 to 1
+
+
+class Column(NamedTuple):
+    """One column; neighbours of one group share a heading."""
+
+    group: str
+    name: str
+    hint: str = ""
+    detail: str = ""  # a second line of the heading: the metric
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Row:
+    heads: tuple[str, ...]
+    cells: Sequence[Cell]
+    look: Look | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """Rows with one or several headings each; ``stubs`` are the names of these."""
+
+    title: str
+    stubs: tuple[str, ...]
+    columns: Sequence[Column]
+    rows: Sequence[Row]
+    caption: str = ""
+    of_words: bool = False  # cells of words, not of numbers
+
+    @property
+    def groups(self) -> list[tuple[str, int]]:
+        """Neighbouring columns of one heading: its text and their number."""
+        return [(name, len(list(group))) for name, group in groupby(self.columns, key=lambda column: column.group)]
+
+
+def number(value: float | None) -> Cell:
+    """Four decimals where these say enough. None, JSON's way to write NaN, is NaN."""
+    if value is None or math.isnan(value):
+        return Cell("NaN")
+    if math.isinf(value):
+        return Cell("∞" if value > 0 else "−∞")
+    plain = value == 0 or 1e-3 <= abs(value) < 1e5
+    return Cell(f"{value:,.4f}" if plain else f"{value:.3e}", exact=repr(value))
+
+
+def count(value: int | None) -> Cell:
+    return Cell(MISSING if value is None else f"{value:,}")
+
+
+def seconds(value: float) -> Cell:
+    return Cell(f"{value:,.1f}", exact=f"{value!r} s") if math.isfinite(value) else number(value)
+
+
+def size(n_bytes: int | None) -> Cell:
+    if n_bytes is None:
+        return Cell(MISSING)
+    value, unit = float(n_bytes), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if round(value, 1) < 1024:
+            break
+        value, unit = value / 1024, larger
+    return Cell(f"{n_bytes} B" if unit == "B" else f"{value:.1f} {unit}", exact=f"{n_bytes:,} bytes")
