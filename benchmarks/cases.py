@@ -6,7 +6,13 @@ from dataclasses import dataclass
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, LlamaConfig, RobertaConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    LlamaConfig,
+    RobertaConfig,
+)
 
 from loretta import LorettaAdpConfig, LorettaRepConfig
 
@@ -44,6 +50,14 @@ SHAPES = {
         sizes=((16, 128), (32, 128)),
         task_type="SEQ_CLS",
     ),
+    "minilm": Shape(
+        config=lambda: BertConfig(
+            hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536, vocab_size=30522
+        ),
+        sizes=((16, 64), (32, 128)),
+        task_type="SEQ_CLS",
+    ),
+    "stories260k": Shape(config=lambda: _llama(5, 64, 172, 8, 4, 512), sizes=((16, 64), (32, 128))),
     # for trying the scripts where there is no GPU
     "tiny": Shape(config=lambda: _llama(2, 64, 128, 4, 2, 256), sizes=((1, 16), (2, 32))),
 }
