@@ -19,19 +19,19 @@ from torch.nn.functional import linear, relu
 if TYPE_CHECKING:
     from types import ModuleType
 
-# Below it an eager step waits for the CPU, and a Triton launch costs more of that than the plain products (H200)
-MANY_ROWS = 2048
+# With fewer numbers an eager step waits for the CPU, of which a Triton launch takes more than a plain product (H200)
+MANY_NUMBERS = 2**23
 
 
 def pays(x_BI: Tensor) -> bool:
-    """Whether the fused functions beat their plain twins on ``x``: in a CUDA graph, or with many rows, on a GPU."""
+    """Whether the fused functions beat their plain twins on ``x``: in a CUDA graph, or with much to do, on a GPU."""
     if not x_BI.is_cuda or x_BI.dtype not in (torch.bfloat16, torch.float16) or torch.compiler.is_compiling():
         return False
     if not torch.is_grad_enabled() or torch.is_autocast_enabled("cuda") or not has_triton():
         return False
     # whoever captures a graph warms up on another stream before it, and the kernels are compiled then
     in_graph = torch.cuda.current_stream() != torch.cuda.default_stream()
-    return len(x_BI) >= MANY_ROWS or in_graph
+    return x_BI.numel() >= MANY_NUMBERS or in_graph
 
 
 @cache
