@@ -157,8 +157,12 @@ def _carry_out(study: "Study", options: "Options", root: Path, *, jobs: int, dry
     from loretta.studies.runner import run_study
     from loretta.studies.show import results_table
 
-    with _progress() as watch:
-        summary = run_study(study, options, root, jobs=jobs, command=_command(), watch=watch)
+    try:
+        with _progress() as watch:
+            summary = run_study(study, options, root, jobs=jobs, command=_command(), watch=watch)
+    except KeyboardInterrupt:
+        typer.echo("loretta: interrupted; the same command goes on from here", err=True)
+        raise typer.Exit(130) from None
     results = collect(root, study.name)
     words = verdict(results).words if study.view == "compare" else None
     if as_json:

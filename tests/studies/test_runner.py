@@ -1,8 +1,8 @@
 """Runs are carried out once, in any number of attempts: finished ones stay, killed and failed ones go on."""
 
 import json
+import multiprocessing
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -242,13 +242,18 @@ def wait_for_end(pids):
     raise AssertionError(f"still running: {pids}")
 
 
-def test_control_c_stops_the_workers(bert, data_dir, tmp_path):
-    process = subprocess.Popen(command(bert, data_dir, tmp_path), stderr=subprocess.PIPE, text=True)
-    folder = tmp_path / "tiny-bert/rte/loretta_adp/s0"
-    wait_for(lambda: held_by(folder) and (folder / "config.json").is_file(), process)
-    worker = held_by(folder).pid
-    process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "interrupted" in error
-    wait_for_end([worker])
+def test_an_interrupt_stops_the_workers(bert, data_dir, tmp_path):
+    children = []
+
+    def interrupt(folder, outcome, ended, total):
+        children[:] = multiprocessing.active_children()
+        if children:
+            raise KeyboardInterrupt
+
+    options = options_for(bert, data_dir, tasks=("rte",), methods=("bitfit",), seeds=2)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(load_study("table1"), options, tmp_path, jobs=2, watch=interrupt)
+    assert len(children) == 1
+    children[0].join(timeout=60)
+    assert children[0].exitcode == 1
+    assert set(states(tmp_path).values()) <= {"killed"}

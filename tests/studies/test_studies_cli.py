@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from loretta import cli
+from loretta.studies import runner
 from loretta.studies.study import load_study, study_names
 
 TARGETS = study_names()
@@ -130,6 +131,15 @@ def test_compare_answers_on_the_users_own_data(bert, reviews, capsys, tmp_path):
     assert {cell["row"] for cell in content["cells"]} == {"loretta_rep-r2", "loretta_rep-r5", "ia3"}
     assert "95% interval" in content["verdict"]
     assert json.loads((tmp_path / "study.json").read_text())["study"]["view"] == "compare"
+
+
+def test_an_interrupt_says_how_to_go_on(bert, data_dir, capsys, tmp_path, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "run_study", interrupted)
+    status, _, err = call(capsys, "reproduce", "table1", "--model", bert, "--data-dir", data_dir, "-o", tmp_path)
+    assert (status, err.splitlines()[-1]) == (130, "loretta: interrupted; the same command goes on from here")
 
 
 BAD = {
