@@ -13,6 +13,7 @@ import argparse
 import gc
 import gzip
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -107,7 +108,7 @@ class Clock(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == min(WARM_UP, state.max_steps - 1):
             self.begin, self.recorded, self.first = now(), TimedRecorder.seconds, state.global_step
-        if time.perf_counter() > self.deadline:
+        elif state.global_step > WARM_UP and time.perf_counter() > self.deadline:
             self.cut = control.should_training_stop = True
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -216,10 +217,9 @@ def default_model() -> str | None:
 class Classification:
     """The encoder, its data, and a fresh model for each run."""
 
-    name = "all-MiniLM-L6-v2 sst2"
-
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
+        self.name = "tiny encoder" if args.tiny else "all-MiniLM-L6-v2 sst2"
         if args.tiny:
             words = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1}, unk_token="[UNK]"))
             self.tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]", unk_token="[UNK]")
@@ -228,6 +228,7 @@ class Classification:
             self.tokenizer = AutoTokenizer.from_pretrained(args.model)
             self.train = read_sst2(args.data_dir, "train", self.tokenizer, args.limit)
             self.validation = read_sst2(args.data_dir, "validation", self.tokenizer, args.limit)
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # it would warn of the workers
         self.collator = DataCollatorWithPadding(self.tokenizer)
 
     def model(self, method: str, seed: int):
