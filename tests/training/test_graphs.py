@@ -35,15 +35,12 @@ CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available
 def tiny_bert(method="rep", *, dropout=0.0):
     torch.manual_seed(0)
     config = BertConfig(**SIZES, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, num_labels=2)
-    # the kernels of sdpa depend on whether there is a mask, and in a recording there always is one
-    config._attn_implementation = "eager"
     return get_peft_model(BertForSequenceClassification(config), METHODS[method]("SEQ_CLS"))
 
 
 def tiny_llama(method="adp"):
     torch.manual_seed(0)
     config = LlamaConfig(**SIZES, use_cache=False)
-    config._attn_implementation = "eager"
     return get_peft_model(LlamaForCausalLM(config), METHODS[method]("CAUSAL_LM"))
 
 
@@ -121,6 +118,7 @@ def device(request, monkeypatch):
 
 def trainer_of(cls, model, data, folder, device, *, collator=collate, eval_data=None, **options):
     given = {"num_train_epochs": 3, "learning_rate": 1e-2, "warmup_steps": 2, "weight_decay": 0.1, "logging_steps": 1}
+    given["adam_epsilon"] = 1e-3  # Adam would blow up the rounding of gradients near zero
     arguments = TrainingArguments(
         output_dir=str(folder),
         per_device_train_batch_size=4,
@@ -156,7 +154,9 @@ def compare(device, tmp_path, model_of, data, **options):
 
 
 # batches of 8, 16, 8, 16, 16 tokens and half a batch of 8
-LENGTHS = [8] * 4 + [16] * 4 + [8] * 4 + [16] * 8 + [8] * 2
+# In a recording there always is a mask, without which attention takes other kernels: each batch needs one here.
+SHORT, LONG = [8, 8, 8, 7], [16, 16, 16, 13]
+LENGTHS = SHORT + LONG + SHORT + LONG + LONG + [8, 7]
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -227,7 +227,7 @@ def test_a_run_goes_on_from_a_checkpoint(device, tmp_path):
 
 
 def test_evaluation_sees_what_replays_have_trained(device, tmp_path):
-    data = examples([8] * 16)
+    data = examples(SHORT * 4)
     losses = {}
     for cls in (InOrder, GraphTrainer):
         trainer = trainer_of(
@@ -281,7 +281,6 @@ def test_a_step_that_cannot_be_recorded_is_trained_eagerly(device, tmp_path, mon
     assert trainer.replayed == 0
     (message,) = [record.getMessage() for record in caplog.records if record.name.startswith("loretta")]
     assert message.startswith("no CUDA graphs, training is eager: a step of this model cannot be recorded (")
-    assert "synchronizing" in message
     assert "\n" not in message
     for (name, parameter), other in zip(models[1].named_parameters(), models[0].parameters(), strict=True):
         assert_near(name, parameter, other)
