@@ -93,7 +93,8 @@ def _bases(study: Study, options: Options) -> Iterator[Base]:
                 find_config(given)
             except InputError as error:
                 raise InputError(f"--model '{given}': {error}") from None
-            name = Path(given).name
+            # "." is a model's folder too
+            name = Path(given).resolve().name if Path(given).is_dir() else Path(given).name
             yield Base(folder=name, weights=given, key=None, sizes=given, paper=None)
 
 
