@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import json
-import logging
 import os
 import sys
 import warnings
@@ -270,6 +269,35 @@ def compress(
         show(result, Console())
 
 
+@app.command("report")
+def write_report(
+    runs: Annotated[Path, typer.Argument(help="Folder of a study, of runs, or of one run.", show_default=False)] = Path(
+        "runs"
+    ),
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="File to write; - or nothing: print all but HTML.")
+    ] = None,
+    form: Annotated[
+        str | None, typer.Option("--format", help="html, md, csv, json or latex; default: by the file's ending.")
+    ] = None,
+) -> None:
+    """Show what was run beside the paper's numbers: a page with tables, figures and the command for each number."""
+    from loretta.report.folder import SUFFIXES, report_on
+    from loretta.report.page import save
+
+    printed = output == Path("-")
+    form = form or ("html" if output is None or printed else SUFFIXES.get(output.suffix, "html"))
+    content = report_on(runs, form)
+    if printed or (output is None and form != "html"):
+        typer.echo(content, nl=False)
+        return
+    file = output or Path("report.html")
+    if not file.parent.is_dir():
+        raise InputError(f"--output '{file}': there is no folder '{file.parent}'")
+    save(content, file)
+    typer.echo(f"written to {file}", err=True)
+
+
 @app.command()
 def demo(
     quick: Annotated[bool, typer.Option("--quick", help="One epoch on a part of the data, under 2 minutes.")] = False,
@@ -308,9 +336,6 @@ def main() -> None:
     # deprecations inside the libraries are for their authors; PEFT warns of layers that it then handles
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     warnings.filterwarnings("ignore", message="Unsupported layer type", module="peft")
-    # where they are installed, PEFT imports them, and they report on kernels that nobody asked for
-    for library in ("torchao", "bitsandbytes", "torch.utils._pytree"):
-        logging.getLogger(library).setLevel(logging.ERROR)
     try:
         app()
     except InputError as error:
