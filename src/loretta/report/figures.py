@@ -16,10 +16,14 @@ UNDRAWABLE = 1e300  # as good as infinite: matplotlib's margins would overflow
 MARKED_POINTS = 30  # a line of more points than this is drawn without markers
 DESCRIBED_POINTS = 8  # of a line, in the words that stand for the chart
 
-# Okabe and Ito's colour-blind safe palette without its yellow, which is too pale for a line on white
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#56B4E9", "#E69F00")
+# Okabe and Ito's colour-blind safe palette without its yellow, which is too pale for a line on white; their black is
+# a little lighter, since matplotlib leaves pure black out of an SVG, and what is left out has no other look in the dark
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#111111", "#56B4E9", "#E69F00")
 # once the colours are used up: points drawn, points left out
 DASHES: tuple[tuple[float, ...], ...] = ((), (5, 2), (1.5, 1.5), (6, 2, 1.5, 2))
+DOTS = DASHES[2]
+MARKS = ("o", "^", "D", "v")  # of points without a line, in the place of the dashes
+DODGE = 5  # points between neighbours of one tick, so that their intervals do not cover each other
 TEXT, AXIS, GRID, CARD = "#1d2126", "#777777", "#e4e4e4", "#ffffff"
 # what matplotlib paints -> the page's variable, which has another value in the dark
 VARIABLES = {
@@ -45,6 +49,11 @@ class Look(NamedTuple):
     def css(self) -> str:
         """The colour as the page's variable."""
         return VARIABLES[self.colour.lower()]
+
+    @property
+    def mark(self) -> str:
+        """The marker of points without a line."""
+        return MARKS[DASHES.index(self.dashes)] if self.dashes in DASHES else MARKS[0]
 
 
 QUIET = Look(AXIS, (4, 3))
@@ -91,7 +100,6 @@ class Bars:
     """Horizontal bars from zero."""
 
     title: str
-    x_label: str
     bars: Sequence[Bar]
     note: str = ""
 
@@ -125,17 +133,23 @@ def svg(chart: Chart | Bars, *, prefix: str) -> "Markup":
                 **dict.fromkeys(("xtick.color", "ytick.color"), AXIS),
             }
         )
-        bars = isinstance(chart, Bars)
-        height = 0.9 + BAR_ROW * len(chart.bars) if bars else AXES_HEIGHT + LEGEND_ROW * len(_legend(chart))
-        figure = Figure(figsize=(FIGURE_WIDTH, height), layout="constrained")
+        figure = Figure(figsize=(FIGURE_WIDTH, _height(chart)), layout="constrained")
         axes = figure.add_subplot()
         axes.set_title(_short(chart.title), loc="left", fontsize=11, fontweight="bold")
-        axes.set_xlabel(chart.x_label)
-        _draw_bars(axes, chart) if bars else _draw_lines(figure, axes, chart)
+        if isinstance(chart, Bars):
+            _draw_bars(axes, chart)
+        else:
+            _draw_lines(figure, axes, chart)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
-    name = chart.title if bars else f"{chart.title} by {chart.x_label}"
+    name = chart.title if isinstance(chart, Bars) else f"{chart.title} by {chart.x_label}"
     return _inline(buffer.getvalue(), prefix=prefix, name=name, description=describe(chart))
+
+
+def _height(chart: Chart | Bars) -> float:
+    if isinstance(chart, Bars):
+        return 0.6 + BAR_ROW * len(chart.bars)
+    return AXES_HEIGHT + LEGEND_ROW * len(_legend(chart))
 
 
 def describe(chart: Chart | Bars) -> str:
@@ -171,8 +185,10 @@ def _draw_lines(figure: Any, axes: Any, chart: Chart) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, StrMethodFormatter
 
     axes.grid()
+    looks = list(dict.fromkeys(line.look for line in chart.lines))
     for line in chart.lines:
-        _draw(axes, line)
+        _draw(axes, line, DODGE * (looks.index(line.look) - (len(looks) - 1) / 2) if chart.ticks else 0.0)
+    axes.set_xlabel(chart.x_label)
     axes.set_ylabel(_short(chart.y_label))
     if chart.x_scale == "log":
         axes.set_xscale("log")
@@ -224,13 +240,14 @@ def compact(value: float) -> str:
 
 
 def _style(line: Line) -> dict[str, Any]:
-    dashes = (0, line.look.dashes) if line.look.dashes else "-"
+    dashes = DOTS if line.hollow else line.look.dashes
+    small = line.joined and not line.hollow
     return {
         "color": line.look.colour,
-        "linestyle": dashes if line.joined else "none",
+        "linestyle": ((0, dashes) if dashes else "-") if line.joined else "none",
         "linewidth": 1.5,
-        "marker": ("s" if line.hollow else "o") if line.marked else "none",
-        "markersize": 3.5 if line.joined and not line.hollow else 6,
+        "marker": ("o" if line.joined else line.look.mark) if line.marked else "none",
+        "markersize": 3.5 if small else 6,
         **({"markerfacecolor": CARD, "alpha": 0.75} if line.hollow else {}),
     }
 
@@ -241,16 +258,23 @@ def _key(line: Line) -> Any:
     return Line2D([], [], **_style(line))
 
 
-def _draw(axes: Any, line: Line) -> None:
-    axes.plot(line.x, line.y, markevery=_marked(line.y), zorder=2 if line.hollow else 3, **_style(line))
+def _draw(axes: Any, line: Line, shift: float) -> None:
+    """Draw a line, ``shift`` points to the right of its place."""
+    from matplotlib.transforms import ScaledTranslation
+
+    style = {"color": line.look.colour, "zorder": 2 if line.hollow else 3}
+    drawn = axes.plot(line.x, line.y, markevery=_marked(line.y), **style | _style(line))
     if line.low is not None and line.high is not None:
         if line.band:
-            axes.fill_between(line.x, line.low, line.high, color=line.look.colour, alpha=0.15, linewidth=0)
+            axes.fill_between(line.x, line.low, line.high, alpha=0.15, linewidth=0, **style)
         else:
-            axes.vlines(line.x, line.low, line.high, color=line.look.colour, linewidth=1.2, alpha=0.8)
-    if line.ring_at in line.x:
+            drawn.append(axes.vlines(line.x, line.low, line.high, linewidth=1.2, alpha=0.8, **style))
+    # afterwards: axes take their limits from what is drawn in their own coordinates alone
+    for artist in drawn if shift else []:
+        artist.set_transform(axes.transData + ScaledTranslation(shift / 72, 0, axes.figure.dpi_scale_trans))
+    if line.ring_at is not None and line.ring_at in line.x:
         value = line.y[list(line.x).index(line.ring_at)]
-        axes.plot(line.ring_at, value, "o", markersize=9, color=line.look.colour, fillstyle="none")
+        axes.plot(line.ring_at, value, "o", markersize=9, fillstyle="none", **style)
 
 
 def _marked(values: Sequence[float]) -> list[int]:
@@ -291,8 +315,6 @@ def _inline(document: bytes, *, prefix: str, name: str, description: str) -> "Ma
                 value = value.replace("#", f"#{prefix}")
             elif key == "style":
                 value = re.sub(r"#[0-9a-f]{6}\b", lambda colour: VARIABLES.get(colour[0], colour[0]), value)
-                # matplotlib leaves out what is black in any SVG
-                value += "; fill: var(--text)" if element.tag == "text" and "fill:" not in value else ""
             element.set(key.rpartition("}")[2], value)
     for metadata in svg.findall("metadata"):
         svg.remove(metadata)

@@ -1,0 +1,58 @@
+"""A folder of runs -> the report on it in any format: on its studies, or on the runs where it holds no study."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from loretta.errors import InputError
+from loretta.report import runs, study, text
+from loretta.report.study import section_of
+from loretta.studies.results import Results, collect_all
+from loretta.studies.state import find_runs
+from loretta.training.record import RunRecord
+
+FORMATS = ("html", "md", "csv", "json", "latex")
+SUFFIXES = {".html": "html", ".htm": "html", ".md": "md", ".csv": "csv", ".json": "json", ".tex": "latex"}
+
+
+def report_on(root: Path, form: str) -> str:
+    """The report on a folder as ``form``, one of FORMATS.
+
+    Raises InputError for another format, and when there is neither a study nor a finished run in the folder.
+    """
+    if form not in FORMATS:
+        raise InputError(f"unknown format {form!r}: choose one of {', '.join(FORMATS)}")
+    if not root.is_dir():
+        raise InputError(f"there is no folder '{root}': give the --output of a study, or a folder with runs")
+    if any(root.glob("study*.json")):
+        return _of_studies(collect_all(root), root, form)
+    return _of_runs(root, form)
+
+
+def _of_studies(studies: Sequence[Results], root: Path, form: str) -> str:
+    if form == "csv":
+        return text.studies_csv(studies)
+    if form == "json":
+        return text.studies_json(studies)
+    sections = [section_of(results, root, number=number) for number, results in enumerate(studies, start=1)]
+    if form == "md":
+        return text.studies_markdown(study.title_of(sections), sections)
+    return text.studies_latex(sections) if form == "latex" else study.render(sections)
+
+
+def _of_runs(root: Path, form: str) -> str:
+    found = list(find_runs(root))
+    records = [RunRecord.load(folder / "run.json") for folder, _, _ in found if (folder / "run.json").is_file()]
+    if not records:
+        raise InputError(
+            f"'{root}' holds neither a study nor a finished run: `loretta runs ls '{root}'` shows its state"
+        )
+    notes = list(dict.fromkeys(note for record in records for note in record.notes))
+    notes += [f"{folder.relative_to(root)}: {state}, {why}" for folder, state, why in found if state != "finished"]
+    write: Mapping[str, Callable[[], str]] = {
+        "html": lambda: runs.render(records, notes=notes),
+        "md": lambda: text.runs_markdown(records, notes),
+        "csv": lambda: text.runs_csv(records),
+        "json": lambda: text.runs_json(records, notes),
+        "latex": lambda: text.runs_latex(records),
+    }
+    return write[form]()

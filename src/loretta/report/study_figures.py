@@ -1,0 +1,366 @@
+"""The results of a study -> its figures."""
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from loretta.report.figures import QUIET, Bar, Bars, Chart, Line, Look, drawable
+from loretta.report.study_tables import QUANTITIES, by_row
+from loretta.report.tables import size
+from loretta.studies.results import AVERAGE, Cell, Results
+from loretta.studies.show import figure
+from loretta.training.record import Point, RunRecord
+from loretta.tuners.config import LorettaConfig
+
+SMOOTHED = 20  # evaluations, as in Figure 4
+PARAMETERS = "trained parameters"
+HOLLOW = "Hollow: the paper."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """Charts under one heading, ``opened`` or to be unfolded."""
+
+    title: str
+    charts: Sequence[Chart | Bars]
+    opened: bool = True
+
+
+def figures_of(results: Results, root: Path, looks: Mapping[str, Look]) -> list[Group]:
+    """Every figure of the study's view, the main ones first."""
+    view = results.study.view
+    groups = []
+    if view in ("scores", "pareto", "norms", "compare"):
+        groups += _against_parameters(results, looks)
+    elif view == "ranks":
+        groups.append(Group(title="Score against the tensor rank", charts=_ranks(results)))
+    elif view == "shapes":
+        groups.append(Group(title="Score against the shape", charts=_shapes(results)))
+    elif view == "sequence":
+        groups.append(Group(title="What is forgotten, step by step", charts=_steps(results, looks)))
+    elif view == "cost":
+        groups.append(Group(title="Cost of one training step", charts=_bars(results, looks, QUANTITIES)))
+    elif view == "bytes":
+        groups.append(
+            Group(title="Bytes of the trained parameters", charts=_bars(results, looks, {"bytes": "bytes as float32"}))
+        )
+    if results.study.kind == "train":
+        title = "Validation loss during training"
+        groups.append(Group(title=title, charts=_curves(results, root, looks), opened=view == "curves"))
+    return [group for group in groups if group.charts]
+
+
+def _models(results: Results) -> list[str]:
+    return list(dict.fromkeys(cell.model for cell in results.cells))
+
+
+def _titled(results: Results, model: str, words: str) -> str:
+    return f"{words}, {model}" if len(_models(results)) > 1 else words
+
+
+def _against_parameters(results: Results, looks: Mapping[str, Look]) -> list[Group]:
+    tasks = list(dict.fromkeys(cell.task for cell in results.final() if cell.mean is not None))
+    main = [AVERAGE] if AVERAGE in tasks else tasks
+    title = "Score against trained parameters"
+    return [
+        Group(title=title, charts=_scatters(results, main, looks)),
+        Group(
+            title=f"{title}, each task",
+            charts=_scatters(results, [task for task in tasks if task not in main], looks),
+            opened=results.study.view == "pareto",
+        ),
+    ]
+
+
+def _scatters(results: Results, tasks: Iterable[str], looks: Mapping[str, Look]) -> list[Chart]:
+    charts = []
+    for model in _models(results):
+        for task in tasks:
+            cells = [cell for cell in results.final() if (cell.model, cell.task) == (model, task)]
+            if lines := _scatter(cells, results.study.scale, looks):
+                metric = next((cell.metric for cell in cells if cell.mean is not None), "")
+                better = all(cell.higher_is_better for cell in cells if cell.mean is not None)
+                notes = [
+                    "" if any(cell.low is not None for cell in cells) else "One seed each, so no intervals.",
+                    HOLLOW if any(line.hollow for line in lines) else "",
+                    "" if better else "Lower is better.",
+                    "Dashed: the Pareto front of what was measured; nothing smaller scores as well.",
+                ]
+                charts.append(
+                    Chart(
+                        title=_titled(results, model, task),
+                        x_label=PARAMETERS,
+                        x_scale="log",
+                        y_label=_unit(metric, results.study.scale),
+                        lines=lines,
+                        note=" ".join(filter(None, notes)),
+                    )
+                )
+    return charts
+
+
+def _unit(metric: str, scale: float) -> str:
+    return f"{metric} × {scale:g}" if scale != 1 else metric
+
+
+def _scatter(cells: Sequence[Cell], scale: float, looks: Mapping[str, Look]) -> list[Line]:
+    """A point with its interval for each method, the front, and the paper's points of the same model."""
+    points = [cell for cell in cells if cell.parameters and cell.mean is not None and math.isfinite(cell.mean)]
+    if not points:
+        return []
+    lines = [_line(cell.label, looks[cell.row], [(float(cell.parameters or 0), cell)], scale) for cell in points]
+    for cell in cells:
+        counted = count_of(cell.printed_parameters)
+        if cell.printed is not None and counted is not None and cell.printed_model == cell.model:
+            lines.append(_printed(f"{cell.label}, paper", looks[cell.row], [(counted, cell.printed)]))
+    on_front = pareto([(cell.parameters or 0, cell.mean or 0.0) for cell in points], higher=points[0].higher_is_better)
+    if len(points) > 1:
+        corners = [points[k] for k in on_front]
+        x = [float(cell.parameters or 0) for cell in corners]
+        y = [scale * (cell.mean or 0.0) for cell in corners]
+        lines.append(Line(label="Pareto front", look=QUIET, x=x, y=y, marked=False))
+    return lines
+
+
+def pareto(points: Sequence[tuple[float, float]], *, higher: bool = True) -> list[int]:
+    """The indices of the (cost, score) points that no cheaper or equally cheap one matches, by rising cost."""
+    sign = 1 if higher else -1
+    front: list[int] = []
+    for k in sorted(range(len(points)), key=lambda k: (points[k][0], -sign * points[k][1])):
+        if not front or sign * points[k][1] > sign * points[front[-1]][1]:
+            front.append(k)
+    return front
+
+
+def count_of(printed: str | None) -> float | None:
+    """The number behind the paper's "0.10M"; None for what is no such count."""
+    try:
+        return None if not printed else float(printed[:-1]) * {"K": 1e3, "M": 1e6, "B": 1e9}[printed[-1]]
+    except (KeyError, ValueError):
+        return None
+
+
+def _line(label: str, look: Look, points: Sequence[tuple[float, Cell]], scale: float, *, joined: bool = False) -> Line:
+    """The means of cells at their x, with the ends of their intervals."""
+
+    def values(name: str) -> list[float]:
+        known = [getattr(cell, name) for _, cell in points]
+        return [math.nan if value is None else drawable(scale * value) for value in known]
+
+    low, high = values("low"), values("high")
+    return Line(label=label, look=look, x=[x for x, _ in points], y=values("mean"), low=low, high=high, joined=joined)
+
+
+def _printed(label: str, look: Look, points: Sequence[tuple[float, float]], *, joined: bool = False) -> Line:
+    x, y = ([point[k] for point in points] for k in (0, 1))
+    return Line(label=label, look=look, x=x, y=y, joined=joined, hollow=True, in_legend=False)
+
+
+def _task_charts(results: Results) -> Iterable[tuple[str, str, list[Cell]]]:
+    for model in _models(results):
+        for task in results.study.tasks:
+            cells = [cell for cell in results.final() if (cell.model, cell.task) == (model, task)]
+            if any(cell.mean is not None for cell in cells):
+                yield model, task, cells
+
+
+def _note(cells: Iterable[Cell], lines: Iterable[Line]) -> str:
+    bars = "Bars: 95% interval over seeds." if any(cell.low is not None for cell in cells) else ""
+    return " ".join(filter(None, [bars, HOLLOW if any(line.hollow for line in lines) else ""]))
+
+
+def _ranks(results: Results) -> list[Chart]:
+    ranks = _rank_of_rows(results)
+    charts = []
+    for model, task, cells in _task_charts(results):
+        methods: dict[str, list[tuple[float, Cell]]] = {}
+        for cell in cells:
+            if cell.row in ranks:
+                methods.setdefault(cell.method, []).append((float(ranks[cell.row]), cell))
+        lines = []
+        for k, (method, points) in enumerate(methods.items()):
+            points.sort(key=lambda point: point[0])
+            lines.append(_line(method, Look.of(k), points, results.study.scale, joined=True))
+            known = [
+                (x, cell.printed) for x, cell in points if cell.printed is not None and cell.printed_model == model
+            ]
+            if known:
+                lines.append(_printed(f"{method}, paper", Look.of(k), known, joined=True))
+        if lines:
+            charts.append(
+                Chart(
+                    title=_titled(results, model, task),
+                    x_label="tensor rank",
+                    x_scale="log",
+                    ticks={float(rank): str(rank) for rank in sorted(set(ranks.values()))},
+                    y_label=_unit(cells[0].metric, results.study.scale),
+                    lines=lines,
+                    note=_note(cells, lines),
+                )
+            )
+    return charts
+
+
+def _rank_of_rows(results: Results) -> dict[str, int]:
+    """The rank of each row whose method has one, from the options that its runs had."""
+    ranks = {}
+    for run in results.planned:
+        options = (run.config or {}).get("method_args", {})
+        default = LorettaConfig.tensor_rank if run.method.startswith("loretta") else options.get("r")
+        if run.config is not None and (rank := options.get("tensor_rank", default)) is not None:
+            ranks[run.row] = int(rank)
+    return ranks
+
+
+def _shapes(results: Results) -> list[Chart]:
+    charts = []
+    for model, task, cells in _task_charts(results):
+        labels = [cell.label for cell in cells]
+        # of "LoRETTA adp, 5 modes" and "LoRETTA adp, 3 modes" what tells them apart
+        tails = {label.rpartition(", ")[2] for label in labels}
+        short = [label.rpartition(", ")[2] if len(tails) == len(labels) else label for label in labels]
+        places = {float(k): label for k, label in enumerate(short)}
+        lines = [_line("measured", Look.of(0), list(zip(places, cells, strict=True)), results.study.scale)]
+        known = [
+            (x, cell.printed)
+            for x, cell in zip(places, cells, strict=True)
+            if cell.printed is not None and cell.printed_model == model
+        ]
+        if known:
+            lines.append(_printed("paper", Look.of(0), known))
+        charts.append(
+            Chart(
+                title=_titled(results, model, task),
+                x_label="shape",
+                ticks=places,
+                y_label=_unit(cells[0].metric, results.study.scale),
+                lines=lines,
+                note=_note(cells, lines),
+            )
+        )
+    return charts
+
+
+def _steps(results: Results, looks: Mapping[str, Look]) -> list[Chart]:
+    """The score on each task after each step of a sequence."""
+    found: dict[tuple[str, tuple[str, ...], str], dict[str, list[tuple[float, Cell]]]] = {}
+    for cell in results.cells:
+        if cell.stage is not None and cell.mean is not None and cell.task != AVERAGE:
+            rows = found.setdefault((cell.model, cell.order, cell.task), {})
+            rows.setdefault(cell.row, []).append((float(cell.stage), cell))
+    orders = {order for _, order, _ in found}
+    charts = []
+    for (model, order, task), rows in found.items():
+        lines = [
+            _line(
+                points[0][1].label,
+                looks[row],
+                sorted(points, key=lambda point: point[0]),
+                results.study.scale,
+                joined=True,
+            )
+            for row, points in rows.items()
+        ]
+        cells = [cell for points in rows.values() for _, cell in points]
+        words = f"{task} in {' → '.join(order)}" if len(orders) > 1 else task
+        charts.append(
+            Chart(
+                title=_titled(results, model, words),
+                x_label="last task trained",
+                ticks={float(k): name for k, name in enumerate(order, start=1)},
+                y_label=_unit(cells[0].metric, results.study.scale),
+                lines=lines,
+                note=_note(cells, lines),
+            )
+        )
+    return charts
+
+
+def _bars(results: Results, looks: Mapping[str, Look], quantities: Mapping[str, str]) -> list[Bars]:
+    charts = []
+    for model in _models(results):
+        rows = by_row(cell for cell in results.cells if cell.model == model)
+        for name, words in quantities.items():
+            bars = [
+                Bar(cells[name].label, looks[row], value, size(round(value)).text if name == "bytes" else figure(value))
+                for (row, _), cells in rows.items()
+                if name in cells and (value := cells[name].mean) is not None
+            ]
+            if bars:
+                charts.append(Bars(title=_titled(results, model, words), bars=bars))
+    return charts
+
+
+def _curves(results: Results, root: Path, looks: Mapping[str, Look]) -> list[Chart]:
+    """Validation loss by step for each model and task, over the seeds of each method."""
+    found: dict[tuple[str, str], dict[str, list[list[tuple[int, float]]]]] = {}
+    labels = {}
+    for run in results.planned:
+        file = root / run.folder / "run.json"
+        if run.kind == "train" and not run.candidate and file.is_file():
+            history = RunRecord.load(file).history
+            losses = [(point.step, drawable(point.values["loss"])) for point in history if _has_loss(point)]
+            rows = found.setdefault((run.model, run.task), {})
+            rows.setdefault(run.row, []).append([(step, loss) for step, loss in losses if not math.isnan(loss)])
+            labels[run.row] = run.label
+    charts = []
+    for (model, task), rows in found.items():
+        curves = {row: smooth(seeds) for row, seeds in rows.items()}
+        lines = [
+            Line(
+                label=labels[row],
+                look=looks[row],
+                x=[step for step, _, _ in curve],
+                y=[mean for _, mean, _ in curve],
+                low=[mean - spread for _, mean, spread in curve],
+                high=[mean + spread for _, mean, spread in curve],
+                band=True,
+            )
+            for row, (curve, _) in curves.items()
+            if curve
+        ]
+        windows = {window for _, window in curves.values()}
+        if lines:
+            charts.append(
+                Chart(
+                    title=_titled(results, model, task),
+                    y_label="validation loss",
+                    lines=lines,
+                    note=f"Mean and standard deviation of all seeds over {_span(windows)}.",
+                )
+            )
+    return charts
+
+
+def _has_loss(point: Point) -> bool:
+    return point.split == "validation" and "loss" in point.values
+
+
+def _span(windows: set[int]) -> str:
+    if windows == {1}:
+        return "each evaluation, too few to smooth"
+    ends = sorted({min(windows), max(windows)})
+    return f"{' to '.join(map(str, ends))} neighbouring evaluations"
+
+
+def smooth(seeds: Sequence[Sequence[tuple[int, float]]]) -> tuple[list[tuple[int, float, float]], int]:
+    """(step, mean, standard deviation) of the values of all seeds in a window around each step, and its width.
+
+    ``seeds`` are (step, value) curves. The window holds 20 evaluations, or a tenth of them where there are fewer than
+    200, so that a short curve keeps its shape. A single value has no spread: 0.
+    """
+    by_step: dict[int, list[float]] = {}
+    for curve in seeds:
+        for step, value in curve:
+            by_step.setdefault(step, []).append(value)
+    steps = sorted(by_step)
+    window = min(SMOOTHED, max(1, math.ceil(len(steps) / 10)))
+    smoothed = []
+    for k, step in enumerate(steps):
+        around = steps[max(0, k - window // 2) : k + (window + 1) // 2]
+        values = [value for near in around for value in by_step[near]]
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        smoothed.append((step, statistics.fmean(values), spread))
+    return smoothed, window

@@ -1,0 +1,251 @@
+"""The report's tables and data in the formats that other programs read: Markdown, CSV, JSON and LaTeX."""
+
+import csv
+import io
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from loretta.report.runs import facts_of, labels_of, table_of, title_of
+from loretta.report.study import Section
+from loretta.report.tables import Cell, Column, Table
+from loretta.studies.results import Results
+from loretta.training.record import RunRecord
+
+LATEX = {
+    **{character: f"\\{character}" for character in "{}$&#%_"},
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+    # fonts of pdfLaTeX lack these
+    "±": r"$\pm$",
+    "×": r"$\times$",
+    "÷": r"$\div$",
+    "→": r"$\rightarrow$",
+    "∞": r"$\infty$",
+    "−": "$-$",
+    "–": "--",
+    "·": r"$\cdot$",
+    "µ": r"$\mu$",
+}
+
+
+def markdown(
+    title: str, parts: Iterable[tuple[str, Mapping[str, str], Sequence[str], Sequence[Table], list[str]]]
+) -> str:
+    """Headings, facts, tables, notes and commands. ``parts`` are (heading, facts, notes, tables, commands)."""
+    blocks = [f"# {_md(title)}"]
+    for heading, facts, notes, tables, commands in parts:
+        if heading != title:
+            blocks.append(f"## {_md(heading)}")
+        blocks.append("\n".join(f"- {_md(name)}: {_md(value)}" for name, value in facts.items()))
+        for table in tables:
+            blocks += [f"### {_md(table.title)}", _md_table(table), _md(table.caption)]
+        blocks.append("\n".join(f"- {_md(note)}" for note in notes))
+        blocks.append(_fenced(commands))
+    return "\n\n".join(block for block in blocks if block) + "\n"
+
+
+def _md(text: str) -> str:
+    """Text that Markdown shows as it is, on one line."""
+    return re.sub(r"([\\`*_\[\]<>&|$~#])", r"\\\1", " ".join(text.split()))
+
+
+def _fenced(commands: Sequence[str]) -> str:
+    text = "\n".join(commands)
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
+    return f"{fence}sh\n{text}\n{fence}" if commands else ""
+
+
+def _md_table(table: Table) -> str:
+    heads = [*table.stubs, *map(_heading, table.columns)]
+    aligned = [*(":--" for _ in table.stubs), *(":--" if table.of_words else "--:" for _ in table.columns)]
+    rows = [[*row.heads, *map(_words, row.cells)] for row in table.rows]
+    lines = [map(_md, heads), aligned, *(map(_md, row) for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _heading(column: Column) -> str:
+    name = f"{column.name} ({column.detail})" if column.detail else column.name
+    return f"{column.group}: {name}" if column.group else name
+
+
+def _words(cell: Cell) -> str:
+    """The number, how many seeds where some are missing, the paper's number in brackets."""
+    return f"{cell.text}{f' ({cell.note})' if cell.note else ''}{f' [paper {cell.paper}]' if cell.paper else ''}"
+
+
+def latex(tables: Iterable[tuple[Table, Sequence[str]]]) -> str:
+    """A ``table`` environment for each table, for the package booktabs. Each comes with comments: where it is from."""
+    return (
+        "\n".join(["% needs \\usepackage{booktabs}", *(_tex_table(table, comments) for table, comments in tables)])
+        + "\n"
+    )
+
+
+def _tex_table(table: Table, comments: Sequence[str]) -> str:
+    grouped = any(name for name, _ in table.groups)
+    first = len(table.stubs) + 1
+    lines = [f"% {' '.join(comment.split())}" for comment in comments]
+    lines += [r"\begin{table}", r"\centering"]
+    lines.append(rf"\caption{{{_tex(f'{table.title}. {table.caption}'.strip())}}}")
+    columns = ("l" if table.of_words else "r") * len(table.columns)
+    lines += [rf"\begin{{tabular}}{{{'l' * len(table.stubs)}{columns}}}", r"\toprule"]
+    if grouped:
+        spans = [rf"\multicolumn{{{span}}}{{c}}{{{_tex(name)}}}" for name, span in table.groups]
+        lines.append(" & ".join([*("" for _ in table.stubs), *spans]) + r" \\")
+        rules = []
+        for _, span in table.groups:
+            rules.append(rf"\cmidrule(lr){{{first}-{first + span - 1}}}")
+            first += span
+        lines.append(" ".join(rules))
+    names = [f"{column.name} ({column.detail})" if column.detail else column.name for column in table.columns]
+    lines += [" & ".join(map(_tex, [*table.stubs, *names])) + r" \\", r"\midrule"]
+    lines += [" & ".join(map(_tex, [*row.heads, *map(_words, row.cells)])) + r" \\" for row in table.rows]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
+
+
+def _tex(text: str) -> str:
+    # a row that begins with a bracket would be read as an option of the \\ before it
+    words = "".join(LATEX.get(character, character) for character in " ".join(text.split()))
+    return f"{{}}{words}" if words.startswith(("[", "*")) else words
+
+
+def studies_markdown(title: str, sections: Sequence[Section]) -> str:
+    """The page's tables, notes and commands."""
+    return markdown(
+        title,
+        [
+            (
+                section.title,
+                section.facts,
+                [*filter(None, [section.verdict]), *section.notes],
+                [*section.tables, *filter(None, [section.missing])],
+                [
+                    *section.commands,
+                    *(
+                        f"# {heading}, {number.title}, seed {score.seed}: {score.value}\n{score.repeat}".rstrip()
+                        for heading, numbers in section.numbers.items()
+                        for number in numbers
+                        for score in number.scores
+                    ),
+                ],
+            )
+            for section in sections
+        ],
+    )
+
+
+def studies_latex(sections: Sequence[Section]) -> str:
+    """The page's tables."""
+    return latex((table, [section.title, *section.commands]) for section in sections for table in section.tables)
+
+
+def studies_json(studies: Sequence[Results]) -> str:
+    """Every cell with every seed in full precision."""
+    content = [
+        {
+            **results.study.model_dump(mode="json", include={"name", "title", "source", "view", "scale", "notes"}),
+            "options": results.options,
+            "commands": list(results.commands),
+            "cells": [{**cell.model_dump(mode="json"), "finished": cell.finished} for cell in results.cells],
+        }
+        for results in studies
+    ]
+    return _json({"studies": content})
+
+
+def studies_csv(studies: Sequence[Results]) -> str:
+    """One line for each number, in full precision and in the unit of the records."""
+    plain = (
+        "model", "row", "label", "method", "task", "stage", "metric", "split", "mean", "low", "high", "finished",
+        "asked", "parameters", "adapter_bytes", "printed", "printed_model", "printed_parameters",
+    )  # fmt: skip
+    return _csv(
+        {
+            "study": results.study.name,
+            **{name: getattr(cell, name) for name in plain},
+            "order": " ".join(cell.order),
+            "scale": results.study.scale,
+            "seeds": " ".join(str(score.seed) for score in cell.scores),
+            "values": " ".join(repr(score.value) for score in cell.scores),
+            "folders": " ".join(score.folder for score in cell.scores),
+            "commands": "\n".join(score.repeat for score in cell.scores),
+            "missing": "; ".join(f"seed {lost.seed} {lost.state}: {lost.reason}" for lost in cell.missing),
+        }
+        for results in studies
+        for cell in results.cells
+    )
+
+
+def runs_markdown(records: Sequence[RunRecord], notes: Sequence[str]) -> str:
+    title = title_of(records)
+    commands = [record.command for record in records]
+    return markdown(title, [(title, facts_of(records), notes, [table_of(records)], commands)])
+
+
+def runs_latex(records: Sequence[RunRecord]) -> str:
+    return latex([(table_of(records), [record.command for record in records])])
+
+
+def runs_json(records: Sequence[RunRecord], notes: Sequence[str]) -> str:
+    content = [
+        {"label": label, **record.model_dump(mode="json")}
+        for label, record in zip(labels_of(records), records, strict=True)
+    ]
+    return _json({"runs": content, "notes": list(notes)})
+
+
+def runs_csv(records: Sequence[RunRecord]) -> str:
+    """One line for each run, in full precision."""
+    kinds = ("cores", "biases", "norms", "head", "other", "trainable", "total")
+    plain = (
+        "model",
+        "task",
+        "method",
+        "seed",
+        "metric",
+        "adapter_bytes",
+        "train_seconds",
+        "peak_memory_bytes",
+        "best_step",
+    )
+    return _csv(
+        {
+            "label": label,
+            **{name: getattr(record, name) for name in plain},
+            **{f"parameters.{kind}": getattr(record.parameters, kind) for kind in kinds},
+            **{f"validation.{name}": value for name, value in record.validation.items()},
+            **{f"test.{name}": value for name, value in (record.test or {}).items()},
+            "command": record.command,
+        }
+        for label, record in zip(labels_of(records), records, strict=True)
+    )
+
+
+def _json(content: Any) -> str:
+    return json.dumps(_strict(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _strict(content: Any) -> Any:
+    """JSON has no NaN and no infinity: they become null."""
+    if isinstance(content, Mapping):
+        return {key: _strict(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_strict(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def _csv(rows: Iterable[Mapping[str, Any]]) -> str:
+    rows = list(rows)
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
