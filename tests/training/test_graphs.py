@@ -97,10 +97,14 @@ class Repeats:
                 group.update(setting)
 
         def replay():
-            now = state()
+            now, parameters = state(), list(trainer.model.parameters())
+            gradients = [parameter.grad for parameter in parameters]
             bring_back(*recorded)
             result = work()
             bring_back(*now)
+            # a replay fills tensors, and puts none anywhere
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                parameter.grad = gradient
             return result
 
         recorded = state()

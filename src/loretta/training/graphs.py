@@ -7,8 +7,9 @@ cannot launch fast enough. Here each shape of batch is recorded once, and then l
 import logging
 import warnings
 from collections.abc import Callable, Container, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any
 
 import torch
@@ -65,6 +66,7 @@ class CudaGraphTrainer(Trainer):
         self._graphs: _Graphs | None = None
         self._norm: Tensor | None = None
         self._flops: dict[Shapes, int] = {}
+        self._during_training = ExitStack()
 
     def _inner_training_loop(self, *args: Any, **kwargs: Any) -> Any:
         self.why_eager, self.replayed = None, 0
@@ -74,12 +76,29 @@ class CudaGraphTrainer(Trainer):
         note_change()  # no layer keeps factors of an earlier pass, whose gradients would flow on another stream
         looks_at_each_loss, self.args.logging_nan_inf_filter = self.args.logging_nan_inf_filter, False
         try:
-            with Recorder.stream():
+            with Recorder.stream(), self._during_training:
                 self._graphs = _Graphs(Recorder())
                 return super()._inner_training_loop(*args, **kwargs)
         finally:
             self.args.logging_nan_inf_filter = looks_at_each_loss
             self._graphs = self._norm = None
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        model, loader = super()._prepare_for_training(*args, **kwargs)
+        if self._graphs is not None:
+            # they walk through all modules and look for packages, which takes as long as a replay
+            for owner, name in ((model, "zero_grad"), (self.optimizer, "step")):
+                self._during_training.enter_context(_replaced(owner, name, self._unless_replayed))
+        return model, loader
+
+    def _unless_replayed(self, work: Callable[..., Any]) -> Callable[..., Any]:
+        """``work``, which the Trainer's loop does at an update, unless the update was part of a replay."""
+
+        @wraps(work)
+        def work_left(*args: Any, **kwargs: Any) -> Any:
+            return work(*args, **kwargs) if self._norm is None else None
+
+        return work_left
 
     def get_train_dataloader(self) -> DataLoader:
         if self._graphs is None:
@@ -143,9 +162,6 @@ class CudaGraphTrainer(Trainer):
                 graphs.gradients.keep(model)
         if gathers and updates and self.accelerator.sync_gradients and self._has_updated():
             self._replay_update(model, loss)
-        if self._norm is not None:
-            # the update was part of the replay: the optimizer's step, which comes next, has nothing to do
-            self.accelerator.gradient_state._set_sync_gradients(False)
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
@@ -223,10 +239,16 @@ class CudaGraphTrainer(Trainer):
         """The update on its own, from gradients that were gathered over some batches."""
         graphs = self._graphs
         assert graphs is not None
+
+        def work() -> tuple[Tensor, Tensor]:
+            norm = self._update(model)
+            graphs.gradients.set_to_zero()
+            return loss, norm
+
         if graphs.update is None and self.why_eager is None:
             try:
                 with graphs.rates.as_inputs(self._optimizer()):
-                    graphs.update = graphs.recorder.record(lambda: (loss, self._update(model)))
+                    graphs.update = graphs.recorder.record(work)
             except RuntimeError as error:
                 self._go_on_eagerly(f"the update cannot be recorded ({_short(error)})")
         if graphs.update is not None:
@@ -437,11 +459,14 @@ class _Gradients:
             self.of = {parameter: parameter.grad for parameter in model.parameters() if parameter.grad is not None}
 
     def attach(self) -> None:
-        """Set them to zero before the first batch of an update, which the Trainer's loop marks by removing them."""
+        """Bring them back, with zeros, after an eager update, at whose end the Trainer's loop removed them."""
         if self.of and next(iter(self.of)).grad is None:
-            torch._foreach_zero_(list(self.of.values()))
+            self.set_to_zero()
             for parameter, gradient in self.of.items():
                 parameter.grad = gradient
+
+    def set_to_zero(self) -> None:
+        torch._foreach_zero_(list(self.of.values()))
 
 
 class _Graphs:
@@ -466,6 +491,20 @@ class _Graphs:
         self.rates.load(trainer._optimizer())
         if self._micro_steps is not None:
             self._micro_steps.fill_(trainer.current_gradient_accumulation_steps)
+
+
+@contextmanager
+def _replaced(owner: Any, name: str, by: Callable[[Any], Any]) -> Iterator[None]:
+    """In it the method ``name`` of ``owner`` is what ``by`` makes of it."""
+    own = vars(owner).get(name)  # a scheduler, too, puts a method of its own into an optimizer
+    setattr(owner, name, by(getattr(owner, name)))
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)
 
 
 def _short(error: Exception) -> str:
