@@ -120,7 +120,7 @@ def device(request, monkeypatch):
     return request.param
 
 
-def trainer_of(cls, model, data, folder, device, *, collator=collate, eval_data=None, **options):
+def trainer_of(cls, model, data, folder, device, *, collator=collate, eval_data=None, mean_loss=False, **options):
     given = {"num_train_epochs": 3, "learning_rate": 1e-2, "warmup_steps": 2, "weight_decay": 0.1, "logging_steps": 1}
     given["adam_epsilon"] = 1e-3  # Adam would blow up the rounding of gradients near zero
     arguments = TrainingArguments(
@@ -134,6 +134,8 @@ def trainer_of(cls, model, data, folder, device, *, collator=collate, eval_data=
     )
     trainer = cls(model=model, args=arguments, train_dataset=data, eval_dataset=eval_data, data_collator=collator)
     Repeats.trainer = trainer
+    if mean_loss:
+        trainer.model_accepts_loss_kwargs = False  # the Trainer then divides by the number of batches of an update
     return trainer
 
 
@@ -174,9 +176,10 @@ def test_graphs_train_as_eager_steps_do(device, tmp_path, method):
     [
         ({"max_grad_norm": 0.0}, 15),
         ({"max_grad_norm": 1e-2, "lr_scheduler_type": "cosine"}, 15),
-        # windows of 2, 2, 2; of 4, 2; the second with a weight of its own
+        # updates of 2, 2, 2 batches; of 4, 2
         ({"gradient_accumulation_steps": 2}, 15),
         ({"gradient_accumulation_steps": 4, "max_grad_norm": 1e-2}, 15),
+        ({"gradient_accumulation_steps": 4, "mean_loss": True}, 15),
         # an optimizer that stays outside of the graph
         ({"optim": "sgd"}, 15),
         ({"optim": "adamw_torch", "gradient_accumulation_steps": 2}, 15),
