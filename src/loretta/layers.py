@@ -193,19 +193,26 @@ def add_update(y_BO: Tensor, x_BI: Tensor, a_IR: Tensor, b_RO: Tensor) -> Tensor
 def fold_bias(left_IC: Tensor, right_CO: Tensor, bias_O: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``x L R + bias`` as ``(x L + one) R``: the bias is one more row of R, and costs no kernel, nor does its gradient.
 
-    Returns one (C), L and R, their inner size padded by zeros as :func:`pad_inner` does.
+    Returns one (C), L and R, the latter as :func:`arranged`.
     """
     inner = left_IC.shape[-1]
     right_CO = torch.cat([right_CO, bias_O[..., None, :].to(right_CO.dtype)], dim=-2)
-    left_IC, right_CO = pad_inner(nn.functional.pad(left_IC, (0, 1)), right_CO)
+    left_IC, right_CO = arranged(nn.functional.pad(left_IC, (0, 1)), right_CO)
     one_C = left_IC.new_zeros(*left_IC.shape[:-2], left_IC.shape[-1])
     one_C[..., inner] = 1
     return one_C, left_IC, right_CO
 
 
-def pad_inner(left_IC: Tensor, right_CO: Tensor) -> tuple[Tensor, Tensor]:
-    """The same product with its inner size padded by zeros to a multiple of 8 on a GPU, whose kernels want it so."""
-    padding = -left_IC.shape[-1] % 8 if left_IC.is_cuda else 0
+def arranged(left_IC: Tensor, right_CO: Tensor) -> tuple[Tensor, Tensor]:
+    """The same two thin matrices, as the kernels of their device want them.
+
+    A GPU wants the inner size padded by zeros to a multiple of 8. A CPU wants the left one stored column by column:
+    with 5 of them a product with it takes a quarter of the time, and its gradient, which autograd lays out alike, a
+    seventh (MKL, 4096 x 384 activations).
+    """
+    if not left_IC.is_cuda:
+        return left_IC.mT.contiguous().mT, right_CO
+    padding = -left_IC.shape[-1] % 8
     if not padding:
         return left_IC, right_CO
     return nn.functional.pad(left_IC, (0, padding)), nn.functional.pad(right_CO, (0, 0, 0, padding))

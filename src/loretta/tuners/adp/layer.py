@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from loretta import kernels
-from loretta.layers import fold_bias, pad_inner
+from loretta.layers import arranged, fold_bias
 from loretta.placement import Placement
 from loretta.tuners.adp.config import LorettaAdpConfig
 from loretta.tuners.contraction import Factors, Ingredient
@@ -77,7 +77,7 @@ class AdpLinear(LorettaLayer):
     def assemble(down: Halves, up: Halves, biases: Sequence[Tensor]) -> Factors:
         """The halves of down (H, C), (C, b) and up (b, D), (D, H); with biases each after a vector, as `fold_bias`."""
         if not biases:
-            return (*pad_inner(*down), *pad_inner(*up))
+            return (*arranged(*down), *arranged(*up))
         return (*fold_bias(*down, biases[0]), *fold_bias(*up, biases[1]))
 
     def delta(self, adapter_name: str, y_BH: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loretta import kernels
 from loretta.errors import InputError
-from loretta.layers import add_update, pad_inner, update_factors
+from loretta.layers import add_update, arranged, update_factors
 from loretta.placement import Placement, rank_for
 from loretta.tuners.contraction import Factors, note_change
 from loretta.tuners.layer import Halves, LorettaLayer, fitting, is_bare_linear, works_in
@@ -70,7 +70,7 @@ class RepLinear(LorettaLayer):
     @staticmethod
     def assemble(down: Halves, up: Halves, biases: Sequence[Tensor]) -> Factors:
         """A (I, R) and B (R, O) of the update."""
-        return pad_inner(*update_factors(down, up))
+        return arranged(*update_factors(down, up))
 
     def delta(self, adapter_name: str, x_BI: Tensor) -> Tensor:
         """What one adapter adds to the output. The I x O matrix is never built."""
