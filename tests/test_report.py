@@ -223,7 +223,7 @@ def test_long_and_unprintable_names_are_shortened_in_figures_only():
     long, rough = "x" * 500 + "end", "a\x00\n\x1b\u2028b"
     got = page(record(method=long), record(method=rough))
     legend = got.figures[0][-2:]
-    assert legend == ["x" * 14 + "…" + "x" * 11 + "end", "a b"]
+    assert legend == ["x" * 24 + "…" + "x" * 21 + "end", "a b"]
     assert long in got.table()
 
 

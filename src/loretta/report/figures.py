@@ -1,8 +1,10 @@
 """Charts -> inline SVG elements in the page's own colours, so that they follow its light and dark looks."""
 
 import io
+import itertools
 import math
 import re
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -10,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 if TYPE_CHECKING:
     from markupsafe import Markup
 
-LONGEST_LEGEND_ENTRY = 30  # characters; what fits into FIGURE_WIDTH even when all of them are wide (Chinese)
+LONGEST_LEGEND_ENTRY = 50  # characters that fit into FIGURE_WIDTH, where a wide one counts as two
 FIGURE_WIDTH, AXES_HEIGHT, LEGEND_ROW, BAR_ROW = 4.6, 2.9, 0.19, 0.3  # inches
 UNDRAWABLE = 1e300  # as good as infinite: matplotlib's margins would overflow
 MARKED_POINTS = 30  # a line of more points than this is drawn without markers
@@ -255,7 +257,8 @@ def _style(line: Line) -> dict[str, Any]:
 def _key(line: Line) -> Any:
     from matplotlib.lines import Line2D
 
-    return Line2D([], [], **_style(line))
+    style = _style(line)
+    return Line2D([], [], **style | ({"marker": "none"} if line.joined and len(line.y) > MARKED_POINTS else {}))
 
 
 def _draw(axes: Any, line: Line, shift: float) -> None:
@@ -291,12 +294,23 @@ def drawable(value: float | None) -> float:
 
 
 def _short(name: str) -> str:
-    """One printable line of at most LONGEST_LEGEND_ENTRY characters; the middle gives way."""
+    """One printable line that is no wider than LONGEST_LEGEND_ENTRY; the middle gives way."""
     line = " ".join("".join(c if c.isprintable() else " " for c in name).split())
-    if len(line) <= LONGEST_LEGEND_ENTRY:
+    if sum(map(_width, line)) <= LONGEST_LEGEND_ENTRY:
         return line
     half = (LONGEST_LEGEND_ENTRY - 1) // 2
-    return f"{line[:half]}…{line[-half:]}"
+    head, tail = _fitting(line, half), _fitting(line[::-1], half)[::-1]
+    return f"{head}…{tail}"
+
+
+def _width(character: str) -> int:
+    return 2 if character in "MW@%" or unicodedata.east_asian_width(character) in "WF" else 1
+
+
+def _fitting(line: str, width: int) -> str:
+    """The beginning of a line that is at most so wide."""
+    ends = itertools.accumulate(map(_width, line))
+    return line[: sum(end <= width for end in ends)]
 
 
 def _inline(document: bytes, *, prefix: str, name: str, description: str) -> "Markup":

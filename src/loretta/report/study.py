@@ -148,8 +148,11 @@ def _notes(results: Results) -> list[str]:
     notes += results.study.notes
     rows = [find_row(results.study, cell.row, cell.model) for cell in results.cells]
     notes += [f"{row.label}: {row.note}" for row in rows if row and row.note]
-    of_task = "{task}: {note}" if results.study.kind == "train" else "{note}"
-    notes += [of_task.format(task=cell.task, note=note) for cell in cells for note in cell.notes]
+    of_task: dict[str, dict[str, None]] = {}
+    for cell in cells:
+        of_task.setdefault(cell.task if results.study.kind == "train" else "", {}).update(dict.fromkeys(cell.notes))
+    # a sentence for each task: what was done to its data
+    notes += [f"{task}: {'; '.join(words)}" if task else "; ".join(words) for task, words in of_task.items() if words]
     return list(dict.fromkeys(notes))
 
 

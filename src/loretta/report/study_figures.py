@@ -17,6 +17,8 @@ from loretta.tuners.config import LorettaConfig
 SMOOTHED = 20  # evaluations, as in Figure 4
 PARAMETERS = "trained parameters"
 HOLLOW = "Hollow: the paper."
+FRONT_NAME = "Pareto front"
+FRONT = "Dashed: the Pareto front of what was measured; nothing smaller than a point of it scores as well."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,15 +64,13 @@ def _titled(results: Results, model: str, words: str) -> str:
 
 def _against_parameters(results: Results, looks: Mapping[str, Look]) -> list[Group]:
     tasks = list(dict.fromkeys(cell.task for cell in results.final() if cell.mean is not None))
-    main = [AVERAGE] if AVERAGE in tasks else tasks
+    tasks.sort(key=lambda task: task != AVERAGE)
     title = "Score against trained parameters"
+    # one figure says most of it, unless these are what the study is about
+    first = len(tasks) if results.study.view == "pareto" or AVERAGE not in tasks else 1
     return [
-        Group(title=title, charts=_scatters(results, main, looks)),
-        Group(
-            title=f"{title}, each task",
-            charts=_scatters(results, [task for task in tasks if task not in main], looks),
-            opened=results.study.view == "pareto",
-        ),
+        Group(title=title, charts=_scatters(results, tasks[:first], looks)),
+        Group(title=f"{title}, each task", charts=_scatters(results, tasks[first:], looks), opened=False),
     ]
 
 
@@ -86,7 +86,7 @@ def _scatters(results: Results, tasks: Iterable[str], looks: Mapping[str, Look])
                     "" if any(cell.low is not None for cell in cells) else "One seed each, so no intervals.",
                     HOLLOW if any(line.hollow for line in lines) else "",
                     "" if better else "Lower is better.",
-                    "Dashed: the Pareto front of what was measured; nothing smaller scores as well.",
+                    FRONT if lines[-1].label == FRONT_NAME else "",
                 ]
                 charts.append(
                     Chart(
@@ -116,11 +116,11 @@ def _scatter(cells: Sequence[Cell], scale: float, looks: Mapping[str, Look]) -> 
         if cell.printed is not None and counted is not None and cell.printed_model == cell.model:
             lines.append(_printed(f"{cell.label}, paper", looks[cell.row], [(counted, cell.printed)]))
     on_front = pareto([(cell.parameters or 0, cell.mean or 0.0) for cell in points], higher=points[0].higher_is_better)
-    if len(points) > 1:
+    if len(on_front) > 1:
         corners = [points[k] for k in on_front]
         x = [float(cell.parameters or 0) for cell in corners]
         y = [scale * (cell.mean or 0.0) for cell in corners]
-        lines.append(Line(label="Pareto front", look=QUIET, x=x, y=y, marked=False))
+        lines.append(Line(label=FRONT_NAME, look=QUIET, x=x, y=y, marked=False))
     return lines
 
 
@@ -180,14 +180,15 @@ def _ranks(results: Results) -> list[Chart]:
             if cell.row in ranks:
                 methods.setdefault(cell.method, []).append((float(ranks[cell.row]), cell))
         lines = []
-        for k, (method, points) in enumerate(methods.items()):
+        for k, points in enumerate(methods.values()):
             points.sort(key=lambda point: point[0])
-            lines.append(_line(method, Look.of(k), points, results.study.scale, joined=True))
+            name = points[0][1].label.partition(",")[0]
+            lines.append(_line(name, Look.of(k), points, results.study.scale, joined=True))
             known = [
                 (x, cell.printed) for x, cell in points if cell.printed is not None and cell.printed_model == model
             ]
             if known:
-                lines.append(_printed(f"{method}, paper", Look.of(k), known, joined=True))
+                lines.append(_printed(f"{name}, paper", Look.of(k), known, joined=True))
         if lines:
             charts.append(
                 Chart(

@@ -206,7 +206,8 @@ def _factors(results: Results, model: str, anchors: Anchors) -> Table:
         options = row.all_options
         head = options.get("train_head", LorettaConfig.train_head)
         norms = options.get("train_norms", LorettaConfig.train_norms)
-        found.setdefault((cell.method, HEADS.get(head, head)), {})[cell.task, norms] = cell
+        name = cell.label.partition(",")[0]
+        found.setdefault((name, HEADS.get(head, head)), {})[cell.task, norms] = cell
     return Table(
         title=f"Norms × classifier, {model}",
         stubs=("Method", "Classifier"),
