@@ -371,6 +371,17 @@ def test_curves_are_of_all_seeds(tmp_path: Path):
     assert line.low == line.high == line.y  # both seeds are equal
 
 
+def test_what_a_sweep_tried_is_shown_and_not_averaged(tmp_path: Path):
+    made = Folder(tmp_path, tasks=["sst2"])
+    for seed, (rate, value) in enumerate(((1e-4, 0.6), (5e-4, 0.9))):
+        made.add("big", "sst2", seed, run_record({}, validation={"accuracy": value}), candidate=rate == 1e-4)
+        changes = {"seed": 0, "config": {"learning_rate": rate, "batch_size": 16}}
+        made.runs[-1] = made.runs[-1].model_copy(update=changes)
+    rows = [[text for text, _ in row] for row in Page(report_on(made.write(), "html")).rows]
+    assert ["Big", "tiny", "sst2", "0.0001 and 16: accuracy 0.6000; 0.0005 and 16: accuracy 0.9000, chosen"] in rows
+    assert "90.00paper 75.50" in next(row for row in rows if row[0] == "Big")
+
+
 def test_a_comparison_begins_with_its_answer(tmp_path: Path):
     made = Folder(tmp_path, view="compare", scale=1, tasks=["sst2"])
     made.score("big", "sst2", (0.90, 0.91))

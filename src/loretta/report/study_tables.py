@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from loretta.report.figures import Look
-from loretta.report.tables import MISSING, Cell, Column, Row, Table, count, seconds, size
+from loretta.report.tables import MISSING, Cell, Column, Row, Table, count, number, seconds, size
 from loretta.studies.results import AVERAGE, Results, Score, find_row, interval
 from loretta.studies.results import Cell as Measured
 from loretta.studies.show import figure
+from loretta.studies.study import Planned
 from loretta.training.record import RunRecord
 from loretta.tuners.config import LorettaConfig
 
@@ -35,6 +36,7 @@ def tables_of(results: Results, root: Path, anchors: Anchors, looks: Mapping[str
         tables += [_factors(results, model, anchors) for model in models]
     if view == "shapes":
         tables += [_trains(results, model, root) for model in models]
+    tables.append(_tried(results, root))
     return [table for table in tables if table.rows]
 
 
@@ -245,6 +247,46 @@ def _trains(results: Results, model: str, root: Path) -> Table:
         rows=rows,
         of_words=True,
     )
+
+
+def _tried(results: Results, root: Path) -> Table:
+    """The settings that a sweep tried, each with its validation score: what was chosen, and what was not."""
+    chosen_on = "Chosen on the validation split with one seed"
+    if any(cell.split == "validation" for cell in results.cells):
+        caption = f"{chosen_on}: scores of that split favour what was chosen."
+    else:
+        caption = f"{chosen_on}; the test split was not looked at."
+    cells: dict[tuple[str, str, str], list[Planned]] = {}
+    for run in results.planned:
+        cells.setdefault((run.label, run.model, run.task), []).append(run)
+    rows = []
+    for (label, model, task), runs in cells.items():
+        if any(run.candidate for run in runs):
+            first = runs[0].seed
+            tried = [_one_try(results, root, run) for run in runs if run.seed == first]
+            rows.append(Row(heads=(label,), cells=[Cell(model), Cell(task), Cell("; ".join(tried))]))
+    return Table(
+        title="Settings tried",
+        stubs=("Method",),
+        columns=[Column("", name) for name in ("model", "task", "learning rate and batch size: validation score")],
+        rows=rows,
+        caption=caption,
+        of_words=True,
+    )
+
+
+def _one_try(results: Results, root: Path, run: Planned) -> str:
+    config = run.config or {}
+    settings = f"{config.get('learning_rate')} and {config.get('batch_size')}"
+    file = root / run.folder / "run.json"
+    if not file.is_file():
+        return f"{settings}: not finished"
+    record = RunRecord.load(file)
+    name = results.study.metrics.get(run.task, record.metric)
+    # answers are generated for the test split alone: there the loss decides
+    name = name if name in record.validation else "loss"
+    chosen = "" if run.candidate else ", chosen"
+    return f"{settings}: {name} {number(record.validation.get(name)).text}{chosen}"
 
 
 def _costs(results: Results, model: str, anchors: Anchors, looks: Mapping[str, Look]) -> Table:
