@@ -30,7 +30,7 @@ def step_of(model: nn.Module, batch: dict[str, torch.Tensor], call) -> tuple:
     """A training step, and what it updates."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     on_gpu = batch["labels"].is_cuda
-    optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=on_gpu, capturable=on_gpu) if trained else None
+    optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True, capturable=on_gpu) if trained else None
 
     def step() -> None:
         call(**batch).loss.backward()
