@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
+from loretta.errors import InputError
 from loretta.tuners.contraction import note_change, note_write
 
 logger = logging.getLogger(__name__)
@@ -367,7 +368,8 @@ class Recorder:
     def record(self, work: Work) -> Work:
         """Run ``work`` without computing anything. Returns what does: it fills the tensors that ``work`` returned.
 
-        Raises RuntimeError for work that needs a number from the GPU to go on.
+        Raises RuntimeError for work that needs a number from the GPU to go on, and InputError for work that waits for
+        the GPU without asking for one: the attempt to record that leaves no state to go on from.
         """
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
         generator = torch.cuda.default_generators[stream.device_index]
@@ -383,8 +385,13 @@ class Recorder:
                     result = work()
                 finally:
                     torch.cuda.set_sync_debug_mode(mode)
-        except RuntimeError:
-            generator.graphsafe_set_state(random)  # that of a spoilt recording would refuse to go on
+        except RuntimeError as error:
+            if "captur" in str(error):
+                raise InputError(
+                    f"a step of this model waits for the GPU and spoils its recording ({_short(error)}): "
+                    "train it without CUDA graphs"
+                ) from error
+            generator.graphsafe_set_state(random)  # that of a recording without an end would refuse to go on
             raise
 
         def replay() -> tuple[Tensor, Tensor | None]:
@@ -430,7 +437,9 @@ class _Rates:
         groups = optimizer.param_groups
         if not self.tensors:
             self.values = [float(group["lr"]) for group in groups]
-            self.tensors = [torch.tensor(group["lr"], device=group["params"][0].device) for group in groups]
+            # a group may be empty: that of the parameters without weight decay, of a LoRA for example
+            device = next(parameter.device for group in groups for parameter in group["params"])
+            self.tensors = [torch.tensor(group["lr"], device=device) for group in groups]
         before = [(group["lr"], group["capturable"]) for group in groups]
         for group, tensor in zip(groups, self.tensors, strict=True):
             group["lr"], group["capturable"] = tensor, True
