@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import torch
 from peft import TaskType
@@ -113,16 +113,43 @@ class AdapterCopy(ModulesToSaveWrapper):
             super().delete_adapter(adapter_name, new_active_adapters)
         self.policies.pop(adapter_name, None)
 
+    def widen(self, adapter_name: str) -> None:
+        """Hold one adapter's copy of a norm in float32 where the base's has half precision.
+
+        Its weights are near 1, where the numbers of bfloat16 lie 0.008 apart: smaller steps of training are lost.
+        The base computes on in its own dtype.
+        """
+        if self._policy(adapter_name).is_norm and adapter_name in self.modules_to_save:
+            for parameter in self.modules_to_save[adapter_name].parameters():
+                if parameter.dtype in (torch.bfloat16, torch.float16):
+                    parameter.data = parameter.data.float()
+
+    def _is_wider(self, adapter_name: str) -> bool:
+        if not self._policy(adapter_name).is_norm:
+            return False
+        mine, its = (next(m.parameters()) for m in (self.modules_to_save[adapter_name], self.original_module))
+        return mine.dtype != its.dtype
+
+    def _call_with(self, parameters: Mapping[str, Tensor], args: Any, kwargs: Any) -> Any:
+        """The base module's forward pass with other parameters, in its own dtype."""
+        dtypes = {name: parameter.dtype for name, parameter in self.original_module.named_parameters()}
+        cast = {name: value.to(dtypes[name]) for name, value in parameters.items()}
+        return functional_call(self.original_module, cast, args, kwargs)
+
     def _forward_wrapped(self, *args, **kwargs):
-        if len(self.active_adapters) > 1:
-            summed = self.parameters_of(dict.fromkeys(self.active_adapters, 1.0))
-            return functional_call(self.original_module, summed, args, kwargs)
+        active = self.active_adapters
+        if len(active) > 1:
+            return self._call_with(self.parameters_of(dict.fromkeys(active, 1.0)), args, kwargs)
+        if active and self._is_wider(active[0]):
+            return self._call_with(dict(self.modules_to_save[active[0]].named_parameters()), args, kwargs)
         result = super()._forward_wrapped(*args, **kwargs)
-        if self.active_adapters and self._policy(self.active_adapters[0]).as_change:
+        if active and self._policy(active[0]).as_change:
             result = result + self.original_module(*args, **kwargs)
         return result
 
     def _forward_wrapped_mixed_batch(self, x, active_adapter, *args, **kwargs):
+        if self._is_wider(active_adapter):
+            return self._call_with(dict(self.modules_to_save[active_adapter].named_parameters()), (x, *args), kwargs)
         result = super()._forward_wrapped_mixed_batch(x, active_adapter, *args, **kwargs)
         if self._policy(active_adapter).as_change:
             result = result + self.original_module(x, *args, **kwargs)
@@ -187,6 +214,8 @@ class AdapterCopy(ModulesToSaveWrapper):
             )
         if len(names) > 1:
             self.assign(names[0], dict.fromkeys(names, 1.0))
+        if self._is_wider(names[0]):
+            return module.to(next(self.original_module.parameters()).dtype)
         if isinstance(module, TTLinear):
             return module.to_dense(self.original_module if module.start is not None else None)
         for name, child in list(module.named_modules()):

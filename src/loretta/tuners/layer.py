@@ -120,7 +120,7 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
         starting_cores(down, up, init_weights)
         self._part("down")[adapter_name], self._part("up")[adapter_name] = down, up
         self._part("dropout")[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+        super()._move_adapter_to_device_of_base_layer(adapter_name)
         if init_weights == "denoised":
             # after the move: the start has to equal the trained cores to the last bit
             for part in ("down", "up"):
@@ -129,6 +129,16 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
         self.n_pairs[adapter_name] = 2 if init_weights == "denoised" else 1
         self.drops[adapter_name] = bool(dropout)
         note_change()
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """To the device alone. PEFT calls this behind a load, and its own would round what was saved in float32."""
+        target = self._get_base_layer_device_and_dtype(self.get_base_layer())[0] if device is None else device
+        for part in (*self.adapter_layer_names, *self.other_param_names):
+            modules = getattr(self, part)
+            if isinstance(modules, nn.ModuleDict) and adapter_name in modules:
+                module = modules[adapter_name]
+                if target is not None and not any(parameter.is_meta for parameter in module.parameters()):
+                    module.to(target)
 
     def set_scaling(self, adapter_name: str, config: Any) -> None:
         """Take over the factor on one adapter's effect from its config."""

@@ -64,6 +64,12 @@ class LorettaModel(BaseTuner):
             config.modules_to_save = given
         Contraction.attach(model)
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for module in self.model.modules() if autocast_adapter_dtype else ():
+            if isinstance(module, AdapterCopy):
+                module.widen(adapter_name)
+
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
         Contraction.detach(self.model)
