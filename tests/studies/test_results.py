@@ -1,6 +1,7 @@
 """The numbers of a study against hand computation, and what is said of what is missing."""
 
 import json
+import math
 
 import pytest
 from test_expansion import finish
@@ -21,6 +22,9 @@ def test_interval_by_hand():
     assert interval([0.25, 0.25]) == (0.25, 0.25, 0.25)
     assert interval([0.25]) == (0.25, None, None)
     assert interval([]) == (None, None, None)
+    mean, *ends = interval([math.nan, 0.5, 0.25])
+    assert math.isnan(mean)
+    assert ends == [None, None]
 
 
 def planned(name, root, **options):

@@ -1,6 +1,7 @@
 """Run folders -> the numbers of a study: means and intervals over seeds, and what is missing."""
 
 import json
+import math
 import shlex
 import statistics
 from collections.abc import Iterable, Sequence
@@ -112,10 +113,13 @@ class Results(BaseModel):
 def interval(values: Sequence[float]) -> tuple[float | None, float | None, float | None]:
     """Mean, and the ends of Student's t interval at 95% of the mean of a sample.
 
-    All None without values; no ends for a single value. Equal values give an interval of no width.
+    All None without values; no ends for a single value. Equal values give an interval of no width. One value that is
+    not finite, of a run that diverged, leaves nothing to say: the mean is NaN.
     """
     if not values:
         return None, None, None
+    if not all(map(math.isfinite, values)):
+        return math.nan, None, None
     mean = statistics.fmean(values)
     if len(values) < 2:
         return mean, None, None
