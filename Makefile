@@ -3,7 +3,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint check format tables
+RESULTS := benchmarks/results
+
+.PHONY: demo test lint check format tables bench bench-gpu
 
 # make demo QUICK=1: one epoch on a part of the data
 demo: $(INSTALLED)
@@ -27,6 +29,27 @@ format: $(INSTALLED)
 tables: $(INSTALLED)
 	$(BIN)/python benchmarks/tables.py
 	$(BIN)/python benchmarks/counts.py
+	$(BIN)/python benchmarks/performance.py
+
+# What a CPU can measure, in about a quarter of an hour; `make tables` puts it into the docs. Leave the machine alone.
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/wrapping.py --out $(RESULTS)/wrapping.json
+	$(BIN)/python benchmarks/cpu.py --out $(RESULTS)/cpu.json
+
+# What needs a GPU. DATA=folder of sst2/ and MODEL=folder of all-MiniLM-L6-v2 add training end to end
+bench-gpu: $(INSTALLED)
+	$(BIN)/python benchmarks/speed.py --shape llama-7b --modes graph --out $(RESULTS)/speed_llama-7b_graph.json
+	$(BIN)/python benchmarks/speed.py --shape llama-7b --modes eager \
+		--out $(RESULTS)/speed_llama-7b_eager.json
+	$(BIN)/python benchmarks/speed.py --shape llama-7b --modes compile --layers 4 --sizes 1x256 \
+		--methods "lora q+v,rep q+v,adp" --out $(RESULTS)/speed_llama-7b_compile.json
+	$(BIN)/python benchmarks/speed.py --shape llama-1b --out $(RESULTS)/speed_llama-1b.json
+	$(BIN)/python benchmarks/speed.py --shape roberta-base --out $(RESULTS)/speed_roberta-base.json
+	$(BIN)/python benchmarks/growth.py --out $(RESULTS)/growth.json
+	$(BIN)/python benchmarks/inference.py --out $(RESULTS)/inference.json
+	$(BIN)/python benchmarks/fused.py --out $(RESULTS)/fused.json
+	$(if $(DATA),$(BIN)/python benchmarks/graph_training.py $(if $(MODEL),--model $(MODEL)) --data-dir $(DATA) \
+		--out $(RESULTS)/graph_training.json)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -11,6 +11,8 @@ import peft
 import torch
 import transformers
 
+import loretta
+
 WARM_UP = 4
 
 
@@ -59,7 +61,7 @@ def about(device: str, dtype: str) -> dict[str, Any]:
         "dtype": dtype,
         "versions": {
             "python": platform.python_version(),
-            **{module.__name__: module.__version__ for module in (torch, transformers, peft)},
+            **{module.__name__: module.__version__ for module in (loretta, torch, transformers, peft)},
             "cuda": torch.version.cuda,
         },
     }

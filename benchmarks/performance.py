@@ -1,0 +1,321 @@
+"""Fill the tables of docs/performance.md from benchmarks/results/, and draw its figure.
+
+python benchmarks/performance.py
+"""
+
+import json
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from floors import adapter_cost, base_cost
+from tables import filled
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGE, FIGURE = ROOT / "docs" / "performance.md", ROOT / "docs" / "growth.svg"
+NOT_MEASURED = "Not measured yet.\n"
+
+FLOOR, LORA, ALONE = "floor", "lora q,v", " contraction"
+OURS = ("rep q,v", "adp", "adp mlp", "rep q,v norms", "adp norms")
+LIMIT = 1.05  # of the floor
+WRAPPING = {"wrap": 2.0, "save": 0.2, "load": 1.0}  # seconds
+
+Row = dict[str, Any]
+
+
+@cache
+def results(pattern: str) -> tuple[Row, ...]:
+    """The rows of all result files of a name, each with the head of its file: versions, device, dtype, sizes."""
+    rows = []
+    for path in sorted(RESULTS.glob(f"{pattern}.json")):
+        content = json.loads(path.read_text())
+        head = {name: value for name, value in content.items() if name not in ("rows", "summary")}
+        rows += [{**head, "file": path.name, **row} for row in content["rows"]]
+    return tuple(rows)
+
+
+def steps() -> list[Row]:
+    """Every step that was timed, with the floor and the LoRA of its own run: None where that was not measured."""
+    found = []
+    for row in results("speed_*"):
+        run = [other for other in results("speed_*") if _run(other) == _run(row)]
+        references = {name: next((o for o in run if o["method"] == name), None) for name in (FLOOR, LORA)}
+        found.append({**row, "floor": references[FLOOR], "lora": references[LORA]})
+    return found
+
+
+def _run(row: Row) -> tuple:
+    return row["file"], row["mode"], row["batch"], row["tokens"]
+
+
+def table(head: str, rows: list[list[Any]], *, numbers_from: int = 1) -> str:
+    """A Markdown table, its columns from ``numbers_from`` on to the right."""
+    columns = head.split(" | ")
+    rule = ["---" if k < numbers_from else "---:" for k in range(len(columns))]
+    lines = [columns, rule, *rows]
+    return "".join("| " + " | ".join(str(cell) for cell in line) + " |\n" for line in lines)
+
+
+def source(row: Row) -> str:
+    """Where numbers come from, as a line above their table."""
+    versions = ", ".join(f"{name} {row['versions'][name]}" for name in ("torch", "transformers", "peft"))
+    device = f"{row['processor']}, {row['threads']} threads" if row["device"] == "cpu" else row["device"]
+    file = f"[{row['file']}](../benchmarks/results/{row['file']})"
+    return f"{device}, {row['dtype']}, {versions}; {file}\n\n"
+
+
+def verdict(hit: bool) -> str:
+    return "hit" if hit else "**missed**"
+
+
+# What has to be done at the least
+
+
+def floor_table() -> str:
+    """Bytes and operations of a frozen step, the time they need, and the time that was measured."""
+    lines = []
+    for row in steps():
+        if row["method"] != FLOOR or row["mode"] != "graph":
+            continue
+        cost = base_cost(row["shape"], row["layers"], row["batch"], row["tokens"])
+        sizes = [row["shape"], _size(row), f"{cost.weights / 1e9:.2f}", f"{cost.activations / 1e9:.2f}"]
+        sizes += [f"{cost.flops / 1e12:.2f}", f"{cost.bytes_ms:.2f}", f"{cost.flops_ms:.2f}"]
+        lines.append([*sizes, f"{row['ms']:.2f}", f"{row['ms'] / cost.ms:.2f}"])
+    head = "model | batch x tokens | weights, GB | activations, GB | TFLOP | bytes, ms | operations, ms | measured, ms"
+    return table(f"{head} | measured / larger", lines, numbers_from=2) if lines else NOT_MEASURED
+
+
+def adapter_table() -> str:
+    """The same of what an adapter adds, against the time it adds in a CUDA graph."""
+    lines = []
+    for row in steps():
+        if row["method"] not in ("rep q,v", "adp") or row["mode"] != "graph":
+            continue
+        cost = adapter_cost(row["shape"], row["layers"], row["method"], row["batch"], row["tokens"])
+        extra = row["ms"] - row["floor"]["ms"]
+        allowed = (LIMIT - 1) * row["floor"]["ms"]
+        numbers = [f"{cost.bytes / 1e9:.2f}", f"{cost.flops / 1e9:.1f}", f"{cost.ms:.2f}"]
+        lines.append([row["shape"], _size(row), row["method"], *numbers, f"{allowed:.2f}", f"{extra:.2f}"])
+    head = "model | batch x tokens | method | GB | GFLOP | predicted, ms | allowed, ms | measured, ms"
+    return table(head, lines, numbers_from=3) if lines else NOT_MEASURED
+
+
+# Training steps
+
+
+def step_table(shape: str) -> Callable[[], str]:
+    """The function that writes the table of one model's training steps."""
+
+    def write() -> str:
+        rows = [row for row in steps() if row["shape"] == shape and not row["method"].endswith(ALONE)]
+        files = dict.fromkeys((row["file"], row["layers"]) for row in rows)
+        parts = []
+        for file, layers in files:
+            of_file = [row for row in rows if row["file"] == file]
+            lines = [_step_line(row) for row in of_file]
+            head = "mode | batch x tokens | method | median, ms | min, max | / floor | / LoRA | peak, GiB"
+            parts.append(f"{layers} layers. {source(of_file[0])}")
+            parts[-1] += table(f"{head} | 1.05 | LoRA's time | LoRA's memory", lines, numbers_from=3)
+        return "\n".join(parts) or NOT_MEASURED
+
+    return write
+
+
+def _step_line(row: Row) -> list[str]:
+    to_lora = row["ms"] / row["lora"]["ms"] if row["lora"] else None
+    cells = [row["mode"], _size(row), row["method"], f"{row['ms']:.2f}", f"{row['min']:.2f}, {row['max']:.2f}"]
+    cells += [f"{row['ratio']:.3f}", f"{to_lora:.3f}" if to_lora else "", f"{row['peak_gib']:.2f}"]
+    judged = row["method"] in OURS and row["lora"] is not None
+    marks = [verdict(hit) for hit in _hits(row)] if judged else ["", "", ""]
+    return [*cells, *marks]
+
+
+def _hits(row: Row) -> tuple[bool, bool, bool]:
+    """Whether a step keeps to 1.05 floors, to LoRA's time and to LoRA's memory."""
+    lora = row["lora"]
+    return row["ratio"] <= LIMIT, row["ms"] <= lora["ms"], row["peak_gib"] <= lora["peak_gib"]
+
+
+def _size(row: Row) -> str:
+    return f"{row['batch']}x{row['tokens']}"
+
+
+def contraction_table() -> str:
+    """The joint contraction alone, forward and backward, over sizes that must not matter."""
+    rows = [row for row in results("speed_*") if row["method"].endswith(ALONE) and row["mode"] == "graph"]
+    lines = []
+    for shape, method in dict.fromkeys((row["shape"], row["method"]) for row in rows):
+        chosen = [row for row in rows if (row["shape"], row["method"]) == (shape, method)]
+        cells = ", ".join(f"{_size(row)}: {row['ms']:.3f}" for row in chosen)
+        lines.append([shape, method.removesuffix(ALONE), cells])
+    return table("model | method | ms by batch x tokens", lines, numbers_from=3) if lines else NOT_MEASURED
+
+
+def kernel_table() -> str:
+    """The Triton kernels against their plain twins, per layer."""
+    rows = results("fused")
+    lines = []
+    for row in rows:
+        graph, eager = row["graph"], row["eager"]
+        cells = [row["case"], f"{row['rows']} x {row['width']}", f"{graph['plain']:.0f}", f"{graph['fused']:.0f}"]
+        lines.append(
+            [*cells, f"{graph['fused'] / graph['plain']:.2f}", f"{eager['plain']:.0f}", f"{eager['fused']:.0f}"]
+        )
+    head = "layer | rows x width | plain, us | fused, us | fused / plain | eager plain, us | eager fused, us"
+    return table(head, lines, numbers_from=2) if lines else NOT_MEASURED
+
+
+def profile_table() -> str:
+    """What rep's kernels took, one module's each, before they were fused."""
+    rows = results("profile_llama-7b")
+    head = rows[0]
+    lines = [[row["product"], f"{row['us']:.1f}", f"{row['reduction_us']:.1f}"] for row in rows]
+    each = sum(row["us"] + row["reduction_us"] for row in rows)
+    lines.append(["all of them", f"{each:.1f}", ""])
+    lines.append([f"in {head['modules']} modules, ms", f"{head['modules'] * each / 1e3:.2f}", ""])
+    lines.append(["joint contraction, ms", f"{head['contraction_ms']:.2f}", ""])
+    lines.append(["measured in all, ms", f"{head['extra_ms']:.2f}", ""])
+    return source(head) + table("kernel | us | split-K reduction, us", lines)
+
+
+def summary_table() -> str:
+    """How many of the rows keep to each target, and the worst of them."""
+    rows = [row for row in steps() if row["method"] in OURS and row["lora"] is not None]
+    lines = []
+    for mode in dict.fromkeys(row["mode"] for row in rows):
+        of_mode = [row for row in rows if row["mode"] == mode]
+        targets = [
+            ("at most 1.05 floors", [row["ratio"] for row in of_mode]),
+            ("no slower than LoRA q,v", [row["ms"] / row["lora"]["ms"] for row in of_mode]),
+            ("no more memory than LoRA q,v", [row["peak_gib"] / row["lora"]["peak_gib"] for row in of_mode]),
+        ]
+        for (target, ratios), hits in zip(targets, zip(*map(_hits, of_mode), strict=True), strict=True):
+            worst = max(range(len(ratios)), key=ratios.__getitem__)
+            row = of_mode[worst]
+            where = f"{ratios[worst]:.3f}: {row['method']}, {row['shape']} at {_size(row)}"
+            lines.append([mode, target, f"{sum(hits)} of {len(hits)}", where])
+    return table("mode | target | rows that hit it | the worst row", lines, numbers_from=4) if lines else NOT_MEASURED
+
+
+# Everything else
+
+
+def inference_table() -> str:
+    """Tokens per second of decoding."""
+    rows = results("inference")
+    lines = []
+    for row in rows:
+        times = [f"{row['ms']:.2f}", f"{row['min']:.2f}, {row['max']:.2f}", f"{row['tokens_per_second']:.0f}"]
+        lines.append([row["mode"], row["batch"], row["method"], *times, f"{1 / row['ratio']:.3f}"])
+    head = "mode | batch | method | ms per step | min, max | tokens per second | / base"
+    return source(rows[0]) + table(head, lines, numbers_from=3) if rows else NOT_MEASURED
+
+
+def growth_table() -> str:
+    """Overhead by layers, width and rank."""
+    rows = results("growth")
+    lines = []
+    for axis, value in dict.fromkeys((row["axis"], row[row["axis"]]) for row in rows):
+        point = {row["method"]: row for row in rows if row["axis"] == axis and row[axis] == value}
+        sizes = [axis, *(point[FLOOR][name] for name in ("layers", "width", "rank")), f"{point[FLOOR]['ms']:.2f}"]
+        lines.append(
+            [*sizes, *(f"{point[method]['ratio']:.3f}" if method in point else "" for method in ("rep", "adp"))]
+        )
+    head = "along | layers | width | rank | floor, ms | rep / floor | adp / floor"
+    return source(rows[0]) + table(head, lines) if rows else NOT_MEASURED
+
+
+def draw_growth(path: Path) -> None:
+    """The same as a figure."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    rows = results("growth")
+    axes_of = list(dict.fromkeys(row["axis"] for row in rows))
+    with matplotlib.rc_context({"svg.hashsalt": "growth", "font.size": 9}):
+        figure = Figure(figsize=(9, 2.8), layout="constrained")
+        parts = figure.subplots(1, len(axes_of), sharey=True, squeeze=False)[0]
+        for part, axis in zip(parts, axes_of, strict=True):
+            for method, marker in (("rep", "o"), ("adp", "s")):
+                points = [(row[axis], row["ratio"]) for row in rows if (row["axis"], row["method"]) == (axis, method)]
+                part.plot(*zip(*points, strict=True), marker=marker, label=method)
+            part.axhline(1.0, color="grey", linewidth=0.8)
+            part.axhline(LIMIT, color="grey", linewidth=0.8, linestyle="--")
+            part.set_xscale("log", base=2)
+            values = sorted({row[axis] for row in rows if row["axis"] == axis})
+            part.set_xticks(values, [str(value) for value in values])
+            part.set_xlabel({"rank": "tensor rank"}.get(axis, axis))
+        parts[0].set_ylabel("step / frozen floor")
+        parts[0].legend(frameon=False)
+        figure.savefig(path, metadata={"Date": None})
+
+
+def graph_training_table() -> str:
+    """Training through the Trainer, with and without CUDA graphs."""
+    parts = []
+    for path in sorted(RESULTS.glob("graph_training*.json")):
+        content = json.loads(path.read_text())
+        lines = []
+        for row in content["summary"]:
+            rate = [row["case"], row["method"], "yes" if row["graphs"] else "no", f"{row['examples_per_s']:.0f}"]
+            shares = [row.get("to_plain_lora"), row.get("of_the_bare_rate")]
+            accuracies = ", ".join(f"{value:.4f}" for value in row.get("accuracies", []))
+            lines.append([*rate, *(f"{share:.2f}" if share else "" for share in shares), accuracies])
+        head = "case | method | graphs | examples per second | / plain LoRA | / bare replays | accuracy by seed"
+        parts.append(source(results(path.stem)[0]) + table(head, lines, numbers_from=3))
+    return "\n".join(parts) or NOT_MEASURED
+
+
+def cpu_table() -> str:
+    """Steps on a CPU against LoRA."""
+    rows = results("cpu")
+    lines = []
+    for row in rows:
+        target = verdict(row["ratio"] <= 1) if row["method"] in OURS else ""
+        times = [f"{row['ms']:.2f}", f"{row['min']:.2f}, {row['max']:.2f}", f"{row['ratio']:.3f}"]
+        lines.append([row["shape"], _size(row), row["method"], *times, target])
+    head = "model | batch x tokens | method | median, ms | min, max | / LoRA | at most 1.0"
+    return source(rows[0]) + table(head, lines, numbers_from=3) if rows else NOT_MEASURED
+
+
+def wrapping_table() -> str:
+    """Seconds of wrapping, saving and loading."""
+    rows = results("wrapping")
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        phases = {row["phase"]: row for row in rows if row["method"] == method}
+        cells = [f"{row['s']:.3f} ({row['first_s']:.3f})" for row in phases.values()]
+        good = all(row["s"] < WRAPPING[phase] and row["first_s"] < WRAPPING[phase] for phase, row in phases.items())
+        size = phases["save"]
+        lines.append([method, *cells, f"{size['trained']:,}", f"{size['bytes']:,}", verdict(good)])
+    limits = " | ".join(f"{phase}, s (first)" for phase in WRAPPING)
+    head = f"method | {limits} | trained | bytes saved | under {', '.join(f'{s:g} s' for s in WRAPPING.values())}"
+    return source(rows[0]) + table(head, lines) if rows else NOT_MEASURED
+
+
+SECTIONS: dict[str, Callable[[], str]] = {
+    "targets": summary_table,
+    "floor": floor_table,
+    "adapters": adapter_table,
+    "llama-7b": step_table("llama-7b"),
+    "llama-1b": step_table("llama-1b"),
+    "roberta-base": step_table("roberta-base"),
+    "contraction": contraction_table,
+    "profile": profile_table,
+    "kernels": kernel_table,
+    "growth": growth_table,
+    "inference": inference_table,
+    "graph training": graph_training_table,
+    "cpu": cpu_table,
+    "wrapping": wrapping_table,
+}
+
+if __name__ == "__main__":
+    text = PAGE.read_text()
+    for name, write in SECTIONS.items():
+        text = filled(text, name, write())
+    PAGE.write_text(text)
+    draw_growth(FIGURE)
+    print(f"filled {len(SECTIONS)} tables of {PAGE} and drew {FIGURE}")

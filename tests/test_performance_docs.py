@@ -1,0 +1,67 @@
+"""Numbers in docs/performance.md are those of the result files, whose rows say where they come from."""
+
+import pathlib
+import sys
+
+import pytest
+
+BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+
+import performance  # noqa: E402
+from floors import adapter_cost, base_cost  # noqa: E402
+from tables import filled  # noqa: E402
+
+STEPS = performance.steps()
+
+
+@pytest.mark.parametrize("name", performance.SECTIONS)
+def test_a_table_is_what_the_result_files_say(name):
+    text = performance.PAGE.read_text()
+    assert filled(text, name, performance.SECTIONS[name]()) == text
+
+
+def test_the_figure_is_there():
+    assert performance.FIGURE.read_text().count("<svg") == 1
+
+
+@pytest.mark.parametrize(
+    ("pattern", "sizes", "time"),
+    [
+        ("speed_*", ("shape", "layers", "batch", "tokens"), "ms"),
+        ("growth", ("layers", "width", "rank", "batch", "tokens"), "ms"),
+        ("inference", ("shape", "batch", "prompt", "new"), "ms"),
+        ("cpu", ("shape", "batch", "tokens"), "ms"),
+        ("wrapping", ("shape", "layers", "trained", "bytes"), "s"),
+    ],
+)
+def test_every_row_says_where_it_comes_from(pattern, sizes, time):
+    rows = performance.results(pattern)
+    if not rows:
+        pytest.skip(f"no benchmarks/results/{pattern}.json yet")
+    for row in rows:
+        assert {"torch", "transformers", "peft"} <= row["versions"].keys()
+        assert row["processor" if row["device"] == "cpu" else "device"]
+        assert all(row[name] for name in ("dtype", *sizes))
+        assert 0 < row["min"] <= row[time] <= row["max"]
+        assert row["ratio"] > 0
+
+
+@pytest.mark.parametrize("row", STEPS, ids=lambda row: f"{row['file']}-{row['mode']}-{row['method']}-{row['batch']}")
+def test_a_ratio_is_that_of_two_medians_of_one_run(row):
+    assert row["ratio"] == pytest.approx(row["ms"] / row["floor"]["ms"])
+
+
+def test_the_costs_are_those_of_a_count_by_hand():
+    # two layers of q, o (64 x 64), k, v (64 x 32) and three matrices of 64 x 128, and a head of 64 x 256
+    numbers = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128) + 64 * 256
+    cost = base_cost("tiny", 2, 1, 16)
+    assert cost.weights == 2 * 2 * numbers
+    assert cost.activations == 2 * 2 * 16 * (2 * (2 * 128 + 2 * 96 + 3 * 192) + 320)
+    assert cost.flops == 4 * 16 * numbers + 7 * 16**2 * 64 * 2
+    rep = adapter_cost("tiny", 2, "rep q,v", 1, 16)  # rank 5 on q and v
+    assert rep.flops == 6 * 16 * 5 * (128 + 96) * 2
+    assert rep.bytes == 2 * 16 * (7 * 64 + 4 * 64 + 3 * 32) * 2
+    adp = adapter_cost("tiny", 2, "adp", 1, 16)  # two trains of 64 x 64 and inner size 5 + 1, after o and down
+    assert adp.flops == 6 * 16 * 6 * (2 * 128) * 4
+    assert adp.bytes == 2 * 16 * 5 * 64 * 4
