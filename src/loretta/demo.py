@@ -108,11 +108,13 @@ def check_reloaded(folders: Sequence[Path]) -> dict[str, bool]:
 
 
 def _predicts_the_same(folder: str) -> tuple[str, bool]:
+    from loretta.tasks import Task
     from loretta.training.predict import load_run, predict
     from loretta.training.run import PREDICTIONS, load_config_task
 
     run = load_run(Path(folder), cpu=True)
     task = load_config_task(run.config)
+    assert isinstance(task, Task)
     assert task.test is not None
     again = predict(run, [list(task.test[column]) for column in task.columns])
     before = [json.loads(line) for line in (Path(folder) / PREDICTIONS).read_text(encoding="utf-8").splitlines()]

@@ -78,6 +78,36 @@ def test_a_method_learns_and_loads_again(method, bert, reviews, tmp_path):
     assert [row["probability"] for row in again] == pytest.approx([row["probability"] for row in saved], abs=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_whole_model_in_half_precision_is_trained_in_float32(dtype, bert, reviews, tmp_path):
+    # steps of 1e-4, which half-precision weights around one would not show
+    options = {"method": "ft", "dtype": dtype, "test": reviews, "learning_rate": 1e-4, "epochs": 1}
+    train(config_for(bert, reviews, tmp_path / "run", **options))
+    weights = load_file(next((tmp_path / "run" / "adapter").glob("*.safetensors")))
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+    norm = weights["bert.encoder.layer.0.output.LayerNorm.weight"]
+    assert not torch.equal(norm, norm.to(getattr(torch, dtype)).float())
+    run = load_run(tmp_path / "run", cpu=True)
+    saved = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
+    again = predict(run, [list(load_config_task(run.config).test["text"])])
+    assert [row["probability"] for row in again] == pytest.approx([row["probability"] for row in saved], abs=0.02)
+
+
+@pytest.mark.parametrize("method", ["rep", "lora", "bitfit", "head", "peft:vera"])
+def test_heads_and_biases_in_half_precision_are_refused(method, bert, reviews, tmp_path):
+    with pytest.raises(InputError, match=r"half precision.*leave dtype out, and give bf16=true"):
+        train(config_for(bert, reviews, tmp_path / "run", method=method, dtype="bfloat16"))
+
+
+@pytest.mark.parametrize("method", ["rep", "adp", "adapters", "lora", "ia3", "prefix"])
+def test_a_language_model_in_half_precision(method, llama, tmp_path):
+    (tmp_path / "text.txt").write_text("\n\n".join(text for text, _ in sentences(200)))
+    options = {"text": None, "label": None, "method": method, "dtype": "bfloat16", "epochs": 1}
+    train(config_for(llama, str(tmp_path / "text.txt"), tmp_path / "run", **options))
+    weights = load_file(next((tmp_path / "run" / "adapter").glob("*.safetensors")))
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
 def test_parameters_in_the_record_are_those_that_trained(bert, reviews, tmp_path):
     record = train(config_for(bert, reviews, tmp_path / "run", method="adp", epochs=1))
     tensors = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
@@ -123,6 +153,17 @@ def test_a_killed_run_resumes_to_the_same_end(bert, reviews, tmp_path):
     assert resumed.best_step == whole.best_step
     # a finished run is not repeated
     assert train(config, resume=True).train_seconds == resumed.train_seconds
+
+
+def test_a_run_of_a_version_with_fewer_options_resumes(bert, reviews, tmp_path):
+    config = config_for(bert, reviews, tmp_path / "run", epochs=1)
+    train(config)
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    del saved["cuda_graph"]
+    (tmp_path / "run" / "config.json").write_text(json.dumps(saved))
+    assert train(config, resume=True).seed == 0
+    with pytest.raises(InputError, match="cuda_graph was False and is True"):
+        train(config.model_copy(update={"cuda_graph": True}), resume=True)
 
 
 def test_what_is_on_disk_is_safe(bert, reviews, tmp_path):

@@ -146,8 +146,7 @@ def memory(size: Size, config: RunConfig) -> int:
     """Bytes at the peak of a step, roughly."""
     width = 4 if config.dtype == "float32" else 2
     frozen = 0 if find_method(config.method) is FULL else width * size.model
-    # weight, gradient, two moments
-    trained = size.trained * (width + width + 8 if not frozen else 16)
+    trained = 16 * size.trained  # weight, gradient and two moments in float32
     tokens = config.batch_size * config.max_length
     return frozen + trained + width * KEPT_PER_UNIT * tokens * size.layers * size.width
 

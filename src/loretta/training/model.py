@@ -110,6 +110,13 @@ def wrap(
         raise InputError(f"method {method!r} does not fit this model: {_short(error)}") from None
     for name in frozen:
         model.get_base_model().get_submodule(name).requires_grad_(False)
+    # PEFT holds its matrices in float32 and LoRETTA its norms too, but not heads and biases
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            raise InputError(
+                f"method {method!r} would train '{name}' in half precision, where small steps are lost: "
+                "leave dtype out, and give bf16=true for the speed"
+            )
     return model
 
 

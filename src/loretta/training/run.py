@@ -81,6 +81,10 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
         cpu=config.cpu,
         pad_token_id=tokenizer.pad_token_id,
     )
+    half = method is FULL and base.dtype != torch.float32
+    if half:
+        # the small steps of the weights themselves would be lost: compute in half precision, train in float32
+        base = base.float()
     model = wrap(base, config.method, task.kind, config.method_args, config.head_policy)
     if before is not None and isinstance(model, PeftModel):
         start_from(model, before)
@@ -90,7 +94,8 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / CONFIG, config.model_dump())
 
-    trainer = make_trainer(config, task, model, tokenizer, encoded)
+    computed = config.model_copy(update={"bf16": config.bf16 or half})
+    trainer = make_trainer(computed, task, model, tokenizer, encoded)
     start, memory = time.perf_counter(), peak_memory()
     trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder / CHECKPOINTS)) if resume else None)
     seconds = time.perf_counter() - start
@@ -446,13 +451,14 @@ def _claim(folder: Path, config: RunConfig, *, resume: bool, overwrite: bool) ->
     if not resume:
         raise InputError(f"'{folder}' already holds a run: go on with --resume, replace it with --overwrite")
     try:
-        before = json.loads((folder / CONFIG).read_bytes())
-    except ValueError:
+        # through the model: a run of an earlier version lacks the options that came later
+        before = RunConfig(**json.loads((folder / CONFIG).read_bytes())).model_dump()
+    except (ValueError, TypeError):
         raise InputError(f"'{folder / CONFIG}' is damaged: start again with --overwrite") from None
     now = config.model_dump()
-    changed = sorted(key for key in now if key != "output" and before.get(key) != now[key])
+    changed = sorted(key for key in now if key != "output" and before[key] != now[key])
     if changed:
-        words = "; ".join(f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in changed)
+        words = "; ".join(f"{key} was {before[key]!r} and is {now[key]!r}" for key in changed)
         raise InputError(f"cannot resume '{folder}' with other options ({words}): give the same ones, or --overwrite")
     return RunRecord.load(folder / "run.json") if (folder / "run.json").is_file() else None
 
