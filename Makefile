@@ -11,8 +11,9 @@ RESULTS := benchmarks/results
 demo: $(INSTALLED)
 	$(BIN)/loretta demo $(if $(QUICK),--quick)
 
+# Half the time of one process; `.venv/bin/python -m pytest PATH` for a part
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -20,14 +20,14 @@ JSONL = '{"text": "a, b", "label": "x"}\n\n{"label": "y", "text": "say \\"hi\\"\
     [
         ("a.csv", CSV.encode()),
         ("a.CSV", CSV.encode()),
-        ("a.csv.gz", gzip.compress(CSV.encode())),
+        ("a.csv.gz", gzip.compress(CSV.encode(), mtime=0)),
         ("a.csv", CSV.encode("utf-8-sig")),
         ("a.csv", b"\n" + CSV.encode()),
         ("a.csv", b',text,label,,\n0,"a, b",x,,\n\n1,"say ""hi""\nagain",y,,\n'),
         ("a.tsv", b'text\tlabel\na, b\tx\n"say ""hi""\nagain"\ty\n'),
         ("a.jsonl", JSONL.encode()),
         ("a.json", JSONL.replace("\n\n", "\r\n").encode()),
-        ("a.jsonl.gz", gzip.compress(JSONL.encode())),
+        ("a.jsonl.gz", gzip.compress(JSONL.encode(), mtime=0)),
     ],
 )
 def test_every_format_gives_the_same_cells(tmp_path, name, content):
@@ -67,7 +67,7 @@ PARQUET = b"PAR1" + bytes(range(64)) + b"PAR1"
 BAD_CONTENT = [
     ("a.csv", b"", ["empty", "0 bytes"]),
     ("a.parquet", b"", ["empty", "0 bytes"]),
-    ("a.csv.gz", gzip.compress(b""), ["empty", "inside the gzip"]),
+    ("a.csv.gz", gzip.compress(b"", mtime=0), ["empty", "inside the gzip"]),
     ("a.csv", b"text,label\n", ["no rows", "'text', 'label'"]),
     ("a.csv", b"\n \n", ["has a header (' ') but no rows"]),
     ("a.csv", b"\n\n", ["nothing but blank lines"]),
@@ -76,10 +76,10 @@ BAD_CONTENT = [
     ("a.jsonl", b"\xff\xd8\xff\xe0", ["a JPEG image", ".jsonl"]),
     ("a.csv", PARQUET, ["a Parquet file", ".csv"]),
     ("a.csv", b"PK\x03\x04rest", ["a ZIP archive (as Excel writes)"]),
-    ("a.csv", gzip.compress(CSV.encode()), ["gzip data", ".csv"]),
+    ("a.csv", gzip.compress(CSV.encode(), mtime=0), ["gzip data", ".csv"]),
     ("a.csv", CSV.encode("utf-16"), ["UTF-16 text", "UTF-8"]),
     ("a.csv.gz", CSV.encode(), ["not whole gzip data"]),
-    ("a.csv.gz", gzip.compress(CSV.encode())[:-12], ["not whole gzip data"]),
+    ("a.csv.gz", gzip.compress(CSV.encode(), mtime=0)[:-12], ["not whole gzip data"]),
     ("a.csv", "text,label\nfine,x\ncafé,y\n".encode("latin-1"), ["line 3", "0xe9", "UTF-8"]),
     ("a.csv", b"text,label\na\0b,x\n", ["line 2", "zero byte"]),
     ("a.csv", JSONL.encode(), ["holds JSON", ".jsonl"]),
