@@ -80,8 +80,8 @@ def reproduce(
         return
     options = Options(
         models=tuple(model or ()),
-        tasks=_words(tasks),
-        methods=_words(methods),
+        tasks=_words("--tasks", tasks),
+        methods=_words("--methods", methods),
         seeds=seeds,
         limit=limit,
         data_dir=data_dir,
@@ -105,6 +105,7 @@ def compare(
     text: Annotated[str | None, typer.Option(help="Column with the text.")] = None,
     text_pair: Annotated[str | None, typer.Option(help="Column with the second text of a pair.")] = None,
     label: Annotated[str | None, typer.Option(help="Column with the label.")] = None,
+    kind: Annotated[str | None, typer.Option(help="classification, regression or language_modeling.")] = None,
     validation: Annotated[str | None, typer.Option(help="File to validate on; default: a part of the data.")] = None,
     test: Annotated[str | None, typer.Option(help="File to compare on; default: the validation split.")] = None,
     limit: Limit = None,
@@ -120,17 +121,18 @@ def compare(
 ) -> None:
     """Compare methods and sizes on your own data, over seeds, with an answer in words."""
     from loretta.demo import encoder_folder
-    from loretta.studies.compare import comparison
+    from loretta.studies.compare import check_data, comparison
     from loretta.studies.expansion import Options
 
-    columns = {"text": text, "text_pair": text_pair, "label": label, "validation": validation, "test": test}
+    files = {"validation": validation, "test": test}
+    columns = {"text": text, "text_pair": text_pair, "label": label, "kind": kind, **files}
     try:
-        numbers = [int(word) for word in _words(ranks)]
+        numbers = [int(word) for word in _words("--ranks", ranks)]
     except ValueError:
         raise InputError(f"--ranks {ranks!r} is not a list of whole numbers: write 2,5,10") from None
     study = comparison(
         data,
-        _words(methods),
+        _words("--methods", methods),
         ranks=numbers,
         seeds=seeds or 5,
         settings={key: value for key, value in columns.items() if value is not None},
@@ -145,6 +147,7 @@ def compare(
         cpu=cpu,
         sets=dict(parse_option(word) for word in sets or []),
     )
+    check_data(study, options, output)
     _carry_out(study, options, output, jobs=jobs, dry_run=dry_run, as_json=as_json)
 
 
@@ -270,13 +273,21 @@ def list_runs(
 def show_run(run: Annotated[Path, typer.Argument(help="Folder of a run.")], as_json: Json = False) -> None:
     """Show one run: its state, options and scores."""
     from loretta.studies.show import comparison_rows, comparison_table
-    from loretta.studies.state import folder_state
+    from loretta.studies.state import folder_state, measured, result_of
     from loretta.training.record import RunRecord
 
-    state, reason = folder_state(_existing(run))
+    result = result_of(_existing(run))
+    state, reason = folder_state(run, result)
     if state != "finished":
         content = {"run": str(run), "state": state, "reason": reason}
         _print_json(content) if as_json else typer.echo(f"{run}: {state}: {reason}")
+        return
+    if result != "run.json":
+        values = {key: value for key, value in measured(run / result).items() if key != "config"}
+        if as_json:
+            _print_json({"run": str(run), "state": state, **values})
+        else:
+            typer.echo("\n".join(f"{key}: {value}" for key, value in values.items()))
         return
     record = RunRecord.load(run / "run.json")
     if as_json:
@@ -311,13 +322,16 @@ def _existing(folder: Path) -> Path:
     return folder
 
 
-def _words(given: str | None) -> tuple[str, ...]:
-    return tuple(word.strip() for word in (given or "").split(",") if word.strip())
+def _words(option: str, given: str | None) -> tuple[str, ...]:
+    words = tuple(word.strip() for word in (given or "").split(",") if word.strip())
+    if given is not None and not words:
+        raise InputError(f"{option} {given!r} names nothing: write words with commas between them, or leave it out")
+    return words
 
 
 def _rates(given: str | None) -> tuple[float, ...]:
     try:
-        rates = tuple(float(word) for word in _words(given))
+        rates = tuple(float(word) for word in _words("--rates", given))
     except ValueError:
         raise InputError(f"--rates {given!r} is not a list of numbers: write 1e-4,5e-4") from None
     if any(rate <= 0 for rate in rates):

@@ -2,8 +2,11 @@
 
 import itertools
 import json
+import shutil
+from pathlib import Path
 
 import pytest
+from transformers import BertConfig
 
 from loretta.errors import InputError
 from loretta.studies.expansion import Options, choose, differences, expand, shapes, total_steps
@@ -131,6 +134,10 @@ def test_steps_are_counted_from_the_file_the_official_size_or_the_sample(data_di
     assert total_steps({**base, "limit": 100, "epochs": 0.5}) == 4
     assert total_steps({"data": "boolq", "sample": {"train": 1000}, "batch_size": 1, "epochs": 3}) == 3000
     assert total_steps({**base, "max_steps": 5}) == 5
+    # 250 rows, of which 100 validate; 554, of which half
+    assert total_steps({"data": "cb", "batch_size": 1, "epochs": 3}) == 450
+    assert total_steps({"data": "wsc", "batch_size": 1, "epochs": 1}) == 277
+    assert total_steps({"data": "stdlib"}) is None
 
 
 def test_a_sweep_chooses_on_validation_and_never_on_test(tmp_path):
@@ -194,3 +201,28 @@ def test_differences_name_what_changed(tmp_path):
     (folder / "config.json").write_text(json.dumps({**before, "epochs": 3}))
     assert differences(tmp_path, run) == ["epochs was 3.0 and is 10.0"]
     assert RunConfig(**run.config).folder == folder
+
+
+def test_what_is_named_twice_runs_once(bert, data_dir, tmp_path):
+    """A seed that counts twice would make the interval too narrow."""
+    once = {"models": (bert,), "data_dir": data_dir, "tasks": ("rte",), "methods": ("lora-r8",), "seeds": 2}
+    found = runs("table1", tmp_path, **{**once, "models": (bert, bert), "tasks": ("rte", "rte")})
+    assert found == runs("table1", tmp_path, **once)
+    swept = runs("table1", tmp_path, **once, rates=(1e-3, 1e-3))
+    assert [(run.candidate, run.learning_rate) for run in swept] == [(False, 1e-3)] * 2
+
+
+def test_models_of_one_name_do_not_share_a_folder(bert, tmp_path):
+    other = tmp_path / "other" / Path(bert).name
+    shutil.copytree(bert, other)
+    with pytest.raises(InputError, match="would share the folder 'tiny-bert'"):
+        runs("table1", tmp_path, models=(bert, str(other)))
+
+
+def test_a_trained_prompt_has_room_in_the_positions_of_the_model(bert, tmp_path):
+    known = BertConfig.from_pretrained(bert).max_position_embeddings
+    sets = {"max_length": 10_000}
+    prompt, lora = runs(
+        "table1", tmp_path, models=(bert,), tasks=("rte",), methods=("prompt", "lora-r8"), seeds=1, sets=sets
+    )
+    assert (prompt.config["max_length"], lora.config["max_length"]) == (known - 10, known)

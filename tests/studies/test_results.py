@@ -162,3 +162,35 @@ def test_study_json_says_what_was_asked_for(tmp_path):
     assert content["study"]["name"] == "table1"
     assert content["options"]["tasks"] == ["rte"]
     assert {run["folder"] for run in content["planned"]} == {f"deberta-base/rte/lora-r8/s{k}" for k in (0, 1)}
+
+
+def test_a_diverged_method_is_named_and_never_the_best(tmp_path):
+    scores = {"lora": ((math.nan, 0.9, 0.9), 1000), "ia3": ((0.7, 0.8, 0.9), 50), "norms": ((0.2, 0.3, 0.2), 10)}
+    found = verdict(compared(tmp_path, scores))
+    assert (found.best, found.smallest) == ("ia3", "ia3")
+    assert "A run of lora diverged" in found.words
+    assert "fewer than two" not in found.words
+    only = verdict(compared(tmp_path / "only", {"lora": ((math.nan,) * 3, 1000)}))
+    assert (only.best, only.words) == (None, "A run of lora diverged, which leaves no mean to compare.")
+
+
+@pytest.mark.parametrize("content", ["", '{"half', "[]", "{}"])
+def test_a_damaged_record_is_a_missing_seed(content, tmp_path):
+    runs = planned("table1", tmp_path, models=("deberta-base",), tasks=("rte",), methods=("lora-r8",), seeds=2)
+    for run in runs:
+        finish(tmp_path, run, validation={"accuracy": 0.5})
+    (tmp_path / runs[1].folder / "run.json").write_text(content)
+    (cell,) = collect(tmp_path).cells
+    assert (cell.seeds, cell.mean) == ("1 of 2 seeds", 0.5)
+    ((seed, state, reason),) = [(missing.seed, missing.state, missing.reason) for missing in cell.missing]
+    assert (seed, state) == (1, "failed")
+    assert "run.json" in reason
+
+
+def test_the_last_task_of_a_narrowed_sequence_is_its_end(tmp_path):
+    options = {"models": ("deberta-base",), "tasks": ("sst2", "mrpc"), "methods": ("lora-r8",), "seeds": 1}
+    for run in planned("table4", tmp_path, **options):
+        finish(tmp_path, run, validation={"accuracy": 0.5})
+        scores = {task: {"accuracy": 0.25} for task in run.order}
+        (tmp_path / run.folder / "evaluations.json").write_text(json.dumps(scores))
+    assert [(cell.task, cell.stage) for cell in collect(tmp_path).final()] == [("sst2", 2), ("mrpc", 2)]

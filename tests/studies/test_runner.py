@@ -260,3 +260,38 @@ def test_an_interrupt_stops_the_workers(bert, data_dir, tmp_path):
         time.sleep(0.05)
     assert children[0].exitcode == 1
     assert set(states(tmp_path).values()) <= {"killed"}
+
+
+@pytest.mark.parametrize("host", [os.uname().nodename, "a-container-that-is-gone"])
+def test_the_note_of_a_dead_holder_stops_no_run(host, bert, data_dir, tmp_path):
+    """Its number belongs to another process now, or its machine is not this one: the lock is free."""
+    options = options_for(bert, data_dir, tasks=("rte",), methods=("bitfit",), seeds=1)
+    (run,) = expand(load_study("table1"), options, tmp_path).runs
+    (tmp_path / run.folder).parent.mkdir(parents=True)
+    beside(tmp_path / run.folder, ".holder").write_text(json.dumps({"pid": os.getppid(), "host": host}))
+    assert run_study(load_study("table1"), options, tmp_path, jobs=0).complete
+
+
+def test_a_kill_in_the_first_file_does_not_bar_the_folder(bert, data_dir, tmp_path):
+    options = options_for(bert, data_dir, tasks=("rte",), methods=("bitfit",), seeds=1)
+    (run,) = expand(load_study("table1"), options, tmp_path).runs
+    (tmp_path / run.folder).mkdir(parents=True)
+    (tmp_path / run.folder / "config.json.123.tmp").write_text('{"half')
+    assert run_study(load_study("table1"), options, tmp_path, jobs=0).complete
+
+
+@pytest.mark.parametrize("content", ["", '{"half', "[]"])
+def test_damaged_results_are_made_again(content, bert, data_dir, tmp_path):
+    options = options_for(bert, data_dir, tasks=("sst2", "mrpc"), methods=("loretta_rep",), seeds=1)
+    study = load_study("table4")
+    assert run_study(study, options, tmp_path, jobs=0).complete
+    before = [cell.mean for cell in collect(tmp_path).cells]
+    first = tmp_path / "tiny-bert/sst2/loretta_rep/s0"
+    for name in ("evaluations.json", "run.json"):
+        (first / name).write_text(content)
+        assert states(tmp_path)[str(first.relative_to(tmp_path))] == ("finished" if name != "run.json" else "failed")
+        assert run_study(study, options, tmp_path, jobs=0).complete
+        assert [cell.mean for cell in collect(tmp_path).cells] == before
+    (first / "config.json").write_text(content)
+    with pytest.raises(InputError, match=r"config.json' is damaged"):
+        run_study(study, options, tmp_path, jobs=0)

@@ -1,7 +1,9 @@
 """The commands, as a user types them."""
 
 import json
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -152,6 +154,13 @@ BAD = {
     "rate of 0": (["reproduce", "table1", "--rates", "0"], "above 0"),
     "bad set": (["reproduce", "table1", "--set", "epochs"], "key=value"),
     "bad value": (["reproduce", "table1", "--set", "epochs=-1"], "epochs"),
+    "words for a number": (["reproduce", "table1", "--set", "learning_rate=fast"], "learning_rate='fast'"),
+    "a rate without end": (["reproduce", "table1", "--rates", "inf"], "learning_rate=inf"),
+    "one seed for all": (["reproduce", "table1", "--set", "seed=3"], "the study gives each run its own seed"),
+    "one method for all": (["reproduce", "table1", "--set", "method=ia3"], "the study gives each run its own method"),
+    "option of no method": (["reproduce", "table1", "--set", "lorra.r=4"], "did you mean 'lora'"),
+    "no option of a method": (["reproduce", "table1", "--set", "lora.rr=4"], "unknown option 'rr'"),
+    "no data": (["reproduce", "table1", "--data-dir", "no/such"], "--data-dir 'no/such' is no folder"),
     "bad ranks": (["compare", "--data", "rte", "--ranks", "two"], "--ranks 'two'"),
 }
 
@@ -164,3 +173,65 @@ def test_a_bad_command_is_one_line_and_status_2(case, capsys, tmp_path):
     assert words in err.splitlines()[-1]
     assert err.splitlines()[-1].startswith("loretta: ")
     assert not (tmp_path / "runs").exists()
+
+
+def test_lists_that_name_nothing_do_not_mean_all(capsys, tmp_path):
+    for option in ("--tasks", "--methods"):
+        status, _, err = call(capsys, "reproduce", "table1", option, " ,", "--dry-run", "-o", tmp_path / "runs")
+        assert status == 2
+        assert f"loretta: {option} ' ,' names nothing" in err, err
+
+
+OWN = {
+    "no file": (["--data", "nope.csv", "--label", "mood"], "'nope.csv' does not exist"),
+    "no label": (["--text", "review"], "needs labels: give --label"),
+    "no column": (["--text", "review", "--label", "mod"], "did you mean 'mood'"),
+    "no validation": (["--text", "review", "--label", "mood", "--validation", "nope.csv"], "'nope.csv' does not exist"),
+    "no number": (["--text", "review", "--label", "mood", "--kind", "regression"], "not a finite number"),
+    "no rank": (["--text", "review", "--label", "mood", "--ranks", "2,0"], "a rank is a whole number of at least 1"),
+}
+
+
+@pytest.mark.parametrize("dry", [True, False])
+@pytest.mark.parametrize("case", OWN)
+def test_data_that_no_run_could_read_is_refused_once(case, dry, bert, reviews, capsys, tmp_path):
+    arguments, words = OWN[case]
+    data = [] if "--data" in arguments else ["--data", reviews]
+    folder = ["-o", tmp_path / "runs", *(["--dry-run"] if dry else [])]
+    status, _, err = call(capsys, "compare", *data, *arguments, "--model", bert, *folder)
+    assert (status, err.count("\n")) == (2, 1)
+    assert words in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_encoder_cannot_run_a_table_of_prompts(bert, data_dir, capsys, tmp_path):
+    arguments = ["reproduce", "table2", "--model", bert, "--data-dir", data_dir, "-o", tmp_path / "runs"]
+    status, _, err = call(capsys, *arguments)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "is put in words for a causal language model" in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_decoder_gets_a_head_for_every_task_of_glue(llama, data_dir, capsys, tmp_path):
+    """SST-2 has a prompt too, and MRPC and QNLI have none: a sequence of both forms could not go on."""
+    narrow = ["--model", llama, "--data-dir", data_dir, "--methods", "lora", "--tasks", "sst2,mrpc", "--seeds", 1]
+    sets = ["--set", "max_steps=1", "--set", "max_length=16", "--limit", 4, "--cpu", "--jobs", 0]
+    status, out, _ = call(capsys, "reproduce", "table4", *narrow, *sets, "-o", tmp_path)
+    assert status == 0
+    # the table of a narrowed sequence has the scores behind its last task
+    assert "sst2 > mrpc" in out
+    assert "[49.20]" not in out, "another order than the printed one"
+
+
+def test_counted_runs_are_shown(bert, capsys, tmp_path):
+    """The checkpoint's configuration names half precision; the study's runs do not."""
+    config = json.loads((Path(bert) / "config.json").read_text())
+    half = tmp_path / "half"
+    shutil.copytree(bert, half)
+    (half / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
+    assert call(capsys, "reproduce", "figure5", "--model", half, "--jobs", 0, "-o", tmp_path / "runs")[0] == 0
+    folder = tmp_path / "runs" / "half" / "sst2" / "lora-r8" / "count"
+    status, out, _ = call(capsys, "runs", "show", folder)
+    assert status == 0
+    assert "parameters: " in out
+    assert json.loads(call(capsys, "runs", "show", folder, "--json")[1])["state"] == "finished"

@@ -1,11 +1,12 @@
 """Prompted tasks: what is scored, what is trained, and that a run comes back as it was."""
 
 import json
+import math
 
 import pytest
 import torch
 from tolerances import assert_near
-from transformers import TrainerCallback
+from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from loretta.errors import InputError
 from loretta.tasks.prompted import Example
@@ -20,7 +21,9 @@ from loretta.training.prompted import (
     encode_task,
     example_loss,
     generate,
+    judge,
     mean_log_probabilities,
+    notes_on_length,
     option_scores,
 )
 from loretta.training.record import RunRecord
@@ -277,3 +280,49 @@ def test_the_gold_completion_alone_is_trained_in_language_modelling(speller, pro
         (text,) = texts.options
         assert tokenizer.decode(text.ids[text.n_prompt :]) == example.options[example.correct[0]]
     assert encode_examples(task.validation, tokenizer, config) == encoded["validation"]
+
+
+@pytest.mark.parametrize("task", ["sst2", "squad"])
+def test_a_model_that_diverged_has_no_score(task, speller, prompted, tmp_path):
+    """The likeliest of options that are all NaN would be the first, which is right for half of SST-2."""
+    config = config_for(speller, task, prompted, tmp_path, max_new_tokens=2)
+    loaded, tokenizer, model = load_config_task(config), load_tokenizer(speller), load_base(speller, "choice")
+    with torch.no_grad():
+        next(model.lm_head.parameters()).fill_(math.nan)
+    texts = encode_task(loaded, tokenizer, config)["test"]
+    values = judge(model, tokenizer, loaded, loaded.test, texts, config).values
+    assert set(values) == {"loss", *loaded.metrics}
+    assert all(math.isnan(value) for value in values.values())
+
+
+@pytest.mark.parametrize("method", ["loretta_rep", "prompt"])
+def test_an_answer_has_room_behind_a_long_prompt(method, speller, prompted, tmp_path):
+    """Positions that the model learned end: GPT-2 cannot go on behind its last one."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 128, "n_positions": 48, "n_embd": 16, "n_layer": 1, "n_head": 2}
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, **ends))
+    options = {"num_virtual_tokens": 3} if method == "prompt" else {}
+    wrapped = wrap(model, method, "generation", options)
+    changes = {"method": method, "method_args": options, "max_new_tokens": 12}
+    # the answers are short: the training's texts fit
+    config = config_for(speller, "squad", prompted, tmp_path, **changes, max_length=45)
+    loaded, tokenizer = load_config_task(config), load_tokenizer(speller)
+    assert all(len(example.prompt) > 48 for example in loaded.test)
+    encoded = encode_task(loaded, tokenizer, config)
+    judged = judge(wrapped, tokenizer, loaded, loaded.test, encoded["test"], config)
+    assert len(judged.answers) == len(loaded.test)
+    n_test = len(loaded.test)
+    assert f"{n_test} of the {n_test} test prompts are longer than max_length=45 allows" in " ".join(
+        notes_on_length(encoded, config)
+    )
+    with pytest.raises(InputError, match="max_new_tokens=60 leaves no room"):
+        judge(
+            wrapped, tokenizer, loaded, loaded.test, encoded["test"], config.model_copy(update={"max_new_tokens": 60})
+        )
+
+
+def test_prompts_that_fit_need_no_note(speller, prompted, tmp_path):
+    config = config_for(speller, "sst2", prompted, tmp_path, max_length=200)
+    encoded = encode_task(load_config_task(config), load_tokenizer(speller), config)
+    assert notes_on_length(encoded, config) == []

@@ -1,19 +1,22 @@
+import dataclasses
 import json
 import math
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from training_data import sentences
 
 from loretta.errors import InputError
+from loretta.tasks import load_task
 from loretta.training.config import RunConfig, read_config
 from loretta.training.methods import METHODS, find_method, peft_config
 from loretta.training.predict import evaluate, load_run, predict
 from loretta.training.record import RunRecord
-from loretta.training.run import load_config_task, train
+from loretta.training.run import load_config_task, score_logits, train
 from loretta.training.trainer import is_final_layer
 
 
@@ -332,3 +335,37 @@ def test_unknown_methods_and_options_name_the_nearest():
     with pytest.raises(InputError, match=r"unknown option 'tensor_rnak'.*did you mean 'tensor_rank'"):
         peft_config("rep", None, "SEQ_CLS", {"tensor_rnak": 3})
     assert METHODS["rep"].learning_rate > 0
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("kind", ["classification", "regression"])
+def test_a_model_that_diverged_has_no_score(kind, bad, tmp_path):
+    """The largest of two NaN is the first, and half of the labels are the first class."""
+    table = tmp_path / "own.csv"
+    table.write_text("text,label\n" + "".join(f"{words},{k % 2}\n" for k, (words, _) in enumerate(sentences(20))))
+    task = load_task(table, label="label", kind=kind)
+    logits = np.zeros((4, 2 if kind == "classification" else 1))
+    assert all(math.isfinite(value) for value in score_logits(task, logits, [0, 1, 0, 1]).values())
+    logits[2, 0] = bad
+    scores = score_logits(task, logits, [0, 1, 0, 1])
+    assert set(scores) == set(task.metrics)
+    assert all(math.isnan(value) for value in scores.values())
+
+
+def test_a_diverged_run_has_no_score_anywhere(bert, reviews, tmp_path):
+    config = config_for(bert, reviews, tmp_path / "run", method="ia3", learning_rate=1e30, test=reviews)
+    record = train(config)
+    loaded = load_run(tmp_path / "run", cpu=True)
+    again = evaluate(loaded, load_config_task(config), "test")
+    for values in (record.validation, record.test, again):
+        assert math.isnan(values["accuracy"])
+
+
+def test_pairs_are_predicted_as_pairs(bert, reviews, tmp_path):
+    train(config_for(bert, reviews, tmp_path / "run", epochs=1))
+    loaded = load_run(tmp_path / "run", cpu=True)
+    with pytest.raises(InputError, match="has 'review', got 2 texts of each: leave the pair out"):
+        predict(loaded, [["good"], ["bad"]])
+    pairs = dataclasses.replace(loaded, config=loaded.config.model_copy(update={"data": "mrpc"}))
+    with pytest.raises(InputError, match="has 'sentence1' and 'sentence2', got 1 texts of each: give the pair too"):
+        predict(pairs, [["good"]])

@@ -1,14 +1,16 @@
 """A user's own comparison as a study, and what it lets one say: which method, and how small."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from loretta.errors import InputError
-from loretta.studies.expansion import ALIASES
+from loretta.studies.expansion import ALIASES, Options, expand
 from loretta.studies.results import Cell, Results
 from loretta.studies.study import Grid, Row, Study
+from loretta.training.config import RunConfig
 from loretta.training.methods import find_method
 
 # a factor of 5 between neighbours, around the methods' defaults (loretta.training.methods)
@@ -23,6 +25,8 @@ def comparison(
 
     ``settings`` are run options (text, label, epochs, ...). Raises InputError for an unknown method.
     """
+    if any(rank < 1 for rank in ranks):
+        raise InputError(f"--ranks {','.join(map(str, ranks))}: a rank is a whole number of at least 1")
     if not methods:
         raise InputError("--methods is empty: give at least two, for example lora,loretta_adp,loretta_rep,ia3")
     rows: dict[str, Row] = {}
@@ -62,6 +66,13 @@ def _options(method: str, rank: int) -> dict[str, Any]:
     return {"tensor_rank": rank, "r": max(8, rank)} if method == "loretta_rep" else {"tensor_rank": rank}
 
 
+def check_data(study: Study, options: Options, root: Path) -> None:
+    """Load the data once, as the runs will. Raises InputError as ``loretta.training.run.load_config_task`` does."""
+    from loretta.training.run import load_config_task
+
+    load_config_task(RunConfig(**(expand(study, options, root).runs[0].config or {})))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """What the seeds allow to say. ``best`` and ``smallest`` are rows; None where nothing can be said."""
@@ -73,12 +84,16 @@ class Verdict:
 
 def verdict(results: Results) -> Verdict:
     """Name the method of the best mean, and the smallest whose interval reaches that mean, in careful words."""
-    cells = [cell for cell in results.final() if cell.mean is not None and cell.task in results.study.tasks]
+    found = [cell for cell in results.final() if cell.mean is not None and cell.task in results.study.tasks]
+    cells = [cell for cell in found if math.isfinite(_mean(cell))]
+    diverged = [cell.label for cell in found if cell not in cells]
+    lost = f" A run of {', '.join(diverged)} diverged, which leaves no mean to compare." if diverged else ""
     if not cells:
-        return Verdict(best=None, smallest=None, words="No run is finished, so there is nothing to compare.")
+        words = lost.strip() or "No run is finished, so there is nothing to compare."
+        return Verdict(best=None, smallest=None, words=words)
     sign = 1 if cells[0].higher_is_better else -1
     best = max(cells, key=lambda cell: sign * _mean(cell))
-    words = f"{best.label} has the best mean {best.metric} ({_figures(best)}) with {_size(best)}."
+    words = f"{best.label} has the best mean {best.metric} ({_figures(best)}) with {_size(best)}.{lost}"
     if any(cell.low is None for cell in cells):
         return Verdict(
             best=best.row,

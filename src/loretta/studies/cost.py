@@ -34,7 +34,8 @@ def measure(config: RunConfig, folder: Path, sizes: str) -> None:
     task_type, n_labels = task_type_of(config, sizes)
     kind = "classification" if task_type == "SEQ_CLS" else "language_modeling"
     with torch.device("meta"):
-        bare = wrap(bare_model(sizes, task_type, n_labels), config.method, kind, config.method_args, config.head_policy)
+        base = bare_model(sizes, task_type, n_labels, config.dtype)
+        bare = wrap(base, config.method, kind, config.method_args, config.head_policy)
     flops = count_flops(bare, _batch(config, bare, kind, torch.device("meta")))
     notes = [
         f"one training step of {config.batch_size} x {config.max_length} random tokens; FLOPs are counted on the meta "

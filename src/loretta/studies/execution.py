@@ -14,7 +14,18 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from loretta.errors import InputError
-from loretta.studies.state import ERROR, EVALUATIONS, HOLDER, STARTED, State, beside, evaluated, held_by, state_of
+from loretta.studies.state import (
+    ERROR,
+    EVALUATIONS,
+    HOLDER,
+    STARTED,
+    State,
+    beside,
+    evaluations,
+    folder_state,
+    held_by,
+    state_of,
+)
 from loretta.studies.study import Planned
 from loretta.training.config import RunConfig
 
@@ -82,14 +93,15 @@ def _train(folder: Path, run: Planned) -> None:
     from loretta.training.run import train
 
     config = RunConfig(**(run.config or {}))
-    if not (folder / "run.json").is_file():
+    if folder_state(folder)[0] != "finished":
+        (folder / "run.json").unlink(missing_ok=True)  # a damaged one
         (folder / ERROR).unlink(missing_ok=True)
         started = (folder / STARTED).is_file()
         can_resume = started and _has_checkpoint(folder)
         train(config, resume=can_resume, overwrite=started and not can_resume)
         # the adapter is saved; a study has hundreds of runs
         shutil.rmtree(_checkpoints(folder), ignore_errors=True)
-    missing = [task for task in run.evaluate if task not in evaluated(folder)]
+    missing = [task for task in run.evaluate if task not in evaluations(folder)]
     if missing:
         _evaluate(folder, config, missing)
 
@@ -117,13 +129,12 @@ def _evaluate(folder: Path, config: RunConfig, tasks: list[str]) -> None:
     from loretta.training.run import load_config_task, write_json
 
     loaded = load_run(folder, cpu=config.cpu)
-    file = folder / EVALUATIONS
-    scores = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    scores = evaluations(folder)
     for name in tasks:
         task = load_config_task(config.model_copy(update={"data": name}))
         # one head serves all tasks of a sequence: what counts are the class ids, not their names
         scores[name] = evaluate(loaded, replace(task, label_names=tuple(loaded.record.label_names)), "validation")
-    write_json(file, scores)
+    write_json(folder / EVALUATIONS, scores)
 
 
 def _cost(folder: Path, run: Planned) -> None:

@@ -17,10 +17,16 @@ from loretta.families import FAMILIES, default_task_type, find_config
 from loretta.studies.state import folder_state
 from loretta.studies.study import Frozen, PaperModel, Planned, Row, Study
 from loretta.tasks.glue import GLUE
+from loretta.tasks.prompted import PROMPTED, Sample
+from loretta.tasks.prompted.sampling import validation_rows
+from loretta.tasks.wording import nearest
 from loretta.training.config import RunConfig, read_config
+from loretta.training.methods import find_method, refuse_unknown_options, virtual_tokens
 from loretta.training.record import RunRecord
 
 ALIASES = {"adp": "loretta_adp", "rep": "loretta_rep"}
+# what tells the runs of a study apart: the same for all of them, they would be one run counted several times
+OF_EACH_RUN = ("model", "data", "method", "method_args", "seed", "output", "start_from")
 FEWEST_EVALUATIONS = 3  # of a run; with fewer there is nothing to choose the best checkpoint from
 
 
@@ -67,20 +73,34 @@ def expand(study: Study, options: Options, root: Path) -> Expansion:
 
     Raises InputError for models, tasks, methods and options that there are not.
     """
-    bases = tuple(_bases(study, options))
+    if options.data_dir is not None and not Path(options.data_dir).expanduser().is_dir():
+        raise InputError(f"--data-dir '{options.data_dir}' is no folder: give the one with a folder for each task")
+    bases = _bases(study, options)
+    rows = {base.folder: _rows(study, options, base) for base in bases}
+    _refuse_wrong_sets(study, options, [row for found in rows.values() for row in found])
     notes: dict[str, None] = {}
     runs = [
-        run
-        for base in bases
-        for row in _rows(study, options, base)
-        for run in _row_runs(study, options, root, base, row, notes)
+        run for base in bases for row in rows[base.folder] for run in _row_runs(study, options, root, base, row, notes)
     ]
     if not runs:
         raise InputError(f"nothing of {study.name} is left to run: give fewer of --tasks, --methods and --model")
     return Expansion(runs=tuple(runs), notes=tuple(notes), bases=bases)
 
 
-def _bases(study: Study, options: Options) -> Iterator[Base]:
+def _bases(study: Study, options: Options) -> tuple[Base, ...]:
+    """The models, each once."""
+    bases: dict[str, Base] = {}
+    for base in _given_bases(study, options):
+        other = bases.setdefault(base.folder, base)
+        if other.weights != base.weights:
+            raise InputError(
+                f"--model '{other.weights}' and --model '{base.weights}' would share the folder '{base.folder}': "
+                "run them one by one, each with an --output of its own"
+            )
+    return tuple(bases.values())
+
+
+def _given_bases(study: Study, options: Options) -> Iterator[Base]:
     hubs = {model.hub: key for key, model in study.models.items()}
     for given in options.models or study.models:
         key = given if given in study.models else hubs.get(given)
@@ -128,8 +148,6 @@ def _alike(study: Study, base: Base) -> set[str]:
 
 def _other(method: str, study: Study) -> Row:
     """A row for a method that the study does not have."""
-    from loretta.training.methods import find_method
-
     try:
         find_method(method)
     except InputError as error:
@@ -145,7 +163,7 @@ def _tasks(study: Study, options: Options, base: Base) -> tuple[str, ...]:
             guess = f"did you mean {close[0]!r}? " if close else ""
             raise InputError(f"--tasks {task!r} is not in {study.name}: {guess}it has {', '.join(study.tasks)}")
     own = base.paper.tasks if base.paper and base.paper.tasks else study.tasks
-    return tuple(task for task in (options.tasks or study.tasks) if task in own)
+    return tuple(task for task in dict.fromkeys(options.tasks or study.tasks) if task in own)
 
 
 def _row_runs(
@@ -219,7 +237,7 @@ def _candidates(study: Study, options: Options, row: Row) -> list[dict[str, Any]
     rates = options.rates or (grid.learning_rate if grid else ())
     axes: dict[str, Sequence[Any]] = {}
     if rates and "learning_rate" not in options.sets:
-        axes["learning_rate"] = rates
+        axes["learning_rate"] = tuple(dict.fromkeys(rates))
     if options.batches and grid and grid.batch_size and "batch_size" not in options.sets:
         axes["batch_size"] = grid.batch_size
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
@@ -275,11 +293,6 @@ def _config(
 ) -> dict[str, Any]:
     """The options of one run, fitted to the length of its data."""
     sets = {key: value for key, value in options.sets.items() if "." not in key}
-    unknown = sorted(sets.keys() - RunConfig.model_fields.keys())
-    if unknown:
-        raise InputError(
-            f"--set {unknown[0]}={sets[unknown[0]]}: no option of a run; one of a method is METHOD.{unknown[0]}"
-        )
     raw = {
         "data": task,
         **study.protocol,
@@ -296,11 +309,33 @@ def _config(
         "cpu": options.cpu,
         **sets,
     }
+    read_config(None, raw)  # refuses bad values before they are computed with
     if base.paper is None and (longest := getattr(find_config(base.sizes), "max_position_embeddings", None)):
-        raw["max_length"] = min(raw.get("max_length", 128), longest)
+        room = longest - virtual_tokens(row.method, raw["method_args"])
+        raw["max_length"] = min(raw.get("max_length", 128), room)
     if study.kind == "train":
         _fit(raw, sets, notes)
     return raw
+
+
+def _refuse_wrong_sets(study: Study, options: Options, rows: Sequence[Row]) -> None:
+    """Refuse --set of what is no option, of what makes one run differ from another, or of a method that is not run."""
+    names = dict.fromkeys(name for row in rows for name in (row.name, row.method))
+    for key, value in options.sets.items():
+        method, dot, option = key.partition(".")
+        if dot:
+            found = ALIASES.get(method, method)
+            if found not in names:
+                raise InputError(
+                    f"--set {key}={value}: {study.name} runs no method {method!r}{nearest(found, tuple(names))}: "
+                    f"it runs {', '.join(names)}"
+                )
+            for name in dict.fromkeys(row.method for row in rows if found in (row.name, row.method)):
+                refuse_unknown_options(name, {option})
+        elif key in OF_EACH_RUN:
+            raise InputError(f"--set {key}={value}: the study gives each run its own {key}: leave it out")
+        elif key not in RunConfig.model_fields:
+            raise InputError(f"--set {key}={value}: no option of a run; one of a method is METHOD.{key}")
 
 
 def _method_args(options: Options, base: Base, row: Row) -> dict[str, Any]:
@@ -351,7 +386,8 @@ def total_steps(raw: Mapping[str, Any]) -> int | None:
     """Optimiser steps of a run; None where the size of its data is not known before it is loaded."""
     if raw.get("max_steps"):
         return raw["max_steps"]
-    rows = train_rows(raw["data"], raw.get("data_dir"), raw.get("sample", {}).get("train", 1000))
+    sample = tuple(sorted(raw.get("sample", {}).items()))
+    rows = train_rows(raw["data"], raw.get("data_dir"), sample)
     if rows is None:
         return None
     rows = min(rows, raw["limit"]) if raw.get("limit") else rows
@@ -359,8 +395,8 @@ def total_steps(raw: Mapping[str, Any]) -> int | None:
 
 
 @cache
-def train_rows(data: str, data_dir: str | None, sample: int) -> int | None:
-    """Training rows of a task by its name: those of its file, the official ones, or the sample of a prompted task."""
+def train_rows(data: str, data_dir: str | None, sample: tuple[tuple[str, int], ...]) -> int | None:
+    """Training rows of a task by its name: those of its file or the official ones, or what a prompted task draws."""
     file = Path(data_dir) / data / "train.jsonl.gz" if data_dir else None
     rows = None
     if file is not None and file.is_file():
@@ -368,9 +404,11 @@ def train_rows(data: str, data_dir: str | None, sample: int) -> int | None:
             rows = sum(1 for line in lines if line.strip())
     if data in GLUE:
         return GLUE[data].train_rows if rows is None else rows
-    if Path(data).suffix:
+    if data not in PROMPTED:
         return None
-    return sample if rows is None else min(sample, rows)
+    spec, asked = PROMPTED[data], Sample(**dict(sample))
+    rows = spec.train_rows if rows is None else rows
+    return min(asked.train, rows - validation_rows(spec, rows, asked))
 
 
 def _suffix(study: Study, base: Base, row: Row, config: Mapping[str, Any]) -> str:
@@ -388,7 +426,7 @@ def differences(root: Path, run: Planned) -> list[str]:
         return []
     try:
         before = RunConfig(**json.loads(file.read_text(encoding="utf-8"))).model_dump()
-    except ValueError:
+    except (ValueError, TypeError):
         return [f"'{file}' is damaged or of another version"]
     now = run.config
     return [

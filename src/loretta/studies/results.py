@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 from scipy import stats
 
 from loretta.errors import InputError
-from loretta.studies.state import COST, COUNT, EVALUATIONS, State, state_of
+from loretta.studies.state import COST, COUNT, State, evaluations, measured, state_of
 from loretta.studies.study import Planned, Row, Study
 from loretta.training.record import RunRecord
 
@@ -103,11 +103,16 @@ class Results(BaseModel):
 
     def final(self) -> tuple[Cell, ...]:
         """The cells of the table: in a sequence those after its last task."""
-        return tuple(cell for cell in self.cells if cell.stage in (None, len(self.study.tasks)))
+        return tuple(cell for cell in self.cells if _is_final(cell))
 
     def record(self, root: Path, score: Score) -> RunRecord:
         """The run behind a score of a training run."""
         return RunRecord.load(root / score.folder / "run.json")
+
+
+def _is_final(cell: Cell) -> bool:
+    # a sequence may have been narrowed to some of the study's tasks
+    return cell.stage is None or cell.stage == len(cell.order)
 
 
 def interval(values: Sequence[float]) -> tuple[float | None, float | None, float | None]:
@@ -193,13 +198,16 @@ def _trained(root: Path, study: Study, runs: list[Planned], *, task: str, stage:
         if state != "finished":
             missing.append(Missing(seed=run.seed, folder=run.folder, state=state, reason=reason))
             continue
-        record = RunRecord.load(root / run.folder / "run.json")
+        try:
+            record = RunRecord.load(root / run.folder / "run.json")
+        except InputError as error:
+            missing.append(Missing(seed=run.seed, folder=run.folder, state="failed", reason=str(error)))
+            continue
         if stage is None:
             values = record.validation if record.test is None else record.test
             metric = metric or record.metric
         else:
-            evaluations = json.loads((root / run.folder / EVALUATIONS).read_text(encoding="utf-8"))
-            values = evaluations[task]
+            values = evaluations(root / run.folder)[task]
             metric = metric or next(iter(values))
         if metric not in values:
             reason = f"its record has no {metric}, only {', '.join(values)}"
@@ -230,7 +238,11 @@ def _measured(root: Path, study: Study, runs: list[Planned], file: str, name: st
     for run in runs:
         state, reason = state_of(root, run)
         if state == "finished":
-            content = json.loads((root / run.folder / file).read_text(encoding="utf-8"))
+            try:
+                content = measured(root / run.folder / file)
+            except InputError as error:
+                missing.append(Missing(seed=run.seed, folder=run.folder, state="failed", reason=str(error)))
+                continue
             notes = tuple(content["notes"])
             if content[name] is not None:
                 numbers = {key: value for key, value in content.items() if isinstance(value, int | float)}
@@ -302,7 +314,7 @@ def _averages(study: Study, cells: Iterable[Cell]) -> list[Cell]:
     """The mean over all tasks of the study for each seed that has them all, where there are several tasks."""
     groups: dict[tuple, list[Cell]] = {}
     for cell in cells:
-        if cell.task in study.tasks and cell.stage in (None, len(study.tasks)):
+        if cell.task in study.tasks and _is_final(cell):
             groups.setdefault((cell.model, cell.row, cell.order), []).append(cell)
     averages = []
     for group in groups.values():

@@ -24,6 +24,7 @@ from loretta.studies.expansion import Expansion, Options, differences, expand
 from loretta.studies.results import STUDY
 from loretta.studies.state import beside, state_of
 from loretta.studies.study import Planned, Study
+from loretta.training.config import RunConfig
 
 Watch = Callable[[str, Outcome | None, int, int], None]  # folder, how it ended, runs that ended, runs in all
 
@@ -67,6 +68,7 @@ def run_study(
     expansion = expand(study, options, root)
     _refuse_other_options(root, expansion.runs)
     _refuse_missing_weights(root, study, expansion)
+    _refuse_prompts_for_encoders(study, expansion.runs)
     root.mkdir(parents=True, exist_ok=True)
     tried: dict[str, Outcome] = {}
     with _workers(jobs) as workers:
@@ -98,7 +100,8 @@ def _in(busy: dict[Future[Outcome], tuple["_Worker", Planned]], run: Planned) ->
 def _ready(root: Path, run: Planned, runs: dict[str, Planned]) -> bool:
     return (
         run.config is not None
-        and state_of(root, run)[0] not in ("finished", "running")
+        # that another process has it says the lock: the note of a holder may outlive it, and its number be another's
+        and state_of(root, run)[0] != "finished"
         and all(state_of(root, runs[folder])[0] == "finished" for folder in run.after)
     )
 
@@ -109,7 +112,7 @@ def _ended(root: Path, runs: dict[str, Planned], tried: dict[str, Outcome]) -> i
 
 def _outcome(root: Path, run: Planned, tried: dict[str, Outcome], runs: dict[str, Planned]) -> Outcome:
     """How a run stands, with the reason why one that was not tried could not start."""
-    if run.folder in tried:
+    if run.folder in tried and tried[run.folder].state != "running":
         return tried[run.folder]
     state, reason = state_of(root, run)
     needed = [folder for folder in run.after if state_of(root, runs[folder])[0] != "finished"]
@@ -142,6 +145,15 @@ def _refuse_missing_weights(root: Path, study: Study, expansion: Expansion) -> N
                     f"the model '{base.weights}' cannot be loaded ({reason}): give --model a Hub id that can be "
                     "reached or a model's folder, or --dry-run to see the plan"
                 ) from None
+
+
+def _refuse_prompts_for_encoders(study: Study, runs: Sequence[Planned]) -> None:
+    """Every seed and method of a task would fail alike."""
+    from loretta.training.run import is_prompted
+
+    for run in runs:
+        if study.kind == "train" and run.config is not None:
+            is_prompted(RunConfig(**run.config))
 
 
 def write_study(root: Path, study: Study, options: Options, runs: Sequence[Planned], command: str) -> None:

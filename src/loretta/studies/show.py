@@ -8,6 +8,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from loretta.errors import InputError
 from loretta.studies.results import Cell, Results
 from loretta.studies.sizes import Estimate
 from loretta.studies.state import State
@@ -134,7 +135,10 @@ def run_row(root: Path, folder: Path, state: State, reason: str) -> dict[str, An
     """One run of a listing as plain data."""
     row: dict[str, Any] = {"run": str(folder.relative_to(root)), "state": state, "reason": reason}
     if state == "finished" and (folder / "run.json").is_file():
-        record = RunRecord.load(folder / "run.json")
+        try:
+            record = RunRecord.load(folder / "run.json")
+        except InputError as error:
+            return row | {"state": "failed", "reason": str(error)}
         values = record.validation if record.test is None else record.test
         row |= {
             "method": record.method,

@@ -154,7 +154,7 @@ def memory(size: Size, config: RunConfig) -> int:
 def size_of(config: RunConfig, sizes: str) -> Size:
     """What a run trains on the model of that configuration. Raises InputError when its options do not fit it."""
     options = json.dumps([config.method_args, config.head_policy], sort_keys=True)
-    return _size(sizes, config.method, options, *task_type_of(config, sizes))
+    return _size(sizes, config.method, options, config.dtype, *task_type_of(config, sizes))
 
 
 def task_type_of(config: RunConfig, sizes: str) -> tuple[str, int]:
@@ -170,8 +170,8 @@ def task_type_of(config: RunConfig, sizes: str) -> tuple[str, int]:
 
 
 @lru_cache(maxsize=256)
-def _size(sizes: str, method: str, options: str, task_type: str, n_labels: int) -> Size:
-    base = bare_model(sizes, task_type, n_labels)
+def _size(sizes: str, method: str, options: str, dtype: str, task_type: str, n_labels: int) -> Size:
+    base = bare_model(sizes, task_type, n_labels, dtype)
     model_config: PreTrainedConfig = base.config
     args, head_policy = json.loads(options)
     total = sum(parameter.numel() for parameter in base.parameters())
@@ -201,9 +201,10 @@ def _size(sizes: str, method: str, options: str, task_type: str, n_labels: int) 
     )
 
 
-def bare_model(sizes: str, task_type: str, n_labels: int):
-    """The base model on the meta device."""
-    return meta_model(find_config(sizes), task_type, num_labels=max(1, n_labels))
+def bare_model(sizes: str, task_type: str, n_labels: int, dtype: str):
+    """The base model on the meta device, in the ``dtype`` of a run, not in that of the model's configuration."""
+    base = meta_model(find_config(sizes), task_type, num_labels=max(1, n_labels))
+    return base if dtype == "auto" else base.to(getattr(torch, dtype))
 
 
 def count(config: RunConfig, folder: Path, sizes: str) -> None:

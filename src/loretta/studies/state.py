@@ -5,9 +5,11 @@ import os
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from loretta.errors import InputError
 from loretta.studies.study import Planned
 
 State = Literal["waiting", "running", "killed", "failed", "finished"]
@@ -32,23 +34,36 @@ def state_of(root: Path, run: Planned) -> tuple[State, str]:
         return "waiting", "its learning rate is not chosen yet"
     folder = root / run.folder
     state, reason = folder_state(folder, RESULT_OF[run.kind])
-    if state == "finished" and not set(run.evaluate) <= evaluated(folder):
+    if state == "finished" and not set(run.evaluate) <= evaluations(folder).keys():
         return "waiting", "trained, but not scored on every task of the sequence yet"
     return state, reason
 
 
 def folder_state(folder: Path, result: str = "run.json") -> tuple[State, str]:
     """The state of the run in ``folder`` whose last file is ``result``."""
-    if (folder / result).is_file():
+    file = folder / result
+    damaged = file.is_file() and not _is_json(file, file.stat().st_mtime_ns)
+    if file.is_file() and not damaged:
         return "finished", ""
     holder = held_by(folder)
     if holder is not None:
         return "running", f"in process {holder.pid} on {holder.host}"
+    if damaged:
+        return "failed", f"'{result}' is damaged; the next start does the run again"
     if (folder / ERROR).is_file():
         return "failed", read_error(folder)
     if (folder / STARTED).is_file():
         return "killed", "it stopped before its end; the next start goes on from its last checkpoint"
     return "waiting", "not started"
+
+
+@lru_cache(maxsize=10_000)
+def _is_json(file: Path, changed: int) -> bool:
+    """Whether a file, as it was when it was ``changed``, holds an object of JSON."""
+    try:
+        return isinstance(json.loads(file.read_bytes()), dict)
+    except (OSError, ValueError):
+        return False
 
 
 def read_error(folder: Path) -> str:
@@ -59,12 +74,29 @@ def read_error(folder: Path) -> str:
         return f"unknown: '{folder / ERROR}' is damaged"
 
 
-def evaluated(folder: Path) -> set[str]:
-    """The tasks that a finished adapter was scored on."""
+def evaluations(folder: Path) -> dict[str, dict[str, float]]:
+    """What a finished adapter scored on each task so far; a damaged file counts as none."""
     try:
-        return set(json.loads((folder / EVALUATIONS).read_text(encoding="utf-8")))
+        content = json.loads((folder / EVALUATIONS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return set()
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def measured(file: Path) -> dict[str, Any]:
+    """What a measured or counted run wrote. Raises InputError for a damaged file."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if {"notes", "parameters", "bytes"} <= content.keys():
+            return content
+    except (OSError, ValueError, AttributeError):
+        pass
+    raise InputError(f"'{file}' is damaged: remove it to do the run again")
+
+
+def result_of(folder: Path) -> str:
+    """The last file of the run in ``folder``, whatever its kind."""
+    return next((name for name in RESULT_OF.values() if (folder / name).is_file()), "run.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,5 +139,4 @@ def find_runs(root: Path) -> Iterator[tuple[Path, State, str]]:
     for folder in sorted(folders):
         if "checkpoints" in folder.parts or folder.name == "adapter":
             continue
-        result = next((name for name in RESULT_OF.values() if (folder / name).is_file()), "run.json")
-        yield folder, *folder_state(folder, result)
+        yield folder, *folder_state(folder, result_of(folder))

@@ -61,17 +61,20 @@ class RunConfig(BaseModel):
     )
     max_new_tokens: int = Field(default=50, ge=1, description="of an answer that is generated")
 
-    epochs: float = Field(default=3.0, gt=0)
+    epochs: float = Field(default=3.0, gt=0, allow_inf_nan=False)
     max_steps: int | None = Field(default=None, ge=1, description="in place of epochs")
     batch_size: int = Field(default=16, ge=1)
     eval_batch_size: int = Field(default=64, ge=1)
     learning_rate: float | None = Field(
-        default=None, gt=0, description="default: the method's (loretta.training.methods)"
+        default=None, gt=0, allow_inf_nan=False, description="default: the method's (loretta.training.methods)"
     )
     head_learning_rate: float | None = Field(
-        default=None, gt=0, description="of the final layer, which starts from nothing; default: learning_rate"
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="of the final layer, which starts from nothing; default: learning_rate",
     )
-    weight_decay: float = Field(default=0.0, ge=0)
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     warmup: float = Field(default=0.06, ge=0, lt=1, description="share of the steps")
     warmup_steps: int | None = Field(default=None, ge=0, description="in place of warmup")
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"

@@ -2,7 +2,7 @@
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -84,6 +84,27 @@ def find_method(name: str) -> Method:
     )
 
 
+def virtual_tokens(name: str, options: Mapping[str, Any]) -> int:
+    """How many places a method puts in front of a text; 0 for most."""
+    return int({**find_method(name).options, **options}.get("num_virtual_tokens") or 0)
+
+
+def refuse_unknown_options(name: str, options: Collection[str]) -> None:
+    """Raise InputError, with those that exist, for an option that a method has not."""
+    method = find_method(name)
+    if method.config is None:
+        return  # full fine-tuning has none, which it says itself
+    fields = {field.name for field in dataclasses.fields(method.config)}  # type: ignore[arg-type]
+    unknown = sorted(set(options) - fields)
+    if unknown:
+        close = [match for key in unknown for match in get_close_matches(key, fields, 1)]
+        guess = f"did you mean {', '.join(map(repr, close))}? " if close else ""
+        raise InputError(
+            f"unknown option {', '.join(map(repr, unknown))} for a run with method {name!r}: {guess}"
+            f"the method takes {', '.join(sorted(fields - {'peft_type', 'auto_mapping', 'peft_version'}))}"
+        )
+
+
 def peft_config(
     name: str, model: nn.Module, task_type: str, options: Mapping[str, Any], head_policy: HeadPolicy = "method"
 ) -> PeftConfig:
@@ -94,15 +115,7 @@ def peft_config(
     """
     method = find_method(name)
     assert method.config is not None, f"{name} trains the model itself"
-    fields = {field.name for field in dataclasses.fields(method.config)}  # type: ignore[arg-type]
-    unknown = sorted(options.keys() - fields)
-    if unknown:
-        close = [match for key in unknown for match in get_close_matches(key, fields, 1)]
-        guess = f"did you mean {', '.join(map(repr, close))}? " if close else ""
-        raise InputError(
-            f"unknown option {', '.join(map(repr, unknown))} for a run with method {name!r}: {guess}"
-            f"the method takes {', '.join(sorted(fields - {'peft_type', 'auto_mapping', 'peft_version'}))}"
-        )
+    refuse_unknown_options(name, options.keys())
     merged = {**method.options, **options}
     if method.targets is not None and "target_modules" not in merged:
         merged["target_modules"] = method.targets(model)

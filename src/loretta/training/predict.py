@@ -10,15 +10,15 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from loretta.errors import InputError
-from loretta.tasks import metrics
 from loretta.tasks.base import Task
+from loretta.tasks.glue import GLUE
 from loretta.tasks.prompted import PromptedTask
 from loretta.training.config import RunConfig
 from loretta.training.methods import FULL, find_method
 from loretta.training.model import TASK_TYPES, Trained, load_adapter, load_base, load_tokenizer
 from loretta.training.prompted import encode_examples, judge
 from loretta.training.record import RunRecord
-from loretta.training.run import ADAPTER, encode, prediction_rows
+from loretta.training.run import ADAPTER, encode, prediction_rows, score_logits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,9 +83,7 @@ def evaluate(run: LoadedRun, task: Task | PromptedTask, split: str) -> dict[str,
         loss = float(torch.stack(losses).mean())
         return {"loss": loss, "perplexity": float(torch.tensor(loss).exp())}
     texts = [list(data[column]) for column in task.columns]
-    scores = torch.cat(list(_logits(run, texts)))
-    predicted = scores[:, 0] if run.kind == "regression" else scores.argmax(-1)
-    return metrics.compute(task.metrics, predicted.numpy(), list(data["label"]))
+    return score_logits(task, torch.cat(list(_logits(run, texts))).numpy(), list(data["label"]))
 
 
 def _judge(run: LoadedRun, task: PromptedTask, split: str) -> dict[str, float]:
@@ -98,11 +96,26 @@ def _judge(run: LoadedRun, task: PromptedTask, split: str) -> dict[str, float]:
     return judge(run.model, run.tokenizer, task, examples, texts, run.config, progress=split).values
 
 
+def text_columns(run: LoadedRun) -> tuple[str, ...]:
+    """The columns of text, by their names in the data, that a run was trained on."""
+    if run.config.data in GLUE:
+        return GLUE[run.config.data].columns
+    pair = (run.config.text_pair,) if run.config.text_pair else ()
+    return (run.config.text or "text", *pair)
+
+
 def predict(run: LoadedRun, texts: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
     """One row per example. ``texts`` holds the text columns, as the run was trained with them.
 
     Classification gives "label" and its "probability", regression a "score", a language model a "continuation".
+    Raises InputError for one text where the run was trained on pairs, and the other way round.
     """
+    columns = text_columns(run)
+    if TASK_TYPES[run.kind] != "CAUSAL_LM" and len(texts) != len(columns):
+        advice = "give the pair too" if len(texts) < len(columns) else "leave the pair out"
+        raise InputError(
+            f"each example of the run has {' and '.join(map(repr, columns))}, got {len(texts)} texts of each: {advice}"
+        )
     if TASK_TYPES[run.kind] == "CAUSAL_LM":
         return [{"continuation": _continue(run, text)} for text in texts[0]]
     return [row for logits in _logits(run, texts) for row in prediction_rows(logits, run.record.label_names)]

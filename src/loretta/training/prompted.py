@@ -3,8 +3,9 @@
 Axes: N texts (a prompt with one of its options each), T tokens, V vocabulary.
 """
 
+import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -16,6 +17,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from loretta.errors import InputError
 from loretta.tasks.prompted import STOP, Example, PromptedTask
 from loretta.tasks.prompted.encoding import (
     IGNORED,
@@ -26,6 +28,7 @@ from loretta.tasks.prompted.encoding import (
     padded,
 )
 from loretta.training.config import RunConfig
+from loretta.training.methods import virtual_tokens
 from loretta.training.model import Trained
 from loretta.training.trainer import TwoRateTrainer
 
@@ -68,6 +71,16 @@ def encode_task(task: PromptedTask, tokenizer: PreTrainedTokenizerBase, config: 
         "validation": encode_examples(task.validation, tokenizer, config),
         "test": encode_examples(task.test, tokenizer, config),
     }
+
+
+def notes_on_length(splits: Mapping[str, Sequence[Texts]], config: RunConfig) -> list[str]:
+    """How many prompts of each split are too long, in a sentence each: what is cut off may hold the answer."""
+    return [
+        f"{n_cut} of the {len(texts)} {split} prompts are longer than max_length={config.max_length} allows: "
+        "they lose their beginning"
+        for split, texts in splits.items()
+        if (n_cut := sum(any(option.n_cut for option in text.options) for text in texts))
+    ]
 
 
 def encode_examples(
@@ -189,18 +202,35 @@ def judge(
         train_as = loss_of(config, task)
         losses = [example_loss(s, text.correct, train_as) for s, text in zip(scores, texts, strict=True)]
         values = {"loss": float(torch.stack(losses).mean())}
+        # the largest of NaN is the first: a run that diverged would score as the first option does
+        diverged = {} if torch.cat(scores).isfinite().all() else dict.fromkeys(task.metrics, math.nan)
         if task.kind == "choice":
             best = [int(s.argmax()) for s in scores]
             answers = [
                 {"option": example.options[k].strip(), "log_probabilities": s.tolist()}
                 for example, k, s in zip(examples, best, scores, strict=True)
             ]
-            return Judged(values=values | task.score(best, examples), answers=answers)
+            return Judged(values=values | task.score(best, examples) | diverged, answers=answers)
         if not answer:
             return Judged(values=values, answers=[])
-        prompts = [encode_prompt(tokenizer, example.prompt, config.max_length) for example in examples]
+        room = _room(model, config)
+        prompts = [encode_prompt(tokenizer, example.prompt, room) for example in examples]
         words = generate(model, tokenizer, prompts, config, progress=progress)
-    return Judged(values=values | task.score(words, examples), answers=[{"answer": text} for text in words])
+    return Judged(values=values | task.score(words, examples) | diverged, answers=[{"answer": text} for text in words])
+
+
+def _room(model: Trained, config: RunConfig) -> int:
+    """Tokens of a prompt, so that it and its answer stay within the positions that the model knows."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is None:
+        return config.max_length
+    room = positions - config.max_new_tokens - virtual_tokens(config.method, config.method_args)
+    if room < 1:
+        raise InputError(
+            f"max_new_tokens={config.max_new_tokens} leaves no room for a prompt in the {positions} positions of the "
+            "model: lower it"
+        )
+    return min(config.max_length, room)
 
 
 @torch.no_grad()

@@ -109,4 +109,6 @@ class RunRecord(BaseModel):
             raise InputError(f"no run.json in '{path.parent}': give the folder that `loretta train` wrote") from None
         except ValueError as error:
             first = str(error).splitlines()[0]
-            raise InputError(f"'{path}' is not a run.json of `loretta train`: {first}") from None
+            raise InputError(
+                f"'{path}' is not a run.json of `loretta train` ({first}): remove it to do the run again"
+            ) from None

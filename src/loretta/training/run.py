@@ -42,12 +42,13 @@ from loretta.training.config import RunConfig
 from loretta.training.graphs import CudaGraphTrainer
 from loretta.training.methods import FULL, find_method
 from loretta.training.model import TASK_TYPES, Trained, load_base, load_tokenizer, start_from, wrap
-from loretta.training.prompted import PromptedTrainer, Texts, encode_task
+from loretta.training.prompted import PromptedTrainer, Texts, encode_task, notes_on_length
 from loretta.training.record import ParameterCounts, Point, RunRecord, Train
 from loretta.training.trainer import TwoRateTrainer, training_arguments
 from loretta.tuners.config import LorettaConfig
 
 ADAPTER, CHECKPOINTS, CONFIG, PREDICTIONS = "adapter", "checkpoints", "config.json", "predictions.jsonl"
+TEMPORARY = ".tmp"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy")
 
 
@@ -295,11 +296,20 @@ def _higher_is_better(task: Task | PromptedTask) -> bool:
 
 def _compute_metrics(task: Task):
     def compute(prediction) -> dict[str, float]:
-        scores = _scores(prediction.predictions)
-        predicted = np.squeeze(scores, -1) if task.kind == "regression" else np.argmax(scores, -1)
-        return metrics.compute(task.metrics, predicted, prediction.label_ids)
+        return score_logits(task, _scores(prediction.predictions), prediction.label_ids)
 
     return compute
+
+
+def score_logits(task: Task, logits: np.ndarray, labels: Sequence[Any] | np.ndarray) -> dict[str, float]:
+    """The task's metrics of (rows, labels) logits. All are NaN where one logit is not finite.
+
+    The largest of logits that are all NaN is the first: a run that diverged would score as the first class does.
+    """
+    if not np.isfinite(logits).all():
+        return dict.fromkeys(task.metrics, math.nan)
+    predicted = logits[:, 0] if task.kind == "regression" else logits.argmax(-1)
+    return metrics.compute(task.metrics, predicted, labels)
 
 
 def _scores(predictions) -> np.ndarray:
@@ -367,7 +377,7 @@ def _finish(
         seed=config.seed,
         device=torch.cuda.get_device_name() if trainer.args.device.type == "cuda" else trainer.args.device.type,
         sizes={split: len(data) for split, data in encoded.items()},
-        notes=list(task.notes),
+        notes=[*task.notes, *(notes_on_length(encoded, config) if isinstance(task, PromptedTask) else ())],
         label_names=list(task.label_names),
         metric=task.metrics[0],
         higher_is_better=_higher_is_better(task),
@@ -442,7 +452,8 @@ def _claim(folder: Path, config: RunConfig, *, resume: bool, overwrite: bool) ->
     """Refuse to touch a folder that holds something else; the record if the run to resume is finished."""
     if folder.is_file():
         raise InputError(f"the output '{folder}' is a file: give a folder with --output")
-    if not folder.is_dir() or not any(folder.iterdir()):
+    # a temporary file is what a kill left of the first one to be written
+    if not folder.is_dir() or all(path.suffix == TEMPORARY for path in folder.iterdir()):
         return None
     if not (folder / CONFIG).is_file():
         raise InputError(f"the output folder '{folder}' holds other files: give an empty or new one with --output")
@@ -479,6 +490,10 @@ def peak_memory() -> int:
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a file in one step: a crash leaves the old one or the new one, never half of it."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    # a name of its own for each process: two runners write the same study
+    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(temporary, path)

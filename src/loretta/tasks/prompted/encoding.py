@@ -17,10 +17,11 @@ IGNORED = -100  # the label that PyTorch's cross-entropy leaves out
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Token ids of a prompt and its completion; the first ``n_prompt`` belong to the prompt."""
+    """Token ids of a prompt and its completion; the first ``n_prompt`` belong to the prompt, ``n_cut`` are lost."""
 
     ids: list[int]
     n_prompt: int
+    n_cut: int = 0
 
     @property
     def labels(self) -> list[int]:
@@ -115,7 +116,7 @@ def _encode_all(
                 f"{max_length} with a token in front of it: raise the maximum length"
             )
         cut = max(len(lead) + len(ids) - max_length, 0)
-        pairs.append(Encoded(lead + ids[cut:], len(lead) + n_prompt - cut))
+        pairs.append(Encoded(lead + ids[cut:], len(lead) + n_prompt - cut, cut))
     return pairs
 
 

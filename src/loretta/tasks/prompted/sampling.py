@@ -41,9 +41,7 @@ def draw(spec: PromptedSpec, train: Split, validation: Split, *, sample: Sample,
         InputError: a row that is not as the Hub's, or fewer usable rows than 2 in train and 1 in validation.
     """
     pool, test_pool = _usable(spec, train, seed, at_least=2), _usable(spec, validation, seed, at_least=1)
-    n_validation = min(sample.validation, spec.max_validation or sample.validation)
-    if n_validation + sample.train > len(pool):
-        n_validation = min(n_validation, len(pool) // 2)
+    n_validation = validation_rows(spec, len(pool), sample)
     held = {place.texts for place in pool[:n_validation]}
     kept = [place for place in pool if place.texts not in held]
     drawn = {
@@ -54,6 +52,12 @@ def draw(spec: PromptedSpec, train: Split, validation: Split, *, sample: Sample,
     if not drawn["train"]:
         raise InputError(f"'{train.source}' has too few different texts to split: add rows with different texts")
     return Drawn(**drawn, notes=tuple(_notes(spec, train, validation, len(pool), len(test_pool), sample, drawn)))
+
+
+def validation_rows(spec: PromptedSpec, n_rows: int, sample: Sample) -> int:
+    """How many of the train split's usable rows validate."""
+    wanted = min(sample.validation, spec.max_validation or sample.validation)
+    return wanted if wanted + sample.train <= n_rows else min(wanted, n_rows // 2)
 
 
 def _usable(spec: PromptedSpec, split: Split, seed: int, *, at_least: int) -> list[Place]:
