@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from training_data import sentences
 
 from loretta import cli
 from loretta.studies import runner
@@ -235,3 +236,33 @@ def test_counted_runs_are_shown(bert, capsys, tmp_path):
     assert status == 0
     assert "parameters: " in out
     assert json.loads(call(capsys, "runs", "show", folder, "--json")[1])["state"] == "finished"
+
+
+@pytest.mark.parametrize("kind", ["classification", "regression", "language_modeling"])
+def test_a_dry_run_counts_the_head_that_the_users_data_need(kind, bert, llama, capsys, tmp_path):
+    table = tmp_path / "own.csv"
+    table.write_text("text,label\n" + "".join(f"{words},{k % 3}\n" for k, (words, _) in enumerate(sentences(30))))
+    model, label = (llama, []) if kind == "language_modeling" else (bert, ["--label", "label"])
+    own = [
+        "--data",
+        table,
+        "--text",
+        "text",
+        *label,
+        "--kind",
+        kind,
+        "--model",
+        model,
+        "--seeds",
+        1,
+        "--methods",
+        "lora",
+    ]
+    sets = ["--set", "max_steps=1", "--set", "max_length=4", "--jobs", 0, "--cpu", "--json", "-o", tmp_path / "runs"]
+    status, out, _ = call(capsys, "compare", *own, *sets, "--dry-run")
+    assert status == 0
+    (planned,) = json.loads(out)["planned"]
+    status, out, _ = call(capsys, "compare", *own, *sets)
+    assert status == 0
+    (cell,) = json.loads(out)["cells"]
+    assert planned["parameters"] == cell["parameters"]

@@ -17,10 +17,11 @@ from loretta.plan import plan_model
 from loretta.studies.expansion import total_steps
 from loretta.studies.state import COUNT
 from loretta.studies.study import Planned
+from loretta.tasks import Kind, load_task
 from loretta.tasks.glue import GLUE
 from loretta.training.config import RunConfig
 from loretta.training.methods import FULL, find_method, peft_config
-from loretta.training.model import wrap
+from loretta.training.model import TASK_TYPES, wrap
 from loretta.training.record import RunRecord
 from loretta.training.run import is_prompted, write_json
 from loretta.tuners.config import LorettaConfig
@@ -158,15 +159,25 @@ def size_of(config: RunConfig, sizes: str) -> Size:
 
 
 def task_type_of(config: RunConfig, sizes: str) -> tuple[str, int]:
-    """The task type of a run, and how many labels its head has (2 for a file that is not read yet).
+    """The task type of a run, and how many labels its head has; a user's file is read for it.
 
-    Raises InputError for a prompted task on a model that is no causal one.
+    Raises InputError for a prompted task on a model that is no causal one, and for a file that cannot be read.
     """
-    if is_prompted(config.model_copy(update={"model": sizes})) or config.kind == "language_modeling":
+    if is_prompted(config.model_copy(update={"model": sizes})):
         return "CAUSAL_LM", 0
     if config.data in GLUE:
         return "SEQ_CLS", max(1, len(GLUE[config.data].label_names))
-    return "SEQ_CLS", 1 if config.kind == "regression" else 2
+    kind, n_labels = _kind_of(config.data, config.text, config.text_pair, config.label, config.kind)
+    task_type = TASK_TYPES[kind]
+    return task_type, 0 if task_type == "CAUSAL_LM" else max(1, n_labels)
+
+
+@lru_cache(maxsize=16)
+def _kind_of(
+    data: str, text: str | None, text_pair: str | None, label: str | None, kind: Kind | None
+) -> tuple[Kind, int]:
+    task = load_task(data, text=text, text_pair=text_pair, label=label, kind=kind)
+    return task.kind, len(task.label_names)
 
 
 @lru_cache(maxsize=256)
