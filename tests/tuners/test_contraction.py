@@ -9,6 +9,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import PeftModel, inject_adapter_in_model
 from tolerances import assert_near
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ import loretta
 from loretta import get_peft_model
 from loretta.tuners import contraction
 from loretta.tuners.contraction import Contraction, Handed
-from loretta.tuners.layer import LorettaLayer
+from loretta.tuners.layer import LorettaLayer, is_bare_linear
 
 FAMILIES = ["bert", "gpt2", "llama", "t5"]
 # the first block unlike the others; T5 counts the parts of a block too
@@ -806,6 +807,23 @@ def test_what_a_hook_on_the_base_layer_sees_stays_as_it_is(method):
     assert_near("output of the base", seen[0], x @ base.weight.T + base.bias)
     base._forward_hooks.clear()
     assert_near("output", out, model(x))
+
+
+WATCHED: dict[str, Callable[[nn.Linear], object]] = {
+    "input": lambda linear: linear.register_forward_pre_hook(lambda module, args: (2 * args[0],)),
+    "output": lambda linear: linear.register_forward_hook(lambda module, args, out: out + 1),
+    "gradient": lambda linear: linear.register_full_backward_hook(lambda module, grads, _: grads),
+    "gradient of the output": lambda linear: linear.register_full_backward_pre_hook(lambda module, grads: grads),
+    "a forward of its own": lambda linear: add_hook_to_module(linear, ModelHook()),  # accelerate, for offloading
+}
+
+
+@pytest.mark.parametrize("watch", WATCHED.values(), ids=WATCHED)
+def test_a_linear_layer_with_hooks_is_called_and_not_replaced_by_a_kernel(watch):
+    linear = nn.Linear(12, 8)
+    assert is_bare_linear(linear)
+    watch(linear)
+    assert not is_bare_linear(linear)
 
 
 @every_method

@@ -8,7 +8,9 @@ import sys
 
 import peft
 import pytest
+import torch
 from peft import PeftConfig, PeftType, get_layer_status, get_model_status, get_peft_config
+from peft.helpers import disable_input_dtype_casting
 from peft.mapping import (
     PEFT_TYPE_TO_CONFIG_MAPPING,
     PEFT_TYPE_TO_MIXED_MODEL_MAPPING,
@@ -116,6 +118,14 @@ def test_status(method):
     assert {layer.name.rpartition(".")[2] for layer in get_layer_status(model)} >= (
         {"q_proj", "v_proj"} if method == "rep" else {"o_proj", "down_proj"}
     )
+
+
+@every_method
+def test_pefts_switch_of_input_casts_is_taken(method):
+    model, inputs = wrap("llama", method)
+    before = logits(model, inputs)
+    with disable_input_dtype_casting(model):
+        assert torch.equal(logits(model, inputs), before)
 
 
 # The keywords of the authors' quick start, as they are written there

@@ -35,6 +35,7 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
     """
 
     prefix: str
+    cast_input_dtype_enabled = True  # for PEFT's disable_input_dtype_casting: there is no such casting here
 
     def __init__(self, base_layer: nn.Module, *, name: str, **quantization_kwargs) -> None:
         super().__init__()
@@ -200,8 +201,17 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
 
 
 def is_bare_linear(module: nn.Module) -> bool:
-    """Whether a module is torch's linear layer with nobody watching its output, and a weight that is whole."""
-    return type(module) is nn.Linear and not module._forward_hooks and type(module.weight) is nn.Parameter
+    """Whether a module is torch's linear layer, called as it is, and its weight is whole.
+
+    With hooks others may change its input or see its output; accelerate puts a forward of its own on the instance.
+    """
+    return (
+        type(module) is nn.Linear
+        and type(module.weight) is nn.Parameter
+        and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+        and not module._backward_pre_hooks
+        and "forward" not in module.__dict__
+    )
 
 
 def works_in(x: Tensor, dtype: torch.dtype) -> bool:
