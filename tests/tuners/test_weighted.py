@@ -7,7 +7,7 @@ from tolerances import assert_near
 from tuners.families import build, logits, natural_task
 from tuners.wrapped import config_for, trainable, trained, wrap
 
-from loretta import InputError
+from loretta import InputError, get_peft_model
 
 WEIGHTS = {"default": 0.7, "other": -1.5, "third": 0.25}
 
@@ -107,6 +107,15 @@ def test_a_rank_budget_and_the_svd():
     assert model.peft_config["svd"].r == 8
     best = [float(torch.linalg.svdvals(delta)[3:].norm() / delta.norm()) for delta in wanted.values()]
     assert found["svd 3"] == pytest.approx(best, rel=1e-4)  # the nearest of rank 3 (Eckart, Young)
+
+
+@pytest.mark.parametrize("widened", [True, False])
+def test_a_sum_has_the_precision_of_its_parts(widened):
+    base, _ = build("llama", dtype=torch.bfloat16)
+    model = get_peft_model(base, config_for("rep", task_type="CAUSAL_LM"), autocast_adapter_dtype=widened)
+    trained(model).add_weighted_adapter(["default"], [0.5], "sum")
+    dtypes = {value.dtype for name, value in model.named_parameters() if ".sum" in name}
+    assert dtypes == {torch.float32 if widened else torch.bfloat16}
 
 
 def test_norms_are_summed_with_the_same_weights():

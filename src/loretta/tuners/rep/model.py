@@ -91,6 +91,9 @@ class LorettaRepModel(LorettaModel):
         norms = any(config.train_norms for config in configs)
         self.peft_config[adapter_name] = _config_of_sum(first, fits, bottleneck, train_norms=norms)
         self.inject_adapter(self.model, adapter_name)
+        # PeftModel does this for the adapters that it adds; a sum in the dtype of the base would be rounded
+        dtypes = {layer.factors(a)[0].dtype for layer in layers.values() for a in adapters if a in layer.n_pairs}
+        self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=torch.float32 in dtypes)
         for name, fit in fits.items():
             down, up = layers[name]._trains(adapter_name)[0]
             down.assign(list(fit.down))
