@@ -52,13 +52,24 @@ def test_the_inactive_of_two_adapters_can_be_renamed(method):
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "words"), [("absent", "x", "'absent'.*default"), ("default", "other", "'other'")]
+    ("old", "new", "words"),
+    [
+        ("absent", "x", "'absent'.*default"),
+        ("default", "other", "'other'"),
+        ("default", "x.y", "'x.y'"),
+        ("default", "", "''"),
+        ("default", "values", "'values'"),
+        ("default", "training", "'training'"),
+    ],
 )
-def test_a_name_that_is_missing_or_taken(old, new, words):
-    model, _ = wrap("llama", "rep")
+def test_a_name_that_is_missing_taken_or_impossible(old, new, words):
+    model, inputs = wrap("llama", "rep")
     model.add_adapter("other", config_for("rep"))
+    before = logits(trained(model), inputs)
     with pytest.raises(InputError, match=words):
         loretta.rename_adapter(model, old, new)
+    assert torch.equal(logits(model, inputs), before)
+    assert set(model.peft_config) == {"default", "other"}
 
 
 @every_method

@@ -5,7 +5,7 @@ from torch import nn
 from tuners.families import OPTIONS, build, natural_task
 from tuners.wrapped import config_for, every_method, wrap
 
-from loretta import get_peft_model
+from loretta import InputError, get_peft_model
 
 
 def both(*templates: str) -> set[str]:
@@ -115,6 +115,13 @@ def test_the_mlp_placement_is_that_of_the_papers_llama_tables():
         if hasattr(layer, "base_layer")
     }
     assert where == {"gate_proj": "before", "up_proj": "before", "down_proj": "after"}
+
+
+@every_method
+@pytest.mark.parametrize("options", [{"layers_to_transform": [0]}, {"layers_pattern": "layers"}], ids=str)
+def test_layers_cannot_be_picked_of_a_default_that_is_an_expression(options, method):
+    with pytest.raises(InputError, match=rf"'gemma3'.*{next(iter(options))}"):
+        wrap("gemma3", method, **options)
 
 
 @every_method

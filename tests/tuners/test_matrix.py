@@ -175,12 +175,26 @@ def test_deleting_through_transformers(family, train_norms, method):
 
 @beside_another
 @every_method
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="PEFT leaves copies trainable that were active before")
-def test_only_the_adapter_that_transformers_added_last_trains(method):
+@pytest.mark.parametrize("train_norms", [True, False])
+def test_only_the_adapter_that_transformers_added_last_trains(train_norms, method):
     model, _ = base_of("bert")
     for name in ("first", "second"):
-        add(model, name, options_for("bert", method, train_norms=False), seed=1)
+        add(model, name, options_for("bert", method, train_norms=train_norms), seed=1)
     assert not [name for name in trainable(model) if ".second" not in name]
+
+
+@beside_another
+@every_method
+def test_transformers_switches_between_adapters_with_and_without_norms(method):
+    model, inputs = base_of("llama")
+    seen = {}
+    for name, train_norms in (("with", True), ("without", False)):
+        add(model, name, options_for("llama", method, train_norms=train_norms), seed=1)
+        trained(model, seed=2)
+        seen[name] = logits(model, inputs)
+    for name in ("with", "without", "with"):
+        model.set_adapter(name)
+        assert torch.equal(logits(model, inputs), seen[name])
 
 
 # From the adapter's folder alone

@@ -1,12 +1,13 @@
 """Merging rep into plain weights, refusing to merge adp, and getting the base model back from both."""
 
+import copy
 import warnings
 
 import pytest
 import torch
 from peft import PeftModel, convert_to_lora, get_peft_model, set_peft_model_state_dict
 from tolerances import assert_near
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from tuners.families import OPTIONS, build, logits, natural_task
 from tuners.wrapped import config_for, every_method, snapshot, trained, wrap
@@ -156,6 +157,50 @@ def test_only_the_named_adapter_is_merged():
     model.add_adapter("other", config_for("rep", task_type="CAUSAL_LM", train_norms=False, init_weights="gaussian"))
     model.set_adapter("other")
     assert_near("logits", logits(model.merge_and_unload(adapter_names=["default"]), inputs), expected)
+
+
+def two_adapters() -> tuple[PeftModel, dict[str, Tensor], dict[tuple[str, ...], Tensor]]:
+    """A model with the norms of two adapters too, and its logits with each and with both; "default" is active."""
+    model, inputs = wrap("llama", "rep")
+    model.add_adapter("other", config_for("rep", task_type="CAUSAL_LM", tensor_rank=2))
+    model.base_model.set_adapter(["default", "other"])
+    trained(model)
+    expected = {}
+    for names in (["other"], ["default", "other"], ["default"]):
+        model.base_model.set_adapter(names)
+        expected[tuple(names)] = logits(model, inputs)
+    return model, inputs, expected
+
+
+@pytest.mark.parametrize("names", [("default",), ("other",), ("default", "other")], ids=str)
+def test_norms_follow_what_is_merged_and_not_what_is_active(names):
+    model, inputs, expected = two_adapters()
+    model.merge_adapter(list(names))
+    assert_near("merged", logits(model, inputs), expected[names])
+    assert model.get_model_status().merged_adapters == list(names)
+    copied = copy.deepcopy(model)
+    assert_near("copied", logits(copied, inputs), expected[names])
+    model.unmerge_adapter()
+    assert_near("unmerged", logits(model, inputs), expected["default",])
+    assert model.get_model_status().merged_adapters == []
+    with copied.disable_adapter():
+        pass
+    assert_near("switched off and on", logits(copied, inputs), expected["default",])
+    copied.merge_adapter(list(names))
+    with pytest.warns(UserWarning, match="Unmerging"):
+        copied.set_adapter("other")
+    assert_near("switched", logits(copied, inputs), expected["other",])
+
+
+@pytest.mark.filterwarnings("ignore:All adapters are already merged", "ignore:Already following adapters")
+@pytest.mark.parametrize("names", [("default",), ("other",), ("default", "other")], ids=str)
+def test_unloading_keeps_what_is_merged_already(names):
+    model, inputs, expected = two_adapters()
+    model.merge_adapter(list(names))
+    assert_near("unload", logits(copy.deepcopy(model).unload(), inputs), expected[names])
+    # and the active one on top of it
+    both = tuple(sorted({*names, "default"}))
+    assert_near("merge_and_unload", logits(model.merge_and_unload(), inputs), expected[both])
 
 
 @pytest.mark.parametrize("how", ["merge_and_unload", "merge_adapter"])

@@ -5,6 +5,7 @@ import torch
 from peft import PeftModel
 from tolerances import assert_near
 from torch import Tensor
+from transformers import GenerationConfig
 from tuners.families import OPTIONS, build, logits, natural_task
 from tuners.wrapped import CONFIGS, config_for, every_method, snapshot, trainable, trained, wrap
 
@@ -101,6 +102,19 @@ def test_deleting_an_adapter_leaves_nothing_of_it(family, method):
     assert torch.equal(logits(model.base_model.model, inputs), base)
 
 
+@every_method
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_an_adapter_is_added_after_the_last_was_deleted(family, method):
+    model, inputs = wrap(family, method)
+    trained(model).delete_adapter("default")
+    model.add_adapter("other", config_for(method, task_type=natural_task(family)))
+    model.set_adapter("other")
+    fresh, _ = wrap(family, method)
+    assert {name.replace(".other", ".default") for name in trainable(model)} == set(trainable(fresh))
+    trained(model)
+    assert not torch.equal(logits(model, inputs), logits(build(family)[0], inputs))
+
+
 @deletes_the_active
 @every_method
 def test_a_name_can_be_used_again_after_deletion(method):
@@ -115,6 +129,44 @@ def test_a_name_can_be_used_again_after_deletion(method):
         for part in ("weight", "bias")
     }
     assert torch.equal(logits(model, inputs), alone(model, inputs, "__base__"))
+
+
+@deletes_the_active
+@every_method
+@pytest.mark.parametrize("of_the_first", [True, False])
+def test_the_norms_follow_when_the_active_adapter_is_deleted(of_the_first, method):
+    """One of the two adapters trains norms and the other does not."""
+    model, inputs = pair("llama", method, train_norms=of_the_first, second={"train_norms": not of_the_first})
+    other = alone(model, inputs, "other")
+    model.delete_adapter("default")
+    assert model.active_adapters == ["other"]
+    assert torch.equal(logits(model, inputs), other)
+    assert any("norm" in name for name in trainable(model)) is not of_the_first
+
+
+@every_method
+def test_one_of_three_active_adapters_is_deleted(method):
+    model, inputs = pair("llama", method)
+    model.add_adapter("plain", config_for(method, task_type="CAUSAL_LM", train_norms=False))
+    model.set_adapter("plain")
+    trained(model, seed=3)
+    model.set_adapter("other")
+    model.base_model.set_adapter(["other", "plain"])
+    wanted, names = logits(model, inputs), set(trainable(model))
+    model.base_model.set_adapter(["default", "other", "plain"])
+    model.base_model.delete_adapter("default")
+    assert torch.equal(logits(model, inputs), wanted)
+    assert set(trainable(model)) == names
+
+
+@every_method
+def test_two_heads_at_once_are_refused_and_nothing_is_switched(method):
+    model, inputs = pair("bert", method)
+    before, names = logits(model, inputs), set(trainable(model))
+    with pytest.raises(ValueError, match="Only one adapter can be set"):
+        model.base_model.set_adapter(["default", "other"])
+    assert torch.equal(logits(model, inputs), before)
+    assert set(trainable(model)) == names
 
 
 @deletes_the_active
@@ -253,6 +305,18 @@ def test_a_mixed_batch_generates_as_the_single_runs(family, num_beams, method):
     expected = torch.stack([single[name][k] for k, name in enumerate(ROWS)])
     assert not torch.equal(expected, single["default"])
     assert torch.equal(generate(adapter_names=ROWS), expected)
+    config = GenerationConfig(**options, num_return_sequences=num_beams)
+    several = model.generate(**inputs, generation_config=config, adapter_names=ROWS)
+    assert torch.equal(several[::num_beams], expected)
+
+
+def test_samples_of_one_row_are_of_its_adapter():
+    model, inputs = pair("llama", "rep")
+    # of each step only the best token: samples are the greedy ones
+    options = {"max_new_tokens": 4, "eos_token_id": 10**6, "pad_token_id": 0, "do_sample": True, "top_k": 1}
+    once = model.generate(**inputs, **options, adapter_names=ROWS)
+    twice = model.generate(**inputs, **options, adapter_names=ROWS, num_return_sequences=2)
+    assert torch.equal(twice, once.repeat_interleave(2, dim=0))
 
 
 @every_method

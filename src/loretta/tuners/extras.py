@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from peft import TaskType
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.other import ModulesToSaveWrapper, _set_layer_requires_grad
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -53,6 +53,7 @@ class AdapterCopy(ModulesToSaveWrapper):
 
     def __init__(self, module: nn.Module, adapter_name: str, policy: CopyPolicy) -> None:
         self.policies = {adapter_name: policy}
+        self.standing_in: list[str] | None = None  # adapters that compute in place of the active ones, while merged
         super().__init__(module, adapter_name)
 
     def update(self, adapter_name: str, tied_module: nn.Module | None = None, **kwargs) -> None:
@@ -105,13 +106,14 @@ class AdapterCopy(ModulesToSaveWrapper):
             self.modules_to_save[adapter_name].get_parameter(name).copy_(value)
 
     def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None) -> None:
-        if self.is_norm and new_active_adapters and adapter_name in self.modules_to_save:
+        """As PEFT's, for any number of active adapters; the next ones may have a copy where this one has none."""
+        if adapter_name in self.modules_to_save:
             self._adapters.remove(adapter_name)
-            self.set_adapter(new_active_adapters)
             del self.modules_to_save[adapter_name]
-        else:
-            super().delete_adapter(adapter_name, new_active_adapters)
         self.policies.pop(adapter_name, None)
+        active = [name for name in new_active_adapters or [] if name in self.modules_to_save]
+        if active != self.active_adapters:  # otherwise what trains stays as it is, too
+            self.set_adapter(active)
 
     def widen(self, adapter_name: str) -> None:
         """Hold one adapter's copy of a norm in float32 where the base's has half precision.
@@ -136,24 +138,31 @@ class AdapterCopy(ModulesToSaveWrapper):
         cast = {name: value.to(dtypes[name]) for name, value in parameters.items()}
         return functional_call(self.original_module, cast, args, kwargs)
 
+    def _forward_of(self, names: list[str], args: Any, kwargs: Any) -> Any:
+        """What the module computes with the changes of the named adapters, each of which has a copy here."""
+        if not names:
+            return self.original_module(*args, **kwargs)
+        if len(names) > 1:
+            return self._call_with(self.parameters_of(dict.fromkeys(names, 1.0)), args, kwargs)
+        if self._is_wider(names[0]):
+            return self._call_with(dict(self.modules_to_save[names[0]].named_parameters()), args, kwargs)
+        result = self.modules_to_save[names[0]](*args, **kwargs)
+        return result + self.original_module(*args, **kwargs) if self._policy(names[0]).as_change else result
+
     def _forward_wrapped(self, *args, **kwargs):
-        active = self.active_adapters
-        if len(active) > 1:
-            return self._call_with(self.parameters_of(dict.fromkeys(active, 1.0)), args, kwargs)
-        if active and self._is_wider(active[0]):
-            return self._call_with(dict(self.modules_to_save[active[0]].named_parameters()), args, kwargs)
-        result = super()._forward_wrapped(*args, **kwargs)
-        if active and self._policy(active[0]).as_change:
-            result = result + self.original_module(*args, **kwargs)
-        return result
+        return self._forward_of(self.active_adapters if self.standing_in is None else self.standing_in, args, kwargs)
 
     def _forward_wrapped_mixed_batch(self, x, active_adapter, *args, **kwargs):
-        if self._is_wider(active_adapter):
-            return self._call_with(dict(self.modules_to_save[active_adapter].named_parameters()), (x, *args), kwargs)
-        result = super()._forward_wrapped_mixed_batch(x, active_adapter, *args, **kwargs)
-        if self._policy(active_adapter).as_change:
-            result = result + self.original_module(x, *args, **kwargs)
-        return result
+        return self._forward_of([active_adapter], (x, *args), kwargs)
+
+    def follow_merge(self, merged: list[str]) -> None:
+        """Compute with the copies of the adapters that are merged into the base weights, active or not.
+
+        Two heads cannot be one: the active adapter's stays then.
+        """
+        self.merged_adapters = [name for name in merged if name in self.modules_to_save]
+        follows = bool(merged) and (self.is_norm or len(self.merged_adapters) < 2)
+        self.standing_in = self.merged_adapters if follows else None
 
     def _mixed_batch_forward(self, input, *args, adapter_names, **kwargs):
         """As PEFT's, for any module that maps rows to rows: norms and whole heads, not only linear layers."""
@@ -183,19 +192,31 @@ class AdapterCopy(ModulesToSaveWrapper):
         return [name for name in adapter_names if name in self.modules_to_save]
 
     def check_set_adapter(self, adapter_name: str | list[str]) -> str | None:
-        """As PEFT's, which allows one name; several norms are activated by :meth:`LorettaModel.set_adapter`."""
+        """As PEFT's, which allows one name; several norms are activated by :meth:`LorettaModel.set_adapter`.
+
+        No name at all is what is active once the last adapter has been deleted.
+        """
+        if not adapter_name:
+            return None
         if self.is_norm and not isinstance(adapter_name, str):
             here = self.summed(adapter_name)
             return here[0] if len(here) == 1 else None
         return super().check_set_adapter(adapter_name)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        if len(names := self.summed(adapter_names)) > 1:
-            self._active_adapter = names
-            for name, copy in self.modules_to_save.items():
-                copy.requires_grad_(name in self._active_adapter and not inference_mode)
-        else:
-            super().set_adapter(adapter_names, inference_mode=inference_mode)
+        """As PEFT's, for several norms too. Adapters without a copy here are passed over: transformers names them all.
+
+        Raises ValueError for two heads.
+        """
+        wanted = [adapter_names] if isinstance(adapter_names, str) else adapter_names
+        names = [name for name in wanted if name in self.modules_to_save]
+        if len(names) > 1 and not self.is_norm:
+            raise ValueError(f"only one of the heads of {', '.join(names)} can be active at a time")
+        active: Any = names[0] if len(names) == 1 else names  # PEFT compares a single one with a name
+        self._active_adapter = active
+        # all others are frozen: PEFT freezes the one active before, which in transformers' add_adapter is the new one
+        for name, copy in self.modules_to_save.items():
+            _set_layer_requires_grad(copy, name in names and not inference_mode)
         self._apply_frozen()
 
     def set_requires_grad(self, adapter_names, requires_grad: bool = True) -> None:

@@ -70,8 +70,43 @@ class LorettaModel(BaseTuner):
             if isinstance(module, AdapterCopy):
                 module.widen(adapter_name)
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        unloaded = super()._unload_and_optionally_merge(*args, **kwargs)
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As PEFT's. Norms and heads follow: those of the merged adapters compute until they are unmerged."""
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        self._follow_merge()
+
+    def unmerge_adapter(self) -> None:
+        """As PEFT's."""
+        super().unmerge_adapter()
+        self._follow_merge()
+
+    def _merged(self) -> list[str]:
+        layers = (module for module in self.model.modules() if isinstance(module, self.layer_cls))
+        return list(dict.fromkeys(name for layer in layers for name in layer.merged_adapters))
+
+    def _follow_merge(self) -> None:
+        merged = self._merged()
+        for module in self.model.modules():
+            if isinstance(module, AdapterCopy):
+                module.follow_merge(merged)
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        if not enabled and self._merged():
+            self.unmerge_adapter()  # the layers would at their next call, and leave the norms behind
+        super()._enable_adapter_layers(enabled)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        """As PEFT's, where what is merged already stays in the weights: its norms and head stay with it."""
+        if merged := self._merged():
+            more = (adapter_names or self.active_adapters) if merge else []
+            merge, adapter_names = True, list(dict.fromkeys([*merged, *more]))
+        unloaded = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         Contraction.detach(self.model)
         return unloaded
 
@@ -79,7 +114,7 @@ class LorettaModel(BaseTuner):
     def default_targets(cls, config: LorettaConfig, model_config: dict) -> Any:
         """``config.target_modules``, or the method's default for the model's type.
 
-        Raises InputError when there is neither.
+        Raises InputError when there is neither, or layers are to be picked of a default that picks them itself.
         """
         if config.target_modules is not None:
             return config.target_modules
@@ -90,7 +125,14 @@ class LorettaModel(BaseTuner):
                 "give target_modules=['name', ...] or target_modules='all-linear'"
             )
         targets = cls.target_module_mapping[model_type]
-        return targets if isinstance(targets, str) else set(targets)
+        if not isinstance(targets, str):
+            return set(targets)
+        if config.layers_to_transform is not None or config.layers_pattern is not None:
+            raise InputError(
+                f"the default target modules for model type {model_type!r} are the expression {targets!r}, of which "
+                "layers_to_transform and layers_pattern cannot pick: give target_modules=['name', ...]"
+            )
+        return targets
 
     def _prepare_adapter_config(self, peft_config: LorettaConfig, model_config: dict) -> LorettaConfig:
         peft_config.target_modules = self.default_targets(peft_config, model_config)
@@ -118,12 +160,19 @@ class LorettaModel(BaseTuner):
             super()._replace_module(parent, child_name, new_module, child)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """As PEFT's. The norms of several adapters may be active together: their changes add up, as the trains' do."""
+        """As PEFT's. The norms of several adapters may be active together: their changes add up, as the trains' do.
+
+        Raises ValueError, before anything is switched, for adapters of which more than one has a head.
+        """
+        for module in self.model.modules():
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                module.check_set_adapter(adapter_name)
         super().set_adapter(adapter_name, inference_mode=inference_mode)
         for module in self.model.modules():
             # PEFT has activated what it allows: one adapter in a copied module
             if isinstance(module, AdapterCopy) and len(names := module.summed(adapter_name)) > 1:
                 module.set_adapter(names, inference_mode=inference_mode)
+        self._follow_merge()  # PEFT has unmerged the layers
 
     def rename_adapter(self, old: str, new: str) -> None:
         """Give a loaded adapter another name; see :func:`loretta.rename_adapter`."""
@@ -131,11 +180,14 @@ class LorettaModel(BaseTuner):
             raise InputError(f"there is no adapter {old!r} to rename: loaded are {', '.join(self.peft_config)}")
         if new in self.peft_config:
             raise InputError(f"cannot rename {old!r} to {new!r}, which is the name of another loaded adapter")
+        if not new or "." in new or hasattr(nn.ModuleDict(), new):
+            raise InputError(f"cannot rename {old!r} to {new!r}: torch takes no such name for a module")
         self.peft_config[new] = self.peft_config.pop(old)
         for module in self.model.modules():
             if isinstance(module, self.layer_cls):
                 module.rename_adapter(old, new)
         rename_copies(self.model, old, new)
+        self._follow_merge()
         self.active_adapter = [new if name == old else name for name in self.active_adapters]
 
     def _check_merge_allowed(self) -> None:
@@ -163,8 +215,10 @@ class LorettaModel(BaseTuner):
         unknown = set(adapter_names) - known - {"__base__"}
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
-        # beam search repeats every row; the encoder of an encoder-decoder model still sees the rows once
-        beams = kwargs.get("num_beams") or 1
+        # generation may repeat every row; the encoder of an encoder-decoder model still sees the rows once
+        generation = kwargs.get("generation_config")
+        copies = ("num_beams", "num_return_sequences")  # of every row; transformers makes as many as the larger says
+        beams = max(kwargs.get(option) or getattr(generation, option, None) or 1 for option in copies)
         repeated = [name for name in adapter_names for _ in range(beams)]
         encoder = self.model.get_encoder() if beams > 1 and hasattr(self.model, "get_encoder") else None
         once = set(encoder.modules()) if encoder is not None and encoder is not self.model else set()
