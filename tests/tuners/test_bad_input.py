@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from torch import nn
+from tolerances import assert_near
+from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from tuners.families import build, logits
-from tuners.wrapped import CONFIGS, config_for, every_method, wrap
+from tuners.wrapped import CONFIGS, config_for, every_method, trained, wrap
 
 from loretta import InputError, get_peft_model
 
@@ -210,3 +211,41 @@ def test_only_one_adapter_may_train_biases_of_the_base(method):
         model.add_adapter("other", config_for(method, task_type="CAUSAL_LM", bias="all"))
     assert_same(before, state(model))
     assert list(model.peft_config) == ["default"]
+
+
+class TorchEncoder(nn.Module):
+    """A block of torch's own, which has kernels that read the weights of its parts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.block(x))
+
+
+@every_method
+@pytest.mark.parametrize(
+    ("target", "words"), [("out_proj", "'block.self_attn.out_proj'.*exclude_modules"), ("linear1", "set_fastpath")]
+)
+def test_targets_that_torch_reads_without_calling_them_are_refused(target, words, method):
+    model = TorchEncoder()
+    names = set(model.state_dict())
+    with pytest.raises(InputError, match=words):
+        get_peft_model(model, config_for(method, target_modules=[target]))
+    assert set(model.state_dict()) == names
+
+
+@every_method
+def test_torchs_encoder_without_its_fast_path_evaluates_what_it_trains(method, monkeypatch):
+    monkeypatch.setattr(torch.backends.mha, "_is_fastpath_enabled", False)
+    model = get_peft_model(TorchEncoder(), config_for(method, target_modules=["linear1", "linear2"])).eval()
+    x = torch.randn(2, 3, 16)
+    with torch.no_grad():
+        before = model(x)
+    trained(model)
+    with torch.no_grad():
+        after = model(x)
+    assert_near("as with gradients", after, model(x).detach())
+    assert not torch.allclose(after, before)

@@ -2,10 +2,12 @@
 
 import copy
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
@@ -53,6 +55,7 @@ class LorettaModel(BaseTuner):
             targeted.modules_to_save = [*(config.modules_to_save or []), *head_names(model, config)]
             placements = [self.place(config, name, _base_of(m)) for name, m in matched_modules(targeted, model)]
             _check_signature(config, placements)
+            _check_called(model, [placement.name for placement in placements])
         copy_cost(model, config)
         names = install_copies(model, config, adapter_name)
         given = list(dict.fromkeys(config.modules_to_save or [])) or None
@@ -280,6 +283,24 @@ def _check_signature(config: LorettaConfig, placements: list[Placement]) -> None
             f"this adapter was trained for another base model: it adapts {config.base_signature}, and this model has "
             f"{signature}; load it with '{base}'"
         )
+
+
+def _check_called(model: nn.Module, targets: Iterable[str]) -> None:
+    """Refuse targets of which torch's own attention reads the weights alone: an adapter would have no effect."""
+    for name in targets:
+        parts = name.split(".")
+        *_, parent = above = [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
+        if isinstance(parent, nn.MultiheadAttention):
+            raise InputError(
+                f"the target '{name}' is a part of torch's MultiheadAttention, which reads its weight without calling "
+                "it: an adapter would do nothing; leave it out with exclude_modules"
+            )
+        in_encoder = any(isinstance(module, nn.TransformerEncoderLayer) for module in above)
+        if in_encoder and torch.backends.mha.get_fastpath_enabled():
+            raise InputError(
+                f"the target '{name}' lies in torch's TransformerEncoderLayer, which in evaluation reads its weights "
+                "without calling it: call torch.backends.mha.set_fastpath_enabled(False) first"
+            )
 
 
 def _base_of(module: nn.Module) -> nn.Module:
