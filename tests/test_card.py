@@ -138,6 +138,15 @@ def test_metadata(tmp_path):
     assert 'from_pretrained("someone/some-model")' in card.text
 
 
+def test_dense_adapters_are_not_called_trains(tmp_path):
+    model, _ = wrap("llama", "adp", dense=True)
+    model.save_pretrained(tmp_path)
+    described = (tmp_path / "README.md").read_text(encoding="utf-8").split("## What was trained")[1]
+    assert "| `o_proj` | 2 | 32 x 64 | 64 x 32 |" in described
+    assert "| matrices of the adapters | 16,384 | all |" in described
+    assert not re.search(r"rank|train down|cores", described)
+
+
 @pytest.mark.parametrize("is_absolute", [True, False])
 def test_the_path_of_a_local_base_is_no_metadata(is_absolute, tmp_path, monkeypatch):
     """The Hub refuses a card whose base_model is not the name of a model there."""

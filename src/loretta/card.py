@@ -116,6 +116,7 @@ def _render(config: Mapping[str, Any], base: str | None, folder: Path, **about_r
             config=config,
             method=config["peft_type"].removeprefix("LORETTA_").lower(),
             base=_short(base),
+            dense=config.get("dense", False),
             loader=_loader(config, base, shapes),
             kinds=_kinds(config, shapes),
             trains=_trains(config),
@@ -184,15 +185,15 @@ def _loader(config: Mapping[str, Any], base: str | None, shapes: Shapes) -> Mapp
 
 def _kinds(config: Mapping[str, Any], shapes: Shapes) -> list[tuple[str, int, str]]:
     """(kind, scalars in the file, what of them is trained), without kinds that do not occur."""
-    counts = Counter[str]()
+    counts, cores = Counter[str](), "matrices of the adapters" if config.get("dense") else "cores of the trains"
     for key, shape in shapes.items():
-        counts[_kind(key, shapes)] += math.prod(shape)
+        counts[cores if _TRAIN.search(key) else _kind(key, shapes)] += math.prod(shape)
     trained = {
         "starting values and copies": "none",
         "head and other modules saved whole": _FROZEN_HEADS.get(config["train_head"], "all"),
     }
     kinds = (
-        "cores of the trains",
+        cores,
         "biases",
         "layer norms",
         "head and other modules saved whole",
@@ -205,8 +206,6 @@ def _kind(key: str, shapes: Shapes) -> str:
     module, _, name = key.rpartition(".")
     if _NOT_TRAINED.search(key):
         return "starting values and copies"
-    if _TRAIN.search(key):
-        return "cores of the trains"
     beside = [other for other in shapes if other.startswith(f"{module}.") and other != key]
     if module.endswith(".loretta_adp_bias") or (name == "bias" and not beside):
         return "biases"
@@ -215,12 +214,16 @@ def _kind(key: str, shapes: Shapes) -> str:
 
 
 def _trains(config: Mapping[str, Any]) -> list[tuple[str, int, str, str]]:
-    """(ending of the modules' names, how many, train down to the bottleneck, train up from it) for each size."""
+    """(ending of the modules' names, how many, train or matrix down to the bottleneck, and up) for each size."""
     bottleneck = config["r"] if "r" in config else config["bottleneck_size"]
     rows = []
     for kind in _SIGNATURE.finditer(config["base_signature"] or ""):
         sizes = (int(kind["in"]), bottleneck), (bottleneck, int(kind["out"]))
-        down, up = (_train(tt.plan(*size, rank=config["tensor_rank"], overrides=config["shapes"])) for size in sizes)
+        if config.get("dense"):
+            down, up = (f"{rows_in} x {columns}" for rows_in, columns in sizes)
+        else:
+            shapes = (tt.plan(*size, rank=config["tensor_rank"], overrides=config["shapes"]) for size in sizes)
+            down, up = map(_train, shapes)
         rows.append((kind["module"], int(kind["count"]), down, up))
     return rows
 
