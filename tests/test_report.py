@@ -134,6 +134,10 @@ def test_the_table_says_what_the_record_says():
     }
 
 
+def test_a_peak_that_an_earlier_run_of_the_process_hid_is_no_number():
+    assert page(record(peak_memory_bytes=0)).table()["adp"]["Cost/peak memory"] == ("–", None)
+
+
 def test_the_rest_of_the_page_says_it_too():
     one = record()
     got = page(one, notes=["first note", "second note"])

@@ -187,6 +187,27 @@ def test_what_is_missing_is_listed_with_its_reason(folder: Path):
     assert "OutOfMemoryError: no room" in report_on(folder, "md")
 
 
+def test_what_misses_alike_is_one_row(tmp_path: Path):
+    made = Folder(tmp_path)
+    for task in ("sst2", "mrpc"):
+        made.score("big", task, (0.9, None))
+        made.score("small", task, (None,))
+        shutil.rmtree(tmp_path / f"tiny/{task}/small/s0")
+    rows = [[text for text, _ in row] for row in Page(report_on(made.write(), "html")).rows]
+    assert rows[-2:] == [
+        ["Big", "tiny", "sst2, mrpc", "1", "failed", "OutOfMemoryError: no room", "tiny/sst2/big/s1, tiny/mrpc/big/s1"],
+        ["Small", "tiny", "sst2, mrpc", "0", "waiting", "not started", "–"],
+    ]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_a_damaged_record_is_missing_and_the_rest_is_shown(form: str, folder: Path):
+    (folder / "tiny/sst2/small/s0/run.json").write_text("{}")
+    text = report_on(folder, form)
+    assert "is not a run.json" in text or form == "latex"
+    assert "78.50" in text or form in ("csv", "json")
+
+
 def test_a_study_without_a_finished_run_is_a_page_of_dashes(tmp_path: Path):
     made = Folder(tmp_path)
     made.score("big", "sst2", (None, None))
@@ -291,6 +312,29 @@ def test_what_is_forgotten_is_counted_seed_by_seed(tmp_path: Path):
     assert shades[0] == "background: rgba(var(--heat), 0.34)"
 
 
+def test_the_notes_of_an_adapter_are_of_the_task_that_it_was_trained_on(tmp_path: Path):
+    made = Folder(tmp_path, view="sequence", sequence=True)
+    order = ("sst2", "mrpc")
+    for task, note in (("sst2", "of sst2"), ("sst2-mrpc", "of mrpc")):
+        made.add("small", task, 0, run_record({}, notes=[note]), order=order, evaluate=order)
+        evaluated = {name: {"accuracy": 0.5} for name in order}
+        (tmp_path / f"tiny/{task}/small/s0/evaluations.json").write_text(json.dumps(evaluated))
+    assert Page(report_on(made.write(), "html")).texts["li"] == ["sst2: of sst2", "mrpc: of mrpc"]
+
+
+def test_bars_end_where_scores_do(tmp_path: Path):
+    made = Folder(tmp_path, view="ranks", tasks=["sst2"])
+    made.score("small", "sst2", (0.8, 0.9), args={"tensor_rank": 2})
+    made.score("big", "sst2", (0.500, 0.501), args={"tensor_rank": 2})
+    (group, _) = section_of(collect(made.write()), tmp_path).groups
+    (chart,) = group.charts
+    small, big = chart.lines[:2]
+    # half widths 12.706205 * 0.05 and 12.706205 * 0.0005
+    assert (small.low, small.high) == (pytest.approx([85 - 63.531], abs=1e-3), [100.0])
+    assert (big.low, big.high) == (pytest.approx([50.05 - 0.635], abs=1e-3), pytest.approx([50.05 + 0.635], abs=1e-3))
+    assert chart.note.startswith("Bars: 95% interval over seeds, cut off where no score can be.")
+
+
 def test_ranks_are_those_of_the_runs(tmp_path: Path):
     rows = [
         {"name": "r2", "label": "Adp, rank 2", "method": "loretta_adp", "model": "tiny", "printed": {"sst2": 91}},
@@ -339,9 +383,13 @@ def test_costs_are_compared_with_the_first_row(tmp_path: Path):
         {"name": "b", "label": "B", "method": "ia3", "printed": {"flops": 3e15, "memcpy_us": 4000}},
     ]
     made = Folder(tmp_path, view="cost", kind="cost", scale=1, tasks=["sst2"], rows=rows)
-    made.add("a", "sst2", 0, {"flops": 10**9, "memcpy_us": 200.0, "parameters": 7, "bytes": 28, "notes": ["n"]})
+    timed = {"flops": 10**9, "memcpy_us": 200.0, "parameters": 7, "bytes": 28, "notes": ["n"], "device": "a CPU"}
+    made.add("a", "sst2", 0, timed)
     made.add("b", "sst2", 0, {"flops": 2 * 10**9, "memcpy_us": None, "parameters": 8, "bytes": 32, "notes": ["no GPU"]})
-    page = Page(report_on(made.write(), "html"))
+    page = Page(report_on(made.write(limit=20), "html"))
+    assert "a CPU" in page.texts["dd"]
+    assert {"memory copies (µs): 200, 1 seed", "FLOPs: 1e+09, 1 seed"} <= set(page.texts["h4"])
+    assert not any("rows of each split" in note for note in page.texts["li"]), "no data is read"
     rows_of = {row[0][0]: [text for text, _ in row[1:]] for row in page.rows}
     assert rows_of["A"][:5] == ["7", "200", "1.000", "1,000", "1.000"]
     found = {row[0][0]: [text for text, _ in row[1:]] for row in page.rows if len(row) == 10}
@@ -396,12 +444,14 @@ def test_other_models_and_cut_data_are_said(tmp_path: Path):
         {"name": "big", "label": "Big", "method": "lora", "model": "large", "printed": {"sst2": 75.5}},
     ])  # fmt: skip
     made.score("big", "sst2", (0.9,), notes=["one", "two"])
+    made.score("big", "mrpc", (0.9,), notes=["one", "two"])
     page = Page(report_on(made.write(limit=20), "html"))
     assert page.texts["li"] == [
         "The paper's numbers are for large, these runs are of tiny.",
         "At most 20 rows of each split were used, so the scores are not those of the whole task.",
-        "sst2: one; two",
+        "sst2, mrpc: one; two",
     ]
+    assert "% sst2, mrpc: one; two" in report_on(tmp_path, "latex").splitlines()
     assert "paper" not in page.texts["desc"][0], "the paper's point is of another model"
 
 

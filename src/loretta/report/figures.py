@@ -227,10 +227,10 @@ def _legend(chart: Chart) -> list[Line]:
 
 
 def _steps_per_decade(chart: Chart) -> tuple[int, ...]:
-    """Ticks at 1, 2 and 5 where the values span few decades."""
+    """The more ticks, the fewer decades the values span."""
     values = [x for line in chart.lines for x in line.x if x > 0]
     decades = math.log10(max(values) / min(values)) if values else 0
-    return (1, 2, 5) if decades < 1.5 else (1, 3) if decades < 2.5 else (1,)
+    return (1, 2, 3, 5, 7) if decades < 0.8 else (1, 2, 5) if decades < 1.5 else (1, 3) if decades < 2.5 else (1,)
 
 
 def compact(value: float) -> str:

@@ -105,7 +105,11 @@ def _columns(records: Sequence[RunRecord]) -> list[tuple[Column, Callable[[RunRe
         (Column("Trainable parameters", "of model", "share of all parameters of the model"), _share),
         (Column("Cost", "adapter", "size of the saved adapter on disk"), lambda r: tables.size(r.adapter_bytes)),
         (Column("Cost", "time (s)", "seconds of training"), lambda r: tables.seconds(r.train_seconds)),
-        (Column("Cost", "peak memory", "above the process's start"), lambda r: tables.size(r.peak_memory_bytes)),
+        # 0: on a CPU the peak is the process's, and an earlier run of the process took more
+        (
+            Column("Cost", "peak memory", "above the process's start"),
+            lambda r: tables.size(r.peak_memory_bytes or None),
+        ),
         (Column("Run", "best step", "the step whose adapter was kept"), lambda r: tables.count(r.best_step)),
         (Column("Run", "seed"), lambda r: Cell(str(r.seed))),
     ]

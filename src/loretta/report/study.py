@@ -6,15 +6,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loretta.errors import InputError
 from loretta.report import page
 from loretta.report.figures import Look
 from loretta.report.study_figures import Group, figures_of
-from loretta.report.study_tables import Anchors, key_of, printed_models, tables_of, with_half
-from loretta.report.tables import Cell, Column, Row, Table
+from loretta.report.study_tables import QUANTITIES, Anchors, key_of, printed_models, record_of, tables_of, with_half
+from loretta.report.tables import MISSING, Cell, Column, Row, Table
 from loretta.studies.results import AVERAGE, Results, Score, find_row
 from loretta.studies.results import Cell as Measured
-from loretta.studies.state import state_of
-from loretta.training.record import RunRecord
+from loretta.studies.state import measured, state_of
+from loretta.studies.study import Planned
 
 SHOWN = {"models", "tasks", "methods"}  # options that the page shows as what was run
 
@@ -91,8 +92,9 @@ def title_of(sections: Sequence[Section]) -> str:
 def _facts(results: Results, root: Path) -> dict[str, str]:
     runs = [run for run in results.planned if not run.candidate]
     states = [(run, state_of(root, run)[0]) for run in runs]
-    finished = [run for run, state in states if state == "finished" and run.kind == "train"]
-    records = [RunRecord.load(root / run.folder / "run.json") for run in finished]
+    finished = [run for run, state in states if state == "finished"]
+    records = [record for run in finished if (record := record_of(root, run)) is not None]
+    devices = [record.device for record in records] or [_timed_on(root, run) for run in finished if run.kind == "cost"]
     counts = Counter(state for _, state in states)
     others = "".join(f", {count} {state}" for state, count in counts.items() if state != "finished")
     options = {key: value for key, value in results.options.items() if value and key not in SHOWN}
@@ -104,10 +106,18 @@ def _facts(results: Results, root: Path) -> dict[str, str]:
         "Tasks": _listed(task for run in runs for task in run.order or (run.task,)),
         "Runs": f"{counts['finished']} of {len(runs)} finished{others}",
         "Options": " · ".join(f"{key.replace('_', ' ')} {_words(value)}" for key, value in options.items()),
-        "Device": _listed(record.device for record in records),
+        "Device": _listed(filter(None, devices)),
         "Versions": _listed(versions),
     }
     return {name: value for name, value in facts.items() if value}
+
+
+def _timed_on(root: Path, run: Planned) -> str:
+    """The device of a measured run; "" where nothing was timed."""
+    try:
+        return measured(root / run.folder / "cost.json").get("device") or ""
+    except InputError:
+        return ""
 
 
 def _listed(values: Iterable[str]) -> str:
@@ -138,7 +148,7 @@ def _notes(results: Results) -> list[str]:
     if others:
         models = " and ".join(printed_models(cells))
         notes.append(f"The paper's numbers are for {models}, these runs are of {' and '.join(sorted(others))}.")
-    if limit := results.options.get("limit"):
+    if (limit := results.options.get("limit")) and results.study.kind == "train":
         notes.append(f"At most {limit:,} rows of each split were used, so the scores are not those of the whole task.")
     own = [cell for cell in results.cells if cell.task != AVERAGE]
     if few := sum(0 < cell.finished < cell.asked for cell in own):
@@ -150,14 +160,19 @@ def _notes(results: Results) -> list[str]:
     notes += [f"{row.label}: {row.note}" for row in rows if row and row.note]
     of_task: dict[str, dict[str, None]] = {}
     for cell in cells:
-        of_task.setdefault(cell.task if results.study.kind == "train" else "", {}).update(dict.fromkeys(cell.notes))
-    # a sentence for each task: what was done to its data
-    notes += [f"{task}: {'; '.join(words)}" if task else "; ".join(words) for task, words in of_task.items() if words]
+        # an adapter of a sequence is scored on every task, but its notes are of the task that it was trained on
+        task = cell.task if cell.stage is None else cell.order[cell.stage - 1]
+        of_task.setdefault(task if results.study.kind == "train" else "", {}).update(dict.fromkeys(cell.notes))
+    # a sentence for the tasks to whose data the same was done
+    alike: dict[str, list[str]] = {}
+    for task, words in of_task.items():
+        alike.setdefault("; ".join(words), []).append(task)
+    notes += [f"{', '.join(tasks)}: {words}" if any(tasks) else words for words, tasks in alike.items() if words]
     return list(dict.fromkeys(notes))
 
 
 def _missing(cells: Sequence[Measured]) -> Table | None:
-    """The runs without a number, those of one cell and one reason together."""
+    """The runs without a number, those of one method, the same seeds and one reason together."""
     seeds: dict[tuple[str, str, str, str, str], dict[str, int]] = {}
     for cell in cells:
         for missing in cell.missing:
@@ -167,10 +182,15 @@ def _missing(cells: Sequence[Measured]) -> Table | None:
             seeds.setdefault(key, {})[missing.folder] = missing.seed
     if not seeds:
         return None
-    rows = []
+    alike: dict[tuple[str, str, str, str, str], dict[str, list[str]]] = {}
     for (label, model, task, state, reason), folders in seeds.items():
         numbers = ", ".join(map(str, folders.values()))
-        words = [model, task, numbers, state, reason, ", ".join(folders)]
+        alike.setdefault((label, model, numbers, state, reason), {})[task] = list(folders)
+    rows = []
+    for (label, model, numbers, state, reason), of_task in alike.items():
+        # what waits left nothing to look at
+        shown = [folder for names in of_task.values() for folder in names if state != "waiting"]
+        words = [model, ", ".join(of_task), numbers, state, reason, ", ".join(shown) or MISSING]
         rows.append(Row(heads=(label,), cells=[Cell(word) for word in words]))
     columns = [Column("", name) for name in ("model", "task", "seed", "state", "reason", "folder")]
     return Table(title="Runs without a number", stubs=("Method",), columns=columns, rows=rows, of_words=True)
@@ -184,7 +204,7 @@ def _numbers(cells: Iterable[Measured], anchors: Anchors, scale: float) -> dict[
             split = f" on {cell.split}" if cell.split else ""
             metric = f"{cell.metric}{split} " if cell.metric != cell.task else ""
             value = with_half(cell.mean, cell.high, scale)
-            title = f"{cell.task}{steps}: {metric}{value}, {cell.seeds}"
+            title = f"{QUANTITIES.get(cell.task, cell.task)}{steps}: {metric}{value}, {cell.seeds}"
             numbers.setdefault(f"{cell.label}, {cell.model}", []).append(
                 Number(anchor=anchors[key_of(cell)], title=title, scores=cell.scores)
             )

@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loretta.report.figures import QUIET, Bar, Bars, Chart, Line, Look, drawable
-from loretta.report.study_tables import QUANTITIES, by_row
+from loretta.report.study_tables import QUANTITIES, by_row, record_of
 from loretta.report.tables import size
 from loretta.studies.results import AVERAGE, Cell, Results
 from loretta.studies.show import figure
-from loretta.training.record import Point, RunRecord
+from loretta.training.record import Point
 from loretta.tuners.config import LorettaConfig
 
 SMOOTHED = 20  # evaluations, as in Figure 4
 PARAMETERS = "trained parameters"
 HOLLOW = "Hollow: the paper."
+SIGNED = ("mcc", "spearman", "pearson", AVERAGE)  # scores that can be below zero
 FRONT_NAME = "Pareto front"
 FRONT = "Dashed: the Pareto front of what was measured; nothing smaller than a point of it scores as well."
 
@@ -83,8 +84,7 @@ def _scatters(results: Results, tasks: Iterable[str], looks: Mapping[str, Look])
                 metric = next((cell.metric for cell in cells if cell.mean is not None), "")
                 better = all(cell.higher_is_better for cell in cells if cell.mean is not None)
                 notes = [
-                    "" if any(cell.low is not None for cell in cells) else "One seed each, so no intervals.",
-                    HOLLOW if any(line.hollow for line in lines) else "",
+                    _note(cells, lines),
                     "" if better else "Lower is better.",
                     FRONT if lines[-1].label == FRONT_NAME else "",
                 ]
@@ -145,12 +145,27 @@ def count_of(printed: str | None) -> float | None:
 def _line(label: str, look: Look, points: Sequence[tuple[float, Cell]], scale: float, *, joined: bool = False) -> Line:
     """The means of cells at their x, with the ends of their intervals."""
 
-    def values(name: str) -> list[float]:
-        known = [getattr(cell, name) for _, cell in points]
-        return [math.nan if value is None else drawable(scale * value) for value in known]
+    def scaled(values: Iterable[float | None]) -> list[float]:
+        return [math.nan if value is None else drawable(scale * value) for value in values]
 
-    low, high = values("low"), values("high")
-    return Line(label=label, look=look, x=[x for x, _ in points], y=values("mean"), low=low, high=high, joined=joined)
+    cells = [cell for _, cell in points]
+    ends = [_drawn_interval(cell) for cell in cells]
+    return Line(
+        label=label,
+        look=look,
+        x=[x for x, _ in points],
+        y=scaled(cell.mean for cell in cells),
+        low=scaled(low for low, _ in ends),
+        high=scaled(high for _, high in ends),
+        joined=joined,
+    )
+
+
+def _drawn_interval(cell: Cell) -> tuple[float | None, float | None]:
+    """The interval as far as scores reach: Student's of two seeds goes far beyond, and would flatten the chart."""
+    least = -1.0 if cell.metric in SIGNED else 0.0
+    most = 1.0 if cell.higher_is_better else math.inf
+    return None if cell.low is None else max(cell.low, least), None if cell.high is None else min(cell.high, most)
 
 
 def _printed(label: str, look: Look, points: Sequence[tuple[float, float]], *, joined: bool = False) -> Line:
@@ -167,7 +182,11 @@ def _task_charts(results: Results) -> Iterable[tuple[str, str, list[Cell]]]:
 
 
 def _note(cells: Iterable[Cell], lines: Iterable[Line]) -> str:
-    bars = "Bars: 95% interval over seeds." if any(cell.low is not None for cell in cells) else ""
+    known = [cell for cell in cells if cell.low is not None]
+    bars = "Bars: 95% interval over seeds" if known else "One seed each, so no intervals"
+    if any(_drawn_interval(cell) != (cell.low, cell.high) for cell in known):
+        bars += ", cut off where no score can be"
+    bars += "."
     return " ".join(filter(None, [bars, HOLLOW if any(line.hollow for line in lines) else ""]))
 
 
@@ -299,10 +318,9 @@ def _curves(results: Results, root: Path, looks: Mapping[str, Look]) -> list[Cha
     found: dict[tuple[str, str], dict[str, list[list[tuple[int, float]]]]] = {}
     labels = {}
     for run in results.planned:
-        file = root / run.folder / "run.json"
-        if run.kind == "train" and not run.candidate and file.is_file():
-            history = RunRecord.load(file).history
-            losses = [(point.step, drawable(point.values["loss"])) for point in history if _has_loss(point)]
+        record = record_of(root, run) if run.kind == "train" and not run.candidate else None
+        if record is not None:
+            losses = [(point.step, drawable(point.values["loss"])) for point in record.history if _has_loss(point)]
             rows = found.setdefault((run.model, run.task), {})
             rows.setdefault(run.row, []).append([(step, loss) for step, loss in losses if not math.isnan(loss)])
             labels[run.row] = run.label
@@ -329,7 +347,7 @@ def _curves(results: Results, root: Path, looks: Mapping[str, Look]) -> list[Cha
                     title=_titled(results, model, task),
                     y_label="validation loss",
                     lines=lines,
-                    note=f"Mean and standard deviation of all seeds over {_span(windows)}.",
+                    note=f"Line and band: mean and standard deviation of all seeds over {_span(windows)}.",
                 )
             )
     return charts

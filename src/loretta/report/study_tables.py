@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+from loretta.errors import InputError
 from loretta.report.figures import Look
 from loretta.report.tables import MISSING, Cell, Column, Row, Table, count, number, seconds, size
 from loretta.studies.results import AVERAGE, Results, Score, find_row, interval
@@ -38,6 +39,14 @@ def tables_of(results: Results, root: Path, anchors: Anchors, looks: Mapping[str
         tables += [_trains(results, model, root) for model in models]
     tables.append(_tried(results, root))
     return [table for table in tables if table.rows]
+
+
+def record_of(root: Path, run: Planned) -> RunRecord | None:
+    """What a run wrote down; None where there is nothing, or it is damaged: the results say so with the run."""
+    try:
+        return RunRecord.load(root / run.folder / "run.json")
+    except InputError:
+        return None
 
 
 def by_row(cells: Iterable[Measured]) -> dict[tuple[str, tuple[str, ...]], dict[str, Measured]]:
@@ -170,8 +179,8 @@ def _forgetting(results: Results, model: str, anchors: Anchors) -> Table:
         stubs=("Method", "State"),
         columns=[Column("", task) for task in study.tasks],
         rows=rows,
-        caption="Validation scores after each task of the sequence, darker for higher ones. Forgotten: the score right "
-        "after a task's own training less the score at the end, seed by seed.",
+        caption="Validation scores after each task of the sequence, a stronger colour for higher ones. Forgotten: the "
+        "score right after a task's own training less the score at the end, seed by seed.",
     )
 
 
@@ -278,10 +287,9 @@ def _tried(results: Results, root: Path) -> Table:
 def _one_try(results: Results, root: Path, run: Planned) -> str:
     config = run.config or {}
     settings = f"{config.get('learning_rate')} and {config.get('batch_size')}"
-    file = root / run.folder / "run.json"
-    if not file.is_file():
+    record = record_of(root, run)
+    if record is None:
         return f"{settings}: not finished"
-    record = RunRecord.load(file)
     name = results.study.metrics.get(run.task, record.metric)
     # answers are generated for the test split alone: there the loss decides
     name = name if name in record.validation else "loss"

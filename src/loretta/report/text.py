@@ -129,7 +129,7 @@ def studies_markdown(title: str, sections: Sequence[Section]) -> str:
                 [
                     *section.commands,
                     *(
-                        f"# {heading}, {number.title}, seed {score.seed}: {score.value}\n{score.repeat}".rstrip()
+                        f"# {heading}, {number.title}, seed {score.seed}: {score.value:.12g}\n{score.repeat}".rstrip()
                         for heading, numbers in section.numbers.items()
                         for number in numbers
                         for score in number.scores
@@ -142,8 +142,10 @@ def studies_markdown(title: str, sections: Sequence[Section]) -> str:
 
 
 def studies_latex(sections: Sequence[Section]) -> str:
-    """The page's tables."""
-    return latex((table, [section.title, *section.commands]) for section in sections for table in section.tables)
+    """The page's tables, and as comments what must be known of their numbers."""
+    return latex(
+        (table, [section.title, *section.commands, *section.notes]) for section in sections for table in section.tables
+    )
 
 
 def studies_json(studies: Sequence[Results]) -> str:
