@@ -114,7 +114,10 @@ def _scatter(cells: Sequence[Cell], scale: float, looks: Mapping[str, Look]) -> 
     for cell in cells:
         counted = count_of(cell.printed_parameters)
         if cell.printed is not None and counted is not None and cell.printed_model == cell.model:
-            lines.append(_printed(f"{cell.label}, paper", looks[cell.row], [(counted, cell.printed)]))
+            # without a point of its own the row would not be in the legend
+            alone = cell not in points
+            printed = [(counted, cell.printed)]
+            lines.append(_printed(f"{cell.label}, paper", looks[cell.row], printed, in_legend=alone))
     on_front = pareto([(cell.parameters or 0, cell.mean or 0.0) for cell in points], higher=points[0].higher_is_better)
     if len(on_front) > 1:
         corners = [points[k] for k in on_front]
@@ -168,9 +171,11 @@ def _drawn_interval(cell: Cell) -> tuple[float | None, float | None]:
     return None if cell.low is None else max(cell.low, least), None if cell.high is None else min(cell.high, most)
 
 
-def _printed(label: str, look: Look, points: Sequence[tuple[float, float]], *, joined: bool = False) -> Line:
+def _printed(
+    label: str, look: Look, points: Sequence[tuple[float, float]], *, joined: bool = False, in_legend: bool = False
+) -> Line:
     x, y = ([point[k] for point in points] for k in (0, 1))
-    return Line(label=label, look=look, x=x, y=y, joined=joined, hollow=True, in_legend=False)
+    return Line(label=label, look=look, x=x, y=y, joined=joined, hollow=True, in_legend=in_legend)
 
 
 def _task_charts(results: Results) -> Iterable[tuple[str, str, list[Cell]]]:

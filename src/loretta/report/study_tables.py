@@ -118,9 +118,9 @@ def _scores(results: Results, model: str, anchors: Anchors, looks: Mapping[str, 
     columns = [
         Column("Trained parameters", "measured"),
         *([Column("Trained parameters", "paper")] if from_paper else []),
+        *(Column(scored, task, detail=metrics.get(task, "")) for task in tasks),
         Column("Cost", "adapter", "size of the saved adapter on disk"),
         Column("Cost", "time (s)", "seconds of training, the mean of all runs of the row"),
-        *(Column(scored, task, detail=metrics.get(task, "")) for task in tasks),
     ]
     rows = []
     for (row, order), of_task in by_row(cells).items():
@@ -132,9 +132,9 @@ def _scores(results: Results, model: str, anchors: Anchors, looks: Mapping[str, 
                 cells=[
                     _parameters(known),
                     *([Cell(known[0].printed_parameters or MISSING)] if from_paper else []),
+                    *(measured(of_task.get(task), study.scale, anchors) for task in tasks),
                     size(next((cell.adapter_bytes for cell in known if cell.adapter_bytes is not None), None)),
                     seconds(statistics.fmean(times)) if times else Cell(MISSING),
-                    *(measured(of_task.get(task), study.scale, anchors) for task in tasks),
                 ],
                 look=looks.get(row),
             )
