@@ -320,6 +320,17 @@ def test_what_is_forgotten_is_counted_seed_by_seed(tmp_path: Path):
     assert shades[0] == "background: rgba(var(--heat), 0.34)"
 
 
+def test_a_sequence_may_be_cut_to_some_of_its_tasks(tmp_path: Path):
+    made = Folder(tmp_path, view="sequence", sequence=True)
+    order = ("mrpc",)
+    made.add("big", "mrpc", 0, run_record({}), order=order, evaluate=order)
+    (tmp_path / "tiny/mrpc/big/s0/evaluations.json").write_text('{"mrpc": {"accuracy": 0.7}}')
+    page = Page(report_on(made.write(), "html"))
+    rows = {tuple(text for text, _ in row[:2]): [text for text, _ in row[2:]] for row in page.rows}
+    assert rows["Big", "after mrpc"] == ["70.00"]
+    assert rows["Big", "forgotten"] == ["–"]
+
+
 def test_the_notes_of_an_adapter_are_of_the_task_that_it_was_trained_on(tmp_path: Path):
     made = Folder(tmp_path, view="sequence", sequence=True)
     order = ("sst2", "mrpc")

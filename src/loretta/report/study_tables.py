@@ -166,18 +166,20 @@ def _forgetting(results: Results, model: str, anchors: Anchors) -> Table:
     of_row: dict[tuple[str, tuple[str, ...]], dict[tuple[int, str], Measured]] = {}
     for cell in cells:
         of_row.setdefault((cell.row, cell.order), {})[cell.stage or 0, cell.task] = cell
+    trained = {task for _, order in of_row for task in order}
+    tasks = [task for task in study.tasks if task in trained]  # a sequence may be cut to some of them
     rows = []
     for (_, order), found in of_row.items():
         label = next(iter(found.values())).label
         for stage in range(1, len(order) + 1):
-            shown = [_shaded(found.get((stage, task)), study.scale, anchors) for task in study.tasks]
+            shown = [_shaded(found.get((stage, task)), study.scale, anchors) for task in tasks]
             rows.append(Row(heads=(label, f"after {' → '.join(order[:stage])}"), cells=shown))
-        lost = [_lost(found, task, order, study.scale) for task in study.tasks]
+        lost = [_lost(found, task, order, study.scale) for task in tasks]
         rows.append(Row(heads=(label, "forgotten"), cells=lost))
     return Table(
         title=f"What is forgotten, {model}",
         stubs=("Method", "State"),
-        columns=[Column("", task) for task in study.tasks],
+        columns=[Column("", task) for task in tasks],
         rows=rows,
         caption="Validation scores after each task of the sequence, a stronger colour for higher ones. Forgotten: the "
         "score right after a task's own training less the score at the end, seed by seed.",
@@ -192,8 +194,10 @@ def _shaded(cell: Measured | None, scale: float, anchors: Anchors) -> Cell:
 
 
 def _lost(found: Mapping[tuple[int, str], Measured], task: str, order: tuple[str, ...], scale: float) -> Cell:
+    if task not in order[:-1]:
+        return Cell(MISSING)
     own, last = found.get((order.index(task) + 1, task)), found.get((len(order), task))
-    if task == order[-1] or own is None or last is None:
+    if own is None or last is None:
         return Cell(MISSING)
     before, after = _by_seed(own.scores), _by_seed(last.scores)
     lost = [before[seed] - after[seed] for seed in sorted(before.keys() & after.keys())]
