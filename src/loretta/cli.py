@@ -94,7 +94,9 @@ _NOT_IN_CONFIG = {"config", "sets", "resume", "overwrite", "as_json"}
 @app.command("eval")
 def evaluate(
     run: RunFolder,
-    data: Annotated[str | None, typer.Option(help="Other data with the same labels; default: the run's.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Other data with the same columns and labels, of a file all rows.")
+    ] = None,
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "validation",
     model: Model = None,
     cpu: Cpu = None,
@@ -110,7 +112,9 @@ def evaluate(
     loaded = load_run(run, model=model, cpu=bool(cpu))
     config = loaded.config
     if data is not None:
-        config = config.model_copy(update={"data": data, "validation": None, "test": None, "limit": None})
+        # a file is its own validation file: no rows are held out of it
+        validation = data if Path(data).is_file() else None
+        config = config.model_copy(update={"data": data, "validation": validation, "test": None, "limit": None})
     values = score(loaded, load_config_task(config), split)
     if as_json:
         _print_json({"run": str(run), "split": split, **values})
@@ -134,15 +138,20 @@ def predict(
         raise InputError("give either a FILE or --text (repeatable), and not both")
     if output is not None and output.suffix not in (".csv", ".jsonl"):
         raise InputError(f"--output '{output}' must end in .csv or .jsonl")
-    from loretta.training.predict import load_run
+    from loretta.training.predict import load_run, text_columns
     from loretta.training.predict import predict as apply
 
     loaded = load_run(run, model=model, cpu=bool(cpu))
-    names = [loaded.config.text or "text", *([loaded.config.text_pair] if loaded.config.text_pair else [])]
     if file is not None:
         from loretta.tasks.read import read_columns
 
-        columns = read_columns(file, names)
+        columns = read_columns(file, names := text_columns(loaded))
+        for name in names:
+            if None in columns[name]:
+                at = columns[name].index(None) + 1
+                raise InputError(
+                    f"row {at} of '{file}' has nothing in the column {name!r}: fill it or leave the row out"
+                )
         texts = [[str(value) for value in columns[name]] for name in names]
     else:
         texts = [list(text or []), *([list(text_pair)] if text_pair else [])]

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from training_data import sentences
 
 from loretta import cli
 
@@ -55,6 +56,27 @@ def test_eval_scores_the_loaded_adapter(trained, capsys):
     run = json.loads((trained / "run.json").read_text())
     assert status == 0
     assert json.loads(out)["accuracy"] == pytest.approx(run["validation"]["accuracy"])
+
+
+def test_eval_scores_all_rows_of_another_file(trained, capsys, tmp_path):
+    other = tmp_path / "other.csv"
+    rows = [*((f"{text} again", label) for text, label in sentences(40)), ("a plot and a good film", "neg")]
+    with other.open("w", newline="") as file:
+        csv.writer(file).writerows([("review", "mood"), *rows])
+    status, out, _ = call(capsys, "eval", trained, "--data", other, "--cpu", "--json")
+    assert status == 0
+    accuracy = json.loads(out)["accuracy"]
+    status, out, _ = call(capsys, "predict", trained, other, "--cpu", "--json")
+    labels = [row["label"] for row in json.loads(out)]
+    assert accuracy == pytest.approx(sum(a == b for a, (_, b) in zip(labels, rows, strict=True)) / 41)
+
+
+def test_predict_names_an_empty_cell(trained, capsys, tmp_path):
+    (tmp_path / "new.jsonl").write_text('{"review": "a good film"}\n{"review": null}\n')
+    status, _, err = call(capsys, "predict", trained, tmp_path / "new.jsonl", "--cpu")
+    assert status == 2
+    assert "row 2 of" in err
+    assert "'review'" in err
 
 
 @pytest.mark.parametrize("ending", [".csv", ".jsonl"])
