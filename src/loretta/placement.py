@@ -93,6 +93,20 @@ def not_adaptable(model: nn.Module) -> dict[str, str]:
     return reasons
 
 
+def expand_targets(config: LorettaConfig, model: nn.Module) -> LorettaConfig:
+    """``config``, with "all-linear" replaced by the names of those layers, as PEFT does.
+
+    What torch's attention reads without calling it is left out: an adapter there would do nothing.
+    """
+    everything = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+    config = _maybe_include_all_linear_layers(config, model)
+    if everything:
+        attentions = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
+        inside = {f"{name}.{child}" for name in attentions for child, _ in model.get_submodule(name).named_children()}
+        config.target_modules = sorted(set(config.target_modules or ()) - inside)
+    return config
+
+
 def matched_modules(
     config: LorettaConfig, model: nn.Module, *, required: bool = True
 ) -> Iterator[tuple[str, nn.Module]]:
@@ -100,7 +114,7 @@ def matched_modules(
 
     Raises InputError that lists what could be targeted instead when nothing matches and something is ``required``.
     """
-    config = _maybe_include_all_linear_layers(config, model)
+    config = expand_targets(config, model)
     if config.target_modules == DUMMY_TARGET_MODULES:  # PEFT's word for "adapt nothing"
         return
     found = False

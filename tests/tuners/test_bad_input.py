@@ -238,6 +238,13 @@ def test_targets_that_torch_reads_without_calling_them_are_refused(target, words
 
 
 @every_method
+def test_all_linear_leaves_out_what_an_adapter_would_not_change(method, monkeypatch):
+    monkeypatch.setattr(torch.backends.mha, "_is_fastpath_enabled", False)
+    model = get_peft_model(TorchEncoder(), config_for(method, target_modules="all-linear"))
+    assert sorted(model.targeted_module_names) == ["block.linear1", "block.linear2", "head"]
+
+
+@every_method
 def test_torchs_encoder_without_its_fast_path_evaluates_what_it_trains(method, monkeypatch):
     monkeypatch.setattr(torch.backends.mha, "_is_fastpath_enabled", False)
     model = get_peft_model(TorchEncoder(), config_for(method, target_modules=["linear1", "linear2"])).eval()

@@ -19,7 +19,7 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from loretta.errors import InputError
-from loretta.placement import Placement, matched_modules
+from loretta.placement import Placement, expand_targets, matched_modules
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.contraction import Contraction
 from loretta.tuners.extras import AdapterCopy, copy_cost, head_names, install_copies, rename_copies
@@ -49,7 +49,7 @@ class LorettaModel(BaseTuner):
         keep_differentiable(model)
         config = self.peft_config[adapter_name]
         self._check_new_adapter_config(config)
-        config = self._prepare_adapter_config(config, self.get_model_config(model))
+        config = expand_targets(self._prepare_adapter_config(config, self.get_model_config(model)), model)
         if state_dict is None:
             targeted = copy.copy(config)
             targeted.modules_to_save = [*(config.modules_to_save or []), *head_names(model, config)]
