@@ -1,5 +1,6 @@
 """Load a base model, wrap it with a method, load a saved adapter: each with one clear sentence when it fails."""
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -103,7 +104,10 @@ def wrap(
     config = peft_config(method, base, TASK_TYPES[kind], options, head_policy)
     frozen = frozen_head(config, base, head_policy)
     try:
-        model = get_peft_model(base, config)
+        with warnings.catch_warnings():
+            # PEFT meets layer norms (LNTuning) and then handles them
+            warnings.filterwarnings("ignore", "Unsupported layer type")
+            model = get_peft_model(base, config)
     except InputError:
         raise
     except (TypeError, ValueError) as error:
