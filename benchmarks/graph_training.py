@@ -51,6 +51,8 @@ METHODS = {
     "adp": lambda task: LorettaAdpConfig(task_type=task),
 }
 WARM_UP = 20  # steps that no rate counts
+DEFAULT_RATE = 2e-3  # of the runs that are for their speed alone
+HELD_OUT = 2000  # training rows on which a learning rate is chosen
 
 
 class TimedRecorder(graphs.Recorder):
@@ -125,7 +127,19 @@ def now() -> float:
     return time.perf_counter()
 
 
-def run(model, data, args, *, graphed: bool, seed: int, batch: int, collator=None, eval_data=None, **options) -> dict:
+def run(
+    model,
+    data,
+    args,
+    *,
+    graphed: bool,
+    seed: int,
+    batch: int,
+    collator=None,
+    eval_data=None,
+    learning_rate: float = DEFAULT_RATE,
+    **options: Any,
+) -> dict:
     """Train once. Returns what was measured."""
     gc.collect()
     if args.device == "cuda":
@@ -137,7 +151,7 @@ def run(model, data, args, *, graphed: bool, seed: int, batch: int, collator=Non
             output_dir=folder,
             per_device_train_batch_size=batch,
             per_device_eval_batch_size=256,
-            learning_rate=args.learning_rate,
+            learning_rate=learning_rate,
             warmup_steps=0.06,
             logging_steps=50,
             eval_strategy="no" if eval_data is None else "epoch",
@@ -245,18 +259,40 @@ class Classification:
         return get_peft_model(base, METHODS[method]("SEQ_CLS"))
 
     def run(self, method: str, *, graphed: bool, seed: int, **options: Any) -> dict:
+        data = {"data": self.train, "eval_data": self.validation if "num_train_epochs" in options else None}
         return run(
             self.model(method, seed),
-            self.train,
-            self.args,
+            args=self.args,
             graphed=graphed,
             seed=seed,
             batch=32,
             collator=self.collator,
-            eval_data=self.validation if "num_train_epochs" in options else None,
             bf16=self.args.bf16,
-            **options,
+            **{**data, **options},
         )
+
+    def find_rates(self, rates: list[float]) -> tuple[dict[str, float], list[dict]]:
+        """The learning rate of each method that is best on held-out training rows, and what was tried."""
+        held_out = min(HELD_OUT, len(self.train) // 4)
+        tried = []
+        for method in METHODS:
+            for rate in rates if len(rates) > 1 else []:
+                found = self.run(
+                    method,
+                    graphed=True,
+                    seed=100,
+                    learning_rate=rate,
+                    num_train_epochs=self.args.epochs,
+                    data=self.train[:-held_out],
+                    eval_data=self.train[-held_out:],
+                )
+                tried.append({"method": method, "learning_rate": rate, "held_out_accuracy": found["accuracy"]})
+                print(tried[-1], flush=True)
+        best = {}
+        for method in METHODS:
+            of_method = [row for row in tried if row["method"] == method]
+            best[method] = max(of_method, key=lambda row: row["held_out_accuracy"], default={"learning_rate": rates[0]})
+        return {method: row["learning_rate"] for method, row in best.items()}, tried
 
 
 def decoder_runs(args: argparse.Namespace, report) -> None:
@@ -282,7 +318,9 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--steps", type=int, default=150, help="of the runs that are for their rate alone")
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument(
+        "--learning-rates", default=str(DEFAULT_RATE), help="of several, each method takes its best on held-out rows"
+    )
     parser.add_argument("--workers", type=int, default=2, help="processes that collate batches")
     parser.add_argument("--bf16", action="store_true", help="autocast the encoder")
     parser.add_argument("--budget", type=float, default=240.0, help="seconds after which nothing more is trained")
@@ -297,7 +335,7 @@ def main() -> None:
     head = {
         **about(args.device, "bfloat16 autocast" if args.bf16 else "float32; the decoder bfloat16"),
         "batch": 32,
-        **{key: getattr(args, key) for key in ("epochs", "learning_rate", "workers", "limit")},
+        **{key: getattr(args, key) for key in ("epochs", "workers", "limit")},
     }
     rows: list[dict] = []
     args.out.parent.mkdir(parents=True, exist_ok=True)
@@ -312,6 +350,7 @@ def main() -> None:
 
     encoder = Classification(args)
     first = min(args.steps, len(encoder.train) // 32)
+    encoder.run("lora", graphed=False, seed=0, max_steps=min(WARM_UP + 10, first))  # the first of a process is slower
     for method in METHODS:
         report(encoder.name, method, encoder.run(method, graphed=False, seed=0, max_steps=first))
     if args.device == "cuda":
@@ -319,18 +358,21 @@ def main() -> None:
         report(f"{encoder.name}, CPU alone", "rep", encoder.run("rep", graphed=True, seed=0, max_steps=4 * args.steps))
         graphs.Recorder = TimedRecorder
     decoder_runs(args, report)
+    rates, head["learning_rates"] = encoder.find_rates([float(rate) for rate in args.learning_rates.split(",")])
     for seed in range(args.seeds):
         # the plain Trainer, which is the slowest, last
         for method, graphed in (("rep", True), ("adp", True), ("lora", True), ("lora", False)):
             if in_time():
-                found = encoder.run(method, graphed=graphed, seed=seed, num_train_epochs=args.epochs)
-                report(encoder.name, method, {"seed": seed, **found})
+                options = {"learning_rate": rates[method], "num_train_epochs": args.epochs}
+                found = encoder.run(method, graphed=graphed, seed=seed, **options)
+                report(encoder.name, method, {"seed": seed, "learning_rate": rates[method], **found})
     print(json.dumps(summary(rows), indent=1))
 
 
 def summary(rows: list[dict]) -> list[dict]:
-    """For each case and method the medians over its runs, and their ratio to the plain Trainer with LoRA."""
+    """For each case and method the medians over its complete runs, and their ratio to the plain Trainer with LoRA."""
     found = []
+    rows = [row for row in rows if row["complete"]]
     for case in dict.fromkeys(row["case"] for row in rows):
         of_case = [row for row in rows if row["case"] == case]
         plain = [row["examples_per_s"] for row in of_case if row["method"] == "lora" and not row["graphs"]]
@@ -341,7 +383,7 @@ def summary(rows: list[dict]) -> list[dict]:
             entry["to_plain_lora"] = rate / statistics.median(plain) if plain else None
             if bare := [row["of_the_bare_rate"] for row in group if "of_the_bare_rate" in row]:
                 entry["of_the_bare_rate"] = statistics.median(bare)
-            if trained := [row for row in group if row.get("seed") is not None and row["complete"]]:
+            if trained := [row for row in group if row.get("seed") is not None]:
                 entry["accuracies"] = [row["accuracy"] for row in trained]
                 entry["whole_examples_per_s"] = statistics.median(row["whole_examples_per_s"] for row in trained)
             found.append(entry)

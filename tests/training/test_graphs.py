@@ -76,9 +76,15 @@ class GraphTrainer(CudaGraphTrainer, InOrder):
 
 
 class Repeats:
-    """Stands for the recorder where there is no GPU: a replay does the work again, as it was when it was recorded."""
+    """Stands for the recorder where there is no GPU: a replay does the work again, as it was when it was recorded.
+
+    Graphs share their memory, so a replay may write where the results of another one are: here it always does.
+    """
 
     trainer: GraphTrainer
+
+    def __init__(self):
+        self.results = []
 
     @staticmethod
     @contextmanager
@@ -101,7 +107,10 @@ class Repeats:
             now, parameters = state(), list(trainer.model.parameters())
             gradients = [parameter.grad for parameter in parameters]
             bring_back(*recorded)
+            for earlier in self.results:
+                earlier.fill_(float("nan"))
             result = work()
+            self.results = [tensor for tensor in result if tensor is not None]
             bring_back(*now)
             # a replay fills tensors, and puts none anywhere
             for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -184,6 +193,8 @@ def test_graphs_train_as_eager_steps_do(device, tmp_path, method):
         # an optimizer that stays outside of the graph
         ({"optim": "sgd"}, 15),
         ({"optim": "adamw_torch", "gradient_accumulation_steps": 2}, 15),
+        # batches that come from other processes
+        ({"dataloader_num_workers": 2}, 15),
     ],
     ids=str,
 )
@@ -301,7 +312,7 @@ def test_a_recording_that_is_spoilt_ends_the_training(tmp_path):
             torch.cuda.synchronize()
             return super().forward(**batch)
 
-    trainer = trainer_of(GraphTrainer, Waits(), examples(LENGTHS), tmp_path, "cuda")
+    trainer = trainer_of(GraphTrainer, Waits(), examples(LENGTHS), tmp_path, "cuda", remove_unused_columns=False)
     with pytest.raises(InputError, match="train it without CUDA graphs"):
         trainer.train()
 

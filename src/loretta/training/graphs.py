@@ -6,12 +6,13 @@ cannot launch fast enough. Here each shape of batch is recorded once, and then l
 
 import logging
 import warnings
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
 
+import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
@@ -106,6 +107,8 @@ class CudaGraphTrainer(Trainer):
             return super().get_train_dataloader()
         collator = self.data_collator
         self.data_collator = PadToBucket(collator, self._padding_token(), self._longest())
+        if self.args.dataloader_num_workers > 0:
+            self.data_collator = _AsArrays(self.data_collator)
         try:
             loader = super().get_train_dataloader()
         finally:
@@ -126,6 +129,13 @@ class CudaGraphTrainer(Trainer):
         if positions is None or not isinstance(self.model, PeftModel):
             return positions
         return positions - getattr(self.model.active_peft_config, "num_virtual_tokens", 0)
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """The batches of an update, whose arrays (see :class:`_AsArrays`) are tensors again."""
+        if self._graphs is not None and self.args.dataloader_num_workers > 0:
+            pin = self.args.dataloader_pin_memory and self.args.device.type == "cuda"
+            epoch_iterator = (_as_tensors(batch, pin=pin) for batch in epoch_iterator)
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
         # the batches are still in the memory of the CPU, and so is their number
@@ -162,6 +172,7 @@ class CudaGraphTrainer(Trainer):
             if gathers:
                 graphs.gradients.keep(model)
         if gathers and updates and self.accelerator.sync_gradients and self._has_updated():
+            loss = loss.clone()  # the graphs share their memory: that of the update may write where the loss stands
             self._replay_update(model, loss)
         return loss
 
@@ -338,6 +349,34 @@ class PadToBucket:
         for name, value in along.items():
             batch[name] = nn.functional.pad(value, (0, target - length), value=fills[name])
         return batch
+
+
+@dataclass(frozen=True, slots=True)
+class _AsArrays:
+    """A collator for worker processes, whose integers leave them as arrays.
+
+    A tensor is handed from process to process as an open file, over a socket of its own. For batches of token ids that
+    takes longer than a replay, and most of it in the process that trains; an array is a few bytes in a pipe.
+    """
+
+    collator: Callable[[list[Any]], Any]
+
+    def __call__(self, examples: list[Any]) -> Any:
+        batch = self.collator(examples)
+        if isinstance(batch, MutableMapping):
+            for name, value in batch.items():
+                if isinstance(value, Tensor) and value.dtype in (torch.int64, torch.int32, torch.bool):
+                    batch[name] = value.numpy()
+        return batch
+
+
+def _as_tensors(batch: Any, *, pin: bool) -> Any:
+    if isinstance(batch, MutableMapping):
+        for name, value in batch.items():
+            if isinstance(value, np.ndarray):
+                tensor = torch.from_numpy(value)
+                batch[name] = tensor.pin_memory() if pin else tensor
+    return batch
 
 
 def shapes_of(inputs: Mapping[str, Any]) -> Shapes | None:
