@@ -43,7 +43,7 @@ from transformers import (
 
 from loretta import LorettaAdpConfig, LorettaRepConfig
 from loretta.training import graphs
-from loretta.training.graphs import CudaGraphTrainer, shapes_of
+from loretta.training.graphs import CudaGraphTrainer, shapes_of, stop_workers
 
 METHODS = {
     "lora": lambda task: LoraConfig(task_type=task, r=8, lora_alpha=16),
@@ -180,6 +180,7 @@ def run(
         clock.trainer = trainer
         begin = now()
         trainer.train()
+        stop_workers(trainer)
     step_ms = 1e3 * (clock.end - clock.begin - clock.recording_s) / clock.steps
     found = {
         "step_ms": step_ms,
@@ -359,13 +360,13 @@ def main() -> None:
         graphs.Recorder = TimedRecorder
     decoder_runs(args, report)
     rates, head["learning_rates"] = encoder.find_rates([float(rate) for rate in args.learning_rates.split(",")])
-    for seed in range(args.seeds):
-        # the plain Trainer, which is the slowest, last
-        for method, graphed in (("rep", True), ("adp", True), ("lora", True), ("lora", False)):
-            if in_time():
-                options = {"learning_rate": rates[method], "num_train_epochs": args.epochs}
-                found = encoder.run(method, graphed=graphed, seed=seed, **options)
-                report(encoder.name, method, {"seed": seed, "learning_rate": rates[method], **found})
+    # the plain Trainer, which is the slowest, last
+    kinds = [(method, True, seed) for seed in range(args.seeds) for method in ("rep", "adp", "lora")]
+    for method, graphed, seed in [*kinds, *(("lora", False, seed) for seed in range(args.seeds))]:
+        if in_time():
+            options = {"learning_rate": rates[method], "num_train_epochs": args.epochs}
+            found = encoder.run(method, graphed=graphed, seed=seed, **options)
+            report(encoder.name, method, {"seed": seed, "learning_rate": rates[method], **found})
     print(json.dumps(summary(rows), indent=1))
 
 

@@ -1,6 +1,7 @@
 """Graphs against eager steps: with a recorder that repeats the Python work everywhere, with CUDA graphs on a GPU."""
 
 import logging
+import multiprocessing
 from contextlib import contextmanager
 from itertools import pairwise
 
@@ -22,7 +23,7 @@ from transformers import (
 from loretta import LorettaAdpConfig, LorettaRepConfig
 from loretta.errors import InputError
 from loretta.training import graphs
-from loretta.training.graphs import CudaGraphTrainer, PadToBucket, bucket
+from loretta.training.graphs import CudaGraphTrainer, PadToBucket, bucket, stop_workers
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "vocab_size": 50}
 METHODS = {
@@ -308,13 +309,24 @@ def test_a_step_that_cannot_be_recorded_is_trained_eagerly(device, tmp_path, mon
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 def test_a_recording_that_is_spoilt_ends_the_training(tmp_path):
     class Waits(LooksAtItsLogits):
-        def forward(self, **batch):
+        def forward(self, input_ids, attention_mask, labels):
             torch.cuda.synchronize()
-            return super().forward(**batch)
+            return super().forward(input_ids, attention_mask, labels)
 
-    trainer = trainer_of(GraphTrainer, Waits(), examples(LENGTHS), tmp_path, "cuda", remove_unused_columns=False)
+    trainer = trainer_of(GraphTrainer, Waits(), examples(LENGTHS), tmp_path, "cuda")
     with pytest.raises(InputError, match="train it without CUDA graphs"):
         trainer.train()
+
+
+def test_the_workers_of_a_training_are_stopped_without_waiting(device, tmp_path):
+    data = examples(LENGTHS)
+    options = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "eval_strategy": "epoch"}
+    trainer = trainer_of(GraphTrainer, tiny_bert(), data, tmp_path, device, eval_data=data[:4], **options)
+    trainer.train()
+    processes = multiprocessing.active_children()
+    assert len(processes) == 2
+    stop_workers(trainer)
+    assert not any(process.is_alive() for process in processes)
 
 
 def test_a_batch_with_more_than_tensors_is_trained_eagerly(device, tmp_path):

@@ -289,6 +289,15 @@ class CudaGraphTrainer(Trainer):
         logger.warning("no CUDA graphs, training is eager: %s", reason)
 
 
+def stop_workers(trainer: Trainer) -> None:
+    """End the persistent worker processes of a trainer's loaders: the garbage collector waits 5 s for each of them."""
+    evaluated = getattr(trainer, "_eval_dataloaders", {}).values()
+    for loader in (getattr(trainer.callback_handler, "train_dataloader", None), *evaluated):
+        stop = getattr(getattr(loader, "_iterator", None), "_shutdown_workers", None)
+        if stop is not None:
+            stop()
+
+
 def find_obstacle(trainer: Trainer) -> str | None:
     """Why no step of ``trainer`` can be recorded, as far as that is known before the first one; None if it is not."""
     args, model = trainer.args, trainer.model

@@ -39,7 +39,7 @@ from loretta.tasks.base import Task
 from loretta.tasks.glue import GLUE
 from loretta.tasks.prompted import PROMPTED, PromptedTask, Sample, load_prompted
 from loretta.training.config import RunConfig
-from loretta.training.graphs import CudaGraphTrainer
+from loretta.training.graphs import CudaGraphTrainer, stop_workers
 from loretta.training.methods import FULL, find_method
 from loretta.training.model import TASK_TYPES, Trained, load_base, load_tokenizer, start_from, wrap
 from loretta.training.prompted import PromptedTrainer, Texts, encode_task, notes_on_length
@@ -98,11 +98,14 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
     computed = config.model_copy(update={"bf16": config.bf16 or half})
     trainer = make_trainer(computed, task, model, tokenizer, encoded)
     start, memory = time.perf_counter(), peak_memory()
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder / CHECKPOINTS)) if resume else None)
-    seconds = time.perf_counter() - start
-    if torch.cuda.is_available() and not config.cpu:
-        memory = 0
-    return _finish(config, task, trainer, encoded, seconds=seconds, memory=peak_memory() - memory)
+    try:
+        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder / CHECKPOINTS)) if resume else None)
+        seconds = time.perf_counter() - start
+        if torch.cuda.is_available() and not config.cpu:
+            memory = 0
+        return _finish(config, task, trainer, encoded, seconds=seconds, memory=peak_memory() - memory)
+    finally:
+        stop_workers(trainer)
 
 
 def find_start(config: RunConfig, task: Task | PromptedTask) -> Path:
