@@ -42,7 +42,7 @@ bench-gpu: $(INSTALLED)
 	$(BIN)/python benchmarks/speed.py --shape llama-7b --modes graph --out $(RESULTS)/speed_llama-7b_graph.json
 	$(BIN)/python benchmarks/speed.py --shape llama-7b --modes eager \
 		--out $(RESULTS)/speed_llama-7b_eager.json
-	$(BIN)/python benchmarks/speed.py --shape llama-7b --modes compile --layers 4 --sizes 1x256 \
+	$(BIN)/python benchmarks/speed.py --shape llama-7b --modes compile --layers 8 --sizes 1x256,8x512 --steps 40 \
 		--methods "lora q+v,rep q+v,adp" --out $(RESULTS)/speed_llama-7b_compile.json
 	$(BIN)/python benchmarks/speed.py --shape llama-1b --out $(RESULTS)/speed_llama-1b.json
 	$(BIN)/python benchmarks/speed.py --shape roberta-base --out $(RESULTS)/speed_roberta-base.json

@@ -67,14 +67,6 @@ class TimedRecorder(graphs.Recorder):
         return replay
 
 
-class NothingRecorded(graphs.Recorder):
-    """Replays that launch nothing: what is left is the work of the CPU."""
-
-    def record(self, work):
-        result = torch.zeros((), device="cuda"), torch.zeros((), device="cuda")
-        return lambda: result
-
-
 class Replayed(CudaGraphTrainer):
     """Notes the shapes of its batches."""
 
@@ -353,11 +345,8 @@ def main() -> None:
     first = min(args.steps, len(encoder.train) // 32)
     encoder.run("lora", graphed=False, seed=0, max_steps=min(WARM_UP + 10, first))  # the first of a process is slower
     for method in METHODS:
-        report(encoder.name, method, encoder.run(method, graphed=False, seed=0, max_steps=first))
-    if args.device == "cuda":
-        graphs.Recorder = NothingRecorded
-        report(f"{encoder.name}, CPU alone", "rep", encoder.run("rep", graphed=True, seed=0, max_steps=4 * args.steps))
-        graphs.Recorder = TimedRecorder
+        found = encoder.run(method, graphed=False, seed=0, max_steps=first)
+        report(f"{encoder.name}, {first} steps", method, found)
     decoder_runs(args, report)
     rates, head["learning_rates"] = encoder.find_rates([float(rate) for rate in args.learning_rates.split(",")])
     # the plain Trainer, which is the slowest, last
@@ -372,23 +361,24 @@ def main() -> None:
 
 def summary(rows: list[dict]) -> list[dict]:
     """For each case and method the medians over its complete runs, and their ratio to the plain Trainer with LoRA."""
+    groups: dict[tuple[str, str, bool], list[dict]] = {}
+    for row in rows:
+        if row["complete"]:
+            groups.setdefault((row["case"], row["method"], row["graphs"]), []).append(row)
+    cases = list(dict.fromkeys(row["case"] for row in rows))
     found = []
-    rows = [row for row in rows if row["complete"]]
-    for case in dict.fromkeys(row["case"] for row in rows):
-        of_case = [row for row in rows if row["case"] == case]
-        plain = [row["examples_per_s"] for row in of_case if row["method"] == "lora" and not row["graphs"]]
-        for method, graphed in dict.fromkeys((row["method"], row["graphs"]) for row in of_case):
-            group = [row for row in of_case if (row["method"], row["graphs"]) == (method, graphed)]
-            rate = statistics.median(row["examples_per_s"] for row in group)
-            entry = {"case": case, "method": method, "graphs": graphed, "examples_per_s": rate}
-            entry["to_plain_lora"] = rate / statistics.median(plain) if plain else None
-            if bare := [row["of_the_bare_rate"] for row in group if "of_the_bare_rate" in row]:
-                entry["of_the_bare_rate"] = statistics.median(bare)
-            if trained := [row for row in group if row.get("seed") is not None]:
-                entry["accuracies"] = [row["accuracy"] for row in trained]
-                entry["whole_examples_per_s"] = statistics.median(row["whole_examples_per_s"] for row in trained)
-            found.append(entry)
+    for case, method, graphed in sorted(groups, key=lambda key: cases.index(key[0])):
+        group, plain = groups[case, method, graphed], groups.get((case, "lora", False))
+        entry = {"case": case, "method": method, "graphs": graphed, "examples_per_s": median_rate(group)}
+        entry["to_plain_lora"] = median_rate(group) / median_rate(plain) if plain else None
+        entry["of_the_bare_rate"] = [row["of_the_bare_rate"] for row in group if "of_the_bare_rate" in row]
+        entry["accuracies"] = [row["accuracy"] for row in group if "accuracy" in row]
+        found.append(entry)
     return found
+
+
+def median_rate(rows: list[dict]) -> float:
+    return statistics.median(row["examples_per_s"] for row in rows)
 
 
 def line(row: dict) -> str:

@@ -260,9 +260,9 @@ def graph_training_table() -> str:
         lines = []
         for row in content["summary"]:
             rate = [row["case"], row["method"], "yes" if row["graphs"] else "no", f"{row['examples_per_s']:.0f}"]
-            shares = [row.get("to_plain_lora"), row.get("of_the_bare_rate")]
-            accuracies = ", ".join(f"{value:.4f}" for value in row.get("accuracies", []))
-            lines.append([*rate, *(f"{share:.2f}" if share else "" for share in shares), accuracies])
+            rate.append(f"{row['to_plain_lora']:.2f}" if row["to_plain_lora"] else "")
+            by_run = [(row["of_the_bare_rate"], ".2f"), (row["accuracies"], ".4f")]
+            lines.append([*rate, *(", ".join(format(value, digits) for value in values) for values, digits in by_run)])
         head = "case | method | graphs | examples per second | / plain LoRA | / bare replays | accuracy by seed"
         parts.append(source(results(path.stem)[0]) + table(head, lines, numbers_from=3))
     return "\n".join(parts) or NOT_MEASURED
