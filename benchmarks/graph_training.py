@@ -43,7 +43,8 @@ from transformers import (
 
 from loretta import LorettaAdpConfig, LorettaRepConfig
 from loretta.training import graphs
-from loretta.training.graphs import CudaGraphTrainer, shapes_of, stop_workers
+from loretta.training.batches import Shapes, shapes_of, stop_workers
+from loretta.training.graphs import CudaGraphTrainer
 
 METHODS = {
     "lora": lambda task: LoraConfig(task_type=task, r=8, lora_alpha=16),
@@ -72,7 +73,7 @@ class Replayed(CudaGraphTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.order: list[graphs.Shapes | None] = []
+        self.order: list[Shapes | None] = []
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         self.order.append(shapes_of(inputs))

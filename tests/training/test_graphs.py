@@ -23,7 +23,8 @@ from transformers import (
 from loretta import LorettaAdpConfig, LorettaRepConfig
 from loretta.errors import InputError
 from loretta.training import graphs
-from loretta.training.graphs import CudaGraphTrainer, PadToBucket, bucket, stop_workers
+from loretta.training.batches import PadToBucket, bucket, stop_workers
+from loretta.training.graphs import CudaGraphTrainer
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "vocab_size": 50}
 METHODS = {

@@ -6,13 +6,12 @@ cannot launch fast enough. Here each shape of batch is recorded once, and then l
 
 import logging
 import warnings
-from collections.abc import Callable, Container, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any
 
-import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
@@ -20,26 +19,23 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from loretta.errors import InputError
+from loretta.training.batches import AsArrays, PadToBucket, Shapes, as_tensors, shapes_of
 from loretta.tuners.contraction import note_change, note_write
 
 logger = logging.getLogger(__name__)
 
 Work = Callable[[], tuple[Tensor, Tensor | None]]  # loss of a batch, and the norm of the gradients where it updates
-Shapes = tuple[tuple[str, torch.Size, torch.dtype], ...]
-
-IGNORED = -100
-# what stands at places that attention_mask hides, by the name of the tensor; input_ids take the padding token
-FILLS = {"attention_mask": 0, "token_type_ids": 0, "position_ids": 0, "special_tokens_mask": 1, "labels": IGNORED}
 
 
 class CudaGraphTrainer(Trainer):
     """A Trainer that replays its training steps as CUDA graphs, one for each shape of batch.
 
     It takes what :class:`transformers.Trainer` takes, and stands in front of a subclass of it as a mixin. Batches are
-    padded up to a few lengths (:func:`bucket`). The first batch of a shape is trained eagerly, the second is recorded,
-    all others are replayed: forward, backward, clipping and the update, or, with gradient accumulation, forward and
-    backward in one graph per shape and the update in another. The update is recorded for a fused Adam or AdamW, which
-    is what the Trainer takes by default. The learning rate is an input of the recording, so any schedule works.
+    padded up to a few lengths (:class:`~loretta.training.batches.PadToBucket`). The first batch of a shape is trained
+    eagerly, the second is recorded, all others are replayed: forward, backward, clipping and the update, or, with
+    gradient accumulation, forward and backward in one graph per shape and the update in another. The update is recorded
+    for a fused Adam or AdamW, which is what the Trainer takes by default. The learning rate is an input of the
+    recording, so any schedule works.
 
     The CPU waits for the GPU only to log, to evaluate and to save. Therefore a loss that is NaN is logged as NaN,
     whatever ``logging_nan_inf_filter`` says. To keep the GPU busy, batches must come fast enough: give
@@ -108,7 +104,7 @@ class CudaGraphTrainer(Trainer):
         collator = self.data_collator
         self.data_collator = PadToBucket(collator, self._padding_token(), self._longest())
         if self.args.dataloader_num_workers > 0:
-            self.data_collator = _AsArrays(self.data_collator)
+            self.data_collator = AsArrays(self.data_collator)
         try:
             loader = super().get_train_dataloader()
         finally:
@@ -131,10 +127,10 @@ class CudaGraphTrainer(Trainer):
         return positions - getattr(self.model.active_peft_config, "num_virtual_tokens", 0)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        """The batches of an update, whose arrays (see :class:`_AsArrays`) are tensors again."""
+        """The batches of an update, whose arrays (:class:`~loretta.training.batches.AsArrays`) are tensors again."""
         if self._graphs is not None and self.args.dataloader_num_workers > 0:
             pin = self.args.dataloader_pin_memory and self.args.device.type == "cuda"
-            epoch_iterator = (_as_tensors(batch, pin=pin) for batch in epoch_iterator)
+            epoch_iterator = (as_tensors(batch, pin=pin) for batch in epoch_iterator)
         return super().get_batch_samples(epoch_iterator, num_batches, device)
 
     def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
@@ -289,15 +285,6 @@ class CudaGraphTrainer(Trainer):
         logger.warning("no CUDA graphs, training is eager: %s", reason)
 
 
-def stop_workers(trainer: Trainer) -> None:
-    """End the persistent worker processes of a trainer's loaders: the garbage collector waits 5 s for each of them."""
-    evaluated = getattr(trainer, "_eval_dataloaders", {}).values()
-    for loader in (getattr(trainer.callback_handler, "train_dataloader", None), *evaluated):
-        stop = getattr(getattr(loader, "_iterator", None), "_shutdown_workers", None)
-        if stop is not None:
-            stop()
-
-
 def find_obstacle(trainer: Trainer) -> str | None:
     """Why no step of ``trainer`` can be recorded, as far as that is known before the first one; None if it is not."""
     args, model = trainer.args, trainer.model
@@ -314,85 +301,6 @@ def find_obstacle(trainer: Trainer) -> str | None:
         "torch_empty_cache_steps frees memory within a step": args.torch_empty_cache_steps is not None,
     }
     return next((reason for reason, is_there in obstacles.items() if is_there), None)
-
-
-def bucket(length: int) -> int:
-    """The length to which a batch of ``length`` tokens is padded: 8, 16, ..., 64, then four lengths an octave.
-
-    ``length`` or at most 25 % more above 32 tokens, and 28 different lengths up to 2048.
-    """
-    step = max(8, 1 << max(0, (length - 1).bit_length() - 3))
-    return -(-length // step) * step
-
-
-@dataclass(frozen=True, slots=True)
-class PadToBucket:
-    """A collator whose batches have the length of a :func:`bucket`, padded on the right.
-
-    That is exact where an attention mask hides the padding, so a batch without one stays as it is, as does one with a
-    tensor of that length whose padding is not known.
-    """
-
-    collator: Callable[[list[Any]], Any]
-    padding_token: int
-    longest: int | None = None  # of which the model is capable
-
-    def __call__(self, examples: list[Any]) -> Any:
-        batch = self.collator(examples)
-        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
-        if not isinstance(mask, Tensor) or mask.dim() != 2:
-            return batch
-        length, target = mask.shape[1], bucket(mask.shape[1])
-        if self.longest is not None and target > self.longest:
-            return batch
-        fills = {**FILLS, "input_ids": self.padding_token}
-        along = {
-            name: value
-            for name, value in batch.items()
-            if isinstance(value, Tensor) and value.dim() > 1 and value.shape[1] == length
-        }
-        if not all(
-            name in fills and value.dim() == 2 and not value.is_floating_point() for name, value in along.items()
-        ):
-            return batch
-        for name, value in along.items():
-            batch[name] = nn.functional.pad(value, (0, target - length), value=fills[name])
-        return batch
-
-
-@dataclass(frozen=True, slots=True)
-class _AsArrays:
-    """A collator for worker processes, whose integers leave them as arrays.
-
-    A tensor is handed from process to process as an open file, over a socket of its own. For batches of token ids that
-    takes longer than a replay, and most of it in the process that trains; an array is a few bytes in a pipe.
-    """
-
-    collator: Callable[[list[Any]], Any]
-
-    def __call__(self, examples: list[Any]) -> Any:
-        batch = self.collator(examples)
-        if isinstance(batch, MutableMapping):
-            for name, value in batch.items():
-                if isinstance(value, Tensor) and value.dtype in (torch.int64, torch.int32, torch.bool):
-                    batch[name] = value.numpy()
-        return batch
-
-
-def _as_tensors(batch: Any, *, pin: bool) -> Any:
-    if isinstance(batch, MutableMapping):
-        for name, value in batch.items():
-            if isinstance(value, np.ndarray):
-                tensor = torch.from_numpy(value)
-                batch[name] = tensor.pin_memory() if pin else tensor
-    return batch
-
-
-def shapes_of(inputs: Mapping[str, Any]) -> Shapes | None:
-    """What batches must agree in to share a graph; None where not all of a batch is tensors."""
-    if not all(isinstance(value, Tensor) for value in inputs.values()):
-        return None
-    return tuple((name, value.shape, value.dtype) for name, value in inputs.items())
 
 
 class Recorder:

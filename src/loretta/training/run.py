@@ -38,8 +38,9 @@ from loretta.tasks import load_task, metrics
 from loretta.tasks.base import Task
 from loretta.tasks.glue import GLUE
 from loretta.tasks.prompted import PROMPTED, PromptedTask, Sample, load_prompted
+from loretta.training.batches import stop_workers
 from loretta.training.config import RunConfig
-from loretta.training.graphs import CudaGraphTrainer, stop_workers
+from loretta.training.graphs import CudaGraphTrainer
 from loretta.training.methods import FULL, find_method
 from loretta.training.model import TASK_TYPES, Trained, load_base, load_tokenizer, start_from, wrap
 from loretta.training.prompted import PromptedTrainer, Texts, encode_task, notes_on_length
