@@ -151,7 +151,14 @@ def test_a_killed_run_resumes_to_the_same_end(bert, reviews, tmp_path):
     killed = subprocess.run([sys.executable, "-c", script, config.model_dump_json()], capture_output=True)
     assert killed.returncode == -9
     assert not (tmp_path / "cut" / "run.json").exists()
+    (state,) = (tmp_path / "cut").rglob("trainer_state.json")
+    saved = json.loads(state.read_text())
+    watch = saved["stateful_callbacks"]["Stopwatch"]["attributes"]
+    assert 0 < watch["earlier"] < 100
+    watch["earlier"] += 1000
+    state.write_text(json.dumps(saved))
     resumed = train(config, resume=True)
+    assert 1000 < resumed.train_seconds < 1200, "the seconds before it was killed count"
     assert resumed.validation["loss"] == pytest.approx(whole.validation["loss"], rel=1e-4)
     assert resumed.best_step == whole.best_step
     # a finished run is not repeated

@@ -84,7 +84,7 @@ class RunRecord(BaseModel):
     parameters: ParameterCounts
     trains: list[Train] = []
     adapter_bytes: int
-    train_seconds: float
+    train_seconds: float  # with those before the checkpoint that the run went on from
     peak_memory_bytes: int
     history: list[Point]
     best_step: int

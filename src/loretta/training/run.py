@@ -10,7 +10,6 @@ import resource
 import shlex
 import shutil
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -98,10 +97,10 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
 
     computed = config.model_copy(update={"bf16": config.bf16 or half})
     trainer = make_trainer(computed, task, model, tokenizer, encoded)
-    start, memory = time.perf_counter(), peak_memory()
+    memory = peak_memory()
     try:
         trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder / CHECKPOINTS)) if resume else None)
-        seconds = time.perf_counter() - start
+        seconds = trainer.stopwatch.seconds
         if torch.cuda.is_available() and not config.cpu:
             memory = 0
         return _finish(config, task, trainer, encoded, seconds=seconds, memory=peak_memory() - memory)

@@ -1,5 +1,6 @@
 """Hugging Face's Trainer with what every run has in common: its order of the data, its rates, its checkpoints."""
 
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from loretta.training.config import RunConfig
@@ -78,6 +80,27 @@ class EpochOrder(Sampler[int]):
         return iter(get_length_grouped_indices(list(self.lengths), self.batch_size, generator=generator))
 
 
+class Stopwatch(TrainerCallback, ExportableState):
+    """The seconds that a training took, with those up to the checkpoint that it went on from."""
+
+    def __init__(self) -> None:
+        self.earlier = 0.0
+        self.begin: float | None = None
+
+    @property
+    def seconds(self) -> float:
+        return self.earlier + (0.0 if self.begin is None else time.perf_counter() - self.begin)
+
+    def state(self) -> dict[str, Any]:
+        """What the Trainer writes into a checkpoint."""
+        return {"args": {}, "attributes": {"earlier": self.seconds}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        # a checkpoint of an earlier version holds none
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        self.earlier, self.begin = saved["attributes"]["earlier"], time.perf_counter()
+
+
 class TwoRateTrainer(Trainer):
     """A Trainer whose final layer may learn at a rate of its own: it starts from nothing, the rest does not.
 
@@ -92,6 +115,8 @@ class TwoRateTrainer(Trainer):
         self.optimizer: torch.optim.Optimizer | None
         self.head_learning_rate = head_learning_rate
         self.lengths = lengths
+        self.stopwatch = Stopwatch()
+        self.add_callback(self.stopwatch)
         if self._learns_prompt():
             # the Trainer would divide by the labels it sees, and behind a prompt the first one is predicted too
             self.model_accepts_loss_kwargs = False
