@@ -74,6 +74,8 @@ def run_demo(folder: Path, *, quick: bool = False, show: bool = True) -> dict[st
     from loretta import report
     from loretta.training.run import train, write_json
 
+    if folder.is_file():
+        raise InputError(f"'{folder}' is a file: give a folder with --output")
     configs = {method: run_config(method, folder, quick=quick) for method in LEARNING_RATES}
     if folder.exists() and any(folder.iterdir()):
         if not (folder / "demo.json").is_file():
