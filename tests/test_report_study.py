@@ -341,6 +341,17 @@ def test_the_notes_of_an_adapter_are_of_the_task_that_it_was_trained_on(tmp_path
     assert Page(report_on(made.write(), "html")).texts["li"] == ["sst2: of sst2", "mrpc: of mrpc"]
 
 
+def test_scores_that_no_method_changes_are_said(tmp_path: Path):
+    made = Folder(tmp_path, tasks=["sst2", "mrpc"])
+    for method in ("small", "big"):
+        made.score(method, "sst2", (0.5, 0.5))
+        made.score(method, "mrpc", (0.5, 0.5 if method == "small" else 0.6))
+    notes = Page(report_on(made.write(), "html")).texts["li"]
+    assert [note for note in notes if "score the same" in note] == [
+        "sst2: all methods score the same with tiny, as where each gives every row one answer."
+    ]
+
+
 def test_bars_end_where_scores_do(tmp_path: Path):
     made = Folder(tmp_path, view="ranks", tasks=["sst2"])
     made.score("small", "sst2", (0.8, 0.9), args={"tensor_rank": 2})

@@ -155,6 +155,10 @@ def _notes(results: Results) -> list[str]:
         notes.append(f"{few} of {len(own)} numbers are of fewer seeds than were asked for.")
     if without := sum(not cell.scores for cell in own):
         notes.append(f"{without} of {len(own)} numbers are not there yet.")
+    for model, task in dict.fromkeys((cell.model, cell.task) for cell in own if cell.stage is None):
+        alike = [cell for cell in own if (cell.model, cell.task) == (model, task) and cell.scores]
+        if len(alike) > 1 and len({score.value for cell in alike for score in cell.scores}) == 1:
+            notes.append(f"{task}: all methods score the same with {model}, as where each gives every row one answer.")
     notes += results.study.notes
     rows = [find_row(results.study, cell.row, cell.model) for cell in results.cells]
     notes += [f"{row.label}: {row.note}" for row in rows if row and row.note]
@@ -164,10 +168,10 @@ def _notes(results: Results) -> list[str]:
         task = cell.task if cell.stage is None else cell.order[cell.stage - 1]
         of_task.setdefault(task if results.study.kind == "train" else "", {}).update(dict.fromkeys(cell.notes))
     # a sentence for the tasks to whose data the same was done
-    alike: dict[str, list[str]] = {}
+    same_words: dict[str, list[str]] = {}
     for task, words in of_task.items():
-        alike.setdefault("; ".join(words), []).append(task)
-    notes += [f"{', '.join(tasks)}: {words}" if any(tasks) else words for words, tasks in alike.items() if words]
+        same_words.setdefault("; ".join(words), []).append(task)
+    notes += [f"{', '.join(tasks)}: {words}" if any(tasks) else words for words, tasks in same_words.items() if words]
     return list(dict.fromkeys(notes))
 
 
