@@ -827,6 +827,15 @@ def test_a_linear_layer_with_hooks_is_called_and_not_replaced_by_a_kernel(watch)
 
 
 @every_method
+def test_weights_that_are_plain_tensors_give_the_same_to_the_last_bit(method):
+    model = adapted_rows(method)  # as FSDP 1 puts them in place of the parameters
+    plain = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    x = torch.randn(3, 12, dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.equal(functional_call(model, plain, (x,)), model(x))
+
+
+@every_method
 def test_adapters_of_which_some_are_frozen(method):
     model, inputs = adapted("llama", method)
     frozen = layers_of(model)[1]

@@ -207,7 +207,7 @@ def is_bare_linear(module: nn.Module) -> bool:
     """
     return (
         type(module) is nn.Linear
-        and type(module.weight) is nn.Parameter
+        and type(module.weight) in (nn.Parameter, Tensor)  # FSDP 1 and functional_call put plain tensors there
         and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
         and not module._backward_pre_hooks
         and "forward" not in module.__dict__
