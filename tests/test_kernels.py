@@ -102,6 +102,19 @@ def test_an_adapter(size, dtype):
     assert_equal(kernels.AddBottleneck.apply, kernels.add_bottleneck, arguments, [0, 2, 3, 5, 6])
 
 
+@every_dtype
+@pytest.mark.parametrize("width", [70, 4100])  # of few and of many columns
+def test_no_rows(width, dtype):
+    for function, arguments, wanted in (
+        (kernels.LinearWithUpdate.apply, update(0, width, width, 5, dtype), [0, 3, 4]),
+        (kernels.AddBottleneck.apply, bottleneck(0, width, 5, 20, dtype), [0, 2, 3, 5, 6]),
+    ):
+        out, *grads = results(function, arguments, wanted, dtype)
+        assert out.shape == (0, width)
+        assert [grad.shape for grad in grads] == [arguments[k].shape for k in wanted]
+        assert all(bool((grad == 0).all()) for grad in grads)
+
+
 def test_the_input_of_an_adapter_is_left_alone():
     arguments = bottleneck(40, 70, 5, 20, torch.float32)
     before = arguments[0].clone()

@@ -260,7 +260,7 @@ def grad_of_middle(u_parts: Tensor, t_BC: Tensor, mid_Cb: Tensor, mid_bD: Tensor
     n_parts, n_rows, _ = u_parts.shape
     (inner_left, bottleneck), inner_up = mid_Cb.shape, mid_bD.shape[1]
     rows = 16 if n_rows <= 2048 else 64
-    programs = _ceil(n_rows, rows)
+    programs = max(1, _ceil(n_rows, rows))  # without rows one writes the zeros
     dt_BC = torch.empty_like(t_BC)
     parts = t_BC.new_empty(programs, bottleneck * (inner_left + inner_up), dtype=torch.float32)
     _grad_of_middle[(programs,)](
@@ -301,13 +301,14 @@ def _parts(n_parts: int) -> int:
 def _shares(n_rows: int, n_out: int) -> tuple[int, int, int]:
     """Rows per program, tiles of columns per program, and how many programs share the columns of the same rows."""
     rows, tiles = (32 if n_rows <= 2048 else 64), _ceil(n_out, _OUT)
-    per_share = _ceil(tiles, max(1, min(tiles, MANY // 2 // _ceil(n_rows, rows))))
+    blocks = max(1, _ceil(n_rows, rows))
+    per_share = _ceil(tiles, max(1, min(tiles, MANY // 2 // blocks)))
     return rows, per_share, _ceil(tiles, per_share)
 
 
 def _chunks(n_rows: int, tiles: int) -> tuple[int, int, int]:
     """Rows per block, rows per chunk, and chunks: one, which needs no sum, unless that leaves most of the GPU idle."""
-    if n_rows <= 512 and tiles >= 32:
+    if n_rows == 0 or (n_rows <= 512 and tiles >= 32):
         return 128, n_rows, 1
     chunks = max(1, min(MANY // tiles, _ceil(n_rows, 64)))
     chunk = _ceil(_ceil(n_rows, chunks), 64) * 64
