@@ -494,6 +494,23 @@ def test_a_file_in_the_way_is_named(tmp_path):
         export_gguf_lora(rep("llama")[0], tmp_path / "new")
 
 
+def test_a_link_goes_on_leading_to_the_folder(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    for _ in range(2):
+        export_lora(rep("llama")[0], tmp_path / "out", overwrite=True)
+        assert (tmp_path / "out").is_symlink()
+        assert (tmp_path / "disk" / "adapter_config.json").is_file()
+
+
+def test_the_folder_one_stands_in_is_not_replaced(tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    with pytest.raises(InputError, match=r"cannot replace '\.'.*give a new folder"):
+        export_lora(rep("llama")[0], ".")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 # From folders, on the command line
 
 

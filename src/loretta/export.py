@@ -360,6 +360,8 @@ def _check_output(out: Path, *, file: bool, overwrite: bool) -> None:
 def _replacing(out: Path, *, file: bool, overwrite: bool) -> Iterator[Path]:
     """A path to write to, which takes the place of ``out`` once all is written; until then nothing is touched."""
     _check_output(out, file=file, overwrite=overwrite)
+    if out.is_symlink():
+        out = out.resolve()  # what it leads to is replaced, and it goes on leading there
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temporary = tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent)
@@ -371,7 +373,12 @@ def _replacing(out: Path, *, file: bool, overwrite: bool) -> Iterator[Path]:
             new.mkdir()
         yield new
         if out.exists():
-            out.rename(old)
+            try:
+                out.rename(old)
+            except OSError as error:  # the folder that one stands in, or where a disk is mounted
+                raise InputError(
+                    f"cannot replace '{out}' ({error.strerror}): give a new folder, such as one in it"
+                ) from None
         try:
             new.rename(out)
         except OSError:
