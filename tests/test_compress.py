@@ -13,6 +13,7 @@ from peft import (
     LoHaConfig,
     LoraConfig,
     PeftModel,
+    PromptTuningConfig,
     get_peft_model,
 )
 from rich.console import Console
@@ -464,6 +465,31 @@ def test_a_head_of_a_base_model_that_is_gone(tmp_path):
         compress(tmp_path / "lora", tmp_path / "out", rank=2)
 
 
+def test_an_adapter_that_is_a_prompt(tmp_path):
+    model, _ = saved_base(tmp_path / "base", "llama", "CAUSAL_LM")
+    prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    get_peft_model(model, prompt).save_pretrained(tmp_path / "given")
+    with pytest.raises(InputError, match="changes no linear layer"):
+        compress(tmp_path / "given", tmp_path / "out", rank=2)
+
+
+def test_an_alpha_that_is_left_to_its_default(decoder, tmp_path):
+    folder, _, _ = decoder
+    change_config(folder, lora_alpha=LoraConfig().lora_alpha)
+    compress(folder, tmp_path / "named", rank=2)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    del config["lora_alpha"]
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    compress(folder, tmp_path / "left out", rank=2)
+    named, left_out = (load_file(tmp_path / out / "adapter_model.safetensors") for out in ("named", "left out"))
+    assert all(torch.equal(tensor, left_out[key]) for key, tensor in named.items())
+
+
+def test_a_file_of_something_else_than_text(decoder, tmp_path):
+    with pytest.raises(InputError, match="no text file in UTF-8"):
+        compress(decoder[0], tmp_path / "out", rank=2, text=str(decoder[0] / "adapter_model.safetensors"))
+
+
 @pytest.mark.parametrize("text", ["", "  \n"])
 def test_no_text(decoder, tmp_path, text):
     with pytest.raises(InputError, match="holds no text"):
@@ -486,6 +512,14 @@ def test_what_lies_in_the_folder_is_kept(decoder, tmp_path):
         compress(folder, tmp_path / "out", rank=3)
     compress(folder, tmp_path / "out", rank=3, overwrite=True)
     assert LorettaRepConfig.from_pretrained(tmp_path / "out").tensor_rank == 3
+    (tmp_path / "out" / "adapter_model.safetensors").unlink()
+    (tmp_path / "out" / "adapter_model.safetensors").mkdir()
+    with pytest.raises(InputError, match="cannot write"):
+        compress(folder, tmp_path / "out", rank=2, overwrite=True)
+    for damaged in ("{", "[]", "{}"):
+        (tmp_path / "out" / "adapter_config.json").write_text(damaged)
+        with pytest.raises(InputError, match="something else than a rep adapter"):
+            compress(folder, tmp_path / "out", rank=2, overwrite=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="is a file"):
         compress(folder, tmp_path / "file", rank=2)

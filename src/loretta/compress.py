@@ -18,6 +18,7 @@ from peft import TaskType
 from rich import box
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -171,8 +172,15 @@ def _check_output(out: Path, saved: SavedAdapter, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise InputError(f"'{out}' is not empty: give another folder with -o, or replace it with --overwrite")
-    if not (out / CONFIG).is_file() or json.loads((out / CONFIG).read_bytes()).get("peft_type") != "LORETTA_REP":
+    if not _holds_rep(out):
         raise InputError(f"'{out}' holds something else than a rep adapter: give another folder with -o")
+
+
+def _holds_rep(folder: Path) -> bool:
+    try:
+        return json.loads((folder / CONFIG).read_bytes())["peft_type"] == "LORETTA_REP"
+    except (OSError, ValueError, KeyError, TypeError):  # no config, or a damaged one
+        return False
 
 
 def _size(update: Update) -> tuple[int, int]:
@@ -276,8 +284,9 @@ def _write(out: Path, config: LorettaRepConfig, tensors: Mapping[str, Tensor]) -
     try:
         out.mkdir(parents=True, exist_ok=True)
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, out / WEIGHTS, {"format": "pt"})
-    except OSError as error:
-        raise InputError(f"cannot write to '{out}' ({error.strerror}): give another folder with -o") from None
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"cannot write to '{out}' ({reason}): give another folder with -o") from None
     # last: a folder without it is no adapter
     config.save_pretrained(str(out))
     write_card(out)

@@ -46,7 +46,10 @@ def read_texts(text: str) -> list[str]:
         is_file = Path(text).is_file()
     except OSError:  # a long text is no possible name of a file
         is_file = False
-    lines = Path(text).read_text(encoding="utf-8").splitlines() if is_file else [text]
+    try:
+        lines = Path(text).read_text(encoding="utf-8").splitlines() if is_file else [text]
+    except UnicodeDecodeError:
+        raise InputError(f"--text '{text}' is no text file in UTF-8: give a file with a text in every line") from None
     if not (texts := [line for line in lines if line.strip()]):
         raise InputError(f"--text '{text}' holds no text: give a file with a text in every line, or a text")
     return texts

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel, TaskType
 from safetensors import SafetensorError, safe_open
 from transformers.utils import logging as transformers_logging
@@ -55,7 +56,7 @@ class SavedAdapter:
         transformers_logging.disable_progress_bar()
         try:
             model = _auto_class(self.config).from_pretrained(self.base, **wanted)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
             raise InputError(
                 f"cannot load the base model '{self.base}' ({_short(error)}): give its folder or Hub id with --model"
             ) from None
@@ -124,7 +125,7 @@ def _n_labels(weights: Path) -> int:
     try:
         with safe_open(weights, framework="pt") as file:
             for key in file.keys():  # noqa: SIM118 (the file is no mapping)
-                *path, module, name = key.split(".")
+                *path, module, name = f".{key}".split(".")  # a prompt's tensor lies in no module
                 is_final = module in ("classifier", "score") or (
                     module == "out_proj" and {"classifier", "classification_head"} & set(path)
                 )

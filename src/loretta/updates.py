@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from peft import PeftType
+from peft import LoraConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import get_pattern_key
@@ -102,7 +102,7 @@ def _lora_updates(saved: SavedAdapter, tensors: dict[str, Tensor]) -> dict[str, 
         if pair.keys() != {"A", "B"} or {tensor.dim() for tensor in pair.values()} != {2}:
             raise InputError(f"the LoRA of '{name}' in '{saved.folder}' is not that of a linear layer")
         rank, alphas = pair["A"].shape[0], config.get("alpha_pattern") or {}
-        alpha = alphas.get(get_pattern_key(list(alphas), name), config["lora_alpha"])
+        alpha = alphas.get(get_pattern_key(list(alphas), name), config.get("lora_alpha", LoraConfig.lora_alpha))
         scaling = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
         updates[name] = (pair["A"].T, scaling * pair["B"].T)
     return updates
