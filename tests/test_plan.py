@@ -278,6 +278,8 @@ def test_both_llama_placements_are_named_options():
         ({"model": "bert-base", "sets": ["shapes={768x8: [8, 8]}"]}, ["[8, 8]", "6,144"]),
         ({"model": "bert-base", "task_type": "FLY"}, ["'FLY'"]),
         ({"model": "llama-2-7b", "budget": "10"}, ["10 parameters"]),
+        ({"model": "bert-base", "num_labels": 0}, ["--num-labels 0"]),
+        ({"model": "bert-base", "sets": ["task_type=SEQ_CLS"]}, ["'task_type'", "tensor_rank"]),
     ],
 )
 def test_bad_input_is_one_sentence(arguments, words):
@@ -285,6 +287,12 @@ def test_bad_input_is_one_sentence(arguments, words):
         make_plan(**arguments)
     assert "\n" not in str(caught.value)
     assert all(word in str(caught.value) for word in words)
+
+
+def test_a_configuration_that_transformers_refuses(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "bert", "hidden_size": null}')
+    with pytest.raises(InputError, match=r"no configuration of .*hidden_size"):
+        make_plan(model=str(tmp_path))
 
 
 def test_the_largest_preset_is_planned_from_the_command_line_in_little_memory():

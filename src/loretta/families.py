@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
@@ -75,7 +76,7 @@ def find_config(name: str) -> PreTrainedConfig:
         return AutoConfig.for_model(model_type, **sizes)
     try:
         return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, StrictDataclassError) as error:
         close = get_close_matches(name.lower(), FAMILIES, 1)
         guess = f"did you mean {close[0]!r}? " if close else ""
         reason = " ".join(str(error).split())[:200]
@@ -100,10 +101,12 @@ def default_task_type(config: PreTrainedConfig) -> str:
 def meta_model(config: PreTrainedConfig, task_type: str, *, num_labels: int = 2) -> nn.Module:
     """The model of a configuration on the meta device: every module and size, no memory.
 
-    Raises InputError for a task type that does not exist or that the model has no head for.
+    Raises InputError for a task type that does not exist or that the model has no head for, and for no labels.
     """
     if task_type not in _AUTO_CLASSES:
         raise InputError(f"task type {task_type!r} is none of {', '.join(_AUTO_CLASSES)}")
+    if num_labels < 1:
+        raise InputError(f"--num-labels {num_labels} must be a whole number of at least 1")
     auto = getattr(transformers, _AUTO_CLASSES[task_type])
     if task_type in ("SEQ_CLS", "TOKEN_CLS", "IMAGE_CLS"):
         config.num_labels = num_labels

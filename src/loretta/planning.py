@@ -116,9 +116,9 @@ def make_plan(
 
 
 def _config(cls: type[LorettaConfig], options: Mapping[str, Any], task_type: str | None) -> LorettaConfig:
-    unknown = sorted(options.keys() - {field.name for field in dataclasses.fields(cls)})
+    known = sorted(_shown("rep" if cls is LorettaRepConfig else "adp"))
+    unknown = sorted(options.keys() - known)
     if unknown:
-        known = sorted(_shown("rep" if cls is LorettaRepConfig else "adp"))
         raise InputError(f"unknown option {', '.join(map(repr, unknown))}: the method takes {', '.join(known)}")
     return cls(task_type=task_type, **options)
 
