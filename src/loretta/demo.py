@@ -77,12 +77,11 @@ def run_demo(folder: Path, *, quick: bool = False, show: bool = True) -> dict[st
     if folder.is_file():
         raise InputError(f"'{folder}' is a file: give a folder with --output")
     configs = {method: run_config(method, folder, quick=quick) for method in LEARNING_RATES}
-    if folder.exists() and any(folder.iterdir()):
-        if not (folder / "demo.json").is_file():
-            raise InputError(f"'{folder}' holds other files: give an empty or new folder with --output")
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "demo.json", {"finished": False})
+    try:
+        _clear(folder)
+        write_json(folder / "demo.json", {"finished": False})
+    except OSError as error:
+        raise InputError(f"cannot write to '{folder}' ({error.strerror}): give another folder with --output") from None
     console = Console(quiet=not show)
     records = {}
     for k, (method, config) in enumerate(configs.items(), start=1):
@@ -101,6 +100,17 @@ def run_demo(folder: Path, *, quick: bool = False, show: bool = True) -> dict[st
     if wrong:
         raise InputError(f"reloaded in a new process, {', '.join(wrong)} predicted differently: please report this bug")
     return result
+
+
+def _clear(folder: Path) -> None:
+    """Make an empty folder, of nothing or of an earlier demo."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = list(folder.iterdir())
+    if found and not (folder / "demo.json").is_file():
+        raise InputError(f"'{folder}' holds other files: give an empty or new folder with --output")
+    # the folder itself stays: it may be a link, or the one that the user is in
+    for path in found:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def check_reloaded(folders: Sequence[Path]) -> dict[str, bool]:
