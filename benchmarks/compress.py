@@ -25,9 +25,9 @@ ERRORS = (0.5, 0.3, 0.1, 0.01)
 
 def rows(run: Path, scratch: Path) -> Iterator[dict[str, Any]]:
     """The given LoRA, its compressions by rank and by error, and its cuts to every smaller rank."""
-    from loretta.compress import compress
-    from loretta.loading import find_adapter
-    from loretta.updates import read_updates
+    from loretta.convert.compress import compress
+    from loretta.convert.load import find_adapter
+    from loretta.convert.low_rank import read_updates
 
     adapter = run / "adapter"
     updates = read_updates(find_adapter(run)).by_module
@@ -101,7 +101,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         run = arguments.run
         if run is None:
-            from loretta.demo import run_config
+            from loretta.cli.demo import run_config
             from loretta.training.run import train
 
             run = Path(scratch, "run", "lora")

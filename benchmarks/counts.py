@@ -5,8 +5,8 @@ python benchmarks/counts.py
 
 from pathlib import Path
 
-from loretta.planning import make_plan
-from loretta.presets import PRESETS
+from loretta.plan.presets import PRESETS
+from loretta.plan.request import make_plan
 
 HEADER = """# The paper's parameter counts
 

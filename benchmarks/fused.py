@@ -15,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from loretta import kernels
+from loretta.layers import fused
 
 LAYERS = 16
 # rows, width in and out
@@ -36,8 +36,8 @@ def bottleneck_case(rows: int, width: int, dtype: torch.dtype) -> tuple[list[Ten
 
 
 CASES = {
-    "update": (update_case, kernels.linear_with_update, kernels.LinearWithUpdate.apply),
-    "bottleneck": (bottleneck_case, kernels.add_bottleneck, kernels.AddBottleneck.apply),
+    "update": (update_case, fused.linear_with_update, fused.LinearWithUpdate.apply),
+    "bottleneck": (bottleneck_case, fused.add_bottleneck, fused.AddBottleneck.apply),
 }
 
 

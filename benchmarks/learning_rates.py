@@ -27,7 +27,7 @@ RATES = {
 
 def grid(seeds: int) -> list[dict[str, Any]]:
     """Head-only over its rates; the others over theirs, with the head at the demo's rate."""
-    from loretta.demo import HEAD_LEARNING_RATE
+    from loretta.cli.demo import HEAD_LEARNING_RATE
 
     points = [{"method": "head", "learning_rate": rate, "head_learning_rate": rate} for rate in HEAD_RATES]
     points += [
@@ -44,7 +44,7 @@ def run(job: tuple[dict[str, Any], str, dict[str, Any]]) -> dict[str, Any]:
 
     import torch
 
-    from loretta.demo import run_config
+    from loretta.cli.demo import run_config
     from loretta.training.run import train
 
     warnings.simplefilter("ignore")
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/learning_rates.json"))
     args = parser.parse_args()
     if args.model is None:
-        from loretta.demo import encoder_folder
+        from loretta.cli.demo import encoder_folder
 
         args.model = encoder_folder()
     changes = {key: value for key in ("epochs", "limit") if (value := getattr(args, key)) is not None}

@@ -10,3 +10,5 @@ import torch
 # the kernels then run on the CPU; Triton asks once, when it is imported
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+pytest_plugins = ["tiny_models", "study_data"]

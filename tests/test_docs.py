@@ -33,7 +33,7 @@ def test_the_demo_uses_the_best_learning_rates_of_the_search():
     from collections import defaultdict
     from statistics import mean
 
-    from loretta.demo import LEARNING_RATES
+    from loretta.cli.demo import LEARNING_RATES
 
     points = defaultdict(list)
     for row in json.loads((ROOT / "benchmarks/results/learning_rates.json").read_text())["rows"]:

@@ -2,10 +2,10 @@
 
 from peft import PeftModel, TaskType, get_peft_model
 
-from loretta.adapters import hotswap_adapter, rename_adapter
+from loretta.convert.export import export_lora
 from loretta.errors import InputError
-from loretta.export import export_lora
 from loretta.tuners.adp import LorettaAdpConfig, LorettaAdpModel
+from loretta.tuners.in_place import hotswap_adapter, rename_adapter
 from loretta.tuners.rep import LorettaRepConfig, LorettaRepModel
 
 __version__ = "0.1.0"
@@ -16,8 +16,8 @@ def explain(model: PeftModel, adapter_name: str = "default") -> str:
 
     Raises InputError when the adapter is not a LoRETTA adapter.
     """
-    from loretta.explanation import explain_plan  # only here: what it draws tables with is not needed to train
-    from loretta.plan import read_plan
+    from loretta.plan.plan import read_plan
+    from loretta.plan.words import explain_plan  # only here: what it draws tables with is not needed to train
 
     return explain_plan(read_plan(model, adapter_name))
 

@@ -195,7 +195,7 @@ def command(bert, data_dir, root, *more):
         word for key, value in {**QUICK, "epochs": 40, "eval_steps": 3}.items() for word in ("--set", f"{key}={value}")
     ]
     fixed = ["--model", bert, "--data-dir", data_dir, "--tasks", "rte", "--methods", "loretta_adp", "--seeds", "2"]
-    code = "import sys; from loretta.cli import main; main()"
+    code = "import sys; from loretta.cli.main import main; main()"
     return [sys.executable, "-c", code, "reproduce", "table1", *fixed, "--cpu", "-o", str(root), *sets, *more]
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import datasets
 import pytest
-from test_prompted_prompts import ROWS
+from tasks.prompted_rows import ROWS
 
 from loretta.tasks.prompted import PROMPTED, Sample, load_prompted
 

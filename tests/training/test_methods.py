@@ -16,8 +16,8 @@ from transformers import (
 )
 from tuners.families import build
 
-from loretta.counts import trainable_by_kind
 from loretta.errors import InputError
+from loretta.plan.counts import trainable_by_kind
 from loretta.training import run as running
 from loretta.training.config import RunConfig
 from loretta.training.methods import METHODS, find_method

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from loretta.tt import gaussian, matrix, plan
+from loretta.tt import gaussian, matrix, plan_shape
 from tt.trains import SHAPES
 
 DRAWS = {
@@ -11,8 +11,8 @@ DRAWS = {
     "straddling": (SHAPES["straddling, folded left"], 3000),
     "padded": (SHAPES["padded and straddling"], 3000),
     "one core": (SHAPES["one core"], 1000),
-    "Table 10": (plan(768, 8, rank=5), 300),
-    "70B": (plan(16, 1024, rank=8, modes=(8, 8, 8, 8, 4)), 100),
+    "Table 10": (plan_shape(768, 8, rank=5), 300),
+    "70B": (plan_shape(16, 1024, rank=8, modes=(8, 8, 8, 8, 4)), 100),
 }
 
 
@@ -29,7 +29,7 @@ def test_the_contracted_matrix_has_the_promised_std(shape, draws):
 
 
 def test_all_cores_are_drawn_alike():
-    cores = gaussian(plan(768, 64, rank=30), std=0.1, generator=torch.Generator().manual_seed(0))
+    cores = gaussian(plan_shape(768, 64, rank=30), std=0.1, generator=torch.Generator().manual_seed(0))
     spreads = [core.std().item() for core in cores]
     assert max(spreads) < 1.15 * min(spreads)
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tolerances import assert_near
 
 from loretta import tt
-from loretta.tt import TTShape, fit_product, plan, product_error, product_norm, product_singular_values
+from loretta.tt import TTShape, fit_product, plan_shape, product_error, product_norm, product_singular_values
 from tt.trains import examples, oracle, randn, seeds, shapes
 
 
@@ -100,7 +100,9 @@ def test_the_error_falls_with_the_rank_down_to_nothing(sizes):
     n_in, rank, n_out = sizes
     a_IR, b_RO = product(n_in, rank, n_out, seed=0)
     ranks = (1, 2, 3, 5, 80)
-    errors = [relative_error(a_IR, b_RO, plan(n_in, rank, rank=r), plan(rank, n_out, rank=r)) for r in ranks]
+    errors = [
+        relative_error(a_IR, b_RO, plan_shape(n_in, rank, rank=r), plan_shape(rank, n_out, rank=r)) for r in ranks
+    ]
     assert all(after < before for before, after in pairwise(errors))
     assert errors[0] > 0.5
     assert errors[-1] < 1e-12
@@ -111,21 +113,21 @@ def test_the_best_approximation_where_it_is_known():
     a_IR, b_RO = product(20, 5, 30, seed=0)
     singular = torch.linalg.svdvals(a_IR @ b_RO)
     for rank in (1, 2, 4):
-        down, up = plan(20, 5, rank=rank, modes=(20, 5)), plan(5, 30, rank=rank, modes=(5, 30))
+        down, up = plan_shape(20, 5, rank=rank, modes=(20, 5)), plan_shape(5, 30, rank=rank, modes=(5, 30))
         best = (singular[rank:].norm() / singular.norm()).item()
         assert relative_error(a_IR, b_RO, down, up) == pytest.approx(best, rel=1e-9)
 
 
 def test_the_rank_of_the_update_is_bounded_by_the_train_rank():
     a_IR, b_RO = product(24, 4, 30, seed=0)
-    down, up = plan(24, 4, rank=3), plan(4, 30, rank=3)
+    down, up = plan_shape(24, 4, rank=3), plan_shape(4, 30, rank=3)
     got_IO = dense(*fit_product(a_IR, b_RO, down, up), down, up)
     assert torch.linalg.matrix_rank(got_IO) == 3
 
 
 def test_cores_have_one_norm_and_the_dtype_of_the_factors():
     a_IR, b_RO = product(24, 4, 30, seed=0)
-    down, up = plan(24, 4, rank=3), plan(4, 30, rank=3)
+    down, up = plan_shape(24, 4, rank=3), plan_shape(4, 30, rank=3)
     cores = [core for train in fit_product(a_IR.float(), b_RO.float(), down, up) for core in train]
     assert {core.dtype for core in cores} == {torch.float32}
     assert all(core.norm().item() == pytest.approx(cores[0].norm().item(), rel=1e-5) for core in cores)
@@ -136,7 +138,7 @@ def test_directions_that_the_product_does_not_need_can_be_trained(given_rank):
     """A product of rank 0 or 2 in trains that carry 4: every direction gets a gradient on one side at least."""
     a_IR, b_RO = product(24, 2, 30, seed=0)
     a_IR = a_IR * (given_rank > 0)
-    down, up = plan(24, 4, rank=4, modes=(24, 4)), plan(4, 30, rank=4, modes=(4, 30))
+    down, up = plan_shape(24, 4, rank=4, modes=(24, 4)), plan_shape(4, 30, rank=4, modes=(4, 30))
     down_cores, up_cores = fit_product(a_IR, b_RO, down, up)
     assert_near("product", dense(down_cores, up_cores, down, up), a_IR @ b_RO)
     assert torch.linalg.matrix_rank(tt.matrix(down_cores, down)) == 4
@@ -155,4 +157,4 @@ def test_directions_that_the_product_does_not_need_can_be_trained(given_rank):
 def test_factors_of_other_sizes_are_refused(sizes):
     left, right = (torch.zeros(size) for size in sizes)
     with pytest.raises(ValueError, match=r"is no product|does not fit the trains"):
-        fit_product(left, right, plan(24, 4, rank=2), plan(4, 30, rank=2))
+        fit_product(left, right, plan_shape(24, 4, rank=2), plan_shape(4, 30, rank=2))

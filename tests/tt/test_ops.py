@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tolerances import RTOL, assert_near
 
 from loretta import tt
-from loretta.tt import TTShape, plan
+from loretta.tt import TTShape, plan_shape
 from tt.trains import SHAPES, examples, frozen, oracle, randn, random_cores, seeds, shapes
 
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -93,7 +93,7 @@ def test_contract_is_one_einsum(shape, seed):
 
 
 def test_a_train_of_ranks_1_is_a_kronecker_product():
-    shape = plan(6, 20, rank=1, modes=(2, 3, 4, 5))
+    shape = plan_shape(6, 20, rank=1, modes=(2, 3, 4, 5))
     cores = frozen(random_cores(shape, seed=0))
     u, v, w, z = (core.flatten() for core in cores)
     assert_near("matrix", tt.matrix(cores, shape), torch.outer(torch.kron(u, v), torch.kron(w, z)))
@@ -101,7 +101,7 @@ def test_a_train_of_ranks_1_is_a_kronecker_product():
 
 def test_halves_by_hand_with_a_boundary_inside_a_core():
     # one core that spells a 2 x 3 matrix row by row
-    shape = plan(2, 3, rank=1, modes=(6,))
+    shape = plan_shape(2, 3, rank=1, modes=(6,))
     core = torch.arange(1.0, 7.0, dtype=torch.float64).reshape(1, 6, 1)
     expected = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], dtype=torch.float64)
     assert torch.equal(tt.matrix([core], shape), expected)
@@ -188,7 +188,7 @@ def test_tt_svd_respects_the_ranks_and_is_quasi_optimal(shape, seed):
 
 @pytest.mark.parametrize("modes", [(12, 20), (4, 60), (24, 10)])  # the boundary at the cut, right and left of it
 def test_tt_svd_of_one_cut_loses_exactly_the_tail(modes):
-    shape = plan(12, 20, rank=3, modes=modes)
+    shape = plan_shape(12, 20, rank=3, modes=modes)
     dense = randn(shape.in_features, shape.out_features, seed=0)
     cores = tt.tt_svd(dense, shape)
     (tail,) = tails(padded_tensor(dense, shape), shape.ranks)
@@ -205,7 +205,7 @@ def test_tt_svd_stays_within_the_error(shape, seed, error):
 
 
 def test_the_cuts_share_the_error():
-    shape = plan(64, 64, rank=10**6, modes=(4,) * 6)
+    shape = plan_shape(64, 64, rank=10**6, modes=(4,) * 6)
     # terms of rank 1 that fade slowly, so that every cut has something to lose at every error
     terms = [frozen(random_cores(replace(shape, ranks=(1,) * 7), seed=k)) for k in range(60)]
     dense = sum(0.85**k * tt.matrix(term, shape) for k, term in enumerate(terms))
@@ -220,7 +220,7 @@ def test_the_cuts_share_the_error():
 
 @pytest.mark.parametrize("error", [0.001, 0.1, 0.3, 0.7, 0.99])
 def test_an_error_finds_the_least_rank_of_one_cut(error):
-    shape = plan(12, 20, rank=10**6, modes=(12, 20))
+    shape = plan_shape(12, 20, rank=10**6, modes=(12, 20))
     dense = randn(12, 20, seed=0)
     values = torch.linalg.svdvals(dense)
     least = next(rank for rank in range(1, 13) if values[rank:].norm() <= error * dense.norm())
@@ -229,7 +229,7 @@ def test_an_error_finds_the_least_rank_of_one_cut(error):
 
 
 def test_ranks_win_over_an_error_that_they_cannot_meet():
-    shape = plan(12, 20, rank=3, modes=(12, 20))
+    shape = plan_shape(12, 20, rank=3, modes=(12, 20))
     dense = randn(12, 20, seed=0)
     assert inner_ranks(tt.tt_svd(dense, shape, error=1e-6)) == [3]
     assert inner_ranks(tt.tt_svd(dense, shape, error=0.9)) < [3]
@@ -254,7 +254,7 @@ def test_tt_svd_of_the_zero_matrix(shape, error):
 
 @every_dtype
 def test_tt_svd_answers_in_the_dtype_of_the_matrix(dtype):
-    shape = plan(12, 20, rank=10**6, modes=(4, 3, 5, 4))
+    shape = plan_shape(12, 20, rank=10**6, modes=(4, 3, 5, 4))
     dense = randn(12, 20, seed=0, dtype=dtype)
     cores = tt.tt_svd(dense, shape)
     assert {core.dtype for core in cores} == {dtype}
@@ -263,7 +263,7 @@ def test_tt_svd_answers_in_the_dtype_of_the_matrix(dtype):
 
 @pytest.mark.parametrize("size", [(20, 12), (12, 21), (11, 20), (240,)])
 def test_tt_svd_refuses_a_matrix_of_another_size(size):
-    shape = plan(12, 20, rank=2, modes=(4, 3, 5, 4))
+    shape = plan_shape(12, 20, rank=2, modes=(4, 3, 5, 4))
     with pytest.raises(ValueError, match=rf"\({size[0]}.*\) matrix does not fit a train for 12 x 20 \[4, 3, 5, 4\]"):
         tt.tt_svd(torch.zeros(size), shape)
 
@@ -294,7 +294,7 @@ def test_rounding_stays_within_the_error(shape, seed, error):
 
 
 def test_rank_and_error_together_bound_the_rank_first():
-    shape = plan(12, 20, rank=10**6, modes=(4, 3, 5, 4))
+    shape = plan_shape(12, 20, rank=10**6, modes=(4, 3, 5, 4))
     cores = tt.tt_svd(randn(12, 20, seed=0), shape)
     assert inner_ranks(tt.round_ranks(cores, rank=3, error=1e-6)) == [3, 3, 3]
     assert inner_ranks(tt.round_ranks(cores, rank=10, error=1e-6)) == [4, 10, 4]
@@ -319,7 +319,7 @@ def test_rounding_undoes_inflated_ranks(inflate):
 
 
 def test_rounding_never_builds_the_full_tensor():
-    shape = plan(8**10, 8**10, rank=3, modes=(8,) * 20)  # 10^18 entries
+    shape = plan_shape(8**10, 8**10, rank=3, modes=(8,) * 20)  # 10^18 entries
     cores = [core / core.norm() for core in frozen(random_cores(shape, seed=0))]
     rounded = tt.round_ranks(tt.add(cores, cores), error=1e-10)
     assert set(inner_ranks(rounded)) == {3}
@@ -329,7 +329,7 @@ def test_rounding_never_builds_the_full_tensor():
 
 @every_dtype
 def test_rounding_answers_in_the_dtype_of_the_cores(dtype):
-    shape = plan(12, 20, rank=3, modes=(4, 3, 5, 4))
+    shape = plan_shape(12, 20, rank=3, modes=(4, 3, 5, 4))
     cores = frozen(random_cores(shape, seed=0, dtype=dtype))
     rounded = tt.round_ranks(tt.pad_ranks(cores, (1, 4, 5, 4, 1)), rank=3)
     assert {core.dtype for core in rounded} == {dtype}
@@ -424,7 +424,7 @@ def test_add_is_the_sum_of_matrices(shape, seed, data):
 
 @pytest.mark.parametrize("modes", [(4, 6, 10), (4, 6, 2, 5), (24, 10), (240,)])
 def test_add_refuses_other_modes(modes):
-    other = plan(24, 10, rank=2, modes=modes)
+    other = plan_shape(24, 10, rank=2, modes=modes)
     left, right = frozen(random_cores(SHAPES["aligned"], seed=0)), frozen(random_cores(other, seed=0))
     with pytest.raises(ValueError) as refused:
         tt.add(left, right)

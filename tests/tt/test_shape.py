@@ -10,7 +10,7 @@ from hypothesis import given
 from torch.utils.flop_counter import FlopCounterMode
 
 from loretta import tt
-from loretta.tt import TTShape, plan, shape_from_modes
+from loretta.tt import TTShape, plan_shape, shape_from_modes
 from tt.trains import SHAPES, examples, frozen, oracle, random_cores, seeds, shapes
 
 SMALL = TTShape(in_features=6, out_features=4, modes=(2, 3, 4), ranks=(1, 2, 3, 1), n_in=2)
@@ -62,19 +62,19 @@ PUBLISHED = [
 
 @pytest.mark.parametrize(("size", "rank", "modes", "count"), PUBLISHED)
 def test_published_parameter_counts(size, rank, modes, count):
-    assert plan(*size, rank=rank, modes=modes).n_params == count
+    assert plan_shape(*size, rank=rank, modes=modes).n_params == count
 
 
 def test_published_totals():
     def pair(width, bottleneck, rank):
-        return plan(width, bottleneck, rank=rank).n_params + plan(bottleneck, width, rank=rank).n_params
+        return plan_shape(width, bottleneck, rank=rank).n_params + plan_shape(bottleneck, width, rank=rank).n_params
 
     # adapters carry biases of 64 and the width: LoRETTA_adp for DeBERTa-base (Table 1) and LLaMA-2-7B (Table 2)
     assert 24 * (pair(768, 64, 5) + 64 + 768) == 57_408
     assert 96 * (pair(4096, 64, 5) + 64 + 4096) == 610_560
     # LoRETTA_rep on q and v (RoBERTa), on the fused in_proj (DeBERTa) and on q and v of LLaMA-2-7B
     assert 24 * pair(768, 8, 5) == 27_840
-    assert 12 * (plan(768, 8, rank=5).n_params + plan(8, 2304, rank=5).n_params) == 13_980
+    assert 12 * (plan_shape(768, 8, rank=5).n_params + plan_shape(8, 2304, rank=5).n_params) == 13_980
     assert 64 * pair(4096, 16, 8) == 507_904 - 65 * 4096
 
 

@@ -10,28 +10,28 @@ from hypothesis import assume, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from loretta.tt import TTShape, plan
+from loretta.tt import TTShape, plan_shape
 
 examples = settings(derandomize=True, deadline=None, max_examples=100)
 seeds = st.integers(0, 2**31 - 1)
 
 # One shape of every kind, for tests that have dtypes or draws to go through as well.
 SHAPES = {
-    "aligned": plan(24, 10, rank=3, modes=(4, 6, 5, 2)),
-    "paper": plan(768, 64, rank=5),
-    "straddling, folded right": plan(8, 30, rank=2, modes=(4, 6, 2, 5)),
-    "straddling, folded left": plan(12, 14, rank=4, modes=(3, 8, 7)),
-    "straddling first core": plan(2, 21, rank=3, modes=(6, 7)),
-    "straddling last core": plan(6, 4, rank=3, modes=(3, 8)),
-    "one core": plan(5, 7, rank=3, modes=(35,)),
-    "one row": plan(1, 12, rank=3, modes=(3, 4)),
-    "one column": plan(12, 1, rank=3, modes=(3, 4)),
-    "padded": plan(67, 131, rank=3),
+    "aligned": plan_shape(24, 10, rank=3, modes=(4, 6, 5, 2)),
+    "paper": plan_shape(768, 64, rank=5),
+    "straddling, folded right": plan_shape(8, 30, rank=2, modes=(4, 6, 2, 5)),
+    "straddling, folded left": plan_shape(12, 14, rank=4, modes=(3, 8, 7)),
+    "straddling first core": plan_shape(2, 21, rank=3, modes=(6, 7)),
+    "straddling last core": plan_shape(6, 4, rank=3, modes=(3, 8)),
+    "one core": plan_shape(5, 7, rank=3, modes=(35,)),
+    "one row": plan_shape(1, 12, rank=3, modes=(3, 4)),
+    "one column": plan_shape(12, 1, rank=3, modes=(3, 4)),
+    "padded": plan_shape(67, 131, rank=3),
     "padded and straddling": TTShape(
         in_features=11, out_features=13, modes=(2, 12, 7), ranks=(1, 2, 5, 1), n_in=1, split=6
     ),
-    "ranks past what the modes carry": plan(6, 4, rank=9, modes=(2, 3, 2, 2)),
-    "modes of 1": plan(6, 6, rank=2, modes=(1, 6, 1, 6, 1)),
+    "ranks past what the modes carry": plan_shape(6, 4, rank=9, modes=(2, 3, 2, 2)),
+    "modes of 1": plan_shape(6, 6, rank=2, modes=(1, 6, 1, 6, 1)),
 }
 
 

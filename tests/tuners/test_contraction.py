@@ -101,7 +101,7 @@ def contractions(monkeypatch) -> Counter:
         return call
 
     monkeypatch.setattr(contraction, "halves", counted("together", contraction.halves))
-    monkeypatch.setattr("loretta.layers.halves", counted("alone", loretta.layers.halves))
+    monkeypatch.setattr("loretta.layers.trains.halves", counted("alone", loretta.layers.trains.halves))
     return count
 
 

@@ -17,7 +17,7 @@ from tuners.families import build, config_of, logits
 from tuners.wrapped import config_for, every_method, trainable, trained, wrap
 
 from loretta import get_peft_model
-from loretta.layers import TTLinear
+from loretta.layers.trains import TTLinear
 
 N_CORES = 4  # of the planned 32 x 32 train: 8 x 4 | 4 x 8
 

@@ -16,7 +16,7 @@ from tuners.families import build, randomise
 from tuners.wrapped import config_for, every_method
 
 from loretta import get_peft_model
-from loretta.layers import Cores
+from loretta.layers.trains import Cores
 
 SIZES = {"even": (24, 32), "odd": (15, 10), "padded primes": (67, 131), "one feature": (1, 12), "narrow": (12, 2)}
 every_size = pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)

@@ -17,9 +17,9 @@ from tuners.wrapped import config_for, every_method, snapshot, trainable, traine
 
 from loretta import get_peft_model
 from loretta.errors import InputError
-from loretta.placement import linear_size
 from loretta.training.model import load_base
 from loretta.tuners.layer import LorettaLayer
+from loretta.tuners.placement import linear_size
 
 _SPEC = importlib.util.spec_from_file_location(
     "quantized", pathlib.Path(__file__).parents[2] / "benchmarks" / "quantized.py"

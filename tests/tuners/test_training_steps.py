@@ -9,7 +9,7 @@ from tuners.families import OPTIONS, build, logits, loss_of
 from tuners.wrapped import config_for, every_method, snapshot, trainable, trained, wrap
 
 from loretta import get_peft_model, tt
-from loretta.layers import Cores
+from loretta.layers.trains import Cores
 
 every_family = pytest.mark.parametrize("family", OPTIONS)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from loretta.errors import InputError
-from loretta.picture import train_svg
+from loretta.plan.picture import train_svg
 from loretta.report import page, tables
 from loretta.report.figures import Chart, Line, Look, drawable
 from loretta.report.tables import MISSING, Cell, Column, Row, Table

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import Field
 
 from loretta.errors import InputError
-from loretta.families import FAMILIES, default_task_type, find_config
+from loretta.plan.base_models import FAMILIES, default_task_type, find_config
 from loretta.studies.state import folder_state
 from loretta.studies.study import Frozen, PaperModel, Planned, Row, Study
 from loretta.tasks.glue import GLUE
@@ -53,7 +53,7 @@ class Base(Frozen):
     folder: str
     weights: str  # what RunConfig.model takes
     key: str | None  # of the study's models; None for any other
-    sizes: str  # what loretta.families.find_config takes
+    sizes: str  # what loretta.plan.base_models.find_config takes
     paper: PaperModel | None
 
 

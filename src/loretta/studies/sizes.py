@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
-from loretta.counts import trainable_by_kind
-from loretta.families import find_config, meta_model
-from loretta.plan import plan_model
+from loretta.plan.base_models import find_config, meta_model
+from loretta.plan.counts import trainable_by_kind
+from loretta.plan.plan import plan_model
 from loretta.studies.expansion import total_steps
 from loretta.studies.state import COUNT
 from loretta.studies.study import Planned

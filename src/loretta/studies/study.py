@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from loretta.errors import InputError
-from loretta.presets import find_preset
+from loretta.plan.presets import find_preset
 
 Kind = Literal["train", "cost", "count"]  # a training run, one measured step, counted parameters
 View = Literal["scores", "sequence", "cost", "ranks", "shapes", "norms", "pareto", "curves", "bytes", "compare"]
@@ -42,7 +42,7 @@ class Row(Frozen):
     label: str = Field(description="as tables show it")
     method: str = Field(description="a method of `loretta train`")
     model: str | None = Field(default=None, description="a key of the study's models; None: every model")
-    preset: str | None = Field(default=None, description="of loretta.presets, whose options the row takes")
+    preset: str | None = Field(default=None, description="of loretta.plan.presets, whose options the row takes")
     options: dict[str, Any] = Field(default={}, description="of the method, on top of the preset's")
     modes: int | None = Field(default=None, description="modes of every adapter's train (Table 7), on any width")
     settings: dict[str, Any] = Field(default={}, description="run options that differ from the protocol")
@@ -98,7 +98,7 @@ class Planned(Frozen):
     folder: str = Field(description="below the folder of all runs; one folder, one config")
     kind: Kind = "train"
     model: str = Field(description="the model as a folder's name")
-    sizes: str = Field(description="the model as loretta.families knows it, weights or not")
+    sizes: str = Field(description="the model as loretta.plan.base_models knows it, weights or not")
     task: str = Field(description="the task, or 'sst2-mrpc' for the second step of a sequence")
     row: str
     label: str

@@ -28,11 +28,10 @@ from transformers import (
 from transformers.trainer_utils import get_last_checkpoint
 
 import loretta
-from loretta.card import write_card
-from loretta.counts import trainable_by_kind
 from loretta.errors import InputError
-from loretta.families import default_task_type, find_config
-from loretta.plan import read_plan
+from loretta.plan.base_models import default_task_type, find_config
+from loretta.plan.counts import trainable_by_kind
+from loretta.plan.plan import read_plan
 from loretta.tasks import load_task, metrics
 from loretta.tasks.base import Task
 from loretta.tasks.glue import GLUE
@@ -45,6 +44,7 @@ from loretta.training.model import TASK_TYPES, Trained, load_base, load_tokenize
 from loretta.training.prompted import PromptedTrainer, Texts, encode_task, notes_on_length
 from loretta.training.record import ParameterCounts, Point, RunRecord, Train
 from loretta.training.trainer import TwoRateTrainer, training_arguments
+from loretta.tuners.card import write_card
 from loretta.tuners.config import LorettaConfig
 
 ADAPTER, CHECKPOINTS, CONFIG, PREDICTIONS = "adapter", "checkpoints", "config.json", "predictions.jsonl"

@@ -1,10 +1,11 @@
-"""Tensor trains: integers (:mod:`shape`, :mod:`plan`), functions on cores (:mod:`ops`, :mod:`init`, :mod:`lowrank`).
+"""Tensor trains: integers (:mod:`shape`, :mod:`modes`), functions on cores (:mod:`ops`, :mod:`init`, :mod:`lowrank`).
 
 Depends on torch alone and knows nothing of PEFT.
 """
 
 from loretta.tt.init import gaussian
 from loretta.tt.lowrank import fit_product, product_error, product_norm, product_singular_values
+from loretta.tt.modes import PAPER_MODES, balanced_modes, plan_shape
 from loretta.tt.ops import (
     add,
     balance,
@@ -18,7 +19,6 @@ from loretta.tt.ops import (
     split_cores,
     tt_svd,
 )
-from loretta.tt.plan import PAPER_MODES, balanced_modes, plan
 from loretta.tt.shape import TTShape, constant_ranks, shape_from_modes
 
 __all__ = [
@@ -36,7 +36,7 @@ __all__ = [
     "matrix_naive",
     "orthogonalise",
     "pad_ranks",
-    "plan",
+    "plan_shape",
     "product_error",
     "product_norm",
     "product_singular_values",

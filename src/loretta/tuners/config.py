@@ -6,8 +6,8 @@ from typing import Any
 
 from peft import PeftConfig
 
-from loretta.card import write_card
 from loretta.errors import InputError
+from loretta.tuners.card import write_card
 
 TRAIN_HEAD = ("tensorized", "tensorized_only", "dense", "frozen")
 INIT_WEIGHTS = ("zero", "denoised", "gaussian")
@@ -23,7 +23,7 @@ class LorettaConfig(PeftConfig):
         exclude_modules: as ``target_modules``, for modules to leave alone.
         tensor_rank: the constant inner rank of every train.
         shapes: modes for given matrix sizes, ``{"768x64": [8, 8, 12, 8, 8]}``; others are planned
-            (:func:`loretta.tt.plan`).
+            (:func:`loretta.tt.plan_shape`).
         init_weights: "zero": exactly no change at the start. "gaussian": Gaussian trains, as the authors' code
             starts; the model is perturbed. "denoised": the same Gaussian trains with their starting effect
             subtracted for good, as section 3.3 describes; the frozen start is saved with the adapter, which

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, UntypedStorage, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from loretta.layers import halves
+from loretta.layers.trains import halves
 
 if TYPE_CHECKING:
     from loretta.tuners.layer import LorettaLayer

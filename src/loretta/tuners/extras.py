@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from loretta import tt
 from loretta.errors import InputError
-from loretta.layers import TTLinear
+from loretta.layers.trains import TTLinear
 from loretta.tuners.config import LorettaConfig
 
 _NORM_CLASS = re.compile(r"(Layer|RMS|Group)Norm")
@@ -67,7 +67,7 @@ class AdapterCopy(ModulesToSaveWrapper):
     def _tensorize(self, adapter_name: str, path: str, policy: CopyPolicy) -> None:
         copy = self.modules_to_save[adapter_name]
         dense = cast(nn.Linear, copy.get_submodule(path))
-        shape = tt.plan(dense.in_features, dense.out_features, rank=policy.rank, overrides=policy.shapes)
+        shape = tt.plan_shape(dense.in_features, dense.out_features, rank=policy.rank, overrides=policy.shapes)
         train = TTLinear.from_dense(dense, shape, as_change=policy.as_change)
         # an adapter that is added beside the active one is not trained yet
         train.requires_grad_(dense.weight.requires_grad)
@@ -270,7 +270,7 @@ def copy_cost(model: nn.Module, config: LorettaConfig) -> CopyCost:
         for path in policy.tensorized:
             dense = cast(nn.Linear, copy.get_submodule(path))
             try:
-                shape = tt.plan(dense.in_features, dense.out_features, rank=policy.rank, overrides=policy.shapes)
+                shape = tt.plan_shape(dense.in_features, dense.out_features, rank=policy.rank, overrides=policy.shapes)
             except ValueError as error:
                 raise InputError(f"'{name}': {error}") from None
             trains += shape.n_params + (0 if dense.bias is None else dense.bias.numel())

@@ -11,8 +11,7 @@ from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 
 from loretta import tt
-from loretta.layers import Cores
-from loretta.placement import Placement, require_linear
+from loretta.layers.trains import Cores
 from loretta.tuners.contraction import (
     Factors,
     Handed,
@@ -23,6 +22,7 @@ from loretta.tuners.contraction import (
     note_change,
     note_write,
 )
+from loretta.tuners.placement import Placement, require_linear
 
 Halves = tuple[Tensor, Tensor]
 

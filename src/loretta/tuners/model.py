@@ -19,11 +19,11 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from loretta.errors import InputError
-from loretta.placement import Placement, expand_targets, matched_modules
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.contraction import Contraction
 from loretta.tuners.extras import AdapterCopy, copy_cost, head_names, install_copies, rename_copies
 from loretta.tuners.layer import keep_differentiable
+from loretta.tuners.placement import Placement, expand_targets, matched_modules
 
 
 class LorettaModel(BaseTuner):

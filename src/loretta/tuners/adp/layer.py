@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from loretta import kernels
-from loretta.layers import arranged, fold_bias
-from loretta.placement import Placement
+from loretta.layers import fused
+from loretta.layers.trains import arranged, fold_bias
 from loretta.tuners.adp.config import LorettaAdpConfig
 from loretta.tuners.contraction import Factors, Ingredient
 from loretta.tuners.layer import Halves, LorettaLayer, works_in
+from loretta.tuners.placement import Placement
 
 
 class AdpLinear(LorettaLayer):
@@ -135,8 +135,8 @@ class AdpLinear(LorettaLayer):
             for name in (name for name in self.active_adapters if name in here):
                 factors, *start = self.contracted(name)
                 alike = not start and y.dtype == factors[-1].dtype and works_in(y, y.dtype)
-                if alike and out is rows and kernels.pays(rows) and self._fuses(name, factors):
-                    out = cast(Tensor, kernels.AddBottleneck.apply(rows, *factors))
+                if alike and out is rows and fused.pays(rows) and self._fuses(name, factors):
+                    out = cast(Tensor, fused.AddBottleneck.apply(rows, *factors))
                 elif alike:
                     out = torch.addmm(out, *self._inner(name, rows, factors, None))
                 else:

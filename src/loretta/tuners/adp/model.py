@@ -6,11 +6,11 @@ from torch import nn
 
 from loretta import tt
 from loretta.errors import InputError
-from loretta.placement import Placement, rank_for, require_linear
 from loretta.tuners.adp.config import LorettaAdpConfig
 from loretta.tuners.adp.layer import CANNOT_MERGE, AdpLinear
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.model import LorettaModel
+from loretta.tuners.placement import Placement, rank_for, require_linear
 from loretta.tuners.targets import ADP_TARGETS
 
 
@@ -35,8 +35,8 @@ class LorettaAdpModel(LorettaModel):
             return Placement(
                 name=name,
                 where="before" if before else "after",
-                down=tt.plan(width, bottleneck, rank=rank, modes=modes, overrides=config.shapes),
-                up=tt.plan(bottleneck, width, rank=rank, modes=modes, overrides=config.shapes),
+                down=tt.plan_shape(width, bottleneck, rank=rank, modes=modes, overrides=config.shapes),
+                up=tt.plan_shape(bottleneck, width, rank=rank, modes=modes, overrides=config.shapes),
                 bias_params=width + bottleneck if config.train_bias else 0,
             )
         except ValueError as error:

@@ -14,12 +14,12 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from loretta import kernels
 from loretta.errors import InputError
-from loretta.layers import add_update, arranged, update_factors
-from loretta.placement import Placement, rank_for
+from loretta.layers import fused
+from loretta.layers.trains import add_update, arranged, update_factors
 from loretta.tuners.contraction import Factors, note_change
 from loretta.tuners.layer import Halves, LorettaLayer, fitting, is_bare_linear, works_in
+from loretta.tuners.placement import Placement, rank_for
 from loretta.tuners.rep.config import LorettaRepConfig
 
 
@@ -94,8 +94,8 @@ class RepLinear(LorettaLayer):
         if is_bare_linear(base_layer) and not args and not kwargs:
             # Its output is a new matrix that nobody else has seen, so the updates can be added into it.
             rows = x.reshape(-1, self.in_features)
-            fused = self._fused(rows, cast(nn.Linear, base_layer)) if kernels.pays(rows) else None
-            result = self._updated(base_layer(rows), rows, in_place=True) if fused is None else fused
+            in_one = self._fused(rows, cast(nn.Linear, base_layer)) if fused.pays(rows) else None
+            result = self._updated(base_layer(rows), rows, in_place=True) if in_one is None else in_one
             return result.view(*x.shape[:-1], self.out_features)
         result = base_layer(x, *args, **kwargs)
         if self.quantization_backend is not None:
@@ -112,7 +112,7 @@ class RepLinear(LorettaLayer):
         trained = weight.requires_grad or (bias is not None and bias.requires_grad)
         if trained or not rows_BI.dtype == weight.dtype == a_IR.dtype:
             return None
-        return cast(Tensor, kernels.LinearWithUpdate.apply(rows_BI, weight, bias, a_IR, b_RO))
+        return cast(Tensor, fused.LinearWithUpdate.apply(rows_BI, weight, bias, a_IR, b_RO))
 
     def _updated(self, result: Tensor, x: Tensor, *, in_place: bool) -> Tensor:
         for name in self.active_adapters:

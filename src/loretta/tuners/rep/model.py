@@ -12,10 +12,10 @@ from torch import nn
 
 from loretta import tt
 from loretta.errors import InputError
-from loretta.fitting import EXACT, Fit, Update, fit_update, smallest_fit
-from loretta.placement import Placement, rank_for, require_linear
+from loretta.layers.fit import EXACT, Fit, Update, fit_update, smallest_fit
 from loretta.tuners.extras import AdapterCopy
 from loretta.tuners.model import LorettaModel
+from loretta.tuners.placement import Placement, rank_for, require_linear
 from loretta.tuners.rep.config import LorettaRepConfig
 from loretta.tuners.rep.layer import RepLinear
 from loretta.tuners.targets import REP_TARGETS
@@ -167,8 +167,8 @@ class LorettaRepModel(LorettaModel):
             return Placement(
                 name=name,
                 where="update",
-                down=tt.plan(in_features, config.r, rank=rank, overrides=config.shapes),
-                up=tt.plan(config.r, out_features, rank=rank, overrides=config.shapes),
+                down=tt.plan_shape(in_features, config.r, rank=rank, overrides=config.shapes),
+                up=tt.plan_shape(config.r, out_features, rank=rank, overrides=config.shapes),
             )
         except ValueError as error:
             raise InputError(f"'{name}': {error}") from None

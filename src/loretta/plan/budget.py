@@ -1,0 +1,125 @@
+"""Choose ranks, bottleneck and targets that fit a budget of parameters or bytes, and say why."""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from loretta.errors import InputError
+from loretta.plan.plan import Plan, plan_model
+from loretta.tuners.adp import LorettaAdpConfig
+from loretta.tuners.config import LorettaConfig
+from loretta.tuners.rep import LorettaRepConfig
+
+RANKS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """An upper bound in trained parameters or in bytes of the saved adapter (float32)."""
+
+    amount: int
+    unit: str  # "parameters" or "bytes"
+
+    @classmethod
+    def parse(cls, words: str) -> "Budget":
+        """Read "100k", "1.5M" (parameters), "400kB" or "1MiB" (bytes). Raises InputError for anything else."""
+        match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([kKmMgG]?i?)([bB]?)", words.strip())
+        if match is None or match[2].lower() not in _UNITS or (match[2].lower().endswith("i") and not match[3]):
+            raise InputError(
+                f"the budget {words!r} is not a size: write 100k or 1.5M (parameters), 400kB or 1MiB (bytes)"
+            )
+        amount = int(float(match[1]) * _UNITS[match[2].lower()])
+        return cls(amount=amount, unit="bytes" if match[3] else "parameters")
+
+    def used(self, plan: Plan) -> int:
+        return plan.trainable if self.unit == "parameters" else 4 * plan.saved
+
+    def fits(self, plan: Plan) -> bool:
+        return self.used(plan) <= self.amount
+
+    def __str__(self) -> str:
+        return f"{self.amount:,} {self.unit}"
+
+
+def choose(model: nn.Module, config: LorettaConfig, budget: Budget) -> tuple[LorettaConfig, Plan, list[str]]:
+    """The largest configuration of ``config``'s method that fits, its plan, and the reasons, a sentence each.
+
+    Capacity is spent on the targets that were asked for (the default ones), then on the highest tensor rank, for rep
+    with a bottleneck that does not bound that rank; when the highest rank there is fits and no targets were given,
+    every linear layer is targeted. What is given up when not even rank 1 fits, in this order: the layer norms, the
+    biases of adp, half of its bottleneck again and again, and half of the layers (the lower ones) again and again.
+
+    Raises InputError when even the smallest does not fit, with what it would take.
+    """
+    reasons: list[str] = []
+    if config.target_modules is None:
+        everywhere = replace(config, target_modules="all-linear")
+        if budget.fits(plan_model(model, _with_rank(config, RANKS[-1]))) and budget.fits(
+            plan_model(model, _with_rank(everywhere, RANKS[0]))
+        ):
+            config = everywhere
+            reasons.append(f"every linear layer is targeted: the default targets fit even at rank {RANKS[-1]}")
+    for start, reason in _reductions(config, model):
+        reasons += [reason] if reason else []
+        smallest = plan_model(model, _with_rank(start, RANKS[0]))
+        if not budget.fits(smallest):
+            continue
+        best, best_plan = start, smallest
+        beyond = None
+        for rank in RANKS:
+            candidate = _with_rank(start, rank)
+            plan = plan_model(model, candidate)
+            if not budget.fits(plan):
+                beyond = (rank, budget.used(plan))
+                break
+            best, best_plan = candidate, plan
+        fixed = best_plan.extras.norms + best_plan.extras.head + best_plan.biases
+        reasons.append(
+            f"tensor rank {best.tensor_rank} is the highest that fits: {budget.used(best_plan):,} of {budget}"
+            + (f"; rank {beyond[0]} would take {beyond[1]:,}" if beyond else "")
+        )
+        reasons.append(
+            f"{fixed:,} of the {best_plan.trainable:,} parameters are norms, head and biases, whatever the rank"
+        )
+        return best, best_plan, reasons
+    raise InputError(
+        f"no {_method(config)} adapter fits {budget}: the smallest takes {budget.used(smallest):,} {budget.unit}; "
+        "raise the budget"
+    )
+
+
+def _method(config: LorettaConfig) -> str:
+    return "rep" if isinstance(config, LorettaRepConfig) else "adp"
+
+
+def _reductions(config: LorettaConfig, model: nn.Module) -> Iterator[tuple[LorettaConfig, str]]:
+    """The configuration as asked, then smaller and smaller ones, each with what was given up."""
+    yield config, ""
+    if config.train_norms:
+        config = replace(config, train_norms=False)
+        yield config, "the layer norms are frozen: they alone leave no room for a train"
+    if isinstance(config, LorettaAdpConfig):
+        if config.train_bias:
+            config = replace(config, train_bias=False)
+            yield config, "the adapters have no biases: they leave no room for a train"
+        while config.bottleneck_size > 4:
+            config = replace(config, bottleneck_size=config.bottleneck_size // 2)
+            yield config, f"the bottleneck is {config.bottleneck_size}"
+    if isinstance(config.target_modules, str) or config.layers_to_transform is not None:
+        return
+    names = [placement.name for placement in plan_model(model, config).placements]
+    layers = sorted({int(match[1]) for name in names if (match := re.search(r"\.(\d+)\.", name))})
+    while len(layers) > 1:
+        layers = layers[(len(layers) + 1) // 2 :]
+        config = replace(config, layers_to_transform=layers)
+        yield config, f"only the layers from {layers[0]} on are adapted"
+
+
+def _with_rank(config: LorettaConfig, rank: int) -> LorettaConfig:
+    if isinstance(config, LorettaRepConfig):
+        # a bottleneck below the tensor rank would waste it
+        return replace(config, tensor_rank=rank, r=max(config.r, rank))
+    return replace(config, tensor_rank=rank)

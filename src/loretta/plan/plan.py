@@ -1,0 +1,247 @@
+"""What LoRETTA will do to a model, before a weight is loaded or a module replaced (and the same, read off after)."""
+
+import copy
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from peft import IA3Config, LoraConfig, PeftModel, PeftType, PrefixTuningConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from loretta.errors import InputError
+from loretta.plan.counts import trainable_by_kind
+from loretta.plan.presets import Preset
+from loretta.tuners.adp import LorettaAdpConfig, LorettaAdpModel
+from loretta.tuners.config import LorettaConfig
+from loretta.tuners.extras import CopyCost, copy_cost, head_names
+from loretta.tuners.layer import LorettaLayer
+from loretta.tuners.model import LorettaModel
+from loretta.tuners.placement import Placement, linear_size, matched_modules, not_adaptable
+from loretta.tuners.rep import LorettaRepConfig, LorettaRepModel
+
+LORA_RANK = 8  # what everything is compared with
+DENSE_BOTTLENECK = 64
+_TUNERS: dict[type[LorettaConfig], type[LorettaModel]] = {
+    LorettaRepConfig: LorettaRepModel,
+    LorettaAdpConfig: LorettaAdpModel,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cost:
+    """Per token: FLOPs of a forward pass, and numbers kept for the backward pass. Parameters are scalars."""
+
+    parameters: int
+    flops_per_token: int
+    kept_per_token: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """All trains of one adapter and what is trained beside them."""
+
+    method: str
+    model_type: str
+    placements: tuple[Placement, ...]
+    extras: CopyCost
+    model_parameters: int
+    not_adaptable: Mapping[str, str] = field(default_factory=dict)  # class -> reason
+    lora: Cost | None = None  # LoRA r=8 on PEFT's default targets of the same model
+    dense: Cost | None = None  # bottleneck-64 adapters with dense matrices at adp's default places
+
+    @property
+    def cores(self) -> int:
+        return sum(placement.core_params for placement in self.placements)
+
+    @property
+    def biases(self) -> int:
+        return sum(placement.bias_params for placement in self.placements)
+
+    @property
+    def trainable(self) -> int:
+        return self.cores + self.biases + self.extras.norms + self.extras.head
+
+    @property
+    def saved(self) -> int:
+        """Numbers in the adapter's file: what is trained, and what is frozen but not part of the base model."""
+        return self.trainable + self.extras.frozen
+
+    @property
+    def cost(self) -> Cost:
+        return Cost(
+            parameters=self.trainable,
+            flops_per_token=sum(flops_per_token(placement) for placement in self.placements),
+            kept_per_token=sum(kept_per_token(placement) for placement in self.placements),
+        )
+
+    @property
+    def fold_flops(self) -> int:
+        """FLOPs that contract all cores, once per step."""
+        return sum(p.down.fold_flops + p.up.fold_flops for p in self.placements)
+
+    def groups(self) -> list[tuple[Placement, int]]:
+        """One placement for each kind (ending of the name, sizes, shapes), with how many there are."""
+        counts: Counter[tuple[Any, ...]] = Counter()
+        first: dict[tuple[Any, ...], Placement] = {}
+        for placement in self.placements:
+            key = (placement.name.rpartition(".")[2], placement.where, placement.down, placement.up)
+            counts[key] += 1
+            first.setdefault(key, placement)
+        return [(first[key], count) for key, count in counts.items()]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data: totals, costs, and one row per module."""
+        return {
+            "method": self.method,
+            "model_type": self.model_type,
+            "trainable": self.trainable,
+            "cores": self.cores,
+            "biases": self.biases,
+            "norms": self.extras.norms,
+            "head": self.extras.head,
+            "frozen_but_saved": self.extras.frozen,
+            "head_parts": list(self.extras.parts),
+            "model_parameters": self.model_parameters,
+            "adapter_bytes": {"float32": 4 * self.saved, "bfloat16": 2 * self.saved},
+            "per_token": {
+                name: None
+                if cost is None
+                else {"flops": cost.flops_per_token, "kept_bytes_bf16": 2 * cost.kept_per_token}
+                for name, cost in (("loretta", self.cost), ("lora_r8", self.lora), ("dense_adapters", self.dense))
+            },
+            "fold_flops_per_step": self.fold_flops,
+            "not_adaptable": dict(self.not_adaptable),
+            "modules": [_row(placement) for placement in self.placements],
+        }
+
+
+def _row(placement: Placement) -> dict[str, Any]:
+    row: dict[str, Any] = {"name": placement.name, "where": placement.where}
+    for part, shape in (("down", placement.down), ("up", placement.up)):
+        row[part] = {
+            "in": shape.in_features,
+            "out": shape.out_features,
+            "modes": list(shape.modes),
+            "ranks": list(shape.ranks),
+            "cut_rank": shape.cut_rank,
+            "aligned": shape.aligned,
+            "parameters": shape.n_params,
+        }
+    return {**row, "biases": placement.bias_params, "parameters": placement.n_params}
+
+
+def flops_per_token(placement: Placement) -> int:
+    """Forward FLOPs that a placement adds per token: rep's two thin products, adp's four."""
+    down, up = placement.down, placement.up
+    if placement.where == "update":
+        rank = min(down.cut_rank, down.out_features, up.cut_rank)
+        return 2 * rank * (down.in_features + up.out_features)
+    # a bias is one more row of each second factor
+    biases = 2 * (down.in_features + down.out_features + up.in_features + up.out_features)
+    return down.apply_flops() + up.apply_flops() + (biases if placement.bias_params else 0)
+
+
+def kept_per_token(placement: Placement) -> int:
+    """Numbers a placement keeps per token for the backward pass: its input, and what lies between its products."""
+    down, up = placement.down, placement.up
+    if placement.where == "update":
+        return down.in_features + min(down.cut_rank, down.out_features, up.cut_rank)
+    return down.in_features + down.cut_rank + 2 * down.out_features + up.cut_rank
+
+
+def plan_model(model: nn.Module, config: LorettaConfig) -> Plan:
+    """Plan ``config`` on a model that is not wrapped yet; the meta device is enough. Nothing is changed.
+
+    Raises InputError when the targets match nothing or a shape does not fit.
+    """
+    tuner = _TUNERS[type(config)]
+    model_config = BaseTuner.get_model_config(model)
+    extras = copy_cost(model, config)
+    config = copy.copy(config)
+    config.target_modules = tuner.default_targets(config, model_config)
+    # what is copied whole is not adapted
+    config.modules_to_save = [*(config.modules_to_save or []), *head_names(model, config)] or None
+    placements = tuple(tuner.place(config, name, module) for name, module in matched_modules(config, model))
+    if config.init_weights == "denoised":
+        extras = replace(extras, frozen=extras.frozen + sum(placement.core_params for placement in placements))
+    return Plan(
+        method=str(PeftType(config.peft_type).value).lower().removeprefix("loretta_"),
+        model_type=model_config.get("model_type", "custom"),
+        placements=placements,
+        extras=extras,
+        model_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        not_adaptable=not_adaptable(model),
+        lora=_lora_cost(model, model_config),
+        dense=_dense_cost(model, model_config),
+    )
+
+
+def read_plan(model: PeftModel, adapter_name: str = "default") -> Plan:
+    """The plan as it was carried out, read off a wrapped model. Raises InputError for another PEFT method."""
+    config = model.peft_config.get(adapter_name)
+    if not isinstance(config, LorettaConfig):
+        raise InputError(f"the adapter {adapter_name!r} is not a LoRETTA adapter, but {type(config).__name__}")
+    layers = [(n, m) for n, m in model.named_modules() if isinstance(m, LorettaLayer) and adapter_name in m.scaling]
+    counts = trainable_by_kind(model)
+    placements = tuple(layer.placements[adapter_name] for _, layer in layers)
+    base_config = BaseTuner.get_model_config(model.get_base_model())
+    return Plan(
+        method=str(PeftType(config.peft_type).value).lower().removeprefix("loretta_"),
+        model_type=base_config.get("model_type", "custom"),
+        placements=placements,
+        extras=CopyCost(norms=counts["norms"], head=counts["head"], frozen=0),
+        model_parameters=sum(parameter.numel() for parameter in model.parameters()) - sum(counts.values()),
+        not_adaptable=not_adaptable(model),
+    )
+
+
+def _sizes(model: nn.Module, targets: Iterable[str] | str | None) -> list[tuple[int, int]]:
+    """(in, out) of the linear layers that a target list matches; empty where the model has no such default."""
+    if targets is None:
+        return []
+    config = LorettaConfig(target_modules=targets if isinstance(targets, str) else list(targets))
+    sizes = [linear_size(module) for _, module in matched_modules(config, model, required=False)]
+    return [size for size in sizes if size is not None]
+
+
+def _lora_cost(model: nn.Module, model_config: dict) -> Cost | None:
+    sizes = _sizes(model, LorettaRepModel.target_module_mapping.get(model_config.get("model_type", "")))
+    if not sizes:
+        return None
+    total = sum(i + o for i, o in sizes)
+    return Cost(
+        parameters=LORA_RANK * total,
+        flops_per_token=2 * LORA_RANK * total,
+        kept_per_token=sum(i + LORA_RANK for i, _ in sizes),
+    )
+
+
+def _dense_cost(model: nn.Module, model_config: dict) -> Cost | None:
+    sizes = _sizes(model, LorettaAdpModel.target_module_mapping.get(model_config.get("model_type", "")))
+    if not sizes:
+        return None
+    widths = [out for _, out in sizes]
+    return Cost(
+        parameters=sum(2 * DENSE_BOTTLENECK * width + DENSE_BOTTLENECK + width for width in widths),
+        flops_per_token=sum(4 * DENSE_BOTTLENECK * width for width in widths),
+        kept_per_token=sum(width + 2 * DENSE_BOTTLENECK for width in widths),
+    )
+
+
+def count_baseline(model: nn.Module, preset: Preset) -> int:
+    """Trained parameters of a baseline of the paper on a (meta) model, through PEFT where PEFT has the method."""
+    if preset.method == "ft":
+        return sum(parameter.numel() for parameter in model.parameters())
+    if preset.method == "adapters":
+        # the paper counts the two matrices of each adapter, without biases
+        placed = plan_model(model, LorettaAdpConfig(task_type=preset.task_type, **preset.options))
+        matrices = sum(2 * DENSE_BOTTLENECK * placement.down.in_features for placement in placed.placements)
+        return matrices + placed.extras.norms
+    config = {"lora": LoraConfig, "ia3": IA3Config, "prefix": PrefixTuningConfig}[preset.method]
+    with torch.device("meta"):
+        return get_peft_model(
+            model, config(task_type=preset.task_type, **preset.options)
+        ).get_nb_trainable_parameters()[0]

@@ -1,0 +1,166 @@
+"""``loretta plan``: from a model's name, a preset, options and a budget to a plan that can be shown."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from loretta.errors import InputError
+from loretta.options import parse_option
+from loretta.plan.base_models import default_task_type, find_config, meta_model
+from loretta.plan.budget import Budget, choose
+from loretta.plan.plan import Plan, count_baseline, plan_model
+from loretta.plan.presets import CONFIGS, PRESETS, Preset, find_preset
+from loretta.plan.words import explain_plan, tables
+from loretta.tuners.config import LorettaConfig
+from loretta.tuners.rep import LorettaRepConfig
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanResult:
+    """A plan with where it came from. ``plan`` is None for a baseline of the paper, which is only counted."""
+
+    model: str
+    task_type: str
+    trainable: int
+    plan: Plan | None
+    options: Mapping[str, Any]
+    preset: Preset | None = None
+    notes: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for ``--json``."""
+        content: dict[str, Any] = {"model": self.model, "task_type": self.task_type, "trainable": self.trainable}
+        if self.preset is not None:
+            content["paper"] = {
+                "table": self.preset.table,
+                "method": self.preset.method,
+                "count": self.preset.count,
+                "printed": self.preset.printed,
+                "note": self.preset.note,
+                "protocol": dict(self.preset.protocol),
+            }
+        content |= {"options": dict(self.options), "notes": list(self.notes)}
+        return content if self.plan is None else content | self.plan.as_dict()
+
+    def table(self) -> str:
+        """The tables for a person."""
+        head = f"{self.model}, {self.task_type}: {self.trainable:,} trained parameters"
+        body = [] if self.plan is None else [tables(self.plan)]
+        return "\n".join([head, *body, *self.notes])
+
+    def explanation(self) -> str:
+        """The page in words."""
+        return self.table() if self.plan is None else explain_plan(self.plan, self.notes)
+
+
+def make_plan(
+    *,
+    model: str | None = None,
+    method: str | None = None,
+    preset: str | None = None,
+    task_type: str | None = None,
+    num_labels: int = 2,
+    budget: str | None = None,
+    sets: Sequence[str] = (),
+) -> PlanResult:
+    """Plan a method, or a preset, on a model that exists as a configuration alone.
+
+    A preset brings its own model, method and options; ``model`` and ``sets`` change them. Raises InputError for
+    everything that a user can mend.
+    """
+    found = find_preset(preset) if preset is not None else None
+    if found is not None and method not in (None, found.method):
+        raise InputError(f"the preset {preset!r} is of method {found.method!r}, not {method!r}: leave one of them out")
+    name = model or (found.model if found else None)
+    if name is None:
+        raise InputError("give --model (a Hub id, a folder, or a name such as llama-2-7b) or --preset")
+    method = method or (found.method if found else "rep")
+    config = find_config(name)
+    task_type = task_type or (found.task_type if found else default_task_type(config))
+    base = meta_model(config, task_type, num_labels=num_labels)
+    notes = _preset_notes(found, name)
+    if method not in CONFIGS:
+        if found is None:
+            raise InputError(f"unknown method {method!r}: choose rep or adp")
+        if sets or budget:
+            raise InputError(f"the preset {preset!r} is a baseline that is only counted: leave --set and --budget out")
+        count = count_baseline(base, found)
+        return PlanResult(
+            model=name, task_type=task_type, trainable=count, plan=None, options=found.options, preset=found,
+            notes=notes,
+        )  # fmt: skip
+    options = {**(found.options if found else {}), **dict(parse_option(word) for word in sets)}
+    peft_task = None if task_type == "IMAGE_CLS" else task_type
+    loretta_config = _config(CONFIGS[method], options, peft_task)
+    if budget is None:
+        plan = plan_model(base, loretta_config)
+    else:
+        loretta_config, plan, reasons = choose(base, loretta_config, Budget.parse(budget))
+        notes = (*notes, *reasons)
+    shown = {field.name: getattr(loretta_config, field.name) for field in dataclasses.fields(loretta_config)}
+    return PlanResult(
+        model=name,
+        task_type=task_type,
+        trainable=plan.trainable,
+        plan=plan,
+        options={key: sorted(value) if isinstance(value, set) else value for key, value in shown.items()
+                 if key in _shown(method)},
+        preset=found,
+        notes=notes,
+    )  # fmt: skip
+
+
+def _config(cls: type[LorettaConfig], options: Mapping[str, Any], task_type: str | None) -> LorettaConfig:
+    known = sorted(_shown("rep" if cls is LorettaRepConfig else "adp"))
+    unknown = sorted(options.keys() - known)
+    if unknown:
+        raise InputError(f"unknown option {', '.join(map(repr, unknown))}: the method takes {', '.join(known)}")
+    return cls(task_type=task_type, **options)
+
+
+def _shown(method: str) -> set[str]:
+    """The options of LoRETTA itself, without PEFT's bookkeeping."""
+    inherited = {field.name for field in dataclasses.fields(LorettaConfig.__mro__[1])}
+    return {field.name for field in dataclasses.fields(CONFIGS[method])} - inherited
+
+
+def _preset_notes(preset: Preset | None, model: str) -> tuple[str, ...]:
+    if preset is None:
+        return ()
+    words = f"table {preset.table} of the paper prints {preset.printed}"
+    if model != preset.model:
+        words += f" for {preset.model}"
+    return (words, *([preset.note] if preset.note else []))
+
+
+def list_presets() -> list[dict[str, Any]]:
+    """One row for each preset."""
+    return [
+        {
+            "preset": name,
+            "table": preset.table,
+            "model": preset.model,
+            "method": preset.method,
+            "parameters": preset.count,
+            "printed": preset.printed,
+        }
+        for name, preset in PRESETS.items()
+    ]
+
+
+def preset_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The presets as a table."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in rows[0]:
+        table.add_column(name, justify="right" if name == "parameters" else "left")
+    for row in rows:
+        table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in row.values()))
+    console = Console(width=140, no_color=True)
+    with console.capture() as captured:
+        console.print(table)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())

@@ -1,0 +1,123 @@
+"""A plan in words and tables for a person to read."""
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from loretta.plan.plan import Plan
+from loretta.tt import TTShape
+
+_WHERE = {"update": "added to the weight", "after": "after it", "before": "before it"}
+
+
+def explain_plan(plan: Plan, notes: Sequence[str] = ()) -> str:
+    """One page: where adapters sit, what is trained, and why the counts are what they are; ``notes`` come last."""
+    what = {
+        "rep": "LoRETTA_rep adds an update of two tensor trains to the weight of each module below.",
+        "adp": "LoRETTA_adp puts a bottleneck adapter of two tensor trains at each module below.",
+    }[plan.method]
+    lines = [f"{what} The model is of type {plan.model_type}, {plan.model_parameters:,} parameters, all frozen.", ""]
+    for placement, count in plan.groups():
+        ending = placement.name.rpartition(".")[2]
+        lines.append(f"{count} x {ending} ({_WHERE[placement.where]}), for example {placement.name}:")
+        for part, shape in (("down", placement.down), ("up", placement.up)):
+            lines.append(f"  {part:4} {draw(shape)}")
+            lines.append(f"       {count_in_words(shape)}")
+        if placement.bias_params:
+            lines.append(f"       biases: {placement.bias_params:,} (the bottleneck and the width)")
+    lines += ["", "Trained:"]
+    parts = [("cores", plan.cores), ("biases", plan.biases), ("norms", plan.extras.norms), ("head", plan.extras.head)]
+    lines += [f"  {name:7} {number:>13,}  {_share(number, plan.trainable)}" for name, number in parts if number]
+    lines.append(
+        f"  {'total':7} {plan.trainable:>13,}  {plan.trainable / max(1, plan.model_parameters):.3%} of the model"
+    )
+    lines += [f"Head: {part}." for part in plan.extras.parts]
+    if plan.extras.frozen:
+        lines.append(
+            f"Saved with the adapter though frozen: {plan.extras.frozen:,} (starting values, an untrained head)"
+        )
+    lines += [f"Cannot be adapted: {name}, which {reason}." for name, reason in plan.not_adaptable.items()]
+    lines += ["", *notes] if notes else []
+    return "\n".join(lines)
+
+
+def _share(number: int, total: int) -> str:
+    return f"{number / max(1, total):.0%}"
+
+
+def draw(shape: TTShape) -> str:
+    """A train on one line: modes in brackets, ranks between them, ``|`` where the input ends and the output begins.
+
+    A straddling mode is written ``[in x out]``.
+    """
+    parts: list[str] = []
+    for k, mode in enumerate(shape.modes):
+        if k:
+            parts.append("|" if shape.aligned and k == shape.n_in else f"-{shape.ranks[k]}-")
+        straddles = not shape.aligned and k == shape.n_in
+        parts.append(f"[{shape.split}|{mode // shape.split}]" if straddles else f"[{mode}]")
+    text = " ".join(parts)
+    if shape.aligned and 0 < shape.n_in < len(shape.modes):
+        text = text.replace(" | ", f" -{shape.ranks[shape.n_in]}-|- ")
+    return f"{shape.in_features} x {shape.out_features}: {text}"
+
+
+def count_in_words(shape: TTShape) -> str:
+    """The parameter count as the sum it is, for example ``1·8·5 + 5·8·1 = 80``."""
+    terms = " + ".join(f"{left}·{mode}·{right}" for left, mode, right in shape.cores)
+    dense = shape.in_features * shape.out_features
+    return f"{terms} = {shape.n_params:,} instead of {dense:,}; rank at the cut {shape.cut_rank}"
+
+
+def tables(plan: Plan) -> str:
+    """The plan as two tables: modules by kind, and totals beside LoRA and dense adapters."""
+    modules = Table(box=box.SIMPLE_HEAD)
+    for name in ("module", "count", "where", "in x out", "modes", "rank", "cut", "parameters each", "parameters"):
+        modules.add_column(name, justify="left" if name in ("module", "where", "modes") else "right")
+    for placement, count in plan.groups():
+        ending = placement.name.rpartition(".")[2]
+        for part, shape in (("down", placement.down), ("up", placement.up)):
+            modules.add_row(
+                f"{ending} {part}",
+                f"{count}",
+                placement.where,
+                f"{shape.in_features} x {shape.out_features}",
+                f"{list(shape.modes)}",
+                f"{max(shape.ranks)}",
+                f"{shape.cut_rank}" + ("" if shape.aligned else " *"),
+                f"{shape.n_params:,}",
+                f"{count * shape.n_params:,}",
+            )
+        if placement.bias_params:
+            modules.add_row(f"{ending} biases", f"{count}", "", "", "", "", "", f"{placement.bias_params:,}",
+                            f"{count * placement.bias_params:,}")  # fmt: skip
+    totals = Table(box=box.SIMPLE_HEAD)
+    for name in ("", "LoRETTA", "LoRA r=8", "dense adapters, 64"):
+        totals.add_column(name, justify="left" if not name else "right")
+    costs = [plan.cost, plan.lora, plan.dense]
+    totals.add_row("cores", f"{plan.cores:,}")
+    totals.add_row("biases", f"{plan.biases:,}")
+    totals.add_row("norms", f"{plan.extras.norms:,}")
+    totals.add_row("head", f"{plan.extras.head:,}")
+    totals.add_row("trained parameters", *(f"{cost.parameters:,}" if cost else "-" for cost in costs))
+    totals.add_row("adapter bytes, float32", *_bytes(plan, costs, 4))
+    totals.add_row("adapter bytes, bfloat16", *_bytes(plan, costs, 2))
+    totals.add_row("extra FLOPs per token", *(f"{cost.flops_per_token:,}" if cost else "-" for cost in costs))
+    totals.add_row(
+        "extra bytes kept per token, bfloat16", *(f"{2 * cost.kept_per_token:,}" if cost else "-" for cost in costs)
+    )
+    totals.add_row("FLOPs to contract the cores, a step", f"{plan.fold_flops:,}")
+    console = Console(width=160, no_color=True)
+    with console.capture() as captured:
+        console.print(modules)
+        if any(not s.aligned for p in plan.placements for s in (p.down, p.up)):
+            console.print("  * the boundary between input and output cuts a mode", markup=False)
+        console.print(totals)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+
+
+def _bytes(plan: Plan, costs: Sequence, itemsize: int) -> list[str]:
+    others = [f"{itemsize * cost.parameters:,}" if cost else "-" for cost in costs[1:]]
+    return [f"{itemsize * plan.saved:,}", *others]

@@ -1,0 +1,233 @@
+"""The model card of a saved adapter: what was trained, on what, with what result, and how to load it.
+
+PEFT writes a README.md of placeholders beside an adapter. :func:`write_card` makes a card of it that is read off the
+saved files alone, and keeps what a person or another tool has written there.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
+from safetensors import safe_open
+
+import loretta
+from loretta import tt
+
+if TYPE_CHECKING:
+    from loretta.training.record import RunRecord  # pydantic is not to be imported with every `import loretta`
+
+README = "README.md"
+_TAGS = ("loretta", "tensor-train")
+_AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+# the options of a run that one has to give to repeat it
+_SETTINGS = ("learning_rate", "head_learning_rate", "epochs", "batch_size", "max_length", "schedule", "limit", "seed")
+_PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification"}
+_OURS = re.compile(r"<!-- loretta ([0-9a-f]{12})[^>]*-->\n(.*?)\n<!-- end of loretta -->", re.DOTALL)
+# the start that "denoised" and a train beside a pretrained layer subtract; what bias="all" makes PEFT save once more
+_NOT_TRAINED = re.compile(r"\.(loretta_(rep|adp)_start_(down|up)|start|original_module|modules_to_save)\.")
+_TRAIN = re.compile(r"\.loretta_(rep|adp)_(down|up)\.")
+_SIGNATURE = re.compile(r"(?P<count>\d+) (?P<module>\S+) (?P<in>\d+) x (?P<out>\d+)")
+_FINAL_LAYER = re.compile(r"\b(classifier|score|classification_head)(\.out_proj)?\.weight$")
+# heads that are saved because their random start is not part of the base model, and not or only in part trained
+_FROZEN_HEADS = {"frozen": "none", "tensorized_only": "its trains and their biases"}
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def write_card(folder: Path, run: "RunRecord | None" = None, *, learning_rate: float | None = None) -> None:
+    """Describe the LoRETTA adapter saved in ``folder`` in its README.md; ``run`` adds the data and the results.
+
+    Of a README that is there, PEFT's placeholders are replaced and everything else is kept: the description stands
+    between two marks, and is written anew only as long as nobody has edited it.
+
+    Args:
+        learning_rate: the one that ``run`` had; its options name none where it was the method's default.
+
+    Raises FileNotFoundError when the folder holds no adapter.
+    """
+    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    readme = folder / README
+    card = ModelCard.load(readme) if readme.exists() else ModelCard.from_template(ModelCardData())
+    base = config["base_model_name_or_path"] or None
+    _describe(card, config, base)
+    settings = {} if run is None else {**run.config, "learning_rate": learning_rate}
+    ours = _render(config, base, folder, run=run, settings={name: settings.get(name) for name in _SETTINGS})
+    card.text = _insert(card.text, ours, title=f"LoRETTA adapter of {_short(base) or 'a base model'}")
+    card.save(readme)
+
+
+def _describe(card: ModelCard, config: Mapping[str, Any], base: str | None) -> None:
+    """Fill in the metadata. A base model that is a local folder is left out: the Hub refuses a card that names it."""
+    tags, base_tag = {*(card.data.get("tags") or []), *_TAGS}, f"base_model:adapter:{base or ''}"
+    card.data["library_name"] = "peft"
+    if _can_be_on_hub(base):
+        card.data["base_model"] = base
+        tags.add(base_tag)
+    elif card.data.get("base_model") in (base, ""):
+        card.data.pop("base_model")
+        tags.discard(base_tag)
+    card.data["tags"] = sorted(tags)
+    if not card.data.get("pipeline_tag") and config["task_type"] in _PIPELINES:
+        card.data["pipeline_tag"] = _PIPELINES[config["task_type"]]
+
+
+def _can_be_on_hub(base: str | None) -> bool:
+    if not base or Path(base).exists():
+        return False
+    try:
+        validate_repo_id(base)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _short(base: str | None) -> str | None:
+    """How to call the base model in a text that others read: a local folder by its last part."""
+    return base if base is None or _can_be_on_hub(base) else Path(base).name
+
+
+def _render(config: Mapping[str, Any], base: str | None, folder: Path, **about_run: Any) -> str:
+    from jinja2 import Environment, StrictUndefined  # only here: `import loretta` stays light
+
+    shapes = _saved_shapes(folder)
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, autoescape=False)
+    template = resources.files("loretta.tuners").joinpath("card.md.j2").read_text(encoding="utf-8")
+    return (
+        environment.from_string(template)
+        .render(
+            config=config,
+            method=config["peft_type"].removeprefix("LORETTA_").lower(),
+            base=_short(base),
+            dense=config.get("dense", False),
+            loader=_loader(config, base, shapes),
+            kinds=_kinds(config, shapes),
+            trains=_trains(config),
+            weights_bytes=_weights(folder).stat().st_size,
+            version=loretta.__version__,
+            **about_run,
+        )
+        .strip()
+    )
+
+
+def _insert(text: str, ours: str, title: str) -> str:
+    """``text`` with our part in it: in the place of an older one that nobody edited, of placeholders, or at the end."""
+    text = "\n".join(text.strip().splitlines())
+    marked = f"<!-- loretta {_digest(ours)}: written at every save, unless edited -->\n{ours}\n<!-- end of loretta -->"
+    if older := _OURS.search(text):
+        if _digest(older[2]) == older[1]:
+            text = text[: older.start()] + marked + text[older.end() :]
+    elif _lines_of(text) == _lines_of(ModelCard.from_template(ModelCardData()).text):
+        versions = [line for line in text.splitlines() if line.startswith("- PEFT ")]
+        text = "\n\n".join([f"# {title}", marked, *(["### Framework versions", *versions] if versions else [])])
+    else:
+        text = f"{text}\n\n{marked}"
+    return f"\n{text}\n"
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.strip().encode()).hexdigest()[:12]
+
+
+def _lines_of(text: str) -> list[str]:
+    """The lines with something in them, but for the versions that PEFT appends."""
+    lines = (line.strip() for line in text.splitlines())
+    return [line for line in lines if line and line != "### Framework versions" and not line.startswith("- PEFT ")]
+
+
+def _weights(folder: Path) -> Path:
+    safe = folder / SAFETENSORS_WEIGHTS_NAME
+    return safe if safe.exists() else folder / WEIGHTS_NAME
+
+
+def _saved_shapes(folder: Path) -> Shapes:
+    weights = _weights(folder)
+    if weights.suffix == ".safetensors":
+        with safe_open(weights, framework="pt") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 - not a dict
+    tensors = torch.load(weights, map_location="meta", weights_only=True)
+    return {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+
+
+def _loader(config: Mapping[str, Any], base: str | None, shapes: Shapes) -> Mapping[str, str] | None:
+    """What imports and makes the base model; None where its name or its class is not known."""
+    name, module = _AUTO_CLASSES.get(config["task_type"]), "transformers"
+    if config["task_type"] is None and config["auto_mapping"]:
+        name, module = config["auto_mapping"]["base_model_class"], config["auto_mapping"]["parent_library"]
+    if base is None or name is None or not module.startswith("transformers"):
+        return None
+    arguments = [json.dumps(base)]
+    labels = [shape[0] for key, shape in shapes.items() if _FINAL_LAYER.search(key) and len(shape) == 2]
+    if labels and config["task_type"] in ("SEQ_CLS", "TOKEN_CLS"):
+        arguments.append(f"num_labels={labels[0]}")
+    if config["revision"]:
+        arguments.append(f"revision={json.dumps(config['revision'])}")
+    return {"name": name, "arguments": ", ".join(arguments)}
+
+
+def _kinds(config: Mapping[str, Any], shapes: Shapes) -> list[tuple[str, int, str]]:
+    """(kind, scalars in the file, what of them is trained), without kinds that do not occur."""
+    counts, cores = Counter[str](), "matrices of the adapters" if config.get("dense") else "cores of the trains"
+    for key, shape in shapes.items():
+        counts[cores if _TRAIN.search(key) else _kind(key, shapes)] += math.prod(shape)
+    trained = {
+        "starting values and copies": "none",
+        "head and other modules saved whole": _FROZEN_HEADS.get(config["train_head"], "all"),
+    }
+    kinds = (
+        cores,
+        "biases",
+        "layer norms",
+        "head and other modules saved whole",
+        "starting values and copies",
+    )
+    return [(kind, counts[kind], trained.get(kind, "all")) for kind in kinds if counts[kind]]
+
+
+def _kind(key: str, shapes: Shapes) -> str:
+    module, _, name = key.rpartition(".")
+    if _NOT_TRAINED.search(key):
+        return "starting values and copies"
+    beside = [other for other in shapes if other.startswith(f"{module}.") and other != key]
+    if module.endswith(".loretta_adp_bias") or (name == "bias" and not beside):
+        return "biases"
+    is_norm = len(shapes.get(f"{module}.weight", ())) == 1
+    return "layer norms" if is_norm else "head and other modules saved whole"
+
+
+def _trains(config: Mapping[str, Any]) -> list[tuple[str, int, str, str]]:
+    """(ending of the modules' names, how many, train or matrix down to the bottleneck, and up) for each size."""
+    bottleneck = config["r"] if "r" in config else config["bottleneck_size"]
+    rows = []
+    for kind in _SIGNATURE.finditer(config["base_signature"] or ""):
+        sizes = (int(kind["in"]), bottleneck), (bottleneck, int(kind["out"]))
+        if config.get("dense"):
+            down, up = (f"{rows_in} x {columns}" for rows_in, columns in sizes)
+        else:
+            shapes = (tt.plan_shape(*size, rank=config["tensor_rank"], overrides=config["shapes"]) for size in sizes)
+            down, up = map(_train, shapes)
+        rows.append((kind["module"], int(kind["count"]), down, up))
+    return rows
+
+
+def _train(shape: tt.TTShape) -> str:
+    """Its cores, each by the ranks on either side of its mode: ``1·8·5, 5·4·5, 5·8·1``."""
+    return ", ".join(f"{left}·{mode}·{right}" for left, mode, right in shape.cores)

@@ -1,0 +1,158 @@
+"""Where an adapter goes and what it costs: decided from names and sizes before any module is replaced."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import cast
+
+from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
+from peft.utils import NoMatchingPeftModuleError
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.other import get_pattern_key
+from peft.utils.quantization_utils import resolve_quantization_backend
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from loretta import tt
+from loretta.errors import InputError
+from loretta.layers.trains import Cores
+from loretta.tuners.config import LorettaConfig
+
+
+class NothingMatchedError(InputError, NoMatchingPeftModuleError):
+    """The targets of an adapter match nothing that it could be put on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Two trains at one module: ``down`` reduces to the bottleneck, ``up`` comes back from it.
+
+    ``where`` is "update" (rep: added to the weight), "after" or "before" (adp: on the module's output or input).
+    """
+
+    name: str
+    where: str
+    down: tt.TTShape
+    up: tt.TTShape
+    bias_params: int = 0
+
+    @property
+    def core_params(self) -> int:
+        return self.down.n_params + self.up.n_params
+
+    @property
+    def n_params(self) -> int:
+        return self.core_params + self.bias_params
+
+
+def linear_size(module: nn.Module) -> tuple[int, int] | None:
+    """(in, out) of a linear layer, GPT-2's Conv1D or a quantised linear layer; None for anything else."""
+    if isinstance(module, Conv1D):
+        return module.weight.shape[0], module.weight.shape[1]
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    # where these show a weight of torchao's, PEFT would ask for what only the model knows
+    if not isinstance(module, nn.Embedding | BaseTunerLayer) and resolve_quantization_backend(module) is not None:
+        return cast(int, module.in_features), cast(int, module.out_features)
+    return None
+
+
+def rank_for(config: LorettaConfig, name: str) -> int:
+    """The tensor-train rank of one module: its ``rank_pattern`` entry, or ``tensor_rank``."""
+    return config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.tensor_rank)
+
+
+def require_linear(name: str, module: nn.Module) -> tuple[int, int]:
+    """(in, out) of the target. Raises InputError that names the module and the reason when it is not linear."""
+    size = linear_size(module)
+    if size is None:
+        raise InputError(
+            f"the target '{name}' is a {type(module).__name__}, and tensor trains are put on linear layers only: "
+            "name linear layers in target_modules, or leave this one out with exclude_modules"
+        )
+    return size
+
+
+def not_adaptable(model: nn.Module) -> dict[str, str]:
+    """Class name -> why tensor trains cannot be put on its weights, for modules with matrices that are not linear.
+
+    Embeddings and norms are left out: nobody expects them to be adapted.
+    """
+    reasons: dict[str, str] = {}
+    for module in model.modules():
+        dims = {parameter.dim() for parameter in module.parameters(recurse=False) if parameter.dim() >= 2}
+        if not dims or linear_size(module) or isinstance(module, nn.Embedding | Cores):
+            continue
+        name = type(module).__name__
+        if "Expert" in name or (max(dims) == 3 and "Conv" not in name):
+            reasons[name] = "holds the matrices of all experts in one tensor of three dimensions, not linear layers"
+        elif "Conv" in name:
+            reasons[name] = "is a convolution"
+        else:
+            reasons[name] = "applies its weights itself instead of through a linear layer"
+    return reasons
+
+
+def expand_targets(config: LorettaConfig, model: nn.Module) -> LorettaConfig:
+    """``config``, with "all-linear" replaced by the names of those layers, as PEFT does.
+
+    What torch's attention reads without calling it is left out: an adapter there would do nothing.
+    """
+    everything = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
+    config = _maybe_include_all_linear_layers(config, model)
+    if everything:
+        attentions = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
+        inside = {f"{name}.{child}" for name in attentions for child, _ in model.get_submodule(name).named_children()}
+        config.target_modules = sorted(set(config.target_modules or ()) - inside)
+    return config
+
+
+def matched_modules(
+    config: LorettaConfig, model: nn.Module, *, required: bool = True
+) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that ``config`` targets, by PEFT's own matcher, before anything is replaced.
+
+    Raises InputError that lists what could be targeted instead when nothing matches and something is ``required``.
+    """
+    config = expand_targets(config, model)
+    if config.target_modules == DUMMY_TARGET_MODULES:  # PEFT's word for "adapt nothing"
+        return
+    found = False
+    for name, module in model.named_modules():
+        if name and check_target_module_exists(config, name):
+            found = True
+            yield name, module
+    if required and not found:
+        raise NothingMatchedError(_nothing_matched(config, model))
+
+
+def _nothing_matched(config: LorettaConfig, model: nn.Module) -> str:
+    wanted = config.target_modules
+    given = repr(wanted) if isinstance(wanted, str) else str(sorted(wanted or []))
+    # the layer inside an earlier adapter's is no target of its own
+    linear = [name for name, module in model.named_modules() if linear_size(module) and ".base_layer" not in name]
+    linear += [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    if not isinstance(wanted, str) and any(name.endswith(tuple(wanted or [])) for name in linear):
+        kept = dict.fromkeys(config.modules_to_save or [])
+        if whole := ", ".join(name for name in kept if name.endswith(tuple(wanted or []))):
+            return (
+                f"Target modules {given} not found in the base model beside what is trained whole ({whole}): "
+                "name other modules"
+            )
+    names = sorted({name.rpartition(".")[2] for name in linear})
+    close = (
+        []
+        if isinstance(wanted, str)
+        else [match for name in sorted(wanted or []) for match in get_close_matches(name.rpartition(".")[2], names, 1)]
+    )
+    guess = f"did you mean {', '.join(map(repr, close))}? " if close else ""
+    limits = [
+        f"{key}={value!r}"
+        for key in ("exclude_modules", "layers_to_transform", "layers_pattern")
+        if (value := getattr(config, key))
+    ]
+    within = f" within {', '.join(limits)}" if limits else ""
+    return (
+        f"Target modules {given} not found in the base model{within}: {guess}"
+        f"linear layers here end in {', '.join(names)}"
+    )

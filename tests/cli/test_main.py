@@ -1,0 +1,194 @@
+import csv
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from training_data import sentences
+
+from loretta.cli import main as cli
+
+
+def call(capsys, *arguments) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of one command."""
+    capsys.readouterr()
+    old, sys.argv = sys.argv, ["loretta", *map(str, arguments)]
+    try:
+        cli.main()
+        status = 0
+    except SystemExit as stop:
+        status = stop.code or 0
+    finally:
+        sys.argv = old
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def train_arguments(model, data, folder, *more):
+    fixed = ["--epochs", 1, "--batch-size", 8, "--cpu", "--output", folder, "--set", "max_length=16"]
+    return ["train", "--model", model, "--data", data, "--text", "review", "--label", "mood", *fixed, *more]
+
+
+@pytest.fixture(scope="session")
+def trained(bert, reviews, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "rep"
+    old, sys.argv = sys.argv, ["loretta", *map(str, train_arguments(bert, reviews, folder, "--set", "tensor_rank=3"))]
+    try:
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    finally:
+        sys.argv = old
+    assert not stop.value.code
+    return folder
+
+
+def test_train_writes_what_it_says(trained):
+    run = json.loads((trained / "run.json").read_text())
+    assert run["config"]["method_args"] == {"tensor_rank": 3}
+    assert run["command"].startswith("loretta train --model")
+    assert "accuracy" in (trained / "report.html").read_text()
+    assert json.loads((trained / "adapter" / "adapter_config.json").read_text())["tensor_rank"] == 3
+
+
+def test_eval_scores_the_loaded_adapter(trained, capsys):
+    status, out, _ = call(capsys, "eval", trained, "--cpu", "--json")
+    run = json.loads((trained / "run.json").read_text())
+    assert status == 0
+    assert json.loads(out)["accuracy"] == pytest.approx(run["validation"]["accuracy"])
+
+
+def test_eval_scores_all_rows_of_another_file(trained, capsys, tmp_path):
+    other = tmp_path / "other.csv"
+    rows = [*((f"{text} again", label) for text, label in sentences(40)), ("a plot and a good film", "neg")]
+    with other.open("w", newline="") as file:
+        csv.writer(file).writerows([("review", "mood"), *rows])
+    status, out, _ = call(capsys, "eval", trained, "--data", other, "--cpu", "--json")
+    assert status == 0
+    accuracy = json.loads(out)["accuracy"]
+    status, out, _ = call(capsys, "predict", trained, other, "--cpu", "--json")
+    labels = [row["label"] for row in json.loads(out)]
+    assert accuracy == pytest.approx(sum(a == b for a, (_, b) in zip(labels, rows, strict=True)) / 41)
+
+
+def test_predict_names_an_empty_cell(trained, capsys, tmp_path):
+    (tmp_path / "new.jsonl").write_text('{"review": "a good film"}\n{"review": null}\n')
+    status, _, err = call(capsys, "predict", trained, tmp_path / "new.jsonl", "--cpu")
+    assert status == 2
+    assert "row 2 of" in err
+    assert "'review'" in err
+
+
+@pytest.mark.parametrize("ending", [".csv", ".jsonl"])
+def test_predict_writes_a_row_for_each_text(ending, trained, reviews, capsys, tmp_path):
+    path = tmp_path / f"out{ending}"
+    status, _, _ = call(capsys, "predict", trained, reviews, "--cpu", "--output", path)
+    assert status == 0
+    lines = path.read_text().splitlines()
+    rows = list(csv.DictReader(lines)) if ending == ".csv" else [json.loads(line) for line in lines]
+    assert len(rows) == 96
+    assert {row["label"] for row in rows} <= {"neg", "pos"}
+    assert all(0.5 <= float(row["probability"]) <= 1 for row in rows)
+
+
+def test_predict_takes_texts_from_the_command_line(trained, capsys):
+    status, out, _ = call(
+        capsys, "predict", trained, "--text", "a good film", "--text", "a bad film", "--cpu", "--json"
+    )
+    assert status == 0
+    assert [row["text"] for row in json.loads(out)] == ["a good film", "a bad film"]
+
+
+BAD_RUNS = {
+    "unknown target": (["--set", "target_modules=[quarry]"], ["'quarry'", "did you mean 'query'"]),
+    "wrong product": (
+        ["--method", "adp", "--set", "shapes={32x64: [8, 8, 8]}"], ["[8, 8, 8]", "32 x 64", "512", "2,048"],
+    ),
+    "rank of 0": (["--set", "tensor_rank=0"], ["tensor_rank=0", "at least 1"]),
+    "unknown method": (["--method", "lorra"], ["'lorra'", "did you mean 'lora'"]),
+    "unknown option": (["--set", "tensor_rnk=3"], ["'tensor_rnk'", "'tensor_rank'"]),
+    "not a number": (["--set", "epochs=many"], ["epochs='many'"]),
+    "missing column": (["--label", "moood"], ["'moood'", "mood"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_RUNS)
+def test_a_bad_option_is_one_line_and_status_2(case, bert, reviews, capsys, tmp_path):
+    more, words = BAD_RUNS[case]
+    status, out, err = call(capsys, *train_arguments(bert, reviews, tmp_path / "run", *more))
+    assert_refused(status, err, words)
+    assert out == ""
+    assert not (tmp_path / "run").exists()
+
+
+def assert_refused(status, err, words):
+    lines = [line for line in err.splitlines() if line.strip()]
+    assert status == 2, err
+    assert lines[-1].startswith("loretta: ")
+    assert "Traceback" not in err
+    for word in words:
+        assert word in lines[-1]
+
+
+BAD_FILES = {
+    "empty.csv": (b"", ["empty.csv"]),
+    "header.csv": (b"review,mood\n", ["header.csv"]),
+    "picture.csv": (b"\x89PNG\r\n\x1a\n" + bytes(range(256)), ["picture.csv", "PNG"]),
+    "table.parquet": (b"review,mood\na,b\n", ["table.parquet"]),
+    "rows.jsonl": (b'{"review": "a", "mood": "b"}\nnot json\n', ["rows.jsonl", "2"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_bad_file_is_one_line_and_status_2(name, bert, capsys, tmp_path):
+    content, words = BAD_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    status, _, err = call(capsys, *train_arguments(bert, tmp_path / name, tmp_path / "run"))
+    assert_refused(status, err, words)
+
+
+def test_a_label_unseen_in_training_is_named(bert, reviews, capsys, tmp_path):
+    (tmp_path / "more.csv").write_text("review,mood\na film,meh\na plot,pos\n")
+    more = ["--validation", tmp_path / "more.csv"]
+    status, _, err = call(capsys, *train_arguments(bert, reviews, tmp_path / "run", *more))
+    assert_refused(status, err, ["'meh'", "more.csv"])
+
+
+def test_a_missing_model_is_named(reviews, capsys, tmp_path):
+    status, _, err = call(capsys, *train_arguments(tmp_path / "nowhere", reviews, tmp_path / "run"))
+    assert_refused(status, err, ["nowhere"])
+
+
+def test_another_base_and_a_damaged_file_are_refused_and_left_alone(trained, other_bert, llama, capsys, tmp_path):
+    for other in (other_bert, llama):
+        status, _, err = call(capsys, "eval", trained, "--model", other, "--cpu")
+        assert_refused(status, err, ["base model", other])
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    weights = copy / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:200])
+    status, _, err = call(capsys, "predict", copy, "--text", "a film", "--cpu")
+    assert_refused(status, err, ["adapter_model.safetensors", "damaged or truncated"])
+    assert len(weights.read_bytes()) == 200
+
+
+def test_a_folder_that_is_no_run_is_named(capsys, tmp_path):
+    status, _, err = call(capsys, "eval", tmp_path, "--cpu")
+    assert_refused(status, err, [str(tmp_path), "run.json"])
+
+
+def test_usage_errors_have_status_2(capsys):
+    assert call(capsys, "train", "--no-such-option")[0] == 2
+    assert call(capsys, "fly")[0] == 2
+
+
+def test_importing_loretta_costs_little_beyond_peft():
+    # counted in modules, not in seconds: nothing of the command line's weight may come along
+    code = (
+        "import sys, peft; before = set(sys.modules); import loretta; "
+        "print(*sorted({name.split('.')[0] for name in set(sys.modules) - before}))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    heavy = {"datasets", "sklearn", "scipy", "pandas", "matplotlib", "typer", "jinja2", "pydantic"}
+    assert "loretta" in out
+    assert heavy.isdisjoint(out)

@@ -1,0 +1,268 @@
+"""The commands, as a user types them."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from training_data import sentences
+
+from loretta.cli import main as cli
+from loretta.studies import runner
+from loretta.studies.study import load_study, study_names
+
+TARGETS = study_names()
+DECODER = {"table2", "table3", "table5"}
+
+
+def call(capsys, *arguments) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of one command."""
+    capsys.readouterr()
+    old, sys.argv = sys.argv, ["loretta", *map(str, arguments)]
+    try:
+        cli.main()
+        status = 0
+    except SystemExit as stop:
+        status = stop.code or 0
+    finally:
+        sys.argv = old
+    captured = capsys.readouterr()
+    return status, captured.out, captured.err
+
+
+def test_targets_are_listed(capsys):
+    status, out, _ = call(capsys, "reproduce")
+    assert status == 0
+    assert [line.split()[0] for line in out.splitlines()] == TARGETS
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_dry_run_of_every_target(target, capsys, tmp_path):
+    status, out, _ = call(capsys, "reproduce", target, "--dry-run", "-o", tmp_path / "runs", "--json")
+    assert status == 0
+    content = json.loads(out)
+    study = load_study(target)
+    assert content["runs"] == len(content["planned"]) > 0
+    assert {run["row"] for run in content["planned"]} == {row.name for row in study.rows}
+    # DeBERTa takes no prefix, and that is said
+    unknown = {run["row"] for run in content["planned"] if run["parameters"] is None}
+    assert unknown == ({"prefix"} if target in ("table1", "figure1") else set())
+    assert content["rests_on"]
+    if study.kind == "train":
+        assert content["steps"] > 1000
+        assert content["seconds"] > 0
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_for_people(capsys, tmp_path):
+    status, out, _ = call(capsys, "reproduce", "table11", "--dry-run", "-o", tmp_path)
+    assert status == 0
+    for word in ("99,034", "0.1M", "687,938", "0.688M", "108 runs (0 finished)", "note: time is FLOPs"):
+        assert word in out
+
+
+# every target, cut to what takes a second or two: target -> methods, tasks
+CUT = {
+    "table1": ("lora-r8,bitfit,loretta_adp,loretta_rep", "mnli,stsb"),
+    "table2": ("loretta_rep", "cb,boolq,wsc,copa,record,squad,drop"),
+    "table3": ("loretta_adp", "record,drop"),
+    "table4": ("loretta_adp", "sst2,mrpc,qnli"),
+    "table5": ("adapters,lora,loretta_adp", "sst2"),
+    "table6": ("loretta_adp-r2,loretta_rep-r20", "qnli"),
+    "table7": ("loretta_adp", "sst2"),
+    "table11": ("loretta_adp-dense-norm,loretta_rep-nohead-nonorm", "qnli"),
+    "figure1": ("ft,lora-r4", "rte"),
+    "figure4": ("adapters,loretta_rep", "qnli"),
+    "figure5": ("adapters,lora,loretta_adp,loretta_rep", "sst2"),
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_tiny_run_of_every_target(target, bert, llama, data_dir, capsys, tmp_path):
+    """One step of each run, through the command, into cells that all have a number."""
+    model = llama if target in DECODER else bert
+    methods, tasks = CUT[target]
+    narrow = ["--model", model, "--data-dir", data_dir, "--methods", methods, "--tasks", tasks, "--seeds", 1, "--cpu"]
+    sets = ["--set", "max_steps=1", "--set", "max_length=24", "--set", "max_new_tokens=2", "--limit", 4]
+    status, out, _ = call(capsys, "reproduce", target, *narrow, *sets, "--jobs", 0, "-o", tmp_path, "--json")
+    content = json.loads(out)
+    assert status == 0, [outcome for outcome in content["outcomes"] if outcome["state"] != "finished"]
+    assert all(len(cell["scores"]) == cell["asked"] == 1 for cell in content["cells"])
+    if load_study(target).kind == "train":
+        assert {cell["task"] for cell in content["cells"]} - {"average"} == set(tasks.split(","))
+
+
+def test_runs_are_listed_shown_and_compared(bert, data_dir, capsys, tmp_path):
+    fixed = ["--model", bert, "--data-dir", data_dir, "--tasks", "rte", "--seeds", 1, "--cpu", "--jobs", 0]
+    narrow = [*fixed, "--set", "max_steps=1", "-o", tmp_path, "--set", "lora.target_modules=[nothing]"]
+    status, out, err = call(capsys, "reproduce", "table1", "--methods", "lora-r8,bitfit,loretta_rep", *narrow)
+    assert status == 1
+    assert "failed: tiny-bert/rte/lora-r8/s0: method 'lora' does not fit" in out
+    assert "2 of 3 runs are finished" in out
+    assert "(0 of 1 seed)" in out
+    assert "tiny-bert/rte/bitfit/s0: finished" in err
+    status, out, _ = call(capsys, "runs", "ls", tmp_path, "--json")
+    assert {row["run"]: row["state"] for row in json.loads(out)} == {
+        "tiny-bert/rte/bitfit/s0": "finished",
+        "tiny-bert/rte/lora-r8/s0": "failed",
+        "tiny-bert/rte/loretta_rep/s0": "finished",
+    }
+    status, out, _ = call(capsys, "runs", "ls", tmp_path)
+    assert (status, out.splitlines()[-1]) == (0, "2 finished, 1 failed")
+    bitfit, rep, lora = (tmp_path / f"tiny-bert/rte/{name}/s0" for name in ("bitfit", "loretta_rep", "lora-r8"))
+    assert "method=bitfit" in call(capsys, "runs", "show", bitfit)[1]
+    assert "No modules were targeted" in call(capsys, "runs", "show", lora)[1]
+    status, out, _ = call(capsys, "runs", "compare", bitfit, rep, "--json")
+    rows = {row["what"]: (row[str(bitfit)], row[str(rep)]) for row in json.loads(out)}
+    assert rows["method"] == ("bitfit", "loretta_rep")
+    assert rows["method_args.train_head"] == (None, "tensorized_only")
+    assert "epochs" not in rows, "only what differs is shown"
+    assert call(capsys, "runs", "compare", bitfit)[0] == 2
+    assert call(capsys, "runs", "ls", tmp_path / "nowhere")[2].strip().endswith("or a run in it")
+
+
+def test_compare_answers_on_the_users_own_data(bert, reviews, capsys, tmp_path):
+    columns = ["--data", reviews, "--text", "review", "--label", "mood", "--model", bert, "--cpu", "--jobs", 0]
+    narrow = ["--methods", "loretta_rep,ia3", "--ranks", "2,5", "--seeds", 2, "--set", "epochs=2", "-o", tmp_path]
+    status, out, _ = call(capsys, "compare", *columns, *narrow)
+    assert status == 0
+    assert "has the best mean accuracy" in out
+    assert "loretta_rep, rank 5" in out
+    status, out, _ = call(capsys, "compare", *columns, *narrow, "--json")
+    content = json.loads(out)
+    assert {cell["row"] for cell in content["cells"]} == {"loretta_rep-r2", "loretta_rep-r5", "ia3"}
+    assert "95% interval" in content["verdict"]
+    assert json.loads((tmp_path / "study.json").read_text())["study"]["view"] == "compare"
+
+
+def test_an_interrupt_says_how_to_go_on(bert, data_dir, capsys, tmp_path, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "run_study", interrupted)
+    status, _, err = call(capsys, "reproduce", "table1", "--model", bert, "--data-dir", data_dir, "-o", tmp_path)
+    assert (status, err.splitlines()[-1]) == (130, "loretta: interrupted; the same command goes on from here")
+
+
+BAD = {
+    "unknown target": (["reproduce", "tabel1"], "did you mean 'table1'"),
+    "unknown model": (["reproduce", "table1", "--model", "no/such", "--dry-run"], "--model 'no/such'"),
+    "no weights": (["reproduce", "table2", "--tasks", "cb"], "give --model"),
+    "unknown task": (["reproduce", "table1", "--tasks", "rtt"], "did you mean 'rte'"),
+    "unknown method": (["reproduce", "table1", "--methods", "lorra"], "did you mean 'lora'"),
+    "bad rates": (["reproduce", "table1", "--rates", "fast"], "--rates 'fast'"),
+    "rate of 0": (["reproduce", "table1", "--rates", "0"], "above 0"),
+    "bad set": (["reproduce", "table1", "--set", "epochs"], "key=value"),
+    "bad value": (["reproduce", "table1", "--set", "epochs=-1"], "epochs"),
+    "words for a number": (["reproduce", "table1", "--set", "learning_rate=fast"], "learning_rate='fast'"),
+    "a rate without end": (["reproduce", "table1", "--rates", "inf"], "learning_rate=inf"),
+    "one seed for all": (["reproduce", "table1", "--set", "seed=3"], "the study gives each run its own seed"),
+    "one method for all": (["reproduce", "table1", "--set", "method=ia3"], "the study gives each run its own method"),
+    "option of no method": (["reproduce", "table1", "--set", "lorra.r=4"], "did you mean 'lora'"),
+    "no option of a method": (["reproduce", "table1", "--set", "lora.rr=4"], "unknown option 'rr'"),
+    "no data": (["reproduce", "table1", "--data-dir", "no/such"], "--data-dir 'no/such' is no folder"),
+    "bad ranks": (["compare", "--data", "rte", "--ranks", "two"], "--ranks 'two'"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_command_is_one_line_and_status_2(case, capsys, tmp_path):
+    arguments, words = BAD[case]
+    status, _, err = call(capsys, *arguments, "-o", tmp_path / "runs")
+    assert status == 2, err
+    assert words in err.splitlines()[-1]
+    assert err.splitlines()[-1].startswith("loretta: ")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_lists_that_name_nothing_do_not_mean_all(capsys, tmp_path):
+    for option in ("--tasks", "--methods"):
+        status, _, err = call(capsys, "reproduce", "table1", option, " ,", "--dry-run", "-o", tmp_path / "runs")
+        assert status == 2
+        assert f"loretta: {option} ' ,' names nothing" in err, err
+
+
+OWN = {
+    "no file": (["--data", "nope.csv", "--label", "mood"], "'nope.csv' does not exist"),
+    "no label": (["--text", "review"], "needs labels: give --label"),
+    "no column": (["--text", "review", "--label", "mod"], "did you mean 'mood'"),
+    "no validation": (["--text", "review", "--label", "mood", "--validation", "nope.csv"], "'nope.csv' does not exist"),
+    "no number": (["--text", "review", "--label", "mood", "--kind", "regression"], "not a finite number"),
+    "no rank": (["--text", "review", "--label", "mood", "--ranks", "2,0"], "a rank is a whole number of at least 1"),
+}
+
+
+@pytest.mark.parametrize("dry", [True, False])
+@pytest.mark.parametrize("case", OWN)
+def test_data_that_no_run_could_read_is_refused_once(case, dry, bert, reviews, capsys, tmp_path):
+    arguments, words = OWN[case]
+    data = [] if "--data" in arguments else ["--data", reviews]
+    folder = ["-o", tmp_path / "runs", *(["--dry-run"] if dry else [])]
+    status, _, err = call(capsys, "compare", *data, *arguments, "--model", bert, *folder)
+    assert (status, err.count("\n")) == (2, 1)
+    assert words in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_an_encoder_cannot_run_a_table_of_prompts(bert, data_dir, capsys, tmp_path):
+    arguments = ["reproduce", "table2", "--model", bert, "--data-dir", data_dir, "-o", tmp_path / "runs"]
+    status, _, err = call(capsys, *arguments)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "is put in words for a causal language model" in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_decoder_gets_a_head_for_every_task_of_glue(llama, data_dir, capsys, tmp_path):
+    """SST-2 has a prompt too, and MRPC and QNLI have none: a sequence of both forms could not go on."""
+    narrow = ["--model", llama, "--data-dir", data_dir, "--methods", "lora", "--tasks", "sst2,mrpc", "--seeds", 1]
+    sets = ["--set", "max_steps=1", "--set", "max_length=16", "--limit", 4, "--cpu", "--jobs", 0]
+    status, out, _ = call(capsys, "reproduce", "table4", *narrow, *sets, "-o", tmp_path)
+    assert status == 0
+    # the table of a narrowed sequence has the scores behind its last task
+    assert "sst2 > mrpc" in out
+    assert "[49.20]" not in out, "another order than the printed one"
+
+
+def test_counted_runs_are_shown(bert, capsys, tmp_path):
+    """The checkpoint's configuration names half precision; the study's runs do not."""
+    config = json.loads((Path(bert) / "config.json").read_text())
+    half = tmp_path / "half"
+    shutil.copytree(bert, half)
+    (half / "config.json").write_text(json.dumps({**config, "dtype": "float16"}))
+    assert call(capsys, "reproduce", "figure5", "--model", half, "--jobs", 0, "-o", tmp_path / "runs")[0] == 0
+    folder = tmp_path / "runs" / "half" / "sst2" / "lora-r8" / "count"
+    status, out, _ = call(capsys, "runs", "show", folder)
+    assert status == 0
+    assert "parameters: " in out
+    assert json.loads(call(capsys, "runs", "show", folder, "--json")[1])["state"] == "finished"
+
+
+@pytest.mark.parametrize("kind", ["classification", "regression", "language_modeling"])
+def test_a_dry_run_counts_the_head_that_the_users_data_need(kind, bert, llama, capsys, tmp_path):
+    table = tmp_path / "own.csv"
+    table.write_text("text,label\n" + "".join(f"{words},{k % 3}\n" for k, (words, _) in enumerate(sentences(30))))
+    model, label = (llama, []) if kind == "language_modeling" else (bert, ["--label", "label"])
+    own = [
+        "--data",
+        table,
+        "--text",
+        "text",
+        *label,
+        "--kind",
+        kind,
+        "--model",
+        model,
+        "--seeds",
+        1,
+        "--methods",
+        "lora",
+    ]
+    sets = ["--set", "max_steps=1", "--set", "max_length=4", "--jobs", 0, "--cpu", "--json", "-o", tmp_path / "runs"]
+    status, out, _ = call(capsys, "compare", *own, *sets, "--dry-run")
+    assert status == 0
+    (planned,) = json.loads(out)["planned"]
+    status, out, _ = call(capsys, "compare", *own, *sets)
+    assert status == 0
+    (cell,) = json.loads(out)["cells"]
+    assert planned["parameters"] == cell["parameters"]

@@ -1,0 +1,375 @@
+"""Axes: B batch, I input features, O output features, b bottleneck, C inner size at a boundary."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tolerances import RTOL, assert_near
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from tt.trains import SHAPES, examples, oracle, randn, random_cores, seeds, shapes
+
+from loretta import tt
+from loretta.layers.trains import Cores, TTLinear, update_factors
+from loretta.tt import TTShape, plan_shape
+
+every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+every_dtype = pytest.mark.parametrize("dtype", RTOL)
+
+
+def filled_cores(shape: TTShape, *, seed: int, dtype: torch.dtype = torch.float64) -> Cores:
+    cores = Cores(shape, dtype=dtype)
+    cores.assign([core.detach() for core in random_cores(shape, seed=seed, dtype=dtype)])
+    return cores
+
+
+def filled_layer(shape: TTShape, *, seed: int, dtype: torch.dtype = torch.float64, **options) -> TTLinear:
+    layer = TTLinear(shape, dtype=dtype, **options)
+    layer.cores.assign(list(filled_cores(shape, seed=seed, dtype=dtype)))
+    if layer.start is not None:
+        layer.start.assign(list(filled_cores(shape, seed=seed + 1, dtype=dtype)))
+    if layer.bias is not None:
+        nn.init.ones_(layer.bias)
+    return layer
+
+
+def dense_layer(shape: TTShape, *, seed: int, dtype: torch.dtype = torch.float64, bias: bool = True) -> nn.Linear:
+    dense = nn.Linear(shape.in_features, shape.out_features, bias, dtype=dtype)
+    with torch.no_grad():
+        dense.weight.copy_(randn(*dense.weight.shape, seed=seed))
+        if bias:
+            dense.bias.copy_(randn(shape.out_features, seed=seed + 1))
+    return dense
+
+
+# Cores
+
+
+@every_shape
+def test_cores_begin_as_zeros_of_the_planned_shapes(shape):
+    cores = Cores(shape)
+    assert {name: tuple(value.shape) for name, value in cores.named_parameters()} == {"values": (shape.n_params,)}
+    assert [tuple(core.shape) for core in cores] == shape.cores
+    assert all(core.requires_grad and core.dtype == torch.float32 and not core.any() for core in cores)
+    assert len(cores) == len(shape.cores)
+    assert str(shape) in repr(cores)
+
+
+def test_assign_overwrites_in_place():
+    shape = SHAPES["aligned"]
+    cores, values = Cores(shape), tt.gaussian(shape, std=1.0)
+    parameter, addresses = cores.values, [core.data_ptr() for core in cores]
+    cores.assign(values)
+    assert cores.values is parameter
+    assert parameter.requires_grad
+    assert parameter.is_leaf
+    assert [core.data_ptr() for core in cores] == addresses
+    assert all(torch.equal(core, value) for core, value in zip(cores, values, strict=True))
+    assert all(torch.equal(cores[k], value) for k, value in enumerate(values))
+    with pytest.raises(ValueError):
+        cores.assign(values[:-1])
+
+
+def test_assign_does_nothing_on_the_meta_device():
+    shape = SHAPES["aligned"]
+    cores = Cores(shape, device="meta")
+    cores.assign(tt.gaussian(shape, std=1.0))
+    assert all(core.is_meta for core in cores)
+
+
+@every_shape
+def test_cores_halve_to_their_matrix(shape):
+    cores = filled_cores(shape, seed=0)
+    left_IC, right_CO = cores()
+    assert_near("matrix", left_IC @ right_CO, oracle(list(cores), shape))
+
+
+@every_shape
+def test_autocast_leaves_the_halves_in_the_dtype_of_the_cores(shape):
+    cores = filled_cores(shape, seed=0, dtype=torch.float32)
+    expected = cores()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.bfloat16  # autocast is at work
+        got = cores()
+    for got_half, expected_half in zip(got, expected, strict=True):
+        assert got_half.dtype == torch.float32
+        assert torch.equal(got_half, expected_half)
+
+
+# TTLinear
+
+
+@pytest.mark.parametrize("as_change", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@examples
+@given(shapes(), seeds)
+def test_forward_is_the_dense_layer(bias, as_change, shape, seed):
+    layer = filled_layer(shape, seed=seed, bias=bias, as_change=as_change)
+    x_BI = randn(2, 3, shape.in_features, seed=seed).requires_grad_()
+    weight_IO = oracle(list(layer.cores), shape)
+    if as_change:
+        weight_IO = weight_IO - oracle(list(layer.start), shape)
+    ref = x_BI @ weight_IO + (layer.bias if bias else 0.0)
+    got = layer(x_BI)
+    assert_near("y", got, ref)
+    assert_near("dense", layer.to_dense()(x_BI), ref)
+    trained = [x_BI, *(parameter for parameter in layer.parameters() if parameter.requires_grad)]
+    assert len(trained) == 2 + bias
+    weights = randn(*ref.shape, seed=7)
+    got_grads = torch.autograd.grad((got * weights).sum(), trained)
+    ref_grads = torch.autograd.grad((ref * weights).sum(), trained)
+    for k, (got_grad, ref_grad) in enumerate(zip(got_grads, ref_grads, strict=True)):
+        assert_near(f"gradient {k}", got_grad, ref_grad)
+
+
+@every_dtype
+@every_shape
+def test_forward_in_every_dtype(shape, dtype):
+    layer = filled_layer(shape, seed=1, dtype=dtype, bias=False)
+    x_BI = randn(4, shape.in_features, seed=0, dtype=dtype)
+    y_BO = layer(x_BI)
+    assert y_BO.dtype == dtype
+    assert_near("y", y_BO, x_BI.double() @ oracle(list(layer.cores), shape))
+
+
+def test_the_input_decides_the_dtype_of_the_output():
+    shape = SHAPES["straddling, folded right"]
+    layer = filled_layer(shape, seed=0, dtype=torch.float32)
+    x_BI = randn(4, shape.in_features, seed=0, dtype=torch.bfloat16)
+    assert layer(x_BI).dtype == torch.bfloat16
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y_BO = layer(x_BI.float())
+    assert y_BO.dtype == torch.bfloat16
+    assert_near("y", y_BO, x_BI.double() @ oracle(list(layer.cores), shape) + 1)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@every_dtype
+@every_shape
+def test_from_dense_is_the_truncated_tt_svd(shape, dtype, bias):
+    dense = dense_layer(shape, seed=0, dtype=dtype, bias=bias)
+    layer = TTLinear.from_dense(dense, shape)
+    assert {parameter.dtype for parameter in layer.parameters()} == {dtype}
+    assert [tuple(core.shape) for core in layer.cores] == shape.cores
+    weight_IO = oracle(tt.tt_svd(dense.weight.detach().double().T, shape), shape)
+    assert_near("weight", layer.to_dense().weight, weight_IO.T)
+    x_BI = randn(4, shape.in_features, seed=0, dtype=dtype)
+    assert_near("y", layer(x_BI), x_BI.double() @ weight_IO + (dense.bias.double() if bias else 0.0))
+    assert layer.start is None
+    assert all(parameter.requires_grad for parameter in layer.parameters())
+
+
+@every_shape
+def test_from_dense_is_exact_at_full_rank_and_balanced(shape):
+    dense, full = dense_layer(shape, seed=0), plan_shape(shape.in_features, shape.out_features, rank=300)
+    layer = TTLinear.from_dense(dense, full)
+    assert_near("weight", layer.to_dense().weight, dense.weight)
+    assert torch.equal(layer.bias, dense.bias)
+    for core in layer.cores:
+        assert_near("norm", core.norm(), layer.cores[0].norm())
+
+
+def test_from_dense_leaves_the_dense_layer_alone():
+    shape = SHAPES["aligned"]
+    dense = dense_layer(shape, seed=0)
+    layer, before = TTLinear.from_dense(dense, shape), copy.deepcopy(dense.state_dict())
+    for parameter in layer.parameters():
+        nn.init.ones_(parameter)
+    assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
+
+
+def test_from_dense_stays_on_the_meta_device():
+    shape = SHAPES["aligned"]
+    layer = TTLinear.from_dense(nn.Linear(24, 10, device="meta"), shape, as_change=True)
+    assert all(parameter.is_meta for parameter in layer.parameters())
+    assert [tuple(core.shape) for core in layer.start] == shape.cores
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@every_dtype
+@every_shape
+def test_a_change_starts_as_exactly_zero(shape, dtype, autocast):
+    dense = dense_layer(shape, seed=0, dtype=dtype)
+    layer = TTLinear.from_dense(dense, shape, as_change=True)
+    assert any(core.any() for core in layer.cores)
+    x_BI = randn(5, shape.in_features, seed=0, dtype=dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        change_BO = layer(x_BI)
+    assert change_BO.count_nonzero() == 0  # bit for bit; -0.0 adds nothing either
+    assert layer.to_dense().weight.count_nonzero() == 0
+    merged = layer.to_dense(beside=dense)
+    assert torch.equal(merged.weight, dense.weight)
+    assert torch.equal(merged.bias, dense.bias)
+
+
+def test_a_change_trains_its_cores_and_not_its_start():
+    shape = SHAPES["aligned"]
+    layer = TTLinear.from_dense(dense_layer(shape, seed=0), shape, as_change=True)
+    assert {name for name, _ in layer.named_buffers()} == {"start.values"}
+    assert not any(name.startswith("start") for name, _ in layer.named_parameters())
+    layer(randn(3, 24, seed=0)).sum().backward()
+    assert all(grad.any() for grad in tt.split_cores(layer.cores.values.grad, shape))
+    assert layer.start.values.grad is None
+    with torch.no_grad():
+        for core in layer.cores:
+            core.add_(1.0)
+    assert not any(torch.equal(core, start) for core, start in zip(layer.cores, layer.start, strict=True))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@every_shape
+def test_a_merged_change_is_the_base_plus_the_change(shape, bias):
+    dense = dense_layer(shape, seed=0, bias=bias)
+    layer = filled_layer(shape, seed=2, bias=bias, as_change=True)
+    merged, x_BI = layer.to_dense(beside=dense), randn(4, shape.in_features, seed=1)
+    change_IO = oracle(list(layer.cores), shape) - oracle(list(layer.start), shape)
+    assert_near("weight", merged.weight, dense.weight + change_IO.T)
+    assert_near("y", merged(x_BI), dense(x_BI) + layer(x_BI))
+    assert (merged.bias is None) != bias
+
+
+def test_a_change_without_bias_keeps_the_bias_of_the_base():
+    shape = SHAPES["aligned"]
+    dense, layer = dense_layer(shape, seed=0), filled_layer(shape, seed=2, bias=False, as_change=True)
+    assert torch.equal(layer.to_dense(beside=dense).bias, dense.bias)
+
+
+def test_a_change_with_bias_merges_into_a_base_without():
+    shape = SHAPES["aligned"]
+    dense, layer = dense_layer(shape, seed=0, bias=False), filled_layer(shape, seed=2, as_change=True)
+    assert torch.equal(layer.to_dense(beside=dense).bias, layer.bias)
+
+
+def test_from_dense_of_an_integer_weight_is_not_silently_zero():
+    shape = plan_shape(12, 20, rank=12, modes=(4, 3, 5, 4))
+    dense = nn.Linear(12, 20)
+    dense.weight = nn.Parameter((100 * randn(20, 12, seed=0)).to(torch.int8), requires_grad=False)
+    try:
+        layer = TTLinear.from_dense(dense, shape)
+    except (TypeError, ValueError):
+        return  # refused
+    assert_near("weight", layer.to_dense().weight, dense.weight)
+
+
+@pytest.mark.parametrize("options", [{}, {"bias": False}, {"as_change": True}])
+def test_state_dict_round_trip(options):
+    shape = SHAPES["padded and straddling"]
+    layer, other = filled_layer(shape, seed=0, **options), filled_layer(shape, seed=5, **options)
+    state = layer.state_dict()
+    names = {"cores.values"} | ({"start.values"} if options.get("as_change") else set())
+    names |= {"bias"} if options.get("bias", True) else set()
+    assert state.keys() == names
+    assert other.load_state_dict(state).missing_keys == []
+    x_BI = randn(4, shape.in_features, seed=0)
+    assert torch.equal(other(x_BI), layer(x_BI))
+    assert torch.equal(copy.deepcopy(layer)(x_BI), layer(x_BI))
+
+
+class OutputSizes(TorchDispatchMode):
+    """The numbers of entries of every tensor that any operator returns, forward and backward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        self.sizes += [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        return result
+
+
+@pytest.mark.parametrize("as_change", [False, True])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        plan_shape(512, 768, rank=4),
+        plan_shape(512, 768, rank=4, modes=(8, 8, 16, 8, 6, 8)),  # the boundary cuts 16 into 8 and 2
+        plan_shape(512, 768, rank=4, modes=(4, 8, 32, 8, 48)),  # the boundary cuts 32 into 16 and 2
+    ],
+    ids=str,
+)
+def test_applying_a_layer_never_stores_a_matrix_of_its_size(shape, as_change):
+    layer = filled_layer(shape, seed=0, dtype=torch.float32, as_change=as_change)
+    x_BI = torch.ones(5, 512, requires_grad=True)
+    with OutputSizes() as forward:
+        y_BO = layer(x_BI)
+    with OutputSizes() as backward:
+        y_BO.sum().backward()
+    assert len(backward.sizes) > len(shape.modes)
+    assert max(forward.sizes + backward.sizes) <= 768 * max(5, shape.cut_rank) < 512 * 768 / 8
+
+
+def test_a_stored_matrix_would_be_seen():
+    layer = filled_layer(plan_shape(512, 768, rank=4), seed=0, dtype=torch.float32)
+    with OutputSizes() as forward:
+        weight_IO = tt.matrix(list(layer.cores), layer.cores.shape)
+    assert max(forward.sizes) == 512 * 768
+    with OutputSizes() as backward:
+        weight_IO.square().sum().backward()
+    assert max(backward.sizes) == 512 * 768
+
+
+# update_factors
+
+
+@examples
+@given(
+    st.sampled_from([(4, 6), (2, 12), (24,), (7, 3)]),
+    st.sampled_from([(5, 2), (10,), (3, 3, 2)]),
+    st.integers(1, 12),
+    st.integers(1, 7),
+    st.integers(1, 7),
+    seeds,
+)
+def test_an_update_is_a_product_of_the_smallest_inner_size(in_modes, out_modes, bottleneck, rank_down, rank_up, seed):
+    in_features, out_features = torch.Size(in_modes).numel(), torch.Size(out_modes).numel()
+    down_shape = plan_shape(in_features, bottleneck, rank=rank_down, modes=(*in_modes, bottleneck))
+    up_shape = plan_shape(bottleneck, out_features, rank=rank_up, modes=(bottleneck, *out_modes))
+    down, up = filled_cores(down_shape, seed=seed), filled_cores(up_shape, seed=seed + 1)
+    a_IR, b_RO = update_factors(down(), up())
+    inner = min(bottleneck, down_shape.cut_rank, up_shape.cut_rank)
+    assert (a_IR.shape, b_RO.shape) == ((in_features, inner), (inner, out_features))
+    ref = oracle(list(down), down_shape) @ oracle(list(up), up_shape)
+    got = a_IR @ b_RO
+    assert_near("update", got, ref)
+    weights = randn(*ref.shape, seed=7)
+    got_grads = torch.autograd.grad((got * weights).sum(), [down.values, up.values])
+    ref_grads = torch.autograd.grad((ref * weights).sum(), [down.values, up.values])
+    for k, (got_grad, ref_grad) in enumerate(zip(got_grads, ref_grads, strict=True)):
+        assert_near(f"gradient {k}", got_grad, ref_grad)
+
+
+@pytest.mark.parametrize(
+    ("down", "up", "inner"),
+    [
+        (plan_shape(64, 8, rank=5), plan_shape(8, 48, rank=3), 3),
+        (plan_shape(64, 8, rank=3), plan_shape(8, 48, rank=5), 3),
+        (plan_shape(64, 2, rank=5), plan_shape(2, 48, rank=3), 2),
+        (plan_shape(768, 8, rank=5), plan_shape(8, 768, rank=5), 5),
+        (
+            plan_shape(32, 16, rank=2, modes=(8, 8, 8)),
+            plan_shape(16, 24, rank=3, modes=(8, 8, 6)),
+            4,
+        ),  # boundaries inside cores
+        (plan_shape(32, 3, rank=2, modes=(8, 12)), plan_shape(3, 24, rank=3, modes=(6, 12)), 3),
+    ],
+    ids=str,
+)
+def test_an_update_of_planned_shapes(down, up, inner):
+    down_cores, up_cores = filled_cores(down, seed=0), filled_cores(up, seed=1)
+    a_IR, b_RO = update_factors(down_cores(), up_cores())
+    assert a_IR.shape[1] == b_RO.shape[0] == inner
+    assert_near("update", a_IR @ b_RO, oracle(list(down_cores), down) @ oracle(list(up_cores), up))
+
+
+@every_dtype
+def test_an_update_keeps_the_dtype_of_the_cores_under_autocast(dtype):
+    down, up = plan_shape(64, 8, rank=5), plan_shape(8, 48, rank=3)
+    down_cores, up_cores = filled_cores(down, seed=0, dtype=dtype), filled_cores(up, seed=1, dtype=dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        a_IR, b_RO = update_factors(down_cores(), up_cores())
+    assert a_IR.dtype == b_RO.dtype == dtype
+    assert_near("update", a_IR @ b_RO, oracle(list(down_cores), down) @ oracle(list(up_cores), up))

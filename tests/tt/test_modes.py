@@ -1,0 +1,126 @@
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loretta.tt import PAPER_MODES, balanced_modes, plan_shape
+from loretta.tt.modes import LARGEST_MODE
+from tt.trains import examples
+
+# LoRETTA, Table 10, row by row, without its last row: [8] * 8 for 768 x 768 is a misprint.
+TABLE_10 = {
+    (768, 64): [8, 8, 12, 8, 8],
+    (4096, 64): [16, 16, 16, 4, 4, 4],
+    (64, 768): [8, 8, 12, 8, 8],
+    (64, 4096): [4, 4, 4, 16, 16, 16],
+    (768, 8): [8, 8, 12, 8],
+    (768, 16): [8, 8, 12, 4, 4],
+    (768, 32): [8, 8, 12, 8, 4],
+    (8, 768): [8, 12, 8, 8],
+    (16, 768): [4, 4, 12, 8, 8],
+    (32, 768): [4, 8, 12, 8, 8],
+    (4096, 8): [8, 8, 8, 8, 8],
+    (4096, 16): [8, 8, 8, 8, 4, 4],
+    (4096, 32): [8, 8, 8, 8, 8, 4],
+    (8, 4096): [8, 8, 8, 8, 8],
+    (16, 4096): [4, 4, 8, 8, 8, 8],
+    (32, 4096): [4, 8, 8, 8, 8, 8],
+    (768, 768): [12, 8, 8, 8, 8, 12],
+}
+FUSED_IN_PROJ = (8, 2304)  # DeBERTa's, not printed
+
+sizes = st.integers(1, 20_000)
+
+
+@pytest.mark.parametrize("size", TABLE_10)
+def test_table_10(size):
+    shape = plan_shape(*size, rank=5)
+    assert list(shape.modes) == TABLE_10[size]
+    assert shape.aligned
+    assert shape.ranks == (1, *[5] * (len(shape.modes) - 1), 1)
+
+
+def test_paper_modes_hold_table_10_and_one_shape_more():
+    assert PAPER_MODES.keys() == TABLE_10.keys() | {FUSED_IN_PROJ}
+
+
+def test_which_modes_win():
+    overrides = {"768x64": [16, 3, 16, 64], "100x10": [10, 10, 10], "64x768": [1]}
+    assert plan_shape(768, 64, rank=2, modes=[64, 12, 64], overrides=overrides).modes == (64, 12, 64)
+    assert plan_shape(768, 64, rank=2, overrides=overrides).modes == (16, 3, 16, 64)
+    assert plan_shape(100, 10, rank=2, overrides=overrides).modes == (10, 10, 10)
+    assert plan_shape(4096, 64, rank=2, overrides=overrides).modes == (16, 16, 16, 4, 4, 4)
+    assert plan_shape(100, 11, rank=2, overrides=overrides).modes == (10, 10, 11)
+
+
+@pytest.mark.parametrize(
+    ("call", "quoted"),
+    [
+        ({"in_features": 0, "out_features": 8, "rank": 2}, "got 0 x 8"),
+        ({"in_features": 8, "out_features": -8, "rank": 2}, "got 8 x -8"),
+        ({"in_features": 8, "out_features": 8, "rank": 0}, "rank must be at least 1, got 0"),
+        ({"in_features": 8, "out_features": 8, "rank": -1, "modes": (8, 8)}, "rank must be at least 1, got -1"),
+        ({"in_features": 768, "out_features": 768, "rank": 5, "modes": [8] * 8}, "16,777,216 instead of 589,824"),
+        ({"in_features": 8, "out_features": 4, "rank": 2, "overrides": {"8x4": (8, 8)}}, r"\[8, 8\] for a 8 x 4"),
+        ({"in_features": 8, "out_features": 4, "rank": 2, "overrides": {"8x4": ()}}, r"\[\] for a 8 x 4"),
+    ],
+)
+def test_a_plan_refuses_and_quotes(call, quoted):
+    with pytest.raises(ValueError, match=quoted):
+        plan_shape(**call)
+
+
+@pytest.mark.parametrize(
+    ("size", "modes", "padded"),
+    [
+        (1, (1,), 1),
+        (7, (7,), 7),
+        (61, (61,), 61),
+        (67, (7, 10), 70),
+        (1024, (8, 8, 16), 1024),
+        (11008, (4, 8, 8, 43), 11008),
+        (14336, (4, 7, 8, 8, 8), 14336),
+        (10007, (7, 10, 12, 12), 10080),
+        (50257, (7, 8, 9, 10, 10), 50400),
+    ],
+)
+def test_balanced_modes_by_name(size, modes, padded):
+    assert balanced_modes(size) == modes
+    assert math.prod(modes) == padded
+
+
+def largest_prime_factor(size):
+    largest, prime = 1, 2
+    while prime * prime <= size:
+        while size % prime == 0:
+            largest, size = prime, size // prime
+        prime += 1
+    return max(largest, size)
+
+
+def test_every_size_to_20000_is_padded_only_for_a_long_prime_and_then_little():
+    for size in range(1, 20_001):
+        modes = balanced_modes(size)
+        padded = math.prod(modes)
+        assert list(modes) == sorted(modes), size
+        assert modes[-1] <= LARGEST_MODE == 64, size
+        assert 1 not in modes or modes == (1,), size
+        if largest_prime_factor(size) <= 64:
+            assert padded == size
+        else:
+            assert size < padded <= 1.1 * size, size
+
+
+@examples
+@given(sizes, sizes, st.integers(1, 100))
+def test_any_matrix_plans_aligned_with_long_modes_at_the_ends(in_features, out_features, rank):
+    shape = plan_shape(in_features, out_features, rank=rank)
+    assert (shape.in_features, shape.out_features, shape.aligned) == (in_features, out_features, True)
+    assert shape.padded_in == math.prod(balanced_modes(in_features))
+    assert shape.padded_out == math.prod(balanced_modes(out_features))
+    assert set(shape.ranks[1:-1]) <= {rank}
+    if (in_features, out_features) not in PAPER_MODES:
+        in_modes, out_modes = shape.modes[: shape.n_in], shape.modes[shape.n_in :]
+        assert list(in_modes) == sorted(in_modes, reverse=True)
+        assert list(out_modes) == sorted(out_modes)
