@@ -16,7 +16,7 @@ from tt.trains import SHAPES, examples, frozen, oracle, random_cores, seeds, sha
 SMALL = TTShape(in_features=6, out_features=4, modes=(2, 3, 4), ranks=(1, 2, 3, 1), n_in=2)
 
 
-@pytest.mark.parametrize("module", ["shape.py", "plan.py"])
+@pytest.mark.parametrize("module", ["shape.py", "modes.py"])
 def test_planning_needs_the_standard_library_only(module):
     for node in ast.walk(ast.parse(Path(tt.__file__).with_name(module).read_text())):
         if isinstance(node, ast.Import):
