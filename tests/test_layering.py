@@ -9,6 +9,7 @@ import loretta
 
 ROOT = pathlib.Path(loretta.__file__).parent
 LAYERS = [
+    "quantizer_logs",
     "errors",
     "options",
     "tt",

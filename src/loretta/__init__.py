@@ -1,5 +1,10 @@
 """LoRETTA: tensor-train fine-tuning as PEFT methods. Importing this package registers both with PEFT."""
 
+# ruff: noqa: E402 (PEFT is imported after the lines that its imports log are kept back)
+from loretta import quantizer_logs
+
+quantizer_logs.hold()
+
 from peft import PeftModel, TaskType, get_peft_model
 
 from loretta.convert.export import export_lora

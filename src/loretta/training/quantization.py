@@ -9,6 +9,7 @@ from peft import prepare_model_for_kbit_training
 from peft.utils.quantization_utils import get_quantization_kwargs, resolve_quantization_backend
 from transformers import BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 
+from loretta import quantizer_logs
 from loretta.errors import InputError
 from loretta.training.config import Quantization
 from loretta.tuners.layer import keep_differentiable
@@ -30,6 +31,7 @@ def quantized_loading(name: str, *, task_type: str, dtype: str = "float32", cpu:
         raise InputError(f"quantize={name!r} is none of {', '.join(_PACKAGES)}")
     if importlib.util.find_spec(_PACKAGES[name]) is None:
         raise InputError(f"quantize={name!r} needs the package {_PACKAGES[name]}: pip install 'loretta-peft[quantize]'")
+    quantizer_logs.show()
     whole = None if task_type == "CAUSAL_LM" else [rf"(.*\.)?{head}" for head in _HEADS]
     on_cpu = cpu or not torch.cuda.is_available()
     return {

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 
-from loretta import tt
+from loretta import quantizer_logs, tt
 from loretta.layers.trains import Cores
 from loretta.tuners.contraction import (
     Factors,
@@ -43,6 +43,8 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
         self.in_features, self.out_features = require_linear(name, self.get_base_layer())
         keep_differentiable(self.get_base_layer())
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization_kwargs)
+        if self.quantization_backend is not None:
+            quantizer_logs.show()
         self._disable_adapters = False
         self._active_adapter = []
         self.merged_adapters = []
