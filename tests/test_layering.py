@@ -10,6 +10,7 @@ import loretta
 ROOT = pathlib.Path(loretta.__file__).parent
 LAYERS = [
     "quantizer_logs",
+    "lazy",
     "errors",
     "options",
     "tt",
@@ -22,6 +23,7 @@ LAYERS = [
     "placement",
     "tuners",
     "adapters",
+    "registration",
 ]
 LAYERS += [
     "loading",

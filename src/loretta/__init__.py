@@ -1,33 +1,49 @@
-"""LoRETTA: tensor-train fine-tuning as PEFT methods. Importing this package registers both with PEFT."""
+"""LoRETTA: tensor-train fine-tuning as PEFT methods. Importing this package registers both with PEFT.
 
-# ruff: noqa: E402 (PEFT is imported after the lines that its imports log are kept back)
+The names below are imported at first use: torch takes seconds, and ``loretta --help`` does not need it.
+"""
+
+from typing import TYPE_CHECKING
+
 from loretta import quantizer_logs
+from loretta.lazy import lazy_attributes
+from loretta.registration import register_with_peft
 
-quantizer_logs.hold()
+if TYPE_CHECKING:
+    from peft import PeftModel, TaskType, get_peft_model
 
-from peft import PeftModel, TaskType, get_peft_model
-
-from loretta.convert.export import export_lora
-from loretta.errors import InputError
-from loretta.tuners.adp import LorettaAdpConfig, LorettaAdpModel
-from loretta.tuners.in_place import hotswap_adapter, rename_adapter
-from loretta.tuners.rep import LorettaRepConfig, LorettaRepModel
+    from loretta.convert.compress import compress
+    from loretta.convert.export import export_lora, export_merged
+    from loretta.errors import InputError
+    from loretta.plan.plan import plan_model
+    from loretta.training.graphs import CudaGraphTrainer
+    from loretta.tuners.adp import LorettaAdpConfig, LorettaAdpModel
+    from loretta.tuners.in_place import hotswap_adapter, rename_adapter
+    from loretta.tuners.rep import LorettaRepConfig, LorettaRepModel
 
 __version__ = "0.1.0"
 
-
-def explain(model: PeftModel, adapter_name: str = "default") -> str:
-    """One page on a wrapped model: where adapters sit, what is trained, and why the counts are what they are.
-
-    Raises InputError when the adapter is not a LoRETTA adapter.
-    """
-    from loretta.plan.plan import read_plan
-    from loretta.plan.words import explain_plan  # only here: what it draws tables with is not needed to train
-
-    return explain_plan(read_plan(model, adapter_name))
-
+# the imports above once more, for programs that run
+_HOMES = {
+    "CudaGraphTrainer": "loretta.training.graphs",
+    "InputError": "loretta.errors",
+    "LorettaAdpConfig": "loretta.tuners.adp",
+    "LorettaAdpModel": "loretta.tuners.adp",
+    "LorettaRepConfig": "loretta.tuners.rep",
+    "LorettaRepModel": "loretta.tuners.rep",
+    "PeftModel": "peft",
+    "TaskType": "peft",
+    "compress": "loretta.convert.compress",
+    "export_lora": "loretta.convert.export",
+    "export_merged": "loretta.convert.export",
+    "get_peft_model": "peft",
+    "hotswap_adapter": "loretta.tuners.in_place",
+    "plan_model": "loretta.plan.plan",
+    "rename_adapter": "loretta.tuners.in_place",
+}
 
 __all__ = [
+    "CudaGraphTrainer",
     "InputError",
     "LorettaAdpConfig",
     "LorettaAdpModel",
@@ -35,9 +51,34 @@ __all__ = [
     "LorettaRepModel",
     "PeftModel",
     "TaskType",
+    "compress",
     "explain",
     "export_lora",
+    "export_merged",
     "get_peft_model",
     "hotswap_adapter",
+    "plan_model",
     "rename_adapter",
 ]
+
+if not TYPE_CHECKING:  # which would take any name for one of this package
+    __getattr__ = lazy_attributes(__name__, _HOMES)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
+
+
+def explain(model: "PeftModel", adapter_name: str = "default") -> str:
+    """One page on a wrapped model: where adapters sit, what is trained, and why the counts are what they are.
+
+    Raises InputError when the adapter is not a LoRETTA adapter.
+    """
+    from loretta.plan.plan import read_plan
+    from loretta.plan.words import explain_plan
+
+    return explain_plan(read_plan(model, adapter_name))
+
+
+quantizer_logs.hold()
+register_with_peft()

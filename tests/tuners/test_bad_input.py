@@ -37,6 +37,7 @@ BAD = {
         ({"init_weights": None}, "init_weights=None"),
         ({"train_head": "Dense"}, "train_head='Dense'.*tensorized.*tensorized_only.*dense.*frozen"),
         ({"bias": "everything"}, "bias='everything'.*none.*all.*_only"),
+        ({"bias": "lora_only"}, "bias='lora_only' is none of 'none', 'all', 'loretta_(rep|adp)_only'"),
         ({"bias": True}, "bias=True"),
         ({"shapes": {"768": [8, 8]}}, "'768'.*768x64"),
         ({"shapes": {"768x": [8, 8]}}, "'768x'"),

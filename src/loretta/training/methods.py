@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from loretta.errors import InputError
 from loretta.training.config import HeadPolicy
 from loretta.tuners.adp import LorettaAdpConfig
-from loretta.tuners.config import LorettaConfig
+from loretta.tuners.config import LorettaConfig, TrainHead
 from loretta.tuners.extras import head_names, norm_names
 from loretta.tuners.rep import LorettaRepConfig
 
@@ -154,7 +154,7 @@ def _set_head(config: PeftConfig, model: nn.Module, head_policy: HeadPolicy) -> 
         if head_policy != "method":
             config.train_head = "dense" if head_policy == "full" else "frozen"
         return
-    train_head = "dense" if head_policy == "full" else "frozen"
+    train_head: TrainHead = "dense" if head_policy == "full" else "frozen"
     names = head_names(model, LorettaConfig(task_type=config.task_type, train_head=train_head))
     if names and hasattr(config, "modules_to_save"):
         saved: Any = config

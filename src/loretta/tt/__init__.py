@@ -1,25 +1,46 @@
 """Tensor trains: integers (:mod:`shape`, :mod:`modes`), functions on cores (:mod:`ops`, :mod:`init`, :mod:`lowrank`).
 
-Depends on torch alone and knows nothing of PEFT.
+Depends on torch alone and knows nothing of PEFT. The functions on cores are imported at first use, so that plans and
+records, which are integers, do not wait for torch.
 """
 
-from loretta.tt.init import gaussian
-from loretta.tt.lowrank import fit_product, product_error, product_norm, product_singular_values
+from typing import TYPE_CHECKING
+
+from loretta.lazy import lazy_attributes
 from loretta.tt.modes import PAPER_MODES, balanced_modes, plan_shape
-from loretta.tt.ops import (
-    add,
-    balance,
-    contract,
-    halves,
-    matrix,
-    matrix_naive,
-    orthogonalise,
-    pad_ranks,
-    round_ranks,
-    split_cores,
-    tt_svd,
-)
 from loretta.tt.shape import TTShape, constant_ranks, shape_from_modes
+
+if TYPE_CHECKING:
+    from loretta.tt.init import gaussian
+    from loretta.tt.lowrank import fit_product, product_error, product_norm, product_singular_values
+    from loretta.tt.ops import (
+        add,
+        balance,
+        contract,
+        halves,
+        matrix,
+        matrix_naive,
+        orthogonalise,
+        pad_ranks,
+        round_ranks,
+        split_cores,
+        tt_svd,
+    )
+else:
+    __getattr__ = lazy_attributes(
+        __name__,
+        {
+            "gaussian": "loretta.tt.init",
+            **dict.fromkeys(
+                ("fit_product", "product_error", "product_norm", "product_singular_values"), "loretta.tt.lowrank"
+            ),
+            **dict.fromkeys(
+                ("add", "balance", "contract", "halves", "matrix", "matrix_naive", "orthogonalise", "pad_ranks",
+                 "round_ranks", "split_cores", "tt_svd"),
+                "loretta.tt.ops",
+            ),
+        },
+    )  # fmt: skip
 
 __all__ = [
     "PAPER_MODES",

@@ -2,15 +2,15 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from peft import PeftConfig
 
 from loretta.errors import InputError
 from loretta.tuners.card import write_card
 
-TRAIN_HEAD = ("tensorized", "tensorized_only", "dense", "frozen")
-INIT_WEIGHTS = ("zero", "denoised", "gaussian")
+TrainHead = Literal["tensorized", "tensorized_only", "dense", "frozen"]
+InitWeights = Literal["zero", "denoised", "gaussian"]
 
 
 @dataclass
@@ -36,8 +36,8 @@ class LorettaConfig(PeftConfig):
             "frozen": neither is trained. What a base model initialises at random is saved with the adapter even
             when it is frozen. Heads of language models are never trained.
         rank_pattern: ``tensor_rank`` for single modules, by the end of their name or a regular expression.
-        bias: which biases of the *base model* are trained: "none", "all", or "<method>_only" for those of the
-            adapted modules.
+        bias: which biases of the *base model* are trained: "none", "all", or those of the adapted modules:
+            "loretta_rep_only" of rep and "loretta_adp_only" of adp.
         modules_to_save: further modules to train and save whole.
         layers_to_transform, layers_pattern: restrict the adapted layers by index, as in LoRA.
         base_signature: written when the adapter is saved, and checked when it is loaded: the adapted modules of the
@@ -50,11 +50,11 @@ class LorettaConfig(PeftConfig):
     exclude_modules: list[str] | str | None = None
     tensor_rank: int = 5
     shapes: dict[str, list[int]] = field(default_factory=dict)
-    init_weights: str | bool = "zero"
+    init_weights: InitWeights | bool = "zero"
     train_norms: bool = True
-    train_head: str = "tensorized"
+    train_head: TrainHead = "tensorized"
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    bias: str = "none"
+    bias: Literal["none", "all", "loretta_rep_only", "loretta_adp_only"] = "none"
     modules_to_save: list[str] | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
@@ -88,11 +88,9 @@ class LorettaConfig(PeftConfig):
         problems = [
             *self._below_one("tensor_rank", self.tensor_rank),
             *(p for key, rank in self.rank_pattern.items() for p in self._below_one(f"rank_pattern[{key!r}]", rank)),
-            *_not_among("init_weights", self.init_weights, INIT_WEIGHTS),
-            *_not_among("train_head", self.train_head, TRAIN_HEAD),
+            *self._not_among("init_weights", get_args(InitWeights)),
+            *(p for name in ("train_head", "bias") for p in self._not_among(name)),
         ]
-        if self.bias not in ("none", "all") and not str(self.bias).endswith("_only"):
-            problems.append(f"bias={self.bias!r} is none of 'none', 'all' and '<method>_only'")
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
             problems += [
                 f"{name} needs target_modules as a list, not the expression {self.target_modules!r}"
@@ -113,6 +111,7 @@ class LorettaConfig(PeftConfig):
             return [f"{name}={value!r} must be a whole number of at least 1"]
         return []
 
-
-def _not_among(name: str, value: object, allowed: tuple[str, ...]) -> list[str]:
-    return [] if value in allowed else [f"{name}={value!r} is none of {', '.join(map(repr, allowed))}"]
+    def _not_among(self, name: str, allowed: tuple[str, ...] = ()) -> list[str]:
+        """The words allowed are those of the field's type where it is a Literal."""
+        value, allowed = getattr(self, name), allowed or get_args(self.__dataclass_fields__[name].type)
+        return [] if value in allowed else [f"{name}={value!r} is none of {', '.join(map(repr, allowed))}"]

@@ -1,13 +1,12 @@
 """Options of adp: the bottleneck adapter."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from transformers.activations import ACT2FN
 
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.register import add_peft_type
-
-PLACEMENTS = ("blocks", "mlp")
 
 
 @dataclass
@@ -32,13 +31,14 @@ class LorettaAdpConfig(LorettaConfig):
             the output. The default serves the paper's LLaMA tables (gate and up before, down after).
     """
 
+    bias: Literal["none", "all", "loretta_adp_only"] = "none"
     bottleneck_size: int = 64
     dense: bool = False
     non_linearity: str = "relu"
     adapter_dropout: float = 0.0
     scaling: float = 1.0
     train_bias: bool = True
-    placement: str = "blocks"
+    placement: Literal["blocks", "mlp"] = "blocks"
     insert_before: list[str] = field(default_factory=lambda: ["gate_proj", "up_proj", "gate_up_proj"])
 
     def __post_init__(self) -> None:
@@ -47,10 +47,9 @@ class LorettaAdpConfig(LorettaConfig):
 
     def _problems(self) -> list[str]:
         problems = [*super()._problems(), *self._below_one("bottleneck_size", self.bottleneck_size)]
+        problems += self._not_among("placement")
         if self.non_linearity not in ACT2FN:
             problems.append(f"non_linearity={self.non_linearity!r} is none of {', '.join(sorted(ACT2FN))}")
-        if self.placement not in PLACEMENTS:
-            problems.append(f"placement={self.placement!r} is none of {', '.join(map(repr, PLACEMENTS))}")
         if not 0 <= self.adapter_dropout < 1:
             problems.append(f"adapter_dropout={self.adapter_dropout!r} must be at least 0 and below 1")
         return problems

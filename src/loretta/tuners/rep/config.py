@@ -1,6 +1,7 @@
 """Options of rep: the weight update."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.register import add_peft_type
@@ -22,6 +23,7 @@ class LorettaRepConfig(LorettaConfig):
         fan_in_fan_out: accepted for compatibility with LoRA; the layer's type decides.
     """
 
+    bias: Literal["none", "all", "loretta_rep_only"] = "none"
     r: int = 8
     lora_alpha: float = 16
     lora_dropout: float = 0.0

@@ -1,0 +1,120 @@
+"""``import loretta`` costs nothing, registers the methods all the same, and offers every public name."""
+
+import ast
+import inspect
+import pathlib
+import subprocess
+import sys
+
+import peft
+import pytest
+from tuners.wrapped import wrap
+
+import loretta
+from loretta.registration import register_with_peft
+
+
+def run(program: str, *arguments: object) -> str:
+    """Standard output of a program in a new process."""
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_an_adapter_is_loaded_by_peft_after_the_import_alone(tmp_path):
+    wrap("bert", "rep")[0].save_pretrained(tmp_path)
+    program = """
+import sys
+import loretta
+assert not {"torch", "transformers", "peft"} & set(sys.modules), "the import is not free"
+import importlib
+importlib.reload(loretta)
+assert "LORETTA" not in repr(sys.modules.get("peft"))
+from peft import PeftModel, PeftType
+sys.path.insert(0, sys.argv[2])
+from tuners.families import build
+model = PeftModel.from_pretrained(build("bert")[0], sys.argv[1])
+print([str(kind.value) for kind in PeftType][-2:], type(model.base_model).__name__)
+assert not [finder for finder in sys.meta_path if "loretta" in type(finder).__module__]
+"""
+    assert run(program, tmp_path, pathlib.Path(__file__).parent) == "['LORETTA_ADP', 'LORETTA_REP'] LorettaRepModel\n"
+
+
+@pytest.mark.parametrize("module", ["loretta.tuners.rep.config", "loretta.convert.load"])
+def test_any_module_may_be_the_first_import(module):
+    """The registration must not run while a module that it needs is half imported."""
+    program = """
+import importlib, sys
+importlib.import_module(sys.argv[1])
+import peft
+assert {"LORETTA_ADP", "LORETTA_REP"} <= set(peft.PeftType.__members__)
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING as tuners
+print(tuners["LORETTA_REP"].__name__, tuners["LORETTA_ADP"].__name__)
+"""
+    assert run(program, module) == "LorettaRepModel LorettaAdpModel\n"
+
+
+def test_what_the_registration_imports_lies_within_tuners_or_knows_no_peft():
+    program = """
+import sys
+import loretta.tuners.rep
+for name, module in sys.modules.items():
+    if name.startswith("loretta.") and not name.startswith("loretta.tuners"):
+        print(module.__file__)
+"""
+    files = run(program).split()
+    assert any("layers" in file for file in files)
+    for file in files:
+        for node in ast.walk(ast.parse(pathlib.Path(file).read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [str(node.module)] if isinstance(node, ast.ImportFrom) else []
+            assert not [name for name in names if name.split(".")[0] == "peft"], file
+
+
+def test_peft_keeps_its_loader_and_a_question_for_it_registers_nothing():
+    program = """
+import importlib.util, sys
+import loretta
+asked = importlib.util.find_spec("peft")
+assert asked is not None and "peft" not in sys.modules and "torch" not in sys.modules
+import peft, inspect
+assert type(peft.__loader__).__name__ == type(asked.loader).__name__ == "SourceFileLoader"
+assert "get_peft_model" in inspect.getsource(peft)
+assert "LORETTA_REP" in peft.PeftType.__members__
+"""
+    run(program)
+
+
+def test_a_second_registration_changes_nothing():
+    before = list(peft.PeftType), list(sys.meta_path)
+    register_with_peft()
+    assert (list(peft.PeftType), list(sys.meta_path)) == before
+
+
+def imported_for_type_checkers(package) -> dict[str, str]:
+    """Name -> module, as the block under ``if TYPE_CHECKING`` says."""
+    tree = ast.parse(inspect.getsource(package))
+    blocks = [
+        node for node in tree.body if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+    ]
+    imports = [node for block in blocks for node in block.body if isinstance(node, ast.ImportFrom)]
+    return {alias.name: str(node.module) for node in imports for alias in node.names}
+
+
+@pytest.mark.parametrize("package", [loretta, loretta.tt], ids=lambda package: package.__name__)
+def test_what_a_type_checker_sees_is_what_a_program_gets(package):
+    names = imported_for_type_checkers(package)
+    assert set(names) <= set(package.__all__)
+    if package is loretta:
+        assert set(package.__all__) - set(names) == {"explain"}
+    for name, module in names.items():
+        assert getattr(package, name) is getattr(sys.modules[module], name)
+    assert set(package.__all__) <= set(dir(package))
+
+
+def test_a_name_that_does_not_exist_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'loretta' has no attribute 'LorettaRep'"):
+        _ = loretta.LorettaRep
+    with pytest.raises(ImportError, match="cannot import name 'LorettaRep'"):
+        exec("from loretta import LorettaRep")
