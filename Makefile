@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 
 RESULTS := benchmarks/results
 
-.PHONY: demo test lint check format tables bench bench-gpu
+.PHONY: demo test test-matrix lint check format tables bench bench-gpu
 
 # make demo QUICK=1: one epoch on a part of the data
 demo: $(INSTALLED)
@@ -14,6 +14,11 @@ demo: $(INSTALLED)
 # Half the time of one process; `.venv/bin/python -m pytest PATH` for a part
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# As other machines would: instruction sets, threads, random numbers. The numeric part, or all tests with FULL=1, in
+# every cell, or in one: make test-matrix CELL=avx2-2
+test-matrix: $(INSTALLED)
+	$(BIN)/python tests/run_matrix.py $(if $(FULL),--full) $(if $(CELL),--cell $(CELL))
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -6,7 +6,7 @@ import json
 import string
 
 import pytest
-import torch
+from draws import seed_torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from training_data import WORDS, sentences
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -28,7 +28,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def save_bert(folder, layers: int) -> str:
-    torch.manual_seed(0)
+    seed_torch(0)
     config = BertConfig(
         vocab_size=32,
         hidden_size=32,
@@ -56,7 +56,7 @@ def other_bert(tmp_path_factory):
 @pytest.fixture(scope="session")
 def llama(tmp_path_factory):
     folder = tmp_path_factory.mktemp("models") / "tiny-llama"
-    torch.manual_seed(0)
+    seed_torch(0)
     config = LlamaConfig(
         vocab_size=32,
         hidden_size=32,
@@ -81,7 +81,7 @@ def speller(tmp_path_factory):
     characters.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     characters.decoder = decoders.Fuse()
     characters.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    torch.manual_seed(0)
+    seed_torch(0)
     config = LlamaConfig(
         vocab_size=len(vocabulary),
         hidden_size=32,

@@ -1,5 +1,8 @@
 """The one tolerance table of the tests. An exception is a new row with its reason, never a branch in a test."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,8 +15,36 @@ def assert_near(name: str, got: Tensor, ref: Tensor) -> None:
 
     A reference of zeros must be met exactly. NaN and infinity fail on either side.
     """
+    _assert_within(name, got, ref, ref.detach().double().norm(), RTOL[got.dtype])
+
+
+def assert_gradients_near(got: Mapping[Any, Tensor], ref: Mapping[Any, Tensor], rtol: float | None = None) -> None:
+    """As :func:`assert_near` for all gradients of one backward pass: each may err by rounding in the norm of them all.
+
+    Some gradients are zero in exact arithmetic and rounding in every program: a key's bias cancels in the softmax. Of
+    the size of what cancels there, its own norm says nothing; the other gradients of the same pass do. ``rtol`` stands
+    in for the row of the table where both sides are of other precision than their dtype.
+    """
+    assert got.keys() == ref.keys()
+    size = torch.stack([value.detach().double().norm() for value in ref.values()]).norm()
+    for name, value in ref.items():
+        _assert_within(f"gradient of {name}", got[name], value, size, rtol or RTOL[got[name].dtype])
+
+
+def assert_as_near(name: str, got: Tensor, ref: Tensor, *, beside: tuple[Tensor, Tensor]) -> None:
+    """As :func:`assert_near` for a whole model in low precision, which may also err twice as far as another one does.
+
+    ``beside`` holds what that model gives, such as the same one without its adapter, and the reference of that.
+    """
+    others, others_ref = (value.detach().double() for value in beside)
+    assert beside[0].dtype == got.dtype
+    rtol = RTOL[got.dtype] + 2 * ((others - others_ref).norm() / others_ref.norm()).item()
+    _assert_within(name, got, ref, ref.detach().double().norm(), rtol)
+
+
+def _assert_within(name: str, got: Tensor, ref: Tensor, size: Tensor, rtol: float) -> None:
     assert got.shape == ref.shape, f"{name}: shape {tuple(got.shape)} instead of {tuple(ref.shape)}"
-    difference, size = (got.detach().double() - ref.detach().double()).norm(), ref.detach().double().norm()
+    difference = (got.detach().double() - ref.detach().double()).norm()
     error = (difference / size).item()
     # `<=` so that NaN fails; the quotient is NaN for a zero reference
-    assert difference == 0 or error <= RTOL[got.dtype], f"{name}: relative error {error:.1e} for {got.dtype}"
+    assert difference == 0 or error <= rtol, f"{name}: relative error {error:.1e} for {got.dtype}"

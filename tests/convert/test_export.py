@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import stories
 import torch
+from draws import seed_torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -128,7 +129,7 @@ def build_any(family: str, task: str | None, **changes) -> tuple[PreTrainedModel
         config = config_of(family) if family != "distilbert" else DistilBertConfig(
             vocab_size=64, dim=32, hidden_dim=48, n_layers=2, n_heads=4, max_position_embeddings=40
         )  # fmt: skip
-        torch.manual_seed(0)
+        seed_torch(0)
         model = auto.get(task, AutoModelForSequenceClassification).from_config(config).eval()
         randomise(model.parameters(), seed=0)
         return model.to(changes["dtype"]), inputs_for("SEQ_CLS")

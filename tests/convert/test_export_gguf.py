@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import stories
 import torch
+from draws import seeded
 from peft import PeftModel, get_peft_model
 from tolerances import assert_near
 from torch import Tensor
@@ -90,7 +91,7 @@ def test_rotated_queries_and_keys_meet_as_in_transformers(gguf, tmp_path):
     model = rep()
     export_gguf_lora(model, tmp_path / "out.gguf")
     fields, tensors = read(gguf, tmp_path / "out.gguf")
-    config, x_I = model.config, torch.randn(32, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    config, x_I = model.config, torch.randn(32, generator=seeded(0), dtype=torch.float64)
     width = config.hidden_size // config.num_attention_heads
     scores: dict[bool, list[Tensor]] = {}
     for neighbours in (True, False):

@@ -4,13 +4,14 @@ import copy
 
 import pytest
 import torch
+from draws import examples
 from hypothesis import given
 from hypothesis import strategies as st
-from tolerances import RTOL, assert_near
+from tolerances import RTOL, assert_gradients_near, assert_near
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from tt.trains import SHAPES, examples, oracle, randn, random_cores, seeds, shapes
+from tt.trains import SHAPES, oracle, randn, random_cores, seeds, shapes
 
 from loretta import tt
 from loretta.layers.trains import Cores, TTLinear, update_factors
@@ -121,8 +122,7 @@ def test_forward_is_the_dense_layer(bias, as_change, shape, seed):
     weights = randn(*ref.shape, seed=7)
     got_grads = torch.autograd.grad((got * weights).sum(), trained)
     ref_grads = torch.autograd.grad((ref * weights).sum(), trained)
-    for k, (got_grad, ref_grad) in enumerate(zip(got_grads, ref_grads, strict=True)):
-        assert_near(f"gradient {k}", got_grad, ref_grad)
+    assert_gradients_near(dict(enumerate(got_grads)), dict(enumerate(ref_grads)))
 
 
 @every_dtype
@@ -338,8 +338,7 @@ def test_an_update_is_a_product_of_the_smallest_inner_size(in_modes, out_modes, 
     weights = randn(*ref.shape, seed=7)
     got_grads = torch.autograd.grad((got * weights).sum(), [down.values, up.values])
     ref_grads = torch.autograd.grad((ref * weights).sum(), [down.values, up.values])
-    for k, (got_grad, ref_grad) in enumerate(zip(got_grads, ref_grads, strict=True)):
-        assert_near(f"gradient {k}", got_grad, ref_grad)
+    assert_gradients_near(dict(enumerate(got_grads)), dict(enumerate(ref_grads)))
 
 
 @pytest.mark.parametrize(

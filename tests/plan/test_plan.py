@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from draws import seed_torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageClassification
@@ -46,7 +47,7 @@ def tiny(family):
     if family in OPTIONS:
         return *build(family), natural_task(family)
     config = AutoConfig.for_model(family, **MORE[family])
-    torch.manual_seed(0)
+    seed_torch(0)
     if family == "vit":
         model = AutoModelForImageClassification.from_config(config)
         return model.eval(), {"pixel_values": torch.randn(2, 3, 8, 8)}, None

@@ -1,6 +1,7 @@
 from collections import Counter
 
 import pytest
+from draws import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -9,6 +10,7 @@ from loretta.tasks.split import hold_out, text_key
 ROWS = st.lists(st.tuples(st.sampled_from("abcdefghij"), st.integers(0, 3)), min_size=1, max_size=60)
 
 
+@examples
 @given(ROWS, st.integers(0, 5), st.sampled_from([0.1, 0.2, 0.5]))
 def test_every_row_is_on_one_side_with_its_equals_and_no_label_leaves_training(rows, seed, share):
     texts, labels = [(text,) for text, _ in rows], [label for _, label in rows]

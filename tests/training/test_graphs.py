@@ -7,8 +7,9 @@ from itertools import pairwise
 
 import pytest
 import torch
+from draws import seed_torch, seeded
 from peft import LoraConfig, get_peft_model
-from tolerances import assert_near
+from tolerances import assert_gradients_near, assert_near
 from torch import nn
 from torch.utils.data import SequentialSampler
 from transformers import (
@@ -36,20 +37,20 @@ CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available
 
 
 def tiny_bert(method="rep", *, dropout=0.0):
-    torch.manual_seed(0)
+    seed_torch(0)
     config = BertConfig(**SIZES, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, num_labels=2)
     return get_peft_model(BertForSequenceClassification(config), METHODS[method]("SEQ_CLS"))
 
 
 def tiny_llama(method="adp"):
-    torch.manual_seed(0)
+    seed_torch(0)
     config = LlamaConfig(**SIZES, use_cache=False)
     return get_peft_model(LlamaForCausalLM(config), METHODS[method]("CAUSAL_LM"))
 
 
 def examples(lengths, *, causal=False):
     """Token ids of these lengths, with a label for each of them or for each of their tokens."""
-    generator = torch.Generator().manual_seed(3)
+    generator = seeded(3)
     ids = [torch.randint(5, 50, (length,), generator=generator).tolist() for length in lengths]
     return [{"input_ids": row, "labels": row if causal else row[0] % 2} for row in ids]
 
@@ -275,7 +276,7 @@ class LooksAtItsLogits(nn.Module):
 
     def __init__(self):
         super().__init__()
-        torch.manual_seed(0)
+        seed_torch(0)
         self.layers = nn.ModuleList([nn.Embedding(50, 8), nn.Dropout(0.1), nn.Linear(8, 2)])
         self.calls_with = []
 
@@ -374,13 +375,12 @@ def test_padding_to_a_bucket_changes_neither_loss_nor_gradients(model_of, causal
         batch = collator(examples([5, 9, 3], causal=causal))
         loss = model(**batch).loss
         loss.backward()
-        results.append((batch, loss, [p.grad for p in model.parameters() if p.grad is not None]))
+        results.append((batch, loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
     (plain, loss, gradients), (padded, loss_padded, gradients_padded) = results
     assert plain["input_ids"].shape == (3, 9)
     assert padded["input_ids"].shape == (3, 16)
     assert_near("loss", loss_padded.float(), loss)  # LLaMA's norms and softmax are in float32 always
-    for got, expected in zip(gradients_padded, gradients, strict=True):
-        assert_near("gradient", got.float(), expected)
+    assert_gradients_near({name: grad.float() for name, grad in gradients_padded.items()}, gradients)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from draws import seed_torch, seeded
 from safetensors.torch import load_file
 from test_run import config_for
 from training_data import sentences
@@ -111,8 +112,8 @@ def test_a_dense_adapter_is_its_two_matrices():
     layer = wrapped.get_submodule("base_model.model.bert.encoder.layer.0.output.dense")
     with torch.no_grad():
         for parameter in layer.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
-    x = torch.randn(3, layer.in_features, generator=torch.Generator().manual_seed(1))
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=seeded(0)))
+    x = torch.randn(3, layer.in_features, generator=seeded(1))
     down, up = (layer._part(part)["default"].values for part in ("down", "up"))
     bias = layer.loretta_adp_bias["default"]
     y = layer.get_base_layer()(x)
@@ -205,7 +206,7 @@ def test_a_policy_trains_and_stays_frozen_when_a_checkpoint_is_loaded(bert, revi
 
 def test_a_random_hidden_layer_is_saved_though_no_method_trains_it(bert, reviews, tmp_path):
     """PEFT saves the final layer alone: without the pooler of the run nobody could load what stands on it."""
-    torch.manual_seed(0)
+    seed_torch(0)
     sizes = AutoConfig.from_pretrained(bert).to_dict()
     BertForMaskedLM(BertConfig(**sizes)).save_pretrained(tmp_path / "base")
     load_tokenizer(bert).save_pretrained(tmp_path / "base")
@@ -214,7 +215,7 @@ def test_a_random_hidden_layer_is_saved_though_no_method_trains_it(bert, reviews
     saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert any("pooler.dense" in key for key in saved)
     assert record.parameters.head == 2 * 32 + 2
-    torch.manual_seed(1)
+    seed_torch(1)
     base = load_base(config.model, "classification", label_names=("neg", "pos"))
     from loretta.training.model import load_adapter
 

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from draws import seed_torch
 from tolerances import assert_near
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
@@ -51,7 +52,7 @@ def config_for(model, task, data_dir, folder, **changes) -> RunConfig:
 
 
 def model_for(folder: str, method: str = "lora", **options):
-    torch.manual_seed(0)
+    seed_torch(0)
     model = wrap(load_base(folder, "choice"), method, "choice", options).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -73,7 +74,7 @@ def by_hand(model, text: Encoded) -> float:
 
 
 def test_log_probabilities_are_those_of_a_hand_computation():
-    torch.manual_seed(0)
+    seed_torch(0)
     logits = torch.randn(3, 9, 11, dtype=torch.float64)  # two places of a trained prompt in front
     labels = torch.randint(0, 11, (3, 7))
     labels[0, :4] = labels[1, :6] = labels[2, :1] = IGNORED
@@ -298,7 +299,7 @@ def test_a_model_that_diverged_has_no_score(task, speller, prompted, tmp_path):
 @pytest.mark.parametrize("method", ["loretta_rep", "prompt"])
 def test_an_answer_has_room_behind_a_long_prompt(method, speller, prompted, tmp_path):
     """Positions that the model learned end: GPT-2 cannot go on behind its last one."""
-    torch.manual_seed(0)
+    seed_torch(0)
     sizes = {"vocab_size": 128, "n_positions": 48, "n_embd": 16, "n_layer": 1, "n_head": 2}
     ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     model = GPT2LMHeadModel(GPT2Config(**sizes, **ends))

@@ -5,13 +5,14 @@ from itertools import pairwise
 
 import pytest
 import torch
+from draws import examples, seeded
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from tolerances import assert_near
 
 from loretta import tt
 from loretta.tt import TTShape, fit_product, plan_shape, product_error, product_norm, product_singular_values
-from tt.trains import examples, oracle, randn, seeds, shapes
+from tt.trains import oracle, randn, seeds, shapes
 
 
 @st.composite
@@ -72,7 +73,7 @@ def test_ranks_that_carry_the_product_give_it_exactly(pair, rank, seed):
 def test_a_product_of_trains_is_found_again(pair, seed):
     """What two trains of these ranks spell is within reach, so a fit must reach it (a rank-1 start has no noise)."""
     down, up = (with_ranks(shape, 3) for shape in pair)
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     down_cores, up_cores = (
         tt.gaussian(with_ranks(shape, 1), std=1.0, generator=generator, dtype=torch.float64) for shape in (down, up)
     )

@@ -1,12 +1,12 @@
 import math
 
 import pytest
+from draws import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
 from loretta.tt import PAPER_MODES, balanced_modes, plan_shape
 from loretta.tt.modes import LARGEST_MODE
-from tt.trains import examples
 
 # LoRETTA, Table 10, row by row, without its last row: [8] * 8 for 768 x 768 is a misprint.
 TABLE_10 = {

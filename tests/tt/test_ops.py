@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from draws import examples
 from hypothesis import given
 from hypothesis import strategies as st
-from tolerances import RTOL, assert_near
+from tolerances import RTOL, assert_gradients_near, assert_near
 
 from loretta import tt
 from loretta.tt import TTShape, plan_shape
-from tt.trains import SHAPES, examples, frozen, oracle, randn, random_cores, seeds, shapes
+from tt.trains import SHAPES, frozen, oracle, randn, random_cores, seeds, shapes
 
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 every_dtype = pytest.mark.parametrize("dtype", RTOL)
@@ -31,8 +32,7 @@ def assert_same_gradients(got, ref, wanted):
     weights = randn(*ref.shape, seed=7)
     got_grads = torch.autograd.grad((got * weights.to(got.dtype)).sum(), wanted)
     ref_grads = torch.autograd.grad((ref * weights).sum(), wanted, retain_graph=True)
-    for k, (got_grad, ref_grad) in enumerate(zip(got_grads, ref_grads, strict=True)):
-        assert_near(f"gradient {k}", got_grad, ref_grad)
+    assert_gradients_near(dict(enumerate(got_grads)), dict(enumerate(ref_grads)))
 
 
 # contract, halves, matrix
@@ -78,8 +78,7 @@ def test_the_matrix_and_its_gradients_in_every_dtype(shape, dtype):
         assert got.dtype == dtype
         assert_near(name, got, ref)
         got_grads = torch.autograd.grad(got, cores, weights)
-        for k, (got_grad, ref_grad) in enumerate(zip(got_grads, ref_grads, strict=True)):
-            assert_near(f"{name}, gradient {k}", got_grad, ref_grad)
+        assert_gradients_near(dict(enumerate(got_grads)), dict(enumerate(ref_grads)))
 
 
 @examples

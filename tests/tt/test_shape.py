@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from draws import examples
 from hypothesis import given
 from torch.utils.flop_counter import FlopCounterMode
 
 from loretta import tt
 from loretta.tt import TTShape, plan_shape, shape_from_modes
-from tt.trains import SHAPES, examples, frozen, oracle, random_cores, seeds, shapes
+from tt.trains import SHAPES, frozen, oracle, random_cores, seeds, shapes
 
 SMALL = TTShape(in_features=6, out_features=4, modes=(2, 3, 4), ranks=(1, 2, 3, 1), n_in=2)
 

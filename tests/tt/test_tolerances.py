@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from tolerances import RTOL, assert_near
+from tolerances import RTOL, assert_gradients_near, assert_near
 
 
 @pytest.mark.parametrize("dtype", RTOL)
@@ -30,3 +30,22 @@ def test_a_zero_reference_is_met_exactly_or_not_at_all():
 def test_broadcasting_does_not_hide_a_wrong_shape():
     with pytest.raises(AssertionError, match="shape"):
         assert_near("y", torch.ones(3, 1), torch.ones(3, 3))
+
+
+def test_a_gradient_of_rounding_passes_beside_others_and_a_mistake_does_not():
+    ref = {"weight": torch.full((3,), 2.0, dtype=torch.float64), "bias": torch.full((2,), 1e-17, dtype=torch.float64)}
+    assert_gradients_near({**ref, "bias": -3 * ref["bias"]}, ref)
+    for name, wrong in (("bias", 1e-11), ("bias", math.nan), ("weight", 1e-11)):
+        with pytest.raises(AssertionError, match=f"gradient of {name}: relative error"):
+            assert_gradients_near({**ref, name: ref[name] + wrong}, ref)
+    with pytest.raises(AssertionError):
+        assert_gradients_near({"weight": ref["weight"]}, ref)
+    with pytest.raises(AssertionError, match="shape"):
+        assert_gradients_near({**ref, "bias": ref["bias"][:1]}, ref)
+
+
+def test_gradients_that_are_zero_everywhere_are_met_exactly_or_not_at_all():
+    ref = {"weight": torch.zeros(3)}
+    assert_gradients_near(ref, ref)
+    with pytest.raises(AssertionError):
+        assert_gradients_near({"weight": torch.full((3,), 1e-30)}, ref)

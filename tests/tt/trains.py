@@ -6,13 +6,13 @@ Axes: I input features, O output features, R/S neighbouring ranks, n one mode.
 import math
 
 import torch
-from hypothesis import assume, settings
+from draws import seeded
+from hypothesis import assume
 from hypothesis import strategies as st
 from torch import Tensor
 
 from loretta.tt import TTShape, plan_shape
 
-examples = settings(derandomize=True, deadline=None, max_examples=100)
 seeds = st.integers(0, 2**31 - 1)
 
 # One shape of every kind, for tests that have dtypes or draws to go through as well.
@@ -58,12 +58,12 @@ def shapes(draw: st.DrawFn, *, padded: bool = True, max_rank: int = 9) -> TTShap
 
 
 def randn(*size: int, seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return torch.randn(*size, generator=seeded(seed), dtype=torch.float64).to(dtype)
 
 
 def random_cores(shape: TTShape, *, seed: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
     """Cores of leaves that want gradients."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     cores = [torch.randn(*core, generator=generator, dtype=torch.float64).to(dtype) for core in shape.cores]
     return [core.requires_grad_() for core in cores]
 

@@ -1,6 +1,7 @@
 """Tiny random models of the families whose default targets are tested, with inputs for them."""
 
 import torch
+from draws import seed_torch, seeded
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -137,14 +138,14 @@ def build(
     task = task or natural_task(family)
     config = config_of(family, **changes)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        seed_torch(seed)
         model = _CLASSES[task].from_config(config).eval()
     randomise(model.parameters(), seed=seed)
     return model.to(dtype), inputs_for(task)
 
 
 def inputs_for(task: str) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     ids = torch.randint(4, VOCABULARY, (4, 7), generator=generator)
     mask = torch.ones_like(ids)
     if task == "SEQ_CLS":
@@ -160,7 +161,7 @@ def inputs_for(task: str) -> dict[str, Tensor]:
 @torch.no_grad()
 def randomise(parameters, *, seed: int, scale: float = 0.15) -> None:
     """Add noise to every parameter, so that no norm is the identity and no bias is zero."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     for parameter in parameters:
         parameter.add_(scale * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
 
@@ -173,5 +174,5 @@ def logits(model: nn.Module, inputs: dict[str, Tensor], **options) -> Tensor:
 def loss_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """A loss that every logit enters with a weight of its own."""
     out = model(**inputs).logits
-    weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    weights = torch.randn(out.shape, generator=seeded(1))
     return (out.float() * weights).mean() + out.float().square().mean()

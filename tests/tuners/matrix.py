@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from draws import seed_torch, seeded
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -55,10 +56,10 @@ def base_of(family: str, *, dtype: torch.dtype = torch.float32, **changes: Any) 
     if family != "mlp":
         return build(family, dtype=dtype, **changes)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        seed_torch(0)
         model = MLP().eval()
     randomise(model.parameters(), seed=0)
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     return model.to(dtype), {"features": torch.randn(4, 12, generator=generator).to(dtype)}
 
 
@@ -75,7 +76,7 @@ def wrapped(
     model, inputs = base_of(family, **(base or {}))
     config = options_for(family, method, **options)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        seed_torch(0)
         return get_peft_model(model, config, autocast_adapter_dtype=autocast_adapter_dtype).eval(), inputs
 
 

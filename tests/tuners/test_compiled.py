@@ -4,7 +4,7 @@ import shutil
 
 import pytest
 import torch
-from tolerances import assert_near
+from tolerances import assert_gradients_near, assert_near
 from torch import Tensor, nn
 from tuners.families import logits, loss_of
 from tuners.matrix import options_for, wrapped
@@ -45,17 +45,17 @@ def small(family: str, method: str, **options) -> tuple[PeftModel, dict[str, Ten
     return trained(model), inputs
 
 
-def step(model: nn.Module, owner: PeftModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+def step(model: nn.Module, owner: PeftModel, inputs: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss and the gradient of everything that trains."""
     owner.zero_grad()
     loss = loss_of(model, inputs)
     loss.backward()
-    return {"loss": loss, **{name: parameter.grad for name, parameter in trainable(owner).items()}}
+    return loss, {name: parameter.grad for name, parameter in trainable(owner).items()}
 
 
-def assert_equal(got: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    for name, value in expected.items():
-        assert_near(name, got[name], value)
+def assert_equal(got: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, dict[str, Tensor]]) -> None:
+    assert_near("loss", got[0], expected[0])
+    assert_gradients_near(got[1], expected[1])
 
 
 @pytest.mark.parametrize(("family", "method"), CASES)

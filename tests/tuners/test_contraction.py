@@ -10,8 +10,9 @@ from itertools import pairwise
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
+from draws import seeded
 from peft import PeftModel, inject_adapter_in_model
-from tolerances import assert_near
+from tolerances import assert_gradients_near, assert_near
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -59,7 +60,7 @@ def apart(model: nn.Module) -> Iterator[None]:
 
 def weighted(out: Tensor, seed: int = 7) -> Tensor:
     """A loss that every number of the output enters with a weight of its own."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = seeded(seed)
     return (out * torch.randn(out.shape, generator=generator, dtype=torch.float64)).sum()
 
 
@@ -74,11 +75,9 @@ def gradients(model: nn.Module, run: Callable[[], object]) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in trainable(model).items() if p.grad is not None}
 
 
-def assert_all_near(got: dict[str, Tensor], ref: dict[str, Tensor]) -> None:
-    assert set(got) == set(ref)
+def assert_trained_near(got: dict[str, Tensor], ref: dict[str, Tensor]) -> None:
     assert any(".values" in name for name in ref)
-    for name, value in ref.items():
-        assert_near(name, got[name], value)
+    assert_gradients_near(got, ref)
 
 
 def assert_fresh(model: nn.Module, inputs: dict[str, Tensor]) -> None:
@@ -148,7 +147,7 @@ def test_together_is_each_alone(family, method, kind, contractions):
     assert contractions["together"]
     assert not contractions["alone"]
     assert_near("logits", got_logits, ref_logits)
-    assert_all_near(got, ref)
+    assert_trained_near(got, ref)
 
 
 @pytest.mark.parametrize("method", ["rep", "adp"])
@@ -295,8 +294,7 @@ def test_gradients_under_autocast(method, contractions):
     with apart(model):
         ref = gradients(model, run)
     # sums over the batch, rounded to bfloat16 on the way through the factors in either case
-    for name, grad in ref.items():
-        assert_near(name, got[name].bfloat16(), grad.bfloat16())
+    assert_gradients_near({name: grad.bfloat16() for name, grad in got.items()}, ref)
 
 
 @pytest.mark.filterwarnings("ignore:Adapter default was active which is now deleted:UserWarning")
@@ -487,7 +485,7 @@ def test_gradients_of_overlapping_passes(method, use_reentrant, passes):
         ref = gradients(model, lambda: passes(model, inputs))
     checkpointed(model, use_reentrant)
     for _ in range(2):
-        assert_all_near(gradients(model, lambda: passes(model, inputs)), ref)
+        assert_trained_near(gradients(model, lambda: passes(model, inputs)), ref)
 
 
 @every_method
@@ -500,7 +498,7 @@ def test_checkpointing_changes_no_gradient(family, method, use_reentrant, contra
         ref = gradients(model, lambda: loss(model, inputs).backward())
     checkpointed(model, use_reentrant)
     contractions.clear()
-    assert_all_near(gradients(model, lambda: loss(model, inputs).backward()), ref)
+    assert_trained_near(gradients(model, lambda: loss(model, inputs).backward()), ref)
     # only reentrant checkpoints walk through a graph of their own
     assert (contractions["alone"] > 0) is (use_reentrant is True)
 
@@ -520,7 +518,7 @@ def test_an_encoder_on_its_own_after_a_step_of_the_model(method, use_reentrant):
     got = gradients(model, run)
     model.gradient_checkpointing_disable()
     with apart(model):
-        assert_all_near(got, gradients(model, run))
+        assert_trained_near(got, gradients(model, run))
 
 
 @every_method
@@ -538,7 +536,7 @@ def test_a_checkpoint_around_the_whole_model(method, use_reentrant):
     with apart(model):
         ref = gradients(model, lambda: weighted(out(embeddings)).backward())
     for _ in range(2):
-        assert_all_near(gradients(model, run), ref)
+        assert_trained_near(gradients(model, run), ref)
 
 
 @every_method
@@ -576,8 +574,7 @@ def test_gradients_asked_for_within_a_call_without(method):
     logits(model, inputs)
     handle.remove()
     ref = torch.autograd.grad(weighted(layer(x)), values_of(layer))
-    for got_grad, ref_grad in zip(grads[0], ref, strict=True):
-        assert_near("gradient", got_grad, ref_grad)
+    assert_gradients_near(dict(enumerate(grads[0])), dict(enumerate(ref)))
 
 
 @every_method
@@ -652,7 +649,7 @@ def test_two_models_at_once(method):
     logits(one, inputs)
     other.eval()
     for model, value, ref in zip((one, other), pending, refs, strict=True):
-        assert_all_near(gradients(model, value.backward), ref)
+        assert_trained_near(gradients(model, value.backward), ref)
 
 
 @pytest.mark.parametrize(("method", "leave"), [("rep", "unload"), ("rep", "merge_and_unload"), ("adp", "unload")])
@@ -692,7 +689,7 @@ def test_every_way_into_a_model(method, way, contractions):
     assert contractions["together"]
     assert not contractions["alone"]
     with apart(model):
-        assert_all_near(got, gradients(model, lambda: loss(model, inputs).backward()))
+        assert_trained_near(got, gradients(model, lambda: loss(model, inputs).backward()))
         assert_near("logits", got_logits, logits(model, inputs))
 
 
@@ -711,7 +708,7 @@ def test_an_adapted_model_within_an_adapted_model(method):
         twin = copy.deepcopy(model)
         Contraction.detach(twin)
         Contraction.detach(twin.encoder)
-        assert_all_near(got, gradients(twin, lambda twin=twin: loss(twin, inputs).backward()))
+        assert_trained_near(got, gradients(twin, lambda twin=twin: loss(twin, inputs).backward()))
         assert_near("logits", got_logits, logits(twin, inputs))
         write_in_place(model, inputs)
 
@@ -787,7 +784,7 @@ def test_functional_transforms_pass_through(method):
         for row in range(2):
             assert_near(f"row {row}", got[row], run({name: values[row] for name, values in stacked.items()}))
     grads = torch.func.grad(lambda values: weighted(run(values)))(dict(trainable(model)))
-    assert_all_near(grads, gradients(model, lambda: weighted(model(x)).backward()))
+    assert_trained_near(grads, gradients(model, lambda: weighted(model(x)).backward()))
 
 
 @every_method
@@ -846,7 +843,7 @@ def test_adapters_of_which_some_are_frozen(method):
     names = {f"{path}.{name}" for path, m in model.named_modules() if m is frozen for name, _ in m.named_parameters()}
     for _ in range(2):
         got = gradients(model, lambda: loss(model, inputs).backward())
-        assert_all_near(got, {name: grad for name, grad in ref.items() if name not in names})
+        assert_trained_near(got, {name: grad for name, grad in ref.items() if name not in names})
         model.eval().set_adapter("default")  # groups anew, now with the frozen ones apart
         frozen.requires_grad_(False)
 
@@ -862,7 +859,7 @@ def test_two_active_adapters(method, contractions):
     got, got_logits = gradients(model, lambda: loss(model, inputs).backward()), logits(model, inputs)
     assert not contractions["alone"]
     with apart(model):
-        assert_all_near(got, gradients(model, lambda: loss(model, inputs).backward()))
+        assert_trained_near(got, gradients(model, lambda: loss(model, inputs).backward()))
         assert_near("logits", got_logits, logits(model, inputs))
     assert any(".other." in name for name in got)
 
@@ -942,7 +939,7 @@ def test_compiled_it_is_the_same_and_stays_compiled(method, init_weights):
         graphs = stats["unique_graphs"]
         (got, got_outs), (ref, ref_outs) = results(compiled, model), results(twin, twin)
         assert number < 2 or stats["unique_graphs"] == graphs
-        assert_all_near(got, ref)
+        assert_trained_near(got, ref)
         for got_out, ref_out in zip(got_outs, ref_outs, strict=True):
             assert_near("output", got_out, ref_out)
     assert not any(layer.handed.with_gradient or layer.handed.without for layer in layers_of(model))

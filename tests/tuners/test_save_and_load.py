@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from draws import seed_torch
 from peft import PeftConfig, PeftModel
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file
-from tolerances import assert_near
+from tolerances import assert_as_near, assert_near
 from transformers import AutoModelForSequenceClassification, BertForMaskedLM
 from tuners.families import build, logits, natural_task
 from tuners.wrapped import CONFIGS, config_for, every_method, snapshot, trainable, trained, wrap
@@ -103,7 +104,7 @@ def test_a_fresh_process_computes_the_same(case, how, method, sessions):
 
 def fresh_classifier(folder: Path, seed: int):
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        seed_torch(seed)
         return AutoModelForSequenceClassification.from_pretrained(folder, pad_token_id=0).eval()
 
 
@@ -223,7 +224,9 @@ def test_an_adapter_fits_the_base_in_another_precision(method, tmp_path):
     half = PeftModel.from_pretrained(build("llama", dtype=torch.bfloat16)[0], tmp_path).eval()
     got = logits(half, inputs)
     assert got.dtype == torch.bfloat16
-    assert_near("logits", got, logits(model, inputs))
+    with half.disable_adapter(), model.disable_adapter():
+        beside = logits(half, inputs), logits(model, inputs)
+    assert_as_near("logits", got, logits(model, inputs), beside=beside)
 
 
 @every_method

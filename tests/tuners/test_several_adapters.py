@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from draws import seed_torch
 from peft import PeftModel
 from tolerances import assert_near
 from torch import Tensor
@@ -21,7 +22,7 @@ def pair(family: str, method: str, *, second: dict | None = None, **options) -> 
     trained(model, seed=1)
     config = config_for(method, **{"task_type": task, "tensor_rank": 2, **options, **(second or {})})
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
+        seed_torch(1)
         model.add_adapter("other", config)
     model.set_adapter("other")
     trained(model, seed=2)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from draws import seed_torch
 from peft import PeftModel
 from torch import Tensor
 from tuners.families import build, natural_task, randomise
@@ -23,7 +24,7 @@ def wrap(
     task = task or natural_task(family)
     model, inputs = build(family, task, **(base or {}))
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        seed_torch(seed)
         return get_peft_model(model, config_for(method, task_type=task, **options)).eval(), inputs
 
 
