@@ -81,8 +81,8 @@ def cut(adapter: Path, out: Path, updates: dict[str, Any], rank: int) -> float:
 
 def accuracy(run: Path, adapter: Path) -> dict[str, float]:
     """Test accuracy of the run with another adapter in the place of its own."""
+    from loretta.training.data import load_config_task
     from loretta.training.predict import evaluate, load_run
-    from loretta.training.run import load_config_task
 
     with tempfile.TemporaryDirectory() as folder:
         for name in ("run.json", "config.json"):

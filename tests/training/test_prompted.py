@@ -14,6 +14,7 @@ from loretta.tasks.prompted import Example
 from loretta.tasks.prompted.encoding import IGNORED, Encoded, encode_options, encode_prompt
 from loretta.training import run as running
 from loretta.training.config import RunConfig
+from loretta.training.data import load_config_task
 from loretta.training.model import load_base, load_tokenizer, wrap
 from loretta.training.predict import evaluate, load_run, predict
 from loretta.training.prompted import (
@@ -28,7 +29,8 @@ from loretta.training.prompted import (
     option_scores,
 )
 from loretta.training.record import RunRecord
-from loretta.training.run import load_config_task, make_trainer, train
+from loretta.training.run import train
+from loretta.training.trainers import make_trainer
 
 
 def config_for(model, task, data_dir, folder, **changes) -> RunConfig:

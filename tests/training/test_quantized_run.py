@@ -12,9 +12,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from loretta.errors import InputError
 from loretta.training.config import read_config
+from loretta.training.data import load_config_task
 from loretta.training.model import load_base
 from loretta.training.predict import evaluate, load_run, predict
-from loretta.training.run import load_config_task, train
+from loretta.training.run import train
 
 PACKAGE = {"nf4": "bitsandbytes", "int8": "bitsandbytes", "torchao-int8": "torchao", "fp8": "torchao"}
 every_form = pytest.mark.parametrize(

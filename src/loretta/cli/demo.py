@@ -72,7 +72,8 @@ def run_demo(folder: Path, *, quick: bool = False, show: bool = True) -> dict[st
     loading (which would be a bug).
     """
     from loretta import report
-    from loretta.training.run import train, write_json
+    from loretta.training.folder import write_json
+    from loretta.training.run import train
 
     if folder.is_file():
         raise InputError(f"'{folder}' is a file: give a folder with --output")
@@ -121,8 +122,9 @@ def check_reloaded(folders: Sequence[Path]) -> dict[str, bool]:
 
 def _predicts_the_same(folder: str) -> tuple[str, bool]:
     from loretta.tasks import Task
+    from loretta.training.data import load_config_task
+    from loretta.training.folder import PREDICTIONS
     from loretta.training.predict import load_run, predict
-    from loretta.training.run import PREDICTIONS, load_config_task
 
     run = load_run(Path(folder), cpu=True)
     task = load_config_task(run.config)

@@ -103,9 +103,9 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Load a run's adapter again and score it."""
+    from loretta.training.data import load_config_task
     from loretta.training.predict import evaluate as score
     from loretta.training.predict import load_run
-    from loretta.training.run import load_config_task
 
     if split not in ("train", "validation", "test"):
         raise InputError(f"--split {split!r} is none of train, validation and test")

@@ -67,8 +67,8 @@ def _options(method: str, rank: int) -> dict[str, Any]:
 
 
 def check_data(study: Study, options: Options, root: Path) -> None:
-    """Load the data once, as the runs will. Raises InputError as ``loretta.training.run.load_config_task`` does."""
-    from loretta.training.run import load_config_task
+    """Load the data once, as the runs will. Raises InputError as ``loretta.training.data.load_config_task`` does."""
+    from loretta.training.data import load_config_task
 
     load_config_task(RunConfig(**(expand(study, options, root).runs[0].config or {})))
 

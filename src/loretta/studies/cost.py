@@ -15,8 +15,8 @@ from loretta.errors import InputError
 from loretta.studies.sizes import bare_model, size_of, task_type_of
 from loretta.studies.state import COST
 from loretta.training.config import RunConfig
+from loretta.training.folder import write_json
 from loretta.training.model import load_base, wrap
-from loretta.training.run import write_json
 
 STEPS = 5  # measured ones, after one that warms up
 

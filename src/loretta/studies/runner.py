@@ -149,7 +149,7 @@ def _refuse_missing_weights(root: Path, study: Study, expansion: Expansion) -> N
 
 def _refuse_prompts_for_encoders(study: Study, runs: Sequence[Planned]) -> None:
     """Every seed and method of a task would fail alike."""
-    from loretta.training.run import is_prompted
+    from loretta.training.data import is_prompted
 
     for run in runs:
         if study.kind == "train" and run.config is not None:
@@ -158,7 +158,7 @@ def _refuse_prompts_for_encoders(study: Study, runs: Sequence[Planned]) -> None:
 
 def write_study(root: Path, study: Study, options: Options, runs: Sequence[Planned], command: str) -> None:
     """Note in the folder of runs what was asked for: the last command decides for its cells, others stay."""
-    from loretta.training.run import write_json
+    from loretta.training.folder import write_json
 
     file = study_file(root, study.name)
     before: dict[str, Any] = {}

@@ -20,10 +20,11 @@ from loretta.studies.study import Planned
 from loretta.tasks import Kind, load_task
 from loretta.tasks.glue import GLUE
 from loretta.training.config import RunConfig
+from loretta.training.data import is_prompted
+from loretta.training.folder import write_json
 from loretta.training.methods import FULL, find_method, peft_config
 from loretta.training.model import TASK_TYPES, wrap
 from loretta.training.record import RunRecord
-from loretta.training.run import is_prompted, write_json
 from loretta.tuners.config import LorettaConfig
 
 USE_OF_PEAK = 0.4  # of the rate of one large product, which the small ones of a training step reach

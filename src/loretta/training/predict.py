@@ -14,11 +14,13 @@ from loretta.tasks.base import Task
 from loretta.tasks.glue import GLUE
 from loretta.tasks.prompted import PromptedTask
 from loretta.training.config import RunConfig
+from loretta.training.data import encode
+from loretta.training.folder import ADAPTER
 from loretta.training.methods import FULL, find_method
 from loretta.training.model import TASK_TYPES, Trained, load_adapter, load_base, load_tokenizer
 from loretta.training.prompted import encode_examples, judge
 from loretta.training.record import RunRecord
-from loretta.training.run import ADAPTER, encode, prediction_rows, score_logits
+from loretta.training.scores import prediction_rows, score_logits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,46 +11,11 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from loretta.training.config import RunConfig
-from loretta.training.methods import find_method
-
 TRAINED = "trained.safetensors"
-
-
-def training_arguments(config: RunConfig, folder: Path, *, best_by: str, greater_is_better: bool) -> TrainingArguments:
-    """The Trainer's options for a run; the checkpoint that is best by a metric on validation, or "loss", is kept."""
-    every = "epoch" if config.eval_steps is None else "steps"
-    steps = {} if config.eval_steps is None else {"eval_steps": config.eval_steps, "save_steps": config.eval_steps}
-    return TrainingArguments(
-        output_dir=str(folder),
-        num_train_epochs=config.epochs,
-        max_steps=config.max_steps or -1,
-        per_device_train_batch_size=config.batch_size,
-        per_device_eval_batch_size=config.eval_batch_size,
-        learning_rate=config.learning_rate or find_method(config.method).learning_rate,
-        weight_decay=config.weight_decay,
-        warmup_steps=config.warmup if config.warmup_steps is None else config.warmup_steps,
-        lr_scheduler_type=config.schedule,
-        eval_strategy=every,
-        save_strategy=every,
-        **steps,
-        logging_steps=config.logging_steps,
-        save_total_limit=2,
-        load_best_model_at_end=True,
-        metric_for_best_model=best_by,
-        greater_is_better=greater_is_better,
-        seed=config.seed,
-        bf16=config.bf16,
-        **({"gradient_checkpointing": True} if config.gradient_checkpointing else {}),
-        use_cpu=config.cpu,
-        report_to=["tensorboard"] if config.tensorboard else [],
-        dataloader_pin_memory=torch.cuda.is_available() and not config.cpu,
-        label_names=["labels"],
-    )
 
 
 class EpochOrder(Sampler[int]):
@@ -99,6 +64,9 @@ class Stopwatch(TrainerCallback, ExportableState):
         # a checkpoint of an earlier version holds none
         saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
         self.earlier, self.begin = saved["attributes"]["earlier"], time.perf_counter()
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.earlier, self.begin = self.seconds, None
 
 
 class TwoRateTrainer(Trainer):

@@ -1,0 +1,157 @@
+"""What a finished training leaves in its folder: the best adapter, the predictions, the record and the card."""
+
+import dataclasses
+import json
+import platform
+import shlex
+import sys
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+
+import loretta
+from loretta.plan.counts import trainable_by_kind
+from loretta.plan.plan import read_plan
+from loretta.tasks.base import Task
+from loretta.tasks.prompted import PromptedTask
+from loretta.training.config import RunConfig
+from loretta.training.folder import ADAPTER, PREDICTIONS, RECORD, write_json
+from loretta.training.model import Trained
+from loretta.training.prompted import PromptedTrainer, notes_on_length
+from loretta.training.record import ParameterCounts, Point, RunRecord, Train
+from loretta.training.scores import logits_of, named_values, prediction_rows
+from loretta.training.trainer import TwoRateTrainer
+from loretta.training.trainers import choosing_metric, higher_is_better
+from loretta.tuners.card import write_card
+from loretta.tuners.config import LorettaConfig
+
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy")
+
+
+def finish(
+    config: RunConfig,
+    task: Task | PromptedTask,
+    trainer: TwoRateTrainer,
+    encoded: Mapping[str, Any],
+    *,
+    peak_memory_bytes: int,
+) -> RunRecord:
+    """Save the best adapter, score the test split, write the record, and return it."""
+    folder, model = config.folder, cast(Trained, trainer.model)
+    model.save_pretrained(str(folder / ADAPTER))
+    test, rows = score_test(task, trainer, encoded)
+    if rows:
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / PREDICTIONS).write_text(lines, encoding="utf-8")
+    history = read_history(trainer.state.log_history, task)
+    best_step = trainer.state.best_global_step or trainer.state.global_step
+    record = RunRecord(
+        config=config.model_dump(),
+        command=shlex.join(["loretta", *sys.argv[1:]]),
+        versions=versions(),
+        model=config.model,
+        task=task.name,
+        method=config.method,
+        kind=task.kind,
+        seed=config.seed,
+        device=torch.cuda.get_device_name() if trainer.args.device.type == "cuda" else trainer.args.device.type,
+        sizes={split: len(data) for split, data in encoded.items()},
+        notes=[*task.notes, *(notes_on_length(encoded, config) if isinstance(task, PromptedTask) else ())],
+        label_names=list(task.label_names),
+        metric=task.metrics[0],
+        higher_is_better=higher_is_better(task),
+        selected_by="loss" if choosing_metric(config, task) == "loss" else "metric",
+        parameters=ParameterCounts(**trainable_by_kind(model), total=count_all(model)),
+        trains=list_trains(model),
+        adapter_bytes=sum(path.stat().st_size for path in (folder / ADAPTER).glob("*.safetensors")),
+        train_seconds=trainer.stopwatch.seconds,
+        peak_memory_bytes=peak_memory_bytes,
+        history=history,
+        best_step=best_step,
+        validation=validation_scores(task, trainer, encoded, history, best_step),
+        test=test,
+    )
+    write_json(folder / RECORD, record.model_dump())
+    if loretta_config(model) is not None:
+        write_card(folder / ADAPTER, record, learning_rate=trainer.args.learning_rate)
+    return record
+
+
+def versions() -> dict[str, str]:
+    """The versions of what computes a run."""
+    packages = {name: version(name) for name in PACKAGES}
+    return {"python": platform.python_version(), "loretta": loretta.__version__, **packages}
+
+
+def score_test(
+    task: Task | PromptedTask, trainer: TwoRateTrainer, encoded: Mapping[str, Any]
+) -> tuple[dict[str, float] | None, list[dict[str, Any]]]:
+    """Metrics of the test split and a row for each of its examples; nothing where there is none."""
+    if "test" not in encoded:
+        return None, []
+    if isinstance(trainer, PromptedTrainer):
+        judged = trainer.judge("test", encoded["test"])
+        return judged.values, judged.answers
+    assert isinstance(task, Task)
+    output = trainer.predict(encoded["test"], metric_key_prefix="test")
+    values = named_values(output.metrics or {}, task, "test_")
+    if task.kind == "language_modeling":
+        return values, []
+    return values, prediction_rows(torch.as_tensor(logits_of(output.predictions)), task.label_names)
+
+
+def validation_scores(
+    task: Task | PromptedTask,
+    trainer: TwoRateTrainer,
+    encoded: Mapping[str, Any],
+    history: list[Point],
+    best_step: int,
+) -> dict[str, float]:
+    """The scores on validation at the best step."""
+    scores = next((point.values for point in history if point.split == "validation" and point.step == best_step), {})
+    if isinstance(trainer, PromptedTrainer) and task.metrics[0] not in scores:
+        # the training chose by the loss and generated no answers
+        return trainer.judge("validation", encoded["validation"]).values
+    return scores
+
+
+def read_history(entries: list[dict[str, Any]], task: Task | PromptedTask) -> list[Point]:
+    """The points of training and validation among what the Trainer logged."""
+    history = []
+    for entry in entries:
+        where = {"step": entry["step"], "epoch": entry["epoch"]}
+        if "eval_loss" in entry:
+            history.append(Point(split="validation", values=named_values(entry, task, "eval_"), **where))
+        elif "loss" in entry:
+            kept: tuple[str, ...] = ("loss", "learning_rate", "grad_norm")
+            values = {key: float(entry[key]) for key in kept if key in entry}
+            history.append(Point(split="train", values=values, **where))
+    return history
+
+
+def count_all(model: Trained) -> int:
+    """The parameters of the model, trained or not."""
+    if isinstance(model, PeftModel):
+        return model.get_nb_trainable_parameters()[1]
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def list_trains(model: Trained) -> list[Train]:
+    """The trains of a LoRETTA adapter by kind; empty for other methods and for dense adapters."""
+    config = loretta_config(model)
+    if not isinstance(model, PeftModel) or config is None or getattr(config, "dense", False):
+        return []
+    return [
+        Train(at=f"{placement.name.rpartition('.')[2]} {part}", count=count, **dataclasses.asdict(shape))
+        for placement, count in read_plan(model).groups()
+        for part, shape in (("down", placement.down), ("up", placement.up))
+    ]
+
+
+def loretta_config(model: Trained) -> LorettaConfig | None:
+    """The configuration of a LoRETTA adapter, or None under another method."""
+    config = model.active_peft_config if isinstance(model, PeftModel) else None
+    return config if isinstance(config, LorettaConfig) else None

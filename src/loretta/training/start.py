@@ -1,0 +1,80 @@
+"""The model of a run as it is before its first step."""
+
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from loretta.errors import InputError
+from loretta.tasks.base import Task
+from loretta.tasks.prompted import PromptedTask
+from loretta.training.config import RunConfig
+from loretta.training.folder import ADAPTER, RECORD
+from loretta.training.methods import FULL, find_method
+from loretta.training.model import TASK_TYPES, Trained, load_base, start_from, wrap
+from loretta.training.record import RunRecord
+
+
+def prepare_model(
+    config: RunConfig, task: Task | PromptedTask, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Trained, bool]:
+    """The base model with the method on it, and whether it has to compute in bfloat16.
+
+    A new head and a new adapter are random: set the seed before.
+
+    Raises InputError for a method that is none or does not fit, a model that cannot be loaded, and a ``start_from``
+    that is no run of the same kind.
+    """
+    whole = find_method(config.method) is FULL
+    before = None if config.start_from is None else find_start(config, task)
+    base = load_base(
+        str(before) if whole and before is not None else config.model,
+        task.kind,
+        label_names=task.label_names,
+        dtype=config.dtype,
+        quantize=config.quantize,
+        cpu=config.cpu,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    in_half = whole and base.dtype != torch.float32
+    if in_half:
+        # half precision loses the small steps of the weights: it computes, and float32 is trained
+        base = base.float()
+    model = wrap(base, config.method, task.kind, config.method_args, config.head_policy)
+    if before is not None and isinstance(model, PeftModel):
+        start_from(model, before)
+    return model, config.bf16 or in_half
+
+
+def find_start(config: RunConfig, task: Task | PromptedTask) -> Path:
+    """The adapter that the training starts from: the one of the run ``config.start_from``.
+
+    Raises InputError when that is no finished run, or not one of the same model, method and labels.
+    """
+    folder = Path(str(config.start_from))
+    record = RunRecord.load(folder / RECORD)
+    earlier = RunConfig(**record.config)
+    labels = len(record.label_names), len(task.label_names)
+    different = [
+        f"{what} was {then!r} and is {now!r}"
+        for what, then, now, same in (
+            ("model", earlier.model, config.model, earlier.model == config.model),
+            ("method", earlier.method, config.method, find_method(earlier.method) == find_method(config.method)),
+            ("method_args", earlier.method_args, config.method_args, earlier.method_args == config.method_args),
+            ("head_policy", earlier.head_policy, config.head_policy, earlier.head_policy == config.head_policy),
+            (
+                "the kind of model",
+                TASK_TYPES[record.kind],
+                TASK_TYPES[task.kind],
+                TASK_TYPES[record.kind] == TASK_TYPES[task.kind],
+            ),
+            ("the number of labels", *labels, TASK_TYPES[task.kind] == "CAUSAL_LM" or labels[0] == labels[1]),
+        )
+        if not same
+    ]
+    if different:
+        raise InputError(
+            f"cannot start from '{folder}' ({'; '.join(different)}): give a run that differs in its data alone"
+        )
+    return folder / ADAPTER

@@ -1,0 +1,132 @@
+"""Which trainer a run has, and what it is told."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    DataCollatorForLanguageModeling,
+    DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
+
+from loretta.tasks import metrics
+from loretta.tasks.base import Task
+from loretta.tasks.prompted import PromptedTask
+from loretta.training.config import RunConfig
+from loretta.training.folder import CHECKPOINTS, TENSORBOARD
+from loretta.training.graphs import CudaGraphTrainer
+from loretta.training.methods import find_method
+from loretta.training.model import Trained
+from loretta.training.prompted import PromptedTrainer
+from loretta.training.scores import logits_of, score_logits
+from loretta.training.trainer import TwoRateTrainer
+
+
+class TwoRateGraphTrainer(CudaGraphTrainer, TwoRateTrainer):
+    """The trainer of all runs, with CUDA graphs."""
+
+
+class PromptedGraphTrainer(CudaGraphTrainer, PromptedTrainer):
+    """That of prompted tasks, whose batches are no plain tensors: it says so, and trains eagerly."""
+
+
+def make_trainer(
+    config: RunConfig,
+    task: Task | PromptedTask,
+    model: Trained,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: Mapping[str, Any],
+) -> TwoRateTrainer:
+    """The Trainer of a run: AdamW, best checkpoint on validation, one line of progress with an ETA."""
+    if config.tensorboard:
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(config.folder / TENSORBOARD)
+    common: dict[str, Any] = {
+        "model": model,
+        "train_dataset": encoded["train"],
+        "eval_dataset": encoded["validation"],
+        "processing_class": tokenizer,
+        "head_learning_rate": config.head_learning_rate,
+    }
+    chosen_by = choosing_metric(config, task)
+    chosen_well = chosen_by != "loss" and higher_is_better(task)
+    arguments = training_arguments(
+        config, config.folder / CHECKPOINTS, best_by=chosen_by, greater_is_better=chosen_well
+    )
+    if isinstance(task, PromptedTask):
+        prompted = PromptedGraphTrainer if config.cuda_graph else PromptedTrainer
+        return prompted(
+            **common,
+            args=arguments,
+            config=config,
+            task=task,
+            tokenizer=tokenizer,
+            lengths=[len(texts) for texts in encoded["train"]],
+        )
+    if config.cuda_graph and arguments.device.type == "cuda":
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # which warns of the workers else
+        arguments.dataloader_num_workers, arguments.dataloader_persistent_workers = 2, True
+    plain = TwoRateGraphTrainer if config.cuda_graph else TwoRateTrainer
+    if task.kind == "language_modeling":
+        return plain(**common, args=arguments, data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False))
+    return plain(
+        **common,
+        args=arguments,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=_compute_metrics(task),
+        lengths=[len(ids) for ids in encoded["train"]["input_ids"]],
+    )
+
+
+def training_arguments(config: RunConfig, folder: Path, *, best_by: str, greater_is_better: bool) -> TrainingArguments:
+    """The Trainer's options for a run; the checkpoint that is best by a metric on validation, or "loss", is kept."""
+    every = "epoch" if config.eval_steps is None else "steps"
+    steps = {} if config.eval_steps is None else {"eval_steps": config.eval_steps, "save_steps": config.eval_steps}
+    return TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=config.epochs,
+        max_steps=config.max_steps or -1,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=config.eval_batch_size,
+        learning_rate=config.learning_rate or find_method(config.method).learning_rate,
+        weight_decay=config.weight_decay,
+        warmup_steps=config.warmup if config.warmup_steps is None else config.warmup_steps,
+        lr_scheduler_type=config.schedule,
+        eval_strategy=every,
+        save_strategy=every,
+        **steps,
+        logging_steps=config.logging_steps,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model=best_by,
+        greater_is_better=greater_is_better,
+        seed=config.seed,
+        bf16=config.bf16,
+        **({"gradient_checkpointing": True} if config.gradient_checkpointing else {}),
+        use_cpu=config.cpu,
+        report_to=["tensorboard"] if config.tensorboard else [],
+        dataloader_pin_memory=torch.cuda.is_available() and not config.cpu,
+        label_names=["labels"],
+    )
+
+
+def choosing_metric(config: RunConfig, task: Task | PromptedTask) -> str:
+    """What the best checkpoint is chosen by: the task's first metric, or "loss"."""
+    default = "loss" if isinstance(task, PromptedTask) else "metric"
+    # perplexity is exp(loss): the same order
+    by_loss = (config.select_by or default) == "loss" or task.metrics[0] == "perplexity"
+    return "loss" if by_loss else task.metrics[0]
+
+
+def higher_is_better(task: Task | PromptedTask) -> bool:
+    return isinstance(task, PromptedTask) or metrics.higher_is_better(task.metrics[0])
+
+
+def _compute_metrics(task: Task):
+    def compute(prediction) -> dict[str, float]:
+        return score_logits(task, logits_of(prediction.predictions), prediction.label_ids)
+
+    return compute
