@@ -39,7 +39,7 @@ LAYERS += [
     "explanation",
     "planning",
 ]
-LAYERS += ["picture", "tasks", "training", "studies", "report", "demo", "studies_cli", "cli"]
+LAYERS += ["picture", "tasks", "training", "population", "studies", "report", "demo", "studies_cli", "cli"]
 # what a run writes down, as plain data: the report reads it and the training writes both
 FREE = {"training.record"}
 

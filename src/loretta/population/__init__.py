@@ -1,0 +1,1 @@
+"""Many adapters of one kind, trained at once on one frozen base."""

@@ -1,0 +1,120 @@
+"""Modules that compute for several members of a population at once, each with its own values.
+
+Rows come grouped by member: the first b of P * b are those of member 0, and so on.
+
+Axes: P members, b rows of one member, T tokens, I input features, O output features, H width.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+
+class Members(nn.Module):
+    """A module of the base, or a wrapped one, called once for all members.
+
+    This class serves any module whose output rows depend on its own input rows alone: it runs the module's own
+    forward pass under :func:`torch.func.vmap`. Subclasses do the same for the modules that take most of the time.
+
+    Args:
+        module: as one run has it. What it holds beside the members' values is shared.
+        values: names in the module -> (P, ...) values of all members, trained or not.
+    """
+
+    def __init__(self, module: nn.Module, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.module = module
+        self.names = tuple(values)
+        self.size = len(next(iter(values.values())))
+        for k, value in enumerate(values.values()):
+            if isinstance(value, nn.Parameter):
+                self.register_parameter(f"values_{k}", value)
+            else:
+                self.register_buffer(f"values_{k}", value)
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        return {name: getattr(self, f"values_{k}") for k, name in enumerate(self.names)}
+
+    def __getattr__(self, name: str) -> Any:
+        """What models and PEFT read from a module without calling it: sizes, dtypes, names."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("module"), name)
+
+    def grouped(self, x: Tensor) -> Tensor:
+        """(P * b, ...) -> (P, b, ...)."""
+        return x.unflatten(0, (self.size, -1))
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        values, tensors = self.values, [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+
+        def one(values_of_one: dict[str, Tensor], rows: list[Tensor]) -> Tensor:
+            left = iter(rows)
+            own = [next(left) if isinstance(value, Tensor) else value for value in args]
+            named = {key: next(left) if isinstance(value, Tensor) else value for key, value in kwargs.items()}
+            return functional_call(self.module, values_of_one, tuple(own), named)
+
+        return vmap(one, randomness="different")(values, [self.grouped(x) for x in tensors]).flatten(0, 1)
+
+
+class MemberLinear(Members):
+    """A linear layer of which the members have their own bias, or their own weight and bias.
+
+    Args:
+        scales: (P), a factor on each member's values.
+    """
+
+    module: nn.Linear
+
+    def __init__(self, module: nn.Linear, values: Mapping[str, Tensor], scales: Tensor | None = None) -> None:
+        super().__init__(module, values)
+        self.register_buffer("scales", scales)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = self.values
+        if self.scales is not None:
+            values = {name: v * self.scales.view(-1, *[1] * (v.dim() - 1)) for name, v in values.items()}
+        rows_PBI = x.reshape(self.size, -1, x.shape[-1])
+        weight, bias = values.get("weight"), values.get("bias", self.module.bias)
+        bias_PO = bias if bias is None or bias.dim() == 2 else bias.expand(self.size, -1)
+        if weight is None:
+            y_PBO = nn.functional.linear(rows_PBI, self.module.weight)
+            y_PBO = y_PBO if bias_PO is None else y_PBO + bias_PO[:, None].to(y_PBO.dtype)
+        elif bias_PO is None:
+            y_PBO = torch.bmm(rows_PBI, weight.mT)
+        else:
+            y_PBO = torch.baddbmm(bias_PO[:, None], rows_PBI, weight.mT)
+        return y_PBO.view(*x.shape[:-1], y_PBO.shape[-1])
+
+
+class MemberIA3(Members):
+    """IA3's factors on the input or the output of a frozen layer."""
+
+    module: Any
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        (factors,) = self.values.values()
+        factors_PH = factors.flatten(1)
+        before = self.module.is_feedforward
+        y = x if before else self.module.base_layer(x, *args, **kwargs)
+        scaled = (y.reshape(self.size, -1, y.shape[-1]) * factors_PH[:, None]).to(y.dtype).view(y.shape)
+        return self.module.base_layer(scaled, *args, **kwargs) if before else scaled
+
+
+class MemberNorm(Members):
+    """A layer norm: normalised once, then scaled and shifted by the members' own numbers."""
+
+    module: nn.LayerNorm
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = self.values
+        normed = nn.functional.layer_norm(x, self.module.normalized_shape, eps=self.module.eps)
+        rows_PBH = normed.reshape(self.size, -1, x.shape[-1])
+        weight, bias = values.get("weight", self.module.weight), values.get("bias", self.module.bias)
+        weight_PH, bias_PH = (v.expand(self.size, -1)[:, None].to(rows_PBH.dtype) for v in (weight, bias))
+        return torch.addcmul(bias_PH, rows_PBH, weight_PH).view(x.shape)

@@ -1,0 +1,318 @@
+"""A population: P adapters of one kind on one frozen base, as one model."""
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel
+from peft.tuners.ia3 import IA3Layer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from loretta.errors import InputError
+from loretta.population.members import MemberIA3, MemberLinear, MemberNorm, Members
+from loretta.population.trains import MemberAdp, MemberRep, MemberTrains, TrainGroup
+from loretta.tuners.contraction import Contraction
+from loretta.tuners.layer import LorettaLayer
+from loretta.tuners.rep.layer import RepLinear
+
+ADAPTER = "default"
+# relative errors of logits; a module that is left out makes them differ by a tenth or more
+_ALIKE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+_ALONE = "this method cannot be trained in a population: train its runs one by one"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Start:
+    """What one member starts from where it differs from the others: a run alone would begin with these values."""
+
+    values: Mapping[str, Tensor]  # of what is trained, and of what is random and frozen
+    scales: Mapping[str, float]  # the factor on the effect of each adapted module
+    config: PeftConfig
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, model: PeftModel, other: PeftModel) -> "Start":
+        """That of ``model``, where it differs from ``other``, which has the same modules."""
+        theirs, mine = _tensors(other), _tensors(model)
+        if theirs.keys() != mine.keys() or any(theirs[name].shape != mine[name].shape for name in mine):
+            raise InputError("the members of a population train different parameters: train them one by one")
+        values = {
+            name: tensor.detach().clone()
+            for name, tensor in mine.items()
+            if tensor.requires_grad or not torch.equal(tensor, theirs[name].to(tensor.device))
+        }
+        return cls(values=values, scales=_scales(model), config=model.peft_config[ADAPTER])
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def _scales(model: nn.Module) -> dict[str, float]:
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+    found = {name: getattr(layer, "scaling", None) for name, layer in layers}
+    return {name: float(scaling[ADAPTER]) for name, scaling in found.items() if scaling and ADAPTER in scaling}
+
+
+class Population(nn.Module):
+    """P members on one base. It takes the rows of all, grouped by member, and gives their logits.
+
+    All that is trained lies in one matrix, ``values`` (P, N), a member a row of it, and its gradient in another:
+    clipping, updating, keeping and saving are then one product each, however many modules there are.
+
+    Args:
+        model: one wrapped model. Its modules are taken apart; :meth:`released` puts them together again.
+        starts: of the members. All have the same parameters.
+    """
+
+    def __init__(self, model: PeftModel, starts: Sequence[Start]) -> None:
+        super().__init__()
+        self.model, self.starts, self.size = model, tuple(starts), len(starts)
+        Contraction.detach(model.get_base_model())
+        parameters = _tensors(model)
+        trained = [name for name, p in model.named_parameters() if p.requires_grad]
+        if len(dtypes := {parameters[name].dtype for name in trained}) != 1:
+            raise InputError(f"a population trains numbers of one kind, and this method has {len(dtypes)} of them")
+        device, dtype = parameters[trained[0]].device, parameters[trained[0]].dtype
+        blocks = _blocks(model, trained)
+        order = [name for block in blocks for name in block]
+        sizes = [parameters[name].numel() for name in order]
+        ends = torch.tensor(sizes).cumsum(0).tolist()
+        self.slices = {name: slice(end - size, end) for name, size, end in zip(order, sizes, ends, strict=True)}
+        self.shapes = {name: parameters[name].shape for name in order}
+        self.values = torch.empty(self.size, ends[-1], dtype=dtype, device=device)
+        self.gradient = torch.zeros_like(self.values)
+        for k, start in enumerate(starts):
+            for name in order:
+                self.values[k, self.slices[name]] = start.values[name].detach().flatten().to(device, dtype)
+        stacked = {block: self._parameter(block) for block in blocks}
+        differing = dict.fromkeys(name for start in starts for name in start.values if name not in self.slices)
+        frozen = {
+            name: torch.stack([start.values.get(name, parameters[name]).to(parameters[name]) for start in starts])
+            for name in differing
+        }
+        self._replaced: list[tuple[nn.Module, str, nn.Module]] = []  # parent, name there, the ordinary module
+        self.frozen = {name: tensor.detach() for name, tensor in frozen.items()}
+        self.groups = self._install(stacked)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        self.stacks = [stack.requires_grad_(True) for stack in stacked.values()]
+        self._gradients = [self._view(self.gradient, block) for block in blocks]
+
+    def _parameter(self, block: tuple[str, ...]) -> nn.Parameter:
+        """(P, ...), or for trains (P, M, ...): a view of :attr:`values`."""
+        return nn.Parameter(self._view(self.values, block))
+
+    def _view(self, matrix: Tensor, block: tuple[str, ...]) -> Tensor:
+        where = slice(self.slices[block[0]].start, self.slices[block[-1]].stop)
+        shape = tuple(self.shapes[block[0]])
+        return matrix[:, where].unflatten(1, (len(block), *shape) if _is_train(block[0]) else shape or (1,))
+
+    def _install(self, stacked: Mapping[tuple[str, ...], nn.Parameter]) -> list[TrainGroup]:
+        """Put modules for all members in the places of those of one."""
+        groups: list[TrainGroup] = []
+        tensors = _tensors(self.model)
+        of_site: dict[str, dict[str, Tensor]] = defaultdict(dict)
+        of_trains: dict[tuple[str, ...], dict[str, Tensor]] = defaultdict(dict)
+        for block, value in stacked.items():
+            if _is_train(block[0]):
+                sites = tuple(_site(self.model, name) for name in block)
+                of_trains[sites][_part(block[0])] = value
+            else:
+                site = _site(self.model, block[0])
+                of_site[site][block[0].removeprefix(site + ".")] = value
+        for name, frozen in self.frozen.items():
+            if not _is_train(name):
+                site = _site(self.model, name)
+                of_site[site][name.removeprefix(site + ".")] = frozen
+        for sites, parts in of_trains.items():
+            for part in ("start_down", "start_up"):
+                names = [_start_name(self.model, site, part) for site in sites]
+                if names[0] in tensors:
+                    stacks = [self.frozen.get(name, tensors[name].expand(self.size, -1)) for name in names]
+                    parts[part] = torch.stack(stacks, dim=1).detach()
+            groups.append(self._install_trains(sites, parts))
+        # inner ones first: an outer one then calls them
+        for site in sorted(of_site, key=lambda site: -site.count(".")):
+            self._replace(site, self._members(site, of_site[site]))
+        return groups
+
+    def _install_trains(self, sites: Sequence[str], parts: dict[str, Tensor]) -> TrainGroup:
+        scales = [[start.scales[site] for start in self.starts] for site in sites]
+        made: list[MemberTrains] = []
+        for site in sites:
+            layer: Any = self.model.get_submodule(site)
+            made.append((MemberRep if isinstance(layer, RepLinear) else MemberAdp)(layer, ADAPTER, self.size))
+            self._replace(site, made[-1])
+        return TrainGroup(made, parts, self.values.new_tensor(scales))
+
+    def _members(self, site: str, values: dict[str, Tensor]) -> Members:
+        module = self.model.get_submodule(site)
+        layer = site.rpartition(".lora_B.")[0]
+        scales = [start.scales.get(layer or site, 1.0) for start in self.starts]
+        if len(set(scales)) > 1 and not layer:
+            raise InputError(f"the members differ in the scale of '{site}': train them one by one")
+        if type(module) is nn.Linear and values.keys() <= {"weight", "bias"}:
+            return MemberLinear(module, values, None if len(set(scales)) == 1 else _ratios(scales, values))
+        if type(module) is nn.LayerNorm and module.elementwise_affine:
+            return MemberNorm(module, values)
+        if isinstance(module, IA3Layer) and len(values) == 1:
+            return MemberIA3(module, values)
+        return Members(module, values)
+
+    def _replace(self, site: str, by: Members) -> None:
+        old = self.model.get_submodule(site)
+        for parent in list(self.model.modules()):
+            for name, child in list(parent._modules.items()):
+                if child is old and parent is not by:
+                    parent._modules[name] = by
+                    self._replaced.append((parent, name, old))
+
+    def forward(self, **inputs: Tensor) -> Any:
+        """What the model gives for rows that come grouped by member."""
+        for group in self.groups:
+            group.hand_over()
+        return self.model(**inputs)
+
+    def backward(self, losses: Tensor) -> None:
+        """Write to :attr:`gradient` that of each member's own loss; ``losses`` (P)."""
+        # the sum, because no number of a member reaches the loss of another
+        found = torch.autograd.grad(losses.sum(), self.stacks)
+        torch._foreach_copy_(self._gradients, list(found))
+
+    @torch.no_grad()
+    def check(self, rows: Mapping[str, Tensor]) -> None:
+        """Compare the first and the last member, both changed at random, with the ordinary model.
+
+        A module whose weights are read without a call of it, or a method that looks across rows, would be wrong
+        without an error.
+
+        Args:
+            rows: a batch, grouped by member.
+
+        Raises InputError where the method cannot be trained in a population.
+        """
+        before, training = self.values.clone(), self.model.training
+        noise = torch.randn(self.values.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+        self.values.add_(0.05 * noise.to(self.values))
+        self.model.eval()
+        try:
+            try:
+                with torch.enable_grad():
+                    together = self(**rows).logits.unflatten(0, (self.size, -1))
+                    self.backward(together.float().flatten(1).sum(1))
+            except Exception as reason:
+                raise InputError(f"{_ALONE} ({' '.join(str(reason).split())[:160]})") from reason
+            for k in {0, self.size - 1}:
+                with self.released(k) as model, torch.no_grad():
+                    alone = model(**{name: x.unflatten(0, (self.size, -1))[k] for name, x in rows.items()}).logits
+                error = float((together[k].double() - alone.double()).norm() / alone.double().norm())
+                if not error <= _ALIKE[alone.dtype]:
+                    raise InputError(f"{_ALONE} (its logits differ from those of the run alone by {error:.1e})")
+        finally:
+            self.values.copy_(before)
+            self.model.train(training)
+
+    def values_of(self, member: int, values: Tensor | None = None) -> dict[str, Tensor]:
+        """The trained parameters of one member by their ordinary names, as they are or in other ``values`` (P, N)."""
+        row = (self.values if values is None else values)[member]
+        return {name: row[where].view(self.shapes[name]) for name, where in self.slices.items()}
+
+    @contextmanager
+    @torch.no_grad()
+    def released(self, member: int, values: Tensor | None = None) -> Iterator[PeftModel]:
+        """The ordinary model with one member's values, to save or to call as any other, until the block ends."""
+        inside: list[tuple[nn.Module, str, nn.Module | None]] = [
+            (parent, name, parent._modules[name]) for parent, name, _ in self._replaced
+        ]
+        for parent, name, module in reversed(self._replaced):
+            parent._modules[name] = module
+        start, trained = self.starts[member], self.values_of(member, values)
+        model: Any = self.model
+        config = model.peft_config[ADAPTER]
+        tensors = _tensors(self.model)
+        try:
+            for name, value in (*trained.items(), *((name, stack[member]) for name, stack in self.frozen.items())):
+                tensors[name].copy_(value.view(tensors[name].shape))
+            for name, scale in start.scales.items():
+                layer: Any = self.model.get_submodule(name)
+                layer.scaling[ADAPTER] = scale
+            for name in trained:
+                tensors[name].requires_grad_(True)
+            model.peft_config[ADAPTER] = model.base_model.peft_config[ADAPTER] = start.config
+            with torch.enable_grad():
+                yield self.model
+        finally:
+            for name in trained:
+                tensors[name].requires_grad_(False)
+            model.peft_config[ADAPTER] = model.base_model.peft_config[ADAPTER] = config
+            for parent, name, members in inside:
+                parent._modules[name] = members
+
+
+def _ratios(scales: Sequence[float], values: Mapping[str, Tensor]) -> Tensor:
+    """What the layer, which multiplies with the scale of the first member, has to be given of the others."""
+    like = next(iter(values.values()))
+    return like.new_tensor([scale / scales[0] for scale in scales])
+
+
+def _is_train(name: str) -> bool:
+    parts = name.split(".")
+    return any(part.startswith(("loretta_rep_", "loretta_adp_")) for part in parts)
+
+
+def _part(name: str) -> str:
+    """Which of PARTS a parameter of a LoRETTA layer is."""
+    parts = name.split(".")
+    k = next(k for k, part in enumerate(parts) if part.startswith(("loretta_rep_", "loretta_adp_")))
+    part = parts[k].split("_", 2)[2]
+    return f"bias.{parts[-1]}" if part == "bias" else part
+
+
+def _start_name(model: nn.Module, site: str, part: str) -> str:
+    layer: Any = model.get_submodule(site)
+    return f"{site}.{layer.prefix}{part}.{ADAPTER}.values"
+
+
+def _site(model: nn.Module, name: str) -> str:
+    """The module that is called with rows and uses the tensor ``name``."""
+    path = name.rpartition(".")[0]
+    above = [".".join(path.split(".")[: k + 1]) for k in range(path.count(".") + 1)] if path else []
+    modules = [(at, model.get_submodule(at)) for at in above]
+    for at, module in modules:
+        if isinstance(module, AuxiliaryTrainingWrapper) and type(module) is not ModulesToSaveWrapper:
+            return at
+    if _is_train(name):
+        return next(at for at, module in modules if isinstance(module, LorettaLayer))
+    owner = modules[-1][1]
+    if type(owner) in (nn.Linear, nn.LayerNorm):
+        return path
+    layers = [at for at, module in modules if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    return layers[0] if layers else path
+
+
+def _blocks(model: PeftModel, trained: Sequence[str]) -> list[tuple[str, ...]]:
+    """The trained parameters, those of equal trains together: names that are one stack each."""
+    layers: dict[Hashable, list[str]] = defaultdict(list)
+    others: list[tuple[str, ...]] = []
+    tensors = _tensors(model)
+    by_layer: dict[str, list[str]] = defaultdict(list)
+    for name in trained:
+        if _is_train(name):
+            by_layer[_site(model, name)].append(name)
+        else:
+            others.append((name,))
+    for site, names in by_layer.items():
+        layer: Any = model.get_submodule(site)
+        placement = layer.placements[ADAPTER]
+        key = (type(layer), placement.down, placement.up, layer.working_dtype(), layer.n_pairs[ADAPTER])
+        layers[(*key, *(tensors[name].shape for name in names))].append(site)
+    blocks = [
+        tuple(names) for sites in layers.values() for names in zip(*(by_layer[site] for site in sites), strict=True)
+    ]
+    return [*blocks, *others]

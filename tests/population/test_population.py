@@ -1,0 +1,192 @@
+"""A population in float64 beside the ordinary runs of its members: torch's AdamW, one model each."""
+
+from functools import partial
+
+import pytest
+import torch
+from tolerances import assert_near
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, set_seed
+
+from loretta.errors import InputError
+from loretta.population.optimizer import MemberAdamW
+from loretta.population.population import Population, Start
+from loretta.training.model import wrap
+
+SIZE, ROWS, LABELS = 3, 4, 3
+RATES, DECAYS = (1e-2, 3e-3, 2e-2), (0.0, 0.1, 0.01)
+
+
+def bert() -> BertForSequenceClassification:
+    config = BertConfig(
+        vocab_size=32,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        initializer_range=0.2,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        num_labels=LABELS,
+    )
+    return BertForSequenceClassification(config).double()
+
+
+def llama() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=32,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=48,
+        initializer_range=0.2,
+    )
+    return LlamaForCausalLM(config).double()
+
+
+def member(make, method, options, seed):
+    """A wrapped model whose base is that of all, but for the head, and whose adapter is its own."""
+    set_seed(0)
+    shared = {name: tensor for name, tensor in make().state_dict().items() if not name.startswith("classifier")}
+    set_seed(seed)
+    model = make()
+    model.load_state_dict(shared, strict=False)
+    kind = "language_modeling" if make is llama else "classification"
+    return wrap(model, method, kind, options).double().eval()
+
+
+def population(make, method, options):
+    """One population and the models of its members, which stay as they are."""
+    alone = [member(make, method, own, seed) for seed, own in enumerate(options)]
+    skeleton = member(make, method, options[0], 0)
+    return Population(skeleton, [Start.of(model, skeleton) for model in alone]), alone
+
+
+def batch(step, causal):
+    generator = torch.Generator().manual_seed(step)
+    ids = torch.randint(0, 32, (SIZE * ROWS, 7), generator=generator)
+    mask = torch.ones_like(ids)
+    if not causal:
+        mask[::3, 5:] = 0
+    return ids, mask, torch.randint(0, LABELS, (SIZE * ROWS,), generator=generator)
+
+
+def losses(logits, ids, labels, causal):
+    """The mean loss of each group of ROWS rows."""
+    if causal:
+        logits, labels = logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+    each = nn.functional.cross_entropy(logits, labels, reduction="none")
+    return each.view(len(ids) // ROWS, -1).mean(1)
+
+
+CASES = [
+    (bert, "rep", [{"lora_alpha": alpha} for alpha in (8, 16, 4)], 50),
+    (bert, "rep", [{"init_weights": "denoised", "bias": "all"}] * SIZE, 5),
+    (bert, "rep", [{"init_weights": "gaussian", "train_head": "dense", "train_norms": False}] * SIZE, 5),
+    (bert, "adp", [{"scaling": scaling} for scaling in (1.0, 0.5, 2.0)], 50),
+    (bert, "adp", [{"init_weights": "denoised", "scaling": scaling} for scaling in (1.0, 0.5, 2.0)], 5),
+    (bert, "adp", [{"train_bias": False, "non_linearity": "gelu", "train_head": "frozen"}] * SIZE, 5),
+    (bert, "adapters", [{}] * SIZE, 5),
+    (bert, "lora", [{"r": 3, "lora_alpha": alpha} for alpha in (8, 16, 4)], 50),
+    (bert, "norms", [{}] * SIZE, 5),
+    (bert, "bitfit", [{}] * SIZE, 5),
+    (bert, "ia3", [{}] * SIZE, 5),
+    (bert, "head", [{}] * SIZE, 5),
+    (bert, "peft:vera", [{"r": 4}] * SIZE, 5),
+    (llama, "rep", [{}] * SIZE, 5),
+    (llama, "adp", [{"placement": "mlp"}] * SIZE, 5),
+    (llama, "adapters", [{"init_weights": "denoised"}] * SIZE, 5),
+    (llama, "lora", [{}] * SIZE, 5),
+    (llama, "norms", [{}] * SIZE, 5),
+    (llama, "ia3", [{}] * SIZE, 5),
+]
+
+
+@pytest.mark.parametrize(("make", "method", "options", "steps"), CASES)
+def test_each_member_equals_its_run_alone(make, method, options, steps):
+    causal = make is llama
+    together, alone = population(make, method, options)
+    rates, decays = (torch.tensor(each, dtype=torch.float64)[:, None] for each in (RATES, DECAYS))
+    ours = MemberAdamW(together.values, together.gradient, rates=rates, decays=decays)
+    trained = [[p for p in model.parameters() if p.requires_grad] for model in alone]
+    theirs = [
+        torch.optim.AdamW(parameters, lr=rate, weight_decay=decay)
+        for parameters, rate, decay in zip(trained, RATES, DECAYS, strict=True)
+    ]
+    rows = [slice(ROWS * k, ROWS * (k + 1)) for k in range(SIZE)]
+    for step in range(steps):
+        ids, mask, labels = batch(step, causal)
+        factor = 1 - step / steps
+        got = losses(together(input_ids=ids, attention_mask=mask).logits, ids, labels, causal)
+        together.backward(got)
+        ours.step(torch.full((SIZE, 1), factor, dtype=torch.float64))
+        for k, (model, optimizer) in enumerate(zip(alone, theirs, strict=True)):
+            logits = model(input_ids=ids[rows[k]], attention_mask=mask[rows[k]]).logits
+            (expected,) = losses(logits, ids[rows[k]], labels[rows[k]], causal)
+            assert abs(got[k].item() - expected.item()) < 1e-9, f"member {k} at step {step}"
+            expected.backward()
+            norm = nn.utils.clip_grad_norm_(trained[k], 1.0)
+            assert abs(ours.norms[k].item() - norm.item()) < 1e-9
+            optimizer.param_groups[0]["lr"] = RATES[k] * factor
+            optimizer.step()
+            optimizer.zero_grad()
+    for k, model in enumerate(alone):
+        found = together.values_of(k)
+        assert found.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+        for name, value in found.items():
+            if name.endswith("key.bias"):
+                continue  # the softmax of attention takes it out: its gradient is rounding, which Adam enlarges
+            assert_near(name, value, model.get_parameter(name))
+
+
+@pytest.mark.parametrize("method", ["rep", "adp", "lora", "bitfit"])
+def test_a_released_member_is_the_ordinary_model(method):
+    together, alone = population(bert, method, [{}] * SIZE)
+    ids, mask, _ = batch(0, causal=False)
+    together.check({"input_ids": ids, "attention_mask": mask})
+    for k in (2, 0):
+        with together.released(k) as model:
+            assert model.state_dict().keys() == alone[k].state_dict().keys()
+            assert {n for n, p in model.named_parameters() if p.requires_grad} == together.slices.keys()
+            assert_near("logits", model(input_ids=ids).logits, alone[k](input_ids=ids).logits)
+    again = together(input_ids=ids, attention_mask=mask).logits[:ROWS]
+    assert_near("afterwards", again, alone[0](input_ids=ids[:ROWS], attention_mask=mask[:ROWS]).logits)
+
+
+def test_a_member_that_diverges_disturbs_no_other():
+    together, _ = population(bert, "rep", [{}] * SIZE)
+    ours = MemberAdamW(together.values, together.gradient, rates=torch.full((SIZE, 1), 1e-2), decays=torch.zeros(3, 1))
+    together.values[1] = torch.nan
+    for step in range(2):
+        ids, mask, labels = batch(step, causal=False)
+        together.backward(losses(together(input_ids=ids, attention_mask=mask).logits, ids, labels, False))
+        ours.step(torch.ones(SIZE, 1, dtype=torch.float64))
+    assert together.values[[0, 2]].isfinite().all()
+    assert together.values[1].isnan().all()
+
+
+def test_a_method_that_cannot_join_is_refused():
+    ids, mask, _ = batch(0, causal=False)
+    together, _ = population(bert, "peft:loha", [{}] * SIZE)
+    with pytest.raises(InputError, match="cannot be trained in a population"):
+        together.check({"input_ids": ids, "attention_mask": mask})
+
+
+def test_what_looks_across_rows_or_reads_weights_without_a_call_is_refused():
+    ids, mask, _ = batch(0, causal=False)
+    for forward in (_with_centred_rows, _with_read_weights):
+        together, _ = population(bert, "lora", [{}] * SIZE)
+        layer = together.model.base_model.model.bert.encoder.layer[0].attention.self.query
+        layer.forward = partial(forward, layer)
+        with pytest.raises(InputError, match="cannot be trained in a population"):
+            together.check({"input_ids": ids, "attention_mask": mask})
+
+
+def _with_centred_rows(layer, x):
+    return type(layer).forward(layer, x - x.mean(0))
+
+
+def _with_read_weights(layer, x):
+    down, up = layer.lora_A["default"], layer.lora_B["default"]
+    return layer.base_layer(x) + nn.functional.linear(nn.functional.linear(x, down.weight), up.weight)
