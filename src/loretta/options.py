@@ -1,6 +1,9 @@
 """``--set key=value``: one word of the command line into a key and a value."""
 
-from typing import Any
+import re
+import types
+from collections.abc import Mapping
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
@@ -16,13 +19,38 @@ def parse_option(word: str) -> tuple[str, Any]:
     if not equals or not key:
         raise InputError(f"--set {word!r} is not of the form key=value: write, for example, --set epochs=5")
     try:
-        value = yaml.safe_load(text)
+        return key, _read(text)
     except yaml.YAMLError:
         raise InputError(f"--set {word!r}: the value is not a YAML value") from None
+
+
+def _read(text: str) -> Any:
+    value = yaml.safe_load(text)
     if isinstance(value, str):
         # YAML 1.1 reads 5e-3 as a word
         try:
-            value = float(value)
+            return float(value)
         except ValueError:
-            return key, value
-    return key, value
+            return value
+    return value
+
+
+def with_lists(options: Mapping[str, Any], config: type) -> dict[str, Any]:
+    """The options of a config class, with ``query,value`` as a list where the class takes a list.
+
+    An expression, such as ``.*layers.(0|1).q_proj``, stays one: its words are not plain.
+    """
+    hints = get_type_hints(config)
+    return {key: _words(value) if _takes_list(hints.get(key)) else value for key, value in options.items()}
+
+
+def _takes_list(hint: Any) -> bool:
+    if get_origin(hint) in (Union, types.UnionType):
+        return any(_takes_list(part) for part in get_args(hint))
+    return list in (hint, get_origin(hint))
+
+
+def _words(value: Any) -> Any:
+    if isinstance(value, str) and re.fullmatch(r"[\w.-]+(,\s*[\w.-]+)+", value):
+        return [_read(word) for word in value.split(",")]
+    return value

@@ -113,12 +113,12 @@ def test_runs_are_listed_shown_and_compared(bert, data_dir, capsys, tmp_path):
     bitfit, rep, lora = (tmp_path / f"tiny-bert/rte/{name}/s0" for name in ("bitfit", "loretta_rep", "lora-r8"))
     assert "method=bitfit" in call(capsys, "runs", "show", bitfit)[1]
     assert "No modules were targeted" in call(capsys, "runs", "show", lora)[1]
-    status, out, _ = call(capsys, "runs", "compare", bitfit, rep, "--json")
+    status, out, _ = call(capsys, "runs", "diff", bitfit, rep, "--json")
     rows = {row["what"]: (row[str(bitfit)], row[str(rep)]) for row in json.loads(out)}
     assert rows["method"] == ("bitfit", "loretta_rep")
     assert rows["method_args.train_head"] == (None, "tensorized_only")
     assert "epochs" not in rows, "only what differs is shown"
-    assert call(capsys, "runs", "compare", bitfit)[0] == 2
+    assert call(capsys, "runs", "diff", bitfit)[0] == 2
     assert call(capsys, "runs", "ls", tmp_path / "nowhere")[2].strip().endswith("or a run in it")
 
 

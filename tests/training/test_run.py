@@ -327,9 +327,7 @@ def test_every_mistake_in_the_options_is_named_at_once(options, sets, words):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("content", "word"), [("- a\n", "holds no keys"), ("a: [", "is not YAML"), ("colour: red", "unknown key 'colour'")]
-)
+@pytest.mark.parametrize(("content", "word"), [("- a\n", "holds no keys"), ("a: [", "is not YAML")])
 def test_a_bad_config_file_is_one_sentence(content, word, tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text(content)

@@ -11,12 +11,12 @@ import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
+import typer
 
+from loretta.cli.options import Json
+from loretta.cli.output import print_json
 from loretta.errors import InputError
 from loretta.training.config import RunConfig
 from loretta.training.record import RunRecord
@@ -32,6 +32,17 @@ LABELS = {
     "norms": "head and norms only",
     "head": "head only",
 }
+
+
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="One epoch on a part of the data, under 2 minutes.")] = False,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the runs; replaced.")] = Path("runs/demo"),
+    as_json: Json = False,
+) -> None:
+    """Train adp, rep, LoRA and two baselines on real text without a network, then reload and check each."""
+    result = run_demo(output, quick=quick, show=not as_json)
+    if as_json:
+        print_json(result)
 
 
 def encoder_folder() -> str:
@@ -71,6 +82,8 @@ def run_demo(folder: Path, *, quick: bool = False, show: bool = True) -> dict[st
     Raises InputError when the folder holds something that is not a demo, or an adapter predicts differently after
     loading (which would be a bug).
     """
+    from rich.console import Console
+
     from loretta import report
     from loretta.training.folder import write_json
     from loretta.training.run import train
@@ -154,6 +167,10 @@ def _row(method: str, record: RunRecord, same: bool) -> dict[str, Any]:
 
 def render_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as a Markdown table."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
     table = Table(box=box.MARKDOWN, title=None)
     for name in ("method", "test accuracy", "trained parameters", "in the head", "adapter bytes", "seconds", "lr"):
         table.add_column(name, justify="left" if name == "method" else "right")

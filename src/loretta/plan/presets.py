@@ -7,12 +7,12 @@ shapes; ``printed`` is what the table shows. Baselines are counted the same way.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from loretta.errors import InputError
-from loretta.tuners.adp import LorettaAdpConfig
-from loretta.tuners.config import LorettaConfig
-from loretta.tuners.rep import LorettaRepConfig
+
+if TYPE_CHECKING:
+    from loretta.tuners.config import LorettaConfig
 
 # GLUE on encoders: learning rates 1e-4 to 5e-4, batches of 16 to 32, 10 to 20 epochs (appendix A); the grids are
 # Tables 12 and 13. The values here are the middle of those ranges.
@@ -52,14 +52,20 @@ class Preset:
     printed: str
     note: str = ""
 
-    def config(self) -> LorettaConfig:
+    def config(self) -> "LorettaConfig":
         """The PEFT config. Raises InputError for a baseline, which is no LoRETTA method."""
-        if self.method not in CONFIGS:
+        configs = loretta_configs()
+        if self.method not in configs:
             raise InputError(f"this preset is a {self.method} baseline of the paper and has no LoRETTA config")
-        return CONFIGS[self.method](task_type=self.task_type, **self.options)
+        return configs[self.method](task_type=self.task_type, **self.options)
 
 
-CONFIGS: dict[str, type[LorettaConfig]] = {"rep": LorettaRepConfig, "adp": LorettaAdpConfig}
+def loretta_configs() -> dict[str, type["LorettaConfig"]]:
+    """The config classes by method. They import torch, which studies that only name a preset do without."""
+    from loretta.tuners.adp import LorettaAdpConfig
+    from loretta.tuners.rep import LorettaRepConfig
+
+    return {"rep": LorettaRepConfig, "adp": LorettaAdpConfig}
 
 
 def _glue(table: str, method: str, count: int, printed: str, *, model: str = "deberta-base", note: str = "", **options):

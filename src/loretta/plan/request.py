@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.table import Table
 
 from loretta.errors import InputError
-from loretta.options import parse_option
+from loretta.options import parse_option, with_lists
 from loretta.plan.base_models import default_task_type, find_config, meta_model
 from loretta.plan.budget import Budget, choose
 from loretta.plan.plan import Plan, count_baseline, plan_model
-from loretta.plan.presets import CONFIGS, PRESETS, Preset, find_preset
+from loretta.plan.presets import PRESETS, Preset, find_preset, loretta_configs
 from loretta.plan.words import explain_plan, tables
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.rep import LorettaRepConfig
@@ -84,7 +84,7 @@ def make_plan(
     task_type = task_type or (found.task_type if found else default_task_type(config))
     base = meta_model(config, task_type, num_labels=num_labels)
     notes = _preset_notes(found, name)
-    if method not in CONFIGS:
+    if method not in (configs := loretta_configs()):
         if found is None:
             raise InputError(f"unknown method {method!r}: choose rep or adp")
         if sets or budget:
@@ -96,7 +96,7 @@ def make_plan(
         )  # fmt: skip
     options = {**(found.options if found else {}), **dict(parse_option(word) for word in sets)}
     peft_task = None if task_type == "IMAGE_CLS" else task_type
-    loretta_config = _config(CONFIGS[method], options, peft_task)
+    loretta_config = _config(configs[method], options, peft_task)
     if budget is None:
         plan = plan_model(base, loretta_config)
     else:
@@ -120,13 +120,13 @@ def _config(cls: type[LorettaConfig], options: Mapping[str, Any], task_type: str
     unknown = sorted(options.keys() - known)
     if unknown:
         raise InputError(f"unknown option {', '.join(map(repr, unknown))}: the method takes {', '.join(known)}")
-    return cls(task_type=task_type, **options)
+    return cls(task_type=task_type, **with_lists(options, cls))
 
 
 def _shown(method: str) -> set[str]:
     """The options of LoRETTA itself, without PEFT's bookkeeping."""
     inherited = {field.name for field in dataclasses.fields(LorettaConfig.__mro__[1])}
-    return {field.name for field in dataclasses.fields(CONFIGS[method])} - inherited
+    return {field.name for field in dataclasses.fields(loretta_configs()[method])} - inherited
 
 
 def _preset_notes(preset: Preset | None, model: str) -> tuple[str, ...]:

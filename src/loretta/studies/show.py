@@ -3,21 +3,23 @@
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.table import Table
 
 from loretta.errors import InputError
-from loretta.studies.results import Cell, Results
-from loretta.studies.sizes import Estimate
 from loretta.studies.state import State
 from loretta.training.record import RunRecord
+
+if TYPE_CHECKING:  # these import torch and SciPy, and a listing of runs needs neither
+    from loretta.studies.results import Cell, Results
+    from loretta.studies.sizes import Estimate
 
 MISSING = "–"
 
 
-def results_table(results: Results) -> Table:
+def results_table(results: "Results") -> Table:
     """A row for each model and method (and order of a sequence), a column for each number."""
     study = results.study
     cells = results.final()
@@ -43,11 +45,11 @@ def results_table(results: Results) -> Table:
     return table
 
 
-def _known(cells: Mapping[str, Cell], name: str) -> int | None:
+def _known(cells: Mapping[str, "Cell"], name: str) -> int | None:
     return next((value for cell in cells.values() if (value := getattr(cell, name)) is not None), None)
 
 
-def _caption(results: Results) -> str:
+def _caption(results: "Results") -> str:
     splits = sorted({cell.split for cell in results.cells if cell.split})
     words = [f"scores are of the {' or '.join(splits)} split"] if splits else []
     if any(cell.low is not None for cell in results.cells):
@@ -58,7 +60,7 @@ def _caption(results: Results) -> str:
     return "; ".join(words)
 
 
-def _score(cell: Cell | None, scale: float) -> str:
+def _score(cell: "Cell | None", scale: float) -> str:
     """Mean, half of the interval, how many seeds where some are missing, the printed number."""
     if cell is None:
         return ""
@@ -82,7 +84,7 @@ def number(value: int | None) -> str:
     return MISSING if value is None else f"{value:,}"
 
 
-def estimate_table(estimates: Sequence[Estimate], printed: Mapping[tuple[str, str], str | None], title: str) -> Table:
+def estimate_table(estimates: Sequence["Estimate"], printed: Mapping[tuple[str, str], str | None], title: str) -> Table:
     """A row for each model and method of a dry run. ``printed`` is the paper's count by (model, row)."""
     table = Table(title=title, box=box.SIMPLE_HEAD)
     for name in ("model", "method", "tasks"):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from loretta.errors import InputError
 from loretta.options import parse_option
@@ -13,113 +13,167 @@ from loretta.options import parse_option
 Quantization = Literal["nf4", "fp4", "int8", "torchao-int8", "fp8"]
 HeadPolicy = Literal["method", "full", "frozen"]
 
+# other words for an option, wherever an option may stand
+ALIASES = {"lr": "learning_rate", "epoch": "epochs"}
+
+
+def _examples(given: object) -> object:
+    """``train=100,test=50``, as a command line says it, as a mapping."""
+    if not isinstance(given, str):
+        return given
+    pairs = (word.partition("=") for word in given.split(","))
+    return {key.strip(): value.strip() for key, _, value in pairs}
+
 
 class RunConfig(BaseModel):
     """One training run.
 
-    Every key may stand in the YAML file of ``--config`` and after ``--set``; a key that is none of these is an
-    option of the method (``--set tensor_rank=8`` is ``method_args: {tensor_rank: 8}``).
+    Every key is an option of ``loretta train`` and may stand in the YAML file of ``--config`` and after ``--set``.
+    A key there that is none of these is an option of the method, as if it stood in ``method_args``.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: str = Field(description="Hub id or folder of the base model")
-    data: str = Field(description="GLUE or prompted task, 'stdlib', or the path of a table or text file")
-    method: str = "rep"
-    method_args: dict[str, Any] = {}
+    model: str = Field(description="Hub id or folder of the base model.")
+    data: str = Field(
+        description="GLUE or prompted task, 'stdlib', or a CSV, TSV, JSONL, Parquet or text file.",
+    )
+    method: str = Field(
+        default="rep", description="rep, adp, lora, ia3, ft, norms, head, ..., or any of PEFT's as peft:NAME."
+    )
+    method_args: dict[str, Any] = Field(default={}, description="Options of the method, each by --set.")
     head_policy: HeadPolicy = Field(
         default="method",
-        description="what is trained of a classification head. method: what the method itself does (LoRETTA: its "
+        description="What is trained of a classification head. method: what the method itself does (LoRETTA: its "
         "train_head; PEFT's: the final layer; ft: all); full: its hidden and its final layer, dense, for every method; "
-        "frozen: nothing",
+        "frozen: nothing.",
     )
     start_from: str | None = Field(
         default=None,
-        description="folder of a finished run of the same method, whose trained weights this one starts from",
+        description="Folder of a finished run of the same method, whose trained weights this one starts from.",
     )
-    output: str | None = Field(default=None, description="folder of the run; default runs/DATA-METHOD-sSEED")
+    output: str | None = Field(default=None, description="Folder of the run; default: runs/DATA-METHOD-sSEED.")
 
-    text: str | None = None
-    text_pair: str | None = None
-    label: str | None = None
-    kind: Literal["classification", "regression", "language_modeling"] | None = None
-    validation: str | None = None
-    test: str | None = None
-    data_dir: str | None = None
-    limit: int | None = Field(default=None, ge=1, description="use at most this many rows of each split")
+    text: str | None = Field(default=None, description="Column with the text; default: 'text'.")
+    text_pair: str | None = Field(default=None, description="Column with the second text of a pair.")
+    label: str | None = Field(default=None, description="Column with the label.")
+    kind: Literal["classification", "regression", "language_modeling"] | None = Field(
+        default=None, description="Of the task; default: by the label."
+    )
+    validation: str | None = Field(default=None, description="File to validate on; default: a part of the data.")
+    test: str | None = Field(default=None, description="File to test the best checkpoint on.")
+    data_dir: str | None = Field(default=None, description="Folder with the tasks' files, one folder a task.")
+    limit: int | None = Field(default=None, ge=1, description="Use at most this many rows of each split.")
 
     prompted: bool | None = Field(
-        default=None, description="put a task in words; default: where it has a prompt and the model is a causal one"
+        default=None, description="Put a task in words; default: where it has a prompt and the model is a causal one."
     )
     train_as: Literal["auto", "classification", "language_modeling"] = Field(
         default="auto",
-        description="loss of a prompted task. classification: cross-entropy over the mean log-probabilities of all "
-        "options; language_modeling: of the gold completion; auto: the former where all examples have the same options",
+        description="Loss of a prompted task. classification: cross-entropy over the mean log-probabilities of all "
+        "options; language_modeling: of the gold completion; auto: the former where all examples have the same "
+        "options.",
     )
-    sample: dict[Literal["train", "validation", "test"], Annotated[int, Field(ge=1)]] = Field(
-        default={}, description="examples of a prompted task to draw; default: 1000, 500 and 1000"
+    sample: Annotated[
+        dict[Literal["train", "validation", "test"], Annotated[int, Field(ge=1)]], BeforeValidator(_examples)
+    ] = Field(
+        default={},
+        description="Examples of a prompted task to draw, as train=100,test=50; default: 1000, of validation 500.",
     )
-    max_new_tokens: int = Field(default=50, ge=1, description="of an answer that is generated")
+    max_new_tokens: int = Field(default=50, ge=1, description="Of an answer that is generated.")
 
-    epochs: float = Field(default=3.0, gt=0, allow_inf_nan=False)
-    max_steps: int | None = Field(default=None, ge=1, description="in place of epochs")
-    batch_size: int = Field(default=16, ge=1)
-    eval_batch_size: int = Field(default=64, ge=1)
+    epochs: float = Field(default=3.0, gt=0, allow_inf_nan=False, description="Passes over the training data.")
+    max_steps: int | None = Field(default=None, ge=1, description="Steps to train, in place of epochs.")
+    batch_size: int = Field(default=16, ge=1, description="Examples in a training step.")
+    eval_batch_size: int = Field(default=64, ge=1, description="Examples scored at once.")
     learning_rate: float | None = Field(
-        default=None, gt=0, allow_inf_nan=False, description="default: the method's (loretta.training.methods)"
+        default=None, gt=0, allow_inf_nan=False, description="Default: the method's own."
     )
     head_learning_rate: float | None = Field(
         default=None,
         gt=0,
         allow_inf_nan=False,
-        description="of the final layer, which starts from nothing; default: learning_rate",
+        description="Of the final layer, which starts from nothing; default: the learning rate.",
     )
-    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    warmup: float = Field(default=0.06, ge=0, lt=1, description="share of the steps")
-    warmup_steps: int | None = Field(default=None, ge=0, description="in place of warmup")
-    schedule: Literal["linear", "cosine", "constant_with_warmup"] = "linear"
-    max_length: int = Field(default=128, ge=2, description="tokens per example, or per block in language modelling")
-    eval_steps: int | None = Field(default=None, ge=1, description="default: after each epoch")
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="Of AdamW.")
+    warmup: float = Field(default=0.06, ge=0, lt=1, description="Share of the steps in which the rate rises.")
+    warmup_steps: int | None = Field(
+        default=None, ge=0, description="Steps in which the rate rises, in place of warmup."
+    )
+    schedule: Literal["linear", "cosine", "constant_with_warmup"] = Field(
+        default="linear", description="How the rate falls after the warm-up."
+    )
+    max_length: int = Field(default=128, ge=2, description="Tokens per example, or per block in language modelling.")
+    eval_steps: int | None = Field(default=None, ge=1, description="Steps between evaluations; default: an epoch.")
     select_by: Literal["metric", "loss"] | None = Field(
-        default=None, description="what chooses the best checkpoint; default: the metric, of a prompted task the loss"
+        default=None, description="What chooses the best checkpoint; default: the metric, of a prompted task the loss."
     )
-    logging_steps: int = Field(default=10, ge=1)
-    seed: int = 0
-    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
-    quantize: Quantization | None = Field(default=None, description="load the base with quantised weights")
-    bf16: bool = Field(default=False, description="autocast the forward pass to bfloat16")
-    gradient_checkpointing: bool = False
+    logging_steps: int = Field(default=10, ge=1, description="Steps between lines of the log.")
+    seed: int = Field(default=0, description="Of the start, the order of the data and what is drawn or held out.")
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
+        default="float32", description="Of the base model's weights; auto: as they are stored."
+    )
+    quantize: Quantization | None = Field(default=None, description="Load the base in fewer bits.")
+    bf16: bool = Field(default=False, description="Autocast the forward pass to bfloat16.")
+    gradient_checkpointing: bool = Field(
+        default=False, description="Compute activations again in the backward pass, which saves memory."
+    )
     cuda_graph: bool = Field(
         default=False,
-        description="replay training steps as CUDA graphs, one for each length of batch: faster where the GPU waits "
-        "for the CPU; where that cannot be, a line says why",
+        description="Replay training steps as CUDA graphs, one for each length of batch: faster where the GPU waits "
+        "for the CPU; where that cannot be, a line says why.",
     )
-    cpu: bool = Field(default=False, description="stay on the CPU even where there is an accelerator")
-    tensorboard: bool = False
+    cpu: bool = Field(default=False, description="Stay on the CPU even where there is an accelerator.")
+    tensorboard: bool = Field(default=False, description="Also log for TensorBoard.")
 
     @property
     def folder(self) -> Path:
         return Path(self.output or f"runs/{Path(self.data).stem}-{self.method.replace(':', '-')}-s{self.seed}")
 
 
+# how --help groups the options
+GROUPS: dict[str, tuple[str, ...]] = {
+    "What to train": ("model", "data", "method", "head_policy", "start_from", "output", "seed"),
+    "Data": ("text", "text_pair", "label", "kind", "validation", "test", "data_dir", "limit", "max_length"),
+    "Prompted tasks": ("prompted", "train_as", "sample", "max_new_tokens"),
+    "Training": (
+        "epochs", "max_steps", "batch_size", "learning_rate", "head_learning_rate", "weight_decay", "warmup",
+        "warmup_steps", "schedule",
+    ),
+    "Evaluation and logs": ("eval_batch_size", "eval_steps", "select_by", "logging_steps", "tensorboard"),
+    "Precision and device": ("dtype", "quantize", "bf16", "gradient_checkpointing", "cuda_graph", "cpu"),
+}  # fmt: skip
+
+
 def read_config(path: Path | None, options: Mapping[str, Any], sets: Sequence[str] = ()) -> RunConfig:
     """Merge a YAML file, command-line options (None means not given) and ``key=value`` words, later ones winning.
 
+    The file and the words share one namespace: options of the run, their aliases, and options of the method.
+
     Raises InputError that names every mistake at once.
     """
-    raw = _read_yaml(path) if path is not None else {}
+    raw: dict[str, Any] = {"method_args": {}}
+    if path is not None:
+        for key, value in _read_yaml(path).items():
+            _put(raw, key, value)
     raw |= {key: value for key, value in options.items() if value is not None}
     for word in sets:
-        key, value = parse_option(word)
-        key = key.removeprefix("method_args.")
-        if key in RunConfig.model_fields and key != "method_args":
-            raw[key] = value
-        else:
-            raw["method_args"] = {**(raw.get("method_args") or {}), key: value}
+        _put(raw, *parse_option(word))
     try:
         return RunConfig(**raw)
     except ValidationError as error:
         raise InputError(_all_mistakes(error)) from None
+
+
+def _put(raw: dict[str, Any], key: str, value: Any) -> None:
+    """File an option under the run, or under its method."""
+    key = ALIASES.get(key, key)
+    if key == "method_args" and isinstance(value or {}, dict):
+        raw["method_args"] = {**raw["method_args"], **(value or {})}
+    elif key in RunConfig.model_fields:
+        raw[key] = value
+    else:
+        raw["method_args"] = {**raw["method_args"], key.removeprefix("method_args."): value}
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -131,7 +185,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise InputError(f"the config file '{path}' is not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
         raise InputError(f"the config file '{path}' holds no keys: write lines such as 'epochs: 3'")
-    return raw
+    for other, key in ALIASES.items():
+        if other in raw and key in raw:
+            raise InputError(
+                f"the config file '{path}' has both {other!r} and {key!r}, which are one: give one of them"
+            )
+    return {str(key): value for key, value in raw.items()}
 
 
 def _all_mistakes(error: ValidationError) -> str:

@@ -22,7 +22,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from loretta.errors import InputError
-from loretta.training.config import HeadPolicy
+from loretta.options import with_lists
+from loretta.training.config import ALIASES, HeadPolicy, RunConfig
 from loretta.tuners.adp import LorettaAdpConfig
 from loretta.tuners.config import LorettaConfig, TrainHead
 from loretta.tuners.extras import head_names, norm_names
@@ -36,7 +37,7 @@ class Method:
     Without a config class every parameter of the model is trained.
     """
 
-    config: Callable[..., PeftConfig] | None
+    config: type[PeftConfig] | None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     learning_rate: float = 1e-3
     targets: Callable[[nn.Module], list[str] | str] | None = None
@@ -94,10 +95,12 @@ def refuse_unknown_options(name: str, options: Collection[str]) -> None:
     method = find_method(name)
     if method.config is None:
         return  # full fine-tuning has none, which it says itself
-    fields = {field.name for field in dataclasses.fields(method.config)}  # type: ignore[arg-type]
+    fields = {field.name for field in dataclasses.fields(method.config)}
     unknown = sorted(set(options) - fields)
     if unknown:
-        close = [match for key in unknown for match in get_close_matches(key, fields, 1)]
+        # what is no option of the run is taken for one of the method
+        known = {*fields, *RunConfig.model_fields, *ALIASES}
+        close = [match for key in unknown for match in get_close_matches(key, known, 1)]
         guess = f"did you mean {', '.join(map(repr, close))}? " if close else ""
         raise InputError(
             f"unknown option {', '.join(map(repr, unknown))} for a run with method {name!r}: {guess}"
@@ -116,7 +119,7 @@ def peft_config(
     method = find_method(name)
     assert method.config is not None, f"{name} trains the model itself"
     refuse_unknown_options(name, options.keys())
-    merged = {**method.options, **options}
+    merged = {**method.options, **with_lists(options, method.config)}
     if method.targets is not None and "target_modules" not in merged:
         merged["target_modules"] = method.targets(model)
     if "train_head" in options and head_policy != "method":

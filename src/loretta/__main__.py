@@ -1,0 +1,5 @@
+"""``python -m loretta``: the command line."""
+
+from loretta.cli.main import main
+
+main()

@@ -1,0 +1,40 @@
+"""``loretta eval``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loretta.cli.options import Cpu, Json, Model, RunFolder
+from loretta.cli.output import print_json, scores
+from loretta.errors import InputError
+
+
+def evaluate(
+    run: RunFolder,
+    data: Annotated[
+        str | None, typer.Option(help="Other data with the same columns and labels, of a file all rows.")
+    ] = None,
+    split: Annotated[str, typer.Option(metavar="train|validation|test", help="What to score.")] = "validation",
+    model: Model = None,
+    cpu: Cpu = False,
+    as_json: Json = False,
+) -> None:
+    """Load a run's adapter again and score it."""
+    if split not in ("train", "validation", "test"):
+        raise InputError(f"--split {split!r} is none of train, validation and test")
+    from loretta.training.data import load_config_task
+    from loretta.training.predict import evaluate as score
+    from loretta.training.predict import load_run
+
+    loaded = load_run(run, model=model, cpu=cpu)
+    config = loaded.config
+    if data is not None:
+        # a file is its own validation file: no rows are held out of it
+        validation = data if Path(data).is_file() else None
+        config = config.model_copy(update={"data": data, "validation": validation, "test": None, "limit": None})
+    values = score(loaded, load_config_task(config), split)
+    if as_json:
+        print_json({"run": str(run), "split": split, **values})
+    else:
+        typer.echo(f"{split}: {scores(values)}")

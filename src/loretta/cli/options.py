@@ -1,0 +1,91 @@
+"""Options that several verbs share, and those of a run, which are read off :class:`RunConfig`."""
+
+import inspect
+import types
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import typer
+from pydantic.fields import FieldInfo
+from typer.core import TyperCommand
+
+from loretta.cli.output import answer_json
+from loretta.training.config import ALIASES, GROUPS, RunConfig
+
+Json = Annotated[
+    bool,
+    typer.Option("--json", callback=answer_json, help="Print one JSON document and nothing else on standard output."),
+]
+Model = Annotated[str | None, typer.Option(help="Hub id or folder of the base model.")]
+Cpu = Annotated[bool, typer.Option("--cpu", help="Stay on the CPU even where there is an accelerator.")]
+RunFolder = Annotated[Path, typer.Argument(help="Folder that `loretta train` wrote.", show_default=False)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier call wrote there.")]
+
+
+def run_options(
+    *, but: Collection[str] = (), defaults: bool = True
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a verb, in place of its ``**given``, an option for each field of RunConfig except ``but``.
+
+    An option that is not given is None. ``defaults`` of RunConfig are shown where they are what the verb takes.
+    """
+
+    def with_options(verb: Callable[..., None]) -> Callable[..., None]:
+        own = list(inspect.signature(verb).parameters.values())[:-1]
+        names = {name: group for group, members in GROUPS.items() for name in members if name not in but}
+        fields = [_parameter(name, RunConfig.model_fields[name], group, defaults) for name, group in names.items()]
+        verb.__signature__ = inspect.Signature([*own, *fields])  # type: ignore[attr-defined]
+        verb.__annotations__ = {parameter.name: parameter.annotation for parameter in [*own, *fields]}
+        return verb
+
+    return with_options
+
+
+def _parameter(name: str, field: FieldInfo, group: str, defaults: bool) -> inspect.Parameter:
+    kind, words = _type_of(field.annotation)
+    flags = [_flag(name), *(_flag(alias) for alias, key in ALIASES.items() if key == name)]
+    if name == "output":
+        flags.append("-o")
+    if kind is bool:
+        flags = [f"{flag}/--no-{flag.removeprefix('--')}" for flag in flags]
+    # None, False and {} are what one expects of an option that is left out
+    default = f" [default: {field.default}]" if defaults and field.default and not field.is_required() else ""
+    option = typer.Option(
+        *flags,
+        help=f"{field.description}{default}",
+        rich_help_panel=group,
+        metavar="|".join(words) or None,
+        autocompletion=(lambda: list(words)) if words else None,
+    )
+    annotation = Annotated[kind | None, option]  # type: ignore[valid-type]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _type_of(hint: Any) -> tuple[type, tuple[str, ...]]:
+    """The type that a command line reads a field as, and the words it may be. RunConfig itself checks the rest."""
+    if get_origin(hint) in (Union, types.UnionType):
+        hint = next(part for part in get_args(hint) if part is not type(None))
+    if get_origin(hint) is Literal:
+        return str, get_args(hint)
+    return (hint, ()) if hint in (bool, int, float) else (str, ())
+
+
+class Command(TyperCommand):
+    """A verb whose ``--help`` lists its options in groups."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {name: [] for name in ("Arguments", "Options", *GROUPS)}
+        for parameter in self.get_params(ctx):
+            default = "Arguments" if parameter.param_type_name == "argument" else "Options"
+            group = getattr(parameter, "rich_help_panel", None) or default
+            if (record := parameter.get_help_record(ctx)) is not None:
+                groups[group].append(record)
+        for name, records in groups.items():
+            if records:
+                with formatter.section(name):
+                    formatter.write_dl(records)

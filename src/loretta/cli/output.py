@@ -1,0 +1,77 @@
+"""What the verbs print: tables, progress, and with ``--json`` one document."""
+
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+import typer
+
+from loretta.errors import InputError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# standard output while --json keeps it free
+_answers: TextIO | None = None
+
+
+def answer_json(ctx: typer.Context, as_json: bool) -> bool:
+    """Callback of ``--json``: whatever a library prints from now on goes to standard error."""
+    if as_json and not ctx.resilient_parsing:
+        ctx.with_resource(_answers_alone())
+    return as_json
+
+
+@contextmanager
+def _answers_alone() -> Iterator[None]:
+    global _answers
+    _answers = sys.stdout
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _answers = None
+
+
+def print_json(content: Any) -> None:
+    """The one document. A number that JSON has no word for (NaN, infinity) is null."""
+    answer(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
+
+
+def answer(text: str) -> None:
+    """Print on standard output, also while ``--json`` keeps it free."""
+    print(text, end="", file=_answers)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, float):
+        return content if math.isfinite(content) else None
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, Sequence) and not isinstance(content, str):
+        return [_finite(value) for value in content]
+    return content
+
+
+def scores(values: Mapping[str, float]) -> str:
+    """As "accuracy 0.9123, f1 0.9001"."""
+    return ", ".join(f"{name} {value:.4f}" for name, value in values.items())
+
+
+def console() -> "Console":
+    """Standard output for tables: in a file or a pipe they are not cut to 80 columns."""
+    from rich.console import Console
+
+    terminal = Console(highlight=False)
+    return terminal if terminal.is_terminal else Console(highlight=False, width=200)
+
+
+def existing(folder: Path) -> Path:
+    """The folder itself. Raises InputError where there is none."""
+    if not folder.is_dir():
+        raise InputError(f"there is no folder '{folder}': give the --output of a study, or a run in it")
+    return folder

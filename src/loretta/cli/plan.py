@@ -1,0 +1,46 @@
+"""``loretta plan``."""
+
+from typing import Annotated
+
+import typer
+
+from loretta.cli.options import Json
+from loretta.cli.output import print_json
+
+
+def plan(
+    model: Annotated[str | None, typer.Option(help="Hub id, folder, or a name such as llama-2-70b.")] = None,
+    method: Annotated[str | None, typer.Option(metavar="rep|adp", help="Default: rep, or the preset's.")] = None,
+    preset: Annotated[str | None, typer.Option(help="A configuration of the paper; --presets lists them.")] = None,
+    task_type: Annotated[str | None, typer.Option(help="SEQ_CLS, CAUSAL_LM, ...; default: by the model.")] = None,
+    num_labels: Annotated[int, typer.Option(help="Labels of a classification head.")] = 2,
+    budget: Annotated[
+        str | None, typer.Option(help="100k or 1.5M (parameters), 400kB or 1MiB (bytes): choose what fits.")
+    ] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the method. Repeatable.")
+    ] = None,
+    explain: Annotated[bool, typer.Option("--explain", help="One page in words.")] = False,
+    presets: Annotated[bool, typer.Option("--presets", help="List the paper's configurations and stop.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show what LoRETTA will do to a model, from its configuration alone."""
+    from loretta.plan import request as planning
+
+    if presets:
+        rows = planning.list_presets()
+        print_json(rows) if as_json else typer.echo(planning.preset_table(rows))
+        return
+    result = planning.make_plan(
+        model=model,
+        method=method,
+        preset=preset,
+        task_type=task_type,
+        num_labels=num_labels,
+        budget=budget,
+        sets=sets or [],
+    )
+    if as_json:
+        print_json(result.as_dict())
+    else:
+        typer.echo(result.explanation() if explain else result.table())

@@ -1,0 +1,75 @@
+"""``loretta reproduce``."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from loretta.cli.options import Json, run_options
+from loretta.cli.output import print_json
+from loretta.cli.study import (
+    OF_EACH_RUN,
+    OF_THE_DATA,
+    DryRun,
+    Jobs,
+    Rates,
+    Seeds,
+    Sets,
+    Sweep,
+    carry_out,
+    learning_rates,
+    run_settings,
+    words,
+)
+
+
+@run_options(but=[*OF_EACH_RUN, *OF_THE_DATA], defaults=False)
+def reproduce(
+    target: Annotated[str | None, typer.Argument(help="table1, figure4, ...; without it they are listed.")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help="Hub id, folder, or a model of the study. Repeatable.")
+    ] = None,
+    tasks: Annotated[str | None, typer.Option(help="Some of the study's tasks: mrpc,rte.")] = None,
+    methods: Annotated[str | None, typer.Option(help="Rows of the study or any method: loretta_adp,lora.")] = None,
+    seeds: Seeds = None,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the runs.")] = Path("runs"),
+    jobs: Jobs = 1,
+    sweep: Sweep = False,
+    batches: Annotated[bool, typer.Option("--sweep-batches", help="Sweep over the grid's batch sizes too.")] = False,
+    rates: Rates = None,
+    orders: Annotated[bool, typer.Option("--orders", help="Train a sequence (table4) in every order.")] = False,
+    dry_run: DryRun = False,
+    sets: Sets = None,
+    as_json: Json = False,
+    **given: Any,
+) -> None:
+    """Run a table or figure of the paper: what is finished stays, what was stopped goes on.
+
+    An option that is not given is the study's.
+    """
+    from loretta.studies.study import load_study, study_names
+
+    if target is None:
+        studies = [load_study(name) for name in study_names()]
+        if as_json:
+            print_json([{"target": study.name, "title": study.title, "source": study.source} for study in studies])
+        else:
+            typer.echo("\n".join(f"{study.name:<8}  {study.title}" for study in studies))
+        return
+    from loretta.studies.expansion import Options
+
+    options = Options(
+        models=tuple(model or ()),
+        tasks=words("--tasks", tasks),
+        methods=words("--methods", methods),
+        seeds=seeds,
+        limit=given.pop("limit"),
+        data_dir=given.pop("data_dir"),
+        cpu=bool(given.pop("cpu")),
+        sweep=sweep,
+        rates=learning_rates(rates),
+        batches=batches,
+        orders=orders,
+        sets=run_settings(given, sets),
+    )
+    carry_out(load_study(target), options, output, jobs=jobs, dry_run=dry_run, as_json=as_json)

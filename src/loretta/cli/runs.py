@@ -1,0 +1,86 @@
+"""``loretta runs ls | show | diff``: look at the runs in a folder, at any time."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from loretta.cli.options import Command, Json
+from loretta.cli.output import console, existing, print_json
+from loretta.errors import InputError
+
+app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at the runs in a folder, at any time.")
+
+
+@app.command("ls", cls=Command)
+def list_runs(
+    folder: Annotated[Path, typer.Argument(help="Folder of runs.")] = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """List every run below a folder with its state and score."""
+    from loretta.studies.show import run_row, runs_table
+    from loretta.studies.state import find_runs
+
+    rows = [run_row(folder, run, state, reason) for run, state, reason in find_runs(existing(folder))]
+    if as_json:
+        print_json(rows)
+        return
+    console().print(runs_table(rows))
+    states = [row["state"] for row in rows]
+    typer.echo(", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)) or "no runs")
+
+
+@app.command("show", cls=Command)
+def show_run(run: Annotated[Path, typer.Argument(help="Folder of a run.")], as_json: Json = False) -> None:
+    """Show one run: its state, options and scores."""
+    from loretta.studies.show import comparison_rows, comparison_table
+    from loretta.studies.state import folder_state, measured, result_of
+    from loretta.training.record import RunRecord
+
+    result = result_of(existing(run))
+    state, reason = folder_state(run, result)
+    if state != "finished":
+        content = {"run": str(run), "state": state, "reason": reason}
+        print_json(content) if as_json else typer.echo(f"{run}: {state}: {reason}")
+        return
+    if result != "run.json":
+        values = {key: value for key, value in measured(run / result).items() if key != "config"}
+        if as_json:
+            print_json({"run": str(run), "state": state, **values})
+        else:
+            typer.echo("\n".join(f"{key}: {value}" for key, value in values.items()))
+        return
+    record = RunRecord.load(run / "run.json")
+    if as_json:
+        print_json({"run": str(run), "state": state, **record.model_dump(mode="json")})
+        return
+    console().print(comparison_table(comparison_rows({str(run): record}), [str(run)]))
+    given = {key: value for key, value in record.config.items() if value not in (None, {}, False)}
+    typer.echo("options: " + ", ".join(f"{key}={value}" for key, value in given.items()))
+    for note in record.notes:
+        typer.echo(f"note: {note}")
+    typer.echo(f"command: {record.command}")
+
+
+@app.command("diff", cls=Command)
+def diff_runs(
+    run: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")], as_json: Json = False
+) -> None:
+    """Show what differs between runs, side by side."""
+    from loretta.studies.show import comparison_rows, comparison_table
+    from loretta.training.record import RunRecord
+
+    records = {str(folder): RunRecord.load(existing(folder) / "run.json") for folder in run}
+    if len(records) < 2:
+        raise InputError(f"`loretta runs diff` needs two runs, got {len(records)}: give another folder")
+    rows = comparison_rows(records)
+    print_json(rows) if as_json else console().print(comparison_table(rows, list(records)))
+
+
+@app.command("compare", cls=Command, hidden=True)
+def compare_runs(
+    run: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")], as_json: Json = False
+) -> None:
+    """The old name of `loretta runs diff`."""
+    typer.echo("loretta: `loretta runs compare` is now `loretta runs diff`", err=True)
+    diff_runs(run, as_json=as_json)

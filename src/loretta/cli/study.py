@@ -1,0 +1,184 @@
+"""What ``reproduce`` and ``compare`` share: their options, and carrying a study out."""
+
+import dataclasses
+import shlex
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from loretta.cli.output import console, print_json
+from loretta.errors import InputError
+from loretta.options import parse_option
+from loretta.training.config import ALIASES
+
+if TYPE_CHECKING:
+    from loretta.studies.execution import Outcome
+    from loretta.studies.expansion import Options
+    from loretta.studies.runner import Summary
+    from loretta.studies.study import Study
+
+# a study gives these to each of its runs
+OF_EACH_RUN = ("model", "data", "method", "method_args", "seed", "output", "start_from")
+# which rows and columns of a user's own data
+OF_THE_DATA = ("text", "text_pair", "label", "kind", "validation", "test")
+
+Seeds = Annotated[int | None, typer.Option(min=1, help="How many seeds, from 0 on.")]
+Jobs = Annotated[
+    int, typer.Option(min=0, help="Runs at once, each in a process, on the GPUs in turn; 0: in this process.")
+]
+Sweep = Annotated[
+    bool,
+    typer.Option("--sweep", help="Choose each method's learning rate on validation, with seed 0, from its grid."),
+]
+Rates = Annotated[str | None, typer.Option(help="Learning rates to sweep over in place of the grid: 1e-4,5e-4.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the runs with parameters, time and memory, and stop.")]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="An option of every run, or METHOD.KEY=VALUE of a method: lora.r=4. Repeatable.",
+    ),
+]
+
+
+def run_settings(given: Mapping[str, Any], sets: Sequence[str] | None) -> dict[str, Any]:
+    """Options of every run: those given as options of their own, then those after ``--set``."""
+    words = dict(parse_option(word) for word in sets or [])
+    return {
+        **{key: value for key, value in given.items() if value is not None},
+        **{ALIASES.get(key, key): value for key, value in words.items()},
+    }
+
+
+def words(option: str, given: str | None) -> tuple[str, ...]:
+    """The words between the commas of an option. Raises InputError where it is given and names nothing."""
+    found = tuple(word.strip() for word in (given or "").split(",") if word.strip())
+    if given is not None and not found:
+        raise InputError(f"{option} {given!r} names nothing: write words with commas between them, or leave it out")
+    return found
+
+
+def learning_rates(given: str | None) -> tuple[float, ...]:
+    """The value of ``--rates``."""
+    try:
+        rates = tuple(float(word) for word in words("--rates", given))
+    except ValueError:
+        raise InputError(f"--rates {given!r} is not a list of numbers: write 1e-4,5e-4") from None
+    if any(rate <= 0 for rate in rates):
+        raise InputError(f"--rates {given!r}: a learning rate must be above 0")
+    return rates
+
+
+def ranks_of(given: str | None) -> list[int]:
+    """The value of ``--ranks``."""
+    try:
+        return [int(word) for word in words("--ranks", given)]
+    except ValueError:
+        raise InputError(f"--ranks {given!r} is not a list of whole numbers: write 2,5,10") from None
+
+
+def carry_out(study: "Study", options: "Options", root: Path, *, jobs: int, dry_run: bool, as_json: bool) -> None:
+    """Run a study, or with ``dry_run`` say what would run, and print it."""
+    if dry_run:
+        _dry_run(study, options, root, as_json=as_json)
+        return
+    from loretta.studies.compare import verdict
+    from loretta.studies.results import collect
+    from loretta.studies.runner import run_study
+    from loretta.studies.show import results_table
+
+    command = shlex.join(["loretta", *sys.argv[1:]])
+    try:
+        with _progress() as watch:
+            summary = run_study(study, options, root, jobs=jobs, command=command, watch=watch)
+    except KeyboardInterrupt:
+        typer.echo("loretta: interrupted; the same command goes on from here", err=True)
+        raise typer.Exit(130) from None
+    results = collect(root, study.name)
+    words = verdict(results).words if study.view == "compare" else None
+    if as_json:
+        content = {"outcomes": [dataclasses.asdict(outcome) for outcome in summary.outcomes], "notes": summary.notes}
+        print_json({**content, "verdict": words, "cells": [cell.model_dump(mode="json") for cell in results.cells]})
+    else:
+        console().print(results_table(results))
+        for note in dict.fromkeys([*study.notes, *summary.notes]):
+            typer.echo(f"note: {note}")
+        if words:
+            typer.echo(words)
+        typer.echo(_summary_words(summary))
+        typer.echo(f"All of it, beside the paper's numbers: loretta report {shlex.quote(str(root))} -o report.html")
+    if not summary.complete:
+        raise typer.Exit(1)
+
+
+def _dry_run(study: "Study", options: "Options", root: Path, *, as_json: bool) -> None:
+    from loretta.studies.expansion import expand
+    from loretta.studies.results import find_row
+    from loretta.studies.show import duration, estimate_table, total
+    from loretta.studies.sizes import estimate
+    from loretta.studies.state import state_of
+
+    expansion = expand(study, options, root)
+    estimates, basis = estimate(root, expansion.runs)
+    finished = sum(state_of(root, run)[0] == "finished" for run in expansion.runs)
+    steps, seconds = (total(getattr(item, name) for item in estimates) for name in ("steps", "seconds"))
+    if as_json:
+        rows = [
+            {
+                **item.run.model_dump(mode="json"),
+                "state": state_of(root, item.run)[0],
+                "parameters": item.size.trained if item.size else None,
+                **{key: getattr(item, key) for key in ("reason", "steps", "seconds", "memory_bytes")},
+            }
+            for item in estimates
+        ]
+        totals = {"runs": len(rows), "finished": finished, "steps": steps, "seconds": seconds}
+        print_json({"study": study.name, **totals, "rests_on": basis, "notes": expansion.notes, "planned": rows})
+        return
+    printed = {}
+    for run in expansion.runs:
+        row = find_row(study, run.row, run.model)
+        # the paper's count is of the paper's model
+        printed[run.model, run.row] = row.parameters if row and row.model == run.model else None
+    console().print(estimate_table(estimates, printed, f"{study.name}: {study.title}"))
+    typer.echo(
+        f"{len(expansion.runs)} runs ({finished} finished), {steps or 0:,} steps, about {duration(seconds)} one by one"
+    )
+    for note in (*basis, *expansion.notes):
+        typer.echo(f"note: {note}")
+
+
+def _summary_words(summary: "Summary") -> str:
+    unfinished = [outcome for outcome in summary.outcomes if outcome.state != "finished"]
+    lines = [f"{outcome.state}: {outcome.folder}: {outcome.reason}" for outcome in unfinished]
+    return "\n".join([f"{len(summary.of('finished'))} of {len(summary.outcomes)} runs are finished", *lines])
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """What the runner tells as it goes, on standard error: a bar on a terminal, a line for each run elsewhere."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+        console=console, transient=True, disable=not console.is_terminal,
+    )  # fmt: skip
+    task = bar.add_task("starting", total=None)
+
+    def watch(folder: str, outcome: "Outcome | None", ended: int, total: int) -> None:
+        bar.update(task, completed=ended, total=total, description=folder)
+        if outcome is None:
+            return
+        words = f"[{ended}/{total}] {folder}: {outcome.state}"
+        words += f", {outcome.seconds:.0f} s" if outcome.state == "finished" else f": {outcome.reason}"
+        bar.console.print(words, markup=False)
+
+    with bar:
+        yield watch

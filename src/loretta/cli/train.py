@@ -1,0 +1,46 @@
+"""``loretta train``."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from loretta.cli.options import Json, run_options
+from loretta.cli.output import print_json, scores
+from loretta.training.config import read_config
+
+
+@run_options(but=["method_args"])
+def train(
+    config: Annotated[
+        Path | None, typer.Option(help="YAML file with any of these options, or of the method's.")
+    ] = None,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Any of these options, or of the method's: tensor_rank=8. Repeatable."
+        ),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
+    as_json: Json = False,
+    **given: Any,
+) -> None:
+    """Train an adapter; write adapter/, run.json and report.html."""
+    run_config = read_config(config, given, sets or [])
+    from loretta import report
+    from loretta.training.run import train as run
+
+    record = run(run_config, resume=resume, overwrite=overwrite)
+    page = run_config.folder / "report.html"
+    report.write([record], page, notes=record.notes)
+    if as_json:
+        print_json(record.model_dump())
+        return
+    for split, values in {"validation": record.validation, "test": record.test}.items():
+        if values:
+            typer.echo(f"{split}: {scores(values)}")
+    typer.echo(
+        f"{record.parameters.trainable:,} trained parameters, {record.adapter_bytes:,} bytes, "
+        f"{record.train_seconds:.0f} s; see {page}"
+    )

@@ -1,0 +1,90 @@
+"""Options of a run: one namespace for the YAML file, the command line and ``--set``."""
+
+import pytest
+
+from loretta.errors import InputError
+from loretta.options import with_lists
+from loretta.training.config import ALIASES, GROUPS, RunConfig, read_config
+from loretta.training.methods import METHODS, find_method, peft_config, refuse_unknown_options
+from loretta.tuners.rep import LorettaRepConfig
+
+BASE = {"model": "m", "data": "d"}
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "value"),
+    [
+        ("epochs", "5", 5.0),
+        ("epoch", "5", 5.0),
+        ("lr", "5e-3", 5e-3),
+        ("sample", "train=100,test=5", {"train": 100, "test": 5}),
+        ("sample", "{train: 100, test: 5}", {"train": 100, "test": 5}),
+        ("tensor_rank", "8", 8),
+        ("method_args.tensor_rank", "8", 8),
+        ("target_modules", "query,value", "query,value"),
+        ("method_args", "{tensor_rank: 8}", {"tensor_rank": 8}),
+    ],
+)
+def test_a_file_and_set_say_the_same(key, text, value, tmp_path):
+    (tmp_path / "run.yaml").write_text(f"{key}: {text}\n")
+    from_file = read_config(tmp_path / "run.yaml", BASE)
+    assert from_file == read_config(None, BASE, [f"{key}={text}"])
+    name = ALIASES.get(key, key)
+    found = from_file.method_args if name == "method_args" else getattr(from_file, name, None)
+    assert (from_file.method_args[name.rpartition(".")[2]] if found is None else found) == value
+
+
+def test_what_comes_later_wins_and_options_of_the_method_add_up(tmp_path):
+    (tmp_path / "run.yaml").write_text("lr: 0.1\nr: 16\ntensor_rank: 2\nmethod_args: {lora_alpha: 4}\n")
+    config = read_config(tmp_path / "run.yaml", {**BASE, "learning_rate": 0.2}, ["tensor_rank=3", "lora_alpha=5"])
+    assert config.learning_rate == 0.2
+    assert config.method_args == {"r": 16, "tensor_rank": 3, "lora_alpha": 5}
+
+
+def test_a_file_with_two_names_of_one_option_is_refused(tmp_path):
+    (tmp_path / "run.yaml").write_text("lr: 0.1\nlearning_rate: 0.2\n")
+    with pytest.raises(InputError, match=r"has both 'lr' and 'learning_rate', which are one"):
+        read_config(tmp_path / "run.yaml", BASE)
+
+
+@pytest.mark.parametrize("text", ["train", "train=many", "trial=5", "train=0"])
+def test_a_bad_sample_is_named(text):
+    with pytest.raises(InputError, match=r"run options: sample"):
+        read_config(None, {**BASE, "sample": text})
+
+
+@pytest.mark.parametrize(
+    ("key", "guess"), [("epochss", "epochs"), ("batchsize", "batch_size"), ("tensor_rnk", "tensor_rank")]
+)
+def test_what_is_neither_of_the_run_nor_of_the_method_is_refused_with_the_nearest_of_both(key, guess):
+    with pytest.raises(InputError, match=rf"unknown option '{key}'.*did you mean '{guess}'"):
+        refuse_unknown_options("rep", read_config(None, BASE, [f"{key}=3"]).method_args)
+
+
+def test_words_with_commas_are_a_list_where_the_method_takes_one():
+    config = peft_config("rep", None, "CAUSAL_LM", {"target_modules": "query, value", "layers_to_transform": "0,1"})
+    assert config.target_modules == {"query", "value"}
+    assert config.layers_to_transform == [0, 1]
+    expression = r".*layers\.\d{1,2}\.(q|v)_proj"
+    given = {"target_modules": expression, "bias": "a,b", "shapes": {}, "init_weights": True}
+    assert with_lists(given, LorettaRepConfig) == given
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"ft"}))
+def test_every_method_has_types_that_can_be_read(method):
+    """Words for target_modules are a list for each method that takes modules. A type that cannot be read raises."""
+    config = find_method(method).config
+    expected = "a,b" if "target_modules" not in config.__dataclass_fields__ else ["a", "b"]
+    assert with_lists({"target_modules": "a,b"}, config) == {"target_modules": expected}
+
+
+def test_every_option_has_a_group_and_a_description():
+    grouped = [name for names in GROUPS.values() for name in names]
+    assert sorted(grouped) == sorted(set(RunConfig.model_fields) - {"method_args"})
+    for name, field in RunConfig.model_fields.items():
+        assert field.description, name
+        assert field.description.endswith("."), name
+    assert set(ALIASES.values()) <= set(RunConfig.model_fields)
+    assert not set(ALIASES) & {
+        field for method in METHODS.values() if method.config for field in method.config.__dataclass_fields__
+    }
