@@ -2,16 +2,19 @@
 
 import copy
 import warnings
+from functools import partial
 
 import pytest
 import torch
-from peft import PeftModel, convert_to_lora, get_peft_model, set_peft_model_state_dict
+from peft import PeftModel, convert_to_lora, get_peft_model, save_as_lora, set_peft_model_state_dict
 from tolerances import assert_near
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 from tuners.families import OPTIONS, build, logits, natural_task
 from tuners.wrapped import config_for, every_method, snapshot, trained, wrap
 
+import loretta
+from loretta import InputError
 from loretta.tuners.adp import AdpLinear
 from loretta.tuners.rep import RepLinear
 
@@ -294,3 +297,43 @@ def test_a_merged_model_can_be_wrapped_again():
     expected = logits(model, inputs)
     again = PeftModel(model.merge_and_unload(), config_for("rep", task_type="SEQ_CLS", train_head="dense")).eval()
     assert_near("logits", logits(again, inputs), expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {}),
+        ("bert", {"train_norms": False}),
+        ("modernbert", {"train_norms": False, "train_head": "frozen"}),
+        ("llama", {"train_norms": False, "modules_to_save": ["lm_head"]}),
+    ],
+)
+def test_peft_does_not_convert_an_adapter_that_also_trains_norms_or_whole_modules(family, options, tmp_path):
+    model, _ = wrap(family, "rep", **options)
+    assert not model.supports_lora_conversion()
+    loretta.rename_adapter(model, "default", "mine")
+    for convert in (convert_to_lora, partial(save_as_lora, tmp_path)):
+        with pytest.raises(InputError, match=r"'mine' also trains.*export_lora"):
+            convert(model, rank=3, adapter_name="mine")
+    assert not list(tmp_path.iterdir())
+
+
+def test_peft_converts_an_adapter_without_norms_beside_one_that_has_them_to_the_same_function(tmp_path):
+    model, inputs = wrap("llama", "rep", train_norms=False, tensor_rank=2)
+    expected = logits(trained(model), inputs)
+    assert model.supports_lora_conversion()
+    save_as_lora(tmp_path, model, rank=2)
+    assert_near("as LoRA", logits(PeftModel.from_pretrained(build("llama")[0], tmp_path).eval(), inputs), expected)
+    model.add_adapter("other", config_for("rep", task_type="CAUSAL_LM"))
+    assert not model.supports_lora_conversion("other")
+
+
+def test_merging_some_of_the_active_adapters_is_refused():
+    model, inputs, expected = two_adapters()
+    model.base_model.set_adapter(["default", "other"])
+    for names in (["default"], ["other"]):
+        with pytest.raises(InputError, match=r"cannot merge \['\w+'\] alone.*set_adapter"):
+            model.merge_adapter(names)
+        assert_near("as before", logits(model, inputs), expected["default", "other"])
+    model.merge_adapter(["other", "default"])
+    assert_near("merged", logits(model, inputs), expected["default", "other"])

@@ -133,6 +133,13 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
         self.drops[adapter_name] = bool(dropout)
         note_change()
 
+    def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
+        """As PEFT's, but where accelerate offloads the layer, the device it computes on: its weight is nowhere now."""
+        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
+        return (
+            torch.device(cast(Any, base_layer)._hf_hook.execution_device) if is_offloaded(base_layer) else device
+        ), dtype
+
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """To the device alone. PEFT calls this behind a load, and its own would round what was saved in float32."""
         target = self._get_base_layer_device_and_dtype(self.get_base_layer())[0] if device is None else device
@@ -214,6 +221,13 @@ def is_bare_linear(module: nn.Module) -> bool:
         and not module._backward_pre_hooks
         and "forward" not in module.__dict__
     )
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate brings the parameters of a module here for the length of a call, and away afterwards."""
+    hook = getattr(module, "_hf_hook", None)
+    hooks = getattr(hook, "hooks", (hook,))  # or several of them in a row
+    return any(getattr(each, "offload", False) for each in hooks)
 
 
 def works_in(x: Tensor, dtype: torch.dtype) -> bool:

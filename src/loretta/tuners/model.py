@@ -22,7 +22,8 @@ from loretta.errors import InputError
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.contraction import Contraction
 from loretta.tuners.extras import AdapterCopy, copy_cost, head_names, install_copies, rename_copies
-from loretta.tuners.layer import keep_differentiable
+from loretta.tuners.layer import is_offloaded, keep_differentiable
+from loretta.tuners.names import check_adapter_name, check_endings
 from loretta.tuners.placement import Placement, expand_targets, matched_modules
 
 
@@ -46,6 +47,7 @@ class LorettaModel(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         """PEFT's injection, after every target has been planned: a mistake leaves the model untouched."""
+        check_adapter_name(model, adapter_name)
         keep_differentiable(model)
         config = self.peft_config[adapter_name]
         self._check_new_adapter_config(config)
@@ -56,6 +58,8 @@ class LorettaModel(BaseTuner):
             placements = [self.place(config, name, _base_of(m)) for name, m in matched_modules(targeted, model)]
             _check_signature(config, placements)
             _check_called(model, [placement.name for placement in placements])
+        _check_copies_are_here(model, bool(config.train_norms or config.modules_to_save or head_names(model, config)))
+        check_endings(adapter_name, [*(config.modules_to_save or []), *head_names(model, config)])
         copy_cost(model, config)
         names = install_copies(model, config, adapter_name)
         given = list(dict.fromkeys(config.modules_to_save or [])) or None
@@ -74,7 +78,16 @@ class LorettaModel(BaseTuner):
                 module.widen(adapter_name)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """As PEFT's. Norms and heads follow: those of the merged adapters compute until they are unmerged."""
+        """As PEFT's. Norms and heads follow: those of the merged adapters compute until they are unmerged.
+
+        Raises InputError when some of the active adapters are named and others are not: they would fall silent.
+        """
+        merged, active = {*self._merged(), *(adapter_names or self.active_adapters)}, self.active_adapters
+        if silent := [name for name in active if merged & set(active) and name not in merged]:
+            raise InputError(
+                f"cannot merge {adapter_names} alone while {active} are active, for {silent} would stop having an "
+                f"effect: merge them all, or first make {adapter_names} the active ones with set_adapter"
+            )
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
         self._follow_merge()
 
@@ -156,8 +169,9 @@ class LorettaModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, AdapterCopy):
-            # PEFT would hand the weights of the copy over to the module that takes its place
+        if isinstance(child, AdapterCopy) or is_offloaded(_base_of(child)):
+            # PEFT would hand the weights of the copy over to the module that takes its place, and send trains to where
+            # an offloaded weight is between calls, which is nowhere
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
@@ -183,8 +197,7 @@ class LorettaModel(BaseTuner):
             raise InputError(f"there is no adapter {old!r} to rename: loaded are {', '.join(self.peft_config)}")
         if new in self.peft_config:
             raise InputError(f"cannot rename {old!r} to {new!r}, which is the name of another loaded adapter")
-        if not new or "." in new or hasattr(nn.ModuleDict(), new):
-            raise InputError(f"cannot rename {old!r} to {new!r}: torch takes no such name for a module")
+        check_adapter_name(self.model, new)
         self.peft_config[new] = self.peft_config.pop(old)
         for module in self.model.modules():
             if isinstance(module, self.layer_cls):
@@ -301,6 +314,15 @@ def _check_called(model: nn.Module, targets: Iterable[str]) -> None:
                 f"the target '{name}' lies in torch's TransformerEncoderLayer, which in evaluation reads its weights "
                 "without calling it: call torch.backends.mha.set_fastpath_enabled(False) first"
             )
+
+
+def _check_copies_are_here(model: nn.Module, copies: bool) -> None:
+    """Refuse norms and whole modules beside a base model that accelerate has offloaded: there is nothing to copy."""
+    if copies and (name := next((name for name, module in model.named_modules() if is_offloaded(module)), None)):
+        raise InputError(
+            f"norms and heads cannot be trained where accelerate has offloaded '{name}', whose values are not here: "
+            "offload after the adapter is on the model, or set train_norms=False, with no head and no modules_to_save"
+        )
 
 
 def _base_of(module: nn.Module) -> nn.Module:

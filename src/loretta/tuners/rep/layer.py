@@ -32,6 +32,7 @@ class RepLinear(LorettaLayer):
         "loretta_rep_start_down",
         "loretta_rep_start_up",
         "loretta_rep_dropout",
+        "beside",
         "r",
         "lora_alpha",
         "scaling",
@@ -44,6 +45,7 @@ class RepLinear(LorettaLayer):
         super().__init__(base_layer, name=name, **quantization_kwargs)
         self.r: dict[str, int] = {}
         self.lora_alpha: dict[str, float] = {}
+        self.beside: dict[str, tuple[str, ...]] = {}  # names of what each adapter trains besides linear layers
 
     def update_layer(self, adapter_name: str, placement: Placement, config: LorettaRepConfig) -> None:
         """Add one adapter's trains, with the starting values that ``config.init_weights`` names."""
@@ -176,6 +178,16 @@ class RepLinear(LorettaLayer):
         self.set_base_weight(merged)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """True. PEFT asks right before it converts.
+
+        Raises InputError where it would drop what the adapter trains besides: PEFT's own refusal names no reason.
+        """
+        if beside := self.beside.get(adapter_name):
+            raise InputError(
+                f"the adapter {adapter_name!r} also trains {len(beside)} norms or whole modules (such as "
+                f"'{beside[0]}'), which PEFT's conversion to LoRA would lose: call loretta.export_lora, which writes "
+                "whole modules, train with train_norms=False, or export with --to merged"
+            )
         return True
 
     def __repr__(self) -> str:

@@ -4,10 +4,11 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
-from peft.utils.other import ModulesToSaveWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from loretta import tt
@@ -15,6 +16,7 @@ from loretta.errors import InputError
 from loretta.layers.fit import EXACT, Fit, Update, fit_update, smallest_fit
 from loretta.tuners.extras import AdapterCopy
 from loretta.tuners.model import LorettaModel
+from loretta.tuners.names import check_adapter_name
 from loretta.tuners.placement import Placement, rank_for, require_linear
 from loretta.tuners.rep.config import LorettaRepConfig
 from loretta.tuners.rep.layer import RepLinear
@@ -36,6 +38,27 @@ class LorettaRepModel(LorettaModel):
     tuner_layer_cls = RepLinear
     layer_cls = RepLinear
     target_module_mapping = REP_TARGETS  # type: ignore[assignment]
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As that of both methods. Every layer also learns what a conversion of the adapter to LoRA would lose."""
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        layers = [module for module in model.modules() if isinstance(module, RepLinear)]
+        beside = tuple(
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not isinstance(module, RepLinear)
+            if adapter_name in module._get_available_adapters()
+        )
+        for layer in layers:
+            if adapter_name in layer.n_pairs:
+                layer.beside[adapter_name] = beside
+
+    def supports_lora_conversion(self, adapter_name: str | None = None) -> bool:
+        """Whether PEFT's conversion to LoRA loses nothing of an adapter. Default: of any, as PEFT passes no name on."""
+        names = [name for name in self.peft_config if adapter_name in (None, name)]
+        layers = [module for module in self.model.modules() if isinstance(module, RepLinear)]
+        lossy = any(layer.beside.get(name) for layer in layers for name in names)
+        return not lossy and all(self.peft_config[name].bias == "none" for name in names)
 
     def add_weighted_adapter(
         self,
@@ -137,6 +160,8 @@ class LorettaRepModel(LorettaModel):
             )
         if adapter_name in self.peft_config:
             problems.append(f"the name {adapter_name!r} is taken")
+        else:
+            check_adapter_name(self.model, adapter_name)
         if combination_type not in ("linear", "svd"):
             problems.append(f"combination_type={combination_type!r} is none of 'linear' and 'svd'")
         if rank is not None and error is not None:

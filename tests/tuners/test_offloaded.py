@@ -1,0 +1,64 @@
+"""On a base whose weights accelerate brings in for the length of a call, adapters compute as on a resident one."""
+
+import pytest
+import torch
+from accelerate import cpu_offload
+from peft import PeftModel
+from tolerances import assert_near
+from tuners.families import build, logits, loss_of, natural_task
+from tuners.wrapped import config_for, every_method, trained, wrap
+
+from loretta import InputError, get_peft_model
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter.*:UserWarning")
+ALONE = {"train_norms": False}  # no norms beside the trains: there is nothing to copy of an offloaded module
+every_family = pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
+
+
+def offloaded(family: str) -> torch.nn.Module:
+    return cpu_offload(build(family)[0], execution_device=torch.device("cpu"))
+
+
+@every_family
+@every_method
+def test_an_adapter_loaded_onto_an_offloaded_base_computes_as_on_a_resident_one(family, method, tmp_path):
+    model, inputs = wrap(family, method, **ALONE)
+    trained(model).save_pretrained(tmp_path)
+    expected = logits(model, inputs)
+    assert (expected - logits(build(family)[0], inputs)).norm() > 0.1
+    loaded = PeftModel.from_pretrained(offloaded(family), str(tmp_path)).eval()
+    assert_near("loaded", logits(loaded, inputs), expected)
+    if method == "rep":
+        loaded.merge_adapter()
+        assert_near("merged", logits(loaded, inputs), expected)
+        loaded.unmerge_adapter()
+        assert_near("unmerged", logits(loaded, inputs), expected)
+        assert_near("merged for good", logits(loaded.merge_and_unload(), inputs), expected)
+
+
+@every_method
+def test_an_adapter_trains_on_an_offloaded_base(method):
+    resident, inputs = wrap("llama", method, init_weights="gaussian", **ALONE)
+    values = {name: value for name, value in resident.state_dict().items() if "loretta" in name}
+    config = config_for(method, task_type=natural_task("llama"), init_weights="gaussian", **ALONE)
+    model = get_peft_model(offloaded("llama"), config)
+    model.load_state_dict(values, strict=False)
+    for each in (resident, model):
+        loss_of(each, inputs).backward()
+    got, ref = (dict(each.named_parameters()) for each in (model, resident))
+    for name in values:
+        if ref[name].requires_grad:
+            assert_near(name, got[name].grad, ref[name].grad)
+
+
+@every_method
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("llama", {}), ("bert", {"task_type": "SEQ_CLS", **ALONE}), ("llama", {"modules_to_save": ["lm_head"], **ALONE})],
+)
+def test_what_would_be_copied_of_an_offloaded_base_is_refused(family, options, method):
+    model = offloaded(family)
+    keys = set(model.state_dict())
+    with pytest.raises(InputError, match=r"offloaded.*train_norms=False"):
+        get_peft_model(model, config_for(method, **options))
+    assert set(model.state_dict()) == keys
