@@ -31,11 +31,12 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-# Fill the tables of README and docs from benchmarks/results/ (cp runs/demo/demo.json there after a demo)
+# Fill the tables of README and docs from benchmarks/results/, and docs/cli.md from --help (cp runs/demo/demo.json there after a demo)
 tables: $(INSTALLED)
 	$(BIN)/python benchmarks/tables.py
 	$(BIN)/python benchmarks/counts.py
 	$(BIN)/python benchmarks/performance.py
+	$(BIN)/python docs/cli.py
 
 # What a CPU can measure, in about a quarter of an hour; `make tables` puts it into the docs. Leave the machine alone.
 bench: $(INSTALLED)

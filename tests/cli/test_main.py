@@ -51,6 +51,26 @@ def test_train_writes_what_it_says(trained):
     assert json.loads((trained / "adapter" / "adapter_config.json").read_text())["tensor_rank"] == 3
 
 
+def test_train_answers_with_one_json_document(bert, reviews, capsys, tmp_path):
+    given = ["--json", "--lr", 1e-3, "--set", "target_modules=query,value", "--logging-steps", 1, "--no-cuda-graph"]
+    status, out, err = call(capsys, *train_arguments(bert, reviews, tmp_path / "run", *given))
+    assert status == 0
+    run = json.loads(out)
+    assert run == json.loads((tmp_path / "run" / "run.json").read_text())
+    assert run["config"]["learning_rate"] == 1e-3
+    adapter = json.loads((tmp_path / "run" / "adapter" / "adapter_config.json").read_text())
+    assert sorted(adapter["target_modules"]) == ["query", "value"]
+    assert "'loss'" in err, "the Trainer prints its log, which is no part of the answer"
+
+
+def test_a_config_file_may_hold_options_of_the_method(bert, reviews, capsys, tmp_path):
+    (tmp_path / "run.yaml").write_text("epoch: 1\ntext: review\nlabel: mood\ntensor_rank: 3\nbatch_sise: 8\n")
+    arguments = ["train", "--config", tmp_path / "run.yaml", "--model", bert, "--data", reviews, "-o", tmp_path / "run"]
+    status, _, err = call(capsys, *arguments)
+    assert_refused(status, err, ["unknown option 'batch_sise'", "did you mean 'batch_size'"])
+    assert not (tmp_path / "run").exists()
+
+
 def test_eval_scores_the_loaded_adapter(trained, capsys):
     status, out, _ = call(capsys, "eval", trained, "--cpu", "--json")
     run = json.loads((trained / "run.json").read_text())
@@ -82,8 +102,9 @@ def test_predict_names_an_empty_cell(trained, capsys, tmp_path):
 @pytest.mark.parametrize("ending", [".csv", ".jsonl"])
 def test_predict_writes_a_row_for_each_text(ending, trained, reviews, capsys, tmp_path):
     path = tmp_path / f"out{ending}"
-    status, _, _ = call(capsys, "predict", trained, reviews, "--cpu", "--output", path)
+    status, out, _ = call(capsys, "predict", trained, reviews, "--cpu", "-o", path, "--json")
     assert status == 0
+    assert len(json.loads(out)) == 96
     lines = path.read_text().splitlines()
     rows = list(csv.DictReader(lines)) if ending == ".csv" else [json.loads(line) for line in lines]
     assert len(rows) == 96

@@ -1,0 +1,164 @@
+"""What needs no model answers at once: --help, --version, typos, completion, listings of runs."""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from loretta.cli import main as cli
+from loretta.cli.study import OF_EACH_RUN
+from loretta.studies import expansion
+from loretta.training.config import ALIASES, RunConfig
+from loretta.training.record import RunRecord
+from loretta.tt import plan_shape
+
+ROOT = pathlib.Path(__file__).parents[2]
+HEAVY = {"torch", "transformers", "peft", "numpy", "scipy", "pandas", "datasets", "matplotlib"}
+
+
+def loretta(*arguments: object, **environment: str) -> tuple[int, str, str]:
+    """Exit status, standard output and standard error of ``python -m loretta``; no heavy module may be imported."""
+    command = [sys.executable, "-X", "importtime", "-m", "loretta", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | environment)
+    times = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
+    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in times}
+    assert "loretta" in imported
+    assert not HEAVY & imported
+    rest = "\n".join(line for line in done.stderr.splitlines() if line not in times)
+    return done.returncode, done.stdout, rest
+
+
+def test_the_version():
+    from loretta import __version__
+
+    assert loretta("--version") == (0, f"loretta {__version__}\n", "")
+
+
+def test_every_option_of_a_run_is_in_the_help_of_train():
+    status, out, err = loretta("train", "--help", COLUMNS="100")
+    assert (status, err) == (0, "")
+    shown = {word.strip(",") for line in out.splitlines() for word in line.split() if word.startswith("--")}
+    names = [*(name for name in RunConfig.model_fields if name != "method_args"), *ALIASES]
+    assert {"--" + name.replace("_", "-") for name in names} <= shown
+    for word in ("Precision and device:", "nf4|fp4|int8|torchao-int8|fp8", "[default: 0.06]", "-o, --output"):
+        assert word in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "guess"),
+    [
+        (["trian"], "Did you mean 'train'?"),
+        (["runs", "lss"], "Did you mean 'ls'?"),
+        (["train", "--modle", "m"], "--model"),
+        (["train", "--learning-rte", "1"], "--learning-rate"),
+        (["compare", "--methds", "lora"], "--methods"),
+    ],
+)
+def test_a_typo_gets_the_nearest_word(arguments, guess):
+    status, out, err = loretta(*arguments)
+    assert (status, out) == (2, "")
+    assert guess in err.splitlines()[-1]
+
+
+def test_options_are_checked_before_torch_is_imported():
+    status, out, err = loretta("train", "--model", "m", "--epoch", "0", "--schedule", "zigzag")
+    assert (status, out) == (2, "")
+    assert err.startswith("loretta: run options: data is missing: give --data; epochs=0.0: ")
+    assert "schedule='zigzag': input should be 'linear', 'cosine' or 'constant_with_warmup'" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["export", "run", "there", "-o", "here", "--to", "lora"],
+            "'there' and --output 'here' both say where to write",
+        ),
+        (["export", "run", "--to", "lora"], "give -o with the folder to write"),
+        (["report", "run", "--json", "-o", "report.md"], "leave --output and --format out"),
+    ],
+)
+def test_words_that_contradict_each_other_are_refused_at_once(arguments, words):
+    status, out, err = loretta(*arguments)
+    assert (status, out) == (2, "")
+    assert words in err
+
+
+def test_the_shell_completes_verbs_options_and_words():
+    def complete(words: str) -> list[str]:
+        status, out, _ = loretta(
+            _LORETTA_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(len(words.split(" ")) - 1)
+        )
+        assert status == 0
+        return out.split()
+
+    assert complete("loretta co") == ["compress", "compare"]
+    assert "--learning-rate" in complete("loretta train --lear")
+    assert complete("loretta train --schedule co") == ["cosine", "constant_with_warmup"]
+
+
+def test_runs_are_listed_shown_and_compared_without_torch(tmp_path):
+    counts = {"cores": 90, "biases": 0, "norms": 0, "head": 10, "other": 0, "total": 1000}
+    train = {"at": "query down", "count": 2, **dataclasses.asdict(plan_shape(16, 8, rank=3))}
+    for seed in (0, 1):
+        record = RunRecord(
+            config={"learning_rate": 1e-3, "seed": seed}, command="loretta train", versions={}, model="m", task="t",
+            method="rep", seed=seed, device="cpu", sizes={}, metric="accuracy", higher_is_better=True,
+            parameters=counts, trains=[train], adapter_bytes=9,
+            train_seconds=1.0, peak_memory_bytes=1, history=[], best_step=1,
+            validation={"accuracy": 0.5 if seed else float("nan")}, test=None,
+        )  # fmt: skip
+        (tmp_path / f"s{seed}").mkdir()
+        (tmp_path / f"s{seed}" / "run.json").write_text(record.model_dump_json())
+    status, out, _ = loretta("runs", "ls", tmp_path)
+    assert status == 0
+    assert "accuracy 0.5000" in out
+    assert out.endswith("2 finished\n")
+    status, out, _ = loretta("runs", "ls", tmp_path, "--json")
+    no_constants = {"parse_constant": lambda word: pytest.fail(f"{word} is no JSON")}
+    assert [row["score"] for row in json.loads(out, **no_constants)] == [None, 0.5]
+    assert "command: loretta train" in loretta("runs", "show", tmp_path / "s0")[1]
+    both = (tmp_path / "s0", tmp_path / "s1")
+    status, diff, err = loretta("runs", "diff", *both)
+    assert (status, err) == (0, "")
+    assert "seed" in diff
+    # the old name, which `loretta compare` has with another meaning
+    said = "loretta: `loretta runs compare` is now `loretta runs diff`"
+    assert loretta("runs", "compare", *both) == (0, diff, said)
+    assert "compare" not in loretta("runs", "--help")[1]
+
+
+def test_the_page_of_the_docs_is_what_the_help_says():
+    spec = importlib.util.spec_from_file_location("page_of_the_command_line", ROOT / "docs" / "cli.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert (ROOT / "docs" / "cli.md").read_text() == module.page(), "run `python docs/cli.py`"
+
+
+def test_studies_take_every_option_of_a_run_but_those_that_differ_between_runs():
+    assert OF_EACH_RUN == expansion.OF_EACH_RUN
+    for name in ("compare", "reproduce"):
+        options = {parameter.name for parameter in command_named(name).params}
+        assert {"epochs", "max_length", "quantize", "cpu", "limit"} <= options
+        assert not {"seed", "start_from", "method_args"} & options
+
+
+def command_named(name: str):
+    from typer.main import get_command
+
+    return get_command(cli.app).commands[name]
+
+
+def test_each_verb_that_writes_takes_o_and_each_that_answers_takes_json():
+    from typer.main import get_command
+
+    commands = get_command(cli.app).commands
+    flags = {name: {flag for parameter in verb.params for flag in parameter.opts} for name, verb in commands.items()}
+    writing = {"train", "predict", "export", "compress", "report", "demo", "reproduce", "compare"}
+    assert {name for name, found in flags.items() if {"-o", "--output"} <= found} == writing
+    assert {name for name, found in flags.items() if "--json" not in found} == {"runs"}
