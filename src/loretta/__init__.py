@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from loretta import quantizer_logs
 from loretta.lazy import lazy_attributes
 from loretta.registration import register_with_peft
+from loretta.version import __version__
 
 if TYPE_CHECKING:
     from peft import PeftModel, TaskType, get_peft_model
@@ -20,8 +21,6 @@ if TYPE_CHECKING:
     from loretta.tuners.adp import LorettaAdpConfig, LorettaAdpModel
     from loretta.tuners.in_place import hotswap_adapter, rename_adapter
     from loretta.tuners.rep import LorettaRepConfig, LorettaRepModel
-
-__version__ = "0.1.0"
 
 # the imports above once more, for programs that run
 _HOMES = {
@@ -51,6 +50,7 @@ __all__ = [
     "LorettaRepModel",
     "PeftModel",
     "TaskType",
+    "__version__",
     "compress",
     "explain",
     "export_lora",

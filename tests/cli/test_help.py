@@ -12,9 +12,9 @@ import pytest
 
 from loretta.cli import main as cli
 from loretta.cli.study import OF_EACH_RUN
+from loretta.record import RunRecord
 from loretta.studies import expansion
 from loretta.training.config import ALIASES, RunConfig
-from loretta.training.record import RunRecord
 from loretta.tt import plan_shape
 
 ROOT = pathlib.Path(__file__).parents[2]

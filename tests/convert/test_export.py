@@ -613,9 +613,9 @@ def test_a_run_is_exported_with_its_labels(saved, tmp_path):
     shutil.copytree(saved / "rep", run / "adapter")
     record = {
         "config": {}, "command": "", "versions": {}, "model": str(saved / "base"), "task": "t", "method": "rep",
-        "seed": 0, "device": "cpu", "sizes": {}, "label_names": ["low", "mid", "high"], "metric": "accuracy",
-        "higher_is_better": True, "adapter_bytes": 0, "train_seconds": 0, "peak_memory_bytes": 0, "history": [],
-        "best_step": 0, "validation": {}, "test": None,
+        "kind": "classification", "seed": 0, "device": "cpu", "sizes": {}, "label_names": ["low", "mid", "high"],
+        "metric": "accuracy", "higher_is_better": True, "adapter_bytes": 0, "train_seconds": 0, "peak_memory_bytes": 0,
+        "history": [], "best_step": 0, "validation": {}, "test": None,
         "parameters": {"cores": 0, "biases": 0, "norms": 0, "head": 0, "other": 0, "total": 0},
     }  # fmt: skip
     (run / "run.json").write_text(json.dumps(record))

@@ -42,16 +42,17 @@ def test_a_caption_is_shown_literally():
 
 
 def test_the_report_shows_each_shape_once_and_names_its_places():
+    from loretta.record import ParameterCounts, RunRecord, Train
     from loretta.report import render
-    from loretta.training.record import ParameterCounts, RunRecord, Train
 
     shape = plan_shape(32, 8, rank=3)
     train = Train(at="query <b>", count=2, **dataclasses.asdict(shape))
     counts = ParameterCounts(cores=1, biases=0, norms=0, head=0, other=0, total=10)
     record = RunRecord(
-        config={}, command="loretta train", versions={}, model="m", task="t", method="rep", seed=0, device="cpu",
-        sizes={}, metric="accuracy", higher_is_better=True, parameters=counts, adapter_bytes=4, train_seconds=1.0,
-        peak_memory_bytes=1, history=[], best_step=1, validation={}, test=None, trains=[train, train],
+        config={}, command="loretta train", versions={}, model="m", task="t", method="rep", kind="classification",
+        seed=0, device="cpu", sizes={}, metric="accuracy", higher_is_better=True, parameters=counts, adapter_bytes=4,
+        train_seconds=1.0, peak_memory_bytes=1, history=[], best_step=1, validation={},
+        test=None, trains=[train, train],
     )  # fmt: skip
     page = render([record])
     assert page.count('<svg class="train"') == 1

@@ -15,8 +15,8 @@ import pytest
 
 from loretta import report
 from loretta.errors import InputError
+from loretta.record import ParameterCounts, Point, RunRecord
 from loretta.report import figures
-from loretta.training.record import ParameterCounts, Point, RunRecord
 
 SCRIPT = "<script>alert(1)</script>.csv"
 
@@ -36,6 +36,7 @@ def record(**changes: Any) -> RunRecord:
         "model": "some/model",
         "task": "sst2",
         "method": "adp",
+        "kind": "classification",
         "seed": 7,
         "device": "cpu",
         "sizes": {"train": 66477, "validation": 872},
@@ -365,10 +366,10 @@ def test_a_failure_leaves_the_old_page(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_importing_is_cheap_and_pyplot_is_never_loaded():
     code = (
-        "import sys, loretta.training.record; before = set(sys.modules); import loretta.report as r;"
+        "import sys, loretta.record; before = set(sys.modules); import loretta.report as r;"
         "new = {name.partition('.')[0] for name in set(sys.modules) - before};"
         "assert not new & {'matplotlib', 'jinja2', 'numpy', 'torch'}, new;"
-        "record = loretta.training.record.RunRecord.model_validate_json(sys.stdin.read());"
+        "record = loretta.record.RunRecord.model_validate_json(sys.stdin.read());"
         "r.render([record]); assert 'matplotlib.pyplot' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], input=record().model_dump_json(), text=True, check=True)

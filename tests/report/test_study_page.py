@@ -14,6 +14,7 @@ from test_runs import Page
 
 from loretta.cli import main as cli
 from loretta.errors import InputError
+from loretta.record import RunRecord
 from loretta.report.folder import FORMATS, report_on
 from loretta.report.study import section_of
 from loretta.report.study_figures import count_of, pareto, smooth
@@ -21,7 +22,6 @@ from loretta.studies.expansion import Options
 from loretta.studies.results import collect
 from loretta.studies.runner import write_study
 from loretta.studies.study import Planned, parse_study
-from loretta.training.record import RunRecord
 
 SIZES = {"big": 1000, "small": 100}
 SST2 = (0.70, 0.74, 0.78)
@@ -34,8 +34,9 @@ def run_record(config: dict[str, Any], **changes: Any) -> dict[str, Any]:
     cores = changes.pop("cores", 90)
     plain: dict[str, Any] = {
         "config": config, "command": "loretta train", "versions": {"torch": "2.13.0"}, "model": "m", "task": "sst2",
-        "method": "lora", "seed": 0, "device": "cpu", "sizes": {"train": 10}, "metric": "accuracy",
-        "higher_is_better": True, "adapter_bytes": 4 * cores, "train_seconds": 2.0, "peak_memory_bytes": 0,
+        "method": "lora", "kind": "classification", "seed": 0, "device": "cpu", "sizes": {"train": 10},
+        "metric": "accuracy", "higher_is_better": True, "adapter_bytes": 4 * cores, "train_seconds": 2.0,
+        "peak_memory_bytes": 0,
         "parameters": {"cores": cores - 10, "biases": 0, "norms": 0, "head": 10, "other": 0, "total": 10**6},
         "history": [
             {"step": step, "epoch": 1.0, "split": "validation", "values": {"loss": 1 / step}} for step in (1, 2, 4)

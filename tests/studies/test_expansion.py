@@ -9,10 +9,10 @@ import pytest
 from transformers import BertConfig
 
 from loretta.errors import InputError
+from loretta.record import RunRecord
 from loretta.studies.expansion import Options, choose, differences, expand, shapes, total_steps
 from loretta.studies.study import Planned, load_study
 from loretta.training.config import RunConfig
-from loretta.training.record import RunRecord
 
 
 def runs(name, root, **options):
@@ -24,9 +24,10 @@ def record(config, *, validation, test=None, metric="accuracy", higher_is_better
     counts = {"cores": parameters, "biases": 0, "norms": 0, "head": 0, "other": 0, "total": 100}
     raw = {
         "config": config, "command": "loretta", "versions": {}, "model": "m", "task": "t", "method": "lora",
-        "seed": 0, "device": "cpu", "sizes": {}, "metric": metric, "higher_is_better": higher_is_better,
-        "parameters": counts, "adapter_bytes": 40, "train_seconds": 1.0, "peak_memory_bytes": 0, "history": [],
-        "best_step": 1, "validation": validation, "test": test, "label_names": ["a", "b"], **more,
+        "kind": "classification", "seed": 0, "device": "cpu", "sizes": {}, "metric": metric,
+        "higher_is_better": higher_is_better, "parameters": counts, "adapter_bytes": 40,
+        "train_seconds": 1.0, "peak_memory_bytes": 0, "history": [], "best_step": 1, "validation": validation,
+        "test": test, "label_names": ["a", "b"], **more,
     }  # fmt: skip
     return RunRecord.model_validate(raw)
 

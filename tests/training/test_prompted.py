@@ -10,6 +10,7 @@ from tolerances import assert_near
 from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 
 from loretta.errors import InputError
+from loretta.record import RunRecord
 from loretta.tasks.prompted import Example
 from loretta.tasks.prompted.encoding import IGNORED, Encoded, encode_options, encode_prompt
 from loretta.training import run as running
@@ -28,7 +29,6 @@ from loretta.training.prompted import (
     notes_on_length,
     option_scores,
 )
-from loretta.training.record import RunRecord
 from loretta.training.run import train
 from loretta.training.trainers import make_trainer
 

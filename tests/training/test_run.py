@@ -11,12 +11,12 @@ from safetensors.torch import load_file
 from training_data import sentences
 
 from loretta.errors import InputError
+from loretta.record import RunRecord
 from loretta.tasks import load_task
 from loretta.training.config import RunConfig, read_config
 from loretta.training.data import load_config_task
 from loretta.training.methods import METHODS, find_method, peft_config
 from loretta.training.predict import evaluate, load_run, predict
-from loretta.training.record import RunRecord
 from loretta.training.run import train
 from loretta.training.scores import score_logits
 from loretta.training.trainer import is_final_layer

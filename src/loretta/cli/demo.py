@@ -18,8 +18,8 @@ import typer
 from loretta.cli.options import Json
 from loretta.cli.output import print_json
 from loretta.errors import InputError
+from loretta.record import RunRecord
 from loretta.training.config import RunConfig
-from loretta.training.record import RunRecord
 
 # The best on validation of those that benchmarks/learning_rates.py tried (3 seeds, benchmarks/results/). The final
 # layer is the same for all methods and learns at one rate beside an adapter; alone it likes a higher one.
@@ -85,7 +85,7 @@ def run_demo(folder: Path, *, quick: bool = False, show: bool = True) -> dict[st
     from rich.console import Console
 
     from loretta import report
-    from loretta.training.folder import write_json
+    from loretta.files import write_json
     from loretta.training.run import train
 
     if folder.is_file():

@@ -33,9 +33,9 @@ def list_runs(
 @app.command("show", cls=Command)
 def show_run(run: Annotated[Path, typer.Argument(help="Folder of a run.")], as_json: Json = False) -> None:
     """Show one run: its state, options and scores."""
+    from loretta.record import RunRecord
     from loretta.studies.show import comparison_rows, comparison_table
     from loretta.studies.state import folder_state, measured, result_of
-    from loretta.training.record import RunRecord
 
     result = result_of(existing(run))
     state, reason = folder_state(run, result)
@@ -67,8 +67,8 @@ def diff_runs(
     run: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")], as_json: Json = False
 ) -> None:
     """Show what differs between runs, side by side."""
+    from loretta.record import RunRecord
     from loretta.studies.show import comparison_rows, comparison_table
-    from loretta.training.record import RunRecord
 
     records = {str(folder): RunRecord.load(existing(folder) / "run.json") for folder in run}
     if len(records) < 2:

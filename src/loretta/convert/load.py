@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import logging as transformers_logging
 
 from loretta.errors import InputError
+from loretta.wording import one_line
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _AUTO: dict[str | None, Any] = {
@@ -58,7 +59,7 @@ class SavedAdapter:
             model = _auto_class(self.config).from_pretrained(self.base, **wanted)
         except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
             raise InputError(
-                f"cannot load the base model '{self.base}' ({_short(error)}): give its folder or Hub id with --model"
+                f"cannot load the base model '{self.base}' ({one_line(error)}): give its folder or Hub id with --model"
             ) from None
         finally:
             transformers_logging.set_verbosity(verbosity)
@@ -67,7 +68,7 @@ class SavedAdapter:
             adapted = PeftModel.from_pretrained(model, str(self.folder)).eval()
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise InputError(
-                f"the adapter in '{self.folder}' does not fit the base model '{self.base}' ({_short(error)}): "
+                f"the adapter in '{self.folder}' does not fit the base model '{self.base}' ({one_line(error)}): "
                 "give the one it was trained on with --model"
             ) from None
         adapted.peft_config["default"].base_model_name_or_path = self.base
@@ -103,7 +104,7 @@ def find_adapter(path: Path, model: str | None = None) -> SavedAdapter:
     base = config.get("base_model_name_or_path")
     label_names: tuple[str, ...] = ()
     if (run := folder.parent / "run.json").is_file():
-        from loretta.training.record import RunRecord  # only here: `import loretta` does without pydantic
+        from loretta.record import RunRecord  # only here: `import loretta` does without pydantic
 
         record = RunRecord.load(run)
         base, label_names = record.model, tuple(record.label_names)
@@ -132,11 +133,5 @@ def _n_labels(weights: Path) -> int:
                 if is_final and name == "weight":
                     return file.get_slice(key).get_shape()[0]
     except (SafetensorError, OSError) as error:
-        raise InputError(f"'{weights}' is damaged or truncated ({_short(error)}): copy it again") from None
+        raise InputError(f"'{weights}' is damaged or truncated ({one_line(error)}): copy it again") from None
     return 0
-
-
-def _short(error: Exception) -> str:
-    """A library's message on one line, cut where it begins to list every tensor."""
-    words = " ".join(str(error).split())
-    return words if len(words) <= 300 else words[:300] + "..."

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
 from loretta.errors import InputError
+from loretta.wording import one_line
 
 
 def _llama(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocabulary: int = 32000, **more):
@@ -79,10 +80,9 @@ def find_config(name: str) -> PreTrainedConfig:
     except (OSError, ValueError, StrictDataclassError) as error:
         close = get_close_matches(name.lower(), FAMILIES, 1)
         guess = f"did you mean {close[0]!r}? " if close else ""
-        reason = " ".join(str(error).split())[:200]
         raise InputError(
-            f"no configuration of '{name}' ({reason}): {guess}give a Hub id that can be reached, a model's folder, "
-            f"or one of {', '.join(FAMILIES)}"
+            f"no configuration of '{name}' ({one_line(error, 200)}): {guess}give a Hub id that can be reached, "
+            f"a model's folder, or one of {', '.join(FAMILIES)}"
         ) from None
 
 
@@ -114,5 +114,4 @@ def meta_model(config: PreTrainedConfig, task_type: str, *, num_labels: int = 2)
         with torch.device("meta"):
             return auto.from_config(config)
     except ValueError as error:
-        reason = " ".join(str(error).split())[:120]
-        raise InputError(f"a {config.model_type} model has no head for {task_type} ({reason})") from None
+        raise InputError(f"a {config.model_type} model has no head for {task_type} ({one_line(error, 120)})") from None

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from loretta.record import RunRecord
 from loretta.report import page
 from loretta.report.runs import render
-from loretta.training.record import RunRecord
 
 
 def write(records: Sequence[RunRecord], path: Path, *, title: str | None = None, notes: Sequence[str] = ()) -> None:

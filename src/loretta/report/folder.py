@@ -4,11 +4,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from loretta.errors import InputError
+from loretta.record import RunRecord
 from loretta.report import runs, study, text
 from loretta.report.study import section_of
 from loretta.studies.results import Results, collect_all
 from loretta.studies.state import find_runs
-from loretta.training.record import RunRecord
 
 FORMATS = ("html", "md", "csv", "json", "latex")
 SUFFIXES = {".html": "html", ".htm": "html", ".md": "md", ".csv": "csv", ".json": "json", ".tex": "latex"}

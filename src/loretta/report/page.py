@@ -1,11 +1,11 @@
 """Templates and charts -> one HTML page, and its way into a file."""
 
 import math
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loretta.files import write_whole
 from loretta.report.figures import Bars, Chart, svg
 
 if TYPE_CHECKING:
@@ -55,10 +55,5 @@ def save(text: str, path: Path) -> None:
     Raises:
         OSError: the folder does not exist or cannot be written to.
     """
-    temporary = path.with_name(f".report-{os.getpid()}.tmp")
-    try:
-        # replace: half a surrogate pair in a config must not cost the user the page
-        temporary.write_bytes(text.encode("utf-8", errors="replace"))
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # replace: half a surrogate pair in a config must not cost the user the page
+    write_whole(path, text.encode("utf-8", errors="replace"))

@@ -7,10 +7,10 @@ from typing import Any
 
 from loretta.errors import InputError
 from loretta.plan.picture import train_svg
+from loretta.record import RunRecord
 from loretta.report import page, tables
 from loretta.report.figures import Chart, Line, Look, drawable
 from loretta.report.tables import MISSING, Cell, Column, Row, Table
-from loretta.training.record import RunRecord
 from loretta.tt import TTShape
 
 

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from loretta.record import Point
 from loretta.report.figures import QUIET, Bar, Bars, Chart, Line, Look, drawable
 from loretta.report.study_tables import QUANTITIES, by_row, record_of
 from loretta.report.tables import size
 from loretta.studies.results import AVERAGE, Cell, Results
 from loretta.studies.show import figure
-from loretta.training.record import Point
 from loretta.tuners.config import LorettaConfig
 
 SMOOTHED = 20  # evaluations, as in Figure 4

@@ -8,11 +8,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from loretta.record import RunRecord
 from loretta.report.runs import facts_of, labels_of, table_of, title_of
 from loretta.report.study import Section
 from loretta.report.tables import Cell, Column, Table
 from loretta.studies.results import Results
-from loretta.training.record import RunRecord
 
 LATEX = {
     **{character: f"\\{character}" for character in "{}$&#%_"},

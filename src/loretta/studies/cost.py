@@ -12,10 +12,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from loretta.errors import InputError
+from loretta.files import write_json
 from loretta.studies.sizes import bare_model, size_of, task_type_of
 from loretta.studies.state import COST
 from loretta.training.config import RunConfig
-from loretta.training.folder import write_json
 from loretta.training.model import load_base, wrap
 
 STEPS = 5  # measured ones, after one that warms up

@@ -125,8 +125,8 @@ def _has_checkpoint(folder: Path) -> bool:
 
 def _evaluate(folder: Path, config: RunConfig, tasks: list[str]) -> None:
     """Score a finished adapter on the validation splits of several tasks, one after the other."""
+    from loretta.files import write_json
     from loretta.training.data import load_config_task
-    from loretta.training.folder import write_json
     from loretta.training.predict import evaluate, load_run
 
     loaded = load_run(folder, cpu=config.cpu)

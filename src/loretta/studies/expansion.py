@@ -14,15 +14,15 @@ from pydantic import Field
 
 from loretta.errors import InputError
 from loretta.plan.base_models import FAMILIES, default_task_type, find_config
+from loretta.record import RunRecord
 from loretta.studies.state import folder_state
 from loretta.studies.study import Frozen, PaperModel, Planned, Row, Study
 from loretta.tasks.glue import GLUE
 from loretta.tasks.prompted import PROMPTED, Sample
 from loretta.tasks.prompted.sampling import validation_rows
-from loretta.tasks.wording import nearest
 from loretta.training.config import RunConfig, read_config
 from loretta.training.methods import find_method, refuse_unknown_options, virtual_tokens
-from loretta.training.record import RunRecord
+from loretta.wording import nearest
 
 ALIASES = {"adp": "loretta_adp", "rep": "loretta_rep"}
 # what tells the runs of a study apart: the same for all of them, they would be one run counted several times

@@ -12,9 +12,9 @@ from pydantic import BaseModel, ConfigDict
 from scipy import stats
 
 from loretta.errors import InputError
+from loretta.record import RunRecord
 from loretta.studies.state import COST, COUNT, State, evaluations, measured, state_of
 from loretta.studies.study import Planned, Row, Study
-from loretta.training.record import RunRecord
 
 STUDY = "study.json"
 CONFIDENCE = 0.95

@@ -158,7 +158,7 @@ def _refuse_prompts_for_encoders(study: Study, runs: Sequence[Planned]) -> None:
 
 def write_study(root: Path, study: Study, options: Options, runs: Sequence[Planned], command: str) -> None:
     """Note in the folder of runs what was asked for: the last command decides for its cells, others stay."""
-    from loretta.training.folder import write_json
+    from loretta.files import write_json
 
     file = study_file(root, study.name)
     before: dict[str, Any] = {}

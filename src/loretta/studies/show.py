@@ -9,8 +9,8 @@ from rich import box
 from rich.table import Table
 
 from loretta.errors import InputError
+from loretta.record import RunRecord
 from loretta.studies.state import State
-from loretta.training.record import RunRecord
 
 if TYPE_CHECKING:  # these import torch and SciPy, and a listing of runs needs neither
     from loretta.studies.results import Cell, Results

@@ -11,9 +11,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedConfig
 
+from loretta.files import write_json
 from loretta.plan.base_models import find_config, meta_model
 from loretta.plan.counts import trainable_by_kind
 from loretta.plan.plan import plan_model
+from loretta.record import RunRecord
 from loretta.studies.expansion import total_steps
 from loretta.studies.state import COUNT
 from loretta.studies.study import Planned
@@ -21,10 +23,8 @@ from loretta.tasks import Kind, load_task
 from loretta.tasks.glue import GLUE
 from loretta.training.config import RunConfig
 from loretta.training.data import is_prompted
-from loretta.training.folder import write_json
 from loretta.training.methods import FULL, find_method, peft_config
 from loretta.training.model import TASK_TYPES, wrap
-from loretta.training.record import RunRecord
 from loretta.tuners.config import LorettaConfig
 
 USE_OF_PEAK = 0.4  # of the rate of one large product, which the small ones of a training step reach

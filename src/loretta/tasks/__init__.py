@@ -9,7 +9,7 @@ from loretta.tasks import glue, stdlib
 from loretta.tasks.base import KINDS, Kind, Task
 from loretta.tasks.files import load_table, load_text
 from loretta.tasks.read import ENDINGS_IN_WORDS, TABLE_ENDINGS, TEXT_ENDINGS, column_names, ending
-from loretta.tasks.wording import listed, nearest, quoted
+from loretta.wording import listed, nearest, quoted
 
 __all__ = ["Kind", "Task", "load_task"]
 

@@ -12,7 +12,7 @@ from loretta.tasks.base import Kind, Task
 from loretta.tasks.labels import LabelScheme, decide
 from loretta.tasks.read import TEXT_ENDINGS, column_names, ending, read_columns, read_documents
 from loretta.tasks.split import hold_out, text_key
-from loretta.tasks.wording import listed, quoted
+from loretta.wording import listed, quoted
 
 if TYPE_CHECKING:
     import datasets

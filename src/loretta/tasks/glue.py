@@ -9,7 +9,7 @@ from typing import Any
 from loretta.errors import InputError
 from loretta.tasks.base import Task
 from loretta.tasks.read import read_columns
-from loretta.tasks.wording import listed, nearest, quoted
+from loretta.wording import listed, nearest, quoted
 
 HUB_NAME = "nyu-mll/glue"
 

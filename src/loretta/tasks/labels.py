@@ -11,7 +11,7 @@ from typing import Any
 
 from loretta.errors import InputError
 from loretta.tasks.base import Kind
-from loretta.tasks.wording import quoted
+from loretta.wording import quoted
 
 MAX_GUESSED_CLASSES = 50
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)

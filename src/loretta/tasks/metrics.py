@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from loretta.errors import InputError
-from loretta.tasks.wording import listed, nearest, quoted
+from loretta.wording import listed, nearest, quoted
 
 # "perplexity" is exp(loss): the trainer has the loss, so it is only a reserved name here
 LOWER_IS_BETTER = ("mse", "perplexity")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from loretta.errors import InputError
-from loretta.tasks.wording import listed, nearest, quoted
+from loretta.wording import listed, nearest, quoted
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")

@@ -12,21 +12,22 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 
-import loretta
+from loretta.files import write_json
 from loretta.plan.counts import trainable_by_kind
 from loretta.plan.plan import read_plan
+from loretta.record import ParameterCounts, Point, RunRecord, Train
 from loretta.tasks.base import Task
 from loretta.tasks.prompted import PromptedTask
 from loretta.training.config import RunConfig
-from loretta.training.folder import ADAPTER, PREDICTIONS, RECORD, write_json
+from loretta.training.folder import ADAPTER, PREDICTIONS, RECORD
 from loretta.training.model import Trained
 from loretta.training.prompted import PromptedTrainer, notes_on_length
-from loretta.training.record import ParameterCounts, Point, RunRecord, Train
 from loretta.training.scores import logits_of, named_values, prediction_rows
 from loretta.training.trainer import TwoRateTrainer
 from loretta.training.trainers import choosing_metric, higher_is_better
 from loretta.tuners.card import write_card
 from loretta.tuners.config import LorettaConfig
+from loretta.version import __version__
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy")
 
@@ -83,7 +84,7 @@ def finish(
 def versions() -> dict[str, str]:
     """The versions of what computes a run."""
     packages = {name: version(name) for name in PACKAGES}
-    return {"python": platform.python_version(), "loretta": loretta.__version__, **packages}
+    return {"python": platform.python_version(), "loretta": __version__, **packages}
 
 
 def score_test(

@@ -1,18 +1,15 @@
 """The folder of a run: the names in it, and who may write to it."""
 
 import json
-import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from loretta.errors import InputError
+from loretta.files import TEMPORARY
+from loretta.record import RunRecord
 from loretta.training.config import RunConfig
-from loretta.training.record import RunRecord
 
 ADAPTER, CHECKPOINTS, TENSORBOARD = "adapter", "checkpoints", "tensorboard"
 CONFIG, RECORD, PREDICTIONS = "config.json", "run.json", "predictions.jsonl"
-TEMPORARY = ".tmp"
 
 
 def claim(folder: Path, config: RunConfig, *, resume: bool, overwrite: bool) -> RunRecord | None:
@@ -39,14 +36,3 @@ def claim(folder: Path, config: RunConfig, *, resume: bool, overwrite: bool) -> 
         words = "; ".join(f"{key} was {before[key]!r} and is {now[key]!r}" for key in changed)
         raise InputError(f"cannot resume '{folder}' with other options ({words}): give the same ones, or --overwrite")
     return RunRecord.load(folder / RECORD) if (folder / RECORD).is_file() else None
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a file in one step: a crash leaves the old one or the new one, never half of it."""
-    # a name of its own for each process: two runners write the same study
-    temporary = path.with_name(f"{path.name}.{os.getpid()}{TEMPORARY}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)

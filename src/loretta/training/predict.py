@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from loretta.errors import InputError
+from loretta.record import RunRecord
 from loretta.tasks.base import Task
 from loretta.tasks.glue import GLUE
 from loretta.tasks.prompted import PromptedTask
@@ -19,7 +20,6 @@ from loretta.training.folder import ADAPTER
 from loretta.training.methods import FULL, find_method
 from loretta.training.model import TASK_TYPES, Trained, load_adapter, load_base, load_tokenizer
 from loretta.training.prompted import encode_examples, judge
-from loretta.training.record import RunRecord
 from loretta.training.scores import prediction_rows, score_logits
 
 

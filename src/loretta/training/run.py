@@ -10,14 +10,15 @@ from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from loretta.errors import InputError
+from loretta.files import write_json
+from loretta.record import RunRecord
 from loretta.training.batches import stop_workers
 from loretta.training.config import RunConfig
 from loretta.training.data import check_loss, encode_splits, load_config_task
 from loretta.training.finish import finish
-from loretta.training.folder import CHECKPOINTS, CONFIG, claim, write_json
+from loretta.training.folder import CHECKPOINTS, CONFIG, claim
 from loretta.training.methods import find_method
 from loretta.training.model import load_tokenizer
-from loretta.training.record import RunRecord
 from loretta.training.start import prepare_model
 from loretta.training.trainers import make_trainer
 

@@ -7,13 +7,13 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from loretta.errors import InputError
+from loretta.record import RunRecord
 from loretta.tasks.base import Task
 from loretta.tasks.prompted import PromptedTask
 from loretta.training.config import RunConfig
 from loretta.training.folder import ADAPTER, RECORD
 from loretta.training.methods import FULL, find_method
 from loretta.training.model import TASK_TYPES, Trained, load_base, start_from, wrap
-from loretta.training.record import RunRecord
 
 
 def prepare_model(

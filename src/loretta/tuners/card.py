@@ -21,11 +21,11 @@ from huggingface_hub.utils import validate_repo_id
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import safe_open
 
-import loretta
 from loretta import tt
+from loretta.version import __version__
 
 if TYPE_CHECKING:
-    from loretta.training.record import RunRecord  # pydantic is not to be imported with every `import loretta`
+    from loretta.record import RunRecord  # pydantic is not to be imported with every `import loretta`
 
 README = "README.md"
 _TAGS = ("loretta", "tensor-train")
@@ -121,7 +121,7 @@ def _render(config: Mapping[str, Any], base: str | None, folder: Path, **about_r
             kinds=_kinds(config, shapes),
             trains=_trains(config),
             weights_bytes=_weights(folder).stat().st_size,
-            version=loretta.__version__,
+            version=__version__,
             **about_run,
         )
         .strip()

@@ -14,7 +14,7 @@ from loretta.tasks.prompted.base import STOP, Example, PromptedSpec, PromptedTas
 from loretta.tasks.prompted.encoding import Encoded, encode_example, encode_options, encode_pair, encode_prompt, padded
 from loretta.tasks.prompted.rows import Split, read_splits
 from loretta.tasks.prompted.sampling import draw
-from loretta.tasks.wording import listed, nearest, quoted
+from loretta.wording import listed, nearest, quoted
 
 __all__ = [
     "PROMPTED",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from loretta.errors import InputError
 from loretta.tasks.prompted.base import Example
-from loretta.tasks.wording import quoted
+from loretta.wording import quoted
 
 if TYPE_CHECKING:
     from torch import Tensor

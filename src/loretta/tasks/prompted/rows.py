@@ -8,7 +8,7 @@ from typing import Any
 from loretta.errors import InputError
 from loretta.tasks.prompted.base import PromptedSpec, Row
 from loretta.tasks.read import read_columns
-from loretta.tasks.wording import quoted
+from loretta.wording import quoted
 
 # what a train file is called that was cut out of the official validation split
 TRAIN_FROM_DEV = "train_from_dev.jsonl.gz"

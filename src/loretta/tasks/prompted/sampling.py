@@ -10,7 +10,7 @@ from loretta.errors import InputError
 from loretta.tasks.prompted.base import Example, PromptedSpec, Sample
 from loretta.tasks.prompted.rows import Split, bad_row
 from loretta.tasks.split import text_key
-from loretta.tasks.wording import quoted
+from loretta.wording import quoted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -72,7 +72,7 @@ class RunRecord(BaseModel):
     model: str
     task: str
     method: str
-    kind: str = ""  # of the task: "classification", "regression", "language_modeling", "choice" or "generation"
+    kind: str  # of the task: "classification", "regression", "language_modeling", "choice" or "generation"
     seed: int
     device: str
     sizes: dict[str, int]  # examples (or blocks of text) per split
@@ -90,15 +90,6 @@ class RunRecord(BaseModel):
     best_step: int
     validation: dict[str, float]  # at the best step
     test: dict[str, float] | None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _name_the_kind(cls, raw: Any) -> Any:
-        """Records of version 0.1 did not say it."""
-        if isinstance(raw, dict) and not raw.get("kind"):
-            by_labels = "classification" if raw.get("label_names") else "regression"
-            return {**raw, "kind": "language_modeling" if raw.get("metric") == "perplexity" else by_labels}
-        return raw
 
     @classmethod
     def load(cls, path: Path) -> "RunRecord":

@@ -1,0 +1,64 @@
+"""How values become words: quotes that stay short and on one line, lists, nearest names, sizes, nested settings."""
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+MAX_QUOTE = 60
+MAX_LISTED = 20
+MISSING = "–"  # in the place of a number that nobody knows
+
+
+def quoted(value: object) -> str:
+    """``repr`` of the value, line ends escaped, cut after 60 characters."""
+    text = repr(value)
+    return text if len(text) <= MAX_QUOTE else text[:MAX_QUOTE] + "..."
+
+
+def listed(values: Iterable[object]) -> str:
+    """Quoted values with commas between them; those after the twentieth are counted only."""
+    shown = [quoted(value) for value in values]
+    more = len(shown) - MAX_LISTED
+    return ", ".join(shown[:MAX_LISTED]) + (f" and {more} more" if more > 0 else "")
+
+
+def distinct(values: Iterable[str]) -> str:
+    """Each text once, in the order of the first ones, with commas between them."""
+    return ", ".join(dict.fromkeys(values))
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """`` (did you mean 'x'?)``, with the blank in front, or nothing when no name is near."""
+    by_key = {_key(candidate): candidate for candidate in names}
+    close = difflib.get_close_matches(_key(name), by_key, n=1)
+    return f" (did you mean {quoted(by_key[close[0]])}?)" if close else ""
+
+
+def _key(name: str) -> str:
+    return name.casefold().replace("-", "").replace("_", "").replace(" ", "")
+
+
+def one_line(error: object, most: int = 300) -> str:
+    """A library's message on one line, cut after ``most`` characters: some list every tensor of a model."""
+    words = " ".join(str(error).split())
+    return words if len(words) <= most else words[:most] + "..."
+
+
+def size_words(n_bytes: int | None) -> str:
+    """Bytes as "512 B" or "1.5 GiB"."""
+    if n_bytes is None:
+        return MISSING
+    value, unit = float(n_bytes), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if round(value, 1) < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f"{n_bytes} B" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name, as ``{"method_args.r": 8}``."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found

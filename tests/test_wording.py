@@ -1,0 +1,42 @@
+import pytest
+
+from loretta.wording import distinct, flat, listed, nearest, one_line, quoted, size_words
+
+
+def test_quotes_stay_on_one_line_and_short():
+    assert quoted("two\nlines") == r"'two\nlines'"
+    assert len(quoted("x" * 1000)) < 70
+
+
+def test_a_long_list_is_counted_after_the_twentieth():
+    assert listed(["a", "b"]) == "'a', 'b'"
+    assert listed([f"c{n}" for n in range(23)]).endswith("'c19' and 3 more")
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("SST-2", " (did you mean 'sst2'?)"), ("sts_b", " (did you mean 'stsb'?)"), ("nothing like it", "")],
+)
+def test_nearest_name_whatever_the_case_and_hyphens(name, hint):
+    assert nearest(name, ["sst2", "stsb", "rte"]) == hint
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "words"),
+    [(None, "–"), (0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (2**20 - 1, "1.0 MiB"), (5 * 2**40, "5.0 TiB")],
+)
+def test_sizes(n_bytes, words):
+    assert size_words(n_bytes) == words
+
+
+def test_nested_settings_by_dotted_name():
+    assert flat({"a": 1, "b": {"c": 2, "d": {"e": None}}}) == {"a": 1, "b.c": 2, "b.d.e": None}
+
+
+def test_a_message_of_a_library_on_one_line():
+    assert one_line(ValueError("a\n  b")) == "a b"
+    assert one_line("x" * 9, most=4) == "xxxx..."
+
+
+def test_each_text_once():
+    assert distinct(["b", "a", "b"]) == "b, a"
