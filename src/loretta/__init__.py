@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from loretta import quantizer_logs
 from loretta.lazy import lazy_attributes
 from loretta.registration import register_with_peft
-from loretta.version import __version__
+from loretta.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from peft import PeftModel, TaskType, get_peft_model
@@ -50,7 +50,6 @@ __all__ = [
     "LorettaRepModel",
     "PeftModel",
     "TaskType",
-    "__version__",
     "compress",
     "explain",
     "export_lora",
