@@ -19,7 +19,6 @@ from timing import about, captured, timed
 from torch import nn
 
 from loretta.tuners.contraction import Contraction
-from loretta.tuners.layer import LorettaLayer
 
 FLOOR = "floor"
 # the joint contraction of a method's trains alone, forward and backward: part of the method's time
@@ -44,21 +43,13 @@ def step_of(model: nn.Module, batch: dict[str, torch.Tensor], call) -> tuple:
 
 def contraction_of(model: nn.Module) -> tuple:
     """What the wrapped model does with its trains in every step, without the model."""
-    inner = model.get_base_model()
-    hooks = [getattr(hook, "__self__", None) for hook in inner._forward_pre_hooks.values()]
-    contraction = next(hook for hook in hooks if isinstance(hook, Contraction))
-    layers = [module for module in model.modules() if isinstance(module, LorettaLayer)]
+    contraction = Contraction.of(model.get_base_model())
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def factors() -> list[torch.Tensor]:
-        contraction.begin(inner, ())
-        found = [f for layer in layers for handed in layer.handed.with_gradient.values() for f in handed]
-        contraction.end(inner, (), None)
-        return [factor for factor in found if factor.requires_grad]
+        return [factor for found in contraction.contract().values() for factor in found if factor.requires_grad]
 
     grads = [torch.ones_like(factor) for factor in factors()]
-    for layer in layers:
-        layer.handed.with_gradient.clear()  # a graph that is alive ties the next one to its stream
 
     def step() -> None:
         torch.autograd.backward(factors(), grads)

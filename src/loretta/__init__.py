@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from loretta.plan.plan import plan_model
     from loretta.training.graphs import CudaGraphTrainer
     from loretta.tuners.adp import LorettaAdpConfig, LorettaAdpModel
+    from loretta.tuners.contraction import serving
     from loretta.tuners.in_place import hotswap_adapter, rename_adapter
     from loretta.tuners.rep import LorettaRepConfig, LorettaRepModel
 
@@ -39,6 +40,7 @@ _HOMES = {
     "hotswap_adapter": "loretta.tuners.in_place",
     "plan_model": "loretta.plan.plan",
     "rename_adapter": "loretta.tuners.in_place",
+    "serving": "loretta.tuners.contraction",
 }
 
 __all__ = [
@@ -58,6 +60,7 @@ __all__ = [
     "hotswap_adapter",
     "plan_model",
     "rename_adapter",
+    "serving",
 ]
 
 if not TYPE_CHECKING:  # which would take any name for one of this package

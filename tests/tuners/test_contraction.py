@@ -15,14 +15,13 @@ from peft import PeftModel, inject_adapter_in_model
 from tolerances import assert_gradients_near, assert_near
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.multiprocessing.reductions import StorageWeakRef
 from tuners.families import build, logits, randomise
 from tuners.wrapped import config_for, every_method, trainable, trained, wrap
 
 import loretta
 from loretta import get_peft_model
 from loretta.tuners import contraction
-from loretta.tuners.contraction import Contraction, Handed
+from loretta.tuners.contraction import Contraction
 from loretta.tuners.layer import LorettaLayer, is_bare_linear
 
 FAMILIES = ["bert", "gpt2", "llama", "t5"]
@@ -163,7 +162,7 @@ def test_a_call_contracts_each_kind_of_trains_once(method, contractions):
 
 @every_method
 @pytest.mark.parametrize("family", ["llama", "gpt2", "t5"])
-def test_generation_contracts_once(family, method, contractions):
+def test_a_generation_contracts_once(family, method, contractions):
     model, inputs = adapted(family, method)
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": 10**6}
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
@@ -174,7 +173,7 @@ def test_generation_contracts_once(family, method, contractions):
     in_encoder = len(layers_of(model.get_base_model().encoder)) if family == "t5" else 0
     assert contractions["alone"] == 2 * in_encoder
     assert torch.equal(model.generate(**inputs, **options), got)
-    assert contractions["together"] == once
+    assert contractions["together"] == 2 * once
     with apart(model):
         assert torch.equal(model.generate(**inputs, **options), got)
 
@@ -216,15 +215,6 @@ def assign_data(model: nn.Module, inputs: dict[str, Tensor]) -> None:
         values.data = 2 * values.data
 
 
-def write_data_then(switch: str) -> Change:
-    def change(model: PeftModel, inputs: dict[str, Tensor]) -> None:
-        for values in values_of(model):
-            values.data.copy_(2 * values.data)
-        getattr(model, switch)()
-
-    return change
-
-
 CHANGES: dict[str, Change] = {
     "optimizer step": step,
     "load_state_dict": lambda model, _: model.load_state_dict(doubled(model)),
@@ -233,8 +223,7 @@ CHANGES: dict[str, Change] = {
     "in place, in inference mode": write_in_inference_mode,
     "in place, all": write_biases,
     "data assigned": assign_data,
-    "data written, then eval": write_data_then("eval"),
-    "data written, then train": write_data_then("train"),
+    "data written": lambda model, _: [p.data.mul_(2) for p in values_of(model)],
     "rounded and back": lambda model, _: model.bfloat16().double(),
     "disabled": lambda model, _: model.base_model.disable_adapter_layers(),
     "other scaling": lambda model, _: layers_of(model)[0].scaling.update(default=9.0),
@@ -247,9 +236,7 @@ CHANGES: dict[str, Change] = {
 def test_a_change_is_seen(method, change, contractions):
     model, inputs = adapted("llama", method, train_norms=False)
     before = logits(model, inputs)
-    contractions.clear()
     assert torch.equal(logits(model, inputs), before)
-    assert not contractions  # kept
     change(model, inputs)
     contractions.clear()
     after = logits(model, inputs)
@@ -374,13 +361,12 @@ def test_parameters_that_others_put_in_place_are_seen(method):
 
 
 @every_method
-def test_inference_mode(method, contractions):
-    model, inputs = adapted("llama", method)
+def test_inference_mode(method):
+    scales = {"alpha_pattern": {FIRST: 5}} if method == "rep" else {}
+    model, inputs = adapted("llama", method, **scales)
     with torch.inference_mode():
         first = model(**inputs).logits
-        contractions.clear()
         assert torch.equal(model(**inputs).logits, first)
-    assert not contractions
     assert torch.equal(logits(model, inputs), first)
     assert gradients(model, lambda: loss(model, inputs).backward())
     with torch.inference_mode():
@@ -594,8 +580,8 @@ def test_an_error_leaves_nothing_switched_on(method, grad):
     x = torch.ones(2, layer.in_features, dtype=torch.float64)
     with torch.set_grad_enabled(grad):
         got = layer(x)
-        layer.handed = Handed()
-        assert torch.equal(got, layer(x))
+        with apart(model):
+            assert torch.equal(got, layer(x))
     assert_fresh(model, inputs)
 
 
@@ -757,17 +743,6 @@ def test_inputs_of_any_number_of_dimensions(method, shape):
         ref, ref_grad = run()
     assert_near("output", got, ref)
     assert_near("gradient", got_grad, ref_grad)
-
-
-def test_what_factors_are_kept_for_is_not_freed():
-    model, inputs = adapted("llama", "rep")
-    logits(model, inputs)
-    values = values_of(model)[0]
-    old = StorageWeakRef(values.untyped_storage())
-    values.data = 2 * values.data
-    assert not old.expired()  # else the next tensor might get its address, and pass for it
-    logits(model, inputs)
-    assert old.expired()
 
 
 @every_method
@@ -942,5 +917,4 @@ def test_compiled_it_is_the_same_and_stays_compiled(method, init_weights):
         assert_trained_near(got, ref)
         for got_out, ref_out in zip(got_outs, ref_outs, strict=True):
             assert_near("output", got_out, ref_out)
-    assert not any(layer.handed.with_gradient or layer.handed.without for layer in layers_of(model))
     torch._dynamo.reset()

@@ -151,7 +151,6 @@ def test_quick_start_of_rep(family, task_type, targets):
     assert {name.rpartition(".")[2] for name in layers} == set(targets)
     for layer in layers.values():
         assert layer.scaling == {"default": 16 / 5}
-        assert layer.r == {"default": 8}
         assert layer.loretta_rep_dropout["default"].p == 0.1
         assert layer.loretta_rep_down["default"].shape.out_features == 8
         assert set(layer.loretta_rep_down["default"].shape.ranks[1:-1]) == {5}

@@ -20,7 +20,6 @@ from transformers import Trainer
 
 from loretta.errors import InputError
 from loretta.training.batches import AsArrays, PadToBucket, Shapes, as_tensors, shapes_of
-from loretta.tuners.contraction import note_change, note_write
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +70,6 @@ class CudaGraphTrainer(Trainer):
         if (obstacle := find_obstacle(self)) is not None:
             self._go_on_eagerly(obstacle)
             return super()._inner_training_loop(*args, **kwargs)
-        note_change()  # no layer keeps factors of an earlier pass, whose gradients would flow on another stream
         looks_at_each_loss, self.args.logging_nan_inf_filter = self.args.logging_nan_inf_filter, False
         try:
             with Recorder.stream(), self._during_training:
@@ -160,7 +158,7 @@ class CudaGraphTrainer(Trainer):
             recording.load(inputs, num_items_in_batch)
             graphs.load(self)
             loss, self._norm = recording.replay()
-            self._replayed()
+            self.replayed += 1
         else:
             if isinstance(num_items_in_batch, Tensor):
                 num_items_in_batch = num_items_in_batch.to(self.args.device)
@@ -262,11 +260,6 @@ class CudaGraphTrainer(Trainer):
         if graphs.update is not None:
             graphs.load(self)
             _, self._norm = graphs.update()
-            note_write()
-
-    def _replayed(self) -> None:
-        self.replayed += 1
-        note_write()  # a replay writes to parameters past their version counters
 
     def _optimizer(self) -> torch.optim.Optimizer:
         """The optimizer itself, without Accelerate's wrapper."""

@@ -1,32 +1,38 @@
 """All trains of one shape are contracted together, once per call of the model that holds them.
 
 A wrapped model has hundreds of small trains, and contracting each where it is used launches thousands of tiny
-kernels. Here the cores of equal trains are stacked, multiplied as one batch when the model is called, and the results
-handed to the layers. The parameters stay where PEFT put them.
+kernels. Here the cores of equal trains are stacked, multiplied as one batch when the model is called, and the layers
+find the results in the call (:mod:`loretta.tuners.calls`). The parameters stay where PEFT put them.
+
+What a call has contracted ends with the call, so it cannot be out of date. Factors are kept from call to call only
+within one ``generate``, which is one call to its caller, and within :func:`serving`.
 """
 
-from collections import defaultdict
-from collections.abc import Hashable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import threading
+from collections import UserDict, defaultdict
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial, update_wrapper
+from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
-from torch import Tensor, UntypedStorage, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
+from torch import Tensor, nn
 
+from loretta.errors import InputError
 from loretta.layers.trains import halves
+from loretta.tuners import calls
+from loretta.tuners.calls import Factors, Pair
+from loretta.tuners.kept import Kept
+from loretta.tuners.placement import Placement
 
-if TYPE_CHECKING:
-    from loretta.tuners.layer import LorettaLayer
-
-Factors = tuple[Tensor, ...]
-Ingredient = tuple[nn.Module, str]  # where a parameter lies: functional_call, FSDP and others put another there
+Halves = tuple[Tensor, Tensor]
+# Where a parameter lies: a dictionary of modules, its key, and the parameter's name in that module. It is looked up
+# in every call, for functional_call, FSDP and others put another there.
+Place = tuple[nn.ModuleDict, str, str]
 
 # counts the changes of which adapters exist and which are active, in any model: what was grouped before is grouped anew
 _changes = 0
-# counts the times when parameters of any model may have been written past autograd's version counters
-_writes = 0
 
 
 def note_change() -> None:
@@ -35,236 +41,334 @@ def note_change() -> None:
     _changes += 1
 
 
-def note_write() -> None:
-    """To be called where something may have written to the parameters of a layer unseen."""
-    global _writes
-    _writes += 1
+class Scales(UserDict[str, float]):
+    """The factor on the effect of each adapter: a number, and the same as a tensor.
 
-
-class Call:
-    """Whether the model is running, as all of its layers see it, and whether it was called with gradients."""
+    Recordings (compiled or CUDA graphs) read the tensor, which is filled in place: another number needs no other
+    recording.
+    """
 
     def __init__(self) -> None:
-        self.is_running = False
-        self.has_graph = False
+        self.tensors: dict[str, Tensor] = {}
+        super().__init__()
+
+    def __setitem__(self, name: str, value: float) -> None:
+        super().__setitem__(name, value)
+        if name in self.tensors:
+            self.tensors[name].fill_(value)
+        else:
+            with torch.inference_mode(False):
+                self.tensors[name] = torch.tensor(value, dtype=torch.float64, device="cpu")
+
+    def __delitem__(self, name: str) -> None:
+        super().__delitem__(name)
+        del self.tensors[name]
+
+    def move(self, device: torch.device) -> None:
+        """Bring the tensors to a device (not to meta, where they would be lost)."""
+        if device.type != "meta":
+            dtype = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
+            with torch.inference_mode(False):
+                self.tensors = {name: tensor.to(device, dtype) for name, tensor in self.tensors.items()}
+
+    def of(self, name: str, like: Tensor) -> float | Tensor:
+        """The factor of one adapter, as what has to be multiplied with ``like`` now."""
+        return self.tensors[name].to(like.device, like.dtype) if calls.is_recorded() else self[name]
 
 
-class Handed:
-    """What one layer was handed: the factors of its trains by (adapter, number of the pair)."""
+class JointLayer(nn.Module):
+    """A layer whose trains are contracted with those of equal layers.
 
-    def __init__(self, call: Call | None = None, *, reentrant: bool = False) -> None:
-        self.call = call or Call()
-        self.with_gradient: dict[tuple[str, int], Factors] = {}
-        self.without: dict[tuple[str, int], Factors] = {}
-        self.reentrant = reentrant
+    A subclass says which trains it has (:meth:`active_pairs`), where their parameters lie
+    (:meth:`stacked_parameters`), with whose they may be stacked (:meth:`group_key`), and what it multiplies with
+    (:meth:`to_factors`). In its forward it takes the factors from :func:`find_factors`, or
+    contracts its own trains where that returns None.
+    """
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the factors: they belong to a graph, which can neither be copied nor saved."""
-        return {**self.__dict__, "with_gradient": {}, "without": {}}
+    placements: dict[str, Placement]
+    scaling: Scales
+    depth = 0  # of the frames between a call of the model and this layer, the last time
 
-    def get(self, adapter_name: str, pair: int) -> "Factors | None":
-        """The factors of one pair of trains, or None where the layer has to contract them itself."""
-        key, call, grad_enabled = (adapter_name, pair), self.call, torch.is_grad_enabled()
-        if call.has_graph and grad_enabled and not self.reentrant:
-            return self.with_gradient.get(key)
-        if _in_backward():  # a checkpointed block is computed again
-            return self.with_gradient.get(key) if grad_enabled and not self.reentrant else None
-        if not call.is_running:
-            # what is recomputed of this pass must not be the factors of an earlier one
-            self.with_gradient.clear()
-            return None
-        if not call.has_graph:
-            return None if grad_enabled else self.without.get(key)
-        # Without gradients within a call with them: the first pass of a reentrant checkpoint. Its second, in the
-        # backward pass, walks through the whole graph behind what it uses, so there every block needs its own.
-        self.reentrant = self.reentrant or not grad_enabled
-        return self.with_gradient.get(key)
+    def active_pairs(self) -> Iterator[tuple[str, int]]:
+        """(adapter, number of the pair of trains) of all that the next forward pass will use."""
+        raise NotImplementedError
+
+    def stacked_parameters(self, adapter_name: str, pair: int) -> tuple[Place, ...]:
+        """Where the parameters of one pair lie, to be stacked with those of equal layers: down, up, any biases."""
+        raise NotImplementedError
+
+    def group_key(self, adapter_name: str) -> Hashable:
+        """Layers with equal keys can be contracted together."""
+        raise NotImplementedError
+
+    @staticmethod
+    def to_factors(down: Halves, up: Halves, biases: Sequence[Tensor]) -> Factors:
+        """The matrices that the layer multiplies with, from the halves of its trains; the last one gets the scale.
+
+        Dimensions in front of the last two stay in front: those of all layers of a group come at once.
+        """
+        raise NotImplementedError
+
+    def working_dtype(self) -> torch.dtype:
+        """The dtype of activations here, which the factors get."""
+        raise NotImplementedError
 
 
-@dataclass(frozen=True, slots=True)
 class _Group:
-    """Equal pairs of trains: ``owners`` are (layer, adapter, number of the pair)."""
+    """Equal pairs of trains."""
 
-    owners: tuple[tuple["LorettaLayer", str, int], ...]
-    columns: tuple[tuple[Ingredient, ...], ...]  # what is stacked: all of the first tensors, all of the second, ...
-    scales: tuple[float, ...]
-    scale: float | Tensor  # the one of all, or (modules, 1, 1)
+    def __init__(self, pairs: Sequence[Pair]) -> None:
+        self.pairs = tuple(pairs)
+        places = [layer.stacked_parameters(name, pair) for layer, name, pair in _typed(self.pairs)]
+        self.columns = tuple(zip(*places, strict=True))  # all of the first parameters, all of the second, ...
+        self._scale: tuple[tuple[float, ...], Tensor] | None = None
 
-    @classmethod
-    def of(cls, owners: Sequence[tuple["LorettaLayer", str, int]]) -> "_Group":
-        columns = tuple(zip(*(layer.ingredients(name, pair) for layer, name, pair in owners), strict=True))
-        scales, like = _scales(owners), look_up(columns[0][:1])[0]
-        scale = scales[0] if len(set(scales)) == 1 else like.new_tensor(scales)[:, None, None]
-        return cls(tuple(owners), columns, scales, scale)
+    def parameters(self) -> list[list[Tensor]]:
+        """The columns as they are now. Raises KeyError where an adapter is gone."""
+        return [look_up(column) for column in self.columns]
 
-    def tensors(self) -> list[Tensor]:
-        return [tensor for column in self.columns for tensor in look_up(column)]
-
-    def is_stale(self) -> bool:
-        return self.scales != _scales(self.owners) or not all(_is_plain(tensor) for tensor in self.tensors())
-
-    def hand_over(self, *, with_gradient: bool) -> None:
-        """Contract, and give every owner its factors."""
-        layer, name, _ = self.owners[0]
+    def contract(self, columns: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> list[Factors]:
+        """The factors of each pair, in its order."""
+        layer, name, _ = next(_typed(self.pairs))
         placement = layer.placements[name]
-        down, up, *biases = (torch.stack(look_up(column)) for column in self.columns)
-        stacked = layer.assemble(halves(down, placement.down), halves(up, placement.up), biases)
-        each = zip(*(f.unbind() for f in finish(stacked, self.scale, layer.working_dtype())), strict=True)
-        for (layer, name, pair), factors in zip(self.owners, each, strict=True):
-            if with_gradient:
-                layer.handed.with_gradient[name, pair] = factors
-                layer.handed.without.clear()
-            else:
-                layer.handed.without[name, pair] = factors
+        down, up, *biases = (torch.stack(list(column)) for column in columns)
+        stacked = layer.to_factors(halves(down, placement.down), halves(up, placement.up), biases)
+        finished = finish(stacked, self._scale_of(down), dtype)
+        return list(zip(*(factor.unbind() for factor in finished), strict=True))
 
-    def take_back(self) -> None:
-        """The opposite of :meth:`hand_over`."""
-        for layer, _, _ in self.owners:
-            layer.handed.with_gradient.clear()
-            layer.handed.without.clear()
+    def dtype(self) -> torch.dtype:
+        return next(_typed(self.pairs))[0].working_dtype()
+
+    def scales(self) -> tuple[float, ...]:
+        return tuple(layer.scaling[name] for layer, name, _ in _typed(self.pairs))
+
+    def _scale_of(self, like: Tensor) -> float | Tensor:
+        if calls.is_recorded():
+            tensors = [layer.scaling.tensors[name] for layer, name, _ in _typed(self.pairs)]
+            return torch.stack(tensors).to(like.device, like.dtype)[:, None, None]
+        scales = self.scales()
+        if len(set(scales)) == 1:
+            return scales[0]
+        known = self._scale
+        if known is None or known[0] != scales or (known[1].dtype, known[1].device) != (like.dtype, like.device):
+            with torch.inference_mode(False):  # a call with gradients may use it later
+                known = scales, torch.tensor(scales, dtype=like.dtype, device=like.device)[:, None, None]
+            self._scale = known
+        return known[1]
 
 
 class Contraction:
-    """The joint contraction of one model, as a pair of hooks on it.
+    """The joint contraction of one model, as a pair of hooks on it, and around its ``generate``.
 
-    With gradients the factors are computed at every call and stay for the recomputation of checkpointed blocks in the
-    backward pass. Without, they are kept until a core changes, so that generation pays for them once.
+    With a leading dimension in front of the flat cores (stacked parameters under ``vmap``) everything here stays as
+    it is: :func:`loretta.layers.trains.halves` and ``to_factors`` leave dimensions in front where they are.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.call = Call()
         self._forget()
 
     @classmethod
     def attach(cls, model: nn.Module) -> None:
         """Have the trains below ``model`` contracted when it is called. A second call changes nothing."""
-        if not any(isinstance(getattr(hook, "__self__", None), cls) for hook in model._forward_hooks.values()):
-            contraction = cls(model)
-            model.register_forward_pre_hook(contraction.begin)
-            model.register_forward_hook(contraction.end, always_call=True)
+        if cls.of(model) is not None:
+            return
+        contraction = cls(model)
+        model.register_forward_pre_hook(contraction.begin)
+        model.register_forward_hook(contraction.end, always_call=True)
+        if hasattr(model, "generate") and "generate" not in vars(model):
+            # a partial has a name and a signature, and is copied and pickled with the model
+            named = ("__module__", "__name__", "__qualname__", "__doc__")
+            own: Any = model.generate
+            vars(model)["generate"] = update_wrapper(partial(contraction.generate), own, named, ())
 
     @classmethod
     def detach(cls, model: nn.Module) -> None:
         """Undo :meth:`attach`."""
+        contraction = cls.of(model)
         for hooks in (model._forward_pre_hooks, model._forward_hooks):
             for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), cls)]:
                 del hooks[key]
                 model._forward_hooks_always_called.pop(key, None)
+        wrapped = vars(model).get("generate")
+        if contraction is not None and isinstance(wrapped, partial) and wrapped.func == contraction.generate:
+            del vars(model)["generate"]
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Contraction | None":
+        """The one that is attached to ``model``."""
+        found = (getattr(hook, "__self__", None) for hook in model._forward_hooks.values())
+        return next((contraction for contraction in found if isinstance(contraction, cls)), None)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"model": self.model, "call": self.call}
+        return {"model": self.model}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget()
 
     def _forget(self) -> None:
-        self.seen = -1
-        self.groups: list[_Group] = []
-        self.versions: tuple[Any, ...] | None = None
-        self.held: list[tuple[Tensor, UntypedStorage]] = []
+        self.grouped: tuple[int, list[_Group]] = (-1, [])
+        self.served: Kept | None = None
+        self.recomputed: tuple[int, Mapping[Pair, Factors]] | None = None
 
     def begin(self, module: nn.Module, args: Any) -> None:
         """Before the model runs: contract what is active."""
         if module is not self.model:
             return  # a replica of DataParallel, on another device
-        if self.seen != _changes or any(group.is_stale() for group in self.groups):
-            self._regroup()
-        self.call.is_running, self.call.has_graph = True, torch.is_grad_enabled()
-        if self.call.has_graph:
-            self.versions = None
-        else:
-            versions = self._versions()
-            if versions is not None and versions == self.versions:
-                return
-            self.versions = versions
-        for group in self.groups:
-            group.hand_over(with_gradient=self.call.has_graph)
+        has_graph = torch.is_grad_enabled()
+        self.recomputed = None
+        kept = None if has_graph or calls.is_recorded() else self.served or _generating.kept.get(self)
+        calls.enter(self.contract(kept), has_graph=has_graph)
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         """After it: a layer that is called on its own contracts its own trains."""
-        self.call.is_running = self.call.has_graph = False
-        if torch.compiler.is_compiling():
-            # what is left lying in a dictionary would become an output of the graph
-            for group in self.groups:
-                group.take_back()
+        if module is self.model:
+            calls.leave()
 
-    def _regroup(self) -> None:
-        from loretta.tuners.layer import LorettaLayer
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's ``generate``, whose many calls are one to its caller: they contract once."""
+        before = _generating.kept
+        _generating.kept = {**before, self: Kept(refuses_writes=False)}
+        try:
+            own: Any = type(self.model)
+            return own.generate(self.model, *args, **kwargs)
+        finally:
+            _generating.kept = before
 
-        self._forget()
-        self.seen = _changes
-        groups: dict[Hashable, list[tuple[LorettaLayer, str, int]]] = defaultdict(list)
+    def contract(self, kept: Kept | None = None) -> dict[Pair, Factors]:
+        """The factors of all active pairs, from ``kept`` where it has them."""
+        found: dict[Pair, Factors] = {}
+        for group, columns in self._groups():
+            dtype = group.dtype()
+            if kept is None:
+                factors: Sequence[Factors] = group.contract(columns, dtype)
+            else:
+                tensors = [tensor for column in columns for tensor in column]
+                contract = partial(group.contract, columns, dtype)
+                factors = kept.get(group.pairs, dtype, tensors, group.scales(), contract)
+            found.update(zip(group.pairs, factors, strict=True))
+        return found
+
+    def _groups(self) -> list[tuple[_Group, list[list[Tensor]]]]:
+        """The groups of what is active, with their parameters."""
+        if not torch.compiler.is_dynamo_compiling():  # in a compiled graph the count would be compared in each call
+            changes, groups = self.grouped
+            if changes == _changes:
+                try:
+                    found = [(group, group.parameters()) for group in groups]
+                except (KeyError, AttributeError):
+                    pass  # changed past the methods that note it
+                else:
+                    if all(map(_is_plain, _flat(found))):
+                        return found
+        return self._regroup()
+
+    def _regroup(self) -> list[tuple[_Group, list[list[Tensor]]]]:
+        changes = _changes if not torch.compiler.is_dynamo_compiling() else -1
+        pairs: dict[Hashable, list[Pair]] = defaultdict(list)
         for layer in self.model.modules():
-            if not isinstance(layer, LorettaLayer):
+            if not isinstance(layer, JointLayer):
                 continue
-            layer.handed = Handed(self.call, reentrant=layer.handed.reentrant)
-            for name, pair in layer.running():
-                tensors = look_up(layer.ingredients(name, pair))
+            for name, pair in layer.active_pairs():
+                tensors = look_up(layer.stacked_parameters(name, pair))
                 if all(_is_plain(tensor) for tensor in tensors):
                     kinds = tuple((t.shape, t.dtype, t.device, t.requires_grad) for t in tensors)
-                    groups[layer.recipe(name), kinds].append((layer, name, pair))
-        self.groups = [_Group.of(owners) for owners in groups.values()]
+                    pairs[layer.group_key(name), kinds].append((layer, name, pair))
+        groups = [_Group(equal) for equal in pairs.values()]
+        if not torch.compiler.is_dynamo_compiling():
+            for layer, _, _ in (pair for group in groups for pair in group.pairs):
+                _contraction_of[layer] = ref(self)
+            self.grouped = changes, groups
+        return [(group, group.parameters()) for group in groups]
 
-    def _versions(self) -> tuple[Any, ...] | None:
-        """What changes when a core does; None where that cannot be known, and nothing may be kept."""
-        if torch.compiler.is_compiling() or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
-            return None  # the contraction has to be a part of what is recorded
-        tensors = [tensor for group in self.groups for tensor in group.tensors()]
-        if any(tensor.is_inference() or is_functorch_wrapped_tensor(tensor) for tensor in tensors):
-            return None
-        dtypes = [group.owners[0][0].working_dtype() for group in self.groups]
-        versions = (_writes, *dtypes, *((id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors))
-        if versions != self.versions:
-            # held on to, so that neither the identity nor the address can become that of another tensor
-            self.held = [(tensor, tensor.untyped_storage()) for tensor in tensors]
-        return versions
+    def recompute(self) -> Mapping[Pair, Factors]:
+        """The factors for the second pass of checkpointed blocks, contracted once in a backward pass.
+
+        Autograd goes back through the graph of the first pass, and of the second takes the numbers alone: the factors
+        have no graph, but want gradients where those of the first pass did, so that the same tensors are saved.
+        """
+        backward, found = calls.current_backward(), self.recomputed
+        if found is None or found[0] != backward:
+            with calls.hidden_from_checkpoints():
+                factors = self.contract().items()
+            leaves = {pair: tuple(f.detach().requires_grad_(f.requires_grad) for f in each) for pair, each in factors}
+            self.recomputed = found = backward, leaves
+        return found[1]
 
 
-def look_up(ingredients: Iterable[Ingredient]) -> list[Tensor]:
+class _Generating(threading.local):
+    def __init__(self) -> None:
+        self.kept: dict[Contraction, Kept] = {}
+
+
+_generating = _Generating()
+_contraction_of: "WeakKeyDictionary[nn.Module, ref[Contraction]]" = WeakKeyDictionary()
+
+
+def find_factors(layer: JointLayer, adapter_name: str, pair: int) -> Factors | None:
+    """The factors of one pair of trains of ``layer``, or None where it has to contract them itself.
+
+    They come from the call of the model that is running in this thread, or from the backward pass that computes a
+    checkpointed block again.
+    """
+    found = calls.factors_in_call(layer, adapter_name, pair)
+    if found is None and calls.is_recomputed():
+        contraction = _contraction_of.get(layer)
+        owner = contraction() if contraction is not None else None
+        return owner.recompute().get((layer, adapter_name, pair)) if owner is not None else None
+    return found
+
+
+@contextmanager
+def serving(model: nn.Module) -> Iterator[None]:
+    """Contract the adapters of ``model`` once, for all calls without gradients in the block, in any thread.
+
+    Outside it each call contracts them anew, except within one ``generate``: this is for loops that call the model
+    themselves, for evaluation, and for a server. Adapters may be switched and added in the block, not written to.
+    What is compiled or recorded in the block contains the contraction, as it does outside.
+
+    Args:
+        model: a model with LoRETTA adapters, wrapped by PEFT or holding them itself.
+
+    Raises InputError when ``model`` has no LoRETTA adapter; at the first call after a write to an adapter that torch
+    counts; and at the end of the block for any other write (through ``.data``, by a fused optimiser, by another
+    process).
+    """
+    contractions = [found for module in model.modules() if (found := Contraction.of(module)) is not None]
+    if not contractions:
+        raise InputError(f"loretta.serving: this {type(model).__name__} has no LoRETTA adapter; wrap or load one first")
+    before = [contraction.served for contraction in contractions]
+    kept = Kept(refuses_writes=True)
+    for contraction in contractions:
+        contraction.served = kept
+    try:
+        yield
+        kept.check()
+    finally:
+        for contraction, served in zip(contractions, before, strict=True):
+            contraction.served = served
+
+
+def look_up(places: Iterable[Place]) -> list[Tensor]:
     """The parameters that lie there now."""
-    return [getattr(module, name) for module, name in ingredients]
+    return [getattr(modules[name], parameter) for modules, name, parameter in places]
 
 
-def _scales(owners: Iterable[tuple["LorettaLayer", str, int]]) -> tuple[float, ...]:
-    return tuple(layer.scaling[name] for layer, name, _ in owners)
-
-
-def finish(factors: Sequence[Tensor], scale: float | Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def finish(factors: Sequence[Tensor], scale: float | Tensor, dtype: torch.dtype) -> Factors:
     """Scale the last factor, and cast all of them to the dtype in which the layer works."""
     *others, last = factors
     return tuple(factor.to(dtype) for factor in (*others, last * scale))
 
 
-def _in_backward() -> bool:
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+def _typed(pairs: Sequence[Pair]) -> Iterator[tuple[JointLayer, str, int]]:
+    return iter(pairs)  # type: ignore[arg-type]
+
+
+def _flat(found: Iterable[tuple[_Group, list[list[Tensor]]]]) -> Iterator[Tensor]:
+    return (tensor for _, columns in found for column in columns for tensor in column)
 
 
 def _is_plain(tensor: Tensor) -> bool:
     """Whether a tensor is whole and here: not sharded by FSDP or ZeRO, not waiting on another device."""
     return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and tensor.numel() > 0
-
-
-def hidden_from_checkpoints() -> AbstractContextManager:
-    """What autograd saves within stays saved, and a checkpoint around does not count it.
-
-    A checkpointed block may thus contract its trains in one pass and be handed the factors in the other.
-    """
-    if torch.compiler.is_compiling():
-        return nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(_with_version, _unless_written_to)
-
-
-def _with_version(tensor: Tensor) -> tuple[Tensor, int]:
-    return tensor, tensor._version
-
-
-def _unless_written_to(saved: tuple[Tensor, int]) -> Tensor:
-    tensor, version = saved
-    if tensor._version != version:  # autograd itself does not look behind hooks
-        raise RuntimeError(
-            "one of the variables needed for gradient computation has been modified by an inplace operation: "
-            f"cores at version {tensor._version}, expected version {version}"
-        )
-    return tensor

@@ -12,22 +12,12 @@ from torch import Tensor, nn
 
 from loretta import quantizer_logs, tt
 from loretta.layers.trains import Cores
-from loretta.tuners.contraction import (
-    Factors,
-    Handed,
-    Ingredient,
-    finish,
-    hidden_from_checkpoints,
-    look_up,
-    note_change,
-    note_write,
-)
+from loretta.tuners.calls import Factors, hidden_from_checkpoints
+from loretta.tuners.contraction import JointLayer, Place, Scales, find_factors, finish, look_up, note_change
 from loretta.tuners.placement import Placement, require_linear
 
-Halves = tuple[Tensor, Tensor]
 
-
-class LorettaLayer(nn.Module, BaseTunerLayer):
+class LorettaLayer(JointLayer, BaseTunerLayer):
     """A module wrapped by pairs of tensor trains, one pair per adapter.
 
     The trains lie in dictionaries by adapter, whose names begin with the method's ``prefix`` as PEFT demands:
@@ -50,62 +40,59 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
         for part in ("down", "up", "start_down", "start_up", "dropout"):
             self.add_module(self.prefix + part, nn.ModuleDict())
-        self.scaling: dict[str, float] = {}
+        self.scaling = Scales()
         self.placements: dict[str, Placement] = {}
         # plain dictionaries beside the modules, whose attributes torch is slow to look up
         self.n_pairs: dict[str, int] = {}
         self.drops: dict[str, bool] = {}
-        self.handed = Handed()
 
     def _part(self, part: str) -> nn.ModuleDict:
         return getattr(self, self.prefix + part)
 
-    def running(self) -> Iterator[tuple[str, int]]:
-        """(adapter, number of the pair of trains) of all that the next forward pass will use."""
+    def active_pairs(self) -> Iterator[tuple[str, int]]:
         if not (self.disable_adapters or self.merged):
             for name in self.active_adapters:
                 yield from ((name, pair) for pair in range(self.n_pairs.get(name, 0)))
 
-    def ingredients(self, adapter_name: str, pair: int) -> tuple[Ingredient, ...]:
-        """Where one pair of trains lies, to be stacked with those of equal layers: down, up, and any biases."""
-        down, up = self._trains(adapter_name)[pair]
-        return (down, "values"), (up, "values")
+    def stacked_parameters(self, adapter_name: str, pair: int) -> tuple[Place, ...]:
+        start = "start_" if pair else ""
+        return tuple((self._part(start + part), adapter_name, "values") for part in ("down", "up"))
 
-    @staticmethod
-    def assemble(down: Halves, up: Halves, biases: Sequence[Tensor]) -> Factors:
-        """The matrices that the layer multiplies with, from the halves of its trains; the last one gets the scale."""
-        raise NotImplementedError
-
-    def recipe(self, adapter_name: str) -> Hashable:
-        """Layers with equal recipes can be contracted together."""
+    def group_key(self, adapter_name: str) -> Hashable:
         placement = self.placements[adapter_name]
-        return type(self), placement.down, placement.up, self.working_dtype()
+        return type(self), placement.down, placement.up, self._base_dtype()
 
     def working_dtype(self) -> torch.dtype:
         """The dtype of activations here: that of autocast, or of the base weight where it is a plain number's."""
-        weight = cast(Tensor, self.get_base_layer().weight)
-        device = weight.device.type
+        device = self._base_weight().device.type
         if device != "meta" and torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
-        plain = weight.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-        return weight.dtype if plain else torch.float32
+        return self._base_dtype()
+
+    def _base_weight(self) -> Tensor:
+        return cast(Tensor, self.get_base_layer().weight)
+
+    def _base_dtype(self) -> torch.dtype:
+        dtype = self._base_weight().dtype
+        return dtype if dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64) else torch.float32
 
     def contracted(self, adapter_name: str) -> list[Factors]:
-        """The factors of each pair of trains of one adapter: those handed over by the model's joint contraction.
+        """The factors of each pair of trains of one adapter: those that the model's call has contracted jointly.
 
         A layer that is called on its own, or whose cores are sharded or elsewhere, contracts them itself.
         """
         return [
-            self.handed.get(adapter_name, pair) or self._contract_alone(adapter_name, pair)
+            find_factors(self, adapter_name, pair) or self._contract_alone(adapter_name, pair)
             for pair in range(self.n_pairs[adapter_name])
         ]
 
     def _contract_alone(self, adapter_name: str, pair: int) -> Factors:
         down, up = self._trains(adapter_name)[pair]
-        biases = look_up(self.ingredients(adapter_name, pair)[2:])
+        biases = look_up(self.stacked_parameters(adapter_name, pair)[2:])
         with hidden_from_checkpoints():
             # called as modules: hooks that bring offloaded parameters here run
-            return finish(self.assemble(down(), up(), biases), self.scaling[adapter_name], self.working_dtype())
+            factors = self.to_factors(down(), up(), biases)
+            return finish(factors, self.scaling.of(adapter_name, factors[-1]), self.working_dtype())
 
     def _trains(self, adapter_name: str) -> list[tuple[Cores, Cores]]:
         """(down, up) of one adapter, and after it the frozen start that is subtracted, if the adapter has one."""
@@ -131,6 +118,7 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
                 self._part("start_" + part)[adapter_name].requires_grad_(False)
         self.n_pairs[adapter_name] = 2 if init_weights == "denoised" else 1
         self.drops[adapter_name] = bool(dropout)
+        self.scaling.move(self._base_weight().device)
         note_change()
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
@@ -176,16 +164,11 @@ class LorettaLayer(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
         note_change()
 
-    def train(self, mode: bool = True) -> "LorettaLayer":
-        # between training and evaluation something may have written past autograd's version counters
-        note_write()
-        return super().train(mode)
-
     def _apply(self, *args: Any, **kwargs: Any) -> "LorettaLayer":
-        # other devices and dtypes, which also are written past them
-        note_write()
+        super()._apply(*args, **kwargs)
+        self.scaling.move(self._base_weight().device)  # to the device alone: its number is not to be rounded
         note_change()
-        return super()._apply(*args, **kwargs)
+        return self
 
     def dropout(self, adapter_name: str, x: Tensor) -> Tensor:
         """One adapter's dropout."""

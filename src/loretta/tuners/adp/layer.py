@@ -14,8 +14,9 @@ from transformers.activations import ACT2FN
 from loretta.layers import fused
 from loretta.layers.trains import arranged, fold_bias
 from loretta.tuners.adp.config import LorettaAdpConfig
-from loretta.tuners.contraction import Factors, Ingredient
-from loretta.tuners.layer import Halves, LorettaLayer, works_in
+from loretta.tuners.calls import Factors
+from loretta.tuners.contraction import Halves, Place
+from loretta.tuners.layer import LorettaLayer, works_in
 from loretta.tuners.placement import Placement
 
 
@@ -63,18 +64,19 @@ class AdpLinear(LorettaLayer):
         found = self.loretta_adp_bias
         return cast(nn.ParameterDict, found[adapter_name]) if adapter_name in found else None
 
-    def running(self) -> Iterator[tuple[str, int]]:
+    def active_pairs(self) -> Iterator[tuple[str, int]]:
         # dense matrices have nothing to contract, and to stack those of all layers would copy them
-        return ((name, pair) for name, pair in super().running() if len(self.placements[name].down.modes) > 1)
+        pairs = super().active_pairs()
+        return ((name, pair) for name, pair in pairs if len(self.placements[name].down.modes) > 1)
 
-    def ingredients(self, adapter_name: str, pair: int) -> tuple[Ingredient, ...]:
-        trains, biases = super().ingredients(adapter_name, pair), self._biases(adapter_name)
+    def stacked_parameters(self, adapter_name: str, pair: int) -> tuple[Place, ...]:
+        trains, biases = super().stacked_parameters(adapter_name, pair), self.loretta_adp_bias
         # beside a start that is subtracted they stay apart: both have to round alike
-        folded = biases is not None and self.n_pairs[adapter_name] == 1
-        return (*trains, (biases, "down"), (biases, "up")) if biases is not None and folded else trains
+        folded = adapter_name in biases and self.n_pairs[adapter_name] == 1
+        return (*trains, (biases, adapter_name, "down"), (biases, adapter_name, "up")) if folded else trains
 
     @staticmethod
-    def assemble(down: Halves, up: Halves, biases: Sequence[Tensor]) -> Factors:
+    def to_factors(down: Halves, up: Halves, biases: Sequence[Tensor]) -> Factors:
         """The halves of down (H, C), (C, b) and up (b, D), (D, H); with biases each after a vector, as `fold_bias`."""
         if not biases:
             return (*arranged(*down), *arranged(*up))
@@ -90,7 +92,8 @@ class AdpLinear(LorettaLayer):
             inner_BD, up_DH = self._inner(adapter_name, rows_BH, factors, None)
             delta_BH = delta_BH - inner_BD @ up_DH
         if start and biases is not None:
-            delta_BH = delta_BH + (self.scaling[adapter_name] * biases["up"]).to(delta_BH.dtype)
+            scale = self.scaling.of(adapter_name, biases["up"])
+            delta_BH = delta_BH + (scale * biases["up"]).to(delta_BH.dtype)
         return delta_BH.view(y_BH.shape)
 
     def _fuses(self, adapter_name: str, factors: Factors) -> bool:

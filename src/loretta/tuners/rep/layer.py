@@ -11,14 +11,15 @@ from typing import Any, cast
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.other import get_pattern_key
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
 from loretta.errors import InputError
 from loretta.layers import fused
 from loretta.layers.trains import add_update, arranged, update_factors
-from loretta.tuners.contraction import Factors, note_change
-from loretta.tuners.layer import Halves, LorettaLayer, fitting, is_bare_linear, works_in
+from loretta.tuners.calls import Factors
+from loretta.tuners.contraction import Halves, note_change
+from loretta.tuners.layer import LorettaLayer, fitting, is_bare_linear, works_in
 from loretta.tuners.placement import Placement, rank_for
 from loretta.tuners.rep.config import LorettaRepConfig
 
@@ -33,8 +34,6 @@ class RepLinear(LorettaLayer):
         "loretta_rep_start_up",
         "loretta_rep_dropout",
         "beside",
-        "r",
-        "lora_alpha",
         "scaling",
         "placements",
         "n_pairs",
@@ -43,13 +42,10 @@ class RepLinear(LorettaLayer):
 
     def __init__(self, base_layer: nn.Module, *, name: str, **quantization_kwargs) -> None:
         super().__init__(base_layer, name=name, **quantization_kwargs)
-        self.r: dict[str, int] = {}
-        self.lora_alpha: dict[str, float] = {}
         self.beside: dict[str, tuple[str, ...]] = {}  # names of what each adapter trains besides linear layers
 
     def update_layer(self, adapter_name: str, placement: Placement, config: LorettaRepConfig) -> None:
         """Add one adapter's trains, with the starting values that ``config.init_weights`` names."""
-        self.r[adapter_name] = placement.down.out_features
         self._add_trains(adapter_name, placement, str(config.init_weights), config.lora_dropout)
         self.set_scaling(adapter_name, config)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -59,7 +55,6 @@ class RepLinear(LorettaLayer):
         name = self.placements[adapter_name].name
         rank = rank_for(config, name)
         alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), name), config.lora_alpha)
-        self.lora_alpha[adapter_name] = alpha
         self.scaling[adapter_name] = alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
@@ -70,7 +65,7 @@ class RepLinear(LorettaLayer):
         return a_IR, b_RO
 
     @staticmethod
-    def assemble(down: Halves, up: Halves, biases: Sequence[Tensor]) -> Factors:
+    def to_factors(down: Halves, up: Halves, biases: Sequence[Tensor]) -> Factors:
         """A (I, R) and B (R, O) of the update."""
         return arranged(*update_factors(down, up))
 
@@ -84,48 +79,49 @@ class RepLinear(LorettaLayer):
         return now - start[0] if start else now
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        adapter_names, base_layer = kwargs.pop("adapter_names", None), self.base_layer
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return base_layer(x, *args, **kwargs)
+        adapter_names = kwargs.pop("adapter_names", None)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or (self.merged and adapter_names is None):
+            return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
-            return self._add_mixed(base_layer(x, *args, **kwargs), x, adapter_names)
-        if self.merged:
-            return base_layer(x, *args, **kwargs)
-        if is_bare_linear(base_layer) and not args and not kwargs:
-            # Its output is a new matrix that nobody else has seen, so the updates can be added into it.
-            rows = x.reshape(-1, self.in_features)
-            in_one = self._fused(rows, cast(nn.Linear, base_layer)) if fused.pays(rows) else None
-            result = self._updated(base_layer(rows), rows, in_place=True) if in_one is None else in_one
-            return result.view(*x.shape[:-1], self.out_features)
-        result = base_layer(x, *args, **kwargs)
+            return self._add_mixed(self.base_layer(x, *args, **kwargs), x, adapter_names)
+        if is_bare_linear(self.base_layer) and not args and not kwargs:
+            return self._linear_with_updates(x)
+        result = self.base_layer(x, *args, **kwargs)
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
-        return self._updated(result, x, in_place=False)
+        for name in self._running():
+            result = result + self.delta(name, x).to(result.dtype)
+        return result
 
-    def _fused(self, rows_BI: Tensor, base_layer: nn.Linear) -> Tensor | None:
+    def _running(self) -> list[str]:
+        return [name for name in self.active_adapters if name in self.n_pairs]
+
+    def _linear_with_updates(self, x: Tensor) -> Tensor:
+        """The output of a bare linear layer: a new matrix that nobody else has seen, so updates are added into it."""
+        rows_BI, names = x.reshape(-1, self.in_features), self._running()
+        result_BO = self._fused(rows_BI, names) if fused.pays(rows_BI) else None
+        if result_BO is None:
+            result_BO = self.base_layer(rows_BI)
+            for name in names:
+                (a_IR, b_RO), *start = self.contracted(name)
+                if not start and result_BO.dtype == b_RO.dtype and works_in(x, b_RO.dtype):
+                    result_BO = add_update(result_BO, self.dropout(name, rows_BI), a_IR, b_RO)
+                else:
+                    result_BO = result_BO + self.delta(name, rows_BI).to(result_BO.dtype)
+        return result_BO.view(*x.shape[:-1], self.out_features)
+
+    def _fused(self, rows_BI: Tensor, names: Sequence[str]) -> Tensor | None:
         """The output by one autograd function; None where that does not compute all that is asked for."""
-        names = [name for name in self.active_adapters if name in self.n_pairs]
         if len(names) != 1 or self.n_pairs[names[0]] != 1 or self.drops[names[0]]:
             return None
-        weight, bias = base_layer.weight, base_layer.bias
+        weight, bias = self.base_layer.weight, cast(Tensor | None, self.base_layer.bias)
         (a_IR, b_RO), *_ = self.contracted(names[0])
         trained = weight.requires_grad or (bias is not None and bias.requires_grad)
         if trained or not rows_BI.dtype == weight.dtype == a_IR.dtype:
             return None
         return cast(Tensor, fused.LinearWithUpdate.apply(rows_BI, weight, bias, a_IR, b_RO))
-
-    def _updated(self, result: Tensor, x: Tensor, *, in_place: bool) -> Tensor:
-        for name in self.active_adapters:
-            if name not in self.n_pairs:
-                continue
-            (a_IR, b_RO), *start = self.contracted(name)
-            if in_place and not start and result.dtype == b_RO.dtype and works_in(x, b_RO.dtype):
-                result = add_update(result, self.dropout(name, x), a_IR, b_RO)
-            else:
-                result = result + self.delta(name, x).to(result.dtype)
-        return result
 
     def _add_mixed(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
         self._check_mixed_batch(x, adapter_names)

@@ -1,0 +1,157 @@
+"""The calls of models that are running, and what they hold for the layers below them.
+
+A call belongs to the thread that makes it, and ends with the frame that made it: neither another thread, nor an
+error or Ctrl-C in its middle, can leave factors behind that a later call would take for its own.
+"""
+
+import sys
+import threading
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Factors = tuple[Tensor, ...]
+Pair = tuple[nn.Module, str, int]  # a layer, an adapter, and which of its pairs of trains
+
+NO_BACKWARD = -1  # what torch calls the backward pass of a thread that runs none
+
+
+class Call:
+    """One call of a model: the factors that its layers will ask for."""
+
+    __slots__ = ("backward", "factors", "frame", "has_graph")
+
+    def __init__(self, frame: FrameType | None, factors: Mapping[Pair, Factors], *, has_graph: bool) -> None:
+        self.frame, self.factors, self.has_graph = frame, factors, has_graph
+        self.backward = current_backward()
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.calls: list[Call] = []
+
+
+_thread = _Thread()
+# Dynamo traces no thread-local values. What it traces it traces as one, so this list is empty outside a trace.
+_traced: list[Call] = []
+
+
+def current_backward() -> int:
+    """The number of the backward pass that this thread works on, which torch gives once in a process."""
+    return NO_BACKWARD if torch.compiler.is_dynamo_compiling() else torch._C._current_graph_task_id()
+
+
+def enter(factors: Mapping[Pair, Factors], *, has_graph: bool) -> None:
+    """A call begins: to be used in a pre-forward hook, whose caller's frame is that of the call."""
+    if torch.compiler.is_dynamo_compiling():
+        _traced.append(Call(None, factors, has_graph=has_graph))
+        return
+    _thread.calls = [call for call in _thread.calls if _depth_of(call.frame) is not None]  # not those of a Ctrl-C
+    _thread.calls.append(Call(sys._getframe(2), factors, has_graph=has_graph))
+
+
+def leave() -> None:
+    """A call ends, or has ended by an error: to be used in the forward hook of the same model."""
+    if torch.compiler.is_dynamo_compiling():
+        if _traced:
+            _traced.pop()
+        return
+    frame = sys._getframe(2)
+    while _thread.calls and (_thread.calls[-1].frame is frame or _depth_of(_thread.calls[-1].frame) is None):
+        _thread.calls.pop()
+
+
+def factors_in_call(layer: Any, adapter_name: str, pair: int) -> Factors | None:
+    """What the running call holds for one pair of trains of ``layer``; None where the layer has to contract it.
+
+    None, too, where gradients are asked for within a call without, and in the recomputation of a checkpointed block.
+    """
+    call = _traced_call() if torch.compiler.is_dynamo_compiling() else _running_call(layer)
+    if call is None or (torch.is_grad_enabled() and not call.has_graph):
+        return None
+    return call.factors.get((layer, adapter_name, pair))
+
+
+def _traced_call() -> Call | None:
+    return _traced[-1] if _traced else None
+
+
+def _running_call(layer: Any) -> Call | None:
+    if not _thread.calls:
+        return None
+    call = _thread.calls[-1]
+    if call.backward != current_backward():
+        return None
+    # a layer lies equally deep below its model in every call: looking there first spares a walk
+    if _frame_at(layer.depth) is call.frame:
+        return call
+    depth = _depth_of(call.frame)
+    if depth is None:
+        return None
+    layer.depth = depth
+    return call
+
+
+def _frame_at(depth: int) -> FrameType | None:
+    """The frame that many steps below the caller of :func:`_running_call`'s caller."""
+    try:
+        return sys._getframe(depth)
+    except ValueError:  # not that many
+        return None
+
+
+def _depth_of(frame: FrameType | None) -> int | None:
+    """How many steps below the caller's a frame lies that is still running; None if it has ended."""
+    depth, below = 1, sys._getframe(1)
+    while below is not frame:
+        if below.f_back is None:
+            return None
+        depth, below = depth + 1, below.f_back
+    return depth
+
+
+def is_recomputed() -> bool:
+    """Whether this is the second pass of a non-reentrant checkpoint, of which only the numbers are used."""
+    if torch.compiler.is_dynamo_compiling() or current_backward() == NO_BACKWARD:
+        return False
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return hooks is not None and "_recomputation_hook" in hooks[0].__qualname__
+
+
+def is_recorded() -> bool:
+    """Whether the operations of now are written down, to be repeated with other numbers: all have to be among them."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0  # make_fx, export, fake tensors
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+    )
+
+
+def hidden_from_checkpoints() -> AbstractContextManager:
+    """What autograd saves within stays saved, and a checkpoint around does not count it.
+
+    A checkpointed block may thus contract its trains in one pass and find the factors in the other.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(_with_version, _unless_written_to)
+
+
+def _with_version(tensor: Tensor) -> tuple[Tensor, int]:
+    return tensor, tensor._version
+
+
+def _unless_written_to(saved: tuple[Tensor, int]) -> Tensor:
+    tensor, version = saved
+    if tensor._version != version:  # autograd itself does not look behind hooks
+        raise RuntimeError(
+            "one of the variables needed for gradient computation has been modified by an inplace operation: "
+            f"cores at version {tensor._version}, expected version {version}"
+        )
+    return tensor

@@ -1,0 +1,78 @@
+"""Factors that are kept from call to call, where the cores are not to be written to."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loretta.errors import InputError
+from loretta.tuners.calls import Factors, Pair
+
+_Stamp = tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    pairs: tuple[Pair, ...]
+    tensors: Sequence[Tensor]  # held, so that no other tensor gets their identity or their memory
+    stamp: _Stamp
+    copies: Sequence[Tensor]
+    factors: Sequence[Factors]
+
+
+class Kept:
+    """Contracts each group of trains once, and again when torch counts a write to its cores.
+
+    Args:
+        refuses_writes: Raise InputError at a write instead, and compare the values themselves in :meth:`check`: not
+            every write is counted.
+    """
+
+    def __init__(self, *, refuses_writes: bool) -> None:
+        self.refuses_writes = refuses_writes
+        self._entries: dict[tuple[tuple[Pair, ...], torch.dtype], _Entry] = {}
+
+    def get(
+        self,
+        pairs: tuple[Pair, ...],
+        dtype: torch.dtype,
+        tensors: Sequence[Tensor],
+        scales: tuple[float, ...],
+        contract: Callable[[], Sequence[Factors]],
+    ) -> Sequence[Factors]:
+        """The factors of ``pairs``: those that ``contract`` returns, or returned for the same ``tensors``.
+
+        Raises InputError where a write is refused and torch has counted one.
+        """
+        entry = self._entries.get((pairs, dtype))
+        stamp = (*scales, *((id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors))
+        if entry is not None:
+            if entry.stamp == stamp:
+                return entry.factors
+            if self.refuses_writes:
+                raise InputError(_written_to(pairs))
+        factors = contract()
+        copies = [tensor.detach().clone() for tensor in tensors] if self.refuses_writes else []
+        self._entries[pairs, dtype] = _Entry(pairs, tensors, stamp, copies, factors)
+        return factors
+
+    def check(self) -> None:
+        """Raises InputError if the cores no longer have the values of which factors are kept."""
+        for entry in self._entries.values():
+            if not all(_same(copy, tensor) for copy, tensor in zip(entry.copies, entry.tensors, strict=True)):
+                raise InputError(_written_to(entry.pairs))
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    # NaN is equal to NaN here
+    return one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
+
+
+def _written_to(pairs: tuple[Pair, ...]) -> str:
+    names = ", ".join(sorted({repr(adapter) for _, adapter, _ in pairs}))
+    return (
+        f"the adapter {names} was changed inside loretta.serving(model), whose answers come from the values it began "
+        "with: leave the block to change an adapter, and enter it again"
+    )
