@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.other import get_pattern_key
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from loretta.errors import InputError
