@@ -31,7 +31,8 @@ INSTRUCTIONS = {
 }
 CELLS: dict[str, dict[str, str]] = {
     **{
-        f"{name}-{threads}": {**variables, "OMP_NUM_THREADS": str(threads)}
+        # passive: a thread that waits leaves its core to the others
+        f"{name}-{threads}": {**variables, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
         for name, variables in INSTRUCTIONS.items()
         for threads in (1, 2)
     },

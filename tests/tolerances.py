@@ -10,12 +10,15 @@ from torch import Tensor
 RTOL = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2.5e-3}
 
 
-def assert_near(name: str, got: Tensor, ref: Tensor) -> None:
+def assert_near(name: str, got: Tensor, ref: Tensor, *, terms: Tensor | None = None) -> None:
     """Fail unless ``got`` has the shape of ``ref`` and differs from it by rounding in the dtype of ``got``.
 
-    A reference of zeros must be met exactly. NaN and infinity fail on either side.
+    ``terms`` is for sums of few numbers in low precision: the same sums over the magnitudes of their terms. Where terms
+    cancel, the result is small and their rounding is not. A reference of zeros must be met exactly. NaN and infinity
+    fail on either side.
     """
-    _assert_within(name, got, ref, ref.detach().double().norm(), RTOL[got.dtype])
+    size = ref if terms is None else terms
+    _assert_within(name, got, ref, size.detach().double().norm(), RTOL[got.dtype])
 
 
 def assert_gradients_near(got: Mapping[Any, Tensor], ref: Mapping[Any, Tensor], rtol: float | None = None) -> None:

@@ -132,7 +132,8 @@ def test_forward_in_every_dtype(shape, dtype):
     x_BI = randn(4, shape.in_features, seed=0, dtype=dtype)
     y_BO = layer(x_BI)
     assert y_BO.dtype == dtype
-    assert_near("y", y_BO, x_BI.double() @ oracle(list(layer.cores), shape))
+    weight_IO = oracle(list(layer.cores), shape)
+    assert_near("y", y_BO, x_BI.double() @ weight_IO, terms=x_BI.double().abs() @ weight_IO.abs())
 
 
 def test_the_input_decides_the_dtype_of_the_output():
@@ -143,7 +144,8 @@ def test_the_input_decides_the_dtype_of_the_output():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y_BO = layer(x_BI.float())
     assert y_BO.dtype == torch.bfloat16
-    assert_near("y", y_BO, x_BI.double() @ oracle(list(layer.cores), shape) + 1)
+    weight_IO = oracle(list(layer.cores), shape)
+    assert_near("y", y_BO, x_BI.double() @ weight_IO + 1, terms=x_BI.double().abs() @ weight_IO.abs() + 1)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -154,10 +156,13 @@ def test_from_dense_is_the_truncated_tt_svd(shape, dtype, bias):
     layer = TTLinear.from_dense(dense, shape)
     assert {parameter.dtype for parameter in layer.parameters()} == {dtype}
     assert [tuple(core.shape) for core in layer.cores] == shape.cores
-    weight_IO = oracle(tt.tt_svd(dense.weight.detach().double().T, shape), shape)
-    assert_near("weight", layer.to_dense().weight, weight_IO.T)
+    cores = tt.tt_svd(dense.weight.detach().double().T, shape)
+    weight_IO = oracle(cores, shape)
+    assert_near("weight", layer.to_dense().weight, weight_IO.T, terms=oracle([core.abs() for core in cores], shape))
     x_BI = randn(4, shape.in_features, seed=0, dtype=dtype)
-    assert_near("y", layer(x_BI), x_BI.double() @ weight_IO + (dense.bias.double() if bias else 0.0))
+    added = dense.bias.double() if bias else torch.zeros(())
+    terms = x_BI.double().abs() @ weight_IO.abs() + added.abs()
+    assert_near("y", layer(x_BI), x_BI.double() @ weight_IO + added, terms=terms)
     assert layer.start is None
     assert all(parameter.requires_grad for parameter in layer.parameters())
 

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from tolerances import RTOL, assert_gradients_near, assert_near
+from tolerances import RTOL, assert_as_near, assert_gradients_near, assert_near
 
 
 @pytest.mark.parametrize("dtype", RTOL)
@@ -49,3 +49,26 @@ def test_gradients_that_are_zero_everywhere_are_met_exactly_or_not_at_all():
     assert_gradients_near(ref, ref)
     with pytest.raises(AssertionError):
         assert_gradients_near({"weight": torch.full((3,), 1e-30)}, ref)
+
+
+def test_sums_whose_terms_cancel_are_measured_by_their_terms():
+    ref, terms = torch.tensor([1e-3], dtype=torch.float64), torch.tensor([1.0], dtype=torch.float64)
+    for wrong, fits in ((0.5, True), (2.0, False)):
+        got = (ref + wrong * RTOL[torch.float32]).float()
+        with pytest.raises(AssertionError):
+            assert_near("y", got, ref)
+        if fits:
+            assert_near("y", got, ref, terms=terms)
+        else:
+            with pytest.raises(AssertionError):
+                assert_near("y", got, ref, terms=terms)
+
+
+def test_a_model_in_low_precision_may_err_twice_as_far_as_another():
+    ref = torch.ones(4, dtype=torch.float64)
+    beside = ref.bfloat16() * 1.0625, ref
+    assert_as_near("logits", (ref * 1.125).bfloat16(), ref, beside=beside)
+    with pytest.raises(AssertionError, match="logits: relative error"):
+        assert_as_near("logits", (ref * 1.1875).bfloat16(), ref, beside=beside)
+    with pytest.raises(AssertionError):
+        assert_as_near("logits", ref, ref, beside=beside)  # not in the same precision

@@ -134,13 +134,14 @@ def test_two_active_adapters_add_up_their_norms_too(family, method):
     """The same change by one adapter, or by two that make half of it each."""
     task = natural_task(family)
     model, inputs = wrap(family, method, task)
+    model.double()
     norms = {name: value for name, value in trainable(model).items() if "modules_to_save" in name}
     base = {name: value.detach().clone() for name, value in norms.items()}
     trained(model)  # the trains too
     model.add_adapter("other", config_for(method, task_type=task))
     whole = {name: value.detach().clone() for name, value in norms.items()}
     parameters = dict(model.named_parameters())
-    wanted = logits(model, inputs)
+    wanted = logits(model.double(), inputs)
     with torch.no_grad():
         for name, value in norms.items():
             value.copy_(base[name] + 0.25 * (whole[name] - base[name]))

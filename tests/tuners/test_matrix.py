@@ -61,6 +61,13 @@ def gradients(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: parameter.grad for name, parameter in trainable(model).items()}
 
 
+def assert_merges(model: PeftModel, inputs: dict[str, Tensor]) -> None:
+    """In float64: a small model may blow up the rounding of float32."""
+    inputs = cast(inputs, torch.float64)
+    expected = logits(model.double(), inputs)
+    assert_near("merged", logits(model.merge_and_unload(), inputs), expected)
+
+
 # Injection without a wrapper
 
 
@@ -239,7 +246,7 @@ tied_target = pytest.mark.filterwarnings("ignore:Model (has|with) `tie_word_embe
 @every_generative
 def test_a_merged_model_keeps_its_tie(family, tmp_path):
     model, inputs = wrapped(family, "rep", base={"tie_word_embeddings": True})
-    expected = logits(trained(model), inputs)
+    expected = logits(trained(model).double(), inputs)
     merged = model.merge_and_unload()
     assert merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
     assert merged.config.tie_word_embeddings
@@ -309,7 +316,7 @@ def test_patterns_come_back_with_the_adapter(family, method, tmp_path):
     again = PeftModel.from_pretrained(base_of(family)[0], tmp_path, low_cpu_mem_usage=True).eval()
     assert torch.equal(logits(again, inputs), expected)
     if method == "rep":
-        assert_near("merged", logits(again.merge_and_unload(), inputs), expected)
+        assert_merges(again, inputs)
 
 
 # where the blocks lie; in T5 each of them holds parts that are numbered too
@@ -355,7 +362,7 @@ def test_modules_to_save(family, method, tmp_path):
     with model.disable_adapter():
         assert torch.equal(logits(model, inputs), plain)
     if method == "rep":
-        assert_near("merged", logits(again.merge_and_unload(), inputs), expected)
+        assert_merges(again, inputs)
     now = model.unload().state_dict()
     changed = {name.rpartition(".")[0] for name, value in values.items() if not torch.equal(now[name], value)}
     assert changed == whole  # PEFT leaves what the user asked to train where it is
@@ -516,7 +523,8 @@ def test_a_copy_is_equal_and_independent(family, way, method):
 @every_family
 def test_merging_and_unmerging_again_and_again(family):
     model, inputs = wrapped(family, "rep")
-    expected, values = logits(trained(model), inputs), snapshot(model)
+    inputs = cast(inputs, torch.float64)
+    expected, values = logits(trained(model).double(), inputs), snapshot(model)
     for _ in range(8):
         model.merge_adapter()
         assert_near("merged", logits(model, inputs), expected)
@@ -529,11 +537,13 @@ def test_merging_and_unmerging_again_and_again(family):
 @every_family
 def test_an_adapter_added_to_a_merged_model(family):
     model, inputs = wrapped(family, "rep")
-    expected = logits(trained(model), inputs)
-    plain = logits(base_of(family)[0], inputs)
+    inputs = cast(inputs, torch.float64)
+    expected = logits(trained(model).double(), inputs)
+    plain = logits(base_of(family, dtype=torch.float64)[0], inputs)
     model.merge_adapter()
     with pytest.warns(UserWarning, match="Unmerging the model first"):
         model.add_adapter("other", options_for(family, "rep", tensor_rank=2))
+    model.double()
     assert_near("default", logits(model, inputs), expected)
     model.set_adapter("other")
     trained(model, seed=5)
@@ -553,6 +563,7 @@ def test_an_adapter_added_to_a_merged_model(family):
 @pytest.mark.parametrize("family", GENERATIVE)
 def test_the_cache_changes_nothing_of_what_is_generated(family, method):
     model, inputs = wrapped(family, method)
+    model.double()  # so that rounding decides between no two tokens
     inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": 10**6}
     untrained = model.generate(**inputs, **options)

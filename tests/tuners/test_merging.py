@@ -42,9 +42,9 @@ def assert_plain(merged: nn.Module, family: str, task: str | None = None) -> Non
 @every_family
 def test_a_merged_model_is_a_plain_one_with_the_same_logits(family):
     model, inputs = wrap(family, "rep")
-    trained(model)
+    trained(model).double()
     expected = logits(model, inputs)
-    base, _ = build(family)
+    base, _ = build(family, dtype=torch.float64)
     merged = model.merge_and_unload()
     assert_plain(merged, family)
     assert_near("logits", logits(merged, inputs), expected)
@@ -55,7 +55,7 @@ def test_a_merged_model_is_a_plain_one_with_the_same_logits(family):
 @pytest.mark.parametrize("family", ["bert", "roberta", "deberta", "deberta-v2", "electra", "modernbert", "bart", "t5"])
 def test_merging_makes_heads_dense(family, train_head):
     model, inputs = wrap(family, "rep", "SEQ_CLS", train_head=train_head)
-    trained(model)
+    trained(model).double()
     expected = logits(model, inputs)
     merged = model.merge_and_unload()
     assert_plain(merged, family, "SEQ_CLS")
@@ -66,7 +66,7 @@ def test_merging_makes_heads_dense(family, train_head):
 @pytest.mark.parametrize("options", [{"init_weights": "denoised"}, {"use_rslora": True, "lora_alpha": 3}, {"r": 2}])
 def test_every_kind_of_update_merges(family, options):
     model, inputs = wrap(family, "rep", **options)
-    trained(model)
+    trained(model).double()
     expected = logits(model, inputs)
     assert_near("logits", logits(model.merge_and_unload(safe_merge=True), inputs), expected)
 
@@ -89,7 +89,7 @@ def test_merging_in_bfloat16_rounds_once():
 @every_family
 def test_merging_can_be_undone(family):
     model, inputs = wrap(family, "rep")
-    trained(model)
+    trained(model).double()
     unmerged = logits(model, inputs)
     values = snapshot(model)
     model.merge_adapter()

@@ -250,6 +250,7 @@ WITH_ROWS = [(f, m, norms) for f in OPTIONS for m in CONFIGS for norms in (True,
 @pytest.mark.parametrize(("family", "method", "train_norms"), WITH_ROWS)
 def test_a_mixed_batch_equals_the_single_runs(family, method, train_norms):
     model, inputs = pair(family, method, train_norms=train_norms)
+    model.double()
     assert_near("logits", logits(model, inputs, adapter_names=ROWS), expected_rows(model, inputs, ROWS))
     assert not hooked(model)
 
