@@ -19,20 +19,23 @@ def parse_option(word: str) -> tuple[str, Any]:
     if not equals or not key:
         raise InputError(f"--set {word!r} is not of the form key=value: write, for example, --set epochs=5")
     try:
-        return key, _read(text)
+        return key, read_yaml(text)
     except yaml.YAMLError:
         raise InputError(f"--set {word!r}: the value is not a YAML value") from None
 
 
-def _read(text: str) -> Any:
-    value = yaml.safe_load(text)
-    if isinstance(value, str):
-        # YAML 1.1 reads 5e-3 as a word
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 as PyYAML reads it, where 5e-3 would be a word, and a number to everyone else."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("+-.0123456789")
+)
+
+
+def read_yaml(text: str) -> Any:
+    """The value of a YAML (or JSON) text. Raises yaml.YAMLError."""
+    return yaml.load(text, Loader=_Loader)
 
 
 def with_lists(options: Mapping[str, Any], config: type) -> dict[str, Any]:
@@ -52,5 +55,5 @@ def _takes_list(hint: Any) -> bool:
 
 def _words(value: Any) -> Any:
     if isinstance(value, str) and re.fullmatch(r"[\w.-]+(,\s*[\w.-]+)+", value):
-        return [_read(word) for word in value.split(",")]
+        return [read_yaml(word) for word in value.split(",")]
     return value

@@ -6,9 +6,10 @@ that never needs PEFT, such as ``loretta --help``, does not wait for torch.
 
 import sys
 from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
+from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 
 def register_with_peft() -> None:
@@ -26,27 +27,37 @@ def _register() -> None:
 
 
 class _PeftFinder(MetaPathFinder):
-    """Finds PEFT where the other finders find it, and registers the methods once its module has run."""
+    """Finds PEFT where the other finders find it."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if fullname != "peft":
             return None
-        others = (finder for finder in sys.meta_path if finder is not self)
-        spec = next((spec for finder in others if (spec := finder.find_spec(fullname, path, target))), None)
+        others = (finder.find_spec for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
+        spec = next((spec for find in others if (spec := find(fullname, path, target)) is not None), None)
         if spec is not None and spec.loader is not None:
-            self._follow(spec.loader)
+            # transformers asks for the spec without loading it: nothing is registered before the module has run
+            spec.loader = _RegisteringLoader(spec.loader)
         return spec
 
-    def _follow(self, loader: object) -> None:
-        """Let this one loader register after it ran; transformers asks for the spec of PEFT without loading it."""
-        run = loader.exec_module  # type: ignore[attr-defined]
 
-        def run_and_register(module: ModuleType) -> None:
-            run(module)
-            if self in sys.meta_path:
-                sys.meta_path.remove(self)
-            _register()
+class _RegisteringLoader(Loader):
+    """Loads PEFT as ``loader`` does, then registers the methods. The module itself names ``loader``."""
 
-        loader.exec_module = run_and_register  # type: ignore[attr-defined]
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._loader, name)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__loader__ = self._loader
+        if module.__spec__ is not None:
+            module.__spec__.loader = self._loader
+        self._loader.exec_module(module)
+        sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, _PeftFinder)]
+        _register()

@@ -8,6 +8,7 @@ import typer
 from loretta.cli.options import Json, run_options
 from loretta.cli.output import print_json, scores
 from loretta.training.config import read_config
+from loretta.training.folder import CONFIG
 
 
 @run_options(but=["method_args"])
@@ -21,12 +22,17 @@ def train(
             "--set", metavar="KEY=VALUE", help="Any of these options, or of the method's: tensor_rank=8. Repeatable."
         ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in the folder.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option("--resume", help="Go on from the last checkpoint in the folder: --resume -o RUN needs no more."),
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
     as_json: Json = False,
     **given: Any,
 ) -> None:
     """Train an adapter; write adapter/, run.json and report.html."""
+    if resume and config is None and given["output"] and (begun := Path(given["output"]) / CONFIG).is_file():
+        config = begun  # the run's own options, where no others are given
     run_config = read_config(config, given, sets or [])
     from loretta import report
     from loretta.training.run import train as run
