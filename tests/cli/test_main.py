@@ -63,6 +63,14 @@ def test_train_answers_with_one_json_document(bert, reviews, capsys, tmp_path):
     assert "'loss'" in err, "the Trainer prints its log, which is no part of the answer"
 
 
+def test_resume_needs_nothing_but_the_folder(trained, capsys):
+    status, out, _ = call(capsys, "train", "--resume", "-o", trained, "--json")
+    assert status == 0
+    assert json.loads(out) == json.loads((trained / "run.json").read_text())
+    status, _, err = call(capsys, "train", "--resume", "-o", trained, "--epochs", 9)
+    assert_refused(status, err, ["cannot resume", "epochs was 1.0 and is 9.0"])
+
+
 def test_a_config_file_may_hold_options_of_the_method(bert, reviews, capsys, tmp_path):
     (tmp_path / "run.yaml").write_text("epoch: 1\ntext: review\nlabel: mood\ntensor_rank: 3\nbatch_sise: 8\n")
     arguments = ["train", "--config", tmp_path / "run.yaml", "--model", bert, "--data", reviews, "-o", tmp_path / "run"]

@@ -1,6 +1,7 @@
 """The commands, as a user types them."""
 
 import json
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from training_data import sentences
 from loretta.cli import main as cli
 from loretta.studies import runner
 from loretta.studies.study import load_study, study_names
+from loretta.training.record import RunRecord
 
 TARGETS = study_names()
 DECODER = {"table2", "table3", "table5"}
@@ -111,7 +113,13 @@ def test_runs_are_listed_shown_and_compared(bert, data_dir, capsys, tmp_path):
     status, out, _ = call(capsys, "runs", "ls", tmp_path)
     assert (status, out.splitlines()[-1]) == (0, "2 finished, 1 failed")
     bitfit, rep, lora = (tmp_path / f"tiny-bert/rte/{name}/s0" for name in ("bitfit", "loretta_rep", "lora-r8"))
-    assert "method=bitfit" in call(capsys, "runs", "show", bitfit)[1]
+    shown = call(capsys, "runs", "show", bitfit)[1]
+    assert "method=bitfit" in shown
+    again = shlex.split(shown.splitlines()[-1].removeprefix("again: loretta "))
+    assert call(capsys, *again)[0] == 0, "the command that is shown trains the run again"
+    first, second = (RunRecord.load(folder / "run.json") for folder in (bitfit, Path(f"{bitfit}-again")))
+    assert second.validation == first.validation
+    shutil.rmtree(f"{bitfit}-again")
     assert "No modules were targeted" in call(capsys, "runs", "show", lora)[1]
     status, out, _ = call(capsys, "runs", "diff", bitfit, rep, "--json")
     rows = {row["what"]: (row[str(bitfit)], row[str(rep)]) for row in json.loads(out)}

@@ -1,5 +1,6 @@
 """``loretta runs ls | show | diff``: look at the runs in a folder, at any time."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -60,6 +61,8 @@ def show_run(run: Annotated[Path, typer.Argument(help="Folder of a run.")], as_j
     for note in record.notes:
         typer.echo(f"note: {note}")
     typer.echo(f"command: {record.command}")
+    again = ["loretta", "train", "--config", str(run / "config.json"), "-o", f"{run}-again"]
+    typer.echo(f"again: {shlex.join(again)}")
 
 
 @app.command("diff", cls=Command)
