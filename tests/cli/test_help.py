@@ -108,8 +108,8 @@ def test_runs_are_listed_shown_and_compared_without_torch(tmp_path):
     for seed in (0, 1):
         record = RunRecord(
             config={"learning_rate": 1e-3, "seed": seed}, command="loretta train", versions={}, model="m", task="t",
-            method="rep", kind="classification", seed=seed, device="cpu", sizes={}, metric="accuracy", higher_is_better=True,
-            parameters=counts, trains=[train], adapter_bytes=9,
+            method="rep", kind="classification", seed=seed, device="cpu", sizes={}, metric="accuracy",
+            higher_is_better=True, parameters=counts, trains=[train], adapter_bytes=9,
             train_seconds=1.0, peak_memory_bytes=1, history=[], best_step=1,
             validation={"accuracy": 0.5 if seed else float("nan")}, test=None,
         )  # fmt: skip

@@ -10,9 +10,9 @@ import pytest
 from training_data import sentences
 
 from loretta.cli import main as cli
+from loretta.record import RunRecord
 from loretta.studies import runner
 from loretta.studies.study import load_study, study_names
-from loretta.training.record import RunRecord
 
 TARGETS = study_names()
 DECODER = {"table2", "table3", "table5"}
