@@ -113,6 +113,9 @@ def test_predict_writes_a_row_for_each_text(ending, trained, reviews, capsys, tm
     status, out, _ = call(capsys, "predict", trained, reviews, "--cpu", "-o", path, "--json")
     assert status == 0
     assert len(json.loads(out)) == 96
+    for wrong, words in ((path, "exists: replace it with --overwrite"), (tmp_path / "no" / path.name, "no folder")):
+        status, _, err = call(capsys, "predict", trained, reviews, "--cpu", "-o", wrong)
+        assert_refused(status, err, [str(wrong), words])
     lines = path.read_text().splitlines()
     rows = list(csv.DictReader(lines)) if ending == ".csv" else [json.loads(line) for line in lines]
     assert len(rows) == 96

@@ -1,9 +1,9 @@
 """``loretta predict``."""
 
 import csv
+import io
 import json
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +12,7 @@ import typer
 from loretta.cli.options import Cpu, Json, Model, RunFolder
 from loretta.cli.output import print_json
 from loretta.errors import InputError
+from loretta.files import write_whole
 
 
 def predict(
@@ -22,13 +23,14 @@ def predict(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write: .csv or .jsonl.")] = None,
     model: Model = None,
     cpu: Cpu = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --output.")] = False,
     as_json: Json = False,
 ) -> None:
     """Load a run's adapter again and apply it to new text."""
     if (file is None) == (text is None):
         raise InputError("give either a FILE or --text (repeatable), and not both")
-    if output is not None and output.suffix not in (".csv", ".jsonl"):
-        raise InputError(f"--output '{output}' must end in .csv or .jsonl")
+    if output is not None:
+        _check_output(output, overwrite=overwrite)
     from loretta.training.predict import load_run, text_columns
     from loretta.training.predict import predict as apply
 
@@ -39,7 +41,8 @@ def predict(
         for words, row in zip(zip(*texts, strict=True), apply(loaded, texts), strict=True)
     ]
     if output is not None:
-        _write_rows(output, rows)
+        write_whole(output, _table(rows) if output.suffix == ".csv" else _lines(rows))
+        typer.echo(f"{len(rows):,} rows written to {output}", err=True)
     if as_json:
         print_json(rows)
     elif output is None:
@@ -64,13 +67,23 @@ def _of_pairs(text: list[str], text_pair: list[str] | None) -> list[list[str]]:
     return [text, *([text_pair] if text_pair else [])]
 
 
-def _write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        if path.suffix == ".csv":
-            writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else [])
-            writer.writeheader()
-            writer.writerows(rows)
-        else:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    os.replace(temporary, path)
+def _check_output(output: Path, *, overwrite: bool) -> None:
+    """Before the model is loaded: whether the file can be written."""
+    if output.suffix not in (".csv", ".jsonl"):
+        raise InputError(f"--output '{output}' must end in .csv or .jsonl")
+    if not output.parent.is_dir():
+        raise InputError(f"--output '{output}': there is no folder '{output.parent}'")
+    if output.exists() and not overwrite:
+        raise InputError(f"--output '{output}' exists: replace it with --overwrite, or give another file")
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    content = io.StringIO(newline="")
+    writer = csv.DictWriter(content, fieldnames=list(rows[0]) if rows else [])
+    writer.writeheader()
+    writer.writerows(rows)
+    return content.getvalue()
+
+
+def _lines(rows: Sequence[Mapping[str, Any]]) -> str:
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
