@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -45,6 +45,15 @@ class LorettaLayer(JointLayer, BaseTunerLayer):
         # plain dictionaries beside the modules, whose attributes torch is slow to look up
         self.n_pairs: dict[str, int] = {}
         self.drops: dict[str, bool] = {}
+        self.on_read: Callable[[LorettaLayer], None] | None = None  # told of those who read the weight past the layer
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's, without what adapters change: models read its dtype, and some compute with it."""
+        if self.on_read is not None:
+            self.on_read(self)
+        base_layer: Any = self.get_base_layer()
+        return base_layer.qweight if hasattr(base_layer, "qweight") else base_layer.weight
 
     def _part(self, part: str) -> nn.ModuleDict:
         return getattr(self, self.prefix + part)

@@ -2,12 +2,10 @@
 
 import copy
 from collections import Counter
-from collections.abc import Iterable
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
@@ -19,12 +17,14 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from loretta.errors import InputError
+from loretta.tuners.bypassed import check_called
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.contraction import Contraction
 from loretta.tuners.extras import AdapterCopy, copy_cost, head_names, install_copies, rename_copies
 from loretta.tuners.layer import is_offloaded, keep_differentiable
 from loretta.tuners.names import check_adapter_name, check_endings
 from loretta.tuners.placement import Placement, expand_targets, matched_modules
+from loretta.tuners.watch import Watch
 
 
 class LorettaModel(BaseTuner):
@@ -57,7 +57,7 @@ class LorettaModel(BaseTuner):
             targeted.modules_to_save = [*(config.modules_to_save or []), *head_names(model, config)]
             placements = [self.place(config, name, _base_of(m)) for name, m in matched_modules(targeted, model)]
             _check_signature(config, placements)
-            _check_called(model, [placement.name for placement in placements])
+            check_called(model, [placement.name for placement in placements])
         _check_copies_are_here(model, bool(config.train_norms or config.modules_to_save or head_names(model, config)))
         check_endings(adapter_name, [*(config.modules_to_save or []), *head_names(model, config)])
         copy_cost(model, config)
@@ -70,6 +70,7 @@ class LorettaModel(BaseTuner):
         finally:
             config.modules_to_save = given
         Contraction.attach(model)
+        Watch.attach(model)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -124,6 +125,7 @@ class LorettaModel(BaseTuner):
             merge, adapter_names = True, list(dict.fromkeys([*merged, *more]))
         unloaded = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         Contraction.detach(self.model)
+        Watch.detach(self.model)
         return unloaded
 
     @classmethod
@@ -296,24 +298,6 @@ def _check_signature(config: LorettaConfig, placements: list[Placement]) -> None
             f"this adapter was trained for another base model: it adapts {config.base_signature}, and this model has "
             f"{signature}; load it with '{base}'"
         )
-
-
-def _check_called(model: nn.Module, targets: Iterable[str]) -> None:
-    """Refuse targets of which torch's own attention reads the weights alone: an adapter would have no effect."""
-    for name in targets:
-        parts = name.split(".")
-        *_, parent = above = [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
-        if isinstance(parent, nn.MultiheadAttention):
-            raise InputError(
-                f"the target '{name}' is a part of torch's MultiheadAttention, which reads its weight without calling "
-                "it: an adapter would do nothing; leave it out with exclude_modules"
-            )
-        in_encoder = any(isinstance(module, nn.TransformerEncoderLayer) for module in above)
-        if in_encoder and torch.backends.mha.get_fastpath_enabled():
-            raise InputError(
-                f"the target '{name}' lies in torch's TransformerEncoderLayer, which in evaluation reads its weights "
-                "without calling it: call torch.backends.mha.set_fastpath_enabled(False) first"
-            )
 
 
 def _check_copies_are_here(model: nn.Module, copies: bool) -> None:

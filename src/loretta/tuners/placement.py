@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from loretta import tt
 from loretta.errors import InputError
 from loretta.layers.trains import Cores
+from loretta.tuners.bypassed import read_only
 from loretta.tuners.config import LorettaConfig
 
 
@@ -96,13 +97,12 @@ def not_adaptable(model: nn.Module) -> dict[str, str]:
 def expand_targets(config: LorettaConfig, model: nn.Module) -> LorettaConfig:
     """``config``, with "all-linear" replaced by the names of those layers, as PEFT does.
 
-    What torch's attention reads without calling it is left out: an adapter there would do nothing.
+    What the code around it reads without calling it is left out: an adapter there would do nothing.
     """
     everything = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
     config = _maybe_include_all_linear_layers(config, model)
     if everything:
-        attentions = [name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
-        inside = {f"{name}.{child}" for name in attentions for child, _ in model.get_submodule(name).named_children()}
+        inside = read_only(model)
         config.target_modules = sorted(set(config.target_modules or ()) - inside)
     return config
 

@@ -1,0 +1,105 @@
+"""Modules whose weight a model reads without calling them: an adapter there would do nothing.
+
+Mamba multiplies with ``self.dt_proj.weight``, fused kernels take ``self.out_proj.weight`` as an argument, and torch's
+attention hands its weights to a function. What the code of a class shows is told here, before anything is replaced;
+what depends on kernels, devices and inputs is seen when the model first runs (:mod:`loretta.tuners.watch`).
+"""
+
+import dis
+import functools
+import inspect
+from collections.abc import Iterable, Iterator
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import nn
+
+from loretta.errors import InputError
+
+# attributes of a weight that say where and how it is, and not what is in it
+_ABOUT = {"dtype", "device", "shape", "size", "dim", "ndim", "numel", "requires_grad", "is_meta", "element_size"}
+
+
+def check_called(model: nn.Module, targets: Iterable[str]) -> None:
+    """Refuse targets that the code of the module around them never calls, though it computes with their weights.
+
+    Raises InputError that names the first one.
+    """
+    for name in targets:
+        parts = name.split(".")
+        *_, parent = above = [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
+        if parts[-1] in read_only_children(type(parent)):  # type: ignore[arg-type]
+            raise InputError(
+                f"the target '{name}' is a part of a {type(parent).__name__}, which reads its weight without calling "
+                "it: an adapter would do nothing; leave it out with exclude_modules"
+            )
+        in_encoder = any(isinstance(module, nn.TransformerEncoderLayer) for module in above)
+        if in_encoder and torch.backends.mha.get_fastpath_enabled():
+            raise InputError(
+                f"the target '{name}' lies in torch's TransformerEncoderLayer, which in evaluation reads its weights "
+                "without calling it: call torch.backends.mha.set_fastpath_enabled(False) first"
+            )
+
+
+def read_only(model: nn.Module) -> set[str]:
+    """Names of all modules of ``model`` that :func:`check_called` refuses for the code around them."""
+    return {
+        f"{name}.{child}" if name else child
+        for name, module in model.named_modules()
+        for child in read_only_children(type(module)) & module._modules.keys()  # type: ignore[arg-type]
+    }
+
+
+@functools.cache
+def read_only_children(cls: type[nn.Module]) -> frozenset[str]:
+    """The attributes whose ``weight`` the methods of a class compute with, and that they use in no other way.
+
+    Read off the bytecode, which also classes without a source file have. Where a method calls a child, or hands it to
+    a function, in any branch, nothing is claimed.
+    """
+    codes = [
+        (name, code)
+        for base in cls.__mro__[: cls.__mro__.index(nn.Module)]
+        for name, value in vars(base).items()
+        for code in _codes_of(value)
+    ]
+    read = {
+        child
+        for name, code in codes
+        if "weight" in code.co_names and "init" not in name
+        for child, attributes in _uses(code)
+        if attributes[:1] == ["weight"] and not _ABOUT & set(attributes[1:2])
+    }
+    used = {
+        child
+        for _, code in codes
+        if read & set(code.co_names)
+        for child, attributes in _uses(code)
+        if attributes[:1] not in (["weight"], ["bias"])
+    }
+    return frozenset(read - used)
+
+
+def _codes_of(value: Any) -> Iterator[CodeType]:
+    """The bytecode of a method or property, and that of the functions within it."""
+    value = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+    code = getattr(inspect.unwrap(value), "__code__", None) if callable(value) else None
+    pending = [] if code is None else [code]
+    while pending:
+        code = pending.pop()
+        pending += [inner for inner in code.co_consts if isinstance(inner, CodeType)]
+        yield code
+
+
+def _uses(code: CodeType) -> Iterator[tuple[str, list[str]]]:
+    """(name, attributes of it that are read in a row) for every ``self.name`` that is loaded."""
+    loaded: list[str] | None = None  # the attributes since the last `self`
+    for instruction in dis.get_instructions(code):
+        if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and loaded is not None:
+            loaded.append(str(instruction.argval))
+            continue
+        if loaded:
+            yield loaded[0], loaded[1:]
+        is_self = instruction.opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and instruction.argval == "self"
+        loaded = [] if is_self else None

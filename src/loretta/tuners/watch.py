@@ -1,0 +1,86 @@
+"""The first calls of a model show which adapters it goes past; see :mod:`loretta.tuners.bypassed`."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from loretta.tuners.layer import LorettaLayer
+
+
+class Watch:
+    """Notes, in the first call of a model in training and the first in evaluation, which adapted modules were called.
+
+    Warns once of those whose weight was read by others but that were not called. A module that was neither read nor
+    called has a reason of its own, such as an expert that no token was sent to or a layer that was dropped.
+    """
+
+    def __init__(self) -> None:
+        self.seen: set[bool] = set()  # whether the model was in training, for each kind of call that was watched
+        self.handles: list[Any] = []
+        self.read: dict[LorettaLayer, None] = {}
+        self.called: set[LorettaLayer] = set()
+
+    @classmethod
+    def attach(cls, model: nn.Module) -> None:
+        """Watch the next calls of ``model``; those of before, with fewer adapters, do not count."""
+        cls.detach(model)
+        watch = cls()
+        model.register_forward_pre_hook(watch.begin)
+        model.register_forward_hook(watch.end, always_call=True)
+
+    @classmethod
+    def detach(cls, model: nn.Module) -> None:
+        """Undo :meth:`attach`."""
+        for hooks in (model._forward_pre_hooks, model._forward_hooks):
+            for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), cls)]:
+                del hooks[key]
+                model._forward_hooks_always_called.pop(key, None)
+
+    def begin(self, model: nn.Module, args: Any) -> None:
+        """Before the model runs."""
+        is_replica = getattr(model, "_is_replica", False)  # of DataParallel: its layers share their hooks
+        if torch.compiler.is_compiling() or is_replica or model.training in self.seen or self.handles:
+            return
+        self.read, self.called = {}, set()
+        for layer in model.modules():
+            if isinstance(layer, LorettaLayer):
+                layer.on_read = self.note_read
+                self.handles.append(layer.register_forward_pre_hook(self.note_call))
+
+    def note_read(self, layer: LorettaLayer) -> None:
+        self.read[layer] = None
+
+    def note_call(self, layer: nn.Module, args: Any) -> None:
+        self.called.add(layer)  # type: ignore[arg-type]
+
+    def end(self, model: nn.Module, args: Any, output: Any) -> None:
+        """After it ran, or failed: then the next call is the first."""
+        if torch.compiler.is_compiling() or not self.handles:
+            return
+        for handle in self.handles:
+            handle.remove()
+        names = []
+        for name, layer in model.named_modules():
+            if isinstance(layer, LorettaLayer):
+                layer.on_read = None
+                if layer in self.read and layer not in self.called and _should_add(layer):
+                    names.append(name)
+        self.handles, self.read, self.called = [], {}, set()
+        if output is None:
+            return
+        self.seen.add(model.training)
+        if len(self.seen) == 2:
+            self.detach(model)
+        if names:
+            warnings.warn(
+                f"the adapters on {len(names)} modules had no effect in this call, for the model read their weights "
+                f"without calling them: {', '.join(names)}; leave them out with exclude_modules",
+                stacklevel=2,
+            )
+
+
+def _should_add(layer: LorettaLayer) -> bool:
+    """Whether an active adapter of the layer adds anything at its calls; what is merged is in the weight already."""
+    return not (layer.disable_adapters or layer.merged) and any(name in layer.n_pairs for name in layer.active_adapters)

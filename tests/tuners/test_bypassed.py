@@ -1,0 +1,174 @@
+"""Adapted modules whose weight the model reads without calling them are refused, or named when the model runs."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from tuners.families import OPTIONS, build, loss_of, natural_task
+from tuners.wrapped import config_for, every_method, trained
+
+from loretta import InputError, get_peft_model
+from loretta.tuners.bypassed import read_only_children
+from loretta.tuners.layer import LorettaLayer
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated.*:FutureWarning")
+SMALL = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "state_size": 8}
+MIXERS = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 2, "mamba_d_state": 8}
+PATTERN = {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1}
+KINDS = {"mamba": SMALL, "falcon_mamba": SMALL, "jamba": {**SMALL, **MIXERS, **PATTERN}}
+
+
+def of_kind(kind: str) -> nn.Module:
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **KINDS[kind]))
+
+
+def told(model: nn.Module, *args: Tensor, **inputs: Tensor) -> tuple[set[str], Tensor]:
+    """The names that one call of a model warns of, and its output."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        output = model(*args, **inputs)
+    words = [str(warning.message) for warning in caught if "had no effect" in str(warning.message)]
+    return {name for each in words for name in each.split("calling them: ")[1].split(";")[0].split(", ")}, output
+
+
+def without_gradient(model: nn.Module) -> set[str]:
+    """Names of the adapted modules none of whose trains the loss reaches: what autograd knows."""
+    layers = {name: m for name, m in model.get_base_model().named_modules() if isinstance(m, LorettaLayer)}
+    grads = {name: [p.grad for p in layer.parameters() if p.requires_grad] for name, layer in layers.items()}
+    return {name for name, each in grads.items() if not any(grad is not None and grad.any() for grad in each)}
+
+
+@every_method
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_gets_no_gradient_is_left_out_or_named(kind, method):
+    targets = config_for(method, target_modules="all-linear", init_weights="gaussian", train_norms=False)
+    model = get_peft_model(of_kind(kind), targets).train()
+    x = torch.randint(3, 64, (2, 8))
+    names, output = told(model, input_ids=x)
+    output.logits.square().sum().backward()
+    assert names == without_gradient(model)
+    assert bool(names) == (kind != "mamba")  # whose code never calls it, so it was left out
+    assert told(model, input_ids=x)[0] == set(), "told twice"
+
+
+@every_method
+@pytest.mark.parametrize("target", ["dt_proj", "backbone.layers.1.mixer.dt_proj"])
+def test_a_target_that_no_branch_calls_is_refused(target, method):
+    model = of_kind("mamba")
+    names = set(model.state_dict())
+    with pytest.raises(InputError, match=r"'backbone.layers.\d.mixer.dt_proj' is a part of a MambaMixer"):
+        get_peft_model(model, config_for(method, target_modules=["in_proj", target]))
+    assert set(model.state_dict()) == names
+    get_peft_model(model, config_for(method, target_modules=["in_proj", target], exclude_modules=r".*dt_proj"))
+
+
+@pytest.mark.parametrize("family", OPTIONS)
+def test_no_family_gives_a_false_alarm(family):
+    """Its own warnings are errors here. What is neither called nor read has a reason, as the vision tower's."""
+    for method in ("rep", "adp"):
+        base, inputs = build(family)
+        # what trains is everything linear, and the head besides
+        model = get_peft_model(base, config_for(method, task_type=natural_task(family), target_modules="all-linear"))
+        for mode in (True, False):
+            loss_of(model.train(mode), inputs)
+        hooks = [*base._forward_pre_hooks.values(), *base._forward_hooks.values()]
+        assert not any("watch" in type(getattr(hook, "__self__", None)).__module__ for hook in hooks), "still watching"
+        assert not any(layer.on_read for layer in base.modules() if isinstance(layer, LorettaLayer))
+
+
+@every_method
+def test_an_expert_without_tokens_is_no_alarm(method):
+    sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "num_experts": 4}
+    sparse = {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
+    base = AutoModel.from_config(AutoConfig.for_model("switch_transformers", **sizes, **sparse))
+    model = get_peft_model(base, config_for(method, target_modules=["wi", "wo"], init_weights="gaussian")).train()
+    x = torch.full((1, 2), 5)
+    names, output = told(model, input_ids=x, decoder_input_ids=x)
+    output.last_hidden_state.square().sum().backward()
+    assert without_gradient(model)  # two tokens cannot reach all experts
+    assert names == set()
+
+
+class Fused(nn.Module):
+    """A block with a kernel for training that takes the weight of one projection, as Mamba's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.leave, self.dropped = nn.Linear(12, 16), nn.Linear(16, 12), nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.enter(x.to(self.dropped.weight.dtype))
+        return nn.functional.linear(hidden, self.leave.weight) if self.training else self.leave(hidden)
+
+
+def fused(method: str, **options) -> nn.Module:
+    blocks = nn.ModuleDict({"a": Fused(), "b": Fused()})
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = blocks
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.blocks["b"](self.blocks["a"](x))
+
+    return get_peft_model(Model(), config_for(method, target_modules=["enter", "leave"], **options))
+
+
+@every_method
+def test_a_kernel_of_training_alone_is_told_of_in_training(method):
+    model, x = fused(method), torch.randn(3, 12)
+    assert told(model.eval(), x)[0] == set()
+    assert told(model.train(), x)[0] == {"blocks.a.leave", "blocks.b.leave"}
+    assert told(model, x)[0] == set()
+    model.add_adapter("other", config_for(method, target_modules=["leave"]))
+    model.set_adapter("other")
+    assert told(copy.deepcopy(model), x)[0] == {"blocks.a.leave", "blocks.b.leave"}
+    model.base_model.disable_adapter_layers()
+    assert told(model, x)[0] == set()
+
+
+def test_what_is_merged_has_an_effect_wherever_the_weight_is_read():
+    model, x = fused("rep"), torch.randn(3, 12)
+    trained(model)
+    expected = model.eval()(x)
+    model.merge_adapter()
+    names, output = told(model.train(), x)
+    assert names == set()
+    torch.testing.assert_close(output + model.get_base_model().blocks["b"].leave.bias, expected, atol=1, rtol=1)
+
+
+def test_a_compiled_model_has_no_trace_of_it():
+    """One graph without a break; the eager model still tells."""
+    torch.compiler.reset()
+    model, x = fused("rep").train(), torch.randn(3, 12)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    assert told(compiled, x)[0] == set()
+    with torch.compiler.set_stance("fail_on_recompile"):
+        compiled(x)
+    assert told(model, x)[0] == {"blocks.a.leave", "blocks.b.leave"}
+
+
+class Calls(nn.Module):
+    """One child for each way of using it; a name says whether its weight alone is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("called", "handed", "asked", "only", "nested_only", "sometimes", "initialised"):
+            self.add_module(name, nn.Linear(4, 4))
+        nn.init.ones_(self.initialised.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.called(x.to(self.asked.weight.dtype)) @ self.only.weight + self.only.bias
+        x = torch.utils.checkpoint.checkpoint(self.handed, x) @ self.handed.weight
+        x = (lambda: x @ self.nested_only.weight.T)()
+        return self.sometimes(x) if x.sum() > 0 else x @ self.sometimes.weight
+
+
+def test_what_the_code_of_a_class_shows():
+    assert read_only_children(Calls) == {"only", "nested_only"}
+    assert read_only_children(type("Sub", (Calls,), {"more": lambda self, x: self.only(x)})) == {"nested_only"}
+    assert read_only_children(nn.Linear) == set()
