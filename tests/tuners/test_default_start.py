@@ -5,6 +5,8 @@ import torch
 from tuners.families import DECODERS, SEQ2SEQ, build, logits
 from tuners.wrapped import every_method, wrap
 
+from loretta.tuners.layer import LorettaLayer
+
 LANGUAGE_MODELS = DECODERS + SEQ2SEQ
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
@@ -23,7 +25,7 @@ def test_fresh_logits_are_those_of_the_base_bit_for_bit(family, method, dtype, i
     assert torch.equal(got, expected)
     if init_weights == "denoised":
         for name, core in model.named_parameters():
-            assert core.any() or "bias" in name, f"{name} is zero: nothing was there to be denoised"
+            assert core.any() or "bias" in name or "_norm_" in name, f"{name} is zero: nothing was there to be denoised"
 
 
 @every_method
@@ -57,7 +59,7 @@ def test_a_dense_head_is_untouched_too(family, method, train_head, train_norms):
 def test_only_the_last_core_of_up_is_zero(method):
     model, _ = wrap("llama", method)
     for name, layer in model.named_modules():
-        if not hasattr(layer, "base_layer"):
+        if not isinstance(layer, LorettaLayer):
             continue
         down, up = (getattr(layer, f"loretta_{method}_{part}")["default"] for part in ("down", "up"))
         assert not up[-1].any(), name

@@ -6,6 +6,7 @@ from tuners.families import OPTIONS, build, natural_task
 from tuners.wrapped import config_for, every_method, wrap
 
 from loretta import InputError, get_peft_model
+from loretta.tuners.layer import LorettaLayer
 
 
 def both(*templates: str) -> set[str]:
@@ -83,7 +84,7 @@ EXPECTED = {
 def adapted(model) -> set[str]:
     """Names of the adapted modules without the name of the base model in front."""
     inner = model.get_base_model()
-    names = {name for name, module in inner.named_modules() if hasattr(module, "base_layer")}
+    names = {name for name, module in inner.named_modules() if isinstance(module, LorettaLayer)}
     prefix = inner.base_model_prefix + "."
     return {name.removeprefix(prefix) for name in names}
 
@@ -94,7 +95,7 @@ def test_defaults(family, method):
     model, _ = wrap(family, method)
     assert adapted(model) == EXPECTED[family][method]
     assert set(model.base_model.targeted_module_names) == {
-        name for name, module in model.get_base_model().named_modules() if hasattr(module, "base_layer")
+        name for name, module in model.get_base_model().named_modules() if isinstance(module, LorettaLayer)
     }
 
 
@@ -112,7 +113,7 @@ def test_the_mlp_placement_is_that_of_the_papers_llama_tables():
     where = {
         name.rpartition(".")[2]: layer.placements["default"].where
         for name, layer in model.named_modules()
-        if hasattr(layer, "base_layer")
+        if isinstance(layer, LorettaLayer)
     }
     assert where == {"gate_proj": "before", "up_proj": "before", "down_proj": "after"}
 
@@ -187,7 +188,7 @@ def test_a_wrapped_model_of_no_known_family_needs_only_names(method):
             return self.second(self.first(x))
 
     model = get_peft_model(Toy(), config_for(method, target_modules=["second"]))
-    assert [name for name, module in model.get_base_model().named_modules() if hasattr(module, "base_layer")] == [
+    assert [name for name, module in model.get_base_model().named_modules() if isinstance(module, LorettaLayer)] == [
         "second"
     ]
 

@@ -18,6 +18,7 @@ from tuners.wrapped import config_for, every_method
 
 from loretta import get_peft_model
 from loretta.layers.trains import Cores
+from loretta.tuners.layer import LorettaLayer
 
 SIZES = {"even": (24, 32), "odd": (15, 10), "padded primes": (67, 131), "one feature": (1, 12), "narrow": (12, 2)}
 every_size = pytest.mark.parametrize("size", SIZES.values(), ids=SIZES)
@@ -175,7 +176,7 @@ def test_rank_pattern_sets_the_rank_of_single_modules(method):
     ranks = {
         name.removeprefix("model.layers."): set(getattr(layer, f"loretta_{method}_down")["default"].shape.ranks[1:-1])
         for name, layer in model.get_base_model().named_modules()
-        if hasattr(layer, "base_layer")
+        if isinstance(layer, LorettaLayer)
     }
     assert ranks == {
         "0.self_attn.q_proj": {3},

@@ -44,6 +44,7 @@ from tuners.matrix import (
 from tuners.wrapped import every_method, snapshot, trainable, trained
 
 from loretta import PeftModel, get_peft_model
+from loretta.tuners.layer import LorettaLayer
 
 # PEFT warns of a second adapter that is added without its wrapper, and transformers adds every one so
 beside_another = pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
@@ -52,7 +53,7 @@ with_norms = pytest.mark.parametrize("train_norms", [False, True])
 
 
 def adapted(model: nn.Module) -> dict[str, nn.Module]:
-    return {name: module for name, module in model.named_modules() if hasattr(module, "base_layer")}
+    return {name: module for name, module in model.named_modules() if isinstance(module, LorettaLayer)}
 
 
 def gradients(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -135,20 +136,7 @@ def test_the_methods_of_transformers_models(family, train_norms, method, tmp_pat
 
 
 @every_method
-@pytest.mark.parametrize(
-    "train_norms",
-    [
-        False,
-        pytest.param(
-            True,
-            marks=pytest.mark.xfail(
-                strict=True,
-                raises=AssertionError,
-                reason="transformers 5.23 switches modules_to_save off, and only tuner layers on again",
-            ),
-        ),
-    ],
-)
+@with_norms
 @pytest.mark.parametrize("family", GENERATIVE)
 def test_switching_off_and_on_through_transformers(family, train_norms, method):
     model, inputs = base_of(family)

@@ -8,6 +8,7 @@ from tuners.families import OPTIONS, build
 from tuners.wrapped import config_for, every_method, wrap
 
 from loretta import InputError, LorettaAdpModel, LorettaRepConfig, LorettaRepModel, get_peft_model, tt
+from loretta.tuners.layer import LorettaLayer
 from loretta.tuners.placement import Placement, linear_size, matched_modules, rank_for, require_linear
 
 MODELS = {"rep": LorettaRepModel, "adp": LorettaAdpModel}
@@ -128,7 +129,7 @@ def test_what_is_injected_is_what_was_planned(family, method, options):
     model, _ = wrap(family, method, **options)
     config, base = model.peft_config["default"], build(family)[0]
     for name, layer in model.get_base_model().named_modules():
-        if not hasattr(layer, "base_layer"):
+        if not isinstance(layer, LorettaLayer):
             continue
         placement = MODELS[method].place(config, name, base.get_submodule(name))
         ours = {n: p for n, p in layer.named_parameters() if not n.startswith("base_layer.")}

@@ -10,6 +10,7 @@ from tuners.wrapped import config_for, every_method, snapshot, trainable, traine
 
 from loretta import get_peft_model, tt
 from loretta.layers.trains import Cores
+from loretta.tuners.layer import LorettaLayer
 
 every_family = pytest.mark.parametrize("family", OPTIONS)
 
@@ -38,7 +39,7 @@ def behind_the_zero_core(model: nn.Module, method: str) -> set[str]:
     """What can have no gradient while the last core of every "up" is zero."""
     names = set()
     for prefix, layer in model.named_modules():
-        if hasattr(layer, "base_layer"):
+        if isinstance(layer, LorettaLayer):
             down, up = (getattr(layer, f"loretta_{method}_{part}")["default"] for part in ("down", "up"))
             names |= {f"{prefix}.loretta_{method}_down.default.{k}" for k in range(len(down))}
             names |= {f"{prefix}.loretta_{method}_up.default.{k}" for k in range(len(up) - 1)}
@@ -137,7 +138,7 @@ def test_gradient_checkpointing_gives_equal_gradients(family, method, use_reentr
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
             model.enable_input_require_grads()
             assert model.get_base_model().is_gradient_checkpointing
-        layer = next(module for module in model.modules() if hasattr(module, "base_layer"))
+        layer = next(module for module in model.modules() if isinstance(module, LorettaLayer))
         layer.register_forward_hook(lambda *_, calls=calls: calls.append(1))
         loss_of(model, inputs).backward()
         assert (len(calls) > 1) is checkpointing  # computed again in the backward pass

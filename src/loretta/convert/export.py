@@ -25,8 +25,8 @@ from transformers.pytorch_utils import Conv1D
 
 from loretta.convert.load import CONFIG, WEIGHTS, find_adapter
 from loretta.errors import InputError
-from loretta.tuners.extras import is_norm
 from loretta.tuners.layer import LorettaLayer
+from loretta.tuners.norms import TrainedNorm, is_norm
 from loretta.tuners.rep import LorettaRepConfig, RepLinear
 
 FORMATS = ("lora", "merged", "gguf-lora")
@@ -93,7 +93,7 @@ def export_lora(
     Raises InputError when the adapter is no rep adapter, trains layer norms, or ``folder`` is taken.
     """
     config, layers, copies = _read_adapter(model, adapter_name)
-    if norms := [name for name, wrapper in copies.items() if is_norm(wrapper.original_module)]:
+    if norms := _norms(model, adapter_name):
         raise InputError(
             f"the adapter trains {len(norms)} layer norms (such as '{norms[0]}'), which no engine loads with a LoRA "
             "adapter: train with train_norms=False, or export with --to merged"
@@ -160,6 +160,7 @@ def export_merged(
     _check_output(Path(folder), file=False, overwrite=overwrite)
     ranks = {name: layer.factors(adapter_name)[0].shape[1] for name, layer in layers.items()}
     before = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    whole = list(dict.fromkeys([*_norms(model, adapter_name), *copies]))
     # PEFT merges the heads of the active adapter, whatever it is told to merge
     model.set_adapter(adapter_name)
     try:
@@ -170,7 +171,7 @@ def export_merged(
         merged.save_pretrained(str(new))
         if tokenizer is not None:
             tokenizer.save_pretrained(str(new))
-    return _report("merged", folder, ranks, copies, merged.dtype, before.values(), list(merged.parameters()))
+    return _report("merged", folder, ranks, whole, merged.dtype, before.values(), list(merged.parameters()))
 
 
 @torch.no_grad()
@@ -190,8 +191,9 @@ def export_gguf_lora(
             f"--to gguf-lora writes adapters of language models of the types {' and '.join(GGUF_MODEL_TYPES)}, and "
             f"this is a model of type {kind!r} for {config.task_type or 'no task'}: export with --to lora or merged"
         )
-    if copies or config.bias != "none":
-        what = f"'{next(iter(copies))}'" if copies else f"biases (bias={config.bias!r})"
+    whole = [*_norms(model, adapter_name), *copies]
+    if whole or config.bias != "none":
+        what = f"'{whole[0]}'" if whole else f"biases (bias={config.bias!r})"
         raise InputError(
             f"the adapter also trains {what}, which llama.cpp does not load with an adapter: "
             "train with train_norms=False, without modules_to_save and biases, or export with --to merged"
@@ -272,6 +274,20 @@ def _read_adapter(
     return config, layers, copies
 
 
+def _norms(model: PeftModel, adapter_name: str) -> list[str]:
+    """Names of the layer norms that an adapter trains, those that the user had copied whole included."""
+    return [
+        name
+        for name, module in model.get_base_model().named_modules()
+        if (isinstance(module, TrainedNorm) and module.change(adapter_name))
+        or (
+            isinstance(module, ModulesToSaveWrapper)
+            and adapter_name in module.modules_to_save
+            and is_norm(module.original_module)
+        )
+    ]
+
+
 def _check_method(peft_type: str) -> None:
     if peft_type == "LORETTA_ADP":
         raise InputError(
@@ -309,7 +325,9 @@ def _tied(model: PeftModel, layers: Mapping[str, RepLinear]) -> str | None:
 
 def _target_modules(adapted: Collection[str], base: nn.Module, modules_to_save: list[str]) -> set[str] | str:
     """Endings, full names where an ending is ambiguous, or an expression, that PEFT matches to ``adapted`` alone."""
-    wrapped = [n + "." for n, m in base.named_modules() if isinstance(m, LorettaLayer | ModulesToSaveWrapper)]
+    wrapped = [
+        n + "." for n, m in base.named_modules() if isinstance(m, LorettaLayer | TrainedNorm | ModulesToSaveWrapper)
+    ]
     names = [name for name, _ in base.named_modules() if name and not name.startswith(tuple(wrapped))]
 
     def matched(targets: set[str]) -> set[str]:

@@ -6,7 +6,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from loretta.layers.trains import Cores
-from loretta.tuners.extras import is_norm
+from loretta.tuners.norms import TrainedNorm, is_norm
 
 KINDS = ("cores", "biases", "norms", "head", "other")
 
@@ -24,7 +24,7 @@ def trainable_by_kind(model: nn.Module) -> dict[str, int]:
     for name, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
             (norms if is_norm(module.original_module) else copies).append(name + ".")
-        elif ".ln_tuning_layers" in name:
+        elif isinstance(module, TrainedNorm) or ".ln_tuning_layers" in name:
             norms.append(name + ".")
         elif isinstance(module, Cores) and len(module) == 1:
             matrices.append(name + ".")

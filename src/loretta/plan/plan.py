@@ -16,7 +16,7 @@ from loretta.plan.counts import trainable_by_kind
 from loretta.plan.presets import Preset
 from loretta.tuners.adp import LorettaAdpConfig, LorettaAdpModel
 from loretta.tuners.config import LorettaConfig
-from loretta.tuners.extras import CopyCost, copy_cost, head_names
+from loretta.tuners.heads import CopyCost, copy_cost, head_names
 from loretta.tuners.layer import LorettaLayer
 from loretta.tuners.model import LorettaModel
 from loretta.tuners.placement import Placement, linear_size, matched_modules, not_adaptable

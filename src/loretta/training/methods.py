@@ -26,7 +26,8 @@ from loretta.options import with_lists
 from loretta.training.config import ALIASES, HeadPolicy, RunConfig
 from loretta.tuners.adp import LorettaAdpConfig
 from loretta.tuners.config import LorettaConfig, TrainHead
-from loretta.tuners.extras import head_names, norm_names
+from loretta.tuners.heads import head_names
+from loretta.tuners.norms import norm_names
 from loretta.tuners.rep import LorettaRepConfig
 
 

@@ -44,6 +44,7 @@ _OURS = re.compile(r"<!-- loretta ([0-9a-f]{12})[^>]*-->\n(.*?)\n<!-- end of lor
 # the start that "denoised" and a train beside a pretrained layer subtract; what bias="all" makes PEFT save once more
 _NOT_TRAINED = re.compile(r"\.(loretta_(rep|adp)_start_(down|up)|start|original_module|modules_to_save)\.")
 _TRAIN = re.compile(r"\.loretta_(rep|adp)_(down|up)\.")
+_NORM = re.compile(r"\.loretta_(rep|adp)_norm_[^.]+$")
 _SIGNATURE = re.compile(r"(?P<count>\d+) (?P<module>\S+) (?P<in>\d+) x (?P<out>\d+)")
 _FINAL_LAYER = re.compile(r"\b(classifier|score|classification_head)(\.out_proj)?\.weight$")
 # heads that are saved because their random start is not part of the base model, and not or only in part trained
@@ -204,7 +205,11 @@ def _kinds(config: Mapping[str, Any], shapes: Shapes) -> list[tuple[str, int, st
 
 def _kind(key: str, shapes: Shapes) -> str:
     module, _, name = key.rpartition(".")
-    if _NOT_TRAINED.search(key):
+    if _NORM.search(key):
+        return "layer norms"
+    # beside a trained norm no bias of its base trains, and bias="all" saves it still
+    of_norm = module.removesuffix(".base_layer") + ".loretta_{}_norm_bias"
+    if _NOT_TRAINED.search(key) or any(of_norm.format(method) in shapes for method in ("rep", "adp")):
         return "starting values and copies"
     beside = [other for other in shapes if other.startswith(f"{module}.") and other != key]
     if module.endswith(".loretta_adp_bias") or (name == "bias" and not beside):

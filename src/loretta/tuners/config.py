@@ -42,6 +42,8 @@ class LorettaConfig(PeftConfig):
         layers_to_transform, layers_pattern: restrict the adapted layers by index, as in LoRA.
         base_signature: written when the adapter is saved, and checked when it is loaded: the adapted modules of the
             base model it was trained on. Not to be given.
+        head_origins: written when the adapter is saved: of which modules of the head the base model brought weights
+            ("loaded"), and which it made at random ("fresh"). Not to be given.
 
     Raises InputError (a ValueError) that names every mistake at once.
     """
@@ -59,6 +61,7 @@ class LorettaConfig(PeftConfig):
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     base_signature: str | None = None
+    head_origins: dict[str, str] | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -72,8 +75,17 @@ class LorettaConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
 
     def to_dict(self) -> dict[str, Any]:
-        """As PEFT writes it, with the signature of the model that this config was last injected into."""
-        return {**super().to_dict(), "base_signature": getattr(self, "_injected_into", self.base_signature)}
+        """As PEFT writes it, with what was found out about the model that this config was last injected into."""
+        return {
+            **super().to_dict(),
+            "base_signature": getattr(self, "_injected_into", self.base_signature),
+            "head_origins": getattr(self, "_origins_found", self.head_origins),
+        }
+
+    @property
+    def holds_whole_norms(self) -> bool:
+        """Whether this is the config of an adapter that was saved when norms were still copied whole."""
+        return self.base_signature is not None and self.head_origins is None
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As PEFT's; within ``PeftModel.save_pretrained`` also the model card, which then describes this adapter."""

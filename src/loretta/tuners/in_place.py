@@ -12,11 +12,12 @@ from loretta.errors import InputError
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.layer import LorettaLayer
 from loretta.tuners.model import LorettaModel
+from loretta.tuners.norms import values_as_changes
 
 # What may differ between an adapter and the one that takes its place: where it came from, and its scale.
 _MAY_DIFFER = {
-    "auto_mapping", "base_model_name_or_path", "base_signature", "inference_mode", "init_weights", "peft_version",
-    "revision", "lora_alpha", "alpha_pattern", "use_rslora", "scaling",
+    "auto_mapping", "base_model_name_or_path", "base_signature", "head_origins", "inference_mode", "init_weights",
+    "peft_version", "revision", "lora_alpha", "alpha_pattern", "use_rslora", "scaling",
 }  # fmt: skip
 
 
@@ -53,7 +54,7 @@ def hotswap_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "d
     ]
     if differ:
         raise InputError(f"the adapter in '{folder}' cannot take the place of {adapter_name!r}: {'; '.join(differ)}")
-    values = load_peft_weights(str(folder), device="cpu", **load_kwargs)
+    values = values_as_changes(model, adapter_name, load_peft_weights(str(folder), device="cpu", **load_kwargs))
     expected = get_peft_model_state_dict(model, adapter_name=adapter_name)
     wrong = sorted(expected.keys() ^ values.keys())
     wrong += sorted(key for key in expected.keys() & values.keys() if expected[key].shape != values[key].shape)

@@ -113,13 +113,14 @@ class LorettaLayer(JointLayer, BaseTunerLayer):
         ]
 
     def _add_trains(self, adapter_name: str, placement: Placement, init_weights: str, dropout: float) -> None:
-        """New trains with their starting values, on the device and in the dtype of the base layer."""
+        """New trains with their starting values, on the device of the base layer, in float32 or wider as it is."""
         self.placements[adapter_name] = placement
         down, up = Cores(placement.down), Cores(placement.up)
         starting_cores(down, up, init_weights)
         self._part("down")[adapter_name], self._part("up")[adapter_name] = down, up
         self._part("dropout")[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
-        super()._move_adapter_to_device_of_base_layer(adapter_name)
+        self._cast(adapter_name, torch.promote_types(self.working_dtype(), torch.float32))
+        self._move_adapter_to_device_of_base_layer(adapter_name)
         if init_weights == "denoised":
             # after the move: the start has to equal the trained cores to the last bit
             for part in ("down", "up"):
@@ -146,6 +147,19 @@ class LorettaLayer(JointLayer, BaseTunerLayer):
                 module = modules[adapter_name]
                 if target is not None and not any(parameter.is_meta for parameter in module.parameters()):
                     module.to(target)
+
+    def to_base_dtype(self, adapter_name: str) -> None:
+        """Hold one adapter in the dtype in which its base computes."""
+        dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())[1]
+        if dtype is not None and dtype.is_floating_point:
+            self._cast(adapter_name, dtype)
+            note_change()
+
+    def _cast(self, adapter_name: str, dtype: torch.dtype) -> None:
+        for part in (*self.adapter_layer_names, *self.other_param_names):
+            modules = getattr(self, part)
+            if isinstance(modules, nn.ModuleDict) and adapter_name in modules:
+                modules[adapter_name].to(dtype)
 
     def set_scaling(self, adapter_name: str, config: Any) -> None:
         """Take over the factor on one adapter's effect from its config."""

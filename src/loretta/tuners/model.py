@@ -2,17 +2,18 @@
 
 import copy
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
+from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
     _filter_state_dict_by_key_prefixes,
     _get_tuner_state_dict_key_prefixes,
 )
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
@@ -20,11 +21,15 @@ from loretta.errors import InputError
 from loretta.tuners.bypassed import check_called
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.contraction import Contraction
-from loretta.tuners.extras import AdapterCopy, copy_cost, head_names, install_copies, rename_copies
-from loretta.tuners.layer import is_offloaded, keep_differentiable
+from loretta.tuners.copies import AdapterCopy, rename_copy
+from loretta.tuners.heads import copy_cost, head_names, install_head
+from loretta.tuners.layer import LorettaLayer, is_offloaded, keep_differentiable
 from loretta.tuners.names import check_adapter_name, check_endings
+from loretta.tuners.norms import TrainedNorm, is_norm, norms_of, values_as_changes
 from loretta.tuners.placement import Placement, expand_targets, matched_modules
 from loretta.tuners.watch import Watch
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class LorettaModel(BaseTuner):
@@ -61,7 +66,8 @@ class LorettaModel(BaseTuner):
         _check_copies_are_here(model, bool(config.train_norms or config.modules_to_save or head_names(model, config)))
         check_endings(adapter_name, [*(config.modules_to_save or []), *head_names(model, config)])
         copy_cost(model, config)
-        names = install_copies(model, config, adapter_name)
+        names = install_head(model, config, adapter_name)
+        config._origins_found = {}
         given = list(dict.fromkeys(config.modules_to_save or [])) or None
         # for PEFT alone: what the config says already follows from its other options
         config.modules_to_save = list(dict.fromkeys([*(given or []), *names])) or None
@@ -69,17 +75,42 @@ class LorettaModel(BaseTuner):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         finally:
             config.modules_to_save = given
+        if config.train_norms:
+            for name in norms_of(model):
+                with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                    self._train_norm(name, adapter_name, inference_mode=config.inference_mode)
+        for norm in self._layers(TrainedNorm):
+            if config.holds_whole_norms:
+                norm.expects_values_of = adapter_name
+            norm.known = {name: norm.known.get(name, False) for name in self.peft_config}
         Contraction.attach(model)
         Watch.attach(model)
 
+    def _train_norm(self, name: str, adapter_name: str, *, inference_mode: bool) -> None:
+        """Add one adapter's changes to a norm. Of the base no bias trains beside them, whatever ``bias`` says."""
+        module = self.model.get_submodule(name)
+        if not isinstance(module, TrainedNorm):
+            norm = TrainedNorm(module)
+            norm.set_adapter(self.active_adapters)
+            self.model.set_submodule(name, norm)
+            module = norm
+        if not module.known.get(adapter_name):
+            module.update_layer(adapter_name, self.prefix)
+            is_active = adapter_name in self.active_adapters
+            module.set_requires_grad(adapter_name, is_active and not inference_mode)
+        module.base_layer.requires_grad_(False)
+
+    def _layers(self, kind: type[Layer]) -> list[Layer]:
+        return [module for module in self.model.modules() if isinstance(module, kind)]
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """To the dtype of the base where PEFT is told not to autocast; adapters are made in float32 otherwise."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        for module in self.model.modules() if autocast_adapter_dtype else ():
-            if isinstance(module, AdapterCopy):
-                module.widen(adapter_name)
+        for layer in () if autocast_adapter_dtype else self._layers(LorettaLayer) + self._layers(TrainedNorm):
+            layer.to_base_dtype(adapter_name)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """As PEFT's. Norms and heads follow: those of the merged adapters compute until they are unmerged.
+        """As PEFT's. Heads follow: those of the merged adapters compute until they are unmerged.
 
         Raises InputError when some of the active adapters are named and others are not: they would fall silent.
         """
@@ -98,18 +129,16 @@ class LorettaModel(BaseTuner):
         self._follow_merge()
 
     def _merged(self) -> list[str]:
-        layers = (module for module in self.model.modules() if isinstance(module, self.layer_cls))
-        return list(dict.fromkeys(name for layer in layers for name in layer.merged_adapters))
+        return list(dict.fromkeys(name for layer in self._layers(self.layer_cls) for name in layer.merged_adapters))
 
     def _follow_merge(self) -> None:
         merged = self._merged()
-        for module in self.model.modules():
-            if isinstance(module, AdapterCopy):
-                module.follow_merge(merged)
+        for copied in self._layers(AdapterCopy):
+            copied.follow_merge(merged)
 
     def _enable_adapter_layers(self, enabled: bool = True) -> None:
         if not enabled and self._merged():
-            self.unmerge_adapter()  # the layers would at their next call, and leave the norms behind
+            self.unmerge_adapter()  # the layers would at their next call, and leave the heads behind
         super()._enable_adapter_layers(enabled)
 
     def _unload_and_optionally_merge(
@@ -159,6 +188,9 @@ class LorettaModel(BaseTuner):
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ) -> None:
+        if isinstance(target, TrainedNorm) or is_norm(target):  # named by the weights that are to be loaded
+            self._train_norm(current_key, adapter_name, inference_mode=peft_config.inference_mode)
+            return
         placement = self.place(peft_config, current_key, _base_of(target))
         if isinstance(target, self.layer_cls):
             target.update_layer(adapter_name, placement, peft_config)
@@ -179,18 +211,13 @@ class LorettaModel(BaseTuner):
             super()._replace_module(parent, child_name, new_module, child)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """As PEFT's. The norms of several adapters may be active together: their changes add up, as the trains' do.
+        """As PEFT's.
 
         Raises ValueError, before anything is switched, for adapters of which more than one has a head.
         """
-        for module in self.model.modules():
-            if isinstance(module, AuxiliaryTrainingWrapper):
-                module.check_set_adapter(adapter_name)
+        for copied in self._layers(AuxiliaryTrainingWrapper):
+            copied.check_set_adapter(adapter_name)
         super().set_adapter(adapter_name, inference_mode=inference_mode)
-        for module in self.model.modules():
-            # PEFT has activated what it allows: one adapter in a copied module
-            if isinstance(module, AdapterCopy) and len(names := module.summed(adapter_name)) > 1:
-                module.set_adapter(names, inference_mode=inference_mode)
         self._follow_merge()  # PEFT has unmerged the layers
 
     def rename_adapter(self, old: str, new: str) -> None:
@@ -201,10 +228,10 @@ class LorettaModel(BaseTuner):
             raise InputError(f"cannot rename {old!r} to {new!r}, which is the name of another loaded adapter")
         check_adapter_name(self.model, new)
         self.peft_config[new] = self.peft_config.pop(old)
-        for module in self.model.modules():
-            if isinstance(module, self.layer_cls):
-                module.rename_adapter(old, new)
-        rename_copies(self.model, old, new)
+        for layer in (*self._layers(self.layer_cls), *self._layers(TrainedNorm)):
+            layer.rename_adapter(old, new)
+        for copied in self._layers(ModulesToSaveWrapper):
+            rename_copy(copied, old, new)
         self._follow_merge()
         self.active_adapter = [new if name == old else name for name in self.active_adapters]
 
@@ -228,7 +255,7 @@ class LorettaModel(BaseTuner):
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        layers = [m for m in self.modules() if isinstance(m, self.layer_cls | AuxiliaryTrainingWrapper)]
+        layers = [m for m in self.modules() if isinstance(m, self.layer_cls | TrainedNorm | AuxiliaryTrainingWrapper)]
         known = {name for layer in layers for name in layer._get_available_adapters()}
         unknown = set(adapter_names) - known - {"__base__"}
         if unknown:
@@ -264,6 +291,7 @@ class LorettaModel(BaseTuner):
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         """PEFT's key translation, then a check that the adapter was made for this base model."""
+        state_dict = values_as_changes(model, adapter_name, state_dict)
         loaded = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
         expected = _filter_state_dict_by_key_prefixes(model.state_dict(), prefixes)

@@ -14,9 +14,9 @@ from torch import nn
 from loretta import tt
 from loretta.errors import InputError
 from loretta.layers.fit import EXACT, Fit, Update, fit_update, smallest_fit
-from loretta.tuners.extras import AdapterCopy
 from loretta.tuners.model import LorettaModel
 from loretta.tuners.names import check_adapter_name
+from loretta.tuners.norms import TrainedNorm
 from loretta.tuners.placement import Placement, rank_for, require_linear
 from loretta.tuners.rep.config import LorettaRepConfig
 from loretta.tuners.rep.layer import RepLinear
@@ -35,7 +35,7 @@ class LorettaRepModel(LorettaModel):
     """Adds a weight update of two tensor trains to every target (LoRETTA section 3.3)."""
 
     prefix = "loretta_rep_"
-    tuner_layer_cls = RepLinear
+    tuner_layer_cls = (RepLinear, TrainedNorm)  # type: ignore[assignment]
     layer_cls = RepLinear
     target_module_mapping = REP_TARGETS  # type: ignore[assignment]
 
@@ -121,27 +121,23 @@ class LorettaRepModel(LorettaModel):
             down, up = layers[name]._trains(adapter_name)[0]
             down.assign(list(fit.down))
             up.assign(list(fit.up))
-        self._combine_copies(adapters, weights, adapter_name)
+        self._combine_norms_and_heads(adapters, weights, adapter_name)
 
     def _with_head(self, adapters: Sequence[str]) -> str:
         """The adapter whose trained whole modules the sum takes over, or the first one."""
-        heads = [wrapper for wrapper in self._wrappers() if not getattr(wrapper, "is_norm", False)]
+        heads = self._layers(ModulesToSaveWrapper)
         return next((a for a in adapters if any(a in head.modules_to_save for head in heads)), adapters[0])
 
-    def _wrappers(self) -> list[ModulesToSaveWrapper]:
-        return [module for module in self.model.modules() if isinstance(module, ModulesToSaveWrapper)]
-
     @torch.no_grad()
-    def _combine_copies(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
-        for wrapper in self._wrappers():
-            present = {a: w for a, w in zip(adapters, weights, strict=True) if a in wrapper.modules_to_save}
-            if adapter_name not in wrapper.modules_to_save or not present:
-                continue
-            if isinstance(wrapper, AdapterCopy) and wrapper.is_norm:
-                wrapper.assign(adapter_name, present)
-            else:
-                source = wrapper.modules_to_save[next(iter(present))]
-                wrapper.modules_to_save[adapter_name].load_state_dict(source.state_dict())
+    def _combine_norms_and_heads(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+        for norm in self._layers(TrainedNorm):
+            for name, change in norm.change(adapter_name).items():
+                terms = [w * norm.change(a)[name] for a, w in zip(adapters, weights, strict=True) if norm.known[a]]
+                change.copy_(sum(terms, torch.zeros_like(change)))
+        for head in self._layers(ModulesToSaveWrapper):
+            having = [a for a in adapters if a in head.modules_to_save]
+            if having and adapter_name in head.modules_to_save:
+                head.modules_to_save[adapter_name].load_state_dict(head.modules_to_save[having[0]].state_dict())
 
     def _check_sum(
         self,
@@ -175,9 +171,9 @@ class LorettaRepModel(LorettaModel):
         ]
         if error is not None and not 0 <= error < 1:
             problems.append(f"error={error!r} must be from 0 to below 1")
-        for wrapper in self._wrappers():
-            having = [a for a in adapters if a in wrapper.modules_to_save]
-            if len(having) > 1 and not getattr(wrapper, "is_norm", False):
+        for head in self._layers(ModulesToSaveWrapper):
+            having = [a for a in adapters if a in head.modules_to_save]
+            if len(having) > 1:
                 problems.append(f"the heads of {', '.join(having)} cannot be added up: leave one in, or train without")
                 break
         if problems:

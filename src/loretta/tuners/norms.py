@@ -1,0 +1,275 @@
+"""Trained layer norms: each adapter holds a change of the base norm's weight and bias (LoRETTA section 3.2)."""
+
+import re
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
+from torch.func import functional_call
+
+_NORM_CLASS = re.compile(r"(Layer|RMS|Group)Norm")
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module is a layer norm (of any library) with parameters of its own."""
+    return bool(_NORM_CLASS.search(type(module).__name__)) and any(True for _ in module.parameters(recurse=False))
+
+
+def outer_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Named modules without the insides of trained norms and of copied modules."""
+    wrapped = (TrainedNorm, ModulesToSaveWrapper)
+    inside = tuple(name + "." for name, module in model.named_modules() if isinstance(module, wrapped))
+    return {name: module for name, module in model.named_modules() if name and not name.startswith(inside)}
+
+
+def norms_of(model: nn.Module, outside: Sequence[str] = ()) -> list[str]:
+    """Full names of the layer norms, trained already or not, but for the modules named in ``outside`` and theirs."""
+    within = tuple(name + "." for name in outside)
+    return [
+        name
+        for name, module in outer_modules(model).items()
+        if name not in outside and not name.startswith(within) and (isinstance(module, TrainedNorm) or is_norm(module))
+    ]
+
+
+def own_parameters(norm: nn.Module) -> list[nn.Parameter]:
+    """Those of the base, whether or not adapters change them."""
+    return list((norm.base_layer if isinstance(norm, TrainedNorm) else norm).parameters(recurse=False))
+
+
+def norm_names(model: nn.Module) -> list[str]:
+    """Endings (or full names) that PEFT matches to every layer norm of ``model`` and to nothing else."""
+    names = norms_of(model)
+    others = outer_modules(model).keys() - set(names)
+    chosen: dict[str, None] = {}
+    for name in names:
+        ending = name.rpartition(".")[2]
+        ambiguous = ending.isdecimal() or any(other.endswith(ending) for other in others)
+        chosen[name if ambiguous else ending] = None
+    return list(chosen)
+
+
+class TrainedNorm(nn.Module, BaseTunerLayer):
+    """A norm that computes with its base's parameters plus what the active adapters change in them.
+
+    The changes lie in dictionaries by adapter, one for each parameter of the base: ``loretta_rep_norm_weight`` and so
+    on, after the prefix of the adapter's method. They are held in float32 at least, and start as zeros, with which the
+    norm computes what its base does to the last bit. A change is a small number beside zero, where every format has
+    numbers close together; a weight is near 1, where those of bfloat16 lie 0.008 apart.
+    """
+
+    cast_input_dtype_enabled = True  # for PEFT's disable_input_dtype_casting: there is no such casting here
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.training = base_layer.training
+        self.parameter_names = tuple(name for name, _ in base_layer.named_parameters(recurse=False))
+        self.adapter_layer_names = ()
+        self.other_param_names = ("known",)
+        self.known: dict[str, bool] = {}  # every adapter of the model: whether it trains this norm
+        self._active_adapter: list[str] = []
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._unmerged: dict[str, Tensor] = {}  # the base's own values, while adapters are merged into them
+        self.expects_values_of: str | None = None
+
+    def update_layer(self, adapter_name: str, prefix: str) -> None:
+        """Add one adapter, of the method with this ``prefix``, whose changes are zeros."""
+        for name in self.parameter_names:
+            attribute = f"{prefix}norm_{name}"
+            if attribute not in self._modules:
+                setattr(self, attribute, nn.ParameterDict())
+                self.adapter_layer_names = (*self.adapter_layer_names, attribute)
+            value = self._own(name)
+            dtype = torch.promote_types(value.dtype, torch.float32)
+            getattr(self, attribute)[adapter_name] = nn.Parameter(torch.zeros_like(value, dtype=dtype))
+        self.known[adapter_name] = True
+
+    def change(self, adapter_name: str) -> dict[str, nn.Parameter]:
+        """What one adapter changes, by the names of the base's parameters; empty where it does not train this norm."""
+        found = {}
+        for attribute in self.adapter_layer_names:
+            changes = getattr(self, attribute)
+            if adapter_name in changes:
+                found[attribute.partition("_norm_")[2]] = changes[adapter_name]
+        return found
+
+    def with_changes(self, weights: Mapping[str, float]) -> dict[str, Tensor]:
+        """The base's parameters plus the weighted sum of the changes of some adapters, in the base's dtype.
+
+        Empty where none of them trains this norm.
+        """
+        values: dict[str, Tensor] = {}
+        for adapter_name, weight in weights.items():
+            for name, change in self.change(adapter_name).items():
+                term = change if weight == 1 else weight * change
+                values[name] = values.get(name, self._own(name)) + term
+        return {name: value.to(self._own(name).dtype) for name, value in values.items()}
+
+    def _own(self, name: str) -> Tensor:
+        """A parameter of the base as it is without adapters. Replicas of DataParallel have no ``parameters()``."""
+        return self._unmerged[name] if name in self._unmerged else getattr(self.base_layer, name)
+
+    def _running(self) -> dict[str, float]:
+        return {} if self.disable_adapters or self.merged else dict.fromkeys(self.active_adapters, 1.0)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        adapter_names = kwargs.pop("adapter_names", None)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+        elif adapter_names is not None:
+            return self._mixed(adapter_names, x, args, kwargs)
+        return _call(self.base_layer, self.with_changes(self._running()), (x, *args), kwargs)
+
+    def _mixed(self, adapter_names: Sequence[str], x: Tensor, args: Any, kwargs: Any) -> Tensor:
+        """One adapter for each row of ``x``."""
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        if isinstance(x, nn.Parameter):
+            # DeBERTa norms its embeddings of distances, which all rows share
+            warnings.warn(
+                f"a norm of {tuple(x.shape)} weights, which belong to no row of the batch, computes without adapters "
+                "where adapter_names gives one for each row: set one adapter at a time for its own results",
+                stacklevel=2,
+            )
+            return self.base_layer(x, *args, **kwargs)
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        result = None
+        for name in sorted(set(adapter_names)):
+            rows = [row for row, wanted in enumerate(adapter_names) if wanted == name]
+            part = _call(self.base_layer, self.with_changes({name: 1.0}), (x[rows], *args), kwargs)
+            if result is None:
+                result = part.new_empty(len(x), *part.shape[1:])
+            result[rows] = part
+        return cast(Tensor, result)
+
+    def take_values(self, adapter_name: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Whole parameters, as adapters held them before, as changes: attribute name -> what to add to the base."""
+        attributes = {a.partition("_norm_")[2]: a for a in self.adapter_layer_names if adapter_name in getattr(self, a)}
+        return {attributes[name]: value - self._own(name).to(value.device) for name, value in values.items()}
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.expects_values_of is not None:
+            # transformers loads what lies under a name of the state dict, and then sets the attribute
+            destination |= {prefix + name: self._own(name).detach() for name in self.parameter_names}
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Parameter) and name in self.__dict__.get("parameter_names", ()):
+            assert self.expects_values_of is not None, f"the {name} of a trained norm is that of its base_layer"
+            with torch.no_grad():
+                for attribute, change in self.take_values(self.expects_values_of, {name: value}).items():
+                    getattr(self, attribute)[self.expects_values_of].copy_(change)
+        else:
+            super().__setattr__(name, value)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the parameters with the changes of ``adapter_names`` (default: the active ones) into the base.
+
+        Raises ValueError when ``safe_merge`` finds a value that is not finite.
+        """
+        new = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.known]
+        merged = [*self.merged_adapters, *new]
+        values = self.with_changes(dict.fromkeys(merged, 1.0))
+        if safe_merge and not all(value.isfinite().all() for value in values.values()):
+            raise ValueError(f"NaNs detected in the merged norms. The adapter {new[-1]} seems to be broken")
+        for name, value in values.items():
+            self._unmerged.setdefault(name, getattr(self.base_layer, name).detach())
+            getattr(self.base_layer, name).data = value.detach()
+        self.merged_adapters = merged
+
+    def unmerge(self) -> None:
+        """Give the base its own values back, to the last bit."""
+        for name, value in self._unmerged.items():
+            getattr(self.base_layer, name).data = value
+        self._unmerged, self.merged_adapters = {}, []
+
+    def rename_adapter(self, old: str, new: str) -> None:
+        """Give one adapter another name."""
+        for attribute in (*self.adapter_layer_names, *self.other_param_names):
+            by_adapter = getattr(self, attribute)
+            if old in by_adapter:
+                by_adapter[new] = by_adapter.pop(old)
+        self.merged_adapters = [new if name == old else name for name in self.merged_adapters]
+        self._active_adapter = [new if name == old else name for name in self.active_adapters]
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """To the device alone. PEFT calls this behind a load, and its own would round the changes."""
+        for attribute in self.adapter_layer_names:
+            changes = getattr(self, attribute)
+            if adapter_name in changes and not changes[adapter_name].is_meta:
+                target = self._own(attribute.partition("_norm_")[2]).device if device is None else device
+                changes[adapter_name].data = changes[adapter_name].data.to(target)
+
+    def to_base_dtype(self, adapter_name: str) -> None:
+        """Hold one adapter's changes in the dtype of the base."""
+        for name, change in self.change(adapter_name).items():
+            change.data = change.data.to(self._own(name).dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "TrainedNorm":
+        self._unmerged = {name: fn(value) for name, value in self._unmerged.items()}
+        return super()._apply(fn, recurse)
+
+    @property
+    def weight(self) -> Tensor:
+        """What the norm computes with, for code that reads it past the module."""
+        return self._effective("weight")
+
+    @property
+    def bias(self) -> Tensor:
+        """As :attr:`weight`."""
+        return self._effective("bias")
+
+    def _effective(self, name: str) -> Tensor:
+        return self.with_changes(self._running()).get(name, getattr(self.base_layer, name))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":  # not built yet
+                raise
+            is_parameter = name in self.__dict__.get("parameter_names", ())
+            return self._effective(name) if is_parameter else getattr(self.base_layer, name)
+
+
+def values_as_changes(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Saved tensors of an adapter, with norms that were saved as whole values turned into changes.
+
+    Adapters once held copies of the norms, under the names of the base's own parameters.
+    """
+    translated = dict(tensors)
+    for path, norm in model.named_modules():
+        if isinstance(norm, TrainedNorm) and norm.known.get(adapter_name):
+            norm.expects_values_of = None
+            for start in {"", "base_model.model."}:
+                found = {n: translated.pop(f"{start}{path}.{n}", None) for n in norm.parameter_names}
+                values = {name: value for name, value in found.items() if value is not None}
+                changes = norm.take_values(adapter_name, values)
+                translated |= {f"{start}{path}.{attribute}": change for attribute, change in changes.items()}
+    return translated
+
+
+def _call(norm: nn.Module, parameters: Mapping[str, Tensor], args: Any, kwargs: Any) -> Tensor:
+    """The forward pass of ``norm`` with other parameters."""
+    if not parameters:
+        return norm(*args, **kwargs)
+    if torch.compiler.is_compiling() or "forward" in norm.__dict__:
+        # what is bound to the instance, as accelerate's forward passes are, sees no other one
+        return functional_call(norm, dict(parameters), args, kwargs)
+    # functional_call writes to the module for the length of the call, which another thread may be computing with
+    other = norm.__new__(type(norm))
+    other.__dict__ = {**norm.__dict__, **parameters}
+    return other(*args, **kwargs)
