@@ -64,6 +64,24 @@ def test_a_dry_run_for_people(capsys, tmp_path):
         assert word in out
 
 
+@pytest.mark.parametrize(
+    "words",
+    [["--sample", "train=6,validation=3"], ["--set", "sample={train: 6, validation: 3}"], ["--set", "sample=train=6"]],
+)
+def test_a_study_takes_the_options_of_a_run(words, llama, data_dir, capsys, tmp_path):
+    """By their own names as after --set; the steps of a dry run follow from them."""
+    narrow = ["--model", llama, "--data-dir", data_dir, "--tasks", "cb", "--methods", "loretta_rep", "--seeds", 1]
+    steps = ["--epoch", 2, "--batch-size", 3]
+    status, out, _ = call(
+        capsys, "reproduce", "table2", *narrow, *words, *steps, "--dry-run", "--json", "-o", tmp_path / "runs"
+    )
+    assert status == 0
+    content = json.loads(out)
+    assert content["steps"] == 2 * 6 / 3
+    (run,) = content["planned"]
+    assert (run["config"]["epochs"], run["config"]["sample"]["train"]) == (2, 6)
+
+
 # every target, cut to what takes a second or two: target -> methods, tasks
 CUT = {
     "table1": ("lora-r8,bitfit,loretta_adp,loretta_rep", "mnli,stsb"),

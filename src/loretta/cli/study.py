@@ -13,7 +13,7 @@ import typer
 from loretta.cli.output import console, print_json
 from loretta.errors import InputError
 from loretta.options import parse_option
-from loretta.training.config import ALIASES
+from loretta.training.config import ALIASES, read_sample
 
 if TYPE_CHECKING:
     from loretta.studies.execution import Outcome
@@ -48,11 +48,10 @@ Sets = Annotated[
 
 def run_settings(given: Mapping[str, Any], sets: Sequence[str] | None) -> dict[str, Any]:
     """Options of every run: those given as options of their own, then those after ``--set``."""
-    words = dict(parse_option(word) for word in sets or [])
-    return {
-        **{key: value for key, value in given.items() if value is not None},
-        **{ALIASES.get(key, key): value for key, value in words.items()},
-    }
+    settings = {key: value for key, value in given.items() if value is not None}
+    settings |= {ALIASES.get(key, key): value for key, value in map(parse_option, sets or [])}
+    # a study computes with its options before a run reads them
+    return settings | ({"sample": read_sample(settings["sample"])} if "sample" in settings else {})
 
 
 def words(option: str, given: str | None) -> tuple[str, ...]:

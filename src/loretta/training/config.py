@@ -17,12 +17,12 @@ HeadPolicy = Literal["method", "full", "frozen"]
 ALIASES = {"lr": "learning_rate", "epoch": "epochs"}
 
 
-def _examples(given: object) -> object:
-    """``train=100,test=50``, as a command line says it, as a mapping."""
+def read_sample(given: object) -> object:
+    """``train=100,test=50``, as a command line says it, as a mapping; anything else as it is."""
     if not isinstance(given, str):
         return given
-    pairs = (word.partition("=") for word in given.split(","))
-    return {key.strip(): value.strip() for key, _, value in pairs}
+    pairs = [word.strip().partition("=") for word in given.split(",")]
+    return {key: int(number) if number.isdecimal() else number for key, _, number in pairs}
 
 
 class RunConfig(BaseModel):
@@ -75,7 +75,7 @@ class RunConfig(BaseModel):
         "options.",
     )
     sample: Annotated[
-        dict[Literal["train", "validation", "test"], Annotated[int, Field(ge=1)]], BeforeValidator(_examples)
+        dict[Literal["train", "validation", "test"], Annotated[int, Field(ge=1)]], BeforeValidator(read_sample)
     ] = Field(
         default={},
         description="Examples of a prompted task to draw, as train=100,test=50; default: 1000, of validation 500.",
