@@ -84,6 +84,7 @@ class RunRecord(BaseModel):
     parameters: ParameterCounts
     trains: list[Train] = []
     adapter_bytes: int
+    population: int | None = None  # runs that were trained at once; the seconds are this one's share, the bytes of all
     train_seconds: float  # with those before the checkpoint that the run went on from
     peak_memory_bytes: int
     history: list[Point]

@@ -177,7 +177,11 @@ class Population(nn.Module):
         """What the model gives for rows that come grouped by member."""
         for group in self.groups:
             group.hand_over()
-        return self.model(**inputs)
+        try:
+            return self.model(**inputs)
+        finally:
+            for group in self.groups:
+                group.take_back()
 
     def backward(self, losses: Tensor) -> None:
         """Write to :attr:`gradient` that of each member's own loss; ``losses`` (P)."""

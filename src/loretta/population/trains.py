@@ -138,6 +138,11 @@ class TrainGroup:
             for site, bias_PH in zip(self.sites, biases_MPH.unbind(), strict=True):
                 site.bias_up = bias_PH[:, None]
 
+    def take_back(self) -> None:
+        """The opposite, after the pass: a graph that lives on binds the gradients to the stream that it was made on."""
+        for site in self.sites:
+            site.factors, site.bias_up = [], None
+
     def _assembled(self, parts_MP: Mapping[str, Tensor], which: str) -> list[Sequence[Tensor | None]]:
         """A and B of an update, or the six factors of an adapter; each an (P, ...) for every module."""
         dtype = self.sites[0].module.working_dtype()

@@ -108,6 +108,9 @@ class RunConfig(BaseModel):
     select_by: Literal["metric", "loss"] | None = Field(
         default=None, description="What chooses the best checkpoint; default: the metric, of a prompted task the loss."
     )
+    patience: int | None = Field(
+        default=None, ge=1, description="Stop after so many evaluations in a row that are no better than the best."
+    )
     logging_steps: int = Field(default=10, ge=1, description="Steps between lines of the log.")
     seed: int = Field(default=0, description="Of the start, the order of the data and what is drawn or held out.")
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
@@ -140,7 +143,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "epochs", "max_steps", "batch_size", "learning_rate", "head_learning_rate", "weight_decay", "warmup",
         "warmup_steps", "schedule",
     ),
-    "Evaluation and logs": ("eval_batch_size", "eval_steps", "select_by", "logging_steps", "tensorboard"),
+    "Evaluation and logs": ("eval_batch_size", "eval_steps", "select_by", "patience", "logging_steps", "tensorboard"),
     "Precision and device": ("dtype", "quantize", "bf16", "gradient_checkpointing", "cuda_graph", "cpu"),
 }  # fmt: skip
 

@@ -39,8 +39,12 @@ def finish(
     encoded: Mapping[str, Any],
     *,
     peak_memory_bytes: int,
+    population: int | None = None,
 ) -> RunRecord:
-    """Save the best adapter, score the test split, write the record, and return it."""
+    """Save the best adapter, score the test split, write the record, and return it.
+
+    ``population`` is the number of runs that were trained together, this one among them.
+    """
     folder, model = config.folder, cast(Trained, trainer.model)
     model.save_pretrained(str(folder / ADAPTER))
     test, rows = score_test(task, trainer, encoded)
@@ -68,6 +72,7 @@ def finish(
         parameters=ParameterCounts(**trainable_by_kind(model), total=count_all(model)),
         trains=list_trains(model),
         adapter_bytes=sum(path.stat().st_size for path in (folder / ADAPTER).glob("*.safetensors")),
+        population=population,
         train_seconds=trainer.stopwatch.seconds,
         peak_memory_bytes=peak_memory_bytes,
         history=history,

@@ -9,6 +9,7 @@ import torch
 from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorWithPadding,
+    EarlyStoppingCallback,
     PreTrainedTokenizerBase,
     TrainingArguments,
 )
@@ -50,6 +51,7 @@ def make_trainer(
         "eval_dataset": encoded["validation"],
         "processing_class": tokenizer,
         "head_learning_rate": config.head_learning_rate,
+        "callbacks": [] if config.patience is None else [EarlyStoppingCallback(config.patience)],
     }
     chosen_by = choosing_metric(config, task)
     chosen_well = chosen_by != "loss" and higher_is_better(task)

@@ -1,0 +1,211 @@
+"""Populations beside runs one after the other: examples per second, memory, and the time until the first step.
+
+all-MiniLM-L6-v2 on CoLA and RTE at batch 32, trained to the end with logging and evaluation, and the step of a
+LLaMA-2-7B shape with random weights on 1x256 tokens a member.
+
+    python benchmarks/population.py --model FOLDER --data-dir FOLDER --out benchmarks/results/population.json
+
+--data-dir has cola/ and rte/. Without a GPU give --device cpu, and --llama tiny to try the second part.
+"""
+
+import argparse
+import gc
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from cases import METHODS, build_base, perturbed, wrap
+from timing import about, captured, timed
+from torch import Tensor, nn
+
+from loretta.population.optimizer import MemberAdamW
+from loretta.population.population import Population, Start
+from loretta.population.rows import row_losses
+from loretta.population.training import train_together
+from loretta.training.config import RunConfig
+from loretta.training.run import train
+
+RATES = (5e-4, 1e-3, 2e-3, 5e-3)
+TOKENS = 256  # of each LLaMA member
+
+
+def config(args: argparse.Namespace, folder: str, method: str, task: str, member: int, epochs: float, **kwargs: Any):
+    """One run: a sweep of rates over seeds, as a comparison has it."""
+    return RunConfig(
+        model=args.model,
+        data=task,
+        data_dir=args.data_dir,
+        limit=args.limit,
+        method=method,
+        epochs=epochs,
+        batch_size=32,
+        bf16=args.device == "cuda",
+        cpu=args.device == "cpu",
+        seed=member // len(RATES),
+        learning_rate=RATES[member % len(RATES)],
+        output=f"{folder}/{kwargs.pop('name', 'run')}-{member}",
+        **kwargs,
+    )
+
+
+def reset_memory(device: str) -> None:
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak(device: str) -> int:
+    return torch.cuda.max_memory_allocated() if device == "cuda" else 0
+
+
+def alone(args: argparse.Namespace, method: str, task: str, *, graph: bool) -> dict[str, Any]:
+    """The second of two runs one after the other: the first one pays for what a process loads once."""
+    with tempfile.TemporaryDirectory() as folder:
+        for member in range(2):
+            reset_memory(args.device)
+            begin = time.perf_counter()
+            run = config(args, folder, method, task, member, args.epochs, cuda_graph=graph)
+            record = train(run)
+            whole = time.perf_counter() - begin
+    examples = args.epochs * record.sizes["train"]
+    return {
+        "examples_per_s": examples / record.train_seconds,
+        "whole_examples_per_s": examples / whole,
+        "train_s": record.train_seconds,
+        "whole_s": whole,
+        "peak_bytes": peak(args.device),
+        "score": record.validation[record.metric],
+    }
+
+
+def together(args: argparse.Namespace, method: str, task: str, size: int, *, graph: bool) -> dict[str, Any]:
+    """A population from its options to its folders."""
+    with tempfile.TemporaryDirectory() as folder:
+        reset_memory(args.device)
+        begin = time.perf_counter()
+        runs = [config(args, folder, method, task, k, args.epochs, cuda_graph=graph) for k in range(size)]
+        records = train_together(runs)
+        whole = time.perf_counter() - begin
+    seconds = sum(record.train_seconds for record in records)
+    examples = args.epochs * records[0].sizes["train"] * size
+    scores = [record.validation[record.metric] for record in records]
+    return {
+        "examples_per_s": examples / seconds,
+        "whole_examples_per_s": examples / whole,
+        "train_s": seconds,
+        "whole_s": whole,
+        "peak_bytes": peak(args.device),
+        "score": statistics.median(scores),
+    }
+
+
+def minilm(args: argparse.Namespace, save: Any) -> None:
+    for task in args.tasks:
+        for method in args.methods:
+            common = {"part": "training", "task": task, "method": method, "batch": 32}
+            for graph in (False, True) if args.device == "cuda" else (False,):
+                save({**common, "members": 1, "how": "alone", "graph": graph, **alone(args, method, task, graph=graph)})
+            for size in args.sizes:
+                graph = args.device == "cuda"
+                save({**common, "members": size, "how": "together", "graph": graph}
+                     | together(args, method, task, size, graph=graph))  # fmt: skip
+
+
+def random_starts(model: Any, size: int) -> list[Start]:
+    """Members in the middle of a training, without building the base once for each."""
+    starts = []
+    for seed in range(size):
+        generator = torch.Generator().manual_seed(seed)
+        values = {
+            name: p.detach().cpu() + 1e-3 * torch.randn(p.shape, generator=generator).to(p.dtype)
+            for name, p in model.named_parameters()
+            if p.requires_grad
+        }
+        start = Start.of(model, model)
+        starts.append(Start(values=values, scales=start.scales, config=start.config))
+    return starts
+
+
+def llama_step(args: argparse.Namespace, method: str, size: int | None, *, graph: bool) -> dict[str, Any]:
+    """Milliseconds of a step, of one ordinary model (None) or of a population."""
+    reset_memory(args.device)
+    dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
+    base = build_base(args.llama, device=args.device, dtype=dtype)
+    vocabulary = base.config.vocab_size
+    tokens = TOKENS if args.device == "cuda" else 16
+    ids = torch.randint(5, vocabulary, (size or 1, tokens), device=args.device)
+    if size is None:
+        model = wrap(base, method, "llama-7b")
+        trained = [p for p in model.parameters() if p.requires_grad]
+        ordinary = torch.optim.AdamW(trained, lr=1e-4, fused=args.device == "cuda", capturable=args.device == "cuda")
+
+        def work() -> None:
+            for parameter in trained:
+                parameter.grad = None
+            sums, counts = row_losses(model(input_ids=ids).logits, ids, "language_modeling")
+            (sums.sum() / counts.sum()).backward()
+            nn.utils.clip_grad_norm_(trained, 1.0)
+            ordinary.step()
+    else:
+        wrapped = perturbed(base, METHODS[method]("CAUSAL_LM"))
+        population = Population(wrapped, random_starts(wrapped, size))
+        rates = population.values.new_full((size, 1), 1e-4)
+        ours = MemberAdamW(population.values, population.gradient, rates=rates, decays=torch.zeros_like(rates))
+        factor: Tensor = torch.ones_like(rates)
+
+        def work() -> None:
+            sums, counts = row_losses(population(input_ids=ids).logits, ids, "language_modeling")
+            population.backward(sums / counts)
+            ours.step(factor)
+
+    times = timed(captured(work) if graph else work, args.steps, args.device)
+    return {"ms": statistics.median(times), "peak_bytes": peak(args.device)}
+
+
+def llama(args: argparse.Namespace, save: Any) -> None:
+    for method in ("lora q,v", "rep q,v", "adp"):
+        common = {"part": "step", "model": args.llama, "method": method, "tokens": TOKENS}
+        for graph in (False, True) if args.device == "cuda" else (False,):
+            for size in (None, 8):
+                row = {**common, "members": size or 1, "how": "together" if size else "alone", "graph": graph}
+                save({**row, **llama_step(args, method, size, graph=graph)})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data-dir", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tasks", nargs="*", default=["cola", "rte"])
+    parser.add_argument("--methods", nargs="*", default=["lora", "rep", "adp"])
+    parser.add_argument("--sizes", nargs="*", type=int, default=[1, 4, 16, 64])
+    parser.add_argument("--epochs", type=float, default=4)
+    parser.add_argument("--limit", type=int, default=None)
+    parser.add_argument("--llama", default="llama-7b")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=None, help="start nothing new after so many")
+    args = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    begin = time.perf_counter()
+
+    def save(row: dict[str, Any]) -> None:
+        rows.append(row)
+        print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
+        head = about(args.device, "bfloat16" if args.device == "cuda" else "float32")
+        args.out.write_text(json.dumps({**head, "epochs": args.epochs, "rows": rows}, indent=1) + "\n")
+        if args.seconds is not None and time.perf_counter() - begin > args.seconds:
+            raise SystemExit("out of time")
+
+    if args.llama != "none":
+        llama(args, save)
+    minilm(args, save)
+
+
+if __name__ == "__main__":
+    main()

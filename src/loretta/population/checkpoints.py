@@ -1,0 +1,100 @@
+"""What a killed population goes on from: one file in the folder of each member.
+
+A member's file holds that member alone, so the runs that are left may go on in other company.
+"""
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from loretta.errors import InputError
+from loretta.population.loop import Loop, Member
+from loretta.training.folder import CHECKPOINTS
+
+EVERY = 30.0  # seconds of training at the least between two checkpoints: writing them takes a part of one
+KEPT = 2
+
+
+class Checkpoints:
+    """Called after each evaluation; saves where the last time was long ago."""
+
+    def __init__(self, every: float = EVERY) -> None:
+        self.every, self.last = every, time.monotonic()
+
+    def __call__(self, loop: Loop) -> None:
+        if time.monotonic() - self.last >= self.every and loop.step < loop.rules.steps:
+            save(loop)
+            self.last = time.monotonic()
+
+
+def _files(member: Member) -> dict[int, Path]:
+    """Step -> file, the first step first."""
+    found = (member.config.folder / CHECKPOINTS).glob("population-*.safetensors")
+    return dict(sorted((int(file.stem.rpartition("-")[2]), file) for file in found))
+
+
+def save(loop: Loop) -> None:
+    """Write the state of each member; older files go when all have the new one."""
+    for k, member in enumerate(loop.members):
+        folder = member.config.folder / CHECKPOINTS
+        folder.mkdir(exist_ok=True)
+        state = member.trainer.state
+        words = {
+            "logged": loop.logged,
+            "seconds": loop.seconds,
+            "stopped": loop.stopped[k],
+            "global_step": state.global_step,
+            "epoch": state.epoch,
+            "best_metric": state.best_metric,
+            "best_global_step": state.best_global_step,
+            "log_history": state.log_history,
+        }
+        tensors = {name: tensor[k].detach().cpu().contiguous() for name, tensor in loop.tensors().items()}
+        file = folder / f"population-{loop.step}.safetensors"
+        save_file(tensors, file.with_suffix(".tmp"), metadata={"state": json.dumps(words)})
+        file.with_suffix(".tmp").replace(file)
+    for member in loop.members:
+        for file in list(_files(member).values())[:-KEPT]:
+            file.unlink()
+
+
+def restore(loop: Loop) -> None:
+    """Bring a new loop to the last step that all members have a file of; nothing happens where there is none."""
+    common = set.intersection(*(set(_files(member)) for member in loop.members))
+    for step in sorted(common, reverse=True):
+        try:
+            _load(loop, [_files(member)[step] for member in loop.members])
+        except (SafetensorError, KeyError, ValueError, OSError):
+            continue  # damaged: the one before it
+        loop.step = step
+        loop.optimizer.steps.fill_(step)
+        return
+
+
+def _load(loop: Loop, files: Sequence[Path]) -> None:
+    read = []
+    for file in files:
+        with safe_open(file, framework="pt") as content:
+            words = json.loads((content.metadata() or {})["state"])
+            read.append((words, {name: content.get_tensor(name) for name in content.keys()}))  # noqa: SIM118
+    for name, tensor in loop.tensors().items():
+        for k, (_, tensors) in enumerate(read):
+            if tensors[name].shape != tensor[k].shape:
+                raise InputError(f"'{files[k]}' is of another adapter: remove it")
+            tensor[k].copy_(tensors[name])
+    for k, (member, (words, _)) in enumerate(zip(loop.members, read, strict=True)):
+        loop.logged, loop.seconds = words.pop("logged"), words.pop("seconds")
+        loop.stopped[k] = words.pop("stopped")
+        for name, value in words.items():
+            setattr(member.trainer.state, name, value)
+
+
+def remove(members: Sequence[Member]) -> None:
+    """Forget the checkpoints of runs that are finished."""
+    for member in members:
+        for file in _files(member).values():
+            file.unlink()

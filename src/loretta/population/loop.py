@@ -1,0 +1,308 @@
+"""The training loop of a population.
+
+The Trainer has one schedule, one loss, one best checkpoint; a population has P of each. What the Trainer decides for
+a run (its rates, its order of the data, when to log and to evaluate, what is best) is asked of the Trainer that each
+member would have alone.
+
+Axes: P members, N trained numbers of each, b rows of one member in a batch.
+"""
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from copy import copy
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import EvalPrediction
+from transformers.trainer_callback import DefaultFlowCallback, TrainerControl
+
+from loretta.errors import InputError
+from loretta.population.optimizer import MemberAdamW
+from loretta.population.population import Population
+from loretta.population.rows import Rows, mean_of_batches, row_losses
+from loretta.tasks.base import Task
+from loretta.training.batches import Shapes, shapes_of
+from loretta.training.config import RunConfig
+from loretta.training.graphs import Recorder
+from loretta.training.trainer import TwoRateTrainer
+
+logger = logging.getLogger(__name__)
+
+MAX_GRAPHS = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Member:
+    """One run of a population, with the Trainer that it would have alone."""
+
+    config: RunConfig
+    task: Task
+    encoded: Mapping[str, Any]
+    trainer: TwoRateTrainer
+
+
+class Rules:
+    """What the members' own Trainers say, gathered while their model is still the ordinary one."""
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        sizes = {len(member.encoded["train"]) for member in members}
+        if len(sizes) > 1:
+            raise InputError(f"members of a population train on equally many examples, got {sorted(sizes)}")
+        first = members[0]
+        self.size, self.batch_size = sizes.pop(), first.trainer.args.per_device_train_batch_size
+        self.steps_in_epoch = max(1, math.ceil(self.size / self.batch_size))
+        args = first.trainer.args
+        self.steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * self.steps_in_epoch)
+        self.rates: list[dict[str, tuple[float, float]]] = []  # name -> learning rate, weight decay
+        factors = []
+        for member in members:
+            trainer: Any = member.trainer
+            names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+            optimizer = trainer.create_optimizer()
+            groups = [
+                (group["lr"], group["weight_decay"], p) for group in optimizer.param_groups for p in group["params"]
+            ]
+            self.rates.append({names[id(parameter)]: (rate, decay) for rate, decay, parameter in groups})
+            schedule = trainer.create_scheduler(self.steps, optimizer).lr_lambdas[0]
+            factors.append([schedule(step) for step in range(self.steps + 1)])
+            trainer.optimizer = trainer.lr_scheduler = None
+        self.factors = torch.tensor(factors, dtype=torch.float64)  # (P, steps + 1)
+        self.orders = [member.trainer._get_train_sampler() for member in members]
+
+    def order(self, epoch: int) -> Tensor:
+        """(P, examples): the order of each member's examples."""
+        for order in self.orders:
+            order.set_epoch(epoch)  # type: ignore[attr-defined]
+        return torch.tensor([list(order) for order in self.orders])
+
+    def of_numbers(self, population: Population, which: int) -> Tensor:
+        """The learning rates (0) or weight decays (1): (P, 1), or (P, N) where they differ within a member."""
+        values = population.values
+        if all(len({rule[which] for rule in rules.values()}) == 1 for rules in self.rates):
+            return values.new_tensor([[next(iter(rules.values()))[which]] for rules in self.rates])
+        matrix = torch.zeros_like(values)
+        for row, rules in zip(matrix, self.rates, strict=True):
+            for name, where in population.slices.items():
+                row[where] = rules[name][which]
+        return matrix
+
+
+class Loop:
+    """Trains a population; :attr:`best` are the values (P, N) of each member at its best step.
+
+    Args:
+        rules: of the members, from before the population was made of their model.
+        save: called after each evaluation with this loop.
+    """
+
+    def __init__(
+        self,
+        population: Population,
+        members: Sequence[Member],
+        rules: Rules,
+        *,
+        save: Callable[["Loop"], None] = lambda loop: None,
+    ) -> None:
+        first = members[0]
+        self.population, self.members, self.rules, self.save = population, members, rules, save
+        self.args, self.kind = first.trainer.args, first.task.kind
+        self.device = population.values.device
+        tokenizer: Any = first.trainer.processing_class
+        cuda_graph = first.config.cuda_graph and self.device.type == "cuda"
+        common: dict[str, Any] = {"on_left": tokenizer.padding_side == "left", "rounded": cuda_graph}
+        collator: Any = first.trainer.data_collator
+        self.rows = {
+            split: Rows([member.encoded[split] for member in members], collator, self.device, **common)
+            for split in ("train", "validation")
+        }
+        self.optimizer = MemberAdamW(
+            population.values,
+            population.gradient,
+            rates=rules.of_numbers(population, 0),
+            decays=rules.of_numbers(population, 1),
+            betas=(self.args.adam_beta1, self.args.adam_beta2),
+            eps=self.args.adam_epsilon,
+            max_norm=self.args.max_grad_norm,
+        )
+        self.best = population.values.clone()
+        self.step, self.logged, self.seconds = 0, 0, 0.0
+        self.stopped = [False] * population.size  # early: a member computes on, and nothing of it is noted any more
+        self.loss = population.values.new_zeros(population.size)  # summed since the last log
+        self.factor = torch.ones(population.size, 1, dtype=population.values.dtype, device=self.device)
+        self.graphs = _Graphs() if cuda_graph else None
+        for member in members:
+            member.trainer.state.compute_steps(member.trainer.args, rules.steps)
+            member.trainer.state.max_steps = rules.steps
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What changes in a training, a row for each member."""
+        mean, square = self.optimizer.mean, self.optimizer.square
+        return {"values": self.population.values, "mean": mean, "square": square, "best": self.best, "loss": self.loss}
+
+    def train(self) -> None:
+        """Train from :attr:`step` to the end."""
+        flow, rules, state = DefaultFlowCallback(), self.rules, copy(self.members[0].trainer.state)
+        begin, before = time.perf_counter(), self.seconds
+        self.population.train()
+        with ExitStack() as stack:
+            if self.graphs is not None:
+                stack.enter_context(Recorder.stream())
+            while self.step < rules.steps and not all(self.stopped):
+                epoch, done = divmod(self.step, rules.steps_in_epoch)
+                batches = rules.order(epoch).split(rules.batch_size, 1)
+                for k in range(done, len(batches)):
+                    self._train_on(self.rows["train"].batch(batches[k]))
+                    self.seconds = before + time.perf_counter() - begin
+                    state.global_step, state.epoch = self.step, epoch + (k + 1) / rules.steps_in_epoch
+                    control = flow.on_step_end(self.args, state, TrainerControl())
+                    if k + 1 == len(batches) or self.step == rules.steps:
+                        control = flow.on_epoch_end(self.args, state, control)
+                    for member in self._running():
+                        member.trainer.state.global_step, member.trainer.state.epoch = self.step, state.epoch
+                    if control.should_log:
+                        self._log()
+                    if control.should_evaluate:
+                        self._evaluate()
+                    if self.step == rules.steps or all(self.stopped):
+                        return
+
+    def _running(self) -> Iterator[Member]:
+        return (member for member, stopped in zip(self.members, self.stopped, strict=True) if not stopped)
+
+    def _train_on(self, batch: dict[str, Tensor]) -> None:
+        factors = self.rules.factors[:, self.step, None]
+        self.factor.copy_(factors, non_blocking=True)
+        self.loss += self._losses(batch) if self.graphs is None else self.graphs.replay(batch, self._losses)
+        self.step += 1
+
+    def _losses(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """(P): the loss of each member, after its update."""
+        inputs = dict(batch)
+        labels = inputs.pop("labels")
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
+            logits = self.population(**inputs).logits
+        sums, counts = row_losses(logits, labels, self.kind)
+        size = self.population.size
+        losses = sums.view(size, -1).sum(1) / counts.view(size, -1).sum(1)
+        self.population.backward(losses)
+        self.optimizer.step(self.factor)
+        return losses.detach()
+
+    def _log(self) -> None:
+        each = zip(self.members, self.loss.tolist(), self.optimizer.norms.tolist(), strict=True)
+        for k, (member, loss, norm) in enumerate(each):
+            if self.stopped[k]:
+                continue
+            rate = next(iter(self.rules.rates[k].values()))[0] * float(self.rules.factors[k, self.step - 1])
+            entry = {"loss": loss / (self.step - self.logged), "grad_norm": norm, "learning_rate": rate}
+            _append(member, entry)
+        self.loss.zero_()
+        self.logged = self.step
+
+    def _evaluate(self) -> None:
+        scores = self.evaluate()
+        better = [False] * len(scores)
+        for k, (member, values) in enumerate(zip(self.members, scores, strict=True)):
+            if not self.stopped[k]:
+                _append(member, values)
+                better[k] = self._is_best(member, values)
+                self.stopped[k] = self._has_stopped(member)
+        keep = torch.tensor(better, device=self.device)[:, None]
+        torch.where(keep, self.population.values, self.best, out=self.best)
+        self._say(scores)
+        self.save(self)
+
+    def _is_best(self, member: Member, values: Mapping[str, float]) -> bool:
+        """Whether a member was never as good, which is noted in its state; as the Trainer decides it."""
+        state, name = member.trainer.state, str(self.args.metric_for_best_model)
+        value = values[name if name.startswith("eval_") else f"eval_{name}"]
+        sign = 1 if self.args.greater_is_better else -1
+        best = -math.inf if state.best_metric is None else sign * state.best_metric
+        if not sign * value > best:  # NaN is never the best
+            return False
+        state.best_metric, state.best_global_step = value, state.global_step
+        return True
+
+    def _has_stopped(self, member: Member) -> bool:
+        """Whether so many evaluations in a row as the run allows were no better than the best."""
+        state, patience = member.trainer.state, member.config.patience
+        since = [e for e in state.log_history if "eval_loss" in e and e["step"] > (state.best_global_step or 0)]
+        return patience is not None and len(since) >= patience
+
+    @torch.no_grad()
+    def evaluate(self) -> list[dict[str, float]]:
+        """The scores of each member on its validation split, by the Trainer's names."""
+        size, rows = self.population.size, self.rows["validation"]
+        n = len(self.members[0].encoded["validation"])
+        logits, losses = [], []
+        self.population.eval()
+        # as many rows at once as in a step, whose memory is there
+        for chunk in torch.arange(n).split(min(self.rules.batch_size, self.args.per_device_eval_batch_size)):
+            inputs = rows.batch(chunk.expand(size, -1))
+            labels = inputs.pop("labels")
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
+                found = self.population(**inputs).logits
+            losses.append(torch.stack(row_losses(found, labels, self.kind)).view(2, size, -1))
+            if self.kind != "language_modeling":
+                logits.append(found.float().view(size, len(chunk), -1))
+        self.population.train()
+        sums, counts = torch.cat(losses, 2)
+        means = mean_of_batches(sums, counts, self.args.per_device_eval_batch_size).tolist()
+        scores = [{"eval_loss": mean} for mean in means]
+        together = torch.cat(logits, 1).cpu().numpy() if logits else None
+        for k, member in enumerate(self.members if together is not None else ()):
+            compute: Any = member.trainer.compute_metrics
+            labels_of = np.asarray(member.encoded["validation"]["labels"])
+            found = compute(EvalPrediction(predictions=together[k], label_ids=labels_of))  # type: ignore[index]
+            scores[k] |= {f"eval_{name}": float(value) for name, value in found.items()}
+        return scores
+
+    def _say(self, scores: Sequence[Mapping[str, float]]) -> None:
+        name = str(self.args.metric_for_best_model).removeprefix("eval_")
+        values = sorted(score[f"eval_{name}"] for score in scores)
+        left = self.seconds / self.step * (self.rules.steps - self.step)
+        print(
+            f"{len(scores)} runs together, step {self.step}/{self.rules.steps}, {name} {values[0]:.4f} to "
+            f"{values[-1]:.4f}, {left:.0f} s left",
+            flush=True,
+        )
+
+
+def _append(member: Member, values: Mapping[str, float]) -> None:
+    state = member.trainer.state
+    state.log_history.append({**values, "step": state.global_step, "epoch": state.epoch})
+
+
+class _Graphs:
+    """Recorded steps, one for each shape of batch. The first batch of a shape is trained eagerly."""
+
+    def __init__(self) -> None:
+        self.recorder = Recorder()
+        self.seen: set[Shapes] = set()
+        self.steps: dict[Shapes, tuple[dict[str, Tensor], Callable[[], Any]]] = {}
+        self.why_eager: str | None = None
+
+    def replay(self, batch: dict[str, Tensor], work: Callable[[Mapping[str, Tensor]], Tensor]) -> Tensor:
+        shapes = shapes_of(batch)
+        assert shapes is not None
+        if shapes not in self.steps:
+            if shapes not in self.seen or self.why_eager is not None or len(self.steps) == MAX_GRAPHS:
+                self.seen.add(shapes)
+                return work(batch)
+            try:
+                inputs = {name: tensor.clone() for name, tensor in batch.items()}
+                self.steps[shapes] = inputs, self.recorder.record(lambda: (work(inputs), None))
+            except RuntimeError as error:
+                self.why_eager = " ".join(str(error).split())[:200]
+                logger.warning("no CUDA graphs, training is eager: %s", self.why_eager)
+                return work(batch)
+        inputs, again = self.steps[shapes]
+        torch._foreach_copy_(list(inputs.values()), [batch[name] for name in inputs])
+        losses, _ = again()
+        return losses

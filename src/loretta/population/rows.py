@@ -1,0 +1,81 @@
+"""The examples of all members as tensors, and the losses of rows.
+
+Axes: P members, b rows of one member in a batch, T tokens, V vocabulary or labels.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+
+from loretta.training.batches import IGNORED, bucket
+
+
+class Rows:
+    """One split of each member, padded once and kept where the model is.
+
+    Members of which the data is the same share it.
+
+    Args:
+        splits: of the members, as token ids.
+        collator: that of the run alone.
+        on_left: whether it pads there.
+        rounded: whether batches are padded up to few lengths, so that recorded steps serve many of them.
+    """
+
+    def __init__(
+        self,
+        splits: Sequence[Dataset],
+        collator: Callable[[list[Any]], Any],
+        device: torch.device,
+        *,
+        on_left: bool,
+        rounded: bool,
+    ) -> None:
+        distinct = list({id(split): split for split in splits}.values())
+        examples = [example for split in distinct for example in split.with_format(None)]
+        ends = torch.tensor([len(split) for split in distinct]).cumsum(0)
+        first = {id(split): int(end) - len(split) for split, end in zip(distinct, ends, strict=True)}
+        tensors = collator(examples)
+        self.lengths = tensors["attention_mask"].sum(1)
+        self.longest = tensors["attention_mask"].shape[1]
+        self.tensors: dict[str, Tensor] = {name: tensor.to(device) for name, tensor in tensors.items()}
+        self.first = torch.tensor([first[id(split)] for split in splits])
+        self.device, self.on_left, self.rounded = device, on_left, rounded
+
+    def batch(self, rows_Pb: Tensor) -> dict[str, Tensor]:
+        """The tensors (P * b, T), grouped by member, of each member's examples ``rows_Pb``."""
+        rows = (rows_Pb + self.first[:, None]).flatten()
+        length = int(self.lengths[rows].max())
+        length = min(bucket(length), self.longest) if self.rounded else length
+        rows = rows.to(self.device, non_blocking=True)
+        return {name: self._cropped(tensor[rows], length) for name, tensor in self.tensors.items()}
+
+    def _cropped(self, tensor: Tensor, length: int) -> Tensor:
+        if tensor.dim() < 2 or tensor.shape[1] != self.longest:
+            return tensor
+        return tensor[:, -length:] if self.on_left else tensor[:, :length]
+
+
+def row_losses(logits: Tensor, labels: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """For each row the sum of its losses, and the number of them: of a text that of its tokens but the first."""
+    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    if kind == "language_modeling":
+        logits, labels = logits[:, :-1], labels[:, 1:]
+        each = nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
+        )
+        return each.view(labels.shape).sum(1), labels.ne(IGNORED).sum(1)
+    if kind == "regression":
+        each = (logits.squeeze(-1) - labels).square()
+    else:
+        each = nn.functional.cross_entropy(logits, labels, reduction="none")
+    return each, torch.ones_like(each)
+
+
+def mean_of_batches(sums: Tensor, counts: Tensor, batch_size: int) -> Tensor:
+    """(P, rows) sums and numbers of losses -> (P): the mean that the Trainer reports, over batches by their rows."""
+    batches = zip(sums.split(batch_size, 1), counts.split(batch_size, 1), strict=True)
+    return torch.stack([s.shape[1] * s.sum(1) / n.sum(1) for s, n in batches]).sum(0) / sums.shape[1]

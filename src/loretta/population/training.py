@@ -1,0 +1,145 @@
+"""Runs that are trained together: from their options to their folders, each as if it had been trained alone."""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import set_seed
+
+from loretta.errors import InputError
+from loretta.files import write_json
+from loretta.population.checkpoints import Checkpoints, remove, restore
+from loretta.population.loop import Loop, Member, Rules
+from loretta.population.population import Population, Start
+from loretta.record import RunRecord
+from loretta.tasks.base import Task
+from loretta.tasks.glue import GLUE
+from loretta.training.config import RunConfig
+from loretta.training.data import encode_splits, load_config_task
+from loretta.training.finish import finish
+from loretta.training.folder import CONFIG, claim
+from loretta.training.methods import FULL, find_method, virtual_tokens
+from loretta.training.model import load_tokenizer
+from loretta.training.run import peak_memory
+from loretta.training.start import prepare_model
+from loretta.training.trainers import make_trainer
+
+# what may differ between the runs of a population; of the method's options those that only scale its effect
+OF_EACH_MEMBER = {
+    "seed", "learning_rate", "head_learning_rate", "weight_decay", "warmup", "warmup_steps", "schedule", "output",
+    "start_from",
+}  # fmt: skip
+SCALES = {"lora_alpha", "alpha_pattern", "use_rslora", "scaling"}
+
+
+def population_key(config: RunConfig) -> tuple[Any, ...] | None:
+    """What runs must have in common to be trained together; None for a run that can only be trained alone."""
+    method = find_method(config.method)
+    alone = (
+        method is FULL
+        or method.config is None
+        or virtual_tokens(config.method, config.method_args) > 0
+        or config.gradient_checkpointing
+        or config.tensorboard
+        or config.quantize is not None
+    )
+    if alone:
+        return None
+    shared = {key: value for key, value in config.model_dump().items() if key not in OF_EACH_MEMBER}
+    shared["method_args"] = {key: value for key, value in config.method_args.items() if key not in SCALES}
+    return tuple(sorted((key, repr(value)) for key, value in shared.items()))
+
+
+def train_together(configs: Sequence[RunConfig], *, resume: bool = False, overwrite: bool = False) -> list[RunRecord]:
+    """Train several runs on one base at once and write the folder of each, as ``loretta.training.run.train`` does.
+
+    A run that is finished stays as it is. ``run.json`` says how many were trained together; the seconds in it are
+    the run's share, the memory is that of all.
+
+    Raises InputError for runs that do not fit together, and as ``train`` does.
+    """
+    if len({population_key(config) for config in configs}) != 1 or population_key(configs[0]) is None:
+        raise InputError("these runs cannot be trained together: they differ in more than seeds and rates")
+    finished = {k: claim(c.folder, c, resume=resume, overwrite=overwrite) for k, c in enumerate(configs)}
+    left = [config for k, config in enumerate(configs) if finished[k] is None]
+    records = iter(_train(left, overwrite=overwrite) if left else [])
+    return [record if record is not None else next(records) for record in finished.values()]
+
+
+def _train(configs: Sequence[RunConfig], *, overwrite: bool) -> list[RunRecord]:
+    memory = 0 if torch.cuda.is_available() and not configs[0].cpu else peak_memory()
+    loop = prepare(configs)
+    loop.save = Checkpoints()
+    for config in configs:
+        if overwrite and config.folder.exists():
+            shutil.rmtree(config.folder)
+        config.folder.mkdir(parents=True, exist_ok=True)
+        write_json(config.folder / CONFIG, config.model_dump())
+    restore(loop)
+    set_seed(configs[0].seed)
+    loop.train()
+    used = max(0, peak_memory() - memory)
+    records = []
+    for k, member in enumerate(loop.members):
+        member.trainer.stopwatch.earlier = loop.seconds / len(configs)
+        with loop.population.released(k, loop.best if member.trainer.state.best_global_step else None):
+            records.append(
+                finish(
+                    member.config,
+                    member.task,
+                    member.trainer,
+                    member.encoded,
+                    peak_memory_bytes=used,
+                    population=len(configs),
+                )
+            )
+    remove(loop.members)
+    return records
+
+
+def prepare(configs: Sequence[RunConfig]) -> Loop:
+    """The training of some runs before its first step: each starts from what it starts from alone.
+
+    Raises InputError where they do not fit together.
+    """
+    tokenizer = load_tokenizer(configs[0].model)
+    data: dict[Any, tuple[Task, Mapping[str, Any]]] = {}
+    models: dict[str, Start] = {}
+    skeleton: Any = None
+    members, starts = [], []
+    for config in configs:
+        # the seed draws what is held out of a table, and nothing of a task with splits of its own
+        key = None if config.data in GLUE else config.seed
+        if key not in data:
+            task = load_config_task(config)
+            if not isinstance(task, Task):
+                raise InputError(f"'{config.data}' is put in words, which is trained one run at a time")
+            data[key] = task, encode_splits(config, task, tokenizer)
+        task, encoded = data[key]
+        same = repr((config.seed, config.method_args, config.start_from))
+        if same not in models:
+            set_seed(config.seed)
+            model, _ = prepare_model(config, task, tokenizer)
+            assert isinstance(model, PeftModel)
+            skeleton = model if skeleton is None else skeleton
+            models[same] = Start.of(model, skeleton)
+        starts.append(models[same])
+        members.append((config, task, encoded))
+    whole = [
+        Member(config=c, task=t, encoded=e, trainer=make_trainer(_alone(c), t, skeleton, tokenizer, e))
+        for c, t, e in members
+    ]
+    rules = Rules(whole)
+    loop = Loop(Population(skeleton, starts), whole, rules)
+    rows = torch.arange(min(2, rules.size)).expand(len(configs), -1)
+    inputs = loop.rows["train"].batch(rows)
+    inputs.pop("labels")
+    loop.population.check(inputs)
+    return loop
+
+
+def _alone(config: RunConfig) -> RunConfig:
+    """The options of the Trainer that a member would have, which need not record steps: it only scores the test."""
+    return config.model_copy(update={"cuda_graph": False})

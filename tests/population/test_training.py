@@ -1,0 +1,160 @@
+"""Runs that are trained together beside the same runs trained one by one: histories, adapters and folders."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_models import save_bert
+from training_data import sentences
+
+from loretta.errors import InputError
+from loretta.population import checkpoints
+from loretta.population.loop import Loop
+from loretta.population.rows import mean_of_batches, row_losses
+from loretta.population.training import population_key, train_together
+from loretta.training.config import RunConfig
+from loretta.training.predict import load_run, predict
+from loretta.training.run import train
+
+NOISE = 2e-4  # float32 sums in another order, after some steps of Adam
+
+
+@pytest.fixture(scope="module")
+def steady_bert(tmp_path_factory):
+    """Without dropout, whose draws differ between runs as between devices."""
+    folder = save_bert(tmp_path_factory.mktemp("models") / "steady-bert", layers=2)
+    with open(f"{folder}/config.json", encoding="utf-8") as file:
+        config = json.load(file)
+    config["hidden_dropout_prob"] = config["attention_probs_dropout_prob"] = 0.0
+    with open(f"{folder}/config.json", "w", encoding="utf-8") as file:
+        json.dump(config, file)
+    return folder
+
+
+@pytest.fixture
+def options(steady_bert, reviews):
+    return {
+        "model": steady_bert,
+        "data": reviews,
+        "text": "review",
+        "label": "mood",
+        "cpu": True,
+        "epochs": 2,
+        "batch_size": 8,
+        "logging_steps": 3,
+        "method": "rep",
+    }
+
+
+def assert_same_run(together, alone):
+    """Two records and the adapters in their folders."""
+    assert [(p.split, p.step, p.epoch) for p in together.history] == [(p.split, p.step, p.epoch) for p in alone.history]
+    for got, expected in zip(together.history, alone.history, strict=True):
+        assert got.values == pytest.approx(expected.values, abs=NOISE, rel=NOISE)
+    same = {"model", "task", "method", "seed", "sizes", "metric", "parameters", "trains", "adapter_bytes", "best_step"}
+    assert together.model_dump(include=same) == alone.model_dump(include=same)
+    folders = [RunConfig(**record.config).folder for record in (together, alone)]
+    values = [load_file(folder / "adapter" / "adapter_model.safetensors") for folder in folders]
+    assert values[0].keys() == values[1].keys()
+    for name in values[0]:
+        if not name.endswith("key.bias"):  # whose gradient is rounding alone
+            assert torch.allclose(values[0][name], values[1][name], atol=1e-3), name
+    assert {path.name for path in folders[0].iterdir()} <= {path.name for path in folders[1].iterdir()}
+
+
+@pytest.mark.parametrize("method", ["rep", "lora"])
+def test_runs_trained_together_are_those_trained_alone(options, tmp_path, method):
+    runs = [
+        {"seed": 0, "learning_rate": 1e-3, "method_args": {"lora_alpha": 16}},
+        {"seed": 1, "learning_rate": 5e-3, "weight_decay": 0.1, "schedule": "cosine", "method_args": {"lora_alpha": 4}},
+        {"seed": 1, "learning_rate": 2e-3, "head_learning_rate": 1e-2, "warmup": 0.3},
+    ]
+    options |= {"method": method}
+    together = train_together([RunConfig(**options | r | {"output": f"{tmp_path}/t{k}"}) for k, r in enumerate(runs)])
+    for k, run in enumerate(runs):
+        assert together[k].population == 3
+        assert_same_run(together[k], train(RunConfig(**options | run | {"output": f"{tmp_path}/a{k}"})))
+    loaded = load_run(tmp_path / "t1", cpu=True)
+    assert loaded.record.population == 3
+    assert predict(loaded, [["the film was very good"]])[0]["label"] in ("pos", "neg")
+
+
+def test_texts_are_trained_together(llama, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join(sentence for sentence, _ in sentences(60)))
+    options = {"model": llama, "data": str(text), "cpu": True, "max_steps": 4, "eval_steps": 2, "max_length": 16}
+    options |= {"batch_size": 4, "method": "norms", "logging_steps": 1}
+    runs = [{"seed": 3, "learning_rate": 1e-2}, {"seed": 3, "learning_rate": 1e-3}]
+    together = train_together([RunConfig(**options | r | {"output": f"{tmp_path}/t{k}"}) for k, r in enumerate(runs)])
+    for k, run in enumerate(runs):
+        assert_same_run(together[k], train(RunConfig(**options | run | {"output": f"{tmp_path}/a{k}"})))
+
+
+def test_each_stops_when_it_has_waited_long_enough(options, tmp_path):
+    options |= {"epochs": 4, "patience": 1}
+    runs = [{"learning_rate": rate} for rate in (2e-3, 1e-12)]
+    together = train_together([RunConfig(**options | r | {"output": f"{tmp_path}/t{k}"}) for k, r in enumerate(runs)])
+    alone = [train(RunConfig(**options | r | {"output": f"{tmp_path}/a{k}"})) for k, r in enumerate(runs)]
+    steps = [[point.step for point in record.history] for record in together]
+    assert steps == [[point.step for point in record.history] for record in alone]
+    # the second never gets better than at its first evaluation
+    assert steps[1][-1] == 20
+    assert together[1].best_step == 10
+
+
+def test_a_killed_population_goes_on(options, tmp_path, monkeypatch):
+    def config(name, seed):
+        return RunConfig(**options | {"epochs": 3, "seed": seed, "output": f"{tmp_path}/{name}{seed}"})
+
+    whole = train_together([config("whole", seed) for seed in (0, 1)])
+    monkeypatch.setattr(checkpoints, "EVERY", 0.0)
+    monkeypatch.setattr("loretta.population.training.Checkpoints", lambda: checkpoints.Checkpoints(0.0))
+    step_of_loop = Loop._train_on
+
+    def killed(self, batch):
+        if self.step == 25:
+            raise KeyboardInterrupt
+        step_of_loop(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_train_on", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_together([config("killed", seed) for seed in (0, 1)])
+    assert sorted(path.name for path in (tmp_path / "killed0" / "checkpoints").iterdir()) == [
+        "population-10.safetensors",
+        "population-20.safetensors",
+    ]
+    steps = []
+    monkeypatch.setattr(Loop, "_train_on", lambda self, batch: (steps.append(self.step), step_of_loop(self, batch)))
+    for before, after in zip(whole, train_together([config("killed", s) for s in (0, 1)], resume=True), strict=True):
+        assert after.history == before.history
+    assert steps == list(range(20, 30))
+    assert not list((tmp_path / "killed0" / "checkpoints").iterdir())
+    again = train_together([config("killed", seed) for seed in (0, 1)], resume=True)
+    assert [record.population for record in again] == [2, 2]
+
+
+def test_what_differs_in_more_than_seeds_and_rates_is_not_trained_together(options):
+    first = RunConfig(**options)
+    joins = {"seed": 4, "learning_rate": 0.1, "weight_decay": 0.1, "output": "x", "method_args": {"lora_alpha": 3}}
+    assert population_key(first) == population_key(first.model_copy(update=joins))
+    for other in ({"batch_size": 4}, {"method_args": {"r": 4}}, {"method": "adp"}, {"model": "other"}):
+        assert population_key(first) != population_key(first.model_copy(update=other))
+    for alone in ({"method": "ft"}, {"method": "prompt"}, {"gradient_checkpointing": True}):
+        assert population_key(first.model_copy(update=alone)) is None
+    with pytest.raises(InputError, match="cannot be trained together"):
+        train_together([first, first.model_copy(update={"batch_size": 4})])
+
+
+def test_losses_of_rows_are_those_of_the_model(llama):
+    logits, labels = torch.randn(4, 6, 9), torch.randint(0, 9, (4, 6))
+    labels[:, 3] = -100
+    sums, counts = row_losses(logits, labels, "language_modeling")
+    expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    assert (sums.sum() / counts.sum()).item() == pytest.approx(expected.item(), rel=1e-6)
+    each = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0]])
+    # batches of 2, 2 and 1 rows
+    assert mean_of_batches(each, torch.tensor([[1, 3, 1, 1, 2]]), 2).item() == pytest.approx(
+        (2 * 3 / 4 + 2 * 7 / 2 + 5 / 2) / 5
+    )
