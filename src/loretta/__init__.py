@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from peft import PeftModel, TaskType, get_peft_model
 
     from loretta.convert.compress import compress
-    from loretta.convert.export import export_lora, export_merged
+    from loretta.convert.lora import export_lora
+    from loretta.convert.merged import export_merged
     from loretta.errors import InputError
     from loretta.plan.plan import plan_model
     from loretta.training.graphs import CudaGraphTrainer
@@ -34,8 +35,8 @@ _HOMES = {
     "PeftModel": "peft",
     "TaskType": "peft",
     "compress": "loretta.convert.compress",
-    "export_lora": "loretta.convert.export",
-    "export_merged": "loretta.convert.export",
+    "export_lora": "loretta.convert.lora",
+    "export_merged": "loretta.convert.merged",
     "get_peft_model": "peft",
     "hotswap_adapter": "loretta.tuners.in_place",
     "plan_model": "loretta.plan.plan",

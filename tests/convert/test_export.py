@@ -33,7 +33,9 @@ from loretta import InputError
 from loretta.cli import main as cli
 from loretta.convert import export
 from loretta.convert import load as loading
-from loretta.convert.export import export_gguf_lora, export_lora, export_merged
+from loretta.convert.gguf import export_gguf_lora
+from loretta.convert.lora import export_lora
+from loretta.convert.merged import export_merged
 from loretta.tuners.rep import RepLinear
 
 # PEFT saves the base weight of an adapted lm_head with any adapter, and says so

@@ -15,7 +15,7 @@ from tuners.families import logits
 from tuners.wrapped import config_for, trained, wrap
 
 from loretta import InputError
-from loretta.convert.export import export_gguf_lora
+from loretta.convert.gguf import export_gguf_lora
 from loretta.tuners.rep import RepLinear
 
 OPTIONS = {

@@ -23,8 +23,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from loretta import tt
-from loretta.convert.load import CONFIG, WEIGHTS, SavedAdapter, find_adapter
-from loretta.convert.low_rank import PREFIX, is_base_weight, read_updates
+from loretta.convert.load import CONFIG, PREFIX, WEIGHTS, SavedAdapter, find_adapter
+from loretta.convert.low_rank import is_base_weight, read_updates
 from loretta.convert.outputs import Comparison, Difference, read_texts
 from loretta.errors import InputError
 from loretta.layers.fit import EXACT, Fit, Update, fit_update, smallest_fit

@@ -17,6 +17,7 @@ from loretta.errors import InputError
 from loretta.wording import one_line
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."  # in a file that PEFT writes, of every key for what lies in the base model
 _AUTO: dict[str | None, Any] = {
     TaskType.CAUSAL_LM: transformers.AutoModelForCausalLM,
     TaskType.SEQ_2_SEQ_LM: transformers.AutoModelForSeq2SeqLM,

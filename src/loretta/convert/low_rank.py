@@ -19,11 +19,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from loretta.convert.load import WEIGHTS, SavedAdapter
+from loretta.convert.load import PREFIX, WEIGHTS, SavedAdapter
 from loretta.errors import InputError
 from loretta.layers.fit import Update
 
-PREFIX = "base_model.model."  # in a file that PEFT writes, of every key for what lies in the base model
 # Options of LoRA with which it does more, or something else, than add the product of A and B
 _NOT_PLAIN = (
     "use_dora", "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias",

@@ -1,0 +1,124 @@
+"""A rep adapter as a LoRA adapter of stock PEFT.
+
+Axes: I input features, O output features, R rank of the update.
+"""
+
+import copy
+import os
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import ModulesToSaveWrapper
+from safetensors.torch import save_file
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from loretta.convert.load import PREFIX, WEIGHTS
+from loretta.convert.rep_adapter import lora_pair, read_adapter, trained_norms
+from loretta.convert.written import Export, own_memory, report_of, writing
+from loretta.errors import InputError
+from loretta.tuners.layer import LorettaLayer
+from loretta.tuners.norms import TrainedNorm
+from loretta.tuners.rep import RepLinear
+
+
+@torch.no_grad()
+def export_lora(
+    model: PeftModel, folder: str | os.PathLike, adapter_name: str = "default", *, overwrite: bool = False
+) -> Export:
+    """Write a rep adapter as a LoRA adapter of stock PEFT that computes the same. The model is left as it is.
+
+    Each update becomes a LoRA of rank ``min(r, tensor_rank)`` at most (a denoised start adds its own rank), from the
+    contracted trains: nothing is approximated. Trained heads are written dense, as ``modules_to_save``.
+
+    Raises InputError when the adapter is no rep adapter, trains layer norms, or ``folder`` is taken.
+    """
+    config, layers, copies = read_adapter(model, adapter_name)
+    if norms := trained_norms(model, adapter_name):
+        raise InputError(
+            f"the adapter trains {len(norms)} layer norms (such as '{norms[0]}'), which no engine loads with a LoRA "
+            "adapter: train with train_norms=False, or export with --to merged"
+        )
+    base = model.get_base_model()
+    pairs = {name: lora_pair(layer, adapter_name) for name, layer in layers.items()}
+    ranks = {name: a_RI.shape[0] for name, (a_RI, _) in pairs.items()}
+    rank = max(ranks.values())
+    pattern = _rank_pattern(ranks, rank)
+    lora = LoraConfig(
+        r=rank,
+        # alpha = rank everywhere, so that LoRA's scaling is 1 and ours is in B: engines that serve adapters read
+        # lora_alpha / r alone, and would scale the modules of the patterns wrongly
+        lora_alpha=rank,
+        rank_pattern=pattern,
+        alpha_pattern=dict(pattern),
+        target_modules=cast(Any, _target_modules(layers.keys(), base, list(copies))),
+        modules_to_save=list(copies) or None,
+        fan_in_fan_out=any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values()),
+        lora_dropout=config.lora_dropout,
+        bias=cast(Any, config.bias if config.bias in ("none", "all") else "lora_only"),
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path or getattr(base, "name_or_path", None),
+        revision=config.revision,
+        auto_mapping=config.auto_mapping,
+        inference_mode=True,
+    )
+    before = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    copied = tuple(f"{PREFIX}{name}." for name in copies)
+    # trained biases and resized embeddings: PEFT writes them under the same names for every method
+    tensors = {key: v for key, v in before.items() if RepLinear.prefix not in key and not key.startswith(copied)}
+    for name, (a_RI, b_OR) in pairs.items():
+        tensors |= {f"{PREFIX}{name}.lora_A.weight": a_RI, f"{PREFIX}{name}.lora_B.weight": b_OR}
+    for name, wrapper in copies.items():
+        state = _dense_copy(wrapper, adapter_name).state_dict()
+        tensors |= {f"{PREFIX}{name}.{key}": value for key, value in state.items()}
+    with writing(Path(folder), file=False, overwrite=overwrite) as new:
+        lora.save_pretrained(str(new))
+        save_file({key: own_memory(value) for key, value in tensors.items()}, new / WEIGHTS, metadata={"format": "pt"})
+    dtype = next(iter(pairs.values()))[0].dtype
+    return report_of("lora", folder, ranks, copies, dtype, before.values(), tensors.values())
+
+
+def _dense_copy(wrapper: ModulesToSaveWrapper, adapter_name: str) -> nn.Module:
+    """The adapter's copy with plain dense layers. The model keeps its trains."""
+    wrapper = copy.deepcopy(wrapper)
+    wrapper.set_adapter(adapter_name)
+    return wrapper.unload_and_optionally_merge_module(True, False, [adapter_name])
+
+
+def _target_modules(adapted: Collection[str], base: nn.Module, modules_to_save: list[str]) -> set[str] | str:
+    """Endings, full names where an ending is ambiguous, or an expression, that PEFT matches to ``adapted`` alone."""
+    wrapped = [
+        n + "." for n, m in base.named_modules() if isinstance(m, LorettaLayer | TrainedNorm | ModulesToSaveWrapper)
+    ]
+    names = [name for name, _ in base.named_modules() if name and not name.startswith(tuple(wrapped))]
+
+    def matched(targets: set[str]) -> set[str]:
+        config = LoraConfig(target_modules=list(targets), modules_to_save=modules_to_save)
+        return {name for name in names if check_target_module_exists(config, name)}
+
+    clear = {ending for ending in {_ending(name) for name in adapted} if matched({ending}) <= set(adapted)}
+    targets = clear | {name for name in adapted if _ending(name) not in clear}
+    # PEFT takes a full name for the ending of a deeper one too; an expression has to match all of a name
+    return targets if matched(targets) == set(adapted) else "|".join(map(re.escape, sorted(adapted)))
+
+
+def _rank_pattern(ranks: Mapping[str, int], default: int) -> dict[str, int]:
+    """Ranks other than ``default``, by ending where all modules that end so have the same rank, else by full name."""
+    by_ending: dict[str, set[int]] = {}
+    for name, rank in ranks.items():
+        by_ending.setdefault(_ending(name), set()).add(rank)
+    # PEFT reads the keys as expressions for the end of a name
+    return {
+        _ending(name) if len(by_ending[_ending(name)]) == 1 else f"^{re.escape(name)}": rank
+        for name, rank in ranks.items()
+        if rank != default
+    }
+
+
+def _ending(name: str) -> str:
+    return name.rpartition(".")[2]

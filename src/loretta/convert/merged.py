@@ -1,0 +1,49 @@
+"""A rep adapter merged into its base model, as a whole model."""
+
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+
+from loretta.convert.rep_adapter import read_adapter, tied_to_embeddings, trained_norms
+from loretta.convert.written import Export, check_place, report_of, writing
+from loretta.errors import InputError
+
+
+@torch.no_grad()
+def export_merged(
+    model: PeftModel,
+    folder: str | os.PathLike,
+    adapter_name: str = "default",
+    *,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+) -> Export:
+    """Merge a rep adapter into its base model, *in place*, and write the whole model in the base model's dtype.
+
+    Raises InputError when the adapter is no rep adapter, an adapted weight is also the input embeddings' or not
+    finite, or ``folder`` is taken.
+    """
+    _, layers, copies = read_adapter(model, adapter_name)
+    if tied := tied_to_embeddings(model, layers):
+        raise InputError(
+            f"the adapter changes '{tied}', whose weight is also that of the input embeddings, and merging would "
+            "change both: export with --to lora"
+        )
+    check_place(Path(folder), file=False, overwrite=overwrite)
+    ranks = {name: layer.factors(adapter_name)[0].shape[1] for name, layer in layers.items()}
+    before = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    whole = list(dict.fromkeys([*trained_norms(model, adapter_name), *copies]))
+    # PEFT merges the heads of the active adapter, whatever it is told to merge
+    model.set_adapter(adapter_name)
+    try:
+        merged = cast(Any, model).merge_and_unload(safe_merge=True, adapter_names=[adapter_name])
+    except ValueError as error:
+        raise InputError(f"the adapter {adapter_name!r} cannot be merged: {error}") from None
+    with writing(Path(folder), file=False, overwrite=overwrite) as new:
+        merged.save_pretrained(str(new))
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(new))
+    return report_of("merged", folder, ranks, whole, merged.dtype, before.values(), list(merged.parameters()))

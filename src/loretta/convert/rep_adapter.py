@@ -1,0 +1,78 @@
+"""What a wrapped model holds of one rep adapter: its updates as thin products, and what it trains whole.
+
+Axes: I input features, O output features, R rank of the update.
+"""
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from peft import PeftModel
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor
+
+from loretta.errors import InputError
+from loretta.tuners.norms import TrainedNorm, is_norm
+from loretta.tuners.rep import LorettaRepConfig, RepLinear
+
+
+def read_adapter(
+    model: PeftModel, adapter_name: str
+) -> tuple[LorettaRepConfig, dict[str, RepLinear], dict[str, ModulesToSaveWrapper]]:
+    """The adapter's config, its layers, and the modules that it trains whole, by their names in the base model."""
+    configs = getattr(model, "peft_config", {})
+    if adapter_name not in configs:
+        raise InputError(f"the model has no adapter {adapter_name!r}: give one of {', '.join(configs) or 'none'}")
+    config = configs[adapter_name]
+    check_method(str(getattr(config.peft_type, "value", config.peft_type)))
+    layers: dict[str, RepLinear] = {}
+    copies: dict[str, ModulesToSaveWrapper] = {}
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, RepLinear) and adapter_name in module.scaling:
+            layers[name] = module
+        elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+            copies[name] = module
+    if not layers:
+        raise InputError(f"the adapter {adapter_name!r} changes no linear layer: there is nothing to export")
+    return config, layers, copies
+
+
+def trained_norms(model: PeftModel, adapter_name: str) -> list[str]:
+    """Names of the layer norms that an adapter trains, those that the user had copied whole included."""
+    return [
+        name
+        for name, module in model.get_base_model().named_modules()
+        if (isinstance(module, TrainedNorm) and module.change(adapter_name))
+        or (
+            isinstance(module, ModulesToSaveWrapper)
+            and adapter_name in module.modules_to_save
+            and is_norm(module.original_module)
+        )
+    ]
+
+
+def check_method(peft_type: str) -> None:
+    if peft_type == "LORETTA_ADP":
+        raise InputError(
+            "a LoRETTA_adp adapter has a non-linearity between its two trains, so no LoRA and no change of the base "
+            "weights has the same effect: keep it loaded with loretta, or train rep, which exports exactly"
+        )
+    if peft_type == "LORA":
+        raise InputError("this is a LoRA adapter already: use it as it is")
+    if peft_type != "LORETTA_REP":
+        raise InputError(f"this is an adapter of the method {peft_type!r}: only LoRETTA_rep adapters are exported")
+
+
+def lora_pair(layer: RepLinear, adapter_name: str) -> tuple[Tensor, Tensor]:
+    """A (R, I) and B (O, R) with ``B @ A`` the scaled update, oriented as LoRA's for any base layer."""
+    a_IR, b_RO = layer.factors(adapter_name)
+    return a_IR.T, (layer.scaling[adapter_name] * b_RO).T
+
+
+def tied_to_embeddings(model: PeftModel, layers: Mapping[str, RepLinear]) -> str | None:
+    """The name of an adapted module whose weight is also that of the input embeddings."""
+    base = model.get_base_model()
+    try:
+        shared = cast(Any, base).get_input_embeddings().weight
+    except (AttributeError, NotImplementedError):  # not every model has words for input
+        return None
+    return next((name for name, layer in layers.items() if layer.get_base_layer().weight is shared), None)

@@ -1,0 +1,77 @@
+"""What an export writes: where it may stand, how it takes its place, and the report of it."""
+
+import os
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from loretta.convert.load import CONFIG
+from loretta.errors import InputError
+from loretta.files import replacing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Export:
+    """What was written. Bytes are those of the tensors: of the adapter before, of the export after."""
+
+    to: str
+    path: str
+    ranks: Mapping[int, int]  # rank of the update -> number of modules
+    whole: tuple[str, ...]  # modules that were trained whole (heads, norms) and are written whole
+    dtype: str
+    bytes_before: int
+    bytes_after: int
+
+
+def check_place(out: Path, *, file: bool, overwrite: bool) -> None:
+    """Refuse to write over anything but, with ``overwrite``, an earlier export."""
+    if file and (out.suffix != ".gguf" or out.is_dir()):
+        raise InputError(f"'{out}' must be a file whose name ends in .gguf")
+    if not file and out.exists() and not out.is_dir():
+        raise InputError(f"'{out}' is a file: give a folder to write to")
+    found = list(out.iterdir()) if out.is_dir() else [out] if out.exists() else []
+    if found and not overwrite:
+        raise InputError(f"'{out}' exists and is not empty: give another place, or replace it with --overwrite")
+    is_export = file or any(path.name in (CONFIG, "config.json") for path in found)
+    if found and not (is_export and all(path.is_file() for path in found)):
+        raise InputError(f"'{out}' holds other files than an earlier export: give an empty or new folder")
+
+
+@contextmanager
+def writing(out: Path, *, file: bool, overwrite: bool) -> Iterator[Path]:
+    """A path to write to, which takes the place of ``out`` once all is written; until then nothing is touched."""
+    check_place(out, file=file, overwrite=overwrite)
+    with replacing(out) as new:
+        if not file:
+            new.mkdir()
+        yield new
+
+
+def own_memory(tensor: Tensor) -> Tensor:
+    """Contiguous memory of its own: safetensors refuses what is shared, and GGUF is written row by row."""
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def report_of(
+    to: str,
+    path: str | os.PathLike,
+    ranks: Mapping[str, int],
+    copies: Collection[str],
+    dtype: torch.dtype,
+    before: Collection[Tensor],
+    after: Collection[Tensor],
+) -> Export:
+    return Export(
+        to=to,
+        path=str(path),
+        ranks=dict(sorted(Counter(ranks.values()).items())),
+        whole=tuple(copies),
+        dtype=str(dtype).removeprefix("torch."),
+        bytes_before=sum(tensor.nbytes for tensor in before),
+        bytes_after=sum(tensor.nbytes for tensor in after),
+    )
