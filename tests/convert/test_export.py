@@ -481,7 +481,7 @@ def test_a_failure_leaves_the_earlier_export(fails, tmp_path, monkeypatch):
         return fail() if path.name == "new" else rename(path, target)
 
     if fails == "save_file":
-        monkeypatch.setattr(export, "save_file", fail)
+        monkeypatch.setattr("loretta.convert.lora.save_file", fail)
     else:
         monkeypatch.setattr(Path, "rename", fail_into_place)
     with pytest.raises(OSError, match="no space left"):

@@ -19,7 +19,7 @@ from loretta.training.methods import METHODS, find_method, peft_config
 from loretta.training.predict import evaluate, load_run, predict
 from loretta.training.run import train
 from loretta.training.scores import score_logits
-from loretta.training.trainer import is_final_layer
+from loretta.tuners.task_types import is_final_layer
 
 
 def config_for(model, data, folder, **changes) -> RunConfig:

@@ -19,7 +19,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from loretta import tt
@@ -27,6 +27,7 @@ from loretta.convert.load import CONFIG, PREFIX, WEIGHTS, SavedAdapter, find_ada
 from loretta.convert.low_rank import is_base_weight, read_updates
 from loretta.convert.outputs import Comparison, Difference, read_texts
 from loretta.errors import InputError
+from loretta.files import write_whole
 from loretta.layers.fit import EXACT, Fit, Update, fit_update, smallest_fit
 from loretta.plan.base_models import find_config, meta_model
 from loretta.tuners.card import README, write_card
@@ -283,7 +284,7 @@ def _tensors(config: LorettaRepConfig, fits: Mapping[str, Fit]) -> dict[str, Ten
 def _write(out: Path, config: LorettaRepConfig, tensors: Mapping[str, Tensor]) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
-        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, out / WEIGHTS, {"format": "pt"})
+        write_whole(out / WEIGHTS, save({key: t.contiguous() for key, t in tensors.items()}, {"format": "pt"}))
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise InputError(f"cannot write to '{out}' ({reason}): give another folder with -o") from None
@@ -298,7 +299,7 @@ def _note_origin(readme: Path, result: Compression) -> None:
         f"Not trained as such: `loretta compress` made it from an adapter of the method {result.method}. "
         f"The relative error of its updates is {_percent(result.error)}."
     )
-    readme.write_text(f"{text}\n\n{origin}\n", encoding="utf-8")
+    write_whole(readme, f"{text}\n\n{origin}\n")
 
 
 # Showing

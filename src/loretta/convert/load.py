@@ -1,7 +1,8 @@
 """Load an adapter from its folder, with the base model, head and tokenizer that it needs."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,22 +10,18 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from peft import PeftModel, TaskType
-from safetensors import SafetensorError, safe_open
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from loretta.errors import InputError
+from loretta.tuners.card import saved_shapes
+from loretta.tuners.task_types import base_class, count_labels
 from loretta.wording import one_line
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # in a file that PEFT writes, of every key for what lies in the base model
-_AUTO: dict[str | None, Any] = {
-    TaskType.CAUSAL_LM: transformers.AutoModelForCausalLM,
-    TaskType.SEQ_2_SEQ_LM: transformers.AutoModelForSeq2SeqLM,
-    TaskType.SEQ_CLS: transformers.AutoModelForSequenceClassification,
-    TaskType.TOKEN_CLS: transformers.AutoModelForTokenClassification,
-    TaskType.QUESTION_ANS: transformers.AutoModelForQuestionAnswering,
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,31 +44,20 @@ class SavedAdapter:
         Raises InputError for a damaged file, a base model that cannot be loaded, or one that the adapter does not fit.
         """
         wanted: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
-        if n_labels := _n_labels(self.folder / WEIGHTS):
+        if n_labels := count_labels(_shapes(self.folder)):
             wanted["num_labels"] = n_labels
             if len(self.label_names) == n_labels:
                 names = dict(enumerate(self.label_names))
                 wanted |= {"id2label": names, "label2id": {name: k for k, name in names.items()}}
-        # a random head is no news: the adapter brings its own
-        verbosity = transformers_logging.get_verbosity()
-        transformers_logging.set_verbosity_error()
-        transformers_logging.disable_progress_bar()
+        auto = getattr(transformers, base_class(self.config) or "AutoModel", transformers.AutoModel)
         try:
-            model = _auto_class(self.config).from_pretrained(self.base, **wanted)
+            with quiet_transformers():
+                model = auto.from_pretrained(self.base, **wanted)
         except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
             raise InputError(
                 f"cannot load the base model '{self.base}' ({one_line(error)}): give its folder or Hub id with --model"
             ) from None
-        finally:
-            transformers_logging.set_verbosity(verbosity)
-            transformers_logging.enable_progress_bar()
-        try:
-            adapted = PeftModel.from_pretrained(model, str(self.folder)).eval()
-        except (KeyError, RuntimeError, ValueError, TypeError) as error:
-            raise InputError(
-                f"the adapter in '{self.folder}' does not fit the base model '{self.base}' ({one_line(error)}): "
-                "give the one it was trained on with --model"
-            ) from None
+        adapted = load_adapter(model, self.folder)
         adapted.peft_config["default"].base_model_name_or_path = self.base
         return adapted
 
@@ -92,11 +78,7 @@ def find_adapter(path: Path, model: str | None = None) -> SavedAdapter:
     Raises InputError when there is none, its config is damaged, or its base model is not named anywhere.
     """
     folder = path / "adapter" if (path / "adapter" / CONFIG).is_file() else path
-    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
-        raise InputError(
-            f"'{path}' holds no adapter ({CONFIG} and {WEIGHTS}): "
-            "give a folder that save_pretrained or `loretta train` wrote"
-        )
+    require_adapter(folder)
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
         config["peft_type"]
@@ -114,25 +96,52 @@ def find_adapter(path: Path, model: str | None = None) -> SavedAdapter:
     return SavedAdapter(folder=folder, config=config, base=model or base, label_names=label_names)
 
 
-def _auto_class(config: Mapping[str, Any]) -> Any:
-    """transformers' class for the task, or the class that an adapter without a task type was saved from."""
-    saved_from = config.get("auto_mapping") or {}
-    if config.get("task_type") is None and str(saved_from.get("parent_library", "")).startswith("transformers."):
-        return getattr(transformers, saved_from["base_model_class"], transformers.AutoModel)
-    return _AUTO.get(config.get("task_type"), transformers.AutoModel)
+def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
+    """``base`` with the adapter saved in ``folder``, in eval mode.
 
-
-def _n_labels(weights: Path) -> int:
-    """Rows of the final layer of a saved classification head, 0 where there is none."""
+    Raises InputError for a missing or damaged file, and for an adapter of another base model.
+    """
+    readable_weights(folder)
     try:
-        with safe_open(weights, framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 (the file is no mapping)
-                *path, module, name = f".{key}".split(".")  # a prompt's tensor lies in no module
-                is_final = module in ("classifier", "score") or (
-                    module == "out_proj" and {"classifier", "classification_head"} & set(path)
-                )
-                if is_final and name == "weight":
-                    return file.get_slice(key).get_shape()[0]
+        return PeftModel.from_pretrained(base, str(folder)).eval()
+    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+        raise InputError(
+            f"the adapter in '{folder}' does not fit the base model '{base.config.name_or_path}' "
+            f"({one_line(error)}): give the one it was trained on with --model"
+        ) from None
+
+
+def readable_weights(folder: Path) -> Path:
+    """The file with the tensors of the adapter in ``folder``. Raises InputError when it is missing or damaged."""
+    require_adapter(folder)
+    _shapes(folder)
+    return folder / WEIGHTS
+
+
+def require_adapter(folder: Path) -> None:
+    """Raise InputError when the files of an adapter are not in ``folder``."""
+    if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
+        raise InputError(
+            f"'{folder}' holds no adapter ({CONFIG} and {WEIGHTS}): "
+            "give a folder that save_pretrained or `loretta train` wrote"
+        )
+
+
+def _shapes(folder: Path) -> Mapping[str, tuple[int, ...]]:
+    try:
+        return saved_shapes(folder)
     except (SafetensorError, OSError) as error:
-        raise InputError(f"'{weights}' is damaged or truncated ({one_line(error)}): copy it again") from None
-    return 0
+        raise InputError(f"'{folder / WEIGHTS}' is damaged or truncated ({one_line(error)}): copy it again") from None
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' words on heads that start at random: an adapter brings its own, or a training begins."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()

@@ -11,6 +11,7 @@ from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
 from loretta.errors import InputError
+from loretta.tuners.task_types import AUTO_CLASSES
 from loretta.wording import one_line
 
 
@@ -56,16 +57,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "roberta-base": ("roberta", {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}),
 }
 
-_AUTO_CLASSES = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-    "IMAGE_CLS": "AutoModelForImageClassification",
-}
-
 
 def find_config(name: str) -> PreTrainedConfig:
     """The configuration of a folder, a name of ``FAMILIES``, or a Hub id, in that order.
@@ -103,11 +94,11 @@ def meta_model(config: PreTrainedConfig, task_type: str, *, num_labels: int = 2)
 
     Raises InputError for a task type that does not exist or that the model has no head for, and for no labels.
     """
-    if task_type not in _AUTO_CLASSES:
-        raise InputError(f"task type {task_type!r} is none of {', '.join(_AUTO_CLASSES)}")
+    if task_type not in AUTO_CLASSES:
+        raise InputError(f"task type {task_type!r} is none of {', '.join(AUTO_CLASSES)}")
     if num_labels < 1:
         raise InputError(f"--num-labels {num_labels} must be a whole number of at least 1")
-    auto = getattr(transformers, _AUTO_CLASSES[task_type])
+    auto = getattr(transformers, AUTO_CLASSES[task_type])
     if task_type in ("SEQ_CLS", "TOKEN_CLS", "IMAGE_CLS"):
         config.num_labels = num_labels
     try:

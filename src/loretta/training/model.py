@@ -6,22 +6,19 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
+import transformers
 from peft import PeftModel, PromptEncoderConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
-from transformers.utils import logging as transformers_logging
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from loretta.convert.load import quiet_transformers, readable_weights
 from loretta.errors import InputError
 from loretta.training.config import HeadPolicy
 from loretta.training.methods import FULL, find_method, frozen_head, peft_config
 from loretta.training.quantization import prepare_quantized, quantized_loading, require_quantized
+from loretta.tuners.task_types import AUTO_CLASSES
+from loretta.wording import one_line
 
 Trained: TypeAlias = PreTrainedModel | PeftModel  # the former under full fine-tuning
 TASK_TYPES = {
@@ -64,26 +61,18 @@ def load_base(
     wanted: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     if quantize is not None:
         wanted |= quantized_loading(quantize, task_type=TASK_TYPES[kind], dtype=dtype, cpu=cpu)
-    auto: Any = AutoModelForCausalLM
     if TASK_TYPES[kind] == "SEQ_CLS":
-        auto = AutoModelForSequenceClassification
         wanted["num_labels"] = max(1, len(label_names))
         if kind == "regression":
             wanted["problem_type"] = "regression"
         else:
             wanted["id2label"] = dict(enumerate(label_names))
             wanted["label2id"] = {name: k for k, name in enumerate(label_names)}
-    # a random head is what a fine-tuning starts from, not news
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     try:
-        base = auto.from_pretrained(model, **wanted)
+        with quiet_transformers():
+            base = getattr(transformers, AUTO_CLASSES[TASK_TYPES[kind]]).from_pretrained(model, **wanted)
     except (OSError, ValueError, SafetensorError, RuntimeError, ImportError) as error:
         raise InputError(_not_loaded(model, "model", error)) from None
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        transformers_logging.enable_progress_bar()
     if quantize is not None:
         require_quantized(base, quantize)
     prepare_quantized(base)
@@ -111,7 +100,7 @@ def wrap(
     except InputError:
         raise
     except (TypeError, ValueError) as error:
-        raise InputError(f"method {method!r} does not fit this model: {_short(error)}") from None
+        raise InputError(f"method {method!r} does not fit this model: {one_line(error)}") from None
     for name in frozen:
         model.get_base_model().get_submodule(name).requires_grad_(False)
     # PEFT holds its matrices in float32 and LoRETTA its norms too, but not heads and biases
@@ -147,7 +136,7 @@ def start_from(model: PeftModel, folder: Path) -> None:
         raise InputError(
             "start_from: p-tuning saves what its encoder gives out and not the encoder: no training goes on from it"
         )
-    found = load_file(_readable_weights(folder))
+    found = load_file(readable_weights(folder))
     needed = get_peft_model_state_dict(model)
     for key in sorted(found.keys() ^ needed.keys()):
         raise InputError(f"start_from: '{key}' is only in {'the file' if key in found else 'this adapter'}: {_SAME}")
@@ -161,46 +150,6 @@ def start_from(model: PeftModel, folder: Path) -> None:
 _SAME = "give a run of the same method and options on the same model"
 
 
-def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
-    """``base`` with the adapter saved in ``folder``, in inference mode.
-
-    Raises InputError for a missing or damaged file and for an adapter of another base model.
-    """
-    _readable_weights(folder)
-    try:
-        return PeftModel.from_pretrained(base, str(folder)).eval()
-    except (KeyError, RuntimeError, ValueError) as error:
-        raise InputError(
-            f"the adapter in '{folder}' does not fit the base model '{base.config.name_or_path}' "
-            f"({_short(error)}): give the base model it was trained on"
-        ) from None
-
-
-def _readable_weights(folder: Path) -> Path:
-    """The file with the tensors of the adapter in ``folder``. Raises InputError when it is missing or damaged."""
-    weights = folder / "adapter_model.safetensors"
-    if not (folder / "adapter_config.json").is_file() or not weights.is_file():
-        raise InputError(
-            f"'{folder}' holds no adapter (adapter_config.json and adapter_model.safetensors): "
-            "give the folder that `loretta train` wrote"
-        )
-    try:
-        with safe_open(weights, framework="pt") as file:
-            file.keys()
-    except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"'{weights}' is damaged or truncated ({_short(error)}): copy it again or train again"
-        ) from None
-    return weights
-
-
 def _not_loaded(model: str, what: str, error: Exception) -> str:
-    return (
-        f"cannot load a {what} from '{model}' ({_short(error)}): give a Hub id that can be reached, or a model's folder"
-    )
-
-
-def _short(error: Exception) -> str:
-    """A library's message on one line, cut where it begins to list every tensor."""
-    words = " ".join(str(error).split())
-    return words if len(words) <= 300 else words[:300] + "..."
+    reason = one_line(error)
+    return f"cannot load a {what} from '{model}' ({reason}): give a Hub id that can be reached, or a model's folder"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase, set_seed
 
+from loretta.convert.load import load_adapter
 from loretta.errors import InputError
 from loretta.record import RunRecord
 from loretta.tasks.base import Task
@@ -18,7 +19,7 @@ from loretta.training.config import RunConfig
 from loretta.training.data import encode
 from loretta.training.folder import ADAPTER
 from loretta.training.methods import FULL, find_method
-from loretta.training.model import TASK_TYPES, Trained, load_adapter, load_base, load_tokenizer
+from loretta.training.model import TASK_TYPES, Trained, load_base, load_tokenizer
 from loretta.training.prompted import encode_examples, judge
 from loretta.training.scores import prediction_rows, score_logits
 

@@ -13,11 +13,12 @@ from loretta import quantizer_logs
 from loretta.errors import InputError
 from loretta.training.config import Quantization
 from loretta.tuners.layer import keep_differentiable
+from loretta.tuners.task_types import HEADS
 
 _PACKAGES = {name: "torchao" if name in ("torchao-int8", "fp8") else "bitsandbytes" for name in get_args(Quantization)}
 # Trained whole, so left as they are: what lies between an encoder and the labels. transformers leaves out the last
 # parameter's module alone, and of a layer with a bias that is not the layer.
-_HEADS = ("classifier", "score", "classification_head", "pre_classifier", "pooler", "head")
+_WHOLE = (*HEADS, "pre_classifier", "pooler", "head")
 
 
 def quantized_loading(name: str, *, task_type: str, dtype: str = "float32", cpu: bool = False) -> dict[str, Any]:
@@ -32,7 +33,7 @@ def quantized_loading(name: str, *, task_type: str, dtype: str = "float32", cpu:
     if importlib.util.find_spec(_PACKAGES[name]) is None:
         raise InputError(f"quantize={name!r} needs the package {_PACKAGES[name]}: pip install 'loretta-peft[quantize]'")
     quantizer_logs.show()
-    whole = None if task_type == "CAUSAL_LM" else [rf"(.*\.)?{head}" for head in _HEADS]
+    whole = None if task_type == "CAUSAL_LM" else [rf"(.*\.)?{head}" for head in _WHOLE]
     on_cpu = cpu or not torch.cuda.is_available()
     return {
         "quantization_config": _config(name, whole, dtype),

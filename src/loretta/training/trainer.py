@@ -15,6 +15,8 @@ from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from loretta.tuners.task_types import is_final_layer
+
 TRAINED = "trained.safetensors"
 
 
@@ -141,14 +143,3 @@ class TwoRateTrainer(Trainer):
     def _parameters(self) -> dict[str, nn.Parameter]:
         assert self.model is not None
         return dict(self.model.named_parameters())
-
-
-def is_final_layer(parameter: str) -> bool:
-    """Whether a parameter's name lies in the task's last layer, and not in the hidden layer of the head."""
-    parts = parameter.split(".")
-    # an adapter trains a copy of the head; under full fine-tuning it stands at the top of the model
-    in_head = "modules_to_save" in parts or parts[0] in ("classifier", "score", "classification_head", "qa_outputs")
-    return in_head and (
-        bool({"out_proj", "score", "qa_outputs"} & set(parts))
-        or ("classifier" in parts and not {"dense", "norm"} & set(parts))
-    )

@@ -22,6 +22,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from safetensors import safe_open
 
 from loretta import tt
+from loretta.files import write_whole
+from loretta.tuners.task_types import base_class, count_labels
 from loretta.version import __version__
 
 if TYPE_CHECKING:
@@ -29,14 +31,6 @@ if TYPE_CHECKING:
 
 README = "README.md"
 _TAGS = ("loretta", "tensor-train")
-_AUTO_CLASSES = {
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
 # the options of a run that one has to give to repeat it
 _SETTINGS = ("learning_rate", "head_learning_rate", "epochs", "batch_size", "max_length", "schedule", "limit", "seed")
 _PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification"}
@@ -46,7 +40,6 @@ _NOT_TRAINED = re.compile(r"\.(loretta_(rep|adp)_start_(down|up)|start|original_
 _TRAIN = re.compile(r"\.loretta_(rep|adp)_(down|up)\.")
 _NORM = re.compile(r"\.loretta_(rep|adp)_norm_[^.]+$")
 _SIGNATURE = re.compile(r"(?P<count>\d+) (?P<module>\S+) (?P<in>\d+) x (?P<out>\d+)")
-_FINAL_LAYER = re.compile(r"\b(classifier|score|classification_head)(\.out_proj)?\.weight$")
 # heads that are saved because their random start is not part of the base model, and not or only in part trained
 _FROZEN_HEADS = {"frozen": "none", "tensorized_only": "its trains and their biases"}
 
@@ -72,7 +65,7 @@ def write_card(folder: Path, run: "RunRecord | None" = None, *, learning_rate: f
     settings = {} if run is None else {**run.config, "learning_rate": learning_rate}
     ours = _render(config, base, folder, run=run, settings={name: settings.get(name) for name in _SETTINGS})
     card.text = _insert(card.text, ours, title=f"LoRETTA adapter of {_short(base) or 'a base model'}")
-    card.save(readme)
+    write_whole(readme, str(card))
 
 
 def _describe(card: ModelCard, config: Mapping[str, Any], base: str | None) -> None:
@@ -108,7 +101,7 @@ def _short(base: str | None) -> str | None:
 def _render(config: Mapping[str, Any], base: str | None, folder: Path, **about_run: Any) -> str:
     from jinja2 import Environment, StrictUndefined  # only here: `import loretta` stays light
 
-    shapes = _saved_shapes(folder)
+    shapes = saved_shapes(folder)
     environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, autoescape=False)
     template = resources.files("loretta.tuners").joinpath("card.md.j2").read_text(encoding="utf-8")
     return (
@@ -159,7 +152,8 @@ def _weights(folder: Path) -> Path:
     return safe if safe.exists() else folder / WEIGHTS_NAME
 
 
-def _saved_shapes(folder: Path) -> Shapes:
+def saved_shapes(folder: Path) -> Shapes:
+    """The shapes of an adapter's tensors by their keys, without reading the tensors."""
     weights = _weights(folder)
     if weights.suffix == ".safetensors":
         with safe_open(weights, framework="pt") as file:
@@ -170,15 +164,13 @@ def _saved_shapes(folder: Path) -> Shapes:
 
 def _loader(config: Mapping[str, Any], base: str | None, shapes: Shapes) -> Mapping[str, str] | None:
     """What imports and makes the base model; None where its name or its class is not known."""
-    name, module = _AUTO_CLASSES.get(config["task_type"]), "transformers"
-    if config["task_type"] is None and config["auto_mapping"]:
-        name, module = config["auto_mapping"]["base_model_class"], config["auto_mapping"]["parent_library"]
-    if base is None or name is None or not module.startswith("transformers"):
+    name = base_class(config)
+    if base is None or name is None:
         return None
     arguments = [json.dumps(base)]
-    labels = [shape[0] for key, shape in shapes.items() if _FINAL_LAYER.search(key) and len(shape) == 2]
-    if labels and config["task_type"] in ("SEQ_CLS", "TOKEN_CLS"):
-        arguments.append(f"num_labels={labels[0]}")
+    labels = count_labels(shapes) if config["task_type"] in ("SEQ_CLS", "TOKEN_CLS") else 0
+    if labels:
+        arguments.append(f"num_labels={labels}")
     if config["revision"]:
         arguments.append(f"revision={json.dumps(config['revision'])}")
     return {"name": name, "arguments": ", ".join(arguments)}

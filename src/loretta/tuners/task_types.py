@@ -1,0 +1,52 @@
+"""What a task type of PEFT means for a base model: transformers' class for it, and the final layer of its head."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+# PEFT's task types, and "IMAGE_CLS", for which PEFT has none
+AUTO_CLASSES = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+    "IMAGE_CLS": "AutoModelForImageClassification",
+}
+# A model's attributes that turn its last hidden states into labels: the final layer, or its hidden layer too
+HEADS = ("classifier", "score", "classification_head", "qa_outputs")
+_WRAPPING = re.compile(r"^base_model\.(model\.)?")  # PEFT's, the second part for methods that replace layers
+
+
+def base_class(config: Mapping[str, Any]) -> str | None:
+    """transformers' class for the base model of a saved adapter, by the content of its ``adapter_config.json``.
+
+    An adapter without a task type names the class that it was made on. None where nothing is named, or a class of
+    another library.
+    """
+    made_on = config.get("auto_mapping")
+    if config.get("task_type") is not None or not made_on:
+        return AUTO_CLASSES.get(config.get("task_type") or "")
+    library = str(made_on.get("parent_library", "")).partition(".")[0]
+    return made_on["base_model_class"] if library == "transformers" else None
+
+
+def is_final_layer(parameter: str) -> bool:
+    """Whether a parameter lies in the final layer of a head, and not in the head's hidden layer.
+
+    Its name may be that in a model, in a model that PEFT wrapped, or in an adapter's file.
+    """
+    parts = _WRAPPING.sub("", parameter).split(".")
+    # an adapter trains a copy of the head; under full fine-tuning it stands at the top of the model
+    in_head = "modules_to_save" in parts or parts[0] in HEADS
+    return in_head and (
+        bool({"out_proj", "score", "qa_outputs"} & set(parts))
+        or ("classifier" in parts and not {"dense", "norm"} & set(parts))
+    )
+
+
+def count_labels(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """Rows of the final layer that an adapter's file holds, by the shapes of its tensors; 0 where it holds none."""
+    weights = (key for key, shape in shapes.items() if key.endswith(".weight") and len(shape) == 2)
+    return next((shapes[key][0] for key in weights if is_final_layer(key)), 0)
