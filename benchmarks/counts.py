@@ -5,8 +5,7 @@ python benchmarks/counts.py
 
 from pathlib import Path
 
-from loretta.plan.presets import PRESETS
-from loretta.plan.request import make_plan
+from loretta.plan import PRESETS, make_plan
 
 HEADER = """# The paper's parameter counts
 

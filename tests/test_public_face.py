@@ -103,7 +103,7 @@ def imported_for_type_checkers(package) -> dict[str, str]:
     return {alias.name: str(node.module) for node in imports for alias in node.names}
 
 
-@pytest.mark.parametrize("package", [loretta, loretta.tt], ids=lambda package: package.__name__)
+@pytest.mark.parametrize("package", [loretta, loretta.tt, loretta.plan], ids=lambda package: package.__name__)
 def test_what_a_type_checker_sees_is_what_a_program_gets(package):
     names = imported_for_type_checkers(package)
     assert set(names) <= set(package.__all__)

@@ -77,8 +77,7 @@ def explain(model: "PeftModel", adapter_name: str = "default") -> str:
 
     Raises InputError when the adapter is not a LoRETTA adapter.
     """
-    from loretta.plan.plan import read_plan
-    from loretta.plan.words import explain_plan
+    from loretta.plan import explain_plan, read_plan
 
     return explain_plan(read_plan(model, adapter_name))
 

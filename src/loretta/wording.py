@@ -1,4 +1,4 @@
-"""How values become words: quotes that stay short and on one line, lists, nearest names, sizes, nested settings."""
+"""How values become words: short quotes, lists, nearest names, sizes, nested settings, tables."""
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
@@ -62,3 +62,14 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in settings.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return found
+
+
+def as_text(*tables: Any, width: int = 160) -> str:
+    """rich's tables (and texts) as plain lines of at most ``width`` characters, without blanks at their ends."""
+    from rich.console import Console  # only here: most words need no tables
+
+    console = Console(width=width, no_color=True)
+    with console.capture() as captured:
+        for table in tables:
+            console.print(table, markup=False)
+    return "\n".join(line.rstrip() for line in captured.get().splitlines())

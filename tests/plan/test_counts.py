@@ -8,7 +8,7 @@ from tuners.families import OPTIONS, build
 from tuners.wrapped import every_method, trainable, wrap
 
 from loretta import LorettaAdpConfig, LorettaRepConfig, get_peft_model
-from loretta.plan.counts import KINDS, trainable_by_kind
+from loretta.plan import KINDS, trainable_by_kind
 
 BERT_BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
 DEBERTA = {**BERT_BASE, "relative_attention": True, "pos_att_type": "c2p|p2c", "type_vocab_size": 0}

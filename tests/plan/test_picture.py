@@ -3,7 +3,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from loretta.plan.picture import train_svg
+from loretta.plan import train_svg
 from loretta.tt import TTShape, plan_shape, shape_from_modes
 
 

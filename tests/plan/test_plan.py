@@ -15,10 +15,8 @@ from tuners.families import OPTIONS, build, natural_task
 
 from loretta import LorettaAdpConfig, LorettaRepConfig, PeftModel, explain, get_peft_model
 from loretta.errors import InputError
-from loretta.plan.base_models import FAMILIES, default_task_type, find_config, meta_model
-from loretta.plan.budget import Budget, choose
+from loretta.plan import FAMILIES, Budget, choose, default_task_type, find_config, make_plan, meta_model
 from loretta.plan.plan import flops_per_token, plan_model, read_plan
-from loretta.plan.request import make_plan
 from loretta.plan.words import draw, explain_plan
 from loretta.tt import shape_from_modes
 

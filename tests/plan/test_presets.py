@@ -3,9 +3,7 @@
 import pytest
 
 from loretta import get_peft_model
-from loretta.plan.base_models import find_config, meta_model
-from loretta.plan.plan import count_baseline, plan_model, read_plan
-from loretta.plan.presets import PRESETS, find_preset
+from loretta.plan import PRESETS, count_baseline, find_config, find_preset, meta_model, plan_model, read_plan
 
 # (preset, count): written down a second time on purpose, from the paper's arithmetic, not from the presets' file
 PUBLISHED = {

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from loretta.plan.presets import find_preset
+from loretta.plan import find_preset
 from loretta.studies.cost import count_flops, measure
 from loretta.studies.expansion import Options, expand
 from loretta.studies.sizes import count, estimate, memory, size_of, step_flops

@@ -3,7 +3,7 @@
 import pytest
 
 from loretta.errors import InputError
-from loretta.plan.presets import PRESETS, find_preset
+from loretta.plan import PRESETS, find_preset
 from loretta.studies.study import Study, load_study, parse_study, study_names
 from loretta.training.config import RunConfig
 from loretta.training.methods import find_method

@@ -18,7 +18,7 @@ from transformers import (
 from tuners.families import build
 
 from loretta.errors import InputError
-from loretta.plan.counts import trainable_by_kind
+from loretta.plan import trainable_by_kind
 from loretta.training import run as running
 from loretta.training.config import RunConfig
 from loretta.training.data import load_config_task

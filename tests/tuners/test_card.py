@@ -15,8 +15,7 @@ from tuners.families import build, logits
 from tuners.wrapped import config_for, every_method, trained, wrap
 
 from loretta import PeftModel, get_peft_model
-from loretta.plan.counts import trainable_by_kind
-from loretta.plan.plan import read_plan
+from loretta.plan import read_plan, trainable_by_kind
 from loretta.tuners.card import write_card
 
 ADAPTER_FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors"]

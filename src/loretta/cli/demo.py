@@ -20,6 +20,7 @@ from loretta.cli.output import print_json
 from loretta.errors import InputError
 from loretta.record import RunRecord
 from loretta.training.config import RunConfig
+from loretta.wording import as_text
 
 # The best on validation of those that benchmarks/learning_rates.py tried (3 seeds, benchmarks/results/). The final
 # layer is the same for all methods and learns at one rate beside an adapter; alone it likes a higher one.
@@ -168,7 +169,6 @@ def _row(method: str, record: RunRecord, same: bool) -> dict[str, Any]:
 def render_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as a Markdown table."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=box.MARKDOWN, title=None)
@@ -186,7 +186,5 @@ def render_table(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{row['learning_rate']:g}",
             "same" if row["reloaded_same"] else "DIFFERENT",
         )
-    console = Console(width=160, no_color=True)
-    with console.capture() as captured:
-        console.print(table)
-    return "\n".join(line.strip() for line in captured.get().splitlines() if line.strip()) + "\n"
+    lines = as_text(table).splitlines()
+    return "\n".join(line.strip() for line in lines if line.strip()) + "\n"

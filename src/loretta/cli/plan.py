@@ -25,13 +25,13 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Show what LoRETTA will do to a model, from its configuration alone."""
-    from loretta.plan import request as planning
+    from loretta.plan import list_presets, make_plan, preset_table
 
     if presets:
-        rows = planning.list_presets()
-        print_json(rows) if as_json else typer.echo(planning.preset_table(rows))
+        rows = list_presets()
+        print_json(rows) if as_json else typer.echo(preset_table(rows))
         return
-    result = planning.make_plan(
+    result = make_plan(
         model=model,
         method=method,
         preset=preset,

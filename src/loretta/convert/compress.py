@@ -29,7 +29,7 @@ from loretta.convert.outputs import Comparison, Difference, read_texts
 from loretta.errors import InputError
 from loretta.files import write_whole
 from loretta.layers.fit import EXACT, Fit, Update, fit_update, smallest_fit
-from loretta.plan.base_models import find_config, meta_model
+from loretta.plan import find_config, meta_model
 from loretta.tuners.card import README, write_card
 from loretta.tuners.model import sign
 from loretta.tuners.rep import LorettaRepConfig, LorettaRepModel

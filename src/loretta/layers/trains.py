@@ -91,8 +91,8 @@ class TTLinear(nn.Module):
     Args:
         shape: the plan of the in x out matrix.
         bias: whether a dense bias of ``out_features`` is learned.
-        as_change: subtract the layer's own frozen start, so that it computes the *change* of a dense layer that
-            goes on to be applied beside it.
+        as_change: subtract the layer's own frozen start. The layer then computes the *change* of a pretrained dense
+            layer, and the caller adds the two outputs.
     """
 
     def __init__(
@@ -131,15 +131,15 @@ class TTLinear(nn.Module):
         return layer
 
     @torch.no_grad()
-    def to_dense(self, beside: nn.Linear | None = None) -> nn.Linear:
-        """The dense layer with the same effect, for merging and export; ``beside`` is what a change changes."""
+    def to_dense(self, pretrained: nn.Linear | None = None) -> nn.Linear:
+        """The dense layer with the same effect, for merging and export; a change is added to ``pretrained``."""
         weight_IO = tt.matrix(list(self.cores), self.cores.shape)
         bias_O: Tensor | None = self.bias
         if self.start is not None:
             weight_IO = weight_IO - tt.matrix(list(self.start), self.start.shape)
-        if beside is not None:
-            weight_IO = weight_IO + beside.weight.T
-            biases: list[Tensor] = [bias for bias in (self.bias, beside.bias) if bias is not None]
+        if pretrained is not None:
+            weight_IO = weight_IO + pretrained.weight.T
+            biases: list[Tensor] = [bias for bias in (self.bias, pretrained.bias) if bias is not None]
             bias_O = torch.stack(biases).sum(0) if biases else None
         dense = nn.Linear(
             self.in_features,

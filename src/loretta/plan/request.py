@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from loretta.errors import InputError
@@ -18,6 +17,7 @@ from loretta.plan.presets import PRESETS, Preset, find_preset, loretta_configs
 from loretta.plan.words import explain_plan, tables
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.rep import LorettaRepConfig
+from loretta.wording import as_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,7 +160,4 @@ def preset_table(rows: Sequence[Mapping[str, Any]]) -> str:
         table.add_column(name, justify="right" if name == "parameters" else "left")
     for row in rows:
         table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in row.values()))
-    console = Console(width=140, no_color=True)
-    with console.capture() as captured:
-        console.print(table)
-    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+    return as_text(table, width=140)

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from loretta.plan.plan import Plan
 from loretta.tt import TTShape
+from loretta.wording import as_text
 
 _WHERE = {"update": "added to the weight", "after": "after it", "before": "before it"}
 
@@ -109,13 +109,9 @@ def tables(plan: Plan) -> str:
         "extra bytes kept per token, bfloat16", *(f"{2 * cost.kept_per_token:,}" if cost else "-" for cost in costs)
     )
     totals.add_row("FLOPs to contract the cores, a step", f"{plan.fold_flops:,}")
-    console = Console(width=160, no_color=True)
-    with console.capture() as captured:
-        console.print(modules)
-        if any(not s.aligned for p in plan.placements for s in (p.down, p.up)):
-            console.print("  * the boundary between input and output cuts a mode", markup=False)
-        console.print(totals)
-    return "\n".join(line.rstrip() for line in captured.get().splitlines())
+    straddles = any(not shape.aligned for place in plan.placements for shape in (place.down, place.up))
+    note = ["  * the boundary between input and output cuts a mode"] if straddles else []
+    return as_text(modules, *note, totals)
 
 
 def _bytes(plan: Plan, costs: Sequence, itemsize: int) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from loretta.errors import InputError
-from loretta.plan.picture import train_svg
+from loretta.plan import train_svg
 from loretta.record import RunRecord
 from loretta.report import page, tables
 from loretta.report.figures import Chart, Line, Look, drawable

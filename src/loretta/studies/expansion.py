@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import Field
 
 from loretta.errors import InputError
-from loretta.plan.base_models import FAMILIES, default_task_type, find_config
+from loretta.plan import FAMILIES, default_task_type, find_config
 from loretta.record import RunRecord
 from loretta.studies.state import folder_state
 from loretta.studies.study import Frozen, PaperModel, Planned, Row, Study
@@ -22,6 +22,7 @@ from loretta.tasks.prompted import PROMPTED, Sample
 from loretta.tasks.prompted.sampling import validation_rows
 from loretta.training.config import RunConfig, read_config
 from loretta.training.methods import find_method, refuse_unknown_options, virtual_tokens
+from loretta.tt.modes import most_balanced
 from loretta.wording import nearest
 
 ALIASES = {"adp": "loretta_adp", "rep": "loretta_rep"}
@@ -354,18 +355,13 @@ def _method_args(options: Options, base: Base, row: Row) -> dict[str, Any]:
 def shapes(width: int, bottleneck: int, count: int) -> dict[str, list[int]]:
     """Modes of an adapter's two trains, ``count`` each, as Table 7 splits them: the larger half on the wide side."""
     n_out = count // 2
-    wide, narrow = list(_equal_factors(width, count - n_out)), list(_equal_factors(bottleneck, n_out))
+    wide, narrow = _factors(width, count - n_out), _factors(bottleneck, n_out)
     return {f"{width}x{bottleneck}": wide[::-1] + narrow, f"{bottleneck}x{width}": narrow[::-1] + wide}
 
 
-@cache
-def _equal_factors(size: int, count: int) -> tuple[int, ...]:
-    """``count`` ascending factors with the product ``size`` and the smallest sum; 1 where there are too few."""
-    if count == 1:
-        return (size,)
-    divisors = [k for k in range(1, size + 1) if size % k == 0]
-    splits = (tuple(sorted((k, *_equal_factors(size // k, count - 1)))) for k in divisors)
-    return min(splits, key=lambda factors: (sum(factors), factors))
+def _factors(size: int, count: int) -> list[int]:
+    """``count`` ascending factors with the product ``size``, as equal as they can be; 1 where there are too few."""
+    return list(most_balanced(size, count, least=1) or ())
 
 
 def _fit(raw: dict[str, Any], sets: Mapping[str, Any], notes: dict[str, None]) -> None:

@@ -12,9 +12,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from loretta.files import write_json
-from loretta.plan.base_models import find_config, meta_model
-from loretta.plan.counts import trainable_by_kind
-from loretta.plan.plan import plan_model
+from loretta.plan import find_config, meta_model, plan_model, trainable_by_kind
 from loretta.record import RunRecord
 from loretta.studies.expansion import total_steps
 from loretta.studies.state import COUNT

@@ -9,7 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from loretta.errors import InputError
-from loretta.plan.presets import find_preset
+from loretta.plan import find_preset
 
 Kind = Literal["train", "cost", "count"]  # a training run, one measured step, counted parameters
 View = Literal["scores", "sequence", "cost", "ranks", "shapes", "norms", "pareto", "curves", "bytes", "compare"]

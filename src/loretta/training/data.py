@@ -6,7 +6,7 @@ from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from loretta.errors import InputError
-from loretta.plan.base_models import default_task_type, find_config
+from loretta.plan import default_task_type, find_config
 from loretta.tasks import load_task
 from loretta.tasks.base import Task
 from loretta.tasks.glue import GLUE

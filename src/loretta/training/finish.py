@@ -13,8 +13,7 @@ import torch
 from peft import PeftModel
 
 from loretta.files import write_json
-from loretta.plan.counts import trainable_by_kind
-from loretta.plan.plan import read_plan
+from loretta.plan import read_plan, trainable_by_kind
 from loretta.record import ParameterCounts, Point, RunRecord, Train
 from loretta.tasks.base import Task
 from loretta.tasks.prompted import PromptedTask

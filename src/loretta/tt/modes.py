@@ -76,7 +76,7 @@ def balanced_modes(size: int) -> tuple[int, ...]:
     """Ascending modes near 8 whose product is ``size``, or the next larger size with primes up to 7 alone."""
     n_modes = max(1, round(math.log(size, TYPICAL_MODE)))
     for count in range(n_modes, 0, -1):
-        modes = _most_balanced(size, count, 2)
+        modes = most_balanced(size, count, 2)
         if modes is not None and modes[-1] <= LARGEST_MODE:
             return modes
     size += 1
@@ -86,15 +86,15 @@ def balanced_modes(size: int) -> tuple[int, ...]:
 
 
 @cache
-def _most_balanced(size: int, count: int, least: int) -> tuple[int, ...] | None:
-    """The ``count`` ascending factors of ``size``, none below ``least``, with the smallest sum."""
+def most_balanced(size: int, count: int, least: int) -> tuple[int, ...] | None:
+    """The ``count`` ascending factors of ``size``, none below ``least``, with the smallest sum; None without any."""
     if count == 1:
         return (size,) if size >= least or size == 1 else None
     best: tuple[int, ...] | None = None
     for factor in range(least, math.floor(size ** (1 / count) + 1e-9) + 1):
         if size % factor:
             continue
-        rest = _most_balanced(size // factor, count - 1, factor)
+        rest = most_balanced(size // factor, count - 1, factor)
         if rest is not None and (best is None or factor + sum(rest) < sum(best)):
             best = (factor, *rest)
     return best
