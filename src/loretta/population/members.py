@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from loretta.tuners.norms import TrainedNorm
+
 
 class Members(nn.Module):
     """A module of the base, or a wrapped one, called once for all members.
@@ -107,14 +109,25 @@ class MemberIA3(Members):
 
 
 class MemberNorm(Members):
-    """A layer norm: normalised once, then scaled and shifted by the members' own numbers."""
+    """A layer norm: normalised once, then scaled and shifted by the members' own numbers.
 
-    module: nn.LayerNorm
+    ``module`` is a norm whose weight and bias are the members' own, or a :class:`TrainedNorm` whose changes are.
+    """
+
+    module: Any
 
     def forward(self, x: Tensor) -> Tensor:
-        values = self.values
-        normed = nn.functional.layer_norm(x, self.module.normalized_shape, eps=self.module.eps)
-        rows_PBH = normed.reshape(self.size, -1, x.shape[-1])
-        weight, bias = values.get("weight", self.module.weight), values.get("bias", self.module.bias)
-        weight_PH, bias_PH = (v.expand(self.size, -1)[:, None].to(rows_PBH.dtype) for v in (weight, bias))
+        norm: Any = self.module.base_layer if isinstance(self.module, TrainedNorm) else self.module
+        rows_PBH = nn.functional.layer_norm(x, norm.normalized_shape, eps=norm.eps).reshape(self.size, -1, x.shape[-1])
+        weight_PH, bias_PH = (self._own(norm, name)[:, None].to(rows_PBH.dtype) for name in ("weight", "bias"))
         return torch.addcmul(bias_PH, rows_PBH, weight_PH).view(x.shape)
+
+    def _own(self, norm: nn.Module, name: str) -> Tensor:
+        """(P, H) of the members."""
+        base: Tensor = getattr(norm, name)
+        for key, value in self.values.items():
+            if key == name:
+                return value
+            if f"_norm_{name}." in key:
+                return (base + value).to(base.dtype)
+        return base.expand(self.size, -1)

@@ -18,11 +18,15 @@ from loretta.population.members import MemberIA3, MemberLinear, MemberNorm, Memb
 from loretta.population.trains import MemberAdp, MemberRep, MemberTrains, TrainGroup
 from loretta.tuners.contraction import Contraction
 from loretta.tuners.layer import LorettaLayer
+from loretta.tuners.norms import TrainedNorm
 from loretta.tuners.rep.layer import RepLinear
 
 ADAPTER = "default"
 # relative errors of logits; a module that is left out makes them differ by a tenth or more
 _ALIKE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+_TRAINS = tuple(
+    f"loretta_{method}_{part}" for method in ("rep", "adp") for part in ("down", "up", "bias", "start_down", "start_up")
+)
 _ALONE = "this method cannot be trained in a population: train its runs one by one"
 
 
@@ -159,7 +163,9 @@ class Population(nn.Module):
             raise InputError(f"the members differ in the scale of '{site}': train them one by one")
         if type(module) is nn.Linear and values.keys() <= {"weight", "bias"}:
             return MemberLinear(module, values, None if len(set(scales)) == 1 else _ratios(scales, values))
-        if type(module) is nn.LayerNorm and module.elementwise_affine:
+        norm = module.base_layer if isinstance(module, TrainedNorm) else module
+        in_base = any(name.startswith("base_layer.") for name in values)
+        if type(norm) is nn.LayerNorm and norm.weight is not None and norm.bias is not None and not in_base:
             return MemberNorm(module, values)
         if isinstance(module, IA3Layer) and len(values) == 1:
             return MemberIA3(module, values)
@@ -266,14 +272,14 @@ def _ratios(scales: Sequence[float], values: Mapping[str, Tensor]) -> Tensor:
 
 
 def _is_train(name: str) -> bool:
-    parts = name.split(".")
-    return any(part.startswith(("loretta_rep_", "loretta_adp_")) for part in parts)
+    """Whether a tensor is of a train, or of a bias beside it."""
+    return any(part.startswith(_TRAINS) for part in name.split("."))
 
 
 def _part(name: str) -> str:
     """Which of PARTS a parameter of a LoRETTA layer is."""
     parts = name.split(".")
-    k = next(k for k, part in enumerate(parts) if part.startswith(("loretta_rep_", "loretta_adp_")))
+    k = next(k for k, part in enumerate(parts) if part.startswith(_TRAINS))
     part = parts[k].split("_", 2)[2]
     return f"bias.{parts[-1]}" if part == "bias" else part
 
@@ -289,7 +295,8 @@ def _site(model: nn.Module, name: str) -> str:
     above = [".".join(path.split(".")[: k + 1]) for k in range(path.count(".") + 1)] if path else []
     modules = [(at, model.get_submodule(at)) for at in above]
     for at, module in modules:
-        if isinstance(module, AuxiliaryTrainingWrapper) and type(module) is not ModulesToSaveWrapper:
+        copied = isinstance(module, AuxiliaryTrainingWrapper) and type(module) is not ModulesToSaveWrapper
+        if copied or isinstance(module, TrainedNorm):
             return at
     if _is_train(name):
         return next(at for at, module in modules if isinstance(module, LorettaLayer))
