@@ -81,6 +81,8 @@ def test_a_product_of_trains_is_found_again(pair, seed):
     ref_IO = a_Ib @ b_bO
     # a sum over the bottleneck may cancel
     assume(ref_IO.norm() > 1e-3 * a_Ib.norm() * b_bO.norm())
+    # a boundary inside a core gives trains of rank 1 a product of more directions than rank 3 lets through
+    assume(torch.linalg.matrix_rank(ref_IO) <= 3)
     got_IO = dense(*fit_product(a_Ib, b_bO, down, up), down, up)
     assert (got_IO - ref_IO).norm() <= 1e-9 * ref_IO.norm()
 
