@@ -1,13 +1,16 @@
 """Options that both methods share, as a PEFT config."""
 
-from dataclasses import dataclass, field
+import copy
+from dataclasses import MISSING, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from peft import PeftConfig
+from peft import PeftConfig, TaskType
 
 from loretta.errors import InputError
 from loretta.tuners.card import write_card
+from loretta.tuners.schema import bad_expressions, without_unknown, wrong_types
+from loretta.wording import quoted
 
 TrainHead = Literal["tensorized", "tensorized_only", "dense", "frozen"]
 InitWeights = Literal["zero", "denoised", "gaussian"]
@@ -64,11 +67,11 @@ class LorettaConfig(PeftConfig):
     head_origins: dict[str, str] | None = None
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if isinstance(self.init_weights, bool):
             self.init_weights = "zero" if self.init_weights else "gaussian"
-        if problems := self._problems():
+        if problems := self._all_problems():
             raise InputError(f"{type(self).__name__}: " + "; ".join(problems))
+        super().__post_init__()
         if isinstance(self.target_modules, list | tuple):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
         if isinstance(self.exclude_modules, list | tuple):
@@ -95,6 +98,27 @@ class LorettaConfig(PeftConfig):
         if saved_with_weights:
             write_card(Path(save_directory))
 
+    @classmethod
+    def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
+        """As PEFT's, which reads a file and would drop what it does not know with a warning.
+
+        Raises InputError for an option of a later version.
+        """
+        return super().check_kwargs(**without_unknown(cls, kwargs))
+
+    def _all_problems(self) -> list[str]:
+        wrong = wrong_types(self)
+        checked = copy.copy(self)
+        for name in wrong:  # what is of the wrong type is told once, and the others are checked all the same
+            option = self.__dataclass_fields__[name]
+            make = option.default_factory
+            setattr(checked, name, option.default if make is MISSING else make())
+        if "task_type" not in wrong and self.task_type not in (None, *TaskType):
+            wrong["task_type"] = (
+                f"task_type={quoted(self.task_type)} is none of {', '.join(repr(t.value) for t in TaskType)}"
+            )
+        return [*wrong.values(), *bad_expressions(checked), *checked._problems()]
+
     def _problems(self) -> list[str]:
         """One phrase per mistake, each quoting what was given."""
         problems = [
@@ -113,13 +137,15 @@ class LorettaConfig(PeftConfig):
             sides = size.split("x")
             if len(sides) != 2 or not all(side.isdecimal() for side in sides):
                 problems.append(f"the key {size!r} of shapes is not of the form '768x64'")
-            elif not modes:
-                problems.append(f"shapes[{size!r}] is empty: give its modes, such as [8, 8, 12, 8, 8]")
+            elif not modes or min(modes) < 1:
+                problems.append(
+                    f"shapes[{size!r}] is empty or holds a mode below 1: give its modes, such as [8, 8, 12, 8, 8]"
+                )
         return problems
 
     @staticmethod
     def _below_one(name: str, value: int) -> list[str]:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        if value < 1:
             return [f"{name}={value!r} must be a whole number of at least 1"]
         return []
 

@@ -27,6 +27,7 @@ from loretta.tuners.layer import LorettaLayer, is_offloaded, keep_differentiable
 from loretta.tuners.names import check_adapter_name, check_endings
 from loretta.tuners.norms import TrainedNorm, is_norm, norms_of, values_as_changes
 from loretta.tuners.placement import Placement, expand_targets, matched_modules
+from loretta.tuners.tensors import check_tensors
 from loretta.tuners.watch import Watch
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -304,6 +305,7 @@ class LorettaModel(BaseTuner):
                     f"this adapter was trained for another base model: '{key}' needs {tuple(parameter.shape)} here "
                     f"and the file {what}; load it with '{base}'"
                 )
+        check_tensors(model, config, adapter_name, loaded, own=expected.keys())
         return loaded
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import cast
+from typing import Any, cast
 
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils import NoMatchingPeftModuleError
@@ -18,6 +18,8 @@ from loretta.errors import InputError
 from loretta.layers.trains import Cores
 from loretta.tuners.bypassed import read_only
 from loretta.tuners.config import LorettaConfig
+from loretta.tuners.schema import check_expressions, check_size
+from loretta.wording import quoted
 
 
 class NothingMatchedError(InputError, NoMatchingPeftModuleError):
@@ -74,6 +76,25 @@ def require_linear(name: str, module: nn.Module) -> tuple[int, int]:
     return size
 
 
+def plan_trains(
+    name: str, size: tuple[int, int], width: tuple[int, int], bottleneck: int, **options: Any
+) -> tuple[tt.TTShape, tt.TTShape]:
+    """The trains down and up of a module of ``size``: ``width[0]`` x bottleneck and bottleneck x ``width[1]``.
+
+    ``options`` are those of :func:`loretta.tt.plan_shape`. Raises InputError for a shape that does not fit, and for
+    trains far larger than the module.
+    """
+    base = size[0] * size[1]
+    check_size(name, f"a bottleneck of {quoted(bottleneck)}", max(width) * bottleneck, base)
+    try:
+        trains = tt.plan_shape(width[0], bottleneck, **options), tt.plan_shape(bottleneck, width[1], **options)
+    except ValueError as error:
+        raise InputError(f"'{name}': {error}") from None
+    for train in trains:
+        check_size(name, f"a train of rank {quoted(options['rank'])}", train.n_params, base)
+    return trains
+
+
 def not_adaptable(model: nn.Module) -> dict[str, str]:
     """Class name -> why tensor trains cannot be put on its weights, for modules with matrices that are not linear.
 
@@ -99,6 +120,7 @@ def expand_targets(config: LorettaConfig, model: nn.Module) -> LorettaConfig:
 
     What the code around it reads without calling it is left out: an adapter there would do nothing.
     """
+    check_expressions(config, model)
     everything = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
     config = _maybe_include_all_linear_layers(config, model)
     if everything:

@@ -4,14 +4,12 @@ from typing import Any, cast
 
 from torch import nn
 
-from loretta import tt
-from loretta.errors import InputError
 from loretta.tuners.adp.config import LorettaAdpConfig
 from loretta.tuners.adp.layer import CANNOT_MERGE, AdpLinear
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.model import LorettaModel
 from loretta.tuners.norms import TrainedNorm
-from loretta.tuners.placement import Placement, rank_for, require_linear
+from loretta.tuners.placement import Placement, plan_trains, rank_for, require_linear
 from loretta.tuners.targets import ADP_TARGETS
 
 
@@ -32,16 +30,15 @@ class LorettaAdpModel(LorettaModel):
         rank = rank_for(config, name)
         # a train of a single core is the matrix itself
         modes = [width * bottleneck] if config.dense else None
-        try:
-            return Placement(
-                name=name,
-                where="before" if before else "after",
-                down=tt.plan_shape(width, bottleneck, rank=rank, modes=modes, overrides=config.shapes),
-                up=tt.plan_shape(bottleneck, width, rank=rank, modes=modes, overrides=config.shapes),
-                bias_params=width + bottleneck if config.train_bias else 0,
-            )
-        except ValueError as error:
-            raise InputError(f"'{name}': {error}") from None
+        size = in_features, out_features
+        down, up = plan_trains(name, size, (width, width), bottleneck, rank=rank, modes=modes, overrides=config.shapes)
+        return Placement(
+            name=name,
+            where="before" if before else "after",
+            bias_params=width + bottleneck if config.train_bias else 0,
+            down=down,
+            up=up,
+        )
 
     @classmethod
     def default_targets(cls, config: LorettaConfig, model_config: dict) -> Any:

@@ -11,13 +11,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
-from loretta import tt
 from loretta.errors import InputError
 from loretta.layers.fit import EXACT, Fit, Update, fit_update, smallest_fit
 from loretta.tuners.model import LorettaModel
 from loretta.tuners.names import check_adapter_name
 from loretta.tuners.norms import TrainedNorm
-from loretta.tuners.placement import Placement, rank_for, require_linear
+from loretta.tuners.placement import Placement, plan_trains, rank_for, require_linear
 from loretta.tuners.rep.config import LorettaRepConfig
 from loretta.tuners.rep.layer import RepLinear
 from loretta.tuners.targets import REP_TARGETS
@@ -183,16 +182,10 @@ class LorettaRepModel(LorettaModel):
     def place(config: LorettaRepConfig, name: str, module: nn.Module) -> Placement:
         """Plan in x r and r x out. Raises InputError when the target is not linear or a given shape does not fit."""
         in_features, out_features = require_linear(name, module)
+        size = in_features, out_features
         rank = rank_for(config, name)
-        try:
-            return Placement(
-                name=name,
-                where="update",
-                down=tt.plan_shape(in_features, config.r, rank=rank, overrides=config.shapes),
-                up=tt.plan_shape(config.r, out_features, rank=rank, overrides=config.shapes),
-            )
-        except ValueError as error:
-            raise InputError(f"'{name}': {error}") from None
+        down, up = plan_trains(name, size, size, config.r, rank=rank, overrides=config.shapes)
+        return Placement(name=name, where="update", down=down, up=up)
 
 
 def _config_of_sum(

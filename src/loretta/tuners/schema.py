@@ -1,0 +1,212 @@
+"""What the options of a config may be, whoever wrote them: types, sizes, and expressions that come to an end."""
+
+import math
+import re
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from functools import cache
+from re import _constants, _parser  # type: ignore[attr-defined]
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from torch import nn
+
+from loretta.errors import InputError
+from loretta.wording import quoted
+
+# An expression that one may need is much shorter; what export writes names every module
+LONGEST_EXPRESSION = 100_000
+# Seconds that all names of a model may take; a thousand names take a few milliseconds
+TIME_FOR_EXPRESSIONS = 3.0
+
+
+def wrong_types(config: Any) -> dict[str, str]:
+    """Option -> a phrase that quotes its value, for those of a dataclass whose values are not of the option's type."""
+    kinds = get_type_hints(type(config))
+    return {
+        option.name: f"{option.name}={quoted(value)} is not {_words(kinds[option.name])}"
+        for option in fields(config)
+        if option.init and not _fits(value := getattr(config, option.name), kinds[option.name])
+    }
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(_fits(value, each) for each in inner)
+    if origin is Literal:
+        return isinstance(value, str)  # which words there are is for the option to say
+    if origin is list:
+        return isinstance(value, list | tuple | set | frozenset) and all(_fits(each, inner[0]) for each in value)
+    if origin is dict:
+        return isinstance(value, Mapping) and all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool) and _is_finite(value)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind) if isinstance(kind, type) else kind is Any
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number beyond all floats
+        return False
+
+
+_WORDS = {str: "text", int: "a whole number", float: "a finite number", bool: "true or false", type(None): "null"}
+
+
+def _words(kind: Any) -> str:
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return " or ".join(dict.fromkeys(_words(each) for each in inner))
+    if origin is Literal:
+        return " or ".join(map(repr, inner))
+    if origin is list:
+        return f"a list of {_words(inner[0])}"
+    if origin is dict:
+        return f"a mapping of {_words(inner[0])} to {_words(inner[1])}"
+    return _WORDS.get(kind, f"a {getattr(kind, '__name__', kind)}")
+
+
+def without_unknown(cls: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options that this version has. Others may be in a file of a later one, where they are off.
+
+    Raises InputError for one that is not (null, false or empty).
+    """
+    known = {option.name for option in fields(cls)}
+    for name in sorted(options.keys() - known):
+        if options[name] not in (None, False, "", [], {}):
+            raise InputError(
+                f"{cls.__name__} has no option {quoted(name)} (given as {quoted(options[name])}): a later version of "
+                "loretta wrote it, or a person did; upgrade with pip install -U loretta-peft, or leave it out"
+            )
+    return {name: value for name, value in options.items() if name in known}
+
+
+# Expressions
+
+
+def expressions_of(config: Any) -> list[tuple[str, str]]:
+    """(option, expression) for all that PEFT matches with names; parts that PEFT puts around them included."""
+    found = [
+        (option, value)
+        for option in ("target_modules", "exclude_modules")
+        if isinstance(value := getattr(config, option, None), str) and value != "all-linear"
+    ]
+    for option in ("rank_pattern", "alpha_pattern"):
+        found += [(option, rf"(.*\.)?({key})$") for key in getattr(config, option, None) or ()]
+    found += [
+        ("modules_to_save", rf"(^|.*\.){name}($|\..*)") for name in getattr(config, "modules_to_save", None) or ()
+    ]
+    pattern = getattr(config, "layers_pattern", None) or ()
+    patterns = [pattern] if isinstance(pattern, str) else pattern
+    return found + [("layers_pattern", rf"(?:^|.*?\.){each}\.(?P<idx>\d+)\.") for each in patterns]
+
+
+def bad_expressions(config: Any) -> list[str]:
+    """A phrase for every expression that is none, or too long."""
+    problems = []
+    for option, expression in expressions_of(config):
+        if len(expression) > LONGEST_EXPRESSION:
+            problems.append(f"{option} is an expression of {len(expression):,} characters: give a list of names")
+        elif (reason := _reason(expression)) is not None:
+            problems.append(f"{option}: {quoted(expression)} is no regular expression ({reason})")
+    return problems
+
+
+def _reason(expression: str) -> str | None:
+    try:
+        re.compile(expression)
+    except (re.error, OverflowError, RecursionError, MemoryError) as error:
+        return str(error) or type(error).__name__
+    return None
+
+
+def check_expressions(config: Any, model: nn.Module) -> None:
+    """Raise InputError where matching an expression with the names of ``model`` takes longer than three seconds.
+
+    ``re`` cannot be interrupted, and one with repeats within repeats may run for years. Such an expression is tried in
+    a process of its own first.
+    """
+    for option, expression in expressions_of(config):
+        if _may_backtrack(expression) and not _ends(expression, tuple(name for name, _ in model.named_modules())):
+            raise InputError(
+                f"{option}: the expression {quoted(expression)} takes more than {TIME_FOR_EXPRESSIONS:.0f} seconds to "
+                "match with the names of this model: write it without repeats within repeats, or give a list of names"
+            )
+
+
+@cache
+def _may_backtrack(expression: str) -> bool:
+    """Whether an expression has repeats within repeats, or more than three of them in a row."""
+    repeats, nested = _repeats(_parser.parse(expression))
+    return nested or repeats > 3
+
+
+def _repeats(parsed: Iterable[tuple[Any, Any]]) -> tuple[int, bool]:
+    """(repeats that follow each other, whether any holds something of more than one length) of a parsed expression."""
+    total, nested = 0, False
+    for operator, argument in parsed:
+        if operator in (_constants.MAX_REPEAT, _constants.MIN_REPEAT, _constants.POSSESSIVE_REPEAT):
+            _, most, body = argument
+            inside, deep = _repeats(body)
+            nested |= deep or (most > 1 and (inside > 0 or _holds_branch(body)))
+            total += inside + (most > 1)
+        elif operator is _constants.BRANCH:
+            branches = [_repeats(branch) for branch in argument[1]]
+            total += max(count for count, _ in branches)
+            nested |= any(deep for _, deep in branches)
+        else:
+            for part in argument if isinstance(argument, tuple | list) else ():
+                if isinstance(part, _parser.SubPattern):
+                    count, deep = _repeats(part)
+                    total, nested = total + count, nested or deep
+            nested |= operator in (_constants.GROUPREF, _constants.GROUPREF_EXISTS)
+    return total, nested
+
+
+def _holds_branch(parsed: Iterable[tuple[Any, Any]]) -> bool:
+    for operator, argument in parsed:
+        parts = argument if isinstance(argument, tuple | list) else ()
+        if operator is _constants.BRANCH or any(
+            isinstance(part, _parser.SubPattern) and _holds_branch(part) for part in parts
+        ):
+            return True
+    return False
+
+
+_TRIAL = (
+    "import re, sys; e, *names = sys.stdin.read().split('\\0'); [(re.match(e, n), re.fullmatch(e, n)) for n in names]"
+)
+
+
+@cache
+def _ends(expression: str, names: tuple[str, ...]) -> bool:
+    try:
+        given = "\0".join([expression.replace("\0", ""), *names])
+        command = [sys.executable, "-I", "-S", "-c", _TRIAL]
+        subprocess.run(command, input=given, text=True, timeout=TIME_FOR_EXPRESSIONS, capture_output=True, check=True)
+    except (subprocess.TimeoutExpired, subprocess.CalledProcessError):
+        return False
+    return True
+
+
+# Sizes
+
+# Numbers that a train may have beyond four times those of the weight it stands beside: room for tiny models
+_ROOM = 1 << 18
+
+
+def check_size(name: str, what: str, numbers: int, base_numbers: int) -> None:
+    """Refuse a train far larger than the matrix of the base model that it is to change, before it is made.
+
+    Raises InputError.
+    """
+    if numbers > 4 * base_numbers + _ROOM:
+        raise InputError(
+            f"'{name}': {what} needs {quoted(numbers)} numbers beside a matrix of {base_numbers:,}: give a smaller one"
+        )
