@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from loretta.cli.options import Json
-from loretta.cli.output import print_json
+from loretta.cli.output import print_json, quiet_libraries
 from loretta.errors import InputError
 from loretta.record import RunRecord
 from loretta.training.config import RunConfig
@@ -130,7 +130,8 @@ def _clear(folder: Path) -> None:
 
 def check_reloaded(folders: Sequence[Path]) -> dict[str, bool]:
     """Whether each run's adapter, loaded in a new process, predicts its test split as it did after training."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as fresh:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, initializer=quiet_libraries) as fresh:
         return dict(fresh.map(_predicts_the_same, map(str, folders)))
 
 

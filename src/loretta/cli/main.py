@@ -4,7 +4,6 @@ What a verb does is imported when it runs, so that ``--help``, a typo and shell 
 """
 
 import sys
-import warnings
 from typing import Annotated
 
 import typer
@@ -17,6 +16,7 @@ from loretta.cli.demo import demo
 from loretta.cli.eval import evaluate
 from loretta.cli.export import export
 from loretta.cli.options import Command
+from loretta.cli.output import quiet_libraries
 from loretta.cli.plan import plan
 from loretta.cli.predict import predict
 from loretta.cli.report import report
@@ -51,9 +51,7 @@ app.add_typer(runs.app, name="runs")
 
 def main() -> None:
     """Entry point of ``loretta``: bad input is one line on standard error and exit status 2."""
-    # deprecations inside the libraries are for their authors; PEFT warns of layers that it then handles
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
-    warnings.filterwarnings("ignore", message="Unsupported layer type", module="peft")
+    quiet_libraries()
     try:
         app(prog_name="loretta")
     except InputError as error:

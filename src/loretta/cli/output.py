@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -55,6 +56,13 @@ def _finite(content: Any) -> Any:
     if isinstance(content, Sequence) and not isinstance(content, str):
         return [_finite(value) for value in content]
     return content
+
+
+def quiet_libraries() -> None:
+    """Leave out warnings of the libraries that are not for a user, in this process."""
+    # deprecations inside the libraries are for their authors; PEFT warns of layers that it then handles
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
+    warnings.filterwarnings("ignore", message="Unsupported layer type", module="peft")
 
 
 def scores(values: Mapping[str, float]) -> str:
