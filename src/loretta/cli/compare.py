@@ -7,7 +7,6 @@ import typer
 
 from loretta.cli.options import Json, run_options
 from loretta.cli.study import (
-    OF_EACH_RUN,
     OF_THE_DATA,
     DryRun,
     Jobs,
@@ -21,6 +20,7 @@ from loretta.cli.study import (
     run_settings,
     words,
 )
+from loretta.studies.study import OF_EACH_RUN
 
 
 @run_options(but=OF_EACH_RUN)

@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from loretta.studies.runner import Summary
     from loretta.studies.study import Study
 
-# a study gives these to each of its runs
-OF_EACH_RUN = ("model", "data", "method", "method_args", "seed", "output", "start_from")
 # which rows and columns of a user's own data
 OF_THE_DATA = ("text", "text_pair", "label", "kind", "validation", "test")
 

@@ -16,7 +16,7 @@ from loretta.errors import InputError
 from loretta.plan import FAMILIES, default_task_type, find_config
 from loretta.record import RunRecord
 from loretta.studies.state import folder_state
-from loretta.studies.study import Frozen, PaperModel, Planned, Row, Study
+from loretta.studies.study import OF_EACH_RUN, Frozen, PaperModel, Planned, Row, Study
 from loretta.tasks.glue import GLUE
 from loretta.tasks.prompted import PROMPTED, Sample
 from loretta.tasks.prompted.sampling import validation_rows
@@ -26,8 +26,6 @@ from loretta.tt.modes import most_balanced
 from loretta.wording import nearest
 
 ALIASES = {"adp": "loretta_adp", "rep": "loretta_rep"}
-# what tells the runs of a study apart: the same for all of them, they would be one run counted several times
-OF_EACH_RUN = ("model", "data", "method", "method_args", "seed", "output", "start_from")
 FEWEST_EVALUATIONS = 3  # of a run; with fewer there is nothing to choose the best checkpoint from
 
 

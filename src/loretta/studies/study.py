@@ -14,6 +14,9 @@ from loretta.plan import find_preset
 Kind = Literal["train", "cost", "count"]  # a training run, one measured step, counted parameters
 View = Literal["scores", "sequence", "cost", "ranks", "shapes", "norms", "pareto", "curves", "bytes", "compare"]
 
+# what tells the runs of a study apart: the same for all of them, they would be one run counted several times
+OF_EACH_RUN = ("model", "data", "method", "method_args", "seed", "output", "start_from")
+
 
 class Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
