@@ -65,6 +65,7 @@ BY_OWNER = {
     "peft.utils.peft_types.PeftType": {
         "_member_map_": PRESENT,
         "_member_names_": PRESENT,
+        "_tr_loss": "transformers.trainer.Trainer",
         "_value2member_map_": PRESENT,
     },
     "torch.Tensor": {
@@ -112,13 +113,24 @@ BY_OWNER = {
         "_get_grad_norm": "(self, model, grad_norm=None)",
         "_get_num_items_in_batch": "(self, batch_samples, device)",
         "_get_train_sampler": "(self, train_dataset=None)",
+        "_get_output_dir": "(self, trial)",
+        "_globalstep_last_logged": PRESENT,
+        "_init_training_state": (
+            "(self, max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial)"
+        ),
         "_inner_training_loop": (
             "(self, batch_size=None, args=None, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None)"
         ),
         "_load_best_model": "(self)",
         "_load_from_checkpoint": "(self, resume_from_checkpoint, model=None)",
         "_prepare_for_training": "(self, max_steps, train_dataloader, resume_from_checkpoint)",
+        "_run_epoch": (
+            "(self, model, epoch, train_dataloader, steps_in_epoch, num_update_steps_per_epoch, trial, "
+            "ignore_keys_for_eval, start_time, resume_from_checkpoint, epochs_trained, steps_trained_in_current_epoch)"
+        ),
         "_save": "(self, output_dir=None, state_dict=None)",
+        "_save_checkpoint": "(self, model, trial)",
+        "_tr_loss": PRESENT,
     },
 }
 TABLE = {f"{owner}.{name}": value for owner, names in BY_OWNER.items() for name, value in names.items()}
@@ -134,6 +146,7 @@ OWNERS = {
     "_forward_hooks_always_called": "torch.nn.modules.module.Module",
     "_forward_pre_hooks": "torch.nn.modules.module.Module",
     "_get_available_adapters": "peft.tuners.tuners_utils.BaseTunerLayer",
+    "_globalstep_last_logged": "transformers.trainer.Trainer",
     "_hf_hook": "accelerate.hooks.add_hook_to_module",
     "_is_hf_initialized": "transformers.modeling_utils.PreTrainedModel",
     "_is_replica": "torch.nn.modules.module.Module",
@@ -141,6 +154,7 @@ OWNERS = {
     "_member_map_": "peft.utils.peft_types.PeftType",
     "_member_names_": "peft.utils.peft_types.PeftType",
     "_shutdown_workers": "torch.utils.data.dataloader._MultiProcessingDataLoaderIter",
+    "_tr_loss": "transformers.trainer.Trainer",
     "_value2member_map_": "peft.utils.peft_types.PeftType",
     "_version": "torch.Tensor",
 }

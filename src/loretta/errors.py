@@ -1,4 +1,4 @@
-"""The one exception class for input that a user can mend."""
+"""What the command line prints in one sentence."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,15 @@ class InputError(ValueError):
     The message is one sentence that quotes what was given and names the mend; the command line prints it
     and exits with status 2.
     """
+
+
+class Stopped(KeyboardInterrupt):
+    """A run that ended before its end and can go on.
+
+    It is a KeyboardInterrupt so that no library takes it for a fault of its own. The message is one sentence; the
+    command line prints it and exits with ``exit_status``.
+    """
+
+    def __init__(self, message: str, *, exit_status: int) -> None:
+        super().__init__(message)
+        self.exit_status = exit_status

@@ -5,12 +5,9 @@ import json
 import os
 import secrets
 import stat
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-from loretta.errors import InputError
 
 TEMPORARY = ".tmp"  # ending of what a kill may leave beside the file
 
@@ -41,34 +38,3 @@ def write_whole(path: Path, content: str | bytes) -> None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write plain data as a whole file of JSON."""
     write_whole(path, json.dumps(content, indent=2) + "\n")
-
-
-@contextlib.contextmanager
-def replacing(out: Path) -> Iterator[Path]:
-    """A path for a new file or folder, which takes the place of ``out`` at the end of the block, whole or not at all.
-
-    A link goes on leading to what was replaced. Raises InputError when ``out`` cannot be written or replaced.
-    """
-    if out.is_symlink():
-        out = out.resolve()
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        temporary = tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent)
-    except OSError as error:
-        raise InputError(f"cannot write to '{out.parent}' ({error.strerror}): give another place") from None
-    with temporary as place:
-        new, old = Path(place, "new"), Path(place, "old")
-        yield new
-        if out.exists():
-            try:
-                out.rename(old)
-            except OSError as error:  # the folder that one stands in, or where a disk is mounted
-                raise InputError(
-                    f"cannot replace '{out}' ({error.strerror}): give a new folder, such as one in it"
-                ) from None
-        try:
-            new.rename(out)
-        except OSError:
-            if old.exists():
-                old.rename(out)
-            raise

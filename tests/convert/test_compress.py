@@ -506,21 +506,16 @@ def test_what_lies_in_the_folder_is_kept(decoder, tmp_path):
     folder, _, _ = decoder
     with pytest.raises(InputError, match="what is to be compressed"):
         compress(folder, folder, rank=2)
-    with pytest.raises(InputError, match="something else than a rep adapter"):
+    with pytest.raises(InputError, match=r"is or holds '.*base', and is not replaced"):
         compress(folder, tmp_path / "base", rank=2, overwrite=True)
     compress(folder, tmp_path / "out", rank=2)
     with pytest.raises(InputError, match="is not empty"):
         compress(folder, tmp_path / "out", rank=3)
     compress(folder, tmp_path / "out", rank=3, overwrite=True)
     assert LorettaRepConfig.from_pretrained(tmp_path / "out").tensor_rank == 3
-    (tmp_path / "out" / "adapter_model.safetensors").unlink()
-    (tmp_path / "out" / "adapter_model.safetensors").mkdir()
-    with pytest.raises(InputError, match="cannot write"):
+    (tmp_path / "out" / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match=r"have changed since \(adapter_config.json\)"):
         compress(folder, tmp_path / "out", rank=2, overwrite=True)
-    for damaged in ("{", "[]", "{}"):
-        (tmp_path / "out" / "adapter_config.json").write_text(damaged)
-        with pytest.raises(InputError, match="something else than a rep adapter"):
-            compress(folder, tmp_path / "out", rank=2, overwrite=True)
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="is a file"):
         compress(folder, tmp_path / "file", rank=2)

@@ -2,6 +2,8 @@
 
 import copy
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -462,29 +464,35 @@ def test_overwriting_spares_what_is_no_export(content, tmp_path):
     path = tmp_path / "out" / content
     path.parent.mkdir(parents=True)
     path.write_text("mine")
-    with pytest.raises(InputError, match="other files"):
+    with pytest.raises(InputError, match="files that loretta did not write"):
         export_lora(rep("llama")[0], tmp_path / "out", overwrite=True)
     assert tree(tmp_path) == {f"out/{content}": b"mine"}
 
 
-@pytest.mark.parametrize("fails", ["save_file", "Path.rename"])
+@pytest.mark.parametrize("fails", ["save_file", "the first move", "the last move"])
 def test_a_failure_leaves_the_earlier_export(fails, tmp_path, monkeypatch):
     out = tmp_path / "out"
     export_lora(rep("llama")[0], out)
     before = tree(tmp_path)
-    rename = Path.rename
+    replace, last = (
+        os.replace,
+        out / ("adapter_model.safetensors" if fails == "the first move" else "adapter_config.json"),
+    )
 
     def fail(*args, **kwargs):
         raise OSError("no space left on device")
 
-    def fail_into_place(path, target):
-        return fail() if path.name == "new" else rename(path, target)
+    def fail_once(source, target):
+        if Path(target) == last:
+            monkeypatch.setattr(os, "replace", replace)
+            fail()
+        return replace(source, target)
 
     if fails == "save_file":
         monkeypatch.setattr("loretta.convert.lora.save_file", fail)
     else:
-        monkeypatch.setattr(Path, "rename", fail_into_place)
-    with pytest.raises(OSError, match="no space left"):
+        monkeypatch.setattr(os, "replace", fail_once)
+    with pytest.raises(InputError, match=r"cannot write to .*no space left"):
         export_lora(trained(rep("llama")[0], seed=9), out, overwrite=True)
     assert tree(tmp_path) == before
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -512,9 +520,12 @@ def test_a_link_goes_on_leading_to_the_folder(tmp_path):
 def test_the_folder_one_stands_in_is_not_replaced(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     monkeypatch.chdir(tmp_path / "out")
-    with pytest.raises(InputError, match=r"cannot replace '\.'.*give a new folder"):
-        export_lora(rep("llama")[0], ".")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    export_lora(rep("llama")[0], ".")
+    before = tree(tmp_path)
+    for place in (".", ".."):
+        with pytest.raises(InputError, match=rf"'{re.escape(place)}' is or holds the working directory"):
+            export_lora(rep("llama")[0], place, overwrite=True)
+    assert tree(tmp_path) == before
 
 
 # From folders, on the command line

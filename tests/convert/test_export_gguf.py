@@ -116,9 +116,14 @@ def test_an_earlier_file_is_kept_unless_told_otherwise(gguf, tmp_path):
     with pytest.raises(InputError, match=r"--overwrite"):
         export_gguf_lora(rep(), path)
     assert path.read_bytes() == b"mine"
-    export_gguf_lora(rep(), path, overwrite=True)
-    assert path.read_bytes()[:4] == b"GGUF"
-    assert [file.name for file in tmp_path.iterdir()] == ["out.gguf"]
+    with pytest.raises(InputError, match=r"files that loretta did not write.*\(out.gguf\)"):
+        export_gguf_lora(rep(), path, overwrite=True)
+    assert path.read_bytes() == b"mine"
+    path.unlink()
+    for _ in range(2):
+        export_gguf_lora(rep(), path, overwrite=True)
+        assert path.read_bytes()[:4] == b"GGUF"
+        assert sorted(file.name for file in tmp_path.iterdir()) == [".loretta.json", "out.gguf"]
 
 
 REFUSED = {

@@ -161,16 +161,6 @@ def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
         assert not FileLock(beside(folder, ".lock")).is_locked
 
 
-def test_half_a_checkpoint_is_not_gone_on_from(tmp_path):
-    for step, state in ((10, "{}"), (20, '{"half'), (30, None)):
-        folder = tmp_path / "checkpoints" / f"checkpoint-{step}"
-        folder.mkdir(parents=True)
-        if state is not None:
-            (folder / "trainer_state.json").write_text(state)
-    assert execution._has_checkpoint(tmp_path)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-10"]
-
-
 def test_weights_that_cannot_be_had_are_named_before_anything_starts(tmp_path):
     options = Options(models=("deberta-base",), tasks=("rte",), methods=("lora",), seeds=1)
     with pytest.raises(InputError, match=r"the model 'microsoft/deberta-base' cannot be loaded .*give --model"):
@@ -200,7 +190,7 @@ def command(bert, data_dir, root, *more):
 
 
 def wait_for(condition, process):
-    for _ in range(1200):
+    for _ in range(6000):
         if condition():
             return
         assert process.poll() is None, "it ended too soon"
@@ -276,7 +266,7 @@ def test_a_kill_in_the_first_file_does_not_bar_the_folder(bert, data_dir, tmp_pa
     options = options_for(bert, data_dir, tasks=("rte",), methods=("bitfit",), seeds=1)
     (run,) = expand(load_study("table1"), options, tmp_path).runs
     (tmp_path / run.folder).mkdir(parents=True)
-    (tmp_path / run.folder / "config.json.123.tmp").write_text('{"half')
+    (tmp_path / run.folder / f".{'0f' * 8}.tmp").write_text('{"half')
     assert run_study(load_study("table1"), options, tmp_path, jobs=0).complete
 
 
@@ -292,6 +282,7 @@ def test_damaged_results_are_made_again(content, bert, data_dir, tmp_path):
         assert states(tmp_path)[str(first.relative_to(tmp_path))] == ("finished" if name != "run.json" else "failed")
         assert run_study(study, options, tmp_path, jobs=0).complete
         assert [cell.mean for cell in collect(tmp_path).cells] == before
+        assert (first / "broken-run.json").exists() == (name == "run.json")
     (first / "config.json").write_text(content)
     with pytest.raises(InputError, match=r"config.json' is damaged"):
         run_study(study, options, tmp_path, jobs=0)

@@ -117,7 +117,7 @@ def test_a_step_goes_down_the_gradient_of_the_stated_loss(task, train_as, spelle
     config = config_for(speller, task, prompted, tmp_path, train_as=train_as)
     loaded, tokenizer = load_config_task(config), load_tokenizer(speller)
     model = model_for(speller)
-    trainer = make_trainer(config, loaded, model, tokenizer, encode_task(loaded, tokenizer, config))
+    trainer = make_trainer(config, loaded, model, tokenizer, encode_task(loaded, tokenizer, config), tmp_path)
     examples = loaded.train[:3]
     batch = trainer.data_collator(trainer.train_dataset[:3])
     trained = [p for p in model.parameters() if p.requires_grad]

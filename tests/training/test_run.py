@@ -1,6 +1,10 @@
+import contextlib
 import dataclasses
 import json
 import math
+import os
+import shutil
+import signal
 import subprocess
 import sys
 
@@ -10,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 from training_data import sentences
 
-from loretta.errors import InputError
+from loretta.errors import InputError, Stopped
+from loretta.owned import describe, write_list
 from loretta.record import RunRecord
 from loretta.tasks import load_task
 from loretta.training.config import RunConfig, read_config
@@ -19,6 +24,7 @@ from loretta.training.methods import METHODS, find_method, peft_config
 from loretta.training.predict import evaluate, load_run, predict
 from loretta.training.run import train
 from loretta.training.scores import score_logits
+from loretta.training.trainer import TwoRateTrainer
 from loretta.tuners.task_types import is_final_layer
 
 
@@ -62,7 +68,7 @@ def test_a_method_learns_and_loads_again(method, bert, reviews, tmp_path):
     record = train(config)
     folder = tmp_path / "run"
     assert sorted(path.name for path in folder.iterdir()) == [
-        "adapter", "checkpoints", "config.json", "predictions.jsonl", "run.json",
+        ".loretta.json", "adapter", "checkpoints", "config.json", "predictions.jsonl", "run.json",
     ]  # fmt: skip
     assert not list((folder / "adapter").glob("*.bin")), "safetensors only"
     assert record == RunRecord.load(folder / "run.json")
@@ -159,12 +165,96 @@ def test_a_killed_run_resumes_to_the_same_end(bert, reviews, tmp_path):
     assert 0 < watch["earlier"] < 100
     watch["earlier"] += 1000
     state.write_text(json.dumps(saved))
+    write_list(state.parent, describe(state.parent))
     resumed = train(config, resume=True)
     assert 1000 < resumed.train_seconds < 1200, "the seconds before it was killed count"
-    assert resumed.validation["loss"] == pytest.approx(whole.validation["loss"], rel=1e-4)
+    assert resumed.history == whole.history
     assert resumed.best_step == whole.best_step
     # a finished run is not repeated
     assert train(config, resume=True).train_seconds == resumed.train_seconds
+
+
+@pytest.mark.parametrize("damage", ["a flipped byte", "cut short", "a file gone", "no list"])
+def test_a_damaged_checkpoint_is_set_aside_and_the_whole_one_before_it_taken(damage, bert, reviews, tmp_path, caplog):
+    whole = train(config_for(bert, reviews, tmp_path / "whole", epochs=3, select_by="loss"))
+    config = config_for(bert, reviews, tmp_path / "cut", epochs=3, select_by="loss")
+    with stopping_behind(20, signal.SIGTERM), pytest.raises(Stopped):
+        train(config)
+    newest = tmp_path / "cut" / "checkpoints" / "checkpoint-20"
+    file = newest / "optimizer.pt"
+    content = file.read_bytes()
+    if damage == "a flipped byte":
+        file.write_bytes(content[:900] + bytes([content[900] ^ 1]) + content[901:])
+    elif damage == "cut short":
+        file.write_bytes(content[:-10])
+    elif damage == "a file gone":
+        file.unlink()
+    else:
+        (newest / ".loretta.json").unlink()
+    left = {path.name for path in newest.iterdir()}
+    resumed = train(config, resume=True)
+    assert resumed.history == whole.history
+    assert "going on from step 10" in caplog.text
+    assert "set aside as 'broken-checkpoint-20'" in caplog.text
+    assert {path.name for path in newest.with_name("broken-checkpoint-20").iterdir()} == left
+
+
+def test_a_signal_saves_says_how_to_go_on_and_the_run_ends_the_same(bert, reviews, tmp_path):
+    options = {"epochs": 3, "logging_steps": 4, "accumulate": 2, "batch_size": 4, "text": "review"}
+    whole = train(config_for(bert, reviews, tmp_path / "whole", **options))
+    for number, name, steps in ((signal.SIGTERM, "SIGTERM", (1, 7, 10)), (signal.SIGINT, "SIGINT", (13, 20, 29, 30))):
+        folder = tmp_path / name
+        config = config_for(bert, reviews, folder, **options)
+        for step in steps:
+            with stopping_behind(step, number), pytest.raises(Stopped) as stopped:
+                train(config, resume=True)
+            assert stopped.value.exit_status == 128 + number
+            assert f"stopped by {name} behind" in str(stopped.value)
+            assert "--resume" in str(stopped.value)
+            if step not in (30,):
+                assert (folder / "checkpoints" / f"checkpoint-{step}").is_dir()
+            assert not (folder / "run.json").exists()
+        assert signal.getsignal(number) is not None
+        resumed = train(config, resume=True)
+        assert resumed.history == whole.history
+        a, b = (load_file(at / "adapter" / "adapter_model.safetensors") for at in (tmp_path / "whole", folder))
+        assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+@contextlib.contextmanager
+def stopping_behind(step, number):
+    """Send the signal to this process in the given step of a training."""
+    original, sent = TwoRateTrainer.training_step, []
+
+    def sending(self, *args, **kwargs):
+        if self.state.global_step == step - 1 and not sent:
+            sent.append(step)
+            os.kill(os.getpid(), number)
+        return original(self, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TwoRateTrainer, "training_step", sending)
+        yield
+
+
+def test_a_signal_outside_of_the_steps_ends_the_run_at_once(bert, reviews, tmp_path, monkeypatch):
+    whole = train(config_for(bert, reviews, tmp_path / "whole", epochs=1))
+    config = config_for(bert, reviews, tmp_path / "run", epochs=1)
+    for place in ("loretta.training.run.encode_splits", "loretta.training.finish.score_test"):
+        monkeypatch.setattr(place, lambda *args: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(Stopped, match="SIGTERM"):
+            train(config, resume=True)
+        monkeypatch.undo()
+        assert not list(tmp_path.rglob("*.tmp"))
+    assert train(config, resume=True).history == whole.history
+
+
+def test_a_last_step_in_the_middle_of_an_epoch_is_the_last(bert, reviews, tmp_path):
+    """The Trainer would take one step more when it goes on from a checkpoint of the last one."""
+    config = config_for(bert, reviews, tmp_path / "run", max_steps=13, eval_steps=5)
+    whole = train(config)
+    (tmp_path / "run" / "run.json").unlink()
+    assert train(config, resume=True).history == whole.history
 
 
 def test_a_run_of_a_version_with_fewer_options_resumes(bert, reviews, tmp_path):
@@ -199,6 +289,57 @@ def test_what_is_on_disk_is_safe(bert, reviews, tmp_path):
     with pytest.raises(InputError, match="holds other files"):
         train(config.model_copy(update={"output": str(tmp_path / "mine")}), overwrite=True)
     assert (tmp_path / "mine" / "thesis.txt").read_text() == "do not touch"
+
+
+def test_overwrite_removes_nothing_that_no_run_wrote(bert, reviews, tmp_path, monkeypatch):
+    """A model, a project, and the folders around them: all have a config.json, or are given as the output."""
+    shutil.copytree(bert, tmp_path / "project" / "model")
+    (tmp_path / "project" / "model" / "model.safetensors").rename(tmp_path / "project" / "model" / "weights.bin")
+    (tmp_path / "project" / "config.json").write_text("{}")
+    (tmp_path / "project" / "thesis.txt").write_text("mine")
+    train(config_for(bert, reviews, tmp_path / "project" / "run", epochs=1))
+    monkeypatch.chdir(tmp_path / "project")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for output in (".", "..", "model", str(tmp_path / "project"), "run/adapter"):
+        for resume, overwrite in ((False, True), (True, False), (False, False)):
+            with pytest.raises(InputError, match="holds other files: give an empty or new one"):
+                train(config_for(bert, reviews, output), resume=resume, overwrite=overwrite)
+    (tmp_path / "project" / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match=r"did not write, or that have changed since \(notes.txt\)"):
+        train(config_for(bert, reviews, "run"), overwrite=True)
+    (tmp_path / "project" / "run" / "notes.txt").unlink()
+    monkeypatch.chdir(tmp_path / "project" / "run" / "adapter")
+    with pytest.raises(InputError, match="the working directory"):
+        train(config_for(bert, reviews, tmp_path / "project" / "run"), overwrite=True)
+    for given in ({"start_from": str(tmp_path / "project" / "run")}, {"data": str(tmp_path / "project/run/run.json")}):
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(InputError, match="is or holds '"):
+            train(config_for(bert, reviews, "project/run").model_copy(update=given), overwrite=True)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_an_earlier_run_stays_until_the_new_one_is_whole(bert, reviews, tmp_path, monkeypatch):
+    first = config_for(bert, reviews, tmp_path / "run", epochs=1)
+    train(first)
+    before = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    second = first.model_copy(update={"seed": 1, "epochs": 2.0, "test": reviews})
+    # at the worst moment: all is written but for the record
+    monkeypatch.setattr("loretta.training.finish.write_json", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        train(second, overwrite=True)
+    monkeypatch.undo()
+    assert load_run(tmp_path / "run", cpu=True).config == first
+    after = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert train(first, resume=True).seed == 0
+    record = train(second, resume=True)
+    assert record.seed == 1
+    assert RunRecord.load(tmp_path / "run" / "run.json") == record
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        ".loretta.json", "adapter", "checkpoints", "config.json", "predictions.jsonl", "run.json",
+    ]  # fmt: skip
+    train(first, overwrite=True)
+    assert not (tmp_path / "run" / "predictions.jsonl").exists(), "of the earlier run"
 
 
 def test_language_modelling_lowers_the_perplexity(llama, tmp_path):

@@ -7,7 +7,6 @@ own standard library (:mod:`loretta.tasks.stdlib`).
 import importlib.util
 import json
 import multiprocessing
-import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -18,9 +17,12 @@ import typer
 from loretta.cli.options import Json
 from loretta.cli.output import print_json, quiet_libraries
 from loretta.errors import InputError
+from loretta.owned import is_free, read_list, refuse_to_replace, write_listed
 from loretta.record import RunRecord
 from loretta.training.config import RunConfig
 from loretta.wording import as_text
+
+DEMO = "demo.json"  # the last file to be written
 
 # The best on validation of those that benchmarks/learning_rates.py tried (3 seeds, benchmarks/results/). The final
 # layer is the same for all methods and learns at one rate beside an adapter; alone it likes a higher one.
@@ -85,30 +87,28 @@ def run_demo(folder: Path, *, quick: bool = False, show: bool = True) -> dict[st
     """
     from rich.console import Console
 
-    from loretta import report
-    from loretta.files import write_json
+    from loretta.report import render
     from loretta.training.run import train
 
     if folder.is_file():
         raise InputError(f"'{folder}' is a file: give a folder with --output")
     configs = {method: run_config(method, folder, quick=quick) for method in LEARNING_RATES}
     try:
-        _clear(folder)
-        write_json(folder / "demo.json", {"finished": False})
+        _claim(folder)
     except OSError as error:
         raise InputError(f"cannot write to '{folder}' ({error.strerror}): give another folder with --output") from None
     console = Console(quiet=not show)
     records = {}
     for k, (method, config) in enumerate(configs.items(), start=1):
         console.print(f"[{k}/{len(configs)}] {LABELS[method]}", markup=False)
-        records[method] = train(config)
+        records[method] = train(config, overwrite=True)
     same = check_reloaded([folder / method for method in configs])
     rows = [_row(method, record, same[str(folder / method)]) for method, record in records.items()]
     result = {"finished": True, "quick": quick, "rows": rows}
-    write_json(folder / "demo.json", result)
     table = render_table(rows)
-    (folder / "table.md").write_text(table, encoding="utf-8")
-    report.write(list(records.values()), folder / "report.html", title="LoRETTA demo")
+    page = render(list(records.values()), title="LoRETTA demo").encode("utf-8", errors="replace")
+    for name, content in (("table.md", table), ("report.html", page), (DEMO, json.dumps(result, indent=2) + "\n")):
+        write_listed(folder / name, content)
     console.print(table, markup=False, soft_wrap=True)
     console.print(f"Everything, with curves: {folder / 'report.html'}", markup=False, soft_wrap=True)
     wrong = [method for method in configs if not same[str(folder / method)]]
@@ -117,15 +117,18 @@ def run_demo(folder: Path, *, quick: bool = False, show: bool = True) -> dict[st
     return result
 
 
-def _clear(folder: Path) -> None:
-    """Make an empty folder, of nothing or of an earlier demo."""
+def _claim(folder: Path) -> None:
+    """Make the folder, or take that of an earlier demo, whose runs then stay until each is replaced.
+
+    Raises InputError where it holds anything else.
+    """
+    if not is_free(folder):
+        if DEMO not in read_list(folder):
+            raise InputError(f"'{folder}' holds other files: give an empty or new folder with --output")
+        refuse_to_replace(folder, option="another folder with --output", inside=list(LEARNING_RATES))
+        return
     folder.mkdir(parents=True, exist_ok=True)
-    found = list(folder.iterdir())
-    if found and not (folder / "demo.json").is_file():
-        raise InputError(f"'{folder}' holds other files: give an empty or new folder with --output")
-    # the folder itself stays: it may be a link, or the one that the user is in
-    for path in found:
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    write_listed(folder / DEMO, '{"finished": false}\n')
 
 
 def check_reloaded(folders: Sequence[Path]) -> dict[str, bool]:

@@ -35,11 +35,13 @@ def train(
         config = begun  # the run's own options, where no others are given
     run_config = read_config(config, given, sets or [])
     from loretta import report
+    from loretta.owned import write_listed
+    from loretta.training.folder import REPORT
     from loretta.training.run import train as run
 
     record = run(run_config, resume=resume, overwrite=overwrite)
-    page = run_config.folder / "report.html"
-    report.write([record], page, notes=record.notes)
+    page = run_config.folder / REPORT
+    write_listed(page, report.render([record], notes=record.notes).encode("utf-8", errors="replace"))
     if as_json:
         print_json(record.model_dump())
         return

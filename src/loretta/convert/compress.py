@@ -3,7 +3,6 @@
 Axes: I input features, O output features, R rank of the given update.
 """
 
-import json
 import math
 import posixpath
 import re
@@ -19,7 +18,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from loretta import tt
@@ -29,6 +28,7 @@ from loretta.convert.outputs import Comparison, Difference, read_texts
 from loretta.errors import InputError
 from loretta.files import write_whole
 from loretta.layers.fit import EXACT, Fit, Update, fit_update, smallest_fit
+from loretta.owned import building, is_free, refuse_to_replace
 from loretta.plan import find_config, meta_model
 from loretta.tuners.card import README, write_card
 from loretta.tuners.model import sign
@@ -126,28 +126,28 @@ def compress(
             fit_update(update, bottleneck, rank) if rank else smallest_fit(update, bottleneck, cast(float, error))
         )
     config = _config(saved, purpose, {name: fit.rank for name, fit in fits.items()}, bottleneck)
-    _write(out, config, {**_tensors(config, fits), **given.beside})
-
     norms = [tt.product_norm(*update) for update in given.by_module.values()]
     modules = tuple(_module(name, given.by_module[name], fit) for name, fit in fits.items())
     beside = sum(tensor.numel() for key, tensor in given.beside.items() if not is_base_weight(key))
-    result = Compression(
-        path=str(out),
-        method=saved.method,
-        bottleneck=bottleneck,
-        modules=modules,
-        whole=tuple(dict.fromkeys(key.removeprefix(PREFIX).rpartition(".")[0] for key in given.beside)),
-        error=_together([module.error for module in modules], norms),
-        cut_error=_together([_cut_error(given.by_module[m.name], m.parameters) for m in modules], norms),
-        parameters_before=given.n_trained,
-        parameters=sum(module.parameters for module in modules) + beside,
-        bytes_before=(saved.folder / WEIGHTS).stat().st_size,
-        bytes=(out / WEIGHTS).stat().st_size,
-        seconds=time.perf_counter() - start,
-        difference=comparison.with_adapter(out) if comparison else None,
-        given_difference=comparison.of_adapter if comparison else None,
-    )
-    _note_origin(out / README, result)
+    with building(out, last=[CONFIG], option="another folder with -o") as new:
+        _write(new, config, {**_tensors(config, fits), **given.beside})
+        result = Compression(
+            path=str(out),
+            method=saved.method,
+            bottleneck=bottleneck,
+            modules=modules,
+            whole=tuple(dict.fromkeys(key.removeprefix(PREFIX).rpartition(".")[0] for key in given.beside)),
+            error=_together([module.error for module in modules], norms),
+            cut_error=_together([_cut_error(given.by_module[m.name], m.parameters) for m in modules], norms),
+            parameters_before=given.n_trained,
+            parameters=sum(module.parameters for module in modules) + beside,
+            bytes_before=(saved.folder / WEIGHTS).stat().st_size,
+            bytes=(new / WEIGHTS).stat().st_size,
+            seconds=time.perf_counter() - start,
+            difference=comparison.with_adapter(new) if comparison else None,
+            given_difference=comparison.of_adapter if comparison else None,
+        )
+        _note_origin(new / README, result)
     return result
 
 
@@ -169,19 +169,11 @@ def _check_output(out: Path, saved: SavedAdapter, *, overwrite: bool) -> None:
         raise InputError(f"'{out}' is what is to be compressed: give another folder with -o")
     if out.is_file():
         raise InputError(f"'{out}' is a file: give a folder with -o")
-    if not out.is_dir() or not any(out.iterdir()):
+    if is_free(out):
         return
     if not overwrite:
         raise InputError(f"'{out}' is not empty: give another folder with -o, or replace it with --overwrite")
-    if not _holds_rep(out):
-        raise InputError(f"'{out}' holds something else than a rep adapter: give another folder with -o")
-
-
-def _holds_rep(folder: Path) -> bool:
-    try:
-        return json.loads((folder / CONFIG).read_bytes())["peft_type"] == "LORETTA_REP"
-    except (OSError, ValueError, KeyError, TypeError):  # no config, or a damaged one
-        return False
+    refuse_to_replace(out, option="another folder with -o", keep=(saved.folder, saved.base))
 
 
 def _size(update: Update) -> tuple[int, int]:
@@ -283,12 +275,9 @@ def _tensors(config: LorettaRepConfig, fits: Mapping[str, Fit]) -> dict[str, Ten
 
 def _write(out: Path, config: LorettaRepConfig, tensors: Mapping[str, Tensor]) -> None:
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_whole(out / WEIGHTS, save({key: t.contiguous() for key, t in tensors.items()}, {"format": "pt"}))
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"cannot write to '{out}' ({reason}): give another folder with -o") from None
-    # last: a folder without it is no adapter
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, out / WEIGHTS, {"format": "pt"})
+    except SafetensorError as error:
+        raise OSError(str(error)) from None
     config.save_pretrained(str(out))
     write_card(out)
 

@@ -37,7 +37,7 @@ def export(
     check_method(saved.method)
     if out.resolve() in {path.resolve() for path in (adapter, saved.folder, Path(saved.base))}:
         raise InputError(f"'{out}' is what is to be exported: give another folder to write to")
-    check_place(out, file=to == "gguf-lora", overwrite=overwrite)
+    check_place(out, file=to == "gguf-lora", overwrite=overwrite, keep=(adapter, saved.folder, saved.base))
     if to != "merged" and saved.config.get("modules_to_save"):
         dtype = "float32"  # heads take the dtype of the base model, and must not be rounded to that of its checkpoint
     loaded = saved.load(dtype)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loretta.convert.load import CONFIG
 from loretta.errors import InputError
-from loretta.files import replacing
+from loretta.owned import building, is_free, refuse_to_replace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,28 +28,27 @@ class Export:
     bytes_after: int
 
 
-def check_place(out: Path, *, file: bool, overwrite: bool) -> None:
-    """Refuse to write over anything but, with ``overwrite``, an earlier export."""
+def check_place(out: Path, *, file: bool, overwrite: bool, keep: Collection[str | Path] = ()) -> None:
+    """Refuse to write over anything but, with ``overwrite``, what LoRETTA wrote; never over one of ``keep``."""
     if file and (out.suffix != ".gguf" or out.is_dir()):
         raise InputError(f"'{out}' must be a file whose name ends in .gguf")
     if not file and out.exists() and not out.is_dir():
         raise InputError(f"'{out}' is a file: give a folder to write to")
-    found = list(out.iterdir()) if out.is_dir() else [out] if out.exists() else []
-    if found and not overwrite:
+    if is_free(out) and not (file and out.exists()):
+        return
+    if not overwrite:
         raise InputError(f"'{out}' exists and is not empty: give another place, or replace it with --overwrite")
-    is_export = file or any(path.name in (CONFIG, "config.json") for path in found)
-    if found and not (is_export and all(path.is_file() for path in found)):
-        raise InputError(f"'{out}' holds other files than an earlier export: give an empty or new folder")
+    refuse_to_replace(out, option="another place", keep=keep)
 
 
 @contextmanager
 def writing(out: Path, *, file: bool, overwrite: bool) -> Iterator[Path]:
-    """A path to write to, which takes the place of ``out`` once all is written; until then nothing is touched."""
+    """A path to write to, whose content takes the place of ``out`` once all is written; until then nothing changes."""
     check_place(out, file=file, overwrite=overwrite)
-    with replacing(out) as new:
-        if not file:
-            new.mkdir()
-        yield new
+    out = Path(os.path.realpath(out))  # a link goes on leading where it leads
+    folder, last = (out.parent, [out.name]) if file else (out, [CONFIG, "config.json"])
+    with building(folder, last=last, option="another place", keep=file) as new:
+        yield new / out.name if file else new
 
 
 def own_memory(tensor: Tensor) -> Tensor:

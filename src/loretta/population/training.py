@@ -1,6 +1,5 @@
 """Runs that are trained together: from their options to their folders, each as if it had been trained alone."""
 
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +8,6 @@ from peft import PeftModel
 from transformers import set_seed
 
 from loretta.errors import InputError
-from loretta.files import write_json
 from loretta.population.checkpoints import Checkpoints, remove, restore
 from loretta.population.loop import Loop, Member, Rules
 from loretta.population.population import Population, Start
@@ -19,7 +17,7 @@ from loretta.tasks.glue import GLUE
 from loretta.training.config import RunConfig
 from loretta.training.data import encode_splits, load_config_task
 from loretta.training.finish import finish
-from loretta.training.folder import CONFIG, claim
+from loretta.training.folder import RECORD, Place, find_place
 from loretta.training.methods import FULL, find_method, virtual_tokens
 from loretta.training.model import load_tokenizer
 from loretta.training.run import peak_memory
@@ -44,6 +42,7 @@ def population_key(config: RunConfig) -> tuple[Any, ...] | None:
         or config.gradient_checkpointing
         or config.tensorboard
         or config.quantize is not None
+        or config.accumulate > 1
     )
     if alone:
         return None
@@ -62,21 +61,28 @@ def train_together(configs: Sequence[RunConfig], *, resume: bool = False, overwr
     """
     if len({population_key(config) for config in configs}) != 1 or population_key(configs[0]) is None:
         raise InputError("these runs cannot be trained together: they differ in more than seeds and rates")
-    finished = {k: claim(c.folder, c, resume=resume, overwrite=overwrite) for k, c in enumerate(configs)}
-    left = [config for k, config in enumerate(configs) if finished[k] is None]
+    places = [find_place(config, resume=resume, overwrite=overwrite) for config in configs]
+    left = [(config, place) for config, place in zip(configs, places, strict=True) if not (resume and place.finished)]
     records = iter(_train(left, overwrite=overwrite) if left else [])
-    return [record if record is not None else next(records) for record in finished.values()]
+    ended = []
+    for place in places:
+        if resume and place.finished:
+            place.replace()
+            ended.append(RunRecord.load(place.folder / RECORD))
+        else:
+            ended.append(next(records))
+    return ended
 
 
-def _train(configs: Sequence[RunConfig], *, overwrite: bool) -> list[RunRecord]:
+def _train(runs: Sequence[tuple[RunConfig, Place]], *, overwrite: bool) -> list[RunRecord]:
+    configs = [config.model_copy(update={"output": str(place.work)}) for config, place in runs]
     memory = 0 if torch.cuda.is_available() and not configs[0].cpu else peak_memory()
     loop = prepare(configs)
     loop.save = Checkpoints()
-    for config in configs:
-        if overwrite and config.folder.exists():
-            shutil.rmtree(config.folder)
-        config.folder.mkdir(parents=True, exist_ok=True)
-        write_json(config.folder / CONFIG, config.model_dump())
+    for config, place in runs:
+        if overwrite:
+            place.clear()
+        place.begin(config)
     restore(loop)
     set_seed(configs[0].seed)
     loop.train()
@@ -87,10 +93,11 @@ def _train(configs: Sequence[RunConfig], *, overwrite: bool) -> list[RunRecord]:
         with loop.population.released(k, loop.best if member.trainer.state.best_global_step else None):
             records.append(
                 finish(
-                    member.config,
+                    runs[k][0],
                     member.task,
                     member.trainer,
                     member.encoded,
+                    place=runs[k][1],
                     peak_memory_bytes=used,
                     population=len(configs),
                 )
@@ -128,7 +135,7 @@ def prepare(configs: Sequence[RunConfig]) -> Loop:
         starts.append(models[same])
         members.append((config, task, encoded))
     whole = [
-        Member(config=c, task=t, encoded=e, trainer=make_trainer(_alone(c), t, skeleton, tokenizer, e))
+        Member(config=c, task=t, encoded=e, trainer=make_trainer(_alone(c), t, skeleton, tokenizer, e, c.folder))
         for c, t, e in members
     ]
     rules = Rules(whole)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import socket
 import time
 import traceback
@@ -18,7 +17,6 @@ from loretta.studies.state import (
     ERROR,
     EVALUATIONS,
     HOLDER,
-    STARTED,
     State,
     beside,
     evaluations,
@@ -90,37 +88,21 @@ def record_failure(folder: Path, reason: str, trace: str = "") -> None:
 
 
 def _train(folder: Path, run: Planned) -> None:
+    from loretta.training.checkpoints import remove_checkpoints
+    from loretta.training.folder import CHECKPOINTS, RECORD
     from loretta.training.run import train
 
     config = RunConfig(**(run.config or {}))
     if folder_state(folder)[0] != "finished":
-        (folder / "run.json").unlink(missing_ok=True)  # a damaged one
+        if (folder / RECORD).is_file():
+            os.replace(folder / RECORD, folder / f"broken-{RECORD}")  # as its state said
         (folder / ERROR).unlink(missing_ok=True)
-        started = (folder / STARTED).is_file()
-        can_resume = started and _has_checkpoint(folder)
-        train(config, resume=can_resume, overwrite=started and not can_resume)
+        train(config, resume=True)
         # the adapter is saved; a study has hundreds of runs
-        shutil.rmtree(_checkpoints(folder), ignore_errors=True)
+        remove_checkpoints(folder / CHECKPOINTS)
     missing = [task for task in run.evaluate if task not in evaluations(folder)]
     if missing:
         _evaluate(folder, config, missing)
-
-
-def _checkpoints(folder: Path) -> Path:
-    return folder / "checkpoints"
-
-
-def _has_checkpoint(folder: Path) -> bool:
-    """Whether there is a whole checkpoint to go on from; one that a kill left half-written is removed."""
-    found = False
-    for checkpoint in _checkpoints(folder).glob("checkpoint-*"):
-        try:
-            # the Trainer writes this file last
-            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-            found = True
-        except (OSError, ValueError):
-            shutil.rmtree(checkpoint, ignore_errors=True)
-    return found
 
 
 def _evaluate(folder: Path, config: RunConfig, tasks: list[str]) -> None:

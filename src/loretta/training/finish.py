@@ -7,18 +7,20 @@ import shlex
 import sys
 from collections.abc import Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from peft import PeftModel
 
 from loretta.files import write_json
+from loretta.folders import temporary_folder
 from loretta.plan import read_plan, trainable_by_kind
 from loretta.record import ParameterCounts, Point, RunRecord, Train
 from loretta.tasks.base import Task
 from loretta.tasks.prompted import PromptedTask
 from loretta.training.config import RunConfig
-from loretta.training.folder import ADAPTER, PREDICTIONS, RECORD
+from loretta.training.folder import ADAPTER, PREDICTIONS, RECORD, Place
 from loretta.training.model import Trained
 from loretta.training.prompted import PromptedTrainer, notes_on_length
 from loretta.training.scores import logits_of, named_values, prediction_rows
@@ -37,6 +39,7 @@ def finish(
     trainer: TwoRateTrainer,
     encoded: Mapping[str, Any],
     *,
+    place: Place,
     peak_memory_bytes: int,
     population: int | None = None,
 ) -> RunRecord:
@@ -44,7 +47,23 @@ def finish(
 
     ``population`` is the number of runs that were trained together, this one among them.
     """
-    folder, model = config.folder, cast(Trained, trainer.model)
+    with temporary_folder(place.work) as new:
+        record = write_result(new, config, task, trainer, encoded, peak_memory_bytes, population)
+        place.finish(new)
+    return record
+
+
+def write_result(
+    folder: Path,
+    config: RunConfig,
+    task: Task | PromptedTask,
+    trainer: TwoRateTrainer,
+    encoded: Mapping[str, Any],
+    peak_memory_bytes: int,
+    population: int | None,
+) -> RunRecord:
+    """Write the files of a finished run into an empty folder."""
+    model = cast(Trained, trainer.model)
     model.save_pretrained(str(folder / ADAPTER))
     test, rows = score_test(task, trainer, encoded)
     if rows:

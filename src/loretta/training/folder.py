@@ -1,38 +1,116 @@
-"""The folder of a run: the names in it, and who may write to it."""
+"""The folder of a run: the names in it, who may write to it, and where a run stands in it."""
 
-import json
+from dataclasses import dataclass
 from pathlib import Path
 
 from loretta.errors import InputError
-from loretta.files import TEMPORARY
-from loretta.record import RunRecord
+from loretta.folders import remove_temporaries, temporary_folder
+from loretta.owned import NEXT, is_free, publish, read_list, refuse_to_replace, remove_listed
 from loretta.training.config import RunConfig
 
 ADAPTER, CHECKPOINTS, TENSORBOARD = "adapter", "checkpoints", "tensorboard"
-CONFIG, RECORD, PREDICTIONS = "config.json", "run.json", "predictions.jsonl"
+CONFIG, RECORD, PREDICTIONS, REPORT = "config.json", "run.json", "predictions.jsonl", "report.html"
 
 
-def claim(folder: Path, config: RunConfig, *, resume: bool, overwrite: bool) -> RunRecord | None:
-    """Refuse to touch a folder that holds something else; the record if the run to resume is finished."""
-    if folder.is_file():
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a run is written: its folder, or, as long as an earlier result stands there, a folder in it."""
+
+    folder: Path
+    work: Path
+
+    @property
+    def finished(self) -> bool:
+        return (self.work / RECORD).is_file()
+
+    def clear(self) -> None:
+        """Make way for a run from its beginning."""
+        if self.work.is_dir():
+            remove_temporaries(self.work)
+            remove_listed(self.work)
+
+    def checkpoint(self) -> str | None:
+        """The checkpoint to go on from."""
+        from loretta.training.checkpoints import find_checkpoint  # torch, which --help does without
+
+        found = find_checkpoint(self.work / CHECKPOINTS)
+        return None if found is None else str(found)
+
+    def begin(self, config: RunConfig) -> None:
+        """Make the folder and note the options in it."""
+        self.work.mkdir(parents=True, exist_ok=True)
+        for folder in (self.work, self.work / CHECKPOINTS):
+            if folder.is_dir():
+                remove_temporaries(folder)
+        with temporary_folder(self.work) as new:
+            (new / CONFIG).write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            publish(new, self.work, last=CONFIG, keep=True)
+
+    def finish(self, new: Path) -> None:
+        """Add the result in ``new`` to the run, and put the run in the place of the earlier one."""
+        publish(new, self.work, last=RECORD, keep=True)
+        self.replace()
+
+    def replace(self) -> None:
+        """Put a finished run in the place of the earlier result."""
+        if self.work != self.folder:
+            publish(self.work, self.folder, last=RECORD)
+
+
+def find_place(config: RunConfig, *, resume: bool, overwrite: bool) -> Place:
+    """Where the run belongs.
+
+    Raises InputError for a folder that holds anything else, unless ``resume`` finds the same run in it, or
+    ``overwrite`` nothing that LoRETTA did not write.
+    """
+    folder = config.folder
+    if folder.exists() and not folder.is_dir():
         raise InputError(f"the output '{folder}' is a file: give a folder with --output")
-    # a temporary file is what a kill left of the first one to be written
-    if not folder.is_dir() or all(path.suffix == TEMPORARY for path in folder.iterdir()):
-        return None
-    if not (folder / CONFIG).is_file():
+    if is_free(folder):
+        return Place(folder, folder)
+    if (folder / NEXT / RECORD).is_file():
+        Place(folder, folder / NEXT).replace()  # a kill came between the end of the run and this
+    if not is_run(folder):
         raise InputError(f"the output folder '{folder}' holds other files: give an empty or new one with --output")
     if overwrite:
-        return None
+        keep = (config.model, config.data, config.validation, config.test, config.data_dir, config.start_from)
+        refuse_to_replace(folder, option="another folder with --output", keep=keep)
+        return Place(folder, folder / NEXT if (folder / RECORD).is_file() else folder)
     if not resume:
         raise InputError(f"'{folder}' already holds a run: go on with --resume, replace it with --overwrite")
+    if (folder / NEXT / CONFIG).is_file() and not changed_options(folder / NEXT, config):
+        return Place(folder, folder / NEXT)
+    if changed := changed_options(folder, config):
+        raise InputError(
+            f"cannot resume '{folder}' with other options ({'; '.join(changed)}): give the same ones, or --overwrite"
+        )
+    return Place(folder, folder)
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a run and not, say, a model, which has a ``config.json`` too."""
+    if CONFIG in read_list(folder):
+        return True
     try:
-        # through the model: a run of an earlier version lacks the options that came later
-        before = RunConfig(**json.loads((folder / CONFIG).read_bytes())).model_dump()
-    except (ValueError, TypeError):
-        raise InputError(f"'{folder / CONFIG}' is damaged: start again with --overwrite") from None
+        RunConfig.model_validate_json((folder / CONFIG).read_bytes())
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def changed_options(folder: Path, config: RunConfig) -> list[str]:
+    """The options that are not as in the run that ``folder`` holds, a few words each.
+
+    Raises InputError when the options in it cannot be read.
+    """
+    try:
+        # a run of an earlier version lacks the options that came later, and the model knows their defaults
+        before = RunConfig.model_validate_json((folder / CONFIG).read_bytes()).model_dump()
+    except ValueError:
+        raise InputError(f"'{folder / CONFIG}' is damaged: give another folder with --output") from None
     now = config.model_dump()
-    changed = sorted(key for key in now if key != "output" and before[key] != now[key])
-    if changed:
-        words = "; ".join(f"{key} was {before[key]!r} and is {now[key]!r}" for key in changed)
-        raise InputError(f"cannot resume '{folder}' with other options ({words}): give the same ones, or --overwrite")
-    return RunRecord.load(folder / RECORD) if (folder / RECORD).is_file() else None
+    return [
+        f"{key} was {before[key]!r} and is {now[key]!r}"
+        for key in sorted(now)
+        if key != "output" and before[key] != now[key]
+    ]

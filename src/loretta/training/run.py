@@ -2,24 +2,22 @@
 
 import importlib.util
 import resource
-import shutil
 import sys
 
 import torch
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from loretta.errors import InputError
-from loretta.files import write_json
 from loretta.record import RunRecord
 from loretta.training.batches import stop_workers
 from loretta.training.config import RunConfig
 from loretta.training.data import check_loss, encode_splits, load_config_task
 from loretta.training.finish import finish
-from loretta.training.folder import CHECKPOINTS, CONFIG, claim
+from loretta.training.folder import RECORD, find_place
 from loretta.training.methods import find_method
 from loretta.training.model import load_tokenizer
 from loretta.training.start import prepare_model
+from loretta.training.stop import StopAtSignal, stopping_at_signals
 from loretta.training.trainers import make_trainer
 
 
@@ -29,13 +27,20 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
     It holds ``adapter/``, ``run.json`` and, where there is a test split, its ``predictions.jsonl``.
 
     Everything that a user can get wrong is checked before anything is written. ``resume`` goes on from the last
-    checkpoint in the folder (a finished run is returned as it is); ``overwrite`` replaces what the folder holds.
+    checkpoint in the folder (a finished run is returned as it is). ``overwrite`` replaces an earlier run once this one
+    is whole, and removes nothing that LoRETTA did not write.
 
-    Raises InputError for input that the user can mend.
+    Raises InputError for input that the user can mend, and Stopped where SIGTERM or SIGINT came, or the disk is full.
     """
-    folder = config.folder
-    if (finished := claim(folder, config, resume=resume, overwrite=overwrite)) is not None:
-        return finished
+    with stopping_at_signals() as stop:
+        return _train(config, stop, resume=resume, overwrite=overwrite)
+
+
+def _train(config: RunConfig, stop: StopAtSignal, *, resume: bool, overwrite: bool) -> RunRecord:
+    place = find_place(config, resume=resume, overwrite=overwrite)
+    if place.finished and resume:
+        place.replace()
+        return RunRecord.load(place.folder / RECORD)
     if config.tensorboard:
         need_tensorboard()
     find_method(config.method)
@@ -45,18 +50,18 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
     set_seed(config.seed)
     model, bf16 = prepare_model(config, task, tokenizer)
     encoded = encode_splits(config, task, tokenizer)
-    if overwrite and folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / CONFIG, config.model_dump())
+    if overwrite:
+        place.clear()
+    place.begin(config)
 
-    trainer = make_trainer(config.model_copy(update={"bf16": bf16}), task, model, tokenizer, encoded)
+    trainer = make_trainer(config.model_copy(update={"bf16": bf16}), task, model, tokenizer, encoded, place.work)
+    trainer.add_callback(stop)
     # memory of the process counts above what it had before; that of an accelerator as it is
     before = 0 if torch.cuda.is_available() and not config.cpu else peak_memory()
     try:
-        trainer.train(resume_from_checkpoint=get_last_checkpoint(str(folder / CHECKPOINTS)) if resume else None)
+        trainer.train(resume_from_checkpoint=place.checkpoint() if resume else None)
         memory = max(0, peak_memory() - before)
-        return finish(config, task, trainer, encoded, peak_memory_bytes=memory)
+        return finish(config, task, trainer, encoded, place=place, peak_memory_bytes=memory)
     finally:
         stop_workers(trainer)
 

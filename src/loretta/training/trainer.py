@@ -11,10 +11,11 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Sampler, SequentialSampler
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from loretta.training.checkpoints import WholeCheckpointsTrainer
 from loretta.tuners.task_types import is_final_layer
 
 TRAINED = "trained.safetensors"
@@ -71,7 +72,7 @@ class Stopwatch(TrainerCallback, ExportableState):
         self.earlier, self.begin = self.seconds, None
 
 
-class TwoRateTrainer(Trainer):
+class TwoRateTrainer(WholeCheckpointsTrainer):
     """A Trainer whose final layer may learn at a rate of its own: it starts from nothing, the rest does not.
 
     Args:

@@ -41,10 +41,15 @@ def make_trainer(
     model: Trained,
     tokenizer: PreTrainedTokenizerBase,
     encoded: Mapping[str, Any],
+    folder: Path,
 ) -> TwoRateTrainer:
-    """The Trainer of a run: AdamW, best checkpoint on validation, one line of progress with an ETA."""
+    """The Trainer of a run: AdamW, best checkpoint on validation, one line of progress with an ETA.
+
+    Args:
+        folder: of the run, below which it writes its checkpoints.
+    """
     if config.tensorboard:
-        os.environ["TENSORBOARD_LOGGING_DIR"] = str(config.folder / TENSORBOARD)
+        os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / TENSORBOARD)
     common: dict[str, Any] = {
         "model": model,
         "train_dataset": encoded["train"],
@@ -55,9 +60,7 @@ def make_trainer(
     }
     chosen_by = choosing_metric(config, task)
     chosen_well = chosen_by != "loss" and higher_is_better(task)
-    arguments = training_arguments(
-        config, config.folder / CHECKPOINTS, best_by=chosen_by, greater_is_better=chosen_well
-    )
+    arguments = training_arguments(config, folder / CHECKPOINTS, best_by=chosen_by, greater_is_better=chosen_well)
     if isinstance(task, PromptedTask):
         prompted = PromptedGraphTrainer if config.cuda_graph else PromptedTrainer
         return prompted(
@@ -92,6 +95,7 @@ def training_arguments(config: RunConfig, folder: Path, *, best_by: str, greater
         num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,
         per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.accumulate,
         per_device_eval_batch_size=config.eval_batch_size,
         learning_rate=config.learning_rate or find_method(config.method).learning_rate,
         weight_decay=config.weight_decay,

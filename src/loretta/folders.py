@@ -1,0 +1,66 @@
+"""Folders that are built under a temporary name, and what a kill leaves of them."""
+
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from loretta.files import TEMPORARY
+
+
+@contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """An empty folder in ``parent`` to build something in; what is still in it at the end goes with it.
+
+    Raises OSError when it cannot be made.
+    """
+    folder = parent / f".{secrets.token_hex(8)}{TEMPORARY}"
+    folder.mkdir()  # raises where something has that name, a link too
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a name is one that this module or :mod:`loretta.files` makes up."""
+    return re.fullmatch(rf"\.[0-9a-f]{{16}}{re.escape(TEMPORARY)}", name) is not None
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Remove what a killed process left half-written in a folder that is ours alone now."""
+    for path in folder.iterdir():
+        if not is_temporary(path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def why_not_written(error: BaseException) -> str | None:
+    """The reason of an error that means that a disk did not take what was written; None for any other error."""
+    words = " ".join(str(error).split())
+    if isinstance(error, OSError):
+        return error.strerror or words
+    if isinstance(error, SafetensorError):
+        return words
+    # torch.save, which tells no more
+    is_torchs = isinstance(error, RuntimeError) and ("PytorchStreamWriter" in words or "inline_container" in words)
+    return "the disk did not take all of it" if is_torchs else None
+
+
+def sync(folder: Path) -> None:
+    """Have the disk keep all files of a folder, so that a rename that follows cannot outlive their content."""
+    for path in [*folder.rglob("*"), folder]:
+        if not path.is_symlink():
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)

@@ -1,0 +1,160 @@
+"""Checkpoints that are whole or not there, and from which a run goes on as if nothing had happened."""
+
+import contextlib
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from transformers import Trainer, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+
+from loretta.errors import Stopped
+from loretta.folders import sync, temporary_folder, why_not_written
+from loretta.owned import describe, find_foreign, is_whole, remove_listed, write_list
+
+logger = logging.getLogger(__name__)
+
+NAME = "checkpoint-"
+DISK_STATUS = 74  # EX_IOERR of sysexits.h
+
+
+def find_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint in ``folder`` to go on from; None where there is none, to begin again.
+
+    It is whole when all its files are as they were written, and so is the checkpoint that was the best up to there.
+    Those that are newer cannot be used, and get another name.
+    """
+    found = sorted(folder.glob(f"{NAME}*"), key=_step, reverse=True)
+    for path in found:
+        if _step(path) < 0:
+            continue
+        if is_whole(path) and ((best := _best(path)) in (None, path) or is_whole(best)):
+            logger.warning("going on from step %d ('%s')", _step(path), path)
+            return path
+        aside = next(
+            name
+            for k in range(len(found) + 1)
+            if not (name := path.with_name(f"broken-{path.name}{f'-{k}' if k else ''}")).exists()
+        )
+        os.rename(path, aside)
+        logger.warning("'%s' is damaged, or the best one before it is: set aside as '%s'", path, aside.name)
+    return None
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Remove all checkpoints in ``folder``, and it where nothing else is in it; what is not ours stays."""
+    for path in folder.glob(f"{NAME}*"):
+        remove_listed(path)
+        _remove_empty(path)
+    _remove_empty(folder)
+
+
+def _remove_empty(folder: Path) -> None:
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def _step(path: Path) -> int:
+    number = path.name.removeprefix(NAME)
+    return int(number) if number.isdecimal() else -1
+
+
+def _best(path: Path) -> Path | None:
+    """The checkpoint that was the best one when this one was written."""
+    step = json.loads((path / TRAINER_STATE_NAME).read_bytes()).get("best_global_step")
+    return path.with_name(f"{NAME}{step}") if step else None
+
+
+class LossWindow(TrainerCallback, ExportableState):
+    """The losses since the last line of the log, which the Trainer would forget when it goes on from a checkpoint."""
+
+    def __init__(self) -> None:
+        self.trainer: Trainer | None = None
+
+    def state(self) -> dict[str, Any]:
+        """What the Trainer writes into a checkpoint."""
+        loss, logged = getattr(self.trainer, "_tr_loss", None), getattr(self.trainer, "_globalstep_last_logged", 0)
+        return {"args": {}, "attributes": {"loss": 0.0 if loss is None else loss.item(), "logged": logged}}
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        saved = state.stateful_callbacks.get(type(self).__name__)
+        if state.global_step > 0 and saved is not None:
+            trainer: Any = self.trainer
+            trainer._tr_loss.fill_(saved["attributes"]["loss"])
+            trainer._globalstep_last_logged = saved["attributes"]["logged"]
+
+
+class WholeCheckpointsTrainer(Trainer):
+    """A Trainer whose checkpoints appear in one step, with the list of their files, and keep the window of the log."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._built_in: Path | None = None
+        window = LossWindow()
+        window.trainer = self
+        self.add_callback(window)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return super()._get_output_dir(trial) if self._built_in is None else str(self._built_in)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self.args.output_dir)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with temporary_folder(folder) as self._built_in:
+                super()._save_checkpoint(model, trial)
+                (new,) = self._built_in.iterdir()
+                self.state.best_model_checkpoint = self._best_checkpoint(folder)
+                self.state.save_to_json(str(new / TRAINER_STATE_NAME))
+                sync(new)
+                write_list(new, describe(new))
+                if (folder / new.name).exists():  # of a run that was stopped at this very step
+                    os.rename(folder / new.name, self._built_in / "old")
+                os.rename(new, folder / new.name)
+        except Exception as error:
+            if (reason := why_not_written(error)) is None:
+                raise
+            raise Stopped(
+                f"cannot write a checkpoint at step {self.state.global_step} to '{folder}' ({reason}): "
+                "make room, and go on from the last one with --resume",
+                exit_status=DISK_STATUS,
+            ) from None
+        finally:
+            self._built_in = None
+        self._rotate(folder)
+
+    def _best_checkpoint(self, folder: Path) -> str | None:
+        best = self.state.best_global_step
+        is_there = best == self.state.global_step or (folder / f"{NAME}{best}").is_dir()
+        return str(folder / f"{NAME}{best}") if best and is_there else None
+
+    def _rotate(self, folder: Path) -> None:
+        """Remove checkpoints but for the newest and the best, or the two newest where these are one.
+
+        Each goes in one step, and none with files of the user.
+        """
+        found = sorted((path for path in folder.glob(f"{NAME}*") if _step(path) >= 0), key=_step)
+        best = self.state.best_global_step
+        kept = found[-2:] if best in (None, self.state.global_step) else [found[-1], folder / f"{NAME}{best}"]
+        for path in found:
+            if path not in kept and not find_foreign(path):
+                with temporary_folder(folder) as trash:
+                    os.rename(path, trash / path.name)
+                    remove_listed(trash / path.name)
+
+    def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        trained = super()._init_training_state(*args, **kwargs)
+        # the folder may have moved since
+        self.state.best_model_checkpoint = self._best_checkpoint(Path(self.args.output_dir))
+        return trained
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            # a checkpoint of the last step, in the middle of an epoch: the Trainer would take one step more
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)

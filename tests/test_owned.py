@@ -1,0 +1,131 @@
+"""What LoRETTA may remove: what is on its own list and unchanged, and nothing else."""
+
+import json
+import os
+import shutil
+
+import pytest
+
+from loretta.errors import InputError
+from loretta.owned import LIST, building, find_foreign, is_whole, publish, refuse_to_replace, remove_listed
+
+
+def write(folder, files, **options):
+    with building(folder, last=["last"], option="another", **options) as new:
+        for name, content in {**files, "last": files.get("last", "end")}.items():
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            (new / name).write_text(content)
+
+
+def tree(folder):
+    return {str(p.relative_to(folder)): p.read_text() for p in folder.rglob("*") if p.is_file() and p.name != LIST}
+
+
+def test_a_new_result_takes_the_place_of_the_old_one(tmp_path):
+    write(tmp_path / "out", {"a": "1", "sub/b": "1"})
+    write(tmp_path / "out", {"a": "2"})
+    assert tree(tmp_path / "out") == {"a": "2", "last": "end"}
+    assert not (tmp_path / "out" / "sub").exists()
+    write(tmp_path / "out", {"c": "3"}, keep=True)
+    assert tree(tmp_path / "out") == {"a": "2", "c": "3", "last": "end"}
+    assert is_whole(tmp_path / "out")
+    assert find_foreign(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("change", ["added", "added below", "edited", "a link", "a linked folder", "another's list"])
+def test_what_is_not_ours_is_named_and_stays(tmp_path, change):
+    out, mine = tmp_path / "out", tmp_path / "mine"
+    write(out, {"a": "1", "sub/b": "1"})
+    mine.mkdir()
+    (mine / "b").write_text("1")  # the very content that the list knows
+    name = {"added": "thesis", "added below": "sub/thesis", "edited": "a", "another's list": "run/a"}.get(change, "a")
+    if change == "a link":
+        (out / "a").unlink()
+        (out / "a").symlink_to(mine / "b")
+    elif change == "a linked folder":
+        shutil.rmtree(out / "sub")
+        (out / "sub").symlink_to(mine)
+        name = "sub"
+    elif change == "another's list":
+        write(out / "run", {"a": "1"})
+    else:
+        (out / name).write_text("mine")
+    assert name in find_foreign(out)
+    with pytest.raises(InputError, match=f"that loretta did not write.*{name}"):
+        refuse_to_replace(out, option="another")
+    remove_listed(out)
+    assert os.path.lexists(out / name)
+    assert (mine / "b").read_text() == "1"
+
+
+@pytest.mark.parametrize("name", ["../model/weights", "/etc/hostname", "sub/../../model/weights"])
+def test_a_list_that_leads_out_of_its_folder_counts_for_nothing(tmp_path, name):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "weights").write_text("1")
+    write(tmp_path / "out", {"a": "1"})
+    content = json.loads((tmp_path / "out" / LIST).read_text())
+    content["files"][name] = content["files"]["a"]
+    (tmp_path / "out" / LIST).write_text(json.dumps(content))
+    remove_listed(tmp_path / "out")
+    assert (tmp_path / "model" / "weights").read_text() == "1"
+    assert "a" in find_foreign(tmp_path / "out")
+
+
+def test_the_model_the_data_and_where_one_stands_are_never_replaced(tmp_path, monkeypatch):
+    write(tmp_path / "out", {"a": "1"})
+    (tmp_path / "out" / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "out" / "below")
+    for place in (".", "..", tmp_path):
+        with pytest.raises(InputError, match="the working directory"):
+            refuse_to_replace(tmp_path / "out" / "below" / place, option="another")
+    monkeypatch.chdir(tmp_path)
+    for keep in ("out", "out/below", tmp_path / "out" / "a"):
+        with pytest.raises(InputError, match="is or holds"):
+            refuse_to_replace(tmp_path / "out", option="another", keep=[keep])
+    refuse_to_replace(tmp_path / "out", option="another", keep=["no/such/path", None])
+
+
+@pytest.mark.parametrize("moves", range(9))
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_replacement_that_stops_at_any_move(tmp_path, monkeypatch, moves, killed):
+    """A failure is undone; after a kill the old result is not taken for whole, and the same call ends the work."""
+    out, new = tmp_path / "out", tmp_path / "out" / ".next"
+    write(out, {"a": "1", "old": "1", "sub/b": "1"})
+    write(new, {"a": "2", "sub/b": "2", "sub/new": "2", "last": "2"})
+    replace, left = os.replace, [moves]
+
+    def stop(source, target):
+        if left[0] == 0 or (killed and left[0] < 0):
+            left[0] -= 1
+            raise OSError("full")
+        left[0] -= 1
+        return replace(source, target)
+
+    monkeypatch.setattr(os, "replace", stop)
+    try:
+        publish(new, out, last="last")
+        assert moves == 8
+    except OSError:
+        if not killed:
+            assert tree(out) == {"a": "1", "old": "1", "sub/b": "1", "last": "end"} | {
+                f".next/{name}": "2" for name in ("a", "sub/b", "sub/new", "last")
+            }
+        elif (out / "last").exists():
+            assert (out / "last").read_text() == "end"
+            assert (out / "a").read_text() == "1"
+        monkeypatch.setattr(os, "replace", replace)
+        publish(new, out, last="last")
+    assert tree(out) == {"a": "2", "sub/b": "2", "sub/new": "2", "last": "2"}
+    assert not new.exists()
+    assert find_foreign(out) == []
+
+
+def test_a_failed_write_leaves_no_folder(tmp_path):
+    def fail():
+        with building(tmp_path / "out", last=["last"], option="another") as new:
+            (new / "a").write_text("half")
+            raise OSError("full")
+
+    with pytest.raises(InputError, match=r"cannot write.*full"):
+        fail()
+    assert list(tmp_path.iterdir()) == []
