@@ -65,7 +65,6 @@ BY_OWNER = {
     "peft.utils.peft_types.PeftType": {
         "_member_map_": PRESENT,
         "_member_names_": PRESENT,
-        "_tr_loss": "transformers.trainer.Trainer",
         "_value2member_map_": PRESENT,
     },
     "torch.Tensor": {
