@@ -1,9 +1,12 @@
-"""Numbers in README and docs are those of the result files."""
+"""Numbers in README and docs are those of the result files, and what they point to is there."""
 
 import importlib.util
 import pathlib
+import re
 
 import pytest
+
+import loretta
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -41,3 +44,39 @@ def test_the_demo_uses_the_best_learning_rates_of_the_search():
     for method, rate in LEARNING_RATES.items():
         scores = {other: mean(values) for (name, other), values in points.items() if name == method}
         assert max(scores, key=scores.get) == rate, method
+
+
+PAGES = sorted(path for folder in ("", "docs", "examples") for path in (ROOT / folder).glob("*.md"))
+LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+
+
+def anchors_of(page):
+    """The anchors that GitHub makes of a page's headings."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page):
+    dead = []
+    for target in LINK.findall(page.read_text(encoding="utf-8")):
+        if re.match(r"[a-z]+:", target):  # a page elsewhere
+            continue
+        path, _, anchor = target.partition("#")
+        file = page.parent / path if path else page
+        if not file.exists() or (anchor and anchor not in anchors_of(file)):
+            dead.append(target)
+    assert not dead
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=lambda page: page.name)
+def test_files_and_modules_that_a_page_names_are_there(page):
+    """The change log alone speaks of the past."""
+    text = page.read_text(encoding="utf-8")
+    files = re.findall(r"`((?:src|benchmarks|docs|examples|tests)/[\w/.*-]+)`", text)
+    missing = [name for name in files if not list(ROOT.glob(name.rstrip("/")))]
+    for name in set(re.findall(r"\bloretta((?:\.[a-z_0-9]+)+)\b", text)):
+        path = ROOT / "src" / "loretta" / name[1:].replace(".", "/")
+        if not (path.is_dir() or path.with_suffix(".py").is_file() or name[1:] in loretta.__all__):
+            missing.append(f"loretta{name}")
+    assert not missing

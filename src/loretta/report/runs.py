@@ -10,8 +10,9 @@ from loretta.plan import train_svg
 from loretta.record import RunRecord
 from loretta.report import page, tables
 from loretta.report.figures import Chart, Line, Look, drawable
-from loretta.report.tables import MISSING, Cell, Column, Row, Table
+from loretta.report.tables import Cell, Column, Row, Table
 from loretta.tt import TTShape
+from loretta.wording import MISSING, distinct, flat
 
 
 def render(records: Sequence[RunRecord], *, title: str | None = None, notes: Sequence[str] = ()) -> str:
@@ -133,10 +134,6 @@ def _share(record: RunRecord) -> Cell:
     return Cell(f"{percent:.3g}%", exact=f"{counts.trainable:,} of {counts.total:,}")
 
 
-def _listed(values: Iterable[str]) -> str:
-    return ", ".join(dict.fromkeys(values))
-
-
 def facts_of(records: Sequence[RunRecord]) -> dict[str, str]:
     """What the runs were of, for the top of a page."""
 
@@ -147,12 +144,12 @@ def facts_of(records: Sequence[RunRecord]) -> dict[str, str]:
         return " + ".join(f"{count:,} {split}" for split, count in record.sizes.items())
 
     return {
-        "Task": _listed(record.task for record in records),
-        "Model": _listed(record.model for record in records),
-        "Method": _listed(record.method for record in records),
-        "Data": _listed(sizes(record) for record in records) or MISSING,
-        "Device": _listed(record.device for record in records),
-        "Best step by": _listed(direction(record) for record in records),
+        "Task": distinct(record.task for record in records),
+        "Model": distinct(record.model for record in records),
+        "Method": distinct(record.method for record in records),
+        "Data": distinct(sizes(record) for record in records) or MISSING,
+        "Device": distinct(record.device for record in records),
+        "Best step by": distinct(direction(record) for record in records),
     }
 
 
@@ -163,7 +160,9 @@ def labels_of(records: Sequence[RunRecord]) -> list[str]:
         if len(set(values)) > 1:
             for part, value in zip(parts, values, strict=True):
                 part.append(value)
-    settings = [_flat(record.config) | {"seed": str(record.seed)} for record in records]
+    settings = [
+        {key: str(value) for key, value in (flat(record.config) | {"seed": record.seed}).items()} for record in records
+    ]
     keys = dict.fromkeys(key for setting in settings for key in setting)
     # the folder last: it always differs, and tells the least
     for key in sorted(keys, key=lambda key: key == "output"):
@@ -177,14 +176,6 @@ def labels_of(records: Sequence[RunRecord]) -> list[str]:
     labels = [" · ".join(part) for part in parts]
     shared = Counter(labels)
     return [f"{label} · run {number}" if shared[label] > 1 else label for number, label in enumerate(labels, start=1)]
-
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested settings by dotted name, as text."""
-    flat: dict[str, str] = {}
-    for key, value in config.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": str(value)}
-    return flat
 
 
 def _charts(records: Sequence[RunRecord], labels: Sequence[str], looks: Sequence[Look]) -> list[Chart]:

@@ -11,11 +11,12 @@ from loretta.report import page
 from loretta.report.figures import Look
 from loretta.report.study_figures import Group, figures_of
 from loretta.report.study_tables import QUANTITIES, Anchors, key_of, printed_models, record_of, tables_of, with_half
-from loretta.report.tables import MISSING, Cell, Column, Row, Table
+from loretta.report.tables import Cell, Column, Row, Table
 from loretta.studies.results import AVERAGE, Results, Score, find_row
 from loretta.studies.results import Cell as Measured
 from loretta.studies.state import measured, state_of
 from loretta.studies.study import Planned
+from loretta.wording import MISSING, distinct
 
 SHOWN = {"models", "tasks", "methods"}  # options that the page shows as what was run
 
@@ -102,12 +103,12 @@ def _facts(results: Results, root: Path) -> dict[str, str]:
     facts = {
         "Study": results.study.name,
         "In the paper": results.study.source,
-        "Model": _listed(run.model for run in runs),
-        "Tasks": _listed(task for run in runs for task in run.order or (run.task,)),
+        "Model": distinct(run.model for run in runs),
+        "Tasks": distinct(task for run in runs for task in run.order or (run.task,)),
         "Runs": f"{counts['finished']} of {len(runs)} finished{others}",
         "Options": " · ".join(f"{key.replace('_', ' ')} {_words(value)}" for key, value in options.items()),
-        "Device": _listed(filter(None, devices)),
-        "Versions": _listed(versions),
+        "Device": distinct(filter(None, devices)),
+        "Versions": distinct(versions),
     }
     return {name: value for name, value in facts.items() if value}
 
@@ -118,10 +119,6 @@ def _timed_on(root: Path, run: Planned) -> str:
         return measured(root / run.folder / "cost.json").get("device") or ""
     except InputError:
         return ""
-
-
-def _listed(values: Iterable[str]) -> str:
-    return ", ".join(dict.fromkeys(values))
 
 
 def _words(value: Any) -> str:

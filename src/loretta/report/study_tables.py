@@ -8,12 +8,13 @@ from pathlib import Path
 from loretta.errors import InputError
 from loretta.record import RunRecord
 from loretta.report.figures import Look
-from loretta.report.tables import MISSING, Cell, Column, Row, Table, count, number, seconds, size
+from loretta.report.tables import Cell, Column, Row, Table, count, number, seconds, size
 from loretta.studies.results import AVERAGE, Results, Score, find_row, interval
 from loretta.studies.results import Cell as Measured
 from loretta.studies.show import figure
 from loretta.studies.study import Planned
 from loretta.tuners.config import LorettaConfig
+from loretta.wording import MISSING
 
 Anchors = Mapping[tuple, str]  # key_of a cell -> the id of the place with its runs
 STRONGEST_SHADE = 0.4

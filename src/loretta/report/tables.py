@@ -7,8 +7,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 from loretta.report.figures import Look
-
-MISSING = "–"
+from loretta.wording import MISSING, size_words
 
 
 class Cell(NamedTuple):
@@ -76,9 +75,4 @@ def seconds(value: float) -> Cell:
 def size(n_bytes: int | None) -> Cell:
     if n_bytes is None:
         return Cell(MISSING)
-    value, unit = float(n_bytes), "B"
-    for larger in ("KiB", "MiB", "GiB", "TiB"):
-        if round(value, 1) < 1024:
-            break
-        value, unit = value / 1024, larger
-    return Cell(f"{n_bytes} B" if unit == "B" else f"{value:.1f} {unit}", exact=f"{n_bytes:,} bytes")
+    return Cell(size_words(n_bytes), exact=f"{n_bytes:,} bytes")

@@ -11,12 +11,11 @@ from rich.table import Table
 from loretta.errors import InputError
 from loretta.record import RunRecord
 from loretta.studies.state import State
+from loretta.wording import MISSING, flat, size_words
 
 if TYPE_CHECKING:  # these import torch and SciPy, and a listing of runs needs neither
     from loretta.studies.results import Cell, Results
     from loretta.studies.sizes import Estimate
-
-MISSING = "–"
 
 
 def results_table(results: "Results") -> Table:
@@ -107,7 +106,7 @@ def estimate_table(estimates: Sequence["Estimate"], printed: Mapping[tuple[str, 
             printed.get(key) or "",
             number(total(estimate.steps for estimate in group)),
             duration(total(estimate.seconds for estimate in group)),
-            size_words(max((estimate.memory_bytes or 0 for estimate in group), default=0)),
+            size_words(max((estimate.memory_bytes or 0 for estimate in group), default=0) or None),
         )
     return table
 
@@ -121,16 +120,6 @@ def total(values: Iterable[Any]) -> Any:
 def duration(seconds: float | None) -> str:
     """As 0:01:30 or "3 days, 4:00:00"."""
     return MISSING if seconds is None else str(timedelta(seconds=round(seconds)))
-
-
-def size_words(n_bytes: int) -> str:
-    """As "1.5 GiB"."""
-    value, unit = float(n_bytes), "B"
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if value < 1024 or unit == "TiB":
-            break
-        value /= 1024
-    return f"{value:.1f} {unit}" if n_bytes else MISSING
 
 
 def run_row(root: Path, folder: Path, state: State, reason: str) -> dict[str, Any]:
@@ -177,7 +166,7 @@ def runs_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 def comparison_rows(records: Mapping[str, RunRecord]) -> list[dict[str, Any]]:
     """What differs between runs, options first, then results; a row for each quantity."""
-    configs = {name: _flat(record.config) for name, record in records.items()}
+    configs = {name: flat(record.config) for name, record in records.items()}
     keys = list(dict.fromkeys(key for config in configs.values() for key in config))
     rows = []
     for key in keys:
@@ -192,11 +181,6 @@ def comparison_rows(records: Mapping[str, RunRecord]) -> list[dict[str, Any]]:
         metrics = dict.fromkeys(metric for values in scores.values() for metric in values)
         rows += [{"what": f"{split} {metric}", **{n: scores[n].get(metric) for n in scores}} for metric in metrics]
     return rows
-
-
-def _flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    args = {f"method_args.{key}": value for key, value in config.get("method_args", {}).items()}
-    return {**{key: value for key, value in config.items() if key != "method_args"}, **args}
 
 
 def comparison_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Table:
