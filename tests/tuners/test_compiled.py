@@ -1,6 +1,8 @@
 """torch.compile takes an adapted model as one graph, and computes what the model computes without it."""
 
 import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ from tuners.families import logits, loss_of
 from tuners.matrix import options_for, wrapped
 from tuners.wrapped import every_method, trainable, trained
 
-from loretta import PeftModel
+from loretta import PeftModel, hotswap_adapter, serving
+from loretta.tuners.layer import LorettaLayer
 
 # one layer is enough: compiling takes seconds
 SMALL = {
@@ -95,3 +98,138 @@ def test_merging_is_seen():
         assert_near("before", logits(compiled, inputs), expected)
         change()
         assert_near("after", logits(compiled, inputs), expected)
+
+
+class Counted:
+    """A model compiled by a backend that counts what it compiles, and the runs of that."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.graphs, self.runs = 0, 0
+        torch.compiler.reset()
+        self.model = torch.compile(model, backend=self.compile)
+
+    def compile(self, graph: torch.fx.GraphModule, _) -> Callable:
+        self.graphs += 1
+
+        def run(*args):
+            self.runs += 1
+            return graph(*args)
+
+        return run
+
+    def __call__(self, *args, **kwargs):
+        """The result, of compiled code in one piece."""
+        before = self.runs
+        result = self.model(*args, **kwargs)
+        assert self.runs == before + 1, f"it ran {self.runs - before} compiled graphs"
+        return result
+
+
+def two_adapters(method: str) -> tuple[PeftModel, dict[str, Tensor]]:
+    model, inputs = small("mlp", method)
+    model.add_adapter("other", options_for("mlp", method))
+    model.set_adapter("other")
+    trained(model, seed=2).set_adapter("default")
+    return model, inputs
+
+
+every_mode = pytest.mark.parametrize("trains", [False, True], ids=["inference", "training"])
+
+
+def assert_same(compiled: Counted, model: PeftModel, inputs: dict[str, Tensor], *, trains: bool) -> Tensor:
+    """The compiled model gives what the model gives, and does so compiled. Returns the loss, or the logits."""
+    if trains:
+        got = step(compiled, model, inputs)
+        assert_equal(got, step(model, model, inputs))
+        return got[0]
+    answer = logits(compiled, inputs)
+    assert_near("logits", answer, logits(model, inputs))
+    return answer
+
+
+@every_method
+@every_mode
+def test_switching_compiles_once_for_each_adapter(method, trains):
+    model, inputs = two_adapters(method)
+    compiled = Counted(model)
+    for turn in range(16):
+        model.set_adapter(["default", "other"][turn % 2])
+        assert_same(compiled, model, inputs, trains=trains)
+    assert compiled.graphs == 2
+
+
+@every_method
+def test_disabling_compiles_once_more(method):
+    model, inputs = small("mlp", method)
+    compiled = Counted(model)
+    for _ in range(10):
+        with model.disable_adapter():
+            assert_near("base", logits(compiled, inputs), logits(model.get_base_model(), inputs))
+        assert_near("adapted", logits(compiled, inputs), logits(model, inputs))
+    assert compiled.graphs == 2
+
+
+@every_method
+@every_mode
+def test_other_models_and_other_threads_compile_nothing(method, trains):
+    model, inputs = small("mlp", method)
+    compiled = Counted(model)
+    for _ in range(4):
+        assert_same(compiled, model, inputs, trains=trains)
+        small("mlp", method)
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(assert_same, compiled, model, inputs, trains=trains).result()
+    assert compiled.graphs == 1
+
+
+@every_method
+@every_mode
+def test_another_scale_compiles_nothing(method, trains, tmp_path):
+    option = "lora_alpha" if method == "rep" else "scaling"
+    for scale in (2, 4, 8):
+        small("mlp", method, **{option: scale})[0].save_pretrained(tmp_path / str(scale))
+    model, inputs = small("mlp", method, init_weights="denoised" if trains else "zero")
+    compiled, seen = Counted(model), []
+    for scale in (2, 4, 8):
+        if trains:
+            for module in model.modules():
+                if isinstance(module, LorettaLayer):
+                    module.scaling["default"] = float(scale)
+        else:
+            hotswap_adapter(model, tmp_path / str(scale))
+        seen.append(assert_same(compiled, model, inputs, trains=trains))
+    assert not torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[1], seen[2])
+    assert compiled.graphs == 1
+
+
+@every_method
+def test_what_is_compiled_while_serving_holds_the_contraction(method):
+    model, inputs = small("mlp", method)
+    compiled = Counted(model)
+    with serving(model):
+        logits(model, inputs)
+        assert_near("while serving", logits(compiled, inputs), logits(model, inputs))
+    for values in (p for name, p in trainable(model).items() if name.endswith(".values")):
+        values.data.mul_(2)
+    assert_near("afterwards", logits(compiled, inputs), logits(model, inputs))
+    assert compiled.graphs == 1
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # by Dynamo
+@every_method
+def test_compiled_blocks_share_their_graphs(method):
+    """As regional compilation has it: a block contracts its own trains, and its graph serves the others too."""
+    model, inputs = wrapped("llama", method, base={"num_hidden_layers": 3}, train_norms=False)
+    expected = step(trained(model), model, inputs)
+    graphs: list[None] = []
+
+    def count(graph: torch.fx.GraphModule, _) -> Callable:
+        graphs.append(None)
+        return graph
+
+    for block in model.get_base_model().model.layers:
+        block.compile(backend=count, fullgraph=True)
+    for _ in range(2):
+        assert_equal(step(model, model, inputs), expected)
+    assert len(graphs) == 1

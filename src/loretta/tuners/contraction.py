@@ -50,6 +50,7 @@ class Scales(UserDict[str, float]):
 
     def __init__(self) -> None:
         self.tensors: dict[str, Tensor] = {}
+        self.device = torch.device("cpu")
         super().__init__()
 
     def __setitem__(self, name: str, value: float) -> None:
@@ -57,19 +58,19 @@ class Scales(UserDict[str, float]):
         if name in self.tensors:
             self.tensors[name].fill_(value)
         else:
-            with torch.inference_mode(False):
-                self.tensors[name] = torch.tensor(value, dtype=torch.float64, device="cpu")
+            dtype = torch.float32 if self.device.type == "mps" else torch.float64  # mps has no float64
+            with torch.inference_mode(False):  # a call with gradients may use it later
+                self.tensors[name] = torch.tensor(value, dtype=dtype, device=self.device)
 
     def __delitem__(self, name: str) -> None:
         super().__delitem__(name)
         del self.tensors[name]
 
     def move(self, device: torch.device) -> None:
-        """Bring the tensors to a device (not to meta, where they would be lost)."""
-        if device.type != "meta":
-            dtype = torch.float32 if device.type == "mps" else torch.float64  # mps has no float64
-            with torch.inference_mode(False):
-                self.tensors = {name: tensor.to(device, dtype) for name, tensor in self.tensors.items()}
+        """Have the tensors on a device (not on meta, which holds no number)."""
+        if device.type != "meta" and device != self.device:
+            self.device, self.tensors = device, {}
+            self.update(self.data)
 
     def of(self, name: str, like: Tensor) -> float | Tensor:
         """The factor of one adapter, as what has to be multiplied with ``like`` now."""
