@@ -1,8 +1,9 @@
-"""Tokens per second of greedy decoding with a static cache: base, merged, and adapters as they are.
+"""Tokens per second of greedy decoding with a static cache: base, merged, and adapters as they are or served.
 
 One decoding step is a forward pass of one token per row on a cache that holds the prompt; the next token is its
-argmax. Each method is timed eagerly and as one CUDA graph per step. Each row is written when it is measured, and
-nothing new is begun once the budget is spent.
+argmax. Each method is timed eagerly and as one CUDA graph per step; "serving" is within ``loretta.serving``, where a
+step contracts no trains (a graph always does). Each row is written when it is measured, and nothing new is begun once
+the budget is spent.
 
     python benchmarks/inference.py --out benchmarks/results/inference.json
     python benchmarks/inference.py --tiny --out /tmp/inference.json  # tries the script on a CPU
@@ -13,6 +14,7 @@ import gc
 import json
 import statistics
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -21,8 +23,11 @@ from timing import about, captured, timed
 from torch import nn
 from transformers import StaticCache
 
+from loretta import serving
+
 BASE = "base"
-METHODS = [BASE, "rep q,v merged", "rep q,v", "adp", "lora q,v"]
+MERGED, SERVING = " merged", " serving"
+METHODS = [BASE, "rep q,v merged", "rep q,v", "rep q,v serving", "adp", "adp serving", "lora q,v"]
 
 
 def decoding(model: nn.Module, config, batch: int, prompt: int, new: int, device: str):
@@ -46,17 +51,18 @@ def decoding(model: nn.Module, config, batch: int, prompt: int, new: int, device
 
 @torch.no_grad()
 def measure(base: nn.Module, method: str, mode: str, batch: int, args) -> dict:
-    name = method.removesuffix(" merged")
+    name = method.removesuffix(MERGED).removesuffix(SERVING)
     model = base if name.startswith(BASE) else wrap(base, name, args.shape).eval()
-    if method.endswith("merged"):
+    if method.endswith(MERGED):
         model.merge_adapter()
-    step, restart = decoding(model, base.config, batch, args.prompt, args.new, args.device)
-    run = captured(step) if mode == "graph" else step
     times = []
-    # in pieces: the cache must never run over
-    for _ in range(args.rounds):
-        restart()
-        times += timed(run, args.new - 8, args.device)
+    with serving(model) if method.endswith(SERVING) else nullcontext():
+        step, restart = decoding(model, base.config, batch, args.prompt, args.new, args.device)
+        run = captured(step) if mode == "graph" else step
+        # in pieces: the cache must never run over
+        for _ in range(args.rounds):
+            restart()
+            times += timed(run, args.new - 8, args.device)
     ms = statistics.median(times)
     row = {
         "method": method,
@@ -71,7 +77,7 @@ def measure(base: nn.Module, method: str, mode: str, batch: int, args) -> dict:
     }
     del run, step, restart
     if model is not base:
-        if method.endswith("merged"):
+        if method.endswith(MERGED):
             model.unmerge_adapter()
         model.unload()
     gc.collect()
@@ -106,6 +112,8 @@ def main() -> None:
             reference = None
             # the base once more at the end shows how far the machine itself moved
             for method in [*METHODS, f"{BASE} again"]:
+                if mode == "graph" and method.endswith(SERVING):
+                    continue
                 if time.monotonic() - begin > args.budget:
                     print(f"not measured, the budget is spent: {mode} {batch} {method}")
                     continue

@@ -3,6 +3,7 @@
 The oracle reads the cores when it is asked and multiplies dense matrices in float64.
 """
 
+import copy
 import os
 import warnings
 from collections.abc import Callable
@@ -360,8 +361,8 @@ def test_a_write_while_serving_is_refused_at_the_next_call(method, write):
         if write is not COUNTED["another scale"]:  # which is back where it was
             with pytest.raises(InputError, match=CHANGED):
                 answer(model)
-        for copy, values in zip(before, cores_of(model), strict=True):
-            values.data.copy_(copy)
+        for value, values in zip(before, cores_of(model), strict=True):
+            values.data.copy_(value)
     assert_fresh(model)
 
 
@@ -432,6 +433,16 @@ def test_serving_within_serving():
         assert torch.equal(answer(model), first)
     add_to_data(model)
     assert_fresh(model)
+
+
+def test_a_copy_of_a_model_that_serves_is_free():
+    model = adapted("rep")
+    with loretta.serving(model):
+        before = answer(model)
+        copied = copy.deepcopy(model)
+        add_to_data(copied)
+        assert_fresh(copied)
+        assert torch.equal(answer(model), before)
 
 
 def test_serving_needs_an_adapter():

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._dynamo.eval_frame import set_code_exec_strategy
+from torch._dynamo.types import FrameAction, FrameExecStrategy
 
 Factors = tuple[Tensor, ...]
 Pair = tuple[nn.Module, str, int]  # a layer, an adapter, and which of its pairs of trains
@@ -36,8 +38,19 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
-# Dynamo traces no thread-local values. What it traces it traces as one, so this list is empty outside a trace.
+# Dynamo traces no thread-local values. A hook that begins a call is traced together with the layers below or not at
+# all (:func:`traced_as_a_part`), so this list is empty outside a trace.
 _traced: list[Call] = []
+
+
+def traced_as_a_part(hook: Any) -> Any:
+    """Have Dynamo trace ``hook`` within its model's graph, and not on its own.
+
+    Where a graph breaks in the middle of a model, the model's hooks would be compiled each by itself, and leave the
+    traced call for other threads to find.
+    """
+    set_code_exec_strategy(hook.__code__, FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP))
+    return hook
 
 
 def current_backward() -> int:

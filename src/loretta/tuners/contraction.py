@@ -213,6 +213,7 @@ class Contraction:
         self.served: Kept | None = None
         self.recomputed: tuple[int, Mapping[Pair, Factors]] | None = None
 
+    @calls.traced_as_a_part
     def begin(self, module: nn.Module, args: Any) -> None:
         """Before the model runs: contract what is active."""
         if module is not self.model:
@@ -222,6 +223,7 @@ class Contraction:
         kept = None if has_graph or calls.is_recorded() else self.served or _generating.kept.get(self)
         calls.enter(self.contract(kept), has_graph=has_graph)
 
+    @calls.traced_as_a_part
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
         """After it: a layer that is called on its own contracts its own trains."""
         if module is self.model:
