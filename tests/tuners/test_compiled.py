@@ -217,10 +217,8 @@ def test_what_is_compiled_while_serving_holds_the_contraction(method):
     assert compiled.graphs == 1
 
 
-# a graph that begins behind another asks its input for a gradient
-warned_of_by_dynamo = pytest.mark.filterwarnings(
-    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
-)
+# A graph that begins behind another asks its input for a gradient.
+warned_of_by_dynamo = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not:UserWarning")
 
 
 class Breaking(nn.Module):
