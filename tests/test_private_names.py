@@ -77,6 +77,13 @@ BY_OWNER = {
         "_current_graph_task_id": PRESENT,
         "_len_torch_dispatch_stack": PRESENT,
     },
+    "torch._C._dynamo.eval_frame": {
+        "set_code_exec_strategy": PRESENT,
+    },
+    "torch._dynamo.types": {
+        "FrameAction": PRESENT,
+        "FrameExecStrategy": PRESENT,
+    },
     "torch._C._functorch": {
         "is_functorch_wrapped_tensor": PRESENT,
         "peek_interpreter_stack": PRESENT,
