@@ -920,3 +920,31 @@ def test_compiled_it_is_the_same_and_stays_compiled(method, init_weights):
         for got_out, ref_out in zip(got_outs, ref_outs, strict=True):
             assert_near("output", got_out, ref_out)
     torch._dynamo.reset()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@every_method
+def test_a_whole_step_of_a_model_wrapped_on_the_gpu_can_be_recorded(method):
+    """No scale may lie on the CPU: a recording takes no copy from there."""
+    base, inputs = build("llama", "CAUSAL_LM")
+    model = get_peft_model(base.cuda(), config_for(method, task_type="CAUSAL_LM"))
+    trained(model)
+    x = inputs["input_ids"].cuda()
+
+    def gradients() -> dict[str, Tensor]:
+        model(input_ids=x, labels=x).loss.backward()
+        return {name: parameter.grad for name, parameter in trainable(model).items()}
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        gradients()
+    torch.cuda.current_stream().wait_stream(side)
+    model.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        recorded = gradients()
+    graph.replay()
+    found = {name: gradient.clone() for name, gradient in recorded.items()}
+    model.zero_grad()
+    assert_gradients_near(found, gradients())
