@@ -54,8 +54,8 @@ class Module:
 class Compression:
     """What was read and written. Bytes are those of the weight files; parameters those that training trains.
 
-    ``error`` is the relative Frobenius error of all updates together; ``cut_error`` that of LoRAs no larger than the
-    new trains, which the smallest singular values of the given updates were cut off.
+    ``error`` is the relative Frobenius error of all updates together. ``cut_error`` is that of the given updates cut by
+    rank to LoRAs no larger than the new trains.
     """
 
     path: str
@@ -113,11 +113,11 @@ def compress(
     out = out or adapter.resolve().with_name(adapter.resolve().name + "-loretta")
     _check_output(out, saved, overwrite=overwrite)
     given, purpose = read_updates(saved), _purpose(saved)
-    # before the work, so that a base model that cannot be loaded is known at once
+    # first, because a base model that cannot be loaded should cost no work
     comparison = Comparison(saved, read_texts(text)) if text is not None else None
 
     given_rank = max(a_IR.shape[1] for a_IR, _ in given.by_module.values())
-    # more directions than the tensor rank never pass the bottleneck
+    # the tensor rank bounds how many directions pass the bottleneck
     bottleneck = given_rank if rank is None else min(rank, given_rank)
     fits = {}
     for name in watch(list(given.by_module)):

@@ -23,12 +23,12 @@ from loretta.convert.load import PREFIX, WEIGHTS, SavedAdapter
 from loretta.errors import InputError
 from loretta.layers.fit import Update
 
-# Options of LoRA with which it does more, or something else, than add the product of A and B
+# With one of these options LoRA does not just add the product of A and B
 _NOT_PLAIN = (
     "use_dora", "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias",
     "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora",
 )  # fmt: skip
-# Starts of LoRA that change the base weights too, when an adapter is loaded as when it is made
+# These starts of LoRA change the base weights too, whenever an adapter is made or loaded
 _CHANGES_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
 # Singular values of a dense update below this part of the largest are rounding in float32
 _ROUNDING = 1e-6
@@ -61,7 +61,7 @@ def read_updates(saved: SavedAdapter) -> Updates:
     for name, factors in by_module.items():
         if not all(bool(torch.isfinite(factor).all()) for factor in factors):
             raise InputError(f"the update of '{name}' in '{saved.folder}' holds values that are not finite")
-    # outside the base model lie projections that all modules share and nobody trains (VeRA)
+    # VeRA's projections lie outside the base model: all modules share them, and nobody trains them
     inside = {key: tensor for key, tensor in tensors.items() if key.startswith(PREFIX)}
     own = "." + PEFT_TYPE_TO_PREFIX_MAPPING[PeftType(saved.method)]
     return Updates(
@@ -109,7 +109,7 @@ def _lora_updates(saved: SavedAdapter, tensors: dict[str, Tensor]) -> dict[str, 
 
 @torch.no_grad()
 def _dense_updates(saved: SavedAdapter) -> dict[str, Update]:
-    """Through the SVD of what each layer of a loaded adapter adds to its weight."""
+    """Load the adapter, and take the SVD of what each layer adds to its weight."""
     layers = {
         name: cast(Any, module)
         for name, module in saved.load().get_base_model().named_modules()
@@ -117,7 +117,7 @@ def _dense_updates(saved: SavedAdapter) -> dict[str, Update]:
     }
     updates = {}
     for name, layer in layers.items():
-        # PEFT's word for: it adds something to the weight
+        # so PEFT says whether a method adds a matrix to the weight
         delta = layer.get_delta_weight("default") if layer.supports_lora_conversion() else None
         if delta is None or delta.dim() != 2:
             raise InputError(

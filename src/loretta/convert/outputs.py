@@ -59,8 +59,8 @@ class Comparison:
     """The outputs of a saved adapter on some texts, to compare another one on the same base model with.
 
     Attributes:
-        of_adapter: between the base model alone and the adapter; None where the adapter brings more than updates, as
-            a head without which the outputs mean nothing.
+        of_adapter: the difference between the base model alone and the adapter. None where the adapter brings a head
+            or biases, because the base model alone then says nothing.
 
     Raises InputError when the base model or its tokenizer cannot be loaded.
     """
@@ -84,7 +84,7 @@ class Comparison:
         self._base = cast(Any, model).unload()
 
     def with_adapter(self, folder: Path) -> Difference:
-        """Between the adapter and the one in ``folder``. Can be called once: the base model is then adapted."""
+        """The difference between the adapter and the one in ``folder``. Call it once: it adapts the base model."""
         return _difference(self._outputs, _outputs(PeftModel.from_pretrained(self._base, str(folder)), self._inputs))
 
 

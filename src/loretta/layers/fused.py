@@ -1,8 +1,9 @@
 """The two layers as single autograd functions over Triton kernels, for half precision on NVIDIA and AMD GPUs.
 
-A layer of either method multiplies a wide matrix of activations by thin ones. Its plain products read the activations
-once each, and at small batches wait for one another; the kernels read them once forward and once backward, and write
-the update of the output, and of the gradient, in place. Where :func:`pays` says no, the layers use the plain twins.
+A layer of either method multiplies a wide matrix of activations by thin ones. Each plain product reads the activations
+once more, and small batches wait for one product after the other. The kernels read the activations once forward and
+once backward, and add to the output and to the gradient in place. Where :func:`pays` says no, the layers use the plain
+twins.
 
 Axes: B rows, I input features, O output features, H width, C and D inner sizes, R rank of the update, b bottleneck.
 """
@@ -19,7 +20,7 @@ from torch.nn.functional import linear, relu
 if TYPE_CHECKING:
     from types import ModuleType
 
-# With fewer numbers an eager step waits for the CPU, of which a Triton launch takes more than a plain product (H200)
+# An eager step with fewer numbers waits for the CPU, and a Triton launch takes more of it than a plain product (H200)
 MANY_NUMBERS = 2**23
 
 
@@ -29,7 +30,7 @@ def pays(x_BI: Tensor) -> bool:
         return False
     if not torch.is_grad_enabled() or torch.is_autocast_enabled("cuda") or not has_triton():
         return False
-    # whoever captures a graph warms up on another stream before it, and the kernels are compiled then
+    # a graph is captured after a warm-up on a stream of its own, which compiles the kernels
     in_graph = torch.cuda.current_stream() != torch.cuda.default_stream()
     return x_BI.numel() >= MANY_NUMBERS or in_graph
 
@@ -103,7 +104,7 @@ class AddBottleneck(torch.autograd.Function):
 
 
 def _rows(x: Tensor) -> Tensor:
-    """``x`` with adjacent numbers in a row, which is all that the kernels ask of it."""
+    """``x`` with the numbers of each row adjacent: the kernels ask for nothing else."""
     return x if x.stride(-1) == 1 else x.contiguous()
 
 

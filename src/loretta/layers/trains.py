@@ -16,9 +16,8 @@ from loretta import tt
 class Cores(nn.Module):
     """The cores of one tensor train, with its plan. Iterates over the cores, left to right.
 
-    All cores lie one after the other in the single parameter ``values``, of ``shape.n_params`` entries, and are
-    views of it: one tensor to store, to shard, to update and to stack with those of other modules, in place of a
-    handful of tiny ones.
+    The cores are views of the single parameter ``values`` (``shape.n_params`` entries) and lie one after the other in
+    it: one tensor is stored, sharded, updated and stacked with those of other modules, not a handful of tiny ones.
 
     Args:
         shape: the plan.
@@ -182,7 +181,7 @@ def update_factors(down: tuple[Tensor, Tensor], up: tuple[Tensor, Tensor]) -> tu
 
 
 def add_update(y_BO: Tensor, x_BI: Tensor, a_IR: Tensor, b_RO: Tensor) -> Tensor:
-    """``y + (x A) B`` on matrices of one dtype, written into y: it must be new, and no gradient may need it."""
+    """``y + (x A) B`` on matrices of one dtype, written into y: y must be new, and no gradient may need it."""
     inner_BR = x_BI @ a_IR
     # a compiler works in place by itself; under vmap over adapters one y has no room for the results of all
     if torch.compiler.is_compiling() or any(is_functorch_wrapped_tensor(t) for t in (inner_BR, b_RO)):
@@ -207,8 +206,8 @@ def arranged(left_IC: Tensor, right_CO: Tensor) -> tuple[Tensor, Tensor]:
     """The same two thin matrices, as the kernels of their device want them.
 
     A GPU wants the inner size padded by zeros to a multiple of 8. A CPU wants the left one stored column by column:
-    with 5 of them a product with it takes a quarter of the time, and its gradient, which autograd lays out alike, a
-    seventh (MKL, 4096 x 384 activations).
+    with 5 columns the product then takes a quarter of the time, and its gradient, which gets the same layout, a seventh
+    (MKL, 4096 x 384 activations).
     """
     if not left_IC.is_cuda:
         return left_IC.mT.contiguous().mT, right_CO

@@ -49,8 +49,8 @@ def choose(model: nn.Module, config: LorettaConfig, budget: Budget) -> tuple[Lor
 
     Capacity is spent on the targets that were asked for (the default ones), then on the highest tensor rank, for rep
     with a bottleneck that does not bound that rank; when the highest rank there is fits and no targets were given,
-    every linear layer is targeted. What is given up when not even rank 1 fits, in this order: the layer norms, the
-    biases of adp, half of its bottleneck again and again, and half of the layers (the lower ones) again and again.
+    every linear layer is targeted. When not even rank 1 fits, these are given up one after the other: the layer norms,
+    the biases of adp, half of its bottleneck again and again, and half of the layers (the lower ones) again and again.
 
     Raises InputError when even the smallest does not fit, with what it would take.
     """

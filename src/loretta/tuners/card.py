@@ -31,16 +31,16 @@ if TYPE_CHECKING:
 
 README = "README.md"
 _TAGS = ("loretta", "tensor-train")
-# the options of a run that one has to give to repeat it
+# the options that repeat a run
 _SETTINGS = ("learning_rate", "head_learning_rate", "epochs", "batch_size", "max_length", "schedule", "limit", "seed")
 _PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification"}
 _OURS = re.compile(r"<!-- loretta ([0-9a-f]{12})[^>]*-->\n(.*?)\n<!-- end of loretta -->", re.DOTALL)
-# the start that "denoised" and a train beside a pretrained layer subtract; what bias="all" makes PEFT save once more
+# frozen starts that are subtracted, and copies that bias="all" makes PEFT save a second time
 _NOT_TRAINED = re.compile(r"\.(loretta_(rep|adp)_start_(down|up)|start|original_module|modules_to_save)\.")
 _TRAIN = re.compile(r"\.loretta_(rep|adp)_(down|up)\.")
 _NORM = re.compile(r"\.loretta_(rep|adp)_norm_[^.]+$")
 _SIGNATURE = re.compile(r"(?P<count>\d+) (?P<module>\S+) (?P<in>\d+) x (?P<out>\d+)")
-# heads that are saved because their random start is not part of the base model, and not or only in part trained
+# heads that are frozen, wholly or in part: they are saved because the base model lacks their random start
 _FROZEN_HEADS = {"frozen": "none", "tensorized_only": "its trains and their biases"}
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -49,11 +49,11 @@ Shapes = Mapping[str, tuple[int, ...]]
 def write_card(folder: Path, run: "RunRecord | None" = None, *, learning_rate: float | None = None) -> None:
     """Describe the LoRETTA adapter saved in ``folder`` in its README.md; ``run`` adds the data and the results.
 
-    Of a README that is there, PEFT's placeholders are replaced and everything else is kept: the description stands
-    between two marks, and is written anew only as long as nobody has edited it.
+    An existing README loses only PEFT's placeholders. The description stands between two marks, and is written anew as
+    long as nobody has edited it.
 
     Args:
-        learning_rate: the one that ``run`` had; its options name none where it was the method's default.
+        learning_rate: that of ``run``, whose options name none where it was the method's default.
 
     Raises FileNotFoundError when the folder holds no adapter.
     """

@@ -54,7 +54,7 @@ def linear_size(module: nn.Module) -> tuple[int, int] | None:
         return module.weight.shape[0], module.weight.shape[1]
     if isinstance(module, nn.Linear):
         return module.in_features, module.out_features
-    # where these show a weight of torchao's, PEFT would ask for what only the model knows
+    # an embedding may have a weight of torchao's, and PEFT would ask it for what only the model knows
     if not isinstance(module, nn.Embedding | BaseTunerLayer) and resolve_quantization_backend(module) is not None:
         return cast(int, module.in_features), cast(int, module.out_features)
     return None
