@@ -205,7 +205,7 @@ def test_a_change_starts_as_exactly_zero(shape, dtype, autocast):
         change_BO = layer(x_BI)
     assert change_BO.count_nonzero() == 0  # bit for bit; -0.0 adds nothing either
     assert layer.to_dense().weight.count_nonzero() == 0
-    merged = layer.to_dense(beside=dense)
+    merged = layer.to_dense(pretrained=dense)
     assert torch.equal(merged.weight, dense.weight)
     assert torch.equal(merged.bias, dense.bias)
 
@@ -229,7 +229,7 @@ def test_a_change_trains_its_cores_and_not_its_start():
 def test_a_merged_change_is_the_base_plus_the_change(shape, bias):
     dense = dense_layer(shape, seed=0, bias=bias)
     layer = filled_layer(shape, seed=2, bias=bias, as_change=True)
-    merged, x_BI = layer.to_dense(beside=dense), randn(4, shape.in_features, seed=1)
+    merged, x_BI = layer.to_dense(pretrained=dense), randn(4, shape.in_features, seed=1)
     change_IO = oracle(list(layer.cores), shape) - oracle(list(layer.start), shape)
     assert_near("weight", merged.weight, dense.weight + change_IO.T)
     assert_near("y", merged(x_BI), dense(x_BI) + layer(x_BI))
@@ -239,13 +239,13 @@ def test_a_merged_change_is_the_base_plus_the_change(shape, bias):
 def test_a_change_without_bias_keeps_the_bias_of_the_base():
     shape = SHAPES["aligned"]
     dense, layer = dense_layer(shape, seed=0), filled_layer(shape, seed=2, bias=False, as_change=True)
-    assert torch.equal(layer.to_dense(beside=dense).bias, dense.bias)
+    assert torch.equal(layer.to_dense(pretrained=dense).bias, dense.bias)
 
 
 def test_a_change_with_bias_merges_into_a_base_without():
     shape = SHAPES["aligned"]
     dense, layer = dense_layer(shape, seed=0, bias=False), filled_layer(shape, seed=2, as_change=True)
-    assert torch.equal(layer.to_dense(beside=dense).bias, layer.bias)
+    assert torch.equal(layer.to_dense(pretrained=dense).bias, layer.bias)
 
 
 def test_from_dense_of_an_integer_weight_is_not_silently_zero():
