@@ -3,13 +3,17 @@
 import re
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, cast
 
 import torch
+from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.func import functional_call
+
+from loretta.tuners.layer import is_offloaded
 
 _NORM_CLASS = re.compile(r"(Layer|RMS|Group)Norm")
 
@@ -125,7 +129,18 @@ class TrainedNorm(nn.Module, BaseTunerLayer):
                 self.unmerge()
         elif adapter_names is not None:
             return self._mixed(adapter_names, x, args, kwargs)
-        return _call(self.base_layer, self.with_changes(self._running()), (x, *args), kwargs)
+        return self._call_base(self._running(), (x, *args), kwargs)
+
+    def _call_base(self, weights: Mapping[str, float], args: Any, kwargs: Any) -> Tensor:
+        """The base with the weighted sum of the changes of some adapters."""
+        parts = (self.base_layer, *(getattr(self, attribute) for attribute in self.adapter_layer_names))
+        if not any(map(is_offloaded, parts)):
+            return _call(self.base_layer, self.with_changes(weights), args, kwargs)
+        # accelerate's forward pass would put the parameters of the base over those that are given here
+        with ExitStack() as here:
+            for part in parts:
+                here.enter_context(align_module_device(part))
+            return _call(self.base_layer, self.with_changes(weights), args, kwargs, own_forward=True)
 
     def _mixed(self, adapter_names: Sequence[str], x: Tensor, args: Any, kwargs: Any) -> Tensor:
         """One adapter for each row of ``x``."""
@@ -149,7 +164,7 @@ class TrainedNorm(nn.Module, BaseTunerLayer):
         result = None
         for name in sorted(set(adapter_names)):
             rows = [row for row, wanted in enumerate(adapter_names) if wanted == name]
-            part = _call(self.base_layer, self.with_changes({name: 1.0}), (x[rows], *args), kwargs)
+            part = self._call_base({name: 1.0}, (x[rows], *args), kwargs)
             if result is None:
                 result = part.new_empty(len(x), *part.shape[1:])
             result[rows] = part
@@ -262,14 +277,18 @@ def values_as_changes(model: nn.Module, adapter_name: str, tensors: Mapping[str,
     return translated
 
 
-def _call(norm: nn.Module, parameters: Mapping[str, Tensor], args: Any, kwargs: Any) -> Tensor:
-    """The forward pass of ``norm`` with other parameters."""
+def _call(
+    norm: nn.Module, parameters: Mapping[str, Tensor], args: Any, kwargs: Any, *, own_forward: bool = False
+) -> Tensor:
+    """The forward pass of ``norm`` with other parameters; its class's, past one that is bound to it, if asked for."""
     if not parameters:
         return norm(*args, **kwargs)
-    if torch.compiler.is_compiling() or "forward" in norm.__dict__:
+    if torch.compiler.is_compiling() or ("forward" in norm.__dict__ and not own_forward):
         # what is bound to the instance, as accelerate's forward passes are, sees no other one
         return functional_call(norm, dict(parameters), args, kwargs)
     # functional_call writes to the module for the length of the call, which another thread may be computing with
     other = norm.__new__(type(norm))
     other.__dict__ = {**norm.__dict__, **parameters}
+    if own_forward:
+        other.__dict__.pop("forward", None)
     return other(*args, **kwargs)
