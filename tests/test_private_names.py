@@ -56,8 +56,6 @@ BY_OWNER = {
     "peft.utils.other.ModulesToSaveWrapper": {
         "_active_adapter": PRESENT,
         "_adapters": PRESENT,
-        "_forward_wrapped": "(self, *args, **kwargs)",
-        "_forward_wrapped_mixed_batch": "(self, x, active_adapter, *args, **kwargs)",
     },
     "peft.utils.other": {
         "_set_layer_requires_grad": "(layer, requires_grad)",

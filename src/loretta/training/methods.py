@@ -26,7 +26,7 @@ from loretta.options import with_lists
 from loretta.training.config import ALIASES, HeadPolicy, RunConfig
 from loretta.tuners.adp import LorettaAdpConfig
 from loretta.tuners.config import LorettaConfig, TrainHead
-from loretta.tuners.heads import head_names
+from loretta.tuners.heads import head_names, is_final
 from loretta.tuners.norms import norm_names
 from loretta.tuners.rep import LorettaRepConfig
 
@@ -143,13 +143,13 @@ def peft_config(
 def frozen_head(config: PeftConfig, model: nn.Module, head_policy: HeadPolicy) -> list[str]:
     """Modules of the head that are saved and not trained, of a method whose own options do not say so.
 
-    That is the whole head, or under "method" the hidden layer where it has random weights: PEFT would leave it out
+    That is the whole head, or under "method" its hidden layers where they have random weights: PEFT would leave it out
     of the adapter's file, and nobody could load what was trained on top of it.
     """
     if isinstance(config, LorettaConfig) or head_policy == "full":
         return []
     names = head_names(model, LorettaConfig(task_type=config.task_type, train_head="frozen"))
-    return names if head_policy == "frozen" else [name for name in names if name.endswith(".dense")]
+    return names if head_policy == "frozen" else [name for name in names if not is_final(name, config.task_type)]
 
 
 def _set_head(config: PeftConfig, model: nn.Module, head_policy: HeadPolicy) -> None:

@@ -35,8 +35,10 @@ _TAGS = ("loretta", "tensor-train")
 _SETTINGS = ("learning_rate", "head_learning_rate", "epochs", "batch_size", "max_length", "schedule", "limit", "seed")
 _PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification"}
 _OURS = re.compile(r"<!-- loretta ([0-9a-f]{12})[^>]*-->\n(.*?)\n<!-- end of loretta -->", re.DOTALL)
-# frozen starts that are subtracted, and copies that bias="all" makes PEFT save a second time
-_NOT_TRAINED = re.compile(r"\.(loretta_(rep|adp)_start_(down|up)|start|original_module|modules_to_save)\.")
+# frozen starts that are subtracted, dense layers beside them, and copies that bias="all" makes PEFT save a second time
+_NOT_TRAINED = re.compile(
+    r"\.(loretta_(rep|adp)_start_(down|up)|start|original_module|modules_to_save)\.|\.base_(weight|bias)$"
+)
 _TRAIN = re.compile(r"\.loretta_(rep|adp)_(down|up)\.")
 _NORM = re.compile(r"\.loretta_(rep|adp)_norm_[^.]+$")
 _SIGNATURE = re.compile(r"(?P<count>\d+) (?P<module>\S+) (?P<in>\d+) x (?P<out>\d+)")

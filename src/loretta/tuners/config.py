@@ -33,11 +33,12 @@ class LorettaConfig(PeftConfig):
             doubles its cores on disk. ``True`` and ``False`` mean "zero" and "gaussian", as in other methods.
         train_norms: also train every layer norm (saved with the adapter).
         train_head: what happens to a classification head (task types SEQ_CLS, TOKEN_CLS and QUESTION_ANS):
-            "tensorized": the head's hidden layer (``pooler.dense``, ``classifier.dense``, ``head.dense``) becomes
-            a tensor train that starts as its TT-SVD, and the final layer is trained; "tensorized_only": the same
-            with the final layer frozen, as in the paper's rep rows; "dense": both are trained as they are;
-            "frozen": neither is trained. What a base model initialises at random is saved with the adapter even
-            when it is frozen. Heads of language models are never trained.
+            "tensorized": the head's hidden layer (``pooler.dense``, ``classifier.dense``, ``head.dense``, ...) gets a
+            tensor train, and the final layer is trained; "tensorized_only": the same with the final layer frozen, as
+            in the paper's rep rows; "dense": both are trained as they are; "frozen": neither is trained. The train
+            stands in for a layer that transformers made at random, as its TT-SVD, and is added to any other one, as no
+            change. What is random is saved with the adapter even when it is frozen. Heads of language models are
+            never trained.
         rank_pattern: ``tensor_rank`` for single modules, by the end of their name or a regular expression.
         bias: which biases of the *base model* are trained: "none", "all", or those of the adapted modules:
             "loretta_rep_only" of rep and "loretta_adp_only" of adp.
@@ -45,8 +46,8 @@ class LorettaConfig(PeftConfig):
         layers_to_transform, layers_pattern: restrict the adapted layers by index, as in LoRA.
         base_signature: written when the adapter is saved, and checked when it is loaded: the adapted modules of the
             base model it was trained on. Not to be given.
-        head_origins: written when the adapter is saved: of which modules of the head the base model brought weights
-            ("loaded"), and which it made at random ("fresh"). Not to be given.
+        head_origins: written when the adapter is saved: where each module of the head came from
+            (:class:`loretta.tuners.heads.Head`). Not to be given.
 
     Raises InputError (a ValueError) that names every mistake at once.
     """

@@ -1,9 +1,11 @@
 """Copies of whole modules: trained and saved with an adapter, with a train in place of a dense layer, or frozen."""
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import torch
 from peft.utils.other import ModulesToSaveWrapper, _set_layer_requires_grad
 from torch import Tensor, nn
 
@@ -16,10 +18,47 @@ class CopyPolicy:
     """How one adapter treats its copy of a module. Paths are relative to the module; "" is the module itself."""
 
     tensorized: tuple[str, ...] = ()
-    as_change: bool = False  # the train is added to the pretrained layer instead of standing in for it
+    as_change: bool = False  # the train is added to the base's layer instead of standing in for it
+    saves_base: bool = False  # that layer is saved with the adapter, for it may be nowhere else
     frozen: bool = False  # all but the tensorised layers
     rank: int = 1
     shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+
+class ChangedLinear(TTLinear):
+    """A frozen dense layer plus the change of a train, which starts as the layer's TT-SVD minus itself.
+
+    It holds the dense weight itself: a copied module lies apart from the one that was copied.
+    """
+
+    base_weight: Tensor
+    base_bias: Tensor | None
+
+    @classmethod
+    def from_dense(cls, dense: nn.Linear, shape: tt.TTShape, *, as_change: bool = True) -> "ChangedLinear":
+        """No change of ``dense`` at first, to the last bit."""
+        layer = cast(ChangedLinear, super().from_dense(_widened(dense), shape, as_change=as_change))
+        layer.register_buffer("base_weight", dense.weight.detach().clone())
+        layer.register_buffer("base_bias", None if dense.bias is None else dense.bias.detach().clone())
+        return layer
+
+    def forward(self, x_BI: Tensor) -> Tensor:
+        return nn.functional.linear(x_BI, self.base_weight, self.base_bias) + super().forward(x_BI)
+
+    @torch.no_grad()
+    def to_dense(self, pretrained: nn.Linear | None = None) -> nn.Linear:
+        """The dense layer with the same effect."""
+        base = nn.Linear(self.in_features, self.out_features, device="meta")
+        base.weight = nn.Parameter(self.base_weight)
+        base.bias = None if self.base_bias is None else nn.Parameter(self.base_bias)  # type: ignore[assignment]
+        return super().to_dense(pretrained=base)
+
+
+def _widened(dense: nn.Linear) -> nn.Linear:
+    """In float32 where it has half precision: cores are no small numbers, and half precision loses steps of them."""
+    if dense.weight.dtype not in (torch.bfloat16, torch.float16):
+        return dense
+    return copy.deepcopy(dense).float()
 
 
 class AdapterCopy(ModulesToSaveWrapper):
@@ -31,8 +70,7 @@ class AdapterCopy(ModulesToSaveWrapper):
 
     def __init__(self, module: nn.Module, adapter_name: str, policy: CopyPolicy) -> None:
         self.policies = {adapter_name: policy}
-        self.standing_in: str | None = None  # computes in place of the active adapter, while it is merged
-        self.follows_merge = False
+        self.before_merge: list[str] | None = None  # what was active, while what is merged computes in its place
         super().__init__(module, adapter_name)
 
     def update(self, adapter_name: str, tied_module: nn.Module | None = None, **kwargs) -> None:
@@ -44,14 +82,14 @@ class AdapterCopy(ModulesToSaveWrapper):
         self._apply_frozen()
 
     def _tensorize(self, adapter_name: str, path: str, policy: CopyPolicy) -> None:
-        copy = self.modules_to_save[adapter_name]
-        dense = cast(nn.Linear, copy.get_submodule(path))
+        copied = self.modules_to_save[adapter_name]
+        dense = cast(nn.Linear, copied.get_submodule(path))
         shape = tt.plan_shape(dense.in_features, dense.out_features, rank=policy.rank, overrides=policy.shapes)
-        train = TTLinear.from_dense(dense, shape, as_change=policy.as_change)
+        train = ChangedLinear.from_dense(dense, shape) if policy.as_change else _stand_in(dense, shape)
         # an adapter that is added beside the active one is not trained yet
         train.requires_grad_(dense.weight.requires_grad)
         if path:
-            copy.set_submodule(path, train)
+            copied.set_submodule(path, train)
         else:
             self.modules_to_save[adapter_name] = train
 
@@ -65,6 +103,23 @@ class AdapterCopy(ModulesToSaveWrapper):
                 if policy.frozen and not name.startswith(trained):
                     parameter.requires_grad_(False)
 
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        """As PEFT's, without the dense layers that came with the base model."""
+        keys = super().adapter_state_dict_load_map(adapter_name)
+        return {key: value for key, value in keys.items() if self._is_saved(adapter_name, key)}
+
+    def adapter_state_dict(  # type: ignore[override] # as ModulesToSaveWrapper's own
+        self, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """As PEFT's, without the dense layers that came with the base model."""
+        tensors = super().adapter_state_dict(adapter_name, state_dict)
+        return {key: value for key, value in tensors.items() if self._is_saved(adapter_name, key)}
+
+    def _is_saved(self, adapter_name: str, key: str) -> bool:
+        policy = self._policy(adapter_name)
+        of_base = {f"{path}.{name}".lstrip(".") for path in policy.tensorized for name in ("base_weight", "base_bias")}
+        return policy.saves_base or key not in of_base
+
     def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None) -> None:
         """As PEFT's, for any number of active adapters; the next ones may have a copy where this one has none."""
         if adapter_name in self.modules_to_save:
@@ -72,29 +127,21 @@ class AdapterCopy(ModulesToSaveWrapper):
             del self.modules_to_save[adapter_name]
         self.policies.pop(adapter_name, None)
         active = [name for name in new_active_adapters or [] if name in self.modules_to_save]
-        if active != self.active_adapters:  # otherwise what trains stays as it is, too
+        if self.before_merge is not None:
+            self.before_merge = active
+        elif active != self.active_adapters:  # otherwise what trains stays as it is, too
             self.set_adapter(active)
-
-    def _forward_wrapped(self, *args: Any, **kwargs: Any) -> Tensor:
-        name = self.standing_in if self.follows_merge else next(iter(self.active_adapters), None)
-        return self.original_module(*args, **kwargs) if name is None else self._forward_of(name, args, kwargs)
-
-    def _forward_wrapped_mixed_batch(self, x: Tensor, active_adapter: str, *args: Any, **kwargs: Any) -> Tensor:
-        return self._forward_of(active_adapter, (x, *args), kwargs)
-
-    def _forward_of(self, name: str, args: Any, kwargs: Any) -> Tensor:
-        result = self.modules_to_save[name](*args, **kwargs)
-        return result + self.original_module(*args, **kwargs) if self._policy(name).as_change else result
 
     def follow_merge(self, merged: list[str]) -> None:
         """Compute with the copy of the adapter that is merged into the base weights, active or not.
 
         Two heads cannot be one: the active adapter's stays then.
         """
-        here = [name for name in merged if name in self.modules_to_save]
-        self.merged_adapters = here
-        self.follows_merge = bool(merged) and len(here) < 2
-        self.standing_in = here[0] if len(here) == 1 else None
+        if self.before_merge is not None:
+            self._active_adapter, self.before_merge = _as_pefts(self.before_merge), None
+        self.merged_adapters = [name for name in merged if name in self.modules_to_save]
+        if merged and len(self.merged_adapters) < 2:
+            self.before_merge, self._active_adapter = self.active_adapters, self.merged_adapters
 
     def _mixed_batch_forward(self, input: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         """As PEFT's, for any module that maps rows to rows: whole heads, not only linear layers."""
@@ -102,7 +149,7 @@ class AdapterCopy(ModulesToSaveWrapper):
         for name in sorted(set(adapter_names)):
             rows = [row for row, wanted in enumerate(adapter_names) if wanted == name]
             if name in self.modules_to_save:
-                part = self._forward_wrapped_mixed_batch(input[rows], name, *args, **kwargs)
+                part = self.modules_to_save[name](input[rows], *args, **kwargs)
             else:
                 part = self.original_module(input[rows], *args, **kwargs)
             if result is None:
@@ -130,11 +177,10 @@ class AdapterCopy(ModulesToSaveWrapper):
         names = [name for name in wanted if name in self.modules_to_save]
         if len(names) > 1:
             raise ValueError(f"only one of the heads of {', '.join(names)} can be active at a time")
-        active: Any = names[0] if names else []  # PEFT compares a single one with a name
-        self._active_adapter = active
+        self._active_adapter, self.before_merge = _as_pefts(names), None
         # all others are frozen: PEFT freezes the one active before, which in transformers' add_adapter is the new one
-        for name, copy in self.modules_to_save.items():
-            _set_layer_requires_grad(copy, name in names and not inference_mode)
+        for name, copied in self.modules_to_save.items():
+            _set_layer_requires_grad(copied, name in names and not inference_mode)
         self._apply_frozen()
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
@@ -153,12 +199,18 @@ class AdapterCopy(ModulesToSaveWrapper):
                 f"cannot merge the heads of {', '.join(names)} into one: name one of them in adapter_names"
             )
         module = self.modules_to_save[names[0]]
-        if isinstance(module, TTLinear):
-            return module.to_dense(self.original_module if module.start is not None else None)
-        for name, child in list(module.named_modules()):
-            if isinstance(child, TTLinear):
-                module.set_submodule(name, child.to_dense())
+        for path, train in list(module.named_modules()):
+            if isinstance(train, TTLinear):
+                dtype = cast(nn.Linear, self.original_module.get_submodule(path)).weight.dtype
+                dense = train.to_dense().to(dtype)
+                if not path:
+                    return dense
+                module.set_submodule(path, dense)
         return module
+
+
+def _stand_in(dense: nn.Linear, shape: tt.TTShape) -> TTLinear:
+    return TTLinear.from_dense(_widened(dense), shape)
 
 
 def rename_copy(wrapper: ModulesToSaveWrapper, old: str, new: str) -> None:
@@ -166,7 +218,13 @@ def rename_copy(wrapper: ModulesToSaveWrapper, old: str, new: str) -> None:
     if old in wrapper.modules_to_save:
         wrapper.modules_to_save[new] = wrapper.modules_to_save.pop(old)
         wrapper._adapters = wrapper._adapters - {old} | {new}
-        active: list[Any] = [new if name == old else name for name in wrapper.active_adapters]
-        wrapper._active_adapter = active[0] if len(active) == 1 else active  # PEFT compares a single one with a name
-        if isinstance(wrapper, AdapterCopy) and old in wrapper.policies:
-            wrapper.policies[new] = wrapper.policies.pop(old)
+        wrapper._active_adapter = _as_pefts([new if name == old else name for name in wrapper.active_adapters])
+        if isinstance(wrapper, AdapterCopy):
+            wrapper.policies = {new if name == old else name: policy for name, policy in wrapper.policies.items()}
+            if wrapper.before_merge is not None:
+                wrapper.before_merge = [new if name == old else name for name in wrapper.before_merge]
+
+
+def _as_pefts(names: list[str]) -> Any:
+    """Active adapters as PEFT holds them, which compares a single one with a name."""
+    return names[0] if len(names) == 1 else names

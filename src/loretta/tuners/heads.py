@@ -1,18 +1,22 @@
 """The classification head: what happens to each of its modules (LoRETTA section B), and what it and norms cost."""
 
+import logging
 from dataclasses import dataclass
-from functools import partial
-from typing import cast
+from typing import Any, cast
 
 from peft import TaskType
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
+from transformers import PreTrainedModel
 
 from loretta import tt
 from loretta.errors import InputError
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.copies import AdapterCopy, CopyPolicy
-from loretta.tuners.norms import is_norm, norms_of, outer_modules, own_parameters
+from loretta.tuners.norms import TrainedNorm, is_norm, norms_of, outer_modules, own_parameters
+
+logger = logging.getLogger(__name__)
 
 # What PEFT itself puts into modules_to_save for a task, and BART's head, which it overlooks
 _FINAL_LAYERS: dict[str | None, tuple[str, ...]] = {
@@ -39,13 +43,14 @@ def copy_cost(model: nn.Module, config: LorettaConfig) -> CopyCost:
 
     Raises InputError when a given shape does not fit the head's hidden layer.
     """
-    heads = _head_policies(config, model)
+    heads = Head(model, config).policies
     whole = [
         name
         for name in outer_modules(model)
         if name not in heads and any(name.endswith(ending) for ending in config.modules_to_save or [])
     ]
     norms = norms_of(model, outside=[*heads, *whole]) if config.train_norms else []
+    n_norms = sum(parameter.numel() for name in norms for parameter in own_parameters(model.get_submodule(name)))
     head = frozen = 0
     parts: list[str] = []
     for name, policy in heads.items():
@@ -60,10 +65,12 @@ def copy_cost(model: nn.Module, config: LorettaConfig) -> CopyCost:
             trains += shape.n_params + (0 if dense.bias is None else dense.bias.numel())
             total -= sum(parameter.numel() for parameter in dense.parameters())
             frozen += shape.n_params if policy.as_change else 0
+            frozen += sum(parameter.numel() for parameter in dense.parameters()) if policy.saves_base else 0
         parts.append(f"{name}: {_in_words(policy)}")
-        head += trains + (0 if policy.frozen else total)
         frozen += total if policy.frozen else 0
-    n_norms = sum(parameter.numel() for name in norms for parameter in own_parameters(model.get_submodule(name)))
+        whole_part = 0 if policy.frozen else total
+        n_norms += whole_part if is_norm(copy) else 0
+        head += trains + (0 if is_norm(copy) else whole_part)
     for name in whole:
         module = _original(model.get_submodule(name))
         n_parameters = sum(parameter.numel() for parameter in module.parameters())
@@ -75,13 +82,14 @@ def copy_cost(model: nn.Module, config: LorettaConfig) -> CopyCost:
 
 
 def _in_words(policy: CopyPolicy) -> str:
-    if policy.as_change:
-        return "pretrained; a train is added to it, which starts as its TT-SVD and as no change"
-    hidden = "a train that starts as its TT-SVD"
-    if policy.tensorized == ("",):
-        return hidden
     rest = "frozen, and saved because it is random" if policy.frozen else "a plain dense layer, trained whole"
-    return f"its hidden layer is {hidden}; its final layer is {rest}" if policy.tensorized else rest
+    if not policy.tensorized:
+        return rest
+    train = "a train that starts as its TT-SVD"
+    if policy.as_change:
+        kept = "kept, and saved because it may be nowhere else" if policy.saves_base else "pretrained"
+        train = f"{kept}; a train is added to it, which starts as its TT-SVD and as no change"
+    return train if policy.tensorized == ("",) else f"its hidden layer is {train}; its final layer is {rest}"
 
 
 def install_head(model: nn.Module, config: LorettaConfig, adapter_name: str) -> list[str]:
@@ -89,67 +97,202 @@ def install_head(model: nn.Module, config: LorettaConfig, adapter_name: str) -> 
 
     PEFT activates the copies later, when it goes through ``modules_to_save``.
     """
-    policies = _head_policies(config, model)
-    for name, policy in policies.items():
+    head = Head(model, config)
+    config._origins_found = head.origins
+    for name, policy in head.policies.items():
+        logger.info("%s: %s", name, _in_words(policy))
         module = model.get_submodule(name)
         if isinstance(module, AdapterCopy):
             module.policies[adapter_name] = policy
         elif not isinstance(module, ModulesToSaveWrapper):
             model.set_submodule(name, AdapterCopy(module, adapter_name, policy))
-    return list(policies)
+    return list(head.policies)
 
 
 def head_names(model: nn.Module, config: LorettaConfig) -> list[str]:
     """Names of the modules of the head that are copied whole under ``config.task_type``."""
-    return list(_head_policies(config, model))
+    return list(Head(model, config).policies)
+
+
+def is_final(name: str, task_type: str | None) -> bool:
+    """Whether a module of the head is one that PEFT, too, trains and saves for the task."""
+    return name.endswith(_FINAL_LAYERS.get(task_type, ()))
 
 
 def _original(module: nn.Module) -> nn.Module:
     return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
 
 
-def _head_policies(config: LorettaConfig, model: nn.Module) -> dict[str, CopyPolicy]:
-    """Module name -> policy for the head under ``config.task_type``; empty where the task has none."""
-    endings = _FINAL_LAYERS.get(config.task_type, ())
-    if not endings:
-        return {}
-    modules = outer_modules(model)
-    finals = [name for name in modules if name.endswith(endings)]
-    finals = [name for name in finals if not any(name.startswith(other + ".") for other in finals)]
-    tensorize = config.train_head.startswith("tensorized")
-    policy = partial(CopyPolicy, rank=config.tensor_rank, shapes=config.shapes)
-    policies = {}
-    for name in finals:
-        has_hidden = isinstance(getattr(_original(modules[name]), "dense", None), nn.Linear)
-        is_hidden = name.endswith("pre_classifier")  # DistilBERT: PEFT takes it for a final layer by its ending
-        path = "" if is_hidden else "dense"
-        policies[name] = policy(
-            tensorized=(path,) if tensorize and (has_hidden or is_hidden) else (),
-            # the hidden layer is tensorised whole, and trains unless nothing of the head does
-            frozen=config.train_head == "frozen" or (config.train_head == "tensorized_only" and not is_hidden),
-        )
-    if not finals or config.task_type != TaskType.SEQ_CLS:
-        return policies
-    for name, module in modules.items():
-        if not name.endswith(_HIDDEN_LAYERS) or name.startswith(tuple(final + "." for final in finals)):
-            continue
-        pretrained = _is_pretrained(model, name, _original(module))
-        if config.train_head != "frozen":
-            policies[name] = policy(tensorized=("",) if tensorize else (), as_change=tensorize and pretrained)
-        elif not pretrained:
-            policies[name] = policy(frozen=True)
-    return policies
+class Head:
+    """Of which modules the head of a model consists for one task, where each comes from, and what happens to it.
 
-
-def _is_pretrained(model: nn.Module, name: str, module: nn.Module) -> bool:
-    """Whether a hidden layer came with the checkpoint, or was made at random with the head.
-
-    It lies inside the base model then. A checkpoint may still lack it (BERT saved as a masked language model has no
-    pooler); transformers marks what it did load, and starts the rest with a bias of zeros.
+    Attributes:
+        origins: where each module comes from. "loaded": its weights came with the checkpoint. "fresh": transformers
+            made them at random, and nobody has touched them since. "unknown": neither is sure. Of a module with a
+            hidden layer that gets a train it is that of the layer. An adapter's file holds them, and there they stay.
+        policies: what happens to each module that is copied. A train stands in for a fresh layer. It is added to any
+            other one, which computes what it did before to the last bit; what is not loaded is saved with the adapter.
     """
-    prefix = getattr(model, "base_model_prefix", "")
-    if not prefix or not name.startswith(prefix + "."):
-        return False
-    weight, bias = cast(nn.Linear, module).weight, cast(nn.Linear, module).bias
-    was_loaded = getattr(weight, "_is_hf_initialized", False)
-    return was_loaded or bias is None or bias.is_meta or bool(bias.any())
+
+    def __init__(self, model: nn.Module, config: LorettaConfig) -> None:
+        self.origins: dict[str, str] = {}
+        self.policies: dict[str, CopyPolicy] = {}
+        self._model, self._config = model, config
+        if config.task_type not in _FINAL_LAYERS:
+            return
+        adapted = tuple(name + "." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+        self._modules = {n: _original(m) for n, m in outer_modules(model).items() if not n.startswith(adapted)}
+        found = [name for name in self._modules if is_final(name, config.task_type)]
+        self._finals = [name for name in found if not any(name.startswith(other + ".") for other in found)]
+        for name in self._finals:
+            self._add_final(name)
+        for name in self._others() if self._finals or config.task_type == TaskType.SEQ_CLS else ():
+            self._add_other(name)
+
+    def _add_final(self, name: str) -> None:
+        module, how = self._modules[name], self._config.train_head
+        is_hidden = name.endswith("pre_classifier")  # DistilBERT: PEFT takes it for a final layer by its ending
+        hidden = module if is_hidden else getattr(module, "dense", None)
+        has_train = isinstance(hidden, nn.Linear) and how.startswith("tensorized")
+        origin = self._origin(name, hidden if isinstance(hidden, nn.Linear) and has_train else module)
+        self.policies[name] = self._policy(
+            tensorized=("" if is_hidden else "dense",) if has_train else (),
+            origin=origin,
+            # the hidden layer is tensorised whole, and trains unless nothing of the head does
+            frozen=how == "frozen" or (how == "tensorized_only" and not is_hidden),
+        )
+
+    def _add_other(self, name: str) -> None:
+        module, how = self._modules[name], self._config.train_head
+        is_hidden = isinstance(module, nn.Linear) and module.out_features != self._n_labels()
+        has_train = is_hidden and how.startswith("tensorized")
+        frozen = how == "frozen" or (how == "tensorized_only" and not has_train)
+        if is_norm(module):
+            frozen = not self._config.train_norms
+        origin = self._origin(name, module)
+        if not (frozen and origin == "loaded"):
+            self.policies[name] = self._policy(tensorized=("",) if has_train else (), origin=origin, frozen=frozen)
+
+    def _policy(self, *, tensorized: tuple[str, ...], origin: str, frozen: bool) -> CopyPolicy:
+        as_change = bool(tensorized) and origin != "fresh"
+        return CopyPolicy(
+            tensorized=tensorized,
+            as_change=as_change,
+            saves_base=as_change and origin == "unknown",
+            frozen=frozen,
+            rank=self._config.tensor_rank,
+            shapes=self._config.shapes,
+        )
+
+    def _n_labels(self) -> int | None:
+        return getattr(getattr(self._model, "config", None), "num_labels", None)
+
+    def _others(self) -> list[str]:
+        """Modules of the head beside the final ones: around the base model, and fresh layers within it."""
+        if self._config.head_origins is not None:
+            return self._recorded()
+        inside = tuple(final + "." for final in self._finals)
+        names = [name for name in self._modules if name not in self._finals and not name.startswith(inside)]
+        hidden = [name for name in names if name.endswith(_HIDDEN_LAYERS)]
+        if self._config.holds_whole_norms:
+            return hidden if self._finals and self._config.task_type == TaskType.SEQ_CLS else []
+        leaves = [
+            name
+            for name in names
+            if not any(True for _ in self._modules[name].children())
+            and any(True for _ in self._modules[name].parameters())
+            and not isinstance(self._modules[name], TrainedNorm)
+            # a norm that nobody has touched is the same in every model
+            and not (is_norm(self._modules[name]) and self._origin_of(name, self._modules[name]) != "unknown")
+        ]
+        around = [name for name in leaves if self._lies_around(name)]
+        knows = any(_is_marked(parameter) for parameter in self._model.parameters())
+        fresh = [name for name in leaves if knows and _is_fresh_layer(self._modules[name])]
+        if self._config.task_type != TaskType.SEQ_CLS:
+            hidden = []
+        return [name for name in names if name in {*hidden, *around, *fresh}]
+
+    def _recorded(self) -> list[str]:
+        recorded = [name for name in self._config.head_origins or {} if name not in self._finals]
+        if lacking := [name for name in recorded if name not in self._modules]:
+            raise InputError(
+                f"this adapter was trained for another base model: it holds '{lacking[0]}' of a head, which this model "
+                f"does not have; load it with '{self._config.base_model_name_or_path}'"
+            )
+        return recorded
+
+    def _lies_around(self, name: str) -> bool:
+        """Whether a module is outside the base model, and outside any other whole model."""
+        base = getattr(self._model, "base_model_prefix", "")
+        if not isinstance(self._model, PreTrainedModel) or base not in self._model._modules:
+            return False  # which part is the head cannot be told
+        parents = name.split(".")[:-1]
+        paths = [".".join(parents[: depth + 1]) for depth in range(len(parents))]
+        return not any(isinstance(self._model.get_submodule(path), PreTrainedModel) for path in paths)
+
+    def _origin(self, name: str, module: nn.Module) -> str:
+        """As recorded in the adapter's file, else as the parameters tell."""
+        if self._config.head_origins is not None and name in self._config.head_origins:
+            origin = self._config.head_origins[name]
+            if (
+                origin == "loaded"
+                and self._origin_of(name, module) == "fresh"
+                and not next(module.parameters()).is_meta
+            ):
+                raise InputError(
+                    f"this adapter was trained for a base model that brings '{name}', which is random here: load it "
+                    f"with '{self._config.base_model_name_or_path or 'the model it was trained on'}'"
+                )
+        elif self._config.holds_whole_norms:
+            origin = "loaded" if self._was_pretrained(name, module) else "fresh"
+        else:
+            origin = self._origin_of(name, module)
+        self.origins[name] = origin
+        return origin
+
+    def _origin_of(self, name: str, module: nn.Module) -> str:
+        parameters, in_base = list(module.parameters()), self._lies_in_base(name)
+        if any(_is_marked(parameter) for parameter in parameters):
+            return "loaded"
+        if any(parameter.is_meta for parameter in parameters):
+            return "loaded" if in_base else "fresh"  # a plan: a base model brings what lies in it
+        parts = [*module.modules(), *(part for final in self._finals for part in self._modules[final].modules())]
+        if not any(_has_moved(part) for part in (module.modules() if in_base else parts)):
+            return "fresh"
+        return "loaded" if in_base else "unknown"
+
+    def _lies_in_base(self, name: str) -> bool:
+        prefix = getattr(self._model, "base_model_prefix", "")
+        return bool(prefix) and name.startswith(prefix + ".")
+
+    def _was_pretrained(self, name: str, module: nn.Module) -> bool:
+        """What adapters were trained by whose files do not say: only layers in the base model could be loaded."""
+        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
+        has_come = _is_marked(weight) or bias is None or bias.is_meta or bool(bias.any())
+        return self._lies_in_base(name) and has_come
+
+
+def _is_marked(parameter: Any) -> bool:
+    """Whether transformers has loaded a parameter from a checkpoint. Copies of models lose the mark."""
+    return getattr(parameter, "_is_hf_initialized", False)
+
+
+def _has_moved(module: nn.Module) -> bool:
+    """Whether own parameters of a module, which are not marked, may be anything but a random start.
+
+    transformers starts biases as zeros, and training moves them. A start writes to a weight up to seven times (torch's
+    own one, and a truncated normal distribution); to the weights of a copied model nobody has written.
+    """
+    for name, parameter in module.named_parameters(recurse=False):
+        if _is_marked(parameter):
+            continue
+        if parameter.is_meta or parameter.is_inference() or parameter.grad is not None:
+            return True
+        if not 1 <= parameter._version <= 7 or (name == "bias" and bool(parameter.any())):
+            return True
+    return False
+
+
+def _is_fresh_layer(module: nn.Module) -> bool:
+    """Whether a linear layer within a loaded model was left to chance by the checkpoint."""
+    return type(module) is nn.Linear and not _is_marked(module.weight) and not _has_moved(module)

@@ -42,6 +42,7 @@ class LorettaLayer(JointLayer, BaseTunerLayer):
             self.add_module(self.prefix + part, nn.ModuleDict())
         self.scaling = Scales()
         self.placements: dict[str, Placement] = {}
+        self.followers: list[Any] = []  # copied modules, which transformers switches off with the layers, and not on
         # plain dictionaries beside the modules, whose attributes torch is slow to look up
         self.n_pairs: dict[str, int] = {}
         self.drops: dict[str, bool] = {}
@@ -181,6 +182,8 @@ class LorettaLayer(JointLayer, BaseTunerLayer):
 
     def enable_adapters(self, enabled: bool) -> None:
         super().enable_adapters(enabled)
+        for copied in self.followers:
+            copied.enable_adapters(enabled)
         note_change()
 
     def delete_adapter(self, adapter_name: str) -> None:

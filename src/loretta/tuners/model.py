@@ -68,7 +68,6 @@ class LorettaModel(BaseTuner):
         check_endings(adapter_name, [*(config.modules_to_save or []), *head_names(model, config)])
         copy_cost(model, config)
         names = install_head(model, config, adapter_name)
-        config._origins_found = {}
         given = list(dict.fromkeys(config.modules_to_save or [])) or None
         # for PEFT alone: what the config says already follows from its other options
         config.modules_to_save = list(dict.fromkeys([*(given or []), *names])) or None
@@ -84,6 +83,9 @@ class LorettaModel(BaseTuner):
             if config.holds_whole_norms:
                 norm.expects_values_of = adapter_name
             norm.known = {name: norm.known.get(name, False) for name in self.peft_config}
+        layers: list[Any] = [*self._layers(LorettaLayer), *self._layers(TrainedNorm)]
+        for layer in layers:
+            layer.followers = self._layers(AuxiliaryTrainingWrapper)
         Contraction.attach(model)
         Watch.attach(model)
 

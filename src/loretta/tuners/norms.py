@@ -81,6 +81,7 @@ class TrainedNorm(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._unmerged: dict[str, Tensor] = {}  # the base's own values, while adapters are merged into them
         self.expects_values_of: str | None = None
+        self.followers: list[Any] = []  # as those of LorettaLayer
 
     def update_layer(self, adapter_name: str, prefix: str) -> None:
         """Add one adapter, of the method with this ``prefix``, whose changes are zeros."""
@@ -227,6 +228,11 @@ class TrainedNorm(nn.Module, BaseTunerLayer):
             if adapter_name in changes and not changes[adapter_name].is_meta:
                 target = self._own(attribute.partition("_norm_")[2]).device if device is None else device
                 changes[adapter_name].data = changes[adapter_name].data.to(target)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        super().enable_adapters(enabled)
+        for copied in self.followers:
+            copied.enable_adapters(enabled)
 
     def to_base_dtype(self, adapter_name: str) -> None:
         """Hold one adapter's changes in the dtype of the base."""
