@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 
 RESULTS := benchmarks/results
 
-.PHONY: demo test test-matrix lint check format tables bench bench-gpu
+.PHONY: demo test test-matrix lint check format fuzz tables bench bench-gpu
 
 # make demo QUICK=1: one epoch on a part of the data
 demo: $(INSTALLED)
@@ -26,6 +26,11 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 check: lint test
+
+# Damaged and hostile files for everything that reads files of others, for a night; make fuzz INPUTS=2000 for a minute
+INPUTS ?= 100000
+fuzz: $(INSTALLED)
+	$(BIN)/python benchmarks/fuzz.py --inputs $(INPUTS) --out $(RESULTS)/fuzz.json
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

@@ -5,6 +5,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # nothing here may reach for the network
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import socket
+
 import pytest
 import torch
 from draws import seed_torch
@@ -12,6 +14,19 @@ from draws import seed_torch
 # the kernels then run on the CPU; Triton asks once, when it is imported
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+_connect = socket.socket.connect
+
+
+def _connect_here(self: socket.socket, address: object) -> None:
+    """Connections within this machine alone, as between the processes of a distributed test."""
+    host = address[0] if isinstance(address, tuple) else "localhost"
+    if host not in ("localhost", "127.0.0.1", "::1", "0.0.0.0", socket.gethostname()):
+        raise AssertionError(f"a test reaches for {host!r}: tests run without a network")
+    _connect(self, address)
+
+
+socket.socket.connect = _connect_here  # type: ignore[method-assign]
 
 pytest_plugins = ["tiny_models", "study_data"]
 

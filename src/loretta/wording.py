@@ -44,6 +44,11 @@ def one_line(error: object, most: int = 300) -> str:
     return words if len(words) <= most else words[:most] + "..."
 
 
+def printable(text: object) -> str:
+    """The text on one line; what a terminal would obey or hide is spelled (escapes, line ends, turns of direction)."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text))
+
+
 def size_words(n_bytes: int | None) -> str:
     """Bytes as "512 B" or "1.5 GiB"."""
     if n_bytes is None:

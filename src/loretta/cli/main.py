@@ -23,6 +23,7 @@ from loretta.cli.report import report
 from loretta.cli.reproduce import reproduce
 from loretta.cli.train import train
 from loretta.errors import InputError, Stopped
+from loretta.wording import printable
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -55,10 +56,10 @@ def main() -> None:
     try:
         app(prog_name="loretta")
     except InputError as error:
-        print(f"loretta: {error}", file=sys.stderr)
+        print(f"loretta: {printable(error)}", file=sys.stderr)
         sys.exit(2)
     except Stopped as stopped:
-        print(f"loretta: {stopped}", file=sys.stderr)
+        print(f"loretta: {printable(stopped)}", file=sys.stderr)
         sys.exit(stopped.exit_status)
     except KeyboardInterrupt:
         print("loretta: interrupted; a run goes on from its last checkpoint with --resume", file=sys.stderr)

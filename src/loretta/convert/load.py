@@ -11,14 +11,14 @@ import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from loretta.errors import InputError
 from loretta.tuners.card import saved_shapes
 from loretta.tuners.task_types import base_class, count_labels
-from loretta.wording import one_line
+from loretta.wording import one_line, quoted
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."  # in a file that PEFT writes, of every key for what lies in the base model
@@ -101,10 +101,10 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
 
     Raises InputError for a missing or damaged file, and for an adapter of another base model.
     """
-    readable_weights(folder)
+    _check_finite(readable_weights(folder))
     try:
         return PeftModel.from_pretrained(base, str(folder)).eval()
-    except (KeyError, RuntimeError, ValueError, TypeError) as error:
+    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError, OverflowError) as error:
         raise InputError(
             f"the adapter in '{folder}' does not fit the base model '{base.config.name_or_path}' "
             f"({one_line(error)}): give the one it was trained on with --model"
@@ -116,6 +116,17 @@ def readable_weights(folder: Path) -> Path:
     require_adapter(folder)
     _shapes(folder)
     return folder / WEIGHTS
+
+
+def _check_finite(weights: Path) -> None:
+    with safe_open(weights, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118 (the file is no mapping)
+            tensor = file.get_tensor(key)
+            if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
+                raise InputError(
+                    f"'{weights}' holds NaN or infinity in {quoted(key)}, so the training that wrote it failed or the "
+                    "file is damaged: take an earlier checkpoint"
+                )
 
 
 def require_adapter(folder: Path) -> None:

@@ -176,7 +176,7 @@ def _put(raw: dict[str, Any], key: str, value: Any) -> None:
         raw["method_args"] = {**raw["method_args"], **(value or {})}
     elif key in RunConfig.model_fields:
         raw[key] = value
-    else:
+    elif isinstance(raw["method_args"], dict):  # anything else is told with the other mistakes
         raw["method_args"] = {**raw["method_args"], key.removeprefix("method_args."): value}
 
 

@@ -25,6 +25,7 @@ from loretta import tt
 from loretta.files import write_whole
 from loretta.tuners.task_types import base_class, count_labels
 from loretta.version import __version__
+from loretta.wording import printable
 
 if TYPE_CHECKING:
     from loretta.record import RunRecord  # pydantic is not to be imported with every `import loretta`
@@ -66,7 +67,7 @@ def write_card(folder: Path, run: "RunRecord | None" = None, *, learning_rate: f
     _describe(card, config, base)
     settings = {} if run is None else {**run.config, "learning_rate": learning_rate}
     ours = _render(config, base, folder, run=run, settings={name: settings.get(name) for name in _SETTINGS})
-    card.text = _insert(card.text, ours, title=f"LoRETTA adapter of {_short(base) or 'a base model'}")
+    card.text = _insert(card.text, ours, title=f"LoRETTA adapter of {_harmless(_short(base) or 'a base model')}")
     write_whole(readme, str(card))
 
 
@@ -100,11 +101,18 @@ def _short(base: str | None) -> str | None:
     return base if base is None or _can_be_on_hub(base) else Path(base).name
 
 
+def _harmless(value: object) -> object:
+    """A value as Markdown shows it as it is: no tag, no end of a code span, no line of its own."""
+    if value is None or isinstance(value, int | float) or not str(value):  # str() also refuses what is undefined
+        return value
+    return printable(value).replace("<", "&lt;").replace(">", "&gt;").replace("`", "'")
+
+
 def _render(config: Mapping[str, Any], base: str | None, folder: Path, **about_run: Any) -> str:
     from jinja2 import Environment, StrictUndefined  # only here: `import loretta` stays light
 
     shapes = saved_shapes(folder)
-    environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, autoescape=False)
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, finalize=_harmless)
     template = resources.files("loretta.tuners").joinpath("card.md.j2").read_text(encoding="utf-8")
     return (
         environment.from_string(template)

@@ -1,0 +1,283 @@
+"""Feed what reads files of strangers with damaged and hostile ones: ``make fuzz``.
+
+Five kinds of files, each a valid one with a few parts replaced: adapter configs, the bytes of safetensors files,
+options of a run, run records, and data files. What is read must be taken, or refused with an InputError, within five
+seconds; all of it within one GiB of memory.
+"""
+
+import argparse
+import copy
+import json
+import logging
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import torch
+import transformers
+import yaml
+from hypothesis import strategies as st
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from loretta import InputError, LorettaAdpConfig, LorettaRepConfig, get_peft_model
+from loretta.convert.load import find_adapter, load_adapter
+from loretta.record import RunRecord
+from loretta.tasks.read import column_names, read_columns, read_documents
+from loretta.training.config import read_config
+
+SECONDS, GIB = 5.0, 1.0
+HOSTILE = [
+    "",
+    "../../x",
+    "/etc/passwd",
+    "<script>alert(1)</script>",
+    "\x1b[2J",
+    "\u202e",
+    "a\0b",
+    "(a+)+$",
+    "(",
+    "all-linear",
+    "x" * 5000,
+    "NaN",
+    10**18,
+    -1,
+    10**15 + 37,
+    float("nan"),
+    float("inf"),
+    1e308,
+]
+
+
+def values() -> st.SearchStrategy:
+    """Any value that JSON can hold, hostile ones among them."""
+    leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12) | st.sampled_from(HOSTILE)
+    keys = st.text(max_size=8) | st.sampled_from(["768x64", "q_proj", "0"])
+    return st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=3))
+
+
+def changed(valid: dict[str, Any]) -> st.SearchStrategy:
+    """``valid`` with one to three keys replaced, added or removed."""
+    keys = st.sampled_from(sorted(valid)) | st.text(max_size=10)
+    new = st.dictionaries(keys, values(), min_size=1, max_size=3)
+    gone = st.lists(st.sampled_from(sorted(valid)), max_size=1)
+    return st.tuples(new, gone).map(lambda pair: {k: v for k, v in {**valid, **pair[0]}.items() if k not in pair[1]})
+
+
+def damaged(valid: bytes) -> st.SearchStrategy:
+    """``valid`` with bytes overwritten, cut off or put in; the beginning, where headers are, more often."""
+    place = st.integers(0, min(len(valid), 400)) | st.integers(0, len(valid))
+    cut = place.map(lambda at: valid[:at])
+    written = st.tuples(place, st.binary(min_size=1, max_size=9))
+    over = written.map(lambda pair: valid[: pair[0]] + pair[1] + valid[pair[0] + len(pair[1]) :])
+    put_in = written.map(lambda pair: valid[: pair[0]] + pair[1] + valid[pair[0] :])
+    return over | put_in | cut | st.binary(max_size=64)
+
+
+class Targets:
+    """The readers, each with the strategy for what it reads. ``folder`` is theirs to write to."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+        self.base = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
+        self.adapters = {}
+        for method, config in (("rep", LorettaRepConfig), ("adp", LorettaAdpConfig)):
+            model = get_peft_model(copy.deepcopy(self.base), config(task_type="CAUSAL_LM", tensor_rank=2))
+            model.save_pretrained(folder / method)
+            self.adapters[method] = json.loads((folder / method / "adapter_config.json").read_text())
+        self.tensors = (folder / "rep" / "adapter_model.safetensors").read_bytes()
+
+    def each(self) -> dict[str, tuple[st.SearchStrategy, Callable[[Any], object]]]:
+        rows = b'review,mood\n"good, very",1\nbad,0\n'
+        lines = b'{"review": "good", "mood": 1}\n{"review": "bad", "mood": 0}\n'
+        options = {"model": "m", "data": "sst2", "method": "rep", "seed": 1, "method_args": {"r": 8}, "epochs": 2.0}
+        return {
+            "adapter configs": (st.one_of(*map(changed, self.adapters.values())), self.read_adapter),
+            "safetensors files": (damaged(self.tensors), self.read_tensors),
+            "run options": (changed(options), self.read_options),
+            "run records": (changed(record()) | damaged(json.dumps(record()).encode()), self.read_record),
+            "data files": (
+                st.tuples(st.sampled_from(["csv", "tsv", "jsonl", "txt", "parquet"]), damaged(rows) | damaged(lines)),
+                self.read_data,
+            ),
+        }
+
+    def read_adapter(self, config: dict[str, Any]) -> None:
+        folder = self.folder / ("adp" if "bottleneck_size" in config else "rep")
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        saved = find_adapter(folder, model="m")
+        load_adapter(copy.deepcopy(self.base), saved.folder)
+
+    def read_tensors(self, content: bytes) -> None:
+        folder = self.folder / "tensors"
+        folder.mkdir(exist_ok=True)
+        (folder / "adapter_config.json").write_text(json.dumps(self.adapters["rep"]))
+        (folder / "adapter_model.safetensors").write_bytes(content)
+        load_adapter(copy.deepcopy(self.base), find_adapter(folder, model="m").folder)
+
+    def read_options(self, options: dict[str, Any]) -> None:
+        path = self.folder / "run.yaml"
+        path.write_text(yaml.safe_dump(options))
+        read_config(path, {}, [])
+
+    def read_record(self, content: dict[str, Any] | bytes) -> None:
+        path = self.folder / "run.json"
+        path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+        RunRecord.load(path)
+
+    def read_data(self, file: tuple[str, bytes]) -> None:
+        path = self.folder / f"data.{file[0]}"
+        path.write_bytes(file[1])
+        if file[0] == "txt":
+            read_documents(path)
+        else:
+            column_names(path)
+            read_columns(path, ["review", "mood"])
+
+
+def record() -> dict[str, Any]:
+    """A run.json with a little of everything."""
+    point = {"step": 1, "epoch": 0.5, "split": "train", "values": {"loss": 1.0}}
+    train = {"at": "q_proj", "count": 2, "in_features": 4, "out_features": 4, "modes": [4, 4], "ranks": [1, 2, 1]}
+    counts = {"cores": 1, "biases": 0, "norms": 2, "head": 0, "other": 0, "total": 9}
+    words = {"command": "loretta train", "model": "m", "task": "sst2", "method": "rep", "kind": "classification"}
+    numbers = {"seed": 0, "adapter_bytes": 1, "train_seconds": 1.0, "peak_memory_bytes": 1, "best_step": 1}
+    return {
+        **words,
+        **numbers,
+        "config": {"learning_rate": 1e-3},
+        "versions": {"torch": "2"},
+        "device": "cpu",
+        "sizes": {"train": 3},
+        "label_names": ["a", "b"],
+        "metric": "accuracy",
+        "higher_is_better": True,
+        "parameters": counts,
+        "trains": [{**train, "n_in": 1, "split": 1}],
+        "history": [point],
+        "validation": {"accuracy": 0.5},
+        "test": None,
+    }
+
+
+class TooSlow(BaseException):
+    """An input that took longer than it may; no reader catches it."""
+
+
+@contextmanager
+def at_most(seconds: float) -> Iterator[None]:
+    """Interrupt what takes longer. A call into C that does not return is interrupted when it does."""
+
+    def interrupt(*_: Any) -> None:
+        raise TooSlow
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def peak_gib() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def fuzz(inputs: int, seed: int = 0) -> dict[str, Any]:
+    """Try ``inputs`` files in all. Returns the counts by kind and outcome, and the failures with what caused them."""
+    folder = Path(tempfile.mkdtemp())
+    start, begin = peak_gib(), time.perf_counter()
+    counts: dict[str, Counter[str]] = {}
+    failures: list[dict[str, str]] = []
+    logging.disable(logging.WARNING)
+    transformers.logging.set_verbosity_error()
+    try:
+        targets = Targets(folder).each()
+        for kind, (strategy, read) in targets.items():
+            counts[kind] = Counter()
+            _try(kind, strategy, read, inputs // len(targets), seed, counts[kind], failures)
+    finally:
+        logging.disable(logging.NOTSET)
+        shutil.rmtree(folder)
+    grown = peak_gib() - start
+    return {
+        "inputs": sum(sum(each.values()) for each in counts.values()),
+        "seed": seed,
+        "outcomes": {kind: dict(sorted(each.items())) for kind, each in counts.items()},
+        "tracebacks": sum(each["traceback"] for each in counts.values()),
+        "hangs": sum(each["hang"] for each in counts.values()),
+        "peak_growth_gib": round(grown, 3),
+        "seconds": round(time.perf_counter() - begin, 1),
+        "failures": failures,
+    }
+
+
+def _try(
+    kind: str,
+    strategy: st.SearchStrategy,
+    read: Callable[[Any], object],
+    inputs: int,
+    seed: int,
+    counts: Counter[str],
+    failures: list[dict[str, str]],
+) -> None:
+    @hypothesis.seed(seed)
+    @hypothesis.settings(
+        max_examples=inputs,
+        deadline=None,
+        database=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
+        phases=[hypothesis.Phase.generate],
+    )
+    @hypothesis.given(strategy)
+    def one(given: Any) -> None:
+        begin, error = time.perf_counter(), ""
+        try:
+            with at_most(4 * SECONDS), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                read(given)
+            outcome = "taken"
+        except InputError:
+            outcome = "refused"
+        except TooSlow:
+            outcome = "hang"
+        except Exception:
+            outcome, error = "traceback", traceback.format_exc()[-2000:]
+        if time.perf_counter() - begin > SECONDS:
+            outcome = "hang"
+        counts[outcome] += 1
+        if outcome in ("hang", "traceback") and len(failures) < 100:
+            failures.append({"kind": kind, "input": repr(given)[:2000], "error": error})
+
+    one()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--inputs", type=int, default=100_000)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    found = fuzz(args.inputs, args.seed)
+    text = json.dumps(found, indent=2) + "\n"
+    print(text)
+    if args.out:
+        args.out.write_text(text)
+    sys.exit(bool(found["failures"]) or found["peak_growth_gib"] > GIB)
+
+
+if __name__ == "__main__":
+    main()
