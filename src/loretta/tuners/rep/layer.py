@@ -79,31 +79,33 @@ class RepLinear(LorettaLayer):
         return now - start[0] if start else now
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        adapter_names = kwargs.pop("adapter_names", None)
+        adapter_names, base_layer = kwargs.pop("adapter_names", None), self.base_layer
         if self.disable_adapters and self.merged:
             self.unmerge()
-        if self.disable_adapters or (self.merged and adapter_names is None):
-            return self.base_layer(x, *args, **kwargs)
-        if adapter_names is not None:
-            return self._add_mixed(self.base_layer(x, *args, **kwargs), x, adapter_names)
-        if is_bare_linear(self.base_layer) and not args and not kwargs:
-            return self._linear_with_updates(x)
-        result = self.base_layer(x, *args, **kwargs)
-        if self.quantization_backend is not None:
+        if adapter_names is not None and not self.disable_adapters:
+            return self._add_mixed(base_layer(x, *args, **kwargs), x, adapter_names)
+        names = self._running()
+        if is_bare_linear(base_layer) and names and not args and not kwargs:
+            return self._linear_with_updates(base_layer, x, names)
+        result = base_layer(x, *args, **kwargs)
+        if names and self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
-        for name in self._running():
+        for name in names:
             result = result + self.delta(name, x).to(result.dtype)
         return result
 
     def _running(self) -> list[str]:
+        """The adapters that add an update now."""
+        if self.disable_adapters or self.merged_adapters:
+            return []
         return [name for name in self.active_adapters if name in self.n_pairs]
 
-    def _linear_with_updates(self, x: Tensor) -> Tensor:
+    def _linear_with_updates(self, base_layer: Any, x: Tensor, names: Sequence[str]) -> Tensor:
         """The output of a bare linear layer: a new matrix that nobody else has seen, so updates are added into it."""
-        rows_BI, names = x.reshape(-1, self.in_features), self._running()
-        result_BO = self._fused(rows_BI, names) if fused.pays(rows_BI) else None
+        rows_BI = x.reshape(-1, self.in_features)
+        result_BO = self._fused(base_layer, rows_BI, names) if fused.pays(rows_BI) else None
         if result_BO is None:
-            result_BO = self.base_layer(rows_BI)
+            result_BO = base_layer(rows_BI)
             for name in names:
                 (a_IR, b_RO), *start = self.contracted(name)
                 if not start and result_BO.dtype == b_RO.dtype and works_in(x, b_RO.dtype):
@@ -112,11 +114,11 @@ class RepLinear(LorettaLayer):
                     result_BO = result_BO + self.delta(name, rows_BI).to(result_BO.dtype)
         return result_BO.view(*x.shape[:-1], self.out_features)
 
-    def _fused(self, rows_BI: Tensor, names: Sequence[str]) -> Tensor | None:
+    def _fused(self, base_layer: Any, rows_BI: Tensor, names: Sequence[str]) -> Tensor | None:
         """The output by one autograd function; None where that does not compute all that is asked for."""
         if len(names) != 1 or self.n_pairs[names[0]] != 1 or self.drops[names[0]]:
             return None
-        weight, bias = self.base_layer.weight, cast(Tensor | None, self.base_layer.bias)
+        weight, bias = base_layer.weight, base_layer.bias
         (a_IR, b_RO), *_ = self.contracted(names[0])
         trained = weight.requires_grad or (bias is not None and bias.requires_grad)
         if trained or not rows_BI.dtype == weight.dtype == a_IR.dtype:
