@@ -108,10 +108,10 @@ def minilm(args: argparse.Namespace, save: Any) -> None:
     for task in args.tasks:
         for method in args.methods:
             common = {"part": "training", "task": task, "method": method, "batch": 32}
-            for graph in (False, True) if args.device == "cuda" else (False,):
+            for graph in args.graphs:
                 save({**common, "members": 1, "how": "alone", "graph": graph, **alone(args, method, task, graph=graph)})
             for size in args.sizes:
-                graph = args.device == "cuda"
+                graph = args.graphs[-1]
                 save({**common, "members": size, "how": "together", "graph": graph}
                      | together(args, method, task, size, graph=graph))  # fmt: skip
 
@@ -170,7 +170,7 @@ def llama_step(args: argparse.Namespace, method: str, size: int | None, *, graph
 def llama(args: argparse.Namespace, save: Any) -> None:
     for method in ("lora q,v", "rep q,v", "adp"):
         common = {"part": "step", "model": args.llama, "method": method, "tokens": TOKENS}
-        for graph in (False, True) if args.device == "cuda" else (False,):
+        for graph in args.graphs:
             for size in (None, 8):
                 row = {**common, "members": size or 1, "how": "together" if size else "alone", "graph": graph}
                 save({**row, **llama_step(args, method, size, graph=graph)})
@@ -189,9 +189,13 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=None)
     parser.add_argument("--llama", default="llama-7b")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--graphs", nargs="*", type=lambda word: word == "yes", help="no, yes, or both in this order")
     parser.add_argument("--seconds", type=float, default=None, help="start nothing new after so many")
     args = parser.parse_args()
-    rows: list[dict[str, Any]] = []
+    if args.graphs is None:
+        args.graphs = [False, True] if args.device == "cuda" else [False]
+    # what the file holds already stays: parts may be measured one by one
+    rows: list[dict[str, Any]] = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
     begin = time.perf_counter()
 
     def save(row: dict[str, Any]) -> None:

@@ -8,9 +8,11 @@ import sys
 import time
 
 import pytest
+import torch
 from filelock import FileLock
 
 from loretta.errors import InputError
+from loretta.record import RunRecord
 from loretta.studies import execution, runner
 from loretta.studies.execution import carry_out, hold
 from loretta.studies.expansion import Options, expand
@@ -286,3 +288,40 @@ def test_damaged_results_are_made_again(content, bert, data_dir, tmp_path):
     (first / "config.json").write_text(content)
     with pytest.raises(InputError, match=r"config.json' is damaged"):
         run_study(study, options, tmp_path, jobs=0)
+
+
+def test_runs_that_differ_in_seeds_are_trained_together(bert, data_dir, tmp_path):
+    task = "mrpc"
+    options = options_for(bert, data_dir, tasks=(task,), methods=("bitfit", "loretta_rep"), seeds=2)
+    ended = []
+    summary = run_study(
+        load_study("table1"),
+        options,
+        tmp_path,
+        jobs=0,
+        population=8,
+        watch=lambda folder, outcome, *_: ended.append(folder) if outcome else None,
+    )
+    assert summary.complete
+    assert ended == [run.folder for run in summary.expansion.runs]
+    for outcome in summary.outcomes:
+        record = RunRecord.load(tmp_path / outcome.folder / "run.json")
+        assert record.population == 2
+        assert outcome.seconds > 0
+    assert run_study(load_study("table1"), options, tmp_path, jobs=0).complete
+
+
+def test_what_fails_together_goes_on_one_by_one(bert, data_dir, tmp_path, monkeypatch):
+    together = []
+
+    def too_large(configs, **kwargs):
+        together.append(len(configs))
+        raise torch.OutOfMemoryError if len(configs) > 2 else InputError("cannot be trained in a population")
+
+    monkeypatch.setattr("loretta.population.training.train_together", too_large)
+    options = options_for(bert, data_dir, tasks=("mrpc",), methods=("bitfit",), seeds=4)
+    summary = run_study(load_study("table1"), options, tmp_path, jobs=0, population=8)
+    assert summary.complete
+    assert together == [4, 2, 2]
+    records = [RunRecord.load(tmp_path / outcome.folder / "run.json") for outcome in summary.outcomes]
+    assert [record.population for record in records] == [None] * 4

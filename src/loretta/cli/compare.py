@@ -10,6 +10,7 @@ from loretta.cli.study import (
     OF_THE_DATA,
     DryRun,
     Jobs,
+    PopulationSize,
     Rates,
     Seeds,
     Sets,
@@ -32,6 +33,7 @@ def compare(
     seeds: Seeds = 5,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the runs.")] = Path("runs/compare"),
     jobs: Jobs = 1,
+    population: PopulationSize = "auto",
     sweep: Sweep = False,
     rates: Rates = None,
     dry_run: DryRun = False,
@@ -63,4 +65,4 @@ def compare(
         sets=run_settings(given, sets),
     )
     check_data(study, options, output)
-    carry_out(study, options, output, jobs=jobs, dry_run=dry_run, as_json=as_json)
+    carry_out(study, options, output, jobs=jobs, population=population, dry_run=dry_run, as_json=as_json)

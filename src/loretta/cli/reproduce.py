@@ -11,6 +11,7 @@ from loretta.cli.study import (
     OF_THE_DATA,
     DryRun,
     Jobs,
+    PopulationSize,
     Rates,
     Seeds,
     Sets,
@@ -34,6 +35,7 @@ def reproduce(
     seeds: Seeds = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the runs.")] = Path("runs"),
     jobs: Jobs = 1,
+    population: PopulationSize = "auto",
     sweep: Sweep = False,
     batches: Annotated[bool, typer.Option("--sweep-batches", help="Sweep over the grid's batch sizes too.")] = False,
     rates: Rates = None,
@@ -72,4 +74,4 @@ def reproduce(
         orders=orders,
         sets=run_settings(given, sets),
     )
-    carry_out(load_study(target), options, output, jobs=jobs, dry_run=dry_run, as_json=as_json)
+    carry_out(load_study(target), options, output, jobs=jobs, population=population, dry_run=dry_run, as_json=as_json)

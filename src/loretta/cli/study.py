@@ -28,6 +28,15 @@ Seeds = Annotated[int | None, typer.Option(min=1, help="How many seeds, from 0 o
 Jobs = Annotated[
     int, typer.Option(min=0, help="Runs at once, each in a process, on the GPUs in turn; 0: in this process.")
 ]
+PopulationSize = Annotated[
+    str,
+    typer.Option(
+        "--population",
+        metavar="auto|N",
+        help="Runs that differ in seeds and rates alone, trained at once on one base; auto: on a GPU as many as its "
+        "memory holds, on a CPU one.",
+    ),
+]
 Sweep = Annotated[
     bool,
     typer.Option("--sweep", help="Choose each method's learning rate on validation, with seed 0, from its grid."),
@@ -71,6 +80,15 @@ def learning_rates(given: str | None) -> tuple[float, ...]:
     return rates
 
 
+def population_size(given: str) -> int | None:
+    """The value of ``--population``; None for "auto"."""
+    if given == "auto":
+        return None
+    if not given.isdecimal() or int(given) < 1:
+        raise InputError(f"--population {given!r} is no number of runs: write auto, or a whole number of at least 1")
+    return int(given)
+
+
 def ranks_of(given: str | None) -> list[int]:
     """The value of ``--ranks``."""
     try:
@@ -79,8 +97,11 @@ def ranks_of(given: str | None) -> list[int]:
         raise InputError(f"--ranks {given!r} is not a list of whole numbers: write 2,5,10") from None
 
 
-def carry_out(study: "Study", options: "Options", root: Path, *, jobs: int, dry_run: bool, as_json: bool) -> None:
+def carry_out(
+    study: "Study", options: "Options", root: Path, *, jobs: int, population: str, dry_run: bool, as_json: bool
+) -> None:
     """Run a study, or with ``dry_run`` say what would run, and print it."""
+    together = population_size(population)
     if dry_run:
         _dry_run(study, options, root, as_json=as_json)
         return
@@ -92,7 +113,7 @@ def carry_out(study: "Study", options: "Options", root: Path, *, jobs: int, dry_
     command = shlex.join(["loretta", *sys.argv[1:]])
     try:
         with _progress() as watch:
-            summary = run_study(study, options, root, jobs=jobs, command=command, watch=watch)
+            summary = run_study(study, options, root, jobs=jobs, population=together, command=command, watch=watch)
     except KeyboardInterrupt:
         typer.echo("loretta: interrupted; the same command goes on from here", err=True)
         raise typer.Exit(130) from None

@@ -6,6 +6,7 @@ A member's file holds that member alone, so the runs that are left may go on in 
 import json
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -98,3 +99,5 @@ def remove(members: Sequence[Member]) -> None:
     for member in members:
         for file in _files(member).values():
             file.unlink()
+        with suppress(OSError):  # it has other files in it, or was never made
+            (member.config.folder / CHECKPOINTS).rmdir()

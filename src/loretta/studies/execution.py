@@ -1,15 +1,17 @@
 """Carry out one planned run in its folder: under a lock, from its last checkpoint; a failure is written down."""
 
+import gc
 import json
 import os
 import socket
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from filelock import FileLock, Timeout
 
 from loretta.errors import InputError
@@ -79,6 +81,40 @@ def carry_out(root: Path, run: Planned) -> Outcome:
             return Outcome(folder=run.folder, state="failed", reason=reason, seconds=time.perf_counter() - start)
         (folder / ERROR).unlink(missing_ok=True)
     return Outcome(folder=run.folder, state="finished", seconds=time.perf_counter() - start)
+
+
+def carry_out_together(root: Path, runs: Sequence[Planned]) -> list[Outcome]:
+    """Train several runs at once, as one population, and finish each of them.
+
+    Those that cannot be trained together, or fail together, are carried out one by one; where the memory is too small
+    for all of them, in halves.
+    """
+    if len(runs) == 1:
+        return [carry_out(root, runs[0])]
+    from loretta.population.training import train_together
+
+    start, too_large, trained = time.perf_counter(), False, set()
+    with ExitStack() as stack:
+        mine = [run for run in runs if stack.enter_context(hold(root / run.folder))]
+        mine = [run for run in mine if folder_state(root / run.folder)[0] != "finished"]
+        try:
+            if len(mine) > 1:
+                train_together([RunConfig(**(run.config or {})) for run in mine], resume=True)
+                trained = {run.folder for run in mine}
+        except torch.OutOfMemoryError:
+            too_large = True
+        except Exception as error:
+            print(f"{len(mine)} runs cannot be trained together, and go on one by one: {error}", flush=True)
+    if too_large:
+        # outside of the exception, which holds on to what the step had allocated
+        gc.collect()
+        torch.cuda.empty_cache()
+        half = len(runs) // 2
+        print(f"the memory is too small for {len(runs)} runs together: {half} of them at once", flush=True)
+        return [*carry_out_together(root, runs[:half]), *carry_out_together(root, runs[half:])]
+    share = (time.perf_counter() - start) / max(1, len(trained))
+    outcomes = [carry_out(root, run) for run in runs]
+    return [replace(outcome, seconds=share) if outcome.folder in trained else outcome for outcome in outcomes]
 
 
 def record_failure(folder: Path, reason: str, trace: str = "") -> None:

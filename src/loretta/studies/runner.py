@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -19,13 +20,14 @@ import torch
 from transformers import AutoConfig
 
 from loretta.errors import InputError
-from loretta.studies.execution import Outcome, carry_out, record_failure
+from loretta.studies.execution import Outcome, carry_out_together, record_failure
 from loretta.studies.expansion import Expansion, Options, differences, expand
 from loretta.studies.results import STUDY
 from loretta.studies.state import beside, state_of
 from loretta.studies.study import Planned, Study
 from loretta.training.config import RunConfig
 
+MOST_TOGETHER = 64  # more of them do not make a GPU busier (benchmarks/population.py)
 Watch = Callable[[str, Outcome | None, int, int], None]  # folder, how it ended, runs that ended, runs in all
 
 
@@ -54,12 +56,15 @@ def run_study(
     root: Path,
     *,
     jobs: int = 1,
+    population: int | None = None,
     command: str = "",
     watch: Watch = lambda folder, outcome, ended, total: None,
 ) -> Summary:
     """Run what is not finished yet, at most ``jobs`` at once, each in a worker process; 0 jobs: in this process.
 
-    Workers take the visible GPUs in turn; without one they share the CPU's threads. A run that fails is written down
+    Workers take the visible GPUs in turn; without one they share the CPU's threads. Runs that differ in seeds and
+    rates alone are trained together, at most ``population`` of them (None: on a GPU as many as its memory holds, on a
+    CPU one), see :mod:`loretta.population`; each has its folder as if it were alone. A run that fails is written down
     and the others go on. What is waited for (a sweep, the run before in a sequence) starts as soon as it can.
 
     Raises InputError before anything starts: for bad options, weights that cannot be had, and a folder that holds a
@@ -72,29 +77,45 @@ def run_study(
     root.mkdir(parents=True, exist_ok=True)
     tried: dict[str, Outcome] = {}
     with _workers(jobs) as workers:
-        busy: dict[Future[Outcome], tuple[_Worker, Planned]] = {}
+        busy: dict[Future[list[Outcome]], tuple[_Worker, list[Planned]]] = {}
         while True:
             expansion = expand(study, options, root)
             runs = {run.folder: run for run in expansion.runs}
             write_study(root, study, options, expansion.runs, command)
-            for run in runs.values():
+            taken = {run.folder for _, unit in busy.values() for run in unit} | tried.keys()
+            ready = [run for run in runs.values() if run.folder not in taken and _ready(root, run, runs)]
+            for unit in _units(ready, population, len(workers)):
                 free = next((worker for worker in workers if worker not in {w for w, _ in busy.values()}), None)
                 if free is None:
                     break
-                if run.folder not in tried and not _in(busy, run) and _ready(root, run, runs):
+                for run in unit:
                     watch(run.folder, None, _ended(root, runs, tried), len(runs))
-                    busy[free.submit(root, run)] = (free, run)
+                busy[free.submit(root, unit)] = (free, unit)
             if not busy:
                 break
             for future in wait(busy, return_when=FIRST_COMPLETED).done:
-                worker, run = busy.pop(future)
-                tried[run.folder] = outcome = worker.outcome(root, run, future)
-                watch(run.folder, outcome, _ended(root, runs, tried), len(runs))
+                worker, unit = busy.pop(future)
+                for outcome in worker.outcomes(root, unit, future):
+                    tried[outcome.folder] = outcome
+                    watch(outcome.folder, outcome, _ended(root, runs, tried), len(runs))
     return Summary(expansion=expansion, outcomes=tuple(_outcome(root, run, tried, runs) for run in runs.values()))
 
 
-def _in(busy: dict[Future[Outcome], tuple["_Worker", Planned]], run: Planned) -> bool:
-    return any(run.folder == other.folder for _, other in busy.values())
+def _units(ready: Sequence[Planned], population: int | None, workers: int) -> list[list[Planned]]:
+    """The runs that can start, those together that one process trains at once; every worker gets some."""
+    from loretta.population.training import population_key
+
+    if population is None:
+        population = MOST_TOGETHER if visible_gpus() else 1
+    groups: dict[Any, list[Planned]] = defaultdict(list)
+    for run in ready:
+        key = population_key(RunConfig(**(run.config or {}))) if run.kind == "train" and population > 1 else None
+        groups[run.folder if key is None else key].append(run)
+    units = []
+    for group in groups.values():
+        size = min(population, -(-len(group) // workers))
+        units += [group[k : k + size] for k in range(0, len(group), size)]
+    return units
 
 
 def _ready(root: Path, run: Planned, runs: dict[str, Planned]) -> bool:
@@ -208,19 +229,19 @@ class _Worker:
             1, mp_context=spawn, initializer=_enter, initargs=(self.gpu, self.threads, theirs)
         )
 
-    def submit(self, root: Path, run: Planned) -> Future[Outcome]:
-        return self.pool.submit(_carry_out, root, run)
+    def submit(self, root: Path, unit: list[Planned]) -> Future[list[Outcome]]:
+        return self.pool.submit(_carry_out, root, unit)
 
-    def outcome(self, root: Path, run: Planned, future: Future[Outcome]) -> Outcome:
+    def outcomes(self, root: Path, unit: list[Planned], future: Future[list[Outcome]]) -> list[Outcome]:
         try:
             return future.result()
         except BrokenProcessPool:
             reason = "its process died, as when it is killed or the memory is used up"
-            folder = root / run.folder
-            folder.mkdir(parents=True, exist_ok=True)
-            record_failure(folder, reason)
+            for folder in (root / run.folder for run in unit):
+                folder.mkdir(parents=True, exist_ok=True)
+                record_failure(folder, reason)
             self._start()
-            return Outcome(folder=run.folder, state="failed", reason=reason)
+            return [Outcome(folder=run.folder, state="failed", reason=reason) for run in unit]
 
     def stop(self, *, at_once: bool) -> None:
         if at_once:
@@ -234,10 +255,10 @@ class _Here(_Worker):
     def __init__(self) -> None:
         pass
 
-    def submit(self, root: Path, run: Planned) -> Future[Outcome]:
-        future: Future[Outcome] = Future()
-        with _log(root, run) as log, redirect_stdout(log), redirect_stderr(log):
-            future.set_result(carry_out(root, run))
+    def submit(self, root: Path, unit: list[Planned]) -> Future[list[Outcome]]:
+        future: Future[list[Outcome]] = Future()
+        with _log(root, unit[0]) as log, redirect_stdout(log), redirect_stderr(log):
+            future.set_result(carry_out_together(root, unit))
         return future
 
     def stop(self, *, at_once: bool) -> None:
@@ -286,14 +307,14 @@ def _leave_when_closed(pipe: Connection) -> None:
     os._exit(1)
 
 
-def _carry_out(root: Path, run: Planned) -> Outcome:
-    """In a worker process: what the run and its libraries print goes to its log."""
-    with _log(root, run) as log:
+def _carry_out(root: Path, unit: list[Planned]) -> list[Outcome]:
+    """In a worker process: what the runs and their libraries print goes to the log of the first."""
+    with _log(root, unit[0]) as log:
         sys.stdout.flush()
         sys.stderr.flush()
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
-        return carry_out(root, run)
+        return carry_out_together(root, unit)
 
 
 def _log(root: Path, run: Planned) -> TextIO:
