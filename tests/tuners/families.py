@@ -163,7 +163,7 @@ def randomise(parameters, *, seed: int, scale: float = 0.15) -> None:
     """Add noise to every parameter, so that no norm is the identity and no bias is zero."""
     generator = seeded(seed)
     for parameter in parameters:
-        parameter.add_(scale * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+        parameter.add_(scale * torch.randn(parameter.shape, generator=generator).to(parameter))
 
 
 @torch.no_grad()
