@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 
 RESULTS := benchmarks/results
 
-.PHONY: demo test test-matrix lint check format fuzz tables bench bench-gpu
+.PHONY: lock demo test test-matrix lint check format fuzz tables bench bench-gpu
 
 # make demo QUICK=1: one epoch on a part of the data
 demo: $(INSTALLED)
@@ -35,6 +35,13 @@ fuzz: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# The versions of constraints.txt with the hashes of their files, for `pip install --require-hashes`. Needs uv.
+lock:
+	{ sed -n 1,2p requirements.lock; uv pip compile --quiet --generate-hashes --no-header --no-annotate \
+		--python-version 3.11 --constraint constraints.txt --extra dev --extra demo --extra examples pyproject.toml; } \
+		> requirements.lock.new
+	mv requirements.lock.new requirements.lock
 
 # Fill the tables of README and docs from benchmarks/results/, and docs/cli.md from --help (cp runs/demo/demo.json there after a demo)
 tables: $(INSTALLED)
