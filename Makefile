@@ -69,6 +69,8 @@ bench-gpu: $(INSTALLED)
 	$(BIN)/python benchmarks/fused.py --out $(RESULTS)/fused.json
 	$(if $(DATA),$(BIN)/python benchmarks/graph_training.py $(if $(MODEL),--model $(MODEL)) --data-dir $(DATA) \
 		--out $(RESULTS)/graph_training.json)
+	$(if $(DATA),$(BIN)/python benchmarks/population.py --model $(or $(MODEL),sentence-transformers/all-MiniLM-L6-v2) \
+		--data-dir $(DATA) --out $(RESULTS)/population.json)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

@@ -268,6 +268,40 @@ def graph_training_table() -> str:
     return "\n".join(parts) or NOT_MEASURED
 
 
+POPULATION_TARGETS = {("training", 16): 5.0, ("training", 64): 12.0, ("step", 8): 4.0}
+
+
+def population_table() -> str:
+    """Runs that are trained at once against the same ones one after the other."""
+    rows = results("population")
+    lines = []
+    for row in rows:
+        if row["how"] == "alone":
+            continue
+        one = next(o for o in rows if o["how"] == "alone" and _compared(o) == _compared(row))
+        if row["part"] == "training":
+            case, rates = f"MiniLM, {row['task']}, batch 32", [o["examples_per_s"] for o in (one, row)]
+        else:
+            sizes = ((one, 1), (row, row["members"]))
+            case, rates = f"{row['model']}, 1x{row['tokens']}", [1000 * size / o["ms"] for o, size in sizes]
+        ratio, target = rates[1] / rates[0], POPULATION_TARGETS.get((row["part"], row["members"]))
+        memory = [f"{o['peak_bytes'] / 2**30:.2f}" for o in (one, row)]
+        judged = f"{target:g}: {verdict(ratio >= target)}" if target and row["graph"] else ""
+        graph = "yes" if row["graph"] else "no"
+        lines.append(
+            [case, row["method"], graph, row["members"], *(f"{r:,.0f}" for r in rates), f"{ratio:.1f}", *memory, judged]
+        )
+    head = (
+        "case | method | graphs | members | examples/s, one by one | together | times as fast | "
+        "GiB, one | GiB, together | target"
+    )
+    return source(rows[0]) + table(head, lines, numbers_from=3) if rows else NOT_MEASURED
+
+
+def _compared(row: Row) -> tuple:
+    return tuple(row.get(name) for name in ("part", "task", "model", "method", "graph"))
+
+
 def cpu_table() -> str:
     """Steps on a CPU against LoRA."""
     rows = results("cpu")
@@ -308,6 +342,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "growth": growth_table,
     "inference": inference_table,
     "graph training": graph_training_table,
+    "population": population_table,
     "cpu": cpu_table,
     "wrapping": wrapping_table,
 }
