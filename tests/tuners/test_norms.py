@@ -207,7 +207,9 @@ def test_a_change_survives_a_cast(way, method):
         for parameter in trainable(model).values():
             parameter.data = parameter.data.to(torch.bfloat16)
     assert {parameter.dtype for parameter in trainable(model).values()} == {torch.bfloat16}
-    assert moved(model, inputs)["norms"] > 0.999
+    with pytest.warns(UserWarning, match="cast to half precision") as seen:
+        assert moved(model.train(), inputs)["norms"] > 0.999
+    assert len(seen) == 1
 
 
 @every_method

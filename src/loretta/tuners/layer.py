@@ -42,6 +42,7 @@ class LorettaLayer(JointLayer, BaseTunerLayer):
             self.add_module(self.prefix + part, nn.ModuleDict())
         self.scaling = Scales()
         self.placements: dict[str, Placement] = {}
+        self.narrow: set[str] = set()  # adapters that are held in the dtype of the base because that was asked for
         self.followers: list[Any] = []  # copied modules, which transformers switches off with the layers, and not on
         # plain dictionaries beside the modules, whose attributes torch is slow to look up
         self.n_pairs: dict[str, int] = {}
@@ -154,7 +155,18 @@ class LorettaLayer(JointLayer, BaseTunerLayer):
         dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())[1]
         if dtype is not None and dtype.is_floating_point:
             self._cast(adapter_name, dtype)
+            self.narrow.add(adapter_name)
             note_change()
+
+    def narrowed(self) -> list[str]:
+        """Active adapters whose trained cores somebody else has cast to half precision."""
+        return [
+            name
+            for name in self.active_adapters
+            if name in self._part("down") and name not in self.narrow
+            for values in (cast(Cores, self._part("down")[name]).values,)
+            if values.requires_grad and values.dtype in (torch.bfloat16, torch.float16)
+        ]
 
     def _cast(self, adapter_name: str, dtype: torch.dtype) -> None:
         for part in (*self.adapter_layer_names, *self.other_param_names):

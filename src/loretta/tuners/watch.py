@@ -13,7 +13,8 @@ class Watch:
     """Notes, in the first call of a model in training and the first in evaluation, which adapted modules were called.
 
     Warns once of those whose weight was read by others but that were not called. A module that was neither read nor
-    called has a reason of its own, such as an expert that no token was sent to or a layer that was dropped.
+    called has a reason of its own, such as an expert that no token was sent to or a layer that was dropped. In training
+    also of cores that somebody has cast to half precision, as TRL does beside a quantised base.
     """
 
     def __init__(self) -> None:
@@ -61,10 +62,11 @@ class Watch:
             return
         for handle in self.handles:
             handle.remove()
-        names = []
+        names, narrowed = [], []
         for name, layer in model.named_modules():
             if isinstance(layer, LorettaLayer):
                 layer.on_read = None
+                narrowed += [name] if layer.narrowed() else []
                 if layer in self.read and layer not in self.called and _should_add(layer):
                     names.append(name)
         self.handles, self.read, self.called = [], {}, set()
@@ -73,6 +75,13 @@ class Watch:
         self.seen.add(model.training)
         if len(self.seen) == 2:
             self.detach(model)
+        if model.training and narrowed:
+            warnings.warn(
+                f"the trained cores of {len(narrowed)} modules (such as '{narrowed[0]}') have been cast to half "
+                "precision, which loses most small steps: keep what trains in float32, as it was made, and compute "
+                "under autocast (bf16=True of the Trainer)",
+                stacklevel=2,
+            )
         if names:
             warnings.warn(
                 f"the adapters on {len(names)} modules had no effect in this call, for the model read their weights "
