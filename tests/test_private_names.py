@@ -72,10 +72,6 @@ BY_OWNER = {
     "torch.Tensor": {
         "_version": PRESENT,
     },
-    "re": {
-        "_constants": PRESENT,
-        "_parser": PRESENT,
-    },
     "torch._C._autograd": {
         "_top_saved_tensors_default_hooks": PRESENT,
     },
