@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tolerances import RTOL, assert_gradients_near, assert_near
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from tt.trains import SHAPES, oracle, randn, random_cores, seeds, shapes
@@ -377,3 +378,31 @@ def test_an_update_keeps_the_dtype_of_the_cores_under_autocast(dtype):
         a_IR, b_RO = update_factors(down_cores(), up_cores())
     assert a_IR.dtype == b_RO.dtype == dtype
     assert_near("update", a_IR @ b_RO, oracle(list(down_cores), down) @ oracle(list(up_cores), up))
+
+
+class Doubled(nn.Module):
+    def forward(self, values: Tensor) -> Tensor:
+        return 2 * values
+
+    def right_inverse(self, values: Tensor) -> Tensor:
+        return values / 2
+
+
+def test_cores_can_be_parametrized_by_torch():
+    shape = tt.plan_shape(12, 8, rank=3)
+    cores, plain = Cores(shape, dtype=torch.float64), Cores(shape, dtype=torch.float64)
+    for each in (cores, plain):
+        with torch.no_grad():
+            each.values.copy_(torch.linspace(-1, 1, shape.n_params, dtype=torch.float64))
+    parametrize.register_parametrization(cores, "values", Doubled())
+    assert_near("values", cores.values, plain.values)
+    for got, ref in zip(cores(), plain(), strict=True):
+        assert_near("half", got, ref)
+    for each in (cores, plain):
+        (each()[0].square().sum() + each()[1].square().sum()).backward()
+    assert_near("gradient", cores.parametrizations["values"].original.grad, 2 * plain.values.grad)
+    again = copy.deepcopy(cores)
+    assert_near("copied", again.values, plain.values)
+    parametrize.remove_parametrizations(again, "values")
+    assert_near("removed", again.values, plain.values)
+    assert set(again.state_dict()) == {"values"}

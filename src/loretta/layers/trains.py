@@ -13,6 +13,13 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from loretta import tt
 
 
+class _Parametrizations(nn.ModuleDict):
+    """A ModuleDict that takes any key. Torch's refuses the names of its methods, of which ``values`` is one."""
+
+    def __setitem__(self, key: str, module: nn.Module) -> None:
+        setattr(self, key, module)
+
+
 class Cores(nn.Module):
     """The cores of one tensor train, with its plan. Iterates over the cores, left to right.
 
@@ -44,6 +51,10 @@ class Cores(nn.Module):
             self.values = nn.Parameter(values)
         else:
             self.register_buffer("values", values)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        # torch.nn.utils.parametrize makes this attribute, with the name of the parameter as a key
+        super().__setattr__(name, _Parametrizations() if name == "parametrizations" else value)
 
     def __len__(self) -> int:
         return len(self.shape.modes)
