@@ -104,6 +104,10 @@ def together(args: argparse.Namespace, method: str, task: str, size: int, *, gra
     }
 
 
+def case_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in ("part", "task", "model", "method", "members", "how", "graph"))
+
+
 def minilm(args: argparse.Namespace, save: Any) -> None:
     for task in args.tasks:
         for method in args.methods:
@@ -199,7 +203,7 @@ def main() -> None:
     begin = time.perf_counter()
 
     def save(row: dict[str, Any]) -> None:
-        rows.append(row)
+        rows[:] = [*(old for old in rows if case_of(old) != case_of(row)), row]
         print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()}, flush=True)
         head = about(args.device, "bfloat16" if args.device == "cuda" else "float32")
         args.out.write_text(json.dumps({**head, "epochs": args.epochs, "rows": rows}, indent=1) + "\n")

@@ -9,7 +9,7 @@ from tiny_models import save_bert
 from training_data import sentences
 
 from loretta.errors import InputError
-from loretta.population import checkpoints
+from loretta.population import checkpoints, training
 from loretta.population.loop import Loop
 from loretta.population.rows import mean_of_batches, row_losses
 from loretta.population.training import population_key, train_together
@@ -147,6 +147,20 @@ def test_what_differs_in_more_than_seeds_and_rates_is_not_trained_together(optio
         train_together([first, first.model_copy(update={"batch_size": 4})])
 
 
+def test_splits_of_other_sizes_are_not_trained_together(options, tmp_path, monkeypatch):
+    encode = training.encode_splits
+
+    def shorter(config, task, tokenizer):
+        splits = encode(config, task, tokenizer)
+        return splits | {"validation": splits["validation"].select(range(10 + config.seed))}
+
+    monkeypatch.setattr(training, "encode_splits", shorter)
+    runs = [RunConfig(**options | {"seed": seed, "output": f"{tmp_path}/{seed}"}) for seed in (0, 1)]
+    with pytest.raises(InputError, match="equally many examples"):
+        train_together(runs)
+    assert not list(tmp_path.iterdir())
+
+
 def test_losses_of_rows_are_those_of_the_model(llama):
     logits, labels = torch.randn(4, 6, 9), torch.randint(0, 9, (4, 6))
     labels[:, 3] = -100
@@ -158,3 +172,10 @@ def test_losses_of_rows_are_those_of_the_model(llama):
     assert mean_of_batches(each, torch.tensor([[1, 3, 1, 1, 2]]), 2).item() == pytest.approx(
         (2 * 3 / 4 + 2 * 7 / 2 + 5 / 2) / 5
     )
+
+
+def test_a_population_that_is_refused_leaves_its_runs_to_go_on_alone(options, tmp_path):
+    runs = [RunConfig(**options | {"method": "peft:loha", "seed": s, "output": f"{tmp_path}/{s}"}) for s in (0, 1)]
+    with pytest.raises(InputError, match="cannot be trained in a population"):
+        train_together(runs, resume=True)
+    assert train(runs[0], resume=True).population is None

@@ -51,11 +51,14 @@ class Rules:
     """What the members' own Trainers say, gathered while their model is still the ordinary one."""
 
     def __init__(self, members: Sequence[Member]) -> None:
-        sizes = {len(member.encoded["train"]) for member in members}
+        sizes = {tuple(len(member.encoded[split]) for split in ("train", "validation")) for member in members}
         if len(sizes) > 1:
-            raise InputError(f"members of a population train on equally many examples, got {sorted(sizes)}")
+            # what a seed holds out of a table with texts that occur twice
+            raise InputError(
+                f"members of a population have equally many examples to train and to validate, got {sizes}"
+            )
         first = members[0]
-        self.size, self.batch_size = sizes.pop(), first.trainer.args.per_device_train_batch_size
+        self.size, self.batch_size = sizes.pop()[0], first.trainer.args.per_device_train_batch_size
         self.steps_in_epoch = max(1, math.ceil(self.size / self.batch_size))
         args = first.trainer.args
         self.steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * self.steps_in_epoch)

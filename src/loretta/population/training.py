@@ -1,6 +1,8 @@
 """Runs that are trained together: from their options to their folders, each as if it had been trained alone."""
 
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -77,7 +79,9 @@ def train_together(configs: Sequence[RunConfig], *, resume: bool = False, overwr
 def _train(runs: Sequence[tuple[RunConfig, Place]], *, overwrite: bool) -> list[RunRecord]:
     configs = [config.model_copy(update={"output": str(place.work)}) for config, place in runs]
     memory = 0 if torch.cuda.is_available() and not configs[0].cpu else peak_memory()
-    loop = prepare(configs)
+    # a Trainer makes its folder at once, and a population that is refused must leave nothing: its runs go on alone
+    with tempfile.TemporaryDirectory() as scratch:
+        loop = prepare(configs, Path(scratch))
     loop.save = Checkpoints()
     for config, place in runs:
         if overwrite:
@@ -106,8 +110,10 @@ def _train(runs: Sequence[tuple[RunConfig, Place]], *, overwrite: bool) -> list[
     return records
 
 
-def prepare(configs: Sequence[RunConfig]) -> Loop:
+def prepare(configs: Sequence[RunConfig], scratch: Path) -> Loop:
     """The training of some runs before its first step: each starts from what it starts from alone.
+
+    The Trainers of the members, which write nothing, make their folder in ``scratch``.
 
     Raises InputError where they do not fit together.
     """
@@ -135,7 +141,7 @@ def prepare(configs: Sequence[RunConfig]) -> Loop:
         starts.append(models[same])
         members.append((config, task, encoded))
     whole = [
-        Member(config=c, task=t, encoded=e, trainer=make_trainer(_alone(c), t, skeleton, tokenizer, e, c.folder))
+        Member(config=c, task=t, encoded=e, trainer=make_trainer(_alone(c), t, skeleton, tokenizer, e, scratch))
         for c, t, e in members
     ]
     rules = Rules(whole)
