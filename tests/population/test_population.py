@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from draws import seeded
 from tolerances import assert_near
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, set_seed
@@ -64,7 +65,7 @@ def population(make, method, options):
 
 
 def batch(step, causal):
-    generator = torch.Generator().manual_seed(step)
+    generator = seeded(step)
     ids = torch.randint(0, 32, (SIZE * ROWS, 7), generator=generator)
     mask = torch.ones_like(ids)
     if not causal:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from draws import seed_torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from tolerances import assert_near
@@ -144,7 +145,7 @@ def test_the_change_of_a_pretrained_pooler_is_what_the_cores_moved(method):
 def with_fresh_head(family: str, method: str, **options) -> PeftModel:
     """An adapter on a base model with a head that transformers has just made."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        seed_torch(0)
         model = AutoModelForSequenceClassification.from_config(config_of(family)).eval()
         randomise(model.base_model.parameters(), seed=0)
         return get_peft_model(model, config_for(method, task_type="SEQ_CLS", **options)).eval()
@@ -328,7 +329,7 @@ def make(family: str, task: str = "SEQ_CLS", *, seed: int = 0) -> nn.Module:
     config = AutoConfig.for_model(family, num_labels=3, **TINY[family]) if family in TINY else config_of(family)
     config.num_labels = 3
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        seed_torch(seed)
         cls = model_class(family, task)
         return (cls(config) if family == "wav2vec2" else cls.from_config(config)).eval()
 
@@ -336,7 +337,7 @@ def make(family: str, task: str = "SEQ_CLS", *, seed: int = 0) -> nn.Module:
 def load(family: str, folder: Path, task: str = "SEQ_CLS", *, seed: int = 0) -> nn.Module:
     """From a checkpoint. What it lacks is random, by ``seed``."""
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        seed_torch(seed)
         return model_class(family, task).from_pretrained(folder, num_labels=3).eval()
 
 
