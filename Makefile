@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 
 RESULTS := benchmarks/results
 
-.PHONY: lock demo test test-matrix lint check format fuzz tables bench bench-gpu
+.PHONY: lock demo test test-matrix lint check format fuzz reliability tables bench bench-gpu
 
 # make demo QUICK=1: one epoch on a part of the data
 demo: $(INSTALLED)
@@ -48,12 +48,17 @@ tables: $(INSTALLED)
 	$(BIN)/python benchmarks/tables.py
 	$(BIN)/python benchmarks/counts.py
 	$(BIN)/python benchmarks/performance.py
+	$(BIN)/python benchmarks/reliability.py
 	$(BIN)/python docs/cli.py
 
 # What a CPU can measure, in about a quarter of an hour; `make tables` puts it into the docs. Leave the machine alone.
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/wrapping.py --out $(RESULTS)/wrapping.json
 	$(BIN)/python benchmarks/cpu.py --out $(RESULTS)/cpu.json
+
+# Kill 50 runs at random moments and go on with them, in about ten minutes
+reliability: $(INSTALLED)
+	$(BIN)/python benchmarks/reliability.py --kills 50 --out $(RESULTS)/reliability.json
 
 # What needs a GPU. DATA=folder of sst2/ and MODEL=folder of all-MiniLM-L6-v2 add training end to end
 bench-gpu: $(INSTALLED)

@@ -131,6 +131,7 @@ BY_OWNER = {
         ),
         "_load_best_model": "(self)",
         "_load_from_checkpoint": "(self, resume_from_checkpoint, model=None)",
+        "_prepare_inputs": "(self, inputs)",
         "_prepare_for_training": "(self, max_steps, train_dataloader, resume_from_checkpoint)",
         "_run_epoch": (
             "(self, model, epoch, train_dataloader, steps_in_epoch, num_update_steps_per_epoch, trial, "
@@ -161,6 +162,7 @@ OWNERS = {
     "_iterator": "torch.utils.data.dataloader.DataLoader",
     "_member_map_": "peft.utils.peft_types.PeftType",
     "_member_names_": "peft.utils.peft_types.PeftType",
+    "_prepare_inputs": "transformers.trainer.Trainer",
     "_shutdown_workers": "torch.utils.data.dataloader._MultiProcessingDataLoaderIter",
     "_tr_loss": "transformers.trainer.Trainer",
     "_value2member_map_": "peft.utils.peft_types.PeftType",

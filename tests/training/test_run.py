@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from training_data import sentences
+from transformers import AutoModel, AutoTokenizer
 
 from loretta.errors import InputError, Stopped
 from loretta.owned import describe, write_list
@@ -68,7 +69,7 @@ def test_a_method_learns_and_loads_again(method, bert, reviews, tmp_path):
     record = train(config)
     folder = tmp_path / "run"
     assert sorted(path.name for path in folder.iterdir()) == [
-        ".loretta.json", "adapter", "checkpoints", "config.json", "predictions.jsonl", "run.json",
+        ".loretta.json", ".loretta.lock", "adapter", "checkpoints", "config.json", "predictions.jsonl", "run.json",
     ]  # fmt: skip
     assert not list((folder / "adapter").glob("*.bin")), "safetensors only"
     assert record == RunRecord.load(folder / "run.json")
@@ -336,7 +337,7 @@ def test_an_earlier_run_stays_until_the_new_one_is_whole(bert, reviews, tmp_path
     assert record.seed == 1
     assert RunRecord.load(tmp_path / "run" / "run.json") == record
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        ".loretta.json", "adapter", "checkpoints", "config.json", "predictions.jsonl", "run.json",
+        ".loretta.json", ".loretta.lock", "adapter", "checkpoints", "config.json", "predictions.jsonl", "run.json",
     ]  # fmt: skip
     train(first, overwrite=True)
     assert not (tmp_path / "run" / "predictions.jsonl").exists(), "of the earlier run"
@@ -500,13 +501,75 @@ def test_a_model_that_diverged_has_no_score(kind, bad, tmp_path):
     assert all(math.isnan(value) for value in scores.values())
 
 
-def test_a_diverged_run_has_no_score_anywhere(bert, reviews, tmp_path):
-    config = config_for(bert, reviews, tmp_path / "run", method="ia3", learning_rate=1e30, test=reviews)
+def test_a_run_that_is_nan_from_its_first_step_stops_and_saves_nothing(bert, reviews, tmp_path):
+    broken = tmp_path / "broken"
+    model = AutoModel.from_pretrained(bert)
+    with torch.no_grad():
+        model.encoder.layer[1].output.dense.weight[0, 0] = math.nan
+    model.save_pretrained(broken)
+    AutoTokenizer.from_pretrained(bert).save_pretrained(broken)
+    with pytest.raises(Stopped, match=r"not finite at step 1, first in '.*layer\.1\.output\.dense") as stopped:
+        train(config_for(str(broken), reviews, tmp_path / "run", method="lora"))
+    assert stopped.value.exit_status == 3
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+
+def poisoned(monkeypatch, steps):
+    """Make the loss of the given steps NaN, and with it their gradients."""
+    original = TwoRateTrainer.compute_loss
+
+    def poison(self, model, *args, **kwargs):
+        loss = original(self, model, *args, **kwargs)
+        return loss * math.nan if model.training and self.state.global_step + 1 in steps else loss
+
+    monkeypatch.setattr(TwoRateTrainer, "compute_loss", poison)
+
+
+@pytest.mark.parametrize("logging_steps", [4, 100])
+def test_a_loss_that_becomes_nan_is_found_and_named_and_the_best_checkpoint_stays(
+    logging_steps, bert, reviews, tmp_path, monkeypatch
+):
+    config = config_for(bert, reviews, tmp_path / "run", eval_steps=5, logging_steps=logging_steps)
+    poisoned(monkeypatch, [7])
+    with pytest.raises(Stopped, match=r"at step 7, first in '.*best checkpoint .*checkpoint-5'.*learning rate"):
+        train(config)
+    left = list((tmp_path / "run").rglob("*.safetensors"))
+    assert left
+    assert all(tensor.isfinite().all() for file in left for tensor in load_file(file).values())
+
+
+def test_updates_that_are_not_finite_are_skipped_on_request(bert, reviews, tmp_path, monkeypatch):
+    config = config_for(bert, reviews, tmp_path / "run", on_nan="skip", epochs=1)
+    poisoned(monkeypatch, [3, 6])
     record = train(config)
-    loaded = load_run(tmp_path / "run", cpu=True)
-    again = evaluate(loaded, load_config_task(config), "test")
-    for values in (record.validation, record.test, again):
-        assert math.isnan(values["accuracy"])
+    assert record.notes[-1] == "2 updates were skipped (the first at step 3): not finite"
+    assert all(math.isfinite(point.values["loss"]) for point in record.history)
+    weights = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+    poisoned(monkeypatch, range(100))
+    with pytest.raises(Stopped, match=r"at step 1.*all updates since then were skipped"):
+        train(config.model_copy(update={"output": str(tmp_path / "all")}))
+
+
+def test_one_process_works_in_a_folder(bert, reviews, tmp_path):
+    config = config_for(bert, reviews, tmp_path / "run", epochs=1)
+    code = (
+        "import sys, pathlib; from loretta.locks import hold\n"
+        "with hold(pathlib.Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    )
+    train(config)
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "run")], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout.readline() == b"held\n"
+        for options in ({"resume": True}, {"overwrite": True}, {}):
+            with pytest.raises(InputError, match="another process works in"):
+                train(config, **options)
+        with pytest.raises(InputError, match="another process writes to"):
+            load_run(tmp_path / "run", cpu=True)
+        other.kill()
+    load_run(tmp_path / "run", cpu=True)
+    assert train(config, resume=True).seed == 0
 
 
 def test_pairs_are_predicted_as_pairs(bert, reviews, tmp_path):

@@ -45,6 +45,7 @@ def population_key(config: RunConfig) -> tuple[Any, ...] | None:
         or config.tensorboard
         or config.quantize is not None
         or config.accumulate > 1
+        or config.on_nan != "stop"
     )
     if alone:
         return None

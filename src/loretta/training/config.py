@@ -86,6 +86,10 @@ class RunConfig(BaseModel):
     max_steps: int | None = Field(default=None, ge=1, description="Steps to train, in place of epochs.")
     batch_size: int = Field(default=16, ge=1, description="Examples in a training step.")
     accumulate: int = Field(default=1, ge=1, description="Training steps whose gradients make one update.")
+    on_nan: Literal["stop", "skip"] = Field(
+        default="stop",
+        description="Where a loss or gradient is not finite: stop the run with status 3, or skip such updates.",
+    )
     eval_batch_size: int = Field(default=64, ge=1, description="Examples scored at once.")
     learning_rate: float | None = Field(
         default=None, gt=0, allow_inf_nan=False, description="Default: the method's own."
@@ -141,8 +145,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Data": ("text", "text_pair", "label", "kind", "validation", "test", "data_dir", "limit", "max_length"),
     "Prompted tasks": ("prompted", "train_as", "sample", "max_new_tokens"),
     "Training": (
-        "epochs", "max_steps", "batch_size", "accumulate", "learning_rate", "head_learning_rate", "weight_decay",
-        "warmup", "warmup_steps", "schedule",
+        "epochs", "max_steps", "batch_size", "accumulate", "on_nan", "learning_rate", "head_learning_rate",
+        "weight_decay", "warmup", "warmup_steps", "schedule",
     ),
     "Evaluation and logs": ("eval_batch_size", "eval_steps", "select_by", "patience", "logging_steps", "tensorboard"),
     "Precision and device": ("dtype", "quantize", "bf16", "gradient_checkpointing", "cuda_graph", "cpu"),

@@ -49,10 +49,12 @@ class Place:
     def finish(self, new: Path) -> None:
         """Add the result in ``new`` to the run, and put the run in the place of the earlier one."""
         publish(new, self.work, last=RECORD, keep=True)
-        self.replace()
+        if self.work != self.folder:
+            publish(self.work, self.folder, last=RECORD)
 
     def replace(self) -> None:
-        """Put a finished run in the place of the earlier result."""
+        """Put a finished run in the place of the earlier result, and leave nothing that is half-written."""
+        remove_temporaries(self.folder)
         if self.work != self.folder:
             publish(self.work, self.folder, last=RECORD)
 

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from loretta.convert.load import load_adapter
 from loretta.errors import InputError
+from loretta.locks import refuse_held
 from loretta.record import RunRecord
 from loretta.tasks.base import Task
 from loretta.tasks.glue import GLUE
@@ -40,6 +41,7 @@ def load_run(folder: Path, *, model: str | None = None, cpu: bool = False) -> Lo
 
     Raises InputError when the folder holds no run or the adapter does not fit.
     """
+    refuse_held(folder)
     record = RunRecord.load(folder / "run.json")
     config = RunConfig(**record.config)
     name = model or config.model

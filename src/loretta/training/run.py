@@ -8,6 +8,7 @@ import torch
 from transformers import set_seed
 
 from loretta.errors import InputError
+from loretta.locks import hold
 from loretta.record import RunRecord
 from loretta.training.batches import stop_workers
 from loretta.training.config import RunConfig
@@ -30,9 +31,10 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
     checkpoint in the folder (a finished run is returned as it is). ``overwrite`` replaces an earlier run once this one
     is whole, and removes nothing that LoRETTA did not write.
 
-    Raises InputError for input that the user can mend, and Stopped where SIGTERM or SIGINT came, or the disk is full.
+    Raises InputError for input that the user can mend, and Stopped where SIGTERM or SIGINT came, the disk
+    is full, or a loss is not finite.
     """
-    with stopping_at_signals() as stop:
+    with stopping_at_signals() as stop, hold(config.folder):
         return _train(config, stop, resume=resume, overwrite=overwrite)
 
 

@@ -16,6 +16,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from loretta.training.checkpoints import WholeCheckpointsTrainer
+from loretta.training.finite import FiniteSteps
 from loretta.tuners.task_types import is_final_layer
 
 TRAINED = "trained.safetensors"
@@ -80,7 +81,12 @@ class TwoRateTrainer(WholeCheckpointsTrainer):
     """
 
     def __init__(
-        self, *args: Any, head_learning_rate: float | None, lengths: Sequence[int] | None = None, **kwargs: Any
+        self,
+        *args: Any,
+        head_learning_rate: float | None,
+        lengths: Sequence[int] | None = None,
+        on_nan: str = "stop",
+        **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.optimizer: torch.optim.Optimizer | None
@@ -88,6 +94,8 @@ class TwoRateTrainer(WholeCheckpointsTrainer):
         self.lengths = lengths
         self.stopwatch = Stopwatch()
         self.add_callback(self.stopwatch)
+        self.finite = FiniteSteps(self, on_nan)
+        self.add_callback(self.finite)
         if self._learns_prompt():
             # the Trainer would divide by the labels it sees, and behind a prompt the first one is predicted too
             self.model_accepts_loss_kwargs = False
@@ -111,6 +119,10 @@ class TwoRateTrainer(WholeCheckpointsTrainer):
             cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = cls(groups, weight_decay=self.args.weight_decay, **kwargs)
         return super().create_optimizer(model)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.finite.check_weights()
+        super()._save_checkpoint(model, trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)

@@ -14,6 +14,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from loretta.errors import InputError
 from loretta.tasks import metrics
 from loretta.tasks.base import Task
 from loretta.tasks.prompted import PromptedTask
@@ -50,7 +51,10 @@ def make_trainer(
     """
     if config.tensorboard:
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / TENSORBOARD)
+    if config.on_nan == "skip" and config.cuda_graph:
+        raise InputError("on_nan=skip looks at the gradients of each step, which cuda_graph replays: give one of them")
     common: dict[str, Any] = {
+        "on_nan": config.on_nan,
         "model": model,
         "train_dataset": encoded["train"],
         "eval_dataset": encoded["validation"],
@@ -95,6 +99,7 @@ def training_arguments(config: RunConfig, folder: Path, *, best_by: str, greater
         num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,
         per_device_train_batch_size=config.batch_size,
+        logging_nan_inf_filter=False,  # it would log 0.0 for a loss that is NaN
         gradient_accumulation_steps=config.accumulate,
         per_device_eval_batch_size=config.eval_batch_size,
         learning_rate=config.learning_rate or find_method(config.method).learning_rate,

@@ -1,0 +1,189 @@
+"""Kill runs at random moments, go on with them, and compare with the run that nobody killed.
+
+    python benchmarks/reliability.py --kills 50 --out benchmarks/results/reliability.json
+
+A kill is SIGKILL, at a random call to the file system (so that many fall into saves and the final write) or after a
+random time (steps, evaluations, and the writes that Python does not see). Each run is killed once or twice, goes on,
+and must end with the bytes of the adapter, the log and the scores of the uninterrupted run. `make tables` writes
+docs/reliability.md from the file.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+METHODS = ("rep", "adp", "lora")
+KINDS = ("classification", "language modelling")
+ROOT = Path(__file__).parents[1]
+DOC = ROOT / "docs" / "reliability.md"
+
+
+def make_inputs(folder: Path) -> dict[str, dict[str, Any]]:
+    """Tiny models of words and data for them: kind -> options of a run."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, set_seed
+
+    words = ["[PAD]", "[UNK]", *(f"w{k}" for k in range(30))]
+    tokenizer = Tokenizer(models.WordLevel({word: k for k, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    set_seed(0)
+    BertModel(BertConfig(vocab_size=32, **sizes)).save_pretrained(folder / "bert")
+    LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes)).save_pretrained(folder / "llama")
+    for name in ("bert", "llama"):
+        fast.save_pretrained(folder / name)
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(words[2:], k=8)) for _ in range(64)]
+    (folder / "table.csv").write_text("text,label\n" + "".join(f"{text},{'w1' in text}\n" for text in texts))
+    (folder / "text.txt").write_text("\n\n".join(texts))
+    options = {"epochs": 2, "learning_rate": 1e-2, "max_length": 16, "logging_steps": 3, "eval_steps": 4, "cpu": True}
+    table = {"data": str(folder / "table.csv"), "text": "text", "label": "label", "test": str(folder / "table.csv")}
+    return {
+        "classification": {"model": str(folder / "bert"), **table, **options},
+        "language modelling": {"model": str(folder / "llama"), "data": str(folder / "text.txt"), **options},
+    }
+
+
+def train_until(options: dict[str, Any], at_call: int | None, after: float | None, calls: Any) -> None:
+    """In a process of its own: train, and be killed at a call to the file system or after some seconds."""
+    sys.stdout = sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115  for as long as the process lives
+    from loretta.training.config import RunConfig
+    from loretta.training.run import train
+
+    folder = options["output"]
+
+    def count(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir") and str(arguments[0]).startswith(folder):
+            calls.value += 1
+            if calls.value == at_call:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(count)
+    if after is not None:
+        timer = threading.Timer(after, os.kill, (os.getpid(), signal.SIGKILL))
+        timer.daemon = True
+        timer.start()
+    train(RunConfig(**options), resume=True)
+
+
+def run(options: dict[str, Any], *, at_call: int | None = None, after: float | None = None) -> tuple[int, int, float]:
+    """The exit status of a run in a process of its own, its calls to the file system, and its seconds."""
+    fork = multiprocessing.get_context("fork")
+    calls, start = fork.Value("i", 0), time.perf_counter()
+    process = fork.Process(target=train_until, args=(options, at_call, after, calls))
+    process.start()
+    process.join()
+    return process.exitcode or 0, calls.value, time.perf_counter() - start
+
+
+def result(folder: Path) -> dict[str, Any]:
+    """What must be the same: the bytes of the adapter, the log, the scores and the predictions."""
+    record = json.loads((folder / "run.json").read_text())
+    predictions = folder / "predictions.jsonl"
+    return {
+        "adapter": (folder / "adapter" / "adapter_model.safetensors").read_bytes().hex(),
+        "predictions": predictions.read_text() if predictions.is_file() else None,
+        **{name: record[name] for name in ("history", "best_step", "validation", "test")},
+    }
+
+
+def measure(
+    n_kills: int, root: Path, *, seed: int = 0, methods=METHODS, kinds=KINDS, accumulate=(1, 2)
+) -> list[dict[str, Any]]:
+    """Kill ``n_kills`` runs, spread over all cases, and go on with each. One row a run."""
+    import loretta.training.run  # noqa: F401  once, for all the processes that are forked from this one
+
+    draw, inputs, rows = random.Random(seed), make_inputs(root), []
+    cases = [(method, kind, n) for method in methods for kind in kinds for n in accumulate]
+    whole: dict[Any, tuple[dict[str, Any], int, float]] = {}
+    for k in range(n_kills):
+        method, kind, n = case = cases[k % len(cases)]
+        # of batches of the same examples together
+        options = {**inputs[kind], "method": method, "accumulate": n, "batch_size": 8 // n}
+        if case not in whole:
+            folder = root / f"{method}-{kind}-{n}"
+            status, calls, seconds = run({**options, "output": str(folder)})
+            assert status == 0, f"the uninterrupted run of {case} ended with {status}"
+            whole[case] = result(folder), calls, seconds
+        expected, calls, seconds = whole[case]
+        folder, killed, moments = root / f"killed-{k}", 0, []
+        for _ in range(draw.choice((1, 1, 2))):
+            by_call = draw.random() < 0.6
+            moment = {"at_call": draw.randrange(1, calls)} if by_call else {"after": draw.uniform(0.2, seconds)}
+            status, _, _ = run({**options, "output": str(folder)}, **moment)
+            killed += status == -signal.SIGKILL
+            moments.append(moment)
+            assert status in (0, -signal.SIGKILL), f"{case} ended with {status} after {moments}"
+        status, _, _ = run({**options, "output": str(folder)})
+        found = result(folder) if status == 0 else {}
+        different = [name for name in expected if found.get(name) != expected[name]]
+        left = [path.name for path in folder.rglob("*") if path.name.endswith(".tmp")]
+        row = {"method": method, "kind": kind, "accumulate": n, "kills": killed, "moments": moments}
+        rows.append({**row, "status": status, "different": different, "temporaries": left})
+        print(k, rows[-1], flush=True)
+    return rows
+
+
+def page(results: dict[str, Any]) -> str:
+    """docs/reliability.md."""
+    lines = [
+        "# Reliability",
+        "",
+        "Written by `make tables` from `benchmarks/results/reliability.json` (`make reliability`).",
+        "",
+        f"{results['runs']} runs were killed {results['kills']} times with SIGKILL at random moments and went on with "
+        f"`--resume`: {results['same']} of them ended with the bytes of the adapter, the log and the scores of the run "
+        "that nobody killed.",
+        "",
+        "| method | task | accumulated batches | runs | kills | the same |",
+        "|---|---|--:|--:|--:|--:|",
+    ]
+    cases: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in results["rows"]:
+        cases.setdefault((row["method"], row["kind"], row["accumulate"]), []).append(row)
+    for (method, kind, n), rows in cases.items():
+        same = sum(is_same(row) for row in rows)
+        lines.append(f"| {method} | {kind} | {n} | {len(rows)} | {sum(row['kills'] for row in rows)} | {same} |")
+    return "\n".join([*lines, ""])
+
+
+def is_same(row: dict[str, Any]) -> bool:
+    """Whether a killed run ended as the uninterrupted one, and left no temporary file."""
+    return row["status"] == 0 and not row["different"] and not row["temporaries"]
+
+
+def main() -> None:
+    """Measure, or write the page from what was measured."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    if arguments.out is None:
+        DOC.write_text(page(json.loads((ROOT / "benchmarks/results/reliability.json").read_text())))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        rows = measure(arguments.kills, Path(folder), seed=arguments.seed)
+    results = {
+        "runs": len(rows),
+        "kills": sum(row["kills"] for row in rows),
+        "same": sum(map(is_same, rows)),
+        "seed": arguments.seed,
+        "rows": rows,
+    }
+    arguments.out.write_text(json.dumps(results, indent=1) + "\n")
+    sys.exit(results["same"] != results["runs"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Losses, gradients and weights that are no numbers: found within one line of the log, named, stopped or skipped."""
+
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback
+
+from loretta.errors import Stopped
+
+STATUS = 3
+MEND = "lower the learning rate, give float32 where it is half precision, or --on-nan skip"
+
+
+class FiniteSteps(TrainerCallback):
+    """Looks for the first step whose loss or gradients are NaN or infinite.
+
+    ``policy`` "stop" ends the run at the next line of the log or checkpoint, so that every checkpoint is finite. "skip"
+    leaves out the updates of such steps, which costs a look at the gradients of each; a window of the log of which
+    nothing is left ends the run too.
+    """
+
+    def __init__(self, trainer: Trainer, policy: str) -> None:
+        self.trainer: Any = trainer
+        self.policy = policy
+        self.skipped: list[int] = []
+        self.first: Tensor | None = None  # on the device: to look at every step would make the GPU wait
+        self.before: Tensor | None = None  # the sum of the losses up to the step before
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.first = torch.full((), -1, dtype=torch.int64, device=self.trainer._tr_loss.device)
+        self.before = self.trainer._tr_loss.clone()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.policy != "skip":
+            return
+        trained = [parameter for parameter in self.trainer.model.parameters() if parameter.grad is not None]
+        finite = [parameter.grad.isfinite().all() for parameter in trained]
+        losses = self.trainer._tr_loss
+        if not finite or bool(torch.stack([*finite, losses.isfinite().all()]).all()):
+            return
+        for parameter in trained:
+            parameter.grad = None  # the optimizer passes over what has none
+        assert self.before is not None
+        # the step counts in the mean of its window as one like the others in it
+        losses.copy_(self.before * (1 + 1 / max(1, state.global_step - self.trainer._globalstep_last_logged)))
+        self.skipped.append(state.global_step + 1)
+        if len(self.skipped) >= state.logging_steps and self.skipped[-int(state.logging_steps)] == (
+            state.global_step + 2 - int(state.logging_steps)
+        ):
+            self.stop(self.skipped[-int(state.logging_steps)], "all updates since then were skipped")
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        losses = self.trainer._tr_loss
+        if self.policy == "skip":
+            self.before = losses.clone()
+        else:
+            assert self.first is not None
+            bad = (self.first < 0) & ~losses.isfinite()
+            self.first = torch.where(bad, torch.full_like(self.first, state.global_step), self.first)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        if self.policy == "stop" and "loss" in (logs or {}):
+            values = torch.tensor([logs["loss"], logs.get("grad_norm", 0.0)])
+            if not bool(values.isfinite().all()):
+                self.stop(self._first_step(state.global_step))
+
+    def check_weights(self) -> None:
+        """Raise Stopped where a trained parameter is not finite: what is saved now would be lost."""
+        trained = [parameter for parameter in self.trainer.model.parameters() if parameter.requires_grad]
+        if not bool(torch.stack([parameter.isfinite().all() for parameter in trained]).all()):
+            self.stop(self._first_step(self.trainer.state.global_step))
+
+    def _first_step(self, latest: int) -> int:
+        first = -1 if self.first is None else int(self.first)
+        return latest if first < 0 else first
+
+    def stop(self, step: int, words: str = "") -> None:
+        """End the run, with the step and the first module that gives something else than numbers."""
+        module = first_not_finite(self.trainer)
+        best = self.trainer.state.best_model_checkpoint
+        raise Stopped(
+            f"the loss or its gradient is not finite at step {step}"
+            + (f", first in '{module}'" if module else "")
+            + (f"; {words}" if words else "")
+            + (f" (the best checkpoint before it stays: '{best}')" if best else "")
+            + f": {MEND}",
+            exit_status=STATUS,
+        )
+
+
+@torch.no_grad()
+def first_not_finite(trainer: Any) -> str | None:
+    """The first module, in the order of computation, that gives out NaN or infinity on a batch of the training.
+
+    The base alone is looked at first: one bad update later, every trained weight is NaN and hides where it came from.
+    """
+    found: list[str] = []
+
+    def watch(name: str) -> Any:
+        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+            tensors = [output] if isinstance(output, Tensor) else list(output) if isinstance(output, tuple) else []
+            floats = [tensor for tensor in tensors if isinstance(tensor, Tensor) and tensor.is_floating_point()]
+            if not found and not all(bool(tensor.isfinite().all()) for tensor in floats):
+                found.append(name)
+
+        return look
+
+    handles = [module.register_forward_hook(watch(name)) for name, module in trainer.model.named_modules() if name]
+    try:
+        batch = next(iter(trainer.get_train_dataloader()))
+        inputs = trainer._prepare_inputs(batch)
+        if isinstance(trainer.model, PeftModel):
+            with trainer.model.disable_adapter():
+                trainer.compute_loss(trainer.model, dict(inputs))
+        if not found:
+            trainer.compute_loss(trainer.model, dict(inputs))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if found:
+        return found[0]
+    return next((name for name, p in trainer.model.named_parameters() if not bool(p.isfinite().all())), None)
