@@ -1,6 +1,7 @@
 """The short form of `make reliability`: kills at random moments, and the same end."""
 
 import importlib.util
+import json
 import os
 from pathlib import Path
 
@@ -18,3 +19,10 @@ def test_killed_runs_end_as_the_run_that_nobody_killed(tmp_path, recwarn):
     rows = reliability.measure(6, tmp_path, seed=1, methods=("rep", "adp", "lora"), accumulate=(2,))
     assert sum(row["kills"] for row in rows) >= 3
     assert [row for row in rows if not reliability.is_same(row)] == []
+
+
+def test_the_page_is_what_was_measured():
+    results = json.loads((reliability.ROOT / "benchmarks" / "results" / "reliability.json").read_text())
+    assert reliability.DOC.read_text() == reliability.page(results)
+    assert results["same"] == sum(map(reliability.is_same, results["rows"]))
+    assert results["kills"] == sum(row["kills"] for row in results["rows"])
