@@ -136,14 +136,16 @@ def measure(
 
 def page(results: dict[str, Any]) -> str:
     """docs/reliability.md."""
+    hit = sum(row["kills"] > 0 for row in results["rows"])
     lines = [
         "# Reliability",
         "",
         "Written by `make tables` from `benchmarks/results/reliability.json` (`make reliability`).",
         "",
-        f"{results['runs']} runs were killed {results['kills']} times with SIGKILL at random moments and went on with "
-        f"`--resume`: {results['same']} of them ended with the bytes of the adapter, the log and the scores of the run "
-        "that nobody killed.",
+        f"{hit} of {results['runs']} runs were killed, {results['kills']} times in all, with SIGKILL at random moments, and "
+        "went on with `--resume` (the moment of the others came behind their end). "
+        f"{results['same']} of {results['runs']} ended with the bytes of the adapter, the log and the scores of the run "
+        "that nobody killed, and left no temporary file.",
         "",
         "| method | task | accumulated batches | runs | kills | the same |",
         "|---|---|--:|--:|--:|--:|",
