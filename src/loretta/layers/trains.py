@@ -5,6 +5,7 @@ Axes: B batch and token positions, I input features, O output features, b bottle
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ class Cores(nn.Module):
         else:
             self.register_buffer("values", values)
 
-    def __setattr__(self, name: str, value: object) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         # torch.nn.utils.parametrize makes this attribute, with the name of the parameter as a key
         super().__setattr__(name, _Parametrizations() if name == "parametrizations" else value)
 
