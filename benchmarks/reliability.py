@@ -142,10 +142,10 @@ def page(results: dict[str, Any]) -> str:
         "",
         "Written by `make tables` from `benchmarks/results/reliability.json` (`make reliability`).",
         "",
-        f"{hit} of {results['runs']} runs were killed, {results['kills']} times in all, with SIGKILL at random moments, and "
-        "went on with `--resume` (the moment of the others came behind their end). "
-        f"{results['same']} of {results['runs']} ended with the bytes of the adapter, the log and the scores of the run "
-        "that nobody killed, and left no temporary file.",
+        f"{hit} of {results['runs']} runs were killed, {results['kills']} times in all, with SIGKILL at random "
+        "moments, and went on with `--resume` (the moment of the others came behind their end). "
+        f"{results['same']} of {results['runs']} ended with the bytes of the adapter, the log and the scores of the "
+        "run that nobody killed, and left no temporary file.",
         "",
         "| method | task | accumulated batches | runs | kills | the same |",
         "|---|---|--:|--:|--:|--:|",

@@ -1,8 +1,10 @@
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -549,6 +551,36 @@ def test_updates_that_are_not_finite_are_skipped_on_request(bert, reviews, tmp_p
     poisoned(monkeypatch, range(100))
     with pytest.raises(Stopped, match=r"at step 1.*all updates since then were skipped"):
         train(config.model_copy(update={"output": str(tmp_path / "all")}))
+
+
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_room(bert, reviews, tmp_path):
+    whole = train(config_for(bert, reviews, tmp_path / "whole", epochs=2))
+    config = config_for(bert, reviews, tmp_path / "run", epochs=2)
+    with stopping_behind(10, signal.SIGTERM), pytest.raises(Stopped):
+        train(config)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))  # less than the state of the optimizer
+    try:
+        with pytest.raises(Stopped, match=r"cannot write a checkpoint at step 20 .*make room.*--resume") as stopped:
+            train(config, resume=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert stopped.value.exit_status == 74
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["checkpoint-10"]
+
+    def full(path, content):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    with pytest.MonkeyPatch.context() as patch:  # at the last file of all
+        patch.setattr("loretta.training.finish.write_json", full)
+        with pytest.raises(Stopped, match=r"cannot write the result .*No space left.*--resume") as stopped:
+            train(config, resume=True)
+    assert stopped.value.exit_status == 74
+    assert not list((tmp_path / "run").rglob("*.tmp"))
+    assert not (tmp_path / "run" / "adapter").exists()
+    assert train(config, resume=True).history == whole.history
 
 
 def test_one_process_works_in_a_folder(bert, reviews, tmp_path):

@@ -13,12 +13,14 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 
+from loretta.errors import Stopped
 from loretta.files import write_json
-from loretta.folders import temporary_folder
+from loretta.folders import temporary_folder, why_not_written
 from loretta.plan import read_plan, trainable_by_kind
 from loretta.record import ParameterCounts, Point, RunRecord, Train
 from loretta.tasks.base import Task
 from loretta.tasks.prompted import PromptedTask
+from loretta.training.checkpoints import DISK_STATUS
 from loretta.training.config import RunConfig
 from loretta.training.folder import ADAPTER, PREDICTIONS, RECORD, Place
 from loretta.training.model import Trained
@@ -47,9 +49,17 @@ def finish(
 
     ``population`` is the number of runs that were trained together, this one among them.
     """
-    with temporary_folder(place.work) as new:
-        record = write_result(new, config, task, trainer, encoded, peak_memory_bytes, population)
-        place.finish(new)
+    try:
+        with temporary_folder(place.work) as new:
+            record = write_result(new, config, task, trainer, encoded, peak_memory_bytes, population)
+            place.finish(new)
+    except Exception as error:
+        if (reason := why_not_written(error)) is None:
+            raise
+        raise Stopped(
+            f"cannot write the result to '{place.folder}' ({reason}): make room, and end the run with --resume",
+            exit_status=DISK_STATUS,
+        ) from None
     return record
 
 
