@@ -11,6 +11,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor
 
 from loretta.errors import InputError
+from loretta.tuners.copies import AdapterCopy
 from loretta.tuners.norms import TrainedNorm, is_norm
 from loretta.tuners.rep import LorettaRepConfig, RepLinear
 
@@ -46,6 +47,8 @@ def trained_norms(model: PeftModel, adapter_name: str) -> list[str]:
             isinstance(module, ModulesToSaveWrapper)
             and adapter_name in module.modules_to_save
             and is_norm(module.original_module)
+            # a frozen one is saved because its origin is unknown, and stock PEFT takes it for a module like any other
+            and not (isinstance(module, AdapterCopy) and module.is_frozen(adapter_name))
         )
     ]
 

@@ -157,6 +157,11 @@ class AdapterCopy(ModulesToSaveWrapper):
             result[rows] = part
         return cast(Tensor, result)
 
+    def is_frozen(self, adapter_name: str) -> bool:
+        """Whether one adapter saves the module and trains nothing of it."""
+        policy = self._policy(adapter_name)
+        return policy.frozen and not policy.tensorized
+
     def _policy(self, adapter_name: str) -> CopyPolicy:
         return self.policies.get(adapter_name, CopyPolicy())
 
