@@ -18,7 +18,7 @@ from loretta.record import RunRecord
 from loretta.report.folder import FORMATS, report_on
 from loretta.report.study import section_of
 from loretta.report.study_figures import count_of, pareto, smooth
-from loretta.studies.expansion import Options
+from loretta.studies.configs import Options
 from loretta.studies.results import collect
 from loretta.studies.runner import write_study
 from loretta.studies.study import Planned, parse_study

@@ -10,7 +10,8 @@ from transformers import BertConfig
 
 from loretta.errors import InputError
 from loretta.record import RunRecord
-from loretta.studies.expansion import Options, choose, differences, expand, shapes, total_steps
+from loretta.studies.configs import Options, shapes, total_steps
+from loretta.studies.expansion import choose, differences, expand
 from loretta.studies.study import Planned, load_study
 from loretta.training.config import RunConfig
 

@@ -8,7 +8,8 @@ from test_expansion import finish
 
 from loretta.errors import InputError
 from loretta.studies.compare import comparison, verdict
-from loretta.studies.expansion import Options, expand
+from loretta.studies.configs import Options
+from loretta.studies.expansion import expand
 from loretta.studies.results import collect, collect_all, interval
 from loretta.studies.runner import write_study
 from loretta.studies.study import load_study

@@ -14,8 +14,9 @@ from filelock import FileLock
 from loretta.errors import InputError
 from loretta.record import RunRecord
 from loretta.studies import execution, runner
+from loretta.studies.configs import Options
 from loretta.studies.execution import carry_out, hold
-from loretta.studies.expansion import Options, expand
+from loretta.studies.expansion import expand
 from loretta.studies.results import collect
 from loretta.studies.runner import run_study, visible_gpus
 from loretta.studies.state import beside, find_runs, folder_state, held_by

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from loretta.plan import find_preset
+from loretta.studies.configs import Options
 from loretta.studies.cost import count_flops, measure
-from loretta.studies.expansion import Options, expand
+from loretta.studies.expansion import expand
 from loretta.studies.sizes import count, estimate, memory, size_of, step_flops
 from loretta.studies.study import load_study
 from loretta.training.config import RunConfig

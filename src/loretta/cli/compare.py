@@ -44,7 +44,7 @@ def compare(
     """Compare methods and sizes on your own data, over seeds, with an answer in words."""
     from loretta.cli.demo import encoder_folder
     from loretta.studies.compare import check_data, comparison
-    from loretta.studies.expansion import Options
+    from loretta.studies.configs import Options
 
     columns = {name: given.pop(name) for name in OF_THE_DATA}
     study = comparison(

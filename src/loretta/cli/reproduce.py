@@ -58,7 +58,7 @@ def reproduce(
         else:
             typer.echo("\n".join(f"{study.name:<8}  {study.title}" for study in studies))
         return
-    from loretta.studies.expansion import Options
+    from loretta.studies.configs import Options
 
     options = Options(
         models=tuple(model or ()),

@@ -16,8 +16,8 @@ from loretta.options import parse_option
 from loretta.training.config import ALIASES, read_sample
 
 if TYPE_CHECKING:
+    from loretta.studies.configs import Options
     from loretta.studies.execution import Outcome
-    from loretta.studies.expansion import Options
     from loretta.studies.runner import Summary
     from loretta.studies.study import Study
 

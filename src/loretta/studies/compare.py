@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from loretta.errors import InputError
-from loretta.studies.expansion import ALIASES, Options, expand
+from loretta.studies.configs import ALIASES, Options
+from loretta.studies.expansion import expand
 from loretta.studies.results import Cell, Results
 from loretta.studies.study import Grid, Row, Study
 from loretta.training.config import RunConfig

@@ -1,59 +1,22 @@
 """A study and the user's options -> every run, each with its whole configuration and its folder."""
 
-import gzip
 import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import cache
 from pathlib import Path
 from typing import Any
-
-from pydantic import Field
 
 from loretta.errors import InputError
 from loretta.plan import FAMILIES, default_task_type, find_config
 from loretta.record import RunRecord
+from loretta.studies.configs import ALIASES, Base, Options, config_of, rate_suffix, refuse_wrong_sets
 from loretta.studies.state import folder_state
-from loretta.studies.study import OF_EACH_RUN, Frozen, PaperModel, Planned, Row, Study
-from loretta.tasks.glue import GLUE
-from loretta.tasks.prompted import PROMPTED, Sample
-from loretta.tasks.prompted.sampling import validation_rows
+from loretta.studies.study import Frozen, Planned, Row, Study
 from loretta.training.config import RunConfig, read_config
-from loretta.training.methods import find_method, refuse_unknown_options, virtual_tokens
-from loretta.tt.modes import most_balanced
-from loretta.wording import nearest
-
-ALIASES = {"adp": "loretta_adp", "rep": "loretta_rep"}
-FEWEST_EVALUATIONS = 3  # of a run; with fewer there is nothing to choose the best checkpoint from
-
-
-class Options(Frozen):
-    """What the user changes of a study."""
-
-    models: tuple[str, ...] = ()  # keys of the study's models, Hub ids, folders; () for all of the study's
-    tasks: tuple[str, ...] = ()
-    methods: tuple[str, ...] = ()  # names of rows, methods of rows, or any other method
-    seeds: int | None = None
-    limit: int | None = None
-    data_dir: str | None = None
-    sweep: bool = False
-    rates: tuple[float, ...] = ()  # to sweep over, in place of the study's grids
-    batches: bool = False  # sweep over the grids' batch sizes too
-    orders: bool = False  # a sequence in every order
-    cpu: bool = False
-    sets: dict[str, Any] = Field(default={}, description='run options for all, or "METHOD.option" for a method\'s')
-
-
-class Base(Frozen):
-    """A model to run on."""
-
-    folder: str
-    weights: str  # what RunConfig.model takes
-    key: str | None  # of the study's models; None for any other
-    sizes: str  # what loretta.plan.base_models.find_config takes
-    paper: PaperModel | None
+from loretta.training.methods import find_method
 
 
 class Expansion(Frozen):
@@ -76,10 +39,13 @@ def expand(study: Study, options: Options, root: Path) -> Expansion:
         raise InputError(f"--data-dir '{options.data_dir}' is no folder: give the one with a folder for each task")
     bases = _bases(study, options)
     rows = {base.folder: _rows(study, options, base) for base in bases}
-    _refuse_wrong_sets(study, options, [row for found in rows.values() for row in found])
+    refuse_wrong_sets(study, options, [row for found in rows.values() for row in found])
     notes: dict[str, None] = {}
     runs = [
-        run for base in bases for row in rows[base.folder] for run in _row_runs(study, options, root, base, row, notes)
+        run
+        for base in bases
+        for row in rows[base.folder]
+        for run in _RowOnModel(study, options, root, base, row, notes).runs()
     ]
     if not runs:
         raise InputError(f"nothing of {study.name} is left to run: give fewer of --tasks, --methods and --model")
@@ -165,22 +131,87 @@ def _tasks(study: Study, options: Options, base: Base) -> tuple[str, ...]:
     return tuple(task for task in dict.fromkeys(options.tasks or study.tasks) if task in own)
 
 
-def _row_runs(
-    study: Study, options: Options, root: Path, base: Base, row: Row, notes: dict[str, None]
-) -> Iterator[Planned]:
-    tasks = _tasks(study, options, base)
-    seeds = range(options.seeds or study.seeds)
+@dataclass(frozen=True, slots=True)
+class _RowOnModel:
+    """A row of a study on one model: plans the runs of all its tasks and seeds."""
 
-    def plan(task: str, seed: int, settings: Mapping[str, Any] | None, **more: Any) -> Planned:
-        name = "-".join(more["order"][: more["order"].index(task) + 1]) if more.get("order") else task
-        config = _config(study, options, base, row, task, seed, settings or {}, more.pop("start_from", None), notes)
-        suffix = _suffix(study, base, row, config)
-        run = study.kind if study.kind != "train" else f"s{seed}{suffix}"
+    study: Study
+    options: Options
+    root: Path
+    base: Base
+    row: Row
+    notes: dict[str, None]  # gets what was changed to fit the runs to their data
+
+    @property
+    def seeds(self) -> range:
+        return range(self.options.seeds or self.study.seeds)
+
+    def runs(self) -> Iterator[Planned]:
+        tasks = _tasks(self.study, self.options, self.base)
+        if self.study.kind != "train":
+            for task in tasks:
+                yield self.plan(task, 0, {})
+        elif self.study.sequence:
+            for order in itertools.permutations(tasks) if self.options.orders else [tasks]:
+                yield from self._sequence(order)
+        else:
+            candidates = _candidates(self.study, self.options, self.row)
+            for task in tasks:
+                yield from self._swept(task, candidates)
+
+    def _swept(self, task: str, candidates: Sequence[dict[str, Any]], order: tuple[str, ...] = ()) -> Iterator[Planned]:
+        """Candidates of the first seed while more than one is left, then all seeds with the one that was chosen."""
+        if len(candidates) == 1:
+            for seed in self.seeds:
+                yield self.plan(task, seed, candidates[0], order)
+            return
+        first, *others = self.seeds
+        tried = [self.plan(task, first, settings, order) for settings in candidates]
+        best = choose(self.root, tried, metric=self.study.metrics.get(task))
+        for k, run in enumerate(tried):
+            yield run if k == best else run.model_copy(update={"candidate": True})
+        for seed in others if best is not None else self.seeds:
+            yield self.plan(task, seed, None if best is None else candidates[best], order)
+
+    def _sequence(self, order: tuple[str, ...]) -> Iterator[Planned]:
+        """One task after the other, each from the adapter of the one before. The first one's sweep serves them all."""
+        candidates = _candidates(self.study, self.options, self.row)
+        first = list(self._swept(order[0], candidates, order))
+        yield from first
+        for run in first:
+            if run.candidate:
+                continue
+            before = run
+            chosen = None if run.config is None else {key: run.config[key] for key in candidates[0]}
+            for task in order[1:]:
+                before = self.plan(task, run.seed, chosen, order, before)
+                yield before
+
+    def plan(
+        self,
+        task: str,
+        seed: int,
+        settings: Mapping[str, Any] | None,
+        order: tuple[str, ...] = (),
+        before: Planned | None = None,
+    ) -> Planned:
+        """One run.
+
+        Args:
+            settings: What the sweep chose; None while it has not.
+            order: The tasks of the sequence that the run belongs to.
+            before: The run of that sequence whose adapter this one goes on with.
+        """
+        study, base, row = self.study, self.base, self.row
+        name = "-".join(order[: order.index(task) + 1]) if order else task
+        start_from = None if before is None else str(self.root / before.folder)
+        config = config_of(study, self.options, base, row, task, seed, settings or {}, start_from, self.notes)
+        run = f"s{seed}{rate_suffix(study, base, row, config)}" if study.kind == "train" else study.kind
         folder = "/".join((base.folder, name, row.name, run))
-        if settings is None:  # the sweep has not chosen yet
+        if settings is None:
             folder, dumped = f"{folder}-not-chosen", None
         else:
-            dumped = read_config(None, {**config, "output": str(root / folder)}).model_dump()
+            dumped = read_config(None, {**config, "output": str(self.root / folder)}).model_dump()
         return Planned(
             folder=folder,
             kind=study.kind,
@@ -193,39 +224,10 @@ def _row_runs(
             seed=seed,
             learning_rate=None if dumped is None else dumped["learning_rate"],
             config=dumped,
-            **more,
+            after=() if before is None else (before.folder,),
+            evaluate=order,
+            order=order,
         )
-
-    if study.kind != "train":
-        yield from (plan(task, 0, {}) for task in tasks)
-        return
-    candidates = _candidates(study, options, row)
-    if not study.sequence:
-        for task in tasks:
-            yield from _swept(study, root, seeds, candidates, task, lambda seed, s, task=task: plan(task, seed, s))
-        return
-    for order in itertools.permutations(tasks) if options.orders else [tasks]:
-        first = list(
-            _swept(
-                study, root, seeds, candidates, order[0],
-                lambda seed, s, order=order: plan(order[0], seed, s, order=order, evaluate=order),
-            )
-        )  # fmt: skip
-        yield from first
-        # the rate that the sweep chose on the first task serves the whole sequence
-        for run in first:
-            if run.candidate:
-                continue
-            before = run
-            for task in order[1:]:
-                settings = None
-                if run.config is not None:
-                    settings = {key: run.config[key] for key in candidates[0]}
-                before = plan(
-                    task, run.seed, settings, order=order, evaluate=order,
-                    after=(before.folder,), start_from=str(root / before.folder),
-                )  # fmt: skip
-                yield before
 
 
 def _candidates(study: Study, options: Options, row: Row) -> list[dict[str, Any]]:
@@ -240,20 +242,6 @@ def _candidates(study: Study, options: Options, row: Row) -> list[dict[str, Any]
     if options.batches and grid and grid.batch_size and "batch_size" not in options.sets:
         axes["batch_size"] = grid.batch_size
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
-
-
-def _swept(study, root, seeds, candidates, task, plan) -> Iterator[Planned]:
-    """The runs of one cell: candidates of the first seed while more than one is left, then all seeds."""
-    if len(candidates) == 1:
-        yield from (plan(seed, candidates[0]) for seed in seeds)
-        return
-    tried = [plan(seeds[0], settings) for settings in candidates]
-    best = choose(root, tried, metric=study.metrics.get(task))
-    for k, run in enumerate(tried):
-        yield run if k == best else run.model_copy(update={"candidate": True})
-    yield from (
-        plan(seed, None if best is None else candidates[best]) for seed in seeds[1 if best is not None else 0 :]
-    )
 
 
 def choose(root: Path, candidates: Sequence[Planned], *, metric: str | None = None) -> int | None:
@@ -277,140 +265,6 @@ def choose(root: Path, candidates: Sequence[Planned], *, metric: str | None = No
         return (value if math.isfinite(value) else -math.inf, -loss if math.isfinite(loss) else -math.inf, -k)
 
     return max((k for k, state in enumerate(states) if state == "finished"), key=merit)
-
-
-def _config(
-    study: Study,
-    options: Options,
-    base: Base,
-    row: Row,
-    task: str,
-    seed: int,
-    settings: Mapping[str, Any],
-    start_from: str | None,
-    notes: dict[str, None],
-) -> dict[str, Any]:
-    """The options of one run, fitted to the length of its data."""
-    sets = {key: value for key, value in options.sets.items() if "." not in key}
-    raw = {
-        "data": task,
-        **study.protocol,
-        **(base.paper.settings if base.paper else {}),
-        **row.settings,
-        **settings,
-        "model": base.weights,
-        "method": row.method,
-        "method_args": _method_args(options, base, row),
-        "seed": seed,
-        "limit": options.limit,
-        "data_dir": options.data_dir,
-        "start_from": start_from,
-        "cpu": options.cpu,
-        **sets,
-    }
-    read_config(None, raw)  # refuses bad values before they are computed with
-    if base.paper is None and (longest := getattr(find_config(base.sizes), "max_position_embeddings", None)):
-        room = longest - virtual_tokens(row.method, raw["method_args"])
-        raw["max_length"] = min(raw.get("max_length", 128), room)
-    if study.kind == "train":
-        _fit(raw, sets, notes)
-    return raw
-
-
-def _refuse_wrong_sets(study: Study, options: Options, rows: Sequence[Row]) -> None:
-    """Refuse --set of what is no option, of what makes one run differ from another, or of a method that is not run."""
-    names = dict.fromkeys(name for row in rows for name in (row.name, row.method))
-    for key, value in options.sets.items():
-        method, dot, option = key.partition(".")
-        if dot:
-            found = ALIASES.get(method, method)
-            if found not in names:
-                raise InputError(
-                    f"--set {key}={value}: {study.name} runs no method {method!r}{nearest(found, tuple(names))}: "
-                    f"it runs {', '.join(names)}"
-                )
-            for name in dict.fromkeys(row.method for row in rows if found in (row.name, row.method)):
-                refuse_unknown_options(name, {option})
-        elif key in OF_EACH_RUN:
-            raise InputError(f"--set {key}={value}: the study gives each run its own {key}: leave it out")
-        elif key not in RunConfig.model_fields:
-            raise InputError(f"--set {key}={value}: no option of a run; one of a method is METHOD.{key}")
-
-
-def _method_args(options: Options, base: Base, row: Row) -> dict[str, Any]:
-    args = dict(row.all_options)
-    if base.key is None and row.modes is not None:
-        args["shapes"] = shapes(find_config(base.sizes).hidden_size, args.get("bottleneck_size", 64), row.modes)
-    if options.sets.get("head_policy", "method") != "method":
-        args.pop("train_head", None)  # the command's policy is for all rows
-    for key, value in options.sets.items():
-        method, dot, option = key.partition(".")
-        if dot and ALIASES.get(method, method) in (row.name, row.method):
-            args[option] = value
-    return args
-
-
-def shapes(width: int, bottleneck: int, count: int) -> dict[str, list[int]]:
-    """Modes of an adapter's two trains, ``count`` each, as Table 7 splits them: the larger half on the wide side."""
-    n_out = count // 2
-    wide, narrow = _factors(width, count - n_out), _factors(bottleneck, n_out)
-    return {f"{width}x{bottleneck}": wide[::-1] + narrow, f"{bottleneck}x{width}": narrow[::-1] + wide}
-
-
-def _factors(size: int, count: int) -> list[int]:
-    """``count`` ascending factors with the product ``size``, as equal as they can be; 1 where there are too few."""
-    return list(most_balanced(size, count, least=1) or ())
-
-
-def _fit(raw: dict[str, Any], sets: Mapping[str, Any], notes: dict[str, None]) -> None:
-    """Leave out a warm-up and evaluation steps that were meant for longer training."""
-    steps = total_steps(raw)
-    if steps is None:
-        return
-    warmup, every = raw.get("warmup_steps"), raw.get("eval_steps")
-    if warmup and 2 * warmup > steps and "warmup_steps" not in sets:
-        raw["warmup_steps"] = None
-        notes[f"a warm-up of {warmup} steps is more than half of a short run: it is 6% of the steps there"] = None
-    if every and FEWEST_EVALUATIONS * every > steps and "eval_steps" not in sets:
-        raw["eval_steps"] = None
-        notes[f"a run too short to evaluate {FEWEST_EVALUATIONS} times every {every} steps does so each epoch"] = None
-
-
-def total_steps(raw: Mapping[str, Any]) -> int | None:
-    """Optimiser steps of a run; None where the size of its data is not known before it is loaded."""
-    if raw.get("max_steps"):
-        return raw["max_steps"]
-    sample = tuple(sorted(raw.get("sample", {}).items()))
-    rows = train_rows(raw["data"], raw.get("data_dir"), sample)
-    if rows is None:
-        return None
-    rows = min(rows, raw["limit"]) if raw.get("limit") else rows
-    return math.ceil(math.ceil(rows / raw.get("batch_size", 16)) * raw.get("epochs", 3))
-
-
-@cache
-def train_rows(data: str, data_dir: str | None, sample: tuple[tuple[str, int], ...]) -> int | None:
-    """Training rows of a task by its name: those of its file or the official ones, or what a prompted task draws."""
-    file = Path(data_dir) / data / "train.jsonl.gz" if data_dir else None
-    rows = None
-    if file is not None and file.is_file():
-        with gzip.open(file, "rb") as lines:
-            rows = sum(1 for line in lines if line.strip())
-    if data in GLUE:
-        return GLUE[data].train_rows if rows is None else rows
-    if data not in PROMPTED:
-        return None
-    spec, asked = PROMPTED[data], Sample(**dict(sample))
-    rows = spec.train_rows if rows is None else rows
-    return min(asked.train, rows - validation_rows(spec, rows, asked))
-
-
-def _suffix(study: Study, base: Base, row: Row, config: Mapping[str, Any]) -> str:
-    """The rate and the batch size in a folder's name, where they are not those of the study."""
-    own = {**study.protocol, **(base.paper.settings if base.paper else {}), **row.settings}
-    rate, batch = config.get("learning_rate"), config.get("batch_size")
-    words = f"-lr{rate:g}" if rate is not None and rate != own.get("learning_rate") else ""
-    return words + (f"-b{batch}" if batch is not None and batch != own.get("batch_size") else "")
 
 
 def differences(root: Path, run: Planned) -> list[str]:

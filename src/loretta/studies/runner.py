@@ -20,8 +20,9 @@ import torch
 from transformers import AutoConfig
 
 from loretta.errors import InputError
+from loretta.studies.configs import Options
 from loretta.studies.execution import Outcome, carry_out_together, record_failure
-from loretta.studies.expansion import Expansion, Options, differences, expand
+from loretta.studies.expansion import Expansion, differences, expand
 from loretta.studies.results import STUDY
 from loretta.studies.state import beside, state_of
 from loretta.studies.study import Planned, Study

@@ -14,7 +14,7 @@ from transformers import PreTrainedConfig
 from loretta.files import write_json
 from loretta.plan import find_config, meta_model, plan_model, trainable_by_kind
 from loretta.record import RunRecord
-from loretta.studies.expansion import total_steps
+from loretta.studies.configs import total_steps
 from loretta.studies.state import COUNT
 from loretta.studies.study import Planned
 from loretta.tasks import Kind, load_task

@@ -1,0 +1,185 @@
+"""The configuration of one run: options of the study, the model, the row and the user, fitted to the run's data."""
+
+import gzip
+import math
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from loretta.errors import InputError
+from loretta.plan import find_config
+from loretta.studies.study import OF_EACH_RUN, Frozen, PaperModel, Row, Study
+from loretta.tasks.glue import GLUE
+from loretta.tasks.prompted import PROMPTED, Sample
+from loretta.tasks.prompted.sampling import validation_rows
+from loretta.training.config import RunConfig, read_config
+from loretta.training.methods import refuse_unknown_options, virtual_tokens
+from loretta.tt.modes import most_balanced
+from loretta.wording import nearest
+
+ALIASES = {"adp": "loretta_adp", "rep": "loretta_rep"}
+FEWEST_EVALUATIONS = 3  # of a run; with fewer there is nothing to choose the best checkpoint from
+
+
+class Options(Frozen):
+    """What the user changes of a study."""
+
+    models: tuple[str, ...] = ()  # keys of the study's models, Hub ids, folders; () for all of the study's
+    tasks: tuple[str, ...] = ()
+    methods: tuple[str, ...] = ()  # names of rows, methods of rows, or any other method
+    seeds: int | None = None
+    limit: int | None = None
+    data_dir: str | None = None
+    sweep: bool = False
+    rates: tuple[float, ...] = ()  # to sweep over, in place of the study's grids
+    batches: bool = False  # sweep over the grids' batch sizes too
+    orders: bool = False  # a sequence in every order
+    cpu: bool = False
+    sets: dict[str, Any] = Field(default={}, description='run options for all, or "METHOD.option" for a method\'s')
+
+
+class Base(Frozen):
+    """A model to run on."""
+
+    folder: str
+    weights: str  # what RunConfig.model takes
+    key: str | None  # of the study's models; None for any other
+    sizes: str  # what loretta.plan.base_models.find_config takes
+    paper: PaperModel | None
+
+
+def config_of(
+    study: Study,
+    options: Options,
+    base: Base,
+    row: Row,
+    task: str,
+    seed: int,
+    settings: Mapping[str, Any],
+    start_from: str | None,
+    notes: dict[str, None],
+) -> dict[str, Any]:
+    """The options of one run, fitted to the length of its data."""
+    sets = {key: value for key, value in options.sets.items() if "." not in key}
+    raw = {
+        "data": task,
+        **study.protocol,
+        **(base.paper.settings if base.paper else {}),
+        **row.settings,
+        **settings,
+        "model": base.weights,
+        "method": row.method,
+        "method_args": _method_args(options, base, row),
+        "seed": seed,
+        "limit": options.limit,
+        "data_dir": options.data_dir,
+        "start_from": start_from,
+        "cpu": options.cpu,
+        **sets,
+    }
+    read_config(None, raw)  # refuses bad values before they are computed with
+    if base.paper is None and (longest := getattr(find_config(base.sizes), "max_position_embeddings", None)):
+        room = longest - virtual_tokens(row.method, raw["method_args"])
+        raw["max_length"] = min(raw.get("max_length", 128), room)
+    if study.kind == "train":
+        _fit(raw, sets, notes)
+    return raw
+
+
+def refuse_wrong_sets(study: Study, options: Options, rows: Sequence[Row]) -> None:
+    """Refuse --set of what is no option, of what makes one run differ from another, or of a method that is not run."""
+    names = dict.fromkeys(name for row in rows for name in (row.name, row.method))
+    for key, value in options.sets.items():
+        method, dot, option = key.partition(".")
+        if dot:
+            found = ALIASES.get(method, method)
+            if found not in names:
+                raise InputError(
+                    f"--set {key}={value}: {study.name} runs no method {method!r}{nearest(found, tuple(names))}: "
+                    f"it runs {', '.join(names)}"
+                )
+            for name in dict.fromkeys(row.method for row in rows if found in (row.name, row.method)):
+                refuse_unknown_options(name, {option})
+        elif key in OF_EACH_RUN:
+            raise InputError(f"--set {key}={value}: the study gives each run its own {key}: leave it out")
+        elif key not in RunConfig.model_fields:
+            raise InputError(f"--set {key}={value}: no option of a run; one of a method is METHOD.{key}")
+
+
+def _method_args(options: Options, base: Base, row: Row) -> dict[str, Any]:
+    args = dict(row.all_options)
+    if base.key is None and row.modes is not None:
+        args["shapes"] = shapes(find_config(base.sizes).hidden_size, args.get("bottleneck_size", 64), row.modes)
+    if options.sets.get("head_policy", "method") != "method":
+        args.pop("train_head", None)  # the command's policy is for all rows
+    for key, value in options.sets.items():
+        method, dot, option = key.partition(".")
+        if dot and ALIASES.get(method, method) in (row.name, row.method):
+            args[option] = value
+    return args
+
+
+def shapes(width: int, bottleneck: int, count: int) -> dict[str, list[int]]:
+    """Modes of an adapter's two trains, ``count`` each, as Table 7 splits them: the larger half on the wide side."""
+    n_out = count // 2
+    wide, narrow = _factors(width, count - n_out), _factors(bottleneck, n_out)
+    return {f"{width}x{bottleneck}": wide[::-1] + narrow, f"{bottleneck}x{width}": narrow[::-1] + wide}
+
+
+def _factors(size: int, count: int) -> list[int]:
+    """``count`` ascending factors with the product ``size``, as equal as they can be; 1 where there are too few."""
+    return list(most_balanced(size, count, least=1) or ())
+
+
+def _fit(raw: dict[str, Any], sets: Mapping[str, Any], notes: dict[str, None]) -> None:
+    """Leave out a warm-up and evaluation steps that were meant for longer training."""
+    steps = total_steps(raw)
+    if steps is None:
+        return
+    warmup, every = raw.get("warmup_steps"), raw.get("eval_steps")
+    if warmup and 2 * warmup > steps and "warmup_steps" not in sets:
+        raw["warmup_steps"] = None
+        notes[f"a warm-up of {warmup} steps is more than half of a short run: it is 6% of the steps there"] = None
+    if every and FEWEST_EVALUATIONS * every > steps and "eval_steps" not in sets:
+        raw["eval_steps"] = None
+        notes[f"a run too short to evaluate {FEWEST_EVALUATIONS} times every {every} steps does so each epoch"] = None
+
+
+def total_steps(raw: Mapping[str, Any]) -> int | None:
+    """Optimiser steps of a run; None where the size of its data is not known before it is loaded."""
+    if raw.get("max_steps"):
+        return raw["max_steps"]
+    sample = tuple(sorted(raw.get("sample", {}).items()))
+    rows = train_rows(raw["data"], raw.get("data_dir"), sample)
+    if rows is None:
+        return None
+    rows = min(rows, raw["limit"]) if raw.get("limit") else rows
+    return math.ceil(math.ceil(rows / raw.get("batch_size", 16)) * raw.get("epochs", 3))
+
+
+@cache
+def train_rows(data: str, data_dir: str | None, sample: tuple[tuple[str, int], ...]) -> int | None:
+    """Training rows of a task by its name: those of its file or the official ones, or what a prompted task draws."""
+    file = Path(data_dir) / data / "train.jsonl.gz" if data_dir else None
+    rows = None
+    if file is not None and file.is_file():
+        with gzip.open(file, "rb") as lines:
+            rows = sum(1 for line in lines if line.strip())
+    if data in GLUE:
+        return GLUE[data].train_rows if rows is None else rows
+    if data not in PROMPTED:
+        return None
+    spec, asked = PROMPTED[data], Sample(**dict(sample))
+    rows = spec.train_rows if rows is None else rows
+    return min(asked.train, rows - validation_rows(spec, rows, asked))
+
+
+def rate_suffix(study: Study, base: Base, row: Row, config: Mapping[str, Any]) -> str:
+    """The rate and the batch size in a folder's name, where they are not those of the study."""
+    own = {**study.protocol, **(base.paper.settings if base.paper else {}), **row.settings}
+    rate, batch = config.get("learning_rate"), config.get("batch_size")
+    words = f"-lr{rate:g}" if rate is not None and rate != own.get("learning_rate") else ""
+    return words + (f"-b{batch}" if batch is not None and batch != own.get("batch_size") else "")
