@@ -92,6 +92,15 @@ class RunRecord(BaseModel):
     validation: dict[str, float]  # at the best step
     test: dict[str, float] | None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _name_the_kind(cls, raw: Any) -> Any:
+        """The first records did not say it: there were three kinds, which labels and metric tell apart."""
+        if isinstance(raw, dict) and not raw.get("kind"):
+            by_labels = "classification" if raw.get("label_names") else "regression"
+            return {**raw, "kind": "language_modeling" if raw.get("metric") == "perplexity" else by_labels}
+        return raw
+
     @classmethod
     def load(cls, path: Path) -> "RunRecord":
         """Read a ``run.json``. Raises InputError when it is missing or is not one."""

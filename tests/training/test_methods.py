@@ -219,7 +219,7 @@ def test_a_random_hidden_layer_is_saved_though_no_method_trains_it(bert, reviews
     assert record.parameters.head == 2 * 32 + 2
     seed_torch(1)
     base = load_base(config.model, "classification", label_names=("neg", "pos"))
-    from loretta.training.model import load_adapter
+    from loretta.convert.load import load_adapter
 
     model, run = load_adapter(base, tmp_path / "run" / "adapter"), load_run(tmp_path / "run", cpu=True)
     inputs = load_tokenizer(config.model)(["a very good film"], return_tensors="pt")
