@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import PeftModel
+from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
 from tolerances import assert_near
 from torch import Tensor, nn
@@ -47,7 +48,11 @@ def test_a_change_is_added_to_the_base(family, method):
     model, inputs = wrap(family, method, train_head="dense")
     base, _ = build(family)
     found = {name for name, module in base.named_modules() if is_norm(module)}
-    assert set(norms(model.get_base_model())) == found != set()
+    # a norm that is random in the head (ModernBERT's) is saved and trained whole, as the rest of the head
+    copied = {
+        name for name, module in model.get_base_model().named_modules() if isinstance(module, ModulesToSaveWrapper)
+    }
+    assert set(norms(model.get_base_model())) == found - copied != set()
     assert torch.equal(logits(model, inputs), logits(base, inputs))
     randomise(changes(model).values(), seed=3)
     assert_near("logits", logits(model, inputs), logits(with_changed_norms(base, model, "default"), inputs))

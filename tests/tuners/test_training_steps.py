@@ -100,6 +100,7 @@ def test_what_trains_is_cores_norms_and_head(family, method, train_norms):
         name for name, _ in model.named_parameters() if f".loretta_{method}_" in name and "_start_" not in name
     }
     owners = {name.partition(".modules_to_save.")[0] for name in names - ours}
+    owners |= {name.partition(f".loretta_{method}_norm_")[0] for name in ours if f".loretta_{method}_norm_" in name}
     norms = {
         name
         for name, module in build(family)[0].named_modules()

@@ -193,6 +193,8 @@ def _kinds(config: Mapping[str, Any], shapes: Shapes) -> list[tuple[str, int, st
         counts[cores if _TRAIN.search(key) else _kind(key, shapes)] += math.prod(shape)
     trained = {
         "starting values and copies": "none",
+        # a norm that is random in the base's head is saved though it is frozen
+        "layer norms": "all" if config["train_norms"] else "none",
         "head and other modules saved whole": _FROZEN_HEADS.get(config["train_head"], "all"),
     }
     kinds = (
