@@ -5,6 +5,8 @@ python benchmarks/counts.py
 
 from pathlib import Path
 
+import pandas as pd
+
 from loretta.plan import PRESETS, make_plan
 
 HEADER = """# The paper's parameter counts
@@ -12,22 +14,23 @@ HEADER = """# The paper's parameter counts
 Written by `python benchmarks/counts.py`; each number is what `loretta plan --preset NAME` plans on the meta device,
 and a test holds that the same number trains after injection. "Printed" is what the paper's table shows.
 
-| preset | table | cores | biases | norms | head | trained | printed |
-|---|---|---:|---:|---:|---:|---:|---|
 """
 
 
 def page() -> str:
     """The page as Markdown."""
-    lines = []
+    rows = []
     for name, preset in PRESETS.items():
         result = make_plan(preset=name)
         plan = result.plan
-        parts = [""] * 4 if plan is None else [plan.cores, plan.biases, plan.extras.norms, plan.extras.head]
-        cells = [f"`{name}`", preset.table, *(f"{part:,}" if part != "" else "" for part in parts)]
-        lines.append("| " + " | ".join([*cells, f"{result.trainable:,}", preset.printed]) + " |")
+        parts = [None] * 4 if plan is None else [plan.cores, plan.biases, plan.extras.norms, plan.extras.head]
+        counts = ["" if part is None else f"{part:,}" for part in [*parts, result.trainable]]
+        rows.append([f"`{name}`", preset.table, *counts, preset.printed])
+    columns = ["preset", "table", "cores", "biases", "norms", "head", "trained", "printed"]
+    aligned = ["left", "left", *5 * ["right"], "left"]
+    table = pd.DataFrame(rows, columns=columns).to_markdown(index=False, disable_numparse=True, colalign=aligned)
     notes = [f"* `{name}`: {preset.note}." for name, preset in PRESETS.items() if preset.note]
-    return HEADER + "\n".join(lines) + "\n\n" + "\n".join(notes) + "\n"
+    return HEADER + table + "\n\n" + "\n".join(notes) + "\n"
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from floors import adapter_cost, base_cost
 from tables import filled
 
@@ -52,10 +53,9 @@ def _run(row: Row) -> tuple:
 
 def table(head: str, rows: list[list[Any]], *, numbers_from: int = 1) -> str:
     """A Markdown table, its columns from ``numbers_from`` on to the right."""
-    columns = head.split(" | ")
-    rule = ["---" if k < numbers_from else "---:" for k in range(len(columns))]
-    lines = [columns, rule, *rows]
-    return "".join("| " + " | ".join(str(cell) for cell in line) + " |\n" for line in lines)
+    aligned = ["left" if k < numbers_from else "right" for k in range(head.count(" | ") + 1)]
+    frame = pd.DataFrame([[str(cell) for cell in row] for row in rows], columns=head.split(" | "))
+    return frame.to_markdown(index=False, disable_numparse=True, colalign=aligned) + "\n"
 
 
 def source(row: Row) -> str:

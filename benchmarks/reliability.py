@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
+
 METHODS = ("rep", "adp", "lora")
 KINDS = ("classification", "language modelling")
 ROOT = Path(__file__).parents[1]
@@ -147,16 +149,16 @@ def page(results: dict[str, Any]) -> str:
         f"{results['same']} of {results['runs']} ended with the bytes of the adapter, the log and the scores of the "
         "run that nobody killed, and left no temporary file.",
         "",
-        "| method | task | accumulated batches | runs | kills | the same |",
-        "|---|---|--:|--:|--:|--:|",
     ]
     cases: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in results["rows"]:
         cases.setdefault((row["method"], row["kind"], row["accumulate"]), []).append(row)
-    for (method, kind, n), rows in cases.items():
-        same = sum(is_same(row) for row in rows)
-        lines.append(f"| {method} | {kind} | {n} | {len(rows)} | {sum(row['kills'] for row in rows)} | {same} |")
-    return "\n".join([*lines, ""])
+    counted = [
+        [method, kind, n, len(rows), sum(row["kills"] for row in rows), sum(map(is_same, rows))]
+        for (method, kind, n), rows in cases.items()
+    ]
+    frame = pd.DataFrame(counted, columns=["method", "task", "accumulated batches", "runs", "kills", "the same"])
+    return "\n".join([*lines, frame.to_markdown(index=False), ""])
 
 
 def is_same(row: dict[str, Any]) -> bool:

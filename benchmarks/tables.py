@@ -9,6 +9,8 @@ from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
 
+import pandas as pd
+
 from loretta.cli.demo import render_table
 
 ROOT = Path(__file__).parents[1]
@@ -25,12 +27,13 @@ def learning_rate_table() -> str:
     points = defaultdict(list)
     for row in json.loads((RESULTS / "learning_rates.json").read_text())["rows"]:
         points[row["method"], row["learning_rate"]].append(row)
-    lines = ["| method | learning rate | validation | test | seeds |", "|---|---:|---:|---:|---:|"]
-    for (method, rate), rows in sorted(points.items()):
-        values = [[row[name] for row in rows] for name in ("validation", "test")]
-        scores = " | ".join(f"{mean(column):.3f} ± {stdev(column):.3f}" for column in values)
-        lines.append(f"| {method} | {rate:g} | {scores} | {len(rows)} |")
-    return "\n".join(lines) + "\n"
+    rows = []
+    for (method, rate), runs in sorted(points.items()):
+        scores = [[run[name] for run in runs] for name in ("validation", "test")]
+        words = [f"{mean(column):.3f} ± {stdev(column):.3f}" for column in scores]
+        rows.append([method, f"{rate:g}", *words, str(len(runs))])
+    frame = pd.DataFrame(rows, columns=["method", "learning rate", "validation", "test", "seeds"])
+    return frame.to_markdown(index=False, disable_numparse=True, colalign=["left", *4 * ["right"]]) + "\n"
 
 
 SECTIONS = {("README.md", "demo"): demo_table, ("docs/decisions.md", "learning rates"): learning_rate_table}

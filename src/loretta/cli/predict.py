@@ -1,7 +1,5 @@
 """``loretta predict``."""
 
-import csv
-import io
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -78,11 +76,9 @@ def _check_output(output: Path, *, overwrite: bool) -> None:
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    content = io.StringIO(newline="")
-    writer = csv.DictWriter(content, fieldnames=list(rows[0]) if rows else [])
-    writer.writeheader()
-    writer.writerows(rows)
-    return content.getvalue()
+    import pandas as pd
+
+    return pd.DataFrame(rows, dtype=object).to_csv(index=False, na_rep="nan", lineterminator="\r\n")
 
 
 def _lines(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -1,19 +1,22 @@
 """The report's tables and data in the formats that other programs read: Markdown, CSV, JSON and LaTeX."""
 
-import csv
-import io
 import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate, pairwise
 from typing import Any
+
+import pandas as pd
 
 from loretta.record import RunRecord
 from loretta.report.runs import facts_of, labels_of, table_of, title_of
 from loretta.report.study import Section
 from loretta.report.tables import Cell, Column, Table
 from loretta.studies.results import Results
+from loretta.wording import printable
 
+# pandas has an escape of its own, which leaves out the caption and what pdfLaTeX's fonts lack
 LATEX = {
     **{character: f"\\{character}" for character in "{}$&#%_"},
     "\\": r"\textbackslash{}",
@@ -33,6 +36,8 @@ LATEX = {
     "·": r"$\cdot$",
     "µ": r"$\mu$",
 }
+# control characters but tabs and line ends, turns of direction, halves of characters
+OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def markdown(
@@ -53,21 +58,32 @@ def markdown(
 
 def _md(text: str) -> str:
     """Text that Markdown shows as it is, on one line."""
-    return re.sub(r"([\\`*_\[\]<>&|$~#])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"([\\`*_\[\]<>&|$~#])", r"\\\1", _line(text))
+
+
+def _line(text: str) -> str:
+    return _inert(" ".join(text.split()))
+
+
+def _inert(text: str) -> str:
+    """The text with its lines, without what a terminal obeys."""
+    return OBEYED.sub(lambda found: printable(found[0]), text)
 
 
 def _fenced(commands: Sequence[str]) -> str:
-    text = "\n".join(commands)
+    text = "\n".join(map(_inert, commands))
     fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
     return f"{fence}sh\n{text}\n{fence}" if commands else ""
 
 
 def _md_table(table: Table) -> str:
     heads = [*table.stubs, *map(_heading, table.columns)]
-    aligned = [*(":--" for _ in table.stubs), *(":--" if table.of_words else "--:" for _ in table.columns)]
-    rows = [[*row.heads, *map(_words, row.cells)] for row in table.rows]
-    lines = [map(_md, heads), aligned, *(map(_md, row) for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    rows = [[*map(_md, [*row.heads, *map(_words, row.cells)])] for row in table.rows]
+    return pd.DataFrame(rows, columns=[*map(_md, heads)]).to_markdown(
+        index=False,
+        disable_numparse=True,  # the cells are words: they stay as they are
+        colalign=["left" if k < len(table.stubs) or table.of_words else "right" for k in range(len(heads))],
+    )
 
 
 def _heading(column: Column) -> str:
@@ -90,29 +106,38 @@ def latex(tables: Iterable[tuple[Table, Sequence[str]]]) -> str:
 
 def _tex_table(table: Table, comments: Sequence[str]) -> str:
     grouped = any(name for name, _ in table.groups)
-    first = len(table.stubs) + 1
-    lines = [f"% {' '.join(comment.split())}" for comment in comments]
-    lines += [r"\begin{table}", r"\centering"]
-    lines.append(rf"\caption{{{_tex(f'{table.title}. {table.caption}'.strip())}}}")
-    columns = ("l" if table.of_words else "r") * len(table.columns)
-    lines += [rf"\begin{{tabular}}{{{'l' * len(table.stubs)}{columns}}}", r"\toprule"]
-    if grouped:
-        spans = [rf"\multicolumn{{{span}}}{{c}}{{{_tex(name)}}}" for name, span in table.groups]
-        lines.append(" & ".join([*("" for _ in table.stubs), *spans]) + r" \\")
-        rules = []
-        for _, span in table.groups:
-            rules.append(rf"\cmidrule(lr){{{first}-{first + span - 1}}}")
-            first += span
-        lines.append(" ".join(rules))
     names = [f"{column.name} ({column.detail})" if column.detail else column.name for column in table.columns]
-    lines += [" & ".join(map(_tex, [*table.stubs, *names])) + r" \\", r"\midrule"]
-    lines += [" & ".join(map(_tex, [*row.heads, *map(_words, row.cells)])) + r" \\" for row in table.rows]
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
+    heads = [*map(_tex, [*table.stubs, *names])]
+    groups = [*("" for _ in table.stubs), *(_tex(column.group) for column in table.columns)]
+    text = (
+        pd.DataFrame(
+            [[*map(_tex, [*row.heads, *map(_words, row.cells)])] for row in table.rows],
+            columns=pd.MultiIndex.from_arrays([groups, heads]) if grouped else heads,
+        )
+        .style.hide(axis="index")
+        .to_latex(
+            hrules=True,
+            position_float="centering",
+            column_format="l" * len(table.stubs) + ("l" if table.of_words else "r") * len(table.columns),
+            multicol_align="c",
+            caption=_tex(f"{table.title}. {table.caption}".strip()),
+        )
+    )
+    if grouped:  # pandas draws no rule below a group of columns: they go behind the first row
+        text = text.replace("\\\\\n", f"\\\\\n{_rules(table)}\n", 1)
+    return "\n".join([*(f"% {_line(comment)}" for comment in comments), text])
+
+
+def _rules(table: Table) -> str:
+    """booktabs' rule below each group of columns."""
+    ends = accumulate((span for _, span in table.groups), initial=len(table.stubs))
+    named = [columns for columns, (name, _) in zip(pairwise(ends), table.groups, strict=True) if name]
+    return " ".join(rf"\cmidrule(lr){{{before + 1}-{end}}}" for before, end in named)
 
 
 def _tex(text: str) -> str:
+    words = "".join(LATEX.get(character, character) for character in _line(text))
     # a row that begins with a bracket would be read as an option of the \\ before it
-    words = "".join(LATEX.get(character, character) for character in " ".join(text.split()))
     return f"{{}}{words}" if words.startswith(("[", "*")) else words
 
 
@@ -244,10 +269,21 @@ def _strict(content: Any) -> Any:
 
 
 def _csv(rows: Iterable[Mapping[str, Any]]) -> str:
-    rows = list(rows)
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+    cells = [{_csv_cell(name): _csv_cell(value) for name, value in row.items()} for row in rows]
+    # as objects: a column of whole numbers in which one is missing would become one of floats
+    return pd.DataFrame(cells, dtype=object).to_csv(index=False, lineterminator="\n")
+
+
+def _csv_cell(value: Any) -> Any:
+    """What a spreadsheet shows as it is. It would compute a text that begins as a formula does."""
+    if not isinstance(value, str):
+        return "nan" if value is not None and value != value else value  # pandas writes NaN as it writes None
+    text = _inert(value)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) and not _are_numbers(text) else text
+
+
+def _are_numbers(text: str) -> bool:
+    try:
+        return bool([float(word) for word in text.split()])
+    except ValueError:
+        return False
