@@ -1,5 +1,6 @@
 """Folders that are built under a temporary name, and what a kill leaves of them."""
 
+import itertools
 import os
 import re
 import secrets
@@ -43,6 +44,14 @@ def remove_temporaries(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
+
+
+def set_aside(path: Path) -> Path:
+    """Give what is damaged another name, which is returned: nothing is lost, and the name is free."""
+    names = (path.with_name(f"broken-{path.name}{f'-{k}' if k else ''}") for k in itertools.count())
+    aside = next(name for name in names if not os.path.lexists(name))
+    os.rename(path, aside)
+    return aside
 
 
 def why_not_written(error: BaseException) -> str | None:

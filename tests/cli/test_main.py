@@ -71,6 +71,28 @@ def test_resume_needs_nothing_but_the_folder(trained, capsys):
     assert_refused(status, err, ["cannot resume", "epochs was 1.0 and is 9.0"])
 
 
+def test_a_finished_run_of_a_version_without_lists_is_of_use(trained, capsys, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    (run / ".loretta.json").unlink()
+    (run / "report.html").write_text("of that version")
+    record = json.loads((run / "run.json").read_text())
+    status, out, err = call(capsys, "train", "--resume", "-o", run, "--json")
+    assert (status, json.loads(out)) == (0, record)
+    assert "report.html' is not as loretta wrote it, and stays" in err
+    assert (run / "report.html").read_text() == "of that version"
+    for verb in (
+        ["eval", run, "--cpu"],
+        ["predict", run, "--text", "a good film", "--cpu"],
+        ["export", run, "--to", "merged", "-o", tmp_path / "merged"],
+        ["runs", "ls", tmp_path],
+        ["report", run, "-o", tmp_path / "report.html"],
+    ):
+        assert call(capsys, *verb)[0] == 0, verb
+    status, _, err = call(capsys, "train", "--config", run / "config.json", "--overwrite", "-o", run)
+    assert_refused(status, err, ["did not write, or that have changed since", "run.json"])
+
+
 def test_a_config_file_may_hold_options_of_the_method(bert, reviews, capsys, tmp_path):
     (tmp_path / "run.yaml").write_text("epoch: 1\ntext: review\nlabel: mood\ntensor_rank: 3\nbatch_sise: 8\n")
     arguments = ["train", "--config", tmp_path / "run.yaml", "--model", bert, "--data", reviews, "-o", tmp_path / "run"]

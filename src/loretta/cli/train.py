@@ -7,6 +7,7 @@ import typer
 
 from loretta.cli.options import Json, run_options
 from loretta.cli.output import print_json, scores
+from loretta.errors import InputError
 from loretta.training.config import read_config
 from loretta.training.folder import CONFIG
 
@@ -41,7 +42,10 @@ def train(
 
     record = run(run_config, resume=resume, overwrite=overwrite)
     page = run_config.folder / REPORT
-    write_listed(page, report.render([record], notes=record.notes).encode("utf-8", errors="replace"))
+    try:
+        write_listed(page, report.render([record], notes=record.notes).encode("utf-8", errors="replace"))
+    except InputError as error:  # the run itself is whole
+        typer.echo(f"loretta: {error}, for a page of this run", err=True)
     if as_json:
         print_json(record.model_dump())
         return

@@ -4,17 +4,19 @@ import contextlib
 import json
 import logging
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import Trainer, TrainerCallback
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from loretta.errors import Stopped
-from loretta.folders import sync, temporary_folder, why_not_written
-from loretta.owned import describe, find_foreign, is_whole, remove_listed, write_list
+from loretta.folders import set_aside, sync, temporary_folder, why_not_written
+from loretta.owned import describe, find_foreign, has_list, is_whole, remove_listed, write_list
 
 logger = logging.getLogger(__name__)
 
@@ -28,21 +30,40 @@ def find_checkpoint(folder: Path) -> Path | None:
     It is whole when all its files are as they were written, and so is the checkpoint that was the best up to there.
     Those that are newer cannot be used, and get another name.
     """
-    found = sorted(folder.glob(f"{NAME}*"), key=_step, reverse=True)
-    for path in found:
+    for path in sorted(folder.glob(f"{NAME}*"), key=_step, reverse=True):
         if _step(path) < 0:
             continue
-        if is_whole(path) and ((best := _best(path)) in (None, path) or is_whole(best)):
+        if can_be_read(path) and ((best := _best(path)) in (None, path) or can_be_read(best)):
             logger.warning("going on from step %d ('%s')", _step(path), path)
             return path
-        aside = next(
-            name
-            for k in range(len(found) + 1)
-            if not (name := path.with_name(f"broken-{path.name}{f'-{k}' if k else ''}")).exists()
-        )
-        os.rename(path, aside)
+        aside = set_aside(path)
         logger.warning("'%s' is damaged, or the best one before it is: set aside as '%s'", path, aside.name)
     return None
+
+
+def can_be_read(path: Path) -> bool:
+    """Whether a checkpoint is as it was written; one without a list, of an earlier version, is if all of it opens."""
+    if has_list(path):
+        return is_whole(path)
+    try:
+        json.loads((path / TRAINER_STATE_NAME).read_bytes())
+        pickled = [path / OPTIMIZER_NAME, path / SCHEDULER_NAME, *path.glob("rng_state*.pth")]
+        weights = list(path.glob("*.safetensors"))
+        for file in weights:
+            with safe_open(file, framework="pt"):  # compares the size with what the header promises
+                continue
+        # torch.save writes a zip, whose checksums tell damage without running what is pickled in it
+        return len(pickled) > 2 and bool(weights) and all(_opens(file) for file in pickled)
+    except (OSError, ValueError, SafetensorError):
+        return False
+
+
+def _opens(file: Path) -> bool:
+    try:
+        with zipfile.ZipFile(file) as content:
+            return content.testzip() is None
+    except (zipfile.BadZipFile, EOFError):
+        return False
 
 
 def remove_checkpoints(folder: Path) -> None:
@@ -81,8 +102,9 @@ class LossWindow(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"loss": 0.0 if loss is None else loss.item(), "logged": logged}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        saved = state.stateful_callbacks.get(type(self).__name__)
-        if state.global_step > 0 and saved is not None:
+        # a checkpoint of an earlier version holds none, and the window begins where the Trainer says
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        if state.global_step > 0:
             trainer: Any = self.trainer
             trainer._tr_loss.fill_(saved["attributes"]["loss"])
             trainer._globalstep_last_logged = saved["attributes"]["logged"]

@@ -1,12 +1,15 @@
 """The folder of a run: the names in it, who may write to it, and where a run stands in it."""
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
 from loretta.errors import InputError
-from loretta.folders import remove_temporaries, temporary_folder
+from loretta.folders import remove_temporaries, set_aside, temporary_folder
 from loretta.owned import NEXT, is_free, publish, read_list, refuse_to_replace, remove_listed
 from loretta.training.config import RunConfig
+
+logger = logging.getLogger(__name__)
 
 ADAPTER, CHECKPOINTS, TENSORBOARD = "adapter", "checkpoints", "tensorboard"
 CONFIG, RECORD, PREDICTIONS, REPORT = "config.json", "run.json", "predictions.jsonl", "report.html"
@@ -42,6 +45,14 @@ class Place:
         for folder in (self.work, self.work / CHECKPOINTS):
             if folder.is_dir():
                 remove_temporaries(folder)
+        listed = read_list(self.work)
+        if (self.work / CONFIG).is_file() and CONFIG not in listed:
+            # the same options, by a version that kept no lists: what a kill left of its end would be in the way of ours
+            for name in (ADAPTER, PREDICTIONS):
+                if (self.work / name).exists() and not any(Path(file).parts[0] == name for file in listed):
+                    aside = set_aside(self.work / name)
+                    logger.warning("'%s' may be damaged: set aside as '%s'", self.work / name, aside.name)
+            return
         with temporary_folder(self.work) as new:
             (new / CONFIG).write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
             publish(new, self.work, last=CONFIG, keep=True)

@@ -1,0 +1,117 @@
+"""Checkpoints to go on from: damaged ones, and those of versions that kept no lists of what they wrote."""
+
+import json
+import os
+import shutil
+import signal
+
+import pytest
+from test_run import config_for, stopping_behind
+
+from loretta.errors import Stopped
+from loretta.owned import LIST
+from loretta.training.checkpoints import can_be_read
+from loretta.training.run import train
+
+
+@pytest.fixture(scope="module")
+def whole(bert, reviews, tmp_path_factory):
+    """The run that nobody stopped."""
+    return train(config_for(bert, reviews, tmp_path_factory.mktemp("whole") / "run", epochs=3, select_by="loss"))
+
+
+@pytest.mark.parametrize("damage", ["a flipped byte", "cut short", "a file gone", "a list cut short"])
+def test_a_damaged_checkpoint_is_set_aside_and_the_whole_one_before_it_taken(
+    damage, whole, bert, reviews, tmp_path, caplog
+):
+    config = config_for(bert, reviews, tmp_path / "cut", epochs=3, select_by="loss")
+    with stopping_behind(20, signal.SIGTERM), pytest.raises(Stopped):
+        train(config)
+    newest = tmp_path / "cut" / "checkpoints" / "checkpoint-20"
+    file = newest / "optimizer.pt"
+    content = file.read_bytes()
+    if damage == "a flipped byte":
+        file.write_bytes(content[:900] + bytes([content[900] ^ 1]) + content[901:])
+    elif damage == "cut short":
+        file.write_bytes(content[:-10])
+    elif damage == "a file gone":
+        file.unlink()
+    else:
+        (newest / LIST).write_bytes((newest / LIST).read_bytes()[:-10])
+    left = {path.name for path in newest.iterdir()}
+    resumed = train(config, resume=True)
+    assert resumed.history == whole.history
+    assert "going on from step 10" in caplog.text
+    assert "set aside as 'broken-checkpoint-20'" in caplog.text
+    assert {path.name for path in newest.with_name("broken-checkpoint-20").iterdir()} == left
+
+
+def as_an_earlier_version(folder):
+    """Make a run folder what it was before there were lists."""
+    for file in [*folder.rglob(LIST), *folder.rglob(".loretta.lock")]:
+        file.unlink()
+    for file in folder.rglob("trainer_state.json"):
+        state = json.loads(file.read_text())
+        for name in ("LossWindow", "Stopwatch"):
+            del state["stateful_callbacks"][name]
+        file.write_text(json.dumps(state))
+
+
+@pytest.fixture(scope="module")
+def earlier(bert, reviews, tmp_path_factory):
+    """A run of an earlier version that was killed at step 20 of 30, with checkpoints at 10 and 20."""
+    folder = tmp_path_factory.mktemp("earlier") / "run"
+    with stopping_behind(20, signal.SIGTERM), pytest.raises(Stopped):
+        train(config_for(bert, reviews, folder, epochs=3, select_by="loss"))
+    as_an_earlier_version(folder)
+    return folder
+
+
+def content(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_of_a_version_without_lists_goes_on_and_keeps_its_files(earlier, whole, bert, reviews, tmp_path, caplog):
+    folder = tmp_path / "run"
+    shutil.copytree(earlier, folder)
+    (folder / "adapter").mkdir()  # as a kill left it, in the write of the result
+    (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"half")
+    before = content(folder)
+    resumed = train(config_for(bert, reviews, folder, epochs=3, select_by="loss"), resume=True)
+    assert resumed.history == whole.history
+    assert "going on from step 20" in caplog.text
+    after = content(folder)
+    half = next(path for path in before if path.parts[0] == "adapter")
+    assert after["broken-adapter" / half.relative_to("adapter")] == before.pop(half)
+    assert {path: after[path] for path in before} == before
+    # killed once more, as its result was moved to its place
+    (folder / "run.json").unlink()
+    assert train(config_for(bert, reviews, folder, epochs=3, select_by="loss"), resume=True).history == whole.history
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors"])
+def test_a_checkpoint_without_a_list_must_open(name, earlier, tmp_path):
+    checkpoint = tmp_path / "checkpoint-20"
+    shutil.copytree(earlier / "checkpoints" / "checkpoint-20", checkpoint)
+    assert can_be_read(checkpoint)
+    file = checkpoint / name
+    whole = file.read_bytes()
+    for damaged in (whole[:-10], whole[: len(whole) // 2], b"", None):
+        if damaged is None:
+            file.unlink()
+        else:
+            file.write_bytes(damaged)
+        assert not can_be_read(checkpoint)
+    file.write_bytes(whole)
+    state = checkpoint / "trainer_state.json"
+    state.write_bytes(state.read_bytes()[:-10])
+    assert not can_be_read(checkpoint)
+
+
+def test_a_half_written_checkpoint_of_an_earlier_version_is_set_aside(earlier, bert, reviews, tmp_path, caplog):
+    folder = tmp_path / "run"
+    shutil.copytree(earlier, folder)
+    os.truncate(folder / "checkpoints" / "checkpoint-20" / "optimizer.pt", 900)
+    train(config_for(bert, reviews, folder, epochs=3, select_by="loss"), resume=True)
+    assert "going on from step 10" in caplog.text
+    assert (folder / "checkpoints" / "broken-checkpoint-20").is_dir()
