@@ -187,7 +187,10 @@ def assert_refused(status, err, words):
 BAD_FILES = {
     "empty.csv": (b"", ["empty.csv"]),
     "header.csv": (b"review,mood\n", ["header.csv"]),
-    "picture.csv": (b"\x89PNG\r\n\x1a\n" + bytes(range(256)), ["picture.csv", "PNG"]),
+    "picture.csv": (
+        b"\x89PNG\r\n\x1a\n" + bytes(range(256)),
+        ["picture.csv", "is not a table", "these are read: .csv"],
+    ),
     "table.parquet": (b"review,mood\na,b\n", ["table.parquet"]),
     "rows.jsonl": (b'{"review": "a", "mood": "b"}\nnot json\n', ["rows.jsonl", "2"]),
 }

@@ -12,25 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from loretta.errors import InputError
-from loretta.wording import listed, nearest, quoted
+from loretta.wording import listed, nearest, one_line, quoted
 
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 TEXT_ENDINGS = (".txt", ".md")
-ENDINGS_IN_WORDS = ".csv, .tsv, .jsonl, .json (one object per line), .txt, .md, each also with .gz, or .parquet"
-
-# first bytes -> what such a file is; people rename these to .csv
-SIGNATURES = {
-    b"\x89PNG": "a PNG image",
-    b"\xff\xd8\xff": "a JPEG image",
-    b"%PDF": "a PDF",
-    b"PAR1": "a Parquet file",
-    b"PK\x03\x04": "a ZIP archive (as Excel writes)",
-    b"\xd0\xcf\x11\xe0": "an old Excel or Word file",
-    b"\x1f\x8b": "gzip data",
-    b"\xff\xfe": "UTF-16 text",
-    b"\xfe\xff": "UTF-16 text",
-}
+ENDINGS_IN_WORDS = (
+    ".csv, .tsv, .jsonl, .json (one object per line), .txt, .md, each in UTF-8 and also with .gz, or .parquet"
+)
 
 Columns = dict[str, list[Any]]
 
@@ -95,7 +84,7 @@ def _format(path: Path, allowed: Sequence[str]) -> str:
     if found not in allowed:
         what = "a table" if tuple(allowed) == TABLE_ENDINGS else "plain text"
         known = found in (*TABLE_ENDINGS, *TEXT_ENDINGS)
-        wanted = f"{what} ends in {' or '.join(allowed)}" if known else f"these work: {ENDINGS_IN_WORDS}"
+        wanted = f"{what} ends in {' or '.join(allowed)}" if known else f"these are read: {ENDINGS_IN_WORDS}"
         raise InputError(f"'{path}' has the ending {quoted(found)}: {wanted}")
     if size == 0:
         raise InputError(f"'{path}' is empty (0 bytes): give a file with rows in it")
@@ -108,7 +97,6 @@ def _format(path: Path, allowed: Sequence[str]) -> str:
 
 def _text(path: Path) -> str:
     """The whole file as text, decompressed, without a byte order mark."""
-    what = ending(path)
     data = path.read_bytes()
     if path.suffix.lower() == ".gz":
         try:
@@ -119,21 +107,21 @@ def _text(path: Path) -> str:
             ) from None
         if not data:
             raise InputError(f"'{path}' is empty (0 bytes inside the gzip): give a file with rows in it")
-    for signature, content in SIGNATURES.items():
-        if data.startswith(signature):
-            raise InputError(f"'{path}' is {content} by its first bytes, not {what}: save the data as UTF-8 {what}")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = data[: error.start].count(b"\n") + 1
-        raise InputError(
-            f"'{path}' is not UTF-8 text: line {line} holds the byte 0x{data[error.start]:02x}, "
-            f"so save the file with the encoding UTF-8"
-        ) from None
+        raise _other(path, f"line {line} holds the byte 0x{data[error.start]:02x}, which is not UTF-8") from None
     if "\0" in text:
         line = text[: text.index("\0")].count("\n") + 1
-        raise InputError(f"'{path}' is not {what} text: line {line} holds a zero byte, so give a text file")
+        raise _other(path, f"line {line} holds a zero byte")
     return text
+
+
+def _other(path: Path, reason: str) -> InputError:
+    """The error for a picture, an archive, text in another encoding: whatever else people rename to .csv."""
+    what = "a table" if ending(path) in TABLE_ENDINGS else "plain text"
+    return InputError(f"'{path}' is not {what}: {reason}; these are read: {ENDINGS_IN_WORDS}")
 
 
 def _parse(path: Path) -> Columns:
@@ -212,12 +200,8 @@ def _parquet_names(path: Path) -> tuple[str, ...]:
 
     try:
         names = tuple(pq.read_schema(path).names)
-    except (pa.ArrowException, OSError):
-        with path.open("rb") as file:
-            begin = quoted(file.read(20).decode("utf-8", "replace"))
-        raise InputError(
-            f"'{path}' is not a whole Parquet file (it begins with {begin}): write it again or name it by what it holds"
-        ) from None
+    except (pa.ArrowException, OSError) as error:
+        raise _other(path, one_line(error).partition(". ")[0].rstrip(".")) from None
     _refuse_doubles(path, names)
     return names
 
