@@ -13,7 +13,9 @@ from safetensors import SafetensorError
 
 from loretta.files import TEMPORARY
 
-LOCK = ".loretta.lock"  # of the process that works in a folder; it stays, and means nothing when nobody holds it
+LIST = ".loretta.json"  # of what we wrote into a folder
+# of the process that works in a folder, where it stays and means nothing when nobody holds it; ending of those of files
+LOCK = ".loretta.lock"
 
 
 @contextmanager
@@ -31,14 +33,14 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a name is one that this module or :mod:`loretta.files` makes up, or that of a lock."""
-    return name == LOCK or re.fullmatch(rf"\.[0-9a-f]{{16}}{re.escape(TEMPORARY)}", name) is not None
+    """Whether a name is one that this module or :mod:`loretta.files` makes up, or ends as that of a lock."""
+    return name.endswith(LOCK) or re.fullmatch(rf"\.[0-9a-f]{{16}}{re.escape(TEMPORARY)}", name) is not None
 
 
 def remove_temporaries(folder: Path) -> None:
     """Remove what a killed process left half-written in a folder that is ours alone now."""
     for path in folder.iterdir():
-        if not is_temporary(path.name) or path.name == LOCK:
+        if not is_temporary(path.name) or path.name.endswith(LOCK):
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)

@@ -1,5 +1,6 @@
-"""One owner per folder: a lock of the operating system, which a process that dies gives back."""
+"""One owner per folder and per file: locks of the operating system, which a process that dies gives back."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,22 +8,21 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from loretta.errors import InputError
-from loretta.folders import LOCK
-from loretta.owned import LIST
+from loretta.folders import LIST, LOCK
 
 
 @contextmanager
 def hold(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
     """Keep every other process of LoRETTA out of a folder, which is made where there is none.
 
-    Raises InputError where another process is in it, or it cannot be made.
+    Who holds it may hold it again. Raises InputError where another process is in it, or it cannot be made.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"the output '{folder}' is a file: give a folder with --output")
     is_new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / LOCK, thread_local=False)
+        lock = _lock(folder / LOCK)
         lock.acquire(timeout=wait)
     except Timeout:
         raise InputError(f"another process works in '{folder}': wait until it ends, or give another folder") from None
@@ -31,10 +31,29 @@ def hold(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
     try:
         yield
     finally:
-        if folder.is_dir() and not (folder / LIST).is_file():  # nothing of ours came into it
+        if lock.lock_counter == 1 and folder.is_dir() and not (folder / LIST).is_file():  # nothing of ours came into it
             (folder / LOCK).unlink(missing_ok=True)
             if is_new and not any(folder.iterdir()):
                 folder.rmdir()
+        lock.release()
+
+
+@contextmanager
+def hold_file(file: Path, *, wait: float = 0.0) -> Iterator[None]:
+    """Keep every other process of LoRETTA from writing a file. Who holds it may hold it again.
+
+    Raises InputError where another process writes it, and OSError where its folder cannot be written to.
+    """
+    lock = _lock(file.with_name(f".{file.name}{LOCK}"))
+    try:
+        lock.acquire(timeout=wait)
+    except Timeout:
+        raise InputError(f"another process writes '{file}': wait until it ends, or give another file") from None
+    try:
+        yield
+    finally:
+        if lock.lock_counter == 1:
+            Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
 
 
@@ -43,9 +62,14 @@ def refuse_held(folder: Path) -> None:
     lock = folder / LOCK
     if lock.is_file():
         try:
-            with FileLock(lock, thread_local=False).acquire(timeout=2):  # another reader holds it for a moment
+            with _lock(lock).acquire(timeout=2):  # another reader holds it for a moment
                 return
         except Timeout:
             raise InputError(f"another process writes to '{folder}': wait until it ends") from None
         except OSError:  # it cannot be written to, by anybody who is not somebody else
             return
+
+
+def _lock(path: Path) -> FileLock:
+    # one object for a path, which counts how often a thread holds it, and which another thread does not share
+    return FileLock(Path(os.path.realpath(path.parent), path.name), is_singleton=True)

@@ -17,9 +17,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from loretta.errors import InputError
 from loretta.files import write_whole
-from loretta.folders import is_temporary, sync, temporary_folder
+from loretta.folders import LIST, is_temporary, sync, temporary_folder
+from loretta.locks import hold_file
 
-LIST = ".loretta.json"
+WAIT = 60.0  # seconds, for another process that puts something on the list of the same folder
 # folders of a run that have lists of their own: checkpoints, and the run that will replace it
 NEXT = ".next"
 PARTS = ("checkpoints/*", NEXT, f"{NEXT}/checkpoints/*")
@@ -166,6 +167,11 @@ def publish(new: Path, folder: Path, *, last: str, keep: bool = False) -> None:
 
     Raises InputError where a file that is not LoRETTA's is in the way.
     """
+    with hold_file(folder / LIST, wait=WAIT):
+        _publish(new, folder, last=last, keep=keep)
+
+
+def _publish(new: Path, folder: Path, *, last: str, keep: bool) -> None:
     old, ours = read_list(folder), _ours(folder)
     # what a killed call has moved already is on the list of ``new`` alone
     found = {**read_list(new), **describe(new)}
@@ -201,11 +207,14 @@ def is_free(folder: Path) -> bool:
     return not folder.is_dir() or all(path == folder / LIST for path in _files(folder))
 
 
-def write_listed(path: Path, content: str | bytes) -> None:
+def write_listed(path: Path, content: str | bytes, *, overwrite: bool = False) -> None:
     """Write a file whole and put it on the list of its folder.
 
-    Raises InputError where a file that is not LoRETTA's has that name.
+    Raises InputError where a file that is not LoRETTA's has that name, unless it is to be overwritten.
     """
+    if overwrite and find_foreign(path):
+        with hold_file(path.parent / LIST, wait=WAIT):
+            write_list(path.parent, {**read_list(path.parent), path.name: (_read(path),)})
     with temporary_folder(path.parent) as new:
         write_whole(new / path.name, content)
         publish(new, path.parent, last=path.name, keep=True)

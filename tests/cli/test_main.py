@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+from test_locks import held_by_another
 from training_data import sentences
 
 from loretta.cli import main as cli
@@ -143,6 +144,27 @@ def test_predict_writes_a_row_for_each_text(ending, trained, reviews, capsys, tm
     assert len(rows) == 96
     assert {row["label"] for row in rows} <= {"neg", "pos"}
     assert all(0.5 <= float(row["probability"]) <= 1 for row in rows)
+
+
+def test_the_second_of_two_calls_into_one_output_is_refused(trained, capsys, tmp_path):
+    calls = {
+        "merged": ["export", trained, "--to", "merged"],
+        "adapter.gguf": ["export", trained, "--to", "gguf-lora"],
+        "compressed": ["compress", trained, "--rank", 2],
+        "rows.csv": ["predict", trained, "--text", "a good film", "--cpu"],
+    }
+    with held_by_another(*(tmp_path / name for name in calls)) as other:
+        for name, arguments in calls.items():
+            status, _, err = call(capsys, *arguments, "-o", tmp_path / name)
+            assert_refused(status, err, ["another process", name, "wait until it ends"])
+        other.kill()
+    assert call(capsys, *calls["merged"], "-o", tmp_path / "merged")[0] == 0
+    assert call(capsys, *calls["rows.csv"], "-o", tmp_path / "rows.csv")[0] == 0
+    assert not (tmp_path / ".rows.csv.loretta.lock").exists()
+    with held_by_another(trained) as other:
+        status, _, err = call(capsys, *calls["merged"], "-o", tmp_path / "again")
+        assert_refused(status, err, ["another process writes to", str(trained)])
+        other.kill()
 
 
 def test_predict_takes_texts_from_the_command_line(trained, capsys):

@@ -587,6 +587,25 @@ def test_the_command_writes_by_the_ending(
     assert capsys.readouterr().out == ""
 
 
+def test_the_command_replaces_its_own_file_and_no_other_without_being_told(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    file = tmp_path / "out.md"
+    assert call(monkeypatch, folder, "-o", file) == 0
+    assert call(monkeypatch, folder, "-o", file) == 0
+    for mine in (file, tmp_path / "thesis.md"):
+        mine.write_text("mine")
+        capsys.readouterr()
+        assert call(monkeypatch, folder, "-o", mine) == 2
+        assert (
+            "is not as loretta wrote it: give another file, or replace it with --overwrite" in capsys.readouterr().err
+        )
+        assert mine.read_text() == "mine"
+        assert call(monkeypatch, folder, "-o", mine, "--overwrite") == 0
+        assert call(monkeypatch, folder, "-o", mine) == 0
+        assert mine.read_text() == report_on(folder, "md")
+
+
 @pytest.mark.parametrize("form", FORMATS)
 def test_the_command_prints(
     form: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -165,6 +165,15 @@ def test_study_json_says_what_was_asked_for(tmp_path):
     assert {run["folder"] for run in content["planned"]} == {f"deberta-base/rte/lora-r8/s{k}" for k in (0, 1)}
 
 
+@pytest.mark.parametrize("content", ['{"study": {', '{"students": 30}', '["a list"]'])
+def test_a_study_json_that_is_no_study_is_set_aside_and_named(content, tmp_path, capsys):
+    (tmp_path / "study.json").write_text(content)
+    planned("table1", tmp_path, models=("deberta-base",), tasks=("rte",), methods=("lora-r8",), seeds=2)
+    assert "study.json' is no study that can be read: set aside as 'broken-study.json'" in capsys.readouterr().err
+    assert (tmp_path / "broken-study.json").read_text() == content
+    assert collect(tmp_path).study.name == "table1"
+
+
 def test_a_diverged_method_is_named_and_never_the_best(tmp_path):
     scores = {"lora": ((math.nan, 0.9, 0.9), 1000), "ia3": ((0.7, 0.8, 0.9), 50), "norms": ((0.2, 0.3, 0.2), 10)}
     found = verdict(compared(tmp_path, scores))

@@ -1,7 +1,8 @@
 """``loretta predict``."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ from loretta.cli.options import Cpu, Json, Model, RunFolder
 from loretta.cli.output import print_json
 from loretta.errors import InputError
 from loretta.files import write_whole
+from loretta.locks import hold_file
 
 
 def predict(
@@ -27,20 +29,20 @@ def predict(
     """Load a run's adapter again and apply it to new text."""
     if (file is None) == (text is None):
         raise InputError("give either a FILE or --text (repeatable), and not both")
-    if output is not None:
-        _check_output(output, overwrite=overwrite)
-    from loretta.training.predict import load_run, text_columns
-    from loretta.training.predict import predict as apply
+    with _holding(output, overwrite=overwrite):
+        from loretta.training.predict import load_run, text_columns
+        from loretta.training.predict import predict as apply
 
-    loaded = load_run(run, model=model, cpu=cpu)
-    texts = _of_pairs(text or [], text_pair) if file is None else _of_file(file, text_columns(loaded))
-    rows = [
-        {**dict(zip(("text", "text_pair"), words, strict=False)), **row}
-        for words, row in zip(zip(*texts, strict=True), apply(loaded, texts), strict=True)
-    ]
-    if output is not None:
-        write_whole(output, _table(rows) if output.suffix == ".csv" else _lines(rows))
-        typer.echo(f"{len(rows):,} rows written to {output}", err=True)
+        loaded = load_run(run, model=model, cpu=cpu)
+        texts = _of_pairs(text or [], text_pair) if file is None else _of_file(file, text_columns(loaded))
+        rows = [
+            {**dict(zip(("text", "text_pair"), words, strict=False)), **row}
+            for words, row in zip(zip(*texts, strict=True), apply(loaded, texts), strict=True)
+        ]
+        if output is not None:
+            with _saying_why(output):
+                write_whole(output, _table(rows) if output.suffix == ".csv" else _lines(rows))
+            typer.echo(f"{len(rows):,} rows written to {output}", err=True)
     if as_json:
         print_json(rows)
     elif output is None:
@@ -65,8 +67,29 @@ def _of_pairs(text: list[str], text_pair: list[str] | None) -> list[list[str]]:
     return [text, *([text_pair] if text_pair else [])]
 
 
+@contextmanager
+def _holding(output: Path | None, *, overwrite: bool) -> Iterator[None]:
+    """Before the model is loaded: that the file can be written, and no other process does so until the block ends."""
+    if output is None:
+        yield
+        return
+    _check_output(output, overwrite=overwrite)
+    with ExitStack() as stack:
+        with _saying_why(output):
+            stack.enter_context(hold_file(output))
+        _check_output(output, overwrite=overwrite)  # another process may have written it since
+        yield
+
+
+@contextmanager
+def _saying_why(output: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"--output '{output}' cannot be written ({error.strerror or error}): give another") from None
+
+
 def _check_output(output: Path, *, overwrite: bool) -> None:
-    """Before the model is loaded: whether the file can be written."""
     if output.suffix not in (".csv", ".jsonl"):
         raise InputError(f"--output '{output}' must end in .csv or .jsonl")
     if not output.parent.is_dir():

@@ -1,5 +1,6 @@
 """``loretta report``."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -8,6 +9,7 @@ import typer
 from loretta.cli.options import Json
 from loretta.cli.output import answer
 from loretta.errors import InputError
+from loretta.owned import find_foreign, write_listed
 
 
 def report(
@@ -21,23 +23,36 @@ def report(
         str | None,
         typer.Option("--format", metavar="html|md|csv|json|latex", help="Default: by the file's ending, or html."),
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a file that loretta did not write, too.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show what was run beside the paper's numbers: a page with tables, figures and the command for each number."""
     if as_json and (output is not None or form not in (None, "json")):
         raise InputError("--json prints the report as JSON: leave --output and --format out")
     from loretta.report.folder import SUFFIXES, report_on
-    from loretta.report.page import save
 
     printed = output == Path("-")
     default = "json" if as_json else "html"
     form = form or (default if output is None or printed else SUFFIXES.get(output.suffix, default))
-    content = report_on(runs, form)
     if printed or (output is None and form != "html"):
-        answer(content)
+        answer(report_on(runs, form))
         return
-    file = output or Path("report.html")
+    given = output or Path("report.html")
+    file = Path(os.path.realpath(given))  # a link goes on leading where it leads
     if not file.parent.is_dir():
-        raise InputError(f"--output '{file}': there is no folder '{file.parent}'")
-    save(content, file)
-    typer.echo(f"written to {file}", err=True)
+        raise InputError(f"--output '{given}': there is no folder '{file.parent}'")
+    if file.is_dir():
+        raise InputError(f"--output '{given}' is a folder: give a file")
+    if not overwrite and file.exists() and find_foreign(file):
+        raise InputError(
+            f"--output '{given}' is not as loretta wrote it: give another file, or replace it with --overwrite"
+        )
+    content = report_on(runs, form)
+    try:
+        # replace: half a surrogate pair in a config must not cost the user the page
+        write_listed(file, content.encode("utf-8", errors="replace"), overwrite=overwrite)
+    except OSError as error:
+        raise InputError(f"--output '{given}' cannot be written ({error.strerror or error}): give another") from None
+    typer.echo(f"written to {given}", err=True)

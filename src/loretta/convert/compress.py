@@ -28,6 +28,7 @@ from loretta.convert.outputs import Comparison, Difference, read_texts
 from loretta.errors import InputError
 from loretta.files import write_whole
 from loretta.layers.fit import EXACT, Fit, Update, fit_update, smallest_fit
+from loretta.locks import hold, refuse_held
 from loretta.owned import building, is_free, refuse_to_replace
 from loretta.plan import find_config, meta_model
 from loretta.tuners.card import README, write_card
@@ -107,11 +108,25 @@ def compress(
     Raises InputError when the adapter has no plain low-rank updates, ``out`` is taken, or the base model is needed
     and cannot be loaded (for an adapter with a head, its configuration is).
     """
-    start = time.perf_counter()
     _check_budget(rank, error)
+    refuse_held(adapter)
     saved = find_adapter(adapter, model)
     out = out or adapter.resolve().with_name(adapter.resolve().name + "-loretta")
     _check_output(out, saved, overwrite=overwrite)
+    with hold(out):
+        _check_output(out, saved, overwrite=overwrite)  # another process may have written it since
+        return _compress(saved, out, rank, error, text, watch)
+
+
+def _compress(
+    saved: SavedAdapter,
+    out: Path,
+    rank: int | None,
+    error: float | None,
+    text: str | None,
+    watch: Callable[[Sequence[str]], Iterable[str]],
+) -> Compression:
+    start = time.perf_counter()
     given, purpose = read_updates(saved), _purpose(saved)
     # first, because a base model that cannot be loaded should cost no work
     comparison = Comparison(saved, read_texts(text)) if text is not None else None

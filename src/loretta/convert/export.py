@@ -7,8 +7,9 @@ from loretta.convert.load import find_adapter
 from loretta.convert.lora import export_lora
 from loretta.convert.merged import export_merged
 from loretta.convert.rep_adapter import check_method
-from loretta.convert.written import Export, check_place
+from loretta.convert.written import Export, check_place, holding
 from loretta.errors import InputError
+from loretta.locks import refuse_held
 
 FORMATS = ("lora", "merged", "gguf-lora")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -33,14 +34,17 @@ def export(
             raise InputError(f"{option} {value!r} is none of {', '.join(allowed)}")
     if dtype != "auto" and to != "merged":
         raise InputError(f"--dtype {dtype!r} is for --to merged: an adapter keeps the dtype it was trained in")
+    refuse_held(adapter)
     saved = find_adapter(adapter, model)
     check_method(saved.method)
     if out.resolve() in {path.resolve() for path in (adapter, saved.folder, Path(saved.base))}:
         raise InputError(f"'{out}' is what is to be exported: give another folder to write to")
-    check_place(out, file=to == "gguf-lora", overwrite=overwrite, keep=(adapter, saved.folder, saved.base))
+    is_file = to == "gguf-lora"
+    check_place(out, file=is_file, overwrite=overwrite, keep=(adapter, saved.folder, saved.base))
     if to != "merged" and saved.config.get("modules_to_save"):
         dtype = "float32"  # heads take the dtype of the base model, and must not be rounded to that of its checkpoint
-    loaded = saved.load(dtype)
-    if to == "merged":
-        return export_merged(loaded, out, tokenizer=saved.tokenizer(), overwrite=overwrite)
-    return (export_lora if to == "lora" else export_gguf_lora)(loaded, out, overwrite=overwrite)
+    with holding(out, file=is_file):
+        loaded = saved.load(dtype)
+        if to == "merged":
+            return export_merged(loaded, out, tokenizer=saved.tokenizer(), overwrite=overwrite)
+        return (export_lora if to == "lora" else export_gguf_lora)(loaded, out, overwrite=overwrite)

@@ -3,7 +3,7 @@
 import os
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from loretta.convert.load import CONFIG
 from loretta.errors import InputError
+from loretta.locks import hold, hold_file
 from loretta.owned import building, is_free, refuse_to_replace
 
 
@@ -42,13 +43,35 @@ def check_place(out: Path, *, file: bool, overwrite: bool, keep: Collection[str 
 
 
 @contextmanager
+def holding(out: Path, *, file: bool) -> Iterator[None]:
+    """Keep every other process of LoRETTA from ``out``. Raises InputError where one writes to it, or nobody can."""
+    out = Path(os.path.realpath(out))
+    is_new = file and not out.parent.exists()
+    try:
+        with ExitStack() as stack:
+            try:
+                if file:
+                    out.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(hold_file(out) if file else hold(out))
+            except OSError as error:
+                reason = error.strerror or error
+                raise InputError(f"cannot write to '{out.parent}' ({reason}): give another place") from None
+            yield
+    finally:
+        if is_new:
+            with suppress(OSError):  # it holds what was written
+                out.parent.rmdir()
+
+
+@contextmanager
 def writing(out: Path, *, file: bool, overwrite: bool) -> Iterator[Path]:
     """A path to write to, whose content takes the place of ``out`` once all is written; until then nothing changes."""
-    check_place(out, file=file, overwrite=overwrite)
-    out = Path(os.path.realpath(out))  # a link goes on leading where it leads
-    folder, last = (out.parent, [out.name]) if file else (out, [CONFIG, "config.json"])
-    with building(folder, last=last, option="another place", keep=file) as new:
-        yield new / out.name if file else new
+    with holding(out, file=file):
+        check_place(out, file=file, overwrite=overwrite)
+        out = Path(os.path.realpath(out))  # a link goes on leading where it leads
+        folder, last = (out.parent, [out.name]) if file else (out, [CONFIG, "config.json"])
+        with building(folder, last=last, option="another place", keep=file) as new:
+            yield new / out.name if file else new
 
 
 def own_memory(tensor: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 from transformers import AutoConfig
 
 from loretta.errors import InputError
+from loretta.folders import set_aside
 from loretta.studies.configs import Options
 from loretta.studies.execution import Outcome, carry_out_together, record_failure
 from loretta.studies.expansion import Expansion, differences, expand
@@ -187,8 +188,10 @@ def write_study(root: Path, study: Study, options: Options, runs: Sequence[Plann
     if file.is_file():
         try:
             before = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:
+            before["study"], before["planned"]
+        except (ValueError, KeyError, TypeError):
             before = {}
+            print(f"'{file}' is no study that can be read: set aside as '{set_aside(file).name}'", file=sys.stderr)
     cells = {(run.model, run.task, run.row, "-".join(run.order)) for run in runs}
     kept = [
         run
