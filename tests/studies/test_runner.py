@@ -1,26 +1,28 @@
 """Runs are carried out once, in any number of attempts: finished ones stay, killed and failed ones go on."""
 
 import json
-import multiprocessing
 import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
 from filelock import FileLock
 
-from loretta.errors import InputError
+from loretta.errors import InputError, Stopped
 from loretta.record import RunRecord
-from loretta.studies import execution, runner
+from loretta.studies import execution, workers
 from loretta.studies.configs import Options
 from loretta.studies.execution import carry_out, hold
 from loretta.studies.expansion import expand
 from loretta.studies.results import collect
-from loretta.studies.runner import run_study, visible_gpus
+from loretta.studies.runner import run_study
 from loretta.studies.state import beside, find_runs, folder_state, held_by
 from loretta.studies.study import load_study
+from loretta.studies.unit import UnitProcess
+from loretta.studies.workers import Processes, threads_each, visible_gpus
 
 QUICK = {"epochs": 1, "max_length": 16}
 
@@ -176,11 +178,17 @@ def test_gpus_are_those_that_are_visible(monkeypatch):
     assert visible_gpus() == ["2", "GPU-abc"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert visible_gpus() == []
-    with runner._workers(2) as workers:
-        assert [worker.gpu for worker in workers] == [None, None]
+    assert Processes(Path("runs"), 2).free == [None, None]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    with runner._workers(3) as workers:
-        assert [worker.gpu for worker in workers] == ["0", "1", "0"]
+    assert Processes(Path("runs"), 3).free == ["0", "1", "0"]
+
+
+def test_processes_share_the_threads(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(12)), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert [threads_each(jobs) for jobs in (1, 2, 5, 20)] == [12, 6, 2, 1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    assert [threads_each(jobs) for jobs in (1, 2, 5)] == [4, 2, 1]
 
 
 def command(bert, data_dir, root, *more):
@@ -235,24 +243,66 @@ def wait_for_end(pids):
     raise AssertionError(f"still running: {pids}")
 
 
-def test_an_interrupt_stops_the_workers(bert, data_dir, tmp_path):
-    children = []
+def test_an_interrupt_stops_the_processes_behind_a_checkpoint(bert, data_dir, tmp_path, monkeypatch):
+    folder = tmp_path / "tiny-bert/rte/loretta_adp/s0"
+    children, before, waited = [], set(), 0
 
-    def interrupt(folder, outcome, ended, total):
-        children[:] = multiprocessing.active_children()
-        if children:
+    def interrupt(seconds):
+        nonlocal waited
+        waited += 1
+        time.sleep(seconds)
+        before.update(folder.glob("checkpoints/checkpoint-*"))
+        if before:
+            children.append(held_by(folder).pid)
             raise KeyboardInterrupt
+        assert waited < 6000
 
-    options = options_for(bert, data_dir, tasks=("rte",), methods=("bitfit",), seeds=2)
+    monkeypatch.setattr(workers, "sleep", interrupt)
+    sets = {"epochs": 40, "eval_steps": 3}
+    options = options_for(bert, data_dir, tasks=("rte",), methods=("loretta_adp",), seeds=1, sets=sets)
     with pytest.raises(KeyboardInterrupt):
-        run_study(load_study("table1"), options, tmp_path, jobs=2, watch=interrupt)
-    assert len(children) == 1
-    # not join(): the pool's own thread may be the one that hears of the end
-    deadline = time.monotonic() + 60
-    while children[0].exitcode is None and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert children[0].exitcode == 1
-    assert set(states(tmp_path).values()) <= {"killed"}
+        run_study(load_study("table1"), options, tmp_path, jobs=1)
+    wait_for_end(children)
+    assert states(tmp_path) == {"tiny-bert/rte/loretta_adp/s0": "killed"}
+    assert set(folder.glob("checkpoints/checkpoint-*")) - before, "it saved before it ended"
+    assert "stopped by SIGTERM" in beside(folder, ".log").read_text()
+
+
+def test_a_process_that_dies_fails_its_run_and_no_other(bert, data_dir, tmp_path, monkeypatch):
+    """The first of two is killed, as by a system without memory; it is tried again by the next call."""
+    started = []
+
+    class Killed(UnitProcess):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            if not started:
+                self.process.kill()
+            assert os.getsid(self.process.pid) != os.getsid(0), "an interrupt at the terminal would end it at once"
+            started.append(kwargs["environment"]["OMP_NUM_THREADS"])
+
+    monkeypatch.setattr(workers, "UnitProcess", Killed)
+    options = options_for(bert, data_dir, tasks=("rte",), methods=("bitfit",), seeds=2)
+    summary = run_study(load_study("table1"), options, tmp_path, jobs=1)
+    first, second = summary.outcomes
+    assert (first.state, second.state) == ("failed", "finished")
+    assert "ended by SIGKILL, as when the memory is used up" in first.reason
+    assert folder_state(tmp_path / first.folder) == ("failed", first.reason)
+    assert run_study(load_study("table1"), options, tmp_path, jobs=0).complete
+
+
+def test_a_run_that_stops_itself_is_a_failed_run(bert, data_dir, tmp_path, monkeypatch):
+    """A loss that is not finite ends one run, and none of the others."""
+
+    def diverge(folder, run):
+        if run.seed == 0:
+            raise Stopped("the loss is not finite at step 3", exit_status=3)
+        return execution._train(folder, run)
+
+    monkeypatch.setitem(execution._DO, "train", diverge)
+    options = options_for(bert, data_dir, tasks=("rte",), methods=("bitfit",), seeds=2)
+    summary = run_study(load_study("table1"), options, tmp_path, jobs=0)
+    assert [outcome.state for outcome in summary.outcomes] == ["failed", "finished"]
+    assert summary.outcomes[0].reason == "the loss is not finite at step 3"
 
 
 @pytest.mark.parametrize("host", [os.uname().nodename, "a-container-that-is-gone"])

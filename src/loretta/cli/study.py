@@ -26,7 +26,10 @@ OF_THE_DATA = ("text", "text_pair", "label", "kind", "validation", "test")
 
 Seeds = Annotated[int | None, typer.Option(min=1, help="How many seeds, from 0 on.")]
 Jobs = Annotated[
-    int, typer.Option(min=0, help="Runs at once, each in a process, on the GPUs in turn; 0: in this process.")
+    int,
+    typer.Option(
+        "--jobs", "--workers", min=0, help="Runs at once, each in a process, on the GPUs in turn; 0: in this process."
+    ),
 ]
 PopulationSize = Annotated[
     str,

@@ -10,15 +10,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TextIO
 
 import torch
 from filelock import FileLock, Timeout
 
-from loretta.errors import InputError
+from loretta.errors import InputError, Stopped
 from loretta.studies.state import (
     ERROR,
     EVALUATIONS,
     HOLDER,
+    LOG,
     State,
     beside,
     evaluations,
@@ -73,13 +75,14 @@ def carry_out(root: Path, run: Planned) -> Outcome:
             return Outcome(folder=run.folder, state="finished")
         try:
             _DO[run.kind](folder, run)
-        except Exception as error:
+        except (Exception, Stopped) as error:
+            if isinstance(error, Stopped) and error.exit_status > 128:  # a signal, which is meant for all runs
+                raise
             words = " ".join(str(error).split()) or type(error).__name__
-            reason = words if isinstance(error, InputError) else f"{type(error).__name__}: {words}"
-            folder.mkdir(parents=True, exist_ok=True)
+            reason = words if isinstance(error, InputError | Stopped) else f"{type(error).__name__}: {words}"
             record_failure(folder, reason, traceback.format_exc())
             return Outcome(folder=run.folder, state="failed", reason=reason, seconds=time.perf_counter() - start)
-        (folder / ERROR).unlink(missing_ok=True)
+        forget_failure(folder)
     return Outcome(folder=run.folder, state="finished", seconds=time.perf_counter() - start)
 
 
@@ -120,7 +123,27 @@ def carry_out_together(root: Path, runs: Sequence[Planned]) -> list[Outcome]:
 def record_failure(folder: Path, reason: str, trace: str = "") -> None:
     """Write down in the run's folder why it failed."""
     content = {"error": reason, "time": time.strftime("%Y-%m-%d %H:%M:%S%z"), "traceback": trace}
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / ERROR).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def forget_failure(folder: Path) -> None:
+    """The opposite, before another attempt."""
+    (folder / ERROR).unlink(missing_ok=True)
+
+
+def open_log(root: Path, run: Planned) -> TextIO:
+    """The file beside a run's folder that takes what it and its libraries print."""
+    path = beside(root / run.folder, LOG)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("a", encoding="utf-8")
+
+
+def last_line(root: Path, run: Planned) -> str:
+    """The last words in the log of a run."""
+    path = beside(root / run.folder, LOG)
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n") if path.is_file() else []
+    return next((line.strip() for line in reversed(lines) if line.strip()), f"'{path}' says nothing")
 
 
 def _train(folder: Path, run: Planned) -> None:
@@ -132,7 +155,7 @@ def _train(folder: Path, run: Planned) -> None:
     if folder_state(folder)[0] != "finished":
         if (folder / RECORD).is_file():
             os.replace(folder / RECORD, folder / f"broken-{RECORD}")  # as its state said
-        (folder / ERROR).unlink(missing_ok=True)
+        forget_failure(folder)
         train(config, resume=True)
         # the adapter is saved; a study has hundreds of runs
         remove_checkpoints(folder / CHECKPOINTS)

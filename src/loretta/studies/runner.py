@@ -1,32 +1,24 @@
 """Carry out all runs of a study, several at once, from whatever state their folders are in."""
 
 import json
-import multiprocessing
-import os
-import signal
-import sys
-import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-import torch
 from transformers import AutoConfig
 
 from loretta.errors import InputError
 from loretta.folders import set_aside
 from loretta.studies.configs import Options
-from loretta.studies.execution import Outcome, carry_out_together, record_failure
+from loretta.studies.execution import Outcome
 from loretta.studies.expansion import Expansion, differences, expand
 from loretta.studies.results import STUDY
-from loretta.studies.state import beside, state_of
+from loretta.studies.state import state_of
 from loretta.studies.study import Planned, Study
+from loretta.studies.workers import find_workers, visible_gpus
 from loretta.training.config import RunConfig
 
 MOST_TOGETHER = 64  # more of them do not make a GPU busier (benchmarks/population.py)
@@ -62,15 +54,16 @@ def run_study(
     command: str = "",
     watch: Watch = lambda folder, outcome, ended, total: None,
 ) -> Summary:
-    """Run what is not finished yet, at most ``jobs`` at once, each in a worker process; 0 jobs: in this process.
+    """Run what is not finished yet, at most ``jobs`` at once, each in a process; 0 jobs: in this process.
 
-    Workers take the visible GPUs in turn; without one they share the CPU's threads. Runs that differ in seeds and
+    Processes take the visible GPUs in turn, and share the CPU's threads. Runs that differ in seeds and
     rates alone are trained together, at most ``population`` of them (None: on a GPU as many as its memory holds, on a
     CPU one), see :mod:`loretta.population`; each has its folder as if it were alone. A run that fails is written down
     and the others go on. What is waited for (a sweep, the run before in a sequence) starts as soon as it can.
 
     Raises InputError before anything starts: for bad options, weights that cannot be had, and a folder that holds a
-    run with other options. KeyboardInterrupt stops the workers; the next call goes on from their checkpoints.
+    run with other options. KeyboardInterrupt ends the processes behind their next checkpoint; the next call
+    goes on from there.
     """
     expansion = expand(study, options, root)
     _refuse_other_options(root, expansion.runs)
@@ -78,28 +71,24 @@ def run_study(
     _refuse_prompts_for_encoders(study, expansion.runs)
     root.mkdir(parents=True, exist_ok=True)
     tried: dict[str, Outcome] = {}
-    with _workers(jobs) as workers:
-        busy: dict[Future[list[Outcome]], tuple[_Worker, list[Planned]]] = {}
+    with closing(find_workers(root, jobs)) as workers:
         while True:
             expansion = expand(study, options, root)
             runs = {run.folder: run for run in expansion.runs}
             write_study(root, study, options, expansion.runs, command)
-            taken = {run.folder for _, unit in busy.values() for run in unit} | tried.keys()
+            taken = {run.folder for unit in workers.busy for run in unit} | tried.keys()
             ready = [run for run in runs.values() if run.folder not in taken and _ready(root, run, runs)]
-            for unit in _units(ready, population, len(workers)):
-                free = next((worker for worker in workers if worker not in {w for w, _ in busy.values()}), None)
-                if free is None:
+            for unit in _units(ready, population, workers.size):
+                if len(workers.busy) == workers.size:
                     break
                 for run in unit:
                     watch(run.folder, None, _ended(root, runs, tried), len(runs))
-                busy[free.submit(root, unit)] = (free, unit)
-            if not busy:
+                workers.start(unit)
+            if not workers.busy:
                 break
-            for future in wait(busy, return_when=FIRST_COMPLETED).done:
-                worker, unit = busy.pop(future)
-                for outcome in worker.outcomes(root, unit, future):
-                    tried[outcome.folder] = outcome
-                    watch(outcome.folder, outcome, _ended(root, runs, tried), len(runs))
+            for outcome in workers.wait():
+                tried[outcome.folder] = outcome
+                watch(outcome.folder, outcome, _ended(root, runs, tried), len(runs))
     return Summary(expansion=expansion, outcomes=tuple(_outcome(root, run, tried, runs) for run in runs.values()))
 
 
@@ -216,113 +205,3 @@ def study_file(root: Path, name: str) -> Path:
     except (OSError, ValueError, KeyError, TypeError):
         taken = False
     return root / f"study-{name}.json" if taken else file
-
-
-class _Worker:
-    """A process that carries out one run at a time, on one GPU or a share of the CPU's threads."""
-
-    def __init__(self, gpu: str | None, threads: int | None) -> None:
-        self.gpu, self.threads = gpu, threads
-        self._start()
-
-    def _start(self) -> None:
-        spawn = multiprocessing.get_context("spawn")
-        # the process ends when this end of the pipe is closed: by stop(), or because the runner died
-        theirs, self.pipe = spawn.Pipe(duplex=False)
-        self.pool = ProcessPoolExecutor(
-            1, mp_context=spawn, initializer=_enter, initargs=(self.gpu, self.threads, theirs)
-        )
-
-    def submit(self, root: Path, unit: list[Planned]) -> Future[list[Outcome]]:
-        return self.pool.submit(_carry_out, root, unit)
-
-    def outcomes(self, root: Path, unit: list[Planned], future: Future[list[Outcome]]) -> list[Outcome]:
-        try:
-            return future.result()
-        except BrokenProcessPool:
-            reason = "its process died, as when it is killed or the memory is used up"
-            for folder in (root / run.folder for run in unit):
-                folder.mkdir(parents=True, exist_ok=True)
-                record_failure(folder, reason)
-            self._start()
-            return [Outcome(folder=run.folder, state="failed", reason=reason) for run in unit]
-
-    def stop(self, *, at_once: bool) -> None:
-        if at_once:
-            self.pipe.close()
-        self.pool.shutdown(wait=not at_once, cancel_futures=True)
-
-
-class _Here(_Worker):
-    """The same in this process: nothing goes on beside it."""
-
-    def __init__(self) -> None:
-        pass
-
-    def submit(self, root: Path, unit: list[Planned]) -> Future[list[Outcome]]:
-        future: Future[list[Outcome]] = Future()
-        with _log(root, unit[0]) as log, redirect_stdout(log), redirect_stderr(log):
-            future.set_result(carry_out_together(root, unit))
-        return future
-
-    def stop(self, *, at_once: bool) -> None:
-        pass
-
-
-@contextmanager
-def _workers(jobs: int) -> Iterator[list[_Worker]]:
-    """``jobs`` workers, stopped at the end or when the user interrupts."""
-    if jobs < 0:
-        raise InputError(f"--jobs {jobs} must be 0 or more: the number of runs at once")
-    gpus = visible_gpus()
-    threads = None if gpus else max(1, (os.cpu_count() or 1) // max(1, jobs))
-    workers = [_Worker(gpus[k % len(gpus)] if gpus else None, threads) for k in range(jobs)] or [_Here()]
-    try:
-        yield workers
-    except BaseException:
-        for worker in workers:
-            worker.stop(at_once=True)
-        raise
-    for worker in workers:
-        worker.stop(at_once=False)
-
-
-def visible_gpus() -> list[str]:
-    """The GPUs that workers may take, as CUDA_VISIBLE_DEVICES names them."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if given is not None:
-        return [name for name in given.split(",") if name and name != "-1"]
-    return [str(k) for k in range(torch.cuda.device_count())]
-
-
-def _enter(gpu: str | None, threads: int | None, pipe: Connection) -> None:
-    """The first thing that a worker process does."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the runner tells it
-    if gpu is not None:
-        os.environ["CUDA_VISIBLE_DEVICES"] = gpu  # CUDA is not started yet
-    if threads is not None:
-        torch.set_num_threads(threads)
-    threading.Thread(target=_leave_when_closed, args=(pipe,), daemon=True).start()
-
-
-def _leave_when_closed(pipe: Connection) -> None:
-    with suppress(EOFError, OSError):
-        pipe.recv()
-    os._exit(1)
-
-
-def _carry_out(root: Path, unit: list[Planned]) -> list[Outcome]:
-    """In a worker process: what the runs and their libraries print goes to the log of the first."""
-    with _log(root, unit[0]) as log:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
-        return carry_out_together(root, unit)
-
-
-def _log(root: Path, run: Planned) -> TextIO:
-    """The file beside a run's folder that takes what it prints."""
-    path = beside(root / run.folder, ".log")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return path.open("a", encoding="utf-8")

@@ -20,7 +20,9 @@ RESULT_OF = {"train": "run.json", "cost": COST, "count": COUNT}
 STARTED = "config.json"
 
 
-HOLDER = ".holder"  # ending of the file that says which process works on a run
+# endings of files beside a run's folder
+HOLDER = ".holder"  # which process works on it
+LOG = ".log"  # what it printed
 
 
 def beside(folder: Path, ending: str) -> Path:

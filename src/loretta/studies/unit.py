@@ -1,0 +1,112 @@
+"""A unit of a study in a process of its own: one run, or the runs that are trained together.
+
+The process is ``python -m loretta.studies.unit ROOT``. Its runs come as one line on its standard input, which stays
+open as long as the runner lives: where that dies, the process saves a checkpoint and ends. What became of the runs
+stands in their folders.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from loretta.studies.study import Planned
+
+GRACE = 60.0  # seconds that a run has to save a checkpoint when it is told to end
+
+
+class UnitProcess:
+    """The process as its starter sees it.
+
+    Args:
+        root: the folder of all runs.
+        environment: variables that the process has beside those of this one.
+    """
+
+    def __init__(self, root: Path, runs: Sequence[Planned], *, environment: Mapping[str, str]) -> None:
+        from loretta.studies.execution import forget_failure, open_log
+
+        self.root, self.runs, self.began = root, tuple(runs), time.perf_counter()
+        for run in runs:
+            forget_failure(root / run.folder)
+        with open_log(root, runs[0]) as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "loretta.studies.unit", str(root)],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **environment},
+                start_new_session=True,  # an interrupt at the terminal is for the runner, which then tells it
+            )
+        line = json.dumps([run.model_dump(mode="json") for run in runs]) + "\n"
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):  # it died already, which its status tells
+            self.process.stdin.write(line.encode())
+            self.process.stdin.flush()
+
+    @property
+    def ended(self) -> bool:
+        return self.process.poll() is not None
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self.began
+
+    def why_dead(self) -> str:
+        """What its status says, with the last line that it wrote; nothing where it ended as it should."""
+        from loretta.studies.execution import last_line
+
+        status = self.process.wait()
+        if status == 0:
+            return ""
+        if status < 0:
+            return f"its process was ended by {signal.Signals(-status).name}, as when the memory is used up"
+        return f"its process ended with status {status}: {last_line(self.root, self.runs[0])}"
+
+    def end(self) -> None:
+        """Ask the process to end behind its next checkpoint."""
+        with suppress(ProcessLookupError):
+            self.process.terminate()
+
+    def close(self, grace: float = GRACE) -> None:
+        """Wait until it has ended; kill it after ``grace`` seconds, or at an interrupt."""
+        try:
+            self.process.wait(grace)
+        except (subprocess.TimeoutExpired, KeyboardInterrupt):
+            self.process.kill()
+            self.process.wait()
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
+
+
+def _end_with_the_runner() -> None:
+    while os.read(0, 1):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(GRACE)
+    os._exit(1)
+
+
+def main() -> None:
+    """The process itself."""
+    line = sys.stdin.readline()  # before the imports, which take seconds, and the starter waits for a full pipe
+    threading.Thread(target=_end_with_the_runner, daemon=True).start()
+    from loretta.errors import Stopped
+    from loretta.studies.execution import carry_out_together
+
+    try:
+        carry_out_together(Path(sys.argv[1]), [Planned.model_validate(run) for run in json.loads(line)])
+    except Stopped as stopped:
+        print(stopped, flush=True)
+        sys.exit(stopped.exit_status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,136 @@
+"""Where the units of a study are carried out: in this process, or in processes of this machine."""
+
+import os
+from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+from time import sleep
+from typing import Protocol
+
+import torch
+
+from loretta.errors import InputError
+from loretta.studies.execution import Outcome, carry_out_together, open_log, record_failure
+from loretta.studies.state import state_of
+from loretta.studies.study import Planned
+from loretta.studies.unit import UnitProcess
+
+# libraries read these when they are loaded; Rayon is of the tokenizers
+THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
+POLL = 0.1  # seconds between looks at the processes
+
+Unit = Sequence[Planned]
+
+
+class Workers(Protocol):
+    """At most ``size`` units at once."""
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def busy(self) -> Sequence[Unit]:
+        """The units that have been started and not waited for."""
+
+    def start(self, unit: Unit) -> None: ...
+
+    def wait(self) -> list[Outcome]:
+        """What became of the next units that end."""
+
+    def close(self) -> None:
+        """End what is still busy behind its next checkpoint, and wait for that."""
+
+
+def find_workers(root: Path, jobs: int) -> Workers:
+    """Workers for ``jobs`` units at once. Raises InputError for a number below 0."""
+    if jobs < 0:
+        raise InputError(f"--jobs {jobs} must be 0 or more: the number of runs at once")
+    return Processes(root, jobs) if jobs else Here(root)
+
+
+class Here:
+    """One unit after the other in this process."""
+
+    size = 1
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.busy: list[Unit] = []
+
+    def start(self, unit: Unit) -> None:
+        self.busy.append(unit)
+
+    def wait(self) -> list[Outcome]:
+        unit = self.busy.pop()
+        with open_log(self.root, unit[0]) as log, redirect_stdout(log), redirect_stderr(log):
+            return carry_out_together(self.root, unit)
+
+    def close(self) -> None:
+        self.busy.clear()
+
+
+class Processes:
+    """A process for each unit, on the GPUs in turn; all get equal shares of the CPU's threads."""
+
+    def __init__(self, root: Path, jobs: int) -> None:
+        gpus = visible_gpus()
+        self.root, self.threads = root, threads_each(jobs)
+        self.free = [gpus[k % len(gpus)] if gpus else None for k in range(jobs)]
+        self.size = jobs
+        self.started: list[tuple[UnitProcess, str | None]] = []
+
+    @property
+    def busy(self) -> list[Unit]:
+        return [process.runs for process, _ in self.started]
+
+    def start(self, unit: Unit) -> None:
+        gpu = self.free.pop(0)
+        environment = dict.fromkeys(THREADS, str(self.threads))
+        if gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
+        self.started.append((UnitProcess(self.root, unit, environment=environment), gpu))
+
+    def wait(self) -> list[Outcome]:
+        while not (ended := [entry for entry in self.started if entry[0].ended]):
+            sleep(POLL)
+        outcomes = []
+        for process, gpu in ended:
+            self.started.remove((process, gpu))
+            self.free.append(gpu)
+            outcomes += outcomes_of(self.root, process.runs, process.why_dead(), process.seconds)
+            process.close()
+        return outcomes
+
+    def close(self) -> None:
+        for process, _ in self.started:
+            process.end()
+        for process, _ in self.started:
+            process.close()
+        self.started.clear()
+
+
+def outcomes_of(root: Path, unit: Unit, why_dead: str, seconds: float) -> list[Outcome]:
+    """What the folders of a unit say when its process has ended, in ``seconds``; and it notes in them why it died."""
+    outcomes = []
+    for run in unit:
+        state, reason = state_of(root, run)
+        if state not in ("finished", "failed", "running"):
+            state, reason = "failed", why_dead or "its process ended without a result"
+            record_failure(root / run.folder, reason)
+        outcomes.append(Outcome(folder=run.folder, state=state, reason=reason, seconds=seconds / len(unit)))
+    return outcomes
+
+
+def threads_each(jobs: int) -> int:
+    """Equal shares of the cores that this process may use, or of the threads that the user allows it."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    allowed = os.environ.get(THREADS[0], "")
+    return max(1, min(cores, int(allowed) if allowed.isdecimal() else cores) // jobs)
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that processes may take, as CUDA_VISIBLE_DEVICES names them."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return [name for name in given.split(",") if name and name != "-1"]
+    return [str(k) for k in range(torch.cuda.device_count())]
