@@ -52,6 +52,7 @@ def number(words: str) -> int:
         ("roberta", "SEQ_CLS", {"train_head": "dense"}),
         ("modernbert", "SEQ_CLS", {"train_norms": False}),
         ("llama", "CAUSAL_LM", {"modules_to_save": ["lm_head"]}),
+        ("llama", "CAUSAL_LM", {"train_norms": False, "train_head": "frozen", "modules_to_save": ["norm", "lm_head"]}),
     ],
     ids=lambda value: " ".join(map(str, value.values())) or "defaults" if isinstance(value, dict) else value,
 )
@@ -68,6 +69,20 @@ def test_the_numbers_are_those_of_the_model(family, task, options, method, tmp_p
         assert counts[kind] == (0 if what == "none" else count), name
     file = tmp_path / "adapter_model.safetensors"
     assert f"({file.stat().st_size:,} bytes)" in card_of(tmp_path).text
+
+
+def test_modules_that_a_user_lists_are_trained_beside_a_frozen_head(tmp_path):
+    saved(
+        tmp_path,
+        "modernbert",
+        "rep",
+        "SEQ_CLS",
+        train_norms=False,
+        train_head="frozen",
+        modules_to_save=["tok_embeddings"],
+    )
+    said = {kind: what for kind, _, what in rows(card_of(tmp_path), "in the file")}
+    assert said["head and other modules saved whole"] == "none of the head, and all of the others"
 
 
 @every_method

@@ -594,3 +594,20 @@ def test_the_trainer_resumes_from_a_checkpoint(family, method, tmp_path):
     for name, parameter in whole.items():
         assert torch.equal(resumed[name], parameter), name
         assert not torch.equal(fresh[name], parameter), name
+
+
+@every_method
+@pytest.mark.parametrize("family", ["gpt2", "bert", "mlp"])
+@pytest.mark.parametrize("init_weights", ["zero", "denoised"])
+def test_autocast_leaves_a_base_in_double_precision_alone(family, init_weights, method):
+    model, inputs = wrapped(family, method, base={"dtype": torch.float64}, init_weights=init_weights)
+    trained(model)
+    inputs, found = cast(inputs, torch.float64), []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            loss_of(model, inputs).backward()
+            found.append((logits(model, inputs), {name: p.grad for name, p in trainable(model).items()}))
+        model.zero_grad()
+    (ref, ref_gradients), (got, gradients) = found
+    assert_near("logits", got, ref)
+    assert_gradients_near(gradients, ref_gradients)

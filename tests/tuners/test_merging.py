@@ -309,6 +309,7 @@ def test_a_merged_model_can_be_wrapped_again():
     ("family", "options"),
     [
         ("llama", {}),
+        ("bert", {}),  # whose first module is a norm
         ("bert", {"train_norms": False}),
         ("modernbert", {"train_norms": False, "train_head": "frozen"}),
         ("llama", {"train_norms": False, "modules_to_save": ["lm_head"]}),
@@ -319,7 +320,7 @@ def test_peft_does_not_convert_an_adapter_that_also_trains_norms_or_whole_module
     assert not model.supports_lora_conversion()
     loretta.rename_adapter(model, "default", "mine")
     for convert in (convert_to_lora, partial(save_as_lora, tmp_path)):
-        with pytest.raises(InputError, match=r"'mine' also trains.*export_lora"):
+        with pytest.raises(InputError, match=r"'mine' also trains.*export"):
             convert(model, rank=3, adapter_name="mine")
     assert not list(tmp_path.iterdir())
 
@@ -332,6 +333,18 @@ def test_peft_converts_an_adapter_without_norms_beside_one_that_has_them_to_the_
     assert_near("as LoRA", logits(PeftModel.from_pretrained(build("llama")[0], tmp_path).eval(), inputs), expected)
     model.add_adapter("other", config_for("rep", task_type="CAUSAL_LM"))
     assert not model.supports_lora_conversion("other")
+    # PEFT goes through every norm, whichever adapter trains it
+    assert not model.base_model.supports_lora_conversion("default")
+    with pytest.raises(InputError, match=r"'default' on a model whose norms \['other'\] trained.*export_lora"):
+        convert_to_lora(model, rank=2)
+
+
+@pytest.mark.parametrize("train_norms", [True, False])
+def test_adp_says_why_it_cannot_become_a_lora(train_norms):
+    model, _ = wrap("llama", "adp", train_norms=train_norms)
+    assert not model.supports_lora_conversion()
+    with pytest.raises(InputError, match=r"(non-linearity.*LoRETTA_rep|also trains norms.*train_norms=False)"):
+        convert_to_lora(model, rank=2)
 
 
 def test_merging_some_of_the_active_adapters_is_refused():

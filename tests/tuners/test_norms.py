@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
 from tolerances import assert_near
@@ -329,3 +330,12 @@ def test_whole_norms_are_swapped_in(old):
     model, _ = wrap(family, "rep", natural_task(family), train_head="dense")
     loretta.hotswap_adapter(trained(model, seed=7), folder)
     assert_near("logits", logits(model, inputs), expected)
+
+
+@every_method
+def test_every_layer_of_an_adapter_says_how_wide_it_is(method):
+    """PEFT's own layers do, and tools that walk through tuner layers read it."""
+    model, _ = wrap("gpt2", method)
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    assert {(layer.in_features, layer.out_features) for layer in layers if isinstance(layer, TrainedNorm)} == {(32, 32)}
+    assert all(layer.in_features and layer.out_features for layer in layers)

@@ -54,6 +54,18 @@ def test_an_adapter_trains_on_an_offloaded_base(method):
 @every_method
 @pytest.mark.parametrize(
     ("family", "options"),
+    [("gpt2", {}), ("llama", {"init_weights": "denoised", **ALONE}), ("bert", {})],
+)
+def test_an_adapted_model_that_is_offloaded_computes_as_before(family, options, method):
+    """Also with norms, heads, and the biases of adp, which no module of their own computes with."""
+    model, inputs = wrap(family, method, **options)
+    expected = logits(trained(model), inputs)
+    assert_near("offloaded", logits(cpu_offload(model, execution_device=torch.device("cpu")), inputs), expected)
+
+
+@every_method
+@pytest.mark.parametrize(
+    ("family", "options"),
     [("llama", {}), ("bert", {"task_type": "SEQ_CLS", **ALONE}), ("llama", {"modules_to_save": ["lm_head"], **ALONE})],
 )
 def test_what_would_be_copied_of_an_offloaded_base_is_refused(family, options, method):

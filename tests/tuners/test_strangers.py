@@ -6,7 +6,7 @@ import time
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from tuners.families import build, logits, natural_task
 from tuners.wrapped import CONFIGS, config_for, every_method, trained, wrap
@@ -171,4 +171,14 @@ def test_a_file_cannot_overwrite_the_base_model(again, key, method, tmp_path):
 def test_what_an_adapter_trains_itself_is_its_own(family, options, method, tmp_path):
     expected, inputs = saved(tmp_path, family, method, **options)
     again = PeftModel.from_pretrained(build(family)[0], tmp_path).eval()
+    assert torch.equal(logits(again, inputs), expected)
+
+
+@every_method
+def test_trained_biases_load_beside_a_config_that_trains_none(method):
+    """As those of PEFT's own methods do: their config is not at hand where tensors are loaded by themselves."""
+    model, inputs = wrap("gpt2", method, bias="all")
+    expected = logits(trained(model), inputs)
+    again, _ = wrap("gpt2", method)
+    set_peft_model_state_dict(again, get_peft_model_state_dict(model))
     assert torch.equal(logits(again, inputs), expected)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from loretta.layers.trains import arranged, fold_bias, halves, update_factors
 from loretta.population.members import Members
 from loretta.tuners.adp.layer import AdpLinear
-from loretta.tuners.layer import LorettaLayer
+from loretta.tuners.layer import LorettaLayer, fitting, works_in
 from loretta.tuners.rep.layer import RepLinear
 
 Factors = tuple[Tensor | None, ...]
@@ -43,7 +43,7 @@ class MemberRep(MemberTrains):
         y_PBO = y.reshape(self.size, -1, y.shape[-1])
         pairs = [_alike(factors, rows_PBI) for factors in self.factors]
         inner, last = zip(*((torch.bmm(rows_PBI, cast(Tensor, a)), cast(Tensor, b)) for a, b in pairs), strict=True)
-        if len(pairs) == 1 and _in_one(y, last[0]):
+        if len(pairs) == 1 and works_in(y, last[0].dtype):
             return torch.baddbmm(y_PBO, inner[0], last[0]).reshape(y.shape)
         delta_PBO = torch.bmm(inner[0], last[0])
         if len(pairs) == 2:
@@ -66,7 +66,7 @@ class MemberAdp(MemberTrains):
         rows_PBH = y.reshape(self.size, -1, y.shape[-1])
         now, *start = [_alike(factors, rows_PBH) for factors in self.factors]
         inner_PBD, up_PDH = self.inner(rows_PBH, now)
-        if self.bias_up is None and not start and _in_one(y, up_PDH):
+        if self.bias_up is None and not start and works_in(y, up_PDH.dtype):
             return torch.baddbmm(rows_PBH, inner_PBD, up_PDH).view(y.shape)
         delta_PBH = torch.bmm(inner_PBD, up_PDH)
         for factors in start:
@@ -93,16 +93,8 @@ def _product(rows_PBI: Tensor, matrix_PIO: Tensor, bias_PO: Tensor | None) -> Te
     return torch.baddbmm(bias_PO[:, None], rows_PBI, matrix_PIO)
 
 
-def _in_one(y: Tensor, factor: Tensor) -> bool:
-    """Whether a product with ``factor`` can be added to ``y`` in one kernel."""
-    return y.dtype == factor.dtype or torch.is_autocast_enabled(y.device.type)
-
-
 def _alike(factors: Factors, rows: Tensor) -> Factors:
-    """The factors in the dtype of the rows, unless autocast is going to cast both."""
-    if torch.is_autocast_enabled(rows.device.type):
-        return factors
-    return tuple(None if factor is None else factor.to(rows.dtype) for factor in factors)
+    return tuple(None if factor is None else fitting(factor, rows) for factor in factors)
 
 
 class TrainGroup:

@@ -191,20 +191,31 @@ def _kinds(config: Mapping[str, Any], shapes: Shapes) -> list[tuple[str, int, st
     counts, cores = Counter[str](), "matrices of the adapters" if config.get("dense") else "cores of the trains"
     for key, shape in shapes.items():
         counts[cores if _TRAIN.search(key) else _kind(key, shapes)] += math.prod(shape)
+    norms, whole = "layer norms", "head and other modules saved whole"
     trained = {
         "starting values and copies": "none",
-        # a norm that is random in the base's head is saved though it is frozen
-        "layer norms": "all" if config["train_norms"] else "none",
-        "head and other modules saved whole": _FROZEN_HEADS.get(config["train_head"], "all"),
+        # what is random of the base's head is saved though it is frozen
+        norms: "all" if config["train_norms"] else _beside_a_frozen_head("none", norms, config, shapes),
+        whole: _beside_a_frozen_head(_FROZEN_HEADS.get(config["train_head"], "all"), whole, config, shapes),
     }
     kinds = (
         cores,
         "biases",
-        "layer norms",
-        "head and other modules saved whole",
+        norms,
+        whole,
         "starting values and copies",
     )
     return [(kind, counts[kind], trained.get(kind, "all")) for kind in kinds if counts[kind]]
+
+
+def _beside_a_frozen_head(of_head: str, kind: str, config: Mapping[str, Any], shapes: Shapes) -> str:
+    """What is trained of one kind: ``of_head`` of the head, and all of the modules that a user had trained whole."""
+    head = tuple(f".{name}." for name in config.get("head_origins") or ())
+    keys = [key for key in shapes if not _TRAIN.search(key) and _kind(key, shapes) == kind]
+    others = [key for key in keys if config.get("head_origins") is not None and not any(n in f".{key}" for n in head)]
+    if of_head == "all" or not others:
+        return of_head
+    return "all" if others == keys else f"{of_head} of the head, and all of the others"
 
 
 def _kind(key: str, shapes: Shapes) -> str:

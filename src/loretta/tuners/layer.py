@@ -3,9 +3,11 @@
 import copy
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
+from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
@@ -13,7 +15,7 @@ from torch import Tensor, nn
 from loretta import quantizer_logs, tt
 from loretta.layers.trains import Cores
 from loretta.tuners.calls import Factors, hidden_from_checkpoints
-from loretta.tuners.contraction import JointLayer, Place, Scales, find_factors, finish, look_up, note_change
+from loretta.tuners.contraction import JointLayer, Place, Scales, find_factors, finish, note_change
 from loretta.tuners.placement import Placement, require_linear
 
 
@@ -75,10 +77,10 @@ class LorettaLayer(JointLayer, BaseTunerLayer):
 
     def working_dtype(self) -> torch.dtype:
         """The dtype of activations here: that of autocast, or of the base weight where it is a plain number's."""
-        device = self._base_weight().device.type
-        if device != "meta" and torch.is_autocast_enabled(device):
+        device, dtype = self._base_weight().device.type, self._base_dtype()
+        if device != "meta" and dtype != torch.float64 and torch.is_autocast_enabled(device):
             return torch.get_autocast_dtype(device)
-        return self._base_dtype()
+        return dtype
 
     def _base_weight(self) -> Tensor:
         return cast(Tensor, self.get_base_layer().weight)
@@ -99,7 +101,8 @@ class LorettaLayer(JointLayer, BaseTunerLayer):
 
     def _contract_alone(self, adapter_name: str, pair: int) -> Factors:
         down, up = self._trains(adapter_name)[pair]
-        biases = look_up(self.stacked_parameters(adapter_name, pair)[2:])
+        places = self.stacked_parameters(adapter_name, pair)[2:]
+        biases = [parameter_of(modules[name], parameter) for modules, name, parameter in places]
         with hidden_from_checkpoints():
             # called as modules: hooks that bring offloaded parameters here run
             factors = self.to_factors(down(), up(), biases)
@@ -251,9 +254,16 @@ def is_offloaded(module: nn.Module) -> bool:
     return any(getattr(each, "offload", False) for each in hooks)
 
 
+def parameter_of(module: nn.Module, name: str) -> Tensor:
+    """A parameter of a module that nobody calls, brought here where accelerate keeps it away between calls."""
+    with align_module_device(module) if is_offloaded(module) else nullcontext():
+        return getattr(module, name)
+
+
 def works_in(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether products with ``x`` come out in ``dtype``, by themselves or because autocast sees to it."""
-    return x.dtype == dtype or torch.is_autocast_enabled(x.device.type)
+    # autocast leaves float64 as it is
+    return x.dtype == dtype or (torch.float64 not in (x.dtype, dtype) and torch.is_autocast_enabled(x.device.type))
 
 
 def fitting(factor: Tensor, x: Tensor) -> Tensor:

@@ -307,7 +307,7 @@ class LorettaModel(BaseTuner):
                     f"this adapter was trained for another base model: '{key}' needs {tuple(parameter.shape)} here "
                     f"and the file {what}; load it with '{base}'"
                 )
-        check_tensors(model, config, adapter_name, loaded, own=expected.keys())
+        check_tensors(model, adapter_name, loaded, own=expected.keys())
         return loaded
 
 

@@ -13,6 +13,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from loretta.errors import InputError
 from loretta.tuners.layer import is_offloaded
 
 _NORM_CLASS = re.compile(r"(Layer|RMS|Group)Norm")
@@ -72,7 +73,9 @@ class TrainedNorm(nn.Module, BaseTunerLayer):
         super().__init__()
         self.base_layer = base_layer
         self.training = base_layer.training
-        self.parameter_names = tuple(name for name, _ in base_layer.named_parameters(recurse=False))
+        own = dict(base_layer.named_parameters(recurse=False))
+        self.parameter_names = tuple(own)
+        self.in_features = self.out_features = max(parameter.shape[-1] for parameter in own.values())
         self.adapter_layer_names = ()
         self.other_param_names = ("known",)
         self.known: dict[str, bool] = {}  # every adapter of the model: whether it trains this norm
@@ -211,6 +214,19 @@ class TrainedNorm(nn.Module, BaseTunerLayer):
         for name, value in self._unmerged.items():
             getattr(self.base_layer, name).data = value
         self._unmerged, self.merged_adapters = {}, []
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """PEFT asks right before it converts. Raises InputError: it stops at a norm, whichever adapter trains it."""
+        if self.known.get(adapter_name):
+            raise InputError(
+                f"the adapter {adapter_name!r} also trains norms, which PEFT's conversion to LoRA would lose: train "
+                "with train_norms=False, or export with --to merged"
+            )
+        owners = [name for name, trains in self.known.items() if trains]
+        raise InputError(
+            f"PEFT cannot convert the adapter {adapter_name!r} on a model whose norms {owners or 'an adapter'} "
+            "trained: call loretta.export_lora, or load the adapter on a base model of its own"
+        )
 
     def rename_adapter(self, old: str, new: str) -> None:
         """Give one adapter another name."""

@@ -1,7 +1,6 @@
 """What an adapter's file may hold: finite numbers, under the keys of the adapter."""
 
 from collections.abc import Collection, Mapping
-from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -12,13 +11,11 @@ from loretta.errors import InputError
 from loretta.wording import quoted
 
 
-def check_tensors(
-    model: nn.Module, config: Any, adapter_name: str, tensors: Mapping[str, Tensor], own: Collection[str]
-) -> None:
+def check_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor], own: Collection[str]) -> None:
     """Refuse tensors that are not finite, and those that would overwrite the base model.
 
     Beside the trains (``own`` keys) an adapter may bring its copies of modules trained whole, trained biases of the
-    base where its config names them, and embeddings, which PEFT saves where they were resized.
+    base, and embeddings, which PEFT saves where they were resized.
 
     Raises InputError that names the first key.
     """
@@ -31,10 +28,9 @@ def check_tensors(
     allowed = tuple(f"{name}." for name in _homes(model, adapter_name))
     base = model.state_dict(keep_vars=True).keys() if len(tensors) > len(own) else ()
     for key in tensors.keys() - own:
-        is_bias = getattr(config, "bias", "none") != "none" and key.endswith(".bias")
         # what is in no module of this model is passed over by PEFT
         key = key if key in base else key.removeprefix("base_model.model.")
-        if key in base and not (is_bias or key.startswith(allowed)):
+        if key in base and not (key.endswith(".bias") or key.startswith(allowed)):
             raise InputError(
                 f"the adapter's file also holds {quoted(key)}, which would overwrite the base model: load adapters "
                 "from where you trust, or remove that tensor"

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
+from loretta.errors import InputError
 from loretta.layers import fused
 from loretta.layers.trains import arranged, fold_bias
 from loretta.tuners.adp.config import LorettaAdpConfig
 from loretta.tuners.calls import Factors
 from loretta.tuners.contraction import Halves, Place
-from loretta.tuners.layer import LorettaLayer, works_in
+from loretta.tuners.layer import LorettaLayer, parameter_of, works_in
 from loretta.tuners.placement import Placement
 
 
@@ -60,9 +61,11 @@ class AdpLinear(LorettaLayer):
         """The factor on one adapter's output."""
         self.scaling[adapter_name] = config.scaling
 
-    def _biases(self, adapter_name: str) -> nn.ParameterDict | None:
+    def _biases(self, adapter_name: str) -> dict[str, Tensor] | None:
         found = self.loretta_adp_bias
-        return cast(nn.ParameterDict, found[adapter_name]) if adapter_name in found else None
+        if adapter_name not in found:
+            return None
+        return {part: parameter_of(found[adapter_name], part) for part in ("down", "up")}
 
     def active_pairs(self) -> Iterator[tuple[str, int]]:
         # dense matrices have nothing to contract, and to stack those of all layers would copy them
@@ -84,14 +87,15 @@ class AdpLinear(LorettaLayer):
 
     def delta(self, adapter_name: str, y_BH: Tensor) -> Tensor:
         """What one adapter adds to ``y``, whose rows may lie along any number of dimensions."""
-        rows_BH, biases = y_BH.reshape(-1, y_BH.shape[-1]), self._biases(adapter_name)
+        rows_BH = y_BH.reshape(-1, y_BH.shape[-1])
         now, *start = self.contracted(adapter_name)
-        inner_BD, up_DH = self._inner(adapter_name, rows_BH, now, biases if start else None)
+        biases = self._biases(adapter_name) if start else None  # folded in otherwise
+        inner_BD, up_DH = self._inner(adapter_name, rows_BH, now, biases)
         delta_BH = inner_BD @ up_DH
         for factors in start:  # its biases were zero
             inner_BD, up_DH = self._inner(adapter_name, rows_BH, factors, None)
             delta_BH = delta_BH - inner_BD @ up_DH
-        if start and biases is not None:
+        if biases is not None:
             scale = self.scaling.of(adapter_name, biases["up"])
             delta_BH = delta_BH + (scale * biases["up"]).to(delta_BH.dtype)
         return delta_BH.view(y_BH.shape)
@@ -102,7 +106,7 @@ class AdpLinear(LorettaLayer):
         return relu and len(factors) == 6 and not self.drops[adapter_name]
 
     def _inner(
-        self, adapter_name: str, rows_BH: Tensor, factors: Factors, biases: nn.ParameterDict | None
+        self, adapter_name: str, rows_BH: Tensor, factors: Factors, biases: dict[str, Tensor] | None
     ) -> tuple[Tensor, Tensor]:
         """The adapter up to its last matrix, which is the second value; ``biases`` where they are not folded in."""
         if not works_in(rows_BH, factors[0].dtype):
@@ -155,6 +159,13 @@ class AdpLinear(LorettaLayer):
 
     def unmerge(self) -> None:
         """Nothing is ever merged, so there is nothing to undo."""
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """PEFT asks right before it converts. Raises InputError: PEFT's own refusal names no reason."""
+        raise InputError(
+            "LoRETTA_adp cannot become a LoRA: its adapters have a non-linearity between the two trains, so no change "
+            "of the base weights has the same effect; keep it as it is, or train LoRETTA_rep, which becomes one exactly"
+        )
 
     def __repr__(self) -> str:
         return "loretta_adp." + super().__repr__()

@@ -47,5 +47,9 @@ class LorettaAdpModel(LorettaModel):
             return {"gate_proj", "up_proj", "down_proj"}
         return super().default_targets(config, model_config)
 
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """False: no change of the base weights has the effect of an adapter with a non-linearity."""
+        return False
+
     def _check_merge_allowed(self) -> None:
         raise ValueError(CANNOT_MERGE)

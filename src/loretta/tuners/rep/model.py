@@ -57,6 +57,7 @@ class LorettaRepModel(LorettaModel):
         names = [name for name in self.peft_config if adapter_name in (None, name)]
         layers = [module for module in self.model.modules() if isinstance(module, RepLinear)]
         lossy = any(layer.beside.get(name) for layer in layers for name in names)
+        lossy |= bool(self._layers(TrainedNorm))  # those of other adapters, at which PEFT stops
         return not lossy and all(self.peft_config[name].bias == "none" for name in names)
 
     def add_weighted_adapter(
