@@ -1,6 +1,7 @@
-"""Files that are whole at any moment, whatever happens to the process that writes them."""
+"""Files that are whole at any moment, whatever happens to the process that writes them, and what may be read."""
 
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 TEMPORARY = ".tmp"  # ending of what a kill may leave beside the file
+LARGEST = 1 << 26  # bytes of a file of JSON or YAML: the log of a run with 300,000 lines has fewer
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -38,3 +40,30 @@ def write_whole(path: Path, content: str | bytes) -> None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write plain data as a whole file of JSON."""
     write_whole(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_plain(path: Path, most: int = LARGEST) -> bytes:
+    """The bytes of a plain file. Pipes and devices, which may have no end, are refused.
+
+    Raises OSError for these, for a file of more than ``most`` bytes, and where there is none.
+    """
+    with open(path, "rb", opener=_open_at_once) as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "it is no plain file", str(path))
+        if found.st_size > most:
+            raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", str(path))
+        return file.read(most)
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Without waiting for somebody to write to a pipe."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def read_json(path: Path) -> Any:
+    """What a plain file of JSON holds. Raises OSError as :func:`read_plain` does, and ValueError for anything else."""
+    try:
+        return json.loads(read_plain(path))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None

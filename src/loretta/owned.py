@@ -16,7 +16,7 @@ from typing import TypeAlias
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from loretta.errors import InputError
-from loretta.files import write_whole
+from loretta.files import read_plain, write_whole
 from loretta.folders import LIST, is_temporary, sync, temporary_folder
 from loretta.locks import hold_file
 
@@ -63,7 +63,7 @@ class FileList(BaseModel):
 def read_list(folder: Path) -> Listed:
     """What was written into a folder; nothing where it has no list, or one that cannot be read."""
     try:
-        return FileList.model_validate_json((folder / LIST).read_bytes()).files
+        return FileList.model_validate_json(read_plain(folder / LIST)).files
     except (OSError, ValidationError):
         return {}
 
@@ -113,13 +113,9 @@ def refuse_to_replace(
 
     Never the working directory, one of ``keep`` (the model and the data, where they are paths), or a parent of these.
     """
-    here = folder.resolve()
     for given in (Path.cwd(), *keep):
-        if given is None or not Path(given).exists():
-            continue
-        path = Path(given).resolve()
-        if here == path or here in path.parents:
-            what = "the working directory" if path == Path.cwd() else f"'{given}'"
+        if given is not None and _is_or_holds(folder, Path(given)):
+            what = "the working directory" if given == Path.cwd() else f"'{given}'"
             raise InputError(f"'{folder}' is or holds {what}, and is not replaced: give {option}")
     if foreign := find_foreign(folder, inside=inside):
         more = f" and {len(foreign) - MAX_NAMES} more" if len(foreign) > MAX_NAMES else ""
@@ -220,6 +216,15 @@ def write_listed(path: Path, content: str | bytes, *, overwrite: bool = False) -
         publish(new, path.parent, last=path.name, keep=True)
 
 
+def _is_or_holds(folder: Path, path: Path) -> bool:
+    """As the system sees them: two spellings may lead to one folder, without a link where case does not count."""
+    try:
+        path = path.resolve(strict=True)
+        return any(folder.samefile(each) for each in (path, *path.parents))
+    except (OSError, ValueError):  # one of them is none, as a Hub id
+        return False
+
+
 def _files(folder: Path) -> Iterator[Path]:
     """Files and links below a folder in order, but for temporaries; no link is followed."""
     for root, folders, names in os.walk(folder):
@@ -237,11 +242,14 @@ def _ours(folder: Path, inside: Sequence[str] = ()) -> set[Path]:
     parts = [path for run in runs for part in PARTS for path in run.glob(part)]
     lists = {at: read_list(at) for at in (*runs, *parts)}
     same = cache(_is)
-    return {
+    found = {
         *logs,
         *(at / LIST for at, files in lists.items() if files),
         *(at / name for at, files in lists.items() for name, versions in files.items() if same(at / name, versions)),
     }
+    # what lies behind a link lies elsewhere
+    linked = cache(Path.is_symlink)
+    return {path for path in found if not any(map(linked, path.parents[: len(path.relative_to(folder).parts) - 1]))}
 
 
 def _is(path: Path, versions: tuple[Written, ...]) -> bool:

@@ -6,6 +6,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, model_validator
 
 from loretta.errors import InputError
+from loretta.files import read_plain
 from loretta.tt import TTShape
 
 
@@ -105,10 +106,10 @@ class RunRecord(BaseModel):
     def load(cls, path: Path) -> "RunRecord":
         """Read a ``run.json``. Raises InputError when it is missing or is not one."""
         try:
-            return cls.model_validate_json(path.read_bytes())
+            return cls.model_validate_json(read_plain(path))
         except FileNotFoundError:
             raise InputError(f"no run.json in '{path.parent}': give the folder that `loretta train` wrote") from None
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             first = str(error).splitlines()[0]
             raise InputError(
                 f"'{path}' is not a run.json of `loretta train` ({first}): remove it to do the run again"

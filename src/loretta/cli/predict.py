@@ -29,7 +29,7 @@ def predict(
     """Load a run's adapter again and apply it to new text."""
     if (file is None) == (text is None):
         raise InputError("give either a FILE or --text (repeatable), and not both")
-    with _holding(output, overwrite=overwrite):
+    with _holding(output, file, overwrite=overwrite):
         from loretta.training.predict import load_run, text_columns
         from loretta.training.predict import predict as apply
 
@@ -68,16 +68,16 @@ def _of_pairs(text: list[str], text_pair: list[str] | None) -> list[list[str]]:
 
 
 @contextmanager
-def _holding(output: Path | None, *, overwrite: bool) -> Iterator[None]:
+def _holding(output: Path | None, file: Path | None, *, overwrite: bool) -> Iterator[None]:
     """Before the model is loaded: that the file can be written, and no other process does so until the block ends."""
     if output is None:
         yield
         return
-    _check_output(output, overwrite=overwrite)
+    _check_output(output, file, overwrite=overwrite)
     with ExitStack() as stack:
         with _saying_why(output):
             stack.enter_context(hold_file(output))
-        _check_output(output, overwrite=overwrite)  # another process may have written it since
+        _check_output(output, file, overwrite=overwrite)  # another process may have written it since
         yield
 
 
@@ -89,11 +89,13 @@ def _saying_why(output: Path) -> Iterator[None]:
         raise InputError(f"--output '{output}' cannot be written ({error.strerror or error}): give another") from None
 
 
-def _check_output(output: Path, *, overwrite: bool) -> None:
+def _check_output(output: Path, file: Path | None, *, overwrite: bool) -> None:
     if output.suffix not in (".csv", ".jsonl"):
         raise InputError(f"--output '{output}' must end in .csv or .jsonl")
     if not output.parent.is_dir():
         raise InputError(f"--output '{output}': there is no folder '{output.parent}'")
+    if file is not None and file.exists() and output.exists() and output.samefile(file):
+        raise InputError(f"--output '{output}' is the file to predict: give another")
     if output.exists() and not overwrite:
         raise InputError(f"--output '{output}' exists: replace it with --overwrite, or give another file")
 

@@ -32,6 +32,7 @@ def report(
     if as_json and (output is not None or form not in (None, "json")):
         raise InputError("--json prints the report as JSON: leave --output and --format out")
     from loretta.report.folder import SUFFIXES, report_on
+    from loretta.training.folder import CONFIG, PREDICTIONS, RECORD
 
     printed = output == Path("-")
     default = "json" if as_json else "html"
@@ -43,6 +44,8 @@ def report(
     file = Path(os.path.realpath(given))  # a link goes on leading where it leads
     if not file.parent.is_dir():
         raise InputError(f"--output '{given}': there is no folder '{file.parent}'")
+    if file.name in (CONFIG, RECORD, PREDICTIONS):
+        raise InputError(f"--output '{given}' has the name of a file of a run: give another")
     if file.is_dir():
         raise InputError(f"--output '{given}' is a folder: give a file")
     if not overwrite and file.exists() and find_foreign(file):

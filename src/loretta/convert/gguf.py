@@ -66,7 +66,7 @@ def export_gguf_lora(
         # llama.cpp has one alpha, and divides it by each tensor's own rank
         b_OR = b_OR * (ranks[name] / alpha)
         tensors |= {f"{target}.weight.lora_a": a_RI.float(), f"{target}.weight.lora_b": b_OR.float()}
-    with writing(Path(file), file=True, overwrite=overwrite) as new:
+    with writing(Path(file), file=True, overwrite=overwrite, keep=[base_config.name_or_path]) as new:
         writer = gguf.GGUFWriter(new, gguf.MODEL_ARCH_NAMES[arch])
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")

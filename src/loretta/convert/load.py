@@ -1,6 +1,5 @@
 """Load an adapter from its folder, with the base model, head and tokenizer that it needs."""
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from loretta.errors import InputError
+from loretta.files import read_json
 from loretta.tuners.card import saved_shapes
 from loretta.tuners.task_types import base_class, count_labels
 from loretta.wording import one_line, quoted
@@ -80,9 +80,9 @@ def find_adapter(path: Path, model: str | None = None) -> SavedAdapter:
     folder = path / "adapter" if (path / "adapter" / CONFIG).is_file() else path
     require_adapter(folder)
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = read_json(folder / CONFIG)
         config["peft_type"]
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"'{folder / CONFIG}' is damaged or not an adapter's: copy it again") from None
     base = config.get("base_model_name_or_path")
     label_names: tuple[str, ...] = ()

@@ -76,7 +76,7 @@ def export_lora(
     for name, wrapper in copies.items():
         state = _dense_copy(wrapper, adapter_name).state_dict()
         tensors |= {f"{PREFIX}{name}.{key}": value for key, value in state.items()}
-    with writing(Path(folder), file=False, overwrite=overwrite) as new:
+    with writing(Path(folder), file=False, overwrite=overwrite, keep=[getattr(base, "name_or_path", None)]) as new:
         lora.save_pretrained(str(new))
         save_file({key: own_memory(value) for key, value in tensors.items()}, new / WEIGHTS, metadata={"format": "pt"})
     dtype = next(iter(pairs.values()))[0].dtype

@@ -32,7 +32,8 @@ def export_merged(
             f"the adapter changes '{tied}', whose weight is also that of the input embeddings, and merging would "
             "change both: export with --to lora"
         )
-    check_place(Path(folder), file=False, overwrite=overwrite)
+    base = getattr(model.get_base_model(), "name_or_path", None)
+    check_place(Path(folder), file=False, overwrite=overwrite, keep=[base])
     ranks = {name: layer.factors(adapter_name)[0].shape[1] for name, layer in layers.items()}
     before = get_peft_model_state_dict(model, adapter_name=adapter_name)
     whole = list(dict.fromkeys([*trained_norms(model, adapter_name), *copies]))

@@ -29,7 +29,7 @@ class Export:
     bytes_after: int
 
 
-def check_place(out: Path, *, file: bool, overwrite: bool, keep: Collection[str | Path] = ()) -> None:
+def check_place(out: Path, *, file: bool, overwrite: bool, keep: Collection[str | Path | None] = ()) -> None:
     """Refuse to write over anything but, with ``overwrite``, what LoRETTA wrote; never over one of ``keep``."""
     if file and (out.suffix != ".gguf" or out.is_dir()):
         raise InputError(f"'{out}' must be a file whose name ends in .gguf")
@@ -64,10 +64,10 @@ def holding(out: Path, *, file: bool) -> Iterator[None]:
 
 
 @contextmanager
-def writing(out: Path, *, file: bool, overwrite: bool) -> Iterator[Path]:
+def writing(out: Path, *, file: bool, overwrite: bool, keep: Collection[str | Path | None] = ()) -> Iterator[Path]:
     """A path to write to, whose content takes the place of ``out`` once all is written; until then nothing changes."""
     with holding(out, file=file):
-        check_place(out, file=file, overwrite=overwrite)
+        check_place(out, file=file, overwrite=overwrite, keep=keep)
         out = Path(os.path.realpath(out))  # a link goes on leading where it leads
         folder, last = (out.parent, [out.name]) if file else (out, [CONFIG, "config.json"])
         with building(folder, last=last, option="another place", keep=file) as new:

@@ -1,7 +1,6 @@
 """A study and the user's options -> every run, each with its whole configuration and its folder."""
 
 import itertools
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from loretta.errors import InputError
+from loretta.files import read_json
 from loretta.plan import FAMILIES, default_task_type, find_config
 from loretta.record import RunRecord
 from loretta.studies.configs import ALIASES, Base, Options, config_of, rate_suffix, refuse_wrong_sets
@@ -273,8 +273,8 @@ def differences(root: Path, run: Planned) -> list[str]:
     if run.config is None or not file.is_file():
         return []
     try:
-        before = RunConfig(**json.loads(file.read_text(encoding="utf-8"))).model_dump()
-    except (ValueError, TypeError):
+        before = RunConfig(**read_json(file)).model_dump()
+    except (OSError, ValueError, TypeError):
         return [f"'{file}' is damaged or of another version"]
     now = run.config
     return [

@@ -1,6 +1,5 @@
 """Run folders -> the numbers of a study: means and intervals over seeds, and what is missing."""
 
-import json
 import math
 import shlex
 import statistics
@@ -12,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from scipy import stats
 
 from loretta.errors import InputError
+from loretta.files import read_json
 from loretta.record import RunRecord
 from loretta.studies.state import COST, COUNT, State, evaluations, measured, state_of
 from loretta.studies.study import Planned, Row, Study
@@ -159,7 +159,7 @@ def collect(root: Path, name: str | None = None) -> Results:
 
 def _collect(root: Path, file: Path) -> Results:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         study = Study.model_validate(content["study"])
         planned = tuple(Planned.model_validate(run) for run in content["planned"])
         options, commands = content.get("options", {}), tuple(content.get("commands", ()))

@@ -1,6 +1,5 @@
 """Carry out all runs of a study, several at once, from whatever state their folders are in."""
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -11,6 +10,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from loretta.errors import InputError
+from loretta.files import read_json
 from loretta.folders import set_aside
 from loretta.studies.configs import Options
 from loretta.studies.execution import Outcome
@@ -176,9 +176,9 @@ def write_study(root: Path, study: Study, options: Options, runs: Sequence[Plann
     before: dict[str, Any] = {}
     if file.is_file():
         try:
-            before = json.loads(file.read_text(encoding="utf-8"))
+            before = read_json(file)
             before["study"], before["planned"]
-        except (ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError):
             before = {}
             print(f"'{file}' is no study that can be read: set aside as '{set_aside(file).name}'", file=sys.stderr)
     cells = {(run.model, run.task, run.row, "-".join(run.order)) for run in runs}
@@ -201,7 +201,7 @@ def study_file(root: Path, name: str) -> Path:
     """Where a study is noted: study.json, or where another has that, a file of its own."""
     file = root / STUDY
     try:
-        taken = json.loads(file.read_text(encoding="utf-8"))["study"]["name"] != name
+        taken = read_json(file)["study"]["name"] != name
     except (OSError, ValueError, KeyError, TypeError):
         taken = False
     return root / f"study-{name}.json" if taken else file

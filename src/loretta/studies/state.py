@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loretta.errors import InputError
+from loretta.files import read_json
 from loretta.studies.study import Planned
 
 State = Literal["waiting", "running", "killed", "failed", "finished"]
@@ -20,6 +21,7 @@ RESULT_OF = {"train": "run.json", "cost": COST, "count": COUNT}
 STARTED = "config.json"
 
 
+LARGEST_PID = 2**31 - 1  # of any system; os.kill() takes no more
 # endings of files beside a run's folder
 HOLDER = ".holder"  # which process works on it
 LOG = ".log"  # what it printed
@@ -63,7 +65,7 @@ def folder_state(folder: Path, result: str = "run.json") -> tuple[State, str]:
 def _is_json(file: Path, changed: int) -> bool:
     """Whether a file, as it was when it was ``changed``, holds an object of JSON."""
     try:
-        return isinstance(json.loads(file.read_bytes()), dict)
+        return isinstance(read_json(file), dict)
     except (OSError, ValueError):
         return False
 
@@ -71,7 +73,7 @@ def _is_json(file: Path, changed: int) -> bool:
 def read_error(folder: Path) -> str:
     """The last words of a failed run."""
     try:
-        return str(json.loads((folder / ERROR).read_text(encoding="utf-8"))["error"])
+        return str(read_json(folder / ERROR)["error"])
     except (OSError, ValueError, KeyError, TypeError):
         return f"unknown: '{folder / ERROR}' is damaged"
 
@@ -79,7 +81,7 @@ def read_error(folder: Path) -> str:
 def evaluations(folder: Path) -> dict[str, dict[str, float]]:
     """What a finished adapter scored on each task so far; a damaged file counts as none."""
     try:
-        content = json.loads((folder / EVALUATIONS).read_text(encoding="utf-8"))
+        content = read_json(folder / EVALUATIONS)
     except (OSError, ValueError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -88,7 +90,7 @@ def evaluations(folder: Path) -> dict[str, dict[str, float]]:
 def measured(file: Path) -> dict[str, Any]:
     """What a measured or counted run wrote. Raises InputError for a damaged file."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
         if {"notes", "parameters", "bytes"} <= content.keys():
             return content
     except (OSError, ValueError, AttributeError):
@@ -125,11 +127,11 @@ class Holder:
 def held_by(folder: Path) -> Holder | None:
     """The living process that works on a run; None where there is none, or it died."""
     try:
-        content = json.loads(beside(folder, HOLDER).read_text(encoding="utf-8"))
+        content = read_json(beside(folder, HOLDER))
         holder = Holder(pid=int(content["pid"]), host=str(content["host"]))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, OverflowError):
         return None
-    return holder if holder.alive else None
+    return holder if 0 < holder.pid <= LARGEST_PID and holder.alive else None
 
 
 def find_runs(root: Path) -> Iterator[tuple[Path, State, str]]:

@@ -8,6 +8,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from loretta.errors import InputError
+from loretta.files import read_plain
 from loretta.options import parse_option, read_yaml
 
 Quantization = Literal["nf4", "fp4", "int8", "torchao-int8", "fp8"]
@@ -186,7 +187,7 @@ def _put(raw: dict[str, Any], key: str, value: Any) -> None:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        raw = read_yaml(path.read_text(encoding="utf-8"))
+        raw = read_yaml(read_plain(path).decode("utf-8"))
     except FileNotFoundError:
         raise InputError(f"the config file '{path}' does not exist: give the path of a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:

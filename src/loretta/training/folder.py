@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loretta.errors import InputError
+from loretta.files import read_plain
 from loretta.folders import remove_temporaries, set_aside, temporary_folder
 from loretta.owned import NEXT, is_free, publish, read_list, refuse_to_replace, remove_listed
 from loretta.training.config import RunConfig
@@ -81,7 +82,7 @@ def find_place(config: RunConfig, *, resume: bool, overwrite: bool) -> Place:
         raise InputError(f"the output '{folder}' is a file: give a folder with --output")
     if is_free(folder):
         return Place(folder, folder)
-    if (folder / NEXT / RECORD).is_file():
+    if RECORD in read_list(folder / NEXT) and (folder / NEXT / RECORD).is_file():
         Place(folder, folder / NEXT).replace()  # a kill came between the end of the run and this
     if not is_run(folder):
         raise InputError(f"the output folder '{folder}' holds other files: give an empty or new one with --output")
@@ -102,10 +103,10 @@ def find_place(config: RunConfig, *, resume: bool, overwrite: bool) -> Place:
 
 def is_run(folder: Path) -> bool:
     """Whether a folder holds a run and not, say, a model, which has a ``config.json`` too."""
-    if CONFIG in read_list(folder):
+    if RECORD in read_list(folder):
         return True
     try:
-        RunConfig.model_validate_json((folder / CONFIG).read_bytes())
+        RunConfig.model_validate_json(read_plain(folder / CONFIG))
     except (OSError, ValueError):
         return False
     return True
@@ -118,8 +119,8 @@ def changed_options(folder: Path, config: RunConfig) -> list[str]:
     """
     try:
         # a run of an earlier version lacks the options that came later, and the model knows their defaults
-        before = RunConfig.model_validate_json((folder / CONFIG).read_bytes()).model_dump()
-    except ValueError:
+        before = RunConfig.model_validate_json(read_plain(folder / CONFIG)).model_dump()
+    except (OSError, ValueError):
         raise InputError(f"'{folder / CONFIG}' is damaged: give another folder with --output") from None
     now = config.model_dump()
     return [
