@@ -1,5 +1,6 @@
 """Carry out all runs of a study, several at once, from whatever state their folders are in."""
 
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import closing

@@ -1,6 +1,5 @@
 """What has happened to a run, read off its folder alone."""
 
-import json
 import os
 import socket
 from collections.abc import Iterator
