@@ -1,6 +1,8 @@
+import json
+
 import pytest
 
-from loretta.wording import distinct, flat, listed, nearest, one_line, quoted, size_words
+from loretta.wording import as_json, as_json_lines, distinct, flat, listed, nearest, one_line, quoted, size_words
 
 
 def test_quotes_stay_on_one_line_and_short():
@@ -40,3 +42,25 @@ def test_a_message_of_a_library_on_one_line():
 
 def test_each_text_once():
     assert distinct(["b", "a", "b"]) == "b, a"
+
+
+def test_json_that_every_reader_takes():
+    def refuse(name):
+        raise AssertionError(name)
+
+    content = {"a": [float("nan"), 1, {"b": float("-inf")}, (0.5,)], "c": "\x9b1mé\ud800", "d": True}
+    text = as_json(content)
+    assert text.isascii()
+    assert json.loads(text, parse_constant=refuse) == {
+        "a": [None, 1, {"b": None}, [0.5]],
+        "c": "\x9b1mé\ud800",
+        "d": True,
+    }
+    assert text.endswith("}\n")
+
+
+def test_json_lines():
+    rows = [{"text": "one\ntwo", "score": 0.5}, {"text": "é\u2028"}]
+    lines = as_json_lines(rows).split("\n")
+    assert [json.loads(line) for line in lines[:-1]] == rows
+    assert lines[-1] == ""

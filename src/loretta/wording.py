@@ -1,6 +1,8 @@
-"""How values become words: short quotes, lists, nearest names, sizes, nested settings, tables."""
+"""How values become words: short quotes, lists, nearest names, sizes, nested settings, tables, JSON."""
 
 import difflib
+import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -67,6 +69,24 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in settings.items():
         found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
     return found
+
+
+def as_json(content: Any) -> str:
+    """Plain data as JSON that every reader takes: a number that JSON has no word for (NaN, infinity) is null."""
+    return json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
+def as_json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    """A line of JSON for each row."""
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def as_text(*tables: Any, width: int = 160) -> str:

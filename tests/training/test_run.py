@@ -28,7 +28,6 @@ from loretta.training.predict import evaluate, load_run, predict
 from loretta.training.run import train
 from loretta.training.scores import score_logits
 from loretta.training.trainer import TwoRateTrainer
-from loretta.tuners.task_types import is_final_layer
 
 
 def config_for(model, data, folder, **changes) -> RunConfig:
@@ -362,25 +361,6 @@ def test_the_final_layer_has_its_own_rate(bert, reviews, tmp_path):
     state = torch.load(next((tmp_path / "run" / "checkpoints").glob("*/optimizer.pt")), weights_only=True)
     assert [group["initial_lr"] for group in state["param_groups"]] == [1e-2, 0.1]
     assert len(state["param_groups"][1]["params"]) == 2  # weight and bias of the classifier
-
-
-@pytest.mark.parametrize(
-    ("name", "final"),
-    [
-        ("base_model.model.classifier.modules_to_save.default.weight", True),
-        ("base_model.model.classifier.modules_to_save.default.out_proj.weight", True),
-        ("base_model.model.score.modules_to_save.default.weight", True),
-        ("classifier.weight", True),
-        ("classifier.out_proj.weight", True),
-        ("classifier.dense.weight", False),
-        ("model.decoder.layers.0.self_attn.out_proj.weight", False),
-        ("base_model.model.classifier.modules_to_save.default.dense.cores.values", False),
-        ("base_model.model.bert.pooler.dense.modules_to_save.default.cores.values", False),
-        ("base_model.model.bert.encoder.layer.0.output.LayerNorm.modules_to_save.default.weight", False),
-    ],
-)
-def test_what_counts_as_the_final_layer(name, final):
-    assert is_final_layer(name) is final
 
 
 @pytest.mark.parametrize("damage", ["truncated", "garbage", "missing", "run.json"])

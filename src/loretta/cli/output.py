@@ -1,10 +1,8 @@
 """What the verbs print: tables, progress, and with ``--json`` one document."""
 
-import json
-import math
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
@@ -12,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 import typer
 
 from loretta.errors import InputError
+from loretta.wording import as_json
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -40,22 +39,12 @@ def _answers_alone() -> Iterator[None]:
 
 def print_json(content: Any) -> None:
     """The one document. A number that JSON has no word for (NaN, infinity) is null."""
-    answer(json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
+    answer(as_json(content))
 
 
 def answer(text: str) -> None:
     """Print on standard output, also while ``--json`` keeps it free."""
     print(text, end="", file=_answers)
-
-
-def _finite(content: Any) -> Any:
-    if isinstance(content, float):
-        return content if math.isfinite(content) else None
-    if isinstance(content, Mapping):
-        return {key: _finite(value) for key, value in content.items()}
-    if isinstance(content, Sequence) and not isinstance(content, str):
-        return [_finite(value) for value in content]
-    return content
 
 
 def quiet_libraries() -> None:

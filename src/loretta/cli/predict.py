@@ -1,6 +1,5 @@
 """``loretta predict``."""
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -13,6 +12,7 @@ from loretta.cli.output import print_json
 from loretta.errors import InputError
 from loretta.files import write_whole
 from loretta.locks import hold_file
+from loretta.wording import as_json_lines
 
 
 def predict(
@@ -41,7 +41,7 @@ def predict(
         ]
         if output is not None:
             with _saying_why(output):
-                write_whole(output, _table(rows) if output.suffix == ".csv" else _lines(rows))
+                write_whole(output, _table(rows) if output.suffix == ".csv" else as_json_lines(rows))
             typer.echo(f"{len(rows):,} rows written to {output}", err=True)
     if as_json:
         print_json(rows)
@@ -104,7 +104,3 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     import pandas as pd
 
     return pd.DataFrame(rows, dtype=object).to_csv(index=False, na_rep="nan", lineterminator="\r\n")
-
-
-def _lines(rows: Sequence[Mapping[str, Any]]) -> str:
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -13,7 +13,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from peft import TaskType
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -34,8 +33,7 @@ from loretta.plan import find_config, meta_model
 from loretta.tuners.card import README, write_card
 from loretta.tuners.model import sign
 from loretta.tuners.rep import LorettaRepConfig, LorettaRepModel
-
-_TASKS_WITH_HEADS = (TaskType.SEQ_CLS, TaskType.TOKEN_CLS, TaskType.QUESTION_ANS)
+from loretta.tuners.task_types import FINAL_LAYERS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,7 +230,7 @@ def _purpose(saved: SavedAdapter) -> dict[str, Any]:
     it does as they do: what modules_to_save names is copied, and trained.
     """
     task_type = saved.config.get("task_type")
-    if task_type not in _TASKS_WITH_HEADS:
+    if task_type is None or task_type not in FINAL_LAYERS:
         return {"task_type": task_type, "auto_mapping": saved.config.get("auto_mapping")}
     try:
         kind = type(meta_model(find_config(saved.base), task_type))

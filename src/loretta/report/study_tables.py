@@ -11,7 +11,7 @@ from loretta.report.figures import Look
 from loretta.report.tables import Cell, Column, Row, Table, count, number, seconds, size
 from loretta.studies.results import AVERAGE, Results, Score, find_row, interval
 from loretta.studies.results import Cell as Measured
-from loretta.studies.show import figure
+from loretta.studies.show import figure, with_half
 from loretta.studies.study import Planned
 from loretta.tuners.config import LorettaConfig
 from loretta.wording import MISSING
@@ -74,16 +74,6 @@ def measured(cell: Measured | None, scale: float, anchors: Anchors) -> Cell:
         note=cell.seeds if cell.finished < cell.asked else "",
         anchor=anchors.get(key_of(cell), ""),
     )
-
-
-def with_half(mean: float | None, high: float | None, scale: float) -> str:
-    """As "93.10 ± 0.42"; without the half where there is no interval."""
-    if mean is None:
-        return MISSING
-    if not math.isfinite(mean):
-        return "NaN"
-    half = "" if high is None else f" ± {figure((high - mean) * scale, scale)}"
-    return figure(mean * scale, scale) + half
 
 
 def _in_full(cell: Measured) -> str:

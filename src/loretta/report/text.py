@@ -1,7 +1,5 @@
 """The report's tables and data in the formats that other programs read: Markdown, CSV, JSON and LaTeX."""
 
-import json
-import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import accumulate, pairwise
@@ -14,7 +12,7 @@ from loretta.report.runs import facts_of, labels_of, table_of, title_of
 from loretta.report.study import Section
 from loretta.report.tables import Cell, Column, Table
 from loretta.studies.results import Results
-from loretta.wording import printable
+from loretta.wording import as_json, printable
 
 # pandas has an escape of its own, which leaves out the caption and what pdfLaTeX's fonts lack
 LATEX = {
@@ -184,7 +182,7 @@ def studies_json(studies: Sequence[Results]) -> str:
         }
         for results in studies
     ]
-    return _json({"studies": content})
+    return as_json({"studies": content})
 
 
 def studies_csv(studies: Sequence[Results]) -> str:
@@ -225,7 +223,7 @@ def runs_json(records: Sequence[RunRecord], notes: Sequence[str]) -> str:
         {"label": label, **record.model_dump(mode="json")}
         for label, record in zip(labels_of(records), records, strict=True)
     ]
-    return _json({"runs": content, "notes": list(notes)})
+    return as_json({"runs": content, "notes": list(notes)})
 
 
 def runs_csv(records: Sequence[RunRecord]) -> str:
@@ -253,19 +251,6 @@ def runs_csv(records: Sequence[RunRecord]) -> str:
         }
         for label, record in zip(labels_of(records), records, strict=True)
     )
-
-
-def _json(content: Any) -> str:
-    return json.dumps(_strict(content), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _strict(content: Any) -> Any:
-    """JSON has no NaN and no infinity: they become null."""
-    if isinstance(content, Mapping):
-        return {key: _strict(value) for key, value in content.items()}
-    if isinstance(content, list | tuple):
-        return [_strict(value) for value in content]
-    return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
 def _csv(rows: Iterable[Mapping[str, Any]]) -> str:

@@ -1,7 +1,6 @@
 """Carry out one planned run in its folder: under a lock, from its last checkpoint; a failure is written down."""
 
 import gc
-import json
 import os
 import socket
 import time
@@ -16,6 +15,7 @@ import torch
 from filelock import FileLock, Timeout
 
 from loretta.errors import InputError, Stopped
+from loretta.files import write_json
 from loretta.studies.state import (
     ERROR,
     EVALUATIONS,
@@ -56,7 +56,7 @@ def hold(folder: Path) -> Iterator[bool]:
         yield False
         return
     try:
-        holder.write_text(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}), encoding="utf-8")
+        write_json(holder, {"pid": os.getpid(), "host": socket.gethostname()})
         yield True
     finally:
         holder.unlink(missing_ok=True)
@@ -124,7 +124,7 @@ def record_failure(folder: Path, reason: str, trace: str = "") -> None:
     """Write down in the run's folder why it failed."""
     content = {"error": reason, "time": time.strftime("%Y-%m-%d %H:%M:%S%z"), "traceback": trace}
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / ERROR).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / ERROR, content)
 
 
 def forget_failure(folder: Path) -> None:

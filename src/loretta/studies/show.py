@@ -1,5 +1,6 @@
 """Studies, estimates and run folders as tables for a terminal."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -63,12 +64,20 @@ def _score(cell: "Cell | None", scale: float) -> str:
     """Mean, half of the interval, how many seeds where some are missing, the printed number."""
     if cell is None:
         return ""
-    words = MISSING if cell.mean is None else figure(cell.mean * scale, scale)
-    if cell.mean is not None and cell.high is not None:
-        words += f" ± {figure((cell.high - cell.mean) * scale, scale)}"
+    words = with_half(cell.mean, cell.high, scale)
     if cell.finished < cell.asked:
         words += f" ({cell.seeds})"
     return words if cell.printed is None else rf"{words} \[{figure(cell.printed, scale)}]"
+
+
+def with_half(mean: float | None, high: float | None, scale: float) -> str:
+    """As "93.10 ± 0.42"; without the half where there is no interval."""
+    if mean is None:
+        return MISSING
+    if not math.isfinite(mean):
+        return "NaN"
+    half = "" if high is None else f" ± {figure((high - mean) * scale, scale)}"
+    return figure(mean * scale, scale) + half
 
 
 def figure(value: float, scale: float = 1) -> str:

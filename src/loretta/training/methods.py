@@ -26,9 +26,10 @@ from loretta.options import with_lists
 from loretta.training.config import ALIASES, HeadPolicy, RunConfig
 from loretta.tuners.adp import LorettaAdpConfig
 from loretta.tuners.config import LorettaConfig, TrainHead
-from loretta.tuners.heads import head_names, is_final
+from loretta.tuners.heads import head_names
 from loretta.tuners.norms import norm_names
 from loretta.tuners.rep import LorettaRepConfig
+from loretta.tuners.task_types import is_final
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,12 +13,12 @@ from loretta import quantizer_logs
 from loretta.errors import InputError
 from loretta.training.config import Quantization
 from loretta.tuners.layer import keep_differentiable
-from loretta.tuners.task_types import HEADS
+from loretta.tuners.task_types import HEADS, HIDDEN_LAYERS
 
 _PACKAGES = {name: "torchao" if name in ("torchao-int8", "fp8") else "bitsandbytes" for name in get_args(Quantization)}
 # Trained whole, so left as they are: what lies between an encoder and the labels. transformers leaves out the last
 # parameter's module alone, and of a layer with a bias that is not the layer.
-_WHOLE = (*HEADS, "pre_classifier", "pooler", "head")
+_WHOLE = (*HEADS, "pre_classifier", *(name.partition(".")[0] for name in HIDDEN_LAYERS))
 
 
 def quantized_loading(name: str, *, task_type: str, dtype: str = "float32", cpu: bool = False) -> dict[str, Any]:

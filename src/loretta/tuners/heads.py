@@ -15,17 +15,9 @@ from loretta.errors import InputError
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.copies import AdapterCopy, CopyPolicy
 from loretta.tuners.norms import TrainedNorm, is_norm, norms_of, outer_modules, own_parameters
+from loretta.tuners.task_types import FINAL_LAYERS, HIDDEN_LAYERS, is_final
 
 logger = logging.getLogger(__name__)
-
-# What PEFT itself puts into modules_to_save for a task, and BART's head, which it overlooks
-_FINAL_LAYERS: dict[str | None, tuple[str, ...]] = {
-    TaskType.SEQ_CLS: ("classifier", "score", "classification_head"),
-    TaskType.TOKEN_CLS: ("classifier", "score"),
-    TaskType.QUESTION_ANS: ("qa_outputs",),
-}
-# The hidden layer between the encoder and the final layer, where it lies outside the module above
-_HIDDEN_LAYERS = ("pooler.dense", "head.dense")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,11 +106,6 @@ def head_names(model: nn.Module, config: LorettaConfig) -> list[str]:
     return list(Head(model, config).policies)
 
 
-def is_final(name: str, task_type: str | None) -> bool:
-    """Whether a module of the head is one that PEFT, too, trains and saves for the task."""
-    return name.endswith(_FINAL_LAYERS.get(task_type, ()))
-
-
 def _original(module: nn.Module) -> nn.Module:
     return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
 
@@ -138,7 +125,7 @@ class Head:
         self.origins: dict[str, str] = {}
         self.policies: dict[str, CopyPolicy] = {}
         self._model, self._config = model, config
-        if config.task_type not in _FINAL_LAYERS:
+        if config.task_type not in FINAL_LAYERS:
             return
         adapted = tuple(name + "." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
         self._modules = {n: _original(m) for n, m in outer_modules(model).items() if not n.startswith(adapted)}
@@ -193,7 +180,7 @@ class Head:
             return self._recorded()
         inside = tuple(final + "." for final in self._finals)
         names = [name for name in self._modules if name not in self._finals and not name.startswith(inside)]
-        hidden = [name for name in names if name.endswith(_HIDDEN_LAYERS)]
+        hidden = [name for name in names if name.endswith(HIDDEN_LAYERS)]
         if self._config.holds_whole_norms:
             return hidden if self._finals and self._config.task_type == TaskType.SEQ_CLS else []
         leaves = [

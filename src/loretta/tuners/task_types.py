@@ -14,8 +14,16 @@ AUTO_CLASSES = {
     "FEATURE_EXTRACTION": "AutoModel",
     "IMAGE_CLS": "AutoModelForImageClassification",
 }
-# A model's attributes that turn its last hidden states into labels: the final layer, or its hidden layer too
-HEADS = ("classifier", "score", "classification_head", "qa_outputs")
+# Where a model keeps its final layer, by task: PEFT itself puts these into modules_to_save, but for BART's
+# classification_head. Some of them hold the hidden layer of the head too.
+FINAL_LAYERS = {
+    "SEQ_CLS": ("classifier", "score", "classification_head"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
+HEADS = tuple(dict.fromkeys(name for names in FINAL_LAYERS.values() for name in names))
+# The hidden layer of the head where it lies outside of these
+HIDDEN_LAYERS = ("pooler.dense", "head.dense")
 _WRAPPING = re.compile(r"^base_model\.(model\.)?")  # PEFT's, the second part for methods that replace layers
 
 
@@ -30,6 +38,11 @@ def base_class(config: Mapping[str, Any]) -> str | None:
         return AUTO_CLASSES.get(config.get("task_type") or "")
     library = str(made_on.get("parent_library", "")).partition(".")[0]
     return made_on["base_model_class"] if library == "transformers" else None
+
+
+def is_final(name: str, task_type: str | None) -> bool:
+    """Whether a module of the head is one that PEFT, too, trains and saves for the task."""
+    return name.endswith(FINAL_LAYERS.get(task_type or "", ()))
 
 
 def is_final_layer(parameter: str) -> bool:
