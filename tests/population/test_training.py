@@ -8,11 +8,12 @@ from safetensors.torch import load_file
 from tiny_models import save_bert
 from training_data import sentences
 
-from loretta.errors import InputError
+from loretta.errors import InputError, Stopped
 from loretta.population import checkpoints, training
 from loretta.population.loop import Loop
 from loretta.population.rows import mean_of_batches, row_losses
 from loretta.population.training import population_key, train_together
+from loretta.record import RunRecord
 from loretta.training.config import RunConfig
 from loretta.training.predict import load_run, predict
 from loretta.training.run import train
@@ -101,6 +102,29 @@ def test_each_stops_when_it_has_waited_long_enough(options, tmp_path):
     # the second never gets better than at its first evaluation
     assert steps[1][-1] == 20
     assert together[1].best_step == 10
+
+
+def test_a_run_that_is_not_finite_ends_alone(options, tmp_path):
+    """As it does without the others: status 3, and no result. Theirs are as ever."""
+    good = RunConfig(**options | {"output": f"{tmp_path}/good"})
+    bad = RunConfig(**options | {"output": f"{tmp_path}/bad", "learning_rate": 1e30})
+    with pytest.raises(Stopped, match=r"1 of 2 runs are not finite \('.*bad' from step 3 on\)") as stopped:
+        train_together([good, bad])
+    assert stopped.value.exit_status == 3
+    assert not (tmp_path / "bad" / "run.json").exists()
+    assert not (tmp_path / "bad" / "adapter").exists()
+    assert_same_run(
+        RunRecord.load(tmp_path / "good" / "run.json"), train(RunConfig(**options | {"output": f"{tmp_path}/a"}))
+    )
+    with pytest.raises(Stopped, match="the loss or its gradient is not finite"):
+        train(bad, resume=True)
+
+
+@pytest.mark.parametrize("option", [{"on_nan": "rollback"}, {"accumulate": 2}, {"method": "ft"}])
+def test_a_run_that_is_trained_alone_is_named_with_the_option(option, options):
+    ((name, value),) = option.items()
+    with pytest.raises(InputError, match=f"a run with {name}={value} is trained alone"):
+        train_together([RunConfig(**options | {"seed": seed} | option) for seed in (0, 1)])
 
 
 def test_a_killed_population_goes_on(options, tmp_path, monkeypatch):

@@ -48,6 +48,7 @@ def save(loop: Loop) -> None:
             "logged": loop.logged,
             "seconds": loop.seconds,
             "stopped": loop.stopped[k],
+            "not_finite": loop.not_finite.get(k),
             "global_step": state.global_step,
             "epoch": state.epoch,
             "best_metric": state.best_metric,
@@ -90,6 +91,8 @@ def _load(loop: Loop, files: Sequence[Path]) -> None:
     for k, (member, (words, _)) in enumerate(zip(loop.members, read, strict=True)):
         loop.logged, loop.seconds = words.pop("logged"), words.pop("seconds")
         loop.stopped[k] = words.pop("stopped")
+        if (step := words.pop("not_finite", None)) is not None:  # an earlier version did not look
+            loop.not_finite[k] = step
         for name, value in words.items():
             setattr(member.trainer.state, name, value)
 

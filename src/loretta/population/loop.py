@@ -136,6 +136,7 @@ class Loop:
         self.best = population.values.clone()
         self.step, self.logged, self.seconds = 0, 0, 0.0
         self.stopped = [False] * population.size  # early: a member computes on, and nothing of it is noted any more
+        self.not_finite: dict[int, int] = {}  # member -> the step behind which that was seen; it has stopped, too
         self.loss = population.values.new_zeros(population.size)  # summed since the last log
         self.factor = torch.ones(population.size, 1, dtype=population.values.dtype, device=self.device)
         self.graphs = _Graphs() if cuda_graph else None
@@ -205,10 +206,15 @@ class Loop:
             rate = next(iter(self.rules.rates[k].values()))[0] * float(self.rules.factors[k, self.step - 1])
             entry = {"loss": loss / (self.step - self.logged), "grad_norm": norm, "learning_rate": rate}
             _append(member, entry)
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                self._give_up(k)
         self.loss.zero_()
         self.logged = self.step
 
     def _evaluate(self) -> None:
+        for k, is_finite in enumerate(self.population.values.isfinite().all(1).tolist()):
+            if not is_finite and not self.stopped[k]:
+                self._give_up(k)
         scores = self.evaluate()
         better = [False] * len(scores)
         for k, (member, values) in enumerate(zip(self.members, scores, strict=True)):
@@ -220,6 +226,10 @@ class Loop:
         torch.where(keep, self.population.values, self.best, out=self.best)
         self._say(scores)
         self.save(self)
+
+    def _give_up(self, k: int) -> None:
+        self.stopped[k], self.not_finite[k] = True, self.step
+        logger.warning("'%s' is not finite at step %d, and stops", self.members[k].config.folder, self.step)
 
     def _is_best(self, member: Member, values: Mapping[str, float]) -> bool:
         """Whether a member was never as good, which is noted in its state; as the Trainer decides it."""

@@ -9,7 +9,7 @@ import torch
 from peft import PeftModel
 from transformers import set_seed
 
-from loretta.errors import InputError
+from loretta.errors import InputError, Stopped
 from loretta.population.checkpoints import Checkpoints, remove, restore
 from loretta.population.loop import Loop, Member, Rules
 from loretta.population.population import Population, Start
@@ -19,6 +19,7 @@ from loretta.tasks.glue import GLUE
 from loretta.training.config import RunConfig
 from loretta.training.data import encode_splits, load_config_task
 from loretta.training.finish import finish
+from loretta.training.finite import MEND, STATUS
 from loretta.training.folder import RECORD, Place, find_place
 from loretta.training.methods import FULL, find_method, virtual_tokens
 from loretta.training.model import load_tokenizer
@@ -34,20 +35,25 @@ OF_EACH_MEMBER = {
 SCALES = {"lora_alpha", "alpha_pattern", "use_rslora", "scaling"}
 
 
+def why_alone(config: RunConfig) -> str | None:
+    """What keeps a run from being trained with others, in its options' words; None where nothing does."""
+    method = find_method(config.method)
+    obstacles = {
+        f"method={config.method}": method is FULL
+        or method.config is None
+        or virtual_tokens(config.method, config.method_args) > 0,
+        "gradient_checkpointing": config.gradient_checkpointing,
+        "tensorboard": config.tensorboard,
+        f"quantize={config.quantize}": config.quantize is not None,
+        f"accumulate={config.accumulate}": config.accumulate > 1,
+        f"on_nan={config.on_nan}": config.on_nan != "stop",
+    }
+    return next((option for option, is_so in obstacles.items() if is_so), None)
+
+
 def population_key(config: RunConfig) -> tuple[Any, ...] | None:
     """What runs must have in common to be trained together; None for a run that can only be trained alone."""
-    method = find_method(config.method)
-    alone = (
-        method is FULL
-        or method.config is None
-        or virtual_tokens(config.method, config.method_args) > 0
-        or config.gradient_checkpointing
-        or config.tensorboard
-        or config.quantize is not None
-        or config.accumulate > 1
-        or config.on_nan != "stop"
-    )
-    if alone:
+    if why_alone(config) is not None:
         return None
     shared = {key: value for key, value in config.model_dump().items() if key not in OF_EACH_MEMBER}
     shared["method_args"] = {key: value for key, value in config.method_args.items() if key not in SCALES}
@@ -60,9 +66,12 @@ def train_together(configs: Sequence[RunConfig], *, resume: bool = False, overwr
     A run that is finished stays as it is. ``run.json`` says how many were trained together; the seconds in it are
     the run's share, the memory is that of all.
 
-    Raises InputError for runs that do not fit together, and as ``train`` does.
+    Raises InputError for runs that do not fit together, and as ``train`` does. A run that is not finite ends alone:
+    Stopped comes when the others are written.
     """
-    if len({population_key(config) for config in configs}) != 1 or population_key(configs[0]) is None:
+    if alone := next((option for option in map(why_alone, configs) if option is not None), None):
+        raise InputError(f"a run with {alone} is trained alone: leave that option out, or train the runs one by one")
+    if len({population_key(config) for config in configs}) != 1:
         raise InputError("these runs cannot be trained together: they differ in more than seeds and rates")
     places = [find_place(config, resume=resume, overwrite=overwrite) for config in configs]
     left = [(config, place) for config, place in zip(configs, places, strict=True) if not (resume and place.finished)]
@@ -94,6 +103,8 @@ def _train(runs: Sequence[tuple[RunConfig, Place]], *, overwrite: bool) -> list[
     used = max(0, peak_memory() - memory)
     records = []
     for k, member in enumerate(loop.members):
+        if k in loop.not_finite:
+            continue
         member.trainer.stopwatch.earlier = loop.seconds / len(configs)
         with loop.population.released(k, loop.best if member.trainer.state.best_global_step else None):
             records.append(
@@ -107,7 +118,13 @@ def _train(runs: Sequence[tuple[RunConfig, Place]], *, overwrite: bool) -> list[
                     population=len(configs),
                 )
             )
-    remove(loop.members)
+    remove([member for k, member in enumerate(loop.members) if k not in loop.not_finite])
+    if loop.not_finite:
+        where = ", ".join(f"'{runs[k][1].folder}' from step {step} on" for k, step in sorted(loop.not_finite.items()))
+        raise Stopped(
+            f"{len(loop.not_finite)} of {len(runs)} runs are not finite ({where}), the others are written: {MEND}",
+            exit_status=STATUS,
+        )
     return records
 
 

@@ -106,7 +106,9 @@ def carry_out_together(root: Path, runs: Sequence[Planned]) -> list[Outcome]:
                 trained = {run.folder for run in mine}
         except torch.OutOfMemoryError:
             too_large = True
-        except Exception as error:
+        except (Exception, Stopped) as error:
+            if isinstance(error, Stopped) and error.exit_status > 128:  # a signal, which is meant for all runs
+                raise
             print(f"{len(mine)} runs cannot be trained together, and go on one by one: {error}", flush=True)
     if too_large:
         # outside of the exception, which holds on to what the step had allocated

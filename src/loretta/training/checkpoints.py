@@ -10,7 +10,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
@@ -21,6 +21,7 @@ from loretta.owned import describe, find_foreign, has_list, is_whole, remove_lis
 logger = logging.getLogger(__name__)
 
 NAME = "checkpoint-"
+PATIENCE = "early_stopping_patience_counter"
 DISK_STATUS = 74  # EX_IOERR of sysexits.h
 
 
@@ -172,11 +173,22 @@ class WholeCheckpointsTrainer(Trainer):
         trained = super()._init_training_state(*args, **kwargs)
         # the folder may have moved since
         self.state.best_model_checkpoint = self._best_checkpoint(Path(self.args.output_dir))
+        for callback in self._early_stopping():
+            # the Trainer would count anew from a checkpoint on
+            saved: Any = self.state.stateful_callbacks.get(type(callback).__name__)
+            is_resumed = self.state.global_step > 0 and saved is not None
+            callback.early_stopping_patience_counter = saved["attributes"][PATIENCE] if is_resumed else 0
         return trained
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:
+        if self.state.global_step >= self.state.max_steps or any(
+            callback.early_stopping_patience_counter >= callback.early_stopping_patience
+            for callback in self._early_stopping()
+        ):
             # a checkpoint of the last step, in the middle of an epoch: the Trainer would take one step more
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
+
+    def _early_stopping(self) -> list[EarlyStoppingCallback]:
+        return [callback for callback in self.callback_handler.callbacks if isinstance(callback, EarlyStoppingCallback)]

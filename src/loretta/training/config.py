@@ -87,9 +87,10 @@ class RunConfig(BaseModel):
     max_steps: int | None = Field(default=None, ge=1, description="Steps to train, in place of epochs.")
     batch_size: int = Field(default=16, ge=1, description="Examples in a training step.")
     accumulate: int = Field(default=1, ge=1, description="Training steps whose gradients make one update.")
-    on_nan: Literal["stop", "skip"] = Field(
+    on_nan: Literal["stop", "skip", "rollback"] = Field(
         default="stop",
-        description="Where a loss or gradient is not finite: stop the run with status 3, or skip such updates.",
+        description="Where a loss or gradient is not finite: stop the run with status 3, skip such updates, or go back "
+        "to the last checkpoint and on at half the learning rate, at most three times.",
     )
     eval_batch_size: int = Field(default=64, ge=1, description="Examples scored at once.")
     learning_rate: float | None = Field(

@@ -94,7 +94,7 @@ def write_result(
         sizes={split: len(data) for split, data in encoded.items()},
         notes=[
             *task.notes,
-            *notes_on_skipped(trainer),
+            *trainer.finite.notes(),
             *(notes_on_length(encoded, config) if isinstance(task, PromptedTask) else ()),
         ],
         label_names=list(task.label_names),
@@ -116,12 +116,6 @@ def write_result(
     if loretta_config(model) is not None:
         write_card(folder / ADAPTER, record, learning_rate=trainer.args.learning_rate)
     return record
-
-
-def notes_on_skipped(trainer: TwoRateTrainer) -> list[str]:
-    """How many updates ``on_nan=skip`` left out, in a sentence."""
-    skipped = trainer.finite.skipped
-    return [f"{len(skipped)} updates were skipped (the first at step {skipped[0]}): not finite"] if skipped else []
 
 
 def versions() -> dict[str, str]:

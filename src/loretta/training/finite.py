@@ -1,22 +1,33 @@
-"""Losses, gradients and weights that are no numbers: found within one line of the log, named, stopped or skipped."""
+"""Losses, gradients and weights that are no numbers: found within one line of the log, named, and what comes then."""
 
+import logging
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
 
 from loretta.errors import Stopped
 
+logger = logging.getLogger(__name__)
+
 STATUS = 3
-MEND = "lower the learning rate, give float32 where it is half precision, or --on-nan skip"
+MEND = "lower the learning rate, give float32 where it is half precision, or --on-nan rollback or skip"
+MOST_ROLLBACKS = 3
+CUT = 0.5  # of the learning rates at each: the same steps at the same rates would come to the same end
 
 
-class FiniteSteps(TrainerCallback):
+class RollBack(Exception):
+    """Asks the Trainer to go on from its last checkpoint, or to begin again where there is none."""
+
+
+class FiniteSteps(TrainerCallback, ExportableState):
     """Looks for the first step whose loss or gradients are NaN or infinite.
 
-    ``policy`` "stop" ends the run at the next line of the log or checkpoint, so that every checkpoint is finite. "skip"
+    ``policy`` "stop" ends the run at the next line of the log or checkpoint, so that every checkpoint is finite.
+    "rollback" raises RollBack there, for at most MOST_ROLLBACKS times, and cuts the learning rates each time. "skip"
     leaves out the updates of such steps, which costs a look at the gradients of each; a window of the log of which
     nothing is left ends the run too.
     """
@@ -25,10 +36,35 @@ class FiniteSteps(TrainerCallback):
         self.trainer: Any = trainer
         self.policy = policy
         self.skipped: list[int] = []
+        self.rollbacks: list[int] = []  # the steps that were not finite
         self.first: Tensor | None = None  # on the device: to look at every step would make the GPU wait
         self.before: Tensor | None = None  # the sum of the losses up to the step before
 
+    def state(self) -> dict[str, Any]:
+        """What the Trainer writes into a checkpoint."""
+        return {"args": {}, "attributes": {"skipped": self.skipped, "rollbacks": self.rollbacks}}
+
+    def notes(self) -> list[str]:
+        """What a reader of the result should know, a sentence each."""
+        notes = []
+        if self.skipped:
+            notes.append(f"{len(self.skipped)} updates were skipped (the first at step {self.skipped[0]}): not finite")
+        if self.rollbacks:
+            steps = ", ".join(map(str, self.rollbacks))
+            notes.append(
+                f"not finite at step {steps}: each time the training went back to its last checkpoint, and on at half "
+                "the learning rate"
+            )
+        return notes
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())["attributes"]
+        if state.global_step == 0:
+            saved = {"skipped": [], "rollbacks": []}
+        self.skipped = self.skipped or list(saved["skipped"])
+        self.rollbacks = max(self.rollbacks, list(saved["rollbacks"]), key=len)
+        # the rates in the checkpoint were cut for the earlier ones
+        cut_rates(kwargs["optimizer"], kwargs["lr_scheduler"], CUT ** (len(self.rollbacks) - len(saved["rollbacks"])))
         self.first = torch.full((), -1, dtype=torch.int64, device=self.trainer._tr_loss.device)
         self.before = self.trainer._tr_loss.clone()
 
@@ -61,15 +97,16 @@ class FiniteSteps(TrainerCallback):
             self.first = torch.where(bad, torch.full_like(self.first, state.global_step), self.first)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if self.policy == "stop" and "loss" in (logs or {}):
+        if self.policy != "skip" and "loss" in (logs or {}):
             values = torch.tensor([logs["loss"], logs.get("grad_norm", 0.0)])
             if not bool(values.isfinite().all()):
                 self.stop(self._first_step(state.global_step))
 
     def check_weights(self) -> None:
-        """Raise Stopped where a trained parameter is not finite: what is saved now would be lost."""
+        """Stop where a trained parameter, or a loss since the last log, is not finite: what is saved now is lost."""
         trained = [parameter for parameter in self.trainer.model.parameters() if parameter.requires_grad]
-        if not bool(torch.stack([parameter.isfinite().all() for parameter in trained]).all()):
+        finite = torch.stack([parameter.isfinite().all() for parameter in trained]).all()
+        if not bool(finite & (self.trainer._tr_loss.isfinite() | (self.policy == "skip"))):
             self.stop(self._first_step(self.trainer.state.global_step))
 
     def _first_step(self, latest: int) -> int:
@@ -77,17 +114,32 @@ class FiniteSteps(TrainerCallback):
         return latest if first < 0 else first
 
     def stop(self, step: int, words: str = "") -> None:
-        """End the run, with the step and the first module that gives something else than numbers."""
+        """End the run, with the step and the first module that gives something else than numbers; or roll it back."""
         module = first_not_finite(self.trainer)
+        found = f"the loss or its gradient is not finite at step {step}" + (f", first in '{module}'" if module else "")
+        if self.policy == "rollback" and len(self.rollbacks) < MOST_ROLLBACKS:
+            self.rollbacks.append(step)
+            count = f"{len(self.rollbacks)} of at most {MOST_ROLLBACKS} times"
+            logger.warning("%s: back to the last checkpoint, at half the learning rate (%s)", found, count)
+            raise RollBack
+        if self.rollbacks:
+            words = f"{len(self.rollbacks)} rollbacks (at steps {', '.join(map(str, self.rollbacks))}) did not help"
         best = self.trainer.state.best_model_checkpoint
         raise Stopped(
-            f"the loss or its gradient is not finite at step {step}"
-            + (f", first in '{module}'" if module else "")
+            found
             + (f"; {words}" if words else "")
             + (f" (the best checkpoint before it stays: '{best}')" if best else "")
             + f": {MEND}",
             exit_status=STATUS,
         )
+
+
+def cut_rates(optimizer: Any, schedule: Any, factor: float) -> None:
+    """Multiply the learning rates of an optimizer, now and for the rest of its schedule."""
+    if factor != 1:
+        for group in optimizer.param_groups:
+            group["lr"], group["initial_lr"] = group["lr"] * factor, group["initial_lr"] * factor
+        schedule.base_lrs = [rate * factor for rate in schedule.base_lrs]
 
 
 @torch.no_grad()

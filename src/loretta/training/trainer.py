@@ -15,8 +15,9 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from loretta.training.checkpoints import WholeCheckpointsTrainer
-from loretta.training.finite import FiniteSteps
+from loretta.training.batches import stop_workers
+from loretta.training.checkpoints import WholeCheckpointsTrainer, find_checkpoint
+from loretta.training.finite import FiniteSteps, RollBack
 from loretta.tuners.task_types import is_final_layer
 
 TRAINED = "trained.safetensors"
@@ -99,6 +100,28 @@ class TwoRateTrainer(WholeCheckpointsTrainer):
         if self._learns_prompt():
             # the Trainer would divide by the labels it sees, and behind a prompt the first one is predicted too
             self.model_accepts_loss_kwargs = False
+
+    def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
+        """As the Trainer does; with ``on_nan`` "rollback" as often as :class:`FiniteSteps` asks for it."""
+        if self.finite.policy != "rollback":
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        start = {name: p.detach().to("cpu", copy=True) for name, p in self._parameters().items() if p.requires_grad}
+        random = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        while True:
+            try:
+                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            except RollBack:
+                found = find_checkpoint(Path(self.args.output_dir))
+            resume_from_checkpoint = None if found is None else str(found)
+            stop_workers(self)
+            self.optimizer = self.lr_scheduler = None
+            parameters = self._parameters()
+            with torch.no_grad():
+                for name, value in start.items():
+                    parameters[name].grad = None
+                    parameters[name].copy_(value)
+            torch.set_rng_state(random[0])
+            torch.cuda.set_rng_state_all(random[1])
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         data: Any = self.train_dataset if train_dataset is None else train_dataset
