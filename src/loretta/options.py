@@ -25,7 +25,7 @@ def parse_option(word: str) -> tuple[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 as PyYAML reads it, where 5e-3 would be a word, and a number to everyone else."""
+    """PyYAML's YAML 1.1, in which 5e-3 is a number: PyYAML itself takes it for a word."""
 
 
 _Loader.add_implicit_resolver(
@@ -41,7 +41,7 @@ def read_yaml(text: str) -> Any:
 def with_lists(options: Mapping[str, Any], config: type) -> dict[str, Any]:
     """The options of a config class, with ``query,value`` as a list where the class takes a list.
 
-    An expression, such as ``.*layers.(0|1).q_proj``, stays one: its words are not plain.
+    An expression, such as ``.*layers.(0|1).q_proj``, stays an expression: its words are not plain.
     """
     hints = get_type_hints(config)
     return {key: _words(value) if _takes_list(hints.get(key)) else value for key, value in options.items()}

@@ -41,7 +41,7 @@ def _key(name: str) -> str:
 
 
 def one_line(error: object, most: int = 300) -> str:
-    """A library's message on one line, cut after ``most`` characters: some list every tensor of a model."""
+    """A library's message on one line, cut after ``most`` characters: some messages list every tensor of a model."""
     words = " ".join(str(error).split())
     return words if len(words) <= most else words[:most] + "..."
 

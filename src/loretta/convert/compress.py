@@ -51,10 +51,10 @@ class Module:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compression:
-    """What was read and written. Bytes are those of the weight files; parameters those that training trains.
+    """What was read and written. Bytes count the weight files, parameters what trains.
 
-    ``error`` is the relative Frobenius error of all updates together. ``cut_error`` is that of the given updates cut by
-    rank to LoRAs no larger than the new trains.
+    ``error`` is the relative Frobenius error of all updates together. ``cut_error`` is that of the alternative: the
+    given updates cut to LoRAs no larger than the new trains.
     """
 
     path: str

@@ -21,7 +21,7 @@ from loretta.tuners.task_types import base_class, count_labels
 from loretta.wording import one_line, quoted
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."  # in a file that PEFT writes, of every key for what lies in the base model
+PREFIX = "base_model.model."  # begins each key of PEFT's files that belongs to a module of the base model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +147,7 @@ def _shapes(folder: Path) -> Mapping[str, tuple[int, ...]]:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without transformers' words on heads that start at random: an adapter brings its own, or a training begins."""
+    """Silence transformers' warning of a random head: an adapter brings its own, or a training begins with one."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

@@ -117,7 +117,7 @@ def _dense_updates(saved: SavedAdapter) -> dict[str, Update]:
     }
     updates = {}
     for name, layer in layers.items():
-        # so PEFT says whether a method adds a matrix to the weight
+        # PEFT's way to say that a method adds a matrix to the weight
         delta = layer.get_delta_weight("default") if layer.supports_lora_conversion() else None
         if delta is None or delta.dim() != 2:
             raise InputError(

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from loretta.convert.load import SavedAdapter
 from loretta.errors import InputError
 
-MAX_TOKENS = 512  # of each text; what follows is cut off
+MAX_TOKENS = 512  # of each text; the rest is cut off
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Difference:
     """How far the outputs of two models are apart, over all positions of all texts.
 
-    The last three are None where the outputs are no choices: greatest difference of a probability, mean divergence
-    of the distributions in nats, and share of positions with the same best choice.
+    The last three are the greatest difference of a probability, the mean divergence of the distributions in nats, and
+    the share of positions with the same best choice; None where the outputs do not weigh choices.
     """
 
     positions: int

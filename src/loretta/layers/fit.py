@@ -42,7 +42,7 @@ def smallest_fit(update: Update, bottleneck: int, error: float) -> Fit:
         return fit_update(update, bottleneck, rank)
 
     high = 1
-    while fit(high).error > max(error, EXACT):  # ends, because large enough ranks carry every update
+    while fit(high).error > max(error, EXACT):  # the doubling ends: large enough ranks carry every update
         high *= 2
     low = high // 2
     while high - low > 1:

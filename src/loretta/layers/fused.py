@@ -20,17 +20,17 @@ from torch.nn.functional import linear, relu
 if TYPE_CHECKING:
     from types import ModuleType
 
-# An eager step with fewer numbers waits for the CPU, and a Triton launch takes more of it than a plain product (H200)
+# Below this size an eager step waits for the CPU, and a Triton launch takes more CPU time than a plain product (H200)
 MANY_NUMBERS = 2**23
 
 
 def pays(x_BI: Tensor) -> bool:
-    """Whether the fused functions beat their plain twins on ``x``: in a CUDA graph, or with much to do, on a GPU."""
+    """Whether the fused functions beat their plain twins on ``x``: on a GPU, if captured or large."""
     if not x_BI.is_cuda or x_BI.dtype not in (torch.bfloat16, torch.float16) or torch.compiler.is_compiling():
         return False
     if not torch.is_grad_enabled() or torch.is_autocast_enabled("cuda") or not has_triton():
         return False
-    # a graph is captured after a warm-up on a stream of its own, which compiles the kernels
+    # graphs are captured on a stream of their own, after a warm-up there that compiles the kernels
     in_graph = torch.cuda.current_stream() != torch.cuda.default_stream()
     return x_BI.numel() >= MANY_NUMBERS or in_graph
 

@@ -1,11 +1,11 @@
 """The thin products of the two layers as Triton kernels: each reads the wide matrices once.
 
-Launched by :mod:`loretta.layers.fused` alone, which holds their plain twins. Rows of all matrices are adjacent numbers.
-Sums are taken in float32 and in a fixed order, so that results repeat to the last bit: what several programs
-contribute to one number is written side by side as parts, and added up by :func:`sum_parts`.
+Only :mod:`loretta.layers.fused`, which holds their plain twins, launches them. Numbers of a row are adjacent in memory.
+Sums are taken in float32 and in a fixed order, so that results repeat to the last bit: where several programs
+contribute to one number, they write their parts side by side, and :func:`sum_parts` adds them up.
 
-Axes: B rows, I input features, O output features, H width, R inner size, b bottleneck. Inner sizes are padded to
-powers of two of at least 16, which the tensor cores want, by masked loads.
+Axes: B rows, I input features, O output features, H width, R inner size, b bottleneck. Masked loads pad
+inner sizes to powers of two of at least 16, as the tensor cores want.
 """
 
 import torch
@@ -48,7 +48,7 @@ def _project(
     x, a, parts, n_rows, n_in, x_step, rank, tiles,
     ROWS: tl.constexpr, RANK: tl.constexpr, IN: tl.constexpr,
 ):  # fmt: skip
-    """``x A`` of some rows, the part of some columns of x."""
+    """A part of ``x A``: some rows, summed over some columns of x."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     part, r = tl.program_id(1), tl.arange(0, RANK)
     h = tl.zeros([ROWS, RANK], tl.float32)
@@ -64,7 +64,7 @@ def _add_product(
     out, base, h, b, row, n_rows, n_out, out_step, base_step, rank, tiles,
     RANK: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
-    """``base + h B`` of some rows, in the columns that are this program's share."""
+    """``base + h B`` for some rows and this program's share of the columns."""
     r = tl.arange(0, RANK)
     for tile in range(tl.program_id(1) * tiles, (tl.program_id(1) + 1) * tiles):
         column = tile * OUT + tl.arange(0, OUT)
@@ -154,7 +154,7 @@ def _grad_of_middle(
     u_parts, t, mid, mid_up, dt, parts, n_parts, n_rows, inner_left, bottleneck, inner_up,
     ROWS: tl.constexpr, LEFT: tl.constexpr, MID: tl.constexpr, UP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """From the gradient of u, in parts, to that of t; and the middle matrices' gradients from some rows."""
+    """The gradient of t from that of u (in parts), and the middle matrices' gradients from some rows."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     c, b, d = tl.arange(0, LEFT), tl.arange(0, MID), tl.arange(0, UP)
     dtype = dt.dtype.element_ty
@@ -256,11 +256,11 @@ def grad_of_left(x_BI: Tensor, a_IR: Tensor, dh_BR: Tensor, base_BI: Tensor, out
 
 
 def grad_of_middle(u_parts: Tensor, t_BC: Tensor, mid_Cb: Tensor, mid_bD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of t (B, C) and of the two middle matrices, from the parts of that of u (parts, B, D)."""
+    """The gradients of t (B, C) and of the two middle matrices, from the gradient of u in parts (parts, B, D)."""
     n_parts, n_rows, _ = u_parts.shape
     (inner_left, bottleneck), inner_up = mid_Cb.shape, mid_bD.shape[1]
     rows = 16 if n_rows <= 2048 else 64
-    programs = max(1, _ceil(n_rows, rows))  # without rows one writes the zeros
+    programs = max(1, _ceil(n_rows, rows))  # without rows one program writes the zeros
     dt_BC = torch.empty_like(t_BC)
     parts = t_BC.new_empty(programs, bottleneck * (inner_left + inner_up), dtype=torch.float32)
     _grad_of_middle[(programs,)](
@@ -307,7 +307,7 @@ def _shares(n_rows: int, n_out: int) -> tuple[int, int, int]:
 
 
 def _chunks(n_rows: int, tiles: int) -> tuple[int, int, int]:
-    """Rows per block, rows per chunk, and chunks: one, which needs no sum, unless that leaves most of the GPU idle."""
+    """Rows per block, rows per chunk, chunks. One chunk needs no sum; more are made where one leaves the GPU idle."""
     if n_rows == 0 or (n_rows <= 512 and tiles >= 32):
         return 128, n_rows, 1
     chunks = max(1, min(MANY // tiles, _ceil(n_rows, 64)))

@@ -20,14 +20,14 @@ def fit_product(
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Cores of two trains whose product approximates ``A @ B``, at exactly the ranks of ``down`` and ``up``.
 
-    Each side gets an orthonormal basis in tensor-train form: a TT-SVD from the outer end to the middle, first of the
-    input side, then of what that leaves for the output side. Between them stands the projection of the product, the
-    least-squares optimum for these two bases. ``sweeps`` is how often the sides are fitted again, each to the other,
-    as long as the error falls (counted on the padded sizes, where a plan pads). The bottleneck costs no accuracy of
-    its own: its cores hand on all the directions that the ranks let through.
+    Each side gets an orthonormal basis in tensor-train form, by a TT-SVD that runs from the outer end of the train to
+    its middle: first the input side, then the output side of the product's projection on the input basis. The
+    projection on both bases stands between them; it is the least-squares optimum for these bases. The sides are then
+    fitted again, each to the other, ``sweeps`` times at most and as long as the error falls (counted on the padded
+    sizes, where a plan pads). The bottleneck costs no accuracy: its cores hand on all directions that the ranks carry.
 
-    The result is exact where the ranks carry the product. At a constant rank r its rank is at most
-    ``min(bottleneck, r)``, and beyond that the product has to be one that folds into modes. All cores get one norm
+    The result is exact where the ranks carry the product. Trains of a constant rank r carry a product only if its rank
+    is at most ``min(bottleneck, r)`` and its factors fold into the modes at rank r. All cores get one norm
     (:func:`loretta.tt.balance`); directions that the product does not need keep a basis on the input side and zeros
     on the output side, so that training can use them. Computed in float64, returned in the dtype of ``a_IR``.
 
@@ -43,7 +43,7 @@ def fit_product(
     source_IR, target_OR = _principal_factors(a_IR, b_RO, left.padded_in, right.padded_out, width)
     target_OR = _with_digits_reversed(target_OR, out_modes[::-1])
 
-    seen_IK = source_IR  # the product as the output side sees it; at first all of it, target_OR being orthonormal
+    seen_IK = source_IR  # the product on the output basis; at first all of it, because target_OR is orthonormal
     in_cores, middle_KK, out_cores = [], None, []
     for _ in range(1 + sweeps):
         new_in_cores = _basis(seen_IK, in_modes, in_ranks)
@@ -107,7 +107,7 @@ def _check_sizes(a_IR: Tensor, b_RO: Tensor, down: TTShape, up: TTShape) -> None
 def _principal_factors(a_IR: Tensor, b_RO: Tensor, n_in: int, n_out: int, width: int) -> tuple[Tensor, Tensor]:
     """U S (I, R) and V (O, R) of the product's SVD, with zero rows up to the padded sizes.
 
-    At least ``width`` columns where the sizes allow them: those without weight still give directions to train.
+    They have at least ``width`` columns where the sizes allow it: columns of weight zero give directions to train.
     """
     more = max(0, width - a_IR.shape[1])
     a_IR, b_RO = _exact([a_IR, b_RO])
@@ -121,7 +121,7 @@ def _principal_factors(a_IR: Tensor, b_RO: Tensor, n_in: int, n_out: int, width:
 def _basis(target_NK: Tensor, modes: Sequence[int], ranks: Sequence[int]) -> list[Tensor]:
     """Orthonormal cores over ``modes``, of ranks up to ``ranks``, for the columns of the target.
 
-    They are a TT-SVD without its last core, which says how the columns are made from them.
+    They are a TT-SVD without its last core: that core holds the coordinates of the columns in this basis.
     """
     n, k = target_NK.shape
     return tt_svd(
@@ -139,20 +139,20 @@ def _folded(cores: Cores) -> Tensor:
 
 
 def _linked(before: list[Tensor], link_KJ: Tensor, after: list[Tensor]) -> list[Tensor]:
-    """One train of two, the last rank of ``before`` tied to the first of ``after``; one of them may be empty."""
+    """Join two trains: the matrix ties the last rank of ``before`` to the first of ``after``. One may be empty."""
     if before:
         return [*before[:-1], before[-1] @ link_KJ, *after]
     return [torch.einsum("KJ,JnS->KnS", link_KJ, after[0]), *after[1:]]
 
 
 def _with_digits_reversed(rows_NR: Tensor, modes: Sequence[int]) -> Tensor:
-    """The same rows, the index over ``modes`` read backwards."""
+    """Put the rows in the order of their index over ``modes`` read backwards."""
     order = [*range(len(modes))[::-1], len(modes)]
     return rows_NR.reshape(*modes, -1).permute(order).reshape(rows_NR.shape)
 
 
 def _aligned(shape: TTShape) -> TTShape:
-    """The shape with a core that straddles the boundary taken apart into two. See :func:`_joined`."""
+    """The shape whose straddling core is split in two at the boundary. See :func:`_joined`."""
     if shape.aligned:
         return shape
     n, mode = shape.n_in, shape.modes[shape.n_in]
@@ -166,7 +166,7 @@ def _aligned(shape: TTShape) -> TTShape:
 
 
 def _joined(cores: list[Tensor], shape: TTShape) -> list[Tensor]:
-    """Cores of :func:`_aligned` as cores of ``shape`` itself."""
+    """Turn cores of the shape that :func:`_aligned` gives back into cores of ``shape``."""
     if shape.aligned:
         return cores
     n = shape.n_in
@@ -175,7 +175,7 @@ def _joined(cores: list[Tensor], shape: TTShape) -> list[Tensor]:
 
 
 def _width(left: TTShape, right: TTShape) -> int:
-    """The most directions that every rank within the bottleneck lets through."""
+    """The largest number of directions that all ranks between the two bases carry."""
     hand_ranks, take_ranks = left.ranks[left.n_in :], right.ranks[: right.n_in + 1]
     for width in range(left.out_features, 1, -1):
         hand_on = _hand_on(width, left.modes[left.n_in :])
@@ -187,7 +187,7 @@ def _width(left: TTShape, right: TTShape) -> int:
 
 
 def _hand_on(width: int, modes: Sequence[int]) -> list[Tensor]:
-    """Cores of the matrix [1 0] of ``width`` rows, its columns over ``modes``: the first rank is open."""
+    """Cores that spell the matrix [1 0]: its ``width`` rows are the first rank, its columns run over ``modes``."""
     cores: list[Tensor] = []
     rank, size = width, math.prod(modes)
     for mode in modes:
@@ -200,7 +200,7 @@ def _hand_on(width: int, modes: Sequence[int]) -> list[Tensor]:
 
 
 def _take_over(width: int, modes: Sequence[int]) -> list[Tensor]:
-    """Cores of the matrix [1 0] of ``width`` columns, transposed, its rows over ``modes``: the last rank is open."""
+    """Cores that spell [1 0] transposed: its rows run over ``modes``, its ``width`` columns are the last rank."""
     cores: list[Tensor] = []
     rank = width
     for mode in reversed(modes):

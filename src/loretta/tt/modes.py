@@ -87,7 +87,7 @@ def balanced_modes(size: int) -> tuple[int, ...]:
 
 @cache
 def most_balanced(size: int, count: int, least: int) -> tuple[int, ...] | None:
-    """The ``count`` ascending factors of ``size``, none below ``least``, with the smallest sum; None without any."""
+    """The ``count`` ascending factors of ``size``, none below ``least``, with the smallest sum; or None."""
     if count == 1:
         return (size,) if size >= least or size == 1 else None
     best: tuple[int, ...] | None = None

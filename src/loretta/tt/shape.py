@@ -118,7 +118,7 @@ class TTShape:
 
 
 def _chain_flops(cores: Sequence[tuple[int, int, int]]) -> int:
-    """FLOPs of folding cores one after the other onto the first, which costs nothing itself."""
+    """FLOPs of folding the cores together one after the other; the first one alone costs nothing."""
     flops, size = 0, cores[0][1] if cores else 1
     for left, mode, right in cores[1:]:
         flops, size = flops + 2 * size * left * mode * right, size * mode

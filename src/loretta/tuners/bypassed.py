@@ -1,8 +1,8 @@
 """Modules whose weight a model reads without calling them: an adapter there would do nothing.
 
 Mamba multiplies with ``self.dt_proj.weight``, fused kernels take ``self.out_proj.weight`` as an argument, and torch's
-attention hands its weights to a function. What the code of a class shows is told here, before anything is replaced;
-what depends on kernels, devices and inputs is seen when the model first runs (:mod:`loretta.tuners.watch`).
+attention hands its weights to a function. The code of a class shows such modules before anything is
+replaced; those that depend on kernels, devices and inputs show when the model first runs (:mod:`loretta.tuners.watch`).
 """
 
 import dis
@@ -17,12 +17,12 @@ from torch import nn
 
 from loretta.errors import InputError
 
-# attributes of a weight that say where and how it is, and not what is in it
+# attributes that describe a weight and do not give its values
 _ABOUT = {"dtype", "device", "shape", "size", "dim", "ndim", "numel", "requires_grad", "is_meta", "element_size"}
 
 
 def check_called(model: nn.Module, targets: Iterable[str]) -> None:
-    """Refuse targets that the code of the module around them never calls, though it computes with their weights.
+    """Refuse targets whose weight the module around them computes with, and which its code never calls.
 
     Raises InputError that names the first one.
     """
@@ -53,10 +53,10 @@ def read_only(model: nn.Module) -> set[str]:
 
 @functools.cache
 def read_only_children(cls: type[nn.Module]) -> frozenset[str]:
-    """The attributes whose ``weight`` the methods of a class compute with, and that they use in no other way.
+    """The attributes whose ``weight`` the methods of a class compute with, and which they use in no other way.
 
-    Read off the bytecode, which also classes without a source file have. Where a method calls a child, or hands it to
-    a function, in any branch, nothing is claimed.
+    The bytecode tells: classes without a source file have it too. An attribute that any branch calls, or hands to a
+    function, is not among them.
     """
     codes = [
         (name, code)

@@ -19,7 +19,7 @@ from torch._dynamo.types import FrameAction, FrameExecStrategy
 Factors = tuple[Tensor, ...]
 Pair = tuple[nn.Module, str, int]  # a layer, an adapter, and which of its pairs of trains
 
-NO_BACKWARD = -1  # what torch calls the backward pass of a thread that runs none
+NO_BACKWARD = -1  # torch's number for a thread that runs no backward pass
 
 
 class Call:
@@ -46,29 +46,29 @@ _traced: list[Call] = []
 def traced_as_a_part(hook: Any) -> Any:
     """Have Dynamo trace ``hook`` within its model's graph, and not on its own.
 
-    Where a graph breaks in the middle of a model, the model's hooks would be compiled each by itself, and leave the
-    traced call for other threads to find.
+    Otherwise a graph break in the middle of a model makes Dynamo compile each hook by itself, and other threads find
+    the traced call that the first hook leaves behind.
     """
     set_code_exec_strategy(hook.__code__, FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP))
     return hook
 
 
 def current_backward() -> int:
-    """The number of the backward pass that this thread works on, which torch gives once in a process."""
+    """The number of the backward pass that this thread works on. No two passes of a process have the same."""
     return NO_BACKWARD if torch.compiler.is_dynamo_compiling() else torch._C._current_graph_task_id()
 
 
 def enter(factors: Mapping[Pair, Factors], *, has_graph: bool) -> None:
-    """A call begins: to be used in a pre-forward hook, whose caller's frame is that of the call."""
+    """Begin a call. For pre-forward hooks alone: the frame of the hook's caller is the frame of the call."""
     if torch.compiler.is_dynamo_compiling():
         _traced.append(Call(None, factors, has_graph=has_graph))
         return
-    _thread.calls = [call for call in _thread.calls if _depth_of(call.frame) is not None]  # not those of a Ctrl-C
+    _thread.calls = [call for call in _thread.calls if _depth_of(call.frame) is not None]  # drop those of a Ctrl-C
     _thread.calls.append(Call(sys._getframe(2), factors, has_graph=has_graph))
 
 
 def leave() -> None:
-    """A call ends, or has ended by an error: to be used in the forward hook of the same model."""
+    """End a call, also one that failed. For the forward hook of the same model alone."""
     if torch.compiler.is_dynamo_compiling():
         if _traced:
             _traced.pop()
@@ -79,9 +79,10 @@ def leave() -> None:
 
 
 def factors_in_call(layer: Any, adapter_name: str, pair: int) -> Factors | None:
-    """What the running call holds for one pair of trains of ``layer``; None where the layer has to contract it.
+    """What the running call holds for one pair of trains of ``layer``; None where the layer has to contract them.
 
-    None, too, where gradients are asked for within a call without, and in the recomputation of a checkpointed block.
+    It has to where gradients are needed within a call that began without them, and where a checkpointed block is
+    computed again.
     """
     call = _traced_call() if torch.compiler.is_dynamo_compiling() else _running_call(layer)
     if call is None or (torch.is_grad_enabled() and not call.has_graph):
@@ -118,7 +119,7 @@ def _frame_at(depth: int) -> FrameType | None:
 
 
 def _depth_of(frame: FrameType | None) -> int | None:
-    """How many steps below the caller's a frame lies that is still running; None if it has ended."""
+    """How many steps ``frame`` lies below the caller's frame; None if it has ended."""
     depth, below = 1, sys._getframe(1)
     while below is not frame:
         if below.f_back is None:
@@ -128,7 +129,7 @@ def _depth_of(frame: FrameType | None) -> int | None:
 
 
 def is_recomputed() -> bool:
-    """Whether this is the second pass of a non-reentrant checkpoint, of which only the numbers are used."""
+    """Whether this is the second pass of a non-reentrant checkpoint: only its numbers are used."""
     if torch.compiler.is_dynamo_compiling() or current_backward() == NO_BACKWARD:
         return False
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
@@ -136,7 +137,7 @@ def is_recomputed() -> bool:
 
 
 def is_recorded() -> bool:
-    """Whether the operations of now are written down, to be repeated with other numbers: all have to be among them."""
+    """Whether operations are being recorded, to be repeated with other numbers: contractions must be among them."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
@@ -147,9 +148,9 @@ def is_recorded() -> bool:
 
 
 def hidden_from_checkpoints() -> AbstractContextManager:
-    """What autograd saves within stays saved, and a checkpoint around does not count it.
+    """Tensors that autograd saves within stay saved, and a checkpoint around does not count them.
 
-    A checkpointed block may thus contract its trains in one pass and find the factors in the other.
+    So a checkpointed block may contract its trains in one pass and find the factors in the other.
     """
     if torch.compiler.is_dynamo_compiling():
         return nullcontext()

@@ -79,7 +79,7 @@ class LorettaConfig(PeftConfig):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
 
     def to_dict(self) -> dict[str, Any]:
-        """As PEFT writes it, with what was found out about the model that this config was last injected into."""
+        """As PEFT's, with the signature and head origins of the model that this config was last injected into."""
         return {
             **super().to_dict(),
             "base_signature": getattr(self, "_injected_into", self.base_signature),
@@ -92,7 +92,7 @@ class LorettaConfig(PeftConfig):
         return self.base_signature is not None and self.head_origins is None
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """As PEFT's; within ``PeftModel.save_pretrained`` also the model card, which then describes this adapter."""
+        """As PEFT's. Within ``PeftModel.save_pretrained`` it writes the model card of this adapter too."""
         # only PeftModel passes this, and it has written the weights by then; transformers' add_adapter has not
         saved_with_weights = "auto_mapping_dict" in kwargs
         super().save_pretrained(save_directory, **kwargs)
@@ -101,7 +101,7 @@ class LorettaConfig(PeftConfig):
 
     @classmethod
     def check_kwargs(cls, **kwargs: Any) -> dict[str, Any]:
-        """As PEFT's, which reads a file and would drop what it does not know with a warning.
+        """As PEFT's for options read from a file, but PEFT drops unknown ones with a warning.
 
         Raises InputError for an option of a later version.
         """
@@ -110,7 +110,7 @@ class LorettaConfig(PeftConfig):
     def _all_problems(self) -> list[str]:
         wrong = wrong_types(self)
         checked = copy.copy(self)
-        for name in wrong:  # what is of the wrong type is told once, and the others are checked all the same
+        for name in wrong:  # an option of the wrong type gets one phrase; the others are checked all the same
             option = self.__dataclass_fields__[name]
             make = option.default_factory
             setattr(checked, name, option.default if make is MISSING else make())
@@ -151,6 +151,6 @@ class LorettaConfig(PeftConfig):
         return []
 
     def _not_among(self, name: str, allowed: tuple[str, ...] = ()) -> list[str]:
-        """The words allowed are those of the field's type where it is a Literal."""
+        """A phrase where the option is none of the words allowed: by default those of the field's Literal type."""
         value, allowed = getattr(self, name), allowed or get_args(self.__dataclass_fields__[name].type)
         return [] if value in allowed else [f"{name}={value!r} is none of {', '.join(map(repr, allowed))}"]

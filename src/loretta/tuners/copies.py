@@ -55,7 +55,7 @@ class ChangedLinear(TTLinear):
 
 
 def _widened(dense: nn.Linear) -> nn.Linear:
-    """In float32 where it has half precision: cores are no small numbers, and half precision loses steps of them."""
+    """The layer in float32 where it has half precision, in which small steps of its cores would be lost."""
     if dense.weight.dtype not in (torch.bfloat16, torch.float16):
         return dense
     return copy.deepcopy(dense).float()
@@ -70,7 +70,7 @@ class AdapterCopy(ModulesToSaveWrapper):
 
     def __init__(self, module: nn.Module, adapter_name: str, policy: CopyPolicy) -> None:
         self.policies = {adapter_name: policy}
-        self.before_merge: list[str] | None = None  # what was active, while what is merged computes in its place
+        self.before_merge: list[str] | None = None  # the active adapters, while a merged one computes in their place
         super().__init__(module, adapter_name)
 
     def update(self, adapter_name: str, tied_module: nn.Module | None = None, **kwargs) -> None:
@@ -94,7 +94,7 @@ class AdapterCopy(ModulesToSaveWrapper):
             self.modules_to_save[adapter_name] = train
 
     def _apply_frozen(self) -> None:
-        """Freeze again what PEFT, which trains whole copies, has just set trainable."""
+        """Freeze parts of the copies again: PEFT has just made them trainable as a whole."""
         for adapter_name, policy in self.policies.items():
             if adapter_name not in self.modules_to_save:
                 continue
@@ -170,7 +170,7 @@ class AdapterCopy(ModulesToSaveWrapper):
         self._apply_frozen()
 
     def check_set_adapter(self, adapter_name: str | list[str]) -> str | None:
-        """As PEFT's, but no name at all is what is active once the last adapter has been deleted."""
+        """As PEFT's, but no name is active once the last adapter has been deleted."""
         return super().check_set_adapter(adapter_name) if adapter_name else None
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -183,7 +183,7 @@ class AdapterCopy(ModulesToSaveWrapper):
         if len(names) > 1:
             raise ValueError(f"only one of the heads of {', '.join(names)} can be active at a time")
         self._active_adapter, self.before_merge = _as_pefts(names), None
-        # all others are frozen: PEFT freezes the one active before, which in transformers' add_adapter is the new one
+        # freeze all others: PEFT freezes the one active before, and in transformers' add_adapter that is the new one
         for name, copied in self.modules_to_save.items():
             _set_layer_requires_grad(copied, name in names and not inference_mode)
         self._apply_frozen()
@@ -231,5 +231,5 @@ def rename_copy(wrapper: ModulesToSaveWrapper, old: str, new: str) -> None:
 
 
 def _as_pefts(names: list[str]) -> Any:
-    """Active adapters as PEFT holds them, which compares a single one with a name."""
+    """Active adapters as PEFT holds them: a single one as a name, because PEFT compares it with names."""
     return names[0] if len(names) == 1 else names

@@ -59,7 +59,7 @@ class Kept:
         return factors
 
     def check(self) -> None:
-        """Raises InputError if the cores no longer have the values of which factors are kept."""
+        """Raise InputError if the cores have changed since their factors were kept."""
         for entry in self._entries.values():
             if not all(_same(copy, tensor) for copy, tensor in zip(entry.copies, entry.tensors, strict=True)):
                 raise InputError(_written_to(entry.pairs))

@@ -1,4 +1,4 @@
-"""What the options of a config may be, whoever wrote them: types, sizes, and expressions that come to an end."""
+"""Checks of the options of a config, whoever wrote it: types, sizes, and expressions that match in finite time."""
 
 import math
 import re
@@ -16,14 +16,14 @@ from torch import nn
 from loretta.errors import InputError
 from loretta.wording import quoted
 
-# An expression that one may need is much shorter; what export writes names every module
+# Expressions of people are much shorter; those that export writes name every module
 LONGEST_EXPRESSION = 100_000
 # Seconds that all names of a model may take; a thousand names take a few milliseconds
 TIME_FOR_EXPRESSIONS = 3.0
 
 
 def wrong_types(config: Any) -> dict[str, str]:
-    """Option -> a phrase that quotes its value, for those of a dataclass whose values are not of the option's type."""
+    """For each option of a dataclass whose value has the wrong type: its name -> a phrase that quotes the value."""
     kinds = get_type_hints(type(config))
     return {
         option.name: f"{option.name}={quoted(value)} is not {_words(kinds[option.name])}"
@@ -37,7 +37,7 @@ def _fits(value: Any, kind: Any) -> bool:
     if origin in (Union, UnionType):
         return any(_fits(value, each) for each in inner)
     if origin is Literal:
-        return isinstance(value, str)  # which words there are is for the option to say
+        return isinstance(value, str)  # the option itself checks which words it takes
     if origin is list:
         return isinstance(value, list | tuple | set | frozenset) and all(_fits(each, inner[0]) for each in value)
     if origin is dict:
@@ -73,9 +73,9 @@ def _words(kind: Any) -> str:
 
 
 def without_unknown(cls: type, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options that this version has. Others may be in a file of a later one, where they are off.
+    """The options that this version knows. A file of a later version may hold others, as long as they are off.
 
-    Raises InputError for one that is not (null, false or empty).
+    Raises InputError for one that is on: neither null nor false nor empty.
     """
     known = {option.name for option in fields(cls)}
     for name in sorted(options.keys() - known):
@@ -91,7 +91,7 @@ def without_unknown(cls: type, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def expressions_of(config: Any) -> list[tuple[str, str]]:
-    """(option, expression) for all that PEFT matches with names; parts that PEFT puts around them included."""
+    """(option, expression) for every expression that PEFT matches with names, with the parts that PEFT adds."""
     found = [
         (option, value)
         for option in ("target_modules", "exclude_modules")
@@ -108,7 +108,7 @@ def expressions_of(config: Any) -> list[tuple[str, str]]:
 
 
 def bad_expressions(config: Any) -> list[str]:
-    """A phrase for every expression that is none, or too long."""
+    """A phrase for every text that is no expression, or too long."""
     problems = []
     for option, expression in expressions_of(config):
         if len(expression) > LONGEST_EXPRESSION:

@@ -14,7 +14,7 @@ REP_TARGETS: dict[str, Sequence[str]] = {
     "camembert": ["query", "value"],
     "distilbert": ["q_lin", "v_lin"],
     "gemma3": r".*language_model\..*\.(q_proj|v_proj)",
-    "mamba": ["in_proj"],  # the fused kernels read the weights of the other projections past any adapter
+    "mamba": ["in_proj"],  # the fused kernels read the other projections' weights and go past their adapters
     "mbart": ["q_proj", "v_proj"],
     "modernbert": ["Wqkv"],
     "mpnet": ["attn.q", "attn.v"],

@@ -28,7 +28,7 @@ def check_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[str, Ten
     allowed = tuple(f"{name}." for name in _homes(model, adapter_name))
     base = model.state_dict(keep_vars=True).keys() if len(tensors) > len(own) else ()
     for key in tensors.keys() - own:
-        # what is in no module of this model is passed over by PEFT
+        # PEFT passes over tensors of modules that this model lacks
         key = key if key in base else key.removeprefix("base_model.model.")
         if key in base and not (key.endswith(".bias") or key.startswith(allowed)):
             raise InputError(

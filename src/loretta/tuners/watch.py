@@ -10,11 +10,11 @@ from loretta.tuners.layer import LorettaLayer
 
 
 class Watch:
-    """Notes, in the first call of a model in training and the first in evaluation, which adapted modules were called.
+    """Notes which adapted modules are called in the first training call of a model, and in the first evaluation call.
 
-    Warns once of those whose weight was read by others but that were not called. A module that was neither read nor
-    called has a reason of its own, such as an expert that no token was sent to or a layer that was dropped. In training
-    also of cores that somebody has cast to half precision, as TRL does beside a quantised base.
+    It warns once of modules whose weight others read while nobody called them. A module that was neither read nor
+    called is passed over: an expert may get no token, a layer may be dropped. In training it also warns of cores that
+    somebody has cast to half precision, as TRL does beside a quantised base.
     """
 
     def __init__(self) -> None:
@@ -25,7 +25,7 @@ class Watch:
 
     @classmethod
     def attach(cls, model: nn.Module) -> None:
-        """Watch the next calls of ``model``; those of before, with fewer adapters, do not count."""
+        """Watch the next calls of ``model``. Earlier ones, with fewer adapters, do not count."""
         cls.detach(model)
         watch = cls()
         model.register_forward_pre_hook(watch.begin)
@@ -41,7 +41,7 @@ class Watch:
 
     def begin(self, model: nn.Module, args: Any) -> None:
         """Before the model runs."""
-        is_replica = getattr(model, "_is_replica", False)  # of DataParallel: its layers share their hooks
+        is_replica = getattr(model, "_is_replica", False)  # DataParallel's replicas share the hooks of their layers
         if torch.compiler.is_compiling() or is_replica or model.training in self.seen or self.handles:
             return
         self.read, self.called = {}, set()
@@ -91,5 +91,5 @@ class Watch:
 
 
 def _should_add(layer: LorettaLayer) -> bool:
-    """Whether an active adapter of the layer adds anything at its calls; what is merged is in the weight already."""
+    """Whether an active adapter of the layer adds anything at its calls; a merged one is in the weight already."""
     return not (layer.disable_adapters or layer.merged) and any(name in layer.n_pairs for name in layer.active_adapters)
