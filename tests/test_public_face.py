@@ -35,10 +35,13 @@ from peft import PeftModel, PeftType
 sys.path.insert(0, sys.argv[2])
 from tuners.families import build
 model = PeftModel.from_pretrained(build("bert")[0], sys.argv[1])
-print([str(kind.value) for kind in PeftType][-2:], type(model.base_model).__name__)
+print(sorted(str(kind.value) for kind in PeftType if "LORETTA" in kind), type(model.base_model).__name__)
 assert not [finder for finder in sys.meta_path if "loretta" in type(finder).__module__]
 """
-    assert run(program, tmp_path, pathlib.Path(__file__).parent) == "['LORETTA_ADP', 'LORETTA_REP'] LorettaRepModel\n"
+    assert (
+        run(program, tmp_path, pathlib.Path(__file__).parent)
+        == "['LORETTA_ADP', 'LORETTA_REP', 'LORETTA_SHARED'] LorettaRepModel\n"
+    )
 
 
 @pytest.mark.parametrize("module", ["loretta.tuners.rep.config", "loretta.convert.load"])

@@ -1,4 +1,4 @@
-"""LoRETTA: tensor-train fine-tuning as PEFT methods. Importing this package registers both with PEFT.
+"""LoRETTA: tensor-train fine-tuning as PEFT methods. Importing this package registers them with PEFT.
 
 The names below are imported at first use: torch takes seconds, and ``loretta --help`` does not need it.
 """
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from loretta.tuners.contraction import serving
     from loretta.tuners.in_place import hotswap_adapter, rename_adapter
     from loretta.tuners.rep import LorettaRepConfig, LorettaRepModel
+    from loretta.tuners.shared import LorettaSharedConfig, LorettaSharedModel
 
 # the imports above once more, for programs that run
 _HOMES = {
@@ -32,6 +33,8 @@ _HOMES = {
     "LorettaAdpModel": "loretta.tuners.adp",
     "LorettaRepConfig": "loretta.tuners.rep",
     "LorettaRepModel": "loretta.tuners.rep",
+    "LorettaSharedConfig": "loretta.tuners.shared",
+    "LorettaSharedModel": "loretta.tuners.shared",
     "PeftModel": "peft",
     "TaskType": "peft",
     "compress": "loretta.convert.compress",
@@ -51,6 +54,8 @@ __all__ = [
     "LorettaAdpModel",
     "LorettaRepConfig",
     "LorettaRepModel",
+    "LorettaSharedConfig",
+    "LorettaSharedModel",
     "PeftModel",
     "TaskType",
     "compress",

@@ -1,4 +1,4 @@
-"""Registers rep and adp with PEFT: at once where PEFT is imported already, else at the end of its import.
+"""Registers rep, adp and shared with PEFT: at once where PEFT is imported already, else at the end of its import.
 
 Nobody can use PEFT without importing it. So ``import loretta`` keeps its promise in any order of imports, and a program
 that never needs PEFT, such as ``loretta --help``, does not wait for torch.
@@ -13,7 +13,7 @@ from typing import Any
 
 
 def register_with_peft() -> None:
-    """Register both methods now or as soon as PEFT is there. A second call changes nothing."""
+    """Register the methods now or as soon as PEFT is there. A second call changes nothing."""
     if "peft" in sys.modules:
         _register()
     elif not any(isinstance(finder, _PeftFinder) for finder in sys.meta_path):
@@ -23,7 +23,8 @@ def register_with_peft() -> None:
 def _register() -> None:
     # each package registers its method when it is imported
     import loretta.tuners.adp
-    import loretta.tuners.rep  # noqa: F401
+    import loretta.tuners.rep
+    import loretta.tuners.shared  # noqa: F401
 
 
 class _PeftFinder(MetaPathFinder):

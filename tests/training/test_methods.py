@@ -33,6 +33,7 @@ from loretta.training.trainers import make_trainer
 TRAINED = {
     "loretta_rep": ("loretta_rep_down.default.values", "loretta_rep_up.default.values"),
     "loretta_adp": ("_down.default.values", "_up.default.values", "_bias.default.down", "_bias.default.up"),
+    "loretta_shared": ("loretta_shared_train.default.values",),
     "adapters": ("_down.default.values", "_up.default.values", "_bias.default.down", "_bias.default.up"),
     "lora": ("lora_A.default.weight", "lora_B.default.weight"),
     "prefix": ("prompt_encoder.default.embedding.weight",),
@@ -47,15 +48,17 @@ TRAINED = {
 OPTIONS = {
     "loretta_rep": {"train_norms": False},
     "loretta_adp": {"train_norms": False},
+    "loretta_shared": {"train_norms": False},
     "adapters": {"train_norms": False},
 }
 ON_LLAMA = sorted(TRAINED.keys() - {"bitfit", "head"})
 
 
 def test_every_name_has_a_row_above():
-    assert TRAINED.keys() == METHODS.keys() - {"rep", "adp"}
+    assert TRAINED.keys() == METHODS.keys() - {"rep", "adp", "shared"}
     assert find_method("loretta_rep") is find_method("rep")
     assert find_method("loretta_adp") is find_method("adp")
+    assert find_method("loretta_shared") is find_method("shared")
 
 
 def steps(model, inputs, labels, rate: float = 0.1) -> None:

@@ -41,7 +41,7 @@ from tuners.matrix import (
     options_for,
     wrapped,
 )
-from tuners.wrapped import every_method, snapshot, trainable, trained
+from tuners.wrapped import every_method, own_trains, snapshot, trainable, trained
 
 from loretta import PeftModel, get_peft_model
 from loretta.tuners.layer import LorettaLayer
@@ -88,7 +88,7 @@ def test_injected_adapters_exchange_their_weights(family, method, low_cpu_mem_us
     assert torch.equal(logits(again.eval(), inputs), expected)
 
 
-@every_method
+@own_trains
 @every_family
 def test_the_weights_alone_say_which_modules_to_adapt(family, method):
     *_, last = adapted(wrapped(family, method)[0].get_base_model())
@@ -283,7 +283,7 @@ def test_an_untied_output_layer_merges(family, tmp_path):
 # Which modules, and what of them
 
 
-@every_method
+@own_trains
 @every_family
 def test_patterns_come_back_with_the_adapter(family, method, tmp_path):
     first, *_, last = adapted(wrapped(family, method)[0].get_base_model())
@@ -360,7 +360,7 @@ def test_modules_to_save(family, method, tmp_path):
 
 
 quiet_checkpointing = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
-DROPOUT = {"rep": {"lora_dropout": 0.2}, "adp": {"adapter_dropout": 0.2}}
+DROPOUT = {"rep": {"lora_dropout": 0.2}, "adp": {"adapter_dropout": 0.2}, "shared": {"lora_dropout": 0.2}}
 
 
 def checkpoint(model: PeftModel, *, use_reentrant: bool) -> None:

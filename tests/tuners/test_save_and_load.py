@@ -242,7 +242,7 @@ def test_a_trainable_adapter_goes_on_where_it_stopped(method, tmp_path):
 def test_the_config_file_round_trips(method, tmp_path):
     options = {
         "shapes": {"32x64": [8, 4, 8, 8]},
-        "rank_pattern": {"0.self_attn.q_proj": 2, "0.self_attn.o_proj": 2},
+        "rank_pattern": {} if method == "shared" else {"0.self_attn.q_proj": 2, "0.self_attn.o_proj": 2},
         "train_head": "dense",
         "train_norms": False,
         "target_modules": ["q_proj", "o_proj"],
@@ -250,7 +250,7 @@ def test_the_config_file_round_trips(method, tmp_path):
         "modules_to_save": ["lm_head"],
         "init_weights": "denoised",
         "layers_to_transform": [0, 1],
-        **({"alpha_pattern": {"0.self_attn.q_proj": 2}} if method == "rep" else {"insert_before": ["q_proj"]}),
+        **({"insert_before": ["q_proj"]} if method == "adp" else {"alpha_pattern": {"0.self_attn.q_proj": 2}}),
     }
     model, _ = wrap("llama", method, **options)
     model.save_pretrained(tmp_path)

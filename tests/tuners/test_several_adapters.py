@@ -213,7 +213,7 @@ def test_two_active_adapters_see_the_same_input(method, init_weights):
     layer = next(module for module in model.modules() if isinstance(module, LorettaLayer))
     x = torch.randn(3, 5, layer.in_features)
     y = layer.base_layer(x)
-    adapted = x if method == "rep" else y
+    adapted = y if method == "adp" else x
     expected = y + layer.delta("default", adapted) + layer.delta("other", adapted)
     assert_near("y", layer(x), expected)
     assert not torch.equal(layer.delta("default", adapted), layer.delta("other", adapted))
@@ -244,9 +244,10 @@ def expected_rows(model: PeftModel, inputs: dict[str, Tensor], rows: list[str]) 
     return torch.stack([single[name][k] for k, name in enumerate(rows)])
 
 
-# DeBERTa sends the embeddings of distances, which belong to no row, through query_proj: rep cannot be told the rows.
+# DeBERTa sends the embeddings of distances, which belong to no row, through query_proj: what changes its weight
+# cannot be told the rows.
 # Its norm of them computes without adapters then; see test_norms.py.
-NO_ROWS = {("deberta-v2", "rep", True), ("deberta-v2", "rep", False)}
+NO_ROWS = {("deberta-v2", method, norms) for method in ("rep", "shared") for norms in (True, False)}
 NORM_OF_NO_ROW = {("deberta-v2", "adp", True)}
 EVERY = [(f, m, norms) for f in OPTIONS for m in CONFIGS for norms in (True, False)]
 

@@ -7,10 +7,11 @@ from peft import PeftModel
 from torch import Tensor
 from tuners.families import build, natural_task, randomise
 
-from loretta import LorettaAdpConfig, LorettaRepConfig, get_peft_model
+from loretta import LorettaAdpConfig, LorettaRepConfig, LorettaSharedConfig, get_peft_model
 
-CONFIGS = {"rep": LorettaRepConfig, "adp": LorettaAdpConfig}
+CONFIGS = {"rep": LorettaRepConfig, "adp": LorettaAdpConfig, "shared": LorettaSharedConfig}
 every_method = pytest.mark.parametrize("method", CONFIGS)
+own_trains = pytest.mark.parametrize("method", ["rep", "adp"])  # those that give every module trains of its own
 
 
 def config_for(method: str, **options):

@@ -1,4 +1,4 @@
-"""A rep adapter as a LoRA adapter of stock PEFT.
+"""A rep or shared adapter as a LoRA adapter of stock PEFT.
 
 Axes: I input features, O output features, R rank of the update.
 """
@@ -24,19 +24,18 @@ from loretta.convert.written import Export, own_memory, report_of, writing
 from loretta.errors import InputError
 from loretta.tuners.layer import LorettaLayer
 from loretta.tuners.norms import TrainedNorm
-from loretta.tuners.rep import RepLinear
 
 
 @torch.no_grad()
 def export_lora(
     model: PeftModel, folder: str | os.PathLike, adapter_name: str = "default", *, overwrite: bool = False
 ) -> Export:
-    """Write a rep adapter as a LoRA adapter of stock PEFT that computes the same. The model is left as it is.
+    """Write a rep or shared adapter as a LoRA adapter of stock PEFT that computes the same. The model is left as it is.
 
     Each update becomes a LoRA of rank ``min(r, tensor_rank)`` at most (a denoised start adds its own rank), from the
     contracted trains: nothing is approximated. Trained heads are written dense, as ``modules_to_save``.
 
-    Raises InputError when the adapter is no rep adapter, trains layer norms, or ``folder`` is taken.
+    Raises InputError when the adapter is neither, trains layer norms, or ``folder`` is taken.
     """
     config, layers, copies = read_adapter(model, adapter_name)
     if norms := trained_norms(model, adapter_name):
@@ -70,7 +69,8 @@ def export_lora(
     before = get_peft_model_state_dict(model, adapter_name=adapter_name)
     copied = tuple(f"{PREFIX}{name}." for name in copies)
     # trained biases and resized embeddings: PEFT writes them under the same names for every method
-    tensors = {key: v for key, v in before.items() if RepLinear.prefix not in key and not key.startswith(copied)}
+    prefix = next(iter(layers.values())).prefix
+    tensors = {key: v for key, v in before.items() if prefix not in key and not key.startswith(copied)}
     for name, (a_RI, b_OR) in pairs.items():
         tensors |= {f"{PREFIX}{name}.lora_A.weight": a_RI, f"{PREFIX}{name}.lora_B.weight": b_OR}
     for name, wrapper in copies.items():

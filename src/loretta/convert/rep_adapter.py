@@ -1,4 +1,4 @@
-"""What a wrapped model holds of one rep adapter: its updates as thin products, and what it trains whole.
+"""What a wrapped model holds of one rep or shared adapter: its updates as thin products, and what it trains whole.
 
 Axes: I input features, O output features, R rank of the update.
 """
@@ -14,11 +14,12 @@ from loretta.errors import InputError
 from loretta.tuners.copies import AdapterCopy
 from loretta.tuners.norms import TrainedNorm, is_norm
 from loretta.tuners.rep import LorettaRepConfig, RepLinear
+from loretta.tuners.shared import LorettaSharedConfig
 
 
 def read_adapter(
     model: PeftModel, adapter_name: str
-) -> tuple[LorettaRepConfig, dict[str, RepLinear], dict[str, ModulesToSaveWrapper]]:
+) -> tuple[LorettaRepConfig | LorettaSharedConfig, dict[str, RepLinear], dict[str, ModulesToSaveWrapper]]:
     """The adapter's config, its layers, and the modules that it trains whole, by their names in the base model."""
     configs = getattr(model, "peft_config", {})
     if adapter_name not in configs:
@@ -61,8 +62,10 @@ def check_method(peft_type: str) -> None:
         )
     if peft_type == "LORA":
         raise InputError("this is a LoRA adapter already: use it as it is")
-    if peft_type != "LORETTA_REP":
-        raise InputError(f"this is an adapter of the method {peft_type!r}: only LoRETTA_rep adapters are exported")
+    if peft_type not in ("LORETTA_REP", "LORETTA_SHARED"):
+        raise InputError(
+            f"this is an adapter of the method {peft_type!r}: only LoRETTA_rep and LoRETTA_shared adapters are exported"
+        )
 
 
 def lora_pair(layer: RepLinear, adapter_name: str) -> tuple[Tensor, Tensor]:

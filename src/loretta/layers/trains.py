@@ -3,7 +3,7 @@
 Axes: B batch and token positions, I input features, O output features, b bottleneck, C inner size at a boundary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -61,10 +61,14 @@ class Cores(nn.Module):
         return len(self.shape.modes)
 
     def __getitem__(self, k: int) -> Tensor:
-        return tt.split_cores(self.values, self.shape)[k]
+        return self.split(self.values)[k]
 
     def __iter__(self) -> Iterator[Tensor]:
-        return iter(tt.split_cores(self.values, self.shape))
+        return iter(self.split(self.values))
+
+    def split(self, values: Tensor) -> Sequence[Tensor]:
+        """What lies in ``values``, or in their gradient, as one tensor for each core."""
+        return tt.split_cores(values, self.shape)
 
     @torch.no_grad()
     def assign(self, values: list[Tensor]) -> None:
@@ -86,11 +90,11 @@ def halves(values: Tensor, shape: tt.TTShape) -> tuple[Tensor, Tensor]:
 
     Dimensions in front of the last stay in front: the trains of many modules are contracted at once.
     """
-    with _own_precision(values):
+    with own_precision(values):
         return tt.halves(tt.split_cores(values, shape), shape)
 
 
-def _own_precision(tensor: Tensor) -> AbstractContextManager:
+def own_precision(tensor: Tensor) -> AbstractContextManager:
     """Keep autocast away from the cores: their products are small, and rounding them would round the weight."""
     # the meta device has no autocast
     return nullcontext() if tensor.is_meta else torch.autocast(device_type=tensor.device.type, enabled=False)
@@ -183,7 +187,7 @@ def update_factors(down: tuple[Tensor, Tensor], up: tuple[Tensor, Tensor]) -> tu
     """
     (left_IC, mid_Cb), (mid_bD, right_DO) = down, up
     inner_down, bottleneck, inner_up = left_IC.shape[-1], mid_Cb.shape[-1], mid_bD.shape[-1]
-    with _own_precision(left_IC):
+    with own_precision(left_IC):
         if bottleneck < min(inner_down, inner_up):
             return left_IC @ mid_Cb, mid_bD @ right_DO
         mid_CD = mid_Cb @ mid_bD

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from peft import PeftType
 from torch import nn
 
 from loretta.errors import InputError
@@ -92,7 +93,7 @@ def choose(model: nn.Module, config: LorettaConfig, budget: Budget) -> tuple[Lor
 
 
 def _method(config: LorettaConfig) -> str:
-    return "rep" if isinstance(config, LorettaRepConfig) else "adp"
+    return str(PeftType(config.peft_type).value).lower().removeprefix("loretta_")
 
 
 def _reductions(config: LorettaConfig, model: nn.Module) -> Iterator[tuple[LorettaConfig, str]]:

@@ -44,6 +44,6 @@ def _kind(name: str, norms: tuple[str, ...], copies: tuple[str, ...], matrices: 
         return "biases"
     if name.startswith(matrices):
         return "other"
-    if any(f"loretta_{method}_{train}." in name for method in ("rep", "adp") for train in ("down", "up")):
+    if any(f"loretta_{train}." in name for train in ("rep_down", "rep_up", "adp_down", "adp_up", "shared_train")):
         return "cores"
     return "other"

@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from loretta.errors import InputError
+from loretta.layers.shared import SharedShape
 from loretta.plan.counts import trainable_by_kind
 from loretta.plan.presets import Preset
 from loretta.tuners.adp import LorettaAdpConfig, LorettaAdpModel
@@ -21,12 +22,14 @@ from loretta.tuners.layer import LorettaLayer
 from loretta.tuners.model import LorettaModel
 from loretta.tuners.placement import Placement, linear_size, matched_modules, not_adaptable
 from loretta.tuners.rep import LorettaRepConfig, LorettaRepModel
+from loretta.tuners.shared import LorettaSharedConfig, LorettaSharedModel
 
 LORA_RANK = 8  # what everything is compared with
 DENSE_BOTTLENECK = 64
 _TUNERS: dict[type[LorettaConfig], type[LorettaModel]] = {
     LorettaRepConfig: LorettaRepModel,
     LorettaAdpConfig: LorettaAdpModel,
+    LorettaSharedConfig: LorettaSharedModel,
 }
 
 
@@ -53,8 +56,14 @@ class Plan:
     dense: Cost | None = None  # bottleneck-64 adapters with dense matrices at adp's default places
 
     @property
+    def shared(self) -> SharedShape | None:
+        """The train that all modules share, of that method."""
+        return next((placement.seat.train for placement in self.placements if placement.seat), None)
+
+    @property
     def cores(self) -> int:
-        return sum(placement.core_params for placement in self.placements)
+        shared = self.shared
+        return sum(placement.core_params for placement in self.placements) + (shared.n_params if shared else 0)
 
     @property
     def biases(self) -> int:
@@ -80,6 +89,8 @@ class Plan:
     @property
     def fold_flops(self) -> int:
         """FLOPs that contract all cores, once per step."""
+        if (shared := self.shared) is not None:
+            return shared.fold_flops + sum(p.seat.fold_flops for p in self.placements if p.seat)
         return sum(p.down.fold_flops + p.up.fold_flops for p in self.placements)
 
     def groups(self) -> list[tuple[Placement, int]]:
@@ -114,12 +125,21 @@ class Plan:
             },
             "fold_flops_per_step": self.fold_flops,
             "not_adaptable": dict(self.not_adaptable),
+            **self._shared_as_dict(),
             "modules": [_row(placement) for placement in self.placements],
         }
+
+    def _shared_as_dict(self) -> dict[str, Any]:
+        if (shared := self.shared) is None:
+            return {}
+        parts = [{"part": kind, "count": count, "parameters_each": each} for kind, count, each in shared.counts]
+        return {"shared_train": {"rank": shared.rank, "parameters": shared.n_params, "parts": parts}}
 
 
 def _row(placement: Placement) -> dict[str, Any]:
     row: dict[str, Any] = {"name": placement.name, "where": placement.where}
+    if placement.seat is not None:
+        row |= {"layer": placement.seat.layer, "projection": placement.seat.projection}
     for part, shape in (("down", placement.down), ("up", placement.up)):
         row[part] = {
             "in": shape.in_features,
@@ -164,19 +184,19 @@ def plan_model(model: nn.Module, config: LorettaConfig) -> Plan:
     config.target_modules = tuner.default_targets(config, model_config)
     # what is copied whole is not adapted
     config.modules_to_save = [*(config.modules_to_save or []), *head_names(model, config)] or None
-    placements = tuple(tuner.place(config, name, module) for name, module in matched_modules(config, model))
-    if config.init_weights == "denoised":
-        extras = replace(extras, frozen=extras.frozen + sum(placement.core_params for placement in placements))
-    return Plan(
+    plan = Plan(
         method=str(PeftType(config.peft_type).value).lower().removeprefix("loretta_"),
         model_type=model_config.get("model_type", "custom"),
-        placements=placements,
+        placements=tuple(tuner.place_all(config, matched_modules(config, model))),
         extras=extras,
         model_parameters=sum(parameter.numel() for parameter in model.parameters()),
         not_adaptable=not_adaptable(model),
         lora=_lora_cost(model, model_config),
         dense=_dense_cost(model, model_config),
     )
+    if config.init_weights == "denoised":
+        return replace(plan, extras=replace(extras, frozen=extras.frozen + plan.cores))
+    return plan
 
 
 def read_plan(model: PeftModel, adapter_name: str = "default") -> Plan:

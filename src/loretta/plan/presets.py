@@ -64,8 +64,9 @@ def loretta_configs() -> dict[str, type["LorettaConfig"]]:
     """The config classes by method. They import torch, which studies that only name a preset do without."""
     from loretta.tuners.adp import LorettaAdpConfig
     from loretta.tuners.rep import LorettaRepConfig
+    from loretta.tuners.shared import LorettaSharedConfig
 
-    return {"rep": LorettaRepConfig, "adp": LorettaAdpConfig}
+    return {"rep": LorettaRepConfig, "adp": LorettaAdpConfig, "shared": LorettaSharedConfig}
 
 
 def _glue(table: str, method: str, count: int, printed: str, *, model: str = "deberta-base", note: str = "", **options):

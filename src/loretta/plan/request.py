@@ -16,7 +16,6 @@ from loretta.plan.plan import Plan, count_baseline, plan_model
 from loretta.plan.presets import PRESETS, Preset, find_preset, loretta_configs
 from loretta.plan.words import explain_plan, tables
 from loretta.tuners.config import LorettaConfig
-from loretta.tuners.rep import LorettaRepConfig
 from loretta.wording import as_text
 
 
@@ -86,7 +85,7 @@ def make_plan(
     notes = _preset_notes(found, name)
     if method not in (configs := loretta_configs()):
         if found is None:
-            raise InputError(f"unknown method {method!r}: choose rep or adp")
+            raise InputError(f"unknown method {method!r}: choose one of {', '.join(configs)}")
         if sets or budget:
             raise InputError(f"the preset {preset!r} is a baseline that is only counted: leave --set and --budget out")
         count = count_baseline(base, found)
@@ -116,7 +115,7 @@ def make_plan(
 
 
 def _config(cls: type[LorettaConfig], options: Mapping[str, Any], task_type: str | None) -> LorettaConfig:
-    known = sorted(_shown("rep" if cls is LorettaRepConfig else "adp"))
+    known = sorted(_shown(next(method for method, config in loretta_configs().items() if config is cls)))
     unknown = sorted(options.keys() - known)
     if unknown:
         raise InputError(f"unknown option {', '.join(map(repr, unknown))}: the method takes {', '.join(known)}")

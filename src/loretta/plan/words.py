@@ -17,6 +17,7 @@ def explain_plan(plan: Plan, notes: Sequence[str] = ()) -> str:
     what = {
         "rep": "LoRETTA_rep adds an update of two tensor trains to the weight of each module below.",
         "adp": "LoRETTA_adp puts a bottleneck adapter of two tensor trains at each module below.",
+        "shared": "LoRETTA_shared adds to the weight of each module below an update from one tensor train for all.",
     }[plan.method]
     lines = [f"{what} The model is of type {plan.model_type}, {plan.model_parameters:,} parameters, all frozen.", ""]
     for placement, count in plan.groups():
@@ -24,9 +25,12 @@ def explain_plan(plan: Plan, notes: Sequence[str] = ()) -> str:
         lines.append(f"{count} x {ending} ({_WHERE[placement.where]}), for example {placement.name}:")
         for part, shape in (("down", placement.down), ("up", placement.up)):
             lines.append(f"  {part:4} {draw(shape)}")
-            lines.append(f"       {count_in_words(shape)}")
+            lines.append(
+                f"       {count_in_words(shape)}" if not placement.seat else "       a side of the shared train"
+            )
         if placement.bias_params:
             lines.append(f"       biases: {placement.bias_params:,} (the bottleneck and the width)")
+    lines += _shared_in_words(plan)
     lines += ["", "Trained:"]
     parts = [("cores", plan.cores), ("biases", plan.biases), ("norms", plan.extras.norms), ("head", plan.extras.head)]
     lines += [f"  {name:7} {number:>13,}  {_share(number, plan.trainable)}" for name, number in parts if number]
@@ -41,6 +45,17 @@ def explain_plan(plan: Plan, notes: Sequence[str] = ()) -> str:
     lines += [f"Cannot be adapted: {name}, which {reason}." for name, reason in plan.not_adaptable.items()]
     lines += ["", *notes] if notes else []
     return "\n".join(lines)
+
+
+def _shared_in_words(plan: Plan) -> list[str]:
+    if (shared := plan.shared) is None:
+        return []
+    parts = [
+        f"  {count} x {kind}: {each:,}" + (f" each, {count * each:,}" if count > 1 else "")
+        for kind, count, each in shared.counts
+    ]
+    what = "The shared train: the update of a module is left side x core of its layer x core of its projection x right"
+    return ["", f"{what} side, of rank {shared.rank}.", *parts]
 
 
 def _share(number: int, total: int) -> str:
@@ -87,12 +102,14 @@ def tables(plan: Plan) -> str:
                 f"{list(shape.modes)}",
                 f"{max(shape.ranks)}",
                 f"{shape.cut_rank}" + ("" if shape.aligned else " *"),
-                f"{shape.n_params:,}",
-                f"{count * shape.n_params:,}",
+                "shared" if placement.seat else f"{shape.n_params:,}",
+                "" if placement.seat else f"{count * shape.n_params:,}",
             )
         if placement.bias_params:
             modules.add_row(f"{ending} biases", f"{count}", "", "", "", "", "", f"{placement.bias_params:,}",
                             f"{count * placement.bias_params:,}")  # fmt: skip
+    for kind, count, each in plan.shared.counts if plan.shared else ():
+        modules.add_row(kind, f"{count}", "", "", "", "", "", f"{each:,}", f"{count * each:,}")
     totals = Table(box=box.SIMPLE_HEAD)
     for name in ("", "LoRETTA", "LoRA r=8", "dense adapters, 64"):
         totals.add_column(name, justify="left" if not name else "right")

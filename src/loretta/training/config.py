@@ -40,7 +40,7 @@ class RunConfig(BaseModel):
         description="GLUE or prompted task, 'stdlib', or a CSV, TSV, JSONL, Parquet or text file.",
     )
     method: str = Field(
-        default="rep", description="rep, adp, lora, ia3, ft, norms, head, ..., or any of PEFT's as peft:NAME."
+        default="rep", description="rep, adp, shared, lora, ia3, ft, norms, head, ..., or any of PEFT's as peft:NAME."
     )
     method_args: dict[str, Any] = Field(default={}, description="Options of the method, each by --set.")
     head_policy: HeadPolicy = Field(

@@ -29,6 +29,7 @@ from loretta.tuners.config import LorettaConfig, TrainHead
 from loretta.tuners.heads import head_names
 from loretta.tuners.norms import norm_names
 from loretta.tuners.rep import LorettaRepConfig
+from loretta.tuners.shared import LorettaSharedConfig
 from loretta.tuners.task_types import is_final
 
 
@@ -48,13 +49,16 @@ class Method:
 FULL = Method(config=None, learning_rate=5e-5)
 _REP = Method(config=LorettaRepConfig, learning_rate=2e-3)
 _ADP = Method(config=LorettaAdpConfig, learning_rate=2e-3)
+_SHARED = Method(config=LorettaSharedConfig, learning_rate=2e-3)
 # 20 virtual tokens, and 768 in the prompt's encoder, as in the paper
 _PROMPT = {"num_virtual_tokens": 20}
 METHODS: dict[str, Method] = {
     "rep": _REP,
     "adp": _ADP,
+    "shared": _SHARED,
     "loretta_rep": _REP,
     "loretta_adp": _ADP,
+    "loretta_shared": _SHARED,
     "ft": FULL,
     "adapters": Method(config=LorettaAdpConfig, options={"dense": True}, learning_rate=1e-3),
     "lora": Method(config=LoraConfig, options={"r": 8, "lora_alpha": 16}, learning_rate=2e-3),

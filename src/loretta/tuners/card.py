@@ -38,10 +38,10 @@ _PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification", 
 _OURS = re.compile(r"<!-- loretta ([0-9a-f]{12})[^>]*-->\n(.*?)\n<!-- end of loretta -->", re.DOTALL)
 # frozen starts that are subtracted, dense layers beside them, and copies that bias="all" makes PEFT save a second time
 _NOT_TRAINED = re.compile(
-    r"\.(loretta_(rep|adp)_start_(down|up)|start|original_module|modules_to_save)\.|\.base_(weight|bias)$"
+    r"\.(loretta_((rep|adp)_start_(down|up)|shared_start_train)|start|original_module|modules_to_save)\.|\.base_(weight|bias)$"
 )
-_TRAIN = re.compile(r"\.loretta_(rep|adp)_(down|up)\.")
-_NORM = re.compile(r"\.loretta_(rep|adp)_norm_[^.]+$")
+_TRAIN = re.compile(r"\.loretta_((rep|adp)_(down|up)|shared_train)\.")
+_NORM = re.compile(r"\.loretta_(rep|adp|shared)_norm_[^.]+$")
 _SIGNATURE = re.compile(r"(?P<count>\d+) (?P<module>\S+) (?P<in>\d+) x (?P<out>\d+)")
 # heads that are frozen, wholly or in part: they are saved because the base model lacks their random start
 _FROZEN_HEADS = {"frozen": "none", "tensorized_only": "its trains and their biases"}
@@ -224,7 +224,7 @@ def _kind(key: str, shapes: Shapes) -> str:
         return "layer norms"
     # beside a trained norm no bias of its base trains, and bias="all" saves it still
     of_norm = module.removesuffix(".base_layer") + ".loretta_{}_norm_bias"
-    if _NOT_TRAINED.search(key) or any(of_norm.format(method) in shapes for method in ("rep", "adp")):
+    if _NOT_TRAINED.search(key) or any(of_norm.format(method) in shapes for method in ("rep", "adp", "shared")):
         return "starting values and copies"
     beside = [other for other in shapes if other.startswith(f"{module}.") and other != key]
     if module.endswith(".loretta_adp_bias") or (name == "bias" and not beside):
@@ -234,16 +234,18 @@ def _kind(key: str, shapes: Shapes) -> str:
 
 
 def _trains(config: Mapping[str, Any]) -> list[tuple[str, int, str, str]]:
-    """(ending of the modules' names, how many, train or matrix down to the bottleneck, and up) for each size."""
-    bottleneck = config["r"] if "r" in config else config["bottleneck_size"]
+    """(ending of the modules' names, how many, train or matrix down to the inner size, and up) for each size."""
+    shared = config["peft_type"] == "LORETTA_SHARED"
+    inner = config["tensor_rank"] if shared else config["r"] if "r" in config else config["bottleneck_size"]
     rows = []
     for kind in _SIGNATURE.finditer(config["base_signature"] or ""):
-        sizes = (int(kind["in"]), bottleneck), (bottleneck, int(kind["out"]))
-        if config.get("dense"):
-            down, up = (f"{rows_in} x {columns}" for rows_in, columns in sizes)
-        else:
-            shapes = (tt.plan_shape(*size, rank=config["tensor_rank"], overrides=config["shapes"]) for size in sizes)
-            down, up = map(_train, shapes)
+        sizes = (int(kind["in"]), inner), (inner, int(kind["out"]))
+        down, up = (
+            f"{rows_in} x {columns}"
+            if config.get("dense") or (shared and f"{rows_in}x{columns}" not in config["shapes"])
+            else _train(tt.plan_shape(rows_in, columns, rank=config["tensor_rank"], overrides=config["shapes"]))
+            for rows_in, columns in sizes
+        )
         rows.append((kind["module"], int(kind["count"]), down, up))
     return rows
 

@@ -1,4 +1,4 @@
-"""Options that both methods share, as a PEFT config."""
+"""Options that all methods share, as a PEFT config."""
 
 import copy
 from dataclasses import MISSING, dataclass, field
@@ -18,7 +18,7 @@ InitWeights = Literal["zero", "denoised", "gaussian"]
 
 @dataclass
 class LorettaConfig(PeftConfig):
-    """What rep and adp have in common.
+    """What rep, adp and shared have in common.
 
     Args:
         target_modules: names (ends of names), a regular expression, or ``"all-linear"``; ``None`` takes the
@@ -41,7 +41,7 @@ class LorettaConfig(PeftConfig):
             never trained.
         rank_pattern: ``tensor_rank`` for single modules, by the end of their name or a regular expression.
         bias: which biases of the *base model* are trained: "none", "all", or those of the adapted modules:
-            "loretta_rep_only" of rep and "loretta_adp_only" of adp.
+            "loretta_rep_only" of rep, and so on.
         modules_to_save: further modules to train and save whole.
         layers_to_transform, layers_pattern: restrict the adapted layers by index, as in LoRA.
         base_signature: written when the adapter is saved, and checked when it is loaded: the adapted modules of the
@@ -60,7 +60,7 @@ class LorettaConfig(PeftConfig):
     train_norms: bool = True
     train_head: TrainHead = "tensorized"
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    bias: Literal["none", "all", "loretta_rep_only", "loretta_adp_only"] = "none"
+    bias: Literal["none", "all", "loretta_rep_only", "loretta_adp_only", "loretta_shared_only"] = "none"
     modules_to_save: list[str] | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None

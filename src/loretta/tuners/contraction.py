@@ -98,8 +98,8 @@ class JointLayer(nn.Module):
         """Where the parameters of one pair lie, to be stacked with those of equal layers: down, up, any biases."""
         raise NotImplementedError
 
-    def group_key(self, adapter_name: str) -> Hashable:
-        """Layers with equal keys can be contracted together."""
+    def group_key(self, adapter_name: str, pair: int) -> Hashable:
+        """Pairs of layers with equal keys can be contracted together."""
         raise NotImplementedError
 
     @staticmethod
@@ -109,6 +109,22 @@ class JointLayer(nn.Module):
         Dimensions in front of the last two stay in front: those of all layers of a group come at once.
         """
         raise NotImplementedError
+
+    @classmethod
+    def contract_together(
+        cls, pairs: Sequence[Pair], columns: Sequence[Sequence[Tensor]], scale: float | Tensor, dtype: torch.dtype
+    ) -> list[Factors]:
+        """The finished factors of equal pairs, in their order.
+
+        Args:
+            columns: the parameters that lie at :meth:`stacked_parameters`: all of the first, all of the second, ...
+            scale: of each pair, (M, 1, 1), or of all.
+        """
+        layer, name, _ = next(_typed(pairs))
+        placement = layer.placements[name]
+        down, up, *biases = (torch.stack(list(column)) for column in columns)
+        stacked = cls.to_factors(halves(down, placement.down), halves(up, placement.up), biases)
+        return list(zip(*(factor.unbind() for factor in finish(stacked, scale, dtype)), strict=True))
 
     def working_dtype(self) -> torch.dtype:
         """The dtype of activations here, which the factors get."""
@@ -130,12 +146,8 @@ class _Group:
 
     def contract(self, columns: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> list[Factors]:
         """The factors of each pair, in its order."""
-        layer, name, _ = next(_typed(self.pairs))
-        placement = layer.placements[name]
-        down, up, *biases = (torch.stack(list(column)) for column in columns)
-        stacked = layer.to_factors(halves(down, placement.down), halves(up, placement.up), biases)
-        finished = finish(stacked, self._scale_of(down), dtype)
-        return list(zip(*(factor.unbind() for factor in finished), strict=True))
+        layer = next(_typed(self.pairs))[0]
+        return layer.contract_together(self.pairs, columns, self._scale_of(columns[0][0]), dtype)
 
     def dtype(self) -> torch.dtype:
         return next(_typed(self.pairs))[0].working_dtype()
@@ -277,7 +289,7 @@ class Contraction:
                 tensors = look_up(layer.stacked_parameters(name, pair))
                 if all(_is_plain(tensor) for tensor in tensors):
                     kinds = tuple((t.shape, t.dtype, t.device, t.requires_grad) for t in tensors)
-                    pairs[layer.group_key(name), kinds].append((layer, name, pair))
+                    pairs[layer.group_key(name, pair), kinds].append((layer, name, pair))
         groups = [_Group(equal) for equal in pairs.values()]
         if not torch.compiler.is_dynamo_compiling():
             for layer, _, _ in (pair for group in groups for pair in group.pairs):

@@ -27,6 +27,7 @@ class LorettaLayer(JointLayer, BaseTunerLayer):
     """
 
     prefix: str
+    trains: tuple[str, ...] = ("down", "up", "start_down", "start_up")  # names of the dictionaries
     cast_input_dtype_enabled = True  # for PEFT's disable_input_dtype_casting: there is no such casting here
 
     def __init__(self, base_layer: nn.Module, *, name: str, **quantization_kwargs) -> None:
@@ -40,7 +41,7 @@ class LorettaLayer(JointLayer, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter = []
         self.merged_adapters = []
-        for part in ("down", "up", "start_down", "start_up", "dropout"):
+        for part in (*self.trains, "dropout"):
             self.add_module(self.prefix + part, nn.ModuleDict())
         self.scaling = Scales()
         self.placements: dict[str, Placement] = {}
@@ -71,7 +72,7 @@ class LorettaLayer(JointLayer, BaseTunerLayer):
         start = "start_" if pair else ""
         return tuple((self._part(start + part), adapter_name, "values") for part in ("down", "up"))
 
-    def group_key(self, adapter_name: str) -> Hashable:
+    def group_key(self, adapter_name: str, pair: int) -> Hashable:
         placement = self.placements[adapter_name]
         return type(self), placement.down, placement.up, self._base_dtype()
 
@@ -123,18 +124,22 @@ class LorettaLayer(JointLayer, BaseTunerLayer):
         down, up = Cores(placement.down), Cores(placement.up)
         starting_cores(down, up, init_weights)
         self._part("down")[adapter_name], self._part("up")[adapter_name] = down, up
-        self._part("dropout")[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
-        self._cast(adapter_name, torch.promote_types(self.working_dtype(), torch.float32))
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self._finish_adding(adapter_name, dropout)
         if init_weights == "denoised":
             # after the move: the start has to equal the trained cores to the last bit
             for part in ("down", "up"):
                 self._part("start_" + part)[adapter_name] = copy.deepcopy(self._part(part)[adapter_name])
                 self._part("start_" + part)[adapter_name].requires_grad_(False)
         self.n_pairs[adapter_name] = 2 if init_weights == "denoised" else 1
-        self.drops[adapter_name] = bool(dropout)
-        self.scaling.move(self._base_weight().device)
         note_change()
+
+    def _finish_adding(self, adapter_name: str, dropout: float) -> None:
+        """Beside new trains: their dropout, device and dtype."""
+        self._part("dropout")[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.drops[adapter_name] = bool(dropout)
+        self._cast(adapter_name, torch.promote_types(self.working_dtype(), torch.float32))
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.scaling.move(self._base_weight().device)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
         """As PEFT's, but where accelerate offloads the layer, the device it computes on: its weight is nowhere now."""
@@ -166,8 +171,8 @@ class LorettaLayer(JointLayer, BaseTunerLayer):
         return [
             name
             for name in self.active_adapters
-            if name in self._part("down") and name not in self.narrow
-            for values in (cast(Cores, self._part("down")[name]).values,)
+            if name in self._part(self.trains[0]) and name not in self.narrow
+            for values in (cast(Cores, self._part(self.trains[0])[name]).values,)
             if values.requires_grad and values.dtype in (torch.bfloat16, torch.float16)
         ]
 

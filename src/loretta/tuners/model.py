@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, TypeVar
@@ -44,6 +45,11 @@ class LorettaModel(BaseTuner):
         """Plan the trains at one module. Raises InputError (a ValueError) when they do not fit it."""
         raise NotImplementedError
 
+    @classmethod
+    def place_all(cls, config: LorettaConfig, modules: Iterable[tuple[str, nn.Module]]) -> list[Placement]:
+        """Plan the trains at all targets, given by name."""
+        return [cls.place(config, name, module) for name, module in modules]
+
     def inject_adapter(
         self,
         model: nn.Module,
@@ -61,7 +67,8 @@ class LorettaModel(BaseTuner):
         if state_dict is None:
             targeted = copy.copy(config)
             targeted.modules_to_save = [*(config.modules_to_save or []), *head_names(model, config)]
-            placements = [self.place(config, name, _base_of(m)) for name, m in matched_modules(targeted, model)]
+            placements = self.place_all(config, [(n, _base_of(m)) for n, m in matched_modules(targeted, model)])
+            self.planned = {placement.name: placement for placement in placements}
             _check_signature(config, placements)
             check_called(model, [placement.name for placement in placements])
         _check_copies_are_here(model, bool(config.train_norms or config.modules_to_save or head_names(model, config)))
@@ -194,16 +201,19 @@ class LorettaModel(BaseTuner):
         if isinstance(target, TrainedNorm) or is_norm(target):  # named by the weights that are to be loaded
             self._train_norm(current_key, adapter_name, inference_mode=peft_config.inference_mode)
             return
-        placement = self.place(peft_config, current_key, _base_of(target))
         if isinstance(target, self.layer_cls):
-            target.update_layer(adapter_name, placement, peft_config)
+            self._update_layer(target, adapter_name, peft_config, current_key, _base_of(target))
             return
         layer: Any = self.layer_cls(target, name=current_key, **get_quantization_kwargs(self.model))
-        layer.update_layer(adapter_name, placement, peft_config)
+        self._update_layer(layer, adapter_name, peft_config, current_key, _base_of(target))
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
         self._replace_module(parent, target_name, layer, target)
+
+    def _update_layer(self, layer: Any, adapter_name: str, config: Any, name: str, module: nn.Module) -> None:
+        """Add one adapter's trains to a layer."""
+        layer.update_layer(adapter_name, self.place(config, name, module), config)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(child, AdapterCopy) or is_offloaded(_base_of(child)):

@@ -18,6 +18,8 @@ _OURS = (
     "modules_to_save",
     "down.values",
     "up.values",
+    "train.values",
+    "start_train.values",
     "dense.cores.values",
     "dense.start.values",
     "_fsdp_wrapped_module",

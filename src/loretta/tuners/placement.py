@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from loretta import tt
 from loretta.errors import InputError
+from loretta.layers.shared import Seat
 from loretta.layers.trains import Cores
 from loretta.tuners.bypassed import read_only
 from loretta.tuners.config import LorettaConfig
@@ -30,7 +31,8 @@ class NothingMatchedError(InputError, NoMatchingPeftModuleError):
 class Placement:
     """Two trains at one module: ``down`` reduces to the bottleneck, ``up`` comes back from it.
 
-    ``where`` is "update" (rep: added to the weight), "after" or "before" (adp: on the module's output or input).
+    ``where`` is "update" (rep and shared: added to the weight), "after" or "before" (adp: on the module's output or
+    input). With a ``seat`` the two trains are sides of one that all modules share, and are counted there.
     """
 
     name: str
@@ -38,10 +40,12 @@ class Placement:
     down: tt.TTShape
     up: tt.TTShape
     bias_params: int = 0
+    seat: Seat | None = None
 
     @property
     def core_params(self) -> int:
-        return self.down.n_params + self.up.n_params
+        """Parameters of the trains that are this module's alone."""
+        return 0 if self.seat else self.down.n_params + self.up.n_params
 
     @property
     def n_params(self) -> int:

@@ -28,8 +28,8 @@ class RepLinear(LorettaLayer):
     """``base(x) + scaling * (x A) B`` summed over the active adapters; A and B come from the two trains."""
 
     prefix = "loretta_rep_"
-    adapter_layer_names = ("loretta_rep_down", "loretta_rep_up")
-    other_param_names = (
+    adapter_layer_names: tuple[str, ...] = ("loretta_rep_down", "loretta_rep_up")
+    other_param_names: tuple[str, ...] = (
         "loretta_rep_start_down",
         "loretta_rep_start_up",
         "loretta_rep_dropout",
@@ -50,7 +50,7 @@ class RepLinear(LorettaLayer):
         self.set_scaling(adapter_name, config)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def set_scaling(self, adapter_name: str, config: LorettaRepConfig) -> None:
+    def set_scaling(self, adapter_name: str, config: Any) -> None:
         """The factor on one adapter's update: ``lora_alpha / tensor_rank``, with the patterns of ``config``."""
         name = self.placements[adapter_name].name
         rank = rank_for(config, name)
@@ -59,10 +59,14 @@ class RepLinear(LorettaLayer):
 
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """A (I, R) and B (R, O): the adapter's update before scaling is exactly ``A @ B``."""
-        (a_IR, b_RO), *start = [update_factors(down(), up()) for down, up in self._trains(adapter_name)]
+        (a_IR, b_RO), *start = self._updates(adapter_name)
         for start_a_IR, start_b_RO in start:
             a_IR, b_RO = torch.cat([a_IR, start_a_IR], dim=1), torch.cat([b_RO, -start_b_RO], dim=0)
         return a_IR, b_RO
+
+    def _updates(self, adapter_name: str) -> list[tuple[Tensor, Tensor]]:
+        """The factors from the trains, and those from a start that is subtracted."""
+        return [update_factors(down(), up()) for down, up in self._trains(adapter_name)]
 
     @staticmethod
     def to_factors(down: Halves, up: Halves, biases: Sequence[Tensor]) -> Factors:
@@ -128,7 +132,7 @@ class RepLinear(LorettaLayer):
     def _add_mixed(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
         self._check_mixed_batch(x, adapter_names)
         result = result.clone()
-        for name, rows in self._rows_by_adapter(adapter_names, list(self._part("down"))):
+        for name, rows in self._rows_by_adapter(adapter_names, list(self.n_pairs)):
             result[rows] += self.delta(name, x[rows]).to(result.dtype)
         return result
 
@@ -151,7 +155,7 @@ class RepLinear(LorettaLayer):
                 "adapter loaded, or merge it into the base model before quantisation"
             )
         for name in check_adapters_to_merge(self, adapter_names):
-            if name not in self._part("down"):
+            if name not in self.n_pairs:
                 continue
             self._add_to_base(self.get_delta_weight(name), name, safe=safe_merge)
             self.merged_adapters.append(name)
@@ -165,7 +169,7 @@ class RepLinear(LorettaLayer):
         while self.merged_adapters:
             name = self.merged_adapters.pop()
             note_change()
-            if name in self._part("down"):
+            if name in self.n_pairs:
                 self._add_to_base(-self.get_delta_weight(name), name, safe=False)
 
     def _add_to_base(self, delta: Tensor, adapter_name: str, *, safe: bool) -> None:

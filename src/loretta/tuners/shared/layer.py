@@ -1,0 +1,108 @@
+"""The shared layer: a linear module whose weight gets its update from a train that all layers share.
+
+Axes: I input features, O output features, R rank, M modules of one size.
+"""
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from loretta.layers.shared import Parts, Seat, SharedCores, shared_factors, take_apart
+from loretta.layers.trains import arranged
+from loretta.tuners.calls import Factors, Pair, hidden_from_checkpoints
+from loretta.tuners.contraction import Place, finish, note_change
+from loretta.tuners.placement import Placement
+from loretta.tuners.rep.layer import RepLinear
+from loretta.tuners.shared.config import LorettaSharedConfig
+
+
+class SharedLinear(RepLinear):
+    """``base(x) + scaling * (x A) B`` summed over the active adapters, as rep: A and B come from a shared train.
+
+    All layers hold the one module with an adapter's cores, as models hold tied weights: PEFT switches, moves and
+    deletes it with any of them. A file has it once, under the name of the first layer.
+    """
+
+    prefix = "loretta_shared_"
+    adapter_layer_names = ("loretta_shared_train",)
+    other_param_names = (
+        "loretta_shared_start_train",
+        "loretta_shared_dropout",
+        "beside",
+        "scaling",
+        "placements",
+        "n_pairs",
+        "drops",
+    )
+    trains = ("train", "start_train")
+
+    def update_layer(  # type: ignore[override]
+        self,
+        adapter_name: str,
+        placement: Placement,
+        config: LorettaSharedConfig,
+        trains: Mapping[str, SharedCores],
+    ) -> None:
+        """Have one adapter take this layer's update from ``trains``: "train", and "start_train" to be subtracted."""
+        self.placements[adapter_name] = placement
+        for part, train in trains.items():
+            self._part(part)[adapter_name] = train
+        self._finish_adding(adapter_name, config.lora_dropout)
+        self.n_pairs[adapter_name] = len(trains)
+        note_change()
+        self.set_scaling(adapter_name, config)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def stacked_parameters(self, adapter_name: str, pair: int) -> tuple[Place, ...]:
+        return ((self._part(self.trains[pair]), adapter_name, "values"),)
+
+    def group_key(self, adapter_name: str, pair: int) -> Hashable:
+        seat, train = self._seat(adapter_name), self._train(adapter_name, pair)
+        return type(self), train, seat.left, seat.right, self._base_dtype(), self._device()
+
+    @classmethod
+    def contract_together(
+        cls, pairs: Sequence[Pair], columns: Sequence[Sequence[Tensor]], scale: float | Tensor, dtype: torch.dtype
+    ) -> list[Factors]:
+        layers = [(cast(SharedLinear, layer), name) for layer, name, _ in pairs]
+        seats = [layer._seat(name) for layer, name in layers]
+        parts = take_apart(columns[0][0], seats[0].train)  # of each of them the same
+        return cls._factors_of(parts, seats, scale, dtype, layers[0][0]._device())
+
+    @staticmethod
+    def _factors_of(
+        parts: Parts, seats: Sequence[Seat], scale: float | Tensor, dtype: torch.dtype, device: torch.device | None
+    ) -> list[Factors]:
+        a_IR, b_MRO = arranged(*shared_factors(parts, seats))
+        a_IR, b_MRO = (factor.to(device) for factor in finish((a_IR, b_MRO), scale, dtype))
+        # unbound also where it is the same for all: its gradients are then summed in one kernel
+        return list(zip(a_IR.expand(len(seats), *a_IR.shape).unbind(), b_MRO.unbind(), strict=True))
+
+    def _contract_alone(self, adapter_name: str, pair: int) -> Factors:
+        train = self._train(adapter_name, pair)
+        with hidden_from_checkpoints():
+            # called as a module: hooks that bring offloaded parameters here run
+            parts, scale = train(), self.scaling.of(adapter_name, train.values)
+            (factors,) = self._factors_of(
+                parts, [self._seat(adapter_name)], scale, self.working_dtype(), self._device()
+            )
+        return factors
+
+    def _updates(self, adapter_name: str) -> list[tuple[Tensor, Tensor]]:
+        seat = self._seat(adapter_name)
+        pairs = [self._train(adapter_name, pair)() for pair in range(self.n_pairs[adapter_name])]
+        return [(a_IR, b_MRO[0]) for a_IR, b_MRO in (shared_factors(parts, [seat]) for parts in pairs)]
+
+    def _seat(self, adapter_name: str) -> Seat:
+        return cast(Seat, self.placements[adapter_name].seat)
+
+    def _train(self, adapter_name: str, pair: int) -> SharedCores:
+        return cast(SharedCores, self._part(self.trains[pair])[adapter_name])
+
+    def _device(self) -> torch.device | None:
+        return self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+
+    def __repr__(self) -> str:
+        return super().__repr__().replace("loretta_rep.", "loretta_shared.", 1)
