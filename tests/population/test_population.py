@@ -85,6 +85,8 @@ CASES = [
     (bert, "rep", [{"lora_alpha": alpha} for alpha in (8, 16, 4)], 50),
     (bert, "rep", [{"init_weights": "denoised", "bias": "all"}] * SIZE, 5),
     (bert, "rep", [{"init_weights": "gaussian", "train_head": "dense", "train_norms": False}] * SIZE, 5),
+    (bert, "shared", [{"tensor_rank": 4, "lora_alpha": alpha} for alpha in (8, 16, 4)], 50),
+    (bert, "shared", [{"init_weights": "denoised", "target_modules": "all-linear"}] * SIZE, 5),
     (bert, "adp", [{"scaling": scaling} for scaling in (1.0, 0.5, 2.0)], 50),
     (bert, "adp", [{"init_weights": "denoised", "scaling": scaling} for scaling in (1.0, 0.5, 2.0)], 5),
     (bert, "adp", [{"train_bias": False, "non_linearity": "gelu", "train_head": "frozen"}] * SIZE, 5),
@@ -96,6 +98,7 @@ CASES = [
     (bert, "head", [{}] * SIZE, 5),
     (bert, "peft:vera", [{"r": 4}] * SIZE, 5),
     (llama, "rep", [{}] * SIZE, 5),
+    (llama, "shared", [{"target_modules": "all-linear", "init_weights": "gaussian"}] * SIZE, 5),
     (llama, "adp", [{"placement": "mlp"}] * SIZE, 5),
     (llama, "adapters", [{"init_weights": "denoised"}] * SIZE, 5),
     (llama, "lora", [{}] * SIZE, 5),
@@ -141,7 +144,7 @@ def test_each_member_equals_its_run_alone(make, method, options, steps):
             assert_near(name, value, model.get_parameter(name))
 
 
-@pytest.mark.parametrize("method", ["rep", "adp", "lora", "bitfit"])
+@pytest.mark.parametrize("method", ["rep", "adp", "shared", "lora", "bitfit"])
 def test_a_released_member_is_the_ordinary_model(method):
     together, alone = population(bert, method, [{}] * SIZE)
     ids, mask, _ = batch(0, causal=False)

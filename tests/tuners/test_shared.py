@@ -10,9 +10,9 @@ from peft import get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import load_file
 from tolerances import assert_gradients_near, assert_near
 from torch import nn
-from tuners.families import build, logits, loss_of, randomise
+from tuners.families import build, logits, loss_of, natural_task, randomise
 from tuners.matrix import MLP
-from tuners.wrapped import trained, wrap
+from tuners.wrapped import config_for, trained, wrap
 
 from loretta import InputError, LorettaSharedConfig, PeftModel, get_peft_model
 from loretta.layers.shared import SharedCores
@@ -147,8 +147,7 @@ class _Stack(nn.Module):
 @every_case
 def test_the_plan_counts_what_is_trained(case):
     family, options = CASES[case]
-    options = {"tensor_rank": 3, "task_type": wrap(family, "shared")[0].peft_config["default"].task_type, **options}
-    plan = plan_model(build(family)[0], LorettaSharedConfig(**options))
+    plan = plan_model(build(family)[0], config_for("shared", task_type=natural_task(family), **options))
     model, _ = wrap(family, "shared", **options)
     counts = trainable_by_kind(model)
     assert plan.cores == counts["cores"] == train_of(model).values.numel()

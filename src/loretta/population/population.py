@@ -15,17 +15,21 @@ from torch import Tensor, nn
 
 from loretta.errors import InputError
 from loretta.population.members import MemberIA3, MemberLinear, MemberNorm, Members
-from loretta.population.trains import MemberAdp, MemberRep, MemberTrains, TrainGroup
+from loretta.population.trains import MemberAdp, MemberRep, MemberTrains, SharedGroup, TrainGroup
 from loretta.tuners.contraction import Contraction
 from loretta.tuners.layer import LorettaLayer
 from loretta.tuners.norms import TrainedNorm
 from loretta.tuners.rep.layer import RepLinear
+from loretta.tuners.shared.layer import SharedLinear
 
 ADAPTER = "default"
 # relative errors of logits; a module that is left out makes them differ by a tenth or more
 _ALIKE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-_TRAINS = tuple(
-    f"loretta_{method}_{part}" for method in ("rep", "adp") for part in ("down", "up", "bias", "start_down", "start_up")
+_PARTS = ("down", "up", "bias", "start_down", "start_up")
+_TRAINS = (
+    *(f"loretta_{method}_{part}" for method in ("rep", "adp") for part in _PARTS),
+    "loretta_shared_train",
+    "loretta_shared_start_train",
 )
 _ALONE = "this method cannot be trained in a population: train its runs one by one"
 
@@ -135,7 +139,7 @@ class Population(nn.Module):
                 site = _site(self.model, name)
                 of_site[site][name.removeprefix(site + ".")] = frozen
         for sites, parts in of_trains.items():
-            for part in ("start_down", "start_up"):
+            for part in ("start_down", "start_up", "start_train"):
                 names = [_start_name(self.model, site, part) for site in sites]
                 if names[0] in tensors:
                     stacks = [self.frozen.get(name, tensors[name].expand(self.size, -1)) for name in names]
@@ -147,13 +151,17 @@ class Population(nn.Module):
         return groups
 
     def _install_trains(self, sites: Sequence[str], parts: dict[str, Tensor]) -> TrainGroup:
+        first = self.model.get_submodule(sites[0])
+        if isinstance(first, SharedLinear):
+            sites = _sharing(self.model, first)
         scales = [[start.scales[site] for start in self.starts] for site in sites]
         made: list[MemberTrains] = []
         for site in sites:
             layer: Any = self.model.get_submodule(site)
             made.append((MemberRep if isinstance(layer, RepLinear) else MemberAdp)(layer, ADAPTER, self.size))
             self._replace(site, made[-1])
-        return TrainGroup(made, parts, self.values.new_tensor(scales))
+        group = SharedGroup if isinstance(first, SharedLinear) else TrainGroup
+        return group(made, parts, self.values.new_tensor(scales))
 
     def _members(self, site: str, values: dict[str, Tensor]) -> Members:
         module = self.model.get_submodule(site)
@@ -287,6 +295,12 @@ def _part(name: str) -> str:
 def _start_name(model: nn.Module, site: str, part: str) -> str:
     layer: Any = model.get_submodule(site)
     return f"{site}.{layer.prefix}{part}.{ADAPTER}.values"
+
+
+def _sharing(model: nn.Module, layer: SharedLinear) -> list[str]:
+    """All layers that take their update from the train of ``layer``, which is named after the first of them."""
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, SharedLinear)]
+    return [name for name, module in layers if module.shares_train(ADAPTER, layer)]
 
 
 def _site(model: nn.Module, name: str) -> str:

@@ -1,15 +1,17 @@
-"""The layers of rep and adp for all members: equal trains are contracted together, over modules and members.
+"""The layers of all methods for all members: equal trains are contracted together, over modules and members.
 
 Axes: M modules with trains of one shape, P members, B rows of one member, I input features, O output features,
 R rank of the update, H width, b bottleneck, C and D inner sizes.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from loretta.layers.shared import Seat, shared_factors, take_apart
 from loretta.layers.trains import arranged, fold_bias, halves, update_factors
 from loretta.population.members import Members
 from loretta.tuners.adp.layer import AdpLinear
@@ -20,7 +22,7 @@ Factors = tuple[Tensor | None, ...]
 
 
 class MemberTrains(Members):
-    """A layer of rep or adp. Its factors are handed over by its :class:`TrainGroup` before each pass."""
+    """A layer with trains. Its factors are handed over by its :class:`TrainGroup` before each pass."""
 
     module: LorettaLayer
 
@@ -156,6 +158,43 @@ class TrainGroup:
         # unbind, because its backward pass is one stack
         none = [None] * len(self.sites)
         return [none if factor is None else factor.to(dtype).unbind() for factor in factors]
+
+
+class SharedGroup(TrainGroup):
+    """All layers that share a train: those of shared.
+
+    Args:
+        sites: the M layers.
+        parts: "train", and where there is "start_train": the values of all members, (P, 1, N).
+        scales: (M, P), what each layer multiplies the update of each member with.
+    """
+
+    def __init__(self, sites: Sequence[MemberTrains], parts: Mapping[str, Tensor], scales: Tensor) -> None:
+        self.sites, self.parts, self.scales = sites, parts, scales
+        seats = [cast(Seat, site.module.placements[site.adapter_name].seat) for site in sites]
+        self.shape = seats[0].train
+        self.alike: dict[tuple[int, int], list[tuple[int, Seat]]] = defaultdict(list)  # those with both sides in common
+        for k, seat in enumerate(seats):
+            self.alike[seat.left, seat.right].append((k, seat))
+
+    def hand_over(self) -> None:
+        """Contract the trains and give each layer its factors for the next pass."""
+        dtype = self.sites[0].module.working_dtype()
+        for site in self.sites:
+            site.factors = []
+        for part in ("train", "start_train"):
+            if part not in self.parts:
+                continue
+            matrices = take_apart(self.parts[part][:, 0], self.shape)
+            for numbered in self.alike.values():
+                numbers, seats = zip(*numbered, strict=True)
+                a_PIR, b_PMRO = shared_factors(matrices, seats)
+                scale_PM = self.scales[list(numbers)].T
+                a_PIR, b_PMRO = arranged(a_PIR[:, None], b_PMRO * scale_PM[..., None, None])
+                # unbound also where it is the same for all: its gradients are then summed in one kernel
+                each_a = a_PIR.to(dtype).expand(-1, len(numbers), -1, -1).unbind(1)
+                for number, a, b in zip(numbers, each_a, b_PMRO.to(dtype).unbind(1), strict=True):
+                    self.sites[number].factors.append((a, b))
 
 
 def _with_bias(left: Tensor, right: Tensor, bias: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor]:

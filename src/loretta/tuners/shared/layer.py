@@ -95,6 +95,11 @@ class SharedLinear(RepLinear):
         pairs = [self._train(adapter_name, pair)() for pair in range(self.n_pairs[adapter_name])]
         return [(a_IR, b_MRO[0]) for a_IR, b_MRO in (shared_factors(parts, [seat]) for parts in pairs)]
 
+    def shares_train(self, adapter_name: str, other: "SharedLinear") -> bool:
+        """Whether an adapter's updates of two layers come from the same train."""
+        here, there = self._part("train"), other._part("train")
+        return adapter_name in here and adapter_name in there and here[adapter_name] is there[adapter_name]
+
     def _seat(self, adapter_name: str) -> Seat:
         return cast(Seat, self.placements[adapter_name].seat)
 
