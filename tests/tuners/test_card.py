@@ -12,7 +12,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError
 from tolerances import assert_near
 from tuners.families import build, logits
-from tuners.wrapped import config_for, every_method, trained, wrap
+from tuners.wrapped import config_for, every_method, own_trains, trained, wrap
 
 from loretta import PeftModel, get_peft_model
 from loretta.plan import read_plan, trainable_by_kind
@@ -85,7 +85,16 @@ def test_modules_that_a_user_lists_are_trained_beside_a_frozen_head(tmp_path):
     assert said["head and other modules saved whole"] == "none of the head, and all of the others"
 
 
-@every_method
+def test_the_sides_of_a_shared_train_are_those_of_the_model(tmp_path):
+    saved(tmp_path, "llama", "shared", tensor_rank=2, target_modules=["q_proj", "v_proj", "up_proj"],
+          shapes={"2x48": [8, 12]})  # fmt: skip
+    sides = {name: shapes for name, _, *shapes in rows(card_of(tmp_path), "modules")}
+    assert sides == {"`q_proj`": ["32 x 2", "2 x 32"], "`up_proj`": ["32 x 2", "1·8·2, 2·12·1"],
+                     "`v_proj`": ["32 x 2", "2 x 16"]}  # fmt: skip
+    assert "two 2 x 2 cores" in card_of(tmp_path).text
+
+
+@own_trains
 @pytest.mark.parametrize("family", ["llama", "roberta"])
 def test_the_trains_are_those_of_the_model(family, method, tmp_path):
     model = saved(tmp_path, family, method, tensor_rank=2)
@@ -104,6 +113,7 @@ def test_the_trains_are_those_of_the_model(family, method, tmp_path):
     ("family", "method", "task", "base"),
     [
         ("llama", "rep", "CAUSAL_LM", {}),
+        ("llama", "shared", "CAUSAL_LM", {}),
         ("t5", "adp", "SEQ_2_SEQ_LM", {}),
         ("roberta", "adp", "SEQ_CLS", {"num_labels": 3}),
         ("llama", "rep", "SEQ_CLS", {"num_labels": 5}),
@@ -123,7 +133,7 @@ def test_its_program_loads_the_adapter(family, method, task, base, tmp_path, mon
     exec(load.replace("path/to/this/folder", str(tmp_path / "adapter")), names)
     assert isinstance(names["model"], PeftModel)
     assert_near("logits", logits(names["model"].eval(), inputs), logits(wrapped, inputs))
-    assert len(merge) == (method == "rep")
+    assert len(merge) == (method != "adp")
     for program in merge:
         exec(program, names)
         assert (tmp_path / "merged" / "model.safetensors").is_file()
