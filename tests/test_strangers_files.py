@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -19,10 +20,15 @@ FUZZ = Path(__file__).parent.parent / "benchmarks" / "fuzz.py"
 SCRIPT, ESCAPE, CODE = "<script>alert(1)</script>", "\x1b[2J\x1b]0;owned\x07", "x` <img src=x onerror=alert(1)> `"
 
 
-def test_damaged_and_hostile_files_are_taken_or_refused_in_one_sentence():
+def _fuzz():
     spec = importlib.util.spec_from_file_location("fuzz", FUZZ)
     fuzz = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fuzz)
+    return fuzz
+
+
+def test_damaged_and_hostile_files_are_taken_or_refused_in_one_sentence():
+    fuzz = _fuzz()
     found = fuzz.fuzz(2_000)
     assert found["failures"] == []
     assert found["inputs"] > 1_900
@@ -81,3 +87,66 @@ def test_tests_cannot_reach_a_network():
         socket.socket(socket.AF_INET, socket.SOCK_STREAM) as each,
     ):
         each.connect(("192.0.2.1", 80))
+
+
+EVIL = "\x1b[31mX\x1b]0;own\x07<script>alert(1)</script>\u202e\x9b2J\r\n# H"
+
+
+@pytest.fixture(scope="module")
+def hostile_runs(tmp_path_factory):
+    """A folder with a run whose record is full of hostile words, a plain one, and several that are damaged."""
+    root = tmp_path_factory.mktemp("hostile")
+    fuzz = _fuzz()
+    plain = {**fuzz.record(), "trains": []}
+    words = dict.fromkeys(("command", "model", "task", "method", "device", "metric"), EVIL)
+    evil = {**plain, **words, "notes": [EVIL], "label_names": [EVIL, "b"], "versions": {EVIL: EVIL}, "sizes": {EVIL: 1}}
+    evil |= {"validation": {EVIL: 0.5}, "config": {"learning_rate": 1e-3, EVIL: EVIL}}
+    damaged = {
+        "null": b"null",
+        "deep": b"[" * 100_000,
+        "none": b"",
+        "huge": json.dumps({**plain, "adapter_bytes": 10**400}),
+    }
+    for name, content in {"evil": json.dumps(evil), "plain": json.dumps(plain), **damaged}.items():
+        (root / name).mkdir()
+        (root / name / "run.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    (root / "failed").mkdir()
+    (root / "failed" / "error.json").write_text(json.dumps({"error": EVIL}))
+    (root / "pipe").mkdir()
+    os.mkfifo(root / "pipe" / "error.json")
+    (root / "pipe" / "config.json").write_text("{}")
+    (root / "pipe.holder").write_text(json.dumps({"pid": 10**30, "host": socket.gethostname()}))
+    return root
+
+
+COMMANDS = [
+    ("runs", "ls", "{}"),
+    ("runs", "show", "{}/evil"),
+    ("runs", "show", "{}/failed"),
+    ("runs", "diff", "{}/evil", "{}/plain"),
+    ("report", "{}", "--format", "md"),
+    ("report", "{}", "--format", "csv"),
+    ("report", "{}", "--format", "latex"),
+    ("report", "{}", "--format", "html", "-o", "-"),
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_damaged_runs_hide_no_others_and_hostile_words_steer_no_terminal(command, hostile_runs, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["loretta", *(word.format(hostile_runs) for word in command)])
+    with pytest.raises(SystemExit) as stop:
+        command_line.main()
+    printed = capsys.readouterr()
+    assert not stop.value.code, printed.err
+    assert all(c.isprintable() or c in "\n\t" for c in printed.out + printed.err)
+    if command[0] == "report" and "html" in command:
+        assert "<script" not in printed.out
+
+
+@pytest.mark.parametrize("command", [("eval",), ("predict", "--text", "a")], ids=" ".join)
+def test_options_of_another_version_in_a_record_are_one_sentence(command, hostile_runs, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["loretta", command[0], str(hostile_runs / "evil"), *command[1:], "--cpu"])
+    with pytest.raises(SystemExit) as stop:
+        command_line.main()
+    assert stop.value.code == 2
+    assert "options that this version does not take" in capsys.readouterr().err

@@ -1,13 +1,16 @@
 """What a run leaves behind: the content of ``run.json``."""
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from loretta.errors import InputError
 from loretta.files import read_plain
 from loretta.tt import TTShape
+
+# no machine has more of anything, and floats hold it
+Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class ParameterCounts(BaseModel):
@@ -15,12 +18,12 @@ class ParameterCounts(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    cores: int
-    biases: int
-    norms: int
-    head: int
-    other: int  # what the method trains beside these: LoRA's matrices, for example
-    total: int
+    cores: Count
+    biases: Count
+    norms: Count
+    head: Count
+    other: Count  # what the method trains beside these: LoRA's matrices, for example
+    total: Count
 
     @property
     def trainable(self) -> int:
@@ -76,7 +79,7 @@ class RunRecord(BaseModel):
     kind: str  # of the task: "classification", "regression", "language_modeling", "choice" or "generation"
     seed: int
     device: str
-    sizes: dict[str, int]  # examples (or blocks of text) per split
+    sizes: dict[str, Count]  # examples (or blocks of text) per split
     notes: list[str] = []  # what a reader should know about the data, a sentence each
     label_names: list[str] = []  # classification: class id -> name
     metric: str  # the task's first
@@ -84,10 +87,10 @@ class RunRecord(BaseModel):
     selected_by: str = "metric"  # or "loss": what chose the best checkpoint, on validation
     parameters: ParameterCounts
     trains: list[Train] = []
-    adapter_bytes: int
+    adapter_bytes: Count
     population: int | None = None  # runs that were trained at once; the seconds are this one's share, the bytes of all
     train_seconds: float  # with those before the checkpoint that the run went on from
-    peak_memory_bytes: int
+    peak_memory_bytes: Count
     history: list[Point]
     best_step: int
     validation: dict[str, float]  # at the best step

@@ -3,8 +3,12 @@
 import difflib
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 MAX_QUOTE = 60
 MAX_LISTED = 20
@@ -51,6 +55,22 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text))
 
 
+def spelled(text: object) -> str:
+    """As :func:`printable`, with line ends and tabs left as they are."""
+    return re.sub(r"[^\n\t]+", lambda line: printable(line[0]), str(text))
+
+
+def console(**options: Any) -> "Console":
+    """rich's console, which spells what a terminal would obey in all text that it is given."""
+    from rich.console import Console  # only here: most words need no tables
+
+    class Spelling(Console):
+        def render_str(self, text: str, **style: Any) -> Any:
+            return super().render_str(spelled(text), **style)
+
+    return Spelling(**options)
+
+
 def size_words(n_bytes: int | None) -> str:
     """Bytes as "512 B" or "1.5 GiB"."""
     if n_bytes is None:
@@ -91,10 +111,8 @@ def as_json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
 
 def as_text(*tables: Any, width: int = 160) -> str:
     """rich's tables (and texts) as plain lines of at most ``width`` characters, without blanks at their ends."""
-    from rich.console import Console  # only here: most words need no tables
-
-    console = Console(width=width, no_color=True)
-    with console.capture() as captured:
+    out = console(width=width, no_color=True)
+    with out.capture() as captured:
         for table in tables:
-            console.print(table, markup=False)
+            out.print(table, markup=False)
     return "\n".join(line.rstrip() for line in captured.get().splitlines())

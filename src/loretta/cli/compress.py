@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from loretta.cli.options import Json, Model, Overwrite
-from loretta.cli.output import print_json
+from loretta.cli.output import console, print_json
 
 
 def compress(
@@ -48,4 +48,4 @@ def compress(
     if as_json:
         print_json(result.as_dict())
     else:
-        show(result, Console())
+        show(result, console())

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from loretta.cli.options import Cpu, Json, Model, RunFolder
-from loretta.cli.output import print_json, scores
+from loretta.cli.output import print_json, say, scores
 from loretta.errors import InputError
 
 
@@ -37,4 +37,4 @@ def evaluate(
     if as_json:
         print_json({"run": str(run), "split": split, **values})
     else:
-        typer.echo(f"{split}: {scores(values)}")
+        say(f"{split}: {scores(values)}")

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from loretta.cli.options import Json, Model, Overwrite
-from loretta.cli.output import print_json
+from loretta.cli.output import print_json, say
 from loretta.errors import InputError
 
 
@@ -37,7 +37,7 @@ def export(
         print_json(dataclasses.asdict(written))
         return
     ranks = ", ".join(f"{count} of rank {rank}" for rank, count in written.ranks.items())
-    typer.echo(f"{to} in {written.dtype}: {sum(written.ranks.values())} modules adapted ({ranks})")
+    say(f"{to} in {written.dtype}: {sum(written.ranks.values())} modules adapted ({ranks})")
     if written.whole:
-        typer.echo(f"written whole: {', '.join(written.whole)}")
-    typer.echo(f"{written.bytes_before:,} bytes of tensors became {written.bytes_after:,}; see {written.path}")
+        say(f"written whole: {', '.join(written.whole)}")
+    say(f"{written.bytes_before:,} bytes of tensors became {written.bytes_after:,}; see {written.path}")

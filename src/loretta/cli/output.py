@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
+from loretta import wording
 from loretta.errors import InputError
 from loretta.wording import as_json
 
@@ -61,10 +62,13 @@ def scores(values: Mapping[str, float]) -> str:
 
 def console() -> "Console":
     """Standard output for tables: in a file or a pipe they are not cut to 80 columns."""
-    from rich.console import Console
+    terminal = wording.console(highlight=False)
+    return terminal if terminal.is_terminal else wording.console(highlight=False, width=200)
 
-    terminal = Console(highlight=False)
-    return terminal if terminal.is_terminal else Console(highlight=False, width=200)
+
+def say(text: object, *, err: bool = False) -> None:
+    """Print a line or several, where names and words of others are spelled so that they cannot steer a terminal."""
+    typer.echo(wording.spelled(text), err=err)
 
 
 def existing(folder: Path) -> Path:

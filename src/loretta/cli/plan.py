@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from loretta.cli.options import Json
-from loretta.cli.output import print_json
+from loretta.cli.output import print_json, say
 
 
 def plan(
@@ -29,7 +29,7 @@ def plan(
 
     if presets:
         rows = list_presets()
-        print_json(rows) if as_json else typer.echo(preset_table(rows))
+        print_json(rows) if as_json else say(preset_table(rows))
         return
     result = make_plan(
         model=model,
@@ -43,4 +43,4 @@ def plan(
     if as_json:
         print_json(result.as_dict())
     else:
-        typer.echo(result.explanation() if explain else result.table())
+        say(result.explanation() if explain else result.table())

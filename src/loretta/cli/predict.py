@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from loretta.cli.options import Cpu, Json, Model, RunFolder
-from loretta.cli.output import print_json
+from loretta.cli.output import print_json, say
 from loretta.errors import InputError
 from loretta.files import write_whole
 from loretta.locks import hold_file
@@ -42,12 +42,12 @@ def predict(
         if output is not None:
             with _saying_why(output):
                 write_whole(output, _table(rows) if output.suffix == ".csv" else as_json_lines(rows))
-            typer.echo(f"{len(rows):,} rows written to {output}", err=True)
+            say(f"{len(rows):,} rows written to {output}", err=True)
     if as_json:
         print_json(rows)
     elif output is None:
         for row in rows:
-            typer.echo("\t".join(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()))
+            say("\t".join(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()))
 
 
 def _of_file(file: Path, names: Sequence[str]) -> list[list[str]]:

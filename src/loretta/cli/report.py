@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from loretta.cli.options import Json
-from loretta.cli.output import answer
+from loretta.cli.output import answer, say
 from loretta.errors import InputError
 from loretta.owned import find_foreign, write_listed
 
@@ -58,4 +58,4 @@ def report(
         write_listed(file, content.encode("utf-8", errors="replace"), overwrite=overwrite)
     except OSError as error:
         raise InputError(f"--output '{given}' cannot be written ({error.strerror or error}): give another") from None
-    typer.echo(f"written to {given}", err=True)
+    say(f"written to {given}", err=True)

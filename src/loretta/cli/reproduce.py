@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from loretta.cli.options import Json, run_options
-from loretta.cli.output import print_json
+from loretta.cli.output import print_json, say
 from loretta.cli.study import (
     OF_THE_DATA,
     DryRun,
@@ -56,7 +56,7 @@ def reproduce(
         if as_json:
             print_json([{"target": study.name, "title": study.title, "source": study.source} for study in studies])
         else:
-            typer.echo("\n".join(f"{study.name:<8}  {study.title}" for study in studies))
+            say("\n".join(f"{study.name:<8}  {study.title}" for study in studies))
         return
     from loretta.studies.configs import Options
 

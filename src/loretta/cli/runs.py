@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from loretta.cli.options import Command, Json
-from loretta.cli.output import console, existing, print_json
+from loretta.cli.output import console, existing, print_json, say
 from loretta.errors import InputError
 
 app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at the runs in a folder, at any time.")
@@ -28,7 +28,7 @@ def list_runs(
         return
     console().print(runs_table(rows))
     states = [row["state"] for row in rows]
-    typer.echo(", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)) or "no runs")
+    say(", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)) or "no runs")
 
 
 @app.command("show", cls=Command)
@@ -42,14 +42,14 @@ def show_run(run: Annotated[Path, typer.Argument(help="Folder of a run.")], as_j
     state, reason = folder_state(run, result)
     if state != "finished":
         content = {"run": str(run), "state": state, "reason": reason}
-        print_json(content) if as_json else typer.echo(f"{run}: {state}: {reason}")
+        print_json(content) if as_json else say(f"{run}: {state}: {reason}")
         return
     if result != "run.json":
         values = {key: value for key, value in measured(run / result).items() if key != "config"}
         if as_json:
             print_json({"run": str(run), "state": state, **values})
         else:
-            typer.echo("\n".join(f"{key}: {value}" for key, value in values.items()))
+            say("\n".join(f"{key}: {value}" for key, value in values.items()))
         return
     record = RunRecord.load(run / "run.json")
     if as_json:
@@ -57,12 +57,12 @@ def show_run(run: Annotated[Path, typer.Argument(help="Folder of a run.")], as_j
         return
     console().print(comparison_table(comparison_rows({str(run): record}), [str(run)]))
     given = {key: value for key, value in record.config.items() if value not in (None, {}, False)}
-    typer.echo("options: " + ", ".join(f"{key}={value}" for key, value in given.items()))
+    say("options: " + ", ".join(f"{key}={value}" for key, value in given.items()))
     for note in record.notes:
-        typer.echo(f"note: {note}")
-    typer.echo(f"command: {record.command}")
+        say(f"note: {note}")
+    say(f"command: {record.command}")
     again = ["loretta", "train", "--config", str(run / "config.json"), "-o", f"{run}-again"]
-    typer.echo(f"again: {shlex.join(again)}")
+    say(f"again: {shlex.join(again)}")
 
 
 @app.command("diff", cls=Command)
@@ -85,5 +85,5 @@ def compare_runs(
     run: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")], as_json: Json = False
 ) -> None:
     """The old name of `loretta runs diff`."""
-    typer.echo("loretta: `loretta runs compare` is now `loretta runs diff`", err=True)
+    say("loretta: `loretta runs compare` is now `loretta runs diff`", err=True)
     diff_runs(run, as_json=as_json)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loretta.cli.output import console, print_json
+from loretta import wording
+from loretta.cli.output import console, print_json, say
 from loretta.errors import InputError
 from loretta.options import parse_option
 from loretta.training.config import ALIASES, read_sample
@@ -118,7 +119,7 @@ def carry_out(
         with _progress() as watch:
             summary = run_study(study, options, root, jobs=jobs, population=together, command=command, watch=watch)
     except KeyboardInterrupt:
-        typer.echo("loretta: interrupted; the same command goes on from here", err=True)
+        say("loretta: interrupted; the same command goes on from here", err=True)
         raise typer.Exit(130) from None
     results = collect(root, study.name)
     words = verdict(results).words if study.view == "compare" else None
@@ -128,11 +129,11 @@ def carry_out(
     else:
         console().print(results_table(results))
         for note in dict.fromkeys([*study.notes, *summary.notes]):
-            typer.echo(f"note: {note}")
+            say(f"note: {note}")
         if words:
-            typer.echo(words)
-        typer.echo(_summary_words(summary))
-        typer.echo(f"All of it, beside the paper's numbers: loretta report {shlex.quote(str(root))} -o report.html")
+            say(words)
+        say(_summary_words(summary))
+        say(f"All of it, beside the paper's numbers: loretta report {shlex.quote(str(root))} -o report.html")
     if not summary.complete:
         raise typer.Exit(1)
 
@@ -167,11 +168,9 @@ def _dry_run(study: "Study", options: "Options", root: Path, *, as_json: bool) -
         # the paper's count is of the paper's model
         printed[run.model, run.row] = row.parameters if row and row.model == run.model else None
     console().print(estimate_table(estimates, printed, f"{study.name}: {study.title}"))
-    typer.echo(
-        f"{len(expansion.runs)} runs ({finished} finished), {steps or 0:,} steps, about {duration(seconds)} one by one"
-    )
+    say(f"{len(expansion.runs)} runs ({finished} finished), {steps or 0:,} steps, about {duration(seconds)} one by one")
     for note in (*basis, *expansion.notes):
-        typer.echo(f"note: {note}")
+        say(f"note: {note}")
 
 
 def _summary_words(summary: "Summary") -> str:
@@ -183,13 +182,12 @@ def _summary_words(summary: "Summary") -> str:
 @contextmanager
 def _progress() -> Iterator[Any]:
     """What the runner tells as it goes, on standard error: a bar on a terminal, a line for each run elsewhere."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    out = wording.console(stderr=True, soft_wrap=True, highlight=False)
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        console=console, transient=True, disable=not console.is_terminal,
+        console=out, transient=True, disable=not out.is_terminal,
     )  # fmt: skip
     task = bar.add_task("starting", total=None)
 

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from loretta.cli.options import Json, run_options
-from loretta.cli.output import print_json, scores
+from loretta.cli.output import print_json, say, scores
 from loretta.errors import InputError
 from loretta.training.config import read_config
 from loretta.training.folder import CONFIG
@@ -45,14 +45,14 @@ def train(
     try:
         write_listed(page, report.render([record], notes=record.notes).encode("utf-8", errors="replace"))
     except InputError as error:  # the run itself is whole
-        typer.echo(f"loretta: {error}, for a page of this run", err=True)
+        say(f"loretta: {error}, for a page of this run", err=True)
     if as_json:
         print_json(record.model_dump())
         return
     for split, values in {"validation": record.validation, "test": record.test}.items():
         if values:
-            typer.echo(f"{split}: {scores(values)}")
-    typer.echo(
+            say(f"{split}: {scores(values)}")
+    say(
         f"{record.parameters.trainable:,} trained parameters, {record.adapter_bytes:,} bytes, "
         f"{record.train_seconds:.0f} s; see {page}"
     )

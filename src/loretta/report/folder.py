@@ -41,13 +41,22 @@ def _of_studies(studies: Sequence[Results], root: Path, form: str) -> str:
 
 def _of_runs(root: Path, form: str) -> str:
     found = list(find_runs(root))
-    records = [RunRecord.load(folder / "run.json") for folder, _, _ in found if (folder / "run.json").is_file()]
+    records, damaged = [], []
+    for folder, state, _ in found:
+        try:
+            if state == "finished" and (folder / "run.json").is_file():
+                records.append(RunRecord.load(folder / "run.json"))
+        except InputError as error:  # one that cannot be read hides none of the others
+            damaged.append(f"left out: {error}")
+    if damaged and not records:
+        raise InputError(damaged[0].removeprefix("left out: "))
     if not records:
         raise InputError(
             f"'{root}' holds neither a study nor a finished run: `loretta runs ls '{root}'` shows its state"
         )
     notes = list(dict.fromkeys(note for record in records for note in record.notes))
     notes += [f"{folder.relative_to(root)}: {state}, {why}" for folder, state, why in found if state != "finished"]
+    notes += damaged
     write: Mapping[str, Callable[[], str]] = {
         "html": lambda: runs.render(records, notes=notes),
         "md": lambda: text.runs_markdown(records, notes),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from loretta.files import write_whole
 from loretta.report.figures import Bars, Chart, svg
+from loretta.wording import spelled
 
 if TYPE_CHECKING:
     from markupsafe import Markup
@@ -22,6 +23,8 @@ def render(template: str, **content: Any) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        # words of others; what is marked as HTML is ours
+        finalize=lambda value: spelled(value) if type(value) is str else value,
     )
     return environment.get_template(template).render(**content)
 

@@ -10,6 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from loretta.errors import InputError
 from loretta.files import read_plain
 from loretta.options import parse_option, read_yaml
+from loretta.wording import one_line
 
 Quantization = Literal["nf4", "fp4", "int8", "torchao-int8", "fp8"]
 HeadPolicy = Literal["method", "full", "frozen"]
@@ -173,6 +174,17 @@ def read_config(path: Path | None, options: Mapping[str, Any], sets: Sequence[st
         return RunConfig(**raw)
     except ValidationError as error:
         raise InputError(_all_mistakes(error)) from None
+
+
+def recorded_config(options: Mapping[str, Any], file: Path) -> RunConfig:
+    """The options of a finished run, which ``file`` holds. Raises InputError where this version does not take them."""
+    try:
+        return RunConfig(**options)
+    except (ValidationError, TypeError) as error:
+        raise InputError(
+            f"'{file}' holds options that this version does not take ({one_line(error)}): upgrade loretta, or do the "
+            "run again"
+        ) from None
 
 
 def _put(raw: dict[str, Any], key: str, value: Any) -> None:

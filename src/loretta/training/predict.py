@@ -16,7 +16,7 @@ from loretta.record import RunRecord
 from loretta.tasks.base import Task
 from loretta.tasks.glue import GLUE
 from loretta.tasks.prompted import PromptedTask
-from loretta.training.config import RunConfig
+from loretta.training.config import RunConfig, recorded_config
 from loretta.training.data import encode
 from loretta.training.folder import ADAPTER
 from loretta.training.methods import FULL, find_method
@@ -43,7 +43,7 @@ def load_run(folder: Path, *, model: str | None = None, cpu: bool = False) -> Lo
     """
     refuse_held(folder)
     record = RunRecord.load(folder / "run.json")
-    config = RunConfig(**record.config)
+    config = recorded_config(record.config, folder / "run.json")
     name = model or config.model
     tokenizer = load_tokenizer(name)
     whole = find_method(record.method) is FULL

@@ -10,7 +10,7 @@ from loretta.errors import InputError
 from loretta.record import RunRecord
 from loretta.tasks.base import Task
 from loretta.tasks.prompted import PromptedTask
-from loretta.training.config import RunConfig
+from loretta.training.config import RunConfig, recorded_config
 from loretta.training.folder import ADAPTER, RECORD
 from loretta.training.methods import FULL, find_method
 from loretta.training.model import TASK_TYPES, Trained, load_base, start_from, wrap
@@ -54,7 +54,7 @@ def find_start(config: RunConfig, task: Task | PromptedTask) -> Path:
     """
     folder = Path(str(config.start_from))
     record = RunRecord.load(folder / RECORD)
-    earlier = RunConfig(**record.config)
+    earlier = recorded_config(record.config, folder / RECORD)
     labels = len(record.label_names), len(task.label_names)
     different = [
         f"{what} was {then!r} and is {now!r}"
