@@ -1,8 +1,8 @@
 """The training loop of a population.
 
-The Trainer has one schedule, one loss, one best checkpoint; a population has P of each. What the Trainer decides for
-a run (its rates, its order of the data, when to log and to evaluate, what is best) is asked of the Trainer that each
-member would have alone.
+The Trainer has one schedule, one loss, one best checkpoint; a population has P of each. Each member
+keeps the Trainer that it would have alone, and the loop asks that Trainer for its decisions: the rates, the order of
+the data, when to log and to evaluate, which step is best.
 
 Axes: P members, N trained numbers of each, b rows of one member in a batch.
 """
@@ -135,7 +135,7 @@ class Loop:
         )
         self.best = population.values.clone()
         self.step, self.logged, self.seconds = 0, 0, 0.0
-        self.stopped = [False] * population.size  # early: a member computes on, and nothing of it is noted any more
+        self.stopped = [False] * population.size  # early: such a member computes on, but nothing of it is noted
         self.not_finite: dict[int, int] = {}  # member -> the step behind which that was seen; it has stopped, too
         self.loss = population.values.new_zeros(population.size)  # summed since the last log
         self.factor = torch.ones(population.size, 1, dtype=population.values.dtype, device=self.device)
@@ -232,7 +232,7 @@ class Loop:
         logger.warning("'%s' is not finite at step %d, and stops", self.members[k].config.folder, self.step)
 
     def _is_best(self, member: Member, values: Mapping[str, float]) -> bool:
-        """Whether a member was never as good, which is noted in its state; as the Trainer decides it."""
+        """Whether the score is the member's best so far, as its Trainer decides; its state then notes the score."""
         state, name = member.trainer.state, str(self.args.metric_for_best_model)
         value = values[name if name.startswith("eval_") else f"eval_{name}"]
         sign = 1 if self.args.greater_is_better else -1
@@ -243,7 +243,7 @@ class Loop:
         return True
 
     def _has_stopped(self, member: Member) -> bool:
-        """Whether so many evaluations in a row as the run allows were no better than the best."""
+        """Whether as many evaluations in a row as the run allows were no better than the best."""
         state, patience = member.trainer.state, member.config.patience
         since = [e for e in state.log_history if "eval_loss" in e and e["step"] > (state.best_global_step or 0)]
         return patience is not None and len(since) >= patience

@@ -42,7 +42,7 @@ class Members(nn.Module):
         return {name: getattr(self, f"values_{k}") for k, name in enumerate(self.names)}
 
     def __getattr__(self, name: str) -> Any:
-        """What models and PEFT read from a module without calling it: sizes, dtypes, names."""
+        """The attributes that models and PEFT read from a module without calling it: sizes, dtypes, names."""
         try:
             return super().__getattr__(name)
         except AttributeError:

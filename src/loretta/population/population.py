@@ -45,7 +45,7 @@ class Start:
     @classmethod
     @torch.no_grad()
     def of(cls, model: PeftModel, other: PeftModel) -> "Start":
-        """That of ``model``, where it differs from ``other``, which has the same modules."""
+        """The start of ``model`` where it differs from that of ``other``, a model of the same modules."""
         theirs, mine = _tensors(other), _tensors(model)
         if theirs.keys() != mine.keys() or any(theirs[name].shape != mine[name].shape for name in mine):
             raise InputError("the members of a population train different parameters: train them one by one")
@@ -198,7 +198,7 @@ class Population(nn.Module):
                 group.take_back()
 
     def backward(self, losses: Tensor) -> None:
-        """Write to :attr:`gradient` that of each member's own loss; ``losses`` (P)."""
+        """Write the gradient of each member's own loss into :attr:`gradient`. ``losses`` has shape (P)."""
         # the sum, because no number of a member reaches the loss of another
         found = torch.autograd.grad(losses.sum(), self.stacks)
         torch._foreach_copy_(self._gradients, list(found))
@@ -274,7 +274,7 @@ class Population(nn.Module):
 
 
 def _ratios(scales: Sequence[float], values: Mapping[str, Tensor]) -> Tensor:
-    """What the layer, which multiplies with the scale of the first member, has to be given of the others."""
+    """Each member's scale over that of the first member, by which the layer multiplies the effect of all."""
     like = next(iter(values.values()))
     return like.new_tensor([scale / scales[0] for scale in scales])
 
@@ -322,7 +322,7 @@ def _site(model: nn.Module, name: str) -> str:
 
 
 def _blocks(model: PeftModel, trained: Sequence[str]) -> list[tuple[str, ...]]:
-    """The trained parameters, those of equal trains together: names that are one stack each."""
+    """Stacks of trained parameters, by their names: the same parameter of all equal trains is one stack."""
     layers: dict[Hashable, list[str]] = defaultdict(list)
     others: list[tuple[str, ...]] = []
     tensors = _tensors(model)

@@ -16,7 +16,7 @@ from loretta.training.batches import IGNORED, bucket
 class Rows:
     """One split of each member, padded once and kept where the model is.
 
-    Members of which the data is the same share it.
+    Members with the same data share one copy.
 
     Args:
         splits: of the members, as token ids.
@@ -60,7 +60,7 @@ class Rows:
 
 
 def row_losses(logits: Tensor, labels: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """For each row the sum of its losses, and the number of them: of a text that of its tokens but the first."""
+    """For each row the sum and the number of its losses. A text has one for each token but the first."""
     logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
     if kind == "language_modeling":
         logits, labels = logits[:, :-1], labels[:, 1:]
@@ -76,6 +76,6 @@ def row_losses(logits: Tensor, labels: Tensor, kind: str) -> tuple[Tensor, Tenso
 
 
 def mean_of_batches(sums: Tensor, counts: Tensor, batch_size: int) -> Tensor:
-    """(P, rows) sums and numbers of losses -> (P): the mean that the Trainer reports, over batches by their rows."""
+    """(P, rows) sums and numbers of losses -> (P): the Trainer's mean, of the batches' means weighted by their rows."""
     batches = zip(sums.split(batch_size, 1), counts.split(batch_size, 1), strict=True)
     return torch.stack([s.shape[1] * s.sum(1) / n.sum(1) for s, n in batches]).sum(0) / sums.shape[1]

@@ -133,7 +133,7 @@ class TrainGroup:
                 site.bias_up = bias_PH[:, None]
 
     def take_back(self) -> None:
-        """The opposite, after the pass: a graph that lives on binds the gradients to the stream that it was made on."""
+        """Take the factors away after the pass: a graph that lives on binds the gradients to its own stream."""
         for site in self.sites:
             site.factors, site.bias_up = [], None
 

@@ -139,7 +139,7 @@ def _verdict(results: Results) -> str:
 
 
 def _notes(results: Results) -> list[str]:
-    """What keeps the numbers from being the paper's, then the study's, the rows' and the runs' own notes."""
+    """First why the numbers are not the paper's, then the notes of the study, of its rows and of the runs."""
     notes = []
     cells = [cell for cell in results.cells if cell.scores]
     others = {cell.model for cell in cells if cell.printed is not None and cell.model != cell.printed_model}
@@ -174,7 +174,7 @@ def _notes(results: Results) -> list[str]:
 
 
 def _missing(cells: Sequence[Measured]) -> Table | None:
-    """The runs without a number, those of one method, the same seeds and one reason together."""
+    """The runs without a number: one row for all of a method that lack the same seeds for the same reason."""
     seeds: dict[tuple[str, str, str, str, str], dict[str, int]] = {}
     for cell in cells:
         for missing in cell.missing:
@@ -190,7 +190,7 @@ def _missing(cells: Sequence[Measured]) -> Table | None:
         alike.setdefault((label, model, numbers, state, reason), {})[task] = list(folders)
     rows = []
     for (label, model, numbers, state, reason), of_task in alike.items():
-        # what waits left nothing to look at
+        # a waiting run has no folder to look into
         shown = [folder for names in of_task.values() for folder in names if state != "waiting"]
         words = [model, ", ".join(of_task), numbers, state, reason, ", ".join(shown) or MISSING]
         rows.append(Row(heads=(label,), cells=[Cell(word) for word in words]))

@@ -243,7 +243,7 @@ def _shapes(results: Results) -> list[Chart]:
     charts = []
     for model, task, cells in _task_charts(results):
         labels = [cell.label for cell in cells]
-        # of "LoRETTA adp, 5 modes" and "LoRETTA adp, 3 modes" what tells them apart
+        # the part that tells "LoRETTA adp, 5 modes" from "LoRETTA adp, 3 modes"
         tails = {label.rpartition(", ")[2] for label in labels}
         short = [label.rpartition(", ")[2] if len(tails) == len(labels) else label for label in labels]
         places = {float(k): label for k, label in enumerate(short)}

@@ -43,7 +43,7 @@ def tables_of(results: Results, root: Path, anchors: Anchors, looks: Mapping[str
 
 
 def record_of(root: Path, run: Planned) -> RunRecord | None:
-    """What a run wrote down; None where there is nothing, or it is damaged: the results say so with the run."""
+    """The record of a run; None where it is missing or damaged, which the results say of the run."""
     try:
         return RunRecord.load(root / run.folder / "run.json")
     except InputError:

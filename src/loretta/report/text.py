@@ -165,7 +165,7 @@ def studies_markdown(title: str, sections: Sequence[Section]) -> str:
 
 
 def studies_latex(sections: Sequence[Section]) -> str:
-    """The page's tables, and as comments what must be known of their numbers."""
+    """The page's tables, with the commands and notes of each study as comments."""
     return latex(
         (table, [section.title, *section.commands, *section.notes]) for section in sections for table in section.tables
     )

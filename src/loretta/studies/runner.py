@@ -113,7 +113,7 @@ def _units(ready: Sequence[Planned], population: int | None, workers: int) -> li
 def _ready(root: Path, run: Planned, runs: dict[str, Planned]) -> bool:
     return (
         run.config is not None
-        # that another process has it says the lock: the note of a holder may outlive it, and its number be another's
+        # the lock says whether another process has the run: a holder's note may outlive it, and its number be another's
         and state_of(root, run)[0] != "finished"
         and all(state_of(root, runs[folder])[0] == "finished" for folder in run.after)
     )

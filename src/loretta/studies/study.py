@@ -14,7 +14,7 @@ from loretta.plan import find_preset
 Kind = Literal["train", "cost", "count"]  # a training run, one measured step, counted parameters
 View = Literal["scores", "sequence", "cost", "ranks", "shapes", "norms", "pareto", "curves", "bytes", "compare"]
 
-# what tells the runs of a study apart: the same for all of them, they would be one run counted several times
+# options that tell the runs of a study apart: given one value, the runs would be one run that is counted several times
 OF_EACH_RUN = ("model", "data", "method", "method_args", "seed", "output", "start_from")
 
 
@@ -154,7 +154,7 @@ def _read(name: str) -> dict[str, Any]:
     raw = yaml.safe_load(
         resources.files("loretta.studies").joinpath("targets", f"{name}.yaml").read_text(encoding="utf-8")
     )
-    # a study that belongs to another: what it does not say itself is the other's
+    # a study may be based on another one, which then gives the keys that it lacks
     based_on = raw.pop("based_on", None)
     raw = {"name": name, **raw}
     if based_on is None:

@@ -30,7 +30,7 @@ def hold_out(
 
 
 def text_key(text: tuple[str, ...]) -> tuple[str, ...]:
-    """What makes two texts the same: their words, whatever the case and the spacing."""
+    """A key that equal texts share: their words, whatever the case and the spacing."""
     return tuple(" ".join(part.casefold().split()) for part in text)
 
 

@@ -88,7 +88,7 @@ class CudaGraphTrainer(Trainer):
         return model, loader
 
     def _unless_replayed(self, work: Callable[..., Any]) -> Callable[..., Any]:
-        """``work``, which the Trainer's loop does at an update, unless the update was part of a replay."""
+        """Do ``work``, a part of the update in the Trainer's loop, only where no replay has done the update."""
 
         @wraps(work)
         def work_left(*args: Any, **kwargs: Any) -> Any:
@@ -266,11 +266,11 @@ class CudaGraphTrainer(Trainer):
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def _can_record_update(self) -> bool:
-        # of the others some look at their state from the CPU, and all take the learning rate as a number
+        # all other optimizers take the learning rate as a number, and some read their state on the CPU
         return all(group.get("fused") and "capturable" in group for group in self._optimizer().param_groups)
 
     def _has_updated(self) -> bool:
-        """Whether the optimizer has its state: to record that it begins would be to begin in every replay."""
+        """Whether the optimizer has its state. If its first step were recorded, every replay would be a first step."""
         return bool(self._optimizer().state)
 
     def _go_on_eagerly(self, reason: str) -> None:
@@ -315,7 +315,7 @@ class Recorder:
             outer.wait_stream(side)
 
     def record(self, work: Work) -> Work:
-        """Run ``work`` without computing anything. Returns what does: it fills the tensors that ``work`` returned.
+        """Record ``work`` and compute nothing. Returns the function that computes, which fills the tensors of ``work``.
 
         Raises RuntimeError for work that needs a number from the GPU to go on, and InputError for work that waits for
         the GPU without asking for one: the attempt to record that leaves no state to go on from.
@@ -327,8 +327,8 @@ class Recorder:
         try:
             # thread_local: a thread of the data loader may allocate pinned memory meanwhile
             with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
-                # what would wait for the GPU raises before it has spoilt the recording
-                with warnings.catch_warnings(action="ignore"):  # that not every such wait is found
+                # an operation that would wait for the GPU raises before it spoils the recording
+                with warnings.catch_warnings(action="ignore"):  # torch warns that it finds not every such wait
                     torch.cuda.set_sync_debug_mode("error")
                 try:
                     result = work()
@@ -340,7 +340,7 @@ class Recorder:
                     f"a step of this model waits for the GPU and spoils its recording ({_short(error)}): "
                     "train it without CUDA graphs"
                 ) from error
-            generator.graphsafe_set_state(random)  # that of a recording without an end would refuse to go on
+            generator.graphsafe_set_state(random)  # the state of an unfinished recording refuses to go on
             raise
 
         def replay() -> tuple[Tensor, Tensor | None]:

@@ -49,7 +49,7 @@ class Texts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Judged:
-    """What a model makes of a split: the loss and the task's metrics, and what it answers to each example."""
+    """The result of a model on a split: the loss, the task's metrics, and its answer to each example."""
 
     values: dict[str, float]
     answers: list[dict[str, Any]]
@@ -268,7 +268,7 @@ def generate(
     settings = GenerationConfig(
         max_new_tokens=config.max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=sorted(ends) or None
     )
-    # PEFT gives pads positions behind a trained prompt, and what follows them another distance to it
+    # behind a trained prompt PEFT counts pads as positions, which moves the text after them away from it
     alike = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
     words = [""] * len(prompts)
     batches = list(_batches([len(prompt) for prompt in prompts], config.eval_batch_size, alike=alike))
@@ -276,7 +276,7 @@ def generate(
         batch = padded([prompts[k] for k in rows], pad, side="left")
         inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
         with warnings.catch_warnings():
-            # without pads they are what PEFT puts in their place
+            # PEFT's own positions are right where there are no pads
             warnings.filterwarnings("ignore", message="Position ids are not supported", module="peft")
             out = model.generate(**inputs, generation_config=settings)
         for k, ids in zip(rows, out[:, inputs["input_ids"].shape[1] :], strict=True):
@@ -315,7 +315,7 @@ def _shown(steps: Sequence[T], words: str | None) -> Iterable[T]:
 
 @contextmanager
 def _evaluating(model: Trained, config: RunConfig) -> Iterator[None]:
-    """Without dropout, and in the precision of the training steps; then as it was."""
+    """Turn dropout off and take the precision of the training steps, until the block ends."""
     training = model.training
     model.eval()
     try:

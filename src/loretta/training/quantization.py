@@ -22,7 +22,7 @@ _WHOLE = (*HEADS, "pre_classifier", *(name.partition(".")[0] for name in HIDDEN_
 
 
 def quantized_loading(name: str, *, task_type: str, dtype: str = "float32", cpu: bool = False) -> dict[str, Any]:
-    """What ``from_pretrained`` has to be given so that it quantises the linear layers of a base while loading it.
+    """Options for ``from_pretrained`` with which it quantises the linear layers of a base while loading it.
 
     The base lands on the accelerator where there is one, unless ``cpu``: many quantised weights cannot be moved later.
 

@@ -26,7 +26,7 @@ TRAINED = "trained.safetensors"
 class EpochOrder(Sampler[int]):
     """The order of the training examples, from the seed and the epoch alone.
 
-    What a method draws at random, at its start or in a step, leaves it as it is: all methods see the same batches.
+    Random numbers that a method draws, at its start or in a step, do not change it: all methods see the same batches.
     With ``lengths`` examples of similar lengths come together.
     """
 
@@ -78,7 +78,7 @@ class TwoRateTrainer(WholeCheckpointsTrainer):
     """A Trainer whose final layer may learn at a rate of its own: it starts from nothing, the rest does not.
 
     Args:
-        lengths: of the training examples, which then come grouped by it.
+        lengths: of the training examples. Examples of similar lengths then come together.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class TwoRateTrainer(WholeCheckpointsTrainer):
             super()._load_best_model()
 
     def _learns_prompt(self) -> bool:
-        """Whether PEFT saves what the trained parameters give out and not the parameters: no training goes on then."""
+        """Whether PEFT saves the outputs of the trained parameters in their place: from these no training can go on."""
         return isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning
 
     @torch.no_grad()

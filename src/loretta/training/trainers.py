@@ -76,7 +76,7 @@ def make_trainer(
             lengths=[len(texts) for texts in encoded["train"]],
         )
     if config.cuda_graph and arguments.device.type == "cuda":
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # which warns of the workers else
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise it warns of the workers
         arguments.dataloader_num_workers, arguments.dataloader_persistent_workers = 2, True
     plain = TwoRateGraphTrainer if config.cuda_graph else TwoRateTrainer
     if task.kind == "language_modeling":
@@ -91,7 +91,7 @@ def make_trainer(
 
 
 def training_arguments(config: RunConfig, folder: Path, *, best_by: str, greater_is_better: bool) -> TrainingArguments:
-    """The Trainer's options for a run; the checkpoint that is best by a metric on validation, or "loss", is kept."""
+    """The Trainer's options for a run. ``best_by``, a validation metric or "loss", chooses the checkpoint to keep."""
     every = "epoch" if config.eval_steps is None else "steps"
     steps = {} if config.eval_steps is None else {"eval_steps": config.eval_steps, "save_steps": config.eval_steps}
     return TrainingArguments(
@@ -125,7 +125,7 @@ def training_arguments(config: RunConfig, folder: Path, *, best_by: str, greater
 
 
 def choosing_metric(config: RunConfig, task: Task | PromptedTask) -> str:
-    """What the best checkpoint is chosen by: the task's first metric, or "loss"."""
+    """The name of the score that chooses the best checkpoint: the task's first metric, or "loss"."""
     default = "loss" if isinstance(task, PromptedTask) else "metric"
     # perplexity is exp(loss): the same order
     by_loss = (config.select_by or default) == "loss" or task.metrics[0] == "perplexity"

@@ -11,7 +11,7 @@ Kind = Literal["choice", "generation"]
 TrainAs = Literal["classification", "language_modeling"]
 Row = Mapping[str, Any]  # one row with the Hub's fields, and "split": "train" or "validation"
 
-STOP = "\n"  # ends every generated answer: it is trained after the answer, and what a model writes behind it is cut off
+STOP = "\n"  # ends every answer: training puts it behind the answer, and text that a model writes after it is cut off
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,7 +31,7 @@ class Example:
 
     @property
     def completion(self) -> str:
-        """What the prompt is trained to go on with: the right option, or the first answer and :data:`STOP`."""
+        """The text that training puts behind the prompt: the right option, or the first answer and :data:`STOP`."""
         return self.options[self.correct[0]] if self.options else f" {self.answers[0]}{STOP}"
 
 

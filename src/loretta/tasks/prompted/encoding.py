@@ -35,9 +35,9 @@ def encode_pair(
     """Ids of ``prompt + completion`` and how many of them are the prompt's; at most ``max_length`` in all.
 
     The ids are those of the joined text. A token that reaches over the boundary, as the merges of some vocabularies
-    make it, counts as the completion's. What the tokenizer puts in front of a text (a BOS) is kept once, even where
-    the prompt spells it already; what it puts behind one (an EOS, a [SEP]) is left out. A text that is too long loses
-    the left end of its prompt, never the BOS or a part of the completion.
+    make it, counts as the completion's. The tokens that the tokenizer puts in front of a text (a BOS) are kept once,
+    even where the prompt spells them already; those that it puts behind one (an EOS, a [SEP]) are left out. A text that
+    is too long loses the left end of its prompt, never the BOS or a part of the completion.
 
     Raises:
         InputError: a completion without a token of its own, or one that leaves no room for a token in front of it.
@@ -121,7 +121,7 @@ def _encode_all(
 
 
 def _lead(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    """What the tokenizer puts in front of the text, which is not empty."""
+    """The tokens that the tokenizer puts in front of the text, which is not empty."""
     plain, whole = (_tokenize(tokenizer, text, add_special_tokens=add) for add in (False, True))
     n_added = len(whole) - len(plain)
     return whole[: next((n for n in range(n_added + 1) if whole[n : n + len(plain)] == plain), 0)]
