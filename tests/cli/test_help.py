@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from loretta.cli import main as cli
+from loretta.plan.presets import PRESETS
 from loretta.record import RunRecord
 from loretta.studies.study import OF_EACH_RUN
 from loretta.training.config import ALIASES, RunConfig
@@ -99,6 +100,14 @@ def test_the_shell_completes_verbs_options_and_words():
     assert complete("loretta co") == ["compress", "compare"]
     assert "--learning-rate" in complete("loretta train --lear")
     assert complete("loretta train --schedule co") == ["cosine", "constant_with_warmup"]
+
+
+def test_presets_are_listed_without_torch():
+    status, out, err = loretta("plan", "--presets")
+    assert (status, err) == (0, "")
+    assert [line.split()[0] for line in out.splitlines() if line.startswith("  paper/")] == list(PRESETS)
+    rows = json.loads(loretta("plan", "--presets", "--json")[1])
+    assert {row["preset"]: row["parameters"] for row in rows} == {name: row.count for name, row in PRESETS.items()}
 
 
 def test_runs_are_listed_shown_and_compared_without_torch(tmp_path):

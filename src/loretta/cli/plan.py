@@ -25,12 +25,14 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Show what LoRETTA will do to a model, from its configuration alone."""
-    from loretta.plan import list_presets, make_plan, preset_table
-
     if presets:
+        from loretta.plan import list_presets, preset_table
+
         rows = list_presets()
         print_json(rows) if as_json else say(preset_table(rows))
         return
+    from loretta.plan import make_plan
+
     result = make_plan(
         model=model,
         method=method,

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from loretta.plan.counts import KINDS, trainable_by_kind
     from loretta.plan.picture import train_svg
     from loretta.plan.plan import Plan, count_baseline, plan_model, read_plan
-    from loretta.plan.presets import PRESETS, Preset, find_preset
-    from loretta.plan.request import PlanResult, list_presets, make_plan, preset_table
+    from loretta.plan.presets import PRESETS, Preset, find_preset, list_presets, preset_table
+    from loretta.plan.request import PlanResult, make_plan
     from loretta.plan.words import explain_plan
 else:
     __getattr__ = lazy_attributes(
@@ -25,8 +25,10 @@ else:
             **dict.fromkeys(("KINDS", "trainable_by_kind"), "loretta.plan.counts"),
             "train_svg": "loretta.plan.picture",
             **dict.fromkeys(("Plan", "count_baseline", "plan_model", "read_plan"), "loretta.plan.plan"),
-            **dict.fromkeys(("PRESETS", "Preset", "find_preset"), "loretta.plan.presets"),
-            **dict.fromkeys(("PlanResult", "list_presets", "make_plan", "preset_table"), "loretta.plan.request"),
+            **dict.fromkeys(
+                ("PRESETS", "Preset", "find_preset", "list_presets", "preset_table"), "loretta.plan.presets"
+            ),
+            **dict.fromkeys(("PlanResult", "make_plan"), "loretta.plan.request"),
             "explain_plan": "loretta.plan.words",
         },
     )

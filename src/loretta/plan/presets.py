@@ -4,12 +4,16 @@ Sources: LoRETTA Tables 1, 2, 3, 6, 7, 10 and 11, appendix A. Counts are integer
 shapes; ``printed`` is what the table shows. Baselines are counted the same way.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
+from rich import box
+from rich.table import Table
+
 from loretta.errors import InputError
+from loretta.wording import as_text
 
 if TYPE_CHECKING:
     from loretta.tuners.config import LorettaConfig
@@ -176,3 +180,28 @@ def find_preset(name: str) -> Preset:
     close = get_close_matches(name, PRESETS, 3, cutoff=0.5)
     guess = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
     raise InputError(f"unknown preset {name!r}: {guess}`loretta plan --presets` lists all {len(PRESETS)}")
+
+
+def list_presets() -> list[dict[str, Any]]:
+    """One row for each preset."""
+    return [
+        {
+            "preset": name,
+            "table": preset.table,
+            "model": preset.model,
+            "method": preset.method,
+            "parameters": preset.count,
+            "printed": preset.printed,
+        }
+        for name, preset in PRESETS.items()
+    ]
+
+
+def preset_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The presets as a table."""
+    table = Table(box=box.SIMPLE_HEAD)
+    for name in rows[0]:
+        table.add_column(name, justify="right" if name == "parameters" else "left")
+    for row in rows:
+        table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in row.values()))
+    return as_text(table, width=140)

@@ -5,18 +5,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich import box
-from rich.table import Table
-
 from loretta.errors import InputError
 from loretta.options import parse_option, with_lists
 from loretta.plan.base_models import default_task_type, find_config, meta_model
 from loretta.plan.budget import Budget, choose
 from loretta.plan.plan import Plan, count_baseline, plan_model
-from loretta.plan.presets import PRESETS, Preset, find_preset, loretta_configs
+from loretta.plan.presets import Preset, find_preset, loretta_configs
 from loretta.plan.words import explain_plan, tables
 from loretta.tuners.config import LorettaConfig
-from loretta.wording import as_text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,28 +131,3 @@ def _preset_notes(preset: Preset | None, model: str) -> tuple[str, ...]:
     if model != preset.model:
         words += f" for {preset.model}"
     return (words, *([preset.note] if preset.note else []))
-
-
-def list_presets() -> list[dict[str, Any]]:
-    """One row for each preset."""
-    return [
-        {
-            "preset": name,
-            "table": preset.table,
-            "model": preset.model,
-            "method": preset.method,
-            "parameters": preset.count,
-            "printed": preset.printed,
-        }
-        for name, preset in PRESETS.items()
-    ]
-
-
-def preset_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The presets as a table."""
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in rows[0]:
-        table.add_column(name, justify="right" if name == "parameters" else "left")
-    for row in rows:
-        table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in row.values()))
-    return as_text(table, width=140)
