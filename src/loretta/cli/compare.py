@@ -12,6 +12,8 @@ from loretta.cli.study import (
     Jobs,
     PopulationSize,
     Rates,
+    Ray,
+    RayGpus,
     Seeds,
     Sets,
     Sweep,
@@ -34,6 +36,8 @@ def compare(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the runs.")] = Path("runs/compare"),
     jobs: Jobs = 1,
     population: PopulationSize = "auto",
+    ray: Ray = None,
+    ray_gpus: RayGpus = None,
     sweep: Sweep = False,
     rates: Rates = None,
     dry_run: DryRun = False,
@@ -65,4 +69,5 @@ def compare(
         sets=run_settings(given, sets),
     )
     check_data(study, options, output)
-    carry_out(study, options, output, jobs=jobs, population=population, dry_run=dry_run, as_json=as_json)
+    where: Any = {"jobs": jobs, "population": population, "ray": ray, "ray_gpus": ray_gpus}
+    carry_out(study, options, output, dry_run=dry_run, as_json=as_json, **where)

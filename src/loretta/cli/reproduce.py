@@ -13,6 +13,8 @@ from loretta.cli.study import (
     Jobs,
     PopulationSize,
     Rates,
+    Ray,
+    RayGpus,
     Seeds,
     Sets,
     Sweep,
@@ -36,6 +38,8 @@ def reproduce(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the runs.")] = Path("runs"),
     jobs: Jobs = 1,
     population: PopulationSize = "auto",
+    ray: Ray = None,
+    ray_gpus: RayGpus = None,
     sweep: Sweep = False,
     batches: Annotated[bool, typer.Option("--sweep-batches", help="Sweep over the grid's batch sizes too.")] = False,
     rates: Rates = None,
@@ -74,4 +78,5 @@ def reproduce(
         orders=orders,
         sets=run_settings(given, sets),
     )
-    carry_out(load_study(target), options, output, jobs=jobs, population=population, dry_run=dry_run, as_json=as_json)
+    where: Any = {"jobs": jobs, "population": population, "ray": ray, "ray_gpus": ray_gpus}
+    carry_out(load_study(target), options, output, dry_run=dry_run, as_json=as_json, **where)

@@ -41,6 +41,16 @@ PopulationSize = Annotated[
         "memory holds, on a CPU one.",
     ),
 ]
+Ray = Annotated[
+    str | None,
+    typer.Option(
+        "--ray", metavar="auto|ADDRESS", help="Run on this Ray cluster, which decides how many runs there are at once."
+    ),
+]
+RayGpus = Annotated[
+    float | None,
+    typer.Option(min=0, help="Of a GPU for each process on the cluster, as 0.25; default: one, where it has any."),
+]
 Sweep = Annotated[
     bool,
     typer.Option("--sweep", help="Choose each method's learning rate on validation, with seed 0, from its grid."),
@@ -102,7 +112,16 @@ def ranks_of(given: str | None) -> list[int]:
 
 
 def carry_out(
-    study: "Study", options: "Options", root: Path, *, jobs: int, population: str, dry_run: bool, as_json: bool
+    study: "Study",
+    options: "Options",
+    root: Path,
+    *,
+    jobs: int,
+    population: str,
+    ray: str | None,
+    ray_gpus: float | None,
+    dry_run: bool,
+    as_json: bool,
 ) -> None:
     """Run a study, or with ``dry_run`` say what would run, and print it."""
     together = population_size(population)
@@ -117,7 +136,8 @@ def carry_out(
     command = shlex.join(["loretta", *sys.argv[1:]])
     try:
         with _progress() as watch:
-            summary = run_study(study, options, root, jobs=jobs, population=together, command=command, watch=watch)
+            where: Any = {"jobs": jobs, "ray": ray, "ray_gpus": ray_gpus}
+            summary = run_study(study, options, root, population=together, command=command, watch=watch, **where)
     except KeyboardInterrupt:
         say("loretta: interrupted; the same command goes on from here", err=True)
         raise typer.Exit(130) from None

@@ -43,15 +43,15 @@ class Outcome:
 
 
 @contextmanager
-def hold(folder: Path) -> Iterator[bool]:
-    """Whether this process alone may work on a run until the block ends.
+def hold(folder: Path, wait: float = 0.0) -> Iterator[bool]:
+    """Whether this process alone may work on a run until the block ends, for which it waits so many seconds.
 
     The lock is the operating system's: that of a process that died is free. Beside it a file says who holds it.
     """
     lock, holder = FileLock(beside(folder, ".lock"), thread_local=False), beside(folder, HOLDER)
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
-        lock.acquire(blocking=False)
+        lock.acquire(timeout=wait)
     except Timeout:
         yield False
         return
@@ -63,10 +63,10 @@ def hold(folder: Path) -> Iterator[bool]:
         lock.release()
 
 
-def carry_out(root: Path, run: Planned) -> Outcome:
+def carry_out(root: Path, run: Planned, wait: float = 0.0) -> Outcome:
     """Finish a run from wherever its folder stands. Never raises for what goes wrong in the run itself."""
     folder, start = root / run.folder, time.perf_counter()
-    with hold(folder) as mine:
+    with hold(folder, wait) as mine:
         if not mine:
             holder = held_by(folder)
             where = f"in process {holder.pid} on {holder.host}" if holder else "in another process"
@@ -86,19 +86,21 @@ def carry_out(root: Path, run: Planned) -> Outcome:
     return Outcome(folder=run.folder, state="finished", seconds=time.perf_counter() - start)
 
 
-def carry_out_together(root: Path, runs: Sequence[Planned]) -> list[Outcome]:
+def carry_out_together(root: Path, runs: Sequence[Planned], wait: float = 0.0) -> list[Outcome]:
     """Train several runs at once, as one population, and finish each of them.
+
+    Another process that has a run may leave it for ``wait`` seconds.
 
     Those that cannot be trained together, or fail together, are carried out one by one; where the memory is too small
     for all of them, in halves.
     """
     if len(runs) == 1:
-        return [carry_out(root, runs[0])]
+        return [carry_out(root, runs[0], wait)]
     from loretta.population.training import train_together
 
     start, too_large, trained = time.perf_counter(), False, set()
     with ExitStack() as stack:
-        mine = [run for run in runs if stack.enter_context(hold(root / run.folder))]
+        mine = [run for run in runs if stack.enter_context(hold(root / run.folder, wait))]
         mine = [run for run in mine if folder_state(root / run.folder)[0] != "finished"]
         try:
             if len(mine) > 1:

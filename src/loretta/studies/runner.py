@@ -19,6 +19,7 @@ from loretta.studies.expansion import Expansion, differences, expand
 from loretta.studies.results import STUDY
 from loretta.studies.state import state_of
 from loretta.studies.study import Planned, Study
+from loretta.studies.unit import Unit
 from loretta.studies.workers import find_workers, visible_gpus
 from loretta.training.config import RunConfig
 
@@ -52,12 +53,15 @@ def run_study(
     *,
     jobs: int = 1,
     population: int | None = None,
+    ray: str | None = None,
+    ray_gpus: float | None = None,
     command: str = "",
     watch: Watch = lambda folder, outcome, ended, total: None,
 ) -> Summary:
     """Run what is not finished yet, at most ``jobs`` at once, each in a process; 0 jobs: in this process.
 
-    Processes take the visible GPUs in turn, and share the CPU's threads. Runs that differ in seeds and
+    Processes take the visible GPUs in turn, and share the CPU's threads. With ``ray`` ("auto" or an address) they run
+    on a Ray cluster, each on ``ray_gpus`` of a GPU. Runs that differ in seeds and
     rates alone are trained together, at most ``population`` of them (None: on a GPU as many as its memory holds, on a
     CPU one), see :mod:`loretta.population`; each has its folder as if it were alone. A run that fails is written down
     and the others go on. What is waited for (a sweep, the run before in a sequence) starts as soon as it can.
@@ -72,19 +76,19 @@ def run_study(
     _refuse_prompts_for_encoders(study, expansion.runs)
     root.mkdir(parents=True, exist_ok=True)
     tried: dict[str, Outcome] = {}
-    with closing(find_workers(root, jobs)) as workers:
+    with closing(find_workers(root, jobs, ray, ray_gpus)) as workers:
         while True:
             expansion = expand(study, options, root)
             runs = {run.folder: run for run in expansion.runs}
             write_study(root, study, options, expansion.runs, command)
-            taken = {run.folder for unit in workers.busy for run in unit} | tried.keys()
+            taken = {run.folder for unit in workers.busy for run in unit.runs} | tried.keys()
             ready = [run for run in runs.values() if run.folder not in taken and _ready(root, run, runs)]
-            for unit in _units(ready, population, workers.size):
-                if len(workers.busy) == workers.size:
+            for group in _units(ready, population, workers.size):
+                if workers.full:
                     break
-                for run in unit:
+                for run in group:
                     watch(run.folder, None, _ended(root, runs, tried), len(runs))
-                workers.start(unit)
+                workers.start(Unit(runs=tuple(group)))
             if not workers.busy:
                 break
             for outcome in workers.wait():

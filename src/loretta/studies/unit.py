@@ -1,24 +1,30 @@
 """A unit of a study in a process of its own: one run, or the runs that are trained together.
 
-The process is ``python -m loretta.studies.unit ROOT``. Its runs come as one line on its standard input, which stays
-open as long as the runner lives: where that dies, the process saves a checkpoint and ends. What became of the runs
+The process is ``python -m loretta.studies.unit ROOT``. The unit comes as one line on its standard input, which stays
+open as long as its starter lives: where that dies, the process saves a checkpoint and ends. What became of the runs
 stands in their folders.
 """
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from loretta.studies.study import Planned
+from loretta.studies.study import Frozen, Planned
 
 GRACE = 60.0  # seconds that a run has to save a checkpoint when it is told to end
+
+
+class Unit(Frozen):
+    """What one process carries out."""
+
+    runs: tuple[Planned, ...]
+    wait: float = 0.0  # seconds for another process to leave the folders
 
 
 class UnitProcess:
@@ -27,27 +33,28 @@ class UnitProcess:
     Args:
         root: the folder of all runs.
         environment: variables that the process has beside those of this one.
+        working: the folder that it works in, if not that of this one: paths of data and models may be relative.
     """
 
-    def __init__(self, root: Path, runs: Sequence[Planned], *, environment: Mapping[str, str]) -> None:
+    def __init__(self, root: Path, unit: Unit, *, environment: Mapping[str, str], working: str | None = None) -> None:
         from loretta.studies.execution import forget_failure, open_log
 
-        self.root, self.runs, self.began = root, tuple(runs), time.perf_counter()
-        for run in runs:
+        self.root, self.unit, self.began = root, unit, time.perf_counter()
+        for run in unit.runs:
             forget_failure(root / run.folder)
-        with open_log(root, runs[0]) as log:
+        with open_log(root, unit.runs[0]) as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "loretta.studies.unit", str(root)],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **environment},
+                cwd=working,
                 start_new_session=True,  # an interrupt at the terminal is for the runner, which then tells it
             )
-        line = json.dumps([run.model_dump(mode="json") for run in runs]) + "\n"
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):  # it died already, which its status tells
-            self.process.stdin.write(line.encode())
+            self.process.stdin.write(unit.model_dump_json().encode() + b"\n")
             self.process.stdin.flush()
 
     @property
@@ -67,7 +74,7 @@ class UnitProcess:
             return ""
         if status < 0:
             return f"its process was ended by {signal.Signals(-status).name}, as when the memory is used up"
-        return f"its process ended with status {status}: {last_line(self.root, self.runs[0])}"
+        return f"its process ended with status {status}: {last_line(self.root, self.unit.runs[0])}"
 
     def end(self) -> None:
         """Ask the process to end behind its next checkpoint."""
@@ -102,7 +109,8 @@ def main() -> None:
     from loretta.studies.execution import carry_out_together
 
     try:
-        carry_out_together(Path(sys.argv[1]), [Planned.model_validate(run) for run in json.loads(line)])
+        unit = Unit.model_validate_json(line)
+        carry_out_together(Path(sys.argv[1]), unit.runs, wait=unit.wait)
     except Stopped as stopped:
         print(stopped, flush=True)
         sys.exit(stopped.exit_status)

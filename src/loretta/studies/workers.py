@@ -12,25 +12,27 @@ import torch
 from loretta.errors import InputError
 from loretta.studies.execution import Outcome, carry_out_together, open_log, record_failure
 from loretta.studies.state import state_of
-from loretta.studies.study import Planned
-from loretta.studies.unit import UnitProcess
+from loretta.studies.unit import Unit, UnitProcess
 
 # libraries read these when they are loaded; Rayon is of the tokenizers
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 POLL = 0.1  # seconds between looks at the processes
 
-Unit = Sequence[Planned]
-
 
 class Workers(Protocol):
-    """At most ``size`` units at once."""
+    """Takes units and tells what became of them."""
 
     @property
-    def size(self) -> int: ...
+    def size(self) -> int:
+        """How many units run at once."""
 
     @property
     def busy(self) -> Sequence[Unit]:
         """The units that have been started and not waited for."""
+
+    @property
+    def full(self) -> bool:
+        """Whether another unit would have to wait, and rather is not started yet."""
 
     def start(self, unit: Unit) -> None: ...
 
@@ -41,10 +43,19 @@ class Workers(Protocol):
         """End what is still busy behind its next checkpoint, and wait for that."""
 
 
-def find_workers(root: Path, jobs: int) -> Workers:
-    """Workers for ``jobs`` units at once. Raises InputError for a number below 0."""
+def find_workers(root: Path, jobs: int, ray: str | None = None, ray_gpus: float | None = None) -> Workers:
+    """Workers for ``jobs`` units at once, or those of the Ray cluster at an address, see :mod:`.cluster`.
+
+    Raises InputError for a number below 0, and for a cluster that cannot be had.
+    """
     if jobs < 0:
         raise InputError(f"--jobs {jobs} must be 0 or more: the number of runs at once")
+    if ray is not None:
+        from loretta.studies.cluster import RayWorkers
+
+        return RayWorkers(root, ray, gpus=ray_gpus)
+    if ray_gpus is not None:
+        raise InputError(f"--ray-gpus {ray_gpus:g} is for a cluster: give --ray auto, or leave it out")
     return Processes(root, jobs) if jobs else Here(root)
 
 
@@ -57,13 +68,17 @@ class Here:
         self.root = root
         self.busy: list[Unit] = []
 
+    @property
+    def full(self) -> bool:
+        return bool(self.busy)
+
     def start(self, unit: Unit) -> None:
         self.busy.append(unit)
 
     def wait(self) -> list[Outcome]:
         unit = self.busy.pop()
-        with open_log(self.root, unit[0]) as log, redirect_stdout(log), redirect_stderr(log):
-            return carry_out_together(self.root, unit)
+        with open_log(self.root, unit.runs[0]) as log, redirect_stdout(log), redirect_stderr(log):
+            return carry_out_together(self.root, unit.runs)
 
     def close(self) -> None:
         self.busy.clear()
@@ -81,7 +96,11 @@ class Processes:
 
     @property
     def busy(self) -> list[Unit]:
-        return [process.runs for process, _ in self.started]
+        return [process.unit for process, _ in self.started]
+
+    @property
+    def full(self) -> bool:
+        return not self.free
 
     def start(self, unit: Unit) -> None:
         gpu = self.free.pop(0)
@@ -97,7 +116,7 @@ class Processes:
         for process, gpu in ended:
             self.started.remove((process, gpu))
             self.free.append(gpu)
-            outcomes += outcomes_of(self.root, process.runs, process.why_dead(), process.seconds)
+            outcomes += outcomes_of(self.root, process.unit, process.why_dead(), process.seconds)
             process.close()
         return outcomes
 
@@ -112,12 +131,12 @@ class Processes:
 def outcomes_of(root: Path, unit: Unit, why_dead: str, seconds: float) -> list[Outcome]:
     """What the folders of a unit say when its process has ended, in ``seconds``; and it notes in them why it died."""
     outcomes = []
-    for run in unit:
+    for run in unit.runs:
         state, reason = state_of(root, run)
         if state not in ("finished", "failed", "running"):
             state, reason = "failed", why_dead or "its process ended without a result"
             record_failure(root / run.folder, reason)
-        outcomes.append(Outcome(folder=run.folder, state=state, reason=reason, seconds=seconds / len(unit)))
+        outcomes.append(Outcome(folder=run.folder, state=state, reason=reason, seconds=seconds / len(unit.runs)))
     return outcomes
 
 

@@ -1,0 +1,76 @@
+"""A study on a Ray cluster, and without Ray."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from loretta.errors import InputError
+from loretta.studies.cluster import carry_out_here
+from loretta.studies.configs import Options
+from loretta.studies.results import collect
+from loretta.studies.runner import run_study
+from loretta.studies.state import beside, find_runs
+from loretta.studies.study import load_study
+from loretta.studies.workers import find_workers
+
+STEPS = {"epochs": 60, "eval_steps": 3, "max_length": 16}
+
+
+def test_without_ray_the_option_says_how_to_get_it(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(InputError, match=r"--ray auto needs the package ray: pip install 'loretta-peft\[ray\]'"):
+        find_workers(tmp_path, 1, "auto")
+    with pytest.raises(InputError, match=r"--ray-gpus 0.5 is for a cluster: give --ray auto"):
+        find_workers(tmp_path, 1, None, 0.5)
+
+
+def test_a_machine_that_does_not_see_the_folder_says_so(tmp_path):
+    with pytest.raises(InputError, match=r"the machine '.*' does not see '.*elsewhere': give an --output"):
+        carry_out_here("elsewhere", str(tmp_path), "{}")
+
+
+@pytest.fixture
+def cluster():
+    command = [sys.executable, str(Path(__file__).with_name("ray_cluster.py"))]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield process
+
+
+@pytest.mark.cluster
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray: pip install 'loretta-peft[ray]'")
+def test_a_study_outlives_a_machine_of_its_cluster(cluster, bert, data_dir, tmp_path):
+    """One of two is killed when both have checkpoints; the tables are those of the runs one after the other."""
+    address = cluster.stdout.readline().strip()
+    root = tmp_path / "cluster"
+    fixed = ["--model", bert, "--data-dir", data_dir, "--tasks", "rte", "--methods", "loretta_adp", "--seeds", "3"]
+    sets = [word for key, value in STEPS.items() for word in ("--set", f"{key}={value}")]
+    command = [sys.executable, "-m", "loretta", "reproduce", "table1", *fixed, "--cpu", "-o", str(root), *sets]
+    command += ["--ray", address, "--json"]
+    first = [root / f"tiny-bert/rte/loretta_adp/s{seed}" for seed in (0, 1)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as study:
+        while not all(list(folder.glob("checkpoints/checkpoint-*")) for folder in first):
+            assert study.poll() is None, study.communicate()
+            time.sleep(0.05)
+        assert {state for _, state, _ in find_runs(root)} == {"running"}
+        cluster.stdin.write("\n")
+        cluster.stdin.flush()
+        out, errors = study.communicate()
+    assert study.returncode == 0, errors
+    assert [outcome["state"] for outcome in json.loads(out)["outcomes"]] == ["finished"] * 3
+    logs = [beside(folder, ".log").read_text() for folder in first]
+    assert ["going on from step" in log for log in logs].count(True) == 1, logs
+
+    options = Options(
+        models=(bert,), data_dir=data_dir, tasks=("rte",), methods=("loretta_adp",), seeds=3, cpu=True, sets=STEPS
+    )
+    assert run_study(load_study("table1"), options, tmp_path / "one by one", jobs=0).complete
+    (got,), (expected,) = collect(root).cells, collect(tmp_path / "one by one").cells
+    assert [score.value for score in got.scores] == [score.value for score in expected.scores]
+    histories = [[collect(at).record(at, score).history for score in cell.scores]
+                 for at, cell in ((root, got), (tmp_path / "one by one", expected))]  # fmt: skip
+    assert histories[0] == histories[1]
