@@ -9,7 +9,7 @@ from tiny_models import save_bert
 from training_data import sentences
 
 from loretta.errors import InputError, Stopped
-from loretta.population import checkpoints, training
+from loretta.population import checkpoints, memory, training
 from loretta.population.loop import Loop
 from loretta.population.rows import mean_of_batches, row_losses
 from loretta.population.training import population_key, train_together
@@ -203,3 +203,23 @@ def test_a_population_that_is_refused_leaves_its_runs_to_go_on_alone(options, tm
     with pytest.raises(InputError, match="cannot be trained in a population"):
         train_together(runs, resume=True)
     assert train(runs[0], resume=True).population is None
+
+
+def test_as_many_are_trained_at_once_as_the_memory_holds(options, tmp_path, monkeypatch):
+    """What two need foretells what four need, and a group for which the memory is too small is split."""
+    configs = [RunConfig(**options | {"seed": seed, "output": f"{tmp_path}/{seed}"}) for seed in range(4)]
+    two, four = memory.measure(configs[:2]), memory.measure(configs)
+    assert two.base == four.base > 0
+    assert 4 * two.member == pytest.approx(4 * four.member, rel=0.1)
+    assert not list(tmp_path.iterdir())
+
+    def free(members):
+        room = int((two.base + members * two.member) / memory.USED)
+        monkeypatch.setattr(memory, "free_bytes", lambda on_gpu: (room, 2 * room))
+
+    for members, expected in ((3.5, 3), (100, 4), (0.1, 1), (-1, 1)):
+        free(members)
+        assert memory.members_that_fit(configs) == expected
+    free(3.5)
+    assert memory.members_that_fit(configs, share=0.5) == 3, "of the whole memory, which is twice as much"
+    assert memory.members_that_fit(configs, share=1e-9) == 1

@@ -13,12 +13,11 @@ from loretta.errors import InputError
 from loretta.studies.cluster import carry_out_here
 from loretta.studies.configs import Options
 from loretta.studies.results import collect
-from loretta.studies.runner import run_study
+from loretta.studies.runner import find_workers, run_study
 from loretta.studies.state import beside, find_runs
 from loretta.studies.study import load_study
-from loretta.studies.workers import find_workers
 
-STEPS = {"epochs": 60, "eval_steps": 3, "max_length": 16}
+STEPS = {"epochs": 40, "eval_steps": 3, "max_length": 16}
 
 
 def test_without_ray_the_option_says_how_to_get_it(monkeypatch, tmp_path):
@@ -47,7 +46,7 @@ def test_a_study_outlives_a_machine_of_its_cluster(cluster, bert, data_dir, tmp_
     """One of two is killed when both have checkpoints; the tables are those of the runs one after the other."""
     address = cluster.stdout.readline().strip()
     root = tmp_path / "cluster"
-    fixed = ["--model", bert, "--data-dir", data_dir, "--tasks", "rte", "--methods", "loretta_adp", "--seeds", "3"]
+    fixed = ["--model", bert, "--data-dir", data_dir, "--tasks", "rte", "--methods", "loretta_adp", "--seeds", "2"]
     sets = [word for key, value in STEPS.items() for word in ("--set", f"{key}={value}")]
     command = [sys.executable, "-m", "loretta", "reproduce", "table1", *fixed, "--cpu", "-o", str(root), *sets]
     command += ["--ray", address, "--json"]
@@ -61,12 +60,12 @@ def test_a_study_outlives_a_machine_of_its_cluster(cluster, bert, data_dir, tmp_
         cluster.stdin.flush()
         out, errors = study.communicate()
     assert study.returncode == 0, errors
-    assert [outcome["state"] for outcome in json.loads(out)["outcomes"]] == ["finished"] * 3
+    assert [outcome["state"] for outcome in json.loads(out)["outcomes"]] == ["finished"] * 2
     logs = [beside(folder, ".log").read_text() for folder in first]
     assert ["going on from step" in log for log in logs].count(True) == 1, logs
 
     options = Options(
-        models=(bert,), data_dir=data_dir, tasks=("rte",), methods=("loretta_adp",), seeds=3, cpu=True, sets=STEPS
+        models=(bert,), data_dir=data_dir, tasks=("rte",), methods=("loretta_adp",), seeds=2, cpu=True, sets=STEPS
     )
     assert run_study(load_study("table1"), options, tmp_path / "one by one", jobs=0).complete
     (got,), (expected,) = collect(root).cells, collect(tmp_path / "one by one").cells

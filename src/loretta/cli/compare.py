@@ -14,13 +14,15 @@ from loretta.cli.study import (
     Rates,
     Ray,
     RayGpus,
+    Search,
     Seeds,
     Sets,
     Sweep,
+    Tries,
     carry_out,
-    learning_rates,
     ranks_of,
     run_settings,
+    sweep_options,
     words,
 )
 from loretta.studies.study import OF_EACH_RUN
@@ -39,6 +41,8 @@ def compare(
     ray: Ray = None,
     ray_gpus: RayGpus = None,
     sweep: Sweep = False,
+    search: Search = None,
+    tries: Tries = None,
     rates: Rates = None,
     dry_run: DryRun = False,
     sets: Sets = None,
@@ -64,8 +68,7 @@ def compare(
         limit=given.pop("limit"),
         data_dir=given.pop("data_dir"),
         cpu=bool(given.pop("cpu")),
-        sweep=sweep,
-        rates=learning_rates(rates),
+        **sweep_options(sweep, search, rates, tries),
         sets=run_settings(given, sets),
     )
     check_data(study, options, output)

@@ -55,6 +55,22 @@ Sweep = Annotated[
     bool,
     typer.Option("--sweep", help="Choose each method's learning rate on validation, with seed 0, from its grid."),
 ]
+Search = Annotated[
+    str | None,
+    typer.Option(
+        metavar="grid|halving",
+        help="Sweep, and train all candidates to their end (grid), or go on with the better quarter only, again and "
+        "again (halving).",
+    ),
+]
+Tries = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--try",
+        metavar="KEY=VALUE,VALUE",
+        help="Sweep over these values of an option too, or of METHOD.KEY: rep.tensor_rank=2,5,10. Repeatable.",
+    ),
+]
 Rates = Annotated[str | None, typer.Option(help="Learning rates to sweep over in place of the grid: 1e-4,5e-4.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show the runs with parameters, time and memory, and stop.")]
 Sets = Annotated[
@@ -92,6 +108,23 @@ def learning_rates(given: str | None) -> tuple[float, ...]:
     if any(rate <= 0 for rate in rates):
         raise InputError(f"--rates {given!r}: a learning rate must be above 0")
     return rates
+
+
+def sweep_options(sweep: bool, search: str | None, rates: str | None, tries: Sequence[str] | None) -> dict[str, Any]:
+    """The fields of Options that say what is swept over, and how."""
+    if search not in (None, "grid", "halving"):
+        raise InputError(f"--search {search!r} is unknown: write grid or halving")
+    values: dict[str, tuple[Any, ...]] = {}
+    for word in tries or ():
+        key, _, given = word.partition("=")
+        key = ALIASES.get(key, key)
+        values[key] = tuple(dict.fromkeys(parse_option(f"{key}={value}")[1] for value in words("--try", given)))
+    return {
+        "sweep": sweep or (search is not None and not values),
+        "search": search or "grid",
+        "rates": learning_rates(rates),
+        "tries": values,
+    }
 
 
 def population_size(given: str) -> int | None:
@@ -194,8 +227,9 @@ def _dry_run(study: "Study", options: "Options", root: Path, *, as_json: bool) -
 
 
 def _summary_words(summary: "Summary") -> str:
-    unfinished = [outcome for outcome in summary.outcomes if outcome.state != "finished"]
-    lines = [f"{outcome.state}: {outcome.folder}: {outcome.reason}" for outcome in unfinished]
+    unfinished = [outcome for outcome in summary.outcomes if outcome.state not in ("finished", "stopped")]
+    lines = [f"stopped by the search: {outcome.folder}: {outcome.reason}" for outcome in summary.of("stopped")]
+    lines += [f"{outcome.state}: {outcome.folder}: {outcome.reason}" for outcome in unfinished]
     return "\n".join([f"{len(summary.of('finished'))} of {len(summary.outcomes)} runs are finished", *lines])
 
 

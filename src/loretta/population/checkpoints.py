@@ -32,6 +32,11 @@ class Checkpoints:
             self.last = time.monotonic()
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Whether the run in a folder goes on as a member of a population."""
+    return any((folder / CHECKPOINTS).glob("population-*.safetensors"))
+
+
 def _files(member: Member) -> dict[int, Path]:
     """Step -> file, the first step first."""
     found = (member.config.folder / CHECKPOINTS).glob("population-*.safetensors")
@@ -100,7 +105,12 @@ def _load(loop: Loop, files: Sequence[Path]) -> None:
 def remove(members: Sequence[Member]) -> None:
     """Forget the checkpoints of runs that are finished."""
     for member in members:
-        for file in _files(member).values():
-            file.unlink()
-        with suppress(OSError):  # it has other files in it, or was never made
-            (member.config.folder / CHECKPOINTS).rmdir()
+        remove_files(member.config.folder)
+
+
+def remove_files(folder: Path) -> None:
+    """Forget the checkpoints in the folder of a run."""
+    for file in (folder / CHECKPOINTS).glob("population-*.safetensors"):
+        file.unlink()
+    with suppress(OSError):  # it has other files in it, or was never made
+        (folder / CHECKPOINTS).rmdir()

@@ -149,15 +149,15 @@ class Loop:
         mean, square = self.optimizer.mean, self.optimizer.square
         return {"values": self.population.values, "mean": mean, "square": square, "best": self.best, "loss": self.loss}
 
-    def train(self) -> None:
-        """Train from :attr:`step` to the end."""
+    def train(self, until: int | None = None) -> None:
+        """Train from :attr:`step` to the end, or to the step ``until``, behind which all are evaluated."""
         flow, rules, state = DefaultFlowCallback(), self.rules, copy(self.members[0].trainer.state)
         begin, before = time.perf_counter(), self.seconds
         self.population.train()
         with ExitStack() as stack:
             if self.graphs is not None:
                 stack.enter_context(Recorder.stream())
-            while self.step < rules.steps and not all(self.stopped):
+            while self.step < (rules.steps if until is None else until) and not all(self.stopped):
                 epoch, done = divmod(self.step, rules.steps_in_epoch)
                 batches = rules.order(epoch).split(rules.batch_size, 1)
                 for k in range(done, len(batches)):
@@ -171,9 +171,9 @@ class Loop:
                         member.trainer.state.global_step, member.trainer.state.epoch = self.step, state.epoch
                     if control.should_log:
                         self._log()
-                    if control.should_evaluate:
+                    if control.should_evaluate or self.step == until:
                         self._evaluate()
-                    if self.step == rules.steps or all(self.stopped):
+                    if self.step in (rules.steps, until) or all(self.stopped):
                         return
 
     def _running(self) -> Iterator[Member]:

@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import set_seed
 
 from loretta.errors import InputError, Stopped
-from loretta.population.checkpoints import Checkpoints, remove, restore
+from loretta.population.checkpoints import Checkpoints, remove, restore, save
 from loretta.population.loop import Loop, Member, Rules
 from loretta.population.population import Population, Start
 from loretta.record import RunRecord
@@ -23,6 +23,7 @@ from loretta.training.finite import MEND, STATUS
 from loretta.training.folder import RECORD, Place, find_place
 from loretta.training.methods import FULL, find_method, virtual_tokens
 from loretta.training.model import load_tokenizer
+from loretta.training.pause import Paused, paused_at, step_of
 from loretta.training.run import peak_memory
 from loretta.training.start import prepare_model
 from loretta.training.trainers import make_trainer
@@ -60,11 +61,14 @@ def population_key(config: RunConfig) -> tuple[Any, ...] | None:
     return tuple(sorted((key, repr(value)) for key, value in shared.items()))
 
 
-def train_together(configs: Sequence[RunConfig], *, resume: bool = False, overwrite: bool = False) -> list[RunRecord]:
+def train_together(
+    configs: Sequence[RunConfig], *, resume: bool = False, overwrite: bool = False, until: float | None = None
+) -> list[RunRecord | Paused]:
     """Train several runs on one base at once and write the folder of each, as ``loretta.training.run.train`` does.
 
     A run that is finished stays as it is. ``run.json`` says how many were trained together; the seconds in it are
-    the run's share, the memory is that of all.
+    the run's share, the memory is that of all. With ``until`` the runs pause behind that share of their steps, from
+    where they go on with ``resume``, in the same company or another.
 
     Raises InputError for runs that do not fit together, and as ``train`` does. A run that is not finite ends alone:
     Stopped comes when the others are written.
@@ -75,8 +79,8 @@ def train_together(configs: Sequence[RunConfig], *, resume: bool = False, overwr
         raise InputError("these runs cannot be trained together: they differ in more than seeds and rates")
     places = [find_place(config, resume=resume, overwrite=overwrite) for config in configs]
     left = [(config, place) for config, place in zip(configs, places, strict=True) if not (resume and place.finished)]
-    records = iter(_train(left, overwrite=overwrite) if left else [])
-    ended = []
+    records = iter(_train(left, overwrite=overwrite, until=until) if left else [])
+    ended: list[RunRecord | Paused] = []
     for place in places:
         if resume and place.finished:
             place.replace()
@@ -86,7 +90,9 @@ def train_together(configs: Sequence[RunConfig], *, resume: bool = False, overwr
     return ended
 
 
-def _train(runs: Sequence[tuple[RunConfig, Place]], *, overwrite: bool) -> list[RunRecord]:
+def _train(
+    runs: Sequence[tuple[RunConfig, Place]], *, overwrite: bool, until: float | None
+) -> Sequence[RunRecord | Paused]:
     configs = [config.model_copy(update={"output": str(place.work)}) for config, place in runs]
     memory = 0 if torch.cuda.is_available() and not configs[0].cpu else peak_memory()
     # a Trainer makes its folder at once, and a population that is refused must leave nothing: its runs go on alone
@@ -99,7 +105,16 @@ def _train(runs: Sequence[tuple[RunConfig, Place]], *, overwrite: bool) -> list[
         place.begin(config)
     restore(loop)
     set_seed(configs[0].seed)
-    loop.train()
+    pause = None if until is None else step_of(until, loop.rules.steps)
+    loop.train(pause)
+    if pause is not None and loop.step <= pause < loop.rules.steps:
+        save(loop)
+        # one that is not finite has scored nothing
+        logs = [[] if k in loop.not_finite else m.trainer.state.log_history for k, m in enumerate(loop.members)]
+        return [
+            paused_at(log, member.task, loop.step, loop.rules.steps)
+            for member, log in zip(loop.members, logs, strict=True)
+        ]
     used = max(0, peak_memory() - memory)
     records = []
     for k, member in enumerate(loop.members):

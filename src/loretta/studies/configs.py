@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
@@ -36,6 +36,9 @@ class Options(Frozen):
     sweep: bool = False
     rates: tuple[float, ...] = ()  # to sweep over, in place of the study's grids
     batches: bool = False  # sweep over the grids' batch sizes too
+    # run option, or "METHOD.option" -> the values to sweep over
+    tries: dict[str, tuple[Any, ...]] = Field(default={})
+    search: Literal["grid", "halving"] = "grid"  # how a sweep finds the best candidate
     orders: bool = False  # a sequence in every order
     cpu: bool = False
     sets: dict[str, Any] = Field(default={}, description='run options for all, or "METHOD.option" for a method\'s')
@@ -72,7 +75,7 @@ def config_of(
         **settings,
         "model": base.weights,
         "method": row.method,
-        "method_args": _method_args(options, base, row),
+        "method_args": _method_args(options, base, row) | settings.get("method_args", {}),
         "seed": seed,
         "limit": options.limit,
         "data_dir": options.data_dir,
@@ -90,23 +93,25 @@ def config_of(
 
 
 def refuse_wrong_sets(study: Study, options: Options, rows: Sequence[Row]) -> None:
-    """Refuse --set of what is no option, of what makes one run differ from another, or of a method that is not run."""
+    """Refuse --set and --try of what is no option, makes one run differ from another, or is of a method not run."""
+    given = [("--set", key, value) for key, value in options.sets.items()]
+    given += [("--try", key, ",".join(map(str, values))) for key, values in options.tries.items()]
     names = dict.fromkeys(name for row in rows for name in (row.name, row.method))
-    for key, value in options.sets.items():
+    for flag, key, value in given:
         method, dot, option = key.partition(".")
         if dot:
             found = ALIASES.get(method, method)
             if found not in names:
                 raise InputError(
-                    f"--set {key}={value}: {study.name} runs no method {method!r}{nearest(found, tuple(names))}: "
+                    f"{flag} {key}={value}: {study.name} runs no method {method!r}{nearest(found, tuple(names))}: "
                     f"it runs {', '.join(names)}"
                 )
             for name in dict.fromkeys(row.method for row in rows if found in (row.name, row.method)):
                 refuse_unknown_options(name, {option})
         elif key in OF_EACH_RUN:
-            raise InputError(f"--set {key}={value}: the study gives each run its own {key}: leave it out")
+            raise InputError(f"{flag} {key}={value}: the study gives each run its own {key}: leave it out")
         elif key not in RunConfig.model_fields:
-            raise InputError(f"--set {key}={value}: no option of a run; one of a method is METHOD.{key}")
+            raise InputError(f"{flag} {key}={value}: no option of a run; one of a method is METHOD.{key}")
 
 
 def _method_args(options: Options, base: Base, row: Row) -> dict[str, Any]:
@@ -175,6 +180,25 @@ def train_rows(data: str, data_dir: str | None, sample: tuple[tuple[str, int], .
     spec, asked = PROMPTED[data], Sample(**dict(sample))
     rows = spec.train_rows if rows is None else rows
     return min(asked.train, rows - validation_rows(spec, rows, asked))
+
+
+def tried_by(options: Options, row: Row) -> dict[str, tuple[Any, ...]]:
+    """The values of ``--try`` that are for a row."""
+    return {
+        key: values
+        for key, values in options.tries.items()
+        if "." not in key or ALIASES.get(key.partition(".")[0], key.partition(".")[0]) in (row.name, row.method)
+    }
+
+
+def tries_suffix(options: Options, row: Row, config: Mapping[str, Any]) -> str:
+    """The tried options in a folder's name."""
+    words = ""
+    for key in tried_by(options, row):
+        method, _, name = key.rpartition(".")
+        value = (config.get("method_args", {}) if method else config).get(name)
+        words += "" if value is None else f"-{name}{value}"
+    return words
 
 
 def rate_suffix(study: Study, base: Base, row: Row, config: Mapping[str, Any]) -> str:

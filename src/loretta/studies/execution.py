@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 
 from loretta.errors import InputError, Stopped
 from loretta.files import write_json
+from loretta.studies import halving
 from loretta.studies.state import (
     ERROR,
     EVALUATIONS,
@@ -86,10 +87,13 @@ def carry_out(root: Path, run: Planned, wait: float = 0.0) -> Outcome:
     return Outcome(folder=run.folder, state="finished", seconds=time.perf_counter() - start)
 
 
-def carry_out_together(root: Path, runs: Sequence[Planned], wait: float = 0.0) -> list[Outcome]:
+def carry_out_together(
+    root: Path, runs: Sequence[Planned], wait: float = 0.0, fit: float | None = None
+) -> list[Outcome]:
     """Train several runs at once, as one population, and finish each of them.
 
-    Another process that has a run may leave it for ``wait`` seconds.
+    Another process that has a run may leave it for ``wait`` seconds. With ``fit`` as many are trained at once as that
+    share of the device's memory holds.
 
     Those that cannot be trained together, or fail together, are carried out one by one; where the memory is too small
     for all of them, in halves.
@@ -97,15 +101,25 @@ def carry_out_together(root: Path, runs: Sequence[Planned], wait: float = 0.0) -
     if len(runs) == 1:
         return [carry_out(root, runs[0], wait)]
     from loretta.population.training import train_together
+    from loretta.training.pause import Paused
 
+    if fit is not None and (size := _fitting(root, runs, fit)) < len(runs):
+        print(f"the memory holds {size} of {len(runs)} runs at once", flush=True)
+        parts = [runs[k : k + size] for k in range(0, len(runs), size)]
+        return [outcome for part in parts for outcome in carry_out_together(root, part, wait)]
     start, too_large, trained = time.perf_counter(), False, set()
     with ExitStack() as stack:
         mine = [run for run in runs if stack.enter_context(hold(root / run.folder, wait))]
         mine = [run for run in mine if folder_state(root / run.folder)[0] != "finished"]
+        mine = [run for run in mine if state_of(root, run)[0] != "finished"]
         try:
             if len(mine) > 1:
-                train_together([RunConfig(**(run.config or {})) for run in mine], resume=True)
+                configs = [RunConfig(**(run.config or {})) for run in mine]
+                ended = train_together(configs, resume=True, until=mine[0].until)
                 trained = {run.folder for run in mine}
+                for run, end in zip(mine, ended, strict=True):
+                    if isinstance(end, Paused):
+                        halving.note(root / run.folder, run.until or 1.0, end)
         except torch.OutOfMemoryError:
             too_large = True
         except (Exception, Stopped) as error:
@@ -118,10 +132,21 @@ def carry_out_together(root: Path, runs: Sequence[Planned], wait: float = 0.0) -
         torch.cuda.empty_cache()
         half = len(runs) // 2
         print(f"the memory is too small for {len(runs)} runs together: {half} of them at once", flush=True)
-        return [*carry_out_together(root, runs[:half]), *carry_out_together(root, runs[half:])]
+        return [*carry_out_together(root, runs[:half], wait), *carry_out_together(root, runs[half:], wait)]
     share = (time.perf_counter() - start) / max(1, len(trained))
     outcomes = [carry_out(root, run) for run in runs]
     return [replace(outcome, seconds=share) if outcome.folder in trained else outcome for outcome in outcomes]
+
+
+def _fitting(root: Path, runs: Sequence[Planned], share: float) -> int:
+    """How many of the runs the memory holds at once; all of them, where they cannot be trained together at all."""
+    from loretta.population.memory import members_that_fit
+
+    left = [run for run in runs if state_of(root, run)[0] != "finished"]
+    try:
+        return members_that_fit([RunConfig(**(run.config or {})) for run in left], share) if left else len(runs)
+    except Exception:
+        return len(runs)  # which says why, once it is tried
 
 
 def record_failure(folder: Path, reason: str, trace: str = "") -> None:
@@ -151,16 +176,25 @@ def last_line(root: Path, run: Planned) -> str:
 
 
 def _train(folder: Path, run: Planned) -> None:
+    from loretta.population.checkpoints import has_checkpoint
+    from loretta.population.training import train_together
     from loretta.training.checkpoints import remove_checkpoints
     from loretta.training.folder import CHECKPOINTS, RECORD
-    from loretta.training.run import train
+    from loretta.training.pause import Paused
+    from loretta.training.run import train, train_until
 
     config = RunConfig(**(run.config or {}))
     if folder_state(folder)[0] != "finished":
         if (folder / RECORD).is_file():
             os.replace(folder / RECORD, folder / f"broken-{RECORD}")  # as its state said
         forget_failure(folder)
-        train(config, resume=True)
+        if has_checkpoint(folder):  # it began in company
+            (ended,) = train_together([config], resume=True, until=run.until)
+        else:
+            ended = train(config, resume=True) if run.until is None else train_until(config, run.until)
+        if isinstance(ended, Paused):
+            halving.note(folder, run.until or 1.0, ended)
+            return
         # the adapter is saved; a study has hundreds of runs
         remove_checkpoints(folder / CHECKPOINTS)
     missing = [task for task in run.evaluate if task not in evaluations(folder)]

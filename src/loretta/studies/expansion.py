@@ -12,7 +12,17 @@ from loretta.errors import InputError
 from loretta.files import read_json
 from loretta.plan import FAMILIES, default_task_type, find_config
 from loretta.record import RunRecord
-from loretta.studies.configs import ALIASES, Base, Options, config_of, rate_suffix, refuse_wrong_sets
+from loretta.studies import halving
+from loretta.studies.configs import (
+    ALIASES,
+    Base,
+    Options,
+    config_of,
+    rate_suffix,
+    refuse_wrong_sets,
+    tried_by,
+    tries_suffix,
+)
 from loretta.studies.state import folder_state
 from loretta.studies.study import Frozen, Planned, Row, Study
 from loretta.training.config import RunConfig, read_config
@@ -167,11 +177,36 @@ class _RowOnModel:
             return
         first, *others = self.seeds
         tried = [self.plan(task, first, settings, order) for settings in candidates]
-        best = choose(self.root, tried, metric=self.study.metrics.get(task))
+        if self.options.search == "halving":
+            tried, best = self._halved(task, tried)
+        else:
+            best = choose(self.root, tried, metric=self.study.metrics.get(task))
         for k, run in enumerate(tried):
             yield run if k == best else run.model_copy(update={"candidate": True})
         for seed in others if best is not None else self.seeds:
             yield self.plan(task, seed, None if best is None else candidates[best], order)
+
+    def _halved(self, task: str, tried: Sequence[Planned]) -> tuple[list[Planned], int | None]:
+        """The candidates as far as successive halving has them trained, and the one that won."""
+        metric, count = self.study.metrics.get(task), len(tried)
+        steps = ", ".join(f"{rung.candidates} to {rung.share:.3g}" for rung in halving.rungs(count))
+        self.notes[
+            f"a search of {count} candidates trains {steps} of their steps and 1 to the end: "
+            f"{halving.cost(count) / count:.0%} of the steps of them all"
+        ] = None
+        folders = [self.root / run.folder for run in tried]
+        stands = halving.search(
+            folders,
+            [folder_state(folder)[0] == "failed" for folder in folders],
+            lambda at: _merit(at["validation"], metric, at["metric"], at["higher_is_better"]),
+        )
+        planned = [
+            run.model_copy(update={"until": stand.until, "stopped": stand.stopped})
+            for run, stand in zip(tried, stands, strict=True)
+        ]
+        last = [k for k, run in enumerate(planned) if run.until is None]
+        best = choose(self.root, [planned[k] for k in last], metric=metric) if last else None
+        return planned, None if best is None else last[best]
 
     def _sequence(self, order: tuple[str, ...]) -> Iterator[Planned]:
         """One task after the other, each from the adapter of the one before. The first one's sweep serves them all."""
@@ -206,7 +241,8 @@ class _RowOnModel:
         name = "-".join(order[: order.index(task) + 1]) if order else task
         start_from = None if before is None else str(self.root / before.folder)
         config = config_of(study, self.options, base, row, task, seed, settings or {}, start_from, self.notes)
-        run = f"s{seed}{rate_suffix(study, base, row, config)}" if study.kind == "train" else study.kind
+        words = rate_suffix(study, base, row, config) + tries_suffix(self.options, row, config)
+        run = f"s{seed}{words}" if study.kind == "train" else study.kind
         folder = "/".join((base.folder, name, row.name, run))
         if settings is None:
             folder, dumped = f"{folder}-not-chosen", None
@@ -232,16 +268,25 @@ class _RowOnModel:
 
 def _candidates(study: Study, options: Options, row: Row) -> list[dict[str, Any]]:
     """The settings that a sweep tries for a row; one without a setting when there is nothing to choose."""
-    if not (options.sweep or options.rates or options.batches):
+    tries = tried_by(options, row)
+    if not (options.sweep or options.rates or options.batches or tries):
         return [{}]
     grid = study.grids.get(ALIASES.get(row.method, row.method))
-    rates = options.rates or (grid.learning_rate if grid else ())
+    rates = options.rates or (grid.learning_rate if grid and (options.sweep or options.batches) else ())
     axes: dict[str, Sequence[Any]] = {}
     if rates and "learning_rate" not in options.sets:
         axes["learning_rate"] = tuple(dict.fromkeys(rates))
     if options.batches and grid and grid.batch_size and "batch_size" not in options.sets:
         axes["batch_size"] = grid.batch_size
-    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+    axes |= tries
+    return [_settings(dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
+
+
+def _settings(chosen: Mapping[str, Any]) -> dict[str, Any]:
+    """Run options, and those of the method ("METHOD.option") as ``method_args``."""
+    of_run = {key: value for key, value in chosen.items() if "." not in key}
+    of_method = {key.partition(".")[2]: value for key, value in chosen.items() if "." in key}
+    return of_run | ({"method_args": of_method} if of_method else {})
 
 
 def choose(root: Path, candidates: Sequence[Planned], *, metric: str | None = None) -> int | None:
@@ -256,15 +301,21 @@ def choose(root: Path, candidates: Sequence[Planned], *, metric: str | None = No
 
     def merit(k: int) -> tuple[float, float, int]:
         record = RunRecord.load(root / candidates[k].folder / "run.json")
-        name = metric if metric in record.validation else record.metric
-        loss = record.validation.get("loss", math.nan)
-        value = record.validation.get(name, -loss)
-        if name in record.validation and not record.higher_is_better:
-            value = -value
-        # a diverged run never wins
-        return (value if math.isfinite(value) else -math.inf, -loss if math.isfinite(loss) else -math.inf, -k)
+        return (*_merit(record.validation, metric, record.metric, record.higher_is_better), -k)
 
     return max((k for k, state in enumerate(states) if state == "finished"), key=merit)
+
+
+def _merit(
+    validation: Mapping[str, float], metric: str | None, default: str, higher_is_better: bool
+) -> tuple[float, float]:
+    """What is larger for the better of two candidates; the loss decides between equals. A diverged one never wins."""
+    name = metric if metric is not None and metric in validation else default
+    loss = validation.get("loss", math.nan)
+    value = validation.get(name, -loss)
+    if name in validation and not higher_is_better:
+        value = -value
+    return value if math.isfinite(value) else -math.inf, -loss if math.isfinite(loss) else -math.inf
 
 
 def differences(root: Path, run: Planned) -> list[str]:

@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from loretta.errors import InputError
 from loretta.files import read_json
 from loretta.folders import set_aside
+from loretta.studies import halving
 from loretta.studies.configs import Options
 from loretta.studies.execution import Outcome
 from loretta.studies.expansion import Expansion, differences, expand
@@ -20,7 +21,7 @@ from loretta.studies.results import STUDY
 from loretta.studies.state import state_of
 from loretta.studies.study import Planned, Study
 from loretta.studies.unit import Unit
-from loretta.studies.workers import find_workers, visible_gpus
+from loretta.studies.workers import Here, Processes, Workers, visible_gpus
 from loretta.training.config import RunConfig
 
 MOST_TOGETHER = 64  # more of them do not make a GPU busier (benchmarks/population.py)
@@ -43,7 +44,7 @@ class Summary:
 
     @property
     def complete(self) -> bool:
-        return len(self.of("finished")) == len(self.outcomes)
+        return len(self.of("finished")) + len(self.of("stopped")) == len(self.outcomes)
 
 
 def run_study(
@@ -81,6 +82,7 @@ def run_study(
             expansion = expand(study, options, root)
             runs = {run.folder: run for run in expansion.runs}
             write_study(root, study, options, expansion.runs, command)
+            _stop(root, expansion.runs)
             taken = {run.folder for unit in workers.busy for run in unit.runs} | tried.keys()
             ready = [run for run in runs.values() if run.folder not in taken and _ready(root, run, runs)]
             for group in _units(ready, population, workers.size):
@@ -88,13 +90,31 @@ def run_study(
                     break
                 for run in group:
                     watch(run.folder, None, _ended(root, runs, tried), len(runs))
-                workers.start(Unit(runs=tuple(group)))
+                fit = workers.share if population is None and len(group) > 1 else None
+                workers.start(Unit(runs=tuple(group), fit=fit))
             if not workers.busy:
                 break
             for outcome in workers.wait():
-                tried[outcome.folder] = outcome
+                if runs[outcome.folder].until is None or outcome.state != "finished":  # else it may go on
+                    tried[outcome.folder] = outcome
                 watch(outcome.folder, outcome, _ended(root, runs, tried), len(runs))
     return Summary(expansion=expansion, outcomes=tuple(_outcome(root, run, tried, runs) for run in runs.values()))
+
+
+def find_workers(root: Path, jobs: int, ray: str | None = None, ray_gpus: float | None = None) -> Workers:
+    """Workers for ``jobs`` units at once, or those of the Ray cluster at an address.
+
+    Raises InputError for a number below 0, and for a cluster that cannot be had.
+    """
+    if jobs < 0:
+        raise InputError(f"--jobs {jobs} must be 0 or more: the number of runs at once")
+    if ray is not None:
+        from loretta.studies.cluster import RayWorkers
+
+        return RayWorkers(root, ray, gpus=ray_gpus)
+    if ray_gpus is not None:
+        raise InputError(f"--ray-gpus {ray_gpus:g} is for a cluster: give --ray auto, or leave it out")
+    return Processes(root, jobs) if jobs else Here(root)
 
 
 def _units(ready: Sequence[Planned], population: int | None, workers: int) -> list[list[Planned]]:
@@ -106,7 +126,7 @@ def _units(ready: Sequence[Planned], population: int | None, workers: int) -> li
     groups: dict[Any, list[Planned]] = defaultdict(list)
     for run in ready:
         key = population_key(RunConfig(**(run.config or {}))) if run.kind == "train" and population > 1 else None
-        groups[run.folder if key is None else key].append(run)
+        groups[run.folder if key is None else (*key, run.until)].append(run)
     units = []
     for group in groups.values():
         size = min(population, -(-len(group) // workers))
@@ -118,13 +138,28 @@ def _ready(root: Path, run: Planned, runs: dict[str, Planned]) -> bool:
     return (
         run.config is not None
         # the lock says whether another process has the run: a holder's note may outlive it, and its number be another's
-        and state_of(root, run)[0] != "finished"
+        and state_of(root, run)[0] not in ("finished", "stopped")
         and all(state_of(root, runs[folder])[0] == "finished" for folder in run.after)
     )
 
 
 def _ended(root: Path, runs: dict[str, Planned], tried: dict[str, Outcome]) -> int:
-    return sum(folder in tried or state_of(root, run)[0] == "finished" for folder, run in runs.items())
+    ended = ("finished", "stopped")
+    return sum(folder in tried or state_of(root, run)[0] in ended for folder, run in runs.items())
+
+
+def _stop(root: Path, runs: Sequence[Planned]) -> None:
+    """Note in the folders of stopped candidates why they are, and remove what they could go on from."""
+    from loretta.population.checkpoints import remove_files
+    from loretta.training.checkpoints import remove_checkpoints
+    from loretta.training.folder import CHECKPOINTS
+
+    for run in runs:
+        if run.stopped and (root / run.folder / CHECKPOINTS).is_dir():
+            remove_files(root / run.folder)
+            remove_checkpoints(root / run.folder / CHECKPOINTS)
+        if run.stopped:
+            halving.stop(root / run.folder, run.stopped)
 
 
 def _outcome(root: Path, run: Planned, tried: dict[str, Outcome], runs: dict[str, Planned]) -> Outcome:
@@ -132,6 +167,8 @@ def _outcome(root: Path, run: Planned, tried: dict[str, Outcome], runs: dict[str
     if run.folder in tried and tried[run.folder].state != "running":
         return tried[run.folder]
     state, reason = state_of(root, run)
+    if state == "stopped":
+        return Outcome(folder=run.folder, state=state, reason=reason)
     needed = [folder for folder in run.after if state_of(root, runs[folder])[0] != "finished"]
     if state != "finished" and needed:
         reason = f"it needs '{needed[0]}', which is not finished"

@@ -10,9 +10,10 @@ from typing import Any, Literal
 
 from loretta.errors import InputError
 from loretta.files import read_json
+from loretta.studies import halving
 from loretta.studies.study import Planned
 
-State = Literal["waiting", "running", "killed", "failed", "finished"]
+State = Literal["waiting", "running", "killed", "failed", "stopped", "finished"]
 
 # beside the files of `loretta train`
 ERROR, COST, COUNT, EVALUATIONS = "error.json", "cost.json", "count.json", "evaluations.json"
@@ -36,7 +37,13 @@ def state_of(root: Path, run: Planned) -> tuple[State, str]:
     if run.config is None:
         return "waiting", "its learning rate is not chosen yet"
     folder = root / run.folder
+    if run.stopped:
+        return "stopped", run.stopped
     state, reason = folder_state(folder, RESULT_OF[run.kind])
+    if run.until is not None and state != "running" and halving.reached(folder, run.until) is not None:
+        return "finished", ""
+    if state == "stopped":  # by a search that has begun again, or had other candidates
+        return "waiting", reason
     if state == "finished" and not set(run.evaluate) <= evaluations(folder).keys():
         return "waiting", "trained, but not scored on every task of the sequence yet"
     return state, reason
@@ -55,6 +62,9 @@ def folder_state(folder: Path, result: str = "run.json") -> tuple[State, str]:
         return "failed", f"'{result}' is damaged; the next start does the run again"
     if (folder / ERROR).is_file():
         return "failed", read_error(folder)
+    stopped, words = halving.words(folder)
+    if words:
+        return ("stopped" if stopped else "waiting"), words
     if (folder / STARTED).is_file():
         return "killed", "it stopped before its end; the next start goes on from its last checkpoint"
     return "waiting", "not started"

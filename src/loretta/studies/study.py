@@ -110,6 +110,8 @@ class Planned(Frozen):
     learning_rate: float | None = Field(default=None, description="None: the method's default, or not chosen yet")
     candidate: bool = Field(default=False, description="one of a sweep that was not chosen (yet): not in the mean")
     config: dict[str, Any] | None = Field(default=None, description="of loretta.training.config; None: not chosen yet")
+    until: float | None = Field(default=None, description="share of its steps behind which it pauses in a search")
+    stopped: str = Field(default="", description="why its search does not go on with it")
     after: tuple[str, ...] = Field(default=(), description="folders of the runs that it needs")
     evaluate: tuple[str, ...] = Field(default=(), description="tasks to score the finished adapter on")
     order: tuple[str, ...] = Field(default=(), description="the tasks of the sequence that the run belongs to")

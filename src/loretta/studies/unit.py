@@ -25,6 +25,7 @@ class Unit(Frozen):
 
     runs: tuple[Planned, ...]
     wait: float = 0.0  # seconds for another process to leave the folders
+    fit: float | None = None  # the share of the device's memory that the runs have to fit into; None: they do
 
 
 class UnitProcess:
@@ -110,7 +111,7 @@ def main() -> None:
 
     try:
         unit = Unit.model_validate_json(line)
-        carry_out_together(Path(sys.argv[1]), unit.runs, wait=unit.wait)
+        carry_out_together(Path(sys.argv[1]), unit.runs, wait=unit.wait, fit=unit.fit)
     except Stopped as stopped:
         print(stopped, flush=True)
         sys.exit(stopped.exit_status)

@@ -9,7 +9,6 @@ from typing import Protocol
 
 import torch
 
-from loretta.errors import InputError
 from loretta.studies.execution import Outcome, carry_out_together, open_log, record_failure
 from loretta.studies.state import state_of
 from loretta.studies.unit import Unit, UnitProcess
@@ -25,6 +24,10 @@ class Workers(Protocol):
     @property
     def size(self) -> int:
         """How many units run at once."""
+
+    @property
+    def share(self) -> float:
+        """What a unit may take of a device's memory, from 0 to 1."""
 
     @property
     def busy(self) -> Sequence[Unit]:
@@ -43,26 +46,10 @@ class Workers(Protocol):
         """End what is still busy behind its next checkpoint, and wait for that."""
 
 
-def find_workers(root: Path, jobs: int, ray: str | None = None, ray_gpus: float | None = None) -> Workers:
-    """Workers for ``jobs`` units at once, or those of the Ray cluster at an address, see :mod:`.cluster`.
-
-    Raises InputError for a number below 0, and for a cluster that cannot be had.
-    """
-    if jobs < 0:
-        raise InputError(f"--jobs {jobs} must be 0 or more: the number of runs at once")
-    if ray is not None:
-        from loretta.studies.cluster import RayWorkers
-
-        return RayWorkers(root, ray, gpus=ray_gpus)
-    if ray_gpus is not None:
-        raise InputError(f"--ray-gpus {ray_gpus:g} is for a cluster: give --ray auto, or leave it out")
-    return Processes(root, jobs) if jobs else Here(root)
-
-
 class Here:
     """One unit after the other in this process."""
 
-    size = 1
+    size, share = 1, 1.0
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -78,7 +65,7 @@ class Here:
     def wait(self) -> list[Outcome]:
         unit = self.busy.pop()
         with open_log(self.root, unit.runs[0]) as log, redirect_stdout(log), redirect_stderr(log):
-            return carry_out_together(self.root, unit.runs)
+            return carry_out_together(self.root, unit.runs, fit=unit.fit)
 
     def close(self) -> None:
         self.busy.clear()
@@ -92,6 +79,7 @@ class Processes:
         self.root, self.threads = root, threads_each(jobs)
         self.free = [gpus[k % len(gpus)] if gpus else None for k in range(jobs)]
         self.size = jobs
+        self.share = 1 / -(-jobs // max(1, len(gpus)))  # of a GPU, or of this machine
         self.started: list[tuple[UnitProcess, str | None]] = []
 
     @property

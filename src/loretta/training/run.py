@@ -3,6 +3,7 @@
 import importlib.util
 import resource
 import sys
+from typing import Any
 
 import torch
 from transformers import set_seed
@@ -17,6 +18,7 @@ from loretta.training.finish import finish
 from loretta.training.folder import RECORD, find_place
 from loretta.training.methods import find_method
 from loretta.training.model import load_tokenizer
+from loretta.training.pause import PauseBehind, Paused, paused_at, step_of
 from loretta.training.start import prepare_model
 from loretta.training.stop import StopAtSignal, stopping_at_signals
 from loretta.training.trainers import make_trainer
@@ -35,10 +37,19 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
     is full, or a loss is not finite.
     """
     with stopping_at_signals() as stop, hold(config.folder):
-        return _train(config, stop, resume=resume, overwrite=overwrite)
+        record: RunRecord = _train(config, stop, resume=resume, overwrite=overwrite)
+        return record
 
 
-def _train(config: RunConfig, stop: StopAtSignal, *, resume: bool, overwrite: bool) -> RunRecord:
+def train_until(config: RunConfig, share: float) -> RunRecord | Paused:
+    """Train, or go on, up to ``share`` of the steps, and leave a checkpoint there; ``train`` resumes it."""
+    with stopping_at_signals() as stop, hold(config.folder):
+        return _train(config, stop, resume=True, overwrite=False, pause=PauseBehind(share))
+
+
+def _train(
+    config: RunConfig, stop: StopAtSignal, *, resume: bool, overwrite: bool, pause: PauseBehind | None = None
+) -> Any:
     place = find_place(config, resume=resume, overwrite=overwrite)
     if place.finished and resume:
         place.replace()
@@ -58,10 +69,15 @@ def _train(config: RunConfig, stop: StopAtSignal, *, resume: bool, overwrite: bo
 
     trainer = make_trainer(config.model_copy(update={"bf16": bf16}), task, model, tokenizer, encoded, place.work)
     trainer.add_callback(stop)
+    if pause is not None:
+        trainer.add_callback(pause)
     # memory of the process counts above what it had before; that of an accelerator as it is
     before = 0 if torch.cuda.is_available() and not config.cpu else peak_memory()
     try:
         trainer.train(resume_from_checkpoint=place.checkpoint() if resume else None)
+        state = trainer.state
+        if pause is not None and state.global_step == step_of(pause.share, state.max_steps) < state.max_steps:
+            return paused_at(state.log_history, task, state.global_step, state.max_steps)
         memory = max(0, peak_memory() - before)
         return finish(config, task, trainer, encoded, place=place, peak_memory_bytes=memory)
     finally:
