@@ -182,7 +182,9 @@ def test_kinds_add_up_in_every_family(family, method):
     assert sum(counts.values()) == sum(p.numel() for p in trainable(model).values())
     assert counts["other"] == 0
     assert counts["cores"] == sum(
-        p.numel() for name, p in trainable(model).items() if f"_{method}_down." in name or f"_{method}_up." in name
+        p.numel()
+        for name, p in trainable(model).items()
+        if any(f"_{method}_{part}." in name for part in ("down", "up", "train"))
     )
     norms = [module for module in build(family)[0].modules() if "norm" in type(module).__name__.lower()]
     assert counts["norms"] == sum(p.numel() for norm in norms for p in norm.parameters(recurse=False)) > 0

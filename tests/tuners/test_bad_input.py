@@ -37,7 +37,7 @@ BAD = {
         ({"init_weights": None}, "init_weights=None"),
         ({"train_head": "Dense"}, "train_head='Dense'.*tensorized.*tensorized_only.*dense.*frozen"),
         ({"bias": "everything"}, "bias='everything'.*none.*all.*_only"),
-        ({"bias": "lora_only"}, "bias='lora_only' is none of 'none', 'all', 'loretta_(rep|adp)_only'"),
+        ({"bias": "lora_only"}, "bias='lora_only' is none of 'none', 'all', 'loretta_(rep|adp|shared)_only'"),
         ({"bias": True}, "bias=True"),
         ({"shapes": {"768": [8, 8]}}, "'768'.*768x64"),
         ({"shapes": {"768x": [8, 8]}}, "'768x'"),
@@ -51,6 +51,11 @@ BAD = {
         ({"r": 8.0}, "r=8.0"),
         ({"lora_dropout": 1.0}, "lora_dropout=1.0"),
         ({"lora_dropout": -0.1}, "lora_dropout=-0.1"),
+    ],
+    "shared": [
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern={'q_proj': 2}.*one rank"),
+        ({"lora_dropout": 1.0}, "lora_dropout=1.0"),
+        ({"lora_dropout": "0.1"}, "lora_dropout='0.1'"),
     ],
     "adp": [
         ({"bottleneck_size": 0}, "bottleneck_size=0"),
@@ -73,7 +78,11 @@ def test_a_bad_value_is_quoted(method, options, message):
 
 @every_method
 def test_all_mistakes_are_told_at_once(method):
-    own = {"rep": {"r": 0, "lora_dropout": 2}, "adp": {"bottleneck_size": 0, "non_linearity": "x"}}[method]
+    own = {
+        "rep": {"r": 0, "lora_dropout": 2},
+        "shared": {"rank_pattern": {"a": 1}, "lora_dropout": 2},
+        "adp": {"bottleneck_size": 0, "non_linearity": "x"},
+    }[method]
     with pytest.raises(InputError) as error:
         CONFIGS[method](tensor_rank=0, init_weights="x", train_head="y", bias="z", shapes={"a": [1]}, **own)
     for name in ("tensor_rank", "init_weights", "train_head", "bias", "shapes", *own):
@@ -87,7 +96,7 @@ def test_input_errors_are_value_errors():
 
 @every_method
 def test_every_activation_of_transformers_is_taken(method):
-    if method == "rep":
+    if method != "adp":
         with pytest.raises(TypeError, match="non_linearity"):
             CONFIGS[method](non_linearity="relu")
         return
@@ -134,8 +143,8 @@ def test_a_mistake_leaves_the_model_as_it_was(mistake, task, method):
 def test_a_shape_with_a_wrong_product_leaves_the_model_as_it_was(method):
     model, _ = build("llama")
     before = state(model)
-    size = "32x8" if method == "rep" else "32x64"
-    with pytest.raises(InputError, match=r"_proj': the shape \[4, 5, 6\].*120 instead of (256|2,048)"):
+    size = {"rep": "32x8", "shared": "32x3", "adp": "32x64"}[method]
+    with pytest.raises(InputError, match=r"_proj': the shape \[4, 5, 6\].*120 instead of (96|256|2,048)"):
         get_peft_model(model, config_for(method, task_type="CAUSAL_LM", shapes={size: [4, 5, 6]}))
     assert_same(before, state(model))
 

@@ -20,6 +20,7 @@ from tuners.wrapped import config_for, every_method, trainable, trained, wrap
 
 import loretta
 from loretta import get_peft_model
+from loretta.layers.shared import take_apart
 from loretta.tuners import contraction
 from loretta.tuners.contraction import Contraction
 from loretta.tuners.layer import LorettaLayer, is_bare_linear
@@ -98,8 +99,13 @@ def contractions(monkeypatch) -> Counter:
 
         return call
 
+    def counted_twice(kind: str) -> Callable:
+        return counted(kind, counted(kind, take_apart))  # a shared train has two sides, as others are two trains
+
     monkeypatch.setattr(contraction, "halves", counted("together", contraction.halves))
     monkeypatch.setattr("loretta.layers.trains.halves", counted("alone", loretta.layers.trains.halves))
+    monkeypatch.setattr("loretta.tuners.shared.layer.take_apart", counted_twice("together"))
+    monkeypatch.setattr("loretta.layers.shared.take_apart", counted_twice("alone"))
     return count
 
 
@@ -113,6 +119,12 @@ KINDS: dict[str, dict[str, dict]] = {
         "denoised": {"init_weights": "denoised", "alpha_pattern": {FIRST: 5}},
         "trained biases of the base": {"bias": "all"},
         "all linear": {"target_modules": "all-linear", "r": 2},
+    },
+    "shared": {
+        "plain": {},
+        "other scales": {"alpha_pattern": {FIRST: 5}},
+        "denoised": {"init_weights": "denoised", "alpha_pattern": {FIRST: 5}},
+        "all linear": {"target_modules": "all-linear"},
     },
     "adp": {
         "plain": {},
@@ -149,7 +161,7 @@ def test_together_is_each_alone(family, method, kind, contractions):
     assert_trained_near(got, ref)
 
 
-@pytest.mark.parametrize("method", ["rep", "adp"])
+@every_method
 def test_a_call_contracts_each_kind_of_trains_once(method, contractions):
     model, inputs = adapted("llama", method, target_modules=["q_proj", "v_proj", "o_proj"])
     kinds = {(p.down, p.up) for layer in layers_of(model) for p in layer.placements.values()}
@@ -332,7 +344,7 @@ def test_merging_and_unmerging_are_seen(contractions):
 def test_swapping_in_an_adapter_is_seen(method, tmp_path):
     model, inputs = adapted("llama", method)
     before = logits(model, inputs)
-    other, _ = wrap("llama", method, train_head="dense", **{"lora_alpha" if method == "rep" else "scaling": 2.0})
+    other, _ = wrap("llama", method, train_head="dense", **{"scaling" if method == "adp" else "lora_alpha": 2.0})
     trained(other, seed=5).save_pretrained(tmp_path)
     loretta.hotswap_adapter(model, tmp_path)
     assert not torch.equal(logits(model, inputs), before)
@@ -364,7 +376,7 @@ def test_parameters_that_others_put_in_place_are_seen(method):
 
 @every_method
 def test_inference_mode(method):
-    scales = {"alpha_pattern": {FIRST: 5}} if method == "rep" else {}
+    scales = {"alpha_pattern": {FIRST: 5}} if method != "adp" else {}
     model, inputs = adapted("llama", method, **scales)
     with torch.inference_mode():
         first = model(**inputs).logits
@@ -827,7 +839,7 @@ def test_adapters_of_which_some_are_frozen(method):
 
 @every_method
 def test_two_active_adapters(method, contractions):
-    scales = {"lora_alpha": 3} if method == "rep" else {"scaling": 0.4}
+    scales = {"lora_alpha": 3} if method != "adp" else {"scaling": 0.4}
     model, inputs = adapted("llama", method, train_norms=False)
     model.add_adapter("other", config_for(method, task_type="CAUSAL_LM", train_norms=False, **scales))
     model.base_model.set_adapter(["default", "other"])
@@ -868,12 +880,13 @@ def test_parameters_of_another_kind_are_left_to_their_layer(method, called_befor
         ref = logits(model, inputs)
     if called_before:
         logits(model, inputs)
-    down = getattr(layers_of(model)[0], f"loretta_{method}_down")["default"]
-    down.values = Elsewhere(down.values.detach().clone())
+    part = "train" if method == "shared" else "down"
+    cores = getattr(layers_of(model)[0], f"loretta_{method}_{part}")["default"]
+    cores.values = Elsewhere(cores.values.detach().clone())
     contractions.clear()
     assert_near("logits", logits(model, inputs), ref)
-    assert contractions["alone"] == 2
-    assert contractions["together"]
+    assert contractions["alone"] == 2 * (len(layers_of(model)) if method == "shared" else 1)
+    assert bool(contractions["together"]) is (method != "shared")
 
 
 def test_offloaded_parameters_are_left_to_their_layer():
@@ -897,7 +910,7 @@ def test_offloaded_parameters_are_left_to_their_layer():
 @every_method
 @pytest.mark.parametrize("init_weights", ["zero", "denoised"])
 def test_compiled_it_is_the_same_and_stays_compiled(method, init_weights):
-    options = {"init_weights": init_weights, "rank_pattern": {"one": 2}}
+    options = {"init_weights": init_weights, "rank_pattern": {} if method == "shared" else {"one": 2}}
     model = adapted_rows(method, **options)
     twin = copy.deepcopy(model)
     Contraction.detach(twin.get_base_model())

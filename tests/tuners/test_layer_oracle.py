@@ -14,7 +14,7 @@ from transformers.activations import ACT2FN
 from transformers.pytorch_utils import Conv1D
 from tt.trains import oracle, randn
 from tuners.families import build, randomise
-from tuners.wrapped import config_for, every_method
+from tuners.wrapped import config_for, every_method, own_trains, shared_by_hand
 
 from loretta import get_peft_model
 from loretta.layers.trains import Cores
@@ -53,6 +53,9 @@ def dense(cores: Cores) -> Tensor:
 
 def trains(layer, method: str, adapter: str = "default") -> tuple[Tensor, Tensor]:
     """The dense down (I, b) and up (b, O) of one adapter."""
+    if method == "shared":
+        left, inner, right = shared_by_hand(layer, adapter)
+        return left @ inner, right
     return tuple(dense(getattr(layer, f"loretta_{method}_{part}")[adapter]) for part in ("down", "up"))
 
 
@@ -167,7 +170,7 @@ def test_the_bottleneck_does_not_scale():
     assert small == large
 
 
-@every_method
+@own_trains
 def test_rank_pattern_sets_the_rank_of_single_modules(method):
     base, _ = build("llama")
     targets = ["q_proj", "v_proj", "o_proj"]
@@ -229,7 +232,10 @@ def test_autocast_contracts_the_cores_in_their_own_dtype(method):
     expected = model(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = model(x)
-        halves = getattr(layer, f"loretta_{method}_down")["default"]()
+        if method == "shared":
+            halves = layer.factors("default")
+        else:
+            halves = getattr(layer, f"loretta_{method}_down")["default"]()
     assert {half.dtype for half in halves} == {torch.float32}
     assert got.dtype == torch.bfloat16
     assert_near("y", got, expected)

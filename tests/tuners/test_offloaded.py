@@ -28,7 +28,7 @@ def test_an_adapter_loaded_onto_an_offloaded_base_computes_as_on_a_resident_one(
     assert (expected - logits(build(family)[0], inputs)).norm() > 0.1
     loaded = PeftModel.from_pretrained(offloaded(family), str(tmp_path)).eval()
     assert_near("loaded", logits(loaded, inputs), expected)
-    if method == "rep":
+    if method != "adp":
         loaded.merge_adapter()
         assert_near("merged", logits(loaded, inputs), expected)
         loaded.unmerge_adapter()

@@ -5,13 +5,21 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 from tuners.families import OPTIONS, build
-from tuners.wrapped import config_for, every_method, wrap
+from tuners.wrapped import config_for, every_method, own_trains, wrap
 
-from loretta import InputError, LorettaAdpModel, LorettaRepConfig, LorettaRepModel, get_peft_model, tt
+from loretta import (
+    InputError,
+    LorettaAdpModel,
+    LorettaRepConfig,
+    LorettaRepModel,
+    LorettaSharedModel,
+    get_peft_model,
+    tt,
+)
 from loretta.tuners.layer import LorettaLayer
 from loretta.tuners.placement import Placement, linear_size, matched_modules, rank_for, require_linear
 
-MODELS = {"rep": LorettaRepModel, "adp": LorettaAdpModel}
+MODELS = {"rep": LorettaRepModel, "adp": LorettaAdpModel, "shared": LorettaSharedModel}
 
 
 @pytest.mark.parametrize(
@@ -36,7 +44,7 @@ def test_require_linear_names_the_module_and_the_mend():
         require_linear("a.b", nn.LayerNorm(3))
 
 
-@every_method
+@own_trains
 @pytest.mark.parametrize(
     ("name", "rank"),
     [("layers.1.mlp.up_proj", 7), ("layers.11.mlp.up_proj", 4), ("x.q_proj", 2), ("q_proj", 2), ("xq_proj", 3)],
@@ -73,7 +81,7 @@ def test_adp_plans_on_the_side_where_it_works(name, where, width):
     assert without.bias_params == 0
 
 
-@every_method
+@own_trains
 def test_given_shapes_and_patterns_reach_the_plan(method):
     key, modes = ("24x8", [2, 96]) if method == "rep" else ("32x64", [32, 4, 16])
     config = config_for(method, shapes={key: modes}, rank_pattern={"x.lin": 4})
@@ -84,7 +92,7 @@ def test_given_shapes_and_patterns_reach_the_plan(method):
 
 @every_method
 def test_a_shape_that_does_not_fit_is_refused_with_the_modules_name(method):
-    key = "24x8" if method == "rep" else "32x64"
+    key = {"rep": "24x8", "shared": "24x3", "adp": "32x64"}[method]
     with pytest.raises(InputError, match=r"'x\.lin': the shape \[3, 5\].*multiplies to 15"):
         MODELS[method].place(config_for(method, shapes={key: [3, 5]}), "x.lin", nn.Linear(24, 32))
 
@@ -120,7 +128,7 @@ def test_nothing_matched_says_what_there_is(method):
     assert list(matched_modules(config_for(method, target_modules=["value"]), model, required=False)) == []
 
 
-@every_method
+@own_trains  # those of a shared train are in test_shared.py
 @pytest.mark.parametrize("family", OPTIONS)
 @pytest.mark.parametrize("options", [{}, {"rank_pattern": {"0\\..*": 2}, "target_modules": "all-linear"}])
 def test_what_is_injected_is_what_was_planned(family, method, options):

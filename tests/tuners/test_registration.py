@@ -21,10 +21,18 @@ from tuners.families import build, logits
 from tuners.wrapped import CONFIGS, every_method, wrap
 
 import loretta
-from loretta import LorettaAdpConfig, LorettaAdpModel, LorettaRepConfig, LorettaRepModel, TaskType, get_peft_model
+from loretta import (
+    LorettaAdpConfig,
+    LorettaAdpModel,
+    LorettaRepConfig,
+    LorettaRepModel,
+    LorettaSharedModel,
+    TaskType,
+    get_peft_model,
+)
 
-NAMES = {"rep": "LORETTA_REP", "adp": "LORETTA_ADP"}
-MODELS = {"rep": LorettaRepModel, "adp": LorettaAdpModel}
+NAMES = {method: f"LORETTA_{method.upper()}" for method in CONFIGS}
+MODELS = {"rep": LorettaRepModel, "adp": LorettaAdpModel, "shared": LorettaSharedModel}
 PACKAGES = ["loretta", "loretta.tuners", "loretta.tuners.register", "loretta.tuners.rep", "loretta.tuners.adp"]
 
 
@@ -116,7 +124,7 @@ def test_status(method):
     )
     assert status.trainable_params == sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert {layer.name.rpartition(".")[2] for layer in get_layer_status(model)} >= (
-        {"q_proj", "v_proj"} if method == "rep" else {"o_proj", "down_proj"}
+        {"o_proj", "down_proj"} if method == "adp" else {"q_proj", "v_proj"}
     )
 
 
@@ -191,7 +199,8 @@ def test_quick_start_of_adp(family, task_type, targets):
 
 @every_method
 def test_a_config_round_trips_through_its_dictionary(method):
-    config = CONFIGS[method](target_modules=["b", "a"], shapes={"8x8": [8, 8]}, rank_pattern={"a": 2}, bias="all")
+    ranks = {} if method == "shared" else {"a": 2}
+    config = CONFIGS[method](target_modules=["b", "a"], shapes={"8x8": [8, 8]}, rank_pattern=ranks, bias="all")
     again = PeftConfig.from_peft_type(**config.to_dict())
     assert type(again) is CONFIGS[method]
     assert again == config

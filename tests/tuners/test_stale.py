@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tt.trains import oracle, randn
 from tuners.families import build, randomise
-from tuners.wrapped import config_for, every_method, trained, wrap
+from tuners.wrapped import config_for, every_method, shared_by_hand, trained, wrap
 
 import loretta
 from loretta import InputError, get_peft_model
+from loretta.layers.shared import take_apart
 from loretta.tuners import contraction
 from loretta.tuners.layer import LorettaLayer
+from loretta.tuners.shared import SharedLinear
 
 SCALE = 1.5
 
@@ -38,7 +40,7 @@ class Two(nn.Module):
 
 
 def adapted(method: str, **options) -> nn.Module:
-    scale = {"lora_alpha": SCALE * 3} if method == "rep" else {"scaling": SCALE}
+    scale = {"scaling": SCALE} if method == "adp" else {"lora_alpha": SCALE * 3}
     model = get_peft_model(Two(), config_for(method, target_modules=["one", "two"], **scale, **options))
     return trained(model).double().eval()
 
@@ -54,6 +56,9 @@ def cores_of(model: nn.Module) -> list[nn.Parameter]:
 def by_hand(layer: LorettaLayer, x: Tensor, adapter: str = "default") -> Tensor:
     """One layer with the dense matrices that its cores spell now."""
     method, y = ("rep" if hasattr(layer, "loretta_rep_down") else "adp"), layer.get_base_layer()(x)
+    if isinstance(layer, SharedLinear):
+        left, inner, right = shared_by_hand(layer, adapter)
+        return y + SCALE * (x @ left @ inner @ right)
     trains = [getattr(layer, f"loretta_{method}_{part}")[adapter] for part in ("down", "up")]
     down, up = (oracle(list(cores), cores.shape) for cores in trains)
     if method == "rep":
@@ -177,18 +182,31 @@ class Broken(BaseException):
     """As KeyboardInterrupt, which the hooks of torch do not see, but no reason for pytest to stop."""
 
 
+def before_every_train(patch: pytest.MonkeyPatch, do: Callable[[], None]) -> None:
+    """Have something done before the joint contraction comes to a train; a shared one counts for its two sides."""
+
+    def then(function: Callable) -> Callable:
+        def call(*args):
+            do()
+            return function(*args)
+
+        return call
+
+    patch.setattr(contraction, "halves", then(contraction.halves))
+    patch.setattr("loretta.tuners.shared.layer.take_apart", then(then(take_apart)))
+
+
 @contextmanager
 def broken(monkeypatch, error: type[BaseException], at: int):
     """In it the joint contraction fails at its ``at``-th train."""
-    count, halves = iter(range(1, 10**6)), contraction.halves
+    count = iter(range(1, 10**6))
 
-    def failing(*args):
+    def fail() -> None:
         if next(count) == at:
             raise error("on purpose")
-        return halves(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(contraction, "halves", failing)
+        before_every_train(patch, fail)
         yield
 
 
@@ -267,7 +285,7 @@ def test_an_exported_program_holds_the_cores(method):
     answer(model)
     exported = torch.export.export(model, (X,), strict=False).module()
     values = {key: 0.5 * value if key.endswith(".values") else value for key, value in exported.state_dict().items()}
-    assert sum(key.endswith(".values") for key in values) == 4
+    assert sum(key.endswith(".values") for key in values) == len(cores_of(model))
     exported.load_state_dict(values)
     for p in cores_of(model):
         p.data.mul_(0.5)
@@ -307,13 +325,9 @@ COUNTED: dict[str, Callable[[nn.Module], object]] = {
 
 
 def count_contractions(monkeypatch) -> list[None]:
-    calls, halves = [], contraction.halves
+    calls: list[None] = []
 
-    def counted(*args):
-        calls.append(None)
-        return halves(*args)
-
-    monkeypatch.setattr(contraction, "halves", counted)
+    before_every_train(monkeypatch, lambda: calls.append(None))
     return calls
 
 
@@ -405,7 +419,7 @@ def test_cores_that_are_not_finite_are_not_taken_for_a_write():
 @every_method
 def test_adapters_are_switched_and_added_while_serving(method, monkeypatch):
     model = adapted(method)
-    scale = {"lora_alpha": SCALE * 3} if method == "rep" else {"scaling": SCALE}
+    scale = {"scaling": SCALE} if method == "adp" else {"lora_alpha": SCALE * 3}
     before = answer(model)
     with loretta.serving(model):
         answer(model)

@@ -37,6 +37,11 @@ OWN = {
         "alpha_pattern": [{"q": None}, {"q": float("inf")}, 5],
         "lora_dropout": ["0", None, float("nan")],
     },
+    "shared": {
+        "lora_alpha": ["16", None, float("nan")],
+        "alpha_pattern": [{"q": None}, 5],
+        "lora_dropout": ["0", None],
+    },
     "adp": {
         "bottleneck_size": ["8", None],
         "scaling": ["1", None, float("nan")],

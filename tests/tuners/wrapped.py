@@ -8,6 +8,7 @@ from torch import Tensor
 from tuners.families import build, natural_task, randomise
 
 from loretta import LorettaAdpConfig, LorettaRepConfig, LorettaSharedConfig, get_peft_model
+from loretta.tuners.shared import SharedLinear
 
 CONFIGS = {"rep": LorettaRepConfig, "adp": LorettaAdpConfig, "shared": LorettaSharedConfig}
 every_method = pytest.mark.parametrize("method", CONFIGS)
@@ -27,6 +28,15 @@ def wrap(
     with torch.random.fork_rng(devices=[]):
         seed_torch(seed)
         return get_peft_model(model, config_for(method, task_type=task, **options)).eval(), inputs
+
+
+def shared_by_hand(layer: SharedLinear, adapter: str = "default") -> tuple[Tensor, Tensor, Tensor]:
+    """Left side (I, r), the product of the two small cores (r, r) and right side (r, O) that a layer uses."""
+    seat = layer.placements[adapter].seat
+    parts, n, rank = list(layer.holders[adapter].loretta_shared_train[adapter]), len(seat.train.left), seat.train.rank
+    of_layer, of_projection = (part.view(-1, rank, rank) for part in parts[n : n + 2])
+    left, right = parts[seat.left].view(-1, rank), parts[n + 2 + seat.right].view(rank, -1)
+    return left, of_layer[seat.layer] @ of_projection[seat.projection], right
 
 
 def trained(model: PeftModel, seed: int = 1, scale: float = 0.2) -> PeftModel:

@@ -1,6 +1,6 @@
 """The two layers as single autograd functions over Triton kernels, for half precision on NVIDIA and AMD GPUs.
 
-A layer of either method multiplies a wide matrix of activations by thin ones. Each plain product reads the activations
+A layer of any method multiplies a wide matrix of activations by thin ones. Each plain product reads the activations
 once more, and small batches wait for one product after the other. The kernels read the activations once forward and
 once backward, and add to the output and to the gradient in place. Where :func:`pays` says no, the layers use the plain
 twins.

@@ -12,6 +12,7 @@ from loretta.plan.plan import Plan, plan_model
 from loretta.tuners.adp import LorettaAdpConfig
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.rep import LorettaRepConfig
+from loretta.tuners.shared import LorettaSharedConfig
 
 RANKS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
@@ -110,6 +111,8 @@ def _reductions(config: LorettaConfig, model: nn.Module) -> Iterator[tuple[Loret
             config = replace(config, bottleneck_size=config.bottleneck_size // 2)
             yield config, f"the bottleneck is {config.bottleneck_size}"
     if isinstance(config.target_modules, str) or config.layers_to_transform is not None:
+        return
+    if isinstance(config, LorettaSharedConfig):  # of which a layer costs next to nothing
         return
     names = [placement.name for placement in plan_model(model, config).placements]
     layers = sorted({int(match[1]) for name in names if (match := re.search(r"\.(\d+)\.", name))})

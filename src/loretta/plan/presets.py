@@ -44,7 +44,7 @@ _LLAMA: dict[str, Any] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preset:
-    """One row of a table. ``method`` is rep or adp, or a baseline that is only counted."""
+    """One row of a table. ``method`` is one of LoRETTA's, or a baseline that is only counted."""
 
     table: str
     model: str

@@ -7,6 +7,7 @@ from rich.table import Table
 
 from loretta.plan.plan import Plan
 from loretta.tt import TTShape
+from loretta.tuners.placement import Placement
 from loretta.wording import as_text
 
 _WHERE = {"update": "added to the weight", "after": "after it", "before": "before it"}
@@ -24,10 +25,12 @@ def explain_plan(plan: Plan, notes: Sequence[str] = ()) -> str:
         ending = placement.name.rpartition(".")[2]
         lines.append(f"{count} x {ending} ({_WHERE[placement.where]}), for example {placement.name}:")
         for part, shape in (("down", placement.down), ("up", placement.up)):
+            if placement.seat:
+                drawn = f"{shape.in_features} x {shape.out_features}" if _is_matrix(placement, shape) else draw(shape)
+                lines.append(f"  {part:4} {drawn}, a side of the shared train")
+                continue
             lines.append(f"  {part:4} {draw(shape)}")
-            lines.append(
-                f"       {count_in_words(shape)}" if not placement.seat else "       a side of the shared train"
-            )
+            lines.append(f"       {count_in_words(shape)}")
         if placement.bias_params:
             lines.append(f"       biases: {placement.bias_params:,} (the bottleneck and the width)")
     lines += _shared_in_words(plan)
@@ -45,6 +48,11 @@ def explain_plan(plan: Plan, notes: Sequence[str] = ()) -> str:
     lines += [f"Cannot be adapted: {name}, which {reason}." for name, reason in plan.not_adaptable.items()]
     lines += ["", *notes] if notes else []
     return "\n".join(lines)
+
+
+def _is_matrix(placement: Placement, shape: TTShape) -> bool:
+    """Whether a side of a shared train is one core, which is the matrix itself."""
+    return placement.seat is not None and len(shape.modes) == 1
 
 
 def _shared_in_words(plan: Plan) -> list[str]:
@@ -99,9 +107,9 @@ def tables(plan: Plan) -> str:
                 f"{count}",
                 placement.where,
                 f"{shape.in_features} x {shape.out_features}",
-                f"{list(shape.modes)}",
-                f"{max(shape.ranks)}",
-                f"{shape.cut_rank}" + ("" if shape.aligned else " *"),
+                "a matrix" if _is_matrix(placement, shape) else f"{list(shape.modes)}",
+                "" if _is_matrix(placement, shape) else f"{max(shape.ranks)}",
+                f"{shape.cut_rank}" + ("" if shape.aligned or placement.seat else " *"),
                 "shared" if placement.seat else f"{shape.n_params:,}",
                 "" if placement.seat else f"{count * shape.n_params:,}",
             )
@@ -126,7 +134,7 @@ def tables(plan: Plan) -> str:
         "extra bytes kept per token, bfloat16", *(f"{2 * cost.kept_per_token:,}" if cost else "-" for cost in costs)
     )
     totals.add_row("FLOPs to contract the cores, a step", f"{plan.fold_flops:,}")
-    straddles = any(not shape.aligned for place in plan.placements for shape in (place.down, place.up))
+    straddles = any(not shape.aligned for p in plan.placements if not p.seat for shape in (p.down, p.up))
     note = ["  * the boundary between input and output cuts a mode"] if straddles else []
     return as_text(modules, *note, totals)
 

@@ -297,10 +297,10 @@ def _start_name(model: nn.Module, site: str, part: str) -> str:
     return f"{site}.{layer.prefix}{part}.{ADAPTER}.values"
 
 
-def _sharing(model: nn.Module, layer: SharedLinear) -> list[str]:
-    """All layers that take their update from the train of ``layer``, which is named after the first of them."""
+def _sharing(model: nn.Module, holder: SharedLinear) -> list[str]:
+    """The layers that take their updates from the train of ``holder``, under whose name it lies."""
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, SharedLinear)]
-    return [name for name, module in layers if module.shares_train(ADAPTER, layer)]
+    return [name for name, module in layers if module.holders.get(ADAPTER) is holder]
 
 
 def _site(model: nn.Module, name: str) -> str:

@@ -16,7 +16,7 @@ from loretta.training.methods import find_method
 
 # a factor of 5 between neighbours, around the methods' defaults (loretta.training.methods)
 RATES = (2e-4, 1e-3, 5e-3)
-_RANKED = ("loretta_adp", "loretta_rep", "lora")
+_RANKED = ("loretta_adp", "loretta_rep", "loretta_shared", "lora")
 
 
 def comparison(

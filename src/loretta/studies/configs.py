@@ -20,7 +20,7 @@ from loretta.training.methods import refuse_unknown_options, virtual_tokens
 from loretta.tt.modes import most_balanced
 from loretta.wording import nearest
 
-ALIASES = {"adp": "loretta_adp", "rep": "loretta_rep"}
+ALIASES = {"adp": "loretta_adp", "rep": "loretta_rep", "shared": "loretta_shared"}
 FEWEST_EVALUATIONS = 3  # of a run; with fewer there is nothing to choose the best checkpoint from
 
 

@@ -182,9 +182,14 @@ def list_trains(model: Trained) -> list[Train]:
     config = loretta_config(model)
     if not isinstance(model, PeftModel) or config is None or getattr(config, "dense", False):
         return []
+    plan = read_plan(model)
+    if (shared := plan.shared) is not None:
+        sides = [(f"left side, {side.in_features} wide", side) for side in shared.left]
+        sides += [(f"right side, {side.out_features} wide", side) for side in shared.right]
+        return [Train(at=at, count=1, **dataclasses.asdict(side)) for at, side in sides]
     return [
         Train(at=f"{placement.name.rpartition('.')[2]} {part}", count=count, **dataclasses.asdict(shape))
-        for placement, count in read_plan(model).groups()
+        for placement, count in plan.groups()
         for part, shape in (("down", placement.down), ("up", placement.up))
     ]
 

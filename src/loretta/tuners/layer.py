@@ -1,4 +1,4 @@
-"""What the layers of both methods share: the calling rules of a PEFT layer."""
+"""What the layers of all methods share: the calling rules of a PEFT layer."""
 
 import copy
 import math

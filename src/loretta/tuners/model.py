@@ -1,4 +1,4 @@
-"""What the tuners of both methods share: planning before injection, norms and heads, mixed batches, load checks."""
+"""What the tuners of all methods share: planning before injection, norms and heads, mixed batches, load checks."""
 
 import copy
 from collections import Counter

@@ -9,7 +9,7 @@ from torch import nn
 
 from loretta.errors import InputError
 
-# What PEFT and the layers of both methods put around the modules and parameters of a base model
+# What PEFT and the layers of all methods put around the modules and parameters of a base model
 _OURS = (
     "base_model.model",
     "base_layer.weight",

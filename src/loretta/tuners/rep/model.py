@@ -39,7 +39,7 @@ class LorettaRepModel(LorettaModel):
     target_module_mapping = REP_TARGETS  # type: ignore[assignment]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As that of both methods. Every layer also learns what a conversion of the adapter to LoRA would lose."""
+        """As that of all methods. Every layer also learns what a conversion of the adapter to LoRA would lose."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         layers = [module for module in model.modules() if isinstance(module, RepLinear)]
         beside = tuple(

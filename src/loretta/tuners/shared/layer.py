@@ -7,7 +7,7 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from loretta.layers.shared import Parts, Seat, SharedCores, shared_factors, take_apart
 from loretta.layers.trains import arranged
@@ -21,8 +21,8 @@ from loretta.tuners.shared.config import LorettaSharedConfig
 class SharedLinear(RepLinear):
     """``base(x) + scaling * (x A) B`` summed over the active adapters, as rep: A and B come from a shared train.
 
-    All layers hold the one module with an adapter's cores, as models hold tied weights: PEFT switches, moves and
-    deletes it with any of them. A file has it once, under the name of the first layer.
+    The first layer of an adapter holds its cores, and the others know that layer. So PEFT switches, moves, saves and
+    deletes one module, under one name.
     """
 
     prefix = "loretta_shared_"
@@ -31,6 +31,7 @@ class SharedLinear(RepLinear):
         "loretta_shared_start_train",
         "loretta_shared_dropout",
         "beside",
+        "holders",
         "scaling",
         "placements",
         "n_pairs",
@@ -38,25 +39,29 @@ class SharedLinear(RepLinear):
     )
     trains = ("train", "start_train")
 
-    def update_layer(  # type: ignore[override]
-        self,
-        adapter_name: str,
-        placement: Placement,
-        config: LorettaSharedConfig,
-        trains: Mapping[str, SharedCores],
-    ) -> None:
-        """Have one adapter take this layer's update from ``trains``: "train", and "start_train" to be subtracted."""
-        self.placements[adapter_name] = placement
+    def __init__(self, base_layer: nn.Module, *, name: str, **quantization_kwargs) -> None:
+        super().__init__(base_layer, name=name, **quantization_kwargs)
+        self.holders: dict[str, SharedLinear] = {}  # by adapter, the layer that holds its cores: a plain dictionary
+
+    def hold(self, adapter_name: str, trains: Mapping[str, SharedCores]) -> None:
+        """Take the cores of one adapter for all layers: "train", and "start_train" that is subtracted, if any."""
         for part, train in trains.items():
             self._part(part)[adapter_name] = train
+
+    def update_layer(  # type: ignore[override]
+        self, adapter_name: str, placement: Placement, config: LorettaSharedConfig, holder: "SharedLinear"
+    ) -> None:
+        """Have one adapter take this layer's update from the train that ``holder`` holds."""
+        self.placements[adapter_name] = placement
+        self.holders[adapter_name] = holder
         self._finish_adding(adapter_name, config.lora_dropout)
-        self.n_pairs[adapter_name] = len(trains)
+        self.n_pairs[adapter_name] = sum(adapter_name in holder._part(part) for part in self.trains)
         note_change()
         self.set_scaling(adapter_name, config)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def stacked_parameters(self, adapter_name: str, pair: int) -> tuple[Place, ...]:
-        return ((self._part(self.trains[pair]), adapter_name, "values"),)
+        return ((self.holders[adapter_name]._part(self.trains[pair]), adapter_name, "values"),)
 
     def group_key(self, adapter_name: str, pair: int) -> Hashable:
         seat, train = self._seat(adapter_name), self._train(adapter_name, pair)
@@ -95,16 +100,11 @@ class SharedLinear(RepLinear):
         pairs = [self._train(adapter_name, pair)() for pair in range(self.n_pairs[adapter_name])]
         return [(a_IR, b_MRO[0]) for a_IR, b_MRO in (shared_factors(parts, [seat]) for parts in pairs)]
 
-    def shares_train(self, adapter_name: str, other: "SharedLinear") -> bool:
-        """Whether an adapter's updates of two layers come from the same train."""
-        here, there = self._part("train"), other._part("train")
-        return adapter_name in here and adapter_name in there and here[adapter_name] is there[adapter_name]
-
     def _seat(self, adapter_name: str) -> Seat:
         return cast(Seat, self.placements[adapter_name].seat)
 
     def _train(self, adapter_name: str, pair: int) -> SharedCores:
-        return cast(SharedCores, self._part(self.trains[pair])[adapter_name])
+        return cast(SharedCores, self.holders[adapter_name]._part(self.trains[pair])[adapter_name])
 
     def _device(self) -> torch.device | None:
         return self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
