@@ -35,7 +35,6 @@ BY_OWNER = {
         "_get_adapter_state_dict": "(model, config, adapter_name, state_dict, unwanted_adapter_names)",
         "_prepare_adapter_config": "(self, peft_config, model_config)",
         "_remap_adapter_state_dict_for_load": "(model, config, adapter_name, state_dict)",
-        "_remove_adapter_name_from_key": "(key, adapter_name)",
         "_replace_module": "(self, parent, child_name, new_module, child)",
         "_unload_and_optionally_merge": "(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None)",
     },
