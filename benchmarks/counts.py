@@ -23,7 +23,7 @@ def page() -> str:
     for name, preset in PRESETS.items():
         result = make_plan(preset=name)
         plan = result.plan
-        parts = [None] * 4 if plan is None else [plan.cores, plan.biases, plan.extras.norms, plan.extras.head]
+        parts = [None] * 4 if plan is None else [plan.cores, plan.biases, plan.copies.norms, plan.copies.head]
         counts = ["" if part is None else f"{part:,}" for part in [*parts, result.trainable]]
         rows.append([f"`{name}`", preset.table, *counts, preset.printed])
     columns = ["preset", "table", "cores", "biases", "norms", "head", "trained", "printed"]

@@ -73,8 +73,8 @@ def test_the_plan_is_what_trains_and_what_is_saved(method, family, tmp_path):
     assert plan.trainable == wrapped.get_nb_trainable_parameters()[0]
     carried_out = read_plan(wrapped)
     assert [p.name for p in carried_out.placements] == [p.name for p in plan.placements]
-    assert (plan.cores, plan.biases, plan.extras.norms, plan.extras.head) == (
-        carried_out.cores, carried_out.biases, carried_out.extras.norms, carried_out.extras.head,
+    assert (plan.cores, plan.biases, plan.copies.norms, plan.copies.head) == (
+        carried_out.cores, carried_out.biases, carried_out.copies.norms, carried_out.copies.head,
     )  # fmt: skip
     # one step of training, then save and load
     optimizer = torch.optim.AdamW([p for p in wrapped.parameters() if p.requires_grad], lr=1e-2)

@@ -55,7 +55,7 @@ def test_the_published_count(name):
 def test_the_parts_of_a_count(name, parts):
     preset = find_preset(f"paper/{name}")
     plan = plan_model(meta_model(find_config(preset.model), preset.task_type), preset.config())
-    assert (plan.cores, plan.biases, plan.extras.norms, plan.extras.head) == parts
+    assert (plan.cores, plan.biases, plan.copies.norms, plan.copies.head) == parts
 
 
 def test_a_preset_carries_the_protocol():

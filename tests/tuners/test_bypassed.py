@@ -5,9 +5,9 @@ import warnings
 
 import pytest
 import torch
+from tolerances import assert_near
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-from tolerances import assert_near
 from tuners.families import OPTIONS, build, loss_of, natural_task
 from tuners.wrapped import config_for, every_method, trained
 

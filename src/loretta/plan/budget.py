@@ -78,7 +78,7 @@ def choose(model: nn.Module, config: LorettaConfig, budget: Budget) -> tuple[Lor
                 beyond = (rank, budget.used(plan))
                 break
             best, best_plan = candidate, plan
-        fixed = best_plan.extras.norms + best_plan.extras.head + best_plan.biases
+        fixed = best_plan.copies.norms + best_plan.copies.head + best_plan.biases
         reasons.append(
             f"tensor rank {best.tensor_rank} is the highest that fits: {budget.used(best_plan):,} of {budget}"
             + (f"; rank {beyond[0]} would take {beyond[1]:,}" if beyond else "")

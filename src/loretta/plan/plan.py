@@ -49,7 +49,7 @@ class Plan:
     method: str
     model_type: str
     placements: tuple[Placement, ...]
-    extras: CopyCost
+    copies: CopyCost
     model_parameters: int
     not_adaptable: Mapping[str, str] = field(default_factory=dict)  # class -> reason
     lora: Cost | None = None  # LoRA r=8 on PEFT's default targets of the same model
@@ -71,12 +71,12 @@ class Plan:
 
     @property
     def trainable(self) -> int:
-        return self.cores + self.biases + self.extras.norms + self.extras.head
+        return self.cores + self.biases + self.copies.norms + self.copies.head
 
     @property
     def saved(self) -> int:
         """Numbers in the adapter's file: what is trained, and what is frozen but not part of the base model."""
-        return self.trainable + self.extras.frozen
+        return self.trainable + self.copies.frozen
 
     @property
     def cost(self) -> Cost:
@@ -111,10 +111,10 @@ class Plan:
             "trainable": self.trainable,
             "cores": self.cores,
             "biases": self.biases,
-            "norms": self.extras.norms,
-            "head": self.extras.head,
-            "frozen_but_saved": self.extras.frozen,
-            "head_parts": list(self.extras.parts),
+            "norms": self.copies.norms,
+            "head": self.copies.head,
+            "frozen_but_saved": self.copies.frozen,
+            "head_parts": list(self.copies.parts),
             "model_parameters": self.model_parameters,
             "adapter_bytes": {"float32": 4 * self.saved, "bfloat16": 2 * self.saved},
             "per_token": {
@@ -179,7 +179,7 @@ def plan_model(model: nn.Module, config: LorettaConfig) -> Plan:
     """
     tuner = _TUNERS[type(config)]
     model_config = BaseTuner.get_model_config(model)
-    extras = copy_cost(model, config)
+    copies = copy_cost(model, config)
     config = copy.copy(config)
     config.target_modules = tuner.default_targets(config, model_config)
     # what is copied whole is not adapted
@@ -188,14 +188,14 @@ def plan_model(model: nn.Module, config: LorettaConfig) -> Plan:
         method=str(PeftType(config.peft_type).value).lower().removeprefix("loretta_"),
         model_type=model_config.get("model_type", "custom"),
         placements=tuple(tuner.place_all(config, matched_modules(config, model))),
-        extras=extras,
+        copies=copies,
         model_parameters=sum(parameter.numel() for parameter in model.parameters()),
         not_adaptable=not_adaptable(model),
         lora=_lora_cost(model, model_config),
         dense=_dense_cost(model, model_config),
     )
     if config.init_weights == "denoised":
-        return replace(plan, extras=replace(extras, frozen=extras.frozen + plan.cores))
+        return replace(plan, copies=replace(copies, frozen=copies.frozen + plan.cores))
     return plan
 
 
@@ -212,7 +212,7 @@ def read_plan(model: PeftModel, adapter_name: str = "default") -> Plan:
         method=str(PeftType(config.peft_type).value).lower().removeprefix("loretta_"),
         model_type=base_config.get("model_type", "custom"),
         placements=placements,
-        extras=CopyCost(norms=counts["norms"], head=counts["head"], frozen=0),
+        copies=CopyCost(norms=counts["norms"], head=counts["head"], frozen=0),
         model_parameters=sum(parameter.numel() for parameter in model.parameters()) - sum(counts.values()),
         not_adaptable=not_adaptable(model),
     )
@@ -259,7 +259,7 @@ def count_baseline(model: nn.Module, preset: Preset) -> int:
         # the paper counts the two matrices of each adapter, without biases
         placed = plan_model(model, LorettaAdpConfig(task_type=preset.task_type, **preset.options))
         matrices = sum(2 * DENSE_BOTTLENECK * placement.down.in_features for placement in placed.placements)
-        return matrices + placed.extras.norms
+        return matrices + placed.copies.norms
     config = {"lora": LoraConfig, "ia3": IA3Config, "prefix": PrefixTuningConfig}[preset.method]
     with torch.device("meta"):
         return get_peft_model(

@@ -35,15 +35,15 @@ def explain_plan(plan: Plan, notes: Sequence[str] = ()) -> str:
             lines.append(f"       biases: {placement.bias_params:,} (the bottleneck and the width)")
     lines += _shared_in_words(plan)
     lines += ["", "Trained:"]
-    parts = [("cores", plan.cores), ("biases", plan.biases), ("norms", plan.extras.norms), ("head", plan.extras.head)]
+    parts = [("cores", plan.cores), ("biases", plan.biases), ("norms", plan.copies.norms), ("head", plan.copies.head)]
     lines += [f"  {name:7} {number:>13,}  {_share(number, plan.trainable)}" for name, number in parts if number]
     lines.append(
         f"  {'total':7} {plan.trainable:>13,}  {plan.trainable / max(1, plan.model_parameters):.3%} of the model"
     )
-    lines += [f"Head: {part}." for part in plan.extras.parts]
-    if plan.extras.frozen:
+    lines += [f"Head: {part}." for part in plan.copies.parts]
+    if plan.copies.frozen:
         lines.append(
-            f"Saved with the adapter though frozen: {plan.extras.frozen:,} (starting values, an untrained head)"
+            f"Saved with the adapter though frozen: {plan.copies.frozen:,} (starting values, an untrained head)"
         )
     lines += [f"Cannot be adapted: {name}, which {reason}." for name, reason in plan.not_adaptable.items()]
     lines += ["", *notes] if notes else []
@@ -124,8 +124,8 @@ def tables(plan: Plan) -> str:
     costs = [plan.cost, plan.lora, plan.dense]
     totals.add_row("cores", f"{plan.cores:,}")
     totals.add_row("biases", f"{plan.biases:,}")
-    totals.add_row("norms", f"{plan.extras.norms:,}")
-    totals.add_row("head", f"{plan.extras.head:,}")
+    totals.add_row("norms", f"{plan.copies.norms:,}")
+    totals.add_row("head", f"{plan.copies.head:,}")
     totals.add_row("trained parameters", *(f"{cost.parameters:,}" if cost else "-" for cost in costs))
     totals.add_row("adapter bytes, float32", *_bytes(plan, costs, 4))
     totals.add_row("adapter bytes, bfloat16", *_bytes(plan, costs, 2))
