@@ -140,6 +140,7 @@ BY_OWNER = {
         "_save": "(self, output_dir=None, state_dict=None)",
         "_save_checkpoint": "(self, model, trial)",
         "_tr_loss": PRESENT,
+        "_train_batch_size": PRESENT,
     },
 }
 TABLE = {f"{owner}.{name}": value for owner, names in BY_OWNER.items() for name, value in names.items()}

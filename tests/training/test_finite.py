@@ -39,7 +39,7 @@ def assert_same(folder, record, other, expected):
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
 
 
-OPTIONS = {"epochs": 2, "eval_steps": 5, "learning_rate": 1e-2, "head_learning_rate": 0.02}
+OPTIONS = {"epochs": 1, "eval_steps": 5, "learning_rate": 1e-2, "head_learning_rate": 0.02}
 
 
 def test_without_a_checkpoint_it_is_the_run_at_half_the_rates(bert, reviews, tmp_path, monkeypatch, caplog):
@@ -56,9 +56,9 @@ def test_without_a_checkpoint_it_is_the_run_at_half_the_rates(bert, reviews, tmp
 def test_it_goes_on_from_the_last_checkpoint_and_a_kill_changes_nothing(bert, reviews, tmp_path, monkeypatch):
     """The same as by hand: stop at the checkpoint, halve the rates in its files, go on."""
     by_hand = config_for(bert, reviews, tmp_path / "by-hand", **OPTIONS)
-    with stopping_behind(10, signal.SIGTERM), pytest.raises(Stopped):
+    with stopping_behind(5, signal.SIGTERM), pytest.raises(Stopped):
         train(by_hand)
-    checkpoint = tmp_path / "by-hand" / "checkpoints" / "checkpoint-10"
+    checkpoint = tmp_path / "by-hand" / "checkpoints" / "checkpoint-5"
     optimizer, schedule = (torch.load(checkpoint / f"{name}.pt") for name in ("optimizer", "scheduler"))
     for group in optimizer["param_groups"]:
         group["lr"], group["initial_lr"] = group["lr"] / 2, group["initial_lr"] / 2
@@ -68,15 +68,15 @@ def test_it_goes_on_from_the_last_checkpoint_and_a_kill_changes_nothing(bert, re
     write_list(checkpoint, describe(checkpoint))
     expected = train(by_hand, resume=True)
 
-    poisoned(monkeypatch, 12)
+    poisoned(monkeypatch, 7)
     config = config_for(bert, reviews, tmp_path / "run", **OPTIONS, on_nan="rollback")
     record = train(config)
     assert_same(tmp_path / "run", record, tmp_path / "by-hand", expected)
-    assert record.notes[-1].startswith("not finite at step 12: ")
+    assert record.notes[-1].startswith("not finite at step 7: ")
 
-    poisoned(monkeypatch, 12)
+    poisoned(monkeypatch, 7)
     config = config.model_copy(update={"output": str(tmp_path / "killed")})
-    with stopping_behind(14, signal.SIGTERM), pytest.raises(Stopped):
+    with stopping_behind(9, signal.SIGTERM), pytest.raises(Stopped):
         train(config)
     again = train(config, resume=True)
     assert_same(tmp_path / "killed", again, tmp_path / "by-hand", expected)

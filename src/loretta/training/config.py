@@ -88,6 +88,10 @@ class RunConfig(BaseModel):
     max_steps: int | None = Field(default=None, ge=1, description="Steps to train, in place of epochs.")
     batch_size: int = Field(default=16, ge=1, description="Examples in a training step.")
     accumulate: int = Field(default=1, ge=1, description="Training steps whose gradients make one update.")
+    auto_batch: bool = Field(
+        default=False,
+        description="Where the memory is too small for a batch: halve it and double accumulate, for the same updates.",
+    )
     on_nan: Literal["stop", "skip", "rollback"] = Field(
         default="stop",
         description="Where a loss or gradient is not finite: stop the run with status 3, skip such updates, or go back "
@@ -148,8 +152,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Data": ("text", "text_pair", "label", "kind", "validation", "test", "data_dir", "limit", "max_length"),
     "Prompted tasks": ("prompted", "train_as", "sample", "max_new_tokens"),
     "Training": (
-        "epochs", "max_steps", "batch_size", "accumulate", "on_nan", "learning_rate", "head_learning_rate",
-        "weight_decay", "warmup", "warmup_steps", "schedule",
+        "epochs", "max_steps", "batch_size", "accumulate", "auto_batch", "on_nan", "learning_rate",
+        "head_learning_rate", "weight_decay", "warmup", "warmup_steps", "schedule",
     ),
     "Evaluation and logs": ("eval_batch_size", "eval_steps", "select_by", "patience", "logging_steps", "tensorboard"),
     "Precision and device": ("dtype", "quantize", "bf16", "gradient_checkpointing", "cuda_graph", "cpu"),

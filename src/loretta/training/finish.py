@@ -94,7 +94,7 @@ def write_result(
         sizes={split: len(data) for split, data in encoded.items()},
         notes=[
             *task.notes,
-            *trainer.finite.notes(),
+            *trainer.notes(),
             *(notes_on_length(encoded, config) if isinstance(task, PromptedTask) else ()),
         ],
         label_names=list(task.label_names),

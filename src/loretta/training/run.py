@@ -16,6 +16,7 @@ from loretta.training.config import RunConfig
 from loretta.training.data import check_loss, encode_splits, load_config_task
 from loretta.training.finish import finish
 from loretta.training.folder import RECORD, find_place
+from loretta.training.memory import saying_what_helps
 from loretta.training.methods import find_method
 from loretta.training.model import load_tokenizer
 from loretta.training.pause import PauseBehind, Paused, paused_at, step_of
@@ -34,16 +35,16 @@ def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -
     is whole, and removes nothing that LoRETTA did not write.
 
     Raises InputError for input that the user can mend, and Stopped where SIGTERM or SIGINT came, the disk
-    is full, or a loss is not finite.
+    is full, the memory is too small, or a loss is not finite.
     """
-    with stopping_at_signals() as stop, hold(config.folder):
+    with stopping_at_signals() as stop, hold(config.folder), saying_what_helps(config):
         record: RunRecord = _train(config, stop, resume=resume, overwrite=overwrite)
         return record
 
 
 def train_until(config: RunConfig, share: float) -> RunRecord | Paused:
     """Train, or go on, up to ``share`` of the steps, and leave a checkpoint there; ``train`` resumes it."""
-    with stopping_at_signals() as stop, hold(config.folder):
+    with stopping_at_signals() as stop, hold(config.folder), saying_what_helps(config):
         return _train(config, stop, resume=True, overwrite=False, pause=PauseBehind(share))
 
 

@@ -1,7 +1,10 @@
 """Hugging Face's Trainer with what every run has in common: its order of the data, its rates, its checkpoints."""
 
+import gc
+import json
+import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +15,17 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Sampler, SequentialSampler
 from transformers import TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from loretta.training.batches import stop_workers
 from loretta.training.checkpoints import WholeCheckpointsTrainer, find_checkpoint
 from loretta.training.finite import FiniteSteps, RollBack
+from loretta.training.memory import is_out_of_memory
 from loretta.tuners.task_types import is_final_layer
+
+logger = logging.getLogger(__name__)
 
 TRAINED = "trained.safetensors"
 
@@ -74,11 +81,23 @@ class Stopwatch(TrainerCallback, ExportableState):
         self.earlier, self.begin = self.seconds, None
 
 
+def next_smaller(size: int) -> int | None:
+    """The greatest divisor of ``size`` that is at most its half: a batch of ``size`` is some whole ones of that."""
+    return next((k for k in range(size // 2, 0, -1) if size % k == 0), None)
+
+
+def trained_batch_size(checkpoint: str) -> int:
+    """The examples of one batch, on all devices of the process, of the training that wrote a checkpoint."""
+    return int(json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_bytes())["train_batch_size"])
+
+
 class TwoRateTrainer(WholeCheckpointsTrainer):
     """A Trainer whose final layer may learn at a rate of its own: it starts from nothing, the rest does not.
 
     Args:
         lengths: of the training examples. Examples of similar lengths then come together.
+        on_nan, auto_batch: as in :class:`~loretta.training.config.RunConfig`.
+        loss_is_mean: the model gives the mean over the examples of a batch, as those with labels for a text do.
     """
 
     def __init__(
@@ -87,9 +106,12 @@ class TwoRateTrainer(WholeCheckpointsTrainer):
         head_learning_rate: float | None,
         lengths: Sequence[int] | None = None,
         on_nan: str = "stop",
+        auto_batch: bool = False,
+        loss_is_mean: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.auto_batch, self.given_batch_size = auto_batch, self.args.train_batch_size
         self.optimizer: torch.optim.Optimizer | None
         self.head_learning_rate = head_learning_rate
         self.lengths = lengths
@@ -97,35 +119,94 @@ class TwoRateTrainer(WholeCheckpointsTrainer):
         self.add_callback(self.stopwatch)
         self.finite = FiniteSteps(self, on_nan)
         self.add_callback(self.finite)
-        if self._learns_prompt():
+        self.loss_is_mean = loss_is_mean
+        if self._learns_prompt() or (loss_is_mean and self.args.n_gpu > 1):
             # the Trainer would divide by the labels it sees, and behind a prompt the first one is predicted too
             self.model_accepts_loss_kwargs = False
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
-        """As the Trainer does; with ``on_nan`` "rollback" as often as :class:`FiniteSteps` asks for it."""
-        if self.finite.policy != "rollback":
+        """As the Trainer does, but from the last checkpoint on, or from the start, when an attempt has to be repeated.
+
+        That is so where ``on_nan`` is "rollback" and :class:`FiniteSteps` asks for it, and with ``auto_batch`` where
+        the memory is too small for a batch.
+        """
+        if self.finite.policy != "rollback" and not self.auto_batch:
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         start = {name: p.detach().to("cpu", copy=True) for name, p in self._parameters().items() if p.requires_grad}
         random = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         while True:
+            if self.auto_batch and resume_from_checkpoint is not None:
+                self._take_batches_of(trained_batch_size(resume_from_checkpoint) // max(1, self.args.n_gpu))
             try:
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
             except RollBack:
-                found = find_checkpoint(Path(self.args.output_dir))
+                size = self.args.per_device_train_batch_size
+            except RuntimeError as error:
+                is_step = self.model is not None and self.model.training  # and no evaluation
+                if not (self.auto_batch and is_step and is_out_of_memory(error)):
+                    raise
+                if (smaller := next_smaller(self.args.per_device_train_batch_size)) is None:
+                    raise
+                size = smaller
+            # outside of the exception, which holds on to what the step had allocated
+            found = find_checkpoint(Path(self.args.output_dir))
             resume_from_checkpoint = None if found is None else str(found)
-            stop_workers(self)
-            self.optimizer = self.lr_scheduler = None
-            parameters = self._parameters()
-            with torch.no_grad():
-                for name, value in start.items():
-                    parameters[name].grad = None
-                    parameters[name].copy_(value)
-            torch.set_rng_state(random[0])
+            self._forget(start, random)
+            self._take_batches_of(size)
+
+    def _forget(self, start: Mapping[str, torch.Tensor], random: tuple[torch.Tensor, list[torch.Tensor]]) -> None:
+        """Bring the trained parameters and the random numbers back to where the training began."""
+        stop_workers(self)
+        self.optimizer = self.lr_scheduler = None
+        parameters = self._parameters()
+        with torch.no_grad():
+            for name, value in start.items():
+                parameters[name].grad = None
+                parameters[name].copy_(value)
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
             torch.cuda.set_rng_state_all(random[1])
+        torch.set_rng_state(random[0])
+
+    def _take_batches_of(self, size: int) -> None:
+        """Split the examples of an update into batches of ``size``, which divides their number."""
+        args = self.args
+        if size < args.per_device_train_batch_size:
+            args.gradient_accumulation_steps *= args.per_device_train_batch_size // size
+            args.per_device_train_batch_size = size
+            self._train_batch_size = args.train_batch_size
+            logger.warning(
+                "the memory is too small: %d examples at once, %d batches an update",
+                *(size, args.gradient_accumulation_steps),
+            )
+
+    def notes(self) -> list[str]:
+        """What a reader of the result should know, a sentence each."""
+        batches = []
+        if self.args.train_batch_size != self.given_batch_size:
+            batches = [
+                f"the memory was too small for batches of {self.given_batch_size}: trained on "
+                f"{self.args.train_batch_size} at once, {self.args.gradient_accumulation_steps} batches an update"
+            ]
+        return [*self.finite.notes(), *batches]
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
+        """As the Trainer does, which believes that every model divides by the number of labels in an update."""
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        if self.loss_is_mean and num_items_in_batch is not None:
+            loss = loss * (inputs["labels"].numel() / num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         data: Any = self.train_dataset if train_dataset is None else train_dataset
-        return EpochOrder(len(data), seed=self.args.seed, batch_size=self.args.train_batch_size, lengths=self.lengths)
+        return EpochOrder(len(data), seed=self.args.seed, batch_size=self.given_batch_size, lengths=self.lengths)
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler:
         # the Trainer would group by length here too, and return predictions in that order

@@ -55,6 +55,7 @@ def make_trainer(
         raise InputError("on_nan=skip looks at the gradients of each step, which cuda_graph replays: give one of them")
     common: dict[str, Any] = {
         "on_nan": config.on_nan,
+        "auto_batch": config.auto_batch,
         "model": model,
         "train_dataset": encoded["train"],
         "eval_dataset": encoded["validation"],
@@ -65,6 +66,8 @@ def make_trainer(
     chosen_by = choosing_metric(config, task)
     chosen_well = chosen_by != "loss" and higher_is_better(task)
     arguments = training_arguments(config, folder / CHECKPOINTS, best_by=chosen_by, greater_is_better=chosen_well)
+    if config.auto_batch and arguments.world_size > 1:
+        raise InputError("auto_batch=True is for one process, of which no other waits for a gradient: leave it out")
     if isinstance(task, PromptedTask):
         prompted = PromptedGraphTrainer if config.cuda_graph else PromptedTrainer
         return prompted(
@@ -86,6 +89,7 @@ def make_trainer(
         args=arguments,
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=_compute_metrics(task),
+        loss_is_mean=True,
         lengths=[len(ids) for ids in encoded["train"]["input_ids"]],
     )
 

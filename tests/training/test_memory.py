@@ -1,0 +1,101 @@
+"""A memory that is too small: one sentence, or smaller batches with the same updates."""
+
+import json
+import shutil
+import signal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_run import config_for, stopping_behind
+
+from loretta.errors import Stopped
+from loretta.training.run import train
+from loretta.training.trainer import TwoRateTrainer, next_smaller
+
+OPTIONS = {"epochs": 1, "eval_steps": 5, "batch_size": 8}
+
+
+def small_memory(monkeypatch, most, from_step=1):
+    """Batches of more than ``most`` examples do not fit any more in training, from a step on."""
+    original = TwoRateTrainer.compute_loss
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        loss = original(self, model, inputs, *args, **kwargs)
+        if torch.is_grad_enabled() and len(inputs["input_ids"]) > most and self.state.global_step + 1 >= from_step:
+            loss.backward()  # it came as far as that, and some gradients are there
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity")
+        return loss
+
+    monkeypatch.setattr(TwoRateTrainer, "compute_loss", compute_loss)
+
+
+def assert_same(record, expected, folder, other):
+    assert record.history == expected.history
+    found, wanted = (load_file(at / "adapter" / "adapter_model.safetensors") for at in (folder, other))
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_a_memory_that_is_too_small_is_one_sentence_with_what_helps(bert, reviews, tmp_path, monkeypatch):
+    small_memory(monkeypatch, most=4)
+    words = (
+        r"too small for 8 examples of up to 16 tokens at once \(CUDA out of memory\): lower --batch-size and raise "
+        r"--accumulate as much \(--auto-batch does both\), lower --max-length .*--gradient-checkpointing"
+    )
+    with pytest.raises(Stopped, match=words) as stopped:
+        train(config_for(bert, reviews, tmp_path / "run", **OPTIONS))
+    assert stopped.value.exit_status == 71
+    small_memory(monkeypatch, most=0)
+    with pytest.raises(Stopped, match="too small for 8 examples"):
+        train(config_for(bert, reviews, tmp_path / "none", **OPTIONS, auto_batch=True))
+
+
+@pytest.mark.parametrize(("most", "accumulate"), [(4, 1), (1, 2)])
+def test_smaller_batches_are_the_run_with_that_accumulation(most, accumulate, bert, reviews, tmp_path, monkeypatch):
+    plain = {**OPTIONS, "batch_size": most, "accumulate": 8 // most * accumulate}
+    expected = train(config_for(bert, reviews, tmp_path / "plain", **plain))
+    small_memory(monkeypatch, most)
+    config = config_for(bert, reviews, tmp_path / "run", **OPTIONS, accumulate=accumulate, auto_batch=True)
+    record = train(config)
+    assert_same(record, expected, tmp_path / "run", tmp_path / "plain")
+    assert f"too small for batches of 8: trained on {most} at once, {8 // most * accumulate} " in record.notes[-1]
+
+
+def test_the_updates_are_those_of_the_whole_batch(bert, reviews, tmp_path, monkeypatch):
+    """Without dropout and up to the order of sums, whether the last batch of an epoch is whole or not."""
+    steady = tmp_path / "steady"
+    shutil.copytree(bert, steady)
+    config = json.loads((steady / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (steady / "config.json").write_text(json.dumps(config))
+    options = {**OPTIONS, "batch_size": 6, "learning_rate": 1e-3}  # 76 examples: 12 batches of 6, one of 4
+    expected = train(config_for(str(steady), reviews, tmp_path / "whole", **options))
+    small_memory(monkeypatch, most=3)
+    record = train(config_for(str(steady), reviews, tmp_path / "run", **options, auto_batch=True))
+    for got, wanted in zip(record.history, expected.history, strict=True):
+        assert got.values == pytest.approx(wanted.values, rel=1e-4, abs=1e-5)
+
+
+def test_a_batch_that_comes_late_goes_back_to_the_checkpoint_and_a_kill_changes_nothing(
+    bert, reviews, tmp_path, monkeypatch
+):
+    """As by hand: stop at the checkpoint, and go on with smaller batches."""
+    with stopping_behind(5, signal.SIGTERM), pytest.raises(Stopped):
+        train(config_for(bert, reviews, tmp_path / "begun", **OPTIONS))
+    halved = config_for(bert, reviews, tmp_path / "by-hand", **OPTIONS | {"batch_size": 4, "accumulate": 2})
+    shutil.copytree(tmp_path / "begun" / "checkpoints", halved.folder / "checkpoints")
+    (halved.folder / "config.json").write_text(halved.model_dump_json())
+    expected = train(halved, resume=True)
+    assert [point.step for point in expected.history if point.split == "validation"] == [5, 10]
+
+    small_memory(monkeypatch, most=4, from_step=7)
+    config = config_for(bert, reviews, tmp_path / "run", **OPTIONS, auto_batch=True)
+    assert_same(train(config), expected, config.folder, halved.folder)
+    config = config.model_copy(update={"output": str(tmp_path / "killed")})
+    with stopping_behind(9, signal.SIGTERM), pytest.raises(Stopped):
+        train(config)
+    assert_same(train(config, resume=True), expected, config.folder, halved.folder)
+
+
+def test_a_batch_is_some_whole_ones_of_the_next_smaller():
+    assert [next_smaller(size) for size in (1, 2, 3, 6, 7, 8, 9, 12)] == [None, 1, 1, 3, 1, 4, 3, 6]
