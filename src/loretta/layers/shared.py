@@ -153,7 +153,7 @@ def shared_factors(parts: Parts, seats: Sequence[Seat]) -> tuple[Tensor, Tensor]
     with own_precision(right_RO):
         layers_MRR = _chosen(parts.layers, [seat.layer for seat in seats])
         inner_MRR = layers_MRR @ _chosen(parts.projections, [seat.projection for seat in seats])
-        # one product for all modules, for their right side is the same
+        # one product for all modules: their right side is the same
         b_MRO = (inner_MRR.flatten(-3, -2) @ right_RO).unflatten(-2, (len(seats), -1))
     return parts.left[seats[0].left], b_MRO
 
@@ -178,7 +178,7 @@ def _start_of_side(side: tt.TTShape, *, last: float = 1.0) -> Tensor:
         spelled = side.out_part(k)
         rows, columns = left * mode // spelled, spelled * right
         core = nn.init.orthogonal_(torch.empty(rows, columns)) * math.sqrt(max(1.0, columns / rows))
-        # its rows are what it sums over: the rank before it and the input's part of the mode
+        # its rows are the indices it sums over: the rank before it and the input's part of the mode
         cores.append(core.reshape(left, mode // spelled, spelled, right).flatten())
     cores[-1] *= last
     return torch.cat(cores)

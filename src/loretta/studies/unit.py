@@ -1,8 +1,8 @@
 """A unit of a study in a process of its own: one run, or the runs that are trained together.
 
 The process is ``python -m loretta.studies.unit ROOT``. The unit comes as one line on its standard input, which stays
-open as long as its starter lives: where that dies, the process saves a checkpoint and ends. What became of the runs
-stands in their folders.
+open as long as its starter lives: where that dies, the process saves a checkpoint and ends. The folders of the runs say
+how they ended.
 """
 
 import os
@@ -67,7 +67,7 @@ class UnitProcess:
         return time.perf_counter() - self.began
 
     def why_dead(self) -> str:
-        """What its status says, with the last line that it wrote; nothing where it ended as it should."""
+        """The reason that its status gives, with the last line that it wrote; nothing where it ended as it should."""
         from loretta.studies.execution import last_line
 
         status = self.process.wait()

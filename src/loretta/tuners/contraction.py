@@ -31,12 +31,12 @@ Halves = tuple[Tensor, Tensor]
 # in every call, for functional_call, FSDP and others put another there.
 Place = tuple[nn.ModuleDict, str, str]
 
-# counts the changes of which adapters exist and which are active, in any model: what was grouped before is grouped anew
+# counts changes of the adapters, or of which are active, in any model: after one all groups are made anew
 _changes = 0
 
 
 def note_change() -> None:
-    """To be called by whatever changes the adapters of a layer, or their activity."""
+    """Say that the adapters of a layer, or which of them are active, have changed."""
     global _changes
     _changes += 1
 
@@ -91,7 +91,7 @@ class JointLayer(nn.Module):
     depth = 0  # of the frames between a call of the model and this layer, the last time
 
     def active_pairs(self) -> Iterator[tuple[str, int]]:
-        """(adapter, number of the pair of trains) of all that the next forward pass will use."""
+        """(adapter, number of the pair of trains) for each pair that the next forward pass will use."""
         raise NotImplementedError
 
     def stacked_parameters(self, adapter_name: str, pair: int) -> tuple[Place, ...]:
@@ -227,7 +227,7 @@ class Contraction:
 
     @calls.traced_as_a_part
     def begin(self, module: nn.Module, args: Any) -> None:
-        """Before the model runs: contract what is active."""
+        """Before the model runs: contract the active pairs."""
         if module is not self.model:
             return  # a replica of DataParallel, on another device
         has_graph = torch.is_grad_enabled()
@@ -266,14 +266,14 @@ class Contraction:
         return found
 
     def _groups(self) -> list[tuple[_Group, list[list[Tensor]]]]:
-        """The groups of what is active, with their parameters."""
+        """The groups of the active pairs, with their parameters."""
         if not torch.compiler.is_dynamo_compiling():  # in a compiled graph the count would be compared in each call
             changes, groups = self.grouped
             if changes == _changes:
                 try:
                     found = [(group, group.parameters()) for group in groups]
                 except (KeyError, AttributeError):
-                    pass  # changed past the methods that note it
+                    pass  # somebody has changed adapters and not noted it
                 else:
                     if all(map(_is_plain, _flat(found))):
                         return found
@@ -300,8 +300,8 @@ class Contraction:
     def recompute(self) -> Mapping[Pair, Factors]:
         """The factors for the second pass of checkpointed blocks, contracted once in a backward pass.
 
-        Autograd goes back through the graph of the first pass, and of the second takes the numbers alone: the factors
-        have no graph, but want gradients where those of the first pass did, so that the same tensors are saved.
+        Autograd goes back through the graph of the first pass and takes only numbers from the second. So these factors
+        have no graph; they want gradients where those of the first pass did, so that the same tensors are saved.
         """
         backward, found = calls.current_backward(), self.recomputed
         if found is None or found[0] != backward:
@@ -341,7 +341,7 @@ def serving(model: nn.Module) -> Iterator[None]:
 
     Outside it each call contracts them anew, except within one ``generate``: this is for loops that call the model
     themselves, for evaluation, and for a server. Adapters may be switched and added in the block, not written to.
-    What is compiled or recorded in the block contains the contraction, as it does outside.
+    Graphs that are compiled or recorded in the block contain the contraction, as they do outside.
 
     Args:
         model: a model with LoRETTA adapters, wrapped by PEFT or holding them itself.
@@ -366,7 +366,7 @@ def serving(model: nn.Module) -> Iterator[None]:
 
 
 def look_up(places: Iterable[Place]) -> list[Tensor]:
-    """The parameters that lie there now."""
+    """The parameters that lie at these places now."""
     return [getattr(modules[name], parameter) for modules, name, parameter in places]
 
 

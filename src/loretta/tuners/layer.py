@@ -46,11 +46,11 @@ class LorettaLayer(JointLayer, BaseTunerLayer):
         self.scaling = Scales()
         self.placements: dict[str, Placement] = {}
         self.narrow: set[str] = set()  # adapters that are held in the dtype of the base because that was asked for
-        self.followers: list[Any] = []  # copied modules, which transformers switches off with the layers, and not on
+        self.followers: list[Any] = []  # copied modules: transformers switches them off with the layers, but not on
         # plain dictionaries beside the modules, whose attributes torch is slow to look up
         self.n_pairs: dict[str, int] = {}
         self.drops: dict[str, bool] = {}
-        self.on_read: Callable[[LorettaLayer], None] | None = None  # told of those who read the weight past the layer
+        self.on_read: Callable[[LorettaLayer], None] | None = None  # called when others read the weight
 
     @property
     def weight(self) -> Tensor:
@@ -142,14 +142,14 @@ class LorettaLayer(JointLayer, BaseTunerLayer):
         self.scaling.move(self._base_weight().device)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
-        """As PEFT's, but where accelerate offloads the layer, the device it computes on: its weight is nowhere now."""
+        """As PEFT's, but the device it computes on where accelerate offloads the layer: its weight is nowhere now."""
         device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
         return (
             torch.device(cast(Any, base_layer)._hf_hook.execution_device) if is_offloaded(base_layer) else device
         ), dtype
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """To the device alone. PEFT calls this behind a load, and its own would round what was saved in float32."""
+        """To the device alone. PEFT calls this after a load, and PEFT's own would round tensors saved in float32."""
         target = self._get_base_layer_device_and_dtype(self.get_base_layer())[0] if device is None else device
         for part in (*self.adapter_layer_names, *self.other_param_names):
             modules = getattr(self, part)

@@ -119,7 +119,7 @@ class RepLinear(LorettaLayer):
         return result_BO.view(*x.shape[:-1], self.out_features)
 
     def _fused(self, base_layer: Any, rows_BI: Tensor, names: Sequence[str]) -> Tensor | None:
-        """The output by one autograd function; None where that does not compute all that is asked for."""
+        """The output by one autograd function; None where that function does not serve the adapters."""
         if len(names) != 1 or self.n_pairs[names[0]] != 1 or self.drops[names[0]]:
             return None
         weight, bias = base_layer.weight, base_layer.bias
@@ -182,7 +182,7 @@ class RepLinear(LorettaLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """True. PEFT asks right before it converts.
 
-        Raises InputError where it would drop what the adapter trains besides: PEFT's own refusal names no reason.
+        Raises InputError where PEFT would drop parts that the adapter trains besides: PEFT's refusal names no reason.
         """
         if beside := self.beside.get(adapter_name):
             raise InputError(

@@ -39,7 +39,7 @@ class LorettaRepModel(LorettaModel):
     target_module_mapping = REP_TARGETS  # type: ignore[assignment]
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As that of all methods. Every layer also learns what a conversion of the adapter to LoRA would lose."""
+        """As for all methods. Every layer also learns the parts that a conversion of the adapter to LoRA would lose."""
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         layers = [module for module in model.modules() if isinstance(module, RepLinear)]
         beside = tuple(
@@ -53,7 +53,7 @@ class LorettaRepModel(LorettaModel):
                 layer.beside[adapter_name] = beside
 
     def supports_lora_conversion(self, adapter_name: str | None = None) -> bool:
-        """Whether PEFT's conversion to LoRA loses nothing of an adapter. Default: of any, as PEFT passes no name on."""
+        """Whether PEFT's conversion to LoRA loses nothing of an adapter; by default of any, as PEFT gives no name."""
         names = [name for name in self.peft_config if adapter_name in (None, name)]
         layers = [module for module in self.model.modules() if isinstance(module, RepLinear)]
         lossy = any(layer.beside.get(name) for layer in layers for name in names)

@@ -73,7 +73,7 @@ class SharedLinear(RepLinear):
     ) -> list[Factors]:
         layers = [(cast(SharedLinear, layer), name) for layer, name, _ in pairs]
         seats = [layer._seat(name) for layer, name in layers]
-        parts = take_apart(columns[0][0], seats[0].train)  # of each of them the same
+        parts = take_apart(columns[0][0], seats[0].train)  # the same for each of them
         return cls._factors_of(parts, seats, scale, dtype, layers[0][0]._device())
 
     @staticmethod
@@ -82,7 +82,7 @@ class SharedLinear(RepLinear):
     ) -> list[Factors]:
         a_IR, b_MRO = arranged(*shared_factors(parts, seats))
         a_IR, b_MRO = (factor.to(device) for factor in finish((a_IR, b_MRO), scale, dtype))
-        # unbound also where it is the same for all: its gradients are then summed in one kernel
+        # A is the same for all, and unbound all the same: one kernel then sums its gradients
         return list(zip(a_IR.expand(len(seats), *a_IR.shape).unbind(), b_MRO.unbind(), strict=True))
 
     def _contract_alone(self, adapter_name: str, pair: int) -> Factors:

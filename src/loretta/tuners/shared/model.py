@@ -35,8 +35,8 @@ class LorettaSharedModel(LorettaRepModel):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        """As that of all methods. The config alone says what is adapted: saved weights name one module of all."""
-        self.holder: list[SharedLinear] = []  # of the new train, and no module of this one
+        """As for all methods. The config alone names the adapted modules: saved weights name only one of them."""
+        self.holder: list[SharedLinear] = []  # holds the new train; in a list, so that it is no module of this tuner
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
 
     @staticmethod
