@@ -1,5 +1,6 @@
 """``--set key=value``: one word of the command line into a key and a value."""
 
+import math
 import re
 import types
 from collections.abc import Mapping
@@ -8,6 +9,8 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from loretta.errors import InputError
+
+MOST_VALUES = 1_000_000
 
 
 def parse_option(word: str) -> tuple[str, Any]:
@@ -34,8 +37,25 @@ _Loader.add_implicit_resolver(
 
 
 def read_yaml(text: str) -> Any:
-    """The value of a YAML (or JSON) text. Raises yaml.YAMLError."""
-    return yaml.load(text, Loader=_Loader)
+    """The value of a YAML (or JSON) text. Raises yaml.YAMLError, also for aliases that unfold to millions of values."""
+    try:
+        value = yaml.load(text, Loader=_Loader)
+        if _unfolded(value, {}) > MOST_VALUES:
+            raise yaml.YAMLError(f"its aliases stand for more than {MOST_VALUES:,} values")
+    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, a 13th month; lists in lists in lists
+        raise yaml.YAMLError(str(error)) from None
+    return value
+
+
+def _unfolded(value: Any, known: dict[int, float]) -> float:
+    """How many values there are where every alias is written out; infinity where one stands for a part of itself."""
+    if not isinstance(value, dict | list):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = math.inf
+        parts = [*value, *value.values()] if isinstance(value, dict) else value
+        known[id(value)] = 1 + sum(_unfolded(part, known) for part in parts)
+    return known[id(value)]
 
 
 def with_lists(options: Mapping[str, Any], config: type) -> dict[str, Any]:

@@ -187,3 +187,40 @@ def test_trained_biases_load_beside_a_config_that_trains_none(method):
     again, _ = wrap("gpt2", method)
     set_peft_model_state_dict(again, get_peft_model_state_dict(model))
     assert torch.equal(logits(again, inputs), expected)
+
+
+@every_method
+@pytest.mark.parametrize("key", ["model.embed_tokens.weight", "lm_head.weight"])
+def test_embeddings_of_a_file_may_bring_new_rows_and_change_no_old_ones(key, method, tmp_path):
+    """PEFT saves the whole matrix where a vocabulary has grown."""
+    base, _ = build("llama")
+    base.save_pretrained(tmp_path / "base")
+    rows = base.config.vocab_size
+    model = get_peft_model(type(base).from_pretrained(tmp_path / "base"), config_for(method))
+    model.save_pretrained(tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_model.safetensors"
+    tensors = load_file(path)
+
+    def grown(by: int):
+        again = type(base).from_pretrained(tmp_path / "base")
+        if by:
+            again.resize_token_embeddings(rows + by, mean_resizing=False)
+        return again
+
+    def write(embeddings) -> None:
+        save_file({**tensors, f"base_model.model.{key}": embeddings.contiguous()}, path, metadata={"format": "pt"})
+
+    for by, changed, is_taken in ((0, None, True), (3, rows, True), (0, 0, False), (0, rows - 1, False), (3, 1, False)):
+        target = grown(by)
+        before = target.state_dict()[key].clone()
+        new = before.clone()
+        if changed is not None:
+            new[changed] += 1
+        write(new)
+        if is_taken:
+            PeftModel.from_pretrained(target, tmp_path / "adapter")
+            assert torch.equal(target.get_parameter(key), new)
+        else:
+            with pytest.raises(InputError, match="overwrite the base model"):
+                PeftModel.from_pretrained(target, tmp_path / "adapter")
+            assert torch.equal(target.get_parameter(key), before)

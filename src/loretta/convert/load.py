@@ -11,6 +11,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -101,7 +102,9 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
 
     Raises InputError for a missing or damaged file, and for an adapter of another base model.
     """
-    _check_finite(readable_weights(folder))
+    weights = readable_weights(folder)
+    _check_finite(weights)
+    _check_own(base, folder)
     try:
         return PeftModel.from_pretrained(base, str(folder)).eval()
     except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError, OverflowError) as error:
@@ -127,6 +130,38 @@ def _check_finite(weights: Path) -> None:
                     f"'{weights}' holds NaN or infinity in {quoted(key)}, so the training that wrote it failed or the "
                     "file is damaged: take an earlier checkpoint"
                 )
+
+
+def _check_own(base: nn.Module, folder: Path) -> None:
+    """Refuse tensors that would overwrite the base model. LoRETTA's tuners do so too; other methods do not look."""
+    config = read_json(folder / CONFIG)
+    if str(config.get("peft_type")).startswith("LORETTA"):
+        return
+    state = base.state_dict()
+    with safe_open(folder / WEIGHTS, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118 (the file is no mapping)
+            name = base_name(key)
+            if name not in state or is_trained_whole(name, config):
+                continue
+            now, given = state[name], file.get_tensor(key)
+            # PEFT saves an adapted lm_head and its embeddings as they are in the base
+            if now.shape != given.shape or not torch.equal(given.to(now), now):
+                raise InputError(
+                    f"the adapter in '{folder}' also holds {quoted(key)}, which would overwrite the base model: load "
+                    "adapters from where you trust, or remove that tensor"
+                )
+
+
+def base_name(key: str) -> str:
+    """The name in the base model of a tensor that an adapter's file holds for it."""
+    return key.removeprefix(PREFIX).replace(".base_layer.", ".")
+
+
+def is_trained_whole(name: str, config: Mapping[str, Any]) -> bool:
+    """Whether an adapter's config says that it brings a copy of its own of a tensor of the base, or trains its bias."""
+    if name.endswith(".bias") and config.get("bias", "none") != "none":
+        return True
+    return any(f".{module}." in f".{name}" for module in config.get("modules_to_save") or ())
 
 
 def require_adapter(folder: Path) -> None:

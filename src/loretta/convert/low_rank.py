@@ -13,15 +13,17 @@ import torch
 from peft import LoraConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from loretta.convert.load import PREFIX, WEIGHTS, SavedAdapter
+from loretta.convert.load import PREFIX, WEIGHTS, SavedAdapter, base_name, is_trained_whole
 from loretta.errors import InputError
 from loretta.layers.fit import Update
+from loretta.wording import quoted
 
 # With one of these options LoRA does not just add the product of A and B
 _NOT_PLAIN = (
@@ -61,12 +63,26 @@ def read_updates(saved: SavedAdapter) -> Updates:
     for name, factors in by_module.items():
         if not all(bool(torch.isfinite(factor).all()) for factor in factors):
             raise InputError(f"the update of '{name}' in '{saved.folder}' holds values that are not finite")
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise InputError(
+                f"'{saved.folder / WEIGHTS}' holds NaN or infinity in {quoted(key)}, so the training that wrote it "
+                "failed or the file is damaged: take an earlier checkpoint"
+            )
     # VeRA's projections lie outside the base model: all modules share them, and nobody trains them
     inside = {key: tensor for key, tensor in tensors.items() if key.startswith(PREFIX)}
     own = "." + PEFT_TYPE_TO_PREFIX_MAPPING[PeftType(saved.method)]
+    beside = {key: tensor for key, tensor in inside.items() if own not in key}
+    for key in beside:
+        name = base_name(key)
+        if not (is_trained_whole(name, saved.config) or is_base_weight(key) or _is_embedding(name)):
+            raise InputError(
+                f"the adapter in '{saved.folder}' also holds {quoted(key)}, which its config does not name as trained "
+                "and which would overwrite the base model: remove that tensor"
+            )
     return Updates(
         by_module=by_module,
-        beside={key: tensor for key, tensor in inside.items() if own not in key},
+        beside=beside,
         n_trained=sum(tensor.numel() for key, tensor in inside.items() if not is_base_weight(key)),
     )
 
@@ -74,6 +90,11 @@ def read_updates(saved: SavedAdapter) -> Updates:
 def is_base_weight(key: str) -> bool:
     """Whether a tensor in an adapter's file is one of the base model's, which PEFT saves beside an adapted lm_head."""
     return key.endswith(".base_layer.weight")
+
+
+def _is_embedding(name: str) -> bool:
+    """Whether PEFT saves a tensor beside an adapted lm_head, or because the vocabulary grew."""
+    return name.split(".")[-2:-1] in ([each] for each in EMBEDDING_LAYER_NAMES)
 
 
 def _lora_updates(saved: SavedAdapter, tensors: dict[str, Tensor]) -> dict[str, Update]:

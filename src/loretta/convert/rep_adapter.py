@@ -6,7 +6,8 @@ Axes: I input features, O output features, R rank of the update.
 from collections.abc import Mapping
 from typing import Any, cast
 
-from peft import PeftModel
+import torch
+from peft import PeftModel, get_peft_model_state_dict
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor
 
@@ -33,6 +34,12 @@ def read_adapter(
             layers[name] = module
         elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
             copies[name] = module
+    for key, tensor in get_peft_model_state_dict(model, adapter_name=adapter_name).items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise InputError(
+                f"the adapter {adapter_name!r} holds NaN or infinity in '{key}', so its training failed: export "
+                "an earlier checkpoint"
+            )
     if not layers:
         raise InputError(f"the adapter {adapter_name!r} changes no linear layer: there is nothing to export")
     return config, layers, copies

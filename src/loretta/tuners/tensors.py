@@ -6,6 +6,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from transformers import AutoConfig
 
 from loretta.errors import InputError
 from loretta.wording import quoted
@@ -15,7 +16,7 @@ def check_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[str, Ten
     """Refuse tensors that are not finite, and those that would overwrite the base model.
 
     Beside the trains (``own`` keys) an adapter may bring its copies of modules trained whole, trained biases of the
-    base, and embeddings, which PEFT saves where they were resized.
+    base, and embeddings, which PEFT saves where they were resized: rows beyond those of the checkpoint may differ.
 
     Raises InputError that names the first key.
     """
@@ -26,11 +27,14 @@ def check_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[str, Ten
                 "is damaged: take an earlier checkpoint"
             )
     allowed = tuple(f"{name}." for name in _homes(model, adapter_name))
-    base = model.state_dict(keep_vars=True).keys() if len(tensors) > len(own) else ()
-    for key in tensors.keys() - own:
+    base = model.state_dict() if len(tensors) > len(own) else {}
+    resizable = _embeddings(model) if base else ()
+    for given in tensors.keys() - own:
         # PEFT passes over tensors of modules that this model lacks
-        key = key if key in base else key.removeprefix("base_model.model.")
-        if key in base and not (key.endswith(".bias") or key.startswith(allowed)):
+        key = given if given in base else given.removeprefix("base_model.model.")
+        if key not in base or key.endswith(".bias") or key.startswith(allowed):
+            continue
+        if not (key.startswith(resizable) and _keeps_rows(base[key], tensors[given], _rows_of_checkpoint(model))):
             raise InputError(
                 f"the adapter's file also holds {quoted(key)}, which would overwrite the base model: load adapters "
                 "from where you trust, or remove that tensor"
@@ -38,19 +42,42 @@ def check_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[str, Ten
 
 
 def _homes(model: nn.Module, adapter_name: str) -> list[str]:
-    """Names of the modules whose tensors are the adapter's: its parts of wrapped modules, and the embeddings."""
+    """Names of the modules whose tensors are the adapter's: its parts of wrapped modules."""
     homes = []
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper | BaseTunerLayer):
             parts = (*module.adapter_layer_names, *module.other_param_names)
             homes += [f"{name}.{part}.{adapter_name}" for part in parts]
             homes += [f"{name}.{part}" for part in parts if "token_adapter" in part]
-    embeddings: list[nn.Module] = []
+    return homes
+
+
+def _embeddings(model: nn.Module) -> tuple[str, ...]:
+    """What the names of tensors begin with that grow with the vocabulary."""
+    found: list[nn.Module] = []
     for find in ("get_input_embeddings", "get_output_embeddings"):
         try:
-            embeddings.append(getattr(model, find)())
+            found.append(getattr(model, find)())
         except (AttributeError, NotImplementedError, TypeError):  # not every model has words for input or output
             continue
-    return homes + [
-        name for name, module in model.named_modules() if any(module is each for each in embeddings if each)
-    ]
+    return tuple(f"{name}." for name, module in model.named_modules() if any(module is each for each in found if each))
+
+
+def _keeps_rows(now: Tensor, given: Tensor, rows: int | None) -> bool:
+    """Whether a tensor leaves as they are all rows, or those of the checkpoint where it is known how many these are."""
+    if now.is_meta or now.shape != given.shape:  # nothing to overwrite; PEFT refuses another shape
+        return True
+    return torch.equal(now[:rows], given[:rows].to(now))
+
+
+def _rows_of_checkpoint(model: nn.Module) -> int | None:
+    """The size of the vocabulary that the base model was loaded with; None where it was not loaded from a file."""
+    config = getattr(model, "config", None)
+    name = getattr(config, "name_or_path", None) or getattr(config, "_name_or_path", None)
+    if not name:
+        return None
+    try:
+        stored = AutoConfig.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+        return int(stored.get_text_config().vocab_size)
+    except (OSError, ValueError, AttributeError, TypeError):
+        return None
