@@ -1,14 +1,17 @@
 """Feed what reads files of strangers with damaged and hostile ones: ``make fuzz``.
 
 Five kinds of files, each a valid one with a few parts replaced: adapter configs, the bytes of safetensors files,
-options of a run, run records, and data files. What is read must be taken, or refused with an InputError, within five
-seconds; all of it within one GiB of memory.
+options of a run, run records, and data files. Some are JSON or YAML as few write it (a number of 5,000 digits, the
+same key twice, lists in lists, aliases of aliases, other encodings), some are no plain files at all. What is read must
+be taken, or refused with an InputError, within five seconds; all of it within one GiB of memory.
 """
 
 import argparse
 import copy
+import gzip
 import json
 import logging
+import os
 import resource
 import shutil
 import signal
@@ -20,6 +23,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +88,63 @@ def damaged(valid: bytes) -> st.SearchStrategy:
     return over | put_in | cut | st.binary(max_size=64)
 
 
+def unusual(valid: dict[str, Any]) -> st.SearchStrategy:
+    """``valid`` as bytes of JSON that few write: what the grammar or a lenient parser allows, and a little more."""
+    text = json.dumps(valid)
+    key = next(iter(valid))
+    bomb = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+        f"{now}: &{now} [{', '.join([f'*{before}'] * 9)}]\n" for before, now in pairwise("abcdefghij")
+    )
+    made = [
+        b"",
+        b"\xef\xbb\xbf" + text.encode(),
+        text.encode("utf-16"),
+        text.encode("utf-32"),
+        text.replace(", ", ",\r\n").encode(),
+        (text[:-1] + f', "{key}": 1, "{key}": []}}').encode(),
+        (text[:-1] + ', "x": NaN, "y": -Infinity, "z": 1e999}').encode(),
+        (text[:-1] + ', "x": "\\ud800", "\\udfff": 1}').encode(),
+        (text[:-1] + f', "x": {"9" * 5000}}}').encode(),
+        (text[:-1] + f', "x": {"[" * 50_000}{"]" * 50_000}}}').encode(),
+        (text[:-1] + ', "x": ' + '{"a":' * 50_000).encode(),
+        (text[:-1] + ', "x": "e\\u0301", "\\u00e9": 1, "e\\u0301": 2}').encode(),
+        b"[" * 100_000,
+        b"null",
+        b"1",
+        b"\0" * 1000,
+        bomb.encode(),
+        b"a: &a [*a]\n",
+        b"a: &a {<<: *a}\n",
+        b"a: 2001-99-99\n",
+        b"a: !!python/object/apply:os.system ['true']\n",
+        b"? [a, b]\n: 1\n",
+    ]
+    return st.sampled_from(made)
+
+
+def strange(valid: dict[str, Any]) -> st.SearchStrategy:
+    """What is not ``valid`` with other values: its bytes damaged, written as few do, or no file."""
+    return damaged(json.dumps(valid).encode()) | unusual(valid) | st.sampled_from(PLACES)
+
+
+PLACES = ("a pipe", "a device", "a folder", "a link to itself", "a link to nothing")
+
+
+def put(path: Path, content: bytes | str) -> None:
+    """Write a file; or, for one of PLACES, what is no plain file."""
+    if path.is_dir() and not path.is_symlink():
+        path.rmdir()
+    path.unlink(missing_ok=True)
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content == "a pipe":
+        os.mkfifo(path)
+    elif content == "a folder":
+        path.mkdir()
+    else:
+        path.symlink_to({"a device": "/dev/zero", "a link to itself": path, "a link to nothing": "nothing"}[content])
+
+
 class Targets:
     """The readers, each with the strategy for what it reads. ``folder`` is theirs to write to."""
 
@@ -102,21 +163,29 @@ class Targets:
     def each(self) -> dict[str, tuple[st.SearchStrategy, Callable[[Any], object]]]:
         rows = b'review,mood\n"good, very",1\nbad,0\n'
         lines = b'{"review": "good", "mood": 1}\n{"review": "bad", "mood": 0}\n'
+        packed = [gzip.compress(part * times) for part in (rows, lines, b"\0") for times in (1, 1000)]
+        packed.append(gzip.compress(b"a" * 200_000_000))  # to a thousandth
+        tables = damaged(rows) | damaged(lines) | unusual({"review": "good", "mood": 1}) | st.sampled_from(PLACES)
+        zipped = st.sampled_from(packed) | damaged(packed[0])
         options = {"model": "m", "data": "sst2", "method": "rep", "seed": 1, "method_args": {"r": 8}, "epochs": 2.0}
         return {
-            "adapter configs": (st.one_of(*map(changed, self.adapters.values())), self.read_adapter),
+            "adapter configs": (
+                st.one_of(*map(changed, self.adapters.values()), strange(self.adapters["rep"])),
+                self.read_adapter,
+            ),
             "safetensors files": (damaged(self.tensors), self.read_tensors),
-            "run options": (changed(options), self.read_options),
-            "run records": (changed(record()) | damaged(json.dumps(record()).encode()), self.read_record),
+            "run options": (changed(options) | strange(options), self.read_options),
+            "run records": (changed(record()) | strange(record()), self.read_record),
             "data files": (
-                st.tuples(st.sampled_from(["csv", "tsv", "jsonl", "txt", "parquet"]), damaged(rows) | damaged(lines)),
+                st.tuples(st.sampled_from(["csv", "tsv", "jsonl", "txt", "parquet"]), tables)
+                | st.tuples(st.sampled_from(["csv.gz", "jsonl.gz", "txt.gz"]), zipped),
                 self.read_data,
             ),
         }
 
-    def read_adapter(self, config: dict[str, Any]) -> None:
-        folder = self.folder / ("adp" if "bottleneck_size" in config else "rep")
-        (folder / "adapter_config.json").write_text(json.dumps(config))
+    def read_adapter(self, config: dict[str, Any] | bytes | str) -> None:
+        folder = self.folder / ("adp" if isinstance(config, dict) and "bottleneck_size" in config else "rep")
+        put(folder / "adapter_config.json", json.dumps(config).encode() if isinstance(config, dict) else config)
         saved = find_adapter(folder, model="m")
         load_adapter(copy.deepcopy(self.base), saved.folder)
 
@@ -127,20 +196,20 @@ class Targets:
         (folder / "adapter_model.safetensors").write_bytes(content)
         load_adapter(copy.deepcopy(self.base), find_adapter(folder, model="m").folder)
 
-    def read_options(self, options: dict[str, Any]) -> None:
+    def read_options(self, options: dict[str, Any] | bytes | str) -> None:
         path = self.folder / "run.yaml"
-        path.write_text(yaml.safe_dump(options))
+        put(path, yaml.safe_dump(options).encode() if isinstance(options, dict) else options)
         read_config(path, {}, [])
 
-    def read_record(self, content: dict[str, Any] | bytes) -> None:
+    def read_record(self, content: dict[str, Any] | bytes | str) -> None:
         path = self.folder / "run.json"
-        path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+        put(path, json.dumps(content).encode() if isinstance(content, dict) else content)
         RunRecord.load(path)
 
-    def read_data(self, file: tuple[str, bytes]) -> None:
+    def read_data(self, file: tuple[str, bytes | str]) -> None:
         path = self.folder / f"data.{file[0]}"
-        path.write_bytes(file[1])
-        if file[0] == "txt":
+        put(path, file[1])
+        if file[0].startswith("txt"):
             read_documents(path)
         else:
             column_names(path)
