@@ -97,7 +97,7 @@ def _can_be_on_hub(base: str | None) -> bool:
 
 
 def _short(base: str | None) -> str | None:
-    """How to call the base model in a text that others read: a local folder by its last part."""
+    """The name of the base model in a text that others read: of a local folder its last part."""
     return base if base is None or _can_be_on_hub(base) else Path(base).name
 
 
@@ -173,7 +173,7 @@ def saved_shapes(folder: Path) -> Shapes:
 
 
 def _loader(config: Mapping[str, Any], base: str | None, shapes: Shapes) -> Mapping[str, str] | None:
-    """What imports and makes the base model; None where its name or its class is not known."""
+    """The lines that import and make the base model; None where its name or its class is not known."""
     name = base_class(config)
     if base is None or name is None:
         return None
@@ -251,5 +251,5 @@ def _trains(config: Mapping[str, Any]) -> list[tuple[str, int, str, str]]:
 
 
 def _train(shape: tt.TTShape) -> str:
-    """Its cores, each by the ranks on either side of its mode: ``1·8·5, 5·4·5, 5·8·1``."""
+    """The cores of one train, each by the ranks on either side of its mode: ``1·8·5, 5·4·5, 5·8·1``."""
     return ", ".join(f"{left}·{mode}·{right}" for left, mode, right in shape.cores)

@@ -9,7 +9,7 @@ from torch import nn
 
 from loretta.errors import InputError
 
-# What PEFT and the layers of all methods put around the modules and parameters of a base model
+# Names that PEFT and the layers of all methods put around the modules and parameters of a base model
 _OURS = (
     "base_model.model",
     "base_layer.weight",
@@ -28,7 +28,7 @@ _OURS = (
 
 
 def check_adapter_name(model: nn.Module, name: str) -> None:
-    """Refuse a name that torch takes for no module, or that PEFT could not tell from a part of another name.
+    """Refuse a name that torch accepts for no module, or that PEFT cannot tell from a part of another name.
 
     PEFT finds the tensors of an adapter by its name, which may stand anywhere in a key: an adapter called ``layers``
     would take all tensors of all other adapters with it when they are saved.
