@@ -111,14 +111,15 @@ def _original(module: nn.Module) -> nn.Module:
 
 
 class Head:
-    """Of which modules the head of a model consists for one task, where each comes from, and what happens to it.
+    """The modules of a model's head for one task: where each comes from, and what happens to it.
 
     Attributes:
         origins: where each module comes from. "loaded": its weights came with the checkpoint. "fresh": transformers
-            made them at random, and nobody has touched them since. "unknown": neither is sure. Of a module with a
-            hidden layer that gets a train it is that of the layer. An adapter's file holds them, and there they stay.
-        policies: what happens to each module that is copied. A train stands in for a fresh layer. It is added to any
-            other one, which computes what it did before to the last bit; what is not loaded is saved with the adapter.
+            made them at random, and nobody has touched them since. "unknown": neither is sure. A module whose
+            hidden layer gets a train has the origin of that layer. An adapter's file holds the origins for good.
+        policies: what happens to each module that is copied. A train stands in for a fresh layer. To any other layer it
+            is added, and the layer computes what it did before to the last bit. Layers that were not loaded are saved
+            with the adapter.
     """
 
     def __init__(self, model: nn.Module, config: LorettaConfig) -> None:
@@ -253,7 +254,7 @@ class Head:
         return bool(prefix) and name.startswith(prefix + ".")
 
     def _was_pretrained(self, name: str, module: nn.Module) -> bool:
-        """What adapters were trained by whose files do not say: only layers in the base model could be loaded."""
+        """The rule for adapters whose files hold no origins: only layers in the base model could be loaded."""
         weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
         has_come = _is_marked(weight) or bias is None or bias.is_meta or bool(bias.any())
         return self._lies_in_base(name) and has_come
@@ -267,8 +268,8 @@ def _is_marked(parameter: Any) -> bool:
 def _has_moved(module: nn.Module) -> bool:
     """Whether own parameters of a module, which are not marked, may be anything but a random start.
 
-    transformers starts biases as zeros, and training moves them. A start writes to a weight up to seven times (torch's
-    own one, and a truncated normal distribution); to the weights of a copied model nobody has written.
+    transformers starts biases as zeros, and training moves them. A random start writes to a weight up to seven
+    times (torch's own, and a truncated normal distribution); to the weights of a copied model nobody has written.
     """
     for name, parameter in module.named_parameters(recurse=False):
         if _is_marked(parameter):

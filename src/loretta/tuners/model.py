@@ -76,7 +76,7 @@ class LorettaModel(BaseTuner):
         copy_cost(model, config)
         names = install_head(model, config, adapter_name)
         given = list(dict.fromkeys(config.modules_to_save or [])) or None
-        # for PEFT alone: what the config says already follows from its other options
+        # for PEFT alone: our config derives it from its other options
         config.modules_to_save = list(dict.fromkeys([*(given or []), *names])) or None
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
@@ -97,7 +97,7 @@ class LorettaModel(BaseTuner):
         Watch.attach(model)
 
     def _train_norm(self, name: str, adapter_name: str, *, inference_mode: bool) -> None:
-        """Add one adapter's changes to a norm. Of the base no bias trains beside them, whatever ``bias`` says."""
+        """Add one adapter's changes to a norm. The base's bias does not train beside them, whatever ``bias`` says."""
         module = self.model.get_submodule(name)
         if not isinstance(module, TrainedNorm):
             norm = TrainedNorm(module)
@@ -158,7 +158,7 @@ class LorettaModel(BaseTuner):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> Any:
-        """As PEFT's, where what is merged already stays in the weights: its norms and head stay with it."""
+        """As PEFT's, but a merged adapter stays in the weights, and its norms and head stay with it."""
         if merged := self._merged():
             more = (adapter_names or self.active_adapters) if merge else []
             merge, adapter_names = True, list(dict.fromkeys([*merged, *more]))
@@ -198,7 +198,7 @@ class LorettaModel(BaseTuner):
     def _create_and_replace(
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ) -> None:
-        if isinstance(target, TrainedNorm) or is_norm(target):  # named by the weights that are to be loaded
+        if isinstance(target, TrainedNorm) or is_norm(target):  # the weights to be loaded name the targets
             self._train_norm(current_key, adapter_name, inference_mode=peft_config.inference_mode)
             return
         if isinstance(target, self.layer_cls):
@@ -249,7 +249,7 @@ class LorettaModel(BaseTuner):
         self.active_adapter = [new if name == old else name for name in self.active_adapters]
 
     def _check_merge_allowed(self) -> None:
-        """As PEFT's, and refuse what PEFT warns of: an update of a tied output layer would change the input too."""
+        """As PEFT's, but where PEFT warns it refuses: an update of a tied output layer would change the input too."""
         super()._check_merge_allowed()
         owners = Counter(id(p) for module in self.model.modules() for p in module.parameters(recurse=False))
         for name, module in self.model.named_modules():

@@ -42,7 +42,7 @@ def norms_of(model: nn.Module, outside: Sequence[str] = ()) -> list[str]:
 
 
 def own_parameters(norm: nn.Module) -> list[nn.Parameter]:
-    """Those of the base, whether or not adapters change them."""
+    """The parameters of the base norm, whether or not adapters change them."""
     return list((norm.base_layer if isinstance(norm, TrainedNorm) else norm).parameters(recurse=False))
 
 
@@ -59,12 +59,12 @@ def norm_names(model: nn.Module) -> list[str]:
 
 
 class TrainedNorm(nn.Module, BaseTunerLayer):
-    """A norm that computes with its base's parameters plus what the active adapters change in them.
+    """A norm that computes with its base's parameters plus the changes of the active adapters.
 
     The changes lie in dictionaries by adapter, one for each parameter of the base: ``loretta_rep_norm_weight`` and so
-    on, after the prefix of the adapter's method. They are held in float32 at least, and start as zeros, with which the
-    norm computes what its base does to the last bit. A change is a small number beside zero, where every format has
-    numbers close together; a weight is near 1, where those of bfloat16 lie 0.008 apart.
+    on, after the prefix of the adapter's method. They are held in float32 at least and start as zeros: the norm then
+    computes what its base does to the last bit. A change lies near zero, where every format has numbers close together;
+    a weight lies near 1, where the numbers of bfloat16 are 0.008 apart.
     """
 
     cast_input_dtype_enabled = True  # for PEFT's disable_input_dtype_casting: there is no such casting here
@@ -99,7 +99,7 @@ class TrainedNorm(nn.Module, BaseTunerLayer):
         self.known[adapter_name] = True
 
     def change(self, adapter_name: str) -> dict[str, nn.Parameter]:
-        """What one adapter changes, by the names of the base's parameters; empty where it does not train this norm."""
+        """The changes of one adapter, by the base's names; empty where it does not train this norm."""
         found = {}
         for attribute in self.adapter_layer_names:
             changes = getattr(self, attribute)
@@ -175,7 +175,7 @@ class TrainedNorm(nn.Module, BaseTunerLayer):
         return cast(Tensor, result)
 
     def take_values(self, adapter_name: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Whole parameters, as adapters held them before, as changes: attribute name -> what to add to the base."""
+        """Turn whole parameters, as adapters once held them, into changes: attribute name -> change of the base."""
         attributes = {a.partition("_norm_")[2]: a for a in self.adapter_layer_names if adapter_name in getattr(self, a)}
         return {attributes[name]: value - self._own(name).to(value.device) for name, value in values.items()}
 
@@ -238,7 +238,7 @@ class TrainedNorm(nn.Module, BaseTunerLayer):
         self._active_adapter = [new if name == old else name for name in self.active_adapters]
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """To the device alone. PEFT calls this behind a load, and its own would round the changes."""
+        """To the device alone. PEFT calls this after a load, and PEFT's own would round the changes."""
         for attribute in self.adapter_layer_names:
             changes = getattr(self, attribute)
             if adapter_name in changes and not changes[adapter_name].is_meta:
@@ -261,7 +261,7 @@ class TrainedNorm(nn.Module, BaseTunerLayer):
 
     @property
     def weight(self) -> Tensor:
-        """What the norm computes with, for code that reads it past the module."""
+        """The weight that the norm computes with, for code that reads it past the module."""
         return self._effective("weight")
 
     @property
