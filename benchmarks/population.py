@@ -23,6 +23,7 @@ from cases import METHODS, build_base, perturbed, wrap
 from timing import about, captured, timed
 from torch import Tensor, nn
 
+from loretta.population import loop
 from loretta.population.optimizer import MemberAdamW
 from loretta.population.population import Population, Start
 from loretta.population.rows import row_losses
@@ -108,7 +109,7 @@ def together(args: argparse.Namespace, method: str, task: str, size: int, *, gra
 
 
 def case_of(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row.get(name) for name in ("part", "task", "model", "method", "members", "how", "graph"))
+    return tuple(row.get(name) for name in ("part", "task", "model", "method", "members", "how", "graph", "parts"))
 
 
 def minilm(args: argparse.Namespace, save: Any) -> None:
@@ -118,7 +119,7 @@ def minilm(args: argparse.Namespace, save: Any) -> None:
             for graph in args.graphs:
                 save({**common, "members": 1, "how": "alone", "graph": graph, **alone(args, method, task, graph=graph)})
             for size in args.sizes:
-                graph = args.graphs[-1]
+                graph, common["parts"] = args.graphs[-1], args.parts
                 save({**common, "members": size, "how": "together", "graph": graph}
                      | together(args, method, task, size, graph=graph))  # fmt: skip
 
@@ -198,7 +199,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--graphs", nargs="*", type=lambda word: word == "yes", help="no, yes, or both in this order")
     parser.add_argument("--seconds", type=float, default=None, help="start nothing new after so many")
+    parser.add_argument("--parts", type=int, default=loop.MOST_PARTS, help="of like lengths in a batch, at the most")
     args = parser.parse_args()
+    loop.MOST_PARTS = args.parts
     if args.graphs is None:
         args.graphs = [False, True] if args.device == "cuda" else [False]
     # what the file holds already stays: parts may be measured one by one

@@ -9,7 +9,7 @@ from tiny_models import save_bert
 from training_data import sentences
 
 from loretta.errors import InputError, Stopped
-from loretta.population import checkpoints, memory, training
+from loretta.population import checkpoints, loop, memory, training
 from loretta.population.loop import Loop
 from loretta.population.rows import mean_of_batches, row_losses
 from loretta.population.training import population_key, train_together
@@ -19,6 +19,12 @@ from loretta.training.predict import load_run, predict
 from loretta.training.run import train
 
 NOISE = 2e-4  # float32 sums in another order, after some steps of Adam
+
+
+@pytest.fixture(autouse=True)
+def in_parts(monkeypatch):
+    """Batches are trained in four parts, as those of larger models are."""
+    monkeypatch.setitem(loop.TOKENS_OF_A_PART, "cpu", 1)
 
 
 @pytest.fixture(scope="module")
@@ -205,13 +211,43 @@ def test_a_population_that_is_refused_leaves_its_runs_to_go_on_alone(options, tm
     assert train(runs[0], resume=True).population is None
 
 
+def test_a_batch_in_parts_is_the_batch(options, tmp_path):
+    """The same examples of each member, the short ones of all first, and the same loss and gradient."""
+    table = tmp_path / "lengths.csv"
+    table.write_text(
+        "review,mood\n" + "".join(f"{'good ' * (1 + k % 7)},{'pos' if k % 2 else 'neg'}\n" for k in range(40))
+    )
+    options |= {"data": str(table)}
+    configs = [RunConfig(**options | {"seed": seed, "output": f"{tmp_path}/{seed}"}) for seed in (0, 1)]
+    whole = training.prepare(configs, tmp_path / "scratch")
+    assert whole.parts == 4
+    rows = whole.rows["train"]
+    chosen = torch.tensor([[3, 9, 1, 7, 5, 2, 0], [8, 1, 4, 6, 0, 9, 3]])
+    (one,), parts = rows.parts(chosen, 1), rows.parts(chosen, 4)
+    lengths = [part["input_ids"].shape[1] for part in parts]
+    assert lengths == sorted(lengths)
+    assert lengths[0] < lengths[-1] == one["input_ids"].shape[1]
+    found = torch.cat([part["attention_mask"].sum(1).view(2, -1) for part in parts], 1)
+    assert torch.equal(found, one["attention_mask"].sum(1).view(2, -1).sort(1).values)
+    whole.population.eval()
+    gradients = []
+    for batch in ([one], parts):
+        whole.population.gradient.zero_()
+        loss = sum(whole.losses(part) for part in batch)
+        gradients.append((loss, whole.population.gradient.clone()))
+    for got, expected in zip(*gradients, strict=True):
+        assert torch.allclose(got, expected, rtol=1e-4, atol=1e-6)
+
+
 def test_as_many_are_trained_at_once_as_the_memory_holds(options, tmp_path, monkeypatch):
     """What two need foretells what four need, and a group for which the memory is too small is split."""
     configs = [RunConfig(**options | {"seed": seed, "output": f"{tmp_path}/{seed}"}) for seed in range(4)]
-    two, four = memory.measure(configs[:2]), memory.measure(configs)
+    two, four = memory.measure(configs[:2], 4), memory.measure(configs, 4)
     assert two.base == four.base > 0
     assert 4 * two.member == pytest.approx(4 * four.member, rel=0.1)
     assert not list(tmp_path.iterdir())
+
+    monkeypatch.setattr(memory, "measure", lambda configs, planned: two)
 
     def free(members):
         room = int((two.base + members * two.member) / memory.USED)

@@ -35,6 +35,9 @@ from loretta.training.trainer import TwoRateTrainer
 logger = logging.getLogger(__name__)
 
 MAX_GRAPHS = 32
+# a batch is trained in parts of like lengths, as long as a part has so many tokens that the device is busy
+MOST_PARTS = 4
+TOKENS_OF_A_PART = {"cuda": 8192, "cpu": 512}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +105,7 @@ class Loop:
     Args:
         rules: of the members, from before the population was made of their model.
         save: called after each evaluation with this loop.
+        size: of the population for which the parts of a batch are chosen, if not this one.
     """
 
     def __init__(
@@ -111,6 +115,7 @@ class Loop:
         rules: Rules,
         *,
         save: Callable[["Loop"], None] = lambda loop: None,
+        size: int | None = None,
     ) -> None:
         first = members[0]
         self.population, self.members, self.rules, self.save = population, members, rules, save
@@ -119,11 +124,14 @@ class Loop:
         tokenizer: Any = first.trainer.processing_class
         cuda_graph = first.config.cuda_graph and self.device.type == "cuda"
         common: dict[str, Any] = {"on_left": tokenizer.padding_side == "left", "rounded": cuda_graph}
+        common["kind"] = self.kind
         collator: Any = first.trainer.data_collator
         self.rows = {
             split: Rows([member.encoded[split] for member in members], collator, self.device, **common)
             for split in ("train", "validation")
         }
+        tokens = (size or population.size) * rules.batch_size * self.rows["train"].longest
+        self.parts = min(MOST_PARTS, max(1, tokens // TOKENS_OF_A_PART.get(self.device.type, 8192)))
         self.optimizer = MemberAdamW(
             population.values,
             population.gradient,
@@ -154,6 +162,7 @@ class Loop:
         flow, rules, state = DefaultFlowCallback(), self.rules, copy(self.members[0].trainer.state)
         begin, before = time.perf_counter(), self.seconds
         self.population.train()
+        self.population.gradient.zero_()
         with ExitStack() as stack:
             if self.graphs is not None:
                 stack.enter_context(Recorder.stream())
@@ -161,7 +170,7 @@ class Loop:
                 epoch, done = divmod(self.step, rules.steps_in_epoch)
                 batches = rules.order(epoch).split(rules.batch_size, 1)
                 for k in range(done, len(batches)):
-                    self._train_on(self.rows["train"].batch(batches[k]))
+                    self._train_on(self.rows["train"].parts(batches[k], self.parts))
                     self.seconds = before + time.perf_counter() - begin
                     state.global_step, state.epoch = self.step, epoch + (k + 1) / rules.steps_in_epoch
                     control = flow.on_step_end(self.args, state, TrainerControl())
@@ -179,24 +188,33 @@ class Loop:
     def _running(self) -> Iterator[Member]:
         return (member for member, stopped in zip(self.members, self.stopped, strict=True) if not stopped)
 
-    def _train_on(self, batch: dict[str, Tensor]) -> None:
+    def _train_on(self, parts: Sequence[dict[str, Tensor]]) -> None:
         factors = self.rules.factors[:, self.step, None]
         self.factor.copy_(factors, non_blocking=True)
-        self.loss += self._losses(batch) if self.graphs is None else self.graphs.replay(batch, self._losses)
+        for part in parts:
+            self.loss += self.losses(part) if self.graphs is None else self.graphs.replay(part, self.losses)
+        if self.graphs is None:
+            self._update({})
+        else:
+            self.graphs.replay({}, self._update)
         self.step += 1
 
-    def _losses(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """(P): the loss of each member, after its update."""
-        inputs = dict(batch)
-        labels = inputs.pop("labels")
+    def losses(self, part: Mapping[str, Tensor]) -> Tensor:
+        """(P): what a part of a batch adds to the loss of each member; its gradient is added to that of the others."""
+        inputs = dict(part)
+        labels, weights = inputs.pop("labels"), inputs.pop("weights")
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
             logits = self.population(**inputs).logits
-        sums, counts = row_losses(logits, labels, self.kind)
-        size = self.population.size
-        losses = sums.view(size, -1).sum(1) / counts.view(size, -1).sum(1)
-        self.population.backward(losses)
-        self.optimizer.step(self.factor)
+        sums, _ = row_losses(logits, labels, self.kind)
+        losses = sums.view(self.population.size, -1).sum(1) * weights.to(sums.dtype)
+        self.population.backward(losses, add=True)
         return losses.detach()
+
+    def _update(self, nothing: Mapping[str, Tensor]) -> Tensor:
+        """One step of all members; the next gradient begins at zero."""
+        self.optimizer.step(self.factor)
+        self.population.gradient.zero_()
+        return self.optimizer.norms
 
     def _log(self) -> None:
         each = zip(self.members, self.loss.tolist(), self.optimizer.norms.tolist(), strict=True)
@@ -255,8 +273,9 @@ class Loop:
         n = len(self.members[0].encoded["validation"])
         logits, losses = [], []
         self.population.eval()
-        # as many rows at once as in a step, whose memory is there
-        for chunk in torch.arange(n).split(min(self.rules.batch_size, self.args.per_device_eval_batch_size)):
+        # like lengths beside each other, and as many rows at once as in a step, whose memory is there
+        order = rows.by_length(n)
+        for chunk in order.split(min(self.rules.batch_size, self.args.per_device_eval_batch_size)):
             inputs = rows.batch(chunk.expand(size, -1))
             labels = inputs.pop("labels")
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
@@ -265,10 +284,11 @@ class Loop:
             if self.kind != "language_modeling":
                 logits.append(found.float().view(size, len(chunk), -1))
         self.population.train()
-        sums, counts = torch.cat(losses, 2)
+        back = order.argsort().to(self.device)
+        sums, counts = torch.cat(losses, 2)[:, :, back]
         means = mean_of_batches(sums, counts, self.args.per_device_eval_batch_size).tolist()
         scores = [{"eval_loss": mean} for mean in means]
-        together = torch.cat(logits, 1).cpu().numpy() if logits else None
+        together = torch.cat(logits, 1)[:, back].cpu().numpy() if logits else None
         for k, member in enumerate(self.members if together is not None else ()):
             compute: Any = member.trainer.compute_metrics
             labels_of = np.asarray(member.encoded["validation"]["labels"])
@@ -302,7 +322,7 @@ class _Graphs:
         self.why_eager: str | None = None
 
     def replay(self, batch: dict[str, Tensor], work: Callable[[Mapping[str, Tensor]], Tensor]) -> Tensor:
-        shapes = shapes_of(batch)
+        shapes: Any = shapes_of(batch) if batch else ()
         assert shapes is not None
         if shapes not in self.steps:
             if shapes not in self.seen or self.why_eager is not None or len(self.steps) == MAX_GRAPHS:
@@ -316,6 +336,7 @@ class _Graphs:
                 logger.warning("no CUDA graphs, training is eager: %s", self.why_eager)
                 return work(batch)
         inputs, again = self.steps[shapes]
-        torch._foreach_copy_(list(inputs.values()), [batch[name] for name in inputs])
+        if inputs:
+            torch._foreach_copy_(list(inputs.values()), [batch[name] for name in inputs])
         losses, _ = again()
         return losses

@@ -34,18 +34,23 @@ def members_that_fit(configs: Sequence[RunConfig], share: float = 1.0) -> int:
     on_gpu = torch.cuda.is_available() and not configs[0].cpu
     if len(configs) == 1:
         return 1
-    try:
-        need = measure(configs[:MEASURED])
-    except torch.OutOfMemoryError:
-        need = None
-    gc.collect()
-    if on_gpu:
-        torch.cuda.empty_cache()
-    if need is None:
-        return 1
-    free, total = free_bytes(on_gpu)
-    room = USED * min(free, share * total)
-    return min(len(configs), max(1, int((room - need.base) / need.member)))
+    size = len(configs)
+    while True:
+        try:
+            need = measure(configs[:MEASURED], size)
+        except torch.OutOfMemoryError:
+            need = None
+        gc.collect()
+        if on_gpu:
+            torch.cuda.empty_cache()
+        if need is None:
+            return 1
+        free, total = free_bytes(on_gpu)
+        room = USED * min(free, share * total)
+        fits = max(1, int((room - need.base) / need.member))
+        if fits >= size:
+            return size
+        size = fits  # fewer train in fewer parts, each of which needs more
 
 
 def free_bytes(on_gpu: bool) -> tuple[int, int]:
@@ -56,28 +61,28 @@ def free_bytes(on_gpu: bool) -> tuple[int, int]:
     return memory.available, memory.total
 
 
-def measure(configs: Sequence[RunConfig]) -> Need:
-    """What one step of these runs needs, on the longest examples of each."""
+def measure(configs: Sequence[RunConfig], planned: int) -> Need:
+    """What one step of these runs needs, on the longest examples of each; ``planned`` are to train together."""
     with tempfile.TemporaryDirectory() as scratch:
-        loop = prepare(configs, Path(scratch))
+        loop = prepare(configs, Path(scratch), size=planned)
     size, values = len(configs), loop.population.values
     rows = loop.rows["train"]
     longest = rows.lengths[: loop.rules.size].topk(min(loop.rules.batch_size, loop.rules.size)).indices
-    batch = rows.batch(longest.expand(size, -1))
-    step = _peak_of_step(loop, batch) if values.is_cuda else BEYOND_SAVED * _saved_by_step(loop, batch)
+    part = rows.parts(longest.expand(size, -1), loop.parts)[-1]
+    step = _peak_of_step(loop, part) if values.is_cuda else BEYOND_SAVED * _saved_by_step(loop, part)
     frozen = [p for p in loop.population.model.parameters() if not p.requires_grad]
     base = sum(p.numel() * p.element_size() for p in frozen)
     return Need(base=base, member=int(step / size) + OF_A_MEMBER * values[0].numel() * values.element_size())
 
 
-def _peak_of_step(loop: Loop, batch: dict[str, Tensor]) -> float:
+def _peak_of_step(loop: Loop, part: dict[str, Tensor]) -> float:
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    loop._losses(batch)
+    loop.losses(part)
     return torch.cuda.max_memory_allocated() - before
 
 
-def _saved_by_step(loop: Loop, batch: dict[str, Tensor]) -> float:
+def _saved_by_step(loop: Loop, part: dict[str, Tensor]) -> float:
     """Bytes of the tensors that the forward pass of a step keeps for its backward pass, the weights left out."""
     weights = {p.untyped_storage().data_ptr() for p in (*loop.population.parameters(), loop.population.values)}
     saved: dict[int, int] = {}
@@ -89,5 +94,5 @@ def _saved_by_step(loop: Loop, batch: dict[str, Tensor]) -> float:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loop._losses(batch)
+        loop.losses(part)
     return float(sum(saved.values()))

@@ -197,11 +197,11 @@ class Population(nn.Module):
             for group in self.groups:
                 group.take_back()
 
-    def backward(self, losses: Tensor) -> None:
-        """Write the gradient of each member's own loss into :attr:`gradient`. ``losses`` has shape (P)."""
+    def backward(self, losses: Tensor, *, add: bool = False) -> None:
+        """Write the gradient of each member's own loss into :attr:`gradient`, or add it. ``losses`` has shape (P)."""
         # the sum, because no number of a member reaches the loss of another
         found = torch.autograd.grad(losses.sum(), self.stacks)
-        torch._foreach_copy_(self._gradients, list(found))
+        (torch._foreach_add_ if add else torch._foreach_copy_)(self._gradients, list(found))
 
     @torch.no_grad()
     def check(self, rows: Mapping[str, Tensor]) -> None:

@@ -23,6 +23,7 @@ class Rows:
         collator: that of the run alone.
         on_left: whether it pads there.
         rounded: whether batches are padded up to few lengths, so that recorded steps serve many of them.
+        kind: of the task, which says how many losses a row has.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class Rows:
         *,
         on_left: bool,
         rounded: bool,
+        kind: str,
     ) -> None:
         distinct = list({id(split): split for split in splits}.values())
         examples = [example for split in distinct for example in split.with_format(None)]
@@ -41,9 +43,30 @@ class Rows:
         tensors = collator(examples)
         self.lengths = tensors["attention_mask"].sum(1)
         self.longest = tensors["attention_mask"].shape[1]
+        of_tokens = kind == "language_modeling"
+        self.counts = tensors["labels"][:, 1:].ne(IGNORED).sum(1) if of_tokens else torch.ones_like(self.lengths)
         self.tensors: dict[str, Tensor] = {name: tensor.to(device) for name, tensor in tensors.items()}
         self.first = torch.tensor([first[id(split)] for split in splits])
         self.device, self.on_left, self.rounded = device, on_left, rounded
+
+    def parts(self, rows_Pb: Tensor, count: int) -> list[dict[str, Tensor]]:
+        """The batch of each member's examples ``rows_Pb`` in at most ``count`` parts, the short rows of all first.
+
+        Each part is padded to its own longest row. Beside the tensors of :meth:`batch` it has "weights" (P): what a
+        member's sum of losses is multiplied with, so that the parts add up to the mean of the batch.
+        """
+        at = rows_Pb + self.first[:, None]
+        weights = (1 / self.counts[at].sum(1).double()).to(self.device, non_blocking=True)
+        if count > 1:
+            rows_Pb = rows_Pb.gather(1, self.lengths[at].argsort(dim=1, stable=True))
+        size = -(-rows_Pb.shape[1] // count)
+        return [{**self.batch(part), "weights": weights} for part in rows_Pb.split(size, 1)]
+
+    def by_length(self, count: int) -> Tensor:
+        """The first ``count`` examples, the short ones first; in their order where members have different ones."""
+        same = bool((self.first == self.first[0]).all())
+        start = int(self.first[0])
+        return self.lengths[start : start + count].argsort(stable=True) if same else torch.arange(count)
 
     def batch(self, rows_Pb: Tensor) -> dict[str, Tensor]:
         """The tensors (P * b, T), grouped by member, of each member's examples ``rows_Pb``."""

@@ -144,10 +144,10 @@ def _train(
     return records
 
 
-def prepare(configs: Sequence[RunConfig], scratch: Path) -> Loop:
+def prepare(configs: Sequence[RunConfig], scratch: Path, *, size: int | None = None) -> Loop:
     """The training of some runs before its first step: each starts from what it starts from alone.
 
-    The Trainers of the members, which write nothing, make their folder in ``scratch``.
+    The Trainers of the members, which write nothing, make their folder in ``scratch``. ``size`` as for :class:`Loop`.
 
     Raises InputError where they do not fit together.
     """
@@ -179,7 +179,7 @@ def prepare(configs: Sequence[RunConfig], scratch: Path) -> Loop:
         for c, t, e in members
     ]
     rules = Rules(whole)
-    loop = Loop(Population(skeleton, starts), whole, rules)
+    loop = Loop(Population(skeleton, starts), whole, rules, size=size)
     rows = torch.arange(min(2, rules.size)).expand(len(configs), -1)
     inputs = loop.rows["train"].batch(rows)
     inputs.pop("labels")
