@@ -19,9 +19,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
-from tuners.families import logits
+from transformers import AutoModelForSequenceClassification
+from tuners.families import build, logits
 from tuners.matrix import base_of, cast, wrapped
-from tuners.wrapped import CONFIGS, trainable, trained
+from tuners.wrapped import CONFIGS, config_for, trainable, trained
+
+from loretta import get_peft_model
 
 pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
 
@@ -62,6 +65,7 @@ WAYS: dict[str, Callable[[PeftModel], nn.Module]] = {
     "ddp, reentrant": partial(checkpointed, replicated, True),
     "fsdp2, checkpointed": partial(checkpointed, sharded, False),
 }
+BASES = ("classifier", "encoder")  # whose head is loaded, and whose is random
 JOBS = [
     (way, case, method)
     for way in WAYS
@@ -96,6 +100,22 @@ def gathered(gradient: Tensor) -> Tensor:
     return gradient.full_tensor() if isinstance(gradient, DTensor) else gradient.clone()
 
 
+def loaded_for_fsdp(rank: int, base: str, method: str) -> dict[str, tuple[Any, bool]]:
+    """Sizes of all in an adapted model, and whether they train, where only the first rank has the weights."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_FSDP", "true")
+        patch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")
+        patch.setenv("LOCAL_RANK", str(rank))
+        model = AutoModelForSequenceClassification.from_pretrained(base)
+        model = get_peft_model(model, config_for(method, task_type="SEQ_CLS"))
+    return kinds_of(model)
+
+
+def kinds_of(model: PeftModel) -> dict[str, tuple[Any, bool]]:
+    """A dense layer that a train is added to is a buffer beside it; one that it stands in for is gone."""
+    return {name: (value.shape, value.requires_grad) for name, value in model.state_dict(keep_vars=True).items()}
+
+
 def on_one_rank(rank: int, folder: str) -> None:
     """All jobs in one pair of processes: starting them takes longer than the jobs do."""
     seed_torch(0)
@@ -114,6 +134,8 @@ def on_one_rank(rank: int, folder: str) -> None:
             if rank == 0:
                 model.save_pretrained(f"{folder}/{case} {method}", state_dict=weights)
     torch.save(results, f"{folder}/rank{rank}.pt")
+    loaded = {(b, m): loaded_for_fsdp(rank, f"{folder}/{b}", m) for b in BASES for m in CONFIGS}
+    torch.save(loaded, f"{folder}/loaded{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -121,6 +143,9 @@ def on_one_rank(rank: int, folder: str) -> None:
 def folder(tmp_path_factory) -> Path:
     """Where both ranks left their gradients, and the first one its adapters."""
     path = tmp_path_factory.mktemp("parallel")
+    for name in BASES:
+        model, _ = build("roberta", "SEQ_CLS")
+        (model if name == "classifier" else model.roberta).save_pretrained(path / name)
     mp.spawn(on_one_rank, (str(path),), nprocs=RANKS)
     return path
 
@@ -144,3 +169,14 @@ def test_a_sharded_adapter_is_saved_whole(case, method, folder):
     base, _ = base_of(CASES[case][0])
     again = PeftModel.from_pretrained(base.double(), folder / f"{case} {method}", autocast_adapter_dtype=False)
     assert_near("logits", logits(again.double().eval(), inputs), logits(model, inputs))
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("base", BASES)
+def test_ranks_without_weights_get_the_head_of_the_first_rank(base, method, folder):
+    """transformers' RAM-efficient loading: what is random is known on the first rank alone."""
+    ranks = [torch.load(folder / f"loaded{rank}.pt", weights_only=False)[base, method] for rank in range(RANKS)]
+    assert ranks[0] == ranks[1]
+    model = AutoModelForSequenceClassification.from_pretrained(folder / base)
+    alone = get_peft_model(model, config_for(method, task_type="SEQ_CLS"))
+    assert ranks[0] == kinds_of(alone)

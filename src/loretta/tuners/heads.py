@@ -7,8 +7,10 @@ from typing import Any, cast
 from peft import TaskType
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
+from torch import distributed as dist
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.integrations import is_fsdp_enabled
 
 from loretta import tt
 from loretta.errors import InputError
@@ -82,6 +84,17 @@ def _in_words(policy: CopyPolicy) -> str:
         kept = "kept, and saved because it may be nowhere else" if policy.saves_base else "pretrained"
         train = f"{kept}; a train is added to it, which starts as its TT-SVD and as no change"
     return train if policy.tensorized == ("",) else f"its hidden layer is {train}; its final layer is {rest}"
+
+
+def agree_on_origins(model: nn.Module, config: LorettaConfig) -> None:
+    """Have every process take over where the first one found the modules of the head to come from.
+
+    With transformers' RAM-efficient loading for FSDP the others hold no weights, and take all of them for loaded.
+    """
+    if config.head_origins is None and not config.holds_whole_norms and is_fsdp_enabled():
+        found = [Head(model, config).origins if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(found)
+        config.head_origins = found[0]
 
 
 def install_head(model: nn.Module, config: LorettaConfig, adapter_name: str) -> list[str]:

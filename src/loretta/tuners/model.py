@@ -23,7 +23,7 @@ from loretta.tuners.bypassed import check_called
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.contraction import Contraction
 from loretta.tuners.copies import AdapterCopy, rename_copy
-from loretta.tuners.heads import copy_cost, head_names, install_head
+from loretta.tuners.heads import agree_on_origins, copy_cost, head_names, install_head
 from loretta.tuners.layer import LorettaLayer, is_offloaded, keep_differentiable
 from loretta.tuners.names import check_adapter_name, check_endings
 from loretta.tuners.norms import TrainedNorm, is_norm, norms_of, values_as_changes
@@ -64,6 +64,7 @@ class LorettaModel(BaseTuner):
         config = self.peft_config[adapter_name]
         self._check_new_adapter_config(config)
         config = expand_targets(self._prepare_adapter_config(config, self.get_model_config(model)), model)
+        agree_on_origins(model, config)
         if state_dict is None:
             targeted = copy.copy(config)
             targeted.modules_to_save = [*(config.modules_to_save or []), *head_names(model, config)]

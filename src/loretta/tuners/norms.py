@@ -203,7 +203,7 @@ class TrainedNorm(nn.Module, BaseTunerLayer):
         merged = [*self.merged_adapters, *new]
         values = self.with_changes(dict.fromkeys(merged, 1.0))
         if safe_merge and not all(value.isfinite().all() for value in values.values()):
-            raise ValueError(f"NaNs detected in the merged norms. The adapter {new[-1]} seems to be broken")
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {new[-1]} seems to be broken")
         for name, value in values.items():
             self._unmerged.setdefault(name, getattr(self.base_layer, name).detach())
             getattr(self.base_layer, name).data = value.detach()
