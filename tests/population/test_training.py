@@ -70,7 +70,7 @@ def assert_same_run(together, alone):
     assert {path.name for path in folders[0].iterdir()} <= {path.name for path in folders[1].iterdir()}
 
 
-@pytest.mark.parametrize("method", ["rep", "lora"])
+@pytest.mark.parametrize("method", ["rep", "shared", "lora"])
 def test_runs_trained_together_are_those_trained_alone(options, tmp_path, method):
     runs = [
         {"seed": 0, "learning_rate": 1e-3, "method_args": {"lora_alpha": 16}},

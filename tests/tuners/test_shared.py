@@ -10,13 +10,14 @@ from peft import get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.torch import load_file
 from tolerances import assert_gradients_near, assert_near
 from torch import nn
+from transformers import AutoModelForCausalLM
 from tuners.families import build, logits, loss_of, natural_task, randomise
 from tuners.matrix import MLP
 from tuners.wrapped import config_for, trained, wrap
 
-from loretta import InputError, LorettaSharedConfig, PeftModel, get_peft_model
+from loretta import InputError, LorettaSharedConfig, PeftModel, export_lora, export_merged, get_peft_model
 from loretta.layers.shared import SharedCores
-from loretta.plan import plan_model, trainable_by_kind
+from loretta.plan import Budget, choose, find_config, meta_model, plan_model, trainable_by_kind
 from loretta.tuners.shared import SharedLinear
 from loretta.tuners.shared.model import split_name
 
@@ -155,6 +156,24 @@ def test_the_plan_counts_what_is_trained(case):
     assert counts["other"] == 0
 
 
+@pytest.mark.parametrize(("rank", "count"), [(8, 2 * 4096 * 8 + 34 * 64), (16, 2 * 4096 * 16 + 34 * 256)])
+def test_a_large_model_costs_two_sides_and_a_square_a_layer(rank, count):
+    base = meta_model(find_config("llama-2-7b"), "CAUSAL_LM")
+    plan = plan_model(base, LorettaSharedConfig(task_type="CAUSAL_LM", tensor_rank=rank))
+    assert plan.cores == count
+    assert plan.cost.flops_per_token == 2 * rank * 2 * 4096 * 64  # as LoRA's of the same rank
+
+
+def test_a_budget_chooses_the_rank_and_says_what_it_costs():
+    base = meta_model(find_config("llama-2-7b"), "CAUSAL_LM")
+    config, plan, reasons = choose(base, LorettaSharedConfig(task_type="CAUSAL_LM"), Budget.parse("400k"))
+    assert config.tensor_rank == 12
+    assert plan.cores == 2 * 4096 * 12 + 34 * 144
+    assert any("rank 16 would take" in reason for reason in reasons)
+    with pytest.raises(InputError, match="no shared adapter fits"):
+        choose(base, LorettaSharedConfig(task_type="CAUSAL_LM"), Budget.parse("8k"))
+
+
 @pytest.mark.parametrize(
     ("name", "pattern", "expected"),
     [
@@ -205,6 +224,34 @@ def test_the_config_says_which_modules_to_adapt():
         inject_adapter_in_model(model.peft_config["default"], again, state_dict=weights)
     assert list(layers_of(again)) == list(layers_of(model.get_base_model()))
     assert not torch.equal(expected, logits(again.eval(), inputs))
+
+
+# Leaving as a LoRA
+
+
+@pytest.mark.parametrize("init_weights", ["zero", "denoised"])
+@every_case
+def test_it_leaves_as_an_exact_lora(case, init_weights, tmp_path):
+    family, options = CASES[case]
+    model, inputs = wrap(family, "shared", train_norms=False, init_weights=init_weights, **options)
+    model = trained(model).double()
+    expected = logits(model, inputs)
+    report = export_lora(model, tmp_path / "lora")
+    assert report.ranks == {3 if init_weights == "zero" else 6: len(layers_of(model))}
+    lora = PeftModel.from_pretrained(build(family)[0].double(), tmp_path / "lora", autocast_adapter_dtype=False).eval()
+    assert {type(module).__module__ for module in lora.modules() if hasattr(module, "lora_A")} == {
+        "peft.tuners.lora.layer"
+    }
+    assert_near("logits", logits(lora.double(), inputs), expected)
+
+
+def test_it_leaves_merged(tmp_path):
+    model, inputs = wrap("llama", "shared")
+    model = trained(model).double()
+    expected = logits(model, inputs)
+    export_merged(model, tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float64).eval()
+    assert_near("logits", logits(again, inputs), expected)
 
 
 # Several adapters
