@@ -9,7 +9,7 @@ from tolerances import assert_near
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from tuners.families import OPTIONS, build, loss_of, natural_task
-from tuners.wrapped import config_for, every_method, trained
+from tuners.wrapped import config_for, every_method, own_trains, trained
 
 from loretta import InputError, get_peft_model
 from loretta.tuners.bypassed import read_only_children
@@ -42,7 +42,7 @@ def without_gradient(model: nn.Module) -> set[str]:
     return {name for name, each in grads.items() if not any(grad is not None and grad.any() for grad in each)}
 
 
-@every_method
+@own_trains
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_gets_no_gradient_is_left_out_or_named(kind, method):
     targets = config_for(method, target_modules="all-linear", init_weights="gaussian", train_norms=False)

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import pytest
 import torch
@@ -74,8 +75,12 @@ def gradients(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
     named = trainable(model)
     pending = model(**inputs).logits.square().sum()
     model_grads: dict[str, Tensor] = {}
-    # reentrant checkpoints know only backward(), which adds to the parameters
-    handles = [p.register_hook(lambda g, name=name: model_grads.update({name: g.clone()})) for name, p in named.items()]
+
+    def add(gradient: Tensor, name: str) -> None:
+        model_grads[name] = model_grads[name] + gradient if name in model_grads else gradient.clone()
+
+    # reentrant checkpoints know only backward(), which adds to the parameters: to a shared train in every block
+    handles = [p.register_hook(partial(add, name=name)) for name, p in named.items()]
     try:
         pending.backward()
     finally:

@@ -9,6 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from loretta.errors import InputError
 from loretta.layers.shared import Parts, Seat, SharedCores, shared_factors, take_apart
 from loretta.layers.trains import arranged
 from loretta.tuners.calls import Factors, Pair, hidden_from_checkpoints
@@ -87,6 +88,11 @@ class SharedLinear(RepLinear):
 
     def _contract_alone(self, adapter_name: str, pair: int) -> Factors:
         train = self._train(adapter_name, pair)
+        if hasattr(train.values, "full_tensor"):
+            raise InputError(
+                f"the train of the adapter {adapter_name!r} is used by all layers, and FSDP has sharded it with the "
+                "block that holds it: train it with DDP, or take rep, whose trains are the modules' own"
+            )
         with hidden_from_checkpoints():
             # called as a module: hooks that bring offloaded parameters here run
             parts, scale = train(), self.scaling.of(adapter_name, train.values)
