@@ -53,9 +53,7 @@ def other_bert(tmp_path_factory):
     return save_bert(tmp_path_factory.mktemp("models") / "other-bert", layers=3)
 
 
-@pytest.fixture(scope="session")
-def llama(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("models") / "tiny-llama"
+def save_llama(folder) -> str:
     seed_torch(0)
     config = LlamaConfig(
         vocab_size=32,
@@ -70,6 +68,11 @@ def llama(tmp_path_factory):
     LlamaForCausalLM(config).save_pretrained(folder)
     tokenizer().save_pretrained(folder)
     return str(folder)
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory):
+    return save_llama(tmp_path_factory.mktemp("models") / "tiny-llama")
 
 
 @pytest.fixture(scope="session")

@@ -80,11 +80,13 @@ def __dir__() -> list[str]:
 def explain(model: "PeftModel", adapter_name: str = "default") -> str:
     """One page on a wrapped model: where adapters sit, what is trained, and why the counts are what they are.
 
+    A notebook shows it with pictures of the trains.
+
     Raises InputError when the adapter is not a LoRETTA adapter.
     """
-    from loretta.plan import explain_plan, read_plan
+    from loretta.plan import Explanation, read_plan
 
-    return explain_plan(read_plan(model, adapter_name))
+    return Explanation.of(read_plan(model, adapter_name))
 
 
 quantizer_logs.hold()

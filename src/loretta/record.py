@@ -65,6 +65,31 @@ class Point(BaseModel):
     values: dict[str, float]  # "loss", and on validation the metrics by name; on train "learning_rate", "grad_norm"
 
 
+class Mistake(BaseModel):
+    """A wrong answer: of a class with its probability, of a score with the distance to it."""
+
+    model_config = ConfigDict(frozen=True)
+
+    text: str
+    gold: str
+    answer: str
+    size: float  # probability of the wrong class, or distance of the score
+
+
+class Answers(BaseModel):
+    """What a run answers on the split that scores it, and what a model that looks at no text would score there."""
+
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
+
+    split: str  # "test", or "validation" where there is none
+    rows: int
+    constant: str  # the best that needs no text, in words: the most frequent class of the training data, its mean
+    baseline: dict[str, float]  # its scores, by metric
+    confusion: list[list[int]] = []  # rows of each class (outer) by the class that was answered (inner)
+    only: str | None = None  # the answer, where all answers are the same
+    mistakes: list[Mistake] = []  # the worst ones first
+
+
 class RunRecord(BaseModel):
     """One finished training run. Seconds and bytes are plain; memory is the peak above the process's start."""
 
@@ -82,9 +107,12 @@ class RunRecord(BaseModel):
     sizes: dict[str, Count]  # examples (or blocks of text) per split
     notes: list[str] = []  # what a reader should know about the data, a sentence each
     label_names: list[str] = []  # classification: class id -> name
+    label_counts: dict[str, list[int]] = {}  # classification: split -> rows of each class
+    answers: Answers | None = None  # None: generated answers, and records of earlier versions
     metric: str  # the task's first
     higher_is_better: bool
     selected_by: str = "metric"  # or "loss": what chose the best checkpoint, on validation
+    learning_rate: float | None = None  # the highest of the schedule; None: a record of an earlier version
     parameters: ParameterCounts
     trains: list[Train] = []
     adapter_bytes: Count

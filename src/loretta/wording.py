@@ -106,7 +106,7 @@ def _finite(content: Any) -> Any:
 
 def as_json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
     """A line of JSON for each row."""
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
 
 
 def as_text(*tables: Any, width: int = 160) -> str:

@@ -57,6 +57,9 @@ def test_every_option_of_a_run_is_in_the_help_of_train():
         (["train", "--modle", "m"], "--model"),
         (["train", "--learning-rte", "1"], "--learning-rate"),
         (["compare", "--methds", "lora"], "--methods"),
+        (["train", "--dev", "a.csv"], "--validation)"),
+        (["train", "--num_train_epochs", "3"], "--epochs)"),
+        (["train", "--lora-r", "3"], "--set r=N)"),
     ],
 )
 def test_a_typo_gets_the_nearest_word(arguments, guess):

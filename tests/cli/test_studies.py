@@ -153,12 +153,17 @@ def test_compare_answers_on_the_users_own_data(bert, reviews, capsys, tmp_path):
     narrow = ["--methods", "loretta_rep,ia3", "--ranks", "2,5", "--seeds", 2, "--set", "epochs=2", "-o", tmp_path]
     status, out, _ = call(capsys, "compare", *columns, *narrow)
     assert status == 0
-    assert "has the best mean accuracy" in out
     assert "loretta_rep, rank 5" in out
+    assert "majority class" in out
+    assert "Differences on the same rows" in out
+    assert "dvice: " in out
     status, out, _ = call(capsys, "compare", *columns, *narrow, "--json")
     content = json.loads(out)
     assert {cell["row"] for cell in content["cells"]} == {"loretta_rep-r2", "loretta_rep-r5", "ia3"}
-    assert "95% interval" in content["verdict"]
+    assert content["baseline"] == 0.5
+    ends = [end for pair in content["differences"] for end in (pair["low"], pair["high"])]
+    assert len(ends) == 4
+    assert all(-1 <= end <= 1 for end in ends)
     assert json.loads((tmp_path / "study.json").read_text())["study"]["view"] == "compare"
 
 

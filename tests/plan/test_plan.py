@@ -4,6 +4,8 @@ import json
 import re
 import subprocess
 import sys
+import warnings
+import xml.etree.ElementTree
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from tuners.families import OPTIONS, build, config_of, natural_task
 from loretta import LorettaAdpConfig, LorettaRepConfig, PeftModel, explain, get_peft_model
 from loretta.errors import InputError
 from loretta.plan import FAMILIES, Budget, choose, default_task_type, find_config, make_plan, meta_model
+from loretta.plan.base_models import HUB_IDS
 from loretta.plan.plan import flops_per_token, plan_model, read_plan
 from loretta.plan.words import draw, explain_plan
 from loretta.tt import shape_from_modes
@@ -199,12 +202,12 @@ def test_the_chosen_adapter_fits_and_the_next_does_not(method, words):
     assert any("highest that fits" in reason for reason in reasons)
     bigger = CONFIGS[method](
         task_type="CAUSAL_LM",
-        tensor_rank=config.tensor_rank + 4,
+        tensor_rank=config.tensor_rank + 1,
         train_norms=config.train_norms,
-        **({"r": max(config.r, config.tensor_rank + 4)} if method == "rep" else
+        **({"r": max(config.r, config.tensor_rank + 1)} if method == "rep" else
            {"train_bias": config.train_bias, "bottleneck_size": config.bottleneck_size}),
     )  # fmt: skip
-    if config.tensor_rank < 60:
+    if config.tensor_rank < 64:
         assert not budget.fits(plan_model(model, bigger))
 
 
@@ -246,6 +249,41 @@ def test_explain_tells_the_counts_of_a_wrapped_model():
     lora = get_peft_model(build("llama")[0], LoraConfig(task_type="CAUSAL_LM"))
     with pytest.raises(InputError, match="not a LoRETTA adapter, but LoraConfig"):
         explain(lora)
+    with pytest.raises(InputError, match=r"BertFor\w+ without an adapter has nothing to explain: wrap it"):
+        explain(build("bert")[0])
+    with pytest.raises(InputError, match="no adapter 'other': it has 'default'"):
+        explain(wrapped, "other")
+
+
+def test_a_notebook_shows_the_explanation_with_pictures():
+    page = explain(get_peft_model(build("bert")[0], LorettaRepConfig(task_type="SEQ_CLS")))
+    html = page._repr_html_()
+    xml.etree.ElementTree.fromstring(f"<div>{html}</div>")  # every element is closed, all text is escaped
+    plan = page.plan
+    assert html.count("<svg") == 2 * len(list(plan.groups()))
+    assert f"{plan.trainable:,}" in html
+
+
+def test_what_has_no_effect_is_named():
+    options = {"target_modules": ["query", "valeu"], "shapes": {"768x64": [8, 8, 12, 8, 8]}, "task_type": "SEQ_CLS"}
+    model = build("bert")[0]
+    said = plan_model(model, LorettaRepConfig(**options)).unused
+    assert len(said) == 2
+    assert "nothing in this model is called 'valeu': did you mean 'value'?" in said[0]
+    assert "768x64" in said[1]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        wrapped = get_peft_model(model, LorettaRepConfig(**options))
+    assert {str(warning.message) for warning in caught} >= set(said)
+    assert "Without effect: shapes" in explain_plan(plan_model(build("bert")[0], LorettaRepConfig(**options)))
+    assert plan_model(build("bert")[0], LorettaRepConfig(task_type="SEQ_CLS")).unused == ()
+    assert wrapped.peft_config["default"].target_modules == {"query", "valeu"}
+
+
+def test_known_hub_ids_need_no_network():
+    for name, family in HUB_IDS.items():
+        assert find_config(name).to_dict() == find_config(family).to_dict()
+    assert make_plan(model="meta-llama/Llama-2-7b-hf", budget="170k").options["tensor_rank"] == 7
 
 
 @pytest.mark.parametrize(

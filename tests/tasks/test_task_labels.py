@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from loretta.tasks.labels import decide
+from loretta.tasks.labels import decide, doubts
 
 TRAIN, OTHER = Path("train.csv"), Path("val.csv")
 
@@ -85,3 +85,17 @@ def test_many_unseen_labels_are_counted(refused):
 
 def test_a_word_among_scores(refused):
     refused(lambda: scheme_of([0.5, 1.5]).encode([1.0, "bad"], OTHER), "'bad'", "row 2", "'val.csv'")
+
+
+def test_what_looks_like_a_mistake_in_the_classes_is_named():
+    assert doubts(["neg", "pos"], [3, 4]) == []
+    assert doubts(["-1", "0", "1"], [3, 4, 5]) == [], "a sign is no punctuation"
+    names, counts = ["NaN", "Negative", "negative", "not so good", "not-so good.", "odd"], [2, 3, 4, 5, 6, 1]
+    said = doubts(names, counts)
+    assert said[:2] == [
+        "the classes 'Negative' and 'negative' differ in case or punctuation alone: are they one?",
+        "the classes 'not so good' and 'not-so good.' differ in case or punctuation alone: are they one?",
+    ]
+    assert said[2] == "the class 'NaN' (2 rows) reads like a missing value"
+    assert said[3].endswith("which cannot be both trained and validated: 'odd'")
+    assert len(said) == 4

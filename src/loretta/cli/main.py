@@ -10,6 +10,7 @@ import typer
 
 import loretta
 from loretta.cli import runs
+from loretta.cli.chat import chat
 from loretta.cli.compare import compare
 from loretta.cli.compress import compress
 from loretta.cli.demo import demo
@@ -45,7 +46,7 @@ def options(
 
 app.command(cls=Command)(train)
 app.command("eval", cls=Command)(evaluate)
-for verb in (predict, plan, export, compress, report, demo, reproduce, compare):
+for verb in (predict, chat, plan, export, compress, report, demo, reproduce, compare):
     app.command(cls=Command)(verb)
 app.add_typer(runs.app, name="runs")
 

@@ -20,6 +20,11 @@ Json = Annotated[
 Model = Annotated[str | None, typer.Option(help="Hub id or folder of the base model.")]
 Cpu = Annotated[bool, typer.Option("--cpu", help="Stay on the CPU even where there is an accelerator.")]
 RunFolder = Annotated[Path, typer.Argument(help="Folder that `loretta train` wrote.", show_default=False)]
+MaxNewTokens = Annotated[int | None, typer.Option(help="Tokens of a continuation at most; default: the run's.")]
+Temperature = Annotated[
+    float | None, typer.Option(help="Draw the tokens of a continuation; 0 or neither of the two: the likeliest.")
+]
+TopP = Annotated[float | None, typer.Option("--top-p", help="Draw from the likeliest tokens of this probability.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier call wrote there.")]
 
 
@@ -75,8 +80,36 @@ def _type_of(hint: Any) -> tuple[type, tuple[str, ...]]:
     return (hint, ()) if hint in (bool, int, float) else (str, ())
 
 
+# what other programs call an option
+ELSEWHERE = {
+    "--dataset": "--data", "--train-file": "--data", "--model-name": "--model", "--model-name-or-path": "--model",
+    "--base-model": "--model", "--output-dir": "--output", "--out": "--output", "--num-epochs": "--epochs",
+    "--num-train-epochs": "--epochs", "--per-device-train-batch-size": "--batch-size", "--bs": "--batch-size",
+    "--gradient-accumulation-steps": "--accumulate", "--grad-accum": "--accumulate", "--max-seq-length": "--max-length",
+    "--cutoff-len": "--max-length", "--warmup-ratio": "--warmup", "--lr-scheduler-type": "--schedule",
+    "--early-stopping": "--patience", "--early-stopping-patience": "--patience", "--optim": "--optimizer",
+    "--validation-file": "--validation", "--dev": "--validation", "--valid": "--validation", "--val": "--validation",
+    "--eval-file": "--validation", "--test-file": "--test", "--wandb": "--report-to wandb", "--resume-from-checkpoint":
+    "--resume", "--load-in-4bit": "--quantize nf4", "--load-in-8bit": "--quantize int8", "--peft": "--method",
+    "--rank": "--set tensor_rank=N (rep, adp) or --set r=N (lora)", "--lora-r": "--set r=N", "--lora-alpha":
+    "--set lora_alpha=N", "--target-modules": "--set target_modules=query,value", "--fp16": "--bf16",
+    "--device": "--cpu", "--verbose": "--logging-steps", "--hub-model-id": "--push-to-hub",
+}  # fmt: skip
+
+
 class Command(TyperCommand):
-    """A verb whose ``--help`` lists its options in groups."""
+    """A verb whose ``--help`` lists its options in groups, and that knows what other programs call them."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as error:
+            # the class of it is typer's own or click's, by version
+            ours = ELSEWHERE.get(str(getattr(error, "option_name", "")).replace("_", "-"))
+            known = {flag for option in self.params for flag in option.opts}
+            if ours is not None and hasattr(error, "possibilities") and ours.split()[0] in known:
+                error.possibilities = [ours]
+            raise
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         groups: dict[str, list[tuple[str, str]]] = {name: [] for name in ("Arguments", "Options", *GROUPS)}

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from loretta.cli.options import Cpu, Json, Model, RunFolder
+from loretta.cli.options import Cpu, Json, MaxNewTokens, Model, RunFolder, Temperature, TopP
 from loretta.cli.output import print_json, say
 from loretta.errors import InputError
 from loretta.files import write_whole
@@ -21,23 +21,45 @@ def predict(
     text: Annotated[list[str] | None, typer.Option(help="A text to predict; repeatable.")] = None,
     text_pair: Annotated[list[str] | None, typer.Option(help="The second text of each pair.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="File to write: .csv or .jsonl.")] = None,
+    probabilities: Annotated[bool, typer.Option("--probabilities", help="Those of all classes.")] = False,
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Temperature = None,
+    top_p: TopP = None,
     model: Model = None,
     cpu: Cpu = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --output.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Load a run's adapter again and apply it to new text."""
+    """Load a run's adapter again and apply it to new text.
+
+    The rows of a FILE keep all their columns; a column that has the name of an answer already makes that
+    "predicted_NAME".
+    """
     if (file is None) == (text is None):
         raise InputError("give either a FILE or --text (repeatable), and not both")
     with _holding(output, file, overwrite=overwrite):
+        from loretta.training.generate import Sampling, continue_text, refuse_classifier
         from loretta.training.predict import load_run, text_columns
         from loretta.training.predict import predict as apply
 
+        sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
         loaded = load_run(run, model=model, cpu=cpu)
-        texts = _of_pairs(text or [], text_pair) if file is None else _of_file(file, text_columns(loaded))
+        if sampling.is_given:
+            refuse_classifier(loaded, "leave --max-new-tokens, --temperature and --top-p out")
+        if file is None:
+            texts = _of_pairs(text or [], text_pair)
+            given = [dict(zip(("text", "text_pair"), words, strict=False)) for words in zip(*texts, strict=True)]
+        else:
+            texts, given = _of_file(file, text_columns(loaded))
+        answers = apply(
+            loaded,
+            texts,
+            all_probabilities=probabilities,
+            go_on=lambda run, words: continue_text(run, words, sampling),
+        )
         rows = [
-            {**dict(zip(("text", "text_pair"), words, strict=False)), **row}
-            for words, row in zip(zip(*texts, strict=True), apply(loaded, texts), strict=True)
+            {**row, **{f"predicted_{key}" if key in row else key: value for key, value in answer.items()}}
+            for row, answer in zip(given, answers, strict=True)
         ]
         if output is not None:
             with _saying_why(output):
@@ -50,15 +72,17 @@ def predict(
             say("\t".join(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()))
 
 
-def _of_file(file: Path, names: Sequence[str]) -> list[list[str]]:
-    from loretta.tasks.read import read_columns
+def _of_file(file: Path, names: Sequence[str]) -> tuple[list[list[str]], list[dict[str, Any]]]:
+    """The columns of text, and the rows with everything that the file holds."""
+    from loretta.tasks.read import column_names, read_columns
 
-    columns = read_columns(file, names)
+    columns = read_columns(file, list(dict.fromkeys([*column_names(file), *names])))
     for name in names:
         if None in columns[name]:
             at = columns[name].index(None) + 1
             raise InputError(f"row {at} of '{file}' has nothing in the column {name!r}: fill it or leave the row out")
-    return [[str(value) for value in columns[name]] for name in names]
+    rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+    return [[str(value) for value in columns[name]] for name in names], rows
 
 
 def _of_pairs(text: list[str], text_pair: list[str] | None) -> list[list[str]]:

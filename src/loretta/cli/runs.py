@@ -19,30 +19,38 @@ def list_runs(
     as_json: Json = False,
 ) -> None:
     """List every run below a folder with its state and score."""
-    from loretta.studies.show import run_row, runs_table
+    from loretta.studies.show import next_command, run_row, runs_table
     from loretta.studies.state import find_runs
 
-    rows = [run_row(folder, run, state, reason) for run, state, reason in find_runs(existing(folder))]
+    rows = [
+        {**run_row(folder, run, state, reason), "next": next_command(folder, run, state)}
+        for run, state, reason in find_runs(existing(folder))
+    ]
     if as_json:
         print_json(rows)
         return
     console().print(runs_table(rows))
     states = [row["state"] for row in rows]
     say(", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)) or "no runs")
+    for command in dict.fromkeys(row["next"] for row in rows if row["state"] != "finished" and row["next"]):
+        say(f"go on: {command}")
 
 
 @app.command("show", cls=Command)
 def show_run(run: Annotated[Path, typer.Argument(help="Folder of a run.")], as_json: Json = False) -> None:
     """Show one run: its state, options and scores."""
     from loretta.record import RunRecord
-    from loretta.studies.show import comparison_rows, comparison_table
+    from loretta.studies.show import comparison_rows, comparison_table, next_command
     from loretta.studies.state import folder_state, measured, result_of
 
     result = result_of(existing(run))
     state, reason = folder_state(run, result)
+    command = next_command(run.parent, run, state)
     if state != "finished":
-        content = {"run": str(run), "state": state, "reason": reason}
+        content = {"run": str(run), "state": state, "reason": reason, "next": command}
         print_json(content) if as_json else say(f"{run}: {state}: {reason}")
+        if command and not as_json:
+            say(f"go on: {command}")
         return
     if result != "run.json":
         values = {key: value for key, value in measured(run / result).items() if key != "config"}
@@ -61,6 +69,8 @@ def show_run(run: Annotated[Path, typer.Argument(help="Folder of a run.")], as_j
     for note in record.notes:
         say(f"note: {note}")
     say(f"command: {record.command}")
+    if command:
+        say(f"use: {command}")
     again = ["loretta", "train", "--config", str(run / "config.json"), "-o", f"{run}-again"]
     say(f"again: {shlex.join(again)}")
 

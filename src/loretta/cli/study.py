@@ -3,14 +3,13 @@
 import dataclasses
 import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from loretta import wording
+from loretta.cli.following import following
 from loretta.cli.output import console, print_json, say
 from loretta.errors import InputError
 from loretta.options import parse_option
@@ -18,7 +17,6 @@ from loretta.training.config import ALIASES, read_sample
 
 if TYPE_CHECKING:
     from loretta.studies.configs import Options
-    from loretta.studies.execution import Outcome
     from loretta.studies.runner import Summary
     from loretta.studies.study import Study
 
@@ -161,32 +159,52 @@ def carry_out(
     if dry_run:
         _dry_run(study, options, root, as_json=as_json)
         return
-    from loretta.studies.compare import verdict
+    from loretta.studies.compare import baseline_of, verdict
+    from loretta.studies.paired import differences
     from loretta.studies.results import collect
     from loretta.studies.runner import run_study
-    from loretta.studies.show import results_table
+    from loretta.studies.show import compared_table, differences_table, results_table
 
     command = shlex.join(["loretta", *sys.argv[1:]])
     try:
-        with _progress() as watch:
+        with following(root, jobs=jobs) as watch:
             where: Any = {"jobs": jobs, "ray": ray, "ray_gpus": ray_gpus}
             summary = run_study(study, options, root, population=together, command=command, watch=watch, **where)
     except KeyboardInterrupt:
         say("loretta: interrupted; the same command goes on from here", err=True)
         raise typer.Exit(130) from None
     results = collect(root, study.name)
-    words = verdict(results).words if study.view == "compare" else None
+    is_comparison = study.view == "compare"
+    pairs = differences(results, root) if is_comparison else []
+    found = verdict(results, pairs) if is_comparison else None
+    words = found.words if found else None
     if as_json:
-        content = {"outcomes": [dataclasses.asdict(outcome) for outcome in summary.outcomes], "notes": summary.notes}
+        content: dict[str, Any] = {
+            "outcomes": [dataclasses.asdict(outcome) for outcome in summary.outcomes],
+            "notes": summary.notes,
+        }
+        if is_comparison:
+            content |= {
+                "baseline": baseline_of(results),
+                "differences": [{**pair.model_dump(mode="json"), "clear": pair.clear} for pair in pairs],
+            }
         print_json({**content, "verdict": words, "cells": [cell.model_dump(mode="json") for cell in results.cells]})
     else:
-        console().print(results_table(results))
+        if found is not None and not found.learned:
+            say(found.words)
+        if is_comparison:
+            console().print(compared_table(results))
+        else:
+            console().print(results_table(results))
+        if pairs:
+            console().print(differences_table(pairs, {cell.row: cell.label for cell in results.cells}))
         for note in dict.fromkeys([*study.notes, *summary.notes]):
             say(f"note: {note}")
-        if words:
-            say(words)
+        if found is not None and found.learned:
+            say(found.words)
         say(_summary_words(summary))
-        say(f"All of it, beside the paper's numbers: loretta report {shlex.quote(str(root))} -o report.html")
+        beside = "" if is_comparison else ", beside the paper's numbers"
+        say(f"All of it{beside}: loretta report {shlex.quote(str(root))} -o report.html")
     if not summary.complete:
         raise typer.Exit(1)
 
@@ -231,27 +249,3 @@ def _summary_words(summary: "Summary") -> str:
     lines = [f"stopped by the search: {outcome.folder}: {outcome.reason}" for outcome in summary.of("stopped")]
     lines += [f"{outcome.state}: {outcome.folder}: {outcome.reason}" for outcome in unfinished]
     return "\n".join([f"{len(summary.of('finished'))} of {len(summary.outcomes)} runs are finished", *lines])
-
-
-@contextmanager
-def _progress() -> Iterator[Any]:
-    """What the runner tells as it goes, on standard error: a bar on a terminal, a line for each run elsewhere."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    out = wording.console(stderr=True, soft_wrap=True, highlight=False)
-    bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        console=out, transient=True, disable=not out.is_terminal,
-    )  # fmt: skip
-    task = bar.add_task("starting", total=None)
-
-    def watch(folder: str, outcome: "Outcome | None", ended: int, total: int) -> None:
-        bar.update(task, completed=ended, total=total, description=folder)
-        if outcome is None:
-            return
-        words = f"[{ended}/{total}] {folder}: {outcome.state}"
-        words += f", {outcome.seconds:.0f} s" if outcome.state == "finished" else f": {outcome.reason}"
-        bar.console.print(words, markup=False)
-
-    with bar:
-        yield watch

@@ -14,6 +14,9 @@ from loretta.training.folder import CONFIG
 
 @run_options(but=["method_args"])
 def train(
+    run: Annotated[
+        Path | None, typer.Argument(help="With --resume: the folder of the run to go on with.", show_default=False)
+    ] = None,
     config: Annotated[
         Path | None, typer.Option(help="YAML file with any of these options, or of the method's.")
     ] = None,
@@ -25,22 +28,33 @@ def train(
     ] = None,
     resume: Annotated[
         bool,
-        typer.Option("--resume", help="Go on from the last checkpoint in the folder: --resume -o RUN needs no more."),
+        typer.Option(
+            "--resume", help="Go on from the last checkpoint: --resume RUN needs no more; --epochs may be raised."
+        ),
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the run in the folder.")] = False,
     as_json: Json = False,
     **given: Any,
 ) -> None:
     """Train an adapter; write adapter/, run.json and report.html."""
+    if run is not None:
+        if not resume:
+            raise InputError(f"'{run}': give --resume RUN to go on with a run, or -o {run} for a new one")
+        if given["output"] not in (None, str(run)):
+            raise InputError(f"'{run}' and --output {given['output']} both name the folder: leave one of them out")
+        given["output"] = str(run)
+        if not (run / CONFIG).is_file():
+            raise InputError(f"'{run}' holds no run to go on with: `loretta runs ls` lists them")
     if resume and config is None and given["output"] and (begun := Path(given["output"]) / CONFIG).is_file():
         config = begun  # the run's own options, where no others are given
     run_config = read_config(config, given, sets or [])
     from loretta import report
     from loretta.owned import write_listed
     from loretta.training.folder import REPORT
-    from loretta.training.run import train as run
+    from loretta.training.lines import last_lines
+    from loretta.training.run import train as carry_out
 
-    record = run(run_config, resume=resume, overwrite=overwrite)
+    record = carry_out(run_config, resume=resume, overwrite=overwrite)
     page = run_config.folder / REPORT
     try:
         write_listed(page, report.render([record], notes=record.notes).encode("utf-8", errors="replace"))
@@ -52,6 +66,8 @@ def train(
     for split, values in {"validation": record.validation, "test": record.test}.items():
         if values:
             say(f"{split}: {scores(values)}")
+    for line in last_lines(record):
+        say(line)
     say(
         f"{record.parameters.trainable:,} trained parameters, {record.adapter_bytes:,} bytes, "
         f"{record.train_seconds:.0f} s; see {page}"

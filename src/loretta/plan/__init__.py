@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from loretta.plan.plan import Plan, count_baseline, plan_model, read_plan
     from loretta.plan.presets import PRESETS, Preset, find_preset, list_presets, preset_table
     from loretta.plan.request import PlanResult, make_plan
-    from loretta.plan.words import explain_plan
+    from loretta.plan.words import Explanation, explain_plan
 else:
     __getattr__ = lazy_attributes(
         __name__,
@@ -29,7 +29,7 @@ else:
                 ("PRESETS", "Preset", "find_preset", "list_presets", "preset_table"), "loretta.plan.presets"
             ),
             **dict.fromkeys(("PlanResult", "make_plan"), "loretta.plan.request"),
-            "explain_plan": "loretta.plan.words",
+            **dict.fromkeys(("Explanation", "explain_plan"), "loretta.plan.words"),
         },
     )
 
@@ -38,6 +38,7 @@ __all__ = [
     "KINDS",
     "PRESETS",
     "Budget",
+    "Explanation",
     "Plan",
     "PlanResult",
     "Preset",

@@ -57,9 +57,43 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "roberta-base": ("roberta", {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1}),
 }
 
+# Hub ids of these sizes, for machines that cannot reach the Hub; fine-tuned and uncased ones differ in no size
+HUB_IDS: dict[str, str] = {
+    "google-bert/bert-base-uncased": "bert-base",
+    "bert-base-uncased": "bert-base",
+    "microsoft/deberta-base": "deberta-base",
+    "google/gemma-2-2b": "gemma-2-2b",
+    "google/gemma-2-2b-it": "gemma-2-2b",
+    "openai-community/gpt2": "gpt2",
+    "openai-community/gpt2-medium": "gpt2-medium",
+    "openai-community/gpt2-large": "gpt2-large",
+    "openai-community/gpt2-xl": "gpt2-xl",
+    "meta-llama/Llama-2-7b-hf": "llama-2-7b",
+    "meta-llama/Llama-2-7b-chat-hf": "llama-2-7b",
+    "meta-llama/Llama-2-13b-hf": "llama-2-13b",
+    "meta-llama/Llama-2-13b-chat-hf": "llama-2-13b",
+    "meta-llama/Llama-2-70b-hf": "llama-2-70b",
+    "meta-llama/Llama-2-70b-chat-hf": "llama-2-70b",
+    "meta-llama/Meta-Llama-3-8B": "llama-3-8b",
+    "meta-llama/Meta-Llama-3-8B-Instruct": "llama-3-8b",
+    "meta-llama/Llama-3.1-8B": "llama-3-8b",
+    "meta-llama/Llama-3.1-8B-Instruct": "llama-3-8b",
+    "meta-llama/Meta-Llama-3-70B": "llama-3-70b",
+    "meta-llama/Meta-Llama-3-70B-Instruct": "llama-3-70b",
+    "mistralai/Mistral-7B-v0.1": "mistral-7b",
+    "mistralai/Mistral-7B-Instruct-v0.1": "mistral-7b",
+    "Qwen/Qwen2.5-7B": "qwen2.5-7b",
+    "Qwen/Qwen2.5-7B-Instruct": "qwen2.5-7b",
+    "Qwen/Qwen3-0.6B": "qwen3-0.6b",
+    "Qwen/Qwen3-8B": "qwen3-8b",
+    "FacebookAI/roberta-base": "roberta-base",
+}
+
 
 def find_config(name: str) -> PreTrainedConfig:
     """The configuration of a folder, a name of ``FAMILIES``, or a Hub id, in that order.
+
+    A Hub id of ``HUB_IDS`` that cannot be had has the sizes of its family.
 
     Raises InputError with the nearest known name when it is none of them.
     """
@@ -69,6 +103,8 @@ def find_config(name: str) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(name)
     except (OSError, ValueError, StrictDataclassError) as error:
+        if name in HUB_IDS:
+            return find_config(HUB_IDS[name])
         close = get_close_matches(name.lower(), FAMILIES, 1)
         guess = f"did you mean {close[0]!r}? " if close else ""
         raise InputError(

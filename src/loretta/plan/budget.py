@@ -14,7 +14,7 @@ from loretta.tuners.config import LorettaConfig
 from loretta.tuners.rep import LorettaRepConfig
 from loretta.tuners.shared import LorettaSharedConfig
 
-RANKS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 48, 64)
+MAX_RANK = 64
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
@@ -59,29 +59,21 @@ def choose(model: nn.Module, config: LorettaConfig, budget: Budget) -> tuple[Lor
     reasons: list[str] = []
     if config.target_modules is None:
         everywhere = replace(config, target_modules="all-linear")
-        if budget.fits(plan_model(model, _with_rank(config, RANKS[-1]))) and budget.fits(
-            plan_model(model, _with_rank(everywhere, RANKS[0]))
+        if budget.fits(plan_model(model, _with_rank(config, MAX_RANK))) and budget.fits(
+            plan_model(model, _with_rank(everywhere, 1))
         ):
             config = everywhere
-            reasons.append(f"every linear layer is targeted: the default targets fit even at rank {RANKS[-1]}")
+            reasons.append(f"every linear layer is targeted: the default targets fit even at rank {MAX_RANK}")
     for start, reason in _reductions(config, model):
         reasons += [reason] if reason else []
-        smallest = plan_model(model, _with_rank(start, RANKS[0]))
+        smallest = plan_model(model, _with_rank(start, 1))
         if not budget.fits(smallest):
             continue
-        best, best_plan = start, smallest
-        beyond = None
-        for rank in RANKS:
-            candidate = _with_rank(start, rank)
-            plan = plan_model(model, candidate)
-            if not budget.fits(plan):
-                beyond = (rank, budget.used(plan))
-                break
-            best, best_plan = candidate, plan
+        best, best_plan, beyond = _highest_rank(start, smallest, model, budget)
         fixed = best_plan.copies.norms + best_plan.copies.head + best_plan.biases
         reasons.append(
             f"tensor rank {best.tensor_rank} is the highest that fits: {budget.used(best_plan):,} of {budget}"
-            + (f"; rank {beyond[0]} would take {beyond[1]:,}" if beyond else "")
+            + (f"; rank {best.tensor_rank + 1} would take {budget.used(beyond):,}" if beyond else "")
         )
         reasons.append(
             f"{fixed:,} of the {best_plan.trainable:,} parameters are norms, head and biases, whatever the rank"
@@ -91,6 +83,25 @@ def choose(model: nn.Module, config: LorettaConfig, budget: Budget) -> tuple[Lor
         f"no {_method(config)} adapter fits {budget}: the smallest takes {budget.used(smallest):,} {budget.unit}; "
         "raise the budget"
     )
+
+
+def _highest_rank(
+    start: LorettaConfig, smallest: Plan, model: nn.Module, budget: Budget
+) -> tuple[LorettaConfig, Plan, Plan | None]:
+    """The configuration of the highest tensor rank that fits, its plan, and that of the next rank, which does not.
+
+    ``smallest`` is the plan of rank 1, which fits. Parameters never fall as the rank rises.
+    """
+    fits, fails = 1, MAX_RANK + 1
+    plan, beyond = smallest, None
+    while fails - fits > 1:
+        middle = (fits + fails) // 2
+        found = plan_model(model, _with_rank(start, middle))
+        if budget.fits(found):
+            fits, plan = middle, found
+        else:
+            fails, beyond = middle, found
+    return _with_rank(start, fits), plan, beyond
 
 
 def _method(config: LorettaConfig) -> str:

@@ -20,7 +20,7 @@ from loretta.tuners.config import LorettaConfig
 from loretta.tuners.heads import CopyCost, copy_cost, head_names
 from loretta.tuners.layer import LorettaLayer
 from loretta.tuners.model import LorettaModel
-from loretta.tuners.placement import Placement, linear_size, matched_modules, not_adaptable
+from loretta.tuners.placement import Placement, linear_size, matched_modules, not_adaptable, unused_options
 from loretta.tuners.rep import LorettaRepConfig, LorettaRepModel
 from loretta.tuners.shared import LorettaSharedConfig, LorettaSharedModel
 
@@ -52,6 +52,7 @@ class Plan:
     copies: CopyCost
     model_parameters: int
     not_adaptable: Mapping[str, str] = field(default_factory=dict)  # class -> reason
+    unused: tuple[str, ...] = ()  # what was asked for and has no effect, a sentence each
     lora: Cost | None = None  # LoRA r=8 on PEFT's default targets of the same model
     dense: Cost | None = None  # bottleneck-64 adapters with dense matrices at adp's default places
 
@@ -180,17 +181,20 @@ def plan_model(model: nn.Module, config: LorettaConfig) -> Plan:
     tuner = _TUNERS[type(config)]
     model_config = BaseTuner.get_model_config(model)
     copies = copy_cost(model, config)
+    asked = None if getattr(config, "_targets_by_default", False) else config.target_modules
     config = copy.copy(config)
     config.target_modules = tuner.default_targets(config, model_config)
     # what is copied whole is not adapted
     config.modules_to_save = [*(config.modules_to_save or []), *head_names(model, config)] or None
+    placements = tuple(tuner.place_all(config, matched_modules(config, model)))
     plan = Plan(
         method=str(PeftType(config.peft_type).value).lower().removeprefix("loretta_"),
         model_type=model_config.get("model_type", "custom"),
-        placements=tuple(tuner.place_all(config, matched_modules(config, model))),
+        placements=placements,
         copies=copies,
         model_parameters=sum(parameter.numel() for parameter in model.parameters()),
         not_adaptable=not_adaptable(model),
+        unused=tuple(unused_options(config, asked, placements, model)),
         lora=_lora_cost(model, model_config),
         dense=_dense_cost(model, model_config),
     )
@@ -201,7 +205,20 @@ def plan_model(model: nn.Module, config: LorettaConfig) -> Plan:
 
 def read_plan(model: PeftModel, adapter_name: str = "default") -> Plan:
     """The plan as it was carried out, read off a wrapped model. Raises InputError for another PEFT method."""
+    if not isinstance(getattr(model, "peft_config", None), Mapping):
+        raise InputError(
+            f"a {type(model).__name__} without an adapter has nothing to explain: wrap it with get_peft_model(model, "
+            "LorettaRepConfig()), or ask loretta.plan_model(model, LorettaRepConfig()) what that would do"
+        )
+    if not isinstance(model, PeftModel):
+        raise InputError(
+            f"a {type(model).__name__} with transformers' own adapters is not explained: load the adapter with "
+            "PeftModel.from_pretrained"
+        )
     config = model.peft_config.get(adapter_name)
+    if config is None:
+        names = ", ".join(map(repr, model.peft_config))
+        raise InputError(f"the model has no adapter {adapter_name!r}: it has {names}")
     if not isinstance(config, LorettaConfig):
         raise InputError(f"the adapter {adapter_name!r} is not a LoRETTA adapter, but {type(config).__name__}")
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, LorettaLayer) and adapter_name in m.scaling]

@@ -46,7 +46,8 @@ class PlanResult:
         """The tables for a person."""
         head = f"{self.model}, {self.task_type}: {self.trainable:,} trained parameters"
         body = [] if self.plan is None else [tables(self.plan)]
-        return "\n".join([head, *body, *self.notes])
+        unused = () if self.plan is None else (f"without effect: {sentence}" for sentence in self.plan.unused)
+        return "\n".join([head, *body, *unused, *self.notes])
 
     def explanation(self) -> str:
         """The page in words."""

@@ -1,10 +1,12 @@
 """A plan in words and tables for a person to read."""
 
 from collections.abc import Sequence
+from html import escape
 
 from rich import box
 from rich.table import Table
 
+from loretta.plan.picture import train_svg
 from loretta.plan.plan import Plan
 from loretta.tt import TTShape
 from loretta.tuners.placement import Placement
@@ -46,6 +48,7 @@ def explain_plan(plan: Plan, notes: Sequence[str] = ()) -> str:
             f"Saved with the adapter though frozen: {plan.copies.frozen:,} (starting values, an untrained head)"
         )
     lines += [f"Cannot be adapted: {name}, which {reason}." for name, reason in plan.not_adaptable.items()]
+    lines += [f"Without effect: {sentence}." for sentence in plan.unused]
     lines += ["", *notes] if notes else []
     return "\n".join(lines)
 
@@ -64,6 +67,35 @@ def _shared_in_words(plan: Plan) -> list[str]:
     ]
     what = "The shared train: the update of a module is left side x core of its layer x core of its projection x right"
     return ["", f"{what} side, of rank {shared.rank}.", *parts]
+
+
+class Explanation(str):
+    """The page in words, which a notebook shows with a picture of each train."""
+
+    plan: Plan
+
+    @classmethod
+    def of(cls, plan: Plan) -> "Explanation":
+        page = cls(explain_plan(plan))
+        page.plan = plan
+        return page
+
+    def _repr_html_(self) -> str:
+        pictures = [
+            f"<figure style='margin: .5em 0'><figcaption>{escape(f'{count} x {ending} {part}')}</figcaption>"
+            f"{train_svg(shape, f'{ending} {part}')}</figure>"
+            for placement, count in self.plan.groups()
+            for ending in [placement.name.rpartition(".")[2]]
+            for part, shape in (("down", placement.down), ("up", placement.up))
+        ]
+        return f"<style>{_LOOK}</style><pre>{escape(self)}</pre>{''.join(pictures)}"
+
+
+# the pictures follow the notebook's own colours
+_LOOK = (
+    "svg.train rect { fill: none; stroke: currentColor } svg.train text { fill: currentColor; font-size: 13px } "
+    "svg.train line { stroke: currentColor } svg.train line.boundary { stroke-dasharray: 4 3 }"
+)
 
 
 def _share(number: int, total: int) -> str:

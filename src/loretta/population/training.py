@@ -45,6 +45,8 @@ def why_alone(config: RunConfig) -> str | None:
         or virtual_tokens(config.method, config.method_args) > 0,
         "gradient_checkpointing": config.gradient_checkpointing,
         "tensorboard": config.tensorboard,
+        f"report_to={config.report_to}": config.report_to is not None,
+        f"optimizer={config.optimizer}": config.optimizer is not None,
         f"quantize={config.quantize}": config.quantize is not None,
         f"accumulate={config.accumulate}": config.accumulate > 1,
         "auto_batch": config.auto_batch,

@@ -33,6 +33,7 @@ def render(records: Sequence[RunRecord], *, title: str | None = None, notes: Seq
         notes=list(notes),
         table=table_of(records),
         figures=page.drawn(_charts(records, labels, looks), prefix="chart"),
+        answers=answer_tables(records[0]) if len(records) == 1 else [],
         trains=_trains(records, labels),
         runs=[
             (label, record, json.dumps(record.config, indent=2, ensure_ascii=False, default=str))
@@ -65,6 +66,48 @@ def table_of(records: Sequence[RunRecord]) -> Table:
             for index, (label, record) in enumerate(zip(labels_of(records), records, strict=True))
         ],
     )
+
+
+def answer_tables(record: RunRecord) -> list[Table]:
+    """What a run answers: rows of each class, the confusion matrix, the worst mistakes; those that there are."""
+    tables_of = []
+    if record.label_counts:
+        splits = list(record.label_counts)
+        rows = [
+            Row(heads=(name,), cells=[tables.count(record.label_counts[split][k]) for split in splits])
+            for k, name in enumerate(record.label_names)
+        ]
+        columns = [Column("Rows", split) for split in splits]
+        tables_of.append(Table(title="Classes", stubs=("Class",), columns=columns, rows=rows))
+    answers = record.answers
+    if answers is None:
+        return tables_of
+    if answers.confusion:
+        largest = max(max(row) for row in answers.confusion) or 1
+        rows = [
+            Row(heads=(name,), cells=[Cell(f"{n:,}", shade=n / largest) for n in counts])
+            for name, counts in zip(record.label_names, answers.confusion, strict=True)
+        ]
+        scores = ", ".join(f"{name} {value:.4f}" for name, value in answers.baseline.items())
+        tables_of.append(
+            Table(
+                title=f"Confusion matrix ({answers.split})",
+                stubs=("Class",),
+                columns=[Column("Answer", name) for name in record.label_names],
+                rows=rows,
+                caption=f"For comparison: {answers.constant} scores {scores}.",
+            )
+        )
+    if answers.mistakes:
+        size = "distance" if record.kind == "regression" else "probability"
+        rows = [
+            Row(heads=(mistake.text,), cells=[Cell(mistake.gold), Cell(mistake.answer), Cell(f"{mistake.size:.4f}")])
+            for mistake in answers.mistakes
+        ]
+        columns = [Column("", "right answer"), Column("", "answer"), Column("", size)]
+        title = f"Worst mistakes ({answers.split})"
+        tables_of.append(Table(title=title, stubs=("Text",), columns=columns, rows=rows, of_words=True))
+    return tables_of
 
 
 def _trains(records: Sequence[RunRecord], labels: Sequence[str]) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """A user's own comparison as a study, and what it lets one say: which method, and how small."""
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 from loretta.errors import InputError
 from loretta.studies.configs import ALIASES, Options
 from loretta.studies.expansion import expand
+from loretta.studies.paired import Difference
 from loretta.studies.results import Cell, Results
 from loretta.studies.study import Grid, Row, Study
+from loretta.tasks.metrics import metric_range
 from loretta.training.config import RunConfig
 from loretta.training.methods import find_method
 
@@ -81,10 +84,27 @@ class Verdict:
     best: str | None
     smallest: str | None
     words: str
+    learned: bool = True  # whether any method scores better than an answer that needs no text
 
 
-def verdict(results: Results) -> Verdict:
-    """Name the method of the best mean, and the smallest whose interval reaches that mean, in careful words."""
+def baseline_of(results: Results) -> float | None:
+    """The score that needs no text (the most frequent class, the mean), its mean over all runs; None where unknown."""
+    known = [s.baseline for cell in results.final() for s in cell.scores if s.baseline is not None]
+    return statistics.fmean(known) if known else None
+
+
+def learned(cell: Cell) -> bool:
+    """Whether any run of a method scores better than the answer that needs no text, as far as that is known."""
+    sign = 1 if cell.higher_is_better else -1
+    return any(score.baseline is None or sign * score.value > sign * score.baseline for score in cell.scores)
+
+
+def verdict(results: Results, pairs: Sequence[Difference] = ()) -> Verdict:
+    """Whether anything was learned, the method of the best mean, and one sentence of advice, in careful words.
+
+    ``pairs`` are its differences to the other methods on the same rows; without them the smallest method is named
+    whose interval over seeds reaches the best mean.
+    """
     found = [cell for cell in results.final() if cell.mean is not None and cell.task in results.study.tasks]
     cells = [cell for cell in found if math.isfinite(_mean(cell))]
     diverged = [cell.label for cell in found if cell not in cells]
@@ -94,7 +114,14 @@ def verdict(results: Results) -> Verdict:
         return Verdict(best=None, smallest=None, words=words)
     sign = 1 if cells[0].higher_is_better else -1
     best = max(cells, key=lambda cell: sign * _mean(cell))
+    if not any(map(learned, cells)):
+        return Verdict(best=None, smallest=None, words=_nothing_learned(results, cells) + lost, learned=False)
+    idle = [cell.label for cell in cells if not learned(cell)]
+    if idle:
+        lost = f" Nothing was learned by {', '.join(idle)}: try other --rates for it, with --sweep.{lost}"
     words = f"{best.label} has the best mean {best.metric} ({_figures(best)}) with {_size(best)}.{lost}"
+    if pairs and all(cell is best or any(pair.other == cell.row for pair in pairs) for cell in cells):
+        return _by_rows(best, cells, {pair.other: pair for pair in pairs}, words)
     if any(cell.low is None for cell in cells):
         return Verdict(
             best=best.row,
@@ -123,6 +150,36 @@ def verdict(results: Results) -> Verdict:
     return Verdict(best=best.row, smallest=smallest.row, words=words + seeds)
 
 
+def _nothing_learned(results: Results, cells: Sequence[Cell]) -> str:
+    scores = [score.value for cell in cells for score in cell.scores]
+    found = f"{min(scores):.4f}" if min(scores) == max(scores) else f"{min(scores):.4f} to {max(scores):.4f}"
+    return (
+        f"Nothing was learned: the methods score {cells[0].metric} {found}, and an answer that needs no text "
+        f"{baseline_of(results):.4f}, so this says nothing about which method is better. Advice: give --sweep, a "
+        "higher --lr or more --epochs before you compare."
+    )
+
+
+def _by_rows(best: Cell, cells: Sequence[Cell], pairs: Mapping[str, Difference], words: str) -> Verdict:
+    """What the differences on the same rows allow to say."""
+    level = [best, *(cell for cell in cells if cell is not best and not pairs[cell.row].clear)]
+    smallest = min(level, key=lambda cell: cell.parameters or 0)
+    any_pair = next(iter(pairs.values()))
+    on = f"{any_pair.rows:,} rows and {any_pair.seeds} seed{'s' * (any_pair.seeds != 1)}"
+    if len(level) == 1:
+        advice = f"take {best.label}: on {on} every other method is clearly worse."
+    elif smallest is best:
+        others = ", ".join(cell.label for cell in level if cell is not best)
+        advice = f"take {best.label}: {on} do not tell it from {others}, and it is the smallest of them."
+    else:
+        pair = pairs[smallest.row]
+        advice = (
+            f"take {smallest.label} ({_size(smallest)}): its distance to {best.label}, {pair.mean:+.4f} (95% interval "
+            f"{pair.low:+.4f} to {pair.high:+.4f}), may be chance on {on}."
+        )
+    return Verdict(best=best.row, smallest=smallest.row, words=f"{words} Advice: {advice}")
+
+
 def _reaches(cell: Cell, mean: float, sign: int) -> bool:
     assert cell.low is not None
     assert cell.high is not None
@@ -135,8 +192,15 @@ def _mean(cell: Cell) -> float:
 
 
 def _figures(cell: Cell) -> str:
-    ends = "" if cell.low is None or cell.high is None else f", 95% interval {cell.low:.4f} to {cell.high:.4f}"
-    return f"{cell.mean:.4f}{ends}"
+    return f"{cell.mean:.4f}{ends_of(cell, ', 95% interval ')}"
+
+
+def ends_of(cell: Cell, before: str = "") -> str:
+    """The interval over seeds as "0.7500 to 1.0000", cut off where no score of the metric can be."""
+    if cell.low is None or cell.high is None:
+        return ""
+    least, most = metric_range(cell.metric)
+    return f"{before}{max(cell.low, least):.4f} to {min(cell.high, most):.4f}"
 
 
 def _size(cell: Cell) -> str:

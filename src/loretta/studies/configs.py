@@ -12,6 +12,7 @@ from pydantic import Field
 from loretta.errors import InputError
 from loretta.plan import find_config
 from loretta.studies.study import OF_EACH_RUN, Frozen, PaperModel, Row, Study
+from loretta.tasks import load_task
 from loretta.tasks.glue import GLUE
 from loretta.tasks.prompted import PROMPTED, Sample
 from loretta.tasks.prompted.sampling import validation_rows
@@ -21,6 +22,7 @@ from loretta.tt.modes import most_balanced
 from loretta.wording import nearest
 
 ALIASES = {"adp": "loretta_adp", "rep": "loretta_rep", "shared": "loretta_shared"}
+OF_A_FILE = ("text", "text_pair", "label", "kind")
 FEWEST_EVALUATIONS = 3  # of a run; with fewer there is nothing to choose the best checkpoint from
 
 
@@ -159,10 +161,32 @@ def total_steps(raw: Mapping[str, Any]) -> int | None:
         return raw["max_steps"]
     sample = tuple(sorted(raw.get("sample", {}).items()))
     rows = train_rows(raw["data"], raw.get("data_dir"), sample)
+    if rows is None and Path(raw["data"]).is_file():
+        options = tuple((key, raw.get(key)) for key in (*OF_A_FILE, "validation"))
+        rows = file_rows(raw["data"], options, raw["model"], raw.get("max_length", 128))
     if rows is None:
         return None
     rows = min(rows, raw["limit"]) if raw.get("limit") else rows
     return math.ceil(math.ceil(rows / raw.get("batch_size", 16)) * raw.get("epochs", 3))
+
+
+@cache
+def file_rows(data: str, options: tuple[tuple[str, str | None], ...], model: str, max_length: int) -> int | None:
+    """Training rows (or blocks of tokens) of a user's file; None for a text whose tokenizer cannot be had.
+
+    Raises InputError for a file that cannot be read.
+    """
+    from loretta.training.data import encode
+    from loretta.training.model import load_tokenizer
+
+    given: dict[str, Any] = dict(options)
+    task = load_task(data, **given)
+    if task.kind != "language_modeling":
+        return len(task.train)
+    try:
+        return len(encode(task.train, task, load_tokenizer(model), max_length))
+    except InputError:
+        return None
 
 
 @cache

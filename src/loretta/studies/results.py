@@ -34,6 +34,7 @@ class Score(BaseModel):
     seconds: float | None
     command: str  # as it was typed
     repeat: str  # the command that runs this one again
+    baseline: float | None = None  # the metric of an answer that needs no text (loretta.record.Answers)
 
 
 class Missing(BaseModel):
@@ -214,7 +215,8 @@ def _trained(root: Path, study: Study, runs: list[Planned], *, task: str, stage:
             missing.append(Missing(seed=run.seed, folder=run.folder, state="finished", reason=reason))
             continue
         records.append(record)
-        scores.append(_score(root, run, values[metric], values, record))
+        baseline = record.answers.baseline.get(metric) if record.answers and stage is None else None
+        scores.append(_score(root, run, values[metric], values, record, baseline))
     last = records[-1] if records else None
     return _cell(
         study,
@@ -266,7 +268,14 @@ def _measured(root: Path, study: Study, runs: list[Planned], file: str, name: st
     )
 
 
-def _score(root: Path, run: Planned, value: float, values: dict[str, float], record: RunRecord | None) -> Score:
+def _score(
+    root: Path,
+    run: Planned,
+    value: float,
+    values: dict[str, float],
+    record: RunRecord | None,
+    baseline: float | None = None,
+) -> Score:
     folder = root / run.folder
     return Score(
         seed=run.seed,
@@ -276,6 +285,7 @@ def _score(root: Path, run: Planned, value: float, values: dict[str, float], rec
         learning_rate=run.learning_rate,
         seconds=record.train_seconds if record else None,
         command=record.command if record else "",
+        baseline=baseline,
         repeat=shlex.join(["loretta", "train", "--config", str(folder / "config.json"), "--output", f"{folder}-again"])
         if record
         else "",

@@ -1,6 +1,8 @@
 """Studies, estimates and run folders as tables for a terminal."""
 
+import json
 import math
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -15,6 +17,7 @@ from loretta.studies.state import State
 from loretta.wording import MISSING, flat, size_words
 
 if TYPE_CHECKING:  # these import torch and SciPy, and a listing of runs needs neither
+    from loretta.studies.paired import Difference
     from loretta.studies.results import Cell, Results
     from loretta.studies.sizes import Estimate
 
@@ -45,6 +48,55 @@ def results_table(results: "Results") -> Table:
     return table
 
 
+def compared_table(results: "Results") -> Table:
+    """A comparison: what needs no text first, then each method with its rate, its score for each seed, the mean."""
+    from loretta.studies.compare import baseline_of, ends_of
+
+    cells = [cell for cell in results.final() if cell.task in results.study.tasks]
+    seeds = sorted({score.seed for cell in cells for score in cell.scores})
+    metric = next((cell.metric for cell in cells if cell.metric), "score")
+    table = Table(title=results.study.title, caption=_caption(results), box=box.SIMPLE_HEAD, caption_justify="left")
+    table.add_column("method", overflow="fold")
+    for name in ("parameters", "bytes", "learning rate", *(f"seed {seed}" for seed in seeds), metric, "95% over seeds"):
+        table.add_column(name, justify="right")
+    baseline = baseline_of(results)
+    if baseline is not None:
+        name = "mean of train" if metric in ("mse", "spearman", "pearson") else "majority class"
+        table.add_row(name, "0", "", "", *([""] * len(seeds)), figure(baseline), "")
+    for cell in cells:
+        by_seed = {score.seed: score for score in cell.scores}
+        rates = dict.fromkeys(f"{score.learning_rate:g}" for score in cell.scores if score.learning_rate is not None)
+        table.add_row(
+            cell.label,
+            number(cell.parameters),
+            number(cell.adapter_bytes),
+            ", ".join(rates) or MISSING,
+            *(figure(by_seed[seed].value) if seed in by_seed else MISSING for seed in seeds),
+            MISSING if cell.mean is None else figure(cell.mean),
+            ends_of(cell),
+        )
+    return table
+
+
+def differences_table(pairs: Sequence["Difference"], labels: Mapping[str, str]) -> Table:
+    """The best method against each of the others, on the same rows."""
+    table = Table(title="Differences on the same rows", box=box.SIMPLE_HEAD)
+    for name in ("best", "minus"):
+        table.add_column(name, overflow="fold")
+    for name in ("difference", "95% interval", "better on", "rows"):
+        table.add_column(name, justify="right")
+    for pair in pairs:
+        table.add_row(
+            labels.get(pair.best, pair.best),
+            labels.get(pair.other, pair.other),
+            f"{pair.mean:+.4f}",
+            f"{pair.low:+.4f} to {pair.high:+.4f}",
+            f"{pair.better} of {pair.seeds} seeds",
+            f"{pair.rows:,}",
+        )
+    return table
+
+
 def _known(cells: Mapping[str, "Cell"], name: str) -> int | None:
     return next((value for cell in cells.values() if (value := getattr(cell, name)) is not None), None)
 
@@ -52,7 +104,7 @@ def _known(cells: Mapping[str, "Cell"], name: str) -> int | None:
 def _caption(results: "Results") -> str:
     splits = sorted({cell.split for cell in results.cells if cell.split})
     words = [f"scores are of the {' or '.join(splits)} split"] if splits else []
-    if any(cell.low is not None for cell in results.cells):
+    if any(cell.low is not None for cell in results.cells) and results.study.view != "compare":
         words.append("± is half of Student's 95% interval over seeds")
     if any(cell.printed is not None for cell in results.cells):
         models = sorted({str(cell.printed_model) for cell in results.cells if cell.printed is not None})
@@ -143,13 +195,43 @@ def run_row(root: Path, folder: Path, state: State, reason: str) -> dict[str, An
         row |= {
             "method": record.method,
             "seed": record.seed,
-            "learning_rate": record.config.get("learning_rate"),
+            "learning_rate": record.learning_rate or record.config.get("learning_rate"),
             "metric": record.metric,
             "score": values.get(record.metric),
             "parameters": record.parameters.trainable,
             "seconds": record.train_seconds,
         }
     return row
+
+
+def next_command(root: Path, folder: Path, state: State) -> str | None:
+    """The command that goes on with a run: of its study where one planned it, else of its own; None while it runs."""
+    if state == "running":
+        return None
+    if state == "finished":
+        kept = (folder / "run.json").is_file()
+        return shlex.join(["loretta", "predict", str(folder)]) + " FILE" if kept else None
+    for above in (root, *folder.parents):
+        commands = [command for file in sorted(above.glob("study*.json")) for command in _commands(file, above, folder)]
+        if commands:
+            return commands[-1]
+    if (folder / "config.json").is_file():
+        return shlex.join(["loretta", "train", "--resume", str(folder)])
+    return None
+
+
+def _commands(file: Path, root: Path, folder: Path) -> list[str]:
+    """As they were typed, of the study that planned the run."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        planned = {run["folder"] for run in content["planned"]}
+        return (
+            list(content["commands"])
+            if folder.is_relative_to(root) and str(folder.relative_to(root)) in planned
+            else []
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def runs_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -160,15 +242,15 @@ def runs_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     for name in ("score", "parameters", "seconds", "learning rate"):
         table.add_column(name, justify="right")
     for row in rows:
-        score = f"{row['metric']} {row['score']:.4f}" if row.get("score") is not None else row["reason"]
+        score = f"{row['metric']} {row['score']:.4f}" if row.get("score") is not None else row["reason"] or MISSING
         rate = row.get("learning_rate")
         table.add_row(
             row["run"],
             row["state"],
             score,
             number(row.get("parameters")),
-            f"{row['seconds']:.0f}" if "seconds" in row else "",
-            f"{rate:g}" if rate is not None else "",
+            f"{row['seconds']:.0f}" if "seconds" in row else MISSING,
+            f"{rate:g}" if rate is not None else MISSING,
         )
     return table
 

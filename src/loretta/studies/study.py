@@ -15,7 +15,7 @@ Kind = Literal["train", "cost", "count"]  # a training run, one measured step, c
 View = Literal["scores", "sequence", "cost", "ranks", "shapes", "norms", "pareto", "curves", "bytes", "compare"]
 
 # options that tell the runs of a study apart: given one value, the runs would be one run that is counted several times
-OF_EACH_RUN = ("model", "data", "method", "method_args", "seed", "output", "start_from")
+OF_EACH_RUN = ("model", "data", "method", "method_args", "seed", "output", "start_from", "push_to_hub")
 
 
 class Frozen(BaseModel):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from loretta.errors import InputError
 from loretta.tasks.base import Kind, Task
-from loretta.tasks.labels import LabelScheme, decide
+from loretta.tasks.labels import LabelScheme, decide, doubts
 from loretta.tasks.read import TEXT_ENDINGS, column_names, ending, read_columns, read_documents
 from loretta.tasks.split import hold_out, text_key
 from loretta.wording import listed, quoted
@@ -80,6 +80,8 @@ def load_table(
     train = Part(texts, scheme.encode(cells, path))
 
     notes: list[str] = []
+    counts = Counter(train.labels or ())
+    odd = doubts(scheme.names, [counts[at] for at in range(len(scheme.names))])
     if validation_path is None:
         kept, held = hold_out(train.texts, _strata(scheme, train), share=TABLE_SHARE, seed=seed)
         if not held:
@@ -112,7 +114,7 @@ def load_table(
         train=train.dataset(),
         validation=validation.dataset(),
         test=None if test is None else test.dataset(),
-        notes=tuple(notes),
+        notes=(*notes, *odd),
     )
 
 

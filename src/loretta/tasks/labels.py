@@ -11,12 +11,13 @@ from typing import Any
 
 from loretta.errors import InputError
 from loretta.tasks.base import Kind
-from loretta.wording import quoted
+from loretta.wording import listed, quoted
 
 MAX_GUESSED_CLASSES = 50
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 WHOLE = re.compile(r"[+-]?\d{1,18}", re.ASCII)
 MAX_UNSEEN_QUOTED = 5
+MISSING_WORDS = {"nan", "none", "null", "na", "n/a", "#n/a", "nat", "undefined", "unknown", "?", "-", "."}
 
 Value = str | int | float
 
@@ -58,6 +59,31 @@ class LabelScheme:
                 f"add such rows to the training file or remove them here"
             )
         return [ids[value] for value in values]
+
+
+def doubts(names: Sequence[str], counts: Sequence[int]) -> list[str]:
+    """What looks like a mistake in the classes of a table, a sentence each; none of it keeps the data from training.
+
+    Names that differ in case, punctuation or blanks alone, names of missing values, and classes of a single row.
+    """
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(re.sub(r"(?<=\w)[\s_-]+(?=\w)", " ", name.casefold()).strip(".,;:!?'\" "), []).append(name)
+    found = [
+        f"the classes {' and '.join(map(quoted, same))} differ in case or punctuation alone: are they one?"
+        for key, same in alike.items()
+        if key and len(same) > 1
+    ]
+    by_name = dict(zip(names, counts, strict=True))
+    found += [
+        f"the class {quoted(name)} ({count:,} row{'s' * (count != 1)}) reads like a missing value"
+        for name, count in by_name.items()
+        if name.casefold() in MISSING_WORDS
+    ]
+    if alone := [name for name, count in by_name.items() if count == 1]:
+        is_are = "class has" if len(alone) == 1 else "classes have"
+        found.append(f"{len(alone)} {is_are} a single row, which cannot be both trained and validated: {listed(alone)}")
+    return found
 
 
 def decide(cells: Sequence[Any], *, kind: Kind | None, column: str, path: Path) -> LabelScheme:

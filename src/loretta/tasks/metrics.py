@@ -50,6 +50,13 @@ def higher_is_better(name: str) -> bool:
     return name not in LOWER_IS_BETTER
 
 
+def metric_range(name: str) -> tuple[float, float]:
+    """The lowest and the highest value that a metric (or "loss") can have."""
+    if name in ("mcc", "spearman", "pearson"):
+        return -1.0, 1.0
+    return {"mse": (0.0, math.inf), "loss": (0.0, math.inf), "perplexity": (1.0, math.inf)}.get(name, (0.0, 1.0))
+
+
 def _accuracy(predicted: NDArray, expected: NDArray) -> float:
     from sklearn.metrics import accuracy_score
 

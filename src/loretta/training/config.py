@@ -16,7 +16,7 @@ Quantization = Literal["nf4", "fp4", "int8", "torchao-int8", "fp8"]
 HeadPolicy = Literal["method", "full", "frozen"]
 
 # other words for an option, wherever an option may stand
-ALIASES = {"lr": "learning_rate", "epoch": "epochs"}
+ALIASES = {"lr": "learning_rate", "epoch": "epochs", "eval": "validation", "batch": "batch_size"}
 
 
 def read_sample(given: object) -> object:
@@ -107,7 +107,10 @@ class RunConfig(BaseModel):
         allow_inf_nan=False,
         description="Of the final layer, which starts from nothing; default: the learning rate.",
     )
-    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="Of AdamW.")
+    optimizer: str | None = Field(
+        default=None, description="Any of the Trainer's: adamw_torch, sgd, adafactor, lion_8bit, ...; default: AdamW."
+    )
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="Of the optimizer.")
     warmup: float = Field(default=0.06, ge=0, lt=1, description="Share of the steps in which the rate rises.")
     warmup_steps: int | None = Field(
         default=None, ge=0, description="Steps in which the rate rises, in place of warmup."
@@ -140,6 +143,12 @@ class RunConfig(BaseModel):
     )
     cpu: bool = Field(default=False, description="Stay on the CPU even where there is an accelerator.")
     tensorboard: bool = Field(default=False, description="Also log for TensorBoard.")
+    report_to: str | None = Field(
+        default=None, description="Also log to the Trainer's other reporters, as wandb,mlflow,trackio."
+    )
+    push_to_hub: str | None = Field(
+        default=None, description="Hub id of the repository (private when new) that adapter/ goes to at the end."
+    )
 
     @property
     def folder(self) -> Path:
@@ -148,14 +157,16 @@ class RunConfig(BaseModel):
 
 # how --help groups the options
 GROUPS: dict[str, tuple[str, ...]] = {
-    "What to train": ("model", "data", "method", "head_policy", "start_from", "output", "seed"),
+    "What to train": ("model", "data", "method", "head_policy", "start_from", "output", "push_to_hub", "seed"),
     "Data": ("text", "text_pair", "label", "kind", "validation", "test", "data_dir", "limit", "max_length"),
     "Prompted tasks": ("prompted", "train_as", "sample", "max_new_tokens"),
     "Training": (
         "epochs", "max_steps", "batch_size", "accumulate", "auto_batch", "on_nan", "learning_rate",
-        "head_learning_rate", "weight_decay", "warmup", "warmup_steps", "schedule",
+        "head_learning_rate", "optimizer", "weight_decay", "warmup", "warmup_steps", "schedule",
     ),
-    "Evaluation and logs": ("eval_batch_size", "eval_steps", "select_by", "patience", "logging_steps", "tensorboard"),
+    "Evaluation and logs": (
+        "eval_batch_size", "eval_steps", "select_by", "patience", "logging_steps", "tensorboard", "report_to",
+    ),
     "Precision and device": ("dtype", "quantize", "bf16", "gradient_checkpointing", "cuda_graph", "cpu"),
 }  # fmt: skip
 

@@ -1,6 +1,8 @@
 """The data of a run: the task that its options name, and the splits of the task as token ids."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
@@ -44,7 +46,19 @@ def load_config_task(config: RunConfig) -> Task | PromptedTask:
             test=Path(config.test) if config.test else None,
             seed=config.seed,
         )
+    if task.kind == "language_modeling":
+        refuse_encoder(config.model)
     return task if config.limit is None else task.limited(config.limit)
+
+
+def refuse_encoder(model: str) -> None:
+    """Raise InputError for a model that sees what comes next: its loss on the next token says nothing."""
+    found = find_config(model)
+    if default_task_type(found) == "SEQ_CLS" and not getattr(found, "is_decoder", False):
+        raise InputError(
+            f"'{model}' ({found.model_type}) is an encoder, which reads a text from both sides and cannot be trained "
+            "to go on with it: give a decoder, or --label COLUMN to classify"
+        )
 
 
 def is_prompted(config: RunConfig) -> bool:
@@ -82,6 +96,22 @@ def encode_splits(
     return {
         split: encode(data, task, tokenizer, config.max_length) for split, data in splits.items() if data is not None
     }
+
+
+def count_cut(
+    encoded: Mapping[str, Any], task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[int, int]:
+    """How many examples of all splits are longer than ``max_length`` tokens, and how many there are."""
+    cut = total = 0
+    for split, examples in encoded.items():
+        data = getattr(task, split)
+        total += len(data)
+        full = [row for row, ids in enumerate(examples["input_ids"]) if len(ids) >= max_length]
+        if full:
+            columns = [data.select(full)[column] for column in task.columns]
+            ids = tokenizer(*map(list, columns), verbose=False)["input_ids"]
+            cut += sum(len(row) > max_length for row in ids)
+    return cut, total
 
 
 def encode(data: Dataset, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:

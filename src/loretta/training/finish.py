@@ -1,5 +1,6 @@
 """What a finished training leaves in its folder: the best adapter, the predictions, the record and the card."""
 
+import copy
 import dataclasses
 import json
 import platform
@@ -12,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 
 from loretta.errors import Stopped
 from loretta.files import write_json
@@ -20,6 +22,7 @@ from loretta.plan import read_plan, trainable_by_kind
 from loretta.record import ParameterCounts, Point, RunRecord, Train
 from loretta.tasks.base import Task
 from loretta.tasks.prompted import PromptedTask
+from loretta.training.answers import base_perplexity, describe_answers, label_counts
 from loretta.training.checkpoints import DISK_STATUS
 from loretta.training.config import RunConfig
 from loretta.training.folder import ADAPTER, PREDICTIONS, RECORD, Place
@@ -74,11 +77,16 @@ def write_result(
 ) -> RunRecord:
     """Write the files of a finished run into an empty folder."""
     model = cast(Trained, trainer.model)
+    if (own := loretta_config(model)) is not None and task.kind == "classification":
+        own.label_names = list(task.label_names)
     model.save_pretrained(str(folder / ADAPTER))
-    test, rows = score_test(task, trainer, encoded)
+    save_tokenizer(trainer, config, folder / ADAPTER)
+    scored = "test" if encoded.get("test") is not None else "validation"
+    values, rows = answer(task, trainer, encoded, scored)
     if rows:
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (folder / PREDICTIONS).write_text(lines, encoding="utf-8")
+        # a text may hold half of a surrogate pair
+        (folder / PREDICTIONS).write_text(lines, encoding="utf-8", errors="replace")
     history = read_history(trainer.state.log_history, task)
     best_step = trainer.state.best_global_step or trainer.state.global_step
     record = RunRecord(
@@ -98,9 +106,16 @@ def write_result(
             *(notes_on_length(encoded, config) if isinstance(task, PromptedTask) else ()),
         ],
         label_names=list(task.label_names),
+        label_counts=label_counts(task),
+        answers=describe_answers(task, scored, rows)
+        if rows
+        else base_perplexity(trainer, encoded[scored], scored)
+        if task.kind == "language_modeling"
+        else None,
         metric=task.metrics[0],
         higher_is_better=higher_is_better(task),
         selected_by="loss" if choosing_metric(config, task) == "loss" else "metric",
+        learning_rate=trainer.args.learning_rate,
         parameters=ParameterCounts(**trainable_by_kind(model), total=count_all(model)),
         trains=list_trains(model),
         adapter_bytes=sum(path.stat().st_size for path in (folder / ADAPTER).glob("*.safetensors")),
@@ -110,12 +125,19 @@ def write_result(
         history=history,
         best_step=best_step,
         validation=validation_scores(task, trainer, encoded, history, best_step),
-        test=test,
+        test=values if scored == "test" else None,
     )
     write_json(folder / RECORD, record.model_dump())
     if loretta_config(model) is not None:
         write_card(folder / ADAPTER, record, learning_rate=trainer.args.learning_rate)
     return record
+
+
+def save_tokenizer(trainer: TwoRateTrainer, config: RunConfig, folder: Path) -> None:
+    """Beside the adapter, so that a pipeline needs nothing but the folder; it cuts where the training did."""
+    tokenizer = copy.deepcopy(cast(PreTrainedTokenizerBase, trainer.processing_class))
+    tokenizer.model_max_length = config.max_length
+    tokenizer.save_pretrained(str(folder))
 
 
 def versions() -> dict[str, str]:
@@ -124,21 +146,34 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "loretta": __version__, **packages}
 
 
-def score_test(
-    task: Task | PromptedTask, trainer: TwoRateTrainer, encoded: Mapping[str, Any]
-) -> tuple[dict[str, float] | None, list[dict[str, Any]]]:
-    """Metrics of the test split and a row for each of its examples; nothing where there is none."""
-    if "test" not in encoded:
-        return None, []
+def answer(
+    task: Task | PromptedTask, trainer: TwoRateTrainer, encoded: Mapping[str, Any], split: str
+) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    """Scores of a split by the trained model, and a row for each of its examples, none in language modelling.
+
+    A row holds what was asked ("text", of a pair "text_pair"), the "gold" answer and the model's.
+    """
     if isinstance(trainer, PromptedTrainer):
-        judged = trainer.judge("test", encoded["test"])
-        return judged.values, judged.answers
+        judged = trainer.judge(split, encoded[split])
+        examples = getattr(task, split)
+        return judged.values, [
+            {"text": example.prompt, "gold": example.completion.strip(), **row}
+            for example, row in zip(examples, judged.answers, strict=True)
+        ]
     assert isinstance(task, Task)
-    output = trainer.predict(encoded["test"], metric_key_prefix="test")
-    values = named_values(output.metrics or {}, task, "test_")
+    if task.kind == "language_modeling" and split == "validation":
+        return {}, []
+    output = trainer.predict(encoded[split], metric_key_prefix=split)
+    values = named_values(output.metrics or {}, task, f"{split}_")
     if task.kind == "language_modeling":
         return values, []
-    return values, prediction_rows(torch.as_tensor(logits_of(output.predictions)), task.label_names)
+    rows = prediction_rows(torch.as_tensor(logits_of(output.predictions)), task.label_names)
+    data = getattr(task, split)
+    golds = [task.label_names[k] for k in data["label"]] if task.label_names else list(data["label"])
+    asked = [
+        dict(zip(task.columns, words, strict=True)) for words in zip(*(data[c] for c in task.columns), strict=True)
+    ]
+    return values, [{**a, "gold": gold, **row} for a, gold, row in zip(asked, golds, rows, strict=True)]
 
 
 def validation_scores(

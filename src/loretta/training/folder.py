@@ -1,14 +1,17 @@
 """The folder of a run: the names in it, who may write to it, and where a run stands in it."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from loretta.errors import InputError
 from loretta.files import read_plain
 from loretta.folders import remove_temporaries, set_aside, temporary_folder
 from loretta.owned import NEXT, is_free, publish, read_list, refuse_to_replace, remove_listed
-from loretta.training.config import RunConfig
+from loretta.record import RunRecord
+from loretta.training.config import RunConfig, recorded_config
 
 logger = logging.getLogger(__name__)
 
@@ -22,10 +25,11 @@ class Place:
 
     folder: Path
     work: Path
+    goes_on: bool = False  # beyond the end of the finished run in it
 
     @property
     def finished(self) -> bool:
-        return (self.work / RECORD).is_file()
+        return (self.work / RECORD).is_file() and not self.goes_on
 
     def clear(self) -> None:
         """Make way for a run from its beginning."""
@@ -62,13 +66,20 @@ class Place:
         """Add the result in ``new`` to the run, and put the run in the place of the earlier one."""
         publish(new, self.work, last=RECORD, keep=True)
         if self.work != self.folder:
-            publish(self.work, self.folder, last=RECORD)
+            self._take_place()
 
     def replace(self) -> None:
         """Put a finished run in the place of the earlier result, and leave nothing that is half-written."""
         remove_temporaries(self.folder)
         if self.work != self.folder:
-            publish(self.work, self.folder, last=RECORD)
+            self._take_place()
+
+    def _take_place(self) -> None:
+        from loretta.training.checkpoints import remove_checkpoints  # torch, which --help does without
+
+        # the earlier run is finished; nothing may go on from its checkpoints as if they were this one's
+        remove_checkpoints(self.folder / CHECKPOINTS)
+        publish(self.work, self.folder, last=RECORD)
 
 
 def find_place(config: RunConfig, *, resume: bool, overwrite: bool) -> Place:
@@ -96,9 +107,31 @@ def find_place(config: RunConfig, *, resume: bool, overwrite: bool) -> Place:
         return Place(folder, folder / NEXT)
     if changed := changed_options(folder, config):
         raise InputError(
-            f"cannot resume '{folder}' with other options ({'; '.join(changed)}): give the same ones, or --overwrite"
+            f"cannot resume '{folder}' with other options ({'; '.join(changed)}): give the same ones (epochs and "
+            "max_steps may grow), or --overwrite"
         )
-    return Place(folder, folder)
+    return Place(folder, folder, goes_on=_goes_on(folder, config))
+
+
+def _goes_on(folder: Path, config: RunConfig) -> bool:
+    """Whether the run is longer than the finished one in the folder.
+
+    Raises InputError where there is no checkpoint of that to go on from.
+    """
+    if not (folder / RECORD).is_file():
+        return False
+    record = RunRecord.load(folder / RECORD)
+    before = recorded_config(record.config, folder / RECORD)
+    if (before.epochs, before.max_steps) == (config.epochs, config.max_steps):
+        return False
+    last = max((point.step for point in record.history), default=0)
+    steps = [int(path.name.rpartition("-")[2]) for path in (folder / CHECKPOINTS).glob("checkpoint-[0-9]*")]
+    if max(steps, default=None) != last:
+        raise InputError(
+            f"'{folder}' is finished and its checkpoints are gone, so that it cannot go on: begin a new run from its "
+            f"adapter with --start-from {folder}"
+        )
+    return True
 
 
 def is_run(folder: Path) -> bool:
@@ -126,5 +159,10 @@ def changed_options(folder: Path, config: RunConfig) -> list[str]:
     return [
         f"{key} was {before[key]!r} and is {now[key]!r}"
         for key in sorted(now)
-        if key != "output" and before[key] != now[key]
+        if key not in ("output", "push_to_hub") and before[key] != now[key] and not _longer(key, before, now)
     ]
+
+
+def _longer(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Whether a run trains on with what it did so far: a longer one has the same steps up to there."""
+    return key in ("epochs", "max_steps") and None not in (before[key], now[key]) and now[key] > before[key]

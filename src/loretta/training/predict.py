@@ -1,68 +1,22 @@
-"""Use a finished run: load its adapter again, score it, apply it to new text."""
+"""Use a finished run: score it, apply it to new text."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase, set_seed
 
-from loretta.convert.load import load_adapter
 from loretta.errors import InputError
-from loretta.locks import refuse_held
-from loretta.record import RunRecord
 from loretta.tasks.base import Task
 from loretta.tasks.glue import GLUE
 from loretta.tasks.prompted import PromptedTask
-from loretta.training.config import RunConfig, recorded_config
 from loretta.training.data import encode
-from loretta.training.folder import ADAPTER
-from loretta.training.methods import FULL, find_method
-from loretta.training.model import TASK_TYPES, Trained, load_base, load_tokenizer
+from loretta.training.generate import Sampling, continue_text
+from loretta.training.loaded import LoadedRun
+from loretta.training.loaded import load_run as load_run
+from loretta.training.model import TASK_TYPES
 from loretta.training.prompted import encode_examples, judge
 from loretta.training.scores import prediction_rows, score_logits
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadedRun:
-    """A finished run with its adapter on the base model again, or the fine-tuned model itself."""
-
-    record: RunRecord
-    config: RunConfig
-    model: Trained
-    tokenizer: PreTrainedTokenizerBase
-    kind: str
-
-
-def load_run(folder: Path, *, model: str | None = None, cpu: bool = False) -> LoadedRun:
-    """Load the adapter of a run folder onto its base model, or onto ``model`` where that has moved.
-
-    Raises InputError when the folder holds no run or the adapter does not fit.
-    """
-    refuse_held(folder)
-    record = RunRecord.load(folder / "run.json")
-    config = recorded_config(record.config, folder / "run.json")
-    name = model or config.model
-    tokenizer = load_tokenizer(name)
-    whole = find_method(record.method) is FULL
-    # what the checkpoint lacks and the adapter's file leaves out is random: the same as in the run
-    set_seed(config.seed)
-    base = load_base(
-        str(folder / ADAPTER) if whole else name,
-        record.kind,
-        label_names=tuple(record.label_names),
-        dtype=config.dtype,
-        quantize=config.quantize,
-        cpu=cpu,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    adapted = base.eval() if whole else load_adapter(base, folder / ADAPTER)
-    # a quantised base may already lie there, and not every one may be moved
-    if torch.cuda.is_available() and not cpu and adapted.device.type == "cpu":
-        adapted = adapted.cuda()
-    return LoadedRun(record=record, config=config, model=adapted, tokenizer=tokenizer, kind=record.kind)
 
 
 @torch.inference_mode()
@@ -109,10 +63,17 @@ def text_columns(run: LoadedRun) -> tuple[str, ...]:
     return (run.config.text or "text", *pair)
 
 
-def predict(run: LoadedRun, texts: Sequence[Sequence[str]]) -> list[dict[str, Any]]:
+def predict(
+    run: LoadedRun,
+    texts: Sequence[Sequence[str]],
+    *,
+    all_probabilities: bool = False,
+    go_on: Callable[[LoadedRun, str], str] | None = None,
+) -> list[dict[str, Any]]:
     """One row per example. ``texts`` holds the text columns, as the run was trained with them.
 
-    Classification gives "label" and its "probability", regression a "score", a language model a "continuation".
+    Classification gives "label" and its "probability" (with ``all_probabilities`` also a "probability_NAME" for each
+    class), regression a "score", a language model a "continuation" (``go_on`` of each text, greedy without it).
     Raises InputError for one text where the run was trained on pairs, and the other way round.
     """
     columns = text_columns(run)
@@ -122,8 +83,13 @@ def predict(run: LoadedRun, texts: Sequence[Sequence[str]]) -> list[dict[str, An
             f"each example of the run has {' and '.join(map(repr, columns))}, got {len(texts)} texts of each: {advice}"
         )
     if TASK_TYPES[run.kind] == "CAUSAL_LM":
-        return [{"continuation": _continue(run, text)} for text in texts[0]]
-    return [row for logits in _logits(run, texts) for row in prediction_rows(logits, run.record.label_names)]
+        return [{"continuation": go_on(run, t) if go_on else continue_text(run, t, Sampling())} for t in texts[0]]
+    names = run.record.label_names
+    if all_probabilities and not names:
+        raise InputError(f"the run was trained on a {run.kind} task, which has scores and no probabilities")
+    return [
+        row for logits in _logits(run, texts) for row in prediction_rows(logits, names, all_of_them=all_probabilities)
+    ]
 
 
 @torch.inference_mode()
@@ -139,11 +105,3 @@ def _logits(run: LoadedRun, texts: Sequence[Sequence[str]]) -> Iterator[Tensor]:
             return_tensors="pt",
         ).to(run.model.device)
         yield run.model(**batch).logits.float().cpu()
-
-
-@torch.inference_mode()
-def _continue(run: LoadedRun, text: str) -> str:
-    inputs = run.tokenizer(text, return_tensors="pt").to(run.model.device)
-    inputs.pop("token_type_ids", None)
-    out = run.model.generate(**inputs, max_new_tokens=50, do_sample=False, pad_token_id=run.tokenizer.pad_token_id)
-    return run.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

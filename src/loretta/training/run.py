@@ -3,6 +3,7 @@
 import importlib.util
 import resource
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,41 +16,58 @@ from loretta.training.batches import stop_workers
 from loretta.training.config import RunConfig
 from loretta.training.data import check_loss, encode_splits, load_config_task
 from loretta.training.finish import finish
-from loretta.training.folder import RECORD, find_place
+from loretta.training.folder import ADAPTER, RECORD, find_place
+from loretta.training.hub import check_hub, push
+from loretta.training.lines import first_lines, is_first_process
 from loretta.training.memory import saying_what_helps
 from loretta.training.methods import find_method
 from loretta.training.model import load_tokenizer
 from loretta.training.pause import PauseBehind, Paused, paused_at, step_of
+from loretta.training.progress import say_lines
 from loretta.training.start import prepare_model
 from loretta.training.stop import StopAtSignal, stopping_at_signals
-from loretta.training.trainers import make_trainer
+from loretta.training.trainers import known_optimizer, make_trainer, reporters
+from loretta.wording import spelled
 
 
-def train(config: RunConfig, *, resume: bool = False, overwrite: bool = False) -> RunRecord:
+def print_line(line: str) -> None:
+    """On standard output at once, which may be a file that somebody follows."""
+    print(spelled(line), flush=True)
+
+
+def train(
+    config: RunConfig, *, resume: bool = False, overwrite: bool = False, say: Callable[[str], None] = print_line
+) -> RunRecord:
     """Train as ``config`` says and write the run folder.
 
     It holds ``adapter/``, ``run.json`` and, where there is a test split, its ``predictions.jsonl``.
 
     Everything that a user can get wrong is checked before anything is written. ``resume`` goes on from the last
     checkpoint in the folder (a finished run is returned as it is). ``overwrite`` replaces an earlier run once this one
-    is whole, and removes nothing that LoRETTA did not write.
+    is whole, and removes nothing that LoRETTA did not write. ``say`` takes the lines about the run as it goes.
 
     Raises InputError for input that the user can mend, and Stopped where SIGTERM or SIGINT came, the disk
     is full, the memory is too small, or a loss is not finite.
     """
     with stopping_at_signals() as stop, hold(config.folder), saying_what_helps(config):
-        record: RunRecord = _train(config, stop, resume=resume, overwrite=overwrite)
+        record: RunRecord = _train(config, stop, say, resume=resume, overwrite=overwrite)
         return record
 
 
 def train_until(config: RunConfig, share: float) -> RunRecord | Paused:
     """Train, or go on, up to ``share`` of the steps, and leave a checkpoint there; ``train`` resumes it."""
     with stopping_at_signals() as stop, hold(config.folder), saying_what_helps(config):
-        return _train(config, stop, resume=True, overwrite=False, pause=PauseBehind(share))
+        return _train(config, stop, print_line, resume=True, overwrite=False, pause=PauseBehind(share))
 
 
 def _train(
-    config: RunConfig, stop: StopAtSignal, *, resume: bool, overwrite: bool, pause: PauseBehind | None = None
+    config: RunConfig,
+    stop: StopAtSignal,
+    say: Callable[[str], None],
+    *,
+    resume: bool,
+    overwrite: bool,
+    pause: PauseBehind | None = None,
 ) -> Any:
     place = find_place(config, resume=resume, overwrite=overwrite)
     if place.finished and resume:
@@ -57,6 +75,11 @@ def _train(
         return RunRecord.load(place.folder / RECORD)
     if config.tensorboard:
         need_tensorboard()
+    reporters(config)
+    if config.optimizer is not None:
+        known_optimizer(config.optimizer)
+    if config.push_to_hub is not None:
+        check_hub(config.push_to_hub)
     find_method(config.method)
     task = load_config_task(config)
     check_loss(config, task)
@@ -68,10 +91,18 @@ def _train(
         place.clear()
     place.begin(config)
 
+    if resume and place.goes_on:
+        say(f"going on from the end of '{place.folder}': the learning rate follows the schedule of the longer run")
     trainer = make_trainer(config.model_copy(update={"bf16": bf16}), task, model, tokenizer, encoded, place.work)
     trainer.add_callback(stop)
     if pause is not None:
         trainer.add_callback(pause)
+    if not is_first_process():
+        say = lambda line: None  # noqa: E731
+    for line in first_lines(config, task, encoded, tokenizer, trainer):
+        say(line)
+    if not sys.stderr.isatty():
+        say_lines(trainer, say)
     # memory of the process counts above what it had before; that of an accelerator as it is
     before = 0 if torch.cuda.is_available() and not config.cpu else peak_memory()
     try:
@@ -80,9 +111,12 @@ def _train(
         if pause is not None and state.global_step == step_of(pause.share, state.max_steps) < state.max_steps:
             return paused_at(state.log_history, task, state.global_step, state.max_steps)
         memory = max(0, peak_memory() - before)
-        return finish(config, task, trainer, encoded, place=place, peak_memory_bytes=memory)
+        record = finish(config, task, trainer, encoded, place=place, peak_memory_bytes=memory)
     finally:
         stop_workers(trainer)
+    if config.push_to_hub is not None and is_first_process():
+        say(f"uploaded: {push(place.folder / ADAPTER, config.push_to_hub)}")
+    return record
 
 
 def need_tensorboard() -> None:

@@ -13,6 +13,8 @@ from transformers import (
     PreTrainedTokenizerBase,
     TrainingArguments,
 )
+from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.training_args import OptimizerNames
 
 from loretta.errors import InputError
 from loretta.tasks import metrics
@@ -26,6 +28,7 @@ from loretta.training.model import Trained
 from loretta.training.prompted import PromptedTrainer
 from loretta.training.scores import logits_of, score_logits
 from loretta.training.trainer import TwoRateTrainer
+from loretta.wording import nearest, quoted
 
 
 class TwoRateGraphTrainer(CudaGraphTrainer, TwoRateTrainer):
@@ -97,6 +100,7 @@ def make_trainer(
 def training_arguments(config: RunConfig, folder: Path, *, best_by: str, greater_is_better: bool) -> TrainingArguments:
     """The Trainer's options for a run. ``best_by``, a validation metric or "loss", chooses the checkpoint to keep."""
     every = "epoch" if config.eval_steps is None else "steps"
+    optimizer = {} if config.optimizer is None else {"optim": known_optimizer(config.optimizer)}
     steps = {} if config.eval_steps is None else {"eval_steps": config.eval_steps, "save_steps": config.eval_steps}
     return TrainingArguments(
         output_dir=str(folder),
@@ -122,10 +126,32 @@ def training_arguments(config: RunConfig, folder: Path, *, best_by: str, greater
         bf16=config.bf16,
         **({"gradient_checkpointing": True} if config.gradient_checkpointing else {}),
         use_cpu=config.cpu,
-        report_to=["tensorboard"] if config.tensorboard else [],
+        report_to=reporters(config),
+        **optimizer,
         dataloader_pin_memory=torch.cuda.is_available() and not config.cpu,
         label_names=["labels"],
     )
+
+
+def known_optimizer(name: str) -> str:
+    """The name of one of the Trainer's optimizers. Raises InputError with the nearest one for any other."""
+    names = [member.value for member in OptimizerNames]
+    if name not in names:
+        raise InputError(f"optimizer {quoted(name)}{nearest(name, names)}: the Trainer has {', '.join(names)}")
+    return name
+
+
+def reporters(config: RunConfig) -> list[str]:
+    """What the Trainer logs to. Raises InputError for a reporter that it does not know or that is not installed."""
+    asked = [word.strip() for word in (config.report_to or "").split(",") if word.strip()]
+    there = get_available_reporting_integrations()
+    for name in asked:
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = sorted(INTEGRATION_TO_CALLBACK)
+            raise InputError(f"report_to {quoted(name)}{nearest(name, known)}: the Trainer has {', '.join(known)}")
+        if name not in there:
+            raise InputError(f"report_to {quoted(name)}: the package is not installed, pip install {name}")
+    return list(dict.fromkeys([*asked, *(["tensorboard"] if config.tensorboard else [])]))
 
 
 def choosing_metric(config: RunConfig, task: Task | PromptedTask) -> str:

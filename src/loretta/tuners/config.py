@@ -44,6 +44,9 @@ class LorettaConfig(PeftConfig):
             "loretta_rep_only" of rep, and so on.
         modules_to_save: further modules to train and save whole.
         layers_to_transform, layers_pattern: restrict the adapted layers by index, as in LoRA.
+        label_names: the class of each row of a classification head. The model's config takes them over when the adapter
+            is made or loaded, so that transformers' pipelines answer with them; a final layer that transformers has
+            just made with another number of rows gets as many as there are names.
         base_signature: written when the adapter is saved, and checked when it is loaded: the adapted modules of the
             base model it was trained on. Not to be given.
         head_origins: written when the adapter is saved: where each module of the head came from
@@ -64,6 +67,7 @@ class LorettaConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
+    label_names: list[str] | None = None
     base_signature: str | None = None
     head_origins: dict[str, str] | None = None
 

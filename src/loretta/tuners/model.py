@@ -1,6 +1,7 @@
 """What the tuners of all methods share: planning before injection, norms and heads, mixed batches, load checks."""
 
 import copy
+import warnings
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import contextmanager, nullcontext
@@ -24,10 +25,11 @@ from loretta.tuners.config import LorettaConfig
 from loretta.tuners.contraction import Contraction
 from loretta.tuners.copies import AdapterCopy, rename_copy
 from loretta.tuners.heads import agree_on_origins, copy_cost, head_names, install_head
+from loretta.tuners.labels import name_labels
 from loretta.tuners.layer import LorettaLayer, is_offloaded, keep_differentiable
 from loretta.tuners.names import check_adapter_name, check_endings
 from loretta.tuners.norms import TrainedNorm, is_norm, norms_of, values_as_changes
-from loretta.tuners.placement import Placement, expand_targets, matched_modules
+from loretta.tuners.placement import Placement, expand_targets, matched_modules, unused_options
 from loretta.tuners.tensors import check_tensors
 from loretta.tuners.watch import Watch
 
@@ -63,6 +65,8 @@ class LorettaModel(BaseTuner):
         keep_differentiable(model)
         config = self.peft_config[adapter_name]
         self._check_new_adapter_config(config)
+        asked = config.target_modules
+        name_labels(model, config)
         config = expand_targets(self._prepare_adapter_config(config, self.get_model_config(model)), model)
         agree_on_origins(model, config)
         if state_dict is None:
@@ -72,6 +76,10 @@ class LorettaModel(BaseTuner):
             self.planned = {placement.name: placement for placement in placements}
             _check_signature(config, placements)
             check_called(model, [placement.name for placement in placements])
+            # defaults name modules of several versions, and a saved adapter was told when it was made
+            asked = None if getattr(config, "_targets_by_default", False) or config.base_signature else asked
+            for sentence in unused_options(config, asked, placements, model):
+                warnings.warn(sentence, stacklevel=2)
         _check_copies_are_here(model, bool(config.train_norms or config.modules_to_save or head_names(model, config)))
         check_endings(adapter_name, [*(config.modules_to_save or []), *head_names(model, config)])
         copy_cost(model, config)
@@ -193,6 +201,8 @@ class LorettaModel(BaseTuner):
         return targets
 
     def _prepare_adapter_config(self, peft_config: LorettaConfig, model_config: dict) -> LorettaConfig:
+        if peft_config.target_modules is None:
+            peft_config._targets_by_default = True
         peft_config.target_modules = self.default_targets(peft_config, model_config)
         return peft_config
 

@@ -1,6 +1,6 @@
 """Where an adapter goes and what it costs: decided from names and sizes before any module is replaced."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, cast
@@ -150,6 +150,32 @@ def matched_modules(
             yield name, module
     if required and not found:
         raise NothingMatchedError(_nothing_matched(config, model))
+
+
+def unused_options(
+    config: LorettaConfig, given: Collection[str] | str | None, placements: Sequence[Placement], model: nn.Module
+) -> list[str]:
+    """What was asked for and has no effect on this model, a sentence each.
+
+    Args:
+        given: ``target_modules`` as the user gave them, before a default or "all-linear" took their place.
+    """
+    names = [placement.name for placement in placements]
+    found = []
+    if given is not None and not isinstance(given, str) and not config.layers_to_transform:
+        lost = sorted(t for t in given if not any(name == t or name.endswith(f".{t}") for name in names))
+        if lost:
+            ends = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if linear_size(module)})
+            close = [match for name in lost for match in get_close_matches(name.rpartition(".")[2], ends, 1)]
+            guess = f": did you mean {', '.join(map(repr, close))}?" if close else ""
+            found.append(f"target_modules: nothing in this model is called {' or '.join(map(repr, lost))}{guess}")
+    sizes = {f"{s.in_features}x{s.out_features}" for p in placements for s in (p.down, p.up)}
+    # the hidden layer of a head is a train too
+    sizes |= {f"{size[0]}x{size[1]}" for module in model.modules() if (size := linear_size(module)) is not None}
+    if unused := [size for size in config.shapes if size not in sizes]:
+        has = sorted({f"{s.in_features}x{s.out_features}" for p in placements for s in (p.down, p.up)})
+        found.append(f"shapes: no matrix of the adapter has the size {', '.join(unused)}; there are {', '.join(has)}")
+    return found
 
 
 def _nothing_matched(config: LorettaConfig, model: nn.Module) -> str:

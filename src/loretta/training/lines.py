@@ -1,0 +1,187 @@
+"""What a run says of itself on a terminal: before its first step what it is, after its last one what came of it."""
+
+import math
+import os
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from loretta.plan import trainable_by_kind
+from loretta.record import RunRecord
+from loretta.tasks.base import Task
+from loretta.tasks.prompted import PromptedTask
+from loretta.tasks.split import text_key
+from loretta.training.answers import CHANCE, beats_baseline, chance_of, label_counts
+from loretta.training.config import RunConfig
+from loretta.training.data import count_cut
+from loretta.training.finish import count_all
+from loretta.training.methods import find_method
+from loretta.training.prompted import notes_on_length
+from loretta.training.trainer import TwoRateTrainer
+from loretta.wording import quoted
+
+MOST_LABELS = 12  # named at the start, the most frequent ones
+FURTHER = 3.0  # factor between a learning rate that failed and the one to try
+
+
+def first_lines(
+    config: RunConfig,
+    task: Task | PromptedTask,
+    encoded: Mapping[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    trainer: TwoRateTrainer,
+) -> list[str]:
+    """The data, what is odd about them, what is trained, and for how long."""
+    return [
+        _of_task(config, task),
+        _of_splits(config, task, encoded),
+        *(f"note: {note}" for note in task.notes),
+        *_of_lengths(config, task, encoded, tokenizer),
+        *_of_shared_texts(task),
+        _of_method(config, trainer),
+        _of_steps(config, trainer, len(encoded["train"])),
+    ]
+
+
+def _of_task(config: RunConfig, task: Task | PromptedTask) -> str:
+    words = f"{task.name}: {task.kind.replace('_', ' ')}"
+    if config.label is not None:
+        words += f" of column {quoted(config.text or 'text')} by column {quoted(config.label)}"
+    counts = label_counts(task)
+    if counts:
+        named = sorted(zip(task.label_names, counts["train"], strict=True), key=lambda pair: -pair[1])
+        words += "; in train " + ", ".join(f"{quoted(name)} {count:,}" for name, count in named[:MOST_LABELS])
+        words += f" and {len(named) - MOST_LABELS} more classes" if len(named) > MOST_LABELS else ""
+    elif task.kind == "regression":
+        assert isinstance(task, Task)
+        scores = list(task.train["label"])
+        words += f"; in train from {min(scores):g} to {max(scores):g}, mean {sum(scores) / len(scores):.4g}"
+    return words
+
+
+def _of_splits(config: RunConfig, task: Task | PromptedTask, encoded: Mapping[str, Any]) -> str:
+    unit = "blocks" if task.kind == "language_modeling" else "rows"
+    files = {
+        "train": config.data if Path(config.data).suffix else None,
+        **config.model_dump(include={"validation", "test"}),
+    }
+    words = [
+        f"{split} {len(data):,} {unit}" + (f" ('{files[split]}')" if files[split] else "")
+        for split, data in encoded.items()
+    ]
+    return ", ".join([*words, *([] if "test" in encoded else ["no test"])])
+
+
+def _of_lengths(
+    config: RunConfig, task: Task | PromptedTask, encoded: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> list[str]:
+    if isinstance(task, PromptedTask):
+        return notes_on_length(encoded, config) or [f"no prompt is longer than max_length={config.max_length} allows"]
+    if task.kind == "language_modeling":
+        return [f"a block is max_length={config.max_length} tokens of texts that follow each other"]
+    cut, total = count_cut(encoded, task, tokenizer, config.max_length)
+    if not cut:
+        return [f"no text is longer than max_length={config.max_length} tokens"]
+    return [f"{cut:,} of the {total:,} texts are longer than max_length={config.max_length} tokens and lose their end"]
+
+
+def _of_shared_texts(task: Task | PromptedTask) -> list[str]:
+    """Rows of validation and test whose text is in train too."""
+    known = set(_texts(task, "train"))
+    others = {split: _texts(task, split) for split in ("validation", "test") if getattr(task, split) is not None}
+    shared = {split: sum(text in known for text in texts) for split, texts in others.items()}
+    if not any(shared.values()):
+        return [f"no text of {' or '.join(shared)} is in train"]
+    return [
+        f"{count:,} of the {len(others[split]):,} {split} rows have a text that is in train, which flatters the score"
+        for split, count in shared.items()
+        if count
+    ]
+
+
+def _texts(task: Task | PromptedTask, split: str) -> list[tuple[str, ...]]:
+    data = getattr(task, split)
+    if isinstance(task, PromptedTask):
+        return [text_key((example.prompt,)) for example in data]
+    return [text_key(words) for words in zip(*(data[column] for column in task.columns), strict=True)]
+
+
+def _of_method(config: RunConfig, trainer: TwoRateTrainer) -> str:
+    model: Any = trainer.model
+    counts, total = trainable_by_kind(model), count_all(model)
+    trained = sum(counts.values())
+    parts = ", ".join(f"{kind} {count:,}" for kind, count in counts.items() if count)
+    rate = f"learning rate {trainer.args.learning_rate:g}" + (
+        " (the method's own)" if config.learning_rate is None else ""
+    )
+    head = "" if config.head_learning_rate is None else f", of the final layer {config.head_learning_rate:g}"
+    device = "" if trainer.args.device.type == "cuda" else ", on the CPU"
+    return (
+        f"{config.method} on {config.model}{device}: {trained:,} of {total:,} parameters are trained "
+        f"({100 * trained / total:.2g}%: {parts}), {rate}{head}"
+    )
+
+
+def _of_steps(config: RunConfig, trainer: TwoRateTrainer, rows: int) -> str:
+    args = trainer.args
+    batches = math.ceil(rows / (args.train_batch_size * args.world_size))
+    updates = max(1, math.ceil(batches / args.gradient_accumulation_steps))
+    steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates)
+    each = f"{args.train_batch_size * args.world_size * args.gradient_accumulation_steps} rows each"
+    epochs = f"{steps / updates:.3g} epoch{'' if steps == updates else 's'}"
+    return f"{steps:,} steps ({epochs} of {updates:,}) of {each}"
+
+
+def last_lines(record: RunRecord) -> list[str]:
+    """The score beside what needs no text, whether every answer is the same, and what to try next."""
+    answers, lines = record.answers, []
+    if answers is not None and answers.baseline:
+        values = ", ".join(f"{name} {value:.4f}" for name, value in answers.baseline.items() if name != "loss")
+        lines.append(f"for comparison: {answers.constant} scores {values} on {answers.split}")
+        if answers.only is not None:
+            lines.append(f"every answer is one class: {quoted(answers.only)}")
+    return [*lines, f"next: {next_step(record)}"]
+
+
+def next_step(record: RunRecord) -> str:
+    """What to try after this run, in a sentence that follows from its scores and losses."""
+    config = RunConfig(**record.config)
+    own_rate = find_method(config.method).learning_rate
+    rate = config.learning_rate or own_rate
+    higher = own_rate if rate < own_rate else rate * FURTHER
+    losses = [point.values["loss"] for point in record.history if point.split == "train" and "loss" in point.values]
+    checked = [point for point in record.history if point.split == "validation"]
+    last = max((point.step for point in record.history), default=record.best_step)
+    if losses and not math.isfinite(losses[-1]):
+        return f"the loss is not finite: lower the rate, --lr {rate / FURTHER:.2g}"
+    if beats_baseline(record) is False:
+        if len(losses) > 1 and losses[-1] > 1.05 * losses[0]:
+            return f"nothing was learned and the loss rose: lower the rate, --lr {rate / FURTHER:.2g}"
+        return (
+            f"nothing was learned: raise the rate, --lr {higher:.2g}, or train longer, --epochs "
+            f"{2 * config.epochs:g}; if neither helps, look whether the texts tell the label"
+        )
+    chance = chance_of(record)
+    if chance is not None and chance > CHANCE and record.answers is not None:
+        return (
+            f"on {record.answers.rows} rows this may be chance (p = {chance:.2f} against the constant answer): score "
+            "more rows, with --test FILE or more data"
+        )
+    if len(checked) > 1 and record.best_step == last:
+        return f"the last evaluation was the best one: --epochs {2 * config.epochs:g} may score higher"
+    if len(checked) > 2 and record.best_step <= last / 2:
+        return (
+            f"step {record.best_step} of {last} was the best, and what followed fitted the training rows alone: fewer "
+            "--epochs, --patience 2, or more data"
+        )
+    own = {"model": config.model, "data": config.data, "text": config.text, "label": config.label, "kind": config.kind}
+    words = [word for name, value in own.items() if value for word in (f"--{name}", value)]
+    return f"whether a smaller or another method does as well: {shlex.join(['loretta', 'compare', *words])}"
+
+
+def is_first_process() -> bool:
+    """Whether this process speaks for all that train together (``torchrun``)."""
+    return int(os.environ.get("RANK", "0")) == 0

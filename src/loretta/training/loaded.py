@@ -1,0 +1,55 @@
+"""A finished run with its adapter on the base model again."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase, set_seed
+
+from loretta.convert.load import load_adapter
+from loretta.locks import refuse_held
+from loretta.record import RunRecord
+from loretta.training.config import RunConfig, recorded_config
+from loretta.training.folder import ADAPTER
+from loretta.training.methods import FULL, find_method
+from loretta.training.model import Trained, load_base, load_tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedRun:
+    """A finished run with its adapter on the base model again, or the fine-tuned model itself."""
+
+    record: RunRecord
+    config: RunConfig
+    model: Trained
+    tokenizer: PreTrainedTokenizerBase
+    kind: str
+
+
+def load_run(folder: Path, *, model: str | None = None, cpu: bool = False) -> LoadedRun:
+    """Load the adapter of a run folder onto its base model, or onto ``model`` where that has moved.
+
+    Raises InputError when the folder holds no run or the adapter does not fit.
+    """
+    refuse_held(folder)
+    record = RunRecord.load(folder / "run.json")
+    config = recorded_config(record.config, folder / "run.json")
+    name = model or config.model
+    tokenizer = load_tokenizer(name)
+    whole = find_method(record.method) is FULL
+    # what the checkpoint lacks and the adapter's file leaves out is random: the same as in the run
+    set_seed(config.seed)
+    base = load_base(
+        str(folder / ADAPTER) if whole else name,
+        record.kind,
+        label_names=tuple(record.label_names),
+        dtype=config.dtype,
+        quantize=config.quantize,
+        cpu=cpu,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    adapted = base.eval() if whole else load_adapter(base, folder / ADAPTER)
+    # a quantised base may already lie there, and not every one may be moved
+    if torch.cuda.is_available() and not cpu and adapted.device.type == "cpu":
+        adapted = adapted.cuda()
+    return LoadedRun(record=record, config=config, model=adapted, tokenizer=tokenizer, kind=record.kind)

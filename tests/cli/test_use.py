@@ -1,0 +1,208 @@
+"""A run from the command line, from its folder on: go on with it, apply it, talk to it, look at it."""
+
+import csv
+import io
+import json
+import shutil
+
+import pytest
+import transformers
+from test_main import assert_refused, call, train_arguments, trained  # noqa: F401
+from training_data import sentences
+
+import loretta  # noqa: F401  transformers' pipelines know its methods then
+from loretta.record import RunRecord
+from loretta.training import hub
+
+
+@pytest.fixture(scope="session")
+def teller(llama, tmp_path_factory):
+    """The folder of a run of a decoder, which was hardly trained."""
+    from loretta.training.config import RunConfig
+    from loretta.training.run import train
+
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "text.txt").write_text("\n\n".join(text for text, _ in sentences(60)))
+    options = {"max_length": 8, "max_steps": 1, "cpu": True, "max_new_tokens": 3}
+    train(RunConfig(model=llama, data=str(folder / "text.txt"), output=str(folder / "run"), **options))
+    return folder / "run"
+
+
+@pytest.fixture
+def mine(trained, tmp_path):  # noqa: F811
+    return shutil.copytree(trained, tmp_path / "mine")
+
+
+def test_a_finished_run_is_trained_on_with_more_epochs(bert, reviews, capsys, tmp_path):
+    more = ("--set", "schedule=constant_with_warmup", "--set", "warmup=0")
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+    assert call(capsys, *train_arguments(bert, reviews, folder, *more))[0] == 0
+    status, out, _ = call(capsys, "train", "--resume", folder, "--epochs", 2)
+    assert status == 0
+    assert "going on from the end of" in out
+    assert call(capsys, *train_arguments(bert, reviews, whole, *more, "--set", "epochs=2"))[0] == 0
+    longer, at_once = (RunRecord.load(path / "run.json") for path in (folder, whole))
+    # at a constant rate the steps are those of a run that was long from the beginning
+    assert [p.values for p in longer.history] == [pytest.approx(p.values, rel=1e-5) for p in at_once.history]
+    assert (longer.best_step, longer.config["epochs"]) == (at_once.best_step, 2)
+    assert longer.validation == pytest.approx(at_once.validation)
+    assert call(capsys, "train", "--resume", folder)[0] == 0, "and is finished again"
+    shutil.rmtree(folder / "checkpoints")
+    status, _, err = call(capsys, "train", "--resume", folder, "--epochs", 3)
+    assert_refused(status, err, ["its checkpoints are gone", f"--start-from {folder}"])
+
+
+def test_nothing_goes_on_from_the_checkpoints_of_a_run_that_was_replaced(bert, reviews, capsys, tmp_path):
+    folder = tmp_path / "run"
+    assert call(capsys, *train_arguments(bert, reviews, folder, "--set", "epochs=2"))[0] == 0
+    assert call(capsys, *train_arguments(bert, reviews, folder, "--set", "max_steps=3", "--overwrite"))[0] == 0
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["checkpoint-3"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["{run}"], ["give --resume RUN to go on", "-o {run}"]),
+        (["--resume", "{run}", "-o", "other"], ["both name the folder"]),
+        (["--resume", "{run}/nowhere"], ["holds no run to go on with"]),
+        (["--resume", "{run}", "--epochs", "0.5"], ["epochs was 1.0 and is 0.5", "may grow"]),
+    ],
+)
+def test_a_run_to_go_on_with_is_named_once(arguments, words, mine, capsys):
+    status, _, err = call(capsys, "train", *(word.format(run=mine) for word in arguments))
+    assert_refused(status, err, [word.format(run=mine) for word in words])
+
+
+def test_predict_keeps_the_users_columns(mine, capsys, tmp_path):
+    path = tmp_path / "new.csv"
+    path.write_text("id,review,label\n007,a good film,x\n008,a bad plot,y\n")
+    status, _, err = call(capsys, "predict", mine, path, "--probabilities", "--cpu", "-o", tmp_path / "out.csv")
+    assert (status, err.splitlines()[-1]) == (0, f"2 rows written to {tmp_path / 'out.csv'}")
+    rows = list(csv.DictReader((tmp_path / "out.csv").read_text().splitlines()))
+    given, answers = ["id", "review", "label"], ["predicted_label", "probability", "probability_neg", "probability_pos"]
+    assert list(rows[0]) == [*given, *answers]
+    assert [(row["id"], row["label"]) for row in rows] == [("007", "x"), ("008", "y")]
+    for row in rows:
+        both = {name: float(row[f"probability_{name}"]) for name in ("neg", "pos")}
+        assert sum(both.values()) == pytest.approx(1)
+        assert row["predicted_label"] == max(both, key=both.get)
+        assert float(row["probability"]) == max(both.values())
+
+
+def test_a_pipeline_needs_nothing_but_the_adapters_folder(mine, capsys):
+    texts = ["a good film", "the plot was bad and dull"]
+    rows = json.loads(call(capsys, "predict", mine, *(w for t in texts for w in ("--text", t)), "--cpu", "--json")[1])
+    found = transformers.pipeline("text-classification", str(mine / "adapter"), device="cpu")(texts)
+    assert [row["label"] for row in found] == [row["label"] for row in rows]
+    assert [row["score"] for row in found] == pytest.approx([row["probability"] for row in rows], rel=1e-5)
+
+
+def test_a_pipeline_answers_with_three_labels(bert, capsys, tmp_path):
+    path, folder = tmp_path / "a.csv", tmp_path / "run"
+    with path.open("w", newline="") as file:
+        rows = [(text, ("low", "middle", "high")[k % 3]) for k, (text, _) in enumerate(sentences(30))]
+        csv.writer(file).writerows([("review", "mood"), *rows])
+    assert call(capsys, *train_arguments(bert, path, folder))[0] == 0
+    (row,) = json.loads(call(capsys, "predict", folder, "--text", rows[0][0], "--cpu", "--json", "--probabilities")[1])
+    answering = transformers.pipeline("text-classification", str(folder / "adapter"), device="cpu", top_k=None)
+    (found,) = answering([rows[0][0]])
+    assert {each["label"]: pytest.approx(each["score"], rel=1e-5) for each in found} == {
+        name: row[f"probability_{name}"] for name in ("low", "middle", "high")
+    }
+
+
+def test_a_decoder_goes_on_and_talks(teller, capsys, monkeypatch):
+    def words(*given) -> str:
+        status, out, _ = call(capsys, "predict", teller, "--text", "a film", "--cpu", "--json", *given)
+        assert status == 0
+        return " | ".join(row["continuation"] for row in json.loads(out))
+
+    greedy = words()
+    assert len(greedy.split()) <= 3, "as many tokens as the run's max_new_tokens"
+    assert words("--temperature", 0) == greedy
+    assert words("--max-new-tokens", 1) == greedy.split()[0]
+    # the smallest part of the probability holds the likeliest token alone
+    assert words("--temperature", 5, "--top-p", 1e-6) == greedy
+    drawn = words("--temperature", 5, *["--text", "a film"] * 7)
+    assert len(set(drawn.split(" | "))) > 1
+    assert words("--temperature", 5, *["--text", "a film"] * 7) == drawn, "the run's seed draws"
+    monkeypatch.setattr("sys.stdin", io.StringIO("a film\n\n/clear\na film\n"))
+    status, out, err = call(capsys, "chat", teller, "--cpu", "--json")
+    assert (status, json.loads(out)) == (0, [{"message": "a film", "answer": greedy}] * 2)
+    assert "has no chat template" in err
+
+
+def test_a_chat_follows_the_template(teller, capsys, monkeypatch, tmp_path):
+    seen = []
+
+    def answer(run, messages, sampling, *, show):
+        seen.append([(message["role"], message["content"]) for message in messages])
+        return f"answer {len(seen)}"
+
+    monkeypatch.setattr("loretta.training.generate.answer_chat", answer)
+    monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
+    assert call(capsys, "chat", teller, "--cpu", "--system", "be brief")[:2] == (0, "answer 1\nanswer 2\n")
+    assert seen[1] == [("system", "be brief"), ("user", "one"), ("assistant", "answer 1"), ("user", "two")]
+
+
+@pytest.mark.parametrize(
+    ("verb", "given", "words"),
+    [
+        ("predict", ["--text", "a", "--temperature", "1"], ["goes on with no text", "leave --max-new-tokens"]),
+        ("predict", ["--text", "a", "--top-p", "0"], ["--top-p 0 must be above 0"]),
+        ("chat", [], ["use `loretta predict`"]),
+    ],
+)
+def test_a_classifier_does_not_talk(verb, given, words, mine, capsys):
+    status, _, err = call(capsys, verb, mine, "--cpu", *given)
+    assert_refused(status, err, words)
+
+
+def test_a_listing_says_how_to_go_on(mine, capsys, tmp_path):
+    (mine / "run.json").rename(mine / "old.json")
+    _, out, _ = call(capsys, "runs", "ls", tmp_path)
+    assert out.splitlines()[-2:] == ["1 killed", f"go on: loretta train --resume {mine}"]
+    assert f"go on: loretta train --resume {mine}" in call(capsys, "runs", "show", mine)[1]
+    (mine / "old.json").rename(mine / "run.json")
+    assert f"use: loretta predict {mine} FILE" in call(capsys, "runs", "show", mine)[1]
+    (row,) = json.loads(call(capsys, "runs", "ls", tmp_path, "--json")[1])
+    assert row["learning_rate"] == 2e-3, "the method's own, which nobody gave"
+    assert None not in row.values()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--optimizer", "adamw_torhc"], ["'adamw_torhc' (did you mean 'adamw_torch'?)"]),
+        (["--report-to", "wandbb"], ["'wandbb' (did you mean 'wandb'?)"]),
+        (["--push-to-hub", "not a name"], ["'not a name' is no Hub id"]),
+        (["--push-to-hub", "me/mine"], ["'me/mine'", "hf auth login"]),
+    ],
+)
+def test_what_the_trainer_and_the_hub_do_not_know_is_refused_at_the_door(given, words, bert, reviews, capsys, tmp_path):
+    status, _, err = call(capsys, *train_arguments(bert, reviews, tmp_path / "run", *given))
+    assert_refused(status, err, words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_optimizer_trains_and_the_adapter_goes_to_the_hub(bert, reviews, capsys, tmp_path, monkeypatch):
+    sent = {}
+
+    class Api:
+        def whoami(self):
+            return {"name": "me"}
+
+        def create_repo(self, name, **options):
+            sent["repo"] = (name, options["private"])
+
+        def upload_folder(self, *, repo_id, folder_path, commit_message):
+            sent["folder"] = folder_path
+
+    monkeypatch.setattr(hub, "HfApi", Api)
+    given = ["--optimizer", "sgd", "--push-to-hub", "me/mine"]
+    status, out, _ = call(capsys, *train_arguments(bert, reviews, tmp_path / "run", *given))
+    assert status == 0
+    assert sent == {"repo": ("me/mine", True), "folder": str(tmp_path / "run" / "adapter")}
+    assert "uploaded: https://huggingface.co/me/mine" in out
+    optimizer = json.loads((tmp_path / "run" / "run.json").read_text())["config"]["optimizer"]
+    assert optimizer == "sgd"
