@@ -23,7 +23,7 @@ from loretta.locks import hold_file
 WAIT = 60.0  # seconds, for another process that puts something on the list of the same folder
 # folders of a run that have lists of their own: checkpoints, and the run that will replace it
 NEXT = ".next"
-PARTS = ("checkpoints/*", NEXT, f"{NEXT}/checkpoints/*")
+PARTS = ("checkpoints", "checkpoints/*", NEXT, f"{NEXT}/checkpoints", f"{NEXT}/checkpoints/*")
 # these grow as long as a run goes on, and no list can hold them
 LOGS = ("tensorboard", "events.out.tfevents.")
 MAX_NAMES = 8  # of files that an error message lists
@@ -104,6 +104,17 @@ def remove_listed(folder: Path) -> None:
     """Remove what LoRETTA wrote below a folder, and the folders that this leaves empty, but for ``folder`` itself."""
     ours = _ours(folder)
     _remove(folder, [path for path in _files(folder) if path in ours])
+
+
+def forget(file: Path) -> None:
+    """Remove a file, and take it off the list of its folder; a list of nothing goes too."""
+    with hold_file(file.parent / LIST, wait=WAIT):
+        left = {name: written for name, written in read_list(file.parent).items() if name != file.name}
+        file.unlink(missing_ok=True)
+        if left:
+            write_list(file.parent, left)
+        elif has_list(file.parent):
+            (file.parent / LIST).unlink()
 
 
 def refuse_to_replace(

@@ -1,5 +1,7 @@
 import csv
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -165,6 +167,45 @@ def test_the_second_of_two_calls_into_one_output_is_refused(trained, capsys, tmp
         status, _, err = call(capsys, *calls["merged"], "-o", tmp_path / "again")
         assert_refused(status, err, ["another process writes to", str(trained)])
         other.kill()
+
+
+@pytest.mark.parametrize("verb", ["train", "export", "predict", "report"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+def test_a_disk_that_takes_nothing_is_one_sentence_and_leaves_nothing(
+    number, verb, trained, bert, reviews, capsys, tmp_path, monkeypatch
+):
+    calls = {
+        "train": train_arguments(bert, reviews, tmp_path / "out"),
+        "export": ["export", trained, "--to", "merged", "-o", tmp_path / "out"],
+        "predict": ["predict", trained, "--text", "a good film", "--cpu", "-o", tmp_path / "out.csv"],
+        "report": ["report", trained, "-o", tmp_path / "out.html"],
+    }
+
+    def full(descriptor):
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:  # a disk may take what is written, and say at the end that it did not
+        patch.setattr(os, "fsync", full)
+        status, _, err = call(capsys, *calls[verb])
+    assert status in (2, 74)
+    assert os.strerror(number) in err.splitlines()[-1]
+    assert err.splitlines()[-1].startswith("loretta: ")
+    assert "Traceback" not in err
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == []
+    assert call(capsys, *calls[verb])[0] == 0
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes to any folder")
+def test_a_folder_that_may_not_be_written_to_is_one_sentence(trained, bert, reviews, capsys, tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    for arguments in (
+        train_arguments(bert, reviews, tmp_path / "locked" / "run"),
+        ["export", trained, "--to", "merged", "-o", tmp_path / "locked" / "merged"],
+        ["predict", trained, "--text", "a good film", "--cpu", "-o", tmp_path / "locked" / "rows.csv"],
+        ["report", trained, "-o", tmp_path / "locked" / "report.html"],
+    ):
+        status, _, err = call(capsys, *arguments)
+        assert_refused(status, err, ["cannot", "ermission denied"])
 
 
 def test_predict_takes_texts_from_the_command_line(trained, capsys):

@@ -1,6 +1,9 @@
 """Runs that are trained together beside the same runs trained one by one: histories, adapters and folders."""
 
+import errno
 import json
+import os
+import shutil
 
 import pytest
 import torch
@@ -9,6 +12,7 @@ from tiny_models import save_bert
 from training_data import sentences
 
 from loretta.errors import InputError, Stopped
+from loretta.owned import find_foreign
 from loretta.population import checkpoints, loop, memory, training
 from loretta.population.loop import Loop
 from loretta.population.rows import mean_of_batches, row_losses
@@ -110,6 +114,33 @@ def test_each_stops_when_it_has_waited_long_enough(options, tmp_path):
     assert together[1].best_step == 10
 
 
+def test_a_killed_population_is_replaced_on_request_and_a_full_disk_is_one_sentence(options, tmp_path, monkeypatch):
+    monkeypatch.setattr("loretta.population.training.Checkpoints", lambda: checkpoints.Checkpoints(0.0))
+    write, left = checkpoints.save_file, [2]
+
+    def full(tensors, path, metadata):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(tensors, path, metadata=metadata)
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    options |= {"eval_steps": 5}
+    configs = [RunConfig(**options | {"seed": seed, "output": f"{tmp_path}/{seed}"}) for seed in (0, 1)]
+    with pytest.raises(
+        Stopped, match=r"cannot write the checkpoint .*population-10.*No space left.*--resume"
+    ) as stopped:
+        train_together(configs)
+    assert stopped.value.exit_status == 74
+    files = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}
+    assert {"0/checkpoints/population-5.safetensors", "1/checkpoints/population-5.safetensors"} <= files
+    assert not [name for name in files if name.endswith(".tmp") or "population-10" in name]
+    left[0] = 100
+    replaced = train_together(configs, overwrite=True)
+    assert [record.seed for record in replaced] == [0, 1]
+    assert not list(tmp_path.rglob("checkpoints"))
+
+
 def test_a_run_that_is_not_finite_ends_alone(options, tmp_path):
     """As it does without the others: status 3, and no result. Theirs are as ever."""
     good = RunConfig(**options | {"output": f"{tmp_path}/good"})
@@ -152,15 +183,24 @@ def test_a_killed_population_goes_on(options, tmp_path, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             train_together([config("killed", seed) for seed in (0, 1)])
     assert sorted(path.name for path in (tmp_path / "killed0" / "checkpoints").iterdir()) == [
+        ".loretta.json",
         "population-10.safetensors",
         "population-20.safetensors",
     ]
+    assert find_foreign(tmp_path / "killed0") == []
+    shutil.copytree(tmp_path / "killed0", tmp_path / "again0")
+    flipped = tmp_path / "again0" / "checkpoints" / "population-20.safetensors"
+    flipped.write_bytes(flipped.read_bytes()[:-1] + b"?")  # it opens, and says something else
     steps = []
     monkeypatch.setattr(Loop, "_train_on", lambda self, batch: (steps.append(self.step), step_of_loop(self, batch)))
     for before, after in zip(whole, train_together([config("killed", s) for s in (0, 1)], resume=True), strict=True):
         assert after.history == before.history
     assert steps == list(range(20, 30))
     assert not (tmp_path / "killed0" / "checkpoints").exists()
+    steps.clear()
+    train_together([config("again", 0)], resume=True)
+    assert steps == list(range(10, 30)), "what has changed since is not gone on from"
+    assert flipped.with_name(f"broken-{flipped.name}").exists(), "nor removed"
     again = train_together([config("killed", seed) for seed in (0, 1)], resume=True)
     assert [record.population for record in again] == [2, 2]
 

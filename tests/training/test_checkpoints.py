@@ -12,6 +12,7 @@ from loretta.errors import Stopped
 from loretta.owned import LIST
 from loretta.training.checkpoints import can_be_read
 from loretta.training.run import train
+from loretta.training.trainer import TwoRateTrainer
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,21 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_whole_one_before_it_taken(
     assert "going on from step 10" in caplog.text
     assert "set aside as 'broken-checkpoint-20'" in caplog.text
     assert {path.name for path in newest.with_name("broken-checkpoint-20").iterdir()} == left
+
+
+def test_a_folder_that_is_gone_is_one_sentence(bert, reviews, tmp_path, monkeypatch):
+    """No later checkpoint makes it again, as the earlier ones are lost, and with them the best."""
+    original = TwoRateTrainer.training_step
+
+    def vanish(self, *args, **kwargs):
+        if self.state.global_step == 14:
+            shutil.rmtree(tmp_path / "run")
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(TwoRateTrainer, "training_step", vanish)
+    with pytest.raises(Stopped, match=r"cannot write a checkpoint at step 20 .*No such file or directory") as stopped:
+        train(config_for(bert, reviews, tmp_path / "run", epochs=2))
+    assert stopped.value.exit_status == 74
 
 
 def as_an_earlier_version(folder):

@@ -3,6 +3,7 @@
 What a verb does is imported when it runs, so that ``--help``, a typo and shell completion answer at once.
 """
 
+import errno
 import sys
 from typing import Annotated
 
@@ -25,6 +26,9 @@ from loretta.cli.reproduce import reproduce
 from loretta.cli.train import train
 from loretta.errors import InputError, Stopped
 from loretta.wording import printable
+
+# a disk that is full, read-only, broken or gone
+DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT, errno.ESTALE}
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -62,6 +66,12 @@ def main() -> None:
     except Stopped as stopped:
         print(f"loretta: {printable(stopped)}", file=sys.stderr)
         sys.exit(stopped.exit_status)
+    except OSError as error:
+        if error.errno not in DISK:
+            raise
+        where = f" '{error.filename}'" if error.filename else ""
+        print(f"loretta: {printable(f'cannot write{where} ({error.strerror})')}: see to the disk", file=sys.stderr)
+        sys.exit(74)  # EX_IOERR of sysexits.h
     except KeyboardInterrupt:
         print("loretta: interrupted; a run goes on from its last checkpoint with --resume", file=sys.stderr)
         sys.exit(130)

@@ -4,17 +4,25 @@ A member's file holds that member alone, so the runs that are left may go on in 
 """
 
 import json
+import logging
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
-from loretta.errors import InputError
+from loretta.errors import InputError, Stopped
+from loretta.folders import set_aside, temporary_folder, why_not_written
+from loretta.owned import find_foreign, forget, has_list, publish
 from loretta.population.loop import Loop, Member
+from loretta.training.checkpoints import DISK_STATUS
 from loretta.training.folder import CHECKPOINTS
+
+logger = logging.getLogger(__name__)
 
 EVERY = 30.0  # seconds of training at the least between two checkpoints: writing them takes a part of one
 KEPT = 2
@@ -44,10 +52,11 @@ def _files(member: Member) -> dict[int, Path]:
 
 
 def save(loop: Loop) -> None:
-    """Write the state of each member; older files go when all have the new one."""
+    """Write the state of each member; older files go when all have the new one.
+
+    Raises Stopped where the disk is full.
+    """
     for k, member in enumerate(loop.members):
-        folder = member.config.folder / CHECKPOINTS
-        folder.mkdir(exist_ok=True)
         state = member.trainer.state
         words = {
             "logged": loop.logged,
@@ -61,25 +70,47 @@ def save(loop: Loop) -> None:
             "log_history": state.log_history,
         }
         tensors = {name: tensor[k].detach().cpu().contiguous() for name, tensor in loop.tensors().items()}
-        file = folder / f"population-{loop.step}.safetensors"
-        save_file(tensors, file.with_suffix(".tmp"), metadata={"state": json.dumps(words)})
-        file.with_suffix(".tmp").replace(file)
+        _write(member.config.folder / CHECKPOINTS / f"population-{loop.step}.safetensors", tensors, words)
     for member in loop.members:
         for file in list(_files(member).values())[:-KEPT]:
-            file.unlink()
+            forget(file)
+
+
+def _write(file: Path, tensors: dict[str, Tensor], words: dict[str, Any]) -> None:
+    try:
+        file.parent.mkdir(exist_ok=True)
+        with temporary_folder(file.parent) as new:
+            save_file(tensors, new / file.name, metadata={"state": json.dumps(words)})
+            publish(new, file.parent, last=file.name, keep=True)
+    except Exception as error:
+        if (reason := why_not_written(error)) is None:
+            raise
+        raise Stopped(
+            f"cannot write the checkpoint '{file}' ({reason}): make room, and go on from the last one with --resume",
+            exit_status=DISK_STATUS,
+        ) from None
 
 
 def restore(loop: Loop) -> None:
-    """Bring a new loop to the last step that all members have a file of; nothing happens where there is none."""
+    """Bring a new loop to the last step that all members have a file of; nothing happens where there is none.
+
+    Files that have changed since, or cannot be read, get another name.
+    """
     common = set.intersection(*(set(_files(member)) for member in loop.members))
     for step in sorted(common, reverse=True):
+        files = [_files(member)[step] for member in loop.members]
+        damaged = [file for file in files if has_list(file.parent) and find_foreign(file)]
         try:
-            _load(loop, [_files(member)[step] for member in loop.members])
+            if not damaged:
+                _load(loop, files)
         except (SafetensorError, KeyError, ValueError, OSError):
-            continue  # damaged: the one before it
-        loop.step = step
-        loop.optimizer.steps.fill_(step)
-        return
+            damaged = files  # by a version that kept no list
+        if not damaged:
+            loop.step = step
+            loop.optimizer.steps.fill_(step)
+            return
+        for file in damaged:
+            logger.warning("'%s' is damaged: set aside as '%s'", file, set_aside(file).name)
 
 
 def _load(loop: Loop, files: Sequence[Path]) -> None:
@@ -111,6 +142,6 @@ def remove(members: Sequence[Member]) -> None:
 def remove_files(folder: Path) -> None:
     """Forget the checkpoints in the folder of a run."""
     for file in (folder / CHECKPOINTS).glob("population-*.safetensors"):
-        file.unlink()
+        forget(file)
     with suppress(OSError):  # it has other files in it, or was never made
         (folder / CHECKPOINTS).rmdir()

@@ -127,7 +127,7 @@ class WholeCheckpointsTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(exist_ok=True)  # where that of the run is gone, so are the checkpoints before this one
             with temporary_folder(folder) as self._built_in:
                 super()._save_checkpoint(model, trial)
                 (new,) = self._built_in.iterdir()
