@@ -31,12 +31,10 @@ BY_OWNER = {
         "_create_and_replace": (
             "(self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None)"
         ),
-        "_enable_adapter_layers": "(self, enabled=True)",
         "_get_adapter_state_dict": "(model, config, adapter_name, state_dict, unwanted_adapter_names)",
         "_prepare_adapter_config": "(self, peft_config, model_config)",
         "_remap_adapter_state_dict_for_load": "(model, config, adapter_name, state_dict)",
         "_replace_module": "(self, parent, child_name, new_module, child)",
-        "_unload_and_optionally_merge": "(self, merge=True, progressbar=False, safe_merge=False, adapter_names=None)",
     },
     "peft.tuners.tuners_utils.BaseTunerLayer": {
         "_active_adapter": PRESENT,

@@ -155,23 +155,26 @@ class LorettaModel(BaseTuner):
         for copied in self._layers(AdapterCopy):
             copied.follow_merge(merged)
 
-    def _enable_adapter_layers(self, enabled: bool = True) -> None:
-        if not enabled and self._merged():
+    def disable_adapter_layers(self) -> None:
+        """As PEFT's."""
+        if self._merged():
             self.unmerge_adapter()  # the layers would at their next call, and leave the heads behind
-        super()._enable_adapter_layers(enabled)
+        super().disable_adapter_layers()
 
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> Any:
-        """As PEFT's, but a merged adapter stays in the weights, and its norms and head stay with it."""
+        """As PEFT's, where what is merged already stays in the weights: its norms and head stay with it."""
         if merged := self._merged():
-            more = (adapter_names or self.active_adapters) if merge else []
-            merge, adapter_names = True, list(dict.fromkeys([*merged, *more]))
-        unloaded = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+            adapter_names = list(dict.fromkeys([*merged, *(adapter_names or self.active_adapters)]))
+        return self._bare(super().merge_and_unload(progressbar, safe_merge, adapter_names))
+
+    def unload(self) -> Any:
+        """As PEFT's, with what is merged already in the weights."""
+        merged = self._merged()
+        return self._bare(super().merge_and_unload(adapter_names=merged) if merged else super().unload())
+
+    def _bare(self, unloaded: Any) -> Any:
         Contraction.detach(self.model)
         Watch.detach(self.model)
         return unloaded
