@@ -55,6 +55,9 @@ tables: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/wrapping.py --out $(RESULTS)/wrapping.json
 	$(BIN)/python benchmarks/cpu.py --out $(RESULTS)/cpu.json
+	$(if $(DATA),$(BIN)/python benchmarks/population.py --device cpu --llama none --tasks rte --methods rep \
+		--sizes 1 4 8 --limit 200 --epochs 1 --model $(or $(MODEL),sentence-transformers/all-MiniLM-L6-v2) \
+		--data-dir $(DATA) --out $(RESULTS)/population_cpu.json)
 
 # Kill 50 runs at random moments and go on with them, in about ten minutes
 reliability: $(INSTALLED)

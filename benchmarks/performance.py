@@ -298,6 +298,22 @@ def population_table() -> str:
     return source(rows[0]) + table(head, lines, numbers_from=3) if rows else NOT_MEASURED
 
 
+def population_cpu_table() -> str:
+    """Processor time of a run in a population against that of the run alone."""
+    rows = results("population_cpu")
+    lines = []
+    for row in rows:
+        one = next(o for o in rows if o["how"] == "alone" and _compared(o) == _compared(row))
+        seconds, ratio = row["processor_s"] / row["members"], one["processor_s"] / one["members"]
+        judged = "" if row is one else f"1: {verdict(ratio / seconds >= 1)}"
+        how = "alone" if row is one else f"together, {row['parts']} parts"
+        lines.append(
+            [row["task"], row["method"], row["members"], how, f"{seconds:.1f}", f"{ratio / seconds:.2f}", judged]
+        )
+    head = "task | method | members | how | processor, s a run | times as fast | target"
+    return source(rows[0]) + table(head, lines, numbers_from=2) if rows else NOT_MEASURED
+
+
 def _compared(row: Row) -> tuple:
     return tuple(row.get(name) for name in ("part", "task", "model", "method", "graph"))
 
@@ -343,6 +359,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "inference": inference_table,
     "graph training": graph_training_table,
     "population": population_table,
+    "population on a cpu": population_cpu_table,
     "cpu": cpu_table,
     "wrapping": wrapping_table,
 }

@@ -284,7 +284,7 @@ def _one_try(results: Results, root: Path, run: Planned) -> str:
     settings = f"{config.get('learning_rate')} and {config.get('batch_size')}"
     record = record_of(root, run)
     if record is None:
-        return f"{settings}: not finished"
+        return f"{settings}: " + (f"stopped, {run.stopped}" if run.stopped else "not finished")
     name = results.study.metrics.get(run.task, record.metric)
     # answers are generated for the test split alone: there the loss decides
     name = name if name in record.validation else "loss"
