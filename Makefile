@@ -59,7 +59,7 @@ bench: $(INSTALLED)
 		--sizes 1 4 8 --limit 200 --epochs 1 --model $(or $(MODEL),sentence-transformers/all-MiniLM-L6-v2) \
 		--data-dir $(DATA) --out $(RESULTS)/population_cpu.json)
 
-# Kill 50 runs at random moments and go on with them, in about ten minutes
+# Kill 50 runs at random moments and go on with them, watch memory, feed 20,000 hostile files: about half an hour
 reliability: $(INSTALLED)
 	$(BIN)/python benchmarks/reliability.py --kills 50 --out $(RESULTS)/reliability.json
 

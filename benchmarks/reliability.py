@@ -4,8 +4,8 @@
 
 A kill is SIGKILL, at a random call to the file system (so that many fall into saves and the final write) or after a
 random time (steps, evaluations, and the writes that Python does not see). Each run is killed once or twice, goes on,
-and must end with the bytes of the adapter, the log and the scores of the uninterrupted run. `make tables` writes
-docs/reliability.md from the file.
+and must end with the bytes of the adapter, the log and the scores of the uninterrupted run. Then comes what grows in
+long runs, and fuzzing. `make tables` writes docs/reliability.md from the file.
 """
 
 import argparse
@@ -25,6 +25,7 @@ import pandas as pd
 
 METHODS = ("rep", "adp", "lora")
 KINDS = ("classification", "language modelling")
+MOST_MIB = 1.0  # that 200 adapters, or 1,000 steps, may leave behind
 ROOT = Path(__file__).parents[1]
 DOC = ROOT / "docs" / "reliability.md"
 
@@ -136,6 +137,58 @@ def measure(
     return rows
 
 
+def measure_growth(root: Path, *, adapters: int = 300, steps: int = 4_000) -> dict[str, Any]:
+    """The growth of this process's memory, in MiB, by what should leave nothing behind.
+
+    Args:
+        adapters: how many are loaded onto one model and deleted again; counted are the later two thirds.
+        steps: of one run; counted is the slope over its second half, for 1,000 steps.
+    """
+    import numpy as np
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, TrainerCallback
+
+    import loretta.training.run as runs
+    from loretta import LorettaRepConfig, get_peft_model
+
+    options = make_inputs(root)["language modelling"]
+    base, again = (AutoModelForCausalLM.from_pretrained(options["model"]) for _ in range(2))
+    get_peft_model(base, LorettaRepConfig(task_type="CAUSAL_LM")).save_pretrained(root / "adapter")
+    model, sizes = PeftModel.from_pretrained(again, root / "adapter"), []
+    for k in range(adapters):
+        model.load_adapter(root / "adapter", f"number{k}")
+        model.delete_adapter(f"number{k}")
+        sizes.append(resident_mib())
+    watched: list[tuple[int, float]] = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step % 20 == 0:
+                watched.append((state.global_step, resident_mib()))
+
+    def make_watched(*given: Any) -> Any:
+        trainer = make(*given)
+        trainer.add_callback(Watch())
+        return trainer
+
+    make, runs.make_trainer = runs.make_trainer, make_watched
+    try:
+        long = {"max_steps": steps, "eval_steps": steps, "logging_steps": 100, "output": str(root / "long")}
+        runs.train(runs.RunConfig(**{**options, **long}))
+    finally:
+        runs.make_trainer = make
+    second = np.array(watched[len(watched) // 2 :])
+    slope = float(np.polyfit(second[:, 0], second[:, 1], 1)[0]) * 1_000
+    of_adapters = {"adapters": adapters, "adapters_mib": round(sizes[-1] - sizes[adapters // 3], 3)}
+    return {**of_adapters, "steps": steps, "mib_per_1000_steps": round(slope, 4)}
+
+
+def resident_mib() -> float:
+    """Memory of this process that lies in RAM."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
 def page(results: dict[str, Any]) -> str:
     """docs/reliability.md."""
     hit = sum(row["kills"] > 0 for row in results["rows"])
@@ -158,7 +211,34 @@ def page(results: dict[str, Any]) -> str:
         for (method, kind, n), rows in cases.items()
     ]
     frame = pd.DataFrame(counted, columns=["method", "task", "accumulated batches", "runs", "kills", "the same"])
-    return "\n".join([*lines, frame.to_markdown(index=False), ""])
+    return "\n".join([*lines, frame.to_markdown(index=False), *_files_of_others(results), *_long_runs(results), ""])
+
+
+def _files_of_others(results: dict[str, Any]) -> list[str]:
+    fuzz = results["fuzz"]
+    counted = [[kind, found.get("taken", 0), found.get("refused", 0)] for kind, found in fuzz["outcomes"].items()]
+    return [
+        "",
+        "## Files of others",
+        "",
+        f"{fuzz['inputs']:,} damaged and hostile files (`make fuzz`): {fuzz['tracebacks']} tracebacks, {fuzz['hangs']} "
+        f"that took more than five seconds, and {fuzz['peak_growth_gib']} GiB of memory at most. The others were "
+        "taken, or refused in one sentence.",
+        "",
+        pd.DataFrame(counted, columns=["files", "taken", "refused"]).to_markdown(index=False),
+    ]
+
+
+def _long_runs(results: dict[str, Any]) -> list[str]:
+    growth = results["growth"]
+    return [
+        "",
+        "## Long runs",
+        "",
+        f"{growth['adapters']} adapters were loaded and deleted: memory grew by {growth['adapters_mib']:.2f} MiB over "
+        f"the later two thirds. {growth['steps']:,} steps were trained: it grew by {growth['mib_per_1000_steps']:.3f} "
+        "MiB for 1,000 steps over the second half.",
+    ]
 
 
 def is_same(row: dict[str, Any]) -> bool:
@@ -170,23 +250,33 @@ def main() -> None:
     """Measure, or write the page from what was measured."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--inputs", type=int, default=20_000, help="of fuzzing")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     if arguments.out is None:
         DOC.write_text(page(json.loads((ROOT / "benchmarks/results/reliability.json").read_text())))
         return
+    from fuzz import GIB, fuzz
+
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(arguments.kills, Path(folder), seed=arguments.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        growth = measure_growth(Path(folder))
+    tried = fuzz(arguments.inputs, arguments.seed)
     results = {
         "runs": len(rows),
         "kills": sum(row["kills"] for row in rows),
         "same": sum(map(is_same, rows)),
         "seed": arguments.seed,
+        "growth": growth,
+        "fuzz": {name: value for name, value in tried.items() if name != "failures"},
         "rows": rows,
     }
     arguments.out.write_text(json.dumps(results, indent=1) + "\n")
-    sys.exit(results["same"] != results["runs"])
+    is_flat = growth["adapters_mib"] < MOST_MIB and growth["mib_per_1000_steps"] < MOST_MIB
+    is_safe = not tried["failures"] and tried["peak_growth_gib"] < GIB
+    sys.exit(not (results["same"] == results["runs"] and is_flat and is_safe))
 
 
 if __name__ == "__main__":
