@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from loretta.errors import InputError
 from loretta.tasks.read import column_names, ending, read_columns, read_documents
 
 NAMES = ("text", "label")
@@ -199,3 +200,12 @@ def test_bad_documents(tmp_path, refused, name, content, pieces):
 )
 def test_ending(tmp_path, name, expected):
     assert ending(tmp_path / name) == expected
+
+
+def test_gzip_that_unfolds_a_thousandfold_is_refused(tmp_path):
+    path = tmp_path / "rows.csv.gz"
+    path.write_bytes(gzip.compress(b"text,label\n" + b"a" * 100_000_000))
+    with pytest.raises(InputError, match="unfolds to more than"):
+        read_columns(path, ["text"])
+    path.write_bytes(gzip.compress(b"text,label\n" + b"good,1\n" * 1_000_000))  # repeats, of a size that people have
+    assert len(read_columns(path, ["text"])["text"]) == 1_000_000

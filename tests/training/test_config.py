@@ -1,5 +1,7 @@
 """Options of a run: one namespace for the YAML file, the command line and ``--set``."""
 
+from itertools import pairwise
+
 import pytest
 
 from loretta.errors import InputError
@@ -91,3 +93,30 @@ def test_every_option_has_a_group_and_a_description():
     assert not set(ALIASES) & {
         field for method in METHODS.values() if method.config for field in method.config.__dataclass_fields__
     }
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &a [x, x, x]\n" + "".join(f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]\n" for a, b in pairwise("abcdefghij")),
+        "a: &a [*a]",
+        f"epochs: {'9' * 5000}",
+        "epochs: 2001-99-99",
+        "[" * 20_000,
+    ],
+    ids=["aliases of aliases", "an alias of itself", "5,000 digits", "a 99th month", "lists in lists"],
+)
+def test_yaml_that_is_a_trap_is_refused_at_once(text, tmp_path):
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(InputError, match="is not YAML") as error:
+        read_config(tmp_path / "run.yaml", {}, [])
+    assert len(str(error.value)) < 1_000
+
+
+def test_aliases_of_a_few_values_are_fine(tmp_path):
+    (tmp_path / "run.yaml").write_text(
+        "model: &name m\ndata: *name\ntarget_modules: &modules [a, b]\nother: *modules\n"
+    )
+    config = read_config(tmp_path / "run.yaml", {}, [])
+    assert config.data == "m"
+    assert config.method_args["other"] == ["a", "b"]
