@@ -89,6 +89,7 @@ BY_OWNER = {
         "peek_interpreter_stack": PRESENT,
     },
     "torch": {
+        "_foreach_add_": PRESENT,
         "_foreach_copy_": PRESENT,
         "_foreach_zero_": PRESENT,
     },
@@ -108,6 +109,9 @@ BY_OWNER = {
     },
     "torch.utils.data.dataloader._MultiProcessingDataLoaderIter": {
         "_shutdown_workers": "(self)",
+    },
+    "transformers.configuration_utils.PreTrainedConfig": {
+        "_name_or_path": PRESENT,
     },
     "transformers.modeling_utils.PreTrainedModel": {
         "_is_hf_initialized": PRESENT,
@@ -161,6 +165,7 @@ OWNERS = {
     "_iterator": "torch.utils.data.dataloader.DataLoader",
     "_member_map_": "peft.utils.peft_types.PeftType",
     "_member_names_": "peft.utils.peft_types.PeftType",
+    "_name_or_path": "transformers.configuration_utils.PreTrainedConfig",
     "_prepare_inputs": "transformers.trainer.Trainer",
     "_shutdown_workers": "torch.utils.data.dataloader._MultiProcessingDataLoaderIter",
     "_tr_loss": "transformers.trainer.Trainer",
