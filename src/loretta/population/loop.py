@@ -29,7 +29,7 @@ from loretta.population.rows import Rows, mean_of_batches, row_losses
 from loretta.tasks.base import Task
 from loretta.training.batches import Shapes, shapes_of
 from loretta.training.config import RunConfig
-from loretta.training.graphs import Recorder
+from loretta.training.recordings import Recorder
 from loretta.training.trainer import TwoRateTrainer
 
 logger = logging.getLogger(__name__)
