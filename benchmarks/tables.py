@@ -6,8 +6,11 @@ python benchmarks/tables.py
 import json
 import re
 from collections import defaultdict
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import pandas as pd
 
@@ -36,7 +39,37 @@ def learning_rate_table() -> str:
     return frame.to_markdown(index=False, disable_numparse=True, colalign=["left", *4 * ["right"]]) + "\n"
 
 
-SECTIONS = {("README.md", "demo"): demo_table, ("docs/decisions.md", "learning rates"): learning_rate_table}
+def forms_table(model: str) -> str:
+    """The forms that were tried on one model, by what they train: mean ± standard deviation at the best rate."""
+    rows = [row for row in json.loads((RESULTS / "forms.json").read_text()) if row["model"] == model]
+    tasks = [task for task in ("cola", "mrpc", "stsb") if any(row["task"] == task for row in rows)]
+    cells: dict[tuple[int, str], dict[str, tuple[float, float, float]]] = defaultdict(dict)
+    for row in rows:
+        cells[row["count"], row["form"]][row["task"]] = best_rate(row)
+    lines = []
+    for (count, form), by_task in sorted(cells.items()):
+        means = [by_task[task][1] for task in tasks if task in by_task]
+        scores = [f"{by_task[task][1]:.3f} ± {by_task[task][2]:.3f}" if task in by_task else "" for task in tasks]
+        rates = sorted({by_task[task][0] for task in by_task})
+        whole = f"{mean(means):.3f}" if len(means) == len(tasks) else ""
+        lines.append([form, f"{count:,}", *scores, whole, ", ".join(f"{rate:g}" for rate in rates)])
+    frame = pd.DataFrame(lines, columns=["form", "trained", *tasks, "mean", "best rates"])
+    align = ["left", *(["right"] * (len(tasks) + 2)), "left"]
+    return frame.to_markdown(index=False, disable_numparse=True, colalign=align) + "\n"
+
+
+def best_rate(row: Mapping[str, Any]) -> tuple[float, float, float]:
+    """Of one form on one task: the learning rate with the best mean, that mean, and the deviation over the seeds."""
+    rate = max(row["scores"], key=lambda rate: mean(row["scores"][rate]))
+    return float(rate), mean(row["scores"][rate]), stdev(row["scores"][rate])
+
+
+SECTIONS: dict[tuple[str, str], Callable[[], str]] = {
+    ("README.md", "demo"): demo_table,
+    ("docs/decisions.md", "learning rates"): learning_rate_table,
+    ("docs/choosing.md", "MiniLM"): partial(forms_table, "all-MiniLM-L6-v2"),
+    ("docs/choosing.md", "MPNet"): partial(forms_table, "all-mpnet-base-v2"),
+}
 
 
 def filled(text: str, name: str, table: str) -> str:

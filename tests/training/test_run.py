@@ -407,7 +407,7 @@ def test_options_come_from_file_then_command_line_then_set(tmp_path):
     config = read_config(path, {"seed": 4, "model": None}, ["learning_rate=5e-3", "tensor_rank=8", "epochs=7"])
     assert (config.model, config.epochs, config.seed, config.learning_rate) == ("m", 7, 4, 5e-3)
     assert config.method_args == {"tensor_rank": 8, "r": 16}
-    assert str(config.folder) == "runs/sst2-rep-s4"
+    assert str(config.folder) == "runs/sst2-compact-s4"
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from draws import examples
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loretta.tt import PAPER_MODES, balanced_modes, plan_shape
+from loretta.tt import PAPER_MODES, balanced_modes, plan_shape, plan_sides
 from loretta.tt.modes import LARGEST_MODE
 
 # LoRETTA, Table 10, row by row, without its last row: [8] * 8 for 768 x 768 is a misprint.
@@ -124,3 +124,42 @@ def test_any_matrix_plans_aligned_with_long_modes_at_the_ends(in_features, out_f
         in_modes, out_modes = shape.modes[: shape.n_in], shape.modes[shape.n_in :]
         assert list(in_modes) == sorted(in_modes, reverse=True)
         assert list(out_modes) == sorted(out_modes)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "rank", "modes", "ranks"),
+    [
+        ((384, 1), 4, (24, 16), (1, 4, 1)),
+        ((1, 384), 4, (16, 24), (1, 4, 1)),
+        ((4096, 1), 100, (64, 64), (1, 64, 1)),  # no rank above what two modes of 64 can use
+        ((11008, 1), 4, (128, 86), (1, 4, 1)),
+        ((384, 8), 5, (24, 16, 8), (1, 5, 5, 1)),
+        ((384, 3), 5, (24, 16, 3), (1, 5, 3, 1)),
+        ((64, 64), 9, (64, 64), (1, 9, 1)),  # a side of up to 64 is one mode
+        ((1, 1), 4, (1,), (1, 1)),
+        ((10007, 1), 4, (105, 96), (1, 4, 1)),  # a prime, padded
+    ],
+)
+def test_two_modes_a_side(sizes, rank, modes, ranks):
+    shape = plan_sides(*sizes, rank=rank, count=2)
+    assert (shape.modes, shape.ranks) == (modes, ranks)
+    assert plan_shape(*sizes, rank=rank, modes_per_side=2) == shape
+
+
+def test_given_modes_win_over_a_number_of_modes():
+    options = {"rank": 2, "modes_per_side": 2}
+    assert plan_shape(384, 1, overrides={"384x1": [4, 96]}, **options).modes == (4, 96)
+    assert plan_shape(384, 1, modes=[2, 192], **options).modes == (2, 192)
+    with pytest.raises(ValueError, match="at least one mode, got 0"):
+        plan_shape(384, 1, rank=2, modes_per_side=0)
+
+
+@examples
+@given(st.integers(1, 20_000), st.integers(1, 300), st.integers(1, 40), st.integers(1, 3))
+def test_sides_spell_any_matrix_with_ranks_that_its_modes_can_use(in_features, out_features, rank, count):
+    shape = plan_sides(in_features, out_features, rank=rank, count=count)
+    assert shape.aligned
+    assert shape.padded_in <= 1.25 * in_features
+    assert shape.padded_out <= 1.25 * out_features
+    for k in range(1, len(shape.modes)):
+        assert shape.ranks[k] == min(rank, math.prod(shape.modes[:k]), math.prod(shape.modes[k:]))

@@ -41,7 +41,9 @@ class RunConfig(BaseModel):
         description="GLUE or prompted task, 'stdlib', or a CSV, TSV, JSONL, Parquet or text file.",
     )
     method: str = Field(
-        default="rep", description="rep, adp, shared, lora, ia3, ft, norms, head, ..., or any of PEFT's as peft:NAME."
+        default="compact",
+        description="compact (rep as it measured best), rep, adp, shared, lora, ia3, ft, norms, head, ..., or any of "
+        "PEFT's as peft:NAME.",
     )
     method_args: dict[str, Any] = Field(default={}, description="Options of the method, each by --set.")
     head_policy: HeadPolicy = Field(

@@ -28,7 +28,7 @@ from loretta.tuners.adp import LorettaAdpConfig
 from loretta.tuners.config import LorettaConfig, TrainHead
 from loretta.tuners.heads import head_names
 from loretta.tuners.norms import norm_names
-from loretta.tuners.rep import LorettaRepConfig
+from loretta.tuners.rep import COMPACT, LorettaRepConfig
 from loretta.tuners.shared import LorettaSharedConfig
 from loretta.tuners.task_types import is_final
 
@@ -48,11 +48,13 @@ class Method:
 
 FULL = Method(config=None, learning_rate=5e-5)
 _REP = Method(config=LorettaRepConfig, learning_rate=2e-3)
+_COMPACT = Method(config=LorettaRepConfig, options=COMPACT, learning_rate=1.5e-3)
 _ADP = Method(config=LorettaAdpConfig, learning_rate=2e-3)
 _SHARED = Method(config=LorettaSharedConfig, learning_rate=2e-3)
 # 20 virtual tokens, and 768 in the prompt's encoder, as in the paper
 _PROMPT = {"num_virtual_tokens": 20}
 METHODS: dict[str, Method] = {
+    "compact": _COMPACT,
     "rep": _REP,
     "adp": _ADP,
     "shared": _SHARED,

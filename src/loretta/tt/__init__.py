@@ -7,7 +7,7 @@ records, which are integers, do not wait for torch.
 from typing import TYPE_CHECKING
 
 from loretta.lazy import lazy_attributes
-from loretta.tt.modes import PAPER_MODES, balanced_modes, plan_shape
+from loretta.tt.modes import PAPER_MODES, balanced_modes, plan_shape, plan_sides
 from loretta.tt.shape import TTShape, constant_ranks, shape_from_modes
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ __all__ = [
     "orthogonalise",
     "pad_ranks",
     "plan_shape",
+    "plan_sides",
     "product_error",
     "product_norm",
     "product_singular_values",

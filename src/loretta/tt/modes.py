@@ -31,6 +31,7 @@ PAPER_MODES: dict[tuple[int, int], tuple[int, ...]] = {
 
 TYPICAL_MODE = 8  # Table 10's modes lie between 4 and 16
 LARGEST_MODE = 64  # a longer mode makes its core the bulk of the train: pad instead
+LONGEST_TO_EVEN = 2  # the longest mode of a side over the modes that would all be equal
 
 
 def plan_shape(
@@ -40,10 +41,12 @@ def plan_shape(
     rank: int,
     modes: Sequence[int] | None = None,
     overrides: Mapping[str, Sequence[int]] | None = None,
+    modes_per_side: int | None = None,
 ) -> TTShape:
     """Plan the train of one in x out matrix with a constant inner rank.
 
-    In order: ``modes`` if given; the entry ``"INxOUT"`` of ``overrides``; the paper's Table 10; else each side is
+    In order: ``modes`` if given; the entry ``"INxOUT"`` of ``overrides``; ``modes_per_side`` long modes
+    (:func:`plan_sides`) if that is given; the paper's Table 10; else each side is
     factored by itself (:func:`balanced_modes`), so that the boundary falls between two cores. Any size works:
     GQA widths (1024 -> 8, 8, 16) and 14336 (4, 7, 8, 8, 8) factor exactly, 11008 = 2^8 x 43 keeps its 43 as one
     outer mode, and a size with a prime factor above 64 (50257 = 29 x 1733, or a prime such as 10007) is padded to
@@ -57,6 +60,8 @@ def plan_shape(
         raise ValueError(f"a tensor-train rank must be at least 1, got {rank}")
     if modes is None and overrides:
         modes = overrides.get(f"{in_features}x{out_features}")
+    if modes is None and modes_per_side is not None:
+        return plan_sides(in_features, out_features, rank=rank, count=modes_per_side)
     if modes is None:
         modes = PAPER_MODES.get((in_features, out_features))
     if modes is not None:
@@ -70,6 +75,36 @@ def plan_shape(
         ranks=constant_ranks(len(in_modes) + len(out_modes), rank),
         n_in=len(in_modes),
     )
+
+
+def plan_sides(in_features: int, out_features: int, *, rank: int, count: int) -> TTShape:
+    """Plan the train of one in x out matrix with ``count`` modes on each side, and ranks that its modes can use.
+
+    The modes of a side are as equal as they can be, the longest at the ends. A side of up to 64 is one mode, and a
+    side of 1 is none. A rank is at most the product of the modes on either side of it: what lies above adds
+    parameters and no matrix. A size whose factors differ by more than :data:`LONGEST_TO_EVEN` is padded.
+
+    Raises ValueError for a count below 1.
+    """
+    if count < 1:
+        raise ValueError(f"each side of a matrix needs at least one mode, got {count}")
+    in_modes, out_modes = _side(in_features, count)[::-1], _side(out_features, count)
+    modes = in_modes + out_modes or (1,)
+    cuts = [min(rank, math.prod(modes[:k]), math.prod(modes[k:])) for k in range(1, len(modes))]
+    return TTShape(
+        in_features=in_features, out_features=out_features, modes=modes, ranks=(1, *cuts, 1), n_in=len(in_modes)
+    )
+
+
+def _side(size: int, count: int) -> tuple[int, ...]:
+    """Ascending modes of one side of a matrix."""
+    if size <= LARGEST_MODE or count == 1:
+        return (size,) if size > 1 else ()
+    modes = most_balanced(size, count, 2)
+    while modes is None or modes[-1] > LONGEST_TO_EVEN * size ** (1 / count):
+        size += 1
+        modes = most_balanced(size, count, 2) if _has_only_small_primes(size) else None
+    return modes
 
 
 def balanced_modes(size: int) -> tuple[int, ...]:

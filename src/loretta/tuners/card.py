@@ -243,7 +243,15 @@ def _trains(config: Mapping[str, Any]) -> list[tuple[str, int, str, str]]:
         down, up = (
             f"{rows_in} x {columns}"
             if config.get("dense") or (shared and f"{rows_in}x{columns}" not in config["shapes"])
-            else _train(tt.plan_shape(rows_in, columns, rank=config["tensor_rank"], overrides=config["shapes"]))
+            else _train(
+                tt.plan_shape(
+                    rows_in,
+                    columns,
+                    rank=config["tensor_rank"],
+                    overrides=config["shapes"],
+                    modes_per_side=config.get("modes_per_side"),
+                )
+            )
             for rows_in, columns in sizes
         )
         rows.append((kind["module"], int(kind["count"]), down, up))

@@ -27,6 +27,9 @@ class LorettaConfig(PeftConfig):
         tensor_rank: the constant inner rank of every train.
         shapes: modes for given matrix sizes, ``{"768x64": [8, 8, 12, 8, 8]}``; others are planned
             (:func:`loretta.tt.plan_shape`).
+        modes_per_side: plan this many long modes for each side of a matrix, and ranks that they can use
+            (:func:`loretta.tt.plan_sides`), in place of the paper's shapes. Two, with a low rank on every linear layer,
+            is what measured best (docs/choosing.md). ``None`` keeps the paper's shapes.
         init_weights: "zero": exactly no change at the start. "gaussian": Gaussian trains, as the authors' code
             starts; the model is perturbed. "denoised": the same Gaussian trains with their starting effect
             subtracted for good, as section 3.3 describes; the frozen start is saved with the adapter, which
@@ -59,6 +62,7 @@ class LorettaConfig(PeftConfig):
     exclude_modules: list[str] | str | None = None
     tensor_rank: int = 5
     shapes: dict[str, list[int]] = field(default_factory=dict)
+    modes_per_side: int | None = None
     init_weights: InitWeights | bool = "zero"
     train_norms: bool = True
     train_head: TrainHead = "tensorized"
@@ -129,6 +133,7 @@ class LorettaConfig(PeftConfig):
         problems = [
             *self._below_one("tensor_rank", self.tensor_rank),
             *(p for key, rank in self.rank_pattern.items() for p in self._below_one(f"rank_pattern[{key!r}]", rank)),
+            *(self._below_one("modes_per_side", self.modes_per_side) if self.modes_per_side is not None else ()),
             *self._not_among("init_weights", get_args(InitWeights)),
             *(p for name in ("train_head", "bias") for p in self._not_among(name)),
         ]

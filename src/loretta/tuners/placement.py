@@ -80,6 +80,11 @@ def require_linear(name: str, module: nn.Module) -> tuple[int, int]:
     return size
 
 
+def planner(config: LorettaConfig) -> dict[str, Any]:
+    """The options of :func:`loretta.tt.plan_shape` that a config sets."""
+    return {"overrides": config.shapes, "modes_per_side": config.modes_per_side}
+
+
 def plan_trains(
     name: str, size: tuple[int, int], width: tuple[int, int], bottleneck: int, **options: Any
 ) -> tuple[tt.TTShape, tt.TTShape]:

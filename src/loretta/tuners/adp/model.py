@@ -9,7 +9,7 @@ from loretta.tuners.adp.layer import CANNOT_MERGE, AdpLinear
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.model import LorettaModel
 from loretta.tuners.norms import TrainedNorm
-from loretta.tuners.placement import Placement, plan_trains, rank_for, require_linear
+from loretta.tuners.placement import Placement, plan_trains, planner, rank_for, require_linear
 from loretta.tuners.targets import ADP_TARGETS
 
 
@@ -31,7 +31,7 @@ class LorettaAdpModel(LorettaModel):
         # a train of a single core is the matrix itself
         modes = [width * bottleneck] if config.dense else None
         size = in_features, out_features
-        down, up = plan_trains(name, size, (width, width), bottleneck, rank=rank, modes=modes, overrides=config.shapes)
+        down, up = plan_trains(name, size, (width, width), bottleneck, rank=rank, modes=modes, **planner(config))
         return Placement(
             name=name,
             where="before" if before else "after",

@@ -1,10 +1,10 @@
 """LoRETTA_rep: a weight update that is a product of two tensor trains."""
 
 from loretta.tuners.register import register
-from loretta.tuners.rep.config import LorettaRepConfig
+from loretta.tuners.rep.config import COMPACT, LorettaRepConfig
 from loretta.tuners.rep.layer import RepLinear
 from loretta.tuners.rep.model import LorettaRepModel
 
-__all__ = ["LorettaRepConfig", "LorettaRepModel", "RepLinear"]
+__all__ = ["COMPACT", "LorettaRepConfig", "LorettaRepModel", "RepLinear"]
 
 register("loretta_rep", LorettaRepConfig, LorettaRepModel)

@@ -16,7 +16,7 @@ from loretta.layers.fit import EXACT, Fit, Update, fit_update, smallest_fit
 from loretta.tuners.model import LorettaModel
 from loretta.tuners.names import check_adapter_name
 from loretta.tuners.norms import TrainedNorm
-from loretta.tuners.placement import Placement, plan_trains, rank_for, require_linear
+from loretta.tuners.placement import Placement, plan_trains, planner, rank_for, require_linear
 from loretta.tuners.rep.config import LorettaRepConfig
 from loretta.tuners.rep.layer import RepLinear
 from loretta.tuners.targets import REP_TARGETS
@@ -185,7 +185,7 @@ class LorettaRepModel(LorettaModel):
         in_features, out_features = require_linear(name, module)
         size = in_features, out_features
         rank = rank_for(config, name)
-        down, up = plan_trains(name, size, size, config.r, rank=rank, overrides=config.shapes)
+        down, up = plan_trains(name, size, size, config.r, rank=rank, **planner(config))
         return Placement(name=name, where="update", down=down, up=up)
 
 
@@ -204,6 +204,7 @@ def _config_of_sum(
         rank_pattern=others,
         alpha_pattern=dict(others),
         shapes={},
+        modes_per_side=None,
         init_weights="zero",
         train_norms=train_norms,
         target_modules=list(fits),

@@ -42,6 +42,10 @@ class LorettaSharedConfig(LorettaConfig):
         problems = super()._problems()
         if not 0 <= self.lora_dropout < 1:
             problems.append(f"lora_dropout={self.lora_dropout!r} must be at least 0 and below 1")
+        if self.modes_per_side is not None:
+            problems.append(
+                f"modes_per_side={self.modes_per_side!r}: the sides of a shared train are one core, or what shapes says"
+            )
         if self.rank_pattern:
             problems.append(f"rank_pattern={self.rank_pattern!r}: one train has one rank, so give tensor_rank alone")
         return problems
