@@ -50,6 +50,7 @@ tables: $(INSTALLED)
 	$(BIN)/python benchmarks/performance.py
 	$(BIN)/python benchmarks/reliability.py
 	$(BIN)/python docs/cli.py
+	$(BIN)/python docs/quickstart.py
 
 # What a CPU can measure, in about a quarter of an hour; `make tables` puts it into the docs. Leave the machine alone.
 bench: $(INSTALLED)
