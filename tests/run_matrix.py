@@ -59,7 +59,9 @@ def run_cell(cell: str, paths: list[str]) -> Outcome:
         command = [sys.executable, "-m", "pytest", *own, *paths]
         if processes > 1:
             command += ["-n", str(processes), "--dist", "worksteal"]
-        status = subprocess.run(command, cwd=TESTS.parent, env={**os.environ, **CELLS[cell]}).returncode
+        # inductor keeps compiled code for all, with the instructions of whoever compiled it first
+        own_cache = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
+        status = subprocess.run(command, cwd=TESTS.parent, env={**os.environ, **own_cache, **CELLS[cell]}).returncode
         cases = xml.etree.ElementTree.parse(report).findall(".//testcase") if report.exists() else []
     skipped = sum(_has(case, "skipped") for case in cases)
     failed = [f"{case.get('classname')}::{case.get('name')}" for case in cases if _has(case, "failure", "error")]
