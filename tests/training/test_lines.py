@@ -104,7 +104,8 @@ def record_of(*, confusion, losses=(0.7, 0.6), best=2, evaluations=2, **more) ->
         confusion=confusion, only=only,
     )  # fmt: skip
     return RunRecord(
-        config={"model": "m", "data": "d.csv", "method": "rep", "learning_rate": 1e-3, "label": "my label"}, command="", versions={},
+        config={"model": "m", "data": "d.csv", "method": "rep", "learning_rate": 1e-3, "label": "my label"},
+        command="", versions={},
         model="m", task="d.csv", method="rep", kind="classification", seed=0, device="cpu", sizes={},
         label_names=["a", "b"], label_counts={"train": [30, 20]}, answers=answers, metric="accuracy",
         higher_is_better=True, parameters=ParameterCounts(cores=1, biases=0, norms=0, head=0, other=0, total=9),
