@@ -251,8 +251,8 @@ def test_what_is_on_disk_is_safe(bert, reviews, tmp_path):
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     with pytest.raises(InputError, match="already holds a run: go on with --resume, replace it with --overwrite"):
         train(config)
-    with pytest.raises(InputError, match=r"epochs was 1.0 and is 2.0"):
-        train(config.model_copy(update={"epochs": 2.0}), resume=True)
+    with pytest.raises(InputError, match=r"epochs was 1.0 and is 0.5"):
+        train(config.model_copy(update={"epochs": 0.5}), resume=True)
     with pytest.raises(InputError, match="no column 'nope'"):
         train(config.model_copy(update={"label": "nope"}), overwrite=True)
     with pytest.raises(InputError, match="tensor_rank=0"):
