@@ -10,7 +10,9 @@ from loretta.cli.output import print_json, say
 
 def plan(
     model: Annotated[str | None, typer.Option(help="Hub id, folder, or a name such as llama-2-70b.")] = None,
-    method: Annotated[str | None, typer.Option(metavar="rep|adp|shared", help="Default: rep, or the preset's.")] = None,
+    method: Annotated[
+        str | None, typer.Option(metavar="compact|rep|adp|shared", help="Default: rep, or the preset's.")
+    ] = None,
     preset: Annotated[str | None, typer.Option(help="A configuration of the paper; --presets lists them.")] = None,
     task_type: Annotated[str | None, typer.Option(help="SEQ_CLS, CAUSAL_LM, ...; default: by the model.")] = None,
     num_labels: Annotated[int, typer.Option(help="Labels of a classification head.")] = 2,

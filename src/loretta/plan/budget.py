@@ -134,6 +134,9 @@ def _reductions(config: LorettaConfig, model: nn.Module) -> Iterator[tuple[Loret
 
 
 def _with_rank(config: LorettaConfig, rank: int) -> LorettaConfig:
+    if isinstance(config, LorettaRepConfig) and config.modes_per_side is not None:
+        # these trains carry an update of rank r whatever their own rank; its scale stays
+        return replace(config, tensor_rank=rank, lora_alpha=config.lora_alpha * rank / config.tensor_rank)
     if isinstance(config, LorettaRepConfig):
         # a bottleneck below the tensor rank would waste it
         return replace(config, tensor_rank=rank, r=max(config.r, rank))

@@ -13,6 +13,7 @@ from loretta.plan.plan import Plan, count_baseline, plan_model
 from loretta.plan.presets import Preset, find_preset, loretta_configs
 from loretta.plan.words import explain_plan, tables
 from loretta.tuners.config import LorettaConfig
+from loretta.tuners.rep import COMPACT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,9 +81,12 @@ def make_plan(
     task_type = task_type or (found.task_type if found else default_task_type(config))
     base = meta_model(config, task_type, num_labels=num_labels)
     notes = _preset_notes(found, name)
+    given = dict(parse_option(word) for word in sets)
+    if method == "compact":
+        method, given = "rep", {**COMPACT, **given}
     if method not in (configs := loretta_configs()):
         if found is None:
-            raise InputError(f"unknown method {method!r}: choose one of {', '.join(configs)}")
+            raise InputError(f"unknown method {method!r}: choose one of compact, {', '.join(configs)}")
         if sets or budget:
             raise InputError(f"the preset {preset!r} is a baseline that is only counted: leave --set and --budget out")
         count = count_baseline(base, found)
@@ -90,7 +94,7 @@ def make_plan(
             model=name, task_type=task_type, trainable=count, plan=None, options=found.options, preset=found,
             notes=notes,
         )  # fmt: skip
-    options = {**(found.options if found else {}), **dict(parse_option(word) for word in sets)}
+    options = {**(found.options if found else {}), **given}
     peft_task = None if task_type == "IMAGE_CLS" else task_type
     loretta_config = _config(configs[method], options, peft_task)
     if budget is None:

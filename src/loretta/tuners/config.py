@@ -45,7 +45,8 @@ class LorettaConfig(PeftConfig):
         rank_pattern: ``tensor_rank`` for single modules, by the end of their name or a regular expression.
         bias: which biases of the *base model* are trained: "none", "all", or those of the adapted modules:
             "loretta_rep_only" of rep, and so on.
-        modules_to_save: further modules to train and save whole.
+        modules_to_save: further modules to train and save whole. A layer of the head that is named here too stays what
+            ``train_head`` makes of it, because PEFT itself adds the head's names to this list.
         layers_to_transform, layers_pattern: restrict the adapted layers by index, as in LoRA.
         label_names: the class of each row of a classification head. The model's config takes them over when the adapter
             is made or loaded, so that transformers' pipelines answer with them; a final layer that transformers has
