@@ -27,8 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import transformers
+from draws import seed_torch
 
 import loretta
 from loretta import LorettaAdpConfig, LorettaRepConfig
@@ -122,7 +122,7 @@ OURS = (LorettaRepConfig, LorettaAdpConfig)
 def make_models(cache: Path) -> None:
     """Lay a random model for each name into a cache of the Hub's form."""
     for name, (cls, kind, options) in MODELS.items():
-        torch.manual_seed(0)
+        seed_torch(0)
         config = transformers.AutoConfig.for_model(kind, **options)
         folder = cache / f"models--{name.replace('/', '--')}"
         getattr(transformers, cls)(config).save_pretrained(folder / "snapshots" / "made-here")
@@ -238,7 +238,7 @@ def pytest_pycollect_makemodule(module_path: Path) -> None:
 
 
 def pytest_runtest_setup() -> None:
-    torch.manual_seed(0)
+    seed_torch(0)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -32,6 +32,7 @@ from loretta.training.trainers import make_trainer
 # what must change in one step, by endings of names, and nothing else may
 TRAINED = {
     "loretta_rep": ("loretta_rep_down.default.values", "loretta_rep_up.default.values"),
+    "compact": ("loretta_rep_down.default.values", "loretta_rep_up.default.values"),
     "loretta_adp": ("_down.default.values", "_up.default.values", "_bias.default.down", "_bias.default.up"),
     "loretta_shared": ("loretta_shared_train.default.values",),
     "adapters": ("_down.default.values", "_up.default.values", "_bias.default.down", "_bias.default.up"),
@@ -47,6 +48,7 @@ TRAINED = {
 }
 OPTIONS = {
     "loretta_rep": {"train_norms": False},
+    "compact": {"train_norms": False},
     "loretta_adp": {"train_norms": False},
     "loretta_shared": {"train_norms": False},
     "adapters": {"train_norms": False},

@@ -217,7 +217,7 @@ def stopping_behind(step, number):
 def test_a_signal_outside_of_the_steps_ends_the_run_at_once(bert, reviews, tmp_path, monkeypatch):
     whole = train(config_for(bert, reviews, tmp_path / "whole", epochs=1))
     config = config_for(bert, reviews, tmp_path / "run", epochs=1)
-    for place in ("loretta.training.run.encode_splits", "loretta.training.finish.score_test"):
+    for place in ("loretta.training.run.encode_splits", "loretta.training.finish.answer"):
         monkeypatch.setattr(place, lambda *args: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(Stopped, match="SIGTERM"):
             train(config, resume=True)
@@ -316,7 +316,9 @@ def test_an_earlier_run_stays_until_the_new_one_is_whole(bert, reviews, tmp_path
         ".loretta.json", ".loretta.lock", "adapter", "checkpoints", "config.json", "predictions.jsonl", "run.json",
     ]  # fmt: skip
     train(first, overwrite=True)
-    assert not (tmp_path / "run" / "predictions.jsonl").exists(), "of the earlier run"
+    train(first.model_copy(update={"output": str(tmp_path / "beside")}))
+    answers = [(tmp_path / name / "predictions.jsonl").read_text() for name in ("run", "beside")]
+    assert answers[0] == answers[1], "not those of the earlier run"
 
 
 def test_language_modelling_lowers_the_perplexity(llama, tmp_path):

@@ -83,15 +83,15 @@ def test_a_fresh_process_has_the_methods_after_the_import_and_after_reloading_ev
 import importlib, sys, peft
 assert "LORETTA_REP" not in peft.PeftType.__members__
 import loretta
-assert set(list(peft.PeftType)[-2:]) == {"LORETTA_ADP", "LORETTA_REP"}, list(peft.PeftType)[-2:]
+assert set(list(peft.PeftType)[-3:]) == {"LORETTA_ADP", "LORETTA_REP", "LORETTA_SHARED"}, list(peft.PeftType)[-3:]
 for name in sorted((n for n in sys.modules if n.startswith("loretta")), key=lambda n: -n.count(".")):
     importlib.reload(sys.modules[name])
 assert [str(t.value) for t in peft.PeftType].count("LORETTA_REP") == 1
 import torch
-for kind in ("LORETTA_REP", "LORETTA_ADP"):
+for kind, name in (("LORETTA_REP", "Rep"), ("LORETTA_ADP", "Adp"), ("LORETTA_SHARED", "Shared")):
     config = peft.get_peft_config({"peft_type": kind, "target_modules": ["0"], "tensor_rank": 2})
     model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(6, 6)), config)
-    assert type(model.base_model).__name__ == {"LORETTA_REP": "LorettaRepModel", "LORETTA_ADP": "LorettaAdpModel"}[kind]
+    assert type(model.base_model).__name__ == f"Loretta{name}Model"
     assert model(torch.ones(2, 6)).shape == (2, 6)
 print("fine")
 """

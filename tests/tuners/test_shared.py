@@ -167,8 +167,8 @@ def test_a_large_model_costs_two_sides_and_a_square_a_layer(rank, count):
 def test_a_budget_chooses_the_rank_and_says_what_it_costs():
     base = meta_model(find_config("llama-2-7b"), "CAUSAL_LM")
     config, plan, reasons = choose(base, LorettaSharedConfig(task_type="CAUSAL_LM"), Budget.parse("400k"))
-    assert config.tensor_rank == 12
-    assert plan.cores == 2 * 4096 * 12 + 34 * 144
+    assert config.tensor_rank == 15
+    assert plan.cores == 2 * 4096 * 15 + 34 * 15**2
     assert any("rank 16 would take" in reason for reason in reasons)
     with pytest.raises(InputError, match="no shared adapter fits"):
         choose(base, LorettaSharedConfig(task_type="CAUSAL_LM"), Budget.parse("8k"))

@@ -165,7 +165,7 @@ def unused_options(
     Args:
         given: ``target_modules`` as the user gave them, before a default or "all-linear" took their place.
     """
-    names = [placement.name for placement in placements]
+    names = [name for name, _ in model.named_modules()]
     found = []
     if given is not None and not isinstance(given, str) and not config.layers_to_transform:
         lost = sorted(t for t in given if not any(name == t or name.endswith(f".{t}") for name in names))
