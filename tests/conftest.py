@@ -35,3 +35,22 @@ pytest_plugins = ["tiny_models", "study_data"]
 def seed():
     """The same numbers for a test alone as for all of them."""
     seed_torch(0)
+
+
+# rep with other factors: the families that differ in what shared makes of them (GQA, encoder and decoder, Conv1D)
+FAMILIES_OF_SHARED = {"bert", "llama", "t5", "gpt2"}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave shared on the other families to the cells of ``make test-matrix``, which set LORETTA_TEST_WIDE."""
+    if os.environ.get("LORETTA_TEST_WIDE"):
+        return
+
+    def is_wide(item: pytest.Item) -> bool:
+        given = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        family = given.get("family")
+        return given.get("method") == "shared" and family is not None and family not in FAMILIES_OF_SHARED
+
+    wide = [item for item in items if is_wide(item)]
+    config.hook.pytest_deselected(items=wide)
+    items[:] = [item for item in items if item not in wide]

@@ -55,13 +55,13 @@ def run_cell(cell: str, paths: list[str]) -> Outcome:
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        own = [f"--junitxml={report}", f"--basetemp={folder}/tests", "-p", "no:cacheprovider"]
-        command = [sys.executable, "-m", "pytest", *own, *paths]
+        options = [f"--junitxml={report}", f"--basetemp={folder}/tests", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", *options, *paths]
         if processes > 1:
             command += ["-n", str(processes), "--dist", "worksteal"]
         # inductor keeps compiled code for all, with the instructions of whoever compiled it first
-        own_cache = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
-        status = subprocess.run(command, cwd=TESTS.parent, env={**os.environ, **own_cache, **CELLS[cell]}).returncode
+        own = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "LORETTA_TEST_WIDE": "1"}
+        status = subprocess.run(command, cwd=TESTS.parent, env={**os.environ, **own, **CELLS[cell]}).returncode
         cases = xml.etree.ElementTree.parse(report).findall(".//testcase") if report.exists() else []
     skipped = sum(_has(case, "skipped") for case in cases)
     failed = [f"{case.get('classname')}::{case.get('name')}" for case in cases if _has(case, "failure", "error")]
