@@ -119,18 +119,15 @@ class SharedCores(Cores):
         """Random maps that keep the variance of their input; the last core of each right side is zero, or small.
 
         As in rep, the zero core then meets inputs of size 1 at any width and rank, and one learning rate suits all.
-        The small cores are random rotations: updates of two modules differ from the first step on, though they share
-        their sides.
+        The small cores are the identity, as they were where the form was measured (docs/choosing.md): all modules
+        begin as one and come apart as they learn.
         """
         shape = self.shape
         left = [_start_of_side(side) for side in shape.left]
         # not zero: as rep's Gaussian start, sqrt(1 / (in + out)) (LoRETTA section 3.3)
         last = [0.0 if zero else math.sqrt(shape.rank / (shape.rank + side.out_features)) for side in shape.right]
         right = [_start_of_side(side, last=scale) for side, scale in zip(shape.right, last, strict=True)]
-        squares = [
-            torch.stack([nn.init.orthogonal_(torch.empty(shape.rank, shape.rank)) for _ in range(count)])
-            for count in (shape.layers, shape.projections)
-        ]
+        squares = [torch.eye(shape.rank).expand(count, -1, -1) for count in (shape.layers, shape.projections)]
         self.assign([part.flatten() for part in (*left, *squares, *right)])
 
 

@@ -19,7 +19,7 @@ class LorettaSharedConfig(LorettaConfig):
     come on top.
 
     Args:
-        lora_alpha: the updates are scaled by ``lora_alpha / tensor_rank``.
+        lora_alpha: the updates are scaled by ``lora_alpha / tensor_rank``, which is 2 unless one of them is given.
         use_rslora: scale by ``lora_alpha / sqrt(tensor_rank)`` instead.
         lora_dropout: dropout on the input of the updates.
         alpha_pattern: ``lora_alpha`` for single modules, by the end of their name or a regular expression.
@@ -28,7 +28,7 @@ class LorettaSharedConfig(LorettaConfig):
 
     bias: Literal["none", "all", "loretta_shared_only"] = "none"
     tensor_rank: int = 16
-    lora_alpha: float = 16
+    lora_alpha: float = 32
     lora_dropout: float = 0.0
     use_rslora: bool = False
     alpha_pattern: dict[str, float] = field(default_factory=dict)
