@@ -20,7 +20,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,6 +28,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from tables import best_rate
 
 import loretta.tuners.layer as tuner_layer
 from loretta import tt
@@ -192,13 +193,6 @@ class SharedGroup:
         self.group.take_back()
 
 
-def best(row: Mapping[str, Any]) -> tuple[float, float, float]:
-    """The learning rate with the best mean over the seeds, that mean, and their standard deviation."""
-    rate = max(row["scores"], key=lambda rate: statistics.mean(row["scores"][rate]))
-    scores = row["scores"][rate]
-    return float(rate), statistics.mean(scores), statistics.stdev(scores) if len(scores) > 1 else 0.0
-
-
 def split(task: str, source: Path, target: Path) -> None:
     """90 % of the official training data to train on and 10 % to score."""
     with gzip.open(source / task / "train.jsonl.gz", "rt") as file:
@@ -276,7 +270,7 @@ def measure(form: Form, task: str, args: argparse.Namespace, data: Path, scratch
         "epochs": args.epochs, "seeds": args.seeds, **found, "seconds": time.perf_counter() - begin,
         "torch": torch.__version__, "device": "cpu" if args.cpu else torch.cuda.get_device_name(),
     }  # fmt: skip
-    rate, mean, sd = best(row)
+    rate, mean, sd = best_rate(row)
     print(f"{form.name:40} {task:5} {count:7,} best {mean:.4f} (sd {sd:.3f}) at {rate:g}", flush=True)
     del loop, population
     return row

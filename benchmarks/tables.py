@@ -61,7 +61,8 @@ def forms_table(model: str) -> str:
 def best_rate(row: Mapping[str, Any]) -> tuple[float, float, float]:
     """Of one form on one task: the learning rate with the best mean, that mean, and the deviation over the seeds."""
     rate = max(row["scores"], key=lambda rate: mean(row["scores"][rate]))
-    return float(rate), mean(row["scores"][rate]), stdev(row["scores"][rate])
+    scores = row["scores"][rate]
+    return float(rate), mean(scores), stdev(scores) if len(scores) > 1 else 0.0
 
 
 SECTIONS: dict[tuple[str, str], Callable[[], str]] = {
