@@ -5,12 +5,13 @@ Rows come grouped by member: the first b of P * b are those of member 0, and so 
 Axes: P members, b rows of one member, T tokens, I input features, O output features, H width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.overrides import TorchFunctionMode
 
 from loretta.tuners.norms import TrainedNorm
 
@@ -59,9 +60,39 @@ class Members(nn.Module):
             left = iter(rows)
             own = [next(left) if isinstance(value, Tensor) else value for value in args]
             named = {key: next(left) if isinstance(value, Tensor) else value for key, value in kwargs.items()}
-            return functional_call(self.module, values_of_one, tuple(own), named)
+            with OwnZeros(next(iter(values_of_one.values()))):
+                return functional_call(self.module, values_of_one, tuple(own), named)
 
         return vmap(one, randomness="different")(values, [self.grouped(x) for x in tensors]).flatten(0, 1)
+
+
+class OwnZeros(TorchFunctionMode):
+    """Under vmap, zeros that are each member's own.
+
+    Some methods fill zeros with trained numbers in place, and vmap refuses to write these into what members share.
+
+    Args:
+        like: any tensor of the members.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        super().__init__()
+        self.zero = torch.zeros_like(like.detach().flatten()[:1])
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        return found + self.zero.to(found.dtype) if func is torch.zeros else found
+
+
+class MemberVBLoRA(Members):
+    """VB-LoRA, whose layers look for infinite logits in training, which no vmap and no recorded step can."""
+
+    def train(self, mode: bool = True) -> "MemberVBLoRA":
+        super().train(mode)
+        self.module.training = False  # that of the layer alone: its dropout has its own
+        return self
 
 
 class MemberLinear(Members):

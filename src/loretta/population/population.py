@@ -10,11 +10,12 @@ import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners.ia3 import IA3Layer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.vblora import VBLoRALayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from loretta.errors import InputError
-from loretta.population.members import MemberIA3, MemberLinear, MemberNorm, Members
+from loretta.population.members import MemberIA3, MemberLinear, MemberNorm, Members, MemberVBLoRA
 from loretta.population.trains import MemberAdp, MemberRep, MemberTrains, SharedGroup, TrainGroup
 from loretta.tuners.contraction import Contraction
 from loretta.tuners.layer import LorettaLayer
@@ -124,7 +125,7 @@ class Population(nn.Module):
     def _install(self, stacked: Mapping[tuple[str, ...], nn.Parameter]) -> list[TrainGroup]:
         """Put modules for all members in the places of those of one."""
         groups: list[TrainGroup] = []
-        tensors = _tensors(self.model)
+        tensors, names = _tensors(self.model), _names(self.model)
         of_site: dict[str, dict[str, Tensor]] = defaultdict(dict)
         of_trains: dict[tuple[str, ...], dict[str, Tensor]] = defaultdict(dict)
         for block, value in stacked.items():
@@ -132,17 +133,17 @@ class Population(nn.Module):
                 sites = tuple(_site(self.model, name) for name in block)
                 of_trains[sites][_part(block[0])] = value
             else:
-                site = _site(self.model, block[0])
-                of_site[site][block[0].removeprefix(site + ".")] = value
+                for site, inner in _sites(self.model, names[block[0]]):
+                    of_site[site][inner] = value
         for name, frozen in self.frozen.items():
             if not _is_train(name):
-                site = _site(self.model, name)
-                of_site[site][name.removeprefix(site + ".")] = frozen
+                for site, inner in _sites(self.model, names[name]):
+                    of_site[site][inner] = frozen
         for sites, parts in of_trains.items():
             for part in ("start_down", "start_up", "start_train"):
-                names = [_start_name(self.model, site, part) for site in sites]
-                if names[0] in tensors:
-                    stacks = [self.frozen.get(name, tensors[name].expand(self.size, -1)) for name in names]
+                starts = [_start_name(self.model, site, part) for site in sites]
+                if starts[0] in tensors:
+                    stacks = [self.frozen.get(name, tensors[name].expand(self.size, -1)) for name in starts]
                     parts[part] = torch.stack(stacks, dim=1).detach()
             groups.append(self._install_trains(sites, parts))
         # inner ones first: an outer one then calls them
@@ -177,6 +178,8 @@ class Population(nn.Module):
             return MemberNorm(module, values)
         if isinstance(module, IA3Layer) and len(values) == 1:
             return MemberIA3(module, values)
+        if isinstance(module, VBLoRALayer):
+            return MemberVBLoRA(module, values)
         return Members(module, values)
 
     def _replace(self, site: str, by: Members) -> None:
@@ -218,12 +221,13 @@ class Population(nn.Module):
         before, training = self.values.clone(), self.model.training
         noise = torch.randn(self.values.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
         self.values.add_(0.05 * noise.to(self.values))
-        self.model.eval()
         try:
             try:
-                with torch.enable_grad():
-                    together = self(**rows).logits.unflatten(0, (self.size, -1))
-                    self.backward(together.float().flatten(1).sum(1))
+                for mode in (True, False):  # some methods compute otherwise in training
+                    self.model.train(mode)
+                    with torch.enable_grad():
+                        together = self(**rows).logits.unflatten(0, (self.size, -1))
+                        self.backward(together.float().flatten(1).sum(1))
             except Exception as reason:
                 raise InputError(f"{_ALONE} ({' '.join(str(reason).split())[:160]})") from reason
             for k in {0, self.size - 1}:
@@ -319,6 +323,25 @@ def _site(model: nn.Module, name: str) -> str:
         return path
     layers = [at for at, module in modules if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
     return layers[0] if layers else path
+
+
+def _sites(model: nn.Module, names: Sequence[str]) -> list[tuple[str, str]]:
+    """Each module that is called with rows and uses the tensor that has these ``names``, and its name there.
+
+    Most tensors have one name. The vector bank of VB-LoRA has one in every adapted layer.
+    """
+    sites = {model.get_submodule(_site(model, name)): name for name in reversed(names)}
+    in_layers = [name for module, name in sites.items() if isinstance(module, BaseTunerLayer)]
+    return [(_site(model, name), name.removeprefix(_site(model, name) + ".")) for name in in_layers or names[:1]]
+
+
+def _names(model: nn.Module) -> dict[str, list[str]]:
+    """All names of each tensor, by the first of them."""
+    found: dict[int, list[str]] = defaultdict(list)
+    for named in (model.named_parameters, model.named_buffers):
+        for name, tensor in named(remove_duplicate=False):
+            found[id(tensor)].append(name)
+    return {names[0]: names for names in found.values()}
 
 
 def _blocks(model: PeftModel, trained: Sequence[str]) -> list[tuple[str, ...]]:
