@@ -1,0 +1,123 @@
+"""How every figure of the evidence is measured: the tasks, what is held out, and the form of a result.
+
+Each member trains on 90 % of a task's official training rows and is scored on the other 10 % behind every epoch; these
+scores choose its epoch, and their means over the seeds the learning rate of a method. The official validation rows are
+scored once, at the end.
+"""
+
+import gzip
+import json
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from scipy.stats import t as student
+
+HELD_OUT = 0.1
+BATCH = 32
+HEAD_RATE = 1e-2  # of the final layer, the same for all methods
+OFFICIAL_LENGTH = 128  # tokens of the texts that are scored at the end
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskPlan:
+    """How one task is trained.
+
+    ``length`` is in tokens, of a training text: nearly all of them whole, and one length for all batches makes one
+    recorded step.
+    """
+
+    length: int
+    epochs: int
+    rows: int | None = None  # of the training data, drawn
+    metric: str = "accuracy"
+
+
+TASKS: dict[str, TaskPlan] = {
+    "cola": TaskPlan(length=24, epochs=5, metric="mcc"),
+    "mrpc": TaskPlan(length=80, epochs=5, metric="f1"),
+    "stsb": TaskPlan(length=64, epochs=4, metric="spearman"),
+    "rte": TaskPlan(length=128, epochs=5),
+    "sst2": TaskPlan(length=40, epochs=2, rows=12_000),
+    "qnli": TaskPlan(length=96, epochs=2),
+    "mnli": TaskPlan(length=80, epochs=2),
+    "qqp": TaskPlan(length=64, epochs=2, metric="f1"),
+}
+
+# the contrastive training of both encoders used pairs of these tasks' texts
+LEAKS = {
+    "mnli": "NLI pairs were among the contrastive training data of both encoders",
+    "qnli": "SQuAD questions were among the contrastive training data of both encoders",
+    "qqp": "Quora duplicates were among the contrastive training data of both encoders",
+    "cola": "16 official validation sentences also occur in the official training data",
+}
+
+
+def split(task: str, source: Path, target: Path) -> None:
+    """Write ``train`` (90 %) and ``validation`` (10 %) of the official training rows into ``target / task``.
+
+    The shuffle has the seed 0 for all methods and seeds of a training.
+    """
+    rows = lines_of(source / task / "train.jsonl.gz")
+    random.Random(0).shuffle(rows)
+    rows = rows[: TASKS[task].rows or len(rows)]
+    held_out = round(HELD_OUT * len(rows))
+    (target / task).mkdir(parents=True, exist_ok=True)
+    names = ("validation_matched" if task == "mnli" else "validation", "train")
+    for name, part in zip(names, (rows[:held_out], rows[held_out:]), strict=True):
+        with gzip.open(target / task / f"{name}.jsonl.gz", "wt") as file:
+            file.writelines(part)
+
+
+def lines_of(file: Path) -> list[str]:
+    with gzip.open(file, "rt") as lines:
+        return [line for line in lines if line.strip()]
+
+
+def read_rows(files: Sequence[Path]) -> list[dict[str, Any]]:
+    """The rows of several result files; of two rows of one cell the later one."""
+    found = {cell_of(row): row for file in files if file.exists() for row in json.loads(file.read_text())}
+    return list(found.values())
+
+
+def cell_of(row: Mapping[str, Any]) -> tuple[str, str, str, str]:
+    return row.get("part", "front"), row["model"], row["task"], row["method"]
+
+
+def best_rate(row: Mapping[str, Any]) -> str:
+    """The learning rate with the best mean on the held-out rows; a rate at which a member diverged comes last."""
+    sign = -1 if row["metric"] == "loss" else 1
+
+    def worth(rate: str) -> float:
+        scores = row["held_out"][rate]
+        return -math.inf if any(score is None for score in scores) else sign * mean(scores)
+
+    return max(row["held_out"], key=worth)
+
+
+def at_edge(row: Mapping[str, Any]) -> bool:
+    """Whether the best rate is the lowest or the highest of the grid, so that a better one may lie beyond."""
+    rates = sorted(row["held_out"], key=float)
+    return len(rates) > 1 and best_rate(row) in (rates[0], rates[-1])
+
+
+def chosen(row: Mapping[str, Any], which: str) -> list[float]:
+    """The scores of the seeds at the best rate, on the "held_out" or the "official" rows."""
+    scores = row[which][best_rate(row)]
+    return [math.nan if score is None else score for score in scores]
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The mean and half of its 95 % interval, by Student's t over the seeds; NaN for the half of one value."""
+    if len(values) < 2:
+        return mean(values), math.nan
+    return mean(values), float(student.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+
+
+def difference(one: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
+    """The mean of the differences of paired seeds and half of its 95 % interval."""
+    return interval([a - b for a, b in zip(one, other, strict=False)])

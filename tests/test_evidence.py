@@ -1,0 +1,95 @@
+"""The protocol of the evidence: what is held out, what chooses a rate, and how sure a mean is."""
+
+import gzip
+import json
+import math
+import pathlib
+import sys
+
+import pytest
+import torch
+from draws import seed_torch
+from tolerances import assert_near
+from transformers import MPNetConfig, MPNetModel
+
+BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+
+import protocol  # noqa: E402
+from claims import take  # noqa: E402
+from encoders import graphable  # noqa: E402
+
+
+def rows_of(file):
+    with gzip.open(file, "rt") as lines:
+        return [json.loads(line)["idx"] for line in lines]
+
+
+def test_a_tenth_of_the_training_rows_is_held_out_and_nothing_else_is_read(tmp_path):
+    (tmp_path / "cola").mkdir()
+    with gzip.open(tmp_path / "cola" / "train.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps({"idx": k}) + "\n" for k in range(200))
+    protocol.split("cola", tmp_path, tmp_path / "split")
+    train, held_out = (rows_of(tmp_path / "split" / "cola" / f"{name}.jsonl.gz") for name in ("train", "validation"))
+    assert (len(train), len(held_out)) == (180, 20)
+    assert sorted(train + held_out) == list(range(200))
+    assert held_out != sorted(held_out)  # drawn
+
+
+ROW = {
+    "metric": "mcc",
+    "held_out": {"0.001": [0.1, 0.2], "0.002": [0.3, 0.2], "0.004": [0.9, None]},
+    "official": {"0.001": [0.8, 0.9], "0.002": [0.5, 0.4], "0.004": [0.9, None]},
+}
+
+
+def test_the_held_out_rows_choose_the_rate_and_a_diverged_member_rules_it_out():
+    assert protocol.best_rate(ROW) == "0.002"
+    assert not protocol.at_edge(ROW)
+    assert protocol.chosen(ROW, "official") == [0.5, 0.4]
+    assert protocol.best_rate({**ROW, "metric": "loss"}) == "0.001"
+    assert protocol.at_edge({**ROW, "metric": "loss"})
+
+
+def test_an_interval_is_students():
+    middle, half = protocol.interval([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert middle == 3
+    assert half == pytest.approx(2.7764 * math.sqrt(2.5 / 5), rel=1e-4)  # t of four degrees of freedom, from a table
+    assert protocol.difference([1.0, 2.0], [0.5, 1.5]) == (0.5, 0.0)
+    assert math.isnan(protocol.interval([1.0])[1])
+
+
+def test_of_two_files_the_later_row_of_a_cell_counts(tmp_path):
+    cell = {"model": "m", "task": "cola", "method": "norms"}
+    for name, trained in (("a", 1), ("b", 2)):
+        (tmp_path / name).write_text(json.dumps([{**cell, "trained": trained}]))
+    found = protocol.read_rows([tmp_path / "a", tmp_path / "b", tmp_path / "missing"])
+    assert [row["trained"] for row in found] == [2]
+
+
+def test_a_cell_is_made_once_and_one_that_fails_stops_no_other(tmp_path, capsys):
+    def fails():
+        raise ValueError("no room")
+
+    cells = [("first", lambda: {"score": 1}), ("second", fails), ("third", lambda: {"score": 3})]
+    (tmp_path / "first.taken").touch()
+    take(cells, tmp_path, until=math.inf)
+    assert [file.name for file in tmp_path.glob("*.json")] == ["third.json"]
+    assert "second failed: ValueError: no room" in capsys.readouterr().out
+    take([("late", dict)], tmp_path, until=0)
+    assert not (tmp_path / "late.json").exists()
+
+
+def test_mpnets_positions_on_the_device_are_those_of_transformers():
+    seed_torch(0)
+    config = MPNetConfig(
+        vocab_size=50, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+    )
+    model = MPNetModel(config).double().eval()
+    ids = torch.randint(2, 50, (3, 17))
+    mask = torch.ones_like(ids)
+    mask[1, 9:] = 0
+    with torch.no_grad():
+        expected = model(ids, attention_mask=mask).last_hidden_state
+        with graphable():
+            assert_near("hidden", model(ids, attention_mask=mask).last_hidden_state, expected)
