@@ -1,9 +1,8 @@
 """lm-evaluation-harness: import loretta first, then name the adapter as `peft=...` like any other.
 
-The task is a local file, so that this runs offline. Its command line does the same after an import:
+The task is a local file, so that this runs offline. Its command line does the same through `loretta exec`:
 
-    python -c "import loretta, lm_eval.__main__ as harness; harness.cli_evaluate()" run --model hf \\
-        --model_args pretrained=BASE,peft=ADAPTER --tasks hellaswag
+    loretta exec lm_eval run --model hf --model_args pretrained=BASE,peft=ADAPTER --tasks hellaswag
 """
 
 import json

@@ -86,10 +86,9 @@ def test_the_command_line_of_the_harness_scores_as_its_python_does(outputs):
     """The command is the one in the README, with the example's adapter and task in place of its names."""
     folder, printed = outputs("lm_eval_harness")
     readme = (EXAMPLES / "README.md").read_text(encoding="utf-8")
-    command = shlex.split(re.search(r"^python -c .*\\\n.*$", readme, re.MULTILINE)[0])
-    names = {"python": sys.executable, "hellaswag": "praise"}
-    names["pretrained=BASE,peft=ADAPTER"] = "pretrained=tiny-llama,peft=adapter"
-    command = [names.get(word, word) for word in command if word.strip()]
+    command = shlex.split(re.search(r"^loretta exec lm_eval .*$", readme, re.MULTILINE)[0])
+    names = {"hellaswag": "praise", "pretrained=BASE,peft=ADAPTER": "pretrained=tiny-llama,peft=adapter"}
+    command = [sys.executable, "-m", *(names.get(word, word) for word in command)]
     here = ["--include_path", ".", "--device", "cpu", "--output_path", "results"]
     start(*command, *here, folder=folder)
     results = json.loads(next((folder / "results").rglob("results_*.json")).read_text())

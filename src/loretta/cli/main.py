@@ -16,6 +16,7 @@ from loretta.cli.compare import compare
 from loretta.cli.compress import compress
 from loretta.cli.demo import demo
 from loretta.cli.eval import evaluate
+from loretta.cli.exec import AS_GIVEN, execute
 from loretta.cli.export import export
 from loretta.cli.options import Command
 from loretta.cli.output import quiet_libraries
@@ -52,6 +53,7 @@ app.command(cls=Command)(train)
 app.command("eval", cls=Command)(evaluate)
 for verb in (predict, chat, plan, export, compress, report, demo, reproduce, compare):
     app.command(cls=Command)(verb)
+app.command("exec", cls=Command, context_settings=AS_GIVEN)(execute)
 app.add_typer(runs.app, name="runs")
 
 

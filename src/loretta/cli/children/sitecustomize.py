@@ -1,0 +1,25 @@
+"""What `loretta exec` has every Python process that it starts run first: registers the methods with PEFT.
+
+Python imports the first module of this name on its path when it starts. The folder of this one is put first there, so
+it runs the one that it hides.
+"""
+
+import importlib.util
+import sys
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+_here = Path(__file__).parent
+_hidden = PathFinder.find_spec("sitecustomize", [entry for entry in sys.path if Path(entry or ".").resolve() != _here])
+if _hidden is not None and _hidden.loader is not None:
+    _hidden.loader.exec_module(importlib.util.module_from_spec(_hidden))
+
+try:
+    import loretta  # noqa: F401 - registers the methods as soon as PEFT is imported
+except ModuleNotFoundError as error:
+    if error.name != "loretta":
+        raise
+    print(
+        f"loretta exec: {sys.executable} has no loretta, so PEFT there does not know its methods: install it there",
+        file=sys.stderr,
+    )
