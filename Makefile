@@ -46,6 +46,7 @@ lock:
 # Fill the tables of README and docs from benchmarks/results/, and docs/cli.md from --help (cp runs/demo/demo.json there after a demo)
 tables: $(INSTALLED)
 	$(BIN)/python benchmarks/tables.py
+	$(BIN)/python benchmarks/front.py
 	$(BIN)/python benchmarks/counts.py
 	$(BIN)/python benchmarks/performance.py
 	$(BIN)/python benchmarks/reliability.py

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from loretta.convert.lora import export_lora
     from loretta.convert.merged import export_merged
     from loretta.errors import InputError
+    from loretta.plan.auto import auto_config
     from loretta.plan.plan import plan_model
     from loretta.training.graphs import CudaGraphTrainer
     from loretta.tuners.adp import LorettaAdpConfig, LorettaAdpModel
@@ -37,6 +38,7 @@ _HOMES = {
     "LorettaSharedModel": "loretta.tuners.shared",
     "PeftModel": "peft",
     "TaskType": "peft",
+    "auto_config": "loretta.plan.auto",
     "compress": "loretta.convert.compress",
     "export_lora": "loretta.convert.lora",
     "export_merged": "loretta.convert.merged",
@@ -58,6 +60,7 @@ __all__ = [
     "LorettaSharedModel",
     "PeftModel",
     "TaskType",
+    "auto_config",
     "compress",
     "explain",
     "export_lora",

@@ -283,7 +283,7 @@ def test_what_has_no_effect_is_named():
 def test_known_hub_ids_need_no_network():
     for name, family in HUB_IDS.items():
         assert find_config(name).to_dict() == find_config(family).to_dict()
-    assert make_plan(model="meta-llama/Llama-2-7b-hf", budget="170k").options["tensor_rank"] == 7
+    assert make_plan(model="meta-llama/Llama-2-7b-hf", method="rep", budget="170k").options["tensor_rank"] == 7
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,11 @@
 from itertools import pairwise
 
 import pytest
+from tuners.families import build
 
 from loretta.errors import InputError
 from loretta.options import with_lists
+from loretta.plan import plan_model
 from loretta.training.config import ALIASES, GROUPS, RunConfig, read_config
 from loretta.training.methods import METHODS, find_method, peft_config, refuse_unknown_options
 from loretta.tuners.rep import LorettaRepConfig
@@ -120,3 +122,30 @@ def test_aliases_of_a_few_values_are_fine(tmp_path):
     config = read_config(tmp_path / "run.yaml", {}, [])
     assert config.data == "m"
     assert config.method_args["other"] == ["a", "b"]
+
+
+def test_a_budget_is_an_option_of_the_method_and_alone_it_chooses_the_method():
+    alone = RunConfig(model="m", data="d", budget="50k")
+    assert (alone.method, alone.method_args, alone.folder.name) == ("auto", {"budget": "50k"}, "d-auto-s0")
+    assert RunConfig(**alone.model_dump()) == alone
+    assert read_config(None, {"model": "m", "data": "d"}, ["budget=50k"]) == alone
+    beside = RunConfig(model="m", data="d", method="rep", method_args={"r": 4}, budget="50k")
+    assert (beside.method, beside.method_args) == ("rep", {"r": 4, "budget": "50k"})
+
+
+@pytest.mark.parametrize("policy", ["method", "full", "frozen"])
+@pytest.mark.parametrize("method", ["auto", "rep", "adp", "shared"])
+def test_what_a_run_trains_is_within_its_budget_whatever_becomes_of_the_head(method, policy):
+    model = build("bert")[0]
+    config = peft_config(method, model, "SEQ_CLS", {"budget": "4k"}, policy)
+    assert "4,000 parameters" in config.why
+    assert 2000 < plan_model(model, config).trainable <= 4000
+    assert config.train_head == {"method": "tensorized", "full": "dense", "frozen": "frozen"}[policy]
+
+
+def test_auto_needs_a_budget_and_other_methods_have_none():
+    model = build("bert")[0]
+    with pytest.raises(InputError, match="--budget 100k"):
+        peft_config("auto", model, "SEQ_CLS", {})
+    with pytest.raises(InputError, match="unknown option 'budget' for a run with method 'lora'"):
+        peft_config("lora", model, "SEQ_CLS", {"budget": "4k"})

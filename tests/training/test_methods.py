@@ -31,6 +31,7 @@ from loretta.training.trainers import make_trainer
 
 # what must change in one step, by endings of names, and nothing else may
 TRAINED = {
+    "auto": ("_down.default.values", "_up.default.values", "loretta_shared_train.default.values"),
     "loretta_rep": ("loretta_rep_down.default.values", "loretta_rep_up.default.values"),
     "compact": ("loretta_rep_down.default.values", "loretta_rep_up.default.values"),
     "loretta_adp": ("_down.default.values", "_up.default.values", "_bias.default.down", "_bias.default.up"),
@@ -47,6 +48,7 @@ TRAINED = {
     "ft": ("",),
 }
 OPTIONS = {
+    "auto": {"budget": "3k", "train_norms": False},
     "loretta_rep": {"train_norms": False},
     "compact": {"train_norms": False},
     "loretta_adp": {"train_norms": False},
@@ -103,7 +105,8 @@ def text(tmp_path_factory):
 @pytest.mark.parametrize("method", ON_LLAMA)
 def test_a_language_model_comes_back_as_it_was(method, llama, text, tmp_path):
     options = {"model": llama, "data": text, "epochs": 1, "batch_size": 8, "max_length": 16, "cpu": True}
-    record = train(RunConfig(**options, method=method, output=str(tmp_path / "run")))
+    given = {"budget": "3k"} if method == "auto" else {}
+    record = train(RunConfig(**options, **given, method=method, output=str(tmp_path / "run")))
     assert record.kind == "language_modeling"
     loaded = load_run(tmp_path / "run", cpu=True)
     again = evaluate(loaded, load_config_task(loaded.config), "validation")

@@ -11,13 +11,20 @@ from loretta.cli.output import print_json, say
 def plan(
     model: Annotated[str | None, typer.Option(help="Hub id, folder, or a name such as llama-2-70b.")] = None,
     method: Annotated[
-        str | None, typer.Option(metavar="compact|rep|adp|shared", help="Default: rep, or the preset's.")
+        str | None,
+        typer.Option(metavar="auto|compact|rep|adp|shared", help="Default: rep, the preset's, or with a budget auto."),
     ] = None,
-    preset: Annotated[str | None, typer.Option(help="A configuration of the paper; --presets lists them.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="A configuration of the paper (--presets lists them), or auto, as --method auto.")
+    ] = None,
     task_type: Annotated[str | None, typer.Option(help="SEQ_CLS, CAUSAL_LM, ...; default: by the model.")] = None,
     num_labels: Annotated[int, typer.Option(help="Labels of a classification head.")] = 2,
     budget: Annotated[
-        str | None, typer.Option(help="100k or 1.5M (parameters), 400kB or 1MiB (bytes): choose what fits.")
+        str | None,
+        typer.Option(
+            help="100k or 1.5M (parameters), 400kB or 1MiB (bytes): the form that measured best among those that fit, "
+            "or of a method the highest rank that fits."
+        ),
     ] = None,
     sets: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="An option of the method. Repeatable.")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from loretta.lazy import lazy_attributes
 
 if TYPE_CHECKING:
+    from loretta.plan.auto import auto_config, choose_form
     from loretta.plan.base_models import FAMILIES, default_task_type, find_config, meta_model
     from loretta.plan.budget import Budget, choose
     from loretta.plan.counts import KINDS, trainable_by_kind
@@ -20,6 +21,7 @@ else:
     __getattr__ = lazy_attributes(
         __name__,
         {
+            **dict.fromkeys(("auto_config", "choose_form"), "loretta.plan.auto"),
             **dict.fromkeys(("FAMILIES", "default_task_type", "find_config", "meta_model"), "loretta.plan.base_models"),
             **dict.fromkeys(("Budget", "choose"), "loretta.plan.budget"),
             **dict.fromkeys(("KINDS", "trainable_by_kind"), "loretta.plan.counts"),
@@ -42,7 +44,9 @@ __all__ = [
     "Plan",
     "PlanResult",
     "Preset",
+    "auto_config",
     "choose",
+    "choose_form",
     "count_baseline",
     "default_task_type",
     "explain_plan",

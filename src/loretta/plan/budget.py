@@ -26,8 +26,9 @@ class Budget:
     unit: str  # "parameters" or "bytes"
 
     @classmethod
-    def parse(cls, words: str) -> "Budget":
+    def parse(cls, words: str | int) -> "Budget":
         """Read "100k", "1.5M" (parameters), "400kB" or "1MiB" (bytes). Raises InputError for anything else."""
+        words = str(words)
         match = re.fullmatch(r"([0-9]*\.?[0-9]+)\s*([kKmMgG]?i?)([bB]?)", words.strip())
         if match is None or match[2].lower() not in _UNITS or (match[2].lower().endswith("i") and not match[3]):
             raise InputError(
@@ -59,49 +60,50 @@ def choose(model: nn.Module, config: LorettaConfig, budget: Budget) -> tuple[Lor
     reasons: list[str] = []
     if config.target_modules is None:
         everywhere = replace(config, target_modules="all-linear")
-        if budget.fits(plan_model(model, _with_rank(config, MAX_RANK))) and budget.fits(
-            plan_model(model, _with_rank(everywhere, 1))
+        if budget.fits(plan_model(model, with_rank(config, MAX_RANK))) and budget.fits(
+            plan_model(model, with_rank(everywhere, 1))
         ):
             config = everywhere
             reasons.append(f"every linear layer is targeted: the default targets fit even at rank {MAX_RANK}")
     for start, reason in _reductions(config, model):
         reasons += [reason] if reason else []
-        smallest = plan_model(model, _with_rank(start, 1))
+        smallest = plan_model(model, with_rank(start, 1))
         if not budget.fits(smallest):
             continue
-        best, best_plan, beyond = _highest_rank(start, smallest, model, budget)
-        fixed = best_plan.copies.norms + best_plan.copies.head + best_plan.biases
-        reasons.append(
-            f"tensor rank {best.tensor_rank} is the highest that fits: {budget.used(best_plan):,} of {budget}"
-            + (f"; rank {best.tensor_rank + 1} would take {budget.used(beyond):,}" if beyond else "")
-        )
-        reasons.append(
-            f"{fixed:,} of the {best_plan.trainable:,} parameters are norms, head and biases, whatever the rank"
-        )
-        return best, best_plan, reasons
+        best, best_plan, words = highest_rank(with_rank(start, 1), smallest, model, budget)
+        return best, best_plan, [*reasons, *words]
     raise InputError(
         f"no {_method(config)} adapter fits {budget}: the smallest takes {budget.used(smallest):,} {budget.unit}; "
         "raise the budget"
     )
 
 
-def _highest_rank(
-    start: LorettaConfig, smallest: Plan, model: nn.Module, budget: Budget
-) -> tuple[LorettaConfig, Plan, Plan | None]:
-    """The configuration of the highest tensor rank that fits, its plan, and that of the next rank, which does not.
+def highest_rank(
+    config: LorettaConfig, plan: Plan, model: nn.Module, budget: Budget
+) -> tuple[LorettaConfig, Plan, list[str]]:
+    """``config`` at the highest tensor rank that fits, its plan, and what it costs in words.
 
-    ``smallest`` is the plan of rank 1, which fits. Parameters never fall as the rank rises.
+    ``plan`` is that of ``config`` itself, which fits. Parameters never fall as the rank rises.
     """
-    fits, fails = 1, MAX_RANK + 1
-    plan, beyond = smallest, None
+    fits, fails = config.tensor_rank, max(MAX_RANK, config.tensor_rank) + 1
+    beyond: Plan | None = None
     while fails - fits > 1:
         middle = (fits + fails) // 2
-        found = plan_model(model, _with_rank(start, middle))
+        found = plan_model(model, with_rank(config, middle))
         if budget.fits(found):
             fits, plan = middle, found
         else:
             fails, beyond = middle, found
-    return _with_rank(start, fits), plan, beyond
+    fixed = plan.copies.norms + plan.copies.head + plan.biases
+    return (
+        with_rank(config, fits),
+        plan,
+        [
+            f"tensor rank {fits} is the highest that fits: {budget.used(plan):,} of {budget}"
+            + (f"; rank {fits + 1} would take {budget.used(beyond):,}" if beyond else ""),
+            f"{fixed:,} of the {plan.trainable:,} parameters are norms, head and biases",
+        ],
+    )
 
 
 def _method(config: LorettaConfig) -> str:
@@ -133,9 +135,12 @@ def _reductions(config: LorettaConfig, model: nn.Module) -> Iterator[tuple[Loret
         yield config, f"only the layers from {layers[0]} on are adapted"
 
 
-def _with_rank(config: LorettaConfig, rank: int) -> LorettaConfig:
+def with_rank(config: LorettaConfig, rank: int) -> LorettaConfig:
     if isinstance(config, LorettaRepConfig) and config.modes_per_side is not None:
-        # these trains carry an update of rank r whatever their own rank; its scale stays
+        # these trains carry an update of rank r whatever their own rank, unless a side is one mode; their scale stays
+        bottleneck = rank if config.modes_per_side == 1 else config.r
+        return replace(config, r=bottleneck, tensor_rank=rank, lora_alpha=config.lora_alpha * rank / config.tensor_rank)
+    if isinstance(config, LorettaSharedConfig):
         return replace(config, tensor_rank=rank, lora_alpha=config.lora_alpha * rank / config.tensor_rank)
     if isinstance(config, LorettaRepConfig):
         # a bottleneck below the tensor rank would waste it

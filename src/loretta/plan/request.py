@@ -7,6 +7,7 @@ from typing import Any
 
 from loretta.errors import InputError
 from loretta.options import parse_option, with_lists
+from loretta.plan.auto import NO_BUDGET, choose_form
 from loretta.plan.base_models import default_task_type, find_config, meta_model
 from loretta.plan.budget import Budget, choose
 from loretta.plan.plan import Plan, count_baseline, plan_model
@@ -67,9 +68,14 @@ def make_plan(
 ) -> PlanResult:
     """Plan a method, or a preset, on a model that exists as a configuration alone.
 
-    A preset brings its own model, method and options; ``model`` and ``sets`` change them. Raises InputError for
+    A preset brings its own model, method and options; ``model`` and ``sets`` change them. The preset "auto", which is
+    what a budget without a method takes, is the form that measured best among those that fit. Raises InputError for
     everything that a user can mend.
     """
+    if preset == "auto" or (budget is not None and method is None and preset is None):
+        if method not in (None, "auto"):
+            raise InputError(f"the preset 'auto' chooses the method, so leave out {method!r}, or the preset")
+        preset, method = None, "auto"
     found = find_preset(preset) if preset is not None else None
     if found is not None and method not in (None, found.method):
         raise InputError(f"the preset {preset!r} is of method {found.method!r}, not {method!r}: leave one of them out")
@@ -82,11 +88,13 @@ def make_plan(
     base = meta_model(config, task_type, num_labels=num_labels)
     notes = _preset_notes(found, name)
     given = dict(parse_option(word) for word in sets)
+    if method == "auto" and budget is None:
+        method, notes = "compact", (*notes, NO_BUDGET)
     if method == "compact":
         method, given = "rep", {**COMPACT, **given}
-    if method not in (configs := loretta_configs()):
+    if method not in {"auto", *(configs := loretta_configs())}:
         if found is None:
-            raise InputError(f"unknown method {method!r}: choose one of compact, {', '.join(configs)}")
+            raise InputError(f"unknown method {method!r}: choose one of auto, compact, {', '.join(configs)}")
         if sets or budget:
             raise InputError(f"the preset {preset!r} is a baseline that is only counted: leave --set and --budget out")
         count = count_baseline(base, found)
@@ -96,11 +104,16 @@ def make_plan(
         )  # fmt: skip
     options = {**(found.options if found else {}), **given}
     peft_task = None if task_type == "IMAGE_CLS" else task_type
-    loretta_config = _config(configs[method], options, peft_task)
-    if budget is None:
+    if method == "auto":
+        assert budget is not None
+        options = with_lists(options, LorettaConfig)
+        loretta_config, plan, reasons = choose_form(base, Budget.parse(budget), peft_task, options)
+        method, notes = plan.method, (*notes, *reasons)
+    elif budget is None:
+        loretta_config = _config(configs[method], options, peft_task)
         plan = plan_model(base, loretta_config)
     else:
-        loretta_config, plan, reasons = choose(base, loretta_config, Budget.parse(budget))
+        loretta_config, plan, reasons = choose(base, _config(configs[method], options, peft_task), Budget.parse(budget))
         notes = (*notes, *reasons)
     shown = {field.name: getattr(loretta_config, field.name) for field in dataclasses.fields(loretta_config)}
     return PlanResult(

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from loretta.errors import InputError
 from loretta.files import read_plain
@@ -42,8 +42,13 @@ class RunConfig(BaseModel):
     )
     method: str = Field(
         default="compact",
-        description="compact (rep as it measured best), rep, adp, shared, lora, ia3, ft, norms, head, ..., or any of "
-        "PEFT's as peft:NAME.",
+        description="compact (rep as it measured best), auto (by the budget), rep, adp, shared, lora, ia3, ft, norms, "
+        "head, ..., or any of PEFT's as peft:NAME.",
+    )
+    budget: str | None = Field(
+        default=None,
+        description="Trained parameters (100k) or bytes (400kB) at most: takes method auto, the form that measured "
+        "best among those that fit; with rep, adp or shared the highest rank that fits. An option of the method.",
     )
     method_args: dict[str, Any] = Field(default={}, description="Options of the method, each by --set.")
     head_policy: HeadPolicy = Field(
@@ -152,6 +157,15 @@ class RunConfig(BaseModel):
         default=None, description="Hub id of the repository (private when new) that adapter/ goes to at the end."
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _with_budget(cls, raw: Any) -> Any:
+        """A budget is an option of the method, and alone it chooses the method."""
+        if not isinstance(raw, dict) or raw.get("budget") is None or not isinstance(raw.get("method_args", {}), dict):
+            return raw
+        options = {**raw.get("method_args", {}), "budget": raw["budget"]}
+        return {**raw, "method": raw.get("method") or "auto", "method_args": options, "budget": None}
+
     @property
     def folder(self) -> Path:
         return Path(self.output or f"runs/{Path(self.data).stem}-{self.method.replace(':', '-')}-s{self.seed}")
@@ -159,7 +173,9 @@ class RunConfig(BaseModel):
 
 # how --help groups the options
 GROUPS: dict[str, tuple[str, ...]] = {
-    "What to train": ("model", "data", "method", "head_policy", "start_from", "output", "push_to_hub", "seed"),
+    "What to train": (
+        "model", "data", "method", "budget", "head_policy", "start_from", "output", "push_to_hub", "seed",
+    ),
     "Data": ("text", "text_pair", "label", "kind", "validation", "test", "data_dir", "limit", "max_length"),
     "Prompted tasks": ("prompted", "train_as", "sample", "max_new_tokens"),
     "Training": (

@@ -42,6 +42,7 @@ def first_lines(
         *_of_lengths(config, task, encoded, tokenizer),
         *_of_shared_texts(task),
         _of_method(config, trainer),
+        *_of_choice(trainer),
         _of_steps(config, trainer, len(encoded["train"])),
     ]
 
@@ -123,6 +124,12 @@ def _of_method(config: RunConfig, trainer: TwoRateTrainer) -> str:
         f"{config.method} on {config.model}{device}: {trained:,} of {total:,} parameters are trained "
         f"({100 * trained / total:.2g}%: {parts}), {rate}{head}"
     )
+
+
+def _of_choice(trainer: TwoRateTrainer) -> list[str]:
+    """Why a budget chose this form."""
+    adapters = getattr(trainer.model, "peft_config", {})
+    return [f"by the budget: {why}" for config in adapters.values() if (why := getattr(config, "why", ""))]
 
 
 def _of_steps(config: RunConfig, trainer: TwoRateTrainer, rows: int) -> str:

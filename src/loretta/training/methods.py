@@ -23,6 +23,8 @@ from transformers import PreTrainedModel
 
 from loretta.errors import InputError
 from loretta.options import with_lists
+from loretta.plan.auto import choose_form
+from loretta.plan.budget import Budget, choose
 from loretta.training.config import ALIASES, HeadPolicy, RunConfig
 from loretta.tuners.adp import LorettaAdpConfig
 from loretta.tuners.config import LorettaConfig, TrainHead
@@ -51,9 +53,11 @@ _REP = Method(config=LorettaRepConfig, learning_rate=2e-3)
 _COMPACT = Method(config=LorettaRepConfig, options=COMPACT, learning_rate=1.5e-3)
 _ADP = Method(config=LorettaAdpConfig, learning_rate=2e-3)
 _SHARED = Method(config=LorettaSharedConfig, learning_rate=2e-3)
+_TRAIN_HEAD: dict[HeadPolicy, TrainHead] = {"full": "dense", "frozen": "frozen"}
 # 20 virtual tokens, and 768 in the prompt's encoder, as in the paper
 _PROMPT = {"num_virtual_tokens": 20}
 METHODS: dict[str, Method] = {
+    "auto": Method(config=LorettaConfig, learning_rate=1.5e-3),  # the form follows from the option "budget"
     "compact": _COMPACT,
     "rep": _REP,
     "adp": _ADP,
@@ -104,6 +108,7 @@ def refuse_unknown_options(name: str, options: Collection[str]) -> None:
     if method.config is None:
         return  # full fine-tuning has none, which it says itself
     fields = {field.name for field in dataclasses.fields(method.config)}
+    fields |= {"budget"} if issubclass(method.config, LorettaConfig) else set()
     unknown = sorted(set(options) - fields)
     if unknown:
         # what is no option of the run is taken for one of the method
@@ -121,6 +126,9 @@ def peft_config(
 ) -> PeftConfig:
     """The PEFT config of a method for one model.
 
+    The option "budget" of LoRETTA's methods is no part of the config: it chooses the highest rank that fits
+    (:func:`loretta.plan.choose`), and of the method "auto" the form.
+
     Raises InputError for an unknown method, an unknown option (with those that exist), a bad value, and a model that
     the method cannot train.
     """
@@ -135,8 +143,11 @@ def peft_config(
             f"train_head={options['train_head']!r} and head_policy={head_policy!r} both say what becomes of the head: "
             "give one of them"
         )
+    if issubclass(method.config, LorettaConfig) and head_policy != "method":
+        merged["train_head"] = _TRAIN_HEAD[head_policy]
+    budget = merged.pop("budget", None)
     try:
-        config = method.config(task_type=task_type, **merged)
+        config = _within(budget, method.config, model, task_type, merged)
     except InputError:
         raise
     except (TypeError, ValueError) as error:
@@ -144,6 +155,22 @@ def peft_config(
     if (reason := _misfit(config, model)) is not None:
         raise InputError(f"method {name!r} does not fit this model: {reason}")
     _set_head(config, model, head_policy)
+    return config
+
+
+def _within(
+    budget: Any, cls: type[PeftConfig], model: nn.Module, task_type: str, options: Mapping[str, Any]
+) -> PeftConfig:
+    """The config, where there is a budget as large as that allows."""
+    if cls is LorettaConfig:
+        if budget is None:
+            raise InputError("method 'auto' chooses a form by a budget: give one, such as --budget 100k")
+        return choose_form(model, Budget.parse(budget), task_type, options)[0]
+    config = cls(task_type=task_type, **options)
+    if budget is not None:
+        assert isinstance(config, LorettaConfig)
+        config, _, reasons = choose(model, config, Budget.parse(budget))
+        config.__dict__["_why"] = "; ".join(reasons[:-1])
     return config
 
 
@@ -160,10 +187,8 @@ def frozen_head(config: PeftConfig, model: nn.Module, head_policy: HeadPolicy) -
 
 
 def _set_head(config: PeftConfig, model: nn.Module, head_policy: HeadPolicy) -> None:
-    """Say in the method's own words what becomes of the head."""
+    """Say in the words of PEFT's methods what becomes of the head; those of LoRETTA have an option for it."""
     if isinstance(config, LorettaConfig):
-        if head_policy != "method":
-            config.train_head = "dense" if head_policy == "full" else "frozen"
         return
     train_head: TrainHead = "dense" if head_policy == "full" else "frozen"
     names = head_names(model, LorettaConfig(task_type=config.task_type, train_head=train_head))

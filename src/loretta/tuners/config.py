@@ -96,6 +96,11 @@ class LorettaConfig(PeftConfig):
         }
 
     @property
+    def why(self) -> str:
+        """Why this form was chosen, where a budget chose it (:func:`loretta.auto_config`); it is not saved."""
+        return str(self.__dict__.get("_why", ""))
+
+    @property
     def holds_whole_norms(self) -> bool:
         """Whether this is the config of an adapter that was saved when norms were still copied whole."""
         return self.base_signature is not None and self.head_origins is None

@@ -1,0 +1,112 @@
+"""The form of an adapter that measured best among those that fit a budget."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+from loretta.errors import InputError
+from loretta.plan.base_models import default_task_type, find_config, meta_model
+from loretta.plan.budget import Budget, highest_rank, with_rank
+from loretta.plan.front import Form, Kind, read_front
+from loretta.plan.plan import Plan, plan_model
+from loretta.plan.presets import loretta_configs
+from loretta.tuners.config import LorettaConfig
+from loretta.tuners.rep import LorettaRepConfig
+
+# what a form says itself; the other options that all methods share may be given beside a budget
+_OF_FORMS = {"tensor_rank", "modes_per_side", "shapes", "rank_pattern"}
+AUTO_OPTIONS = {field.name for field in dataclasses.fields(LorettaConfig)} - _OF_FORMS
+NO_BUDGET = "compact is the form that measured best for its size; with a budget the form follows from that"
+
+
+def auto_config(
+    model: nn.Module | str, budget: str | int | None = None, *, task_type: str | None = None, **options: Any
+) -> LorettaConfig:
+    """The config of the form that measured best (docs/choosing.md) among those that fit ``budget`` on ``model``.
+
+    It is an ordinary config for ``get_peft_model``; its ``why`` names the measurement behind the choice. Of the forms
+    whose measured rank fits, the best one gets the highest rank that fits. Below the smallest of them a form gets a
+    lower rank than was measured. All that is trained counts: cores, norms, and what is trained of a head.
+
+    Args:
+        model: a model that is not wrapped yet, or the name of one (a Hub id, a folder, or one of
+            ``loretta.plan.FAMILIES``), of which only the configuration is read.
+        budget: "100k" (parameters), "400kB" (bytes of the saved adapter in float32), or a number of parameters. Without
+            one it is ``LorettaRepConfig.compact``.
+        task_type: as PEFT's. For a name, the default is that of ``loretta plan``.
+        options: of :class:`LorettaConfig`. ``train_norms`` limits the choice; False is for adapters that are to be a
+            LoRA elsewhere.
+
+    Raises InputError when no form fits, or for an option that is the choice itself.
+    """
+    if isinstance(model, str):
+        found = find_config(model)
+        task_type = task_type or default_task_type(found)
+        model = meta_model(found, task_type)
+        task_type = None if task_type == "IMAGE_CLS" else task_type  # PEFT has no such type
+    if isinstance(model, PeftModel):
+        raise InputError("auto_config: the model has an adapter already, so give the base model without one")
+    if budget is None:
+        config: LorettaConfig = LorettaRepConfig.compact(task_type=task_type, **options)
+        config.__dict__["_why"] = NO_BUDGET
+        return config
+    return choose_form(model, Budget.parse(budget), task_type, options)[0]
+
+
+def choose_form(
+    model: nn.Module, budget: Budget, task_type: str | None, options: Mapping[str, Any]
+) -> tuple[LorettaConfig, Plan, list[str]]:
+    """What :func:`auto_config` chooses on a model that is not wrapped (the meta device is enough), planned, and why.
+
+    Raises InputError as that does.
+    """
+    if wrong := sorted(options.keys() - AUTO_OPTIONS):
+        raise InputError(
+            f"a budget chooses the form, so {', '.join(map(repr, wrong))} cannot be given beside it: name a method "
+            "too, or leave that out"
+        )
+    front, (kind, width) = read_front(), _kind_and_width(model)
+    asked = options.get("train_norms")
+    forms = [form for form in front.ranked(kind) if asked in (None, form.options["train_norms"])]
+    smallest: Plan | None = None
+    refusal: InputError | None = None
+    for at_rank_1 in (False, True):
+        for form in forms:
+            config = _config(form, task_type, options)
+            config = with_rank(config, 1) if at_rank_1 else config
+            try:
+                plan = plan_model(model, config)
+            except InputError as error:  # a model without default targets, or one that the form does not fit
+                refusal = error
+                continue
+            if smallest is None or budget.used(plan) < budget.used(smallest):
+                smallest = plan
+            if not budget.fits(plan):
+                continue
+            best, best_plan, words = highest_rank(config, plan, model, budget)
+            why = front.why(form, kind, width)
+            best.__dict__["_why"] = "; ".join([why, words[0]])
+            return best, best_plan, [why, *words]
+    if smallest is None:
+        raise refusal or InputError("no measured form has the options that were given: leave train_norms out")
+    raise InputError(
+        f"no adapter fits {budget}: the smallest takes {budget.used(smallest):,} {budget.unit}; raise the budget, or "
+        "train less of the head with train_head=frozen"
+    )
+
+
+def _config(form: Form, task_type: str | None, options: Mapping[str, Any]) -> LorettaConfig:
+    return loretta_configs()[form.method](task_type=task_type, **{**form.options, **options})
+
+
+def _kind_and_width(model: nn.Module) -> tuple[Kind, int | None]:
+    """Whether a model reads or writes text, and its width where its configuration says so."""
+    config = getattr(model, "config", None)
+    sizes = BaseTuner.get_model_config(model)
+    width = sizes.get("hidden_size") or sizes.get("d_model") or sizes.get("n_embd")
+    reads = config is None or default_task_type(config) in ("SEQ_CLS", "IMAGE_CLS")
+    return "encoder" if reads else "decoder", width

@@ -1,0 +1,107 @@
+"""Which forms of an adapter were measured, and what they earned: what ``auto`` chooses by.
+
+``front.json`` beside this file is written by benchmarks/front.py from benchmarks/results/ (``make tables``).
+"""
+
+import math
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+FRONT = Path(__file__).with_name("front.json")
+Kind = Literal["encoder", "decoder"]
+_MODES = {1: "one mode", 2: "two modes", 3: "three modes"}
+
+
+class _Plain(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Other(_Plain):
+    """Another method on one model: its name, trained parameters without the head, and mean score over the tasks."""
+
+    name: str
+    count: int
+    mean: float
+
+
+class Measured(_Plain):
+    """A model that forms were measured on, its width, the tasks, and the methods beside them."""
+
+    kind: Kind
+    width: int
+    tasks: list[str]
+    others: list[Other]
+
+
+class Score(_Plain):
+    """A form on one model: parameters without the head, mean score, and how far that is above LoRA of rank 1."""
+
+    count: int
+    mean: float
+    gain: float
+
+
+class Form(_Plain):
+    """A method with options, and its score by model."""
+
+    method: Literal["rep", "adp", "shared"]
+    options: dict[str, Any]
+    scores: dict[str, Score]
+
+    @property
+    def words(self) -> str:
+        rank, modes = self.options["tensor_rank"], self.options.get("modes_per_side")
+        shape = f"of {_MODES.get(modes, f'{modes} modes')} a side and rank {rank}" if modes else f"of rank {rank}"
+        shape += " (which is LoRA)" if modes == 1 else ""
+        places = "after attention and feed-forward" if self.method == "adp" else "on query and value"
+        if self.options.get("target_modules") == "all-linear":
+            places = "on every linear layer"
+        return f"{self.method} {shape} {places}" + (" with the norms" if self.options["train_norms"] else "")
+
+
+class Front(_Plain):
+    """All forms and models. ``reference`` is the method that gains are counted from."""
+
+    reference: str
+    models: dict[str, Measured]
+    forms: list[Form]
+
+    def ranked(self, kind: Kind) -> list[Form]:
+        """The forms from the best mean gain down, on models of one kind where any was measured, else on all."""
+        models = {name for name, model in self.models.items() if model.kind == kind} or set(self.models)
+        gains = {
+            k: [score.gain for model, score in form.scores.items() if model in models]
+            for k, form in enumerate(self.forms)
+        }
+        order = sorted((k for k in gains if gains[k]), key=lambda k: -sum(gains[k]) / len(gains[k]))
+        return [self.forms[k] for k in order]
+
+    def why(self, form: Form, kind: Kind, width: int | None) -> str:
+        """The score of a form on the measured model that is most like the given one, beside the nearest count there."""
+        name = min(
+            form.scores,
+            key=lambda name: (
+                self.models[name].kind != kind,
+                abs(math.log(self.models[name].width / width)) if width else 0.0,
+            ),
+        )
+        model, score = self.models[name], form.scores[name]
+        other = min(model.others, key=lambda other: abs(math.log(other.count / score.count)))
+        tasks = " and ".join([", ".join(model.tasks[:-1]), model.tasks[-1]] if model.tasks[1:] else model.tasks)
+        return (
+            f"{form.words}: {_short(score.mean)} with {score.count:,} parameters on {name} (mean of {tasks}), "
+            f"where {other.name} has {_short(other.mean)} with {other.count:,}"
+        )
+
+
+@cache
+def read_front() -> Front:
+    """The measured front that the package carries."""
+    return Front.model_validate_json(FRONT.read_text(encoding="utf-8"))
+
+
+def _short(score: float) -> str:
+    return f"{score:.3f}".replace("0.", ".", 1)
