@@ -1,97 +1,86 @@
-"""Which learning rates the demo should use: every method over a grid, on validation, with seeds.
+"""Which learning rates the demo should use: every method over a grid of equal size, on validation, with seeds.
 
-    python benchmarks/learning_rates.py --seeds 3 --processes 8 -o benchmarks/results/learning_rates.json
+    python benchmarks/learning_rates.py -o benchmarks/results/learning_rates.json
 
-Runs on the GPU where there is one. Each row is one training run of the demo's length; the last lines are means.
+Seeds and rates of a method are trained at once, as a population, on the GPU where there is one. A row is one run of the
+demo's length, or with --quick of its short form; the last lines are means.
 """
 
 import argparse
 import json
-import multiprocessing
 import platform
 import tempfile
 from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
-from statistics import mean
+from statistics import mean, stdev
 from typing import Any
 
-HEAD_RATES = (0.01, 0.03, 0.1, 0.3)
-RATES = {
-    "adp": (1e-3, 2e-3, 4e-3, 8e-3),
-    "rep": (1e-3, 2e-3, 4e-3, 8e-3),
-    "lora": (1e-3, 2e-3, 4e-3, 8e-3),
-    "norms": (1e-3, 2e-3, 4e-3, 8e-3),
-}
+import torch
+
+from loretta.cli.demo import HEAD_LEARNING_RATE, LEARNING_RATES, encoder_folder, run_config
+from loretta.population.training import train_together
+
+HEAD_RATES = (0.03, 0.1, 0.2, 0.3, 0.6)
+RATES = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 
 
-def grid(seeds: int) -> list[dict[str, Any]]:
-    """Head-only over its rates; the others over theirs, with the head at the demo's rate."""
-    from loretta.cli.demo import HEAD_LEARNING_RATE
-
-    points = [{"method": "head", "learning_rate": rate, "head_learning_rate": rate} for rate in HEAD_RATES]
-    points += [
-        {"method": method, "learning_rate": rate, "head_learning_rate": HEAD_LEARNING_RATE}
-        for method, rates in RATES.items()
-        for rate in rates
+def measure(method: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every seed of a method at every rate; the head alone over rates of its own, others with the demo's for theirs."""
+    points = [
+        {"learning_rate": rate, "head_learning_rate": rate if method == "head" else HEAD_LEARNING_RATE, "seed": seed}
+        for rate in (HEAD_RATES if method == "head" else RATES)
+        for seed in range(args.seeds)
     ]
-    return [{**point, "seed": seed} for seed in range(seeds) for point in points]
-
-
-def run(job: tuple[dict[str, Any], str, dict[str, Any]]) -> dict[str, Any]:
-    point, model, changes = job
-    import warnings
-
-    import torch
-
-    from loretta.cli.demo import run_config
-    from loretta.training.run import train
-
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        config = run_config(point["method"], Path(folder), quick=False, model=model)
-        record = train(config.model_copy(update={**point, **changes, "cpu": False}))
-    return {
-        **point,
-        "epochs": record.config["epochs"],
-        "validation": record.validation["accuracy"],
-        "test": (record.test or {})["accuracy"],
-        "trainable": record.parameters.trainable,
-        "seconds": round(record.train_seconds, 1),
-        "device": record.device,
-    }
+        changes: dict[str, Any] = {"cpu": not torch.cuda.is_available()}
+        if args.max_steps is not None:
+            changes["max_steps"] = args.max_steps
+        configs = [
+            run_config(method, Path(folder) / str(k), quick=args.quick, model=args.model).model_copy(
+                update={**point, **changes}
+            )
+            for k, point in enumerate(points)
+        ]
+        records = train_together(configs)
+    return [
+        {
+            "method": method,
+            **point,
+            "quick": args.quick,
+            "epochs": record.config["epochs"],
+            "validation": record.validation["accuracy"],
+            "test": (record.test or {})["accuracy"],
+            "trainable": record.parameters.trainable,
+            "device": record.device,
+        }
+        for point, record in zip(points, records, strict=True)
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--methods", nargs="+", default=list(LEARNING_RATES), choices=list(LEARNING_RATES))
     parser.add_argument("--model", help="folder of the encoder; default: the packaged one")
-    parser.add_argument("--epochs", type=float, help="default: the demo's")
-    parser.add_argument("--limit", type=int, help="rows a split, for a dry run")
+    parser.add_argument("--quick", action="store_true", help="the demo's short form")
+    parser.add_argument("--max-steps", type=int, help="for a dry run")
     parser.add_argument("-o", "--output", type=Path, default=Path("benchmarks/results/learning_rates.json"))
     args = parser.parse_args()
-    if args.model is None:
-        from loretta.cli.demo import encoder_folder
-
-        args.model = encoder_folder()
-    changes = {key: value for key in ("epochs", "limit") if (value := getattr(args, key)) is not None}
-    jobs = [(point, args.model, changes) for point in grid(args.seeds)]
-    with multiprocessing.get_context("spawn").Pool(args.processes) as pool:
-        rows = []
-        for row in pool.imap_unordered(run, jobs):
-            rows.append(row)
-            write(args.output, rows, len(jobs))
-    summarise(rows)
+    args.model = args.model or encoder_folder()
+    rows: list[dict[str, Any]] = json.loads(args.output.read_text())["rows"] if args.output.exists() else []
+    rows = [row for row in rows if (row["method"] not in args.methods or row["quick"] != args.quick)]
+    for method in args.methods:
+        rows += measure(method, args)
+        write(args.output, rows)
+    summarise([row for row in rows if row["quick"] == args.quick])
 
 
-def write(path: Path, rows: list[dict[str, Any]], wanted: int) -> None:
+def write(path: Path, rows: list[dict[str, Any]]) -> None:
     packages = ("torch", "transformers", "peft")
     versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
-    rows = sorted(rows, key=lambda row: (row["method"], row["learning_rate"], row["seed"]))
-    content = {"wanted": wanted, "versions": versions, "rows": rows}
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    rows = sorted(rows, key=lambda row: (row["quick"], row["method"], row["learning_rate"], row["seed"]))
+    path.write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 def summarise(rows: list[dict[str, Any]]) -> None:
@@ -99,8 +88,9 @@ def summarise(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         points[row["method"], row["learning_rate"]].append(row)
     for (method, rate), group in sorted(points.items()):
-        scores = [f"{name} {mean(row[name] for row in group):.4f}" for name in ("validation", "test")]
-        print(f"{method:6} {rate:<6g} {'  '.join(scores)}  ({len(group)} seeds)")
+        means = [f"{name} {mean(row[name] for row in group):.4f}" for name in ("validation", "test")]
+        spread = stdev(row["test"] for row in group) if len(group) > 1 else 0.0
+        print(f"{method:8} {rate:<6g} {'  '.join(means)} (sd {spread:.4f})  {group[0]['trainable']:,} trained")
 
 
 if __name__ == "__main__":
