@@ -31,6 +31,7 @@ from loretta.training.batches import Shapes, shapes_of
 from loretta.training.config import RunConfig
 from loretta.training.recordings import Recorder
 from loretta.training.trainer import TwoRateTrainer
+from loretta.wording import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -332,7 +333,7 @@ class _Graphs:
                 inputs = {name: tensor.clone() for name, tensor in batch.items()}
                 self.steps[shapes] = inputs, self.recorder.record(lambda: (work(inputs), None))
             except RuntimeError as error:
-                self.why_eager = " ".join(str(error).split())[:200]
+                self.why_eager = one_line(error, 200)
                 logger.warning("no CUDA graphs, training is eager: %s", self.why_eager)
                 return work(batch)
         inputs, again = self.steps[shapes]

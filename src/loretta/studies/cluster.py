@@ -15,6 +15,7 @@ from loretta.errors import InputError
 from loretta.studies.execution import Outcome, hold
 from loretta.studies.unit import GRACE, Unit, UnitProcess
 from loretta.studies.workers import POLL, outcomes_of
+from loretta.wording import one_line
 
 RETRIES = 3  # of a unit whose machine is lost
 CPUS = 1  # of each unit
@@ -65,7 +66,7 @@ class RayWorkers:
             try:
                 ray.init(address=address, log_to_driver=False, logging_level="warning")
             except (ConnectionError, ValueError, RuntimeError) as error:
-                reason = " ".join(str(error).split())[:160]
+                reason = one_line(error, 160)
                 raise InputError(
                     f"--ray {address} finds no cluster ({reason}): start one with `ray start --head`, or give its "
                     "address"
@@ -100,7 +101,7 @@ class RayWorkers:
         try:
             why_dead, seconds = self.ray.get(ended[0])
         except self.ray.exceptions.RayTaskError as error:
-            why_dead, seconds = " ".join(str(error.cause).split()), 0.0
+            why_dead, seconds = one_line(error.cause), 0.0
         except self.ray.exceptions.RayError as error:
             why_dead, seconds = f"its machine was lost {RETRIES + 1} times: {' '.join(str(error).split())[:160]}", 0.0
             for run in unit.runs:

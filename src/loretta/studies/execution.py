@@ -31,6 +31,7 @@ from loretta.studies.state import (
 )
 from loretta.studies.study import Planned
 from loretta.training.config import RunConfig
+from loretta.wording import one_line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,7 +80,7 @@ def carry_out(root: Path, run: Planned, wait: float = 0.0) -> Outcome:
         except (Exception, Stopped) as error:
             if isinstance(error, Stopped) and error.exit_status > 128:  # a signal, which is meant for all runs
                 raise
-            words = " ".join(str(error).split()) or type(error).__name__
+            words = one_line(error) or type(error).__name__
             reason = words if isinstance(error, InputError | Stopped) else f"{type(error).__name__}: {words}"
             record_failure(folder, reason, traceback.format_exc())
             return Outcome(folder=run.folder, state="failed", reason=reason, seconds=time.perf_counter() - start)

@@ -23,6 +23,7 @@ from loretta.studies.study import Planned, Study
 from loretta.studies.unit import Unit
 from loretta.studies.workers import Here, Processes, Workers, visible_gpus
 from loretta.training.config import RunConfig
+from loretta.wording import one_line
 
 MOST_TOGETHER = 64  # more of them do not make a GPU busier (benchmarks/population.py)
 Watch = Callable[[str, Outcome | None, int, int], None]  # folder, how it ended, runs that ended, runs in all
@@ -194,7 +195,7 @@ def _refuse_missing_weights(root: Path, study: Study, expansion: Expansion) -> N
             try:
                 AutoConfig.from_pretrained(base.weights)
             except (OSError, ValueError) as error:
-                reason = " ".join(str(error).split())[:160]
+                reason = one_line(error, 160)
                 raise InputError(
                     f"the model '{base.weights}' cannot be loaded ({reason}): give --model a Hub id that can be "
                     "reached or a model's folder, or --dry-run to see the plan"

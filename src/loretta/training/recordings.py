@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from loretta.errors import InputError
+from loretta.wording import one_line
 
 Work = Callable[[], tuple[Tensor, Tensor | None]]  # loss of a batch, and the norm of the gradients where it updates
 
@@ -146,4 +147,4 @@ class Gradients:
 
 def short(error: Exception) -> str:
     """An error on one line."""
-    return " ".join(str(error).split())[:200]
+    return one_line(error, 200)

@@ -169,3 +169,28 @@ class LorettaConfig(PeftConfig):
         """A phrase where the option is none of the words allowed: by default those of the field's Literal type."""
         value, allowed = getattr(self, name), allowed or get_args(self.__dataclass_fields__[name].type)
         return [] if value in allowed else [f"{name}={value!r} is none of {', '.join(map(repr, allowed))}"]
+
+
+@dataclass
+class LorettaUpdateConfig(LorettaConfig):
+    """What rep and shared have in common: an update of a linear layer's weight, scaled as LoRA's is.
+
+    Args:
+        lora_alpha: the update is scaled by ``lora_alpha / tensor_rank``.
+        use_rslora: scale by ``lora_alpha / sqrt(tensor_rank)`` instead.
+        lora_dropout: dropout on the input of the update.
+        alpha_pattern: ``lora_alpha`` for single modules, as ``rank_pattern``.
+        fan_in_fan_out: accepted for compatibility with LoRA; the layer's type decides.
+    """
+
+    lora_alpha: float = 16
+    lora_dropout: float = 0.0
+    use_rslora: bool = False
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    fan_in_fan_out: bool = False
+
+    def _problems(self) -> list[str]:
+        problems = super()._problems()
+        if not 0 <= self.lora_dropout < 1:
+            problems.append(f"lora_dropout={self.lora_dropout!r} must be at least 0 and below 1")
+        return problems

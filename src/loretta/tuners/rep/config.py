@@ -1,9 +1,9 @@
 """Options of rep: the weight update."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from loretta.tuners.config import LorettaConfig
+from loretta.tuners.config import LorettaUpdateConfig
 from loretta.tuners.register import add_peft_type
 
 # the scale of the update is 2, as that of LoRA with its usual alpha of twice its rank
@@ -17,28 +17,19 @@ COMPACT: dict[str, Any] = {
 
 
 @dataclass
-class LorettaRepConfig(LorettaConfig):
+class LorettaRepConfig(LorettaUpdateConfig):
     """LoRETTA_rep (section 3.3): ``W0 + scaling * TT(down) TT(up)`` on linear layers and on GPT-2's Conv1D.
 
-    The options below come on top of those of :class:`LorettaConfig`.
+    The option below comes on top of those of :class:`LorettaConfig` and :class:`LorettaUpdateConfig`; with their
+    defaults the update is scaled by the paper's 16 / 5.
 
     Args:
         r: the bottleneck between the two trains (the paper's 8, 16 or 32). The rank of the update is at most
             ``min(r, tensor_rank)``.
-        lora_alpha: the update is scaled by ``lora_alpha / tensor_rank`` (the paper's 16 / 5 and 16 / 8).
-        use_rslora: scale by ``lora_alpha / sqrt(tensor_rank)`` instead.
-        lora_dropout: dropout on the input of the update.
-        alpha_pattern: ``lora_alpha`` for single modules, as ``rank_pattern``.
-        fan_in_fan_out: accepted for compatibility with LoRA; the layer's type decides.
     """
 
     bias: Literal["none", "all", "loretta_rep_only"] = "none"
     r: int = 8
-    lora_alpha: float = 16
-    lora_dropout: float = 0.0
-    use_rslora: bool = False
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    fan_in_fan_out: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,7 +45,4 @@ class LorettaRepConfig(LorettaConfig):
         return cls(**{**COMPACT, **options})
 
     def _problems(self) -> list[str]:
-        problems = [*super()._problems(), *self._below_one("r", self.r)]
-        if not 0 <= self.lora_dropout < 1:
-            problems.append(f"lora_dropout={self.lora_dropout!r} must be at least 0 and below 1")
-        return problems
+        return [*super()._problems(), *self._below_one("r", self.r)]

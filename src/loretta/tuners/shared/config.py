@@ -1,38 +1,27 @@
 """Options of shared: the weight updates from one train."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
-from loretta.tuners.config import LorettaConfig
+from loretta.tuners.config import LorettaUpdateConfig
 from loretta.tuners.register import add_peft_type
 
 
 @dataclass
-class LorettaSharedConfig(LorettaConfig):
+class LorettaSharedConfig(LorettaUpdateConfig):
     """One train for all adapted modules: ``W0 + scaling * L G_layer[l] G_projection[m] R`` in layer l, projection m.
 
     L (in x rank) is shared by all modules of one input width, R (rank x out) by all of one output width; a further
     layer or projection costs ``tensor_rank ** 2`` parameters. A layer is what the first number in a module's name, or
     ``layers_pattern``, says it is; modules without a number are one layer together. Of the options of
     :class:`LorettaConfig`, ``tensor_rank`` is the rank of all updates, ``shapes`` makes sides of several cores
-    (``{"768x16": [24, 512], "16x768": [512, 24]}`` at rank 16), and ``rank_pattern`` is not taken. The options below
-    come on top.
-
-    Args:
-        lora_alpha: the updates are scaled by ``lora_alpha / tensor_rank``, which is 2 unless one of them is given.
-        use_rslora: scale by ``lora_alpha / sqrt(tensor_rank)`` instead.
-        lora_dropout: dropout on the input of the updates.
-        alpha_pattern: ``lora_alpha`` for single modules, by the end of their name or a regular expression.
-        fan_in_fan_out: accepted for compatibility with LoRA; the layer's type decides.
+    (``{"768x16": [24, 512], "16x768": [512, 24]}`` at rank 16), and ``rank_pattern`` is not taken. The updates are
+    scaled by ``lora_alpha / tensor_rank`` (:class:`LorettaUpdateConfig`), which is 2 unless one of them is given.
     """
 
     bias: Literal["none", "all", "loretta_shared_only"] = "none"
     tensor_rank: int = 16
     lora_alpha: float = 32
-    lora_dropout: float = 0.0
-    use_rslora: bool = False
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    fan_in_fan_out: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,8 +29,6 @@ class LorettaSharedConfig(LorettaConfig):
 
     def _problems(self) -> list[str]:
         problems = super()._problems()
-        if not 0 <= self.lora_dropout < 1:
-            problems.append(f"lora_dropout={self.lora_dropout!r} must be at least 0 and below 1")
         if self.modes_per_side is not None:
             problems.append(
                 f"modes_per_side={self.modes_per_side!r}: the sides of a shared train are one core, or what shapes says"
