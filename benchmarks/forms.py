@@ -224,7 +224,7 @@ def command_of(cell: Cell, args: argparse.Namespace) -> str:
     words = [f"--model {Path(args.model).name} --data-dir DATA --order '{order}'"]
     words += [f"--seeds {len(cell.seeds)} --rates {len(cell.rates)} --epochs {cell.epochs:g} --out FILE"]
     words += [f"--{key} {value}" for key in ("max_steps", "limit") if (value := getattr(args, key)) is not None]
-    return " ".join(["python", "benchmarks/forms.py", *words]).replace("max_steps", "max-steps")
+    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words]).replace("max_steps", "max-steps")
 
 
 def in_halves(
