@@ -127,6 +127,9 @@ COMMANDS = [
     ("report", "{}", "--format", "md"),
     ("report", "{}", "--format", "csv"),
     ("report", "{}", "--format", "latex"),
+    ("report", "{}", "--format", "json"),
+    ("runs", "show", "{}/evil", "--json"),
+    ("runs", "ls", "{}", "--json"),
     ("report", "{}", "--format", "html", "-o", "-"),
 ]
 

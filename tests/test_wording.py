@@ -60,7 +60,10 @@ def test_json_that_every_reader_takes():
 
 
 def test_json_lines():
-    rows = [{"text": "one\ntwo", "score": 0.5}, {"text": "é\u2028"}]
-    lines = as_json_lines(rows).split("\n")
+    rows = [{"text": "one\ntwo", "score": 0.5}, {"text": "é中 \u2028\u202e\u200e\U000e0041\ud800\x9b"}]
+    text = as_json_lines(rows)
+    assert "é中" in text
+    assert all(c.isprintable() or c == "\n" for c in text)
+    lines = text.split("\n")
     assert [json.loads(line) for line in lines[:-1]] == rows
     assert lines[-1] == ""

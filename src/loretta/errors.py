@@ -19,3 +19,10 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, message: str, *, exit_status: int) -> None:
         super().__init__(message)
         self.exit_status = exit_status
+
+
+class OutOfMemory(Stopped):
+    """The memory is too small for what was asked."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, exit_status=71)  # EX_OSERR of sysexits.h

@@ -13,6 +13,12 @@ if TYPE_CHECKING:
 MAX_QUOTE = 60
 MAX_LISTED = 20
 MISSING = "–"  # in the place of a number that nobody knows
+# what is obeyed or hidden and never a part of words: control characters but tabs and line ends, marks and turns of
+# direction, line separators, blanks without width (the two joiners are of words), tags, halves of characters
+OBEYED = re.compile(
+    r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
+    r"\U000e0000-\U000e007f]"
+)
 
 
 def quoted(value: object) -> str:
@@ -105,8 +111,9 @@ def _finite(content: Any) -> Any:
 
 
 def as_json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
-    """A line of JSON for each row."""
-    return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+    """A line of JSON for each row, which a person may read: what is obeyed or hidden in it is escaped."""
+    lines = (json.dumps(row, ensure_ascii=False, default=str) for row in rows)
+    return "".join(OBEYED.sub(lambda found: json.dumps(found[0])[1:-1], line) + "\n" for line in lines)
 
 
 def as_text(*tables: Any, width: int = 160) -> str:

@@ -3,6 +3,7 @@
 import json
 import shlex
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from training_data import sentences
 
 from loretta.cli import main as cli
 from loretta.record import RunRecord
-from loretta.studies import runner
+from loretta.studies import workers
 from loretta.studies.study import load_study, study_names
 
 TARGETS = study_names()
@@ -170,13 +171,15 @@ def test_compare_answers_on_the_users_own_data(bert, reviews, capsys, tmp_path):
     assert json.loads((tmp_path / "study.json").read_text())["study"]["view"] == "compare"
 
 
-def test_an_interrupt_says_how_to_go_on(bert, data_dir, capsys, tmp_path, monkeypatch):
-    def interrupted(*arguments, **options):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(runner, "run_study", interrupted)
-    status, _, err = call(capsys, "reproduce", "table1", "--model", bert, "--data-dir", data_dir, "-o", tmp_path)
-    assert (status, err.splitlines()[-1]) == (130, "loretta: interrupted; the same command goes on from here")
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_says_how_to_go_on(number, status, bert, data_dir, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(workers.Here, "start", lambda self, unit: signal.raise_signal(number))
+    words = ("reproduce", "table1", "--model", bert, "--data-dir", data_dir, "-o", tmp_path, "--jobs", "0")
+    found, _, err = call(capsys, *words)
+    assert found == status
+    assert err.splitlines()[-1].endswith(
+        f"stopped by {number.name} before the end of the study: go on with the same command"
+    )
 
 
 BAD = {

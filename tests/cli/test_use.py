@@ -159,7 +159,11 @@ def test_a_classifier_does_not_talk(verb, given, words, mine, capsys):
     assert_refused(status, err, words)
 
 
-def test_a_listing_says_how_to_go_on(mine, capsys, tmp_path):
+def test_a_listing_says_how_to_go_on(mine, bert, capsys, tmp_path):
+    shutil.copytree(bert, tmp_path / "model")  # with a config.json that is no run's
+    assert call(capsys, "export", mine, "--to", "merged", "-o", tmp_path / "merged", "--model", bert)[0] == 0
+    status, _, err = call(capsys, "train", "--resume", tmp_path / "merged")
+    assert (status, "holds no run to go on with" in err) == (2, True)
     (mine / "run.json").rename(mine / "old.json")
     _, out, _ = call(capsys, "runs", "ls", tmp_path)
     assert out.splitlines()[-2:] == ["1 killed", f"go on: loretta train --resume {mine}"]

@@ -4,14 +4,16 @@ import errno
 import json
 import os
 import shutil
+import signal
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from test_locks import held_by_another
 from tiny_models import save_bert
 from training_data import sentences
 
-from loretta.errors import InputError, Stopped
+from loretta.errors import InputError, OutOfMemory, Stopped
 from loretta.owned import find_foreign
 from loretta.population import checkpoints, loop, memory, training
 from loretta.population.loop import Loop
@@ -203,6 +205,45 @@ def test_a_killed_population_goes_on(options, tmp_path, monkeypatch):
     assert flipped.with_name(f"broken-{flipped.name}").exists(), "nor removed"
     again = train_together([config("killed", seed) for seed in (0, 1)], resume=True)
     assert [record.population for record in again] == [2, 2]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_every_member_and_they_go_on(number, options, tmp_path, monkeypatch):
+    def config(name, seed):
+        return RunConfig(**options | {"seed": seed, "output": f"{tmp_path}/{name}{seed}"})
+
+    whole = train_together([config("whole", seed) for seed in (0, 1)])
+    step_of_loop = Loop._train_on
+
+    def interrupted(self, batch):
+        if self.step == 12:
+            signal.raise_signal(number)
+        step_of_loop(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_train_on", interrupted)
+        with pytest.raises(Stopped, match=f"stopped by {number.name} behind step 13 of 20, which is saved") as stopped:
+            train_together([config("run", seed) for seed in (0, 1)])
+    assert stopped.value.exit_status == 128 + number
+    for seed in (0, 1):
+        assert (tmp_path / f"run{seed}" / "checkpoints" / "population-13.safetensors").is_file()
+    steps = []
+    monkeypatch.setattr(Loop, "_train_on", lambda self, batch: (steps.append(self.step), step_of_loop(self, batch)))
+    for before, after in zip(whole, train_together([config("run", s) for s in (0, 1)], resume=True), strict=True):
+        assert after.history == before.history
+    assert steps == list(range(13, 20))
+
+
+def test_too_little_memory_asks_for_fewer_and_each_folder_has_one_owner(options, tmp_path, monkeypatch):
+    configs = [RunConfig(**options | {"seed": seed, "output": f"{tmp_path}/{seed}"}) for seed in (0, 1)]
+    monkeypatch.setattr(Loop, "losses", lambda self, part: torch.empty(2**60))
+    with pytest.raises(OutOfMemory, match=r"too small for 2 runs of 8 examples .*: train fewer together") as stopped:
+        train_together(configs)
+    assert stopped.value.exit_status == 71
+    with held_by_another(tmp_path / "1") as other:
+        with pytest.raises(InputError, match="another process works in"):
+            train_together(configs, resume=True)
+        other.kill()
 
 
 def test_what_differs_in_more_than_seeds_and_rates_is_not_trained_together(options):

@@ -23,6 +23,10 @@ HOSTILE = {
     "two\nlines": ("two lines", "two\nlines", "two lines"),
     "\x1b[2J\x9b1m": (r"\x1b[2J\x9b1m", r"\x1b[2J\x9b1m", r"\textbackslash{}x1b[2J\textbackslash{}x9b1m"),
     "a\u202eb": (r"a\u202eb", r"a\u202eb", r"a\textbackslash{}u202eb"),
+    "a\u200f\u2066b\u200dc": (
+        "a\\u200f\\u2066b\u200dc", "a\\u200f\\u2066b\u200dc", r"a\textbackslash{}u200f\textbackslash{}u2066b"
+        "\u200dc",
+    ),
     '=HYPERLINK("http://x")': ('=HYPERLINK("http://x")', '\'=HYPERLINK("http://x")', '=HYPERLINK("http://x")'),
     "-2+3+cmd|' /C calc'!A0": (
         "-2+3+cmd|' /C calc'!A0",

@@ -2,16 +2,16 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-import torch
 from filelock import FileLock
 
-from loretta.errors import InputError, Stopped
+from loretta.errors import InputError, OutOfMemory, Stopped
 from loretta.population import training
 from loretta.record import RunRecord
 from loretta.studies import execution, runner, workers
@@ -244,28 +244,34 @@ def wait_for_end(pids):
     raise AssertionError(f"still running: {pids}")
 
 
-def test_an_interrupt_stops_the_processes_behind_a_checkpoint(bert, data_dir, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("number", "together"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
+def test_a_signal_stops_the_processes_behind_a_checkpoint(number, together, bert, data_dir, tmp_path, monkeypatch):
     folder = tmp_path / "tiny-bert/rte/loretta_adp/s0"
     children, before, waited = [], set(), 0
+
+    def trains():
+        log = beside(folder, ".log")
+        return log.is_file() and f"{together} runs together, step" in log.read_text() if together > 1 else before
 
     def interrupt(seconds):
         nonlocal waited
         waited += 1
         time.sleep(seconds)
-        before.update(folder.glob("checkpoints/checkpoint-*"))
-        if before:
+        before.update(folder.glob("checkpoints/*-*"))
+        if trains():
             children.append(held_by(folder).pid)
-            raise KeyboardInterrupt
+            signal.raise_signal(number)
         assert waited < 6000
 
     monkeypatch.setattr(workers, "sleep", interrupt)
     sets = {"epochs": 40, "eval_steps": 3}
-    options = options_for(bert, data_dir, tasks=("rte",), methods=("loretta_adp",), seeds=1, sets=sets)
-    with pytest.raises(KeyboardInterrupt):
-        run_study(load_study("table1"), options, tmp_path, jobs=1)
+    options = options_for(bert, data_dir, tasks=("rte",), methods=("loretta_adp",), seeds=together, sets=sets)
+    with pytest.raises(Stopped, match=f"{number.name} before the end of the study: go on with the same") as stopped:
+        run_study(load_study("table1"), options, tmp_path, jobs=1, population=together)
+    assert stopped.value.exit_status == 128 + number
     wait_for_end(children)
-    assert states(tmp_path) == {"tiny-bert/rte/loretta_adp/s0": "killed"}
-    assert set(folder.glob("checkpoints/checkpoint-*")) - before, "it saved before it ended"
+    assert set(states(tmp_path).values()) == {"killed"}
+    assert set(folder.glob("checkpoints/*-*")) - before, "it saved before it ended"
     assert "stopped by SIGTERM" in beside(folder, ".log").read_text()
 
 
@@ -368,7 +374,7 @@ def test_what_fails_together_goes_on_one_by_one(bert, data_dir, tmp_path, monkey
 
     def too_large(configs, **kwargs):
         together.append(len(configs))
-        raise torch.OutOfMemoryError if len(configs) > 2 else InputError("cannot be trained in a population")
+        raise OutOfMemory("too small") if len(configs) > 2 else InputError("cannot be trained in a population")
 
     monkeypatch.setattr("loretta.population.training.train_together", too_large)
     options = options_for(bert, data_dir, tasks=("mrpc",), methods=("bitfit",), seeds=4)

@@ -6,7 +6,8 @@ import shutil
 import signal
 
 import pytest
-from test_run import config_for, stopping_behind
+from interrupts import stopping_behind
+from test_run import config_for
 
 from loretta.errors import Stopped
 from loretta.owned import LIST

@@ -5,8 +5,9 @@ import signal
 
 import pytest
 import torch
+from interrupts import stopping_behind
 from safetensors.torch import load_file
-from test_run import config_for, stopping_behind
+from test_run import config_for
 
 from loretta.errors import Stopped
 from loretta.owned import describe, write_list

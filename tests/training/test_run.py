@@ -1,4 +1,3 @@
-import contextlib
 import dataclasses
 import errno
 import json
@@ -13,6 +12,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from interrupts import stopping_behind
 from safetensors.torch import load_file
 from training_data import sentences
 from transformers import AutoModel, AutoTokenizer
@@ -196,22 +196,6 @@ def test_a_signal_saves_says_how_to_go_on_and_the_run_ends_the_same(bert, review
         assert resumed.history == whole.history
         a, b = (load_file(at / "adapter" / "adapter_model.safetensors") for at in (tmp_path / "whole", folder))
         assert all(torch.equal(a[key], b[key]) for key in a)
-
-
-@contextlib.contextmanager
-def stopping_behind(step, number):
-    """Send the signal to this process in the given step of a training."""
-    original, sent = TwoRateTrainer.training_step, []
-
-    def sending(self, *args, **kwargs):
-        if self.state.global_step == step - 1 and not sent:
-            sent.append(step)
-            os.kill(os.getpid(), number)
-        return original(self, *args, **kwargs)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(TwoRateTrainer, "training_step", sending)
-        yield
 
 
 def test_a_signal_outside_of_the_steps_ends_the_run_at_once(bert, reviews, tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ from loretta.cli.predict import predict
 from loretta.cli.report import report
 from loretta.cli.reproduce import reproduce
 from loretta.cli.train import train
-from loretta.errors import InputError, Stopped
+from loretta.errors import InputError
 from loretta.wording import printable
 
 # a disk that is full, read-only, broken or gone
@@ -65,18 +65,12 @@ def main() -> None:
     except InputError as error:
         print(f"loretta: {printable(error)}", file=sys.stderr)
         sys.exit(2)
-    except Stopped as stopped:
-        print(f"loretta: {printable(stopped)}", file=sys.stderr)
-        sys.exit(stopped.exit_status)
     except OSError as error:
         if error.errno not in DISK:
             raise
         where = f" '{error.filename}'" if error.filename else ""
         print(f"loretta: {printable(f'cannot write{where} ({error.strerror})')}: see to the disk", file=sys.stderr)
         sys.exit(74)  # EX_IOERR of sysexits.h
-    except KeyboardInterrupt:
-        print("loretta: interrupted; a run goes on from its last checkpoint with --resume", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Options that several verbs share, and those of a run, which are read off :class:`RunConfig`."""
 
 import inspect
+import sys
 import types
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -11,7 +12,9 @@ from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
 from loretta.cli.output import answer_json
+from loretta.errors import Stopped
 from loretta.training.config import ALIASES, GROUPS, RunConfig
+from loretta.wording import printable
 
 Json = Annotated[
     bool,
@@ -97,8 +100,44 @@ ELSEWHERE = {
 }  # fmt: skip
 
 
+# what helps a verb, or the runs that it starts, where the memory is too small
+WITH_LESS_MEMORY = {
+    "eval": "give --cpu",
+    "predict": "give --cpu, shorter texts or fewer --max-new-tokens",
+    "chat": "give --cpu, begin again with /clear, or lower --max-new-tokens",
+    "export": "give --dtype bfloat16 for a merged model",
+    "compress": "leave --text out, which loads the base model",
+    "reproduce": "lower --jobs, --population or --batch-size",
+    "compare": "lower --jobs, --population or --batch-size",
+}
+
+
 class Command(TyperCommand):
-    """A verb whose ``--help`` lists its options in groups, and that knows what other programs call them."""
+    """A verb whose ``--help`` lists its options in groups, and that knows what other programs call them.
+
+    One that is stopped, or has too little memory, says so and how to go on.
+    """
+
+    def invoke(self, ctx: Any) -> Any:
+        # here, because typer takes all of them for an interrupt, and says nothing
+        try:
+            return self._invoke(ctx)
+        except Stopped as stopped:
+            print(f"loretta: {printable(stopped)}", file=sys.stderr)
+            raise typer.Exit(stopped.exit_status) from None
+        except KeyboardInterrupt:
+            print("loretta: interrupted; a run goes on from its last checkpoint with --resume", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+    def _invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (MemoryError, OSError, RuntimeError):
+            from loretta.memory import saying_what_helps  # torch, which no verb loads for this
+
+            mend = WITH_LESS_MEMORY.get(str(ctx.info_name), "use less of it elsewhere")
+            with saying_what_helps(f"`loretta {ctx.info_name}`", f"{mend}, or take a larger machine"):
+                raise
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         try:

@@ -166,13 +166,9 @@ def carry_out(
     from loretta.studies.show import compared_table, differences_table, results_table
 
     command = shlex.join(["loretta", *sys.argv[1:]])
-    try:
-        with following(root, jobs=jobs) as watch:
-            where: Any = {"jobs": jobs, "ray": ray, "ray_gpus": ray_gpus}
-            summary = run_study(study, options, root, population=together, command=command, watch=watch, **where)
-    except KeyboardInterrupt:
-        say("loretta: interrupted; the same command goes on from here", err=True)
-        raise typer.Exit(130) from None
+    with following(root, jobs=jobs) as watch:
+        where: Any = {"jobs": jobs, "ray": ray, "ray_gpus": ray_gpus}
+        summary = run_study(study, options, root, population=together, command=command, watch=watch, **where)
     results = collect(root, study.name)
     is_comparison = study.view == "compare"
     pairs = differences(results, root) if is_comparison else []

@@ -9,7 +9,7 @@ from loretta.cli.options import Json, run_options
 from loretta.cli.output import print_json, say, scores
 from loretta.errors import InputError
 from loretta.training.config import read_config
-from loretta.training.folder import CONFIG
+from loretta.training.folder import CONFIG, is_started
 
 
 @run_options(but=["method_args"])
@@ -43,10 +43,10 @@ def train(
         if given["output"] not in (None, str(run)):
             raise InputError(f"'{run}' and --output {given['output']} both name the folder: leave one of them out")
         given["output"] = str(run)
-        if not (run / CONFIG).is_file():
+        if not is_started(run):
             raise InputError(f"'{run}' holds no run to go on with: `loretta runs ls` lists them")
-    if resume and config is None and given["output"] and (begun := Path(given["output"]) / CONFIG).is_file():
-        config = begun  # the run's own options, where no others are given
+    if resume and config is None and given["output"] and is_started(Path(given["output"])):
+        config = Path(given["output"]) / CONFIG  # the run's own options, where no others are given
     run_config = read_config(config, given, sets or [])
     from loretta import report
     from loretta.owned import write_listed

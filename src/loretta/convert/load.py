@@ -17,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 
 from loretta.errors import InputError
 from loretta.files import read_json
+from loretta.memory import is_out_of_memory
 from loretta.tuners.card import saved_shapes
 from loretta.tuners.task_types import base_class, count_labels
 from loretta.wording import one_line, quoted
@@ -55,6 +56,8 @@ class SavedAdapter:
             with quiet_transformers():
                 model = auto.from_pretrained(self.base, **wanted)
         except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+            if is_out_of_memory(error):
+                raise
             raise InputError(
                 f"cannot load the base model '{self.base}' ({one_line(error)}): give its folder or Hub id with --model"
             ) from None
@@ -108,6 +111,8 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     try:
         return PeftModel.from_pretrained(base, str(folder)).eval()
     except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError, OverflowError) as error:
+        if is_out_of_memory(error):
+            raise
         raise InputError(
             f"the adapter in '{folder}' does not fit the base model '{base.config.name_or_path}' "
             f"({one_line(error)}): give the one it was trained on with --model"

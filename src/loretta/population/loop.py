@@ -106,6 +106,7 @@ class Loop:
     Args:
         rules: of the members, from before the population was made of their model.
         save: called after each evaluation with this loop.
+        behind: called behind each step with this loop, when that is evaluated where it is.
         size: of the population for which the parts of a batch are chosen, if not this one.
     """
 
@@ -116,10 +117,12 @@ class Loop:
         rules: Rules,
         *,
         save: Callable[["Loop"], None] = lambda loop: None,
+        behind: Callable[["Loop"], None] = lambda loop: None,
         size: int | None = None,
     ) -> None:
         first = members[0]
-        self.population, self.members, self.rules, self.save = population, members, rules, save
+        self.population, self.members, self.rules = population, members, rules
+        self.save, self.behind = save, behind
         self.args, self.kind = first.trainer.args, first.task.kind
         self.device = population.values.device
         tokenizer: Any = first.trainer.processing_class
@@ -183,6 +186,7 @@ class Loop:
                         self._log()
                     if control.should_evaluate or self.step == until:
                         self._evaluate()
+                    self.behind(self)
                     if self.step in (rules.steps, until) or all(self.stopped):
                         return
 

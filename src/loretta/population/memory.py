@@ -10,6 +10,7 @@ import psutil
 import torch
 from torch import Tensor
 
+from loretta.memory import is_out_of_memory
 from loretta.population.loop import Loop
 from loretta.population.training import prepare
 from loretta.training.config import RunConfig
@@ -38,7 +39,9 @@ def members_that_fit(configs: Sequence[RunConfig], share: float = 1.0) -> int:
     while True:
         try:
             need = measure(configs[:MEASURED], size)
-        except torch.OutOfMemoryError:
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             need = None
         gc.collect()
         if on_gpu:

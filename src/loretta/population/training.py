@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ from peft import PeftModel
 from transformers import set_seed
 
 from loretta.errors import InputError, Stopped
+from loretta.locks import hold
+from loretta.memory import saying_what_helps
 from loretta.population.checkpoints import Checkpoints, remove, restore, save
 from loretta.population.loop import Loop, Member, Rules
 from loretta.population.population import Population, Start
@@ -24,8 +27,9 @@ from loretta.training.folder import RECORD, Place, find_place
 from loretta.training.methods import FULL, find_method, virtual_tokens
 from loretta.training.model import load_tokenizer
 from loretta.training.pause import Paused, paused_at, step_of
-from loretta.training.run import peak_memory
+from loretta.training.run import memory_words, peak_memory
 from loretta.training.start import prepare_model
+from loretta.training.stop import StopAtSignal, stopping_at_signals
 from loretta.training.trainers import make_trainer
 
 # what may differ between the runs of a population; of the method's options those that only scale its effect
@@ -73,16 +77,28 @@ def train_together(
     the run's share, the memory is that of all. With ``until`` the runs pause behind that share of their steps, from
     where they go on with ``resume``, in the same company or another.
 
-    Raises InputError for runs that do not fit together, and as ``train`` does. A run that is not finite ends alone:
-    Stopped comes when the others are written.
+    Raises InputError for runs that do not fit together, and as ``train`` does: a signal saves a checkpoint of each, and
+    OutOfMemory asks for fewer. A run that is not finite ends alone: Stopped comes when the others are written.
     """
     if alone := next((option for option in map(why_alone, configs) if option is not None), None):
         raise InputError(f"a run with {alone} is trained alone: leave that option out, or train the runs one by one")
     if len({population_key(config) for config in configs}) != 1:
         raise InputError("these runs cannot be trained together: they differ in more than seeds and rates")
+    needed, mend = memory_words(configs[0])
+    if len(configs) > 1:
+        needed, mend = f"{len(configs)} runs of {needed}", f"train fewer together (--population), or {mend}"
+    with stopping_at_signals() as stop, ExitStack() as folders, saying_what_helps(needed, mend):
+        for config in configs:
+            folders.enter_context(hold(config.folder))
+        return _train_all(configs, stop, resume=resume, overwrite=overwrite, until=until)
+
+
+def _train_all(
+    configs: Sequence[RunConfig], stop: StopAtSignal, *, resume: bool, overwrite: bool, until: float | None
+) -> list[RunRecord | Paused]:
     places = [find_place(config, resume=resume, overwrite=overwrite) for config in configs]
     left = [(config, place) for config, place in zip(configs, places, strict=True) if not (resume and place.finished)]
-    records = iter(_train(left, overwrite=overwrite, until=until) if left else [])
+    records = iter(_train(left, stop, overwrite=overwrite, until=until) if left else [])
     ended: list[RunRecord | Paused] = []
     for place in places:
         if resume and place.finished:
@@ -94,7 +110,7 @@ def train_together(
 
 
 def _train(
-    runs: Sequence[tuple[RunConfig, Place]], *, overwrite: bool, until: float | None
+    runs: Sequence[tuple[RunConfig, Place]], stop: StopAtSignal, *, overwrite: bool, until: float | None
 ) -> Sequence[RunRecord | Paused]:
     configs = [config.model_copy(update={"output": str(place.work)}) for config, place in runs]
     memory = 0 if torch.cuda.is_available() and not configs[0].cpu else peak_memory()
@@ -109,7 +125,16 @@ def _train(
     restore(loop)
     set_seed(configs[0].seed)
     pause = None if until is None else step_of(until, loop.rules.steps)
+
+    def save_at_signal(loop: Loop) -> None:
+        if stop.received is not None:
+            save(loop)
+            raise stop.stopped(f"behind step {loop.step} of {loop.rules.steps}, which is saved")
+
+    loop.behind = save_at_signal
+    stop.begin()
     loop.train(pause)
+    stop.end()
     if pause is not None and loop.step <= pause < loop.rules.steps:
         save(loop)
         # one that is not finite has scored nothing

@@ -12,7 +12,7 @@ from loretta.report.runs import facts_of, labels_of, table_of, title_of
 from loretta.report.study import Section
 from loretta.report.tables import Cell, Column, Table
 from loretta.studies.results import Results
-from loretta.wording import as_json, printable
+from loretta.wording import OBEYED, as_json, printable
 
 # pandas has an escape of its own, which leaves out the caption and what pdfLaTeX's fonts lack
 LATEX = {
@@ -34,8 +34,6 @@ LATEX = {
     "·": r"$\cdot$",
     "µ": r"$\mu$",
 }
-# control characters but tabs and line ends, turns of direction, halves of characters
-OBEYED = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def markdown(
@@ -64,7 +62,7 @@ def _line(text: str) -> str:
 
 
 def _inert(text: str) -> str:
-    """The text with its lines, without what a terminal obeys."""
+    """The text with its lines; what is obeyed or hidden in it is spelled."""
     return OBEYED.sub(lambda found: printable(found[0]), text)
 
 

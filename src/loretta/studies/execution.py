@@ -14,7 +14,7 @@ from typing import TextIO
 import torch
 from filelock import FileLock, Timeout
 
-from loretta.errors import InputError, Stopped
+from loretta.errors import InputError, OutOfMemory, Stopped
 from loretta.files import write_json
 from loretta.studies import halving
 from loretta.studies.state import (
@@ -121,7 +121,8 @@ def carry_out_together(
                 for run, end in zip(mine, ended, strict=True):
                     if isinstance(end, Paused):
                         halving.note(root / run.folder, run.until or 1.0, end)
-        except torch.OutOfMemoryError:
+        except OutOfMemory as error:
+            print(error, flush=True)
             too_large = True
         except (Exception, Stopped) as error:
             if isinstance(error, Stopped) and error.exit_status > 128:  # a signal, which is meant for all runs
@@ -132,7 +133,7 @@ def carry_out_together(
         gc.collect()
         torch.cuda.empty_cache()
         half = len(runs) // 2
-        print(f"the memory is too small for {len(runs)} runs together: {half} of them at once", flush=True)
+        print(f"{half} of {len(runs)} runs at once", flush=True)
         return [*carry_out_together(root, runs[:half], wait), *carry_out_together(root, runs[half:], wait)]
     share = (time.perf_counter() - start) / max(1, len(trained))
     outcomes = [carry_out(root, run) for run in runs]

@@ -23,9 +23,11 @@ from loretta.studies.study import Planned, Study
 from loretta.studies.unit import Unit
 from loretta.studies.workers import Here, Processes, Workers, visible_gpus
 from loretta.training.config import RunConfig
+from loretta.training.stop import stopping_at_signals
 from loretta.wording import one_line
 
 MOST_TOGETHER = 64  # more of them do not make a GPU busier (benchmarks/population.py)
+STOPPED = "before the end of the study", "the same command"  # where a signal finds it, and what goes on
 Watch = Callable[[str, Outcome | None, int, int], None]  # folder, how it ended, runs that ended, runs in all
 
 
@@ -69,8 +71,8 @@ def run_study(
     and the others go on. What is waited for (a sweep, the run before in a sequence) starts as soon as it can.
 
     Raises InputError before anything starts: for bad options, weights that cannot be had, and a folder that holds a
-    run with other options. KeyboardInterrupt ends the processes behind their next checkpoint; the next call
-    goes on from there.
+    run with other options. SIGTERM and SIGINT end the processes behind their next checkpoint, and raise Stopped; the
+    next call goes on from there.
     """
     expansion = expand(study, options, root)
     _refuse_other_options(root, expansion.runs)
@@ -78,7 +80,7 @@ def run_study(
     _refuse_prompts_for_encoders(study, expansion.runs)
     root.mkdir(parents=True, exist_ok=True)
     tried: dict[str, Outcome] = {}
-    with closing(find_workers(root, jobs, ray, ray_gpus)) as workers:
+    with stopping_at_signals(*STOPPED), closing(find_workers(root, jobs, ray, ray_gpus)) as workers:
         while True:
             expansion = expand(study, options, root)
             runs = {run.folder: run for run in expansion.runs}

@@ -14,6 +14,7 @@ from rich.table import Table
 from loretta.errors import InputError
 from loretta.record import RunRecord
 from loretta.studies.state import State
+from loretta.training.folder import is_started
 from loretta.wording import MISSING, flat, size_words
 
 if TYPE_CHECKING:  # these import torch and SciPy, and a listing of runs needs neither
@@ -215,7 +216,7 @@ def next_command(root: Path, folder: Path, state: State) -> str | None:
         commands = [command for file in sorted(above.glob("study*.json")) for command in _commands(file, above, folder)]
         if commands:
             return commands[-1]
-    if (folder / "config.json").is_file():
+    if is_started(folder):
         return shlex.join(["loretta", "train", "--resume", str(folder)])
     return None
 

@@ -12,13 +12,13 @@ from loretta.errors import InputError
 from loretta.files import read_json
 from loretta.studies import halving
 from loretta.studies.study import Planned
+from loretta.training.folder import CONFIG, is_started
 
 State = Literal["waiting", "running", "killed", "failed", "stopped", "finished"]
 
 # beside the files of `loretta train`
 ERROR, COST, COUNT, EVALUATIONS = "error.json", "cost.json", "count.json", "evaluations.json"
 RESULT_OF = {"train": "run.json", "cost": COST, "count": COUNT}
-STARTED = "config.json"
 
 
 LARGEST_PID = 2**31 - 1  # of any system; os.kill() takes no more
@@ -65,7 +65,7 @@ def folder_state(folder: Path, result: str = "run.json") -> tuple[State, str]:
     stopped, words = halving.words(folder)
     if words:
         return ("stopped" if stopped else "waiting"), words
-    if (folder / STARTED).is_file():
+    if is_started(folder):
         return "killed", "it stopped before its end; the next start goes on from its last checkpoint"
     return "waiting", "not started"
 
@@ -145,8 +145,8 @@ def held_by(folder: Path) -> Holder | None:
 
 def find_runs(root: Path) -> Iterator[tuple[Path, State, str]]:
     """Every run below ``root`` that was started, whatever its kind, with its state, in the order of the paths."""
-    marks = {*RESULT_OF.values(), STARTED, ERROR}
-    folders = {file.parent for mark in marks for file in root.rglob(mark)}
+    marks = {*RESULT_OF.values(), CONFIG, ERROR}
+    folders = {file.parent for mark in marks for file in root.rglob(mark) if mark != CONFIG or is_started(file.parent)}
     folders |= {file.with_suffix("") for file in root.rglob(f"*{HOLDER}") if held_by(file.with_suffix(""))}
     # what `loretta train` writes inside a run has config files of its own
     for folder in sorted(folders):

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 import platform
 import shlex
 import sys
@@ -34,6 +33,7 @@ from loretta.training.trainers import choosing_metric, higher_is_better
 from loretta.tuners.card import write_card
 from loretta.tuners.config import LorettaConfig
 from loretta.version import __version__
+from loretta.wording import as_json_lines
 
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy")
 
@@ -84,9 +84,7 @@ def write_result(
     scored = "test" if encoded.get("test") is not None else "validation"
     values, rows = answer(task, trainer, encoded, scored)
     if rows:
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        # a text may hold half of a surrogate pair
-        (folder / PREDICTIONS).write_text(lines, encoding="utf-8", errors="replace")
+        (folder / PREDICTIONS).write_text(as_json_lines(rows), encoding="utf-8")
     history = read_history(trainer.state.log_history, task)
     best_step = trainer.state.best_global_step or trainer.state.global_step
     record = RunRecord(

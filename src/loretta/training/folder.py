@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loretta.errors import InputError
-from loretta.files import read_plain
+from loretta.files import read_json, read_plain
 from loretta.folders import remove_temporaries, set_aside, temporary_folder
 from loretta.owned import NEXT, is_free, publish, read_list, refuse_to_replace, remove_listed
 from loretta.record import RunRecord
@@ -136,13 +136,16 @@ def _goes_on(folder: Path, config: RunConfig) -> bool:
 
 def is_run(folder: Path) -> bool:
     """Whether a folder holds a run and not, say, a model, which has a ``config.json`` too."""
-    if RECORD in read_list(folder):
-        return True
+    return RECORD in read_list(folder) or is_started(folder)
+
+
+def is_started(folder: Path) -> bool:
+    """Whether the ``config.json`` in a folder is of a run, though it be one of a later version."""
     try:
-        RunConfig.model_validate_json(read_plain(folder / CONFIG))
+        content = read_json(folder / CONFIG)
     except (OSError, ValueError):
         return False
-    return True
+    return isinstance(content, dict) and content.keys() >= {"model", "data", "method"}
 
 
 def changed_options(folder: Path, config: RunConfig) -> list[str]:

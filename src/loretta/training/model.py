@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from loretta.convert.load import quiet_transformers, readable_weights
 from loretta.errors import InputError
+from loretta.memory import is_out_of_memory
 from loretta.training.config import HeadPolicy
 from loretta.training.methods import FULL, find_method, frozen_head, peft_config
 from loretta.training.quantization import prepare_quantized, quantized_loading, require_quantized
@@ -72,6 +73,8 @@ def load_base(
         with quiet_transformers():
             base = getattr(transformers, AUTO_CLASSES[TASK_TYPES[kind]]).from_pretrained(model, **wanted)
     except (OSError, ValueError, SafetensorError, RuntimeError, ImportError) as error:
+        if is_out_of_memory(error):
+            raise
         raise InputError(_not_loaded(model, "model", error)) from None
     if quantize is not None:
         require_quantized(base, quantize)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from loretta.errors import InputError
+from loretta.memory import is_out_of_memory
 from loretta.tasks.base import Task
 from loretta.tasks.glue import GLUE
 from loretta.tasks.prompted import PromptedTask
@@ -94,14 +95,23 @@ def predict(
 
 @torch.inference_mode()
 def _logits(run: LoadedRun, texts: Sequence[Sequence[str]]) -> Iterator[Tensor]:
-    """(B, labels) logits in float32 on the CPU, batch by batch and in order."""
-    size = run.config.eval_batch_size
-    for start in range(0, len(texts[0]), size):
-        batch: Mapping[str, Tensor] = run.tokenizer(
-            *[list(column[start : start + size]) for column in texts],
-            truncation=True,
-            max_length=run.config.max_length,
-            padding=True,
-            return_tensors="pt",
-        ).to(run.model.device)
-        yield run.model(**batch).logits.float().cpu()
+    """(B, labels) logits in float32 on the CPU, batch by batch and in order; what does not fit is halved."""
+    size, start = run.config.eval_batch_size, 0
+    while start < len(texts[0]):
+        try:
+            logits = _logits_of(run, [list(column[start : start + size]) for column in texts])
+        except Exception as error:
+            if size == 1 or not is_out_of_memory(error):
+                raise
+            size //= 2
+            continue
+        yield logits
+        start += size
+
+
+def _logits_of(run: LoadedRun, columns: Sequence[list[str]]) -> Tensor:
+    batch: Mapping[str, Tensor] = run.tokenizer(
+        *columns, truncation=True, max_length=run.config.max_length, padding=True, return_tensors="pt"
+    ).to(run.model.device)
+    logits: Tensor = run.model(**batch).logits
+    return logits.float().cpu()

@@ -11,6 +11,7 @@ from transformers import set_seed
 
 from loretta.errors import InputError
 from loretta.locks import hold
+from loretta.memory import saying_what_helps
 from loretta.record import RunRecord
 from loretta.training.batches import stop_workers
 from loretta.training.config import RunConfig
@@ -19,7 +20,6 @@ from loretta.training.finish import finish
 from loretta.training.folder import ADAPTER, RECORD, find_place
 from loretta.training.hub import check_hub, push
 from loretta.training.lines import first_lines, is_first_process
-from loretta.training.memory import saying_what_helps
 from loretta.training.methods import find_method
 from loretta.training.model import load_tokenizer
 from loretta.training.pause import PauseBehind, Paused, paused_at, step_of
@@ -49,14 +49,14 @@ def train(
     Raises InputError for input that the user can mend, and Stopped where SIGTERM or SIGINT came, the disk
     is full, the memory is too small, or a loss is not finite.
     """
-    with stopping_at_signals() as stop, hold(config.folder), saying_what_helps(config):
+    with stopping_at_signals() as stop, hold(config.folder), saying_what_helps(*memory_words(config)):
         record: RunRecord = _train(config, stop, say, resume=resume, overwrite=overwrite)
         return record
 
 
 def train_until(config: RunConfig, share: float) -> RunRecord | Paused:
     """Train, or go on, up to ``share`` of the steps, and leave a checkpoint there; ``train`` resumes it."""
-    with stopping_at_signals() as stop, hold(config.folder), saying_what_helps(config):
+    with stopping_at_signals() as stop, hold(config.folder), saying_what_helps(*memory_words(config)):
         return _train(config, stop, print_line, resume=True, overwrite=False, pause=PauseBehind(share))
 
 
@@ -117,6 +117,15 @@ def _train(
     if config.push_to_hub is not None and is_first_process():
         say(f"uploaded: {push(place.folder / ADAPTER, config.push_to_hub)}")
     return record
+
+
+def memory_words(config: RunConfig) -> tuple[str, str]:
+    """What needs the memory in a training, and what helps."""
+    return (
+        f"{config.batch_size} examples of up to {config.max_length} tokens at once",
+        "lower --batch-size and raise --accumulate as much (--auto-batch does both), lower --max-length or "
+        "--eval-batch-size, or give --gradient-checkpointing",
+    )
 
 
 def need_tensorboard() -> None:

@@ -19,10 +19,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 class StopAtSignal(TrainerCallback):
     """Ends the training behind the next checkpoint once a signal has come. A second signal ends it at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, stage: str, again: str) -> None:
+        self.stage, self.again = stage, again
         self.received: int | None = None
         self.trains = False
-        self.stage = "before its first step"
         self.process = os.getpid()
 
     def take(self, number: int, frame: Any) -> None:
@@ -38,15 +38,23 @@ class StopAtSignal(TrainerCallback):
         """The end of the run, in words."""
         number = self.received or signal.SIGINT
         name = signal.Signals(number).name
-        return Stopped(f"stopped by {name} {where}: go on with the same command and --resume", exit_status=128 + number)
+        return Stopped(f"stopped by {name} {where}: go on with {self.again}", exit_status=128 + number)
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+    def begin(self) -> None:
+        """From now on a signal is answered behind the step."""
         self.trains, self.stage = True, "in the middle of a step"
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+    def end(self) -> None:
+        """The last step is done. Raises Stopped where a signal came in it."""
         self.trains, self.stage = False, "behind its last step"
         if self.received is not None:
             raise self.stopped(self.stage)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        self.begin()
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
+        self.end()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         # an epoch that ends here is evaluated and saved in a moment; saved before that, it would not be evaluated
@@ -62,9 +70,14 @@ class StopAtSignal(TrainerCallback):
 
 
 @contextmanager
-def stopping_at_signals() -> Iterator[StopAtSignal]:
-    """Handle the signals as :class:`StopAtSignal` says, where this is the thread that may, until the block ends."""
-    stop = StopAtSignal()
+def stopping_at_signals(
+    stage: str = "before its first step", again: str = "the same command and --resume"
+) -> Iterator[StopAtSignal]:
+    """Handle the signals as :class:`StopAtSignal` says, where this is the thread that may, until the block ends.
+
+    ``stage`` are the words for where it stands, and ``again`` for how to go on.
+    """
+    stop = StopAtSignal(stage, again)
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return

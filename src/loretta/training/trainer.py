@@ -19,10 +19,10 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from loretta.memory import is_out_of_memory
 from loretta.training.batches import stop_workers
 from loretta.training.checkpoints import WholeCheckpointsTrainer, find_checkpoint
 from loretta.training.finite import FiniteSteps, RollBack
-from loretta.training.memory import is_out_of_memory
 from loretta.tuners.task_types import is_final_layer
 
 logger = logging.getLogger(__name__)

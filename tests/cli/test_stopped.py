@@ -1,0 +1,83 @@
+"""What is stopped from outside, or has too little memory, ends with one sentence and a status that scripts know."""
+
+import dataclasses
+import io
+import signal
+
+import pytest
+import torch
+from interrupts import stopping_behind
+from test_main import call, train_arguments, trained  # noqa: F401
+from test_use import teller  # noqa: F401
+
+from loretta.training.predict import load_run, predict
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_training_that_is_stopped_goes_on(number, status, bert, reviews, capsys, tmp_path):
+    with stopping_behind(3, number):
+        found, _, err = call(capsys, *train_arguments(bert, reviews, tmp_path / "run"))
+    assert found == status
+    last = err.splitlines()[-1]
+    assert last.startswith(f"loretta: stopped by {number.name} behind step 3 of 10, which is saved")
+    assert last.endswith("go on with the same command and --resume")
+    assert call(capsys, "train", "--resume", tmp_path / "run")[0] == 0
+
+
+def test_numbers_that_are_not_finite_have_a_status_of_their_own(bert, reviews, capsys, tmp_path):
+    status, _, err = call(capsys, *train_arguments(bert, reviews, tmp_path / "run", "--lr", "1e30"))
+    assert status == 3
+    assert "not finite" in err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried"), MemoryError(), None])
+@pytest.mark.parametrize("verb", ["eval", "predict", "chat", "export", "compress", "reproduce"])
+def test_too_little_memory_is_one_sentence(error, verb, trained, teller, bert, capsys, tmp_path, monkeypatch):  # noqa: F811
+    arguments, mend = {
+        "eval": ([trained, "--cpu"], "give --cpu"),
+        "predict": ([teller, "--text", "a film", "--cpu"], "fewer --max-new-tokens"),
+        "chat": ([teller, "--cpu"], "lower --max-new-tokens"),
+        "export": ([trained, "--to", "merged", "-o", tmp_path / "out"], "--dtype bfloat16"),
+        "compress": ([trained, "-o", tmp_path / "out"], "leave --text out"),
+        "reproduce": (["table1", "--model", bert, "--dry-run"], "lower --jobs, --population"),
+    }[verb]
+    places = {
+        "export": "transformers.AutoModelForSequenceClassification.from_pretrained",
+        "compress": "loretta.convert.compress.compress",
+        "reproduce": "loretta.studies.expansion.expand",
+    }
+
+    def too_large(*args, **kwargs):
+        if error is not None:
+            raise error
+        torch.empty(2**60)  # what the allocator of a CPU says
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("a film\n"))
+    monkeypatch.setattr(places.get(verb, "torch.nn.Linear.forward"), too_large)
+    status, _, err = call(capsys, verb, *arguments)
+    last = err.splitlines()[-1]
+    assert status == 71
+    assert last.startswith(f"loretta: the memory is too small for `loretta {verb}`")
+    assert mend in last
+    assert "Traceback" not in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_batch_that_does_not_fit_is_halved(trained, monkeypatch):  # noqa: F811
+    run = load_run(trained, cpu=True)
+    run = dataclasses.replace(run, config=run.config.model_copy(update={"eval_batch_size": 8}))
+    texts = [["a good film", "bad", "a film", "good", "no"]]
+    expected = predict(run, texts)
+    forward, sizes = run.model.forward, []
+
+    def small(**inputs):
+        sizes.append(len(inputs["input_ids"]))
+        if sizes[-1] > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(**inputs)
+
+    monkeypatch.setattr(run.model, "forward", small)
+    found = predict(run, texts)
+    assert sizes == [5, 4, 2, 2, 1]
+    assert [row["label"] for row in found] == [row["label"] for row in expected]
+    assert [row["probability"] for row in found] == pytest.approx([row["probability"] for row in expected])
