@@ -11,33 +11,25 @@ The options are those of forms.py. ``rates`` is six rates around the middle of e
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import forms
 from forms import Method
 
-from loretta.population.loop import Loop
-from loretta.population.training import prepare
-from loretta.training.config import RunConfig
-
-# factors on the learning rate of trained tensors: VB-LoRA's bank learns at a tenth of its logits' rate (its paper's
-# table of hyperparameters: 0.001 and 0.01)
-FACTORS = {"vblora_vector_bank": 0.1}
-
-
 # of BERT, MPNet and LLaMA; few of these methods can be told to leave out a linear layer of the head
 QUERIES, VALUES = ["query", "attn.q", "q_proj"], ["value", "attn.v", "v_proj"]
 OTHERS = ["key", "attn.k", "attn.o", "intermediate.dense", "output.dense"]
 OTHERS += ["k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ALL = QUERIES + VALUES + OTHERS
+SLOW_BANK = {"vblora_vector_bank": 0.1}
 
 
-def peer(name: str, method: str, middle: float, targets: Sequence[str] = (*QUERIES, *VALUES), **options: Any) -> Method:
+def peer(name: str, method: str, middle: float, targets: Sequence[str] = QUERIES + VALUES, **options: Any) -> Method:
+    more = {"factors": options.pop("factors", {}), "middle": middle}
     options = {"target_modules": list(targets), **options}
-    return Method(name=name, family="PEFT", method=f"peft:{method}", options=options, middle=middle)
+    return Method(name=name, family="PEFT", method=f"peft:{method}", options=options, **more)
 
 
-ALL = [*QUERIES, *VALUES, *OTHERS]
 PEERS = [
     # VeRA: Table 2 trains RoBERTa-base at rank 1024; the small one has PEFT's default
     peer("VeRA r=256", "vera", 1e-2, r=256),
@@ -45,8 +37,9 @@ PEERS = [
     peer("FourierFT n=1000", "fourierft", 3e-2, n_frequency=1000, scaling=150.0),
     # Uni-LoRA: 23,040 numbers for rank 4 on RoBERTa-base, which are 15.6 % of the numbers of those matrices
     peer("Uni-LoRA d=5760", "unilora", 5e-3, r=4, theta_d_length=5760),
-    # VB-LoRA: 90 vectors of a third of the width, 2 of them in a part of a matrix of rank 4
-    peer("VB-LoRA h=90, b=128", "vblora", 1e-2, r=4, num_vectors=90, vector_length=128, topk=2),
+    # VB-LoRA: 90 vectors of a third of the width, 2 of them in a part of a matrix of rank 4; they learn at a tenth of
+    # the rate of the logits that choose them
+    peer("VB-LoRA h=90, b=128", "vblora", 1e-2, r=4, num_vectors=90, vector_length=128, topk=2, factors=SLOW_BANK),
     # TinyLoRA: so many numbers that its rank of 16 is used up, as LoRA-XS does
     peer("TinyLoRA r=16, u=256", "tinylora", 3e-3, ALL, r=16, u=256),
     peer("WaveFT n=1000", "waveft", 5e-3, n_frequency=1000),
@@ -58,7 +51,7 @@ PEERS = [
     # the biases of the values alone
     peer("BEFT", "beft", 3e-3, VALUES),
     # for width 768
-    peer("VB-LoRA h=90, b=256", "vblora", 1e-2, r=4, num_vectors=90, vector_length=256, topk=2),
+    peer("VB-LoRA h=90, b=256", "vblora", 1e-2, r=4, num_vectors=90, vector_length=256, topk=2, factors=SLOW_BANK),
 ]
 GROUPS = {
     "best": [method.name for method in PEERS[:5]],
@@ -68,23 +61,9 @@ GROUPS = {
 }
 
 
-def prepared(configs: Sequence[RunConfig], scratch: Path) -> Loop:
-    """As the library prepares a population, with FACTORS on the rates."""
-    loop = prepare(configs, scratch)
-    population, rates = loop.population, loop.optimizer.rates
-    for name, where in population.slices.items():
-        for part, factor in FACTORS.items():
-            if part in name:
-                rates = rates.expand_as(population.values).clone() if rates.shape != population.values.shape else rates
-                rates[:, where] *= factor
-    loop.optimizer.rates = rates
-    return loop
-
-
 def main() -> None:
     forms.METHODS |= {method.name: method for method in PEERS}
     forms.GROUPS |= GROUPS
-    forms.prepare = prepared
     forms.main()
 
 
