@@ -39,14 +39,16 @@ def take(cells: Iterable[tuple[str, Callable[[], dict[str, Any]]]], queue: Path,
         part.rename(queue / f"{name}.json")
 
 
-def oversee(words: list[str], queue: Path, out: Path, *, count: int, gpus: int, each: int, until: float, end: float):
-    """Run ``words`` in ``each`` processes for each GPU (0: on the CPU) and write the rows that are there.
+def oversee(
+    words: list[str], queue: Path, out: Path, *, count: int, gpus: list[int], each: int, until: float, end: float
+) -> None:
+    """Run ``words`` in ``each`` processes for each GPU (none: on the CPU) and write the rows that are there.
 
     All processes are stopped at the time ``end``, or when this one is.
     """
 
     def start(number: int) -> subprocess.Popen[bytes]:
-        device = {"CUDA_VISIBLE_DEVICES": str(number % gpus)} if gpus else {}
+        device = {"CUDA_VISIBLE_DEVICES": str(gpus[number % len(gpus)])} if gpus else {}
         return subprocess.Popen([sys.executable, *words], env={**os.environ, "OMP_NUM_THREADS": "1", **device})
 
     def stop(*_: Any) -> None:
@@ -54,7 +56,7 @@ def oversee(words: list[str], queue: Path, out: Path, *, count: int, gpus: int, 
 
     signal.signal(signal.SIGTERM, stop)
     known, restarts = read_rows([out]), RESTARTS
-    running = [start(number) for number in range(max(1, gpus) * each)]
+    running = [start(number) for number in range(max(1, len(gpus)) * each)]
     try:
         while time.time() < end and any(process.poll() is None for process in running):
             if time.time() < until and len(list(queue.glob("*.taken"))) < count:

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import mean
@@ -30,7 +30,9 @@ import torch
 import transformers
 from claims import oversee, take
 from encoders import graphable
-from protocol import BATCH, HEAD_RATE, OFFICIAL_LENGTH, TASKS, best_rate, cell_of, interval, read_rows, split
+from methods import ALL, FROZEN, GROUPS, METHODS, NORMS, OURS, QV, UNTRAINED, Method, grid
+from prompts import give_head, option_tokens, write_words
+from protocol import HEAD_RATE, OFFICIAL_LENGTH, TASKS, best_rate, cell_of, interval, read_rows, split
 
 from loretta.population import training as population_training
 from loretta.population.loop import Loop
@@ -41,87 +43,9 @@ from loretta.training.config import RunConfig
 from loretta.training.data import encode
 from loretta.training.model import load_tokenizer
 
-QV = {"bert": ["query", "value"], "mpnet": ["attn.q", "attn.v"], "llama": ["q_proj", "v_proj"]}
-ALL = {
-    "bert": ["query", "key", "value", "dense"],
-    "mpnet": ["attn.q", "attn.k", "attn.v", "attn.o", "dense"],
-    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-}
-NORMS = {
-    "bert": ["LayerNorm"],
-    "mpnet": ["LayerNorm"],
-    "llama": ["input_layernorm", "post_attention_layernorm", "model.norm"],
-}
-# what no method trains: hidden layers of heads, and of MPNet what has "bias" in its name and is none
-FROZEN = (
-    "pooler.dense",
-    "classifier.dense",
-    "classifier.modules_to_save.default.dense",
-    "classifier.original_module.dense",
-    "relative_attention_bias",
-)
-OURS = ("rep", "adp", "shared", "adapters")
+LONGEST_PROMPT = 1024  # tokens, of the official rows
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Method:
-    """What a run is given.
-
-    ``middle`` is the middle of its grid of rates, and ``factors`` are on the rates of what has a word in its name.
-    """
-
-    name: str
-    family: str
-    method: str
-    options: dict[str, Any] = field(default_factory=dict)
-    targets: str | None = None
-    norms: bool = False
-    middle: float = 1.5e-3
-    factors: dict[str, float] = field(default_factory=dict)
-
-
-def lora(rank: int, targets: str = "qv", *, norms: bool = False, **more: Any) -> Method:
-    name = f"LoRA r={rank}" + (" all linear" if targets == "all" else "") + (" + norms" if norms else "")
-    options = {"r": rank, "lora_alpha": 2 * rank}
-    return Method(name=name, family="LoRA", method="lora", options=options, targets=targets, norms=norms, **more)
-
-
-def ours(name: str, method: str, options: dict[str, Any] | None = None, **more: Any) -> Method:
-    name += " + norms" if more.get("norms") else ""
-    return Method(name=name, family="LoRETTA", method=method, options=options or {}, **more)
-
-
-def compact(rank: int = 1, *, norms: bool, inner: int = 4) -> Method:
-    name = "compact" + (f" r={rank}" if rank > 1 else "") + (f" inner {inner}" if inner != 4 else "")
-    inner = max(inner, rank)
-    options = {"r": rank, "tensor_rank": inner, "modes_per_side": 2, "lora_alpha": 2 * inner}
-    return ours(name, "rep", options, targets="all", norms=norms)
-
-
-def shared(rank: int, targets: str = "all", *, norms: bool) -> Method:
-    name = f"shared r={rank}" + (" q,v" if targets == "qv" else "")
-    return ours(name, "shared", {"tensor_rank": rank, "lora_alpha": 2 * rank}, targets=targets, norms=norms)
-
-
-METHODS: dict[str, Method] = {
-    method.name: method
-    for method in (
-        Method(name="head only", family="base", method="head", middle=1e-2),
-        Method(name="norms", family="base", method="norms", norms=True, middle=3e-3),
-        Method(name="BitFit", family="base", method="bitfit", middle=3e-3),
-        Method(name="IA3", family="PEFT", method="ia3", middle=5e-3),
-        *(lora(rank) for rank in (1, 2, 4, 8, 16, 32)),
-        lora(1, "all"), lora(2, "all"), lora(1, norms=True), lora(2, norms=True), lora(1, "all", norms=True),
-        Method(name="adapters b=64", family="PEFT", method="adapters", options={"dense": True}),
-        Method(name="adapters b=4", family="PEFT", method="adapters", options={"dense": True, "bottleneck_size": 4}),
-        ours("rep", "rep", targets="qv"), ours("rep", "rep", targets="qv", norms=True),
-        ours("adp", "adp"), ours("adp", "adp", norms=True),
-        *(compact(norms=norms) for norms in (False, True)), *(compact(2, norms=norms) for norms in (False, True)),
-        *(compact(rank, norms=False) for rank in (4, 16, 32)), compact(inner=2, norms=False),
-        *(shared(rank, norms=norms) for rank in (2, 4, 8) for norms in (False, True)),
-        *(shared(rank, norms=False) for rank in (1, 16, 32)), shared(16, "qv", norms=False),
-    )
-}  # fmt: skip
+__all__ = ["GROUPS", "METHODS", "Method", "main"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,21 +64,20 @@ class Cell:
         return "-".join([self.part, self.task, *self.method.replace("+", "and").split()])
 
 
-def grid(method: str, count: int = 3, apart: float = 2.0) -> tuple[float, ...]:
-    """``count`` rates around the middle of a method, ``apart`` from each other."""
-    middle = METHODS[method].middle
-    return tuple(float(f"{middle * apart ** (k - (count - 1) / 2):.3g}") for k in range(count))
-
-
 @contextlib.contextmanager
-def heads_alike() -> Iterator[None]:
-    """Runs of which the final layer of the head alone is trained, as PEFT's own methods train it."""
+def heads_alike(tokens: Sequence[int]) -> Iterator[None]:
+    """Runs of which the final layer of the head alone is trained, as PEFT's own methods train it.
+
+    With ``tokens`` the head is what the output embeddings say of these, and nothing of it is trained.
+    """
 
     def frozen(*args: Any) -> Any:
         model, found = ordinary(*args)
         for name, parameter in model.named_parameters():
             if any(part in name for part in FROZEN):
                 parameter.requires_grad_(False)
+        if tokens:
+            give_head(model, tokens)
         return model, found
 
     ordinary = population_training.prepare_model
@@ -169,17 +92,25 @@ def configs_of(cell: Cell, args: argparse.Namespace, data: Path, scratch: Path) 
     if method.targets is not None:
         options["target_modules"] = (QV if method.targets == "qv" else ALL)[kind]
         options["exclude_modules"] = ["pooler.dense", "classifier.dense"]
+    data_of = {"data": cell.task, "data_dir": str(data)}
+    if plan.kind != "glue":
+        files = {name: str(data / cell.task / f"{name}.jsonl.gz") for name in ("train", "validation")}
+        data_of = {"data": files["train"], "validation": files["validation"], "text": "text"}
+        data_of |= {"label": "label"} if plan.kind == "words" else {"kind": "language_modeling"}
+    trains_head = plan.kind == "glue"
     if method.method in OURS:
-        options |= {"train_norms": method.norms, "train_head": "dense"}
+        options |= {"train_norms": method.norms, "train_head": "dense" if trains_head else "frozen"}
     elif method.norms and method.method != "norms":
         options["modules_to_save"] = NORMS[kind]
     return [
         RunConfig(
-            model=str(args.model), data=cell.task, data_dir=str(data), method=method.method, method_args=options,
-            epochs=cell.epochs, max_steps=args.max_steps, max_length=plan.length, limit=args.limit, batch_size=BATCH,
-            learning_rate=rate, head_learning_rate=None if method.method == "head" else HEAD_RATE,
+            model=str(args.model), **data_of, method=method.method, method_args=options,
+            epochs=cell.epochs, max_steps=args.max_steps, max_length=plan.length, limit=args.limit,
+            batch_size=plan.batch, learning_rate=rate,
+            head_learning_rate=HEAD_RATE if trains_head and method.method != "head" else None,
             eval_batch_size=256, logging_steps=20, seed=seed, bf16=not args.cpu,
-            cuda_graph=not args.cpu, cpu=args.cpu, output=str(scratch / f"{rate}-{seed}"), head_policy="method",
+            cuda_graph=not args.cpu, cpu=args.cpu, output=str(scratch / f"{rate}-{seed}"),
+            head_policy="method" if trains_head or method.method in OURS else "frozen",
         )
         for rate in cell.rates
         for seed in cell.seeds
@@ -198,7 +129,7 @@ def measure(cell: Cell, args: argparse.Namespace, data: Path) -> dict[str, Any]:
     row = {
         "part": cell.part, "model": Path(args.model).name, "task": cell.task, "method": cell.method,
         "family": method.family, "norms": method.norms, **found[0]["same"],
-        "rates": list(cell.rates), "seeds": list(cell.seeds), "epochs": cell.epochs, "batch": BATCH,
+        "rates": list(cell.rates), "seeds": list(cell.seeds), "epochs": cell.epochs, "batch": TASKS[cell.task].batch,
         "length": TASKS[cell.task].length,
     }  # fmt: skip
     if method.family == "LoRETTA":
@@ -251,7 +182,9 @@ def set_factors(loop: Loop, factors: Mapping[str, float]) -> None:
 
 def trained(configs: Sequence[RunConfig], cell: Cell, args: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
     """What is noted of each member of one population."""
-    with heads_alike():
+    plan = TASKS[cell.task]
+    words = load_tokenizer(str(args.model)) if plan.kind == "words" else None
+    with heads_alike([] if words is None else option_tokens(cell.task, words, args.data_dir)):
         loop = prepare(configs, scratch)
     set_factors(loop, METHODS[cell.method].factors)
     sizes = {name: where.stop - where.start for name, where in loop.population.slices.items()}
@@ -260,12 +193,16 @@ def trained(configs: Sequence[RunConfig], cell: Cell, args: argparse.Namespace, 
     train.longest = min(train.longest, configs[0].max_length)
     train.lengths = torch.full_like(train.lengths, train.longest)
     loop.parts = 1
-    loop.train()
+    if cell.method == UNTRAINED:
+        for member, scores in zip(loop.members, loop.evaluate(), strict=True):
+            member.trainer.state.log_history.append(scores)
+    else:
+        loop.train()
     name = "eval_" + str(loop.args.metric_for_best_model).removeprefix("eval_")
     held_out = len(loop.members[0].encoded["validation"])
-    official, count = official_scores(loop, args)
+    official, count = official_scores(loop, cell, args)
     same = {
-        "trained": sum(sizes.values()) - head, "head": head, "metric": name.removeprefix("eval_"),
+        "trained": 0 if cell.method == UNTRAINED else sum(sizes.values()) - head, "head": head, "metric": name.removeprefix("eval_"),
         "rows": {"train": loop.rules.size, "held_out": held_out, "official": count},
     }  # fmt: skip
     found = []
@@ -286,14 +223,22 @@ def trained(configs: Sequence[RunConfig], cell: Cell, args: argparse.Namespace, 
     return found
 
 
-def official_scores(loop: Loop, args: argparse.Namespace) -> tuple[list[dict[str, float]], int]:
+def official_scores(loop: Loop, cell: Cell, args: argparse.Namespace) -> tuple[list[dict[str, float]], int]:
     """The scores of all members on the official validation rows, with the values of their best epoch."""
     first = loop.members[0]
-    task = load_task(first.config.data, data_dir=args.data_dir)
+    plan = TASKS[cell.task]
+    if plan.kind == "glue":
+        task, length = load_task(cell.task, data_dir=args.data_dir), OFFICIAL_LENGTH
+    else:
+        config = first.config
+        official = Path(config.data).with_name("official.jsonl.gz")
+        options = {"label": config.label} if plan.kind == "words" else {"kind": config.kind}
+        task = load_task(config.data, text="text", validation=official, **options)
+        length = LONGEST_PROMPT if plan.kind == "words" else plan.length
     if args.limit is not None:
         task = task.limited(args.limit)
     tokenizer = load_tokenizer(first.config.model)
-    encoded = encode(task.validation, task, tokenizer, OFFICIAL_LENGTH)
+    encoded = encode(task.validation, task, tokenizer, length)
     collator: Any = first.trainer.data_collator
     split_of_each = [encoded] * len(loop.members)
     loop.rows["validation"] = Rows(
@@ -303,24 +248,6 @@ def official_scores(loop: Loop, args: argparse.Namespace) -> tuple[list[dict[str
         member.encoded["validation"] = encoded  # type: ignore[index]
     loop.population.values.copy_(loop.best)
     return loop.evaluate(), len(encoded)
-
-
-# in the order of their value; which tasks and in which order is for the command
-GROUPS: dict[str, list[str]] = {
-    "core": [
-        "LoRA r=1", "compact + norms", "shared r=2", "shared r=4 + norms", "norms", "LoRA r=8", "rep", "compact",
-        "shared r=2 + norms", "LoRA r=1 + norms", "adp + norms", "LoRA r=2", "LoRA r=1 all linear", "head only",
-    ],
-    "more": [
-        "shared r=8 + norms", "LoRA r=4", "BitFit", "shared r=4", "IA3", "rep + norms", "adp", "compact r=2 + norms",
-        "LoRA r=2 + norms", "shared r=8", "LoRA r=1 all linear + norms", "compact r=2", "LoRA r=2 all linear",
-        "adapters b=4", "compact inner 2", "shared r=16", "shared r=16 q,v", "adapters b=64",
-    ],
-    "rates": [
-        "LoRA r=1", "compact", "shared r=1", "LoRA r=8", "compact r=4", "shared r=4", "compact r=32", "shared r=32",
-        "LoRA r=32", "compact r=16", "shared r=16",
-    ],
-}  # fmt: skip
 
 
 def cells_of(orders: Sequence[str], args: argparse.Namespace) -> list[Cell]:
@@ -368,6 +295,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="rows of each split")
     parser.add_argument("--cpu", action="store_true")
     parser.add_argument("--gpus", type=int, default=torch.cuda.device_count())
+    parser.add_argument("--first-gpu", type=int, default=0)
     parser.add_argument("--each", type=int, default=3, help="processes of a GPU: one prepares while another trains")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no cell after that time")
     parser.add_argument("--grace", type=float, default=1e9, help="seconds that begun cells then have")
@@ -388,9 +316,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         queue = Path(folder)
         for task in {cell.task for cell in cells}:
-            split(task, args.data_dir, queue / "data")
+            if TASKS[task].kind == "glue":
+                split(task, args.data_dir, queue / "data")
+            else:
+                write_words(task, load_tokenizer(str(args.model)), args.data_dir, queue / "data")
         words = [*sys.argv, "--queue", folder, "--until", str(until)]
-        gpus, end = 0 if args.cpu else max(1, args.gpus), until + args.grace
+        gpus = [] if args.cpu else list(range(args.first_gpu, args.first_gpu + max(1, args.gpus)))
+        end = until + args.grace
         oversee(words, queue, args.out, count=len(cells), gpus=gpus, each=args.each, until=until, end=end)
     print(table(read_rows([args.out])))
 

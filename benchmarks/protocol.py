@@ -35,6 +35,8 @@ class TaskPlan:
     epochs: int
     rows: int | None = None  # of the training data, drawn
     metric: str = "accuracy"
+    batch: int = BATCH
+    kind: str = "glue"  # or "words", a prompted task (prompts.py), or "text", for the perplexity
 
 
 TASKS: dict[str, TaskPlan] = {
@@ -46,6 +48,12 @@ TASKS: dict[str, TaskPlan] = {
     "qnli": TaskPlan(length=96, epochs=2),
     "mnli": TaskPlan(length=80, epochs=2),
     "qqp": TaskPlan(length=64, epochs=2, metric="f1"),
+    "sst2-words": TaskPlan(length=48, epochs=5, kind="words"),
+    "cb-words": TaskPlan(length=160, epochs=10, kind="words"),
+    "boolq-words": TaskPlan(length=192, epochs=5, kind="words"),
+    "rte-words": TaskPlan(length=128, epochs=5, kind="words"),
+    "stories": TaskPlan(length=128, epochs=2, metric="loss", batch=8, kind="text"),
+    "wiki": TaskPlan(length=128, epochs=2, metric="loss", batch=8, kind="text"),
 }
 
 # the contrastive training of both encoders used pairs of these tasks' texts

@@ -1,0 +1,317 @@
+"""Fill docs/choosing.md and RESULTS.md, and draw README's picture, from benchmarks/results/.
+
+    python benchmarks/evidence.py
+
+docs/choosing.md is made from the scores on held-out training rows, by which everything is chosen; RESULTS.md from those
+on the official validation rows at the rate so chosen.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import mean
+
+from board import Board, Row, markdown, paired, signed, verdict, words
+from methods import GROUPS
+from protocol import LEAKS, TASKS, at_edge, best_rate, interval, read_rows
+from tables import RESULTS, ROOT, filled
+
+CHOOSING, PAGE, PICTURE = ROOT / "docs" / "choosing.md", ROOT / "RESULTS.md", ROOT / "docs" / "front.svg"
+MODELS = {
+    "all-MiniLM-L6-v2": "MiniLM (width 384, 22.7M)",
+    "all-mpnet-base-v2": "MPNet (width 768, 109.5M)",
+    "SmolLM2-135M-Instruct": "SmolLM2 (width 576, 134.5M)",
+}
+NAMES = {"mcc": "Matthews", "f1": "F1", "spearman": "Spearman", "accuracy": "accuracy", "loss": "loss"}
+SIZES = (5_000, 10_000, 20_000, 40_000, 80_000)
+ROOM = 1.1  # of a size that a method may use
+
+
+def rows() -> list[Row]:
+    files = sorted((*RESULTS.glob("forms_*.json"), *RESULTS.glob("peers_*.json")))
+    return [row for row in read_rows(files) if row["model"] in MODELS]
+
+
+def front_table(model: str, found: Sequence[Row]) -> str:
+    """Every method by what it trains: held-out scores of each task, their mean, and the chosen rates."""
+    board = Board(found, model, "held_out")
+    lines = []
+    for method in board.methods:
+        scores = [words(board.scores(method, task)) if (method, task) in board.cells else "" for task in board.tasks]
+        means = board.mean_of(method)
+        rates = [
+            f"{float(best_rate(board.cells[method, task])):g}" + ("*" if at_edge(board.cells[method, task]) else "")
+            for task in board.tasks
+            if (method, task) in board.cells
+        ]
+        name = f"**{method}**" if board.family(method) == "LoRETTA" else method
+        lines.append([name, f"{board.trained(method):,}", *scores, words(means) if means else "", " ".join(rates)])
+    columns = ["method", "trained", *board.tasks, f"mean of {len(board.common)}", "rates"]
+    return (
+        f"The mean is of {', '.join(board.common)}; ± is half a 95 % interval over the seeds; `*`: the best rate is at "
+        f"the edge of its grid.\n\n{markdown(lines, columns)}"
+    )
+
+
+def size_table(model: str, found: Sequence[Row], which: str) -> str:
+    """At each size the best LoRETTA form and the best other method that fit, and how sure the difference is."""
+    board = Board(found, model, which)
+    have = board.complete()
+    lines = []
+    for size in SIZES:
+        fit = [method for method in have if board.trained(method) <= ROOM * size]
+        ours = [method for method in fit if board.family(method) == "LoRETTA"]
+        others = [method for method in fit if board.family(method) != "LoRETTA"]
+        if not ours or not others:
+            continue
+        best, other = (max(names, key=lambda name: mean(have[name])) for names in (ours, others))
+        difference = paired(have[best], have[other])
+        lines.append(
+            [
+                f"{size:,}", f"{best} ({board.trained(best):,})", words(have[best]),
+                f"{other} ({board.trained(other):,})", words(have[other]), signed(difference), verdict(difference),
+            ]
+        )  # fmt: skip
+    columns = ["at most", "best LoRETTA form", "score", "best other method", "score", "difference", ""]
+    return markdown(lines, columns, left=2) if lines else ""
+
+
+LADDERS = {False: [f"LoRA r={rank}" for rank in (1, 2, 4, 8)], True: ["norms", "LoRA r=1 + norms", "LoRA r=2 + norms"]}
+
+
+def equal_table(model: str, found: Sequence[Row], which: str) -> str:
+    """LoRETTA's forms against LoRA on query and value at the same count, with frozen and with trained norms."""
+    board = Board(found, model, which)
+    have = board.complete()
+    lines = []
+    for method in board.methods:
+        if board.family(method) != "LoRETTA" or method not in have:
+            continue
+        count = board.trained(method)
+        other = board.by_count(count, LADDERS[board.norms(method)])
+        if other is None:
+            continue
+        difference = paired(have[method], other)
+        lines.append([method, f"{count:,}", words(have[method]), words(other), signed(difference), verdict(difference)])
+    return markdown(lines, ["form", "trained", "score", "LoRA at that count", "difference", ""]) if lines else ""
+
+
+def rates_table(found: Sequence[Row]) -> str:
+    """Scores against the learning rate, and the rate at which each form is best."""
+    some = [row for row in found if row.get("part") == "rates"]
+    if not some:
+        return "Not measured yet.\n"
+    rates = sorted({rate for row in some for rate in row["held_out"]}, key=float)
+    lines = []
+    for row in sorted(some, key=lambda row: (row["task"], row["method"].split(" r=")[0], row["trained"])):
+        scores = {rate: [s for s in row["held_out"][rate] if s is not None] for rate in row["held_out"]}
+        cells = [f"{mean(scores[rate]):.3f}" if scores.get(rate) else "" for rate in rates]
+        lines.append([row["method"], row["task"], f"{row['trained']:,}", *cells, f"{peak(row):.2g}"])
+    return markdown(lines, ["form", "task", "trained", *[f"{float(rate):g}" for rate in rates], "peak"], left=2)
+
+
+def peak(row: Row) -> float:
+    """The rate at the top of the parabola through the best rate and its neighbours, in the logarithm of the rate."""
+    rates = sorted(row["held_out"], key=float)
+    means = [mean(s for s in row["held_out"][rate] if s is not None) for rate in rates]
+    at = max(range(len(rates)), key=means.__getitem__)
+    if at in (0, len(rates) - 1):
+        return float(rates[at])
+    left, top, right = means[at - 1 : at + 2]
+    shift = 0.5 * (left - right) / (left - 2 * top + right) if left - 2 * top + right else 0.0
+    return float(rates[at]) * (float(rates[at + 1]) / float(rates[at])) ** shift
+
+
+def results_of(model: str, task: str, found: Sequence[Row]) -> str:
+    """One task on the official rows: scores, and paired differences to LoRA r=8 and to the norms."""
+    board = Board(found, model, "official")
+    here = [method for method in board.methods if (method, task) in board.cells]
+    against = {name: board.scores(name, task) for name in ("LoRA r=8", "norms") if name in here}
+    lines = []
+    for method in here:
+        row, scores = board.cells[method, task], board.scores(method, task)
+        gaps = [
+            "" if method == name or name not in against else signed(paired(scores, against[name]))
+            for name in ("LoRA r=8", "norms")
+        ]
+        lines.append([method, f"{row['trained']:,}", f"{row['trained'] + row['head']:,}", words(scores), *gaps])
+    metric = NAMES[board.cells[here[0], task]["metric"]]
+    return markdown(lines, ["method", "trained", "with head", metric, "to LoRA r=8", "to norms"])
+
+
+def verdict_sentence(model: str, task: str, found: Sequence[Row]) -> str:
+    """Whether a LoRETTA form is the best of a task, said first where it is not."""
+    board = Board(found, model, "official")
+    here = {method: board.scores(method, task) for method in board.methods if (method, task) in board.cells}
+    sign = -1 if TASKS[task].metric == "loss" else 1
+    here = {method: [sign * score for score in s] for method, s in here.items() if not any(map(math.isnan, s))}
+    ours = {m: s for m, s in here.items() if board.family(m) == "LoRETTA"}
+    others = {m: s for m, s in here.items() if board.family(m) != "LoRETTA"}
+    if not ours or not others:
+        return ""
+    best, other = (max(group, key=lambda name: mean(group[name])) for group in (ours, others))
+    difference = paired(ours[best], others[other])
+    what = {"better": "LoRETTA wins", "worse": "LoRETTA loses", "level": "LoRETTA is level with the best"}
+    return (
+        f"{what[verdict(difference)]} here: {best} ({board.trained(best):,}) has {sign * mean(ours[best]):.3f}, "
+        f"{other} ({board.trained(other):,}) {sign * mean(others[other]):.3f}; the paired difference in favour of "
+        f"LoRETTA is {signed(difference)}."
+    )
+
+
+def claims(found: Sequence[Row]) -> str:
+    """What the paper claims of small encoders, and what came out: confirmed, refuted or open."""
+    asked = (
+        ("adp with norms is as good as LoRA r=8 with fewer parameters (Table 1)", "adp + norms", "LoRA r=8"),
+        (
+            "rep with norms, as published, is as good as LoRA r=8 with fewer parameters (Table 1)",
+            "rep + norms",
+            "LoRA r=8",
+        ),
+        ("rep as published, norms frozen, is worth its parameters: at least LoRA r=1", "rep", "LoRA r=1"),
+        ("rep's trains add to what the trained norms do alone (Table 11)", "rep + norms", "norms"),
+        ("trained norms add to rep (Table 11)", "rep + norms", "rep"),
+        (
+            "not the paper's: compact, the default of `loretta train`, is as good as LoRA r=8",
+            "compact + norms",
+            "LoRA r=8",
+        ),
+        ("not the paper's: one train for all layers is as good as LoRA r=8", "shared r=4 + norms", "LoRA r=8"),
+    )
+    lines = []
+    for claim, one, other in asked:
+        for model, shown in MODELS.items():
+            have = Board(found, model, "official").complete()
+            if one not in have or other not in have:
+                lines.append([claim, shown, "", "open: not run"])
+                continue
+            difference = paired(have[one], have[other])
+            better = verdict(difference)
+            needs_more = "add" in claim
+            held = better == "better" or (better == "level" and not needs_more)
+            word = "confirmed" if held else ("refuted" if better == "worse" else "open: no difference was seen")
+            lines.append([claim, shown, signed(difference), word])
+    return markdown(lines, ["claim", "model", "mean difference", "result"], left=2)
+
+
+def not_run(found: Sequence[Row]) -> str:
+    """The cells that are missing, and the command that runs these and no others."""
+    plans = (
+        ("all-MiniLM-L6-v2", "minilm", ("core", "more"), "cola,mrpc,stsb,sst2,rte", ""),
+        ("all-MiniLM-L6-v2", "minilm", ("core",), "qnli,qqp,mnli", " --seeds 3"),
+        ("all-mpnet-base-v2", "mpnet", ("core", "more"), "cola,mrpc,stsb,sst2,rte", " --seeds 3 --share 0.6"),
+        (
+            "SmolLM2-135M-Instruct", "smollm2", ("decoder",),
+            "sst2-words,cb-words,boolq-words,rte-words,stories,wiki", " --seeds 3",
+        ),
+    )  # fmt: skip
+    done = {(row["model"], row["task"], row["method"]) for row in found if row.get("part", "front") == "front"}
+    lines = []
+    for model, name, groups, tasks, more in plans:
+        wanted = [(model, task, method) for g in groups for method in GROUPS[g] for task in tasks.split(",")]
+        missing = sum(cell not in done for cell in wanted)
+        orders = " ".join(f"{group}:{tasks}" for group in groups)
+        command = f"python benchmarks/forms.py --model FOLDER --data-dir DATA --order {orders}{more}"
+        lines.append(
+            f"* {model}, {tasks}: {missing} of {len(wanted)} cells were not run.\n"
+            f"  `{command} --out benchmarks/results/forms_{name}.json` runs them and no others."
+        )
+    return "\n".join(lines) + "\n"
+
+
+def results_page(found: Sequence[Row]) -> dict[str, str]:
+    """The generated sections of RESULTS.md."""
+    parts = []
+    for model, shown in MODELS.items():
+        board = Board(found, model, "official")
+        if not board.rows:
+            continue
+        sizes = size_table(model, found, "official")
+        parts.append(f"### {shown}\n\n{source(board.rows)}\n\n" + (f"{sizes}\n" if sizes else ""))
+        for task in board.tasks:
+            leak = LEAKS.get(task, "")
+            parts.append(
+                f"#### {task}\n\n{verdict_sentence(model, task, found)} {leak}\n\n{results_of(model, task, found)}\n"
+            )
+    return {"claims": claims(found), "tables": "".join(parts).rstrip() + "\n", "not run": not_run(found)}
+
+
+def source(some: Sequence[Row]) -> str:
+    """Where the rows come from."""
+    devices = ", ".join(sorted({row["device"] for row in some}))
+    versions = sorted({" ".join(f"{name} {number}" for name, number in row["versions"].items()) for row in some})
+    seeds = sorted({len(row["seeds"]) for row in some})
+    return f"{devices}; {'; '.join(versions)}; {' or '.join(map(str, seeds))} seeds, {len(some)} cells."
+
+
+def choosing_sections(found: Sequence[Row]) -> dict[str, str]:
+    sections = {"rates": rates_table(found)}
+    for model in MODELS:
+        if any(row["model"] == model for row in found):
+            made = (
+                front_table(model, found),
+                size_table(model, found, "held_out"),
+                equal_table(model, found, "held_out"),
+            )
+        else:
+            made = "", "", ""
+        for name, content in zip(("front", "sizes", "equal"), made, strict=True):
+            sections[f"{name} {model}"] = content or "Not measured yet.\n"
+    return sections
+
+
+def draw(found: Sequence[Row], path: Path) -> None:
+    """README's picture: the mean score against the trained parameters, of the largest encoder that was measured."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    boards = [Board(found, model, "official") for model in ("all-mpnet-base-v2", "all-MiniLM-L6-v2")]
+    board = next((board for board in boards if len(board.complete()) > 5), boards[-1])
+    model = board.rows[0]["model"]
+    marks = {
+        "LoRETTA": ("o", "tab:red"),
+        "LoRA": ("s", "tab:blue"),
+        "PEFT": ("^", "tab:green"),
+        "base": ("v", "dimgrey"),
+    }
+    with matplotlib.rc_context({"svg.hashsalt": "front", "font.size": 9}):
+        figure = Figure(figsize=(9, 4.5), layout="constrained")
+        axes = figure.subplots()
+        for family, (marker, color) in marks.items():
+            label = family if family != "base" else "norms, biases"
+            for method, scores in board.complete().items():
+                if board.family(method) != family or not board.trained(method):
+                    continue
+                middle, half = interval(scores)
+                axes.errorbar(
+                    board.trained(method), middle, yerr=0 if math.isnan(half) else half, marker=marker, color=color,
+                    linestyle="", capsize=2, linewidth=0.8, label=label,
+                )  # fmt: skip
+                axes.annotate(method, (board.trained(method), middle), (4, 3), textcoords="offset points", fontsize=6)
+                label = "_"
+        axes.set_xscale("log")
+        axes.set_xlabel("trained parameters, without the head")
+        axes.set_ylabel(f"mean of {', '.join(board.common)} (official validation)")
+        axes.set_title(f"{MODELS[model]}: {len(board.rows[0]['seeds'])} seeds, 95 % intervals", fontsize=9)
+        axes.legend(frameon=False)
+        figure.savefig(path, metadata={"Date": None})
+
+
+def pages(found: Sequence[Row]) -> list[tuple[Path, dict[str, str]]]:
+    return [(CHOOSING, choosing_sections(found)), (PAGE, results_page(found))]
+
+
+def main() -> None:
+    found = rows()
+    for path, sections in pages(found):
+        text = path.read_text()
+        for name, content in sections.items():
+            text = filled(text, name, content)
+        path.write_text(text)
+        print(f"filled {len(sections)} sections of {path.name}")
+    if found:
+        draw(found, PICTURE)
+
+
+if __name__ == "__main__":
+    main()

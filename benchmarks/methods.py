@@ -1,0 +1,117 @@
+"""The methods that the evidence compares, each with the middle of its grid of learning rates."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+QV = {"bert": ["query", "value"], "mpnet": ["attn.q", "attn.v"], "llama": ["q_proj", "v_proj"]}
+ALL = {
+    "bert": ["query", "key", "value", "dense"],
+    "mpnet": ["attn.q", "attn.k", "attn.v", "attn.o", "dense"],
+    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+}
+NORMS = {
+    "bert": ["LayerNorm"],
+    "mpnet": ["LayerNorm"],
+    "llama": ["input_layernorm", "post_attention_layernorm", "model.norm"],
+}
+# what no method trains: hidden layers of heads, and of MPNet what has "bias" in its name and is none
+FROZEN = (
+    "pooler.dense",
+    "classifier.dense",
+    "classifier.modules_to_save.default.dense",
+    "classifier.original_module.dense",
+    "relative_attention_bias",
+)
+UNTRAINED = "untrained"  # scored before its first step
+OURS = ("rep", "adp", "shared", "adapters")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Method:
+    """What a run is given.
+
+    ``middle`` is the middle of its grid of rates, and ``factors`` are on the rates of what has a word in its name.
+    """
+
+    name: str
+    family: str
+    method: str
+    options: dict[str, Any] = field(default_factory=dict)
+    targets: str | None = None
+    norms: bool = False
+    middle: float = 1.5e-3
+    factors: dict[str, float] = field(default_factory=dict)
+
+
+def lora(rank: int, targets: str = "qv", *, norms: bool = False, **more: Any) -> Method:
+    name = f"LoRA r={rank}" + (" all linear" if targets == "all" else "") + (" + norms" if norms else "")
+    options = {"r": rank, "lora_alpha": 2 * rank}
+    return Method(name=name, family="LoRA", method="lora", options=options, targets=targets, norms=norms, **more)
+
+
+def ours(name: str, method: str, options: dict[str, Any] | None = None, **more: Any) -> Method:
+    name += " + norms" if more.get("norms") else ""
+    return Method(name=name, family="LoRETTA", method=method, options=options or {}, **more)
+
+
+def compact(rank: int = 1, *, norms: bool, inner: int = 4) -> Method:
+    name = "compact" + (f" r={rank}" if rank > 1 else "") + (f" inner {inner}" if inner != 4 else "")
+    inner = max(inner, rank)
+    options = {"r": rank, "tensor_rank": inner, "modes_per_side": 2, "lora_alpha": 2 * inner}
+    return ours(name, "rep", options, targets="all", norms=norms)
+
+
+def shared(rank: int, targets: str = "all", *, norms: bool) -> Method:
+    name = f"shared r={rank}" + (" q,v" if targets == "qv" else "")
+    return ours(name, "shared", {"tensor_rank": rank, "lora_alpha": 2 * rank}, targets=targets, norms=norms)
+
+
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method(name=UNTRAINED, family="base", method="lora", options={"r": 1}, targets="qv"),
+        Method(name="head only", family="base", method="head", middle=1e-2),
+        Method(name="norms", family="base", method="norms", norms=True, middle=3e-3),
+        Method(name="BitFit", family="base", method="bitfit", middle=3e-3),
+        Method(name="IA3", family="PEFT", method="ia3", middle=5e-3),
+        *(lora(rank) for rank in (1, 2, 4, 8, 16, 32)),
+        lora(1, "all"), lora(2, "all"), lora(1, norms=True), lora(2, norms=True), lora(1, "all", norms=True),
+        Method(name="adapters b=64", family="PEFT", method="adapters", options={"dense": True}),
+        Method(name="adapters b=4", family="PEFT", method="adapters", options={"dense": True, "bottleneck_size": 4}),
+        ours("rep", "rep", targets="qv"), ours("rep", "rep", targets="qv", norms=True),
+        ours("adp", "adp"), ours("adp", "adp", norms=True),
+        *(compact(norms=norms) for norms in (False, True)), *(compact(2, norms=norms) for norms in (False, True)),
+        *(compact(rank, norms=False) for rank in (4, 16, 32)), compact(inner=2, norms=False),
+        *(shared(rank, norms=norms) for rank in (2, 4, 8) for norms in (False, True)),
+        *(shared(rank, norms=False) for rank in (1, 16, 32)), shared(16, "qv", norms=False),
+    )
+}  # fmt: skip
+
+
+# in the order of their value; which tasks and in which order is for the command
+GROUPS: dict[str, list[str]] = {
+    "core": [
+        "LoRA r=1", "compact + norms", "shared r=2", "shared r=4 + norms", "norms", "LoRA r=8", "rep", "compact",
+        "shared r=2 + norms", "LoRA r=1 + norms", "adp + norms", "LoRA r=2", "LoRA r=1 all linear", "head only",
+    ],
+    "more": [
+        "shared r=8 + norms", "LoRA r=4", "BitFit", "shared r=4", "IA3", "rep + norms", "adp", "compact r=2 + norms",
+        "LoRA r=2 + norms", "shared r=8", "LoRA r=1 all linear + norms", "compact r=2", "LoRA r=2 all linear",
+        "adapters b=4", "compact inner 2", "shared r=16", "shared r=16 q,v", "adapters b=64",
+    ],
+    "decoder": [
+        "untrained", "LoRA r=1", "compact + norms", "compact", "shared r=4 + norms", "norms", "LoRA r=8", "rep",
+        "shared r=4", "LoRA r=2", "rep + norms", "shared r=8 + norms", "LoRA r=1 + norms", "IA3",
+        "LoRA r=1 all linear", "adp + norms",
+    ],
+    "rates": [
+        "LoRA r=1", "compact", "shared r=1", "LoRA r=8", "compact r=4", "shared r=4", "compact r=32", "shared r=32",
+        "LoRA r=32", "compact r=16", "shared r=16",
+    ],
+}  # fmt: skip
+
+
+def grid(method: str, count: int = 3, apart: float = 2.0) -> tuple[float, ...]:
+    """``count`` rates around the middle of a method, ``apart`` from each other."""
+    middle = METHODS[method].middle
+    return tuple(float(f"{middle * apart ** (k - (count - 1) / 2):.3g}") for k in range(count))
