@@ -202,7 +202,8 @@ def trained(configs: Sequence[RunConfig], cell: Cell, args: argparse.Namespace, 
     held_out = len(loop.members[0].encoded["validation"])
     official, count = official_scores(loop, cell, args)
     same = {
-        "trained": 0 if cell.method == UNTRAINED else sum(sizes.values()) - head, "head": head, "metric": name.removeprefix("eval_"),
+        "trained": 0 if cell.method == UNTRAINED else sum(sizes.values()) - head,
+        "head": head, "metric": name.removeprefix("eval_"),
         "rows": {"train": loop.rules.size, "held_out": held_out, "official": count},
     }  # fmt: skip
     found = []
