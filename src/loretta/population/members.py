@@ -37,6 +37,11 @@ class Members(nn.Module):
                 self.register_parameter(f"values_{k}", value)
             else:
                 self.register_buffer(f"values_{k}", value)
+        device = next(iter(values.values())).device
+        # FourierFT's places would be copied to the GPU in every step, which no recorded step can do
+        for name, held in vars(module).items():
+            for key, value in held.items() if isinstance(held, dict) and not name.startswith("_") else ():
+                held[key] = value.to(device) if isinstance(value, Tensor) else value
 
     @property
     def values(self) -> dict[str, Tensor]:
@@ -86,26 +91,7 @@ class OwnZeros(TorchFunctionMode):
         return found + self.zero.to(found.dtype) if func is torch.zeros else found
 
 
-class MemberTuner(Members):
-    """A layer of one of PEFT's methods over a linear one.
-
-    All tokens of a member are rows of one matrix: it is multiplied with the member's own matrices once, and not once
-    for each text.
-    """
-
-    def __init__(self, module: nn.Module, values: Mapping[str, Tensor]) -> None:
-        super().__init__(module, values)
-        device = next(iter(values.values())).device
-        # FourierFT's places would be copied to the GPU in every step, which no recorded step can do
-        for held in vars(module).values():
-            for key, value in held.items() if type(held) is dict else ():
-                held[key] = value.to(device) if isinstance(value, Tensor) else value
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return super().forward(x.flatten(0, -2), *args, **kwargs).unflatten(0, x.shape[:-1])
-
-
-class MemberVBLoRA(MemberTuner):
+class MemberVBLoRA(Members):
     """VB-LoRA, whose layers look for infinite logits in training, which no vmap and no recorded step can."""
 
     def train(self, mode: bool = True) -> "MemberVBLoRA":

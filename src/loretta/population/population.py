@@ -15,7 +15,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from loretta.errors import InputError
-from loretta.population.members import MemberIA3, MemberLinear, MemberNorm, Members, MemberTuner, MemberVBLoRA
+from loretta.population.members import MemberIA3, MemberLinear, MemberNorm, Members, MemberVBLoRA
 from loretta.population.trains import MemberAdp, MemberRep, MemberTrains, SharedGroup, TrainGroup
 from loretta.tuners.contraction import Contraction
 from loretta.tuners.layer import LorettaLayer
@@ -178,9 +178,7 @@ class Population(nn.Module):
             return MemberNorm(module, values)
         if isinstance(module, IA3Layer) and len(values) == 1:
             return MemberIA3(module, values)
-        if isinstance(module, BaseTunerLayer) and isinstance(module.get_base_layer(), nn.Linear):
-            return (MemberVBLoRA if isinstance(module, VBLoRALayer) else MemberTuner)(module, values)
-        return Members(module, values)
+        return (MemberVBLoRA if isinstance(module, VBLoRALayer) else Members)(module, values)
 
     def _replace(self, site: str, by: Members) -> None:
         old = self.model.get_submodule(site)
