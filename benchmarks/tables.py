@@ -18,6 +18,7 @@ from loretta.cli.demo import render_table
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+GRPO_STEPS = (5, 10, 20)  # whose mean reward is shown
 
 
 def demo_table() -> str:
@@ -65,9 +66,30 @@ def best_rate(row: Mapping[str, Any]) -> tuple[float, float, float]:
     return float(rate), mean(scores), stdev(scores) if len(scores) > 1 else 0.0
 
 
+def grpo_table() -> str:
+    """Rewards of each seed before and after training, and below them the bytes of a weight sync."""
+    report = json.loads((RESULTS / "grpo.json").read_text())
+    rows = [
+        [str(row["seed"]), f"{row['untrained']:.2f}", *(f"{row['curve'][k - 1]:.2f}" for k in GRPO_STEPS),
+         f"{row['trained']:.2f}"]
+        for row in report["rows"]
+    ]  # fmt: skip
+    steps = [f"step {k}" for k in GRPO_STEPS]
+    rewards = pd.DataFrame(rows, columns=["seed", "reward untrained", *steps, "trained"])
+    largest = report["bytes"]["LoRA r=8"]
+    sizes = [[name, f"{size:,}", f"{size / largest:.2f}"] for name, size in report["bytes"].items()]
+    synced = pd.DataFrame(sizes, columns=["weights of a sync", "bytes", "of LoRA r=8"])
+    tables = [
+        frame.to_markdown(index=False, disable_numparse=True, colalign=["left", *["right"] * (len(frame.columns) - 1)])
+        for frame in (rewards, synced)
+    ]
+    return "\n\n".join(tables) + "\n"
+
+
 SECTIONS: dict[tuple[str, str], Callable[[], str]] = {
     ("README.md", "demo"): demo_table,
     ("docs/decisions.md", "learning rates"): learning_rate_table,
+    ("examples/README.md", "grpo"): grpo_table,
     ("docs/choosing.md", "MiniLM"): partial(forms_table, "all-MiniLM-L6-v2"),
     ("docs/choosing.md", "MPNet"): partial(forms_table, "all-mpnet-base-v2"),
 }
