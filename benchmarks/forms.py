@@ -17,7 +17,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,9 +30,9 @@ import torch
 import transformers
 from claims import oversee, take
 from encoders import graphable
-from methods import ALL, FROZEN, GROUPS, METHODS, NORMS, OURS, QV, UNTRAINED, Method, grid
+from methods import ALL, FROZEN, GROUPS, IA3, METHODS, NORMS, OURS, QV, UNTRAINED, Method, grid
 from prompts import give_head, option_tokens, write_words
-from protocol import HEAD_RATE, OFFICIAL_LENGTH, TASKS, best_rate, cell_of, interval, read_rows, split
+from protocol import HEAD_RATE, OFFICIAL_LENGTH, TASKS, at_edge, best_rate, cell_of, interval, read_rows, split
 
 from loretta.population import training as population_training
 from loretta.population.loop import Loop
@@ -44,6 +44,8 @@ from loretta.training.data import encode
 from loretta.training.model import load_tokenizer
 
 LONGEST_PROMPT = 1024  # tokens, of the official rows
+
+PER_RATE = ("held_out", "official", "curve", "train_loss")
 
 __all__ = ["GROUPS", "METHODS", "Method", "main"]
 
@@ -92,6 +94,8 @@ def configs_of(cell: Cell, args: argparse.Namespace, data: Path, scratch: Path) 
     if method.targets is not None:
         options["target_modules"] = (QV if method.targets == "qv" else ALL)[kind]
         options["exclude_modules"] = ["pooler.dense", "classifier.dense"]
+    elif method.method == "ia3":
+        options |= IA3.get(kind, {})
     data_of = {"data": cell.task, "data_dir": str(data)}
     if plan.kind != "glue":
         files = {name: str(data / cell.task / f"{name}.jsonl.gz") for name in ("train", "validation")}
@@ -138,7 +142,7 @@ def measure(cell: Cell, args: argparse.Namespace, data: Path) -> dict[str, Any]:
             "method": method.method,
             "options": {**options, "target_modules": "all-linear"} if method.targets == "all" else options,
         }
-    for key in ("held_out", "official", "curve", "train_loss"):
+    for key in PER_RATE:
         each = iter([member[key] for member in found])
         row[key] = {str(rate): [next(each) for _ in cell.seeds] for rate in cell.rates}
     return row | {
@@ -268,6 +272,38 @@ def cells_of(orders: Sequence[str], args: argparse.Namespace) -> list[Cell]:
     return list(cells.values())
 
 
+def cells_beyond(rows: Sequence[dict[str, Any]]) -> list[Cell]:
+    """For every row whose best rate is at the edge of its grid, the same with the next rate beyond."""
+    found = []
+    for row in rows:
+        if row["part"] == "front" and row["method"] in METHODS and at_edge(row):
+            rate, rates = float(best_rate(row)), [float(rate) for rate in row["held_out"]]
+            rate = float(f"{rate * 2 if rate == max(rates) else rate / 2:.3g}")
+            found.append(
+                Cell(
+                    task=row["task"],
+                    method=row["method"],
+                    rates=(rate,),
+                    seeds=tuple(row["seeds"]),
+                    epochs=row["epochs"],
+                )
+            )
+    return found
+
+
+def joined(known: Sequence[dict[str, Any]], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The row of a cell with the rates that it was measured at before."""
+    row = make()
+    for other in known:
+        if cell_of(other) == cell_of(row):
+            for key in PER_RATE:
+                row[key] = {**other[key], **row[key]}
+            row["rates"] = sorted({*other["rates"], *row["rates"]})
+            row["seconds"] += other["seconds"]
+            row["command"] = f"{other['command']}; then --extend"
+    return row
+
+
 def table(rows: Sequence[dict[str, Any]]) -> str:
     lines = []
     for row in sorted(rows, key=lambda row: (row["model"], row["task"], row["trained"])):
@@ -288,6 +324,9 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--order", nargs="+", default=["core:cola,mrpc,stsb,sst2,rte", "more:cola,mrpc,stsb,sst2,rte"])
+    parser.add_argument(
+        "--extend", action="store_true", help="of the cells in the file: a rate beyond a best one at an edge"
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rates", type=int, default=3, help="learning rates of a grid")
     parser.add_argument("--epochs", type=float, help="of every task")
@@ -303,15 +342,15 @@ def main() -> None:
     parser.add_argument("--queue", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    done = {cell_of(row) for row in read_rows([args.out])}
+    known = [row for row in read_rows([args.out]) if row["model"] == args.model.name]
+    done = {cell_of(row) for row in known}
     cells = [c for c in cells_of(args.order, args) if (c.part, args.model.name, c.task, c.method) not in done]
+    if args.extend:
+        cells = cells_beyond(known)
     if args.queue is not None:
         with graphable():
-            take(
-                ((cell.file, partial(measure, cell, args, args.queue / "data")) for cell in cells),
-                args.queue,
-                args.until,
-            )
+            jobs = ((cell.file, partial(measure, cell, args, args.queue / "data")) for cell in cells)
+            take(((name, partial(joined, known, job)) for name, job in jobs), args.queue, args.until)
         return
     until = time.time() + args.seconds
     with tempfile.TemporaryDirectory() as folder:

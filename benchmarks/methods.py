@@ -14,6 +14,8 @@ NORMS = {
     "mpnet": ["LayerNorm"],
     "llama": ["input_layernorm", "post_attention_layernorm", "model.norm"],
 }
+# what IA3 rescales on a family that PEFT has no targets for
+IA3 = {"mpnet": {"target_modules": ["attn.k", "attn.v", "output.dense"], "feedforward_modules": ["output.dense"]}}
 # what no method trains: hidden layers of heads, and of MPNet what has "bias" in its name and is none
 FROZEN = (
     "pooler.dense",

@@ -9,6 +9,7 @@ from draws import seeded
 from packaging import version
 from tolerances import assert_near
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, set_seed
 
 from loretta.errors import InputError
@@ -213,3 +214,26 @@ def _with_centred_rows(layer, x):
 def _with_read_weights(layer, x):
     down, up = layer.lora_A["default"], layer.lora_B["default"]
     return layer.base_layer(x) + nn.functional.linear(nn.functional.linear(x, down.weight), up.weight)
+
+
+class Operations(TorchDispatchMode):
+    """The names of the operations that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.names.add(str(operation))
+        return operation(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("method", ["rep", "adp", "shared"])
+def test_contracting_copies_no_numbers_to_the_device_so_that_it_can_be_recorded(method):
+    together, _ = population(bert, method, [{}] * SIZE)
+    with Operations() as seen:
+        for group in together.groups:
+            group.hand_over()
+    assert any("bmm" in name or "mm" in name for name in seen.names)
+    # an index that is a list would be copied in every pass
+    assert not {name for name in seen.names if "index" in name}

@@ -170,12 +170,14 @@ class SharedGroup(TrainGroup):
     """
 
     def __init__(self, sites: Sequence[MemberTrains], parts: Mapping[str, Tensor], scales: Tensor) -> None:
-        self.sites, self.parts, self.scales = sites, parts, scales
+        self.sites, self.parts = sites, parts
         seats = [cast(Seat, site.module.placements[site.adapter_name].seat) for site in sites]
         self.shape = seats[0].train
         self.alike: dict[tuple[int, int], list[tuple[int, Seat]]] = defaultdict(list)  # those with both sides in common
         for k, seat in enumerate(seats):
             self.alike[seat.left, seat.right].append((k, seat))
+        # chosen once: an index would be copied to the device in every pass, which a recorded step may not do
+        self.scales_PM = {key: scales[[k for k, _ in numbered]].T for key, numbered in self.alike.items()}
 
     def hand_over(self) -> None:
         """Contract the trains and give each layer its factors for the next pass."""
@@ -186,11 +188,10 @@ class SharedGroup(TrainGroup):
             if part not in self.parts:
                 continue
             matrices = take_apart(self.parts[part][:, 0], self.shape)
-            for numbered in self.alike.values():
+            for key, numbered in self.alike.items():
                 numbers, seats = zip(*numbered, strict=True)
                 a_PIR, b_PMRO = shared_factors(matrices, seats)
-                scale_PM = self.scales[list(numbers)].T
-                a_PIR, b_PMRO = arranged(a_PIR[:, None], b_PMRO * scale_PM[..., None, None])
+                a_PIR, b_PMRO = arranged(a_PIR[:, None], b_PMRO * self.scales_PM[key][..., None, None])
                 # unbound also where it is the same for all: its gradients are then summed in one kernel
                 each_a = a_PIR.to(dtype).expand(-1, len(numbers), -1, -1).unbind(1)
                 for number, a, b in zip(numbers, each_a, b_PMRO.to(dtype).unbind(1), strict=True):
