@@ -19,7 +19,7 @@ def peers():
         spec = importlib.util.spec_from_file_location("peers", BENCHMARKS / "peers.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        return {method.name: method for method in module.PEERS}
+        yield module
     finally:
         sys.path.remove(str(BENCHMARKS))
 
@@ -41,7 +41,16 @@ def test_a_peer_trains_as_many_numbers_as_published(peers, name, of_a_layer, of_
     config = BertConfig(
         vocab_size=32, hidden_size=768, intermediate_size=3072, num_attention_heads=12, num_hidden_layers=1
     )
-    method = peers[name]
+    method = next(method for method in peers.PEERS if method.name == name)
     model = wrap(BertForSequenceClassification(config), method.method, "classification", method.options)
     trained = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad and "classifier" not in n}
     assert sum(trained.values()) == of_a_layer + of_all
+
+
+def test_the_grid_lies_around_the_best_of_many_rates(peers):
+    method = peers.PEERS[0]
+    scores = {"0.001": [0.2, 0.3], "0.004": [0.5, 0.4], "0.016": [0.9, None]}
+    row = {"part": "rates", "method": method.name, "metric": "spearman", "held_out": scores}
+    assert peers.centred(method, [row]).middle == 0.004
+    for others in ([], [row | {"part": "front"}], [row | {"method": "VeRA"}]):
+        assert peers.centred(method, others) == method
