@@ -115,6 +115,10 @@ BY_OWNER = {
     },
     "transformers.modeling_utils.PreTrainedModel": {
         "_is_hf_initialized": PRESENT,
+        "_no_split_modules": PRESENT,
+    },
+    "transformers.training_args.TrainingArguments": {
+        "_n_gpu": PRESENT,
     },
     "transformers.trainer.Trainer": {
         "_clip_grad_norm": "(self, model)",
@@ -132,6 +136,7 @@ BY_OWNER = {
             "(self, batch_size=None, args=None, resume_from_checkpoint=None, trial=None, ignore_keys_for_eval=None)"
         ),
         "_load_best_model": "(self)",
+        "_load_optimizer_and_scheduler": "(self, checkpoint)",
         "_load_from_checkpoint": "(self, resume_from_checkpoint, model=None)",
         "_prepare_inputs": "(self, inputs)",
         "_prepare_for_training": "(self, max_steps, train_dataloader, resume_from_checkpoint)",
@@ -141,6 +146,7 @@ BY_OWNER = {
         ),
         "_save": "(self, output_dir=None, state_dict=None)",
         "_save_checkpoint": "(self, model, trial)",
+        "_save_optimizer_and_scheduler": "(self, output_dir)",
         "_tr_loss": PRESENT,
         "_train_batch_size": PRESENT,
     },
@@ -165,7 +171,9 @@ OWNERS = {
     "_iterator": "torch.utils.data.dataloader.DataLoader",
     "_member_map_": "peft.utils.peft_types.PeftType",
     "_member_names_": "peft.utils.peft_types.PeftType",
+    "_n_gpu": "transformers.training_args.TrainingArguments",
     "_name_or_path": "transformers.configuration_utils.PreTrainedConfig",
+    "_no_split_modules": "transformers.modeling_utils.PreTrainedModel",
     "_prepare_inputs": "transformers.trainer.Trainer",
     "_shutdown_workers": "torch.utils.data.dataloader._MultiProcessingDataLoaderIter",
     "_tr_loss": "transformers.trainer.Trainer",

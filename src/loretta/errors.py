@@ -1,5 +1,8 @@
 """What the command line prints in one sentence."""
 
+from functools import partial
+from typing import Any
+
 
 class InputError(ValueError):
     """Bad input, refused at the door.
@@ -19,6 +22,10 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, message: str, *, exit_status: int) -> None:
         super().__init__(message)
         self.exit_status = exit_status
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # the copy that another process gets is made with the keyword too
+        return partial(Stopped, exit_status=self.exit_status), self.args
 
 
 class OutOfMemory(Stopped):

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 import loretta
+from loretta import processes
 from loretta.cli import runs
 from loretta.cli.chat import chat
 from loretta.cli.compare import compare
@@ -42,11 +43,17 @@ def _version(given: bool) -> None:
 
 @app.callback()
 def options(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
     ] = False,
 ) -> None:
     """Fine-tune language models through tensor trains (LoRETTA), beside PEFT's other methods."""
+    if processes.count() > 1 and ctx.invoked_subcommand != "train":
+        raise InputError(
+            f"'{ctx.invoked_subcommand}' is the work of one process, and {processes.count()} were started: start it "
+            "without torchrun or accelerate launch, which are for 'train'"
+        )
 
 
 app.command(cls=Command)(train)
@@ -63,7 +70,8 @@ def main() -> None:
     try:
         app(prog_name="loretta")
     except InputError as error:
-        print(f"loretta: {printable(error)}", file=sys.stderr)
+        if processes.is_first():  # the others came to the same
+            print(f"loretta: {printable(error)}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if error.errno not in DISK:

@@ -11,8 +11,9 @@ import typer
 from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
+from loretta import processes
 from loretta.cli.output import answer_json
-from loretta.errors import Stopped
+from loretta.errors import OutOfMemory, Stopped
 from loretta.training.config import ALIASES, GROUPS, RunConfig
 from loretta.wording import printable
 
@@ -123,10 +124,13 @@ class Command(TyperCommand):
         try:
             return self._invoke(ctx)
         except Stopped as stopped:
-            print(f"loretta: {printable(stopped)}", file=sys.stderr)
+            # of several processes all came to it, but for memory that one of them lacks
+            if processes.is_first() or isinstance(stopped, OutOfMemory):
+                print(f"loretta: {printable(stopped)}", file=sys.stderr)
             raise typer.Exit(stopped.exit_status) from None
         except KeyboardInterrupt:
-            print("loretta: interrupted; a run goes on from its last checkpoint with --resume", file=sys.stderr)
+            if processes.is_first():
+                print("loretta: interrupted; a run goes on from its last checkpoint with --resume", file=sys.stderr)
             raise typer.Exit(130) from None
 
     def _invoke(self, ctx: Any) -> Any:

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from loretta import processes
 from loretta.cli.options import Json, run_options
 from loretta.cli.output import print_json, say, scores
 from loretta.errors import InputError
@@ -55,6 +56,8 @@ def train(
     from loretta.training.run import train as carry_out
 
     record = carry_out(run_config, resume=resume, overwrite=overwrite)
+    if not processes.is_first():
+        return
     page = run_config.folder / REPORT
     try:
         write_listed(page, report.render([record], notes=record.notes).encode("utf-8", errors="replace"))

@@ -5,18 +5,24 @@ import json
 import logging
 import os
 import zipfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import torch
+from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
+from loretta import processes
 from loretta.errors import Stopped
 from loretta.folders import set_aside, sync, temporary_folder, why_not_written
 from loretta.owned import describe, find_foreign, has_list, is_whole, remove_listed, write_list
+from loretta.training.sharded import load_adapter, load_optimizer, share_blocks, whole_optimizer, whole_weights
 
 logger = logging.getLogger(__name__)
 
@@ -96,11 +102,17 @@ class LossWindow(TrainerCallback, ExportableState):
 
     def __init__(self) -> None:
         self.trainer: Trainer | None = None
+        self.loss = 0.0
+
+    def take(self) -> None:
+        """Note the mean of all processes, which the first one then saves."""
+        trainer: Any = self.trainer
+        self.loss = trainer.accelerator.gather(trainer._tr_loss).mean().item()
 
     def state(self) -> dict[str, Any]:
         """What the Trainer writes into a checkpoint."""
-        loss, logged = getattr(self.trainer, "_tr_loss", None), getattr(self.trainer, "_globalstep_last_logged", 0)
-        return {"args": {}, "attributes": {"loss": 0.0 if loss is None else loss.item(), "logged": logged}}
+        logged = getattr(self.trainer, "_globalstep_last_logged", 0)
+        return {"args": {}, "attributes": {"loss": self.loss, "logged": logged}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         # a checkpoint of an earlier version holds none, and the window begins where the Trainer says
@@ -111,33 +123,38 @@ class LossWindow(TrainerCallback, ExportableState):
             trainer._globalstep_last_logged = saved["attributes"]["logged"]
 
 
+@contextmanager
+def _new_folder(parent: Path) -> Iterator[Path]:
+    parent.mkdir(exist_ok=True)  # where that of the run is gone, so are the checkpoints before this one
+    with temporary_folder(parent) as folder:
+        yield folder
+
+
 class WholeCheckpointsTrainer(Trainer):
     """A Trainer whose checkpoints appear in one step, with the list of their files, and keep the window of the log."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._built_in: Path | None = None
-        window = LossWindow()
-        window.trainer = self
-        self.add_callback(window)
+        self.window = LossWindow()
+        self.window.trainer = self
+        self.add_callback(self.window)
+        if processes.is_sharded():
+            share_blocks(self)
 
     def _get_output_dir(self, trial: Any) -> str:
         return super()._get_output_dir(trial) if self._built_in is None else str(self._built_in)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir)
+        self.window.take()
         try:
-            folder.mkdir(exist_ok=True)  # where that of the run is gone, so are the checkpoints before this one
-            with temporary_folder(folder) as self._built_in:
+            with ExitStack() as stack:
+                self._built_in = processes.by_first(lambda: stack.enter_context(_new_folder(folder)))
                 super()._save_checkpoint(model, trial)
-                (new,) = self._built_in.iterdir()
                 self.state.best_model_checkpoint = self._best_checkpoint(folder)
-                self.state.save_to_json(str(new / TRAINER_STATE_NAME))
-                sync(new)
-                write_list(new, describe(new))
-                if (folder / new.name).exists():  # of a run that was stopped at this very step
-                    os.rename(folder / new.name, self._built_in / "old")
-                os.rename(new, folder / new.name)
+                processes.gather(None)  # all have written their random numbers
+                processes.by_first(lambda: self._put_into(folder))
         except Exception as error:
             if (reason := why_not_written(error)) is None:
                 raise
@@ -148,6 +165,16 @@ class WholeCheckpointsTrainer(Trainer):
             ) from None
         finally:
             self._built_in = None
+
+    def _put_into(self, folder: Path) -> None:
+        assert self._built_in is not None
+        (new,) = self._built_in.iterdir()
+        self.state.save_to_json(str(new / TRAINER_STATE_NAME))
+        sync(new)
+        write_list(new, describe(new))
+        if (folder / new.name).exists():  # of a run that was stopped at this very step
+            os.rename(folder / new.name, self._built_in / "old")
+        os.rename(new, folder / new.name)
         self._rotate(folder)
 
     def _best_checkpoint(self, folder: Path) -> str | None:
@@ -189,6 +216,48 @@ class WholeCheckpointsTrainer(Trainer):
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
+
+    def whole_weights(self) -> dict[str, torch.Tensor] | None:
+        """The weights to save, gathered from all processes; None where each of them has all."""
+        return whole_weights(cast(PeftModel, self.model)) if self.is_fsdp_enabled else None
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if self.is_fsdp_enabled:
+            self._save(output_dir, state_dict=self.whole_weights())
+        else:
+            super().save_model(output_dir, _internal_call)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            load_adapter(cast(PeftModel, self.model), Path(resume_from_checkpoint))
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if self.is_fsdp_enabled:
+            load_adapter(cast(PeftModel, self.model), Path(str(self.state.best_model_checkpoint)))
+        else:
+            super()._load_best_model()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.is_fsdp_enabled:
+            super()._save_optimizer_and_scheduler(output_dir)
+            return
+        assert self.optimizer is not None
+        assert self.lr_scheduler is not None
+        optimizer = whole_optimizer(self.optimizer.state_dict())
+        if self.args.should_save:
+            torch.save(optimizer, Path(output_dir) / OPTIMIZER_NAME)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.is_fsdp_enabled or checkpoint is None:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        assert self.lr_scheduler is not None
+        read = lambda name: torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)  # noqa: E731
+        load_optimizer(self.optimizer, read(OPTIMIZER_NAME))
+        self.lr_scheduler.load_state_dict(read(SCHEDULER_NAME))
 
     def _early_stopping(self) -> list[EarlyStoppingCallback]:
         return [callback for callback in self.callback_handler.callbacks if isinstance(callback, EarlyStoppingCallback)]

@@ -93,7 +93,9 @@ class RunConfig(BaseModel):
 
     epochs: float = Field(default=3.0, gt=0, allow_inf_nan=False, description="Passes over the training data.")
     max_steps: int | None = Field(default=None, ge=1, description="Steps to train, in place of epochs.")
-    batch_size: int = Field(default=16, ge=1, description="Examples in a training step.")
+    batch_size: int = Field(
+        default=16, ge=1, description="Examples in a training step, of all processes of a launcher together."
+    )
     accumulate: int = Field(default=1, ge=1, description="Training steps whose gradients make one update.")
     auto_batch: bool = Field(
         default=False,
@@ -148,6 +150,10 @@ class RunConfig(BaseModel):
         description="Replay training steps as CUDA graphs, one for each length of batch: faster where the GPU waits "
         "for the CPU; where that cannot be, a line says why.",
     )
+    fsdp: bool = Field(
+        default=False,
+        description="Share the base's weights out over the processes of torchrun (FSDP2), where one GPU is too small.",
+    )
     cpu: bool = Field(default=False, description="Stay on the CPU even where there is an accelerator.")
     tensorboard: bool = Field(default=False, description="Also log for TensorBoard.")
     report_to: str | None = Field(
@@ -185,7 +191,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Evaluation and logs": (
         "eval_batch_size", "eval_steps", "select_by", "patience", "logging_steps", "tensorboard", "report_to",
     ),
-    "Precision and device": ("dtype", "quantize", "bf16", "gradient_checkpointing", "cuda_graph", "cpu"),
+    "Precision and device": ("dtype", "quantize", "bf16", "gradient_checkpointing", "cuda_graph", "fsdp", "cpu"),
 }  # fmt: skip
 
 

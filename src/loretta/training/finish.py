@@ -5,7 +5,8 @@ import dataclasses
 import platform
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -14,11 +15,12 @@ import torch
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
+from loretta import processes
 from loretta.errors import Stopped
 from loretta.files import write_json
 from loretta.folders import temporary_folder, why_not_written
 from loretta.plan import read_plan, trainable_by_kind
-from loretta.record import ParameterCounts, Point, RunRecord, Train
+from loretta.record import Answers, ParameterCounts, Point, RunRecord, Train
 from loretta.tasks.base import Task
 from loretta.tasks.prompted import PromptedTask
 from loretta.training.answers import base_perplexity, describe_answers, label_counts
@@ -50,11 +52,25 @@ def finish(
 ) -> RunRecord:
     """Save the best adapter, score the test split, write the record, and return it.
 
-    ``population`` is the number of runs that were trained together, this one among them.
+    Of several processes all score and the first one writes. ``population`` is the number of runs that were trained
+    together, this one among them.
     """
+    scored = score(task, trainer, encoded)
+    weights = trainer.whole_weights()
+    return processes.by_first(
+        lambda: _write(
+            lambda new: write_result(
+                new, config, task, trainer, encoded, scored, weights, peak_memory_bytes, population
+            ),
+            place,
+        )
+    )
+
+
+def _write(build: Callable[[Path], RunRecord], place: Place) -> RunRecord:
     try:
         with temporary_folder(place.work) as new:
-            record = write_result(new, config, task, trainer, encoded, peak_memory_bytes, population)
+            record = build(new)
             place.finish(new)
     except Exception as error:
         if (reason := why_not_written(error)) is None:
@@ -66,12 +82,48 @@ def finish(
     return record
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scored:
+    """What the best adapter answers: on ``split``, "test" where there is one, and its scores on validation."""
+
+    split: str
+    values: dict[str, float]
+    rows: list[dict[str, Any]]
+    answers: Answers | None
+    history: list[Point]
+    best_step: int
+    validation: dict[str, float]
+
+
+def score(task: Task | PromptedTask, trainer: TwoRateTrainer, encoded: Mapping[str, Any]) -> Scored:
+    """Ask the trained model, on all processes together."""
+    split = "test" if encoded.get("test") is not None else "validation"
+    values, rows = answer(task, trainer, encoded, split)
+    if rows:
+        answers = describe_answers(task, split, rows)
+    else:
+        answers = base_perplexity(trainer, encoded[split], split) if task.kind == "language_modeling" else None
+    history = read_history(trainer.state.log_history, task)
+    best_step = trainer.state.best_global_step or trainer.state.global_step
+    return Scored(
+        split=split,
+        values=values,
+        rows=rows,
+        answers=answers,
+        history=history,
+        best_step=best_step,
+        validation=validation_scores(task, trainer, encoded, history, best_step),
+    )
+
+
 def write_result(
     folder: Path,
     config: RunConfig,
     task: Task | PromptedTask,
     trainer: TwoRateTrainer,
     encoded: Mapping[str, Any],
+    scored: Scored,
+    weights: dict[str, torch.Tensor] | None,
     peak_memory_bytes: int,
     population: int | None,
 ) -> RunRecord:
@@ -79,14 +131,10 @@ def write_result(
     model = cast(Trained, trainer.model)
     if (own := loretta_config(model)) is not None and task.kind == "classification":
         own.label_names = list(task.label_names)
-    model.save_pretrained(str(folder / ADAPTER))
+    model.save_pretrained(str(folder / ADAPTER), state_dict=weights)
     save_tokenizer(trainer, config, folder / ADAPTER)
-    scored = "test" if encoded.get("test") is not None else "validation"
-    values, rows = answer(task, trainer, encoded, scored)
-    if rows:
-        (folder / PREDICTIONS).write_text(as_json_lines(rows), encoding="utf-8")
-    history = read_history(trainer.state.log_history, task)
-    best_step = trainer.state.best_global_step or trainer.state.global_step
+    if scored.rows:
+        (folder / PREDICTIONS).write_text(as_json_lines(scored.rows), encoding="utf-8")
     record = RunRecord(
         config=config.model_dump(),
         command=shlex.join(["loretta", *sys.argv[1:]]),
@@ -105,11 +153,7 @@ def write_result(
         ],
         label_names=list(task.label_names),
         label_counts=label_counts(task),
-        answers=describe_answers(task, scored, rows)
-        if rows
-        else base_perplexity(trainer, encoded[scored], scored)
-        if task.kind == "language_modeling"
-        else None,
+        answers=scored.answers,
         metric=task.metrics[0],
         higher_is_better=higher_is_better(task),
         selected_by="loss" if choosing_metric(config, task) == "loss" else "metric",
@@ -120,10 +164,10 @@ def write_result(
         population=population,
         train_seconds=trainer.stopwatch.seconds,
         peak_memory_bytes=peak_memory_bytes,
-        history=history,
-        best_step=best_step,
-        validation=validation_scores(task, trainer, encoded, history, best_step),
-        test=values if scored == "test" else None,
+        history=scored.history,
+        best_step=scored.best_step,
+        validation=scored.validation,
+        test=scored.values if scored.split == "test" else None,
     )
     write_json(folder / RECORD, record.model_dump())
     if loretta_config(model) is not None:

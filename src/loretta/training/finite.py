@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from loretta import processes
 from loretta.errors import Stopped
 
 logger = logging.getLogger(__name__)
@@ -72,9 +74,9 @@ class FiniteSteps(TrainerCallback, ExportableState):
         if self.policy != "skip":
             return
         trained = [parameter for parameter in self.trainer.model.parameters() if parameter.grad is not None]
-        finite = [parameter.grad.isfinite().all() for parameter in trained]
+        finite = [_part(parameter.grad).isfinite().all() for parameter in trained]
         losses = self.trainer._tr_loss
-        if not finite or bool(torch.stack([*finite, losses.isfinite().all()]).all()):
+        if not finite or not processes.in_any(not bool(torch.stack([*finite, losses.isfinite().all()]).all())):
             return
         for parameter in trained:
             parameter.grad = None  # the optimizer passes over what has none
@@ -105,13 +107,13 @@ class FiniteSteps(TrainerCallback, ExportableState):
     def check_weights(self) -> None:
         """Stop where a trained parameter, or a loss since the last log, is not finite: what is saved now is lost."""
         trained = [parameter for parameter in self.trainer.model.parameters() if parameter.requires_grad]
-        finite = torch.stack([parameter.isfinite().all() for parameter in trained]).all()
-        if not bool(finite & (self.trainer._tr_loss.isfinite() | (self.policy == "skip"))):
+        finite = torch.stack([_part(parameter).isfinite().all() for parameter in trained]).all()
+        if processes.in_any(not bool(finite & (self.trainer._tr_loss.isfinite() | (self.policy == "skip")))):
             self.stop(self._first_step(self.trainer.state.global_step))
 
     def _first_step(self, latest: int) -> int:
-        first = -1 if self.first is None else int(self.first)
-        return latest if first < 0 else first
+        seen = [first for first in processes.gather(-1 if self.first is None else int(self.first)) if first >= 0]
+        return min(seen, default=latest)
 
     def stop(self, step: int, words: str = "") -> None:
         """End the run, with the step and the first module that gives something else than numbers; or roll it back."""
@@ -120,7 +122,8 @@ class FiniteSteps(TrainerCallback, ExportableState):
         if self.policy == "rollback" and len(self.rollbacks) < MOST_ROLLBACKS:
             self.rollbacks.append(step)
             count = f"{len(self.rollbacks)} of at most {MOST_ROLLBACKS} times"
-            logger.warning("%s: back to the last checkpoint, at half the learning rate (%s)", found, count)
+            if processes.is_first():
+                logger.warning("%s: back to the last checkpoint, at half the learning rate (%s)", found, count)
             raise RollBack
         if self.rollbacks:
             words = f"{len(self.rollbacks)} rollbacks (at steps {', '.join(map(str, self.rollbacks))}) did not help"
@@ -166,11 +169,15 @@ def first_not_finite(trainer: Any) -> str | None:
         if isinstance(trainer.model, PeftModel):
             with trainer.model.disable_adapter():
                 trainer.compute_loss(trainer.model, dict(inputs))
-        if not found:
+        if not processes.in_any(bool(found)):
             trainer.compute_loss(trainer.model, dict(inputs))
     finally:
         for handle in handles:
             handle.remove()
-    if found:
-        return found[0]
-    return next((name for name, p in trainer.model.named_parameters() if not bool(p.isfinite().all())), None)
+    found += [name for name, p in trainer.model.named_parameters() if not bool(_part(p).isfinite().all())]
+    return next((names[0] for names in processes.gather(found[:1]) if names), None)
+
+
+def _part(tensor: Tensor) -> Tensor:
+    """What of a tensor is in this process: all of it, unless FSDP shares it out."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

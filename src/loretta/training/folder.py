@@ -162,7 +162,8 @@ def changed_options(folder: Path, config: RunConfig) -> list[str]:
     return [
         f"{key} was {before[key]!r} and is {now[key]!r}"
         for key in sorted(now)
-        if key not in ("output", "push_to_hub") and before[key] != now[key] and not _longer(key, before, now)
+        # how many processes share the work, and whether they share the weights, may change
+        if key not in ("output", "push_to_hub", "fsdp") and before[key] != now[key] and not _longer(key, before, now)
     ]
 
 

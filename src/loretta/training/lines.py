@@ -1,7 +1,6 @@
 """What a run says of itself on a terminal: before its first step what it is, after its last one what came of it."""
 
 import math
-import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -187,8 +186,3 @@ def next_step(record: RunRecord) -> str:
     own = {"model": config.model, "data": config.data, "text": config.text, "label": config.label, "kind": config.kind}
     words = [word for name, value in own.items() if value for word in (f"--{name}", value)]
     return f"whether a smaller or another method does as well: {shlex.join(['loretta', 'compare', *words])}"
-
-
-def is_first_process() -> bool:
-    """Whether this process speaks for all that train together (``torchrun``)."""
-    return int(os.environ.get("RANK", "0")) == 0

@@ -17,6 +17,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
+from loretta import processes
 from loretta.errors import InputError
 from loretta.tasks.prompted import STOP, Example, PromptedTask
 from loretta.tasks.prompted.encoding import (
@@ -243,10 +244,12 @@ def option_scores(
     """
     flat = [option for text in texts for option in text.options]
     out = torch.zeros(len(flat), dtype=torch.float64)
-    for rows in _shown(list(_batches([len(text.ids) for text in flat], batch_size)), progress):
+    for rows in _shown(_own(list(_batches([len(text.ids) for text in flat], batch_size))), progress):
         batch = {name: tensor.to(model.device) for name, tensor in padded([flat[k] for k in rows], pad).items()}
         labels = batch.pop("labels")
         out[rows] = mean_log_probabilities(model(**batch).logits, labels).double().cpu()
+    found = processes.gather(out)
+    out = found[0] if processes.is_sharded() else torch.stack(found).sum(0)
     return list(out.split([len(text.options) for text in texts]))
 
 
@@ -271,7 +274,7 @@ def generate(
     # behind a trained prompt PEFT counts pads as positions, which moves the text after them away from it
     alike = isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning
     words = [""] * len(prompts)
-    batches = list(_batches([len(prompt) for prompt in prompts], config.eval_batch_size, alike=alike))
+    batches = _own(list(_batches([len(prompt) for prompt in prompts], config.eval_batch_size, alike=alike)))
     for rows in _shown(batches, progress):
         batch = padded([prompts[k] for k in rows], pad, side="left")
         inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
@@ -281,7 +284,8 @@ def generate(
             out = model.generate(**inputs, generation_config=settings)
         for k, ids in zip(rows, out[:, inputs["input_ids"].shape[1] :], strict=True):
             words[k] = tokenizer.decode(ids, skip_special_tokens=True).lstrip().partition(STOP)[0].rstrip()
-    return words
+    found = processes.gather(words)
+    return found[0] if processes.is_sharded() else ["".join(each) for each in zip(*found, strict=True)]
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -305,6 +309,11 @@ def _batches(lengths: Sequence[int], size: int, *, alike: bool = False) -> Itera
         batch.append(k)
     if batch:
         yield batch
+
+
+def _own(batches: list[list[int]]) -> list[list[int]]:
+    """The batches that this process takes: its share, or all where every forward pass needs all processes (FSDP)."""
+    return batches if processes.is_sharded() else batches[processes.rank() :: processes.count()]
 
 
 def _shown(steps: Sequence[T], words: str | None) -> Iterable[T]:

@@ -3,30 +3,33 @@
 import importlib.util
 import resource
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from transformers import set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 
+from loretta import processes
 from loretta.errors import InputError
 from loretta.locks import hold
 from loretta.memory import saying_what_helps
 from loretta.record import RunRecord
+from loretta.tasks.base import Task
+from loretta.tasks.prompted import PromptedTask
 from loretta.training.batches import stop_workers
 from loretta.training.config import RunConfig
 from loretta.training.data import check_loss, encode_splits, load_config_task
 from loretta.training.finish import finish
-from loretta.training.folder import ADAPTER, RECORD, find_place
+from loretta.training.folder import ADAPTER, RECORD, Place, find_place
 from loretta.training.hub import check_hub, push
-from loretta.training.lines import first_lines, is_first_process
-from loretta.training.methods import find_method
-from loretta.training.model import load_tokenizer
+from loretta.training.lines import first_lines
+from loretta.training.model import TASK_TYPES, Trained, load_tokenizer
 from loretta.training.pause import PauseBehind, Paused, paused_at, step_of
 from loretta.training.progress import say_lines
 from loretta.training.start import prepare_model
 from loretta.training.stop import StopAtSignal, stopping_at_signals
-from loretta.training.trainers import known_optimizer, make_trainer, reporters
+from loretta.training.trainers import check_processes, known_optimizer, make_trainer, reporters
 from loretta.wording import spelled
 
 
@@ -48,15 +51,29 @@ def train(
 
     Raises InputError for input that the user can mend, and Stopped where SIGTERM or SIGINT came, the disk
     is full, the memory is too small, or a loss is not finite.
+
+    Where a launcher (``torchrun``, ``accelerate launch``) started several processes, all of them call this and get the
+    record; the first one alone writes and says anything.
     """
-    with stopping_at_signals() as stop, hold(config.folder), saying_what_helps(*memory_words(config)):
+    with _alone_in(config) as stop:
         record: RunRecord = _train(config, stop, say, resume=resume, overwrite=overwrite)
         return record
 
 
+@contextmanager
+def _alone_in(config: RunConfig) -> Iterator[StopAtSignal]:
+    """Keep others out of the folder of a run, and take what may end it early."""
+    with ExitStack() as stack:
+        stop = stack.enter_context(stopping_at_signals())
+        stack.enter_context(processes.joined(cpu=config.cpu, fsdp=config.fsdp))
+        processes.together(lambda: stack.enter_context(hold(config.folder)) if processes.is_first() else None)
+        stack.enter_context(saying_what_helps(*memory_words(config)))
+        yield stop
+
+
 def train_until(config: RunConfig, share: float) -> RunRecord | Paused:
     """Train, or go on, up to ``share`` of the steps, and leave a checkpoint there; ``train`` resumes it."""
-    with stopping_at_signals() as stop, hold(config.folder), saying_what_helps(*memory_words(config)):
+    with _alone_in(config) as stop:
         return _train(config, stop, print_line, resume=True, overwrite=False, pause=PauseBehind(share))
 
 
@@ -69,36 +86,19 @@ def _train(
     overwrite: bool,
     pause: PauseBehind | None = None,
 ) -> Any:
-    place = find_place(config, resume=resume, overwrite=overwrite)
+    place = processes.by_first(lambda: find_place(config, resume=resume, overwrite=overwrite))
     if place.finished and resume:
-        place.replace()
-        return RunRecord.load(place.folder / RECORD)
-    if config.tensorboard:
-        need_tensorboard()
-    reporters(config)
-    if config.optimizer is not None:
-        known_optimizer(config.optimizer)
-    if config.push_to_hub is not None:
-        check_hub(config.push_to_hub)
-    find_method(config.method)
-    task = load_config_task(config)
-    check_loss(config, task)
-    tokenizer = load_tokenizer(config.model)
-    set_seed(config.seed)
-    model, bf16 = prepare_model(config, task, tokenizer)
-    encoded = encode_splits(config, task, tokenizer)
-    if overwrite:
-        place.clear()
-    place.begin(config)
-
+        return processes.by_first(lambda: _finished(place))
+    task, tokenizer, encoded, model, bf16 = processes.together(lambda: _prepare(config))
+    processes.by_first(lambda: _begin(place, config, overwrite=overwrite))
+    if not processes.is_first():
+        say = lambda line: None  # noqa: E731
     if resume and place.goes_on:
         say(f"going on from the end of '{place.folder}': the learning rate follows the schedule of the longer run")
     trainer = make_trainer(config.model_copy(update={"bf16": bf16}), task, model, tokenizer, encoded, place.work)
     trainer.add_callback(stop)
     if pause is not None:
         trainer.add_callback(pause)
-    if not is_first_process():
-        say = lambda line: None  # noqa: E731
     for line in first_lines(config, task, encoded, tokenizer, trainer):
         say(line)
     if not sys.stderr.isatty():
@@ -106,15 +106,15 @@ def _train(
     # memory of the process counts above what it had before; that of an accelerator as it is
     before = 0 if torch.cuda.is_available() and not config.cpu else peak_memory()
     try:
-        trainer.train(resume_from_checkpoint=place.checkpoint() if resume else None)
+        trainer.train(resume_from_checkpoint=processes.by_first(place.checkpoint) if resume else None)
         state = trainer.state
         if pause is not None and state.global_step == step_of(pause.share, state.max_steps) < state.max_steps:
             return paused_at(state.log_history, task, state.global_step, state.max_steps)
-        memory = max(0, peak_memory() - before)
+        (memory,) = processes.largest(max(0, peak_memory() - before))
         record = finish(config, task, trainer, encoded, place=place, peak_memory_bytes=memory)
     finally:
         stop_workers(trainer)
-    if config.push_to_hub is not None and is_first_process():
+    if config.push_to_hub is not None and processes.is_first():
         say(f"uploaded: {push(place.folder / ADAPTER, config.push_to_hub)}")
     return record
 
@@ -126,6 +126,42 @@ def memory_words(config: RunConfig) -> tuple[str, str]:
         "lower --batch-size and raise --accumulate as much (--auto-batch does both), lower --max-length or "
         "--eval-batch-size, or give --gradient-checkpointing",
     )
+
+
+def _finished(place: Place) -> RunRecord:
+    place.replace()
+    return RunRecord.load(place.folder / RECORD)
+
+
+def _prepare(
+    config: RunConfig,
+) -> tuple[Task | PromptedTask, PreTrainedTokenizerBase, Mapping[str, Any], Trained, bool]:
+    """The task, its tokenizer and its splits as token ids, the model before its first step, and whether in bfloat16.
+
+    Everything that a user can get wrong is found here.
+    """
+    if config.tensorboard:
+        need_tensorboard()
+    reporters(config)
+    if config.optimizer is not None:
+        known_optimizer(config.optimizer)
+    if config.push_to_hub is not None:
+        check_hub(config.push_to_hub)
+    check_processes(config)
+    task = load_config_task(config)
+    check_loss(config, task)
+    tokenizer = load_tokenizer(config.model)
+    if TASK_TYPES[task.kind] == "SEQ_CLS":  # a head keeps what it started from
+        processes.load_in_each()
+    set_seed(config.seed)
+    model, bf16 = prepare_model(config, task, tokenizer)
+    return task, tokenizer, encode_splits(config, task, tokenizer), model, bf16
+
+
+def _begin(place: Place, config: RunConfig, *, overwrite: bool) -> None:
+    if overwrite:
+        place.clear()
+    place.begin(config)
 
 
 def need_tensorboard() -> None:

@@ -19,6 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from loretta import processes
 from loretta.memory import is_out_of_memory
 from loretta.training.batches import stop_workers
 from loretta.training.checkpoints import WholeCheckpointsTrainer, find_checkpoint
@@ -87,7 +88,7 @@ def next_smaller(size: int) -> int | None:
 
 
 def trained_batch_size(checkpoint: str) -> int:
-    """The examples of one batch, on all devices of the process, of the training that wrote a checkpoint."""
+    """The examples of one batch of the training that wrote a checkpoint."""
     return int(json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_bytes())["train_batch_size"])
 
 
@@ -98,6 +99,7 @@ class TwoRateTrainer(WholeCheckpointsTrainer):
         lengths: of the training examples. Examples of similar lengths then come together.
         on_nan, auto_batch: as in :class:`~loretta.training.config.RunConfig`.
         loss_is_mean: the model gives the mean over the examples of a batch, as those with labels for a text do.
+        order_by: the batch by whose size examples of similar lengths come together; default: that of this process.
     """
 
     def __init__(
@@ -108,10 +110,13 @@ class TwoRateTrainer(WholeCheckpointsTrainer):
         on_nan: str = "stop",
         auto_batch: bool = False,
         loss_is_mean: bool = False,
+        order_by: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
         self.auto_batch, self.given_batch_size = auto_batch, self.args.train_batch_size
+        self.order_by = order_by or self.given_batch_size
+        self._row_losses: list[tuple[float, int]] = []  # of an evaluation: the sum of each batch, and its rows
         self.optimizer: torch.optim.Optimizer | None
         self.head_learning_rate = head_learning_rate
         self.lengths = lengths
@@ -120,7 +125,7 @@ class TwoRateTrainer(WholeCheckpointsTrainer):
         self.finite = FiniteSteps(self, on_nan)
         self.add_callback(self.finite)
         self.loss_is_mean = loss_is_mean
-        if self._learns_prompt() or (loss_is_mean and self.args.n_gpu > 1):
+        if self._learns_prompt():
             # the Trainer would divide by the labels it sees, and behind a prompt the first one is predicted too
             self.model_accepts_loss_kwargs = False
 
@@ -136,7 +141,7 @@ class TwoRateTrainer(WholeCheckpointsTrainer):
         random = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         while True:
             if self.auto_batch and resume_from_checkpoint is not None:
-                self._take_batches_of(trained_batch_size(resume_from_checkpoint) // max(1, self.args.n_gpu))
+                self._take_batches_of(trained_batch_size(resume_from_checkpoint))
             try:
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
             except RollBack:
@@ -149,7 +154,7 @@ class TwoRateTrainer(WholeCheckpointsTrainer):
                     raise
                 size = smaller
             # outside of the exception, which holds on to what the step had allocated
-            found = find_checkpoint(Path(self.args.output_dir))
+            found = processes.by_first(lambda: find_checkpoint(Path(self.args.output_dir)))
             resume_from_checkpoint = None if found is None else str(found)
             self._forget(start, random)
             self._take_batches_of(size)
@@ -204,9 +209,35 @@ class TwoRateTrainer(WholeCheckpointsTrainer):
             loss = loss * (inputs["labels"].numel() / num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
+        """As the Trainer does, whose loss counts rows twice that fill up the last batch of several processes."""
+        self._row_losses = []
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self._row_losses and processes.count() > 1:
+            sums = torch.tensor(processes.gather([sum(column) for column in zip(*self._row_losses, strict=True)]))
+            total, rows = sums.double().sum(0).tolist()
+            output.metrics[f"{metric_key_prefix}_loss"] = total / rows
+        return output
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> Any:
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
+        if processes.count() > 1 and loss is not None:
+            size, loader = len(inputs["input_ids"]), self.accelerator.gradient_state
+            own, counted = size, loss
+            if loader.end_of_dataloader and loader.remainder > 0:
+                own = min(size, max(0, loader.remainder - size * self.args.process_index))
+                # all processes compute again, which FSDP needs
+                mine = self._prepare_inputs({name: value[: max(1, own)] for name, value in inputs.items()})
+                with torch.no_grad(), self.compute_loss_context_manager():
+                    counted = self.compute_loss(model, mine)
+            self._row_losses.append((own * counted.item(), own))
+        return loss, logits, labels
+
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:
         data: Any = self.train_dataset if train_dataset is None else train_dataset
-        return EpochOrder(len(data), seed=self.args.seed, batch_size=self.given_batch_size, lengths=self.lengths)
+        return EpochOrder(len(data), seed=self.args.seed, batch_size=self.order_by, lengths=self.lengths)
 
     def _get_eval_sampler(self, eval_dataset: Dataset) -> Sampler:
         # the Trainer would group by length here too, and return predictions in that order

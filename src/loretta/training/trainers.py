@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.config import PromptLearningConfig
 from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorWithPadding,
@@ -16,6 +17,7 @@ from transformers import (
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.training_args import OptimizerNames
 
+from loretta import processes
 from loretta.errors import InputError
 from loretta.tasks import metrics
 from loretta.tasks.base import Task
@@ -23,11 +25,13 @@ from loretta.tasks.prompted import PromptedTask
 from loretta.training.config import RunConfig
 from loretta.training.folder import CHECKPOINTS, TENSORBOARD
 from loretta.training.graphs import CudaGraphTrainer
-from loretta.training.methods import find_method
+from loretta.training.methods import METHODS, find_method
 from loretta.training.model import Trained
 from loretta.training.prompted import PromptedTrainer
 from loretta.training.scores import logits_of, score_logits
 from loretta.training.trainer import TwoRateTrainer
+from loretta.tuners.config import LorettaConfig
+from loretta.tuners.shared import LorettaSharedConfig
 from loretta.wording import nearest, quoted
 
 
@@ -64,13 +68,14 @@ def make_trainer(
         "eval_dataset": encoded["validation"],
         "processing_class": tokenizer,
         "head_learning_rate": config.head_learning_rate,
+        "order_by": config.batch_size,
         "callbacks": [] if config.patience is None else [EarlyStoppingCallback(config.patience)],
     }
     chosen_by = choosing_metric(config, task)
     chosen_well = chosen_by != "loss" and higher_is_better(task)
     arguments = training_arguments(config, folder / CHECKPOINTS, best_by=chosen_by, greater_is_better=chosen_well)
-    if config.auto_batch and arguments.world_size > 1:
-        raise InputError("auto_batch=True is for one process, of which no other waits for a gradient: leave it out")
+    # several GPUs are for several processes: replicas within one train slower, and on more rows than were asked for
+    arguments._n_gpu = min(1, arguments.n_gpu)
     if isinstance(task, PromptedTask):
         prompted = PromptedGraphTrainer if config.cuda_graph else PromptedTrainer
         return prompted(
@@ -97,8 +102,53 @@ def make_trainer(
     )
 
 
+def check_processes(config: RunConfig) -> None:
+    """Raise InputError for what several processes cannot train together, or cannot share."""
+    method, n = find_method(config.method), processes.count()
+    shared_rows(config)
+    if config.auto_batch and n > 1:
+        raise InputError("auto_batch=True is for one process, of which no other waits for a gradient: leave it out")
+    if not processes.is_sharded():
+        return
+    if config.on_nan == "rollback":
+        raise InputError("on_nan='rollback' takes weights back that fsdp has shared out: give 'stop' or 'skip'")
+    if method.config is LorettaSharedConfig:
+        raise InputError(
+            f"method {config.method!r} has one train for all layers, which fsdp would share out with one of them: "
+            "leave fsdp out, the processes then train together by DDP"
+        )
+    if method.config is None or issubclass(method.config, PromptLearningConfig):
+        raise InputError(f"method {config.method!r}: fsdp is for adapters on the layers of a model, leave it out")
+    if config.quantize is not None:
+        raise InputError(
+            f"quantize={config.quantize!r}: fsdp shards no weights of whole numbers, leave one of them out"
+        )
+
+
+def shared_rows(config: RunConfig) -> tuple[int, int]:
+    """Rows of a batch and batches of an update for one of the processes, which share ``batch_size * accumulate`` rows.
+
+    An update has the same rows whatever the number of processes, so that a run may go on in another one.
+
+    Raises InputError where neither of the two can be divided by it.
+    """
+    n = processes.count()
+    if config.batch_size % n == 0:
+        return config.batch_size // n, config.accumulate
+    if config.accumulate % n == 0:
+        return config.batch_size, config.accumulate // n
+    raise InputError(
+        f"{n} processes cannot share batches of {config.batch_size} rows and {config.accumulate} batches an update: "
+        f"give --batch-size or --accumulate as a multiple of {n}"
+    )
+
+
 def training_arguments(config: RunConfig, folder: Path, *, best_by: str, greater_is_better: bool) -> TrainingArguments:
     """The Trainer's options for a run. ``best_by``, a validation metric or "loss", chooses the checkpoint to keep."""
+    batch_size, accumulate = shared_rows(config)
+    method = find_method(config.method)
+    # every tensor that these train is part of every step: DDP need not look for those that are not
+    all_used = (method.config is not None and issubclass(method.config, LorettaConfig)) or method is METHODS["lora"]
     every = "epoch" if config.eval_steps is None else "steps"
     optimizer = {} if config.optimizer is None else {"optim": known_optimizer(config.optimizer)}
     steps = {} if config.eval_steps is None else {"eval_steps": config.eval_steps, "save_steps": config.eval_steps}
@@ -106,9 +156,9 @@ def training_arguments(config: RunConfig, folder: Path, *, best_by: str, greater
         output_dir=str(folder),
         num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,
-        per_device_train_batch_size=config.batch_size,
+        per_device_train_batch_size=batch_size,
         logging_nan_inf_filter=False,  # it would log 0.0 for a loss that is NaN
-        gradient_accumulation_steps=config.accumulate,
+        gradient_accumulation_steps=accumulate,
         per_device_eval_batch_size=config.eval_batch_size,
         learning_rate=config.learning_rate or find_method(config.method).learning_rate,
         weight_decay=config.weight_decay,
@@ -125,7 +175,10 @@ def training_arguments(config: RunConfig, folder: Path, *, best_by: str, greater
         seed=config.seed,
         bf16=config.bf16,
         **({"gradient_checkpointing": True} if config.gradient_checkpointing else {}),
-        use_cpu=config.cpu,
+        # a launcher's processes on a machine without an accelerator train together too
+        use_cpu=config.cpu or (processes.count() > 1 and not torch.accelerator.is_available()),
+        log_level_replica="error",
+        ddp_find_unused_parameters=False if all_used else None,
         report_to=reporters(config),
         **optimizer,
         dataloader_pin_memory=torch.cuda.is_available() and not config.cpu,

@@ -1,0 +1,159 @@
+"""Several processes that train one model (``torchrun``, ``accelerate launch``): who speaks, and how they agree.
+
+From :func:`joined` on every function is a collective: all processes have to come to it, in the same order.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from loretta.errors import InputError, Stopped
+
+T = TypeVar("T")
+
+FSDP = "ACCELERATE_USE_FSDP"  # as ``accelerate launch --use_fsdp`` sets it
+_FIRST_LOADS = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # the first process alone reads the weights
+# what that command sets for FSDP2, where a run asks for it itself
+_FSDP2 = {
+    FSDP: "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    _FIRST_LOADS: "true",
+}
+
+
+def count() -> int:
+    """How many processes train together."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_first() -> bool:
+    """Whether this process speaks and writes for all that train together."""
+    return rank() == 0
+
+
+def is_sharded() -> bool:
+    """Whether FSDP shares out the weights."""
+    return count() > 1 and os.environ.get(FSDP, "false").lower() in ("true", "1")
+
+
+def load_in_each() -> None:
+    """Have every process read the weights of the base, also where they are shared out, until the run ends.
+
+    Accelerate cannot hand on what the first one has read where a model keeps buffers with its weights.
+    """
+    os.environ[_FIRST_LOADS] = "false"
+
+
+@contextmanager
+def joined(*, cpu: bool = False, fsdp: bool = False) -> Iterator[None]:
+    """Let the processes of a launcher talk to each other until the block ends; of one process nothing changes.
+
+    Raises InputError where ``fsdp`` is asked of one process, or FSDP 1 of any.
+    """
+    if count() == 1:
+        if fsdp:
+            raise InputError(
+                "fsdp shares a model out over several processes, and this is one: start it with torchrun "
+                "--nproc-per-node N -m loretta, or leave fsdp out"
+            )
+        yield
+        return
+    import torch
+    import torch.distributed as dist
+
+    before = {name: os.environ.get(name) for name in _FSDP2}
+    try:
+        if fsdp:
+            os.environ |= {name: value for name, value in _FSDP2.items() if before[name] is None}
+        if is_sharded() and os.environ.get("FSDP_VERSION") != "2":
+            raise InputError(
+                f"FSDP_VERSION={os.environ.get('FSDP_VERSION', '1')!r}: runs are sharded by FSDP2 alone, give "
+                "accelerate launch --fsdp_version 2, or torchrun and --fsdp"
+            )
+        is_ours = not dist.is_initialized()
+        if is_ours:
+            on_gpu = torch.cuda.is_available() and not cpu
+            if on_gpu:
+                torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+            # gloo besides NCCL: what is agreed on between steps makes no GPU wait
+            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+        yield
+        if is_ours:  # a process that failed leaves without the others
+            dist.destroy_process_group()
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def by_first(call: Callable[[], T]) -> T:
+    """What ``call`` returns, or raises, in the first process, for all of them."""
+    if count() == 1:
+        return call()
+    import torch.distributed as dist
+
+    found: list[Any] = [None, None]
+    if is_first():
+        try:
+            found[0] = call()
+        except (Exception, Stopped) as error:
+            found[1] = error
+    dist.broadcast_object_list(found, src=0)
+    if found[1] is not None:
+        raise found[1]
+    return found[0]
+
+
+def together(call: Callable[[], T]) -> T:
+    """What ``call`` returns in this process; where it fails in one of them, all raise the error of the first such.
+
+    That is for errors that are one sentence. Any other one ends its process, and the launcher ends the rest.
+    """
+    if count() == 1:
+        return call()
+    value, error = None, None
+    try:
+        value = call()
+    except (InputError, Stopped) as failure:
+        error = failure
+    for failure in gather(error):
+        if failure is not None:
+            raise failure
+    return value  # type: ignore[return-value]
+
+
+def gather(value: T) -> list[T]:
+    """The values of all processes, in their order."""
+    if count() == 1:
+        return [value]
+    import torch.distributed as dist
+
+    found: list[Any] = [None] * count()
+    dist.all_gather_object(found, value)
+    return found
+
+
+def largest(*values: int) -> list[int]:
+    """The largest of each number among all processes."""
+    if count() == 1:
+        return list(values)
+    import torch
+    import torch.distributed as dist
+
+    numbers = torch.tensor(values, dtype=torch.int64)
+    dist.all_reduce(numbers, dist.ReduceOp.MAX)
+    return numbers.tolist()
+
+
+def in_any(flag: bool) -> bool:
+    """Whether ``flag`` is true in one process at least."""
+    return bool(largest(int(flag))[0])
