@@ -125,9 +125,9 @@ def together(call: Callable[[], T]) -> T:
         value = call()
     except (InputError, Stopped) as failure:
         error = failure
-    for failure in gather(error):
-        if failure is not None:
-            raise failure
+    for found in gather(error):
+        if found is not None:
+            raise found
     return value  # type: ignore[return-value]
 
 

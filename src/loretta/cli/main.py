@@ -49,7 +49,7 @@ def options(
     ] = False,
 ) -> None:
     """Fine-tune language models through tensor trains (LoRETTA), beside PEFT's other methods."""
-    if processes.count() > 1 and ctx.invoked_subcommand != "train":
+    if processes.count() > 1 and ctx.invoked_subcommand not in ("train", "exec", None):
         raise InputError(
             f"'{ctx.invoked_subcommand}' is the work of one process, and {processes.count()} were started: start it "
             "without torchrun or accelerate launch, which are for 'train'"
