@@ -47,6 +47,7 @@ lock:
 tables: $(INSTALLED)
 	$(BIN)/python benchmarks/tables.py
 	$(BIN)/python benchmarks/front.py
+	$(BIN)/python benchmarks/evidence.py
 	$(BIN)/python benchmarks/counts.py
 	$(BIN)/python benchmarks/performance.py
 	$(BIN)/python benchmarks/reliability.py

@@ -25,6 +25,7 @@ MODELS = {
 NAMES = {"mcc": "Matthews", "f1": "F1", "spearman": "Spearman", "accuracy": "accuracy", "loss": "loss"}
 SIZES = (5_000, 10_000, 20_000, 40_000, 80_000)
 ROOM = 1.1  # of a size that a method may use
+MARGIN = 0.02  # "as good as": the whole interval lies above minus this
 
 
 def rows() -> list[Row]:
@@ -180,18 +181,20 @@ def claims(found: Sequence[Row]) -> str:
     )
     lines = []
     for claim, one, other in asked:
-        for model, shown in MODELS.items():
+        cells = []
+        for model in MODELS:
             have = Board(found, model, "official").complete()
             if one not in have or other not in have:
-                lines.append([claim, shown, "", "open: not run"])
+                cells.append("open: not run")
                 continue
-            difference = paired(have[one], have[other])
-            better = verdict(difference)
-            needs_more = "add" in claim
-            held = better == "better" or (better == "level" and not needs_more)
-            word = "confirmed" if held else ("refuted" if better == "worse" else "open: no difference was seen")
-            lines.append([claim, shown, signed(difference), word])
-    return markdown(lines, ["claim", "model", "mean difference", "result"], left=2)
+            middle, half = interval(difference := paired(have[one], have[other]))
+            if "add" in claim:
+                word = {"better": "confirmed", "worse": "refuted", "level": "open"}[verdict(difference)]
+            else:
+                word = "confirmed" if middle - half >= -MARGIN else "refuted" if middle + half < 0 else "open"
+            cells.append(f"{word} ({signed(difference)})")
+        lines.append([claim, *cells])
+    return markdown(lines, ["claim", *(shown.partition(" ")[0] for shown in MODELS.values())], left=4)
 
 
 def not_run(found: Sequence[Row]) -> str:

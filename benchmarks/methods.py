@@ -94,10 +94,11 @@ METHODS: dict[str, Method] = {
 GROUPS: dict[str, list[str]] = {
     "core": [
         "LoRA r=1", "compact + norms", "shared r=2", "shared r=4 + norms", "norms", "LoRA r=8", "rep", "compact",
+        "rep + norms",
         "shared r=2 + norms", "LoRA r=1 + norms", "adp + norms", "LoRA r=2", "LoRA r=1 all linear", "head only",
     ],
     "more": [
-        "shared r=8 + norms", "LoRA r=4", "BitFit", "shared r=4", "IA3", "rep + norms", "adp", "compact r=2 + norms",
+        "shared r=8 + norms", "LoRA r=4", "BitFit", "shared r=4", "IA3", "adp", "compact r=2 + norms",
         "LoRA r=2 + norms", "shared r=8", "LoRA r=1 all linear + norms", "compact r=2", "LoRA r=2 all linear",
         "adapters b=4", "compact inner 2", "shared r=16", "shared r=16 q,v", "adapters b=64",
     ],

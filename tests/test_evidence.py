@@ -15,9 +15,11 @@ from transformers import MPNetConfig, MPNetModel
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
+import evidence  # noqa: E402
 import protocol  # noqa: E402
 from claims import take  # noqa: E402
 from encoders import graphable  # noqa: E402
+from tables import filled  # noqa: E402
 
 
 def rows_of(file):
@@ -93,3 +95,28 @@ def test_mpnets_positions_on_the_device_are_those_of_transformers():
         expected = model(ids, attention_mask=mask).last_hidden_state
         with graphable():
             assert_near("hidden", model(ids, attention_mask=mask).last_hidden_state, expected)
+
+
+ROWS = evidence.rows()
+SECTIONS = [(path, name, text) for path, sections in evidence.pages(ROWS) for name, text in sections.items()]
+
+
+@pytest.mark.parametrize(("page", "name", "content"), SECTIONS, ids=lambda value: str(value)[:40])
+def test_a_section_is_what_the_result_files_say(page, name, content):
+    text = page.read_text()
+    assert filled(text, name, content) == text
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: "-".join(protocol.cell_of(row)))
+def test_a_row_says_how_it_came_about(row):
+    assert {"torch", "transformers", "peft"} <= row["versions"].keys()
+    assert row["command"].startswith("python benchmarks/")
+    assert row["device"]
+    assert row["trained"] >= 0 < row["rows"]["held_out"]
+    for scores in (row["held_out"], row["official"]):
+        assert {len(of_seeds) for of_seeds in scores.values()} == {len(row["seeds"])}
+        assert sorted(map(float, scores)) == sorted(row["rates"])
+
+
+def test_the_picture_is_there():
+    assert evidence.PICTURE.read_text().count("<svg") == 1
