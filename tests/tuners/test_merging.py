@@ -2,13 +2,16 @@
 
 import copy
 import warnings
+from collections import OrderedDict
 from functools import partial
 
 import pytest
 import torch
+from draws import seeded
 from peft import PeftModel, convert_to_lora, get_peft_model, save_as_lora, set_peft_model_state_dict
 from tolerances import assert_near
 from torch import Tensor, nn
+from torch.nn.utils import prune
 from transformers.pytorch_utils import Conv1D
 from tuners.families import OPTIONS, build, logits, natural_task
 from tuners.wrapped import config_for, every_method, snapshot, trained, wrap
@@ -356,3 +359,26 @@ def test_merging_some_of_the_active_adapters_is_refused():
         assert_near("as before", logits(model, inputs), expected["default", "other"])
     model.merge_adapter(["other", "default"])
     assert_near("merged", logits(model, inputs), expected["default", "other"])
+
+
+@pytest.mark.parametrize("method", ["rep", "shared"])
+@pytest.mark.parametrize(
+    "computed",
+    [
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.weight_norm,
+        lambda layer: prune.random_unstructured(layer, "weight", 0.3),
+    ],
+    ids=["parametrized", "by a hook", "pruned"],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+def test_a_weight_that_is_computed_from_others_is_not_merged_into(computed, method):
+    """What is written into it is gone at the next call."""
+    base = nn.Sequential(OrderedDict(first=computed(nn.Linear(16, 24)), second=nn.Linear(24, 8)))
+    model = get_peft_model(base, config_for(method, target_modules=["first", "second"], train_norms=False)).eval()
+    x, _ = torch.randn(3, 16, generator=seeded(0)), trained(model)
+    expected = model(x)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(InputError, match="cannot merge into 'first', whose weight is computed"):
+            merge()
+        assert torch.equal(model(x), expected)

@@ -1,5 +1,7 @@
 """Several adapters on one model: switching, switching off, deleting, adding up, and one per row of a batch."""
 
+import warnings
+
 import pytest
 import torch
 from draws import seed_torch
@@ -7,9 +9,10 @@ from peft import PeftModel
 from tolerances import assert_near
 from torch import Tensor
 from transformers import GenerationConfig
-from tuners.families import OPTIONS, build, logits, natural_task
+from tuners.families import OPTIONS, build, logits, loss_of, natural_task
 from tuners.wrapped import CONFIGS, config_for, every_method, snapshot, trainable, trained, wrap
 
+from loretta import get_peft_model
 from loretta.tuners.layer import LorettaLayer
 from loretta.tuners.norms import TrainedNorm
 
@@ -356,3 +359,23 @@ def test_layer_status_of_two_adapters(method):
     assert status.available_adapters == ["default", "other"]
     assert status.active_adapters == ["default"]
     assert status.requires_grad == {"default": True, "other": False}
+
+
+@every_method
+@pytest.mark.parametrize(("family", "again"), [("roberta", None), *(("llama", again) for again in CONFIGS)])
+def test_a_model_that_is_wrapped_again_starts_anew(family, again, method):
+    """PEFT resets the trains of such an adapter, and would go on with its norms, its head and its other targets."""
+    targets = {"roberta": ["query", "key"], "llama": ["q_proj", "v_proj"]}[family]
+    model, inputs = wrap(family, method, target_modules=targets)
+    expected = logits(build(family)[0], inputs)
+    trained(model)
+    options = {"task_type": natural_task(family), "target_modules": targets[:1]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's, of a second time
+        second = get_peft_model(model.get_base_model(), config_for(again or method, **options)).eval()
+    assert torch.equal(logits(second, inputs), expected)
+    fresh = get_peft_model(build(family)[0], config_for(again or method, **options))
+    assert {n: p.shape for n, p in trainable(second).items()} == {n: p.shape for n, p in trainable(fresh).items()}
+    assert second.state_dict().keys() == fresh.state_dict().keys()
+    loss_of(second.train(), inputs).backward()
+    assert all(parameter.grad is not None for parameter in trainable(second).values())

@@ -31,7 +31,7 @@ from loretta.locks import hold, refuse_held
 from loretta.owned import building, is_free, refuse_to_replace
 from loretta.plan import find_config, meta_model
 from loretta.tuners.card import README, write_card
-from loretta.tuners.model import sign
+from loretta.tuners.placement import sign
 from loretta.tuners.rep import LorettaRepConfig, LorettaRepModel
 from loretta.tuners.task_types import FINAL_LAYERS
 

@@ -29,7 +29,14 @@ from loretta.tuners.labels import name_labels
 from loretta.tuners.layer import LorettaLayer, is_offloaded, keep_differentiable
 from loretta.tuners.names import check_adapter_name, check_endings
 from loretta.tuners.norms import TrainedNorm, is_norm, norms_of, values_as_changes
-from loretta.tuners.placement import Placement, expand_targets, matched_modules, unused_options
+from loretta.tuners.placement import (
+    Placement,
+    check_signature,
+    expand_targets,
+    matched_modules,
+    sign,
+    unused_options,
+)
 from loretta.tuners.tensors import check_tensors
 from loretta.tuners.watch import Watch
 
@@ -74,7 +81,7 @@ class LorettaModel(BaseTuner):
             targeted.modules_to_save = [*(config.modules_to_save or []), *head_names(model, config)]
             placements = self.place_all(config, [(n, _base_of(m)) for n, m in matched_modules(targeted, model)])
             self.planned = {placement.name: placement for placement in placements}
-            _check_signature(config, placements)
+            check_signature(config, placements)
             check_called(model, [placement.name for placement in placements])
             # defaults name modules of several versions, and a saved adapter was told when it was made
             asked = None if getattr(config, "_targets_by_default", False) or config.base_signature else asked
@@ -83,6 +90,7 @@ class LorettaModel(BaseTuner):
         _check_copies_are_here(model, bool(config.train_norms or config.modules_to_save or head_names(model, config)))
         check_endings(adapter_name, [*(config.modules_to_save or []), *head_names(model, config)])
         copy_cost(model, config)
+        self._forget(adapter_name)
         names = install_head(model, config, adapter_name)
         given = list(dict.fromkeys(config.modules_to_save or [])) or None
         # for PEFT alone: our config derives it from its other options
@@ -104,6 +112,27 @@ class LorettaModel(BaseTuner):
             layer.followers = self._layers(AuxiliaryTrainingWrapper)
         Contraction.attach(model)
         Watch.attach(model)
+
+    def _forget(self, adapter_name: str) -> None:
+        """Remove what an earlier tuner left in the model under this name: PEFT would go on with parts of it."""
+        for name, module in reversed(list(self.model.named_modules())):  # the inner ones first
+            held: Any = ()
+            if isinstance(module, LorettaLayer):
+                held, base = module.placements, module.base_layer
+            elif isinstance(module, TrainedNorm):
+                held, base = [each for each, trains in module.known.items() if trains], module.base_layer
+            elif isinstance(module, ModulesToSaveWrapper):
+                held, base = module.modules_to_save, module.original_module
+            if adapter_name not in held:
+                continue
+            if isinstance(module, ModulesToSaveWrapper):
+                module.delete_adapter(adapter_name, [each for each in module.active_adapters if each != adapter_name])
+            else:
+                if module.merged:
+                    module.unmerge()
+                module.delete_adapter(adapter_name)
+            if set(held) <= {adapter_name}:
+                self.model.set_submodule(name, base)
 
     def _train_norm(self, name: str, adapter_name: str, *, inference_mode: bool) -> None:
         """Add one adapter's changes to a norm. The base's bias does not train beside them, whatever ``bias`` says."""
@@ -263,11 +292,23 @@ class LorettaModel(BaseTuner):
         self.active_adapter = [new if name == old else name for name in self.active_adapters]
 
     def _check_merge_allowed(self) -> None:
-        """As PEFT's, but where PEFT warns it refuses: an update of a tied output layer would change the input too."""
+        """As PEFT's, but where PEFT warns or does not look it refuses.
+
+        An update of a tied output layer would change the input too, and one of a weight that is computed from other
+        parameters would be lost at the next call.
+        """
         super()._check_merge_allowed()
         owners = Counter(id(p) for module in self.model.modules() for p in module.parameters(recurse=False))
         for name, module in self.model.named_modules():
-            if isinstance(module, self.layer_cls) and owners[id(module.get_base_layer().weight)] > 1:
+            if not isinstance(module, self.layer_cls):
+                continue
+            base = module.get_base_layer()
+            if "weight" not in dict(base.named_parameters(recurse=False)) and base.weight.is_floating_point():
+                raise InputError(
+                    f"cannot merge into '{name}', whose weight is computed from other parameters: keep the adapter "
+                    "unmerged, or first make the weight one again (remove_parametrizations, prune.remove, ...)"
+                )
+            if owners[id(base.weight)] > 1:
                 raise InputError(
                     f"cannot merge into '{name}', whose weight is tied to another module's: keep the adapter unmerged, "
                     "or load the base model with tie_word_embeddings=False and a copy of the weight"
@@ -333,27 +374,6 @@ class LorettaModel(BaseTuner):
                 )
         check_tensors(model, adapter_name, loaded, own=expected.keys())
         return loaded
-
-
-def sign(config: LorettaConfig, placements: list[Placement]) -> None:
-    """Note the adapted modules of the base model in a config that is about to be saved."""
-    config._injected_into = _signature(placements)
-
-
-def _signature(placements: list[Placement]) -> str:
-    kinds = Counter((p.name.rpartition(".")[2], p.down.in_features, p.up.out_features) for p in placements)
-    return ", ".join(f"{count} {name} {i} x {o}" for (name, i, o), count in sorted(kinds.items()))
-
-
-def _check_signature(config: LorettaConfig, placements: list[Placement]) -> None:
-    """Refuse an adapter of another base model."""
-    signature = _signature(placements)
-    if config.base_signature not in (None, signature):
-        base = config.base_model_name_or_path or "the model it was trained on"
-        raise InputError(
-            f"this adapter was trained for another base model: it adapts {config.base_signature}, and this model has "
-            f"{signature}; load it with '{base}'"
-        )
 
 
 def _check_copies_are_here(model: nn.Module, copies: bool) -> None:

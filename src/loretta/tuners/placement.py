@@ -1,5 +1,6 @@
 """Where an adapter goes and what it costs: decided from names and sizes before any module is replaced."""
 
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -213,3 +214,24 @@ def _nothing_matched(config: LorettaConfig, model: nn.Module) -> str:
         f"Target modules {given} not found in the base model{within}: {guess}"
         f"linear layers here end in {', '.join(names)}"
     )
+
+
+def sign(config: LorettaConfig, placements: list[Placement]) -> None:
+    """Note the adapted modules of the base model in a config that is about to be saved."""
+    config._injected_into = _signature(placements)
+
+
+def _signature(placements: list[Placement]) -> str:
+    kinds = Counter((p.name.rpartition(".")[2], p.down.in_features, p.up.out_features) for p in placements)
+    return ", ".join(f"{count} {name} {i} x {o}" for (name, i, o), count in sorted(kinds.items()))
+
+
+def check_signature(config: LorettaConfig, placements: list[Placement]) -> None:
+    """Refuse an adapter of another base model."""
+    signature = _signature(placements)
+    if config.base_signature not in (None, signature):
+        base = config.base_model_name_or_path or "the model it was trained on"
+        raise InputError(
+            f"this adapter was trained for another base model: it adapts {config.base_signature}, and this model has "
+            f"{signature}; load it with '{base}'"
+        )
