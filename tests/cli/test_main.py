@@ -7,25 +7,11 @@ import subprocess
 import sys
 
 import pytest
+from commands import assert_refused, call
 from test_locks import held_by_another
 from training_data import sentences
 
 from loretta.cli import main as cli
-
-
-def call(capsys, *arguments) -> tuple[int, str, str]:
-    """Exit status, standard output and standard error of one command."""
-    capsys.readouterr()
-    old, sys.argv = sys.argv, ["loretta", *map(str, arguments)]
-    try:
-        cli.main()
-        status = 0
-    except SystemExit as stop:
-        status = stop.code or 0
-    finally:
-        sys.argv = old
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 def train_arguments(model, data, folder, *more):
@@ -236,15 +222,6 @@ def test_a_bad_option_is_one_line_and_status_2(case, bert, reviews, capsys, tmp_
     assert_refused(status, err, words)
     assert out == ""
     assert not (tmp_path / "run").exists()
-
-
-def assert_refused(status, err, words):
-    lines = [line for line in err.splitlines() if line.strip()]
-    assert status == 2, err
-    assert lines[-1].startswith("loretta: ")
-    assert "Traceback" not in err
-    for word in words:
-        assert word in lines[-1]
 
 
 BAD_FILES = {

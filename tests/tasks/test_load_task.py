@@ -81,7 +81,7 @@ def test_a_file_next_door_and_at_home(table, monkeypatch):
         ("", ["unknown data ''"]),
         ("x" * 5000, ["unknown data"]),
         ("missing.csv", ["'missing.csv' does not exist"]),
-        ("some/where", ["'some/where' does not exist"]),
+        ("some/where", ["'some/where' is no file here, and no dataset that can be loaded"]),
         ("~nobody-here/a.csv", ["'~nobody-here/a.csv' does not exist"]),
         ("two\nlines/a.csv", [r"'two\nlines/a.csv' holds a line end", "give the path of a file"]),
         ("zero\0byte.csv", [r"'zero\x00byte.csv' holds", "a zero byte"]),

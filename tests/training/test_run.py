@@ -201,7 +201,7 @@ def test_a_signal_saves_says_how_to_go_on_and_the_run_ends_the_same(bert, review
 def test_a_signal_outside_of_the_steps_ends_the_run_at_once(bert, reviews, tmp_path, monkeypatch):
     whole = train(config_for(bert, reviews, tmp_path / "whole", epochs=1))
     config = config_for(bert, reviews, tmp_path / "run", epochs=1)
-    for place in ("loretta.training.run.encode_splits", "loretta.training.finish.answer"):
+    for place in ("loretta.training.run.encode_splits", "loretta.training.finish.read_history"):
         monkeypatch.setattr(place, lambda *args: os.kill(os.getpid(), signal.SIGTERM))
         with pytest.raises(Stopped, match="SIGTERM"):
             train(config, resume=True)

@@ -1,6 +1,5 @@
 """``loretta eval``."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -23,15 +22,16 @@ def evaluate(
     """Load a run's adapter again and score it."""
     if split not in ("train", "validation", "test"):
         raise InputError(f"--split {split!r} is none of train, validation and test")
-    from loretta.training.data import load_config_task
+    from loretta.tasks.sources import names_files
+    from loretta.training.data import NAMED, load_config_task
     from loretta.training.predict import evaluate as score
     from loretta.training.predict import load_run
 
     loaded = load_run(run, model=model, cpu=cpu)
     config = loaded.config
     if data is not None:
-        # a file is its own validation file: no rows are held out of it
-        validation = data if Path(data).is_file() else None
+        # files are their own validation files: no rows are held out of them
+        validation = data if data not in NAMED and names_files(data) else None
         config = config.model_copy(update={"data": data, "validation": validation, "test": None, "limit": None})
     values = score(loaded, load_config_task(config), split)
     if as_json:

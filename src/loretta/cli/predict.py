@@ -38,8 +38,9 @@ def predict(
     if (file is None) == (text is None):
         raise InputError("give either a FILE or --text (repeatable), and not both")
     with _holding(output, file, overwrite=overwrite):
-        from loretta.training.generate import Sampling, continue_text, refuse_classifier
-        from loretta.training.predict import load_run, text_columns
+        from loretta.training.forms import form_of
+        from loretta.training.generate import Sampling, refuse_classifier, reply
+        from loretta.training.predict import load_run
         from loretta.training.predict import predict as apply
 
         sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
@@ -50,12 +51,14 @@ def predict(
             texts = _of_pairs(text or [], text_pair)
             given = [dict(zip(("text", "text_pair"), words, strict=False)) for words in zip(*texts, strict=True)]
         else:
-            texts, given = _of_file(file, text_columns(loaded))
+            columns = _all_columns(file)
+            texts = form_of(loaded.kind).asked(loaded.config, columns, file)
+            given = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
         answers = apply(
             loaded,
             texts,
             all_probabilities=probabilities,
-            go_on=lambda run, words: continue_text(run, words, sampling),
+            go_on=lambda run, words: reply(run, words, sampling),
         )
         rows = [
             {**row, **{f"predicted_{key}" if key in row else key: value for key, value in answer.items()}}
@@ -72,17 +75,10 @@ def predict(
             say("\t".join(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()))
 
 
-def _of_file(file: Path, names: Sequence[str]) -> tuple[list[list[str]], list[dict[str, Any]]]:
-    """The columns of text, and the rows with everything that the file holds."""
+def _all_columns(file: Path) -> dict[str, list[Any]]:
     from loretta.tasks.read import column_names, read_columns
 
-    columns = read_columns(file, list(dict.fromkeys([*column_names(file), *names])))
-    for name in names:
-        if None in columns[name]:
-            at = columns[name].index(None) + 1
-            raise InputError(f"row {at} of '{file}' has nothing in the column {name!r}: fill it or leave the row out")
-    rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
-    return [[str(value) for value in columns[name]] for name in names], rows
+    return read_columns(file, column_names(file))
 
 
 def _of_pairs(text: list[str], text_pair: list[str] | None) -> list[list[str]]:

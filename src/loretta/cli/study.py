@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from loretta.studies.study import Study
 
 # which rows and columns of a user's own data
-OF_THE_DATA = ("text", "text_pair", "label", "kind", "validation", "test")
+OF_THE_DATA = ("text", "text_pair", "label", "kind", "validation", "test", "separator", "split")
 
 Seeds = Annotated[int | None, typer.Option(min=1, help="How many seeds, from 0 on.")]
 Jobs = Annotated[

@@ -37,6 +37,7 @@ OF_EACH_MEMBER = {
     "seed", "learning_rate", "head_learning_rate", "weight_decay", "warmup", "warmup_steps", "schedule", "output",
     "start_from",
 }  # fmt: skip
+TOGETHER = ("classification", "regression", "language_modeling")
 SCALES = {"lora_alpha", "alpha_pattern", "use_rslora", "scaling"}
 
 
@@ -188,8 +189,8 @@ def prepare(configs: Sequence[RunConfig], scratch: Path, *, size: int | None = N
         key = None if config.data in GLUE else config.seed
         if key not in data:
             task = load_config_task(config)
-            if not isinstance(task, Task):
-                raise InputError(f"'{config.data}' is put in words, which is trained one run at a time")
+            if not isinstance(task, Task) or task.kind not in TOGETHER:
+                raise InputError(f"'{config.data}' is of the kind {task.kind}, which is trained one run at a time")
             data[key] = task, encode_splits(config, task, tokenizer)
         task, encoded = data[key]
         same = repr((config.seed, config.method_args, config.start_from))

@@ -22,7 +22,7 @@ from loretta.tt.modes import most_balanced
 from loretta.wording import nearest
 
 ALIASES = {"adp": "loretta_adp", "rep": "loretta_rep", "shared": "loretta_shared"}
-OF_A_FILE = ("text", "text_pair", "label", "kind")
+OF_A_FILE = ("text", "text_pair", "label", "kind", "separator", "split")
 FEWEST_EVALUATIONS = 3  # of a run; with fewer there is nothing to choose the best checkpoint from
 
 
@@ -176,7 +176,7 @@ def file_rows(data: str, options: tuple[tuple[str, str | None], ...], model: str
 
     Raises InputError for a file that cannot be read.
     """
-    from loretta.training.data import encode
+    from loretta.training.forms.text import blocks
     from loretta.training.model import load_tokenizer
 
     given: dict[str, Any] = dict(options)
@@ -184,7 +184,7 @@ def file_rows(data: str, options: tuple[tuple[str, str | None], ...], model: str
     if task.kind != "language_modeling":
         return len(task.train)
     try:
-        return len(encode(task.train, task, load_tokenizer(model), max_length))
+        return len(blocks(task.train, task.name, load_tokenizer(model), max_length))
     except InputError:
         return None
 

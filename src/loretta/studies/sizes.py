@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from transformers import PreTrainedConfig
 from loretta.files import write_json
 from loretta.plan import find_config, meta_model, plan_model, trainable_by_kind
 from loretta.record import RunRecord
-from loretta.studies.configs import total_steps
+from loretta.studies.configs import OF_A_FILE, total_steps
 from loretta.studies.state import COUNT
 from loretta.studies.study import Planned
 from loretta.tasks import Kind, load_task
@@ -166,16 +167,14 @@ def task_type_of(config: RunConfig, sizes: str) -> tuple[str, int]:
         return "CAUSAL_LM", 0
     if config.data in GLUE:
         return "SEQ_CLS", max(1, len(GLUE[config.data].label_names))
-    kind, n_labels = _kind_of(config.data, config.text, config.text_pair, config.label, config.kind)
+    kind, n_labels = _kind_of(config.data, tuple((key, getattr(config, key)) for key in OF_A_FILE))
     task_type = TASK_TYPES[kind]
     return task_type, 0 if task_type == "CAUSAL_LM" else max(1, n_labels)
 
 
 @lru_cache(maxsize=16)
-def _kind_of(
-    data: str, text: str | None, text_pair: str | None, label: str | None, kind: Kind | None
-) -> tuple[Kind, int]:
-    task = load_task(data, text=text, text_pair=text_pair, label=label, kind=kind)
+def _kind_of(data: str, options: tuple[tuple[str, Any], ...]) -> tuple[Kind, int]:
+    task = load_task(data, **dict(options))
     return task.kind, len(task.label_names)
 
 

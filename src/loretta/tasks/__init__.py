@@ -3,12 +3,15 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from loretta.errors import InputError
 from loretta.tasks import glue, stdlib
 from loretta.tasks.base import KINDS, Kind, Task
 from loretta.tasks.files import load_table, load_text
-from loretta.tasks.read import ENDINGS_IN_WORDS, TABLE_ENDINGS, TEXT_ENDINGS, column_names, ending
+from loretta.tasks.read import ENDINGS_IN_WORDS, TEXT_ENDINGS
+from loretta.tasks.sources import Source, column_names, ending, find_files, is_hub_id, load_hub, names_files
+from loretta.tasks.turns import FORMS_IN_WORDS, load_turns, turns_of
 from loretta.wording import listed, nearest, quoted
 
 __all__ = ["Kind", "Task", "load_task"]
@@ -26,9 +29,14 @@ def load_task(
     data_dir: Path | str | None = None,
     validation: Path | str | None = None,
     test: Path | str | None = None,
+    separator: str | None = None,
+    split: str | None = None,
     seed: int = 0,
 ) -> Task:
-    """The task behind the name of a GLUE task, "stdlib", or the path of a file.
+    """The task behind the name of a GLUE task, "stdlib", files, or a dataset on the Hub.
+
+    Files are a path, several with commas between them, a pattern (``data/*.csv``) or a folder; the Hub's are "org/name"
+    or "org/name:config" (:mod:`loretta.tasks.sources`, for ``separator`` and ``split`` too).
 
     ``text``, ``text_pair`` and ``label`` name columns of a table ("text" where ``text`` is not given);
     ``validation`` and ``test`` are further files of the same form; ``data_dir`` has GLUE's files.
@@ -45,43 +53,54 @@ def load_task(
         "--data-dir": data_dir,
         "--validation": validation,
         "--test": test,
+        "--separator": separator,
+        "--split": split,
     }
     if kind is not None and kind not in KINDS:
         raise InputError(f"unknown kind {quoted(kind)}{nearest(kind, KINDS)}: give --kind {' or '.join(KINDS)}")
     if data in glue.GLUE:
         _refuse(options, set(options) - {"--data-dir"}, f"'{data}', a GLUE task with its own columns and splits")
-        return glue.load(data, data_dir=None if data_dir is None else _path(data_dir))
+        return glue.load(data, data_dir=None if data_dir is None else Path(os.path.expanduser(data_dir)))
     if data == STDLIB:
         _refuse(options, set(options), f"'{STDLIB}', which is built from the running Python")
         return stdlib.load()
 
-    path = _path(data)
-    if not _is_path(data, path):
+    if is_hub_id(data):
+        _refuse(options, {"--data-dir", "--separator"}, f"'{data}', a dataset on the Hub")
+        splits: dict[str, Source] = {**load_hub(data, split)}
+        given = {"validation": validation, "test": test}
+        splits |= {role: _find(file, None) for role, file in given.items() if file is not None}
+    elif names_files(data):
+        _refuse(options, {"--data-dir", "--split"}, f"the file '{data}'")
+        files = {"train": data, "validation": validation, "test": test}
+        splits = {role: _find(file, separator) for role, file in files.items() if file is not None}
+    else:
         names = (*glue.GLUE, STDLIB)
         raise InputError(
-            f"unknown data {quoted(data)}{nearest(data, names)}: give one of {listed(names)}, "
-            f"or a file that ends in {ENDINGS_IN_WORDS}"
+            f"unknown data {quoted(data)}{nearest(data, names)}: give one of {listed(names)}, a dataset on the Hub "
+            f"(org/name), or a file that ends in {ENDINGS_IN_WORDS}"
         )
-    _refuse(options, {"--data-dir"}, f"the file '{data}'")
-    validation_path = None if validation is None else _path(validation)
-    test_path = None if test is None else _path(test)
+    path, others = splits["train"], [splits[role] for role in ("validation", "test") if role in splits]
+    more: dict[str, Any] = {"validation_path": splits.get("validation"), "test_path": splits.get("test"), "seed": seed}
     if ending(path) in TEXT_ENDINGS:
-        others = [other for other in (validation_path, test_path) if other is not None]
         # a column to read may be that of a table for validation
         columnless = {"--text"} if all(ending(other) in TEXT_ENDINGS for other in others) else set()
         _refuse(options, {"--text-pair", "--label"} | columnless, f"'{data}', plain text without columns")
         if kind not in (None, "language_modeling"):
             raise InputError(f"--kind {kind} does not fit '{data}', plain text without labels: leave it out")
-        return load_text(path, text=text, validation_path=validation_path, test_path=test_path, seed=seed)
+        return load_text(path, text=text, **more)
     if kind == "language_modeling":
         _refuse(options, {"--text-pair", "--label"}, "--kind language_modeling, which reads one column of text")
-        return load_text(path, text=text, validation_path=validation_path, test_path=test_path, seed=seed)
+        return load_text(path, text=text, **more)
 
     columns = column_names(path) if text is None or label is None else ()
+    if kind in ("chat", "completion") or (label is None and text is None and kind is None and turns_of(columns)):
+        _refuse(options, {"--text", "--text-pair", "--label"}, f"'{data}', which is read by its columns")
+        return load_turns(path, kind=kind, **more)
     if label is None:
         raise InputError(
             f"'{data}' needs labels: give --label COLUMN, one of {listed(columns)}, "
-            f"or --kind language_modeling to train on its text alone"
+            f"or --kind language_modeling to train on its text alone; {FORMS_IN_WORDS}"
         )
     # one column only: the separator may be wrong, which load_table tells
     if text is None and "text" not in columns and len(columns) > 1:
@@ -92,23 +111,15 @@ def load_task(
         text_pair=text_pair,
         label=label,
         kind=kind,
-        validation_path=validation_path,
-        test_path=test_path,
-        seed=seed,
+        **more,
     )
 
 
-def _path(given: Path | str) -> Path:
-    if any(mark in os.fspath(given) for mark in "\0\r\n"):
-        raise InputError(f"{quoted(os.fspath(given))} holds a line end or a zero byte: give the path of a file")
-    # os.path's expanduser, unlike pathlib's, leaves the ~name of an unknown user alone
-    return Path(os.path.expanduser(given))
-
-
-def _is_path(data: str, path: Path) -> bool:
-    separators = [mark for mark in (os.sep, os.altsep) if mark]
-    known = ending(path) in (*TABLE_ENDINGS, *TEXT_ENDINGS)
-    return bool(data) and (known or any(mark in data for mark in separators) or os.path.exists(path))
+def _find(given: Path | str, separator: str | None) -> Source:
+    given = os.fspath(given)
+    if any(mark in given for mark in "\0\r\n"):
+        raise InputError(f"{quoted(given)} holds a line end or a zero byte: give the path of a file")
+    return find_files(given, separator)
 
 
 def _refuse(options: Mapping[str, object], names: set[str], what: str) -> None:

@@ -1,26 +1,27 @@
 """What a supervised run needs to know about its data."""
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:
     import datasets
 
-Kind = Literal["classification", "regression", "language_modeling"]
-KINDS: tuple[Kind, ...] = ("classification", "regression", "language_modeling")
+Kind = Literal["classification", "regression", "language_modeling", "chat", "completion"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
     """Normalised splits and how to score them.
 
-    Every split has a column "text", for pairs also "text_pair", and "label" (a class id as int, or a score as
-    float). Language modelling has "text" alone.
+    A split has a column "text", for pairs also "text_pair", and "label" (a class id as int, or a score as float).
+    Language modelling has "text" alone. Chat has "messages" (each with "role" and "content"), or "prompt" and
+    "completion" as lists of them; a completion has these two as text.
     """
 
     name: str  # "sst2", "reviews.csv", "stdlib"
     kind: Kind
-    columns: tuple[str, ...]  # the text columns in order: ("text",) or ("text", "text_pair")
+    columns: tuple[str, ...]  # what is read, in order: ("text",), ("text", "text_pair"), ("messages",)
     label_names: tuple[str, ...]  # classification: class id -> name; () otherwise
     metrics: tuple[str, ...]  # names of loretta.tasks.metrics; the first one selects the best checkpoint
     train: "datasets.Dataset"

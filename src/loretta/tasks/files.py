@@ -4,13 +4,13 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loretta.errors import InputError
 from loretta.tasks.base import Kind, Task
 from loretta.tasks.labels import LabelScheme, decide, doubts
-from loretta.tasks.read import TEXT_ENDINGS, column_names, ending, read_columns, read_documents
+from loretta.tasks.read import TEXT_ENDINGS
+from loretta.tasks.sources import HubSplit, Source, column_names, ending, place, read_columns, read_documents
 from loretta.tasks.split import hold_out, text_key
 from loretta.wording import listed, quoted
 
@@ -47,14 +47,14 @@ class Part:
 
 
 def load_table(
-    path: Path,
+    path: Source,
     *,
     text: str,
     label: str,
     text_pair: str | None = None,
     kind: Kind | None = None,
-    validation_path: Path | None = None,
-    test_path: Path | None = None,
+    validation_path: Source | None = None,
+    test_path: Source | None = None,
     seed: int = 0,
 ) -> Task:
     """A labelled CSV, TSV, JSON Lines (each also gzipped) or Parquet file.
@@ -119,11 +119,11 @@ def load_table(
 
 
 def load_text(
-    path: Path,
+    path: Source,
     *,
     text: str | None = None,
-    validation_path: Path | None = None,
-    test_path: Path | None = None,
+    validation_path: Source | None = None,
+    test_path: Source | None = None,
     seed: int = 0,
 ) -> Task:
     """Documents for language modelling: the paragraphs of a .txt or .md file, or the text column of a table.
@@ -168,8 +168,8 @@ def load_text(
     )
 
 
-def _documents(path: Path, text: str | None) -> Part:
-    if ending(path) in TEXT_ENDINGS:
+def _documents(path: Source, text: str | None) -> Part:
+    if not isinstance(path, HubSplit) and ending(path) in TEXT_ENDINGS:
         return Part([(document,) for document in read_documents(path)], None)
     if text is None and "text" not in (names := column_names(path)):
         raise InputError(f"'{path}' has no column 'text': give --text COLUMN, one of {listed(names)}")
@@ -177,41 +177,45 @@ def _documents(path: Path, text: str | None) -> Part:
     return Part([(cell,) for cell in _texts(read_columns(path, (name,))[name], name, path)], None)
 
 
-def _labelled(path: Path, text_columns: Sequence[str], scheme: LabelScheme) -> Part:
+def _labelled(path: Source, text_columns: Sequence[str], scheme: LabelScheme) -> Part:
     texts, cells = _read_rows(path, text_columns, scheme.column)
     return Part(texts, scheme.encode(cells, path))
 
 
-def _read_rows(path: Path, text_columns: Sequence[str], label: str) -> tuple[list[tuple[str, ...]], list[Any]]:
+def _read_rows(path: Source, text_columns: Sequence[str], label: str) -> tuple[list[tuple[str, ...]], list[Any]]:
     columns = read_columns(path, (*text_columns, label))
     texts = [_texts(columns[name], name, path) for name in text_columns]
     _refuse_missing(columns[label], label, path)
-    for row, cell in enumerate(columns[label], start=1):
+    for at, cell in enumerate(columns[label]):
         if isinstance(cell, list | dict | bytes):
+            file, row = place(path, at)
             raise InputError(
-                f"column {quoted(label)} of '{path}' holds {quoted(cell)} in row {row}, which is not one "
+                f"column {quoted(label)} of '{file}' holds {quoted(cell)} in row {row}, which is not one "
                 f"label: give a column of words or numbers with --label"
             )
     return list(zip(*texts, strict=True)), columns[label]
 
 
-def _texts(cells: list[Any], name: str, path: Path) -> list[str]:
+def _texts(cells: list[Any], name: str, path: Source) -> list[str]:
     _refuse_missing(cells, name, path)
-    for row, cell in enumerate(cells, start=1):
+    for at, cell in enumerate(cells):
         if not isinstance(cell, str):
+            file, row = place(path, at)
             raise InputError(
-                f"column {quoted(name)} of '{path}' holds {quoted(cell)} in row {row}, which is not text: "
+                f"column {quoted(name)} of '{file}' holds {quoted(cell)} in row {row}, which is not text: "
                 f"give a column of texts"
             )
     return cells
 
 
-def _refuse_missing(cells: Sequence[Any], name: str, path: Path) -> None:
-    missing = [row for row, cell in enumerate(cells, start=1) if _is_missing(cell)]
+def _refuse_missing(cells: Sequence[Any], name: str, path: Source) -> None:
+    missing = [at for at, cell in enumerate(cells) if _is_missing(cell)]
     if missing:
+        file, row = place(path, missing[0])
+        where = "" if file is path else f" of '{file}'"
         raise InputError(
             f"column {quoted(name)} of '{path}' is empty in {len(missing)} of {len(cells)} rows, first in "
-            f"row {missing[0]} (the header does not count): fill these cells or remove the rows"
+            f"row {row}{where} (the header does not count): fill these cells or remove the rows"
         )
 
 

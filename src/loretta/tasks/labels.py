@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 from loretta.errors import InputError
 from loretta.tasks.base import Kind
+from loretta.tasks.sources import Source, place
 from loretta.wording import listed, quoted
 
 MAX_GUESSED_CLASSES = 50
@@ -28,7 +28,7 @@ class LabelScheme:
 
     kind: Kind
     column: str
-    source: Path  # the training file
+    source: Source  # the training file
     numeric: bool
     classes: tuple[Value, ...]  # in the order of their ids; () for regression
 
@@ -36,7 +36,7 @@ class LabelScheme:
     def names(self) -> tuple[str, ...]:
         return tuple(str(value) for value in self.classes)
 
-    def encode(self, cells: Sequence[Any], path: Path) -> list[int] | list[float]:
+    def encode(self, cells: Sequence[Any], path: Source) -> list[int] | list[float]:
         """Class ids, or scores for regression.
 
         Raises:
@@ -86,7 +86,7 @@ def doubts(names: Sequence[str], counts: Sequence[int]) -> list[str]:
     return found
 
 
-def decide(cells: Sequence[Any], *, kind: Kind | None, column: str, path: Path) -> LabelScheme:
+def decide(cells: Sequence[Any], *, kind: Kind | None, column: str, path: Source) -> LabelScheme:
     """Read the label column of the training file; no cell may be missing.
 
     Without a ``kind``, words and at most 50 different whole numbers are classes, and numbers with a fraction
@@ -116,12 +116,13 @@ def decide(cells: Sequence[Any], *, kind: Kind | None, column: str, path: Path) 
 
 
 def _guess(
-    cells: Sequence[Any], numbers: Sequence[float | None], strays: Sequence[int], column: str, path: Path
+    cells: Sequence[Any], numbers: Sequence[float | None], strays: Sequence[int], column: str, path: Source
 ) -> Kind:
     if 0 < len(strays) < len(cells) / 2:
+        file, row = place(path, strays[0])
         raise InputError(
-            f"column {quoted(column)} of '{path}' holds numbers except {quoted(cells[strays[0]])} in row "
-            f"{strays[0] + 1} ({len(strays)} such rows): mend them, or give --kind classification to take "
+            f"column {quoted(column)} of '{file}' holds numbers except {quoted(cells[strays[0]])} in row "
+            f"{row} ({len(strays)} such rows): mend them, or give --kind classification to take "
             f"every cell as the name of a class"
         )
     if strays:
@@ -136,13 +137,14 @@ def _guess(
     return "classification"
 
 
-def _all_numbers(cells: Sequence[Any], column: str, path: Path) -> list[int | float]:
+def _all_numbers(cells: Sequence[Any], column: str, path: Source) -> list[int | float]:
     numbers: list[int | float] = []
-    for row, cell in enumerate(cells, start=1):
+    for at, cell in enumerate(cells):
         number = _number(cell)
         if number is None:
+            file, row = place(path, at)
             raise InputError(
-                f"column {quoted(column)} of '{path}' holds {quoted(cell)} in row {row}, which is not a "
+                f"column {quoted(column)} of '{file}' holds {quoted(cell)} in row {row}, which is not a "
                 f"finite number: mend the cell, or give --kind classification"
             )
         numbers.append(number)

@@ -36,14 +36,15 @@ def ending(path: Path) -> str:
     return inner if inner != ".parquet" and inner in (*TABLE_ENDINGS, *TEXT_ENDINGS) else inner + ".gz"
 
 
-def column_names(path: Path) -> tuple[str, ...]:
+def column_names(path: Path, separator: str | None = None) -> tuple[str, ...]:
     """The columns of a table, in the order of the file. Raises InputError as :func:`read_columns` does."""
-    return _parquet_names(path) if _format(path, TABLE_ENDINGS) == ".parquet" else tuple(_parse(path))
+    return _parquet_names(path) if _format(path, TABLE_ENDINGS) == ".parquet" else tuple(_parse(path, separator))
 
 
-def read_columns(path: Path, names: Sequence[str]) -> Columns:
+def read_columns(path: Path, names: Sequence[str], separator: str | None = None) -> Columns:
     """The named columns of a CSV, TSV, JSON Lines or Parquet file, all of one length of at least one row.
 
+    ``separator`` stands between the cells of CSV and TSV, in place of a comma and a tab.
     Cells of CSV and TSV are str; those of the other formats are what the file holds, None where a line of
     JSON has no such key.
 
@@ -53,8 +54,8 @@ def read_columns(path: Path, names: Sequence[str]) -> Columns:
     """
     if _format(path, TABLE_ENDINGS) == ".parquet":
         return _read_parquet(path, names)
-    columns = _parse(path)
-    _require(path, names, tuple(columns))
+    columns = _parse(path, separator)
+    require(path, names, tuple(columns))
     return {name: columns[name] for name in names}
 
 
@@ -134,9 +135,9 @@ def _other(path: Path, reason: str) -> InputError:
     return InputError(f"'{path}' is not {what}: {reason}; these are read: {ENDINGS_IN_WORDS}")
 
 
-def _parse(path: Path) -> Columns:
+def _parse(path: Path, separator: str | None) -> Columns:
     found = ending(path)
-    return _parse_csv(path, SEPARATORS[found]) if found in SEPARATORS else _parse_jsonl(path)
+    return _parse_csv(path, separator or SEPARATORS[found]) if found in SEPARATORS else _parse_jsonl(path)
 
 
 def _parse_csv(path: Path, separator: str) -> Columns:
@@ -154,7 +155,8 @@ def _parse_csv(path: Path, separator: str) -> Columns:
             if len(row) not in (0, len(header)):
                 raise InputError(
                     f"'{path}' line {begin} has {len(row)} cell{'s' * (len(row) > 1)} where the header has "
-                    f"{len(header)}: put cells that hold {quoted(separator)} or line ends in double quotes"
+                    f"{len(header)}{_other_separator(path, header)}: "
+                    f"put cells that hold {quoted(separator)} or line ends in double quotes"
                 )
             if row:
                 rows.append(row)
@@ -220,7 +222,7 @@ def _read_parquet(path: Path, names: Sequence[str]) -> Columns:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    _require(path, names, _parquet_names(path))
+    require(path, names, _parquet_names(path))
     try:
         table = pq.ParquetFile(path).read(columns=list(names))
         columns = {name: table.column(name).to_pylist() for name in names}
@@ -232,15 +234,23 @@ def _read_parquet(path: Path, names: Sequence[str]) -> Columns:
     return columns
 
 
-def _require(path: Path, names: Sequence[str], existing: Sequence[str]) -> None:
+def require(path: object, names: Sequence[str], existing: Sequence[str]) -> None:
+    """Raise InputError for a column that ``path`` has not."""
     for name in names:
         if name in existing:
             continue
-        hint = nearest(name, existing)
-        other = next((mark for mark in (";", "\t", ",") if len(existing) == 1 and mark in existing[0]), None)
-        if other and ending(path) in SEPARATORS:
-            hint = f" (its cells seem to be separated by {quoted(other)}, those of {ending(path)} are not)"
+        hint = _other_separator(path, existing) or nearest(name, existing)
         raise InputError(f"'{path}' has no column {quoted(name)}{hint}: its columns are {listed(existing)}")
+
+
+def _other_separator(path: object, header: Sequence[str]) -> str:
+    """A hint in brackets where a header of one cell holds what elsewhere separates cells; else nothing."""
+    other = next((mark for mark in (";", "\t", "|", ",") if len(header) == 1 and mark in header[0]), None)
+    if other is None or not isinstance(path, Path) or ending(path) not in SEPARATORS:
+        return ""
+    shown = "tab" if other == "\t" else f"'{other}'"
+    found = ending(path)
+    return f" (its cells seem to be separated by {other!r}, those of {found} are not: give --separator {shown})"
 
 
 def _refuse_doubles(path: Path, names: Sequence[str]) -> None:

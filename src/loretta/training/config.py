@@ -1,5 +1,6 @@
 """The options of one run as plain frozen data: from a YAML file, the command line, and ``--set key=value``."""
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from loretta.errors import InputError
 from loretta.files import read_plain
 from loretta.options import parse_option, read_yaml
+from loretta.tasks.base import Kind
 from loretta.wording import one_line
 
 Quantization = Literal["nf4", "fp4", "int8", "torchao-int8", "fp8"]
@@ -38,7 +40,8 @@ class RunConfig(BaseModel):
 
     model: str = Field(description="Hub id or folder of the base model.")
     data: str = Field(
-        description="GLUE or prompted task, 'stdlib', or a CSV, TSV, JSONL, Parquet or text file.",
+        description="GLUE or prompted task, 'stdlib', CSV, TSV, JSONL, Parquet or text files (one, several with "
+        "commas, a pattern, a folder), or a dataset on the Hub as org/name:config.",
     )
     method: str = Field(
         default="compact",
@@ -66,11 +69,14 @@ class RunConfig(BaseModel):
     text: str | None = Field(default=None, description="Column with the text; default: 'text'.")
     text_pair: str | None = Field(default=None, description="Column with the second text of a pair.")
     label: str | None = Field(default=None, description="Column with the label.")
-    kind: Literal["classification", "regression", "language_modeling"] | None = Field(
-        default=None, description="Of the task; default: by the label."
-    )
+    kind: Kind | None = Field(default=None, description="Of the task; default: by the columns and the label.")
     validation: str | None = Field(default=None, description="File to validate on; default: a part of the data.")
     test: str | None = Field(default=None, description="File to test the best checkpoint on.")
+    separator: str | None = Field(default=None, description="Between the cells of a CSV or TSV: ';', '|', tab.")
+    split: str | None = Field(
+        default=None,
+        description="Of a dataset on the Hub: its name for train, or train=NAME,validation=NAME,test=NAME.",
+    )
     data_dir: str | None = Field(default=None, description="Folder with the tasks' files, one folder a task.")
     limit: int | None = Field(default=None, ge=1, description="Use at most this many rows of each split.")
 
@@ -127,6 +133,9 @@ class RunConfig(BaseModel):
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = Field(
         default="linear", description="How the rate falls after the warm-up."
     )
+    packing: bool = Field(
+        default=False, description="Put several chats or completions into one row, each seeing itself alone."
+    )
     max_length: int = Field(default=128, ge=2, description="Tokens per example, or per block in language modelling.")
     eval_steps: int | None = Field(default=None, ge=1, description="Steps between evaluations; default: an epoch.")
     select_by: Literal["metric", "loss"] | None = Field(
@@ -174,7 +183,9 @@ class RunConfig(BaseModel):
 
     @property
     def folder(self) -> Path:
-        return Path(self.output or f"runs/{Path(self.data).stem}-{self.method.replace(':', '-')}-s{self.seed}")
+        # of a pattern or a Hub id what a folder may be called
+        data = re.sub(r"[^\w.-]+", "-", Path(self.data).stem).strip("-") or "data"
+        return Path(self.output or f"runs/{data}-{self.method.replace(':', '-')}-s{self.seed}")
 
 
 # how --help groups the options
@@ -182,7 +193,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "What to train": (
         "model", "data", "method", "budget", "head_policy", "start_from", "output", "push_to_hub", "seed",
     ),
-    "Data": ("text", "text_pair", "label", "kind", "validation", "test", "data_dir", "limit", "max_length"),
+    "Data": (
+        "text", "text_pair", "label", "kind", "validation", "test", "separator", "split", "data_dir", "limit",
+        "max_length", "packing",
+    ),
     "Prompted tasks": ("prompted", "train_as", "sample", "max_new_tokens"),
     "Training": (
         "epochs", "max_steps", "batch_size", "accumulate", "auto_batch", "on_nan", "learning_rate",

@@ -23,13 +23,13 @@ from loretta.plan import read_plan, trainable_by_kind
 from loretta.record import Answers, ParameterCounts, Point, RunRecord, Train
 from loretta.tasks.base import Task
 from loretta.tasks.prompted import PromptedTask
-from loretta.training.answers import base_perplexity, describe_answers, label_counts
 from loretta.training.checkpoints import DISK_STATUS
 from loretta.training.config import RunConfig
 from loretta.training.folder import ADAPTER, PREDICTIONS, RECORD, Place
+from loretta.training.forms import form_of
 from loretta.training.model import Trained
-from loretta.training.prompted import PromptedTrainer, notes_on_length
-from loretta.training.scores import logits_of, named_values, prediction_rows
+from loretta.training.prompted import PromptedTrainer
+from loretta.training.scores import named_values
 from loretta.training.trainer import TwoRateTrainer
 from loretta.training.trainers import choosing_metric, higher_is_better
 from loretta.tuners.card import write_card
@@ -98,11 +98,9 @@ class Scored:
 def score(task: Task | PromptedTask, trainer: TwoRateTrainer, encoded: Mapping[str, Any]) -> Scored:
     """Ask the trained model, on all processes together."""
     split = "test" if encoded.get("test") is not None else "validation"
-    values, rows = answer(task, trainer, encoded, split)
-    if rows:
-        answers = describe_answers(task, split, rows)
-    else:
-        answers = base_perplexity(trainer, encoded[split], split) if task.kind == "language_modeling" else None
+    form = form_of(task.kind)
+    values, rows = form.answer(task, trainer, encoded, split)
+    answers = form.describe(task, trainer, encoded, split, rows)
     history = read_history(trainer.state.log_history, task)
     best_step = trainer.state.best_global_step or trainer.state.global_step
     return Scored(
@@ -128,8 +126,8 @@ def write_result(
     population: int | None,
 ) -> RunRecord:
     """Write the files of a finished run into an empty folder."""
-    model = cast(Trained, trainer.model)
-    if (own := loretta_config(model)) is not None and task.kind == "classification":
+    model, form = cast(Trained, trainer.model), form_of(task.kind)
+    if (own := loretta_config(model)) is not None and task.label_names:
         own.label_names = list(task.label_names)
     model.save_pretrained(str(folder / ADAPTER), state_dict=weights)
     save_tokenizer(trainer, config, folder / ADAPTER)
@@ -149,10 +147,10 @@ def write_result(
         notes=[
             *task.notes,
             *trainer.notes(),
-            *(notes_on_length(encoded, config) if isinstance(task, PromptedTask) else ()),
+            *form.notes(config, encoded),
         ],
         label_names=list(task.label_names),
-        label_counts=label_counts(task),
+        label_counts=form.counts(task),
         answers=scored.answers,
         metric=task.metrics[0],
         higher_is_better=higher_is_better(task),
@@ -186,36 +184,6 @@ def versions() -> dict[str, str]:
     """The versions of what computes a run."""
     packages = {name: version(name) for name in PACKAGES}
     return {"python": platform.python_version(), "loretta": __version__, **packages}
-
-
-def answer(
-    task: Task | PromptedTask, trainer: TwoRateTrainer, encoded: Mapping[str, Any], split: str
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """Scores of a split by the trained model, and a row for each of its examples, none in language modelling.
-
-    A row holds what was asked ("text", of a pair "text_pair"), the "gold" answer and the model's.
-    """
-    if isinstance(trainer, PromptedTrainer):
-        judged = trainer.judge(split, encoded[split])
-        examples = getattr(task, split)
-        return judged.values, [
-            {"text": example.prompt, "gold": example.completion.strip(), **row}
-            for example, row in zip(examples, judged.answers, strict=True)
-        ]
-    assert isinstance(task, Task)
-    if task.kind == "language_modeling" and split == "validation":
-        return {}, []
-    output = trainer.predict(encoded[split], metric_key_prefix=split)
-    values = named_values(output.metrics or {}, task, f"{split}_")
-    if task.kind == "language_modeling":
-        return values, []
-    rows = prediction_rows(torch.as_tensor(logits_of(output.predictions)), task.label_names)
-    data = getattr(task, split)
-    golds = [task.label_names[k] for k in data["label"]] if task.label_names else list(data["label"])
-    asked = [
-        dict(zip(task.columns, words, strict=True)) for words in zip(*(data[c] for c in task.columns), strict=True)
-    ]
-    return values, [{**a, "gold": gold, **row} for a, gold, row in zip(asked, golds, rows, strict=True)]
 
 
 def validation_scores(

@@ -62,6 +62,13 @@ def continue_text(run: LoadedRun, text: str, sampling: Sampling) -> str:
     return run.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
+def reply(run: LoadedRun, asked: str | Sequence[Mapping[str, str]], sampling: Sampling) -> str:
+    """The continuation of a text, or the answer to messages; to a run that was trained on chats all is a message."""
+    if isinstance(asked, str) and run.kind != "chat":
+        return continue_text(run, asked, sampling)
+    return answer_chat(run, [{"role": "user", "content": asked}] if isinstance(asked, str) else asked, sampling)
+
+
 @torch.inference_mode()
 def answer_chat(
     run: LoadedRun, messages: Sequence[Mapping[str, str]], sampling: Sampling, *, show: bool = False

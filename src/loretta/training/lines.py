@@ -3,7 +3,6 @@
 import math
 import shlex
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -12,13 +11,12 @@ from loretta.plan import trainable_by_kind
 from loretta.record import RunRecord
 from loretta.tasks.base import Task
 from loretta.tasks.prompted import PromptedTask
-from loretta.tasks.split import text_key
-from loretta.training.answers import CHANCE, beats_baseline, chance_of, label_counts
+from loretta.training.answers import CHANCE, beats_baseline, chance_of
 from loretta.training.config import RunConfig
-from loretta.training.data import count_cut
+from loretta.training.data import NAMED
 from loretta.training.finish import count_all
+from loretta.training.forms import form_of
 from loretta.training.methods import find_method
-from loretta.training.prompted import notes_on_length
 from loretta.training.trainer import TwoRateTrainer
 from loretta.wording import quoted
 
@@ -38,11 +36,11 @@ def first_lines(
         _of_task(config, task),
         _of_splits(config, task, encoded),
         *(f"note: {note}" for note in task.notes),
-        *_of_lengths(config, task, encoded, tokenizer),
+        *form_of(task.kind).lengths(config, task, encoded, tokenizer),
         *_of_shared_texts(task),
         _of_method(config, trainer),
         *_of_choice(trainer),
-        _of_steps(config, trainer, len(encoded["train"])),
+        _of_steps(config, trainer),
     ]
 
 
@@ -50,7 +48,7 @@ def _of_task(config: RunConfig, task: Task | PromptedTask) -> str:
     words = f"{task.name}: {task.kind.replace('_', ' ')}"
     if config.label is not None:
         words += f" of column {quoted(config.text or 'text')} by column {quoted(config.label)}"
-    counts = label_counts(task)
+    counts = form_of(task.kind).counts(task)
     if counts:
         named = sorted(zip(task.label_names, counts["train"], strict=True), key=lambda pair: -pair[1])
         words += "; in train " + ", ".join(f"{quoted(name)} {count:,}" for name, count in named[:MOST_LABELS])
@@ -63,9 +61,9 @@ def _of_task(config: RunConfig, task: Task | PromptedTask) -> str:
 
 
 def _of_splits(config: RunConfig, task: Task | PromptedTask, encoded: Mapping[str, Any]) -> str:
-    unit = "blocks" if task.kind == "language_modeling" else "rows"
+    unit = form_of(task.kind).unit
     files = {
-        "train": config.data if Path(config.data).suffix else None,
+        "train": None if config.data in NAMED else config.data,
         **config.model_dump(include={"validation", "test"}),
     }
     words = [
@@ -75,23 +73,11 @@ def _of_splits(config: RunConfig, task: Task | PromptedTask, encoded: Mapping[st
     return ", ".join([*words, *([] if "test" in encoded else ["no test"])])
 
 
-def _of_lengths(
-    config: RunConfig, task: Task | PromptedTask, encoded: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
-) -> list[str]:
-    if isinstance(task, PromptedTask):
-        return notes_on_length(encoded, config) or [f"no prompt is longer than max_length={config.max_length} allows"]
-    if task.kind == "language_modeling":
-        return [f"a block is max_length={config.max_length} tokens of texts that follow each other"]
-    cut, total = count_cut(encoded, task, tokenizer, config.max_length)
-    if not cut:
-        return [f"no text is longer than max_length={config.max_length} tokens"]
-    return [f"{cut:,} of the {total:,} texts are longer than max_length={config.max_length} tokens and lose their end"]
-
-
 def _of_shared_texts(task: Task | PromptedTask) -> list[str]:
     """Rows of validation and test whose text is in train too."""
-    known = set(_texts(task, "train"))
-    others = {split: _texts(task, split) for split in ("validation", "test") if getattr(task, split) is not None}
+    form = form_of(task.kind)
+    known = set(form.texts(task, "train"))
+    others = {split: form.texts(task, split) for split in ("validation", "test") if getattr(task, split) is not None}
     shared = {split: sum(text in known for text in texts) for split, texts in others.items()}
     if not any(shared.values()):
         return [f"no text of {' or '.join(shared)} is in train"]
@@ -100,13 +86,6 @@ def _of_shared_texts(task: Task | PromptedTask) -> list[str]:
         for split, count in shared.items()
         if count
     ]
-
-
-def _texts(task: Task | PromptedTask, split: str) -> list[tuple[str, ...]]:
-    data = getattr(task, split)
-    if isinstance(task, PromptedTask):
-        return [text_key((example.prompt,)) for example in data]
-    return [text_key(words) for words in zip(*(data[column] for column in task.columns), strict=True)]
 
 
 def _of_method(config: RunConfig, trainer: TwoRateTrainer) -> str:
@@ -131,9 +110,10 @@ def _of_choice(trainer: TwoRateTrainer) -> list[str]:
     return [f"by the budget: {why}" for config in adapters.values() if (why := getattr(config, "why", ""))]
 
 
-def _of_steps(config: RunConfig, trainer: TwoRateTrainer, rows: int) -> str:
-    args = trainer.args
-    batches = math.ceil(rows / (args.train_batch_size * args.world_size))
+def _of_steps(config: RunConfig, trainer: TwoRateTrainer) -> str:
+    args, data = trainer.args, trainer.train_dataset
+    assert data is not None
+    batches = math.ceil(len(data) / (args.train_batch_size * args.world_size))
     updates = max(1, math.ceil(batches / args.gradient_accumulation_steps))
     steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * updates)
     each = f"{args.train_batch_size * args.world_size * args.gradient_accumulation_steps} rows each"

@@ -28,6 +28,8 @@ TASK_TYPES = {
     "language_modeling": "CAUSAL_LM",
     "choice": "CAUSAL_LM",
     "generation": "CAUSAL_LM",
+    "chat": "CAUSAL_LM",
+    "completion": "CAUSAL_LM",
 }
 
 

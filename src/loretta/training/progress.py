@@ -6,6 +6,10 @@ from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
+# what the Trainer and TRL log beside the scores
+OTHERS = (
+    "runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "num_tokens", "entropy"
+)  # fmt: skip
 FIRST, LONGEST = 2.0, 60.0  # seconds to the first line, and at most between two; they double in between
 
 
@@ -26,8 +30,7 @@ class ProgressLines(TrainerCallback):
         self.loss = logs.get("loss", self.loss)
         if "eval_loss" in logs:
             values = {key.removeprefix("eval_"): value for key, value in logs.items() if key.startswith("eval_")}
-            timing = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
-            shown = ", ".join(f"{key} {value:.4f}" for key, value in values.items() if key not in timing)
+            shown = ", ".join(f"{key} {value:.4f}" for key, value in values.items() if key not in OTHERS)
             self.say(f"step {state.global_step:,}: validation {shown}")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -61,17 +61,13 @@ def loss_of(config: RunConfig, task: PromptedTask) -> str:
     return task.train_as if config.train_as == "auto" else config.train_as
 
 
-def encode_task(task: PromptedTask, tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> dict[str, list[Texts]]:
-    """The splits as token ids. Training as language modelling reads the gold completion alone.
+def encode_split(task: PromptedTask, tokenizer: PreTrainedTokenizerBase, config: RunConfig, split: str) -> list[Texts]:
+    """A split as token ids. Training as language modelling reads the gold completion alone.
 
     Raises InputError when an option does not fit into ``config.max_length``.
     """
-    gold_alone = loss_of(config, task) == "language_modeling"
-    return {
-        "train": encode_examples(task.train, tokenizer, config, gold_alone=gold_alone),
-        "validation": encode_examples(task.validation, tokenizer, config),
-        "test": encode_examples(task.test, tokenizer, config),
-    }
+    gold_alone = split == "train" and loss_of(config, task) == "language_modeling"
+    return encode_examples(getattr(task, split), tokenizer, config, gold_alone=gold_alone)
 
 
 def notes_on_length(splits: Mapping[str, Sequence[Texts]], config: RunConfig) -> list[str]:
@@ -194,7 +190,7 @@ def judge(
     """Score a split: the training's loss, and the metrics of the likeliest options or of generated answers.
 
     Args:
-        texts: the examples as :func:`encode_task` gives them, with all options.
+        texts: the examples as :func:`encode_split` gives them, with all options.
         answer: False leaves out the metrics of generated answers.
         progress: words in front of a progress bar, which a terminal shows.
     """

@@ -151,11 +151,12 @@ def _prepare(
     task = load_config_task(config)
     check_loss(config, task)
     tokenizer = load_tokenizer(config.model)
+    encoded = encode_splits(config, task, tokenizer)
     if TASK_TYPES[task.kind] == "SEQ_CLS":  # a head keeps what it started from
         processes.load_in_each()
     set_seed(config.seed)
     model, bf16 = prepare_model(config, task, tokenizer)
-    return task, tokenizer, encode_splits(config, task, tokenizer), model, bf16
+    return task, tokenizer, encoded, model, bf16
 
 
 def _begin(place: Place, config: RunConfig, *, overwrite: bool) -> None:

@@ -42,13 +42,13 @@ def prediction_rows(
 
 
 def named_values(raw: Mapping[str, float], task: Task | PromptedTask, prefix: str) -> dict[str, float]:
-    """Loss and metrics out of the Trainer's prefixed names, with perplexity for language modelling."""
+    """Loss and metrics out of the Trainer's prefixed names, with perplexity where the task has it."""
     values = {
         key.removeprefix(prefix): float(value)
         for key, value in raw.items()
         if key.removeprefix(prefix) in ("loss", *task.metrics)
     }
-    if task.kind == "language_modeling" and "loss" in values:
+    if "perplexity" in task.metrics and "loss" in values:
         values["perplexity"] = math.exp(min(values["loss"], 700))
     return values
 

@@ -204,10 +204,11 @@ class TwoRateTrainer(WholeCheckpointsTrainer):
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
         """As the Trainer does, which believes that every model divides by the number of labels in an update."""
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch)
+        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         if self.loss_is_mean and num_items_in_batch is not None:
-            loss = loss * (inputs["labels"].numel() / num_items_in_batch)
-        return (loss, outputs) if return_outputs else loss
+            share = inputs["labels"].numel() / num_items_in_batch
+            found = (found[0] * share, found[1]) if return_outputs else found * share
+        return found
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """As the Trainer does, whose loss counts rows twice that fill up the last batch of several processes."""

@@ -7,13 +7,7 @@ from typing import Any
 
 import torch
 from peft.config import PromptLearningConfig
-from transformers import (
-    DataCollatorForLanguageModeling,
-    DataCollatorWithPadding,
-    EarlyStoppingCallback,
-    PreTrainedTokenizerBase,
-    TrainingArguments,
-)
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.training_args import OptimizerNames
 
@@ -24,23 +18,19 @@ from loretta.tasks.base import Task
 from loretta.tasks.prompted import PromptedTask
 from loretta.training.config import RunConfig
 from loretta.training.folder import CHECKPOINTS, TENSORBOARD
+from loretta.training.forms import form_of
 from loretta.training.graphs import CudaGraphTrainer
 from loretta.training.methods import METHODS, find_method
 from loretta.training.model import Trained
-from loretta.training.prompted import PromptedTrainer
-from loretta.training.scores import logits_of, score_logits
 from loretta.training.trainer import TwoRateTrainer
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.shared import LorettaSharedConfig
 from loretta.wording import nearest, quoted
 
 
-class TwoRateGraphTrainer(CudaGraphTrainer, TwoRateTrainer):
-    """The trainer of all runs, with CUDA graphs."""
-
-
-class PromptedGraphTrainer(CudaGraphTrainer, PromptedTrainer):
-    """That of prompted tasks, whose batches are no plain tensors: it says so, and trains eagerly."""
+def with_graphs(trainer: type[TwoRateTrainer]) -> type[TwoRateTrainer]:
+    """The same trainer with CUDA graphs; where its batches are no plain tensors it says so, and trains eagerly."""
+    return type(f"{trainer.__name__}WithGraphs", (CudaGraphTrainer, trainer), {})
 
 
 def make_trainer(
@@ -73,33 +63,17 @@ def make_trainer(
     }
     chosen_by = choosing_metric(config, task)
     chosen_well = chosen_by != "loss" and higher_is_better(task)
-    arguments = training_arguments(config, folder / CHECKPOINTS, best_by=chosen_by, greater_is_better=chosen_well)
+    recipe = form_of(task.kind).recipe(config, task, tokenizer, encoded)
+    arguments = recipe.arguments(
+        **training_options(config, folder / CHECKPOINTS, best_by=chosen_by, greater_is_better=chosen_well)
+    )
     # several GPUs are for several processes: replicas within one train slower, and on more rows than were asked for
     arguments._n_gpu = min(1, arguments.n_gpu)
-    if isinstance(task, PromptedTask):
-        prompted = PromptedGraphTrainer if config.cuda_graph else PromptedTrainer
-        return prompted(
-            **common,
-            args=arguments,
-            config=config,
-            task=task,
-            tokenizer=tokenizer,
-            lengths=[len(texts) for texts in encoded["train"]],
-        )
-    if config.cuda_graph and arguments.device.type == "cuda":
+    if config.cuda_graph and arguments.device.type == "cuda" and isinstance(task, Task):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise it warns of the workers
         arguments.dataloader_num_workers, arguments.dataloader_persistent_workers = 2, True
-    plain = TwoRateGraphTrainer if config.cuda_graph else TwoRateTrainer
-    if task.kind == "language_modeling":
-        return plain(**common, args=arguments, data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False))
-    return plain(
-        **common,
-        args=arguments,
-        data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=_compute_metrics(task),
-        loss_is_mean=True,
-        lengths=[len(ids) for ids in encoded["train"]["input_ids"]],
-    )
+    trainer = with_graphs(recipe.trainer) if config.cuda_graph else recipe.trainer
+    return trainer(**{**common, **recipe.options}, args=arguments)
 
 
 def check_processes(config: RunConfig) -> None:
@@ -143,7 +117,7 @@ def shared_rows(config: RunConfig) -> tuple[int, int]:
     )
 
 
-def training_arguments(config: RunConfig, folder: Path, *, best_by: str, greater_is_better: bool) -> TrainingArguments:
+def training_options(config: RunConfig, folder: Path, *, best_by: str, greater_is_better: bool) -> dict[str, Any]:
     """The Trainer's options for a run. ``best_by``, a validation metric or "loss", chooses the checkpoint to keep."""
     batch_size, accumulate = shared_rows(config)
     method = find_method(config.method)
@@ -152,7 +126,7 @@ def training_arguments(config: RunConfig, folder: Path, *, best_by: str, greater
     every = "epoch" if config.eval_steps is None else "steps"
     optimizer = {} if config.optimizer is None else {"optim": known_optimizer(config.optimizer)}
     steps = {} if config.eval_steps is None else {"eval_steps": config.eval_steps, "save_steps": config.eval_steps}
-    return TrainingArguments(
+    return dict(
         output_dir=str(folder),
         num_train_epochs=config.epochs,
         max_steps=config.max_steps or -1,
@@ -209,7 +183,7 @@ def reporters(config: RunConfig) -> list[str]:
 
 def choosing_metric(config: RunConfig, task: Task | PromptedTask) -> str:
     """The name of the score that chooses the best checkpoint: the task's first metric, or "loss"."""
-    default = "loss" if isinstance(task, PromptedTask) else "metric"
+    default = form_of(task.kind).chosen_by
     # perplexity is exp(loss): the same order
     by_loss = (config.select_by or default) == "loss" or task.metrics[0] == "perplexity"
     return "loss" if by_loss else task.metrics[0]
@@ -217,10 +191,3 @@ def choosing_metric(config: RunConfig, task: Task | PromptedTask) -> str:
 
 def higher_is_better(task: Task | PromptedTask) -> bool:
     return isinstance(task, PromptedTask) or metrics.higher_is_better(task.metrics[0])
-
-
-def _compute_metrics(task: Task):
-    def compute(prediction) -> dict[str, float]:
-        return score_logits(task, logits_of(prediction.predictions), prediction.label_ids)
-
-    return compute

@@ -1,0 +1,246 @@
+"""Where rows come from: a file, several of them, or a split of a dataset on the Hub."""
+
+import glob
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from loretta.errors import InputError
+from loretta.tasks import read
+from loretta.tasks.read import SEPARATORS, TABLE_ENDINGS, TEXT_ENDINGS, Columns
+from loretta.wording import listed, nearest, one_line, quoted
+
+if TYPE_CHECKING:
+    import datasets
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(:[\w.-]+)?")
+# the names under which datasets keep their splits
+SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev", "eval"), "test": ("test",)}
+
+
+@dataclass(frozen=True, slots=True)
+class Separated:
+    """A table whose cells are separated by something else than its ending says."""
+
+    path: Path
+    separator: str
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
+@dataclass(frozen=True, slots=True)
+class HubSplit:
+    """A split of a dataset, as datasets loaded it."""
+
+    given: str
+    split: str
+    data: "datasets.Dataset"
+
+    @property
+    def name(self) -> str:
+        return self.given
+
+    def __str__(self) -> str:
+        return f"{self.given}, split {self.split}"
+
+
+@dataclass(frozen=True, slots=True)
+class Several:
+    """Files of one form, one behind the other. ``rows`` are those of each, once they were read."""
+
+    given: str
+    files: tuple[Path | Separated, ...]
+    rows: list[int]
+
+    @property
+    def name(self) -> str:
+        return Path(self.given).name
+
+    def __str__(self) -> str:
+        return f"{self.files[0]} and {len(self.files) - 1} more"
+
+
+Source = Path | Separated | HubSplit | Several
+
+
+def find_files(given: str, separator: str | None = None) -> Source:
+    """A file, or several: with commas between them, by a pattern (``data/*.csv``), or all data files of a folder.
+
+    Raises:
+        InputError: a pattern or a folder without files of ours, files of different kinds, and a ``separator`` for what
+            is no CSV or TSV.
+    """
+    parts = [given] if "," not in given or os.path.exists(given) else [part.strip() for part in given.split(",")]
+    files = [file for part in parts for file in _expand(part)]
+    endings = {read.ending(file) for file in files}
+    if len(files) > 1 and len({ending in TEXT_ENDINGS for ending in endings}) > 1:
+        raise InputError(f"'{given}' has tables and plain text ({listed(sorted(endings))}): give files of one kind")
+    sources: list[Path | Separated] = list(files)
+    if separator is not None:
+        if other := next((file for file in files if read.ending(file) not in SEPARATORS), None):
+            raise InputError(f"--separator is for {' and '.join(SEPARATORS)}, and '{other}' is none: leave it out")
+        mark = {"tab": "\t", "\\t": "\t"}.get(separator, separator)
+        if len(mark) != 1 or mark in '"\r\n':
+            raise InputError(f"--separator {quoted(separator)} is not one character: give ';', '|' or tab")
+        sources = [Separated(file, mark) for file in files]
+    return sources[0] if len(sources) == 1 else Several(given, tuple(sources), [])
+
+
+def _expand(given: str) -> list[Path]:
+    # os.path's expanduser, unlike pathlib's, leaves the ~name of an unknown user alone
+    path = Path(os.path.expanduser(given))
+    if path.is_dir():
+        found = sorted(file for file in path.iterdir() if file.is_file() and _is_data(file))
+        if not found:
+            raise InputError(f"'{given}' is a folder without a data file: {read.ENDINGS_IN_WORDS}")
+        return found
+    if not path.exists() and glob.has_magic(given):
+        found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))
+        if not found:
+            raise InputError(f"'{given}' matches no file: mend the pattern")
+        return found
+    return [path]
+
+
+def _is_data(path: Path) -> bool:
+    return not path.name.startswith(".") and read.ending(path) in (*TABLE_ENDINGS, *TEXT_ENDINGS)
+
+
+def names_files(given: str) -> bool:
+    """Whether words for data mean files of this machine."""
+    if not given:
+        return False
+    if os.path.exists(os.path.expanduser(given)) or glob.has_magic(given) or "," in given:
+        return True
+    known = read.ending(Path(given)) in (*TABLE_ENDINGS, *TEXT_ENDINGS)
+    return known or (not HUB_ID.fullmatch(given) and any(mark in given for mark in (os.sep, os.altsep) if mark))
+
+
+def is_hub_id(given: str) -> bool:
+    """Whether words for data mean a dataset on the Hub: ``org/name`` or ``org/name:config``."""
+    return not names_files(given) and HUB_ID.fullmatch(given) is not None
+
+
+def load_hub(given: str, split: str | None) -> dict[str, HubSplit]:
+    """The splits of a dataset on the Hub by what they are for: "train", and "validation" and "test" where there are.
+
+    ``split`` names them where the dataset calls them otherwise: ``train_sft``, or ``train=train_sft,test=test_sft``,
+    each also as a part (``train[:1000]``).
+
+    Raises InputError for a dataset that cannot be loaded, and a split that it has not.
+    """
+    from datasets import DatasetDict, load_dataset
+
+    name, _, config = given.partition(":")
+    asked = read_split(split)
+    try:
+        whole = load_dataset(name, config or None)
+        if not isinstance(whole, DatasetDict):
+            raise ValueError("it has no splits")
+        parts = {role: load_dataset(name, config or None, split=part) for role, part in asked.items()}
+    except Exception as error:  # of the Hub, the network, the files, the split
+        raise InputError(
+            f"'{given}' is no file here, and no dataset that can be loaded from the Hub ({one_line(error)}): "
+            "mend the name, its config (org/name:config) or --split"
+        ) from None
+    found = {role: HubSplit(given, asked[role], data) for role, data in parts.items()}
+    for role, names in SPLITS.items():
+        there = next((each for each in names if each in whole), None)
+        if role not in found and there is not None:
+            found[role] = HubSplit(given, there, whole[there])
+    if "train" not in found:
+        raise InputError(f"'{given}' has no split 'train': give --split NAME, one of {listed(whole)}")
+    return found
+
+
+def read_split(split: str | None) -> dict[str, str]:
+    """``train_sft`` or ``train=train_sft,test=test_sft`` by role. Raises InputError for another role."""
+    if split is None:
+        return {}
+    pairs = [part.partition("=") for part in split.split(",")]
+    asked = {role.strip(): name.strip() for role, is_named, name in pairs if is_named} or {"train": split}
+    for role in asked:
+        if role not in SPLITS:
+            near = nearest(role, tuple(SPLITS))
+            raise InputError(f"--split {quoted(split)}: {quoted(role)}{near} is none of {listed(SPLITS)}")
+    return asked
+
+
+def ending(source: Source) -> str:
+    """The ending that names the format; that of a dataset on the Hub is a table's."""
+    if isinstance(source, HubSplit):
+        return ".parquet"
+    return read.ending(_first(source))
+
+
+def _first(source: Path | Separated | Several) -> Path:
+    one = source.files[0] if isinstance(source, Several) else source
+    return one if isinstance(one, Path) else one.path
+
+
+def column_names(source: Source) -> tuple[str, ...]:
+    """The columns, in order. Raises InputError as :func:`read_columns` does, and for files of different columns."""
+    if isinstance(source, HubSplit):
+        return tuple(source.data.column_names)
+    if isinstance(source, Several):
+        first, *others = [(file, column_names(file)) for file in source.files]
+        for file, names in others:
+            if set(names) != set(first[1]):
+                raise InputError(
+                    f"'{file}' has the columns {listed(names)} and '{first[0]}' has {listed(first[1])}: "
+                    "give files with the same columns"
+                )
+        return first[1]
+    return read.column_names(*_parts(source))
+
+
+def read_columns(source: Source, names: Sequence[str]) -> Columns:
+    """As :func:`loretta.tasks.read.read_columns`, of all files; the classes of a dataset on the Hub are their names."""
+    if isinstance(source, HubSplit):
+        read.require(source, names, source.data.column_names)
+        return {name: _named(source.data[name][:], source.data.features[name]) for name in names}
+    if isinstance(source, Several):
+        tables = [read_columns(file, names) for file in source.files]
+        source.rows[:] = [len(next(iter(table.values()))) for table in tables]
+        return {name: [cell for table in tables for cell in table[name]] for name in names}
+    path, separator = _parts(source)
+    return read.read_columns(path, names, separator)
+
+
+def read_documents(source: Path | Separated | Several) -> list[str]:
+    """As :func:`loretta.tasks.read.read_documents`, of all files."""
+    files = source.files if isinstance(source, Several) else (source,)
+    return [document for file in files for document in read.read_documents(_first(file))]
+
+
+def place(source: Source, row: int) -> tuple[Any, int]:
+    """The file of a row, which counts from 0, and its number there, from 1."""
+    if isinstance(source, Several):
+        for file, rows in zip(source.files, source.rows, strict=True):
+            if row < rows:
+                return file, row + 1
+            row -= rows
+    return source, row + 1
+
+
+def _parts(source: Path | Separated) -> tuple[Path, str | None]:
+    return (source.path, source.separator) if isinstance(source, Separated) else (source, None)
+
+
+def _named(cells: list[Any], feature: Any) -> list[Any]:
+    """Class numbers as the names of the classes, in lists too; -1, which stands for no label, is None."""
+    names = getattr(feature, "names", None)
+    if names is not None:
+        return [None if cell is None or cell < 0 else names[cell] for cell in cells]
+    inner = getattr(feature, "feature", None)
+    if getattr(inner, "names", None) is not None:
+        return [None if cell is None else _named(cell, inner) for cell in cells]
+    return cells

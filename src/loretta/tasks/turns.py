@@ -1,0 +1,232 @@
+"""What decoders are taught with: conversations, prompts with their completions, Alpaca's instructions -> Task."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from loretta.errors import InputError
+from loretta.tasks.base import Kind, Task
+from loretta.tasks.sources import Source, column_names, place, read_columns
+from loretta.tasks.split import hold_out, text_key
+from loretta.wording import listed, quoted
+
+SHARE = 0.1  # of the rows, held out for validation
+ROLES = ("system", "developer", "user", "assistant", "tool")
+# ShareGPT's names
+OTHER_ROLES = {"human": "user", "gpt": "assistant"}
+METRICS = ("perplexity",)
+
+Message = dict[str, str]
+Row = dict[str, Any]
+
+
+def turns_of(columns: Sequence[str]) -> tuple[str, ...] | None:
+    """The columns by which a table is one of these forms; None for any other table."""
+    return next((names for names in READERS if set(names) <= set(columns)), None)
+
+
+def load_turns(
+    path: Source,
+    *,
+    kind: Kind | None = None,
+    validation_path: Source | None = None,
+    test_path: Source | None = None,
+    seed: int = 0,
+) -> Task:
+    """Conversations ("messages", or ShareGPT's "conversations"), "prompt" and "completion", or Alpaca's rows.
+
+    The kind is "completion" for prompts and completions of plain text, which follow each other as they stand, and
+    "chat" for all others; ``kind="chat"`` makes a conversation of the former too. Without a validation file, 10% of
+    the rows are held out by ``seed``; rows that ask the same stay on one side.
+
+    Raises:
+        InputError: a file that cannot be read, with row and column what cannot be trained (a message without text, an
+            unknown role, nothing that the assistant says), files of different forms, or too few rows to split.
+    """
+    train, notes = read_turns(path, kind), []
+    if validation_path is None:
+        kept, held = hold_out([question(row) for row in train], [None] * len(train), share=SHARE, seed=seed)
+        if not held:
+            raise InputError(
+                f"'{path}' has too few different rows to split ({len(train)} in all): add rows or give "
+                "--validation FILE"
+            )
+        notes.append(
+            f"{len(held)} of the {len(train)} rows of '{path.name}' were held out for validation (seed {seed}), rows "
+            "that ask the same on one side"
+        )
+        train, validation = [train[k] for k in kept], [train[k] for k in held]
+    else:
+        validation = read_turns(validation_path, kind)
+    test = None if test_path is None else read_turns(test_path, kind)
+    columns = tuple(train[0])
+    for other, rows in ((validation_path, validation), (test_path, test)):
+        if rows and tuple(rows[0]) != columns:
+            raise InputError(f"'{other}' holds {listed(rows[0])} and '{path}' holds {listed(columns)}: give one form")
+    found: Kind = "completion" if isinstance(train[0].get("prompt"), str) else "chat"
+    if kind not in (None, found):
+        raise InputError(f"'{path}' holds {listed(columns)}, of the kind {found}, and not {kind}: leave --kind out")
+    return Task(
+        name=path.name,
+        kind=found,
+        columns=columns,
+        label_names=(),
+        metrics=METRICS,
+        train=_dataset(train),
+        validation=_dataset(validation),
+        test=None if test is None else _dataset(test),
+        notes=tuple(notes),
+    )
+
+
+def read_turns(path: Source, kind: Kind | None = None) -> list[Row]:
+    """The rows of a file: "messages", or "prompt" and "completion" (both text, or both lists of messages).
+
+    Raises InputError as :func:`load_turns` does.
+    """
+    found = column_names(path)
+    names = turns_of(found)
+    if names is None:
+        raise InputError(f"'{path}' has the columns {listed(found)}: {FORMS_IN_WORDS}")
+    also = [name for name in OPTIONAL if name in found]
+    columns = read_columns(path, (*names, *also))
+    rows = []
+    for at, cells in enumerate(zip(*columns.values(), strict=True)):
+        row = READERS[names](Cells(*place(path, at), dict(zip(columns, cells, strict=True))))
+        if kind == "chat" and isinstance(row.get("prompt"), str):
+            row = {"messages": [turn("user", row["prompt"]), turn("assistant", row["completion"])]}
+        rows.append(row)
+    if len({(tuple(row), type(row.get("prompt"))) for row in rows}) > 1:
+        raise InputError(f"column 'prompt' of '{path}' holds text in some rows and messages in others: give one form")
+    return rows
+
+
+def question(row: Row) -> tuple[str, ...]:
+    """What a row asks, without the answers: rows that ask the same belong on one side of a split."""
+    asked = row["messages"] if "messages" in row else row["prompt"]
+    return (asked,) if isinstance(asked, str) else tuple(m["content"] for m in asked if m["role"] != "assistant")
+
+
+def turn(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
+
+
+class Cells:
+    """One row of a file, whose cells are read or refused with their place."""
+
+    def __init__(self, path: object, number: int, values: Mapping[str, Any]) -> None:
+        self.path, self.number, self.values = path, number, values
+
+    def wrong(self, column: str, what: str) -> InputError:
+        return InputError(f"row {self.number} of '{self.path}', column {quoted(column)}: {what}")
+
+    def text(self, column: str) -> str:
+        """A cell with text in it."""
+        value = self.values[column]
+        if not isinstance(value, str):
+            raise self.wrong(column, f"{quoted(value)} is not text: give text")
+        if not value.strip():
+            raise self.wrong(column, "the cell is empty: fill it or leave the row out")
+        return value
+
+    def maybe(self, column: str) -> str:
+        """A cell that may be missing or empty."""
+        value = self.values.get(column)
+        is_empty = value is None or (isinstance(value, str) and not value.strip())
+        return "" if is_empty else self.text(column)
+
+    def messages(self, column: str, *, role: str = "role", content: str = "content") -> list[Message]:
+        """A cell with a list of messages."""
+        given = self.values[column]
+        if not isinstance(given, list):
+            raise self.wrong(column, f"{quoted(given)} is not a list of messages: give [{{role, content}}, ...]")
+        if not given:
+            raise self.wrong(column, "the list of messages is empty: fill it or leave the row out")
+        return [self._message(column, at, message, role, content) for at, message in enumerate(given, start=1)]
+
+    def _message(self, column: str, at: int, message: Any, role: str, content: str) -> Message:
+        if not isinstance(message, dict) or role not in message or content not in message:
+            raise self.wrong(column, f"message {at} is {quoted(message)}: give it {role!r} and {content!r}")
+        who, words = OTHER_ROLES.get(message[role], message[role]), message[content]
+        if who not in ROLES:
+            raise self.wrong(column, f"message {at} has the unknown role {quoted(who)}: give one of {listed(ROLES)}")
+        if message.get("tool_calls"):
+            raise self.wrong(column, f"message {at} calls tools, which are not trained: write the call as its content")
+        if not isinstance(words, str):
+            raise self.wrong(column, f"message {at} has the content {quoted(words)}: give text")
+        if who == "assistant" and not words.strip():
+            raise self.wrong(column, f"message {at}, of the assistant, is empty: fill it or leave the row out")
+        return turn(who, words)
+
+
+def _chat(row: Cells, column: str = "messages", **keys: str) -> Row:
+    messages = row.messages(column, **keys)
+    if not any(message["role"] == "assistant" for message in messages):
+        raise row.wrong(column, "no message is the assistant's: there is no answer to train")
+    return {"messages": messages}
+
+
+def _prompt_completion(row: Cells) -> Row:
+    if isinstance(row.values["prompt"], str):
+        return {"prompt": row.text("prompt"), "completion": row.text("completion")}
+    answer = row.messages("completion")
+    if answer[0]["role"] != "assistant":
+        raise row.wrong("completion", f"it begins with the role {answer[0]['role']!r}: begin with the assistant's")
+    return {"prompt": row.messages("prompt"), "completion": answer}
+
+
+def _alpaca(row: Cells) -> Row:
+    system, more = row.maybe("system"), row.maybe("input")
+    asked = row.text("instruction") + (f"\n\n{more}" if more else "")
+    start = [turn("system", system)] if system else []
+    return {"messages": [*start, turn("user", asked), turn("assistant", row.text("output"))]}
+
+
+OPTIONAL = ("input", "system")
+READERS: dict[tuple[str, ...], Callable[[Cells], Row]] = {
+    ("messages",): _chat,
+    ("conversations",): lambda row: _chat(row, "conversations", role="from", content="value"),
+    ("prompt", "completion"): _prompt_completion,
+    ("instruction", "output"): _alpaca,
+}
+
+
+FORMS_IN_WORDS = "without a label these columns are read: " + " or ".join(" + ".join(form) for form in READERS)
+
+
+def asked_of(columns: Mapping[str, list[Any]], file: Path, *, column: str) -> list[Any]:
+    """What a run answers in each row of a file: text, or the messages up to the last one that is not an answer.
+
+    ``column`` is read where the file has none of the columns of these forms.
+    """
+    rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+    return [_asked(Cells(file, number, row), column) for number, row in enumerate(rows, start=1)]
+
+
+def _asked(row: Cells, column: str) -> Any:
+    for name, keys in (("messages", {}), ("conversations", {"role": "from", "content": "value"})):
+        if name in row.values:
+            messages = row.messages(name, **keys)
+            while messages and messages[-1]["role"] == "assistant":
+                messages.pop()
+            if not messages:
+                raise row.wrong(name, "every message is the assistant's: there is nothing to answer")
+            return messages
+    if "prompt" in row.values:
+        return row.text("prompt") if isinstance(row.values["prompt"], str) else row.messages("prompt")
+    if "instruction" in row.values:
+        return _alpaca(Cells(row.path, row.number, {**row.values, "output": "-"}))["messages"][:-1]
+    if column not in row.values:
+        raise InputError(f"'{row.path}' has no column {quoted(column)}: its columns are {listed(row.values)}")
+    return row.text(column)
+
+
+def key_of(row: Row) -> tuple[str, ...]:
+    """As :func:`question`, whatever the case and the spacing."""
+    return text_key(question(row))
+
+
+def _dataset(rows: Sequence[Row]) -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_list(list(rows))

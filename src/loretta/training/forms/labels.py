@@ -1,0 +1,249 @@
+"""One label for a text or a pair: a class, or a score."""
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+
+from loretta.errors import InputError
+from loretta.memory import is_out_of_memory
+from loretta.record import Answers, Mistake
+from loretta.tasks import metrics
+from loretta.tasks.base import Task
+from loretta.tasks.glue import GLUE
+from loretta.tasks.split import text_key
+from loretta.training.config import RunConfig
+from loretta.training.forms.base import MakeTrainer, Recipe
+from loretta.training.loaded import LoadedRun
+from loretta.training.scores import logits_of, named_values, prediction_rows, score_logits
+from loretta.training.trainer import TwoRateTrainer
+from loretta.wording import listed, quoted
+
+MISTAKES = 10  # kept of each run
+LONGEST = 300  # characters kept of a text that was answered wrongly
+
+
+class Labels:
+    """Classification and regression."""
+
+    unit, chosen_by = "rows", "metric"
+
+    def encode(self, config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, split: str) -> Dataset:
+        data = getattr(task, split)
+        columns = [list(data[column]) for column in task.columns]
+        tokens = tokenizer(*columns, truncation=True, max_length=config.max_length)
+        return Dataset.from_dict({**tokens, "labels": list(data["label"])})
+
+    def lengths(
+        self, config: RunConfig, task: Task, encoded: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+    ) -> list[str]:
+        cut = total = 0
+        for split, examples in encoded.items():
+            data = getattr(task, split)
+            total += len(data)
+            full = [row for row, ids in enumerate(examples["input_ids"]) if len(ids) >= config.max_length]
+            if full:
+                columns = [data.select(full)[column] for column in task.columns]
+                ids = tokenizer(*map(list, columns), verbose=False)["input_ids"]
+                cut += sum(len(row) > config.max_length for row in ids)
+        return [cut_words(cut, total, config.max_length)]
+
+    def notes(self, config: RunConfig, encoded: Mapping[str, Any]) -> list[str]:
+        return []
+
+    def recipe(
+        self, config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, encoded: Mapping[str, Any]
+    ) -> Recipe:
+        def compute(prediction: Any) -> dict[str, float]:
+            return score_logits(task, logits_of(prediction.predictions), prediction.label_ids)
+
+        options = {
+            "data_collator": DataCollatorWithPadding(tokenizer),
+            "compute_metrics": compute,
+            "loss_is_mean": True,
+            "lengths": [len(ids) for ids in encoded["train"]["input_ids"]],
+        }
+        return Recipe(trainer=TwoRateTrainer, options=options)
+
+    def counts(self, task: Task) -> dict[str, list[int]]:
+        return count_classes(task, lambda data: data["label"])
+
+    def texts(self, task: Task, split: str) -> list[tuple[str, ...]]:
+        return texts_of(task, split)
+
+    def answer(
+        self, task: Task, trainer: TwoRateTrainer, encoded: Mapping[str, Any], split: str
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        output = trainer.predict(encoded[split], metric_key_prefix=split)
+        rows = prediction_rows(torch.as_tensor(logits_of(output.predictions)), task.label_names)
+        data = getattr(task, split)
+        golds = [task.label_names[k] for k in data["label"]] if task.label_names else list(data["label"])
+        answered = [
+            {**a, "gold": gold, **row} for a, gold, row in zip(asked_rows(task, data), golds, rows, strict=True)
+        ]
+        return named_values(output.metrics or {}, task, f"{split}_"), answered
+
+    def describe(
+        self, task: Task, trainer: TwoRateTrainer, encoded: Mapping[str, Any], split: str, rows: list[dict[str, Any]]
+    ) -> Answers | None:
+        return _of_scores(task, split, rows) if task.kind == "regression" else _of_classes(task, split, rows)
+
+    def evaluate(self, run: LoadedRun, task: Task, split: str, make_trainer: MakeTrainer) -> dict[str, float]:
+        data = getattr(task, split)
+        texts = [list(data[column]) for column in task.columns]
+        return score_logits(task, torch.cat(list(logits_of_texts(run, texts))).numpy(), list(data["label"]))
+
+    def asked(self, config: RunConfig, columns: Mapping[str, list[Any]], file: Path) -> list[list[Any]]:
+        return asked_texts(text_columns(config), columns, file)
+
+    def predict(
+        self, run: LoadedRun, asked: Sequence[Sequence[Any]], *, all_probabilities: bool, go_on: Any
+    ) -> list[dict[str, Any]]:
+        refuse_other_columns(run, asked)
+        names = run.record.label_names
+        if all_probabilities and not names:
+            raise InputError(f"the run was trained on a {run.kind} task, which has scores and no probabilities")
+        return [
+            row
+            for logits in logits_of_texts(run, asked)
+            for row in prediction_rows(logits, names, all_of_them=all_probabilities)
+        ]
+
+
+def cut_words(cut: int, total: int, max_length: int) -> str:
+    """How many of the texts are cut, in a sentence."""
+    if not cut:
+        return f"no text is longer than max_length={max_length} tokens"
+    return f"{cut:,} of the {total:,} texts are longer than max_length={max_length} tokens and lose their end"
+
+
+def count_classes(task: Task, classes: Any) -> dict[str, list[int]]:
+    """Rows of each class in each split; ``classes`` gives the class ids of a split."""
+    if not task.label_names:
+        return {}
+    return {
+        split: [found[k] for k in range(len(task.label_names))]
+        for split in ("train", "validation", "test")
+        if (data := getattr(task, split)) is not None
+        for found in [Counter(classes(data))]
+    }
+
+
+def texts_of(task: Task, split: str) -> list[tuple[str, ...]]:
+    """The texts of each row, whatever their case and spacing."""
+    data = getattr(task, split)
+    return [text_key(words) for words in zip(*(data[column] for column in task.columns), strict=True)]
+
+
+def asked_rows(task: Task, data: Dataset) -> list[dict[str, Any]]:
+    return [dict(zip(task.columns, words, strict=True)) for words in zip(*(data[c] for c in task.columns), strict=True)]
+
+
+def text_columns(config: RunConfig) -> tuple[str, ...]:
+    """The columns of text, by their names in the data, that a run was trained on."""
+    if config.data in GLUE:
+        return GLUE[config.data].columns
+    return (config.text or "text", *((config.text_pair,) if config.text_pair else ()))
+
+
+def asked_texts(names: Sequence[str], columns: Mapping[str, list[Any]], file: Path) -> list[list[str]]:
+    """Named columns of a file as text. Raises InputError for one that is missing, whole or in a row."""
+    for name in names:
+        if name not in columns:
+            raise InputError(f"'{file}' has no column {quoted(name)}: its columns are {listed(columns)}")
+        if None in columns[name]:
+            at = columns[name].index(None) + 1
+            raise InputError(f"row {at} of '{file}' has nothing in the column {name!r}: fill it or leave the row out")
+    return [[str(value) for value in columns[name]] for name in names]
+
+
+def refuse_other_columns(run: LoadedRun, asked: Sequence[Sequence[Any]]) -> None:
+    """Raise InputError for one text where the run was trained on pairs, and the other way round."""
+    columns = text_columns(run.config)
+    if len(asked) != len(columns):
+        advice = "give the pair too" if len(asked) < len(columns) else "leave the pair out"
+        raise InputError(
+            f"each example of the run has {' and '.join(map(repr, columns))}, got {len(asked)} texts of each: {advice}"
+        )
+
+
+@torch.inference_mode()
+def logits_of_texts(run: LoadedRun, texts: Sequence[Sequence[str]]) -> Iterator[Tensor]:
+    """(B, labels) logits in float32 on the CPU, batch by batch and in order; what does not fit is halved."""
+    size, start = run.config.eval_batch_size, 0
+    while start < len(texts[0]):
+        try:
+            logits = _logits_of(run, [list(column[start : start + size]) for column in texts])
+        except Exception as error:
+            if size == 1 or not is_out_of_memory(error):
+                raise
+            size //= 2
+            continue
+        yield logits
+        start += size
+
+
+def _logits_of(run: LoadedRun, columns: Sequence[list[str]]) -> Tensor:
+    batch: Mapping[str, Tensor] = run.tokenizer(
+        *columns, truncation=True, max_length=run.config.max_length, padding=True, return_tensors="pt"
+    ).to(run.model.device)
+    logits: Tensor = run.model(**batch).logits
+    return logits.float().cpu()
+
+
+def _shown(task: Task, split: str) -> list[str]:
+    data = getattr(task, split)
+    return [" | ".join(words)[:LONGEST] for words in zip(*(data[column] for column in task.columns), strict=True)]
+
+
+def _of_scores(task: Task, split: str, rows: Sequence[Mapping[str, Any]]) -> Answers:
+    texts, mean = _shown(task, split), float(np.mean(task.train["label"]))
+    errors = [abs(row["score"] - row["gold"]) for row in rows]
+    return Answers(
+        split=split,
+        rows=len(rows),
+        constant=f"the mean of train, {mean:.4g},",
+        baseline=metrics.compute(task.metrics, [mean] * len(rows), list(getattr(task, split)["label"])),
+        mistakes=[
+            Mistake(text=texts[k], gold=f"{rows[k]['gold']:g}", answer=f"{rows[k]['score']:.4g}", size=errors[k])
+            for k in sorted(range(len(rows)), key=lambda k: -errors[k])[:MISTAKES]
+            if errors[k] > 0
+        ],
+    )
+
+
+def _of_classes(task: Task, split: str, rows: Sequence[Mapping[str, Any]]) -> Answers:
+    texts, golds = _shown(task, split), list(getattr(task, split)["label"])
+    most = Counter(task.train["label"]).most_common(1)[0][0]
+    wrong = [k for k, row in enumerate(rows) if row["label"] != row["gold"]]
+    found = Counter(row["label"] for row in rows)
+    return Answers(
+        split=split,
+        rows=len(rows),
+        constant=f"{task.label_names[most]!r}, the most frequent class of train,",
+        baseline=metrics.compute(task.metrics, [most] * len(rows), golds),
+        confusion=confusion(task.label_names, [row["gold"] for row in rows], [row["label"] for row in rows]),
+        only=next(iter(found)) if len(found) == 1 else None,
+        mistakes=[
+            Mistake(text=texts[k], gold=rows[k]["gold"], answer=rows[k]["label"], size=finite(rows[k]["probability"]))
+            for k in sorted(wrong, key=lambda k: -finite(rows[k]["probability"]))[:MISTAKES]
+        ],
+    )
+
+
+def confusion(names: Sequence[str], golds: Sequence[str], answers: Sequence[str]) -> list[list[int]]:
+    """Rows of each class (outer) by the class that was answered (inner)."""
+    from sklearn.metrics import confusion_matrix
+
+    return confusion_matrix(golds, answers, labels=list(names)).tolist()
+
+
+def finite(value: float) -> float:
+    return value if math.isfinite(value) else 0.0

@@ -1,0 +1,129 @@
+"""Tasks that are put in words: an option by its probability, or an answer that is generated."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from loretta.record import Answers, Mistake
+from loretta.tasks.prompted import PromptedTask
+from loretta.tasks.split import text_key
+from loretta.training.config import RunConfig
+from loretta.training.forms.base import MakeTrainer, Recipe
+from loretta.training.forms.labels import LONGEST, MISTAKES, asked_texts, count_classes, finite, text_columns
+from loretta.training.loaded import LoadedRun
+from loretta.training.prompted import (
+    PromptedTrainer,
+    Texts,
+    encode_examples,
+    encode_split,
+    judge,
+    notes_on_length,
+)
+from loretta.training.trainer import TwoRateTrainer
+
+
+class Prompts:
+    """Choice and generation."""
+
+    unit, chosen_by = "rows", "loss"
+
+    def encode(
+        self, config: RunConfig, task: PromptedTask, tokenizer: PreTrainedTokenizerBase, split: str
+    ) -> list[Texts]:
+        return encode_split(task, tokenizer, config, split)
+
+    def lengths(
+        self, config: RunConfig, task: PromptedTask, encoded: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+    ) -> list[str]:
+        return notes_on_length(encoded, config) or [f"no prompt is longer than max_length={config.max_length} allows"]
+
+    def notes(self, config: RunConfig, encoded: Mapping[str, Any]) -> list[str]:
+        return notes_on_length(encoded, config)
+
+    def recipe(
+        self, config: RunConfig, task: PromptedTask, tokenizer: PreTrainedTokenizerBase, encoded: Mapping[str, Any]
+    ) -> Recipe:
+        lengths = [len(texts) for texts in encoded["train"]]
+        options = {"config": config, "task": task, "tokenizer": tokenizer, "lengths": lengths}
+        return Recipe(trainer=PromptedTrainer, options=options)
+
+    def counts(self, task: PromptedTask) -> dict[str, list[int]]:
+        return count_classes(task, _golds)  # type: ignore[arg-type]
+
+    def texts(self, task: PromptedTask, split: str) -> list[tuple[str, ...]]:
+        return [text_key((example.prompt,)) for example in getattr(task, split)]
+
+    def answer(
+        self, task: PromptedTask, trainer: TwoRateTrainer, encoded: Mapping[str, Any], split: str
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        assert isinstance(trainer, PromptedTrainer)
+        judged = trainer.judge(split, encoded[split])
+        return judged.values, [
+            {"text": example.prompt, "gold": example.completion.strip(), **row}
+            for example, row in zip(getattr(task, split), judged.answers, strict=True)
+        ]
+
+    def describe(
+        self,
+        task: PromptedTask,
+        trainer: TwoRateTrainer,
+        encoded: Mapping[str, Any],
+        split: str,
+        rows: list[dict[str, Any]],
+    ) -> Answers | None:
+        examples = getattr(task, split)
+        if task.kind != "choice":
+            return None
+        place = Counter(_golds(task.train)).most_common(1)[0][0]
+        if any(len(example.options) <= place for example in examples):
+            return None
+        names = {example.options[place].strip() for example in examples}
+        alike = len(names) == 1
+        constant = (
+            f"{names.pop()!r}, the most frequent answer" if alike else f"option {place + 1}, the most frequent one"
+        )
+        wrong = [k for k, row in enumerate(rows) if row["option"] != row["gold"]]
+        sure = [_probability(row["log_probabilities"]) for row in rows]
+        answered = {row["option"] for row in rows}
+        return Answers(
+            split=split,
+            rows=len(rows),
+            constant=f"{constant} of train,",
+            baseline=task.score([place] * len(examples), examples),
+            only=answered.pop() if alike and len(answered) == 1 else None,
+            mistakes=[
+                # the end of a prompt is what is asked
+                Mistake(
+                    text=examples[k].prompt[-LONGEST:], gold=rows[k]["gold"], answer=rows[k]["option"], size=sure[k]
+                )
+                for k in sorted(wrong, key=lambda k: -sure[k])[:MISTAKES]
+            ],
+        )
+
+    def evaluate(self, run: LoadedRun, task: PromptedTask, split: str, make_trainer: MakeTrainer) -> dict[str, float]:
+        examples = getattr(task, split)
+        texts = encode_examples(examples, run.tokenizer, run.config)
+        return judge(run.model, run.tokenizer, task, examples, texts, run.config, progress=split).values
+
+    def asked(self, config: RunConfig, columns: Mapping[str, list[Any]], file: Path) -> list[list[Any]]:
+        return asked_texts(text_columns(config), columns, file)
+
+    def predict(
+        self, run: LoadedRun, asked: Sequence[Sequence[Any]], *, all_probabilities: bool, go_on: Any
+    ) -> list[dict[str, Any]]:
+        return [{"continuation": go_on(run, text)} for text in asked[0]]
+
+
+def _golds(examples: Any) -> list[int]:
+    """The place of the right option of each example."""
+    return [example.correct[0] for example in examples if example.correct]
+
+
+def _probability(log_probabilities: Sequence[float]) -> float:
+    """Of the likeliest option among all of them."""
+    values = np.array(log_probabilities)
+    return finite(float(np.exp(values.max() - np.logaddexp.reduce(values))))

@@ -1,0 +1,122 @@
+"""Language modelling: documents one after the other, cut into blocks of tokens."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
+
+from loretta.errors import InputError
+from loretta.record import Answers
+from loretta.tasks.base import Task
+from loretta.training.config import RunConfig
+from loretta.training.forms.base import MakeTrainer, Recipe
+from loretta.training.forms.labels import asked_texts, text_columns, texts_of
+from loretta.training.loaded import LoadedRun
+from loretta.training.scores import named_values
+from loretta.training.trainer import TwoRateTrainer
+
+
+class Text:
+    """Blocks of ``max_length`` tokens."""
+
+    unit, chosen_by = "blocks", "loss"
+
+    def encode(self, config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, split: str) -> Dataset:
+        return blocks(getattr(task, split), task.name, tokenizer, config.max_length)
+
+    def lengths(
+        self, config: RunConfig, task: Task, encoded: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+    ) -> list[str]:
+        return [f"a block is max_length={config.max_length} tokens of texts that follow each other"]
+
+    def notes(self, config: RunConfig, encoded: Mapping[str, Any]) -> list[str]:
+        return []
+
+    def recipe(
+        self, config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, encoded: Mapping[str, Any]
+    ) -> Recipe:
+        collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+        return Recipe(trainer=TwoRateTrainer, options={"data_collator": collator})
+
+    def counts(self, task: Task) -> dict[str, list[int]]:
+        return {}
+
+    def texts(self, task: Task, split: str) -> list[tuple[str, ...]]:
+        return texts_of(task, split)
+
+    def answer(
+        self, task: Task, trainer: TwoRateTrainer, encoded: Mapping[str, Any], split: str
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        if split == "validation":
+            return {}, []  # the history has its scores
+        output = trainer.predict(encoded[split], metric_key_prefix=split)
+        return named_values(output.metrics or {}, task, f"{split}_"), []
+
+    def describe(
+        self, task: Task, trainer: TwoRateTrainer, encoded: Mapping[str, Any], split: str, rows: list[dict[str, Any]]
+    ) -> Answers | None:
+        def score() -> Mapping[str, float]:
+            loader = trainer.get_eval_dataloader(encoded[split])
+            output = trainer.evaluation_loop(loader, "Base model", prediction_loss_only=True, metric_key_prefix="base")
+            return output.metrics or {}
+
+        return base_scores(trainer, task, split, score)
+
+    @torch.inference_mode()
+    def evaluate(self, run: LoadedRun, task: Task, split: str, make_trainer: MakeTrainer) -> dict[str, float]:
+        encoded = blocks(getattr(task, split), task.name, run.tokenizer, run.config.max_length)
+        losses = [
+            run.model(input_ids=ids, labels=ids).loss.double()
+            for row in encoded["input_ids"]
+            for ids in [torch.tensor([row], device=run.model.device)]
+        ]
+        loss = float(torch.stack(losses).mean())
+        return {"loss": loss, "perplexity": float(torch.tensor(loss).exp())}
+
+    def asked(self, config: RunConfig, columns: Mapping[str, list[Any]], file: Path) -> list[list[Any]]:
+        return asked_texts(text_columns(config), columns, file)
+
+    def predict(
+        self, run: LoadedRun, asked: Sequence[Sequence[Any]], *, all_probabilities: bool, go_on: Any
+    ) -> list[dict[str, Any]]:
+        return [{"continuation": go_on(run, text)} for text in asked[0]]
+
+
+def blocks(data: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
+    """Blocks of ``max_length`` tokens of the documents of a split, one behind the other.
+
+    Raises InputError when the text is too short for one block.
+    """
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    ids = [token for row in tokenizer(list(data["text"]), verbose=False)["input_ids"] for token in [*row, *end]]
+    rows = [ids[k : k + max_length] for k in range(0, len(ids) - max_length + 1, max_length)]
+    if not rows:
+        raise InputError(
+            f"a split of '{name}' has {len(ids)} tokens, less than one block of {max_length}: "
+            "give more text or a smaller max_length"
+        )
+    return Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * max_length] * len(rows)})
+
+
+def base_scores(
+    trainer: TwoRateTrainer, task: Task, split: str, score: Callable[[], Mapping[str, float]]
+) -> Answers | None:
+    """The scores of the base model; None where the method has changed the base itself.
+
+    ``score`` gives those of the trainer's model as it is, as the Trainer names them, with the prefix "base".
+    """
+    model = trainer.model
+    if not isinstance(model, PeftModel):
+        return None
+    with model.disable_adapter():
+        values = named_values(score(), task, "base_")
+    return Answers(
+        split=split,
+        rows=len(getattr(task, split)),
+        constant="the base model without the adapter",
+        baseline=values,
+    )

@@ -1,0 +1,244 @@
+"""Conversations and completions: TRL tokenizes them and trains what the model has to answer."""
+
+import importlib.util
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset, are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, TrainingArguments
+
+from loretta.errors import InputError
+from loretta.record import Answers
+from loretta.tasks.base import Task
+from loretta.tasks.turns import asked_of, key_of
+from loretta.training.config import RunConfig
+from loretta.training.forms.base import MakeTrainer, Recipe
+from loretta.training.forms.text import base_scores
+from loretta.training.loaded import LoadedRun
+from loretta.training.methods import virtual_tokens
+from loretta.training.scores import named_values
+from loretta.training.trainer import TwoRateTrainer
+from loretta.wording import one_line, quoted
+
+# transformers has given it another name
+CHECKPOINTING = next(
+    name
+    for name in ("activation_checkpointing", "gradient_checkpointing")
+    if name in TrainingArguments.__dataclass_fields__
+)
+# For a tokenizer without one. What is between the marks of a generation is trained, the end of the text too.
+PLAIN_TEMPLATE = (
+    "{{ bos_token }}"
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}"
+    "Assistant:{% generation %} {{ message['content'] }}{{ eos_token }}{% endgeneration %}{{ '\\n' }}"
+    "{% else %}"
+    "{{ message['role'] | capitalize }}: {{ message['content'] }}{{ '\\n' }}"
+    "{% endif %}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """The rows of a split in the form that TRL takes, and what is to be said of them."""
+
+    data: Dataset
+    tokens: list[int]  # of each row, before it is cut
+    notes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+
+class Turns:
+    """Chat and completion. The loss is the mean over the tokens that the model has to answer, of each batch."""
+
+    unit, chosen_by = "rows", "loss"
+
+    def encode(self, config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, split: str) -> Rows:
+        need_trl(f"'{task.name}' ({task.kind})")
+        if tokenizer.eos_token is None:
+            raise InputError(
+                f"the tokenizer of '{config.model}' has no end of text, which every answer needs: give it one"
+            )
+        data, notes = getattr(task, split), []
+        if task.kind == "chat" and not tokenizer.chat_template:
+            tokenizer.chat_template = PLAIN_TEMPLATE
+        if task.kind == "chat" and tokenizer.chat_template == PLAIN_TEMPLATE:
+            notes.append(f"'{config.model}' has no chat template: a plain one is used ('User: ...', 'Assistant: ...')")
+        if task.columns == ("messages",) and not _marks_answers(tokenizer):
+            notes.append("the chat template does not mark the answers: each answer is a row with what came before it")
+            data = Dataset.from_list([row for messages in data["messages"] for row in one_answer_each(messages)])
+        return Rows(data=data, tokens=[_count(tokenizer, row, task, config) for row in data], notes=tuple(notes))
+
+    def lengths(
+        self, config: RunConfig, task: Task, encoded: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+    ) -> list[str]:
+        fit = [] if self._cut(config, encoded) else [f"no row is longer than max_length={config.max_length} tokens"]
+        return [*self.notes(config, encoded), *fit]
+
+    def notes(self, config: RunConfig, encoded: Mapping[str, Any]) -> list[str]:
+        return [*encoded["train"].notes, *self._cut(config, encoded)]
+
+    def _cut(self, config: RunConfig, encoded: Mapping[str, Rows]) -> list[str]:
+        tokens = [count for rows in encoded.values() for count in rows.tokens]
+        cut = sum(count > config.max_length for count in tokens)
+        if not cut:
+            return []
+        return [
+            f"{cut:,} of the {len(tokens):,} rows are longer than max_length={config.max_length} tokens (the longest "
+            f"has {max(tokens):,}): they lose their end, and without a part of an answer they are left out"
+        ]
+
+    def recipe(
+        self, config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, encoded: Mapping[str, Any]
+    ) -> Recipe:
+        from trl import SFTConfig, SFTTrainer
+
+        refuse_for_trl(config)
+        if config.packing and virtual_tokens(config.method, config.method_args):
+            raise InputError(f"packing: method {config.method!r} puts its tokens in front of a whole row: leave it out")
+        options: dict[str, Any] = {
+            CHECKPOINTING: config.gradient_checkpointing,  # which TRL would turn on
+            "max_length": config.max_length,
+            "packing": config.packing,
+            "eval_packing": False,
+            "assistant_only_loss": "messages" in encoded["train"].data.column_names,
+        }
+        data = {"train_dataset": encoded["train"].data, "eval_dataset": encoded["validation"].data}
+        return Recipe(trainer=with_trl(SFTTrainer), options=data, arguments=partial(SFTConfig, **options))
+
+    def counts(self, task: Task) -> dict[str, list[int]]:
+        return {}
+
+    def texts(self, task: Task, split: str) -> list[tuple[str, ...]]:
+        return [key_of(row) for row in getattr(task, split)]
+
+    def answer(
+        self, task: Task, trainer: TwoRateTrainer, encoded: Mapping[str, Any], split: str
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        if split == "validation":
+            return {}, []  # the history has its scores
+        return named_values(score_after(trainer, encoded[split].data, split), task, f"{split}_"), []
+
+    def describe(
+        self, task: Task, trainer: TwoRateTrainer, encoded: Mapping[str, Any], split: str, rows: list[dict[str, Any]]
+    ) -> Answers | None:
+        return base_scores(trainer, task, split, lambda: score_after(trainer, encoded[split].data, "base"))
+
+    def evaluate(self, run: LoadedRun, task: Task, split: str, make_trainer: MakeTrainer) -> dict[str, float]:
+        return named_values(evaluate_again(self, run, task, split, make_trainer), task, "eval_")
+
+    def asked(self, config: RunConfig, columns: Mapping[str, list[Any]], file: Path) -> list[list[Any]]:
+        return [asked_of(columns, file, column=config.text or "text")]
+
+    def predict(
+        self, run: LoadedRun, asked: Sequence[Sequence[Any]], *, all_probabilities: bool, go_on: Any
+    ) -> list[dict[str, Any]]:
+        return [{"continuation": go_on(run, one)} for one in asked[0]]
+
+
+def need_trl(what: str) -> None:
+    """Raise InputError where TRL, an optional package, is not installed."""
+    if importlib.util.find_spec("trl") is None:
+        raise InputError(f"{what} is trained through TRL, which is not installed: pip install 'loretta-peft[trl]'")
+
+
+def refuse_for_trl(config: RunConfig) -> None:
+    """Raise InputError for options of a run that TRL's trainers do not go together with."""
+    if config.cuda_graph:
+        raise InputError("cuda_graph: TRL's trainers look at each loss, which no recorded step can: leave it out")
+
+
+@cache
+def with_trl(trainer: type) -> type[TwoRateTrainer]:
+    """A trainer of TRL with what every run has: its order of the data, its checkpoints, its look at each loss."""
+
+    class OfTrl(TwoRateTrainer, trainer):
+        def __init__(self, *args: Any, model: Any, **kwargs: Any) -> None:
+            # TRL rounds what is trained on a quantized base to bfloat16, where small steps are lost
+            dtypes = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
+            with without_bars():
+                super().__init__(*args, model=model, **kwargs)
+            for name, parameter in model.named_parameters():
+                if name in dtypes:
+                    parameter.data = parameter.data.to(dtypes[name])
+
+        def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+            with without_bars():
+                return super().evaluate(*args, **kwargs)
+
+        def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+            """None: a run writes its own."""
+
+    return OfTrl
+
+
+def score_after(trainer: TwoRateTrainer, data: Dataset, prefix: str) -> dict[str, float]:
+    """What the trainer says of rows when the training is over, which nothing can stop early any more."""
+    trainer.remove_callback(EarlyStoppingCallback)
+    return trainer.evaluate(data, metric_key_prefix=prefix)
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Hide the progress bars of datasets, of which TRL shows one for each thing that it does to a row."""
+    were_hidden = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not were_hidden:
+            enable_progress_bars()
+
+
+def evaluate_again(form: Any, run: LoadedRun, task: Task, split: str, make_trainer: MakeTrainer) -> dict[str, float]:
+    """What the trainer of a form says of a split, with a run that was loaded again."""
+    rows = form.encode(run.config, task, run.tokenizer, split)
+    of_training = {"cpu": run.model.device.type == "cpu", "tensorboard": False, "report_to": None, "packing": False}
+    config = run.config.model_copy(update=of_training)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(
+            config, task, run.model, run.tokenizer, {"train": rows, "validation": rows}, Path(folder)
+        )
+        return trainer.evaluate()
+
+
+def one_answer_each(messages: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
+    """A row for each answer of a conversation, with the messages before it; an answer to nothing is left out."""
+    at = [k for k, message in enumerate(messages) if k and message["role"] == "assistant"]
+    return [{"prompt": list(messages[:k]), "completion": [messages[k]]} for k in at]
+
+
+def _marks_answers(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether TRL can tell the answers of a conversation by the template, or knows one that marks them."""
+    from trl.chat_template_utils import get_training_chat_template, has_generation_markers
+
+    if has_generation_markers(tokenizer.chat_template):
+        return True
+    try:
+        get_training_chat_template(tokenizer)
+    except ValueError:
+        return False
+    return True
+
+
+def _count(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], task: Task, config: RunConfig) -> int:
+    """Tokens of a row. Raises InputError where the chat template refuses it."""
+    if isinstance(row.get("prompt"), str):
+        return len(tokenizer(row["prompt"] + row["completion"] + tokenizer.eos_token, verbose=False)["input_ids"])
+    messages = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
+    try:
+        return len(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, verbose=False)["input_ids"])
+    except Exception as error:  # a template is a program that raises what it likes
+        raise InputError(
+            f"the chat template of '{config.model}' refuses a chat of '{task.name}' that begins with "
+            f"{quoted(messages[0]['content'])} ({one_line(error)}): mend its roles or their order"
+        ) from None
