@@ -111,6 +111,9 @@ CASES = [
     pytest.param(bert, "peft:tinylora", [{"u": 9, "r": 3, "weight_tying": 0.5}] * SIZE, 5, marks=NEEDS_PEFT_0_21_2),
     (bert, "peft:beft", [{"target_modules": ["value"]}] * SIZE, 5),
     (bert, "peft:road", [{"group_size": 4, "target_modules": ["query", "value"]}] * SIZE, 5),
+    (bert, "prompt", [{"num_virtual_tokens": 3}] * SIZE, 5),
+    (bert, "p-tuning", [{"num_virtual_tokens": 3, "encoder_hidden_size": 16}] * SIZE, 5),
+    (bert, "prefix", [{"num_virtual_tokens": 3}] * SIZE, 5),
     (llama, "rep", [{}] * SIZE, 5),
     (llama, "shared", [{"target_modules": "all-linear", "init_weights": "gaussian"}] * SIZE, 5),
     (llama, "adp", [{"placement": "mlp"}] * SIZE, 5),
@@ -118,6 +121,7 @@ CASES = [
     (llama, "lora", [{}] * SIZE, 5),
     (llama, "norms", [{}] * SIZE, 5),
     (llama, "ia3", [{}] * SIZE, 5),
+    (llama, "prefix", [{"num_virtual_tokens": 3}] * SIZE, 5),
 ]
 
 
@@ -159,6 +163,7 @@ def test_each_member_equals_its_run_alone(make, method, options, steps):
 
 
 RELEASED = {method: {} for method in ("rep", "adp", "shared", "lora", "bitfit")}
+RELEASED["prompt"] = RELEASED["prefix"] = {"num_virtual_tokens": 3}
 RELEASED["peft:vblora"] = {"num_vectors": 9, "vector_length": 8, "r": 2}
 
 

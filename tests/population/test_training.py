@@ -93,12 +93,33 @@ def test_runs_trained_together_are_those_trained_alone(options, tmp_path, method
     assert predict(loaded, [["the film was very good"]])[0]["label"] in ("pos", "neg")
 
 
+@pytest.mark.parametrize(
+    ("method", "own"),
+    [
+        ("prompt", {"num_virtual_tokens": 3}),
+        ("p-tuning", {"num_virtual_tokens": 3, "encoder_hidden_size": 8}),
+        ("prefix", {"num_virtual_tokens": 3}),
+        ("peft:vblora", {"num_vectors": 9, "vector_length": 8, "r": 2}),
+    ],
+)
+def test_methods_of_peft_are_trained_together(options, tmp_path, method, own):
+    options |= {"method": method, "method_args": own, "epochs": 1}
+    runs = [{"seed": 0, "learning_rate": 1e-2}, {"seed": 1, "learning_rate": 5e-3}]
+    together = train_together([RunConfig(**options | r | {"output": f"{tmp_path}/t{k}"}) for k, r in enumerate(runs)])
+    for k, run in enumerate(runs):
+        assert_same_run(together[k], train(RunConfig(**options | run | {"output": f"{tmp_path}/a{k}"})))
+
+
 def test_texts_are_trained_together(llama, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("\n\n".join(sentence for sentence, _ in sentences(60)))
     options = {"model": llama, "data": str(text), "cpu": True, "max_steps": 4, "eval_steps": 2, "max_length": 16}
     options |= {"batch_size": 4, "method": "norms", "logging_steps": 1}
     runs = [{"seed": 3, "learning_rate": 1e-2}, {"seed": 3, "learning_rate": 1e-3}]
+    prompts = {"method": "prompt", "method_args": {"num_virtual_tokens": 3}}
+    refused = [RunConfig(**options | r | prompts | {"output": f"{tmp_path}/p{k}"}) for k, r in enumerate(runs)]
+    with pytest.raises(InputError, match="the texts behind a prompt are trained one run at a time"):
+        train_together(refused)
     together = train_together([RunConfig(**options | r | {"output": f"{tmp_path}/t{k}"}) for k, r in enumerate(runs)])
     for k, run in enumerate(runs):
         assert_same_run(together[k], train(RunConfig(**options | run | {"output": f"{tmp_path}/a{k}"})))
@@ -252,7 +273,7 @@ def test_what_differs_in_more_than_seeds_and_rates_is_not_trained_together(optio
     assert population_key(first) == population_key(first.model_copy(update=joins))
     for other in ({"batch_size": 4}, {"method_args": {"r": 4}}, {"method": "adp"}, {"model": "other"}):
         assert population_key(first) != population_key(first.model_copy(update=other))
-    for alone in ({"method": "ft"}, {"method": "prompt"}, {"gradient_checkpointing": True}):
+    for alone in ({"method": "ft"}, {"accumulate": 2}, {"gradient_checkpointing": True}):
         assert population_key(first.model_copy(update=alone)) is None
     with pytest.raises(InputError, match="cannot be trained together"):
         train_together([first, first.model_copy(update={"batch_size": 4})])

@@ -2,12 +2,12 @@
 
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, PeftModel, PeftType
 from peft.tuners.ia3 import IA3Layer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.tuners.vblora import VBLoRALayer
@@ -108,6 +108,7 @@ class Population(nn.Module):
         self._replaced: list[tuple[nn.Module, str, nn.Module]] = []  # parent, name there, the ordinary module
         self.frozen = {name: tensor.detach() for name, tensor in frozen.items()}
         self.groups = self._install(stacked)
+        self._prompts(of_members=True)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         self.stacks = [stack.requires_grad_(True) for stack in stacked.values()]
@@ -192,11 +193,33 @@ class Population(nn.Module):
         """What the model gives for rows that come grouped by member."""
         for group in self.groups:
             group.hand_over()
+        # PEFT makes the mask of a prompt on the CPU, from where no recorded step can copy it
+        prompted = self.values.device if self.model.active_peft_config.is_prompt_learning else nullcontext()
         try:
-            return self.model(**inputs)
+            with prompted:
+                return self.model(**inputs)
         finally:
             for group in self.groups:
                 group.take_back()
+
+    def _prompts(self, *, of_members: bool) -> None:
+        """Have the model ask here for the prompts of all rows, or again make that of one run by itself."""
+        model: Any = self.model
+        config = model.active_peft_config
+        if config.is_prompt_learning:
+            model.prompt_tokens[ADAPTER] = model.prompt_tokens[ADAPTER].to(self.values.device)
+        if config.is_prompt_learning and config.peft_type != PeftType.PREFIX_TUNING:  # a prefix is made for each row
+            if of_members:
+                model.get_prompt = self.get_prompt
+            else:
+                del model.get_prompt
+
+    def get_prompt(self, batch_size: int, task_ids: Tensor | None = None) -> Tensor:
+        """(P * b, tokens, width): the prompt of each row, which is that of its member."""
+        model: Any = self.model
+        encoder, tokens = model.prompt_encoder[ADAPTER], model.prompt_tokens[ADAPTER]
+        prompts = encoder(tokens.expand(self.size, -1))
+        return prompts.repeat_interleave(batch_size // self.size, 0)
 
     def backward(self, losses: Tensor, *, add: bool = False) -> None:
         """Write the gradient of each member's own loss into :attr:`gradient`, or add it. ``losses`` has shape (P)."""
@@ -252,6 +275,7 @@ class Population(nn.Module):
         ]
         for parent, name, module in reversed(self._replaced):
             parent._modules[name] = module
+        self._prompts(of_members=False)
         start, trained = self.starts[member], self.values_of(member, values)
         model: Any = self.model
         config = model.peft_config[ADAPTER]
@@ -264,15 +288,16 @@ class Population(nn.Module):
                 layer.scaling[ADAPTER] = scale
             for name in trained:
                 tensors[name].requires_grad_(True)
-            model.peft_config[ADAPTER] = model.base_model.peft_config[ADAPTER] = start.config
+            model.peft_config[ADAPTER] = start.config
             with torch.enable_grad():
                 yield self.model
         finally:
             for name in trained:
                 tensors[name].requires_grad_(False)
-            model.peft_config[ADAPTER] = model.base_model.peft_config[ADAPTER] = config
+            model.peft_config[ADAPTER] = config
             for parent, name, members in inside:
                 parent._modules[name] = members
+            self._prompts(of_members=True)
 
 
 def _ratios(scales: Sequence[float], values: Mapping[str, Tensor]) -> Tensor:
@@ -308,6 +333,8 @@ def _sharing(model: nn.Module, holder: SharedLinear) -> list[str]:
 def _site(model: nn.Module, name: str) -> str:
     """The module that is called with rows and uses the tensor ``name``."""
     path = name.rpartition(".")[0]
+    if path.startswith("prompt_encoder."):
+        return ".".join(path.split(".")[:2])
     above = [".".join(path.split(".")[: k + 1]) for k in range(path.count(".") + 1)] if path else []
     modules = [(at, model.get_submodule(at)) for at in above]
     for at, module in modules:

@@ -45,9 +45,7 @@ def why_alone(config: RunConfig) -> str | None:
     """What keeps a run from being trained with others, in its options' words; None where nothing does."""
     method = find_method(config.method)
     obstacles = {
-        f"method={config.method}": method is FULL
-        or method.config is None
-        or virtual_tokens(config.method, config.method_args) > 0,
+        f"method={config.method}": method is FULL or method.config is None,
         "gradient_checkpointing": config.gradient_checkpointing,
         "tensorboard": config.tensorboard,
         f"report_to={config.report_to}": config.report_to is not None,
@@ -191,6 +189,8 @@ def prepare(configs: Sequence[RunConfig], scratch: Path, *, size: int | None = N
             task = load_config_task(config)
             if not isinstance(task, Task) or task.kind not in TOGETHER:
                 raise InputError(f"'{config.data}' is of the kind {task.kind}, which is trained one run at a time")
+            if task.kind == "language_modeling" and virtual_tokens(config.method, config.method_args):
+                raise InputError("the texts behind a prompt are trained one run at a time: their losses are PEFT's own")
             data[key] = task, encode_splits(config, task, tokenizer)
         task, encoded = data[key]
         same = repr((config.seed, config.method_args, config.start_from))
