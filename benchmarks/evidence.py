@@ -99,7 +99,7 @@ def equal_table(model: str, found: Sequence[Row], which: str) -> str:
 
 def rates_table(found: Sequence[Row]) -> str:
     """Scores against the learning rate, and the rate at which each form is best."""
-    some = [row for row in found if row.get("part") == "rates"]
+    some = [row for row in found if row.get("part") == "rates" and row["family"] in ("LoRETTA", "LoRA")]
     if not some:
         return "Not measured yet.\n"
     rates = sorted({rate for row in some for rate in row["held_out"]}, key=float)
@@ -293,6 +293,8 @@ def draw(found: Sequence[Row], path: Path) -> None:
                 axes.annotate(method, (board.trained(method), middle), (4, 3), textcoords="offset points", fontsize=6)
                 label = "_"
         axes.set_xscale("log")
+        axes.set_xticks(SIZES, [f"{size // 1000}K" for size in SIZES])
+        axes.minorticks_off()
         axes.set_xlabel("trained parameters, without the head")
         axes.set_ylabel(f"mean of {', '.join(board.common)} (official validation)")
         axes.set_title(f"{MODELS[model]}: {len(board.rows[0]['seeds'])} seeds, 95 % intervals", fontsize=9)

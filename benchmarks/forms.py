@@ -13,7 +13,6 @@ RESULTS.md.
 import argparse
 import contextlib
 import gc
-import json
 import sys
 import tempfile
 import time
@@ -89,7 +88,7 @@ def heads_alike(tokens: Sequence[int]) -> Iterator[None]:
 
 def configs_of(cell: Cell, args: argparse.Namespace, data: Path, scratch: Path) -> list[RunConfig]:
     method, plan = METHODS[cell.method], TASKS[cell.task]
-    kind = json.loads((Path(args.model) / "config.json").read_text())["model_type"]
+    kind = transformers.AutoConfig.from_pretrained(str(args.model)).model_type
     options = dict(method.options)
     if method.targets is not None:
         options["target_modules"] = (QV if method.targets == "qv" else ALL)[kind]

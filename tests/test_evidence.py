@@ -15,7 +15,9 @@ from transformers import MPNetConfig, MPNetModel
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
+import board  # noqa: E402
 import evidence  # noqa: E402
+import forms  # noqa: E402
 import protocol  # noqa: E402
 from claims import take  # noqa: E402
 from encoders import graphable  # noqa: E402
@@ -95,6 +97,73 @@ def test_mpnets_positions_on_the_device_are_those_of_transformers():
         expected = model(ids, attention_mask=mask).last_hidden_state
         with graphable():
             assert_near("hidden", model(ids, attention_mask=mask).last_hidden_state, expected)
+
+
+def row_of(method, family, trained, scores, task="cola", norms=False):
+    """A row with one rate, at which the held-out and the official scores are the same."""
+    by_rate = {"0.001": scores}
+    return {
+        "model": "all-MiniLM-L6-v2", "task": task, "method": method, "family": family, "norms": norms, "metric": "mcc",
+        "trained": trained, "head": 10, "held_out": by_rate, "official": by_rate, "seeds": [0, 1, 2],
+    }  # fmt: skip
+
+
+BOARD = [
+    row_of("LoRA r=1", "LoRA", 1_000, [0.1, 0.2, 0.3]),
+    row_of("LoRA r=2", "LoRA", 4_000, [0.3, 0.4, 0.5]),
+    row_of("compact", "LoRETTA", 2_000, [0.05, 0.16, 0.24]),
+    row_of("compact", "LoRETTA", 2_000, [0.0, 0.0, 0.0], task="mrpc"),
+    row_of("LoRA r=1", "LoRA", 1_000, [0.2, 0.2, 0.2], task="mrpc"),
+]
+
+
+def test_scores_between_two_counts_are_straight_in_the_logarithm_of_the_count():
+    cola = board.Board([row for row in BOARD if row["task"] == "cola"], "all-MiniLM-L6-v2", "held_out")
+    assert cola.by_count(2_000, ["LoRA r=1", "LoRA r=2"]) == pytest.approx([0.2, 0.3, 0.4])
+    assert cola.by_count(8_000, ["LoRA r=1", "LoRA r=2"]) is None
+
+
+def test_a_mean_is_of_the_same_tasks_for_all():
+    both = board.Board(BOARD, "all-MiniLM-L6-v2", "held_out")
+    assert both.common == ["cola", "mrpc"]
+    assert both.complete() == {
+        "LoRA r=1": pytest.approx([0.15, 0.2, 0.25]),
+        "compact": pytest.approx([0.025, 0.08, 0.12]),
+    }
+
+
+@pytest.mark.parametrize(
+    ("differences", "word"),
+    [([0.1, 0.11, 0.12], "better"), ([-0.1, -0.11, -0.12], "worse"), ([0.1, -0.1, 0.05], "level"), ([0.1], "level")],
+)
+def test_a_difference_counts_where_its_interval_leaves_zero_out(differences, word):
+    assert board.verdict(differences) == word
+
+
+def test_a_section_that_loretta_loses_says_so_first():
+    assert evidence.verdict_sentence("all-MiniLM-L6-v2", "cola", BOARD).startswith(
+        "LoRETTA loses here: compact (2,000)"
+    )
+    lower = [{**row, "task": "stories", "metric": "loss"} for row in BOARD if row["task"] == "cola"]
+    assert evidence.verdict_sentence("all-MiniLM-L6-v2", "stories", lower).startswith("LoRETTA wins here")
+
+
+def test_a_grid_goes_on_beyond_a_best_rate_at_its_edge():
+    row = {**ROW, "part": "front", "task": "cola", "method": "LoRA r=1", "model": "m", "seeds": [0, 1], "epochs": 5}
+    assert forms.cells_beyond([row]) == []
+    (cell,) = forms.cells_beyond([{**row, "metric": "loss"}])
+    assert cell.rates == (0.0005,)
+    later = {**row, "held_out": {"0.0005": [0.7, 0.7]}, "official": {"0.0005": [0.6, 0.6]}, "rates": [0.0005]}
+    more = {"curve": {}, "train_loss": {}, "seconds": 1, "command": "c"}
+    found = forms.joined([{**row, **more, "rates": [0.001, 0.002, 0.004]}], lambda: {**later, **more})
+    assert list(found["held_out"]) == ["0.001", "0.002", "0.004", "0.0005"]
+    assert found["rates"] == [0.0005, 0.001, 0.002, 0.004]
+    assert protocol.best_rate(found) == "0.0005"
+
+
+def test_a_grid_is_a_factor_of_two_apart():
+    assert forms.grid("LoRA r=1") == (7.5e-4, 1.5e-3, 3e-3)
+    assert forms.grid("LoRA r=1", 2, 4.0) == (7.5e-4, 3e-3)
 
 
 ROWS = evidence.rows()
