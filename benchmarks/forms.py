@@ -37,9 +37,9 @@ from loretta.population import training as population_training
 from loretta.population.loop import Loop
 from loretta.population.rows import Rows
 from loretta.population.training import prepare
-from loretta.tasks import load_task
 from loretta.training.config import RunConfig
-from loretta.training.data import encode
+from loretta.training.data import load_config_task
+from loretta.training.forms import form_of
 from loretta.training.model import load_tokenizer
 
 LONGEST_PROMPT = 1024  # tokens, of the official rows
@@ -230,19 +230,15 @@ def trained(configs: Sequence[RunConfig], cell: Cell, args: argparse.Namespace, 
 def official_scores(loop: Loop, cell: Cell, args: argparse.Namespace) -> tuple[list[dict[str, float]], int]:
     """The scores of all members on the official validation rows, with the values of their best epoch."""
     first = loop.members[0]
-    plan = TASKS[cell.task]
-    if plan.kind == "glue":
-        task, length = load_task(cell.task, data_dir=args.data_dir), OFFICIAL_LENGTH
+    length = {"glue": OFFICIAL_LENGTH, "words": LONGEST_PROMPT}.get(TASKS[cell.task].kind, first.config.max_length)
+    if TASKS[cell.task].kind == "glue":
+        where = {"data_dir": str(args.data_dir)}
     else:
-        config = first.config
-        official = Path(config.data).with_name("official.jsonl.gz")
-        options = {"label": config.label} if plan.kind == "words" else {"kind": config.kind}
-        task = load_task(config.data, text="text", validation=official, **options)
-        length = LONGEST_PROMPT if plan.kind == "words" else plan.length
-    if args.limit is not None:
-        task = task.limited(args.limit)
-    tokenizer = load_tokenizer(first.config.model)
-    encoded = encode(task.validation, task, tokenizer, length)
+        where = {"validation": str(Path(first.config.data).with_name("official.jsonl.gz"))}
+    config = first.config.model_copy(update={**where, "max_length": length})
+    task: Any = load_config_task(config)
+    tokenizer = load_tokenizer(config.model)
+    encoded: Any = form_of(task.kind).encode(config, task, tokenizer, "validation")
     collator: Any = first.trainer.data_collator
     split_of_each = [encoded] * len(loop.members)
     loop.rows["validation"] = Rows(

@@ -1,5 +1,6 @@
 """The protocol of the evidence: what is held out, what chooses a rate, and how sure a mean is."""
 
+import argparse
 import gzip
 import json
 import math
@@ -10,7 +11,10 @@ import pytest
 import torch
 from draws import seed_torch
 from tolerances import assert_near
+from training_data import sentences
 from transformers import MPNetConfig, MPNetModel
+
+from loretta import LorettaSharedConfig
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
@@ -164,6 +168,26 @@ def test_a_grid_goes_on_beyond_a_best_rate_at_its_edge():
 def test_a_grid_is_a_factor_of_two_apart():
     assert forms.grid("LoRA r=1") == (7.5e-4, 1.5e-3, 3e-3)
     assert forms.grid("LoRA r=1", 2, 4.0) == (7.5e-4, 3e-3)
+
+
+def test_a_cell_is_measured_from_its_files_to_its_row(bert, tmp_path):
+    for name, rows in (("train", 40), ("validation", 24)):
+        (tmp_path / "cola").mkdir(exist_ok=True)
+        with gzip.open(tmp_path / "cola" / f"{name}.jsonl.gz", "wt") as file:
+            for text, label in sentences(rows):
+                file.write(json.dumps({"sentence": text, "label": int(label == "pos")}) + "\n")
+    protocol.split("cola", tmp_path, tmp_path / "split")
+    args = argparse.Namespace(model=bert, data_dir=tmp_path, max_steps=4, limit=None, cpu=True)
+    cell = forms.Cell(task="cola", method="shared r=2 + norms", rates=(1e-3, 1e-1), seeds=(0, 1), epochs=2)
+    row = forms.measure(cell, args, tmp_path / "split")
+    assert row["rows"] == {"train": 36, "held_out": 4, "official": 24}
+    assert row["metric"] == "mcc"
+    assert row["head"] == 2 * 32 + 2  # the final layer alone
+    assert row["held_out"].keys() == row["official"].keys() == {"0.001", "0.1"}
+    assert all(max(curve) == best for curve, best in zip(row["curve"]["0.1"], row["held_out"]["0.1"], strict=True))
+    assert row["config"]["method"] == "shared"
+    config = LorettaSharedConfig(**row["config"]["options"])
+    assert (config.tensor_rank, config.train_norms, config.target_modules) == (2, True, "all-linear")
 
 
 ROWS = evidence.rows()
