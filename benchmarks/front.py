@@ -7,11 +7,13 @@ forms are compared with. A form counts on a model where all tasks were run that 
 """
 
 import json
+import math
 from collections import Counter, defaultdict
 from statistics import mean
 from typing import Any, NamedTuple
 
-from tables import RESULTS, best_rate
+from protocol import chosen
+from tables import RESULTS
 
 from loretta.plan.front import FRONT, Form, Front, Measured, Other, Score
 
@@ -78,18 +80,15 @@ def cells(rows: list[dict[str, Any]]) -> list[Cell]:
     found = []
     for row in rows:
         if "form" in row:
-            name, count, scores = row["form"], row["count"], row["scores"]
-        elif row["metric"] != "loss":
-            name, count = row["method"], row["trained"]
-            # a rate at which a seed was lost is no rate to take
-            scores = {rate: seeds for rate, seeds in row["held_out"].items() if None not in seeds}
+            name, count, score = row["form"], row["count"], max(mean(seeds) for seeds in row["scores"].values())
+        elif row["metric"] != "loss" and row.get("part", "front") == "front":
+            name, count, score = row["method"], row["trained"], mean(chosen(row, "held_out"))
         else:
             continue
         config = row.get("config")
         options = (config["method"], config["options"]) if config else OPTIONS.get(name)
-        if scores:
-            later = "form" not in row
-            found.append(Cell(row["model"], later, row["task"], name, count, best_rate({"scores": scores})[1], options))
+        if not math.isnan(score):
+            found.append(Cell(row["model"], "form" not in row, row["task"], name, count, score, options))
     return found
 
 

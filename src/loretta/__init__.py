@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from loretta.errors import InputError
     from loretta.plan.auto import auto_config
     from loretta.plan.plan import plan_model
+    from loretta.training.adaptive_ranks import AdaptiveRanks
     from loretta.training.graphs import CudaGraphTrainer
     from loretta.tuners.adp import LorettaAdpConfig, LorettaAdpModel
     from loretta.tuners.contraction import serving
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 # the imports above once more, for programs that run
 _HOMES = {
+    "AdaptiveRanks": "loretta.training.adaptive_ranks",
     "CudaGraphTrainer": "loretta.training.graphs",
     "InputError": "loretta.errors",
     "LorettaAdpConfig": "loretta.tuners.adp",
@@ -50,6 +52,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "AdaptiveRanks",
     "CudaGraphTrainer",
     "InputError",
     "LorettaAdpConfig",

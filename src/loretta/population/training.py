@@ -53,6 +53,7 @@ def why_alone(config: RunConfig) -> str | None:
         f"quantize={config.quantize}": config.quantize is not None,
         f"accumulate={config.accumulate}": config.accumulate > 1,
         "auto_batch": config.auto_batch,
+        "adaptive_ranks": bool(config.method_args.get("adaptive_ranks")),
         f"on_nan={config.on_nan}": config.on_nan != "stop",
     }
     return next((option for option, is_so in obstacles.items() if is_so), None)

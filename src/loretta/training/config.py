@@ -54,6 +54,11 @@ class RunConfig(BaseModel):
         "best among those that fit; with rep, adp or shared the highest rank that fits. An option of the method.",
     )
     method_args: dict[str, Any] = Field(default={}, description="Options of the method, each by --set.")
+    adaptive_ranks: bool = Field(
+        default=False,
+        description="Start with higher ranks than the budget allows, and end within it with ranks where they earn most "
+        "(rep and compact). An option of the method.",
+    )
     head_policy: HeadPolicy = Field(
         default="method",
         description="What is trained of a classification head. method: what the method itself does (LoRETTA: its "
@@ -175,11 +180,16 @@ class RunConfig(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _with_budget(cls, raw: Any) -> Any:
-        """A budget is an option of the method, and alone it chooses the method."""
-        if not isinstance(raw, dict) or raw.get("budget") is None or not isinstance(raw.get("method_args", {}), dict):
+        """A budget is an option of the method, and alone it chooses the method. So are adaptive ranks."""
+        if not isinstance(raw, dict) or not isinstance(raw.get("method_args", {}), dict):
             return raw
-        options = {**raw.get("method_args", {}), "budget": raw["budget"]}
-        return {**raw, "method": raw.get("method") or "auto", "method_args": options, "budget": None}
+        given = {key: raw[key] for key in ("budget", "adaptive_ranks") if raw.get(key)}
+        if not given:
+            return raw
+        kept = {key: value for key, value in raw.items() if key not in given}
+        if "budget" in given and "adaptive_ranks" not in given:
+            kept["method"] = raw.get("method") or "auto"
+        return {**kept, "method_args": {**raw.get("method_args", {}), **given}}
 
     @property
     def folder(self) -> Path:
@@ -191,7 +201,8 @@ class RunConfig(BaseModel):
 # how --help groups the options
 GROUPS: dict[str, tuple[str, ...]] = {
     "What to train": (
-        "model", "data", "method", "budget", "head_policy", "start_from", "output", "push_to_hub", "seed",
+        "model", "data", "method", "budget", "adaptive_ranks", "head_policy", "start_from", "output", "push_to_hub",
+        "seed",
     ),
     "Data": (
         "text", "text_pair", "label", "kind", "validation", "test", "separator", "split", "data_dir", "limit",

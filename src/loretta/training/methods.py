@@ -24,7 +24,7 @@ from transformers import PreTrainedModel
 from loretta.errors import InputError
 from loretta.options import with_lists
 from loretta.plan.auto import choose_form
-from loretta.plan.budget import Budget, choose
+from loretta.plan.budget import Budget, choose, with_rank
 from loretta.training.config import ALIASES, HeadPolicy, RunConfig
 from loretta.tuners.adp import LorettaAdpConfig
 from loretta.tuners.config import LorettaConfig, TrainHead
@@ -53,6 +53,8 @@ _REP = Method(config=LorettaRepConfig, learning_rate=2e-3)
 _COMPACT = Method(config=LorettaRepConfig, options=COMPACT, learning_rate=1.5e-3)
 _ADP = Method(config=LorettaAdpConfig, learning_rate=2e-3)
 _SHARED = Method(config=LorettaSharedConfig, learning_rate=2e-3)
+OF_BUDGET = {"budget", "adaptive_ranks"}  # options of a LoRETTA method beside those of its config
+START = 2  # how much higher adaptive ranks start than constant ones within the same budget
 _TRAIN_HEAD: dict[HeadPolicy, TrainHead] = {"full": "dense", "frozen": "frozen"}
 # 20 virtual tokens, and 768 in the prompt's encoder, as in the paper
 _PROMPT = {"num_virtual_tokens": 20}
@@ -108,7 +110,7 @@ def refuse_unknown_options(name: str, options: Collection[str]) -> None:
     if method.config is None:
         return  # full fine-tuning has none, which it says itself
     fields = {field.name for field in dataclasses.fields(method.config)}
-    fields |= {"budget"} if issubclass(method.config, LorettaConfig) else set()
+    fields |= OF_BUDGET if issubclass(method.config, LorettaConfig) else set()
     unknown = sorted(set(options) - fields)
     if unknown:
         # what is no option of the run is taken for one of the method
@@ -127,7 +129,8 @@ def peft_config(
     """The PEFT config of a method for one model.
 
     The option "budget" of LoRETTA's methods is no part of the config: it chooses the highest rank that fits
-    (:func:`loretta.plan.choose`), and of the method "auto" the form.
+    (:func:`loretta.plan.choose`), and of the method "auto" the form. Nor is "adaptive_ranks", with which rep starts at
+    twice that rank; :class:`loretta.training.adaptive_ranks.AdaptiveRanks` then brings it within the budget.
 
     Raises InputError for an unknown method, an unknown option (with those that exist), a bad value, and a model that
     the method cannot train.
@@ -145,9 +148,11 @@ def peft_config(
         )
     if issubclass(method.config, LorettaConfig) and head_policy != "method":
         merged["train_head"] = _TRAIN_HEAD[head_policy]
-    budget = merged.pop("budget", None)
+    budget, adaptive = merged.pop("budget", None), merged.pop("adaptive_ranks", False)
     try:
         config = _within(budget, method.config, model, task_type, merged)
+        if adaptive:
+            config = _wider(config, budget)
     except InputError:
         raise
     except (TypeError, ValueError) as error:
@@ -172,6 +177,27 @@ def _within(
         config, _, reasons = choose(model, config, Budget.parse(budget))
         config.__dict__["_why"] = "; ".join(reasons[:-1])
     return config
+
+
+def _wider(config: PeftConfig, budget: Any) -> PeftConfig:
+    """The config that adaptive ranks start from."""
+    if budget is None:
+        raise InputError("adaptive_ranks needs a budget to end within: give one, such as --budget 20k")
+    if not isinstance(config, LorettaRepConfig):
+        kind = type(config).__name__.removesuffix("Config")
+        raise InputError(f"adaptive_ranks is for rep, and this is {kind}: give --method compact or --method rep")
+    if config.rank_pattern or config.alpha_pattern:
+        raise InputError("adaptive_ranks choose the rank of each module: leave rank_pattern and alpha_pattern out")
+    rank = START * config.tensor_rank
+    # by patterns, for a train in the head has tensor_rank too, and keeps it
+    wider = dataclasses.replace(
+        config,
+        r=with_rank(config, rank).r,
+        rank_pattern={".*": rank},
+        alpha_pattern={".*": config.lora_alpha * (START**0.5 if config.use_rslora else START)},
+    )
+    wider.__dict__["_why"] = f"{config.why}; its ranks start at {rank} and adapt"
+    return wider
 
 
 def frozen_head(config: PeftConfig, model: nn.Module, head_policy: HeadPolicy) -> list[str]:

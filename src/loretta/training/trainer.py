@@ -194,7 +194,8 @@ class TwoRateTrainer(WholeCheckpointsTrainer):
                 f"the memory was too small for batches of {self.given_batch_size}: trained on "
                 f"{self.args.train_batch_size} at once, {self.args.gradient_accumulation_steps} batches an update"
             ]
-        return [*self.finite.notes(), *batches]
+        callbacks = [callback for callback in self.callback_handler.callbacks if hasattr(callback, "notes")]
+        return [*(note for callback in callbacks for note in callback.notes()), *batches]
 
     def compute_loss(
         self,

@@ -16,6 +16,7 @@ from loretta.errors import InputError
 from loretta.tasks import metrics
 from loretta.tasks.base import Task
 from loretta.tasks.prompted import PromptedTask
+from loretta.training.adaptive_ranks import AdaptiveRanks
 from loretta.training.config import RunConfig
 from loretta.training.folder import CHECKPOINTS, TENSORBOARD
 from loretta.training.forms import form_of
@@ -59,7 +60,10 @@ def make_trainer(
         "processing_class": tokenizer,
         "head_learning_rate": config.head_learning_rate,
         "order_by": config.batch_size,
-        "callbacks": [] if config.patience is None else [EarlyStoppingCallback(config.patience)],
+        "callbacks": [
+            *([] if config.patience is None else [EarlyStoppingCallback(config.patience)]),
+            *([AdaptiveRanks(config.method_args["budget"])] if config.method_args.get("adaptive_ranks") else []),
+        ],
     }
     chosen_by = choosing_metric(config, task)
     chosen_well = chosen_by != "loss" and higher_is_better(task)

@@ -12,7 +12,7 @@ from loretta.tt.shape import TTShape, constant_ranks, shape_from_modes
 
 if TYPE_CHECKING:
     from loretta.tt.init import gaussian
-    from loretta.tt.lowrank import fit_product, product_error, product_norm, product_singular_values
+    from loretta.tt.lowrank import discarded_mass, fit_product, product_error, product_norm, product_singular_values
     from loretta.tt.ops import (
         add,
         balance,
@@ -32,7 +32,8 @@ else:
         {
             "gaussian": "loretta.tt.init",
             **dict.fromkeys(
-                ("fit_product", "product_error", "product_norm", "product_singular_values"), "loretta.tt.lowrank"
+                ("discarded_mass", "fit_product", "product_error", "product_norm", "product_singular_values"),
+                "loretta.tt.lowrank",
             ),
             **dict.fromkeys(
                 ("add", "balance", "contract", "halves", "matrix", "matrix_naive", "orthogonalise", "pad_ranks",
@@ -50,6 +51,7 @@ __all__ = [
     "balanced_modes",
     "constant_ranks",
     "contract",
+    "discarded_mass",
     "fit_product",
     "gaussian",
     "halves",

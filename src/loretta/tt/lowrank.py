@@ -67,6 +67,44 @@ def fit_product(
     return cores[: len(down.modes)], cores[len(down.modes) :]
 
 
+def discarded_mass(a_IR: Tensor, b_RO: Tensor, trains: Sequence[tuple[TTShape, TTShape]]) -> list[float]:
+    """What each pair of trains of one size has no room for of ``A @ B``: squared singular values beyond its ranks.
+
+    They are summed over all cuts of the whole train from input to output: between the modes of one side, and where
+    both sides meet. That bounds the squared error of the best fit (Oseledets 2011, theorem 2.2), and is the error
+    itself where one cut alone discards. Computed in float64.
+
+    Raises ValueError when the factors do not fit together or to the trains.
+    """
+    aligned = []
+    for down, up in trains:
+        _check_sizes(a_IR, b_RO, down, up)
+        aligned.append((_aligned(down), _aligned(up)))
+    left, right = aligned[0]
+    source_IR, target_OR = _principal_factors(a_IR, b_RO, left.padded_in, right.padded_out, 1)
+    sizes_R = source_IR.norm(dim=0)  # the columns are orthogonal: the singular values of the product
+    tails = [_tails(sizes_R.sort(descending=True).values)]
+    ranks = [[_width(*pair) for pair in aligned]]
+    for k in range(1, left.n_in):
+        unfolded = source_IR.reshape(math.prod(left.modes[:k]), -1)
+        tails.append(_tails(torch.linalg.svdvals(unfolded)))
+        ranks.append([down.ranks[k] for down, _ in aligned])
+    for k in range(right.n_in + 1, len(right.modes)):
+        unfolded = (target_OR * sizes_R).T.reshape(-1, math.prod(right.modes[k:]))
+        tails.append(_tails(torch.linalg.svdvals(unfolded)))
+        ranks.append([up.ranks[k] for _, up in aligned])
+    return [
+        sum(float(tail[min(rank, len(tail) - 1)]) for tail, rank in zip(tails, at, strict=True))
+        for at in zip(*ranks, strict=True)
+    ]
+
+
+def _tails(singular_values: Tensor) -> Tensor:
+    """Entry k: the sum of squares from the k-th value on; the last one, behind all values, is zero."""
+    squares = torch.nn.functional.pad(singular_values.square(), (0, 1))
+    return squares.flip(0).cumsum(0).flip(0)
+
+
 def product_singular_values(a_IR: Tensor, b_RO: Tensor) -> Tensor:
     """The largest ``min(I, R, O)`` singular values of ``A @ B`` in float64, descending; all others are zero.
 

@@ -1,0 +1,185 @@
+"""Ranks that adapt, beside constant ranks and AdaLoRA with as many parameters at the end.
+
+    python benchmarks/adaptive.py --model FOLDER --data-dir FOLDER --out benchmarks/results/adaptive.json
+
+Tasks, held-out rows and heads are those of protocol.py, with three epochs. Several runs share the GPU, a process each.
+A run's score is that of its best epoch on the held-out rows; of a run whose ranks adapt, of those behind the last cut.
+What is in the file already is not run again. ``make tables`` puts the results into docs/adaptive.md.
+"""
+
+import argparse
+import json
+import multiprocessing
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import peft
+import torch
+import transformers
+from protocol import BATCH, HEAD_RATE, TASKS, split
+from transformers import TrainerCallback
+
+from loretta.training import adaptive_ranks as adapting
+from loretta.training import run as running
+from loretta.training.config import RunConfig
+
+COUNT = 18_600  # parameters at the end without the final layer: LoRA of rank 2 on query and value has 18,432 here
+EPOCHS = 3
+ALL = {"target_modules": ["query", "key", "value", "dense"], "exclude_modules": ["pooler.dense", "classifier.dense"]}
+QV = {"target_modules": ["query", "value"]}
+COMPACT = {"r": 1, "tensor_rank": 5, "modes_per_side": 2, "lora_alpha": 10, **ALL}
+WIDE = {**COMPACT, "tensor_rank": 10, "lora_alpha": 20}
+ONE_MODE = {"r": 2, "tensor_rank": 2, "modes_per_side": 1, "lora_alpha": 4, **QV}
+# name -> (method of a run, options, what becomes of the ranks)
+METHODS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "LoRA r=2": ("lora", {"r": 2, "lora_alpha": 4, **QV}, "constant"),
+    "AdaLoRA 4 to 2": ("peft:adalora", {"init_r": 4, "target_r": 2, "lora_alpha": 4, **QV}, "AdaLoRA"),
+    "one mode, rank 2": ("rep", ONE_MODE, "constant"),
+    "one mode, adaptive from 4": ("rep", {**ONE_MODE, "r": 4, "tensor_rank": 4, "lora_alpha": 8}, "adaptive"),
+    "compact, rank 5": ("rep", COMPACT, "constant"),
+    "compact, adaptive from 10": ("rep", WIDE, "adaptive"),
+    "compact, adaptive, moments kept": ("rep", WIDE, "adaptive, moments kept"),
+}
+
+
+class Allocate(TrainerCallback):
+    """What AdaLoRA wants to be called behind each step."""
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        model.base_model.update_and_allocate(state.global_step + 1)
+
+
+def run(name: str, task: str, rate: float, seed: int, args: argparse.Namespace, data: Path) -> dict[str, Any]:
+    """Train one run, and count what it has at the end."""
+    torch.set_num_threads(1)
+    method, options, ranks = METHODS[name]
+    if method == "rep":
+        options = {**options, "train_norms": False, "train_head": "dense"}
+    if ranks == "AdaLoRA":
+        rows = args.limit or sum(1 for _ in _lines(data / task))
+        steps = args.max_steps or EPOCHS * -(-rows // BATCH)
+        options = {**options, "total_step": steps, "tinit": steps // 5, "tfinal": steps * 2 // 5, "deltaT": 10}
+    found: dict[str, Any] = {}
+
+    def with_frozen_pooler(*given: Any) -> Any:
+        model, half = prepare_model(*given)
+        for parameter in model.get_submodule("base_model.model.bert.pooler").parameters():
+            parameter.requires_grad_(False)
+        return model, half
+
+    def with_callback(*given: Any) -> Any:
+        trainer = found["trainer"] = make_trainer(*given)
+        if ranks == "AdaLoRA":
+            trainer.add_callback(Allocate())
+            # PEFT cannot load an adapter of lower ranks into the one that trains
+            trainer.args.load_best_model_at_end = False
+        elif ranks != "constant":
+            trainer.add_callback(adapting.AdaptiveRanks(COUNT + _head(trainer.model)))
+        return trainer
+
+    prepare_model, make_trainer = running.prepare_model, running.make_trainer
+    forget = adapting.forget if ranks == "adaptive" else (lambda optimizer, parameters: None)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        mock.patch.object(running, "prepare_model", with_frozen_pooler),
+        mock.patch.object(running, "make_trainer", with_callback),
+        mock.patch.object(adapting, "forget", forget),
+    ):
+        config = RunConfig(
+            model=str(args.model), data=task, data_dir=str(data), method=method, method_args=options, epochs=EPOCHS,
+            max_steps=args.max_steps, limit=args.limit, max_length=TASKS[task].length, batch_size=BATCH,
+            eval_batch_size=256, learning_rate=rate, head_learning_rate=HEAD_RATE, seed=seed, bf16=not args.cpu,
+            cuda_graph=args.cuda_graph, cpu=args.cpu, logging_steps=50, output=f"{folder}/run",
+        )  # fmt: skip
+        record = running.train(config, say=lambda line: None)
+    model = found["trainer"].model
+    if ranks == "AdaLoRA":
+        pattern = model.peft_config["default"].rank_pattern
+        sizes = {n: m.in_features + m.out_features + 1 for n, m in model.named_modules() if hasattr(m, "lora_E")}
+        kept = {key.partition(".lora_E")[0]: sum(flags) for key, flags in pattern.items()}
+        count = sum(size * next(k for n, k in kept.items() if name.endswith(n)) for name, size in sizes.items())
+        used = sorted(kept.values())
+    else:
+        count = record.parameters.trainable - _head(model)
+        used = sorted(max(train.ranks) for train in record.trains for _ in range(train.count))
+    evaluated = [point for point in record.history if point.split == "validation"]
+    if ranks != "constant":  # those of before had more parameters
+        evaluated = [point for point in evaluated if point.step > 0.6 * evaluated[-1].step]
+    return {
+        "model": Path(args.model).name, "task": task, "method": name, "rate": rate, "seed": seed, "trained": count,
+        "score": max(point.values[record.metric] for point in evaluated), "metric": record.metric,
+        "ranks": [used[0], used[len(used) // 2], used[-1]] if used else [], "epochs": EPOCHS,
+        "cuda_graph": args.cuda_graph, "seconds": record.train_seconds, "device": record.device,
+        "versions": {module.__name__: module.__version__ for module in (torch, transformers, peft)},
+    }  # fmt: skip
+
+
+def _head(model: Any) -> int:
+    """Parameters of the final layer, which all methods train."""
+    return sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and "classifier" in n)
+
+
+def _lines(folder: Path) -> list[str]:
+    from protocol import lines_of
+
+    return lines_of(folder / "train.jsonl.gz")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data-dir", type=Path, required=True)
+    parser.add_argument("--tasks", nargs="+", default=["cola", "mrpc"], choices=list(TASKS))
+    parser.add_argument("--only", nargs="+", default=list(METHODS), choices=list(METHODS))
+    parser.add_argument("--rates", nargs="+", type=float, default=[1.5e-3, 3e-3])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--together", type=int, default=8, help="runs at once")
+    parser.add_argument("--seconds", type=float, default=1e9, help="take in no result behind that time")
+    parser.add_argument("--max-steps", type=int)
+    parser.add_argument("--limit", type=int, help="rows of each split")
+    parser.add_argument("--cuda-graph", action="store_true", help="of runs without AdaLoRA")
+    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    rows: list[dict[str, Any]] = json.loads(args.out.read_text()) if args.out.exists() else []
+    done = {(row["method"], row["task"], row["rate"], row["seed"]) for row in rows}
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        for task in args.tasks:
+            split(task, args.data_dir, Path(folder))
+        cells = [
+            (name, task, rate, seed)
+            for task in args.tasks
+            for seed in range(args.seeds)
+            for rate in args.rates
+            for name in args.only
+            if (name, task, rate, seed) not in done
+        ]
+        spawn = multiprocessing.get_context("spawn")
+        pool = ProcessPoolExecutor(args.together, mp_context=spawn)
+        futures = {pool.submit(run, *cell, args, Path(folder)): cell for cell in cells}
+        try:
+            for future in as_completed(futures, timeout=args.seconds):
+                name, task, rate, seed = futures[future]
+                if (error := future.exception()) is not None:
+                    print(f"{name:32} {task:5} failed: {type(error).__name__}: {error}", flush=True)
+                    continue
+                rows.append(row := future.result())
+                args.out.write_text(json.dumps(rows, indent=1) + "\n")
+                print(
+                    f"{name:32} {task:5} {rate:g} {seed} {row['trained']:7,} {row['score']:.4f} {row['ranks']}",
+                    flush=True,
+                )
+        except TimeoutError:
+            print(f"stopped behind {time.perf_counter() - begin:.0f} s, with {len(rows)} rows", flush=True)
+            for process in list(pool._processes.values()):
+                process.terminate()
+        pool.shutdown(cancel_futures=True)
+
+
+if __name__ == "__main__":
+    main()

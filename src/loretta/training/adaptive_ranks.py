@@ -1,0 +1,144 @@
+"""Ranks that adapt while the Trainer trains: :class:`AdaptiveRanks`."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from peft import get_peft_model_state_dict
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerControl, TrainerState
+from transformers.trainer_callback import ExportableState
+
+from loretta.errors import InputError
+from loretta.plan.budget import Budget
+from loretta.tuners.ranks import RankedTrains, allot
+
+LOOKS = 3  # at the singular values, for each cut
+KEPT = 0.5  # of the earlier looks in their running mean
+
+
+class AdaptiveRanks(TrainerCallback, ExportableState):
+    """Lowers the ranks of a rep adapter while it trains, each module's for itself, until all of it fits a budget.
+
+    Make the adapter with a ``tensor_rank`` above what the budget allows. Between ``begin`` and ``end`` of the training
+    the singular values of each update are looked at, and in ``cuts`` steps the ranks go that lose the least for each
+    parameter. Then the ranks stay, and only evaluations from there on choose the best checkpoint. When the training
+    ends, the model holds an ordinary adapter of the final ranks (``rank_pattern``) within the budget.
+
+    Args:
+        budget: "20k" (parameters), "80kB" (bytes of the saved adapter in float32), or a number of parameters: all that
+            is trained, as for ``loretta plan``.
+        begin, end: shares of the steps.
+        cuts: how many times ranks are lowered.
+        adapter_name: of the adapter.
+
+    Raises InputError at the start of the training for an adapter that is not rep, and a budget too small for rank 1.
+    """
+
+    def __init__(
+        self,
+        budget: str | int,
+        *,
+        begin: float = 0.2,
+        end: float = 0.6,
+        cuts: int = 4,
+        adapter_name: str = "default",
+    ) -> None:
+        self.budget = Budget.parse(budget)
+        if not (0 <= begin < end <= 1 and cuts >= 1):
+            raise InputError(f"begin={begin}, end={end}, cuts={cuts}: give 0 <= begin < end <= 1 and at least one cut")
+        self.begin, self.end, self.cuts, self.adapter_name = begin, end, cuts, adapter_name
+        self.given = {"budget": budget, "begin": begin, "end": end, "cuts": cuts, "adapter_name": adapter_name}
+        self.masses: dict[str, list[float]] = {}
+        self.trains: RankedTrains | None = None
+        self.room = self.widest = 0
+
+    def state(self) -> dict[str, Any]:
+        """What the Trainer writes into a checkpoint."""
+        ranks = {} if self.trains is None else self.trains.ranks
+        return {"args": self.given, "attributes": {"ranks": dict(ranks), "masses": self.masses}}
+
+    def on_train_begin(
+        self, args: Any, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        saved: Any = state.stateful_callbacks.get(type(self).__name__)
+        self.trains, self.masses = RankedTrains(model, self.adapter_name), {}
+        counted = (
+            (p for p in model.parameters() if p.requires_grad)
+            if self.budget.unit == "parameters"
+            else get_peft_model_state_dict(model, adapter_name=self.adapter_name).values()
+        )
+        self.widest = self.trains.n_params()
+        others = sum(tensor.numel() for tensor in counted) - self.widest
+        self.room = self.budget.amount // (1 if self.budget.unit == "parameters" else 4) - others
+        allot(self.trains.masses(), self.trains.sizes(), self.room)  # refuses a budget that is too small
+        if state.global_step > 0 and saved is not None and saved["attributes"]["ranks"]:
+            self.trains.ranks |= saved["attributes"]["ranks"]
+            self.masses = saved["attributes"]["masses"]
+
+    def on_step_end(
+        self, args: Any, state: TrainerState, control: TrainerControl, optimizer: Any = None, **kwargs: Any
+    ) -> None:
+        looks = self.cuts * LOOKS
+        first, length = self.begin * state.max_steps, (self.end - self.begin) * state.max_steps
+        due = [k for k in range(1, looks + 1) if max(1, round(first + length * k / looks)) == state.global_step]
+        if not due or self.trains is None:
+            return
+        self._look()
+        cut = max((k // LOOKS for k in due if k % LOOKS == 0), default=None)
+        if cut is not None:
+            # as AdaLoRA's budget falls: fast at first, when the ranks that go have learned least
+            above = max(0, self.widest - self.room) * (1 - cut / self.cuts) ** 3
+            changed = self._lower(self.room + int(above))
+            forget(optimizer, changed)
+            if changed:
+                # an adapter of higher ranks is no candidate for the best one
+                state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+
+    def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.trains is None:
+            return
+        if self.trains.n_params() > self.room:  # stopped before the last cut
+            self._look()
+            self._lower(self.room)
+        self.trains.shrink()
+
+    def notes(self) -> list[str]:
+        """What came of it, in a sentence."""
+        if self.trains is None:
+            return []
+        ranks = sorted(self.trains.ranks.values())
+        middle = ranks[len(ranks) // 2]
+        return [
+            f"ranks adapted to {self.budget}: from {ranks[0]} to {ranks[-1]}, in the middle {middle}; the trains have "
+            f"{self.trains.n_params():,} parameters, and had {self.widest:,}"
+        ]
+
+    def _look(self) -> None:
+        """Take the singular values of now into the running mean."""
+        assert self.trains is not None
+        for name, now in self.trains.masses().items():
+            before = self.masses.get(name, now)
+            self.masses[name] = [KEPT * b + (1 - KEPT) * n for b, n in zip(before, now, strict=True)]
+
+    def _lower(self, room: int) -> list[Any]:
+        assert self.trains is not None
+        ranks, sizes = self.trains.ranks, self.trains.sizes()
+        masses = {name: self.masses[name][: ranks[name]] for name in ranks}
+        return self.trains.lower(allot(masses, {name: sizes[name][: ranks[name]] for name in ranks}, room))
+
+
+def forget(optimizer: Any, parameters: Sequence[nn.Parameter]) -> None:
+    """Have an optimizer begin anew with parameters that were rewritten, whose moments belong to other directions.
+
+    Tensors stay where they are, for recorded steps read them there.
+    """
+    for parameter in parameters:
+        state = optimizer.state.get(parameter)
+        if not state:
+            continue
+        plain = [v for v in state.values() if isinstance(v, Tensor) and v.is_floating_point()]
+        if len(plain) == len(state) and all(v.dim() == 0 or v.shape == parameter.shape for v in plain):
+            for value in plain:
+                value.zero_()
+        else:  # quantised moments and the like are made anew at the next step
+            del optimizer.state[parameter]
