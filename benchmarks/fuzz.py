@@ -1,7 +1,8 @@
 """Feed what reads files of strangers with damaged and hostile ones: ``make fuzz``.
 
 Five kinds of files, each a valid one with a few parts replaced: adapter configs, the bytes of safetensors files,
-options of a run, run records, and data files. Some are JSON or YAML as few write it (a number of 5,000 digits, the
+options of a run, run records, and data files; and of these a part to whole commands, whose one line for a refusal must
+be fit for a terminal. Some are JSON or YAML as few write it (a number of 5,000 digits, the
 same key twice, lists in lists, aliases of aliases, other encodings), some are no plain files at all. What is read must
 be taken, or refused with an InputError, within five seconds; all of it within one GiB of memory.
 """
@@ -9,6 +10,7 @@ be taken, or refused with an InputError, within five seconds; all of it within o
 import argparse
 import copy
 import gzip
+import io
 import json
 import logging
 import os
@@ -22,7 +24,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,8 @@ import yaml
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from loretta import InputError, LorettaAdpConfig, LorettaRepConfig, get_peft_model
+from loretta import InputError, LorettaAdpConfig, LorettaRepConfig, LorettaSharedConfig, get_peft_model
+from loretta.cli import main as command_line
 from loretta.convert.load import find_adapter, load_adapter
 from loretta.record import RunRecord
 from loretta.tasks.read import column_names, read_columns, read_documents
@@ -153,8 +156,10 @@ class Targets:
         torch.manual_seed(0)
         sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
         self.base = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
+        self.base.save_pretrained(folder / "base")
         self.adapters = {}
-        for method, config in (("rep", LorettaRepConfig), ("adp", LorettaAdpConfig)):
+        methods = {"rep": LorettaRepConfig, "adp": LorettaAdpConfig, "shared": LorettaSharedConfig}
+        for method, config in methods.items():
             model = get_peft_model(copy.deepcopy(self.base), config(task_type="CAUSAL_LM", tensor_rank=2))
             model.save_pretrained(folder / method)
             self.adapters[method] = json.loads((folder / method / "adapter_config.json").read_text())
@@ -181,10 +186,20 @@ class Targets:
                 | st.tuples(st.sampled_from(["csv.gz", "jsonl.gz", "txt.gz"]), zipped),
                 self.read_data,
             ),
+            "given to commands": (
+                st.one_of(
+                    st.tuples(st.sampled_from(OF_RUNS), changed(record()) | strange(record())),
+                    st.tuples(
+                        st.sampled_from(OF_ADAPTERS), changed(self.adapters["rep"]) | strange(self.adapters["rep"])
+                    ),
+                ),
+                self.command,
+            ),
         }
 
     def read_adapter(self, config: dict[str, Any] | bytes | str) -> None:
-        folder = self.folder / ("adp" if isinstance(config, dict) and "bottleneck_size" in config else "rep")
+        method = str(config.get("peft_type")).rpartition("_")[2].lower() if isinstance(config, dict) else ""
+        folder = self.folder / (method if method in self.adapters else "rep")
         put(folder / "adapter_config.json", json.dumps(config).encode() if isinstance(config, dict) else config)
         saved = find_adapter(folder, model="m")
         load_adapter(copy.deepcopy(self.base), saved.folder)
@@ -214,6 +229,39 @@ class Targets:
         else:
             column_names(path)
             read_columns(path, ["review", "mood"])
+
+    def command(self, given: tuple[tuple[str, ...], dict[str, Any] | bytes | str]) -> None:
+        words, content = given
+        folder = self.folder / "given"
+        folder.mkdir(exist_ok=True)
+        shutil.copy(self.folder / "rep" / "adapter_model.safetensors", folder)
+        for name in ("run.json", "adapter_config.json"):
+            put(folder / name, json.dumps(record()).encode())
+        data = json.dumps(content).encode() if isinstance(content, dict) else content
+        put(folder / ("run.json" if words in OF_RUNS else "adapter_config.json"), data)
+        places = {"FOLDER": folder, "BASE": self.folder / "base", "OUT": self.folder / "out"}
+        out, err, before = io.StringIO(), io.StringIO(), sys.argv
+        sys.argv = ["loretta", *(str(places.get(word, word)) for word in words)]
+        try:
+            with redirect_stdout(out), redirect_stderr(err):
+                command_line.main()
+            status: Any = 0
+        except SystemExit as end:
+            status = end.code or 0
+        finally:
+            sys.argv = before
+        assert status in (0, 2), f"status {status}: {err.getvalue()[-500:]}"
+        assert all(c.isprintable() or c in "\n\t" for c in out.getvalue() + err.getvalue()), "it steers a terminal"
+        if status == 2:
+            raise InputError(err.getvalue())
+
+
+# commands, in which folders stand for words; the first kind reads run.json, the second adapter_config.json
+OF_RUNS = [("runs", "ls", "FOLDER"), ("runs", "show", "FOLDER"), ("report", "FOLDER", "--format", "md", "-o", "-")]
+OF_ADAPTERS = [
+    ("export", "FOLDER", "--to", "lora", "--model", "BASE", "-o", "OUT", "--overwrite"),
+    ("compress", "FOLDER", "--model", "BASE", "-o", "OUT", "--overwrite"),
+]
 
 
 def record() -> dict[str, Any]:

@@ -4,16 +4,19 @@
 
 A kill is SIGKILL, at a random call to the file system (so that many fall into saves and the final write) or after a
 random time (steps, evaluations, and the writes that Python does not see). Each run is killed once or twice, goes on,
-and must end with the bytes of the adapter, the log and the scores of the uninterrupted run. Then comes what grows in
-long runs, and fuzzing. `make tables` writes docs/reliability.md from the file.
+and must end with the bytes of the adapter, the log and the scores of the uninterrupted run. What else lies in its
+folder, the model and the data must be as they were. Then comes what grows in long runs, and fuzzing. `make tables`
+writes docs/reliability.md from the file.
 """
 
 import argparse
+import hashlib
 import json
 import multiprocessing
 import os
 import random
 import signal
+import subprocess
 import sys
 import tempfile
 import threading
@@ -23,7 +26,7 @@ from typing import Any
 
 import pandas as pd
 
-METHODS = ("rep", "adp", "lora")
+METHODS = ("rep", "adp", "shared", "lora")
 KINDS = ("classification", "language modelling")
 MOST_MIB = 1.0  # that 200 adapters, or 1,000 steps, may leave behind
 ROOT = Path(__file__).parents[1]
@@ -120,21 +123,33 @@ def measure(
             whole[case] = result(folder), calls, seconds
         expected, calls, seconds = whole[case]
         folder, killed, moments = root / f"killed-{k}", 0, []
-        for _ in range(draw.choice((1, 1, 2))):
+        precious = files_below(Path(inputs[kind]["model"]), *root.glob("t*.*"))
+        for attempt in range(draw.choice((1, 1, 2))):
             by_call = draw.random() < 0.6
             moment = {"at_call": draw.randrange(1, calls)} if by_call else {"after": draw.uniform(0.2, seconds)}
             status, _, _ = run({**options, "output": str(folder)}, **moment)
             killed += status == -signal.SIGKILL
             moments.append(moment)
             assert status in (0, -signal.SIGKILL), f"{case} ended with {status} after {moments}"
+            if folder.is_dir():  # what somebody keeps beside a run
+                (note := folder / f"note-{attempt}.bin").write_bytes(draw.randbytes(4096))
+                precious |= files_below(note)
         status, _, _ = run({**options, "output": str(folder)})
         found = result(folder) if status == 0 else {}
         different = [name for name in expected if found.get(name) != expected[name]]
+        now = files_below(*precious)
+        lost = sum(size for path, (size, digest) in precious.items() if now.get(path) != (size, digest))
         left = [path.name for path in folder.rglob("*") if path.name.endswith(".tmp")]
         row = {"method": method, "kind": kind, "accumulate": n, "kills": killed, "moments": moments}
-        rows.append({**row, "status": status, "different": different, "temporaries": left})
+        rows.append({**row, "status": status, "different": different, "bytes_lost": lost, "temporaries": left})
         print(k, rows[-1], flush=True)
     return rows
+
+
+def files_below(*paths: Path) -> dict[Path, tuple[int, str]]:
+    """The size and the digest of each file that is there, at or below the paths."""
+    files = [file for path in paths for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file()]
+    return {file: (file.stat().st_size, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files}
 
 
 def measure_growth(root: Path, *, adapters: int = 300, steps: int = 4_000) -> dict[str, Any]:
@@ -242,8 +257,18 @@ def _long_runs(results: dict[str, Any]) -> list[str]:
 
 
 def is_same(row: dict[str, Any]) -> bool:
-    """Whether a killed run ended as the uninterrupted one, and left no temporary file."""
-    return row["status"] == 0 and not row["different"] and not row["temporaries"]
+    """Whether a killed run ended as the uninterrupted one, left no temporary file, and took nothing along."""
+    return row["status"] == 0 and not row["different"] and not row["temporaries"] and not row.get("bytes_lost")
+
+
+def commit_of(folder: Path) -> str:
+    """The commit that is checked out, and whether files differ from it, but for results and documents."""
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "src", "benchmarks/*.py")
+    return f"{git('rev-parse', '--short=10', 'HEAD') or 'unknown'}{' with changes' if changed else ''}"
 
 
 def main() -> None:
@@ -259,15 +284,21 @@ def main() -> None:
         return
     from fuzz import GIB, fuzz
 
+    import loretta
+
+    commit = commit_of(ROOT)
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(arguments.kills, Path(folder), seed=arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
         growth = measure_growth(Path(folder))
     tried = fuzz(arguments.inputs, arguments.seed)
     results = {
+        "commit": commit,
+        "version": loretta.__version__,
         "runs": len(rows),
         "kills": sum(row["kills"] for row in rows),
         "same": sum(map(is_same, rows)),
+        "bytes_lost": sum(row["bytes_lost"] for row in rows),
         "seed": arguments.seed,
         "growth": growth,
         "fuzz": {name: value for name, value in tried.items() if name != "failures"},
