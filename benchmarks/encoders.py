@@ -8,6 +8,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
 
 
@@ -25,8 +26,20 @@ def _position_bias(encoder: Any, x: Tensor, position_ids: Tensor | None = None, 
     return values.permute(2, 0, 1)[None]
 
 
+def _eager_mask(*, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Tensor | None:
+    """What is added to attention scores: 0, or the lowest number for what is not to be seen."""
+    mask = sdpa_mask(**{**kwargs, "allow_is_causal_skip": False})
+    if mask is None:
+        return None
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
+
+
 @contextlib.contextmanager
 def graphable() -> Iterator[None]:
-    """transformers copies the distances from the CPU in every step, which a recorded step may not."""
+    """transformers up to 5.17 copies the distances, and the zero of a mask, from the CPU: a recorded step may not."""
     with mock.patch.object(MPNetEncoder, "compute_position_bias", _position_bias):
-        yield
+        ALL_MASK_ATTENTION_FUNCTIONS["eager"] = _eager_mask
+        try:
+            yield
+        finally:
+            del ALL_MASK_ATTENTION_FUNCTIONS["eager"]
