@@ -18,7 +18,10 @@ from tables import RESULTS
 from loretta.plan.front import FRONT, Form, Front, Measured, Other, Score
 
 REFERENCE = "LoRA r=1"  # on query and value; what a form gains is counted from there
-TASKS = {"cola": "CoLA", "mrpc": "MRPC", "rte": "RTE", "sst2": "SST-2", "stsb": "STS-B"}
+TASKS = {
+    "boolq": "BoolQ", "cb": "CB", "cola": "CoLA", "copa": "COPA", "mrpc": "MRPC", "rte": "RTE", "sst2": "SST-2",
+    "stsb": "STS-B",
+}  # fmt: skip
 WIDTHS = {"all-MiniLM-L6-v2": 384, "all-mpnet-base-v2": 768, "SmolLM2-135M": 576, "SmolLM2-135M-Instruct": 576}
 DECODERS = {"SmolLM2-135M", "SmolLM2-135M-Instruct"}
 # rep of one mode a side, measured as the LoRA that it is
@@ -129,11 +132,12 @@ def front(found: list[Cell]) -> Front:
         models[model] = Measured(
             kind="decoder" if model in DECODERS else "encoder",
             width=WIDTHS[model],
-            tasks=[TASKS.get(task, task) for task in tasks],
+            tasks=[TASKS.get(task.removesuffix("-words"), task) for task in tasks],
             others=[
                 Other(name=name, count=counts[name], mean=round(means[name], 4))
                 for name in sorted(means, key=lambda name: counts[name])
-                if name not in forms or name in ALSO_OTHERS
+                # the head alone and the untrained model have no count to compare at
+                if counts[name] and (name not in forms or name in ALSO_OTHERS)
             ],
         )
         for name in forms & means.keys():

@@ -139,6 +139,12 @@ def test_a_plan_with_a_budget_and_no_method_is_auto():
         make_plan(model="gpt2", budget="50k", preset="auto", method="rep")
 
 
+def test_a_rank_below_the_measured_one_is_said():
+    why = auto_config("llama-2-7b", "10k").why
+    assert re.search(r"only rank \d+ of it fits here, which was not measured", why)
+    assert "not measured" not in auto_config("llama-2-7b", "2M").why
+
+
 def test_a_shared_train_keeps_its_scale_within_a_budget():
     model = meta_model(find_config("gpt2"), "CAUSAL_LM")
     config, _, _ = choose(model, LorettaSharedConfig(task_type="CAUSAL_LM"), Budget.parse("90k"))

@@ -89,6 +89,8 @@ def choose_form(
                 continue
             best, best_plan, words = highest_rank(config, plan, model, budget)
             why = front.why(form, kind, width)
+            if best.tensor_rank < form.options["tensor_rank"]:
+                why += f"; only rank {best.tensor_rank} of it fits here, which was not measured"
             best.__dict__["_why"] = "; ".join([why, words[0]])
             return best, best_plan, [why, *words]
     if smallest is None:
