@@ -5,7 +5,11 @@ The processes are forked, so that none has to import torch, and do all their run
 
 import csv
 import json
+import math
 import os
+import shutil
+import signal
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import cache, partial
@@ -22,13 +26,17 @@ from safetensors.torch import load_file
 from tiny_models import save_bert, save_llama
 from tolerances import assert_near
 from training_data import sentences
+from transformers import TrainerCallback
 
 from loretta import InputError, processes
+from loretta.cli.main import main
 from loretta.errors import Stopped
-from loretta.owned import PARTS, find_foreign
+from loretta.locks import hold
+from loretta.owned import PARTS, find_foreign, is_whole
 from loretta.record import RunRecord
+from loretta.training import run
 from loretta.training.config import RunConfig
-from loretta.training.run import train
+from loretta.training.run import train, train_until
 
 pytestmark = pytest.mark.skipif(
     not (hasattr(os, "fork") and dist.is_gloo_available()), reason="needs fork and a torch that was built with gloo"
@@ -112,7 +120,126 @@ def jobs(folder: Path) -> dict[str, Callable[..., RunRecord]]:
     for kind, method, fsdp in CASES:
         config = config_of(folder, kind, method, f"two-{name_of(kind, method, fsdp)}", fsdp=fsdp)
         found[name_of(kind, method, fsdp)] = partial(train, config)
+    for fsdp in (False, True):
+        # begun by two and ended by one, and the other way round
+        config = config_of(folder, "decoder", "rep", f"begun-by-two{fsdp}", fsdp=fsdp)
+        found[f"begun by two {fsdp}"] = partial(paused, config)
+        found[f"begun by one {fsdp}"] = partial(
+            train, config_of(folder, "decoder", "rep", f"begun-by-one{fsdp}", fsdp=fsdp), resume=True
+        )
+    prompted = RunConfig(
+        model=str(folder / "decoder"),
+        data="copa",
+        data_dir=str(folder / "prompted"),
+        method="rep",
+        output=str(folder / "two-prompted"),
+        cpu=True,
+        max_steps=2,
+        batch_size=4,
+        eval_batch_size=2,
+        learning_rate=0.01,
+        logging_steps=1,
+    )
+    found["prompted"] = partial(train, prompted)
+    stop = {"max_steps": 50, "eval_steps": 50}
+    found["signal to the second"] = partial(
+        signalled, config_of(folder, "encoder", "rep", "signal", **stop), on_rank=1, step=3
+    )
+    found["not finite"] = partial(
+        broken, config_of(folder, "encoder", "rep", "broken", max_steps=8, eval_steps=1), on_rank=1
+    )
+    found["not finite, skipped"] = partial(
+        broken, config_of(folder, "encoder", "rep", "skipped", on_nan="skip", logging_steps=4), on_rank=1
+    )
+    found["patience"] = partial(
+        train,
+        config_of(folder, "encoder", "rep", "patience", learning_rate=1e-9, eval_steps=1, max_steps=12, patience=2),
+    )
+    for name, options in REFUSED.items():
+        found[name] = partial(
+            train, config_of(folder, "encoder", **{"method": "rep", "output": f"refused {name}", **options})
+        )
+    found["held"] = partial(held, config_of(folder, "encoder", "rep", "held"))
+    found["other options"] = partial(
+        train, config_of(folder, "encoder", "rep", "two-encoder-rep", learning_rate=0.5), resume=True
+    )
     return found
+
+
+# what several processes cannot do, and a word of the sentence that says so
+REFUSED: dict[str, dict[str, Any]] = {
+    "auto_batch": {"auto_batch": True},
+    "batch_size": {"batch_size": 3, "accumulate": 5},
+    "shared": {"method": "shared", "fsdp": True},
+    "rollback": {"on_nan": "rollback", "fsdp": True},
+    "ft": {"method": "ft", "fsdp": True},
+}
+
+
+def paused(config: RunConfig, say: Callable[[str], None]) -> Any:
+    return train_until(config, 0.5)
+
+
+def held(config: RunConfig, say: Callable[[str], None]) -> RunRecord:
+    """A run in a folder where a third process is."""
+    if processes.is_first():
+        config.folder.mkdir()
+        holder = os.fork()
+        if holder == 0:
+            with hold(config.folder):
+                (config.folder / "ready").touch()
+                time.sleep(120)
+            os._exit(0)
+        while not (config.folder / "ready").exists():
+            time.sleep(0.01)
+    processes.gather(None)
+    try:
+        return train(config, say=say)
+    finally:
+        if processes.is_first():
+            os.kill(holder, signal.SIGKILL)
+            os.waitpid(holder, 0)
+
+
+class OnStep(TrainerCallback):
+    def __init__(self, call: Callable[[Any, int], None]) -> None:
+        self.call = call
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.call(kwargs["model"], state.global_step + 1)
+
+
+def watched(config: RunConfig, say: Callable[[str], None], call: Callable[[Any, int], None]) -> RunRecord:
+    """A run in which ``call`` is made before each step, with the model and the step's number."""
+    make = run.make_trainer
+
+    def with_callback(*args: Any) -> Any:
+        trainer = make(*args)
+        trainer.add_callback(OnStep(call))
+        return trainer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "make_trainer", with_callback)
+        return train(config, say=say)
+
+
+def signalled(config: RunConfig, say: Callable[[str], None], on_rank: int, step: int) -> RunRecord:
+    def kill(model: Any, now: int) -> None:
+        if processes.rank() == on_rank and now == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return watched(config, say, kill)
+
+
+def broken(config: RunConfig, say: Callable[[str], None], on_rank: int) -> RunRecord:
+    """The rows that one process sees in its third step give no loss."""
+
+    def infect(model: Any, now: int) -> None:
+        if now == 3 and processes.rank() == on_rank:
+            layer = model.get_base_model().bert.encoder.layer[0].output.dense
+            handle = layer.register_forward_hook(lambda module, args, output: (handle.remove(), output * math.nan)[1])
+
+    return watched(config, say, infect)
 
 
 def on_one_rank(rank: int, folder: str) -> None:
@@ -125,7 +252,7 @@ def on_one_rank(rank: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
+def folder(tmp_path_factory, prompted) -> Path:
     """Where two processes have trained; with the models, whose steps draw no random numbers, and the data."""
     path = tmp_path_factory.mktemp("processes")
     save_llama(path / "decoder")
@@ -136,6 +263,9 @@ def folder(tmp_path_factory) -> Path:
     for split, part in {"train": rows[:48], "validation": rows[48:]}.items():  # 19 rows, which two do not divide
         with (path / f"{split}.csv").open("w", newline="") as file:
             csv.writer(file).writerows([("text", "label"), *part])
+    shutil.copytree(prompted, path / "prompted")
+    for fsdp in (False, True):
+        train_until(config_of(path, "decoder", "rep", f"begun-by-one{fsdp}"), 0.5)
     mp.start_processes(on_one_rank, (str(path),), nprocs=N, start_method="fork")
     return path
 
@@ -192,3 +322,93 @@ def test_the_first_process_alone_speaks_and_writes(kind, method, fsdp, folder, r
         path.relative_to(expected).as_posix() for path in expected.rglob("*") if "rng_state" not in path.name
     }
     assert find_foreign(folder / f"two-{name}", inside=PARTS) == []
+
+
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_a_run_goes_on_with_another_number_of_processes(fsdp, folder, ranks, alone):
+    expected = alone("decoder", "rep").record
+    assert expected is not None
+    assert ranks[0][f"begun by two {fsdp}"].error is None
+    ended_by_one = train(config_of(folder, "decoder", "rep", f"begun-by-two{fsdp}"), resume=True)
+    ended_by_two = ranks[0][f"begun by one {fsdp}"].record
+    for record in (ended_by_one, ended_by_two):
+        assert record is not None
+        assert_near("losses", losses(record), losses(expected))
+
+
+def test_two_processes_score_the_options_of_a_prompted_task(folder, ranks):
+    two = ranks[0]["prompted"].record
+    assert two is not None, ranks[0]["prompted"].error
+    assert ranks[1]["prompted"].record == two
+    one = train(RunConfig(**{**two.config, "output": str(folder / "one-prompted")}))
+    assert_near("losses", losses(two), losses(one))
+    assert two.validation == pytest.approx(one.validation, rel=1e-5)
+    answers = [(folder / f"{who}-prompted" / "predictions.jsonl").read_text().splitlines() for who in ("two", "one")]
+    for ours, theirs in zip(*answers, strict=True):
+        assert json.loads(ours)["option"] == json.loads(theirs)["option"]
+
+
+def test_a_signal_to_one_process_ends_both_behind_a_checkpoint(folder, ranks):
+    first, second = (results["signal to the second"] for results in ranks)
+    assert first.status == second.status == 128 + signal.SIGTERM
+    assert first.error == second.error
+    assert "--resume" in first.error
+    (checkpoint,) = (folder / "signal" / "checkpoints").glob("checkpoint-*")
+    step = int(checkpoint.name.rpartition("-")[2])
+    assert 3 <= step < 50
+    assert is_whole(checkpoint)
+
+
+def test_a_loss_of_one_process_that_is_not_finite_ends_both(folder, ranks):
+    first, second = (results["not finite"] for results in ranks)
+    assert first.status == second.status == 3
+    assert first.error == second.error
+    assert "at step 3" in first.error
+    steps = {path.name for path in (folder / "broken" / "checkpoints").glob("checkpoint-*")}
+    assert "checkpoint-2" in steps
+    assert "checkpoint-3" not in steps
+
+
+def test_both_skip_the_step_that_is_not_finite_in_one(ranks):
+    first, second = (results["not finite, skipped"] for results in ranks)
+    assert first.record is not None, first.error
+    assert first.record == second.record
+    assert [note for note in first.record.notes if "1 updates were skipped (the first at step 3)" in note]
+
+
+def test_both_lose_their_patience_at_the_same_step(ranks):
+    first, second = (results["patience"] for results in ranks)
+    assert first.record is not None, first.error
+    assert max(point.step for point in first.record.history) < 12
+    assert first.record == second.record
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_several_processes_cannot_do_is_refused_in_all(name, folder, ranks):
+    first, second = (results[name] for results in ranks)
+    assert first.status == second.status == 2
+    assert first.error == second.error
+    assert name in first.error
+    assert not (folder / f"refused {name}").exists()
+
+
+@pytest.mark.parametrize(("name", "words"), [("held", "another process works in"), ("other options", "learning_rate")])
+def test_what_the_first_process_finds_in_the_folder_ends_both(name, words, ranks):
+    first, second = (results[name] for results in ranks)
+    assert first.status == second.status == 2
+    assert first.error == second.error
+    assert words in first.error
+
+
+def test_other_verbs_are_for_one_process(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("sys.argv", ["loretta", "compare", "--model", "x"])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 2
+    assert "'compare' is the work of one process" in capsys.readouterr().err
+
+
+def test_fsdp_is_for_several_processes(folder):
+    with pytest.raises(InputError, match="torchrun"):
+        train(config_of(folder, "encoder", "rep", "fsdp-alone", fsdp=True))

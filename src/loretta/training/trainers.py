@@ -116,8 +116,8 @@ def shared_rows(config: RunConfig) -> tuple[int, int]:
     if config.accumulate % n == 0:
         return config.batch_size, config.accumulate // n
     raise InputError(
-        f"{n} processes cannot share batches of {config.batch_size} rows and {config.accumulate} batches an update: "
-        f"give --batch-size or --accumulate as a multiple of {n}"
+        f"batch_size={config.batch_size} and accumulate={config.accumulate} cannot be shared by {n} processes: give "
+        f"one of them as a multiple of {n}"
     )
 
 

@@ -1,0 +1,392 @@
+"""One GPU beside two: loss curves, seconds per step with DDP and FSDP2, and a model that fits on two alone.
+
+python benchmarks/processes.py --model FOLDER --data-dir FOLDER --out FILE
+
+Parts, each started by torchrun: "losses" trains CoLA through `loretta train`'s own function by one process and by two
+at the same global batch, with DDP, "sharded" with FSDP2; "steps" times a 1B LLaMA of random weights; "large" a 70B one,
+whose weights are made shard by shard, beside its frozen floor. The file is written after each row. Where there is one
+GPU, two processes share it over gloo: that shows that the losses agree, and no time.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from cases import METHODS, SHAPES, Shape
+from peft import get_peft_model
+from timing import about
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
+
+from loretta.training import run as runs
+from loretta.training.config import RunConfig
+
+WARM_UP = 3
+TRAINED = ("rep", "adp", "compact", "lora")
+FLOOR = "floor"
+STEPPED = (FLOOR, "lora q,v", "rep q,v", "adp")
+LARGE = (FLOOR, "lora q,v", "rep q,v")
+
+SHAPES["llama-70b"] = Shape(
+    config=lambda: LlamaConfig(
+        num_hidden_layers=80,
+        hidden_size=8192,
+        intermediate_size=28672,
+        num_attention_heads=64,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        max_position_embeddings=8192,
+        use_cache=False,
+    ),
+    sizes=((1, 2048),),
+)
+Row = dict[str, Any]
+
+
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def wait() -> None:
+    if device() == "cuda":
+        torch.cuda.synchronize()
+
+
+# ---- losses
+
+
+class Pace(TrainerCallback):
+    """Seconds of a step, from the ``first`` one on that counts to the last, without evaluations."""
+
+    def __init__(self, first: int) -> None:
+        self.first, self.begin, self.seconds = first, 0.0, 0.0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step in (self.first, state.max_steps):
+            wait()
+            now = time.perf_counter()
+            if state.global_step == self.first:
+                self.begin = now
+            else:
+                self.seconds = (now - self.begin) / (state.max_steps - self.first)
+
+
+def without_dropout(model: str, folder: Path) -> str:
+    """A copy of a model whose steps draw no random numbers, and agree on any number of processes."""
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def losses(options: argparse.Namespace, keep: Callable[[Row], None], *, sharded: bool = False) -> None:
+    """Train each method on ``options.data`` by the processes that are there."""
+    world = int(os.environ["WORLD_SIZE"])
+    for launch in ("one",) if world == 1 else ("fsdp2",) if sharded else ("ddp",):
+        for method in TRAINED:
+            pace = Pace(first=options.steps // 3)
+            make = runs.make_trainer
+
+            def with_pace(*args: Any, make: Any = make, pace: Pace = pace) -> Any:
+                trainer = make(*args)
+                trainer.add_callback(pace)
+                return trainer
+
+            runs.make_trainer = with_pace
+            config = RunConfig(
+                model=options.plain_model,
+                data=options.data,
+                data_dir=options.data_dir,
+                method=method,
+                output=str(Path(options.work) / f"{launch}-{method}"),
+                max_steps=options.steps,
+                eval_steps=options.steps,
+                batch_size=options.batch_size,
+                logging_steps=1,
+                limit=options.limit,
+                fsdp=launch == "fsdp2",
+            )
+            try:
+                record = runs.train(config, say=lambda line: None)
+            finally:
+                runs.make_trainer = make
+            history = [point.values["loss"] for point in record.history if point.split == "train"]
+            keep(
+                {
+                    "part": "losses",
+                    "launch": launch,
+                    "processes": world,
+                    "method": method,
+                    "seconds_per_step": pace.seconds,
+                    "losses": history,
+                    "validation": record.validation,
+                    "peak_bytes": record.peak_memory_bytes,
+                }
+            )
+
+
+# ---- steps
+
+
+def adapted(shape: str, method: str, *, meta: bool, layers: int | None) -> nn.Module:
+    """A LLaMA of random weights in bfloat16 with an adapter; with ``meta`` its base has no memory yet."""
+    config: Any = SHAPES[shape].config()
+    config.num_hidden_layers = layers or config.num_hidden_layers
+    torch.manual_seed(0)
+    with torch.device("meta" if meta else device()):
+        base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).requires_grad_(False)
+    if meta:  # the angles are computed, and no weights
+        base.model.rotary_emb = type(base.model.rotary_emb)(config=config).to(device())
+        base.gradient_checkpointing_enable({"use_reentrant": False})
+    torch.manual_seed(1)
+    return (base if method == FLOOR else get_peft_model(base, METHODS[method]("CAUSAL_LM"))).train()
+
+
+def sharded(model: nn.Module) -> nn.Module:
+    """Every block on its own, and the rest with the root; what has no memory gets random numbers, shard by shard."""
+    mesh = init_device_mesh(device(), (dist.get_world_size(),))
+    for blocks in [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module) > 1]:
+        for block in blocks:
+            fully_shard(block, mesh=mesh)
+    model = fully_shard(model, mesh=mesh)
+    for module in model.modules():
+        own = list(module.parameters(recurse=False))
+        if any(parameter.is_meta for parameter in own):
+            module.to_empty(device=device(), recurse=False)
+            with torch.no_grad():
+                for parameter in module.parameters(recurse=False):
+                    part = parameter.to_local()
+                    part.fill_(1.0) if "Norm" in type(module).__name__ else part.normal_(0.0, 0.02)
+    return model
+
+
+def seconds_per_step(model: nn.Module, trained: list[nn.Parameter], batch: int, tokens: int, times: int) -> list[float]:
+    """Forward, backward and AdamW, through to a gradient of the inputs: the floor has that too."""
+    config: Any = model.module.config if isinstance(model, DistributedDataParallel) else model.config
+    optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
+    generator = torch.Generator(device()).manual_seed(dist.get_rank() if dist.is_initialized() else 0)
+    shape = (batch, tokens, config.hidden_size)
+    embedded = torch.randn(shape, generator=generator, device=device(), dtype=torch.bfloat16) * 0.02
+    labels = torch.randint(5, config.vocab_size, (batch, tokens), generator=generator, device=device())
+    found = []
+    for _ in range(WARM_UP + times):
+        wait()
+        begin = time.perf_counter()
+        model(inputs_embeds=embedded.detach().requires_grad_(), labels=labels).loss.backward()
+        if optimizer is not None:
+            optimizer.step()
+            optimizer.zero_grad()
+        wait()
+        found.append(time.perf_counter() - begin)
+    return found[WARM_UP:]
+
+
+def timed(options: argparse.Namespace, shape: str, method: str, launch: str, part: str) -> Row:
+    if device() == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    begin = time.perf_counter()
+    model = adapted(shape, method, meta=part == "large", layers=options.layers)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    numbers = sum(parameter.numel() for parameter in trained)
+    if launch == "fsdp2":
+        model = sharded(model)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    elif launch == "ddp" and trained:
+        model = DistributedDataParallel(model, find_unused_parameters=False)
+    batch, tokens = options.size or SHAPES[shape].sizes[0]
+    built = time.perf_counter() - begin
+    seconds = seconds_per_step(model, trained, batch, tokens, options.times)
+    peak = torch.cuda.max_memory_allocated() if device() == "cuda" else 0
+    return {
+        "part": part,
+        "shape": shape,
+        "launch": launch,
+        "method": method,
+        "batch": batch,
+        "tokens": tokens,
+        "trained": numbers,
+        "seconds_per_step": statistics.median(seconds),
+        "seconds": seconds,
+        "peak_bytes": peak,
+        "build_seconds": built,
+    }
+
+
+def steps(options: argparse.Namespace, keep: Callable[[Row], None]) -> None:
+    for launch in ("one",) if int(os.environ["WORLD_SIZE"]) == 1 else ("ddp", "fsdp2"):
+        for method in STEPPED:
+            keep(timed(options, options.small, method, launch, "steps"))
+
+
+def large(options: argparse.Namespace, keep: Callable[[Row], None]) -> None:
+    for method in LARGE:
+        keep(timed(options, options.large, method, "fsdp2", "large"))
+
+
+PARTS: dict[str, Callable[..., None]] = {
+    "losses": losses,
+    "steps": steps,
+    "large": large,
+    "sharded": partial(losses, sharded=True),
+}
+
+# ---- starting them
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """The processes of this launch, for all parts that they do."""
+    if int(os.environ["WORLD_SIZE"]) == 1:
+        yield
+        return
+    if device() == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    each_has_a_gpu = torch.cuda.device_count() >= int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("cpu:gloo,cuda:nccl" if each_has_a_gpu else "gloo")
+    yield
+    dist.destroy_process_group()
+
+
+def work(options: argparse.Namespace) -> None:
+    """In a process of torchrun: the parts that were asked for, each row into a file of its own."""
+
+    def keep(row: Row) -> None:
+        if os.environ["RANK"] == "0":
+            with Path(options.rows).open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+    with joined():
+        for part in options.parts:
+            try:
+                PARTS[part](options, keep)
+            except Exception:  # the next part may do
+                traceback.print_exc()
+
+
+def start(options: argparse.Namespace, processes: int, parts: list[str], gpus: str) -> subprocess.Popen:
+    rows = Path(options.work) / f"rows-{processes}-{'-'.join(parts)}.jsonl"
+    own = {
+        name: getattr(options, name)
+        for name in ("plain_model", "data", "data_dir", "work", "steps", "batch_size", "limit", "small", "large")
+    }
+    words = [word for name, value in own.items() if value is not None for word in (f"--{name}", str(value))]
+    words += ["--times", str(options.times)]
+    words += ["--layers", str(options.layers)] if options.layers else []
+    words += ["--size", *map(str, options.size)] if options.size else []
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "1", "--rdzv-backend", "c10d"),
+        *("--rdzv-endpoint", "localhost:0", "--nproc-per-node", str(processes), __file__),
+        *(*words, "--rows", str(rows), "--parts", *parts),
+    ]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "4"),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if device() == "cuda":
+        environment["CUDA_VISIBLE_DEVICES"] = ",".join(gpus.split(",")[: torch.cuda.device_count()])
+    return subprocess.Popen(command, env=environment)
+
+
+def stopped(processes: list[subprocess.Popen], until: float, after: Callable[[], None]) -> None:
+    """Wait for the processes, at most ``until``, and write what there is every few seconds."""
+    while any(process.poll() is None for process in processes):
+        if time.monotonic() > until:
+            for process in processes:
+                process.terminate()
+        time.sleep(1)
+        after()
+
+
+def summary(rows: list[Row]) -> list[Row]:
+    """The largest difference of each loss curve from that of one process, and its step beside that."""
+    alone = {row["method"]: row for row in rows if row["part"] == "losses" and row["launch"] == "one"}
+    found = []
+    for row in rows:
+        if row["part"] != "losses" or row["launch"] == "one" or row["method"] not in alone:
+            continue
+        one = alone[row["method"]]
+        pairs = list(zip(row["losses"], one["losses"], strict=True))
+        found.append(
+            {
+                "launch": row["launch"],
+                "method": row["method"],
+                "largest_difference": max(abs(a - b) for a, b in pairs),
+                "difference_of_first_20": max(abs(a - b) for a, b in pairs[:20]),
+                "seconds_per_step": row["seconds_per_step"],
+                "of_one_process": one["seconds_per_step"],
+            }
+        )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2")
+    parser.add_argument("--data", default="cola")
+    parser.add_argument("--data-dir", "--data_dir", dest="data_dir")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/processes.json"))
+    parser.add_argument("--seconds", type=float, default=220.0, help="All ends then.")
+    parser.add_argument("--steps", type=int, default=90)
+    parser.add_argument("--batch-size", "--batch_size", dest="batch_size", type=int, default=32)
+    parser.add_argument("--limit", type=int)
+    parser.add_argument("--times", type=int, default=5, help="Steps that are timed.")
+    parser.add_argument("--small", default="llama-1b")
+    parser.add_argument("--large", default="llama-70b")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--size", type=int, nargs=2, metavar=("BATCH", "TOKENS"))
+    parser.add_argument("--parts", nargs="+", default=["losses", "steps", "large", "sharded"], choices=PARTS)
+    parser.add_argument("--plain_model", help=argparse.SUPPRESS)
+    parser.add_argument("--rows", help=argparse.SUPPRESS)
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.rows is not None:
+        work(options)
+        return
+    until = time.monotonic() + options.seconds
+    with tempfile.TemporaryDirectory() as options.work:
+        if "losses" in options.parts:
+            options.plain_model = without_dropout(options.model, Path(options.work) / "model")
+
+        def write() -> None:
+            rows = [json.loads(line) for f in sorted(Path(options.work).glob("rows-*")) for line in f.open()]
+            content = {**about(device(), "bfloat16"), "rows": rows, "summary": summary(rows)}
+            options.out.write_text(json.dumps(content, indent=1) + "\n")
+
+        alone = [part for part in options.parts if part in ("losses", "steps")]
+        # one process of each part, each on a GPU of its own
+        gpus = [str(k % max(1, torch.cuda.device_count())) for k in range(len(alone))]
+        stopped([start(options, 1, [part], gpu) for part, gpu in zip(alone, gpus, strict=True)], until, write)
+        stopped([start(options, 2, options.parts, "0,1")], until, write)
+        write()
+    content = json.loads(options.out.read_text())
+    for row in content["rows"]:
+        print(
+            f"{row['part']:7} {row['launch']:6} {row['method']:9} {1e3 * row['seconds_per_step']:9.1f} ms a step, "
+            f"{row['peak_bytes'] / 2**30:6.1f} GiB"
+        )
+    for row in content["summary"]:
+        print(f"{row['launch']:6} {row['method']:9} losses differ by at most {row['largest_difference']:.1e}")
+
+
+if __name__ == "__main__":
+    main()
