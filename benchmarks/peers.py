@@ -37,26 +37,26 @@ def peer(name: str, method: str, middle: float, targets: Sequence[str] = QUERIES
 
 PEERS = [
     # VeRA: Table 2 trains RoBERTa-base at rank 1024; the small one has PEFT's default
-    peer("VeRA r=256", "vera", 1e-2, r=256),
+    peer("VeRA r=256", "vera", 2e-2, r=256),
     # FourierFT: 1,000 coefficients of each matrix and a scale of 150, PEFT's default
-    peer("FourierFT n=1000", "fourierft", 3e-2, n_frequency=1000, scaling=150.0),
+    peer("FourierFT n=1000", "fourierft", 4e-2, n_frequency=1000, scaling=150.0),
     # Uni-LoRA: 23,040 numbers for rank 4 on RoBERTa-base, which are 15.6 % of the numbers of those matrices
-    peer("Uni-LoRA d=5760", "unilora", 5e-3, r=4, theta_d_length=5760),
+    peer("Uni-LoRA d=5760", "unilora", 1e-2, r=4, theta_d_length=5760),
     # VB-LoRA: 90 vectors of a third of the width, 2 of them in a part of a matrix of rank 4; they learn at a tenth of
     # the rate of the logits that choose them
-    peer("VB-LoRA h=90, b=128", "vblora", 1e-2, r=4, num_vectors=90, vector_length=128, topk=2, factors=SLOW_BANK),
+    peer("VB-LoRA h=90, b=128", "vblora", 6e-2, r=4, num_vectors=90, vector_length=128, topk=2, factors=SLOW_BANK),
     # TinyLoRA: so many numbers that its rank of 16 is used up, as LoRA-XS does
     peer("TinyLoRA r=16, u=256", "tinylora", 3e-3, ALL, r=16, u=256),
     peer("WaveFT n=1000", "waveft", 5e-3, n_frequency=1000),
     peer("RoAd", "road", 5e-3, ALL, variant="road_1"),
-    peer("VeRA r=1024", "vera", 1e-2, r=1024),
-    peer("Uni-LoRA d=23040", "unilora", 5e-3, r=4, theta_d_length=23_040),
+    peer("VeRA r=1024", "vera", 2e-2, r=1024),
+    peer("Uni-LoRA d=23040", "unilora", 1e-2, r=4, theta_d_length=23_040),
     # TinyLoRA: PEFT's default, the paper's rank
     peer("TinyLoRA r=2, u=64", "tinylora", 3e-3, ALL, r=2, u=64),
     # the biases of the values alone
     peer("BEFT", "beft", 3e-3, VALUES),
     # for width 768
-    peer("VB-LoRA h=90, b=256", "vblora", 1e-2, r=4, num_vectors=90, vector_length=256, topk=2, factors=SLOW_BANK),
+    peer("VB-LoRA h=90, b=256", "vblora", 6e-2, r=4, num_vectors=90, vector_length=256, topk=2, factors=SLOW_BANK),
 ]
 GROUPS = {
     "best": [method.name for method in PEERS[:5]],

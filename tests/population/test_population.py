@@ -10,6 +10,7 @@ from packaging import version
 from tolerances import assert_near
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, set_seed
 
 from loretta.errors import InputError
@@ -160,6 +161,45 @@ def test_each_member_equals_its_run_alone(make, method, options, steps):
             if name.endswith("key.bias"):
                 continue  # the softmax of attention takes it out: its gradient is rounding, which Adam enlarges
             assert_near(name, value, model.get_parameter(name))
+
+
+class Crossings(TorchDispatchMode):
+    """Notes each operation that has tensors of two devices, which no step that is recorded on a GPU may have.
+
+    The device is torch's "meta", which has no numbers: what transformers asks of a mask, outside of recordings, is no.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return False
+        result = func(*args, **(kwargs or {}))
+        devices = {x.device for x in tree_leaves((args, kwargs, result)) if isinstance(x, torch.Tensor)}
+        if len(devices) > 1 or "nonzero" in str(func):
+            self.found.append(str(func))
+        return result
+
+
+ON_A_GPU = [("rep", {}), ("shared", {}), ("adp", {})]
+ON_A_GPU += [(case[1], case[2][0]) for case in CASES if type(case) is tuple and case[1].startswith(("peft:", "p"))]
+
+
+@pytest.mark.parametrize(("method", "options"), [case for case in ON_A_GPU if case[0] != "peft:waveft"])
+def test_a_step_needs_nothing_of_the_cpu(method, options, monkeypatch):
+    monkeypatch.setattr(torch.__future__, "get_swap_module_params_on_conversion", lambda: True)  # shared ones stay so
+    skeleton, alone = member(bert, method, options, 0), member(bert, method, options, 1)
+    start = Start.of(alone, skeleton)
+    with Crossings():
+        together = Population(skeleton.to("meta"), [start, start])
+    ids = torch.zeros(2, 7, dtype=torch.long, device="meta")
+    with Crossings() as crossings:
+        together.train()
+        logits = together(input_ids=ids, attention_mask=ids + 1).logits
+        together.backward(logits.sum(1))
+    assert crossings.found == []
 
 
 RELEASED = {method: {} for method in ("rep", "adp", "shared", "lora", "bitfit")}
