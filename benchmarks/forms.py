@@ -42,6 +42,7 @@ from loretta.training.data import load_config_task
 from loretta.training.forms import form_of
 from loretta.training.model import load_tokenizer
 
+TOKENS_AT_ONCE = 250_000  # scored
 LONGEST_PROMPT = 1024  # tokens, of the official rows
 
 PER_RATE = ("held_out", "official", "curve", "train_loss")
@@ -183,6 +184,21 @@ def set_factors(loop: Loop, factors: Mapping[str, float]) -> None:
                 rates[:, where] *= factor
 
 
+def score_widely(loop: Loop) -> None:
+    """Score more rows of each member at once than are trained: small models wait for the CPU otherwise."""
+
+    def evaluate() -> list[dict[str, float]]:
+        tokens = loop.rows["validation"].longest * loop.population.size
+        with mock.patch.object(
+            loop.rules, "batch_size", max(loop.rules.batch_size, min(256, TOKENS_AT_ONCE // tokens))
+        ):
+            return ordinary()
+
+    ordinary = loop.evaluate
+    if loop.kind != "language_modeling":
+        loop.evaluate = evaluate  # type: ignore[method-assign]
+
+
 def trained(configs: Sequence[RunConfig], cell: Cell, args: argparse.Namespace, scratch: Path) -> list[dict[str, Any]]:
     """What is noted of each member of one population."""
     plan = TASKS[cell.task]
@@ -196,6 +212,7 @@ def trained(configs: Sequence[RunConfig], cell: Cell, args: argparse.Namespace, 
     train.longest = min(train.longest, configs[0].max_length)
     train.lengths = torch.full_like(train.lengths, train.longest)
     loop.parts = 1
+    score_widely(loop)
     if cell.method == UNTRAINED:
         for member, scores in zip(loop.members, loop.evaluate(), strict=True):
             member.trainer.state.log_history.append(scores)
