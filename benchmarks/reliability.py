@@ -21,6 +21,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ def measure(
             killed += status == -signal.SIGKILL
             moments.append(moment)
             assert status in (0, -signal.SIGKILL), f"{case} ended with {status} after {moments}"
-            if folder.is_dir():  # what somebody keeps beside a run
+            if (folder / "config.json").is_file():  # what somebody keeps beside a run
                 (note := folder / f"note-{attempt}.bin").write_bytes(draw.randbytes(4096))
                 precious |= files_below(note)
         status, _, _ = run({**options, "output": str(folder)})
@@ -196,6 +197,12 @@ def measure_growth(root: Path, *, adapters: int = 300, steps: int = 4_000) -> di
     slope = float(np.polyfit(second[:, 0], second[:, 1], 1)[0]) * 1_000
     of_adapters = {"adapters": adapters, "adapters_mib": round(sizes[-1] - sizes[adapters // 3], 3)}
     return {**of_adapters, "steps": steps, "mib_per_1000_steps": round(slope, 4)}
+
+
+def subfolder(folder: str, name: str) -> Path:
+    """A new folder in a folder."""
+    (new := Path(folder) / name).mkdir()
+    return new
 
 
 def resident_mib() -> float:
@@ -287,11 +294,25 @@ def main() -> None:
     import loretta
 
     commit = commit_of(ROOT)
-    with tempfile.TemporaryDirectory() as folder:
-        rows = measure(arguments.kills, Path(folder), seed=arguments.seed)
-    with tempfile.TemporaryDirectory() as folder:
-        growth = measure_growth(Path(folder))
-    tried = fuzz(arguments.inputs, arguments.seed)
+    # at once, each in a process of its own
+    with (
+        ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool,
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        fuzzed = pool.submit(fuzz, arguments.inputs, arguments.seed)
+        grown = pool.submit(measure_growth, subfolder(folder, "growth"))
+        halves = [
+            pool.submit(
+                measure,
+                (arguments.kills + k) // 2,
+                subfolder(folder, f"kills{k}"),
+                seed=arguments.seed + k,
+                methods=METHODS[k::2],
+            )
+            for k in range(2)
+        ]
+        rows = [row for half in halves for row in half.result()]
+        growth, tried = grown.result(), fuzzed.result()
     results = {
         "commit": commit,
         "version": loretta.__version__,

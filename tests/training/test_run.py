@@ -112,7 +112,7 @@ def test_heads_and_biases_in_half_precision_are_refused(method, bert, reviews, t
         train(config_for(bert, reviews, tmp_path / "run", method=method, dtype="bfloat16"))
 
 
-@pytest.mark.parametrize("method", ["rep", "adp", "adapters", "lora", "ia3", "prefix"])
+@pytest.mark.parametrize("method", ["rep", "adp", "shared", "adapters", "lora", "prefix"])
 def test_a_language_model_in_half_precision(method, llama, tmp_path):
     (tmp_path / "text.txt").write_text("\n\n".join(text for text, _ in sentences(200)))
     options = {"text": None, "label": None, "method": method, "dtype": "bfloat16", "epochs": 1}

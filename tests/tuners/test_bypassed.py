@@ -9,7 +9,7 @@ from tolerances import assert_near
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from tuners.families import OPTIONS, build, loss_of, natural_task
-from tuners.wrapped import config_for, every_method, own_trains, trained
+from tuners.wrapped import CONFIGS, config_for, every_method, own_trains, trained
 
 from loretta import InputError, get_peft_model
 from loretta.tuners.bypassed import read_only_children
@@ -69,7 +69,7 @@ def test_a_target_that_no_branch_calls_is_refused(target, method):
 @pytest.mark.parametrize("family", OPTIONS)
 def test_no_family_gives_a_false_alarm(family):
     """Its own warnings are errors here. What is neither called nor read has a reason, as the vision tower's."""
-    for method in ("rep", "adp"):
+    for method in CONFIGS:
         base, inputs = build(family)
         # what trains is everything linear, and the head besides
         model = get_peft_model(base, config_for(method, task_type=natural_task(family), target_modules="all-linear"))
