@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from transformers import EvalPrediction
 from transformers.trainer_callback import DefaultFlowCallback, TrainerControl
+from transformers.trainer_utils import PredictionOutput
 
 from loretta.errors import InputError
 from loretta.population.optimizer import MemberAdamW
@@ -127,13 +128,14 @@ class Loop:
         self.device = population.values.device
         tokenizer: Any = first.trainer.processing_class
         cuda_graph = first.config.cuda_graph and self.device.type == "cuda"
-        common: dict[str, Any] = {"on_left": tokenizer.padding_side == "left", "rounded": cuda_graph}
-        common["kind"] = self.kind
-        collator: Any = first.trainer.data_collator
-        self.rows = {
-            split: Rows([member.encoded[split] for member in members], collator, self.device, **common)
-            for split in ("train", "validation")
+        self._of_rows: dict[str, Any] = {
+            "collator": first.trainer.data_collator,
+            "device": self.device,
+            "on_left": tokenizer.padding_side == "left",
+            "rounded": cuda_graph,
+            "kind": self.kind,
         }
+        self.rows = {split: self._rows_of(split) for split in ("train", "validation")}
         tokens = (size or population.size) * rules.batch_size * self.rows["train"].longest
         self.parts = min(MOST_PARTS, max(1, tokens // TOKENS_OF_A_PART.get(self.device.type, 8192)))
         self.optimizer = MemberAdamW(
@@ -152,9 +154,13 @@ class Loop:
         self.loss = population.values.new_zeros(population.size)  # summed since the last log
         self.factor = torch.ones(population.size, 1, dtype=population.values.dtype, device=self.device)
         self.graphs = _Graphs() if cuda_graph else None
+        self.scoring = _Graphs() if cuda_graph else None
         for member in members:
             member.trainer.state.compute_steps(member.trainer.args, rules.steps)
             member.trainer.state.max_steps = rules.steps
+
+    def _rows_of(self, split: str) -> Rows:
+        return Rows([member.encoded[split] for member in self.members], **self._of_rows)
 
     def tensors(self) -> dict[str, Tensor]:
         """What changes in a training, a row for each member."""
@@ -271,11 +277,28 @@ class Loop:
         since = [e for e in state.log_history if "eval_loss" in e and e["step"] > (state.best_global_step or 0)]
         return patience is not None and len(since) >= patience
 
-    @torch.no_grad()
     def evaluate(self) -> list[dict[str, float]]:
         """The scores of each member on its validation split, by the Trainer's names."""
-        size, rows = self.population.size, self.rows["validation"]
-        n = len(self.members[0].encoded["validation"])
+        return [output.metrics or {} for output in self._score("validation", self.rows["validation"], "eval")]
+
+    @torch.no_grad()
+    def answers(self, split: str) -> list[PredictionOutput]:
+        """What each member's Trainer would predict for a split with the values that the member keeps."""
+        keeps_best = [bool(member.trainer.state.best_global_step) for member in self.members]
+        now, best = self.population.values.clone(), torch.tensor(keeps_best, device=self.device)[:, None]
+        rows = self.rows.get(split) or self._rows_of(split)
+        with nullcontext() if self.scoring is None else Recorder.stream():
+            self.population.values.copy_(torch.where(best, self.best, now))
+            try:
+                return self._score(split, rows, split)
+            finally:
+                self.population.values.copy_(now)
+
+    @torch.no_grad()
+    def _score(self, split: str, rows: Rows, prefix: str) -> list[PredictionOutput]:
+        """Logits of each member, none in language modelling, and its scores by names that begin with ``prefix``."""
+        size = self.population.size
+        n = len(self.members[0].encoded[split])
         logits, losses = [], []
         self.population.eval()
         # like lengths beside each other, and as many rows at once as in a step, whose memory is there
@@ -283,8 +306,8 @@ class Loop:
         for chunk in order.split(min(self.rules.batch_size, self.args.per_device_eval_batch_size)):
             inputs = rows.batch(chunk.expand(size, -1))
             labels = inputs.pop("labels")
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
-                found = self.population(**inputs).logits
+            # a recorded pass writes its result to the same place each time
+            found = self._logits(inputs) if self.scoring is None else self.scoring.replay(inputs, self._logits).clone()
             losses.append(torch.stack(row_losses(found, labels, self.kind)).view(2, size, -1))
             if self.kind != "language_modeling":
                 logits.append(found.float().view(size, len(chunk), -1))
@@ -292,14 +315,23 @@ class Loop:
         back = order.argsort().to(self.device)
         sums, counts = torch.cat(losses, 2)[:, :, back]
         means = mean_of_batches(sums, counts, self.args.per_device_eval_batch_size).tolist()
-        scores = [{"eval_loss": mean} for mean in means]
         together = torch.cat(logits, 1)[:, back].cpu().numpy() if logits else None
-        for k, member in enumerate(self.members if together is not None else ()):
-            compute: Any = member.trainer.compute_metrics
-            labels_of = np.asarray(member.encoded["validation"]["labels"])
-            found = compute(EvalPrediction(predictions=together[k], label_ids=labels_of))  # type: ignore[index]
-            scores[k] |= {f"eval_{name}": float(value) for name, value in found.items()}
-        return scores
+        outputs = []
+        for k, member in enumerate(self.members):
+            scores: dict[str, float] = {f"{prefix}_loss": means[k]}
+            predictions: Any = None
+            gold: Any = None
+            if together is not None:
+                compute: Any = member.trainer.compute_metrics
+                predictions, gold = together[k], np.asarray(member.encoded[split]["labels"])
+                found = compute(EvalPrediction(predictions=predictions, label_ids=gold))
+                scores |= {f"{prefix}_{name}": float(value) for name, value in found.items()}
+            outputs.append(PredictionOutput(predictions=predictions, label_ids=gold, metrics=scores))
+        return outputs
+
+    def _logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
+            return self.population(**inputs).logits
 
     def _say(self, scores: Sequence[Mapping[str, float]]) -> None:
         name = str(self.args.metric_for_best_model).removeprefix("eval_")

@@ -1,6 +1,5 @@
 """What a finished training leaves in its folder: the best adapter, the predictions, the record and the card."""
 
-import copy
 import dataclasses
 import platform
 import shlex
@@ -175,9 +174,13 @@ def write_result(
 
 def save_tokenizer(trainer: TwoRateTrainer, config: RunConfig, folder: Path) -> None:
     """Beside the adapter, so that a pipeline needs nothing but the folder; it cuts where the training did."""
-    tokenizer = copy.deepcopy(cast(PreTrainedTokenizerBase, trainer.processing_class))
+    tokenizer = cast(PreTrainedTokenizerBase, trainer.processing_class)
+    length = tokenizer.model_max_length
     tokenizer.model_max_length = config.max_length
-    tokenizer.save_pretrained(str(folder))
+    try:
+        tokenizer.save_pretrained(str(folder))
+    finally:
+        tokenizer.model_max_length = length
 
 
 def versions() -> dict[str, str]:

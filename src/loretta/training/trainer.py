@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_pt_utils import get_length_grouped_indices
+from transformers.trainer_utils import PredictionOutput
 
 from loretta import processes
 from loretta.memory import is_out_of_memory
@@ -120,6 +121,7 @@ class TwoRateTrainer(WholeCheckpointsTrainer):
         self.optimizer: torch.optim.Optimizer | None
         self.head_learning_rate = head_learning_rate
         self.lengths = lengths
+        self.known: Mapping[str, PredictionOutput] = {}  # by split: what a population has answered for all its members
         self.stopwatch = Stopwatch()
         self.add_callback(self.stopwatch)
         self.finite = FiniteSteps(self, on_nan)
@@ -128,6 +130,12 @@ class TwoRateTrainer(WholeCheckpointsTrainer):
         if self._learns_prompt():
             # the Trainer would divide by the labels it sees, and behind a prompt the first one is predicted too
             self.model_accepts_loss_kwargs = False
+
+    def predict(
+        self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
+    ) -> PredictionOutput:
+        """As the Trainer does, unless the answers to a split are known."""
+        return self.known.get(metric_key_prefix) or super().predict(test_dataset, ignore_keys, metric_key_prefix)
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """As the Trainer does, but from the last checkpoint on, or from the start, when an attempt has to be repeated.

@@ -10,6 +10,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,8 @@ from loretta.version import __version__
 from loretta.wording import printable
 
 if TYPE_CHECKING:
+    from jinja2 import Template
+
     from loretta.record import RunRecord  # pydantic is not to be imported with every `import loretta`
 
 README = "README.md"
@@ -109,13 +112,9 @@ def _harmless(value: object) -> object:
 
 
 def _render(config: Mapping[str, Any], base: str | None, folder: Path, **about_run: Any) -> str:
-    from jinja2 import Environment, StrictUndefined  # only here: `import loretta` stays light
-
     shapes = saved_shapes(folder)
-    environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, finalize=_harmless)
-    template = resources.files("loretta.tuners").joinpath("card.md.j2").read_text(encoding="utf-8")
     return (
-        environment.from_string(template)
+        _template()
         .render(
             config=config,
             method=config["peft_type"].removeprefix("LORETTA_").lower(),
@@ -132,6 +131,14 @@ def _render(config: Mapping[str, Any], base: str | None, folder: Path, **about_r
     )
 
 
+@cache
+def _template() -> "Template":
+    from jinja2 import Environment, StrictUndefined  # only here: `import loretta` stays light
+
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, finalize=_harmless)
+    return environment.from_string(resources.files("loretta.tuners").joinpath("card.md.j2").read_text(encoding="utf-8"))
+
+
 def _insert(text: str, ours: str, title: str) -> str:
     """``text`` with our part in it: in the place of an older one that nobody edited, of placeholders, or at the end."""
     text = "\n".join(text.strip().splitlines())
@@ -139,12 +146,18 @@ def _insert(text: str, ours: str, title: str) -> str:
     if older := _OURS.search(text):
         if _digest(older[2]) == older[1]:
             text = text[: older.start()] + marked + text[older.end() :]
-    elif _lines_of(text) == _lines_of(ModelCard.from_template(ModelCardData()).text):
+    elif _lines_of(text) == _lines_of(_placeholders()):
         versions = [line for line in text.splitlines() if line.startswith("- PEFT ")]
         text = "\n\n".join([f"# {title}", marked, *(["### Framework versions", *versions] if versions else [])])
     else:
         text = f"{text}\n\n{marked}"
     return f"\n{text}\n"
+
+
+@cache
+def _placeholders() -> str:
+    """What the Hub's library writes where nobody has described an adapter."""
+    return ModelCard.from_template(ModelCardData()).text
 
 
 def _digest(text: str) -> str:
