@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from test_run import config_for
-from transformers import TrainerCallback, set_seed
+from transformers import TrainerCallback, TrainerState, set_seed
+from tuners.wrapped import wrap
 
 from loretta import AdaptiveRanks
 from loretta.errors import InputError
@@ -144,11 +145,32 @@ def test_a_run_that_is_stopped_early_ends_within_its_budget(bert, reviews, tmp_p
     assert stopped.parameters.trainable <= 2200
 
 
+def test_the_best_checkpoint_is_one_of_the_final_ranks(bert, reviews, tmp_path):
+    """All evaluations are alike here, of which the first would be the best one."""
+    record = train(adaptive(bert, reviews, tmp_path / "run", eval_steps=5, learning_rate=1e-9))
+    assert record.best_step >= 15  # of 30; the last cuts are behind steps 15 and 18
+
+
 def test_the_budget_may_be_bytes(bert, reviews, tmp_path):
     record = train(adaptive(bert, reviews, tmp_path / "run", budget="9kB", epochs=1))
     tensors = saved(adaptive(bert, reviews, tmp_path / "run"))[1]
     assert 7000 < 4 * sum(tensor.numel() for tensor in tensors.values()) <= 9000
     assert record.parameters.trainable <= 2250
+
+
+def test_ranks_and_means_come_from_the_checkpoint():
+    model = wrap("bert", "rep")[0]
+    callback = AdaptiveRanks("4k")
+    callback.on_train_begin(None, TrainerState(), None, model=model)
+    wide = dict(callback.trains.ranks)
+    saved = {"ranks": {name: 1 + k % 2 for k, name in enumerate(wide)}, "masses": callback.trains.masses()}
+    again = AdaptiveRanks("4k")
+    state = TrainerState(global_step=10, stateful_callbacks={"AdaptiveRanks": {"args": {}, "attributes": saved}})
+    again.on_train_begin(None, state, None, model=model)
+    assert set(wide.values()) == {3}
+    assert again.state()["attributes"] == saved
+    again.on_train_begin(None, TrainerState(stateful_callbacks=state.stateful_callbacks), None, model=model)
+    assert again.state()["attributes"] == {"ranks": wide, "masses": {}}  # from the start again
 
 
 @pytest.mark.parametrize(

@@ -142,6 +142,43 @@ def test_the_best_ranks_within_a_budget_are_found():
         allot(masses, sizes, 14)
 
 
+class Two(torch.nn.Module):
+    """Two layers side by side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = torch.nn.Linear(12, 10, bias=False), torch.nn.Linear(12, 10, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.a(x), self.b(x)], dim=-1)
+
+
+def test_rank_moves_to_the_layer_that_needs_it():
+    """The targets differ from the base by a change of rank 3 in one layer and of rank 1 in the other."""
+    draw = seeded(7)
+    base, x = Two(), torch.randn(64, 12, generator=draw)
+    with torch.no_grad():
+        target = copy.deepcopy(base)
+        for layer, rank in ((target.a, 3), (target.b, 1)):
+            layer.weight += torch.randn(10, rank, generator=draw) @ torch.randn(rank, 12, generator=draw)
+        y = target(x)
+    options = {"r": 4, "tensor_rank": 4, "modes_per_side": 1, "lora_alpha": 4, "train_norms": False}
+    model = get_peft_model(base, LorettaRepConfig(target_modules=["a", "b"], **options))
+    ranked = RankedTrains(model)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=3e-2)
+    budget = ranked.sizes()["a"][2] + ranked.sizes()["b"][0]
+    for step in range(400):
+        if step == 150:
+            forget(optimizer, ranked.lower(allot(ranked.masses(), ranked.sizes(), budget)))
+        optimizer.zero_grad()
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        optimizer.step()
+    assert ranked.ranks == {"a": 3, "b": 1}
+    assert ranked.n_params() == budget
+    assert loss < 1e-4 * y.square().mean()  # nothing was lost that was needed
+
+
 def test_an_untrained_adapter_is_cut_and_still_changes_nothing_and_learns():
     model, inputs = build("bert", "SEQ_CLS", **WIDE)
     model = get_peft_model(model, LorettaRepConfig(task_type="SEQ_CLS", train_head="frozen", **FORMS["compact"])).eval()
