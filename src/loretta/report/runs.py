@@ -99,7 +99,7 @@ def answer_tables(record: RunRecord) -> list[Table]:
             )
         )
     if answers.mistakes:
-        size = "distance" if record.kind == "regression" else "probability"
+        size = {"regression": "distance", "token_classification": "share wrong"}.get(record.kind, "probability")
         rows = [
             Row(heads=(mistake.text,), cells=[Cell(mistake.gold), Cell(mistake.answer), Cell(f"{mistake.size:.4f}")])
             for mistake in answers.mistakes

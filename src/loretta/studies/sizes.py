@@ -198,7 +198,8 @@ def _size(sizes: str, method: str, options: str, dtype: str, task_type: str, n_l
         trained, saved = plan.trainable, plan.saved
     else:
         with torch.device("meta"):
-            kind = "classification" if task_type == "SEQ_CLS" else "language_modeling"
+            kinds = {"SEQ_CLS": "classification", "TOKEN_CLS": "token_classification"}
+            kind = kinds.get(task_type, "language_modeling")
             trained = saved = sum(trainable_by_kind(wrap(base, method, kind, args, head_policy)).values())
     return Size(
         trained=trained,

@@ -11,6 +11,7 @@ from loretta.tasks.base import KINDS, Kind, Task
 from loretta.tasks.files import load_table, load_text
 from loretta.tasks.read import ENDINGS_IN_WORDS, TEXT_ENDINGS
 from loretta.tasks.sources import Source, column_names, ending, find_files, is_hub_id, load_hub, names_files
+from loretta.tasks.tokens import load_tokens, tags_of
 from loretta.tasks.turns import FORMS_IN_WORDS, load_turns, turns_of
 from loretta.wording import listed, nearest, quoted
 
@@ -97,6 +98,9 @@ def load_task(
     if kind in ("chat", "completion") or (label is None and text is None and kind is None and turns_of(columns)):
         _refuse(options, {"--text", "--text-pair", "--label"}, f"'{data}', which is read by its columns")
         return load_turns(path, kind=kind, **more)
+    if kind == "token_classification" or (kind is None and label is None and text is None and tags_of(columns)):
+        _refuse(options, {"--text-pair"}, f"'{data}', which has tokens and tags")
+        return load_tokens(path, tokens=text, tags=label, **more)
     if label is None:
         raise InputError(
             f"'{data}' needs labels: give --label COLUMN, one of {listed(columns)}, "

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from loretta.errors import InputError
 from loretta.tasks.base import Kind, Task
 from loretta.tasks.labels import LabelScheme, decide, doubts
+from loretta.tasks.multi_label import LabelSets, decide_sets, label_columns, read_sets
 from loretta.tasks.read import TEXT_ENDINGS
 from loretta.tasks.sources import HubSplit, Source, column_names, ending, place, read_columns, read_documents
 from loretta.tasks.split import hold_out, text_key
@@ -24,6 +25,7 @@ METRICS: dict[Kind, tuple[str, ...]] = {
     "classification": ("accuracy", "macro_f1"),
     "regression": ("spearman", "pearson", "mse"),
     "language_modeling": ("perplexity",),
+    "multi_label": ("micro_f1", "macro_f1", "accuracy"),
 }
 
 
@@ -32,7 +34,7 @@ class Part:
     """Rows for one split: as many texts as labels, or no labels at all."""
 
     texts: list[tuple[str, ...]]
-    labels: list[int] | list[float] | None
+    labels: list[Any] | None  # class ids, scores, or a list of 0 and 1 each
 
     def rows(self, numbers: Sequence[int]) -> "Part":
         labels: Any = None if self.labels is None else [self.labels[row] for row in numbers]
@@ -59,6 +61,9 @@ def load_table(
 ) -> Task:
     """A labelled CSV, TSV, JSON Lines (each also gzipped) or Parquet file.
 
+    ``label`` is a column of labels, of lists of them, or several columns of 0 and 1 with commas between their names;
+    the last two give several labels a row.
+
     Without a validation file, 20% of the rows are held out by ``seed``, in each class alike; rows with the
     same texts stay on one side. How labels are read: :func:`loretta.tasks.labels.decide`.
 
@@ -69,19 +74,26 @@ def load_table(
     if kind == "language_modeling":
         raise InputError(f"kind 'language_modeling' has no labels, got the column {quoted(label)}: drop one of the two")
     text_columns = (text,) if text_pair is None else (text, text_pair)
-    if len(set(names := (*text_columns, label))) < len(names):
+    labels = label_columns(label, column_names(path)) if "," in label else (label,)
+    if len(set(names := (*text_columns, *labels))) < len(names):
         double = next(name for name, count in Counter(names).items() if count > 1)
         raise InputError(
             f"column {quoted(double)} is given twice: the text, its pair and the label are different columns"
         )
 
-    texts, cells = _read_rows(path, text_columns, label)
-    scheme = decide(cells, kind=kind, column=label, path=path)
+    several = kind == "multi_label" or len(labels) > 1 or _holds_lists(path, label)
+    if several and kind not in (None, "multi_label"):
+        raise InputError(f"{quoted(label)} of '{path}' holds several labels a row, and kind is {kind!r}: leave it out")
+    texts, cells = _read_rows(path, text_columns, labels, several)
+    scheme: LabelScheme | LabelSets = (
+        decide_sets(cells, column=label, path=path) if several else decide(cells, kind=kind, column=label, path=path)
+    )
     train = Part(texts, scheme.encode(cells, path))
 
     notes: list[str] = []
-    counts = Counter(train.labels or ())
-    odd = doubts(scheme.names, [counts[at] for at in range(len(scheme.names))])
+    counts = Counter(name for cell in cells for name in cell) if several else Counter(map(str, train.labels or ()))
+    found = [counts[name if several else str(at)] for at, name in enumerate(scheme.names)]
+    odd = doubts(scheme.names, found)
     if validation_path is None:
         kept, held = hold_out(train.texts, _strata(scheme, train), share=TABLE_SHARE, seed=seed)
         if not held:
@@ -99,9 +111,9 @@ def load_table(
             shown = listed(scheme.names[int(at)] for at in sorted(lost))
             notes.append(f"too few different texts to hold any out: validation has no rows of class {shown}")
     else:
-        validation = _labelled(validation_path, text_columns, scheme)
+        validation = _labelled(validation_path, text_columns, labels, scheme)
         notes += _overlap(train, validation, "validation")
-    test = None if test_path is None else _labelled(test_path, text_columns, scheme)
+    test = None if test_path is None else _labelled(test_path, text_columns, labels, scheme)
     if test is not None:
         notes += _overlap(train, test, "test")
 
@@ -177,14 +189,25 @@ def _documents(path: Source, text: str | None) -> Part:
     return Part([(cell,) for cell in _texts(read_columns(path, (name,))[name], name, path)], None)
 
 
-def _labelled(path: Source, text_columns: Sequence[str], scheme: LabelScheme) -> Part:
-    texts, cells = _read_rows(path, text_columns, scheme.column)
+def _labelled(
+    path: Source, text_columns: Sequence[str], labels: Sequence[str], scheme: LabelScheme | LabelSets
+) -> Part:
+    texts, cells = _read_rows(path, text_columns, labels, isinstance(scheme, LabelSets))
     return Part(texts, scheme.encode(cells, path))
 
 
-def _read_rows(path: Source, text_columns: Sequence[str], label: str) -> tuple[list[tuple[str, ...]], list[Any]]:
-    columns = read_columns(path, (*text_columns, label))
+def _holds_lists(path: Source, label: str) -> bool:
+    return isinstance(read_columns(path, (label,))[label][0], list)
+
+
+def _read_rows(
+    path: Source, text_columns: Sequence[str], labels: Sequence[str], several: bool
+) -> tuple[list[tuple[str, ...]], list[Any]]:
+    columns = read_columns(path, (*text_columns, *labels))
     texts = [_texts(columns[name], name, path) for name in text_columns]
+    if several:
+        return list(zip(*texts, strict=True)), read_sets(path, labels)
+    (label,) = labels
     _refuse_missing(columns[label], label, path)
     for at, cell in enumerate(columns[label]):
         if isinstance(cell, list | dict | bytes):
@@ -225,7 +248,7 @@ def _is_missing(cell: Any) -> bool:
     )
 
 
-def _strata(scheme: LabelScheme, part: Part) -> list[Any]:
+def _strata(scheme: LabelScheme | LabelSets, part: Part) -> list[Any]:
     return list(part.labels or ()) if scheme.classes else [None] * len(part.texts)
 
 

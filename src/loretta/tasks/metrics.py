@@ -12,11 +12,14 @@ from loretta.wording import listed, nearest, quoted
 
 # "perplexity" is exp(loss): the trainer has the loss, so it is only a reserved name here
 LOWER_IS_BETTER = ("mse", "perplexity")
+# of sequences of tags: of_entities
+OF_ENTITIES = ("entity_f1", "entity_precision", "entity_recall")
 
 
 def compute(names: Sequence[str], predictions: ArrayLike, references: ArrayLike) -> dict[str, float]:
-    """Score predictions of shape (rows,) against references of shape (rows,).
+    """Score predictions of shape (rows,) against references of shape (rows,); several labels have (rows, labels).
 
+    Several labels, of 0 and 1, have ``micro_f1``, ``macro_f1`` and ``accuracy`` (all labels of a row are right).
     ``accuracy``, ``f1`` (two classes, class 1 is the positive one), ``macro_f1`` and ``mcc`` take class ids;
     ``spearman``, ``pearson`` and ``mse`` take scores. All are plain fractions or coefficients, not percent.
 
@@ -32,9 +35,10 @@ def compute(names: Sequence[str], predictions: ArrayLike, references: ArrayLike)
     for name in names:
         if name not in _COMPUTE:
             higher_is_better(name)  # an unknown name is refused there
-            raise InputError(f"metric {quoted(name)} comes from the loss: compute() cannot tell it from predictions")
+            source = "entities" if name in OF_ENTITIES else "the loss"
+            raise InputError(f"metric {quoted(name)} comes from {source}: compute() cannot tell it from predictions")
     predicted, expected = np.asarray(predictions), np.asarray(references)
-    if predicted.shape != expected.shape or predicted.ndim != 1 or not len(predicted):
+    if predicted.shape != expected.shape or predicted.ndim not in (1, 2) or not len(predicted):
         raise InputError(
             f"metrics need two lists of the same length with at least one row, "
             f"got shapes {predicted.shape} and {expected.shape}"
@@ -42,9 +46,20 @@ def compute(names: Sequence[str], predictions: ArrayLike, references: ArrayLike)
     return {name: float(_COMPUTE[name](predicted, expected)) for name in names}
 
 
+def of_entities(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """F1, precision and recall of entities in rows of tags (B-PER, I-PER, O): kind, first and last token must be right.
+
+    Source: seqeval, whose default scores as the CoNLL-2000 script does.
+    """
+    from seqeval.metrics import f1_score, precision_score, recall_score
+
+    scores = zip(OF_ENTITIES, (f1_score, precision_score, recall_score), strict=True)
+    return {name: float(score(list(references), list(predictions), zero_division=0)) for name, score in scores}
+
+
 def higher_is_better(name: str) -> bool:
     """Whether a larger value of the metric is the better one. Raises InputError for an unknown metric."""
-    if name not in (*_COMPUTE, *LOWER_IS_BETTER):
+    if name not in (*_COMPUTE, *LOWER_IS_BETTER, *OF_ENTITIES):
         names = (*_COMPUTE, "perplexity")
         raise InputError(f"unknown metric {quoted(name)}{nearest(name, names)}: give one of {listed(names)}")
     return name not in LOWER_IS_BETTER
@@ -76,6 +91,12 @@ def _macro_f1(predicted: NDArray, expected: NDArray) -> float:
     from sklearn.metrics import f1_score
 
     return f1_score(expected, predicted, average="macro", zero_division=0.0)
+
+
+def _micro_f1(predicted: NDArray, expected: NDArray) -> float:
+    from sklearn.metrics import f1_score
+
+    return f1_score(expected, predicted, average="micro", zero_division=0.0)
 
 
 def _mcc(predicted: NDArray, expected: NDArray) -> float:
@@ -125,6 +146,7 @@ _COMPUTE: dict[str, Callable[[NDArray, NDArray], float]] = {
     "accuracy": _accuracy,
     "f1": _f1,
     "macro_f1": _macro_f1,
+    "micro_f1": _micro_f1,
     "mcc": _mcc,
     "spearman": _spearman,
     "pearson": _pearson,

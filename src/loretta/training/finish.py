@@ -26,7 +26,7 @@ from loretta.training.checkpoints import DISK_STATUS
 from loretta.training.config import RunConfig
 from loretta.training.folder import ADAPTER, PREDICTIONS, RECORD, Place
 from loretta.training.forms import form_of
-from loretta.training.model import Trained
+from loretta.training.model import TASK_TYPES, Trained
 from loretta.training.prompted import PromptedTrainer
 from loretta.training.scores import named_values
 from loretta.training.trainer import TwoRateTrainer
@@ -126,7 +126,7 @@ def write_result(
 ) -> RunRecord:
     """Write the files of a finished run into an empty folder."""
     model, form = cast(Trained, trainer.model), form_of(task.kind)
-    if (own := loretta_config(model)) is not None and task.label_names:
+    if (own := loretta_config(model)) is not None and TASK_TYPES[task.kind] != "CAUSAL_LM":
         own.label_names = list(task.label_names)
     model.save_pretrained(str(folder / ADAPTER), state_dict=weights)
     save_tokenizer(trainer, config, folder / ADAPTER)

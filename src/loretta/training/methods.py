@@ -238,6 +238,8 @@ def _misfit(config: PeftConfig, model: nn.Module) -> str | None:
             "its head reads the last token before the padding, and behind a prompt of embeddings it does not see where "
             "that begins; try prefix"
         )
+    if config.task_type == "TOKEN_CLS" and isinstance(config, PromptTuningConfig | PromptEncoderConfig):
+        return "its head reads every token, which a prompt of embeddings moves to other places; try prefix"
     return None
 
 

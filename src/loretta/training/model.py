@@ -28,6 +28,8 @@ TASK_TYPES = {
     "language_modeling": "CAUSAL_LM",
     "choice": "CAUSAL_LM",
     "generation": "CAUSAL_LM",
+    "multi_label": "SEQ_CLS",
+    "token_classification": "TOKEN_CLS",
     "chat": "CAUSAL_LM",
     "completion": "CAUSAL_LM",
 }
@@ -64,11 +66,13 @@ def load_base(
     wanted: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     if quantize is not None:
         wanted |= quantized_loading(quantize, task_type=TASK_TYPES[kind], dtype=dtype, cpu=cpu)
-    if TASK_TYPES[kind] == "SEQ_CLS":
+    if TASK_TYPES[kind] != "CAUSAL_LM":
         wanted["num_labels"] = max(1, len(label_names))
         if kind == "regression":
             wanted["problem_type"] = "regression"
         else:
+            if kind == "multi_label":
+                wanted["problem_type"] = "multi_label_classification"
             wanted["id2label"] = dict(enumerate(label_names))
             wanted["label2id"] = {name: k for k, name in enumerate(label_names)}
     try:

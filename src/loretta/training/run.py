@@ -152,7 +152,7 @@ def _prepare(
     check_loss(config, task)
     tokenizer = load_tokenizer(config.model)
     encoded = encode_splits(config, task, tokenizer)
-    if TASK_TYPES[task.kind] == "SEQ_CLS":  # a head keeps what it started from
+    if TASK_TYPES[task.kind] != "CAUSAL_LM":  # a head keeps what it started from
         processes.load_in_each()
     set_seed(config.seed)
     model, bf16 = prepare_model(config, task, tokenizer)

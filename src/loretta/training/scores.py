@@ -19,6 +19,8 @@ def score_logits(task: Task, logits: np.ndarray, labels: Sequence[Any] | np.ndar
     """
     if not np.isfinite(logits).all():
         return dict.fromkeys(task.metrics, math.nan)
+    if task.kind == "multi_label":
+        return metrics.compute(task.metrics, logits > 0, np.asarray(labels) > 0.5)
     predicted = logits[:, 0] if task.kind == "regression" else logits.argmax(-1)
     return metrics.compute(task.metrics, predicted, labels)
 

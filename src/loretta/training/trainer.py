@@ -22,7 +22,7 @@ from transformers.trainer_utils import PredictionOutput
 
 from loretta import processes
 from loretta.memory import is_out_of_memory
-from loretta.training.batches import stop_workers
+from loretta.training.batches import IGNORED, stop_workers
 from loretta.training.checkpoints import WholeCheckpointsTrainer, find_checkpoint
 from loretta.training.finite import FiniteSteps, RollBack
 from loretta.tuners.task_types import is_final_layer
@@ -215,8 +215,9 @@ class TwoRateTrainer(WholeCheckpointsTrainer):
         """As the Trainer does, which believes that every model divides by the number of labels in an update."""
         found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         if self.loss_is_mean and num_items_in_batch is not None:
-            share = inputs["labels"].numel() / num_items_in_batch
-            found = (found[0] * share, found[1]) if return_outputs else found * share
+            own = inputs["labels"].ne(IGNORED).sum()  # as the Trainer counts the items of the update
+            scaled = (found[0] if return_outputs else found) * own / num_items_in_batch
+            found = (scaled, found[1]) if return_outputs else scaled
         return found
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:

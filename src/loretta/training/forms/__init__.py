@@ -5,8 +5,10 @@ from types import MappingProxyType
 
 from loretta.training.forms.base import Form, Recipe
 from loretta.training.forms.labels import Labels
+from loretta.training.forms.multi_label import MultiLabel
 from loretta.training.forms.prompts import Prompts
 from loretta.training.forms.text import Text
+from loretta.training.forms.tokens import Tokens
 from loretta.training.forms.turns import Turns
 
 __all__ = ["FORMS", "Form", "Recipe", "form_of"]
@@ -16,6 +18,8 @@ FORMS: Mapping[str, Form] = MappingProxyType(
         "classification": Labels(),
         "regression": Labels(),
         "language_modeling": Text(),
+        "multi_label": MultiLabel(),
+        "token_classification": Tokens(),
         "chat": Turns(),
         "completion": Turns(),
         "choice": Prompts(),

@@ -1,5 +1,6 @@
 """What a run asks of a kind of task: its examples, its trainer, its answers."""
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,3 +83,15 @@ class Form(Protocol):
         self, run: LoadedRun, asked: Sequence[Sequence[Any]], *, all_probabilities: bool, go_on: Any
     ) -> list[dict[str, Any]]:
         """An answer for each example of :meth:`asked`."""
+
+
+def evaluate_again(form: Form, run: LoadedRun, task: Any, split: str, make_trainer: MakeTrainer) -> dict[str, float]:
+    """What the trainer of a form says of a split, with a run that was loaded again."""
+    rows = form.encode(run.config, task, run.tokenizer, split)
+    of_training = {"cpu": run.model.device.type == "cpu", "tensorboard": False, "report_to": None, "packing": False}
+    config = run.config.model_copy(update=of_training)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = make_trainer(
+            config, task, run.model, run.tokenizer, {"train": rows, "validation": rows}, Path(folder)
+        )
+        return trainer.evaluate()

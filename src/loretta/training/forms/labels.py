@@ -198,13 +198,14 @@ def _logits_of(run: LoadedRun, columns: Sequence[list[str]]) -> Tensor:
     return logits.float().cpu()
 
 
-def _shown(task: Task, split: str) -> list[str]:
+def shown_texts(task: Task, split: str) -> list[str]:
+    """The texts of each row as a reader is shown them."""
     data = getattr(task, split)
     return [" | ".join(words)[:LONGEST] for words in zip(*(data[column] for column in task.columns), strict=True)]
 
 
 def _of_scores(task: Task, split: str, rows: Sequence[Mapping[str, Any]]) -> Answers:
-    texts, mean = _shown(task, split), float(np.mean(task.train["label"]))
+    texts, mean = shown_texts(task, split), float(np.mean(task.train["label"]))
     errors = [abs(row["score"] - row["gold"]) for row in rows]
     return Answers(
         split=split,
@@ -220,7 +221,7 @@ def _of_scores(task: Task, split: str, rows: Sequence[Mapping[str, Any]]) -> Ans
 
 
 def _of_classes(task: Task, split: str, rows: Sequence[Mapping[str, Any]]) -> Answers:
-    texts, golds = _shown(task, split), list(getattr(task, split)["label"])
+    texts, golds = shown_texts(task, split), list(getattr(task, split)["label"])
     most = Counter(task.train["label"]).most_common(1)[0][0]
     wrong = [k for k, row in enumerate(rows) if row["label"] != row["gold"]]
     found = Counter(row["label"] for row in rows)

@@ -1,7 +1,6 @@
 """Conversations and completions: TRL tokenizes them and trains what the model has to answer."""
 
 import importlib.util
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from loretta.record import Answers
 from loretta.tasks.base import Task
 from loretta.tasks.turns import asked_of, key_of
 from loretta.training.config import RunConfig
-from loretta.training.forms.base import MakeTrainer, Recipe
+from loretta.training.forms.base import MakeTrainer, Recipe, evaluate_again
 from loretta.training.forms.text import base_scores
 from loretta.training.loaded import LoadedRun
 from loretta.training.methods import virtual_tokens
@@ -197,18 +196,6 @@ def without_bars() -> Iterator[None]:
     finally:
         if not were_hidden:
             enable_progress_bars()
-
-
-def evaluate_again(form: Any, run: LoadedRun, task: Task, split: str, make_trainer: MakeTrainer) -> dict[str, float]:
-    """What the trainer of a form says of a split, with a run that was loaded again."""
-    rows = form.encode(run.config, task, run.tokenizer, split)
-    of_training = {"cpu": run.model.device.type == "cpu", "tensorboard": False, "report_to": None, "packing": False}
-    config = run.config.model_copy(update=of_training)
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(
-            config, task, run.model, run.tokenizer, {"train": rows, "validation": rows}, Path(folder)
-        )
-        return trainer.evaluate()
 
 
 def one_answer_each(messages: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:

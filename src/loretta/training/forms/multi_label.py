@@ -1,0 +1,112 @@
+"""Several labels for a text or a pair, each there or not: binary cross-entropy over all of them."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from loretta.record import Answers, Mistake
+from loretta.tasks import metrics
+from loretta.tasks.base import Task
+from loretta.training.forms.labels import (
+    MISTAKES,
+    Labels,
+    asked_rows,
+    finite,
+    logits_of_texts,
+    refuse_other_columns,
+    shown_texts,
+)
+from loretta.training.loaded import LoadedRun
+from loretta.training.scores import logits_of, named_values
+from loretta.training.trainer import TwoRateTrainer
+
+
+class MultiLabel(Labels):
+    """A label is answered where its probability is above one half."""
+
+    def counts(self, task: Task) -> dict[str, list[int]]:
+        splits = {
+            split: data for split in ("train", "validation", "test") if (data := getattr(task, split)) is not None
+        }
+        return {split: np.array(data["label"]).sum(0).astype(int).tolist() for split, data in splits.items()}
+
+    def answer(
+        self, task: Task, trainer: TwoRateTrainer, encoded: Mapping[str, Any], split: str
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        output = trainer.predict(encoded[split], metric_key_prefix=split)
+        rows = set_rows(torch.as_tensor(logits_of(output.predictions)), task.label_names, all_of_them=True)
+        data = getattr(task, split)
+        golds = [[name for name, there in zip(task.label_names, row, strict=True) if there] for row in data["label"]]
+        answered = [
+            {**a, "gold": gold, **row} for a, gold, row in zip(asked_rows(task, data), golds, rows, strict=True)
+        ]
+        return named_values(output.metrics or {}, task, f"{split}_"), answered
+
+    def describe(
+        self, task: Task, trainer: TwoRateTrainer, encoded: Mapping[str, Any], split: str, rows: list[dict[str, Any]]
+    ) -> Answers | None:
+        names, texts = task.label_names, shown_texts(task, split)
+        # the labels that a constant answer scores best with, on the rows that are known
+        train, golds = np.array(task.train["label"]), np.array(getattr(task, split)["label"])
+        order = (-train.mean(0)).argsort(kind="stable")
+        most = max(range(1, len(names) + 1), key=lambda n: _score(task, order[:n], train)[task.metrics[0]])
+        constant = ", ".join(map(repr, sorted(names[k] for k in order[:most])))
+        wrong = [_worst(row, names) for row in rows]
+        answers = Counter(", ".join(row["labels"]) for row in rows)
+        return Answers(
+            split=split,
+            rows=len(rows),
+            constant=f"{constant} for every row, the best such answer on train,",
+            baseline=_score(task, order[:most], golds),
+            only=next(iter(answers)) if len(answers) == 1 else None,
+            mistakes=[
+                Mistake(
+                    text=texts[k], gold=", ".join(rows[k]["gold"]), answer=", ".join(rows[k]["labels"]), size=wrong[k]
+                )
+                for k in sorted(range(len(rows)), key=lambda k: -wrong[k])[:MISTAKES]
+                if wrong[k] > 0
+            ],
+        )
+
+    def predict(
+        self, run: LoadedRun, asked: Sequence[Sequence[Any]], *, all_probabilities: bool, go_on: Any
+    ) -> list[dict[str, Any]]:
+        refuse_other_columns(run, asked)
+        return [
+            row
+            for logits in logits_of_texts(run, asked)
+            for row in set_rows(logits, run.record.label_names, all_of_them=all_probabilities)
+        ]
+
+
+def set_rows(logits: torch.Tensor, names: Sequence[str], *, all_of_them: bool) -> list[dict[str, Any]]:
+    """(B, labels) logits -> the "labels" above one half; ``all_of_them`` adds "probability_NAME" of every label."""
+    return [
+        {
+            "labels": [name for name, p in zip(names, row, strict=True) if p > 0.5],
+            **({f"probability_{name}": p for name, p in zip(names, row, strict=True)} if all_of_them else {}),
+        }
+        for row in logits.float().sigmoid().tolist()
+    ]
+
+
+def _score(task: Task, labels: Any, golds: np.ndarray) -> dict[str, float]:
+    constant = np.zeros_like(golds)
+    constant[:, labels] = 1
+    return metrics.compute(task.metrics, constant, golds)
+
+
+def _worst(row: Mapping[str, Any], names: Sequence[str]) -> float:
+    """The probability of the surest wrong answer about a label of a row; 0 where none is wrong."""
+    sure = {name: finite(row[f"probability_{name}"]) for name in names}
+    return max(
+        (
+            p if name in row["labels"] else 1 - p
+            for name, p in sure.items()
+            if (name in row["labels"]) != (name in row["gold"])
+        ),
+        default=0.0,
+    )

@@ -1,0 +1,220 @@
+"""A tag for each token of a row: names of people and places, parts of speech."""
+
+import importlib.util
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from transformers import DataCollatorForTokenClassification, PreTrainedTokenizerBase
+
+from loretta.errors import InputError
+from loretta.record import Answers, Mistake
+from loretta.tasks import metrics
+from loretta.tasks.base import Task
+from loretta.tasks.split import text_key
+from loretta.tasks.tokens import ENTITY_METRICS
+from loretta.training.config import RunConfig
+from loretta.training.forms.base import MakeTrainer, Recipe, evaluate_again
+from loretta.training.forms.labels import LONGEST, MISTAKES, confusion, count_classes, cut_words
+from loretta.training.loaded import LoadedRun
+from loretta.training.scores import logits_of, named_values
+from loretta.training.trainer import TwoRateTrainer
+from loretta.wording import listed, quoted
+
+IGNORED = -100
+MOST_IN_CONFUSION = 40  # tags: a larger matrix cannot be read
+
+
+class Tokens:
+    """The first piece of a token has its tag, its other pieces none. Pieces behind ``max_length`` are not scored."""
+
+    unit, chosen_by = "rows", "metric"
+
+    def encode(self, config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, split: str) -> Dataset:
+        if task.metrics == ENTITY_METRICS and importlib.util.find_spec("seqeval") is None:
+            raise InputError(
+                f"the entities of '{task.name}' are scored by seqeval, which is not installed: "
+                "pip install 'loretta-peft[seqeval]'"
+            )
+        data = getattr(task, split)
+        found = tokenize(tokenizer, data["tokens"][:], config.max_length)
+        words = [found.word_ids(k) for k in range(len(data))]
+        labels = [first_pieces(row, tags) for row, tags in zip(words, data["tags"], strict=True)]
+        # the Trainer leaves "words" out of a batch
+        return Dataset.from_dict({**found, "labels": labels, "words": words})
+
+    def lengths(
+        self, config: RunConfig, task: Task, encoded: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+    ) -> list[str]:
+        return [cut_words(*self._cut(config, task, encoded, tokenizer), config.max_length)]
+
+    def _cut(
+        self, config: RunConfig, task: Task, encoded: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[int, int]:
+        cut = total = 0
+        for split, examples in encoded.items():
+            total += len(examples)
+            full = [row for row, ids in enumerate(examples["input_ids"]) if len(ids) >= config.max_length]
+            if full:
+                whole = tokenize(tokenizer, getattr(task, split).select(full)["tokens"][:], None)
+                cut += sum(len(ids) > config.max_length for ids in whole["input_ids"])
+        return cut, total
+
+    def notes(self, config: RunConfig, encoded: Mapping[str, Any]) -> list[str]:
+        return []
+
+    def recipe(
+        self, config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, encoded: Mapping[str, Any]
+    ) -> Recipe:
+        def compute(prediction: Any) -> dict[str, float]:
+            return score_tags(task, logits_of(prediction.predictions), prediction.label_ids)
+
+        options = {
+            "data_collator": DataCollatorForTokenClassification(tokenizer),
+            "compute_metrics": compute,
+            "loss_is_mean": True,
+            "lengths": [len(ids) for ids in encoded["train"]["input_ids"]],
+        }
+        return Recipe(trainer=TwoRateTrainer, options=options)
+
+    def counts(self, task: Task) -> dict[str, list[int]]:
+        return count_classes(task, lambda data: [tag for row in data["tags"] for tag in row])
+
+    def texts(self, task: Task, split: str) -> list[tuple[str, ...]]:
+        return [text_key(tuple(words)) for words in getattr(task, split)["tokens"]]
+
+    def answer(
+        self, task: Task, trainer: TwoRateTrainer, encoded: Mapping[str, Any], split: str
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        output = trainer.predict(encoded[split], metric_key_prefix=split)
+        data, names = getattr(task, split), task.label_names
+        best = logits_of(output.predictions).argmax(-1)
+        rows = [
+            {
+                "text": " ".join(tokens),
+                "gold": [names[tag] for tag in gold],
+                "tags": tags_of_words(words, tags, len(tokens), names),
+            }
+            for tokens, gold, words, tags in zip(
+                data["tokens"], data["tags"], encoded[split]["words"], best, strict=True
+            )
+        ]
+        return named_values(output.metrics or {}, task, f"{split}_"), rows
+
+    def describe(
+        self, task: Task, trainer: TwoRateTrainer, encoded: Mapping[str, Any], split: str, rows: list[dict[str, Any]]
+    ) -> Answers | None:
+        names = task.label_names
+        most = Counter(tag for row in task.train["tags"] for tag in row).most_common(1)[0][0]
+        golds = [[tag for tag in row if tag != IGNORED] for row in encoded[split]["labels"]]
+        pairs = [
+            [(gold, tag) for gold, tag in zip(row["gold"], row["tags"], strict=True) if tag is not None] for row in rows
+        ]
+        wrong = [sum(gold != tag for gold, tag in row) / max(1, len(row)) for row in pairs]
+        found = {tag for row in pairs for _, tag in row}
+        return Answers(
+            split=split,
+            rows=len(rows),
+            constant=f"{names[most]!r}, the most frequent tag of train,",
+            baseline=score_sequences(task, [[most] * len(row) for row in golds], golds),
+            confusion=[]
+            if len(names) > MOST_IN_CONFUSION
+            else confusion(names, [gold for row in pairs for gold, _ in row], [tag for row in pairs for _, tag in row]),
+            only=found.pop() if len(found) == 1 else None,
+            mistakes=[
+                Mistake(
+                    text=rows[k]["text"][:LONGEST],
+                    gold=" ".join(gold for gold, _ in pairs[k])[:LONGEST],
+                    answer=" ".join(tag for _, tag in pairs[k])[:LONGEST],
+                    size=wrong[k],
+                )
+                for k in sorted(range(len(rows)), key=lambda k: -wrong[k])[:MISTAKES]
+                if wrong[k] > 0
+            ],
+        )
+
+    def evaluate(self, run: LoadedRun, task: Task, split: str, make_trainer: MakeTrainer) -> dict[str, float]:
+        return named_values(evaluate_again(self, run, task, split, make_trainer), task, "eval_")
+
+    def asked(self, config: RunConfig, columns: Mapping[str, list[Any]], file: Path) -> list[list[Any]]:
+        name = config.text or "tokens"
+        if name not in columns:
+            raise InputError(f"'{file}' has no column {quoted(name)}: its columns are {listed(columns)}")
+        for row, cell in enumerate(columns[name], start=1):
+            if not cell or not (isinstance(cell, str) or all(isinstance(word, str) for word in cell)):
+                raise InputError(f"row {row} of '{file}', column {quoted(name)}: {quoted(cell)} is no list of tokens")
+        return [columns[name]]
+
+    @torch.inference_mode()
+    def predict(
+        self, run: LoadedRun, asked: Sequence[Sequence[Any]], *, all_probabilities: bool, go_on: Any
+    ) -> list[dict[str, Any]]:
+        if all_probabilities:
+            raise InputError("the run gives one tag for each token: leave --probabilities out")
+        rows, size = [], run.config.eval_batch_size
+        texts = [cell.split() if isinstance(cell, str) else list(cell) for cell in asked[0]]
+        for start in range(0, len(texts), size):
+            batch = texts[start : start + size]
+            found = tokenize(run.tokenizer, batch, run.config.max_length, padding=True, return_tensors="pt")
+            best = run.model(**found.to(run.model.device)).logits.argmax(-1).tolist()
+            for k, words in enumerate(batch):
+                tags = tags_of_words(found.word_ids(k), best[k], len(words), run.record.label_names)
+                given = asked[0][start + k]
+                rows.append({**({"tokens": words} if isinstance(given, str) else {}), "tags": tags})
+        return rows
+
+
+def tokenize(tokenizer: Any, rows: Sequence[Sequence[str]], max_length: int | None, **options: Any) -> Any:
+    """Rows of tokens as pieces; a token after another one is read as after a blank."""
+    if getattr(tokenizer, "add_prefix_space", True) is False:
+        # GPT-2's and RoBERTa's tokenizers refuse lists of tokens otherwise
+        tokenizer.add_prefix_space = tokenizer.backend_tokenizer.pre_tokenizer.add_prefix_space = True
+    return tokenizer(
+        [list(row) for row in rows],
+        is_split_into_words=True,
+        truncation=max_length is not None,
+        max_length=max_length,
+        verbose=False,
+        **options,
+    )
+
+
+def first_pieces(words: Sequence[int | None], tags: Sequence[int]) -> list[int]:
+    """The tag of each token at its first piece, and elsewhere what the loss leaves out."""
+    before = [None, *words[:-1]]
+    return [IGNORED if word is None or word == last else tags[word] for word, last in zip(words, before, strict=True)]
+
+
+def tags_of_words(words: Sequence[int | None], best: Sequence[int], n_words: int, names: Sequence[str]) -> list[Any]:
+    """The tag at the first piece of each token; None for a token that was cut off or has no piece."""
+    first: dict[int, int] = {}
+    for at, word in enumerate(words):
+        if word is not None:
+            first.setdefault(word, at)
+    return [names[int(best[first[word]])] if word in first else None for word in range(n_words)]
+
+
+def score_tags(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """The scores of (rows, pieces, tags) logits; all are NaN where one logit of a tag is not finite."""
+    wanted = labels != IGNORED
+    if not np.isfinite(logits[wanted]).all():
+        return dict.fromkeys(task.metrics, np.nan)
+    best = logits.argmax(-1)
+    rows = zip(best, labels, wanted, strict=True)
+    pairs = [(tags[at].tolist(), golds[at].tolist()) for tags, golds, at in rows]
+    return score_sequences(task, [tags for tags, _ in pairs], [golds for _, golds in pairs])
+
+
+def score_sequences(task: Task, tags: Sequence[Sequence[int]], golds: Sequence[Sequence[int]]) -> dict[str, float]:
+    """The task's metrics of the tags of each row: of entities by seqeval, of tokens as of classes."""
+    flat = [[tag for row in rows for tag in row] for rows in (tags, golds)]
+    by_token = [name for name in task.metrics if not name.startswith("entity_")]
+    values = metrics.compute(by_token, *flat)
+    if len(by_token) == len(task.metrics):
+        return values
+    words = [[[task.label_names[tag] for tag in row] for row in rows] for rows in (tags, golds)]
+    return {**metrics.of_entities(*words), **values}
