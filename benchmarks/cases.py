@@ -14,7 +14,7 @@ from transformers import (
     RobertaConfig,
 )
 
-from loretta import LorettaAdpConfig, LorettaRepConfig
+from loretta import LorettaAdpConfig, LorettaRepConfig, LorettaSharedConfig
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +60,13 @@ SHAPES = {
     "stories260k": Shape(config=lambda: _llama(5, 64, 172, 8, 4, 512), sizes=((16, 64), (32, 128))),
     # for trying the scripts where there is no GPU
     "tiny": Shape(config=lambda: _llama(2, 64, 128, 4, 2, 256), sizes=((1, 16), (2, 32))),
+    "tiny-bert": Shape(
+        config=lambda: BertConfig(
+            hidden_size=64, num_hidden_layers=12, num_attention_heads=4, intermediate_size=128, vocab_size=256
+        ),
+        sizes=((2, 8), (8, 32)),
+        task_type="SEQ_CLS",
+    ),
 }
 
 # rep and adp without norms: what LoRA is compared with; "norms" are LoRETTA's defaults
@@ -71,6 +78,8 @@ METHODS: dict[str, Callable[[str], PeftConfig]] = {
     "adp mlp": lambda task: LorettaAdpConfig(task_type=task, train_norms=False, placement="mlp"),
     "rep q,v norms": lambda task: LorettaRepConfig(task_type=task),
     "adp norms": lambda task: LorettaAdpConfig(task_type=task),
+    "compact": lambda task: LorettaRepConfig.compact(task_type=task, train_norms=False),
+    "shared": lambda task: LorettaSharedConfig(task_type=task, train_norms=False),
 }
 
 

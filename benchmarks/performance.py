@@ -199,6 +199,21 @@ def summary_table() -> str:
     return table("mode | target | rows that hit it | the worst row", lines, numbers_from=4) if lines else NOT_MEASURED
 
 
+def launches_table() -> str:
+    """What an eager step costs the CPU for each adapted module and once a step, above the floor, before and now."""
+    rows = results("launches")
+    lines = []
+    for row in rows:
+        cells = [row["shape"], row["dtype"], row["method"], row["when"], f"{row['tensors per module']:.2f}"]
+        for kind in ("kernels", "views", "nodes", "python calls"):
+            passes = [row[f"{name} {kind}"] for name in ("forward", "backward") if f"{name} {kind}" in row]
+            each, once = (sum(found[what] for found in passes) for what in ("module", "step"))
+            cells.append(f"{each:g} + {once:g}")
+        lines.append(cells)
+    head = "model | dtype | method | code | trained tensors | kernels | views | autograd nodes | Python calls"
+    return table(head, lines, numbers_from=4) if rows else NOT_MEASURED
+
+
 # Everything else
 
 
@@ -353,6 +368,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "llama-1b": step_table("llama-1b"),
     "roberta-base": step_table("roberta-base"),
     "contraction": contraction_table,
+    "launches": launches_table,
     "profile": profile_table,
     "kernels": kernel_table,
     "growth": growth_table,

@@ -1,5 +1,8 @@
 """Time of a training step against the frozen floor, in one process: eager, compiled, or as one CUDA graph.
 
+"compile" is torch.compile as it is, "reduce-overhead" its mode with CUDA graphs of its own. Each row is written when it
+is measured, and nothing new is begun once the budget is spent.
+
 The floor is the frozen base, forward and backward with only the gradient of its input. A method's step is forward,
 backward and a fused AdamW. Prints a table and writes JSON.
 
@@ -23,6 +26,7 @@ from loretta.tuners.contraction import Contraction
 FLOOR = "floor"
 # the joint contraction of a method's trains alone, forward and backward: part of the method's time
 ALONE = " contraction"
+COMPILED = {"compile": None, "reduce-overhead": "reduce-overhead"}
 
 
 def step_of(model: nn.Module, batch: dict[str, torch.Tensor], call) -> tuple:
@@ -66,7 +70,7 @@ def measure(base: nn.Module, args, method: str, mode: str, size: tuple[int, int]
         torch.cuda.reset_peak_memory_stats()
         weights = torch.cuda.memory_allocated()
     model = base if method.startswith(FLOOR) else wrap(base, method.removesuffix(ALONE), args.shape)
-    call = torch.compile(model, dynamic=False) if mode == "compile" else model
+    call = torch.compile(model, dynamic=False, mode=COMPILED[mode]) if mode in COMPILED else model
     if method.endswith(ALONE):
         step, trained = contraction_of(model)
     else:
@@ -89,7 +93,7 @@ def measure(base: nn.Module, args, method: str, mode: str, size: tuple[int, int]
     del run, step, call
     if model is not base:
         model.unload()
-    if mode == "compile":
+    if mode in COMPILED:
         torch._dynamo.reset()
     return row
 
@@ -104,10 +108,12 @@ def main() -> None:
     )
     parser.add_argument("--modes", default="eager,graph")
     parser.add_argument("--steps", type=int, default=15)
+    parser.add_argument("--budget", type=float, default=3600, help="seconds after which nothing new is begun")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
+    begin = time.monotonic()
     given = [tuple(map(int, size.split("x"))) for size in args.sizes.split(",")] if args.sizes else None
     sizes = given or SHAPES[args.shape].sizes
     methods = [name.replace("q+v", "q,v") for name in args.methods.split(",")]
@@ -125,6 +131,9 @@ def main() -> None:
             floor = None
             # the floor once more at the end shows how far the machine itself moved
             for method in [FLOOR, *methods, f"{FLOOR} again"]:
+                if time.monotonic() - begin > args.budget:
+                    print(f"not measured, the budget is spent: {mode} {size[0]}x{size[1]} {method}", flush=True)
+                    continue
                 try:
                     row = measure(base, args, method, mode, size)
                 except RuntimeError as error:  # out of memory too
@@ -139,7 +148,7 @@ def main() -> None:
                     f"[{row['min']:.2f}, {row['max']:.2f}] x{row['ratio']:.3f} {peak} ({row['setup_s']:.0f} s)",
                     flush=True,
                 )
-            args.out.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
+                args.out.write_text(json.dumps({**head, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -102,7 +102,11 @@ BY_OWNER = {
         "_forward_pre_hooks": PRESENT,
         "_is_replica": PRESENT,
         "_modules": PRESENT,
+        "_parameters": PRESENT,
         "_save_to_state_dict": "(self, destination, prefix, keep_vars)",
+    },
+    "torch.nn.modules.module": {
+        "_has_any_global_hook": "()",
     },
     "torch.utils.data.dataloader.DataLoader": {
         "_iterator": PRESENT,
@@ -160,6 +164,7 @@ OWNERS = {
     "_backward_pre_hooks": "torch.nn.modules.module.Module",
     "_eval_dataloaders": "transformers.trainer.Trainer",
     "_modules": "torch.nn.modules.module.Module",
+    "_parameters": "torch.nn.modules.module.Module",
     "_forward_hooks": "torch.nn.modules.module.Module",
     "_forward_hooks_always_called": "torch.nn.modules.module.Module",
     "_forward_pre_hooks": "torch.nn.modules.module.Module",

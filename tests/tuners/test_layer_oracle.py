@@ -17,6 +17,7 @@ from tuners.families import build, randomise
 from tuners.wrapped import config_for, every_method, own_trains, shared_by_hand
 
 from loretta import get_peft_model
+from loretta.layers import fused
 from loretta.layers.trains import Cores
 from loretta.tuners.layer import LorettaLayer
 
@@ -135,6 +136,29 @@ def test_adp_is_a_bottleneck_with_biases(size, where, init_weights, kind, non_li
     x = randn(2, 3, size[0], seed=5).requires_grad_()
     ref = adapted(dense_base(layer, x)) if where == "after" else dense_base(layer, adapted(x))
     compare(model(x), ref, x, model)
+
+
+@every_size
+@pytest.mark.parametrize("where", ["after", "before"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_adp_with_each_train_as_one_matrix(size, where, bias, monkeypatch):
+    """As on a GPU outside of recorded graphs; see `fused.one_matrix_pays`."""
+    monkeypatch.setattr(fused, "one_matrix_pays", lambda _: True)
+    options = {"insert_before": ["lin"]} if where == "before" else {}
+    model, layer = wrapped("adp", size, train_bias=bias, bottleneck_size=12, scaling=0.3, **options)
+    assert [len(factors) for factors in layer.contracted("default")] == [3]
+    down_Hb, up_bH = trains(layer, "adp")
+    biases = layer.loretta_adp_bias["default"] if bias else {"down": 0, "up": 0}
+
+    def adapted(y: Tensor) -> Tensor:
+        return y + 0.3 * (torch.relu(y @ down_Hb + biases["down"]) @ up_bH + biases["up"])
+
+    x = randn(2, 3, size[0], seed=5).requires_grad_()
+    ref = adapted(dense_base(layer, x)) if where == "after" else dense_base(layer, adapted(x))
+    compare(model(x), ref, x, model)
+    assert_near("the layer alone", layer(x), ref)
+    with torch.no_grad():
+        assert_near("without gradients", model(x), ref)
 
 
 # Scaling

@@ -21,18 +21,30 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 # Below this size an eager step waits for the CPU, and a Triton launch takes more CPU time than a plain product (H200)
-MANY_NUMBERS = 2**23
+MANY_NUMBERS = 2**24
 
 
 def pays(x_BI: Tensor) -> bool:
     """Whether the fused functions beat their plain twins on ``x``: on a GPU, if captured or large."""
-    if not x_BI.is_cuda or x_BI.dtype not in (torch.bfloat16, torch.float16) or torch.compiler.is_compiling():
+    if not x_BI.is_cuda or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         return False
-    if not torch.is_grad_enabled() or torch.is_autocast_enabled("cuda") or not has_triton():
+    if x_BI.dtype not in (torch.bfloat16, torch.float16) or not (x_BI.numel() >= MANY_NUMBERS or in_graph()):
         return False
-    # graphs are captured on a stream of their own, after a warm-up there that compiles the kernels
-    in_graph = torch.cuda.current_stream() != torch.cuda.default_stream()
-    return x_BI.numel() >= MANY_NUMBERS or in_graph
+    return not torch.is_autocast_enabled("cuda") and has_triton()
+
+
+def one_matrix_pays(like: Tensor) -> bool:
+    """Whether a bottleneck takes each of its trains as the one matrix that the train spells.
+
+    Two products are then left of four, and five of eight in the backward pass. They do more arithmetic, which a GPU
+    has to spare beside its launches, and a CPU has not; in recorded graphs the kernels here do better.
+    """
+    return like.is_cuda and (torch.compiler.is_compiling() or not (torch.is_grad_enabled() and in_graph()))
+
+
+def in_graph() -> bool:
+    """Whether a step is recorded as a CUDA graph, or warmed up for it: that is done on a stream of its own."""
+    return torch.cuda.is_initialized() and torch.cuda.current_stream().cuda_stream != 0
 
 
 @cache

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from loretta import tt
 from loretta.layers.trains import Cores, halves, own_precision
+from loretta.tt.ops import product
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,7 +150,7 @@ def shared_factors(parts: Parts, seats: Sequence[Seat]) -> tuple[Tensor, Tensor]
     right_RO = parts.right[seats[0].right]
     with own_precision(right_RO):
         layers_MRR = _chosen(parts.layers, [seat.layer for seat in seats])
-        inner_MRR = layers_MRR @ _chosen(parts.projections, [seat.projection for seat in seats])
+        inner_MRR = product(layers_MRR, _chosen(parts.projections, [seat.projection for seat in seats]))
         # one product for all modules: their right side is the same
         b_MRO = (inner_MRR.flatten(-3, -2) @ right_RO).unflatten(-2, (len(seats), -1))
     return parts.left[seats[0].left], b_MRO

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from loretta import tt
+from loretta.tt.ops import product
 
 
 class _Parametrizations(nn.ModuleDict):
@@ -189,18 +190,18 @@ def update_factors(down: tuple[Tensor, Tensor], up: tuple[Tensor, Tensor]) -> tu
     inner_down, bottleneck, inner_up = left_IC.shape[-1], mid_Cb.shape[-1], mid_bD.shape[-1]
     with own_precision(left_IC):
         if bottleneck < min(inner_down, inner_up):
-            return left_IC @ mid_Cb, mid_bD @ right_DO
-        mid_CD = mid_Cb @ mid_bD
+            return product(left_IC, mid_Cb), product(mid_bD, right_DO)
+        mid_CD = product(mid_Cb, mid_bD)
         if inner_down <= inner_up:
-            return left_IC, mid_CD @ right_DO
-        return left_IC @ mid_CD, right_DO
+            return left_IC, product(mid_CD, right_DO)
+        return product(left_IC, mid_CD), right_DO
 
 
 def add_update(y_BO: Tensor, x_BI: Tensor, a_IR: Tensor, b_RO: Tensor) -> Tensor:
     """``y + (x A) B`` on matrices of one dtype, written into y: y must be new, and no gradient may need it."""
     inner_BR = x_BI @ a_IR
     # a compiler works in place by itself; under vmap over adapters one y has no room for the results of all
-    if torch.compiler.is_compiling() or any(is_functorch_wrapped_tensor(t) for t in (inner_BR, b_RO)):
+    if torch.compiler.is_compiling() or is_functorch_wrapped_tensor(inner_BR) or is_functorch_wrapped_tensor(b_RO):
         return torch.addmm(y_BO, inner_BR, b_RO)
     return y_BO.addmm_(inner_BR, b_RO)
 
@@ -216,6 +217,30 @@ def fold_bias(left_IC: Tensor, right_CO: Tensor, bias_O: Tensor) -> tuple[Tensor
     one_C = left_IC.new_zeros(*left_IC.shape[:-2], left_IC.shape[-1])
     one_C[..., inner] = 1
     return one_C, left_IC, right_CO
+
+
+def one_matrix_each(
+    down: tuple[Tensor, Tensor], up: tuple[Tensor, Tensor], bias_b: Tensor | None, bias_O: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``relu(x L M + bias) N U + bias`` as ``relu(x D^T + bias) U``: the bias (b), D (b, I) and U (b, O).
+
+    A ReLU leaves a one as it is: with it in the first bias, the last bias is one more row of U, and costs no kernel.
+    b is padded by zeros to a multiple of 8.
+    """
+    (left_IC, mid_Cb), (mid_bD, right_DO) = down, up
+    lead, bottleneck, ones = mid_Cb.shape[:-2], mid_Cb.shape[-1], int(bias_O is not None)
+    padding = -(bottleneck + ones) % 8 + ones
+    with own_precision(left_IC):
+        tail = mid_bD.new_zeros(padding, mid_bD.shape[-1] + ones)
+        if bias_O is not None:
+            tail[0, -1] = 1
+            right_DO = torch.cat([right_DO, bias_O[..., None, :].to(right_DO.dtype)], dim=-2)
+        mid_bD = torch.cat([nn.functional.pad(mid_bD, (0, ones)), tail.expand(*lead, -1, -1)], dim=-2)
+        down_bI = product(nn.functional.pad(mid_Cb, (0, padding)).mT, left_IC.mT)
+        up_bO = product(mid_bD, right_DO)
+    first_b = left_IC.new_zeros(*lead, bottleneck) if bias_b is None else bias_b.to(left_IC.dtype)
+    last = tail[:, -1].expand(*lead, -1) if ones else left_IC.new_zeros(*lead, padding)
+    return torch.cat([first_b, last], dim=-1), down_bI, up_bO
 
 
 def arranged(left_IC: Tensor, right_CO: Tensor) -> tuple[Tensor, Tensor]:

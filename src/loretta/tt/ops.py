@@ -27,8 +27,9 @@ def split_cores(values: Tensor, shape: TTShape) -> list[Tensor]:
     Dimensions before the last stay in front of each core: ``values`` of shape (modules, n_params) gives the cores
     of as many trains, stacked.
     """
-    parts = values.split([math.prod(core) for core in shape.cores], dim=-1)
-    return [part.unflatten(-1, core) for part, core in zip(parts, shape.cores, strict=True)]
+    parts = values.split_with_sizes([math.prod(core) for core in shape.cores], dim=-1)
+    lead = values.shape[:-1]
+    return [part.view(*lead, *core) for part, core in zip(parts, shape.cores, strict=True)]
 
 
 def halves(cores: Cores, shape: TTShape) -> tuple[Tensor, Tensor]:
@@ -54,7 +55,9 @@ def halves(cores: Cores, shape: TTShape) -> tuple[Tensor, Tensor]:
             # the core goes left: its columns are (a, b, s), of which (b, s) index the inner side
             left_IC = (left_NR @ core_RabS.flatten(-3)).unflatten(-1, (split, -1)).flatten(-3, -2)
             right_CO = _kron(_eye(mode // split, core_RnS), right_SN)
-    return left_IC[..., : shape.in_features, :], right_CO[..., : shape.out_features]
+    if shape.padded_in > shape.in_features:
+        left_IC = left_IC[..., : shape.in_features, :]
+    return left_IC, right_CO[..., : shape.out_features] if shape.padded_out > shape.out_features else right_CO
 
 
 def matrix(cores: Cores, shape: TTShape) -> Tensor:
@@ -181,9 +184,11 @@ def _fold_left(cores: Cores, like: Tensor) -> Tensor:
     """(N, S): the first cores multiplied together, their modes as one index. Their first rank is 1."""
     if not cores:  # this side of the matrix has size 1
         return like.new_ones(1, 1)
-    out_NR = cores[0].flatten(-3, -2)
+    lead = cores[0].shape[:-3]
+    out_NR = _as(cores[0], lead, -1, cores[0].shape[-1])
     for core_RnS in cores[1:]:
-        out_NR = (out_NR @ core_RnS.flatten(-2)).unflatten(-1, core_RnS.shape[-2:]).flatten(-3, -2)
+        rank, mode, next_rank = core_RnS.shape[-3:]
+        out_NR = _as(product(out_NR, _as(core_RnS, lead, rank, mode * next_rank)), lead, -1, next_rank)
     return out_NR
 
 
@@ -191,10 +196,22 @@ def _fold_right(cores: Cores, like: Tensor) -> Tensor:
     """(R, N): the last cores multiplied together, their modes as one index. Their last rank is 1."""
     if not cores:  # this side of the matrix has size 1
         return like.new_ones(1, 1)
-    out_SN = cores[-1].flatten(-2)
+    lead = cores[-1].shape[:-3]
+    out_SN = _as(cores[-1], lead, cores[-1].shape[-3], -1)
     for core_RnS in reversed(cores[:-1]):
-        out_SN = (core_RnS.flatten(-3, -2) @ out_SN).unflatten(-2, core_RnS.shape[-3:-1]).flatten(-2)
+        rank, mode, next_rank = core_RnS.shape[-3:]
+        out_SN = _as(product(_as(core_RnS, lead, rank * mode, next_rank), out_SN), lead, rank, -1)
     return out_SN
+
+
+def _as(tensor: Tensor, lead: Sequence[int], rows: int, columns: int) -> Tensor:
+    """Matrices of one size, behind the dimensions ``lead``; one -1 is allowed, as in a reshape."""
+    return tensor.reshape(*lead, rows, columns)
+
+
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """``left @ right``: matmul expands and reshapes stacks that need neither, at four operations and nodes each."""
+    return torch.bmm(left, right) if left.dim() == right.dim() == 3 else left @ right
 
 
 def _kron(left: Tensor, right: Tensor) -> Tensor:

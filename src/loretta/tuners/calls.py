@@ -84,43 +84,33 @@ def factors_in_call(layer: Any, adapter_name: str, pair: int) -> Factors | None:
     It has to where gradients are needed within a call that began without them, and where a checkpointed block is
     computed again.
     """
-    call = _traced_call() if torch.compiler.is_dynamo_compiling() else _running_call(layer)
-    if call is None or (torch.is_grad_enabled() and not call.has_graph):
+    traced = torch.compiler.is_dynamo_compiling()
+    running = _traced if traced else _thread.calls
+    if not running:
         return None
+    call = running[-1]
+    if torch.is_grad_enabled() and not call.has_graph:
+        return None
+    if not traced:
+        # every layer of every call comes here, so what it asks is asked without a function of our own
+        if call.backward != torch._C._current_graph_task_id():
+            return None
+        try:
+            # a layer lies equally deep below its model in every call: looking there first spares a walk
+            is_below = sys._getframe(layer.depth) is call.frame
+        except ValueError:  # not that many
+            is_below = False
+        if not is_below:
+            depth = _depth_of(call.frame)
+            if depth is None:
+                return None
+            layer.depth = depth
     return call.factors.get((layer, adapter_name, pair))
-
-
-def _traced_call() -> Call | None:
-    return _traced[-1] if _traced else None
-
-
-def _running_call(layer: Any) -> Call | None:
-    if not _thread.calls:
-        return None
-    call = _thread.calls[-1]
-    if call.backward != current_backward():
-        return None
-    # a layer lies equally deep below its model in every call: looking there first spares a walk
-    if _frame_at(layer.depth) is call.frame:
-        return call
-    depth = _depth_of(call.frame)
-    if depth is None:
-        return None
-    layer.depth = depth
-    return call
-
-
-def _frame_at(depth: int) -> FrameType | None:
-    """The frame that many steps below the caller of :func:`_running_call`'s caller."""
-    try:
-        return sys._getframe(depth)
-    except ValueError:  # not that many
-        return None
 
 
 def _depth_of(frame: FrameType | None) -> int | None:
     """How many steps ``frame`` lies below the caller's frame; None if it has ended."""
-    depth, below = 1, sys._getframe(1)
+    depth, below = 0, sys._getframe(1)
     while below is not frame:
         if below.f_back is None:
             return None

@@ -102,8 +102,7 @@ class JointLayer(nn.Module):
         """Pairs of layers with equal keys can be contracted together."""
         raise NotImplementedError
 
-    @staticmethod
-    def to_factors(down: Halves, up: Halves, biases: Sequence[Tensor]) -> Factors:
+    def to_factors(self, adapter_name: str, down: Halves, up: Halves, biases: Sequence[Tensor]) -> Factors:
         """The matrices that the layer multiplies with, from the halves of its trains; the last one gets the scale.
 
         Dimensions in front of the last two stay in front: those of all layers of a group come at once.
@@ -123,7 +122,7 @@ class JointLayer(nn.Module):
         layer, name, _ = next(_typed(pairs))
         placement = layer.placements[name]
         down, up, *biases = (torch.stack(list(column)) for column in columns)
-        stacked = cls.to_factors(halves(down, placement.down), halves(up, placement.up), biases)
+        stacked = layer.to_factors(name, halves(down, placement.down), halves(up, placement.up), biases)
         return list(zip(*(factor.unbind() for factor in finish(stacked, scale, dtype)), strict=True))
 
     def working_dtype(self) -> torch.dtype:
@@ -275,7 +274,7 @@ class Contraction:
                 except (KeyError, AttributeError):
                     pass  # somebody has changed adapters and not noted it
                 else:
-                    if all(map(_is_plain, _flat(found))):
+                    if all(_are_plain(column) for _, columns in found for column in columns):
                         return found
         return self._regroup()
 
@@ -287,7 +286,7 @@ class Contraction:
                 continue
             for name, pair in layer.active_pairs():
                 tensors = look_up(layer.stacked_parameters(name, pair))
-                if all(_is_plain(tensor) for tensor in tensors):
+                if _are_plain(tensors):
                     kinds = tuple((t.shape, t.dtype, t.device, t.requires_grad) for t in tensors)
                     pairs[layer.group_key(name, pair), kinds].append((layer, name, pair))
         groups = [_Group(equal) for equal in pairs.values()]
@@ -367,23 +366,27 @@ def serving(model: nn.Module) -> Iterator[None]:
 
 def look_up(places: Iterable[Place]) -> list[Tensor]:
     """The parameters that lie at these places now."""
-    return [getattr(modules[name], parameter) for modules, name, parameter in places]
+    found = []
+    for modules, name, parameter in places:
+        module = modules._modules[name]
+        # a module is slow to ask for its parameters, and FSDP, a parametrization and functional_call put others there
+        tensor = module._parameters.get(parameter)
+        found.append(getattr(module, parameter) if tensor is None else tensor)
+    return found
 
 
 def finish(factors: Sequence[Tensor], scale: float | Tensor, dtype: torch.dtype) -> Factors:
     """Scale the last factor, and cast all of them to the dtype in which the layer works."""
     *others, last = factors
-    return tuple(factor.to(dtype) for factor in (*others, last * scale))
+    last = last if isinstance(scale, float) and scale == 1 else last * scale
+    return tuple(factor.to(dtype) for factor in (*others, last))
 
 
 def _typed(pairs: Sequence[Pair]) -> Iterator[tuple[JointLayer, str, int]]:
     return iter(pairs)  # type: ignore[arg-type]
 
 
-def _flat(found: Iterable[tuple[_Group, list[list[Tensor]]]]) -> Iterator[Tensor]:
-    return (tensor for _, columns in found for column in columns for tensor in column)
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is whole and here: not sharded by FSDP or ZeRO, not waiting on another device."""
-    return type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and tensor.numel() > 0
+def _are_plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether tensors are whole and here: not sharded by FSDP or ZeRO, not waiting on another device."""
+    # a list: a generator costs as much again as what it asks
+    return all([type(t) in (Tensor, nn.Parameter) and not t.is_meta and t.numel() > 0 for t in tensors])  # noqa: C419

@@ -11,6 +11,7 @@ from accelerate.utils import align_module_device
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from loretta import quantizer_logs, tt
 from loretta.layers.trains import Cores
@@ -95,9 +96,10 @@ class LorettaLayer(JointLayer, BaseTunerLayer):
 
         A layer that is called on its own, or whose cores are sharded or elsewhere, contracts them itself.
         """
+        if (pairs := self.n_pairs[adapter_name]) == 1:
+            return [find_factors(self, adapter_name, 0) or self._contract_alone(adapter_name, 0)]
         return [
-            find_factors(self, adapter_name, pair) or self._contract_alone(adapter_name, pair)
-            for pair in range(self.n_pairs[adapter_name])
+            find_factors(self, adapter_name, pair) or self._contract_alone(adapter_name, pair) for pair in range(pairs)
         ]
 
     def _contract_alone(self, adapter_name: str, pair: int) -> Factors:
@@ -106,7 +108,7 @@ class LorettaLayer(JointLayer, BaseTunerLayer):
         biases = [parameter_of(modules[name], parameter) for modules, name, parameter in places]
         with hidden_from_checkpoints():
             # called as modules: hooks that bring offloaded parameters here run
-            factors = self.to_factors(down(), up(), biases)
+            factors = self.to_factors(adapter_name, down(), up(), biases)
             return finish(factors, self.scaling.of(adapter_name, factors[-1]), self.working_dtype())
 
     def _trains(self, adapter_name: str) -> list[tuple[Cores, Cores]]:
@@ -241,14 +243,17 @@ class LorettaLayer(JointLayer, BaseTunerLayer):
 def is_bare_linear(module: nn.Module) -> bool:
     """Whether a module is torch's linear layer, called as it is, and its weight is whole.
 
-    With hooks others may change its input or see its output; accelerate puts a forward of its own on the instance.
+    With hooks others may change its input or see its output; accelerate puts a forward of its own on the instance, and
+    profilers hook all modules at once.
     """
-    return (
-        type(module) is nn.Linear
-        and type(module.weight) in (nn.Parameter, Tensor)  # FSDP 1 and functional_call put plain tensors there
-        and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
-        and not module._backward_pre_hooks
-        and "forward" not in module.__dict__
+    if type(module) is not nn.Linear:
+        return False
+    own = module.__dict__  # quicker to ask than the module
+    return not _has_any_global_hook() and (
+        type(module.weight) in (nn.Parameter, Tensor)  # FSDP 1 and functional_call put plain tensors there
+        and not (own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"])
+        and not own["_backward_pre_hooks"]
+        and "forward" not in own
     )
 
 
@@ -268,7 +273,7 @@ def parameter_of(module: nn.Module, name: str) -> Tensor:
 def works_in(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether products with ``x`` come out in ``dtype``, by themselves or because autocast sees to it."""
     # autocast leaves float64 as it is
-    return x.dtype == dtype or (torch.float64 not in (x.dtype, dtype) and torch.is_autocast_enabled(x.device.type))
+    return x.dtype is dtype or (torch.float64 not in (x.dtype, dtype) and torch.is_autocast_enabled(x.device.type))
 
 
 def fitting(factor: Tensor, x: Tensor) -> Tensor:

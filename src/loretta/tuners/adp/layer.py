@@ -3,21 +3,21 @@
 Axes: B batch, H the width the adapter works on, b bottleneck.
 """
 
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers.activations import ACT2FN
 
 from loretta.errors import InputError
 from loretta.layers import fused
-from loretta.layers.trains import arranged, fold_bias
+from loretta.layers.trains import arranged, fold_bias, one_matrix_each
 from loretta.tuners.adp.config import LorettaAdpConfig
 from loretta.tuners.calls import Factors
 from loretta.tuners.contraction import Halves, Place
-from loretta.tuners.layer import LorettaLayer, parameter_of, works_in
+from loretta.tuners.layer import LorettaLayer, is_bare_linear, parameter_of, works_in
 from loretta.tuners.placement import Placement
 
 
@@ -38,17 +38,20 @@ class AdpLinear(LorettaLayer):
         "placements",
         "n_pairs",
         "drops",
+        "relus",
     )
 
     def __init__(self, base_layer: nn.Module, *, name: str, **quantization_kwargs) -> None:
         super().__init__(base_layer, name=name, **quantization_kwargs)
         self.loretta_adp_bias = nn.ModuleDict()
         self.loretta_adp_act = nn.ModuleDict()
+        self.relus: dict[str, bool] = {}
 
     def update_layer(self, adapter_name: str, placement: Placement, config: LorettaAdpConfig) -> None:
         """Add one adapter, with the starting values that ``config.init_weights`` names; biases start at zero."""
         self.set_scaling(adapter_name, config)
-        self.loretta_adp_act[adapter_name] = ACT2FN[config.non_linearity]
+        self.loretta_adp_act[adapter_name] = act = ACT2FN[config.non_linearity]
+        self.relus[adapter_name] = type(act) is nn.ReLU
         if config.train_bias:
             sizes = {"down": placement.down.out_features, "up": placement.up.out_features}
             self.loretta_adp_bias[adapter_name] = nn.ParameterDict(
@@ -78,9 +81,16 @@ class AdpLinear(LorettaLayer):
         folded = adapter_name in biases and self.n_pairs[adapter_name] == 1
         return (*trains, (biases, adapter_name, "down"), (biases, adapter_name, "up")) if folded else trains
 
-    @staticmethod
-    def to_factors(down: Halves, up: Halves, biases: Sequence[Tensor]) -> Factors:
-        """The halves of down (H, C), (C, b) and up (b, D), (D, H); with biases each after a vector, as `fold_bias`."""
+    def group_key(self, adapter_name: str, pair: int) -> Hashable:
+        return super().group_key(adapter_name, pair), self._is_plain(adapter_name)
+
+    def to_factors(self, adapter_name: str, down: Halves, up: Halves, biases: Sequence[Tensor]) -> Factors:
+        """The halves of down (H, C), (C, b) and up (b, D), (D, H); with biases each after a vector, as `fold_bias`.
+
+        Or the three of `one_matrix_each`.
+        """
+        if self._is_plain(adapter_name) and fused.one_matrix_pays(down[0]):
+            return one_matrix_each(down, up, *(biases or (None, None)))
         if not biases:
             return (*arranged(*down), *arranged(*up))
         return (*fold_bias(*down, biases[0]), *fold_bias(*up, biases[1]))
@@ -100,10 +110,9 @@ class AdpLinear(LorettaLayer):
             delta_BH = delta_BH + (scale * biases["up"]).to(delta_BH.dtype)
         return delta_BH.view(y_BH.shape)
 
-    def _fuses(self, adapter_name: str, factors: Factors) -> bool:
-        """Whether the adapter is the one that the kernels compute: with biases, a ReLU, and no dropout."""
-        relu = isinstance(self.loretta_adp_act[adapter_name], nn.ReLU)
-        return relu and len(factors) == 6 and not self.drops[adapter_name]
+    def _is_plain(self, adapter_name: str) -> bool:
+        """Whether there is but a ReLU between the trains, no dropout, and no start that is subtracted."""
+        return self.n_pairs[adapter_name] == 1 and self.relus[adapter_name] and not self.drops[adapter_name]
 
     def _inner(
         self, adapter_name: str, rows_BH: Tensor, factors: Factors, biases: dict[str, Tensor] | None
@@ -111,48 +120,67 @@ class AdpLinear(LorettaLayer):
         """The adapter up to its last matrix, which is the second value; ``biases`` where they are not folded in."""
         if not works_in(rows_BH, factors[0].dtype):
             factors = tuple(factor.to(rows_BH.dtype) for factor in factors)
-        act, dropout = self.loretta_adp_act[adapter_name], partial(self.dropout, adapter_name)
+        if len(factors) == 3:
+            bias_b, down_bH, up_bH = factors
+            return linear(rows_BH, down_bH, bias_b).relu_(), up_bH
         if len(factors) == 6:
             one_C, left_HC, mid_Cb, one_D, mid_bD, up_DH = factors
-            hidden_Bb = torch.addmm(one_C, rows_BH, left_HC) @ mid_Cb
-            return torch.addmm(one_D, dropout(act(hidden_Bb)), mid_bD), up_DH
+            hidden_Bb = self._activated(adapter_name, torch.addmm(one_C, rows_BH, left_HC) @ mid_Cb)
+            return torch.addmm(one_D, hidden_Bb, mid_bD), up_DH
         left_HC, mid_Cb, mid_bD, up_DH = factors
         hidden_Bb = (rows_BH @ left_HC) @ mid_Cb
         if biases is not None:
             hidden_Bb = hidden_Bb + biases["down"].to(hidden_Bb.dtype)
-        return dropout(act(hidden_Bb)) @ mid_bD, up_DH
+        return self._activated(adapter_name, hidden_Bb) @ mid_bD, up_DH
+
+    def _activated(self, adapter_name: str, hidden_Bb: Tensor) -> Tensor:
+        # in place: nothing else needs what a product has just made
+        act = self.loretta_adp_act[adapter_name] if not self.relus[adapter_name] else Tensor.relu_
+        return self.dropout(adapter_name, act(hidden_Bb))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        adapter_names = kwargs.pop("adapter_names", None)
-        if self.disable_adapters:
-            return self.base_layer(x, *args, **kwargs)
+        base_layer: Any = self.base_layer
+        adapter_names = kwargs.pop("adapter_names", None) if kwargs else None
+        if self._disable_adapters:
+            return base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             self._check_mixed_batch(x, adapter_names)
-        result = self.base_layer(self._adapted(x, "before", adapter_names), *args, **kwargs)
+        elif not args and not kwargs and is_bare_linear(base_layer):
+            rows_BI = self._add(x if x.dim() == 2 else x.reshape(-1, self.in_features), "before")
+            rows_BO = self._add(linear(rows_BI, base_layer.weight, base_layer.bias), "after")
+            return rows_BO if x.dim() == 2 else rows_BO.view(*x.shape[:-1], self.out_features)
+        result = base_layer(self._adapted(x, "before", adapter_names), *args, **kwargs)
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
         return self._adapted(result, "after", adapter_names)
 
     def _adapted(self, y: Tensor, where: str, adapter_names: list[str] | None) -> Tensor:
-        """``y`` plus what the adapters at ``where`` add to it; each of them sees the same ``y``."""
-        here = [name for name, placement in self.placements.items() if placement.where == where]
+        """``y`` plus what the adapters at ``where`` add to it, or those that are named for its rows."""
         if adapter_names is None:
             rows = y.reshape(-1, y.shape[-1])
-            out = rows
-            for name in (name for name in self.active_adapters if name in here):
-                factors, *start = self.contracted(name)
-                alike = not start and y.dtype == factors[-1].dtype and works_in(y, y.dtype)
-                if alike and out is rows and fused.pays(rows) and self._fuses(name, factors):
-                    out = cast(Tensor, fused.AddBottleneck.apply(rows, *factors))
-                elif alike:
-                    out = torch.addmm(out, *self._inner(name, rows, factors, None))
-                else:
-                    out = out + self.delta(name, rows).to(y.dtype)
+            out = self._add(rows, where)
             return out.view(y.shape) if out is not rows else y
+        here = [name for name, placement in self.placements.items() if placement.where == where]
         mixed = y.clone()
         for name, chosen in self._rows_by_adapter(adapter_names, here):
             mixed[chosen] += self.delta(name, y[chosen]).to(y.dtype)
         return mixed
+
+    def _add(self, rows_BH: Tensor, where: str) -> Tensor:
+        """``rows`` plus what the active adapters at ``where`` add to them; each of them sees the same rows."""
+        out_BH = rows_BH
+        for name in self.active_adapters:
+            placement = self.placements.get(name)
+            if placement is None or placement.where != where:
+                continue
+            factors, *start = self.contracted(name)
+            if start or rows_BH.dtype != factors[-1].dtype:
+                out_BH = out_BH + self.delta(name, rows_BH).to(rows_BH.dtype)
+            elif len(factors) == 6 and out_BH is rows_BH and self._is_plain(name) and fused.pays(rows_BH):
+                out_BH = cast(Tensor, fused.AddBottleneck.apply(rows_BH, *factors))
+            else:
+                out_BH = torch.addmm(out_BH, *self._inner(name, rows_BH, factors, None))
+        return out_BH
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError(CANNOT_MERGE)

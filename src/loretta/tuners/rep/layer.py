@@ -12,6 +12,7 @@ import torch
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
+from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
 from loretta.errors import InputError
@@ -68,8 +69,7 @@ class RepLinear(LorettaLayer):
         """The factors from the trains, and those from a start that is subtracted."""
         return [update_factors(down(), up()) for down, up in self._trains(adapter_name)]
 
-    @staticmethod
-    def to_factors(down: Halves, up: Halves, biases: Sequence[Tensor]) -> Factors:
+    def to_factors(self, adapter_name: str, down: Halves, up: Halves, biases: Sequence[Tensor]) -> Factors:
         """A (I, R) and B (R, O) of the update."""
         return arranged(*update_factors(down, up))
 
@@ -83,13 +83,13 @@ class RepLinear(LorettaLayer):
         return now - start[0] if start else now
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        adapter_names, base_layer = kwargs.pop("adapter_names", None), self.base_layer
-        if self.disable_adapters and self.merged:
+        adapter_names, base_layer = kwargs.pop("adapter_names", None) if kwargs else None, self.base_layer
+        if self._disable_adapters and self.merged_adapters:
             self.unmerge()
-        if adapter_names is not None and not self.disable_adapters:
+        if adapter_names is not None and not self._disable_adapters:
             return self._add_mixed(base_layer(x, *args, **kwargs), x, adapter_names)
         names = self._running()
-        if is_bare_linear(base_layer) and names and not args and not kwargs:
+        if names and not args and not kwargs and is_bare_linear(base_layer):
             return self._linear_with_updates(base_layer, x, names)
         result = base_layer(x, *args, **kwargs)
         if names and self.quantization_backend is not None:
@@ -100,23 +100,25 @@ class RepLinear(LorettaLayer):
 
     def _running(self) -> list[str]:
         """The adapters that add an update now."""
-        if self.disable_adapters or self.merged_adapters:
+        if self._disable_adapters or self.merged_adapters:
             return []
         return [name for name in self.active_adapters if name in self.n_pairs]
 
     def _linear_with_updates(self, base_layer: Any, x: Tensor, names: Sequence[str]) -> Tensor:
         """The output of a bare linear layer: a new matrix that nobody else has seen, so updates are added into it."""
-        rows_BI = x.reshape(-1, self.in_features)
+        rows_BI = x if x.dim() == 2 else x.reshape(-1, self.in_features)
         result_BO = self._fused(base_layer, rows_BI, names) if fused.pays(rows_BI) else None
         if result_BO is None:
-            result_BO = base_layer(rows_BI)
+            result_BO = linear(rows_BI, base_layer.weight, base_layer.bias)
             for name in names:
                 (a_IR, b_RO), *start = self.contracted(name)
-                if not start and result_BO.dtype == b_RO.dtype and works_in(x, b_RO.dtype):
-                    result_BO = add_update(result_BO, self.dropout(name, rows_BI), a_IR, b_RO)
+                dtype = result_BO.dtype
+                if not start and dtype == b_RO.dtype and works_in(rows_BI, dtype):
+                    dropped_BI = self.dropout(name, rows_BI) if self.drops[name] else rows_BI
+                    result_BO = add_update(result_BO, dropped_BI, a_IR, b_RO)
                 else:
-                    result_BO = result_BO + self.delta(name, rows_BI).to(result_BO.dtype)
-        return result_BO.view(*x.shape[:-1], self.out_features)
+                    result_BO = result_BO + self.delta(name, rows_BI).to(dtype)
+        return result_BO if x.dim() == 2 else result_BO.view(*x.shape[:-1], self.out_features)
 
     def _fused(self, base_layer: Any, rows_BI: Tensor, names: Sequence[str]) -> Tensor | None:
         """The output by one autograd function; None where that function does not serve the adapters."""
