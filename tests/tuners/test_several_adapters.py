@@ -13,6 +13,7 @@ from tuners.families import OPTIONS, build, logits, loss_of, natural_task
 from tuners.wrapped import CONFIGS, config_for, every_method, snapshot, trainable, trained, wrap
 
 from loretta import get_peft_model
+from loretta.layers import fused
 from loretta.tuners.layer import LorettaLayer
 from loretta.tuners.norms import TrainedNorm
 
@@ -289,6 +290,23 @@ def test_adapters_of_a_mixed_batch_may_train_different_things(family, heads, tra
     expected = expected_rows(model, inputs, ROWS)
     model.set_adapter(active)
     assert_near("logits", logits(model, inputs, adapter_names=ROWS), expected)
+
+
+@every_method
+@pytest.mark.parametrize("dense", [False, True])  # adp as on a GPU
+@pytest.mark.parametrize("where", ["after", "before"])
+def test_the_rows_of_a_mixed_batch_are_computed_together(method, dense, where, monkeypatch):
+    monkeypatch.setattr(fused, "one_matrix_pays", lambda _: dense)
+    options = {"insert_before": ["o_proj"]} if (method, where) == ("adp", "before") else {}
+    model, inputs = pair("llama", method, train_norms=False, tensor_rank=3, **options)
+    model.double()
+    expected = expected_rows(model, inputs, ROWS)
+    for one_by_one in ("_contract_alone", "_rows_by_adapter"):
+        monkeypatch.setattr(f"loretta.tuners.layer.LorettaLayer.{one_by_one}", None)
+    monkeypatch.setattr("loretta.tuners.shared.layer.SharedLinear._contract_alone", None)
+    for _ in range(2):
+        assert_near("logits", logits(model, inputs, adapter_names=ROWS), expected)
+    assert not torch.equal(logits(model, inputs), expected)  # which the active adapter computes alone again
 
 
 @every_method

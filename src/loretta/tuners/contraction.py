@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from loretta.errors import InputError
 from loretta.layers.trains import halves
-from loretta.tuners import calls
+from loretta.tuners import calls, mixed
 from loretta.tuners.calls import Factors, Pair
 from loretta.tuners.kept import Kept
 from loretta.tuners.placement import Placement
@@ -90,8 +90,12 @@ class JointLayer(nn.Module):
     scaling: Scales
     depth = 0  # of the frames between a call of the model and this layer, the last time
 
-    def active_pairs(self) -> Iterator[tuple[str, int]]:
-        """(adapter, number of the pair of trains) for each pair that the next forward pass will use."""
+    def active_pairs(self, adapter_names: Sequence[str] | None = None) -> Iterator[tuple[str, int]]:
+        """(adapter, number of the pair of trains) for each pair that the next forward pass will use.
+
+        Args:
+            adapter_names: those whose rows are in the batch; the active ones by default.
+        """
         raise NotImplementedError
 
     def stacked_parameters(self, adapter_name: str, pair: int) -> tuple[Place, ...]:
@@ -220,7 +224,7 @@ class Contraction:
         self._forget()
 
     def _forget(self) -> None:
-        self.grouped: tuple[int, list[_Group]] = (-1, [])
+        self.grouped: dict[tuple[str, ...] | None, tuple[int, list[_Group]]] = {}  # by the names of a mixed batch
         self.served: Kept | None = None
         self.recomputed: tuple[int, Mapping[Pair, Factors]] | None = None
 
@@ -267,7 +271,8 @@ class Contraction:
     def _groups(self) -> list[tuple[_Group, list[list[Tensor]]]]:
         """The groups of the active pairs, with their parameters."""
         if not torch.compiler.is_dynamo_compiling():  # in a compiled graph the count would be compared in each call
-            changes, groups = self.grouped
+            names = mixed.named(self.model)
+            changes, groups = self.grouped.get(names, (-1, []))
             if changes == _changes:
                 try:
                     found = [(group, group.parameters()) for group in groups]
@@ -279,12 +284,12 @@ class Contraction:
         return self._regroup()
 
     def _regroup(self) -> list[tuple[_Group, list[list[Tensor]]]]:
-        changes = _changes if not torch.compiler.is_dynamo_compiling() else -1
+        changes, names = _changes if not torch.compiler.is_dynamo_compiling() else -1, mixed.named(self.model)
         pairs: dict[Hashable, list[Pair]] = defaultdict(list)
         for layer in self.model.modules():
             if not isinstance(layer, JointLayer):
                 continue
-            for name, pair in layer.active_pairs():
+            for name, pair in layer.active_pairs(names):
                 tensors = look_up(layer.stacked_parameters(name, pair))
                 if _are_plain(tensors):
                     kinds = tuple((t.shape, t.dtype, t.device, t.requires_grad) for t in tensors)
@@ -293,7 +298,7 @@ class Contraction:
         if not torch.compiler.is_dynamo_compiling():
             for layer, _, _ in (pair for group in groups for pair in group.pairs):
                 _contraction_of[layer] = ref(self)
-            self.grouped = changes, groups
+            self.grouped = {None: self.grouped.get(None, (-1, [])), names: (changes, groups)}  # one mixed batch
         return [(group, group.parameters()) for group in groups]
 
     def recompute(self) -> Mapping[Pair, Factors]:

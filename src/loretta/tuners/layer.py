@@ -17,6 +17,7 @@ from loretta import quantizer_logs, tt
 from loretta.layers.trains import Cores
 from loretta.tuners.calls import Factors, hidden_from_checkpoints
 from loretta.tuners.contraction import JointLayer, Place, Scales, find_factors, finish, note_change
+from loretta.tuners.mixed import side_by_side
 from loretta.tuners.placement import Placement, require_linear
 
 
@@ -64,9 +65,9 @@ class LorettaLayer(JointLayer, BaseTunerLayer):
     def _part(self, part: str) -> nn.ModuleDict:
         return getattr(self, self.prefix + part)
 
-    def active_pairs(self) -> Iterator[tuple[str, int]]:
+    def active_pairs(self, adapter_names: Sequence[str] | None = None) -> Iterator[tuple[str, int]]:
         if not (self.disable_adapters or self.merged):
-            for name in self.active_adapters:
+            for name in self.active_adapters if adapter_names is None else adapter_names:
                 yield from ((name, pair) for pair in range(self.n_pairs.get(name, 0)))
 
     def stacked_parameters(self, adapter_name: str, pair: int) -> tuple[Place, ...]:
@@ -232,6 +233,13 @@ class LorettaLayer(JointLayer, BaseTunerLayer):
             raise ValueError(
                 "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
             )
+
+    def _factors_by_row(self, adapter_names: Sequence[str], known: Sequence[str], dtype: torch.dtype) -> Factors | None:
+        """The factors of every row of a mixed batch, (rows, ...) each; None where the rows have to be taken apart."""
+        names = set(adapter_names) & set(known)
+        if self.training or not names or any(self.n_pairs[name] != 1 for name in names):
+            return None
+        return side_by_side(adapter_names, {name: self.contracted(name)[0] for name in sorted(names)}, dtype)
 
     @staticmethod
     def _rows_by_adapter(adapter_names: Sequence[str], known: Sequence[str]) -> Iterator[tuple[str, list[int]]]:

@@ -27,6 +27,7 @@ from loretta.tuners.copies import AdapterCopy, rename_copy
 from loretta.tuners.heads import agree_on_origins, copy_cost, head_names, install_head
 from loretta.tuners.labels import name_labels
 from loretta.tuners.layer import LorettaLayer, is_offloaded, keep_differentiable
+from loretta.tuners.mixed import naming
 from loretta.tuners.names import check_adapter_name, check_endings
 from loretta.tuners.norms import TrainedNorm, is_norm, norms_of, values_as_changes
 from loretta.tuners.placement import (
@@ -325,13 +326,11 @@ class LorettaModel(BaseTuner):
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         layers = [m for m in self.modules() if isinstance(m, self.layer_cls | TrainedNorm | AuxiliaryTrainingWrapper)]
         known = {name for layer in layers for name in layer._get_available_adapters()}
-        unknown = set(adapter_names) - known - {"__base__"}
-        if unknown:
+        if unknown := set(adapter_names) - known - {"__base__"}:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
         # generation may repeat every row; the encoder of an encoder-decoder model still sees the rows once
-        generation = kwargs.get("generation_config")
         copies = ("num_beams", "num_return_sequences")  # of every row; transformers makes as many as the larger says
-        beams = max(kwargs.get(option) or getattr(generation, option, None) or 1 for option in copies)
+        beams = max(kwargs.get(o) or getattr(kwargs.get("generation_config"), o, None) or 1 for o in copies)
         repeated = [name for name in adapter_names for _ in range(beams)]
         encoder = self.model.get_encoder() if beams > 1 and hasattr(self.model, "get_encoder") else None
         once = set(encoder.modules()) if encoder is not None and encoder is not self.model else set()
@@ -344,7 +343,8 @@ class LorettaModel(BaseTuner):
             for layer in layers
         ]
         try:
-            yield
+            with naming(self.model, adapter_names):
+                yield
         finally:
             for handle in handles:
                 handle.remove()

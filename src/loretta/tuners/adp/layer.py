@@ -70,9 +70,9 @@ class AdpLinear(LorettaLayer):
             return None
         return {part: parameter_of(found[adapter_name], part) for part in ("down", "up")}
 
-    def active_pairs(self) -> Iterator[tuple[str, int]]:
+    def active_pairs(self, adapter_names: Sequence[str] | None = None) -> Iterator[tuple[str, int]]:
         # dense matrices have nothing to contract, and to stack those of all layers would copy them
-        pairs = super().active_pairs()
+        pairs = super().active_pairs(adapter_names)
         return ((name, pair) for name, pair in pairs if len(self.placements[name].down.modes) > 1)
 
     def stacked_parameters(self, adapter_name: str, pair: int) -> tuple[Place, ...]:
@@ -160,11 +160,33 @@ class AdpLinear(LorettaLayer):
             rows = y.reshape(-1, y.shape[-1])
             out = self._add(rows, where)
             return out.view(y.shape) if out is not rows else y
-        here = [name for name, placement in self.placements.items() if placement.where == where]
+        here = [n for n, placement in self.placements.items() if placement.where == where and n in adapter_names]
+        if not here:
+            return y
+        acts = [self.loretta_adp_act[name] for name in here]
+        alike = len({*map(type, acts)}) == 1 and y.dim() > 1
+        by_row = self._factors_by_row(adapter_names, here, y.dtype) if alike else None
+        if by_row is not None:
+            return self._of_rows(y.reshape(len(y), -1, y.shape[-1]), by_row, acts[0]).view(y.shape)
         mixed = y.clone()
         for name, chosen in self._rows_by_adapter(adapter_names, here):
             mixed[chosen] += self.delta(name, y[chosen]).to(y.dtype)
         return mixed
+
+    @staticmethod
+    def _of_rows(rows_NBH: Tensor, by_row: Factors, act: nn.Module) -> Tensor:
+        """``rows`` plus what the adapter of each N adds to them."""
+        if len(by_row) == 3:
+            bias_Nb, down_NbH, up_NbH = by_row
+            hidden_NBb = torch.baddbmm(bias_Nb[:, None], rows_NBH, down_NbH.mT).relu_()
+            return torch.baddbmm(rows_NBH, hidden_NBb, up_NbH)
+        if len(by_row) == 6:
+            one_NC, left_NHC, mid_NCb, one_ND, mid_NbD, up_NDH = by_row
+            hidden_NBb = act(torch.bmm(torch.baddbmm(one_NC[:, None], rows_NBH, left_NHC), mid_NCb))
+            return torch.baddbmm(rows_NBH, torch.baddbmm(one_ND[:, None], hidden_NBb, mid_NbD), up_NDH)
+        left_NHC, mid_NCb, mid_NbD, up_NDH = by_row
+        hidden_NBb = act(torch.bmm(torch.bmm(rows_NBH, left_NHC), mid_NCb))
+        return torch.baddbmm(rows_NBH, torch.bmm(hidden_NBb, mid_NbD), up_NDH)
 
     def _add(self, rows_BH: Tensor, where: str) -> Tensor:
         """``rows`` plus what the active adapters at ``where`` add to them; each of them sees the same rows."""

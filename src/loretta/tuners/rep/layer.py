@@ -133,6 +133,12 @@ class RepLinear(LorettaLayer):
 
     def _add_mixed(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
         self._check_mixed_batch(x, adapter_names)
+        by_row = self._factors_by_row(adapter_names, list(self.n_pairs), result.dtype) if x.dim() > 1 else None
+        if by_row is not None and x.dtype == result.dtype:
+            a_NIR, b_NRO = by_row
+            rows_NBI = x.reshape(len(x), -1, self.in_features)
+            result_NBO = result.reshape(len(x), -1, self.out_features)
+            return torch.baddbmm(result_NBO, torch.bmm(rows_NBI, a_NIR), b_NRO).view(result.shape)
         result = result.clone()
         for name, rows in self._rows_by_adapter(adapter_names, list(self.n_pairs)):
             result[rows] += self.delta(name, x[rows]).to(result.dtype)
