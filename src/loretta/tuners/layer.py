@@ -254,14 +254,12 @@ def is_bare_linear(module: nn.Module) -> bool:
     With hooks others may change its input or see its output; accelerate puts a forward of its own on the instance, and
     profilers hook all modules at once.
     """
-    if type(module) is not nn.Linear:
-        return False
-    own = module.__dict__  # quicker to ask than the module
-    return not _has_any_global_hook() and (
-        type(module.weight) in (nn.Parameter, Tensor)  # FSDP 1 and functional_call put plain tensors there
-        and not (own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"])
-        and not own["_backward_pre_hooks"]
-        and "forward" not in own
+    return (
+        type(module) is nn.Linear
+        and type(module.weight) in (nn.Parameter, Tensor)  # FSDP 1 and functional_call put plain tensors there
+        and not (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+        and not (module._backward_pre_hooks or _has_any_global_hook())
+        and "forward" not in module.__dict__
     )
 
 

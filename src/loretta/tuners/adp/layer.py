@@ -163,6 +163,8 @@ class AdpLinear(LorettaLayer):
         here = [n for n, placement in self.placements.items() if placement.where == where and n in adapter_names]
         if not here:
             return y
+        if len(set(adapter_names)) == 1:
+            return y + self.delta(here[0], y).to(y.dtype)
         acts = [self.loretta_adp_act[name] for name in here]
         alike = len({*map(type, acts)}) == 1 and y.dim() > 1
         by_row = self._factors_by_row(adapter_names, here, y.dtype) if alike else None

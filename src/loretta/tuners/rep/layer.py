@@ -133,6 +133,9 @@ class RepLinear(LorettaLayer):
 
     def _add_mixed(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
         self._check_mixed_batch(x, adapter_names)
+        if len(set(adapter_names)) == 1:
+            name = adapter_names[0]
+            return result + self.delta(name, x).to(result.dtype) if name in self.n_pairs else result
         by_row = self._factors_by_row(adapter_names, list(self.n_pairs), result.dtype) if x.dim() > 1 else None
         if by_row is not None and x.dtype == result.dtype:
             a_NIR, b_NRO = by_row
