@@ -6,6 +6,7 @@ docs/choosing.md is made from the scores on held-out training rows, by which eve
 on the official validation rows at the rate so chosen.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -127,6 +128,18 @@ def one_rate_table(found: Sequence[Row]) -> str:
                     [shown.partition(" ")[0], method, f"{board.trained(method):,}", words(best), words(fixed), lost]
                 )
     return markdown(lines, ["model", "method", "trained", "own rates", "at 1.5e-3", "difference"], left=2)
+
+
+def fits_table() -> str:
+    """What the nearest trains of each form keep of a trained LoRA, and of random updates with its singular values."""
+    file = RESULTS / "causes.json"
+    if not file.exists():
+        return "Not measured yet.\n"
+    lines = [
+        [row["form"], f"{row['trained']:,}", f"{row['kept']:.2f}", f"{row['random']:.2f}" if row["random"] else ""]
+        for row in sorted(json.loads(file.read_text())["rows"], key=lambda row: row["trained"])
+    ]
+    return markdown(lines, ["form", "numbers", "kept of a trained LoRA", "of random updates"])
 
 
 def peers_table(found: Sequence[Row]) -> str:
@@ -280,7 +293,12 @@ def source(some: Sequence[Row]) -> str:
 
 
 def choosing_sections(found: Sequence[Row]) -> dict[str, str]:
-    sections = {"rates": rates_table(found), "peers": peers_table(found), "one rate": one_rate_table(found)}
+    sections = {
+        "rates": rates_table(found),
+        "peers": peers_table(found),
+        "one rate": one_rate_table(found),
+        "fits": fits_table(),
+    }
     for model in MODELS:
         if any(row["model"] == model for row in found):
             made = (

@@ -9,17 +9,18 @@ import sys
 
 import pytest
 import torch
-from draws import seed_torch
+from draws import seed_torch, seeded
 from tolerances import assert_near
 from training_data import sentences
 from transformers import MPNetConfig, MPNetModel
 
-from loretta import LorettaSharedConfig
+from loretta import LorettaSharedConfig, tt
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 import board  # noqa: E402
+import causes  # noqa: E402
 import evidence  # noqa: E402
 import forms  # noqa: E402
 import protocol  # noqa: E402
@@ -163,6 +164,17 @@ def test_a_grid_goes_on_beyond_a_best_rate_at_its_edge():
     assert list(found["held_out"]) == ["0.001", "0.002", "0.004", "0.0005"]
     assert found["rates"] == [0.0005, 0.001, 0.002, 0.004]
     assert protocol.best_rate(found) == "0.0005"
+
+
+def test_trains_of_one_mode_a_side_fit_an_update_as_its_svd_does():
+    generator = seeded(0)
+    update = torch.randn(48, 3, generator=generator), torch.randn(3, 40, generator=generator)
+    for rank in (1, 2):
+        shapes = tt.plan_sides(48, rank, rank=rank, count=1), tt.plan_sides(rank, 40, rank=rank, count=1)
+        assert causes.fitted(update, shapes) == pytest.approx(causes.lora_cut(update, rank), rel=1e-4)
+    first, second = causes.alike(update, generator)
+    values = [torch.linalg.svdvals(a @ b)[:3] for a, b in (update, (first, second))]
+    assert_near("singular values", values[1], values[0])
 
 
 def test_a_grid_is_a_factor_of_two_apart():
