@@ -1,4 +1,4 @@
-"""The small methods of PEFT beside ours: cells of forms.py, whose tasks, rates, seeds and heads they share.
+"""Other methods of PEFT beside ours: cells of forms.py, whose tasks, rates, seeds and heads they share.
 
 Each method is as published for encoders of width 768 on the queries and values, with what depends on the width scaled
 to 384 for MiniLM. PEFT computes them; a population trains all rates and seeds of one at once.
@@ -35,6 +35,11 @@ def peer(name: str, method: str, middle: float, targets: Sequence[str] = QUERIES
     return Method(name=name, family="PEFT", method=f"peft:{method}", options=options, **more)
 
 
+def prompted(name: str, method: str, middle: float, **options: Any) -> Method:
+    """A method of virtual tokens before the text, as many as ``loretta train`` gives it."""
+    return Method(name=name, family="PEFT", method=method, options=options, middle=middle)
+
+
 PEERS = [
     # VeRA: Table 2 trains RoBERTa-base at rank 1024; the small one has PEFT's default
     peer("VeRA r=256", "vera", 2e-2, r=256),
@@ -55,6 +60,9 @@ PEERS = [
     peer("TinyLoRA r=2, u=64", "tinylora", 3e-3, ALL, r=2, u=64),
     # the biases of the values alone
     peer("BEFT", "beft", 3e-3, VALUES),
+    prompted("prefix 20", "prefix", 1e-2),
+    prompted("prompt 20", "prompt", 1e-2),
+    prompted("p-tuning 20", "p-tuning", 3e-3, encoder_hidden_size=128),
     # for width 768
     peer("VB-LoRA h=90, b=256", "vblora", 6e-2, r=4, num_vectors=90, vector_length=256, topk=2, factors=SLOW_BANK),
 ]

@@ -35,6 +35,8 @@ def peers():
         # one number for each output of six linear layers
         ("RoAd", 5 * 768 + 3072, 0),
         ("BEFT", 768, 0),
+        ("prompt 20", 0, 20 * 768),
+        ("prefix 20", 20 * 2 * 768, 0),
     ],
 )
 def test_a_peer_trains_as_many_numbers_as_published(peers, name, of_a_layer, of_all):
