@@ -14,7 +14,7 @@ from torch import Tensor
 from loretta.errors import InputError
 from loretta.tuners.copies import AdapterCopy
 from loretta.tuners.norms import TrainedNorm, is_norm
-from loretta.tuners.rep import LorettaRepConfig, RepLinear
+from loretta.tuners.rep import LorettaRepConfig, RepExperts, RepLinear
 from loretta.tuners.shared import LorettaSharedConfig
 
 
@@ -77,6 +77,11 @@ def check_method(peft_type: str) -> None:
 
 def lora_pair(layer: RepLinear, adapter_name: str) -> tuple[Tensor, Tensor]:
     """A (R, I) and B (O, R) with ``B @ A`` the scaled update, oriented as LoRA's for any base layer."""
+    if isinstance(layer, RepExperts):
+        raise InputError(
+            f"'{layer.placements[adapter_name].name}' holds the matrices of experts, for which a LoRA of linear layers "
+            "has no place: export with --to merged"
+        )
     a_IR, b_RO = layer.factors(adapter_name)
     return a_IR.T, (layer.scaling[adapter_name] * b_RO).T
 
@@ -88,4 +93,4 @@ def tied_to_embeddings(model: PeftModel, layers: Mapping[str, RepLinear]) -> str
         shared = cast(Any, base).get_input_embeddings().weight
     except (AttributeError, NotImplementedError):  # not every model has words for input
         return None
-    return next((name for name, layer in layers.items() if layer.get_base_layer().weight is shared), None)
+    return next((name for name, layer in layers.items() if layer._base_weight() is shared), None)

@@ -92,7 +92,7 @@ class Plan:
         """FLOPs that contract all cores, once per step."""
         if (shared := self.shared) is not None:
             return shared.fold_flops + sum(p.seat.fold_flops for p in self.placements if p.seat)
-        return sum(p.down.fold_flops + p.up.fold_flops for p in self.placements)
+        return sum(p.down.fold_flops + p.up.fold_flops + _update_flops(p) for p in self.placements)
 
     def groups(self) -> list[tuple[Placement, int]]:
         """One placement for each kind (ending of the name, sizes, shapes), with how many there are."""
@@ -154,9 +154,18 @@ def _row(placement: Placement) -> dict[str, Any]:
     return {**row, "biases": placement.bias_params, "parameters": placement.n_params}
 
 
-def flops_per_token(placement: Placement) -> int:
-    """Forward FLOPs that a placement adds per token: rep's two thin products, adp's four."""
+def _update_flops(placement: Placement) -> int:
+    """FLOPs that build the updates of experts, once per step: they are added to the parameter itself."""
     down, up = placement.down, placement.up
+    rank = min(down.cut_rank, down.out_features, up.cut_rank)
+    return 2 * rank * down.in_features * up.out_features if placement.experts else 0
+
+
+def flops_per_token(placement: Placement) -> int:
+    """Forward FLOPs that a placement adds per token: rep's two thin products, adp's four; none for experts."""
+    down, up = placement.down, placement.up
+    if placement.experts:
+        return 0
     if placement.where == "update":
         rank = min(down.cut_rank, down.out_features, up.cut_rank)
         return 2 * rank * (down.in_features + up.out_features)
@@ -168,6 +177,8 @@ def flops_per_token(placement: Placement) -> int:
 def kept_per_token(placement: Placement) -> int:
     """Numbers a placement keeps per token for the backward pass: its input, and what lies between its products."""
     down, up = placement.down, placement.up
+    if placement.experts:
+        return 0
     if placement.where == "update":
         return down.in_features + min(down.cut_rank, down.out_features, up.cut_rank)
     return down.in_features + down.cut_rank + 2 * down.out_features + up.cut_rank
@@ -186,7 +197,8 @@ def plan_model(model: nn.Module, config: LorettaConfig) -> Plan:
     config.target_modules = tuner.default_targets(config, model_config)
     # what is copied whole is not adapted
     config.modules_to_save = [*(config.modules_to_save or []), *head_names(model, config)] or None
-    placements = tuple(tuner.place_all(config, matched_modules(config, model)))
+    modules = matched_modules(config, model, required=not config.target_parameters)
+    placements = (*tuner.place_all(config, modules), *tuner.place_parameters(config, model))
     plan = Plan(
         method=str(PeftType(config.peft_type).value).lower().removeprefix("loretta_"),
         model_type=model_config.get("model_type", "custom"),

@@ -25,7 +25,8 @@ def explain_plan(plan: Plan, notes: Sequence[str] = ()) -> str:
     lines = [f"{what} The model is of type {plan.model_type}, {plan.model_parameters:,} parameters, all frozen.", ""]
     for placement, count in plan.groups():
         ending = placement.name.rpartition(".")[2]
-        lines.append(f"{count} x {ending} ({_WHERE[placement.where]}), for example {placement.name}:")
+        where = _WHERE[placement.where] + (f", of {placement.experts} experts" if placement.experts else "")
+        lines.append(f"{count} x {ending} ({where}), for example {placement.name}:")
         for part, shape in (("down", placement.down), ("up", placement.up)):
             if placement.seat:
                 drawn = f"{shape.in_features} x {shape.out_features}" if _is_matrix(placement, shape) else draw(shape)
@@ -47,7 +48,7 @@ def explain_plan(plan: Plan, notes: Sequence[str] = ()) -> str:
         lines.append(
             f"Saved with the adapter though frozen: {plan.copies.frozen:,} (starting values, an untrained head)"
         )
-    lines += [f"Cannot be adapted: {name}, which {reason}." for name, reason in plan.not_adaptable.items()]
+    lines += [f"Cannot be a target module: {name}, which {reason}." for name, reason in plan.not_adaptable.items()]
     lines += [f"Without effect: {sentence}." for sentence in plan.unused]
     lines += ["", *notes] if notes else []
     return "\n".join(lines)

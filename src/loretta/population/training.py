@@ -47,6 +47,7 @@ def why_alone(config: RunConfig) -> str | None:
     obstacles = {
         f"method={config.method}": method is FULL or method.config is None,
         "gradient_checkpointing": config.gradient_checkpointing,
+        "target_parameters": bool(config.method_args.get("target_parameters")),
         "tensorboard": config.tensorboard,
         f"report_to={config.report_to}": config.report_to is not None,
         f"optimizer={config.optimizer}": config.optimizer is not None,

@@ -7,7 +7,7 @@ records, which are integers, do not wait for torch.
 from typing import TYPE_CHECKING
 
 from loretta.lazy import lazy_attributes
-from loretta.tt.modes import PAPER_MODES, balanced_modes, plan_shape, plan_sides
+from loretta.tt.modes import PAPER_MODES, balanced_modes, plan_shape, plan_sides, stacked
 from loretta.tt.shape import TTShape, constant_ranks, shape_from_modes
 
 if TYPE_CHECKING:
@@ -67,5 +67,6 @@ __all__ = [
     "round_ranks",
     "shape_from_modes",
     "split_cores",
+    "stacked",
     "tt_svd",
 ]

@@ -77,6 +77,24 @@ def plan_shape(
     )
 
 
+def stacked(shape: TTShape, count: int, rank: int) -> TTShape:
+    """The train of ``count`` matrices of ``shape``, one below the other: a first mode says which matrix it is.
+
+    ``in_features`` is ``count`` times the size that the modes spell, which may exceed that of one matrix. A rank is at
+    most the product of the modes on either side of it.
+    """
+    modes = (count, *shape.modes)
+    cuts = [min(rank, math.prod(modes[:k]), math.prod(modes[k:])) for k in range(1, len(modes))]
+    return TTShape(
+        in_features=count * shape.padded_in,
+        out_features=shape.out_features,
+        modes=modes,
+        ranks=(1, *cuts, 1),
+        n_in=shape.n_in + 1,
+        split=shape.split,
+    )
+
+
 def plan_sides(in_features: int, out_features: int, *, rank: int, count: int) -> TTShape:
     """Plan the train of one in x out matrix with ``count`` modes on each side, and ranks that its modes can use.
 

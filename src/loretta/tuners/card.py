@@ -45,7 +45,7 @@ _NOT_TRAINED = re.compile(
 )
 _TRAIN = re.compile(r"\.loretta_((rep|adp)_(down|up)|shared_train)\.")
 _NORM = re.compile(r"\.loretta_(rep|adp|shared)_norm_[^.]+$")
-_SIGNATURE = re.compile(r"(?P<count>\d+) (?P<module>\S+) (?P<in>\d+) x (?P<out>\d+)")
+_SIGNATURE = re.compile(r"(?P<count>\d+) (?P<module>\S+) ((?P<experts>\d+)\*)?(?P<in>\d+) x (?P<out>\d+)")
 # heads that are frozen, wholly or in part: they are saved because the base model lacks their random start
 _FROZEN_HEADS = {"frozen": "none", "tensorized_only": "its trains and their biases"}
 
@@ -252,23 +252,21 @@ def _trains(config: Mapping[str, Any]) -> list[tuple[str, int, str, str]]:
     inner = config["tensor_rank"] if shared else config["r"] if "r" in config else config["bottleneck_size"]
     rows = []
     for kind in _SIGNATURE.finditer(config["base_signature"] or ""):
-        sizes = (int(kind["in"]), inner), (inner, int(kind["out"]))
+        sizes = (int(kind["in"]), inner, int(kind["experts"] or 0)), (inner, int(kind["out"]), 0)
         down, up = (
             f"{rows_in} x {columns}"
             if config.get("dense") or (shared and f"{rows_in}x{columns}" not in config["shapes"])
-            else _train(
-                tt.plan_shape(
-                    rows_in,
-                    columns,
-                    rank=config["tensor_rank"],
-                    overrides=config["shapes"],
-                    modes_per_side=config.get("modes_per_side"),
-                )
-            )
-            for rows_in, columns in sizes
+            else _train(_planned(config, rows_in, columns, experts))
+            for rows_in, columns, experts in sizes
         )
         rows.append((kind["module"], int(kind["count"]), down, up))
     return rows
+
+
+def _planned(config: Mapping[str, Any], rows_in: int, columns: int, experts: int) -> tt.TTShape:
+    rank, modes_per_side = config["tensor_rank"], config.get("modes_per_side")
+    shape = tt.plan_shape(rows_in, columns, rank=rank, overrides=config["shapes"], modes_per_side=modes_per_side)
+    return tt.stacked(shape, experts, rank) if experts else shape
 
 
 def _train(shape: tt.TTShape) -> str:

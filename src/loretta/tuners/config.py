@@ -24,6 +24,10 @@ class LorettaConfig(PeftConfig):
         target_modules: names (ends of names), a regular expression, or ``"all-linear"``; ``None`` takes the
             method's default for the model's type.
         exclude_modules: as ``target_modules``, for modules to leave alone.
+        target_parameters: parameters that hold one matrix for each expert of a layer, by the end of their name:
+            ``["experts.gate_up_proj", "experts.down_proj"]``, beside the modules of ``target_modules`` (``[]`` for
+            none). Rep gives each one pair of trains for all experts, of which the first mode is the expert; adp and
+            shared have no place there. The options that choose among modules do not act on them.
         tensor_rank: the constant inner rank of every train.
         shapes: modes for given matrix sizes, ``{"768x64": [8, 8, 12, 8, 8]}``; others are planned
             (:func:`loretta.tt.plan_shape`).
@@ -61,6 +65,7 @@ class LorettaConfig(PeftConfig):
 
     target_modules: list[str] | str | None = None
     exclude_modules: list[str] | str | None = None
+    target_parameters: list[str] | None = None
     tensor_rank: int = 5
     shapes: dict[str, list[int]] = field(default_factory=dict)
     modes_per_side: int | None = None
@@ -158,6 +163,11 @@ class LorettaConfig(PeftConfig):
                     f"shapes[{size!r}] is empty or holds a mode below 1: give its modes, such as [8, 8, 12, 8, 8]"
                 )
         return problems
+
+    def _no_experts(self, reason: str) -> list[str]:
+        """A phrase where experts are targeted, for a method that has no place there."""
+        given = self.target_parameters
+        return [f"target_parameters={given!r}: {reason}; rep adapts the matrices of experts"] if given else []
 
     @staticmethod
     def _below_one(name: str, value: int) -> list[str]:

@@ -29,13 +29,14 @@ class LorettaLayer(JointLayer, BaseTunerLayer):
     """
 
     prefix: str
+    parameter_name = "weight"  # of the base layer, that which is adapted
     trains: tuple[str, ...] = ("down", "up", "start_down", "start_up")  # names of the dictionaries
     cast_input_dtype_enabled = True  # for PEFT's disable_input_dtype_casting: there is no such casting here
 
     def __init__(self, base_layer: nn.Module, *, name: str, **quantization_kwargs) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.in_features, self.out_features = require_linear(name, self.get_base_layer())
+        self.in_features, self.out_features = self._size(name)
         keep_differentiable(self.get_base_layer())
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization_kwargs)
         if self.quantization_backend is not None:
@@ -53,6 +54,10 @@ class LorettaLayer(JointLayer, BaseTunerLayer):
         self.n_pairs: dict[str, int] = {}
         self.drops: dict[str, bool] = {}
         self.on_read: Callable[[LorettaLayer], None] | None = None  # called when others read the weight
+
+    def _size(self, name: str) -> tuple[int, int]:
+        """(in, out) of what is adapted. Raises InputError that names the module when that cannot be."""
+        return require_linear(name, self.get_base_layer())
 
     @property
     def weight(self) -> Tensor:
@@ -86,7 +91,7 @@ class LorettaLayer(JointLayer, BaseTunerLayer):
         return dtype
 
     def _base_weight(self) -> Tensor:
-        return cast(Tensor, self.get_base_layer().weight)
+        return cast(Tensor, getattr(self.get_base_layer(), self.parameter_name))
 
     def _base_dtype(self) -> torch.dtype:
         dtype = self._base_weight().dtype
@@ -125,7 +130,7 @@ class LorettaLayer(JointLayer, BaseTunerLayer):
         """New trains with their starting values, on the device of the base layer, in float32 or wider as it is."""
         self.placements[adapter_name] = placement
         down, up = Cores(placement.down), Cores(placement.up)
-        starting_cores(down, up, init_weights)
+        starting_cores(down, up, init_weights, n_experts=placement.experts)
         self._part("down")[adapter_name], self._part("up")[adapter_name] = down, up
         self._finish_adding(adapter_name, dropout)
         if init_weights == "denoised":
@@ -300,7 +305,7 @@ def keep_differentiable(model: nn.Module) -> None:
             layer.state_dict()  # unpacks what an earlier evaluation has packed
 
 
-def starting_cores(down: Cores, up: Cores, init_weights: str) -> None:
+def starting_cores(down: Cores, up: Cores, init_weights: str, *, n_experts: int = 0) -> None:
     """Assign starting values to a pair of trains; ``init_weights`` as in the config.
 
     "zero": the last core of ``up`` is zero. The others are random orthonormal maps scaled so that an input with
@@ -309,13 +314,18 @@ def starting_cores(down: Cores, up: Cores, init_weights: str) -> None:
     inputs of size 1, as LoRA's B does, and the same learning rates suit it and the layer norms.
     Otherwise Gaussian, with entries of standard deviation sqrt(1 / (in + out)) in each contracted matrix
     (LoRETTA section 3.3).
+
+    With ``n_experts`` the first core of ``down`` picks one of them: an input passes one row of it and not a sum over
+    all, so the core is sqrt(``n_experts``) times larger.
     """
     for cores in (down, up):
         shape = cores.shape
+        picked = n_experts if n_experts and cores is down else 1
         if init_weights == "zero":
             values = [_variance_keeping(core, shape.out_part(k)) for k, core in enumerate(shape.cores)]
+            values[0] = math.sqrt(picked) * values[0]
         else:
-            values = tt.gaussian(shape, std=(shape.in_features + shape.out_features) ** -0.5)
+            values = tt.gaussian(shape, std=(shape.in_features // picked + shape.out_features) ** -0.5)
         if cores is up and init_weights == "zero":
             values[-1] = torch.zeros_like(values[-1])
         cores.assign(values)

@@ -60,6 +60,11 @@ class LorettaModel(BaseTuner):
         """Plan the trains at all targets, given by name."""
         return [cls.place(config, name, module) for name, module in modules]
 
+    @classmethod
+    def place_parameters(cls, config: LorettaConfig, model: nn.Module) -> list[Placement]:
+        """Plan the trains of the experts that ``target_parameters`` names. Raises InputError when they do not fit."""
+        return []
+
     def inject_adapter(
         self,
         model: nn.Module,
@@ -80,10 +85,13 @@ class LorettaModel(BaseTuner):
         if state_dict is None:
             targeted = copy.copy(config)
             targeted.modules_to_save = [*(config.modules_to_save or []), *head_names(model, config)]
-            placements = self.place_all(config, [(n, _base_of(m)) for n, m in matched_modules(targeted, model)])
-            self.planned = {placement.name: placement for placement in placements}
-            check_signature(config, placements)
+            modules = matched_modules(targeted, model, required=not config.target_parameters)
+            placements = self.place_all(config, [(n, _base_of(m)) for n, m in modules])
+            experts = self.place_parameters(config, model)
+            self.planned = {placement.name: placement for placement in (*placements, *experts)}
+            check_signature(config, [*placements, *experts])
             check_called(model, [placement.name for placement in placements])
+            placements += experts
             # defaults name modules of several versions, and a saved adapter was told when it was made
             asked = None if getattr(config, "_targets_by_default", False) or config.base_signature else asked
             for sentence in unused_options(config, asked, placements, model):
@@ -219,6 +227,8 @@ class LorettaModel(BaseTuner):
             return config.target_modules
         model_type = model_config.get("model_type")
         if model_type not in cls.target_module_mapping:
+            if config.target_parameters:
+                return set()
             raise InputError(
                 f"no default target modules are known for model type {model_type!r}: "
                 "give target_modules=['name', ...] or target_modules='all-linear'"
@@ -303,13 +313,13 @@ class LorettaModel(BaseTuner):
         for name, module in self.model.named_modules():
             if not isinstance(module, self.layer_cls):
                 continue
-            base = module.get_base_layer()
-            if "weight" not in dict(base.named_parameters(recurse=False)) and base.weight.is_floating_point():
+            weight, own = module._base_weight(), dict(module.get_base_layer().named_parameters(recurse=False))
+            if module.parameter_name not in own and weight.is_floating_point():
                 raise InputError(
                     f"cannot merge into '{name}', whose weight is computed from other parameters: keep the adapter "
                     "unmerged, or first make the weight one again (remove_parametrizations, prune.remove, ...)"
                 )
-            if owners[id(base.weight)] > 1:
+            if owners[id(weight)] > 1:
                 raise InputError(
                     f"cannot merge into '{name}', whose weight is tied to another module's: keep the adapter unmerged, "
                     "or load the base model with tie_word_embeddings=False and a copy of the weight"

@@ -33,7 +33,8 @@ class Placement:
     """Two trains at one module: ``down`` reduces to the bottleneck, ``up`` comes back from it.
 
     ``where`` is "update" (rep and shared: added to the weight), "after" or "before" (adp: on the module's output or
-    input). With a ``seat`` the two trains are sides of one that all modules share, and are counted there.
+    input). With a ``seat`` the two trains are sides of one that all modules share, and are counted there. With
+    ``experts`` the first mode of ``down`` is the expert, and ``name`` is a parameter that holds the matrices of all.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Placement:
     up: tt.TTShape
     bias_params: int = 0
     seat: Seat | None = None
+    experts: int = 0
 
     @property
     def core_params(self) -> int:
@@ -111,13 +113,17 @@ def not_adaptable(model: nn.Module) -> dict[str, str]:
     Embeddings and norms are left out: nobody expects them to be adapted.
     """
     reasons: dict[str, str] = {}
+    adapted = {id(module.base_layer) for module in model.modules() if isinstance(module, BaseTunerLayer)}
     for module in model.modules():
         dims = {parameter.dim() for parameter in module.parameters(recurse=False) if parameter.dim() >= 2}
-        if not dims or linear_size(module) or isinstance(module, nn.Embedding | Cores):
+        if not dims or id(module) in adapted or linear_size(module) or isinstance(module, nn.Embedding | Cores):
             continue
         name = type(module).__name__
         if "Expert" in name or (max(dims) == 3 and "Conv" not in name):
-            reasons[name] = "holds the matrices of all experts in one tensor of three dimensions, not linear layers"
+            reasons[name] = (
+                "holds the matrices of all experts in one tensor of three dimensions (rep takes it among "
+                "target_parameters)"
+            )
         elif "Conv" in name:
             reasons[name] = "is a convolution"
         else:
@@ -176,6 +182,7 @@ def unused_options(
             guess = f": did you mean {', '.join(map(repr, close))}?" if close else ""
             found.append(f"target_modules: nothing in this model is called {' or '.join(map(repr, lost))}{guess}")
     sizes = {f"{s.in_features}x{s.out_features}" for p in placements for s in (p.down, p.up)}
+    sizes |= {f"{p.down.in_features // p.experts}x{p.down.out_features}" for p in placements if p.experts}
     # the hidden layer of a head is a train too
     sizes |= {f"{size[0]}x{size[1]}" for module in model.modules() if (size := linear_size(module)) is not None}
     if unused := [size for size in config.shapes if size not in sizes]:
@@ -222,8 +229,12 @@ def sign(config: LorettaConfig, placements: list[Placement]) -> None:
 
 
 def _signature(placements: list[Placement]) -> str:
-    kinds = Counter((p.name.rpartition(".")[2], p.down.in_features, p.up.out_features) for p in placements)
-    return ", ".join(f"{count} {name} {i} x {o}" for (name, i, o), count in sorted(kinds.items()))
+    kinds = Counter((p.name.rpartition(".")[2], p.experts, p.down.in_features, p.up.out_features) for p in placements)
+    return ", ".join(
+        # of experts their number and the rows of one: 8*4096 x 14336
+        f"{count} {name} {f'{experts}*{i // experts}' if experts else i} x {o}"
+        for (name, experts, i, o), count in sorted(kinds.items())
+    )
 
 
 def check_signature(config: LorettaConfig, placements: list[Placement]) -> None:

@@ -47,6 +47,11 @@ class RankedTrains:
             raise InputError(
                 "ranks do not adapt where init_weights='denoised' subtracts a start: give init_weights='zero'"
             )
+        if config.target_parameters:
+            raise InputError(
+                f"target_parameters={config.target_parameters!r}: the ranks of experts do not adapt; leave them out, "
+                "or train with one rank"
+            )
         found = [m for m in model.modules() if isinstance(m, RepLinear) and adapter_name in m.n_pairs]
         self.layers = {layer.placements[adapter_name].name: layer for layer in found}
         self.shapes = {name: self._plan(layer) for name, layer in self.layers.items()}

@@ -48,6 +48,7 @@ class LorettaAdpConfig(LorettaConfig):
     def _problems(self) -> list[str]:
         problems = [*super()._problems(), *self._below_one("bottleneck_size", self.bottleneck_size)]
         problems += self._not_among("placement")
+        problems += self._no_experts("an adapter has its place after a module, and not inside the experts")
         if self.non_linearity not in ACT2FN:
             problems.append(f"non_linearity={self.non_linearity!r} is none of {', '.join(sorted(ACT2FN))}")
         if not 0 <= self.adapter_dropout < 1:

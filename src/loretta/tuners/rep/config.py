@@ -45,4 +45,10 @@ class LorettaRepConfig(LorettaUpdateConfig):
         return cls(**{**COMPACT, **options})
 
     def _problems(self) -> list[str]:
-        return [*super()._problems(), *self._below_one("r", self.r)]
+        problems = [*super()._problems(), *self._below_one("r", self.r)]
+        if self.lora_dropout and self.target_parameters:
+            problems.append(
+                f"lora_dropout={self.lora_dropout!r} cannot reach the inputs of the experts that target_parameters "
+                "names: set it to 0"
+            )
+        return problems

@@ -3,21 +3,26 @@
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
+from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from loretta.errors import InputError
 from loretta.layers.fit import EXACT, Fit, Update, fit_update, smallest_fit
+from loretta.tuners.experts import matched_parameters, plan_experts
+from loretta.tuners.layer import is_offloaded
 from loretta.tuners.model import LorettaModel
 from loretta.tuners.names import check_adapter_name
 from loretta.tuners.norms import TrainedNorm
 from loretta.tuners.placement import Placement, plan_trains, planner, rank_for, require_linear
 from loretta.tuners.rep.config import LorettaRepConfig
+from loretta.tuners.rep.experts import RepExperts
 from loretta.tuners.rep.layer import RepLinear
 from loretta.tuners.targets import REP_TARGETS
 
@@ -40,6 +45,7 @@ class LorettaRepModel(LorettaModel):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As for all methods. Every layer also learns the parts that a conversion of the adapter to LoRA would lose."""
+        self._check_same_experts(adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         layers = [module for module in model.modules() if isinstance(module, RepLinear)]
         beside = tuple(
@@ -57,8 +63,62 @@ class LorettaRepModel(LorettaModel):
         names = [name for name in self.peft_config if adapter_name in (None, name)]
         layers = [module for module in self.model.modules() if isinstance(module, RepLinear)]
         lossy = any(layer.beside.get(name) for layer in layers for name in names)
+        lossy |= any(name in layer.n_pairs for layer in self._layers(RepExperts) for name in names)
         lossy |= bool(self._layers(TrainedNorm))  # those of other adapters, at which PEFT stops
         return not lossy and all(self.peft_config[name].bias == "none" for name in names)
+
+    @classmethod
+    def place_parameters(cls, config: Any, model: nn.Module) -> list[Placement]:
+        """Two trains for each parameter, shared by its experts."""
+        places = list(matched_parameters(config, model))
+        if away := next((name for name, module, _ in places if is_offloaded(module)), None):
+            raise InputError(
+                f"'{away}' is offloaded by accelerate: give the model a device_map that keeps experts in place"
+            )
+        return [plan_experts(config, *place, config.r) for place in places]
+
+    def _check_same_experts(self, adapter_name: str) -> None:
+        """Refuse adapters of other experts than those adapted: which layer is in which would depend on the order."""
+        wanted = set(self.peft_config[adapter_name].target_parameters or ())
+        for name, config in self.peft_config.items():
+            other = set(getattr(config, "target_parameters", None) or ())
+            if wanted and other and other != wanted:
+                raise InputError(
+                    f"the adapter {name!r} has target_parameters={sorted(other)} and {adapter_name!r} has "
+                    f"{sorted(wanted)}: adapters of one model have to agree on the experts they adapt"
+                )
+
+    def _inject_parameters(
+        self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+    ) -> list[str]:
+        """In the place of PEFT's, which looks for the class of LoRA."""
+        places = list(matched_parameters(peft_config, model))
+        for name, _, parameter in places:
+            with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+                self._adapt_experts(peft_config, adapter_name, name, parameter)
+        return [name for name, _, _ in places]
+
+    def _adapt_experts(self, config: Any, adapter_name: str, name: str, parameter: str) -> None:
+        parent, _, child = name.rpartition(".")[0].rpartition(".")
+        outermost: Any = self.model.get_submodule(parent).get_submodule(child)
+        layer = outermost
+        while isinstance(layer, RepExperts) and layer.parameter_name != parameter:
+            layer = layer.base_layer
+        if isinstance(layer, RepExperts):
+            layer.update_layer(adapter_name, self.planned[name], config)
+            return
+        layer = RepExperts(outermost, name=name, parameter_name=parameter)
+        layer.update_layer(adapter_name, self.planned[name], config)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)
+        layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        setattr(self.model.get_submodule(parent), child, layer)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(child, RepExperts):  # which has no one weight that PEFT could look at
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def add_weighted_adapter(
         self,
@@ -160,6 +220,8 @@ class LorettaRepModel(LorettaModel):
             check_adapter_name(self.model, adapter_name)
         if combination_type not in ("linear", "svd"):
             problems.append(f"combination_type={combination_type!r} is none of 'linear' and 'svd'")
+        if experts := [a for a in adapters if a in self.peft_config and self.peft_config[a].target_parameters]:
+            problems.append(f"{', '.join(map(repr, experts))}: trains of experts are not added up")
         if rank is not None and error is not None:
             problems.append("rank and error are two budgets: give one of them")
         if svd_rank is not None and combination_type != "svd":

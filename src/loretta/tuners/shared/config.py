@@ -33,6 +33,7 @@ class LorettaSharedConfig(LorettaUpdateConfig):
             problems.append(
                 f"modes_per_side={self.modes_per_side!r}: the sides of a shared train are one core, or what shapes says"
             )
+        problems += self._no_experts("the one train has a place for each module, and none for each expert")
         if self.rank_pattern:
             problems.append(f"rank_pattern={self.rank_pattern!r}: one train has one rank, so give tensor_rank alone")
         return problems
