@@ -296,7 +296,7 @@ def main() -> None:
     commit = commit_of(ROOT)
     # at once, each in a process of its own
     with (
-        ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool,
+        ProcessPoolExecutor(4, mp_context=multiprocessing.get_context("spawn")) as pool,
         tempfile.TemporaryDirectory() as folder,
     ):
         fuzzed = pool.submit(fuzz, arguments.inputs, arguments.seed)

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from draws import seed_torch
 from tuners.families import DECODERS, SEQ2SEQ, build, logits
-from tuners.wrapped import every_method, own_trains, wrap
+from tuners.wrapped import config_for, every_method, own_trains, trainable, wrap
 
+from loretta import get_peft_model
 from loretta.tuners.layer import LorettaLayer
 
 LANGUAGE_MODELS = DECODERS + SEQ2SEQ
@@ -84,3 +86,23 @@ def test_adapters_of_a_bfloat16_model_are_kept_in_float32(method):
     dtypes = {parameter.dtype for name, parameter in model.named_parameters() if f"loretta_{method}_" in name}
     assert dtypes == {torch.float32}
     assert {parameter.dtype for name, parameter in model.named_parameters() if "base_layer" in name} == {torch.bfloat16}
+
+
+@every_method
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float16, torch.float64])
+def test_trains_are_made_in_float32_at_least_whatever_the_default_dtype(default, method):
+    expected = trainable(wrap("roberta", method)[0])
+    base, _ = build("roberta")
+    torch.set_default_dtype(default)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            seed_torch(0)
+            model = get_peft_model(base, config_for(method, task_type="SEQ_CLS"))
+        assert torch.get_default_dtype() == default
+    finally:
+        torch.set_default_dtype(torch.float32)
+    found = trainable(model)
+    assert found.keys() == expected.keys()
+    assert {value.dtype for name, value in found.items() if "loretta" in name} <= {torch.float32, torch.float64}
+    if default != torch.float64:  # whose random numbers are others
+        assert all(torch.equal(found[name], value) for name, value in expected.items())

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -214,6 +214,11 @@ class LorettaLayer(JointLayer, BaseTunerLayer):
             copied.enable_adapters(enabled)
         note_change()
 
+    @property
+    def held(self) -> list[str]:
+        """The adapters that are placed here."""
+        return list(self.placements)
+
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         note_change()
@@ -290,6 +295,17 @@ def works_in(x: Tensor, dtype: torch.dtype) -> bool:
 def fitting(factor: Tensor, x: Tensor) -> Tensor:
     """``factor`` in the dtype of ``x``, unless autocast is going to cast both."""
     return factor if works_in(x, factor.dtype) else factor.to(x.dtype)
+
+
+@contextmanager
+def at_least_float32() -> Iterator[None]:
+    """Where torch's default dtype is half precision, trains are made in float32 all the same: they train in it."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.promote_types(before, torch.float32))
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def keep_differentiable(model: nn.Module) -> None:

@@ -26,7 +26,7 @@ from loretta.tuners.contraction import Contraction
 from loretta.tuners.copies import AdapterCopy, rename_copy
 from loretta.tuners.heads import agree_on_origins, copy_cost, head_names, install_head
 from loretta.tuners.labels import name_labels
-from loretta.tuners.layer import LorettaLayer, is_offloaded, keep_differentiable
+from loretta.tuners.layer import LorettaLayer, at_least_float32, is_offloaded, keep_differentiable
 from loretta.tuners.mixed import naming
 from loretta.tuners.names import check_adapter_name, check_endings
 from loretta.tuners.norms import TrainedNorm, is_norm, norms_of, values_as_changes
@@ -65,6 +65,7 @@ class LorettaModel(BaseTuner):
         """Plan the trains of the experts that ``target_parameters`` names. Raises InputError when they do not fit."""
         return []
 
+    @at_least_float32()
     def inject_adapter(
         self,
         model: nn.Module,
@@ -125,22 +126,17 @@ class LorettaModel(BaseTuner):
     def _forget(self, adapter_name: str) -> None:
         """Remove what an earlier tuner left in the model under this name: PEFT would go on with parts of it."""
         for name, module in reversed(list(self.model.named_modules())):  # the inner ones first
-            held: Any = ()
-            if isinstance(module, LorettaLayer):
-                held, base = module.placements, module.base_layer
-            elif isinstance(module, TrainedNorm):
-                held, base = [each for each, trains in module.known.items() if trains], module.base_layer
-            elif isinstance(module, ModulesToSaveWrapper):
-                held, base = module.modules_to_save, module.original_module
-            if adapter_name not in held:
-                continue
-            if isinstance(module, ModulesToSaveWrapper):
-                module.delete_adapter(adapter_name, [each for each in module.active_adapters if each != adapter_name])
-            else:
+            if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+                module.delete_adapter(adapter_name, [n for n in module.active_adapters if n != adapter_name])
+                left, base = list(module.modules_to_save), module.original_module
+            elif isinstance(module, LorettaLayer | TrainedNorm) and adapter_name in module.held:
                 if module.merged:
                     module.unmerge()
                 module.delete_adapter(adapter_name)
-            if set(held) <= {adapter_name}:
+                left, base = module.held, module.base_layer
+            else:
+                continue
+            if not left:
                 self.model.set_submodule(name, base)
 
     def _train_norm(self, name: str, adapter_name: str, *, inference_mode: bool) -> None:

@@ -98,6 +98,11 @@ class TrainedNorm(nn.Module, BaseTunerLayer):
             getattr(self, attribute)[adapter_name] = nn.Parameter(torch.zeros_like(value, dtype=dtype))
         self.known[adapter_name] = True
 
+    @property
+    def held(self) -> list[str]:
+        """The adapters that train this norm."""
+        return [name for name, trains in self.known.items() if trains]
+
     def change(self, adapter_name: str) -> dict[str, nn.Parameter]:
         """The changes of one adapter, by the base's names; empty where it does not train this norm."""
         found = {}
