@@ -24,6 +24,7 @@ def write(path, *rows):
         ("chat.jsonl", "chat", ("messages",), 12),
         ("completions.csv", "completion", ("prompt", "completion"), 10),
         ("alpaca.jsonl", "chat", ("messages",), 10),
+        ("preferences.jsonl", "preference", ("prompt", "chosen", "rejected"), 10),
     ],
 )
 def test_the_columns_say_what_a_file_holds(file, kind, columns, rows):
@@ -115,7 +116,7 @@ def test_forms_are_not_mixed(tmp_path, refused):
     refused(lambda: load_task(other, kind="completion", validation=other), "of the kind chat, and not completion")
     refused(lambda: load_task(one), "too few different rows to split (1 in all)")
     bare = write(tmp_path / "3.jsonl", {"message": OK})
-    refused(lambda: load_task(bare, kind="chat"), "has the columns 'message'", "messages or conversations or prompt")
+    refused(lambda: load_task(bare, kind="chat"), "has the columns 'message'", "messages or chosen + rejected or")
     refused(lambda: load_task(bare), "needs labels", "prompt + completion")
 
 
@@ -126,3 +127,33 @@ def test_what_is_asked_ends_before_the_last_answer(tmp_path):
     assert asked_of({"prompt": ["a", more]}, path, column="text") == ["a", more]
     assert asked_of({"instruction": ["a"], "input": ["b"]}, path, column="text") == [chat(("user", "a\n\nb"))]
     assert asked_of({"question": ["a"]}, path, column="question") == ["a"]
+
+
+def test_pairs_of_answers_part_behind_the_prompt(tmp_path):
+    """Of whole conversations, of answers alone with their prompt as text or messages, and of text."""
+    good, bad = chat(("assistant", "Hello")), chat(("assistant", "Go"))
+    whole = {"prompt": "Hi", "chosen": [*OK[:1], *good], "rejected": [*OK[:1], *bad]}
+    for row in (whole, {"prompt": "Hi", "chosen": good, "rejected": bad}, {**whole, "prompt": OK[:1]}):
+        path = write(tmp_path / "p.jsonl", row)
+        task = load_task(path, validation=path)
+        assert task.kind == "preference"
+        assert task.train[0] == {"prompt": OK[:1], "chosen": good, "rejected": bad}
+    path = write(tmp_path / "p.jsonl", row := {"prompt": "Hi", "chosen": " a", "rejected": " b"})
+    assert load_task(path, validation=path).train[0] == row
+
+
+@pytest.mark.parametrize(
+    ("row", "pieces"),
+    [
+        ({"prompt": "Hi", "chosen": "a", "rejected": "a"}, ["column 'rejected'", "the same as 'chosen'"]),
+        ({"prompt": "Hi", "chosen": "a", "rejected": ""}, ["column 'rejected'", "empty"]),
+        ({"prompt": "Hi", "chosen": OK, "rejected": OK}, ["column 'rejected'", "the same as 'chosen'"]),
+        ({"prompt": "Hi", "chosen": OK, "rejected": OK[:1]}, ["column 'rejected'", "no answer of the assistant"]),
+        ({"prompt": "Hi", "chosen": chat(("bot", "a")), "rejected": OK}, ["column 'chosen'", "unknown role 'bot'"]),
+    ],
+)
+def test_a_pair_that_cannot_be_trained_is_named(row, pieces, tmp_path, refused):
+    path = write(tmp_path / "p.jsonl", {"prompt": "Hi", "chosen": "a", "rejected": "b"}, row)
+    refused(lambda: load_task(path), f"row 2 of '{path}'", *pieces)
+    path = write(tmp_path / "q.jsonl", {"chosen": "a", "rejected": "b"})
+    refused(lambda: load_task(path), f"row 1 of '{path}'", "a column 'prompt'")

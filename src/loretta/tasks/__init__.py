@@ -95,7 +95,9 @@ def load_task(
         return load_text(path, text=text, **more)
 
     columns = column_names(path) if text is None or label is None else ()
-    if kind in ("chat", "completion") or (label is None and text is None and kind is None and turns_of(columns)):
+    if kind in ("chat", "completion", "preference") or (
+        label is None and text is None and kind is None and turns_of(columns)
+    ):
         _refuse(options, {"--text", "--text-pair", "--label"}, f"'{data}', which is read by its columns")
         return load_turns(path, kind=kind, **more)
     if kind == "token_classification" or (kind is None and label is None and text is None and tags_of(columns)):

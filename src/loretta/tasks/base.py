@@ -7,7 +7,14 @@ if TYPE_CHECKING:
     import datasets
 
 Kind = Literal[
-    "classification", "regression", "language_modeling", "chat", "completion", "token_classification", "multi_label"
+    "classification",
+    "regression",
+    "language_modeling",
+    "chat",
+    "completion",
+    "preference",
+    "token_classification",
+    "multi_label",
 ]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -18,8 +25,9 @@ class Task:
 
     A split has a column "text", for pairs also "text_pair", and "label" (a class id as int, or a score as float).
     Language modelling has "text" alone. Chat has "messages" (each with "role" and "content"), or "prompt" and
-    "completion" as lists of them; a completion has these two as text. Token classification has "tokens" and "tags"
-    (class ids), both lists. With several labels "label" is a list of 0.0 and 1.0, one for each of ``label_names``.
+    "completion" as lists of them; a completion has these two as text, a preference "prompt", "chosen" and "rejected" as
+    text or messages. Token classification has "tokens" and "tags" (class ids), both lists. With several labels "label"
+    is a list of 0.0 and 1.0, one for each of ``label_names``.
     """
 
     name: str  # "sst2", "reviews.csv", "stdlib"

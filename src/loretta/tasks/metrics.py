@@ -14,6 +14,8 @@ from loretta.wording import listed, nearest, quoted
 LOWER_IS_BETTER = ("mse", "perplexity")
 # of sequences of tags: of_entities
 OF_ENTITIES = ("entity_f1", "entity_precision", "entity_recall")
+# of pairs of answers, as TRL names them
+OF_PAIRS = ("rewards/accuracies", "rewards/margins")
 
 
 def compute(names: Sequence[str], predictions: ArrayLike, references: ArrayLike) -> dict[str, float]:
@@ -35,7 +37,9 @@ def compute(names: Sequence[str], predictions: ArrayLike, references: ArrayLike)
     for name in names:
         if name not in _COMPUTE:
             higher_is_better(name)  # an unknown name is refused there
-            source = "entities" if name in OF_ENTITIES else "the loss"
+            source = {**dict.fromkeys(OF_ENTITIES, "entities"), **dict.fromkeys(OF_PAIRS, "pairs")}.get(
+                name, "the loss"
+            )
             raise InputError(f"metric {quoted(name)} comes from {source}: compute() cannot tell it from predictions")
     predicted, expected = np.asarray(predictions), np.asarray(references)
     if predicted.shape != expected.shape or predicted.ndim not in (1, 2) or not len(predicted):
@@ -59,7 +63,7 @@ def of_entities(predictions: Sequence[Sequence[str]], references: Sequence[Seque
 
 def higher_is_better(name: str) -> bool:
     """Whether a larger value of the metric is the better one. Raises InputError for an unknown metric."""
-    if name not in (*_COMPUTE, *LOWER_IS_BETTER, *OF_ENTITIES):
+    if name not in (*_COMPUTE, *LOWER_IS_BETTER, *OF_ENTITIES, *OF_PAIRS):
         names = (*_COMPUTE, "perplexity")
         raise InputError(f"unknown metric {quoted(name)}{nearest(name, names)}: give one of {listed(names)}")
     return name not in LOWER_IS_BETTER
@@ -69,7 +73,12 @@ def metric_range(name: str) -> tuple[float, float]:
     """The lowest and the highest value that a metric (or "loss") can have."""
     if name in ("mcc", "spearman", "pearson"):
         return -1.0, 1.0
-    return {"mse": (0.0, math.inf), "loss": (0.0, math.inf), "perplexity": (1.0, math.inf)}.get(name, (0.0, 1.0))
+    return {
+        "rewards/margins": (-math.inf, math.inf),
+        "mse": (0.0, math.inf),
+        "loss": (0.0, math.inf),
+        "perplexity": (1.0, math.inf),
+    }.get(name, (0.0, 1.0))
 
 
 def _accuracy(predicted: NDArray, expected: NDArray) -> float:

@@ -15,6 +15,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 # ShareGPT's names
 OTHER_ROLES = {"human": "user", "gpt": "assistant"}
 METRICS = ("perplexity",)
+REWARDS = ("rewards/accuracies", "rewards/margins")
 
 Message = dict[str, str]
 Row = dict[str, Any]
@@ -33,7 +34,7 @@ def load_turns(
     test_path: Source | None = None,
     seed: int = 0,
 ) -> Task:
-    """Conversations ("messages", or ShareGPT's "conversations"), "prompt" and "completion", or Alpaca's rows.
+    """Conversations, prompts with completions, Alpaca's rows, or pairs of answers ("chosen", "rejected").
 
     The kind is "completion" for prompts and completions of plain text, which follow each other as they stand, and
     "chat" for all others; ``kind="chat"`` makes a conversation of the former too. Without a validation file, 10% of
@@ -63,7 +64,8 @@ def load_turns(
     for other, rows in ((validation_path, validation), (test_path, test)):
         if rows and tuple(rows[0]) != columns:
             raise InputError(f"'{other}' holds {listed(rows[0])} and '{path}' holds {listed(columns)}: give one form")
-    found: Kind = "completion" if isinstance(train[0].get("prompt"), str) else "chat"
+    of_text = isinstance(train[0].get("prompt"), str)
+    found: Kind = "preference" if "chosen" in train[0] else "completion" if of_text else "chat"
     if kind not in (None, found):
         raise InputError(f"'{path}' holds {listed(columns)}, of the kind {found}, and not {kind}: leave --kind out")
     return Task(
@@ -71,7 +73,7 @@ def load_turns(
         kind=found,
         columns=columns,
         label_names=(),
-        metrics=METRICS,
+        metrics=REWARDS if found == "preference" else METRICS,
         train=_dataset(train),
         validation=_dataset(validation),
         test=None if test is None else _dataset(test),
@@ -80,20 +82,21 @@ def load_turns(
 
 
 def read_turns(path: Source, kind: Kind | None = None) -> list[Row]:
-    """The rows of a file: "messages", or "prompt" and "completion" (both text, or both lists of messages).
+    """The rows of a file: "messages", or "prompt" with "completion" or with "chosen" and "rejected".
 
+    Prompts and answers are text, or lists of messages.
     Raises InputError as :func:`load_turns` does.
     """
     found = column_names(path)
     names = turns_of(found)
     if names is None:
         raise InputError(f"'{path}' has the columns {listed(found)}: {FORMS_IN_WORDS}")
-    also = [name for name in OPTIONAL if name in found]
+    also = [name for name in (*OPTIONAL, "prompt") if name in found and name not in names]
     columns = read_columns(path, (*names, *also))
     rows = []
     for at, cells in enumerate(zip(*columns.values(), strict=True)):
         row = READERS[names](Cells(*place(path, at), dict(zip(columns, cells, strict=True))))
-        if kind == "chat" and isinstance(row.get("prompt"), str):
+        if kind == "chat" and "completion" in row and isinstance(row["prompt"], str):
             row = {"messages": [turn("user", row["prompt"]), turn("assistant", row["completion"])]}
         rows.append(row)
     if len({(tuple(row), type(row.get("prompt"))) for row in rows}) > 1:
@@ -182,9 +185,34 @@ def _alpaca(row: Cells) -> Row:
     return {"messages": [*start, turn("user", asked), turn("assistant", row.text("output"))]}
 
 
+def _preference(row: Cells) -> Row:
+    if isinstance(row.values["chosen"], str):
+        if "prompt" not in row.values:
+            raise row.wrong("chosen", "its prompt is missing: give the answers a column 'prompt'")
+        found: Row = {name: row.text(name) for name in ("prompt", "chosen", "rejected")}
+    else:
+        chosen, rejected, given = row.messages("chosen"), row.messages("rejected"), row.values.get("prompt")
+        shared = next((k for k, pair in enumerate(zip(chosen, rejected, strict=False)) if pair[0] != pair[1]), None)
+        shared = min(len(chosen), len(rejected)) if shared is None else shared
+        # conversations are often given whole, with the prompt in both of them
+        prompt = chosen[:shared] or (row.messages("prompt") if isinstance(given, list) else [])
+        found = {
+            "prompt": prompt or [turn("user", row.text("prompt") if "prompt" in row.values else "")],
+            "chosen": chosen[shared:],
+            "rejected": rejected[shared:],
+        }
+    if found["chosen"] == found["rejected"]:
+        raise row.wrong("rejected", "it is the same as 'chosen': leave the row out")
+    for name in ("chosen", "rejected"):
+        if not found[name] or (isinstance(found[name], list) and found[name][0]["role"] != "assistant"):
+            raise row.wrong(name, "behind the prompt there is no answer of the assistant: give one")
+    return found
+
+
 OPTIONAL = ("input", "system")
 READERS: dict[tuple[str, ...], Callable[[Cells], Row]] = {
     ("messages",): _chat,
+    ("chosen", "rejected"): _preference,
     ("conversations",): lambda row: _chat(row, "conversations", role="from", content="value"),
     ("prompt", "completion"): _prompt_completion,
     ("instruction", "output"): _alpaca,

@@ -138,6 +138,9 @@ class RunConfig(BaseModel):
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = Field(
         default="linear", description="How the rate falls after the warm-up."
     )
+    beta: float = Field(
+        default=0.1, gt=0, allow_inf_nan=False, description="Of DPO: how strongly pairs are held to the base model."
+    )
     packing: bool = Field(
         default=False, description="Put several chats or completions into one row, each seeing itself alone."
     )
@@ -206,7 +209,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
     ),
     "Data": (
         "text", "text_pair", "label", "kind", "validation", "test", "separator", "split", "data_dir", "limit",
-        "max_length", "packing",
+        "max_length", "packing", "beta",
     ),
     "Prompted tasks": ("prompted", "train_as", "sample", "max_new_tokens"),
     "Training": (

@@ -36,7 +36,7 @@ def load_run(folder: Path, *, model: str | None = None, cpu: bool = False) -> Lo
     config = recorded_config(record.config, folder / "run.json")
     name = model or config.model
     tokenizer = load_tokenizer(name)
-    if record.kind == "chat":  # where the tokenizer has no template, the run gave it one
+    if record.kind in ("chat", "preference"):  # where the tokenizer has no template, the run gave it one
         tokenizer.chat_template = load_tokenizer(str(folder / ADAPTER)).chat_template
     whole = find_method(record.method) is FULL
     # what the checkpoint lacks and the adapter's file leaves out is random: the same as in the run

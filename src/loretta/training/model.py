@@ -32,6 +32,7 @@ TASK_TYPES = {
     "token_classification": "TOKEN_CLS",
     "chat": "CAUSAL_LM",
     "completion": "CAUSAL_LM",
+    "preference": "CAUSAL_LM",
 }
 
 

@@ -8,7 +8,8 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 
 # what the Trainer and TRL log beside the scores
 OTHERS = (
-    "runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "num_tokens", "entropy"
+    "runtime", "samples_per_second", "steps_per_second", "model_preparation_time", "num_tokens", "entropy",
+    "logps/", "logits/", "rewards/chosen", "rewards/rejected",
 )  # fmt: skip
 FIRST, LONGEST = 2.0, 60.0  # seconds to the first line, and at most between two; they double in between
 
@@ -30,7 +31,7 @@ class ProgressLines(TrainerCallback):
         self.loss = logs.get("loss", self.loss)
         if "eval_loss" in logs:
             values = {key.removeprefix("eval_"): value for key, value in logs.items() if key.startswith("eval_")}
-            shown = ", ".join(f"{key} {value:.4f}" for key, value in values.items() if key not in OTHERS)
+            shown = ", ".join(f"{key} {value:.4f}" for key, value in values.items() if not key.startswith(OTHERS))
             self.say(f"step {state.global_step:,}: validation {shown}")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -6,6 +6,7 @@ from types import MappingProxyType
 from loretta.training.forms.base import Form, Recipe
 from loretta.training.forms.labels import Labels
 from loretta.training.forms.multi_label import MultiLabel
+from loretta.training.forms.preferences import Preferences
 from loretta.training.forms.prompts import Prompts
 from loretta.training.forms.text import Text
 from loretta.training.forms.tokens import Tokens
@@ -22,6 +23,7 @@ FORMS: Mapping[str, Form] = MappingProxyType(
         "token_classification": Tokens(),
         "chat": Turns(),
         "completion": Turns(),
+        "preference": Preferences(),
         "choice": Prompts(),
         "generation": Prompts(),
     }

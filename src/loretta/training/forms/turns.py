@@ -62,20 +62,11 @@ class Turns:
     unit, chosen_by = "rows", "loss"
 
     def encode(self, config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, split: str) -> Rows:
-        need_trl(f"'{task.name}' ({task.kind})")
-        if tokenizer.eos_token is None:
-            raise InputError(
-                f"the tokenizer of '{config.model}' has no end of text, which every answer needs: give it one"
-            )
-        data, notes = getattr(task, split), []
-        if task.kind == "chat" and not tokenizer.chat_template:
-            tokenizer.chat_template = PLAIN_TEMPLATE
-        if task.kind == "chat" and tokenizer.chat_template == PLAIN_TEMPLATE:
-            notes.append(f"'{config.model}' has no chat template: a plain one is used ('User: ...', 'Assistant: ...')")
+        data, notes = getattr(task, split), prepare(config, task, tokenizer)
         if task.columns == ("messages",) and not _marks_answers(tokenizer):
             notes.append("the chat template does not mark the answers: each answer is a row with what came before it")
             data = Dataset.from_list([row for messages in data["messages"] for row in one_answer_each(messages)])
-        return Rows(data=data, tokens=[_count(tokenizer, row, task, config) for row in data], notes=tuple(notes))
+        return Rows(data=data, tokens=[count_tokens(tokenizer, row, task, config) for row in data], notes=tuple(notes))
 
     def lengths(
         self, config: RunConfig, task: Task, encoded: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
@@ -144,6 +135,23 @@ class Turns:
         return [{"continuation": go_on(run, one)} for one in asked[0]]
 
 
+def prepare(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Give the tokenizer a chat template where it has none and needs one; what is to be said of it.
+
+    Raises InputError without TRL, and for a tokenizer without an end of the text.
+    """
+    need_trl(f"'{task.name}' ({task.kind})")
+    if tokenizer.eos_token is None:
+        raise InputError(f"the tokenizer of '{config.model}' has no end of text, which every answer needs: give it one")
+    if isinstance(task.train[0].get("prompt"), str):
+        return []
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = PLAIN_TEMPLATE
+    if tokenizer.chat_template != PLAIN_TEMPLATE:
+        return []
+    return [f"'{config.model}' has no chat template: a plain one is used ('User: ...', 'Assistant: ...')"]
+
+
 def need_trl(what: str) -> None:
     """Raise InputError where TRL, an optional package, is not installed."""
     if importlib.util.find_spec("trl") is None:
@@ -166,6 +174,9 @@ def with_trl(trainer: type) -> type[TwoRateTrainer]:
             dtypes = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
             with without_bars():
                 super().__init__(*args, model=model, **kwargs)
+            if "ref" in getattr(model, "peft_config", {}):
+                # DPO's copy of an adapter that changes nothing yet: without it the base model is the reference
+                model.delete_adapter("ref")
             for name, parameter in model.named_parameters():
                 if name in dtypes:
                     parameter.data = parameter.data.to(dtypes[name])
@@ -183,7 +194,12 @@ def with_trl(trainer: type) -> type[TwoRateTrainer]:
 def score_after(trainer: TwoRateTrainer, data: Dataset, prefix: str) -> dict[str, float]:
     """What the trainer says of rows when the training is over, which nothing can stop early any more."""
     trainer.remove_callback(EarlyStoppingCallback)
-    return trainer.evaluate(data, metric_key_prefix=prefix)
+    values = trainer.evaluate(data, metric_key_prefix=prefix)
+    # TRL's own scores are "eval_" of whatever was evaluated
+    return {
+        key.replace("eval_", f"{prefix}_", 1) if key.startswith("eval_") else key: value
+        for key, value in values.items()
+    }
 
 
 @contextmanager
@@ -217,11 +233,17 @@ def _marks_answers(tokenizer: PreTrainedTokenizerBase) -> bool:
     return True
 
 
-def _count(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any], task: Task, config: RunConfig) -> int:
-    """Tokens of a row. Raises InputError where the chat template refuses it."""
+def count_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    row: Mapping[str, Any],
+    task: Task,
+    config: RunConfig,
+    answer: str = "completion",
+) -> int:
+    """Tokens of a row with its ``answer``. Raises InputError where the chat template refuses it."""
     if isinstance(row.get("prompt"), str):
-        return len(tokenizer(row["prompt"] + row["completion"] + tokenizer.eos_token, verbose=False)["input_ids"])
-    messages = row["messages"] if "messages" in row else row["prompt"] + row["completion"]
+        return len(tokenizer(row["prompt"] + row[answer] + tokenizer.eos_token, verbose=False)["input_ids"])
+    messages = row["messages"] if "messages" in row else row["prompt"] + row[answer]
     try:
         return len(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, verbose=False)["input_ids"])
     except Exception as error:  # a template is a program that raises what it likes

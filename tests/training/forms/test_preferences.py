@@ -1,0 +1,109 @@
+"""Pairs of answers through TRL's DPOTrainer: the loss against the base model, and a run like all others."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from commands import assert_refused, call
+from safetensors.torch import load_file
+from tolerances import assert_near
+from torch.nn.functional import logsigmoid
+
+from loretta.record import RunRecord
+from loretta.training.config import RunConfig
+from loretta.training.data import encode_splits, load_config_task
+from loretta.training.model import load_base, load_tokenizer, wrap
+from loretta.training.run import train, train_until
+from loretta.training.trainers import make_trainer
+
+pytest.importorskip("trl")
+
+DATA = Path(__file__).parents[3] / "docs" / "data" / "preferences.jsonl"
+
+
+def config_for(model, folder, **changes) -> RunConfig:
+    options = {"model": model, "data": str(DATA), "output": str(folder), "cpu": True, "epochs": 2, "batch_size": 4}
+    return RunConfig(**{**options, "learning_rate": 1e-2, "logging_steps": 1, **changes})
+
+
+@pytest.mark.parametrize("method", ["rep", "adp", "shared", "lora"])
+def test_the_loss_is_that_of_the_paper_against_the_base_model(method, speller, tmp_path):
+    """Equation 7 of Rafailov et al., with sums over the answer and its end; the copy that TRL makes is gone."""
+    config = config_for(speller, tmp_path, method=method, beta=0.3)
+    task, tokenizer = load_config_task(config), load_tokenizer(speller)
+    model = wrap(load_base(speller, task.kind), method, task.kind, {}).double().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    trainer = make_trainer(config, task, model, tokenizer, encode_splits(config, task, tokenizer), tmp_path)
+    assert list(model.peft_config) == ["default"]
+    assert model.active_adapter == "default"
+
+    def log_probability(prompt: str, answer: str) -> torch.Tensor:
+        ids = torch.tensor([[1, *tokenizer.convert_tokens_to_ids(list(prompt + answer)), 2]])
+        values = model(input_ids=ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
+        return values[len(prompt) :].sum()
+
+    losses = []
+    for row in task.train:
+        margins = [log_probability(row["prompt"], row[name]) for name in ("chosen", "rejected")]
+        with model.disable_adapter():
+            bases = [log_probability(row["prompt"], row[name]) for name in ("chosen", "rejected")]
+        losses.append(-logsigmoid(0.3 * ((margins[0] - bases[0]) - (margins[1] - bases[1]))))
+    keys = ("prompt_ids", "chosen_ids", "rejected_ids")
+    batch = trainer.data_collator([{key: row[key] for key in keys} for row in trainer.train_dataset])
+    expected = torch.stack(losses).mean()
+    assert abs(expected.item() - math.log(2)) > 1e-3, "the adapter says something"
+    assert_near("loss", trainer.compute_loss(model, batch), expected)
+
+
+def test_a_run_on_pairs_is_a_run_like_all_others(speller, capsys, tmp_path):
+    run = tmp_path / "run"
+    status, out, err = call(
+        capsys, "train", "--model", speller, "--data", DATA, "--test", DATA, "--cpu", "--epochs", 4, "--lr", "1e-2",
+        "--batch-size", 4, "--method", "rep", "--logging-steps", 1, "-o", run,
+    )  # fmt: skip
+    assert status == 0, err
+    assert "preferences.jsonl: preference" in out
+    assert "the base model, which prefers neither of two answers, scores rewards/accuracies 0.5000" in out
+    record = RunRecord.load(run / "run.json")
+    losses = [point.values["loss"] for point in record.history if point.split == "train"]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4), "the model is its own reference before the first step"
+    assert record.test["loss"] < math.log(2) - 0.01
+    assert record.test["rewards/margins"] > 0
+    assert sorted(path.name for path in (run / "adapter").glob("*.safetensors")) == ["adapter_model.safetensors"]
+    assert not any("ref" in name for name in load_file(run / "adapter" / "adapter_model.safetensors"))
+    status, out, _ = call(capsys, "eval", run, "--split", "test", "--cpu", "--json")
+    found = json.loads(out)
+    assert {name: found[name] for name in record.test} == pytest.approx(record.test, rel=1e-4)
+    status, out, _ = call(capsys, "predict", run, DATA, "--cpu", "--json", "--max-new-tokens", 2)
+    assert [row["prompt"] for row in json.loads(out)] == [
+        json.loads(line)["prompt"] for line in DATA.read_text().splitlines()
+    ]
+
+
+def test_a_run_goes_on_from_its_checkpoint(speller, tmp_path):
+    configs = [config_for(speller, tmp_path / name, method="rep") for name in "ab"]
+    whole = train(configs[0], say=lambda line: None)
+    train_until(configs[1], 0.5)
+    assert train(configs[1], resume=True, say=lambda line: None).validation == whole.validation
+    one, other = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in "ab")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--packing"], ["packing is for chats and completions"]),
+        (["--set", "cuda_graph=true"], ["cuda_graph: TRL's trainers"]),
+        (["--beta", "0"], ["beta=0"]),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused(given, words, speller, capsys, tmp_path):
+    data = ["--model", speller, "--data", DATA, "--cpu", "-o", tmp_path / "run"]
+    status, _, err = call(capsys, "train", *data, *given)
+    assert_refused(status, err, words)
