@@ -38,20 +38,17 @@ class AdpLinear(LorettaLayer):
         "placements",
         "n_pairs",
         "drops",
-        "relus",
     )
 
     def __init__(self, base_layer: nn.Module, *, name: str, **quantization_kwargs) -> None:
         super().__init__(base_layer, name=name, **quantization_kwargs)
         self.loretta_adp_bias = nn.ModuleDict()
         self.loretta_adp_act = nn.ModuleDict()
-        self.relus: dict[str, bool] = {}
 
     def update_layer(self, adapter_name: str, placement: Placement, config: LorettaAdpConfig) -> None:
         """Add one adapter, with the starting values that ``config.init_weights`` names; biases start at zero."""
         self.set_scaling(adapter_name, config)
-        self.loretta_adp_act[adapter_name] = act = ACT2FN[config.non_linearity]
-        self.relus[adapter_name] = type(act) is nn.ReLU
+        self.loretta_adp_act[adapter_name] = ACT2FN[config.non_linearity]
         if config.train_bias:
             sizes = {"down": placement.down.out_features, "up": placement.up.out_features}
             self.loretta_adp_bias[adapter_name] = nn.ParameterDict(
@@ -112,7 +109,12 @@ class AdpLinear(LorettaLayer):
 
     def _is_plain(self, adapter_name: str) -> bool:
         """Whether there is but a ReLU between the trains, no dropout, and no start that is subtracted."""
-        return self.n_pairs[adapter_name] == 1 and self.relus[adapter_name] and not self.drops[adapter_name]
+        return self.n_pairs[adapter_name] == 1 and not self.drops[adapter_name] and self._is_relu(adapter_name)
+
+    def _is_relu(self, adapter_name: str) -> bool:
+        """Whether the activation is a ReLU that nobody looks into: a hook has to see it called."""
+        act = self.loretta_adp_act[adapter_name]
+        return type(act) is nn.ReLU and not (act._forward_hooks or act._forward_pre_hooks or act._backward_hooks)
 
     def _inner(
         self, adapter_name: str, rows_BH: Tensor, factors: Factors, biases: dict[str, Tensor] | None
@@ -135,7 +137,7 @@ class AdpLinear(LorettaLayer):
 
     def _activated(self, adapter_name: str, hidden_Bb: Tensor) -> Tensor:
         # in place: nothing else needs what a product has just made
-        act = self.loretta_adp_act[adapter_name] if not self.relus[adapter_name] else Tensor.relu_
+        act = Tensor.relu_ if self._is_relu(adapter_name) else self.loretta_adp_act[adapter_name]
         return self.dropout(adapter_name, act(hidden_Bb))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
