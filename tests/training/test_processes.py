@@ -120,6 +120,9 @@ def jobs(folder: Path) -> dict[str, Callable[..., RunRecord]]:
     for kind, method, fsdp in CASES:
         config = config_of(folder, kind, method, f"two-{name_of(kind, method, fsdp)}", fsdp=fsdp)
         found[name_of(kind, method, fsdp)] = partial(train, config)
+    for kind, batch_size in FILLED:
+        config = config_of(folder, kind, "rep", f"two-filled-{kind}-{batch_size}", batch_size=batch_size)
+        found[f"filled {kind} {batch_size}"] = partial(train, config)
     for fsdp in (False, True):
         # begun by two and ended by one, and the other way round
         config = config_of(folder, "decoder", "rep", f"begun-by-two{fsdp}", fsdp=fsdp)
@@ -166,6 +169,8 @@ def jobs(folder: Path) -> dict[str, Callable[..., RunRecord]]:
     return found
 
 
+# batches that do not divide the rows: of the last one both have some, or the first one alone
+FILLED = [("encoder", 18), ("encoder", 20), ("decoder", 20)]
 # what several processes cannot do, and a word of the sentence that says so
 REFUSED: dict[str, dict[str, Any]] = {
     "auto_batch": {"auto_batch": True},
@@ -322,6 +327,16 @@ def test_the_first_process_alone_speaks_and_writes(kind, method, fsdp, folder, r
         path.relative_to(expected).as_posix() for path in expected.rglob("*") if "rng_state" not in path.name
     }
     assert find_foreign(folder / f"two-{name}", inside=PARTS) == []
+
+
+@pytest.mark.parametrize(("kind", "batch_size"), FILLED)
+def test_rows_that_fill_up_the_last_batch_do_not_count(kind, batch_size, folder, ranks):
+    two = ranks[0][f"filled {kind} {batch_size}"].record
+    assert two is not None, ranks[0][f"filled {kind} {batch_size}"].error
+    assert two.sizes["train"] % batch_size
+    assert max(point.epoch for point in two.history) > 1
+    one = train(RunConfig(**{**two.config, "output": str(folder / f"one-filled-{kind}-{batch_size}")}))
+    assert_near("losses", losses(two), losses(one))
 
 
 @pytest.mark.parametrize("fsdp", [False, True])

@@ -117,6 +117,8 @@ class TwoRateTrainer(WholeCheckpointsTrainer):
         super().__init__(*args, **kwargs)
         self.auto_batch, self.given_batch_size = auto_batch, self.args.train_batch_size
         self.order_by = order_by or self.given_batch_size
+        self._filler: Any = None  # a training batch of which no row counts, and whether it is at work
+        self._fills = False
         self._row_losses: list[tuple[float, int]] = []  # of an evaluation: the sum of each batch, and its rows
         self.optimizer: torch.optim.Optimizer | None
         self.head_learning_rate = head_learning_rate
@@ -218,7 +220,36 @@ class TwoRateTrainer(WholeCheckpointsTrainer):
             own = inputs["labels"].ne(IGNORED).sum()  # as the Trainer counts the items of the update
             scaled = (found[0] if return_outputs else found) * own / num_items_in_batch
             found = (scaled, found[1]) if return_outputs else scaled
+        if self._fills:
+            found = (found[0] * 0.0, found[1]) if return_outputs else found * 0.0
         return found
+
+    def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        """As the Trainer does, without the rows that fill up the last batch of an epoch for several processes."""
+        batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        own = self._own_rows()
+        if own is None or not batches or not all(isinstance(value, torch.Tensor) for value in batches[-1].values()):
+            return batches, items
+        # a process of which no row is left takes part in the step, and its loss does not count
+        last = {name: value[: max(1, own)] for name, value in batches[-1].items()}
+        self._filler = None if own > 0 else last
+        counted = last if own > 0 else {**last, "labels": torch.full_like(last["labels"], IGNORED)}
+        return [*batches[:-1], last], self._get_num_items_in_batch([*batches[:-1], counted], device)
+
+    def _own_rows(self) -> int | None:
+        """How many rows of its batch this process counts, where it is the last one and several have to fill it up."""
+        loader = self.accelerator.gradient_state
+        if processes.count() == 1 or not loader.end_of_dataloader or loader.remainder <= 0:
+            return None
+        size = loader.active_dataloader.total_batch_size // processes.count()
+        return min(size, max(0, loader.remainder - size * processes.rank()))
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> torch.Tensor:
+        self._fills = inputs is self._filler
+        try:
+            return super().training_step(model, inputs, *args, **kwargs)
+        finally:
+            self._fills = False
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
         """As the Trainer does, whose loss counts rows twice that fill up the last batch of several processes."""
@@ -235,11 +266,10 @@ class TwoRateTrainer(WholeCheckpointsTrainer):
     ) -> Any:
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
         if processes.count() > 1 and loss is not None:
-            size, loader = len(inputs["input_ids"]), self.accelerator.gradient_state
-            own, counted = size, loss
-            if loader.end_of_dataloader and loader.remainder > 0:
-                own = min(size, max(0, loader.remainder - size * self.args.process_index))
-                # all processes compute again, which FSDP needs
+            own, counted = self._own_rows(), loss
+            if own is None:
+                own = len(inputs["input_ids"])
+            else:  # all processes compute again, which FSDP needs
                 mine = self._prepare_inputs({name: value[: max(1, own)] for name, value in inputs.items()})
                 with torch.no_grad(), self.compute_loss_context_manager():
                     counted = self.compute_loss(model, mine)
