@@ -98,18 +98,11 @@ def cells(rows: list[dict[str, Any]]) -> list[Cell]:
 def front(found: list[Cell]) -> Front:
     """The front of measured forms.
 
-    Where half as many forms of a model were measured in the later format as in the earlier one, that alone counts.
+    Where as many cells of forms were measured on a model in the later format as in the earlier one, that alone counts.
     """
-    forms_of: dict[tuple[str, bool], set[str]] = defaultdict(set)
-    for cell in found:
-        forms_of[cell.model, cell.later] |= {cell.name} if cell.options else set()
-    later = {
-        cell.model
-        for cell in found
-        if cell.later
-        and cell.name == REFERENCE
-        and 2 * len(forms_of[cell.model, True]) >= len(forms_of[cell.model, False])
-    }
+    runs_of = Counter((cell.model, cell.later) for cell in found if cell.options)
+    named = {cell.model for cell in found if cell.later and cell.name == REFERENCE}
+    later = {model for model in named if runs_of[model, True] >= runs_of[model, False]}
     found = [cell for cell in found if cell.later == (cell.model in later)]
     models: dict[str, Measured] = {}
     scores: dict[str, dict[str, Score]] = defaultdict(dict)
