@@ -219,13 +219,29 @@ def launches_table() -> str:
 
 def inference_table() -> str:
     """Tokens per second of decoding."""
-    rows = results("inference")
+    parts = []
+    for file in dict.fromkeys(row["file"] for row in results("inference*")):
+        rows = [row for row in results("inference*") if row["file"] == file]
+        lines = []
+        for row in rows:
+            times = [f"{row['ms']:.2f}", f"{row['min']:.2f}, {row['max']:.2f}", f"{row['tokens_per_second']:.0f}"]
+            lines.append([row["mode"], row["batch"], row["method"], *times, f"{1 / row['ratio']:.3f}"])
+        head = "mode | batch | method | ms per step | min, max | tokens per second | / base"
+        parts.append(f"{rows[0]['shape']}. {source(rows[0])}{table(head, lines, numbers_from=3)}")
+    return "\n".join(parts) or NOT_MEASURED
+
+
+def mixed_table() -> str:
+    """A batch whose rows name adapters of their own."""
+    rows = results("mixed")
     lines = []
     for row in rows:
-        times = [f"{row['ms']:.2f}", f"{row['min']:.2f}, {row['max']:.2f}", f"{row['tokens_per_second']:.0f}"]
-        lines.append([row["mode"], row["batch"], row["method"], *times, f"{1 / row['ratio']:.3f}"])
-    head = "mode | batch | method | ms per step | min, max | tokens per second | / base"
-    return source(rows[0]) + table(head, lines, numbers_from=3) if rows else NOT_MEASURED
+        lora = next((o for o in rows if (o["method"], o["adapters"]) == (LORA, row["adapters"])), None)
+        times = [f"{row['ms']:.2f}", f"{row['min']:.2f}, {row['max']:.2f}", f"{row['ratio']:.2f}"]
+        to_lora = f"{row['ms'] / lora['ms']:.2f}" if lora else ""
+        lines.append([row["shape"], _size(row), row["adapters"], row["method"], *times, to_lora])
+    head = "model | batch x tokens | adapters | method | ms | min, max | / base | / LoRA"
+    return source(rows[0]) + table(head, lines, numbers_from=4) if rows else NOT_MEASURED
 
 
 def growth_table() -> str:
@@ -367,12 +383,14 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "llama-7b": step_table("llama-7b"),
     "llama-1b": step_table("llama-1b"),
     "roberta-base": step_table("roberta-base"),
+    "minilm": step_table("minilm"),
     "contraction": contraction_table,
     "launches": launches_table,
     "profile": profile_table,
     "kernels": kernel_table,
     "growth": growth_table,
     "inference": inference_table,
+    "mixed": mixed_table,
     "graph training": graph_training_table,
     "population": population_table,
     "population on a cpu": population_cpu_table,
