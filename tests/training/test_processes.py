@@ -123,6 +123,7 @@ def jobs(folder: Path) -> dict[str, Callable[..., RunRecord]]:
     for kind, batch_size in FILLED:
         config = config_of(folder, kind, "rep", f"two-filled-{kind}-{batch_size}", batch_size=batch_size)
         found[f"filled {kind} {batch_size}"] = partial(train, config)
+    found["adaptive"] = partial(train, config_of(folder, "encoder", "rep", "two-adaptive", **ADAPTIVE))
     for fsdp in (False, True):
         # begun by two and ended by one, and the other way round
         config = config_of(folder, "decoder", "rep", f"begun-by-two{fsdp}", fsdp=fsdp)
@@ -171,6 +172,11 @@ def jobs(folder: Path) -> dict[str, Callable[..., RunRecord]]:
 
 # batches that do not divide the rows: of the last one both have some, or the first one alone
 FILLED = [("encoder", 18), ("encoder", 20), ("decoder", 20)]
+ADAPTIVE: dict[str, Any] = {
+    "method_args": {"budget": "1800", "adaptive_ranks": True},
+    "max_steps": 20,
+    "eval_steps": 10,
+}
 # what several processes cannot do, and a word of the sentence that says so
 REFUSED: dict[str, dict[str, Any]] = {
     "auto_batch": {"auto_batch": True},
@@ -178,6 +184,7 @@ REFUSED: dict[str, dict[str, Any]] = {
     "shared": {"method": "shared", "fsdp": True},
     "rollback": {"on_nan": "rollback", "fsdp": True},
     "ft": {"method": "ft", "fsdp": True},
+    "adaptive_ranks": {"method_args": {"budget": "1k", "adaptive_ranks": True}, "fsdp": True},
 }
 
 
@@ -336,6 +343,15 @@ def test_rows_that_fill_up_the_last_batch_do_not_count(kind, batch_size, folder,
     assert two.sizes["train"] % batch_size
     assert max(point.epoch for point in two.history) > 1
     one = train(RunConfig(**{**two.config, "output": str(folder / f"one-filled-{kind}-{batch_size}")}))
+    assert_near("losses", losses(two), losses(one))
+
+
+def test_ranks_adapt_alike_in_both(folder, ranks):
+    two = ranks[0]["adaptive"].record
+    assert two is not None, ranks[0]["adaptive"].error
+    one = train(config_of(folder, "encoder", "rep", "one-adaptive", **ADAPTIVE))
+    assert [note for note in two.notes if "ranks adapted" in note] == [n for n in one.notes if "ranks adapted" in n]
+    assert two.parameters == one.parameters
     assert_near("losses", losses(two), losses(one))
 
 

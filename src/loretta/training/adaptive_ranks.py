@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer_callback import ExportableState
 
+from loretta import processes
 from loretta.errors import InputError
 from loretta.plan.budget import Budget
 from loretta.tuners.ranks import RankedTrains, allot
@@ -116,7 +117,8 @@ class AdaptiveRanks(TrainerCallback, ExportableState):
     def _look(self) -> None:
         """Take the singular values of now into the running mean."""
         assert self.trains is not None
-        for name, now in self.trains.masses().items():
+        # of several processes all lower the same ranks, though their last bits may differ
+        for name, now in processes.by_first(self.trains.masses).items():
             before = self.masses.get(name, now)
             self.masses[name] = [KEPT * b + (1 - KEPT) * n for b, n in zip(before, now, strict=True)]
 

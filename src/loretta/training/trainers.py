@@ -97,6 +97,8 @@ def check_processes(config: RunConfig) -> None:
         )
     if method.config is None or issubclass(method.config, PromptLearningConfig):
         raise InputError(f"method {config.method!r}: fsdp is for adapters on the layers of a model, leave it out")
+    if config.method_args.get("adaptive_ranks"):
+        raise InputError("adaptive_ranks looks at whole matrices, which fsdp has shared out: leave one of them out")
     if config.quantize is not None:
         raise InputError(
             f"quantize={config.quantize!r}: fsdp shards no weights of whole numbers, leave one of them out"
