@@ -222,8 +222,9 @@ def page(results: dict[str, Any]) -> str:
         f"{hit} of {results['runs']} runs were killed, {results['kills']} times in all, with SIGKILL at random "
         "moments, and went on with `--resume` (the moment of the others came behind their end). "
         f"{results['same']} of {results['runs']} ended with the bytes of the adapter, the log and the scores of the "
-        "run that nobody killed, and left no temporary file.",
+        f"run that nobody killed, and left no temporary file.{_lost(results)}",
         "",
+        *_when(results),
     ]
     cases: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in results["rows"]:
@@ -234,6 +235,19 @@ def page(results: dict[str, Any]) -> str:
     ]
     frame = pd.DataFrame(counted, columns=["method", "task", "accumulated batches", "runs", "kills", "the same"])
     return "\n".join([*lines, frame.to_markdown(index=False), *_files_of_others(results), *_long_runs(results), ""])
+
+
+def _lost(results: dict[str, Any]) -> str:
+    """Nothing for results of a version that did not count."""
+    if "bytes_lost" not in results:
+        return ""
+    return f" Of the models, the data and what lay beside the runs, {results['bytes_lost']:,} bytes were lost."
+
+
+def _when(results: dict[str, Any]) -> list[str]:
+    if "commit" not in results:
+        return []
+    return [f"All parts were measured together, at commit {results['commit']} (loretta {results['version']}).", ""]
 
 
 def _files_of_others(results: dict[str, Any]) -> list[str]:

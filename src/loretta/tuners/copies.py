@@ -10,7 +10,9 @@ from peft.utils.other import ModulesToSaveWrapper, _set_layer_requires_grad
 from torch import Tensor, nn
 
 from loretta import tt
+from loretta.errors import InputError
 from loretta.layers.trains import TTLinear
+from loretta.tuners.layer import is_offloaded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -233,3 +235,12 @@ def rename_copy(wrapper: ModulesToSaveWrapper, old: str, new: str) -> None:
 def _as_pefts(names: list[str]) -> Any:
     """Active adapters as PEFT holds them: a single one as a name, because PEFT compares it with names."""
     return names[0] if len(names) == 1 else names
+
+
+def check_copies_are_here(model: nn.Module, copies: bool) -> None:
+    """Refuse norms and whole modules beside a base model that accelerate has offloaded: there is nothing to copy."""
+    if copies and (name := next((name for name, module in model.named_modules() if is_offloaded(module)), None)):
+        raise InputError(
+            f"norms and heads cannot be trained where accelerate has offloaded '{name}', whose values are not here: "
+            "offload after the adapter is on the model, or set train_norms=False, with no head and no modules_to_save"
+        )

@@ -23,7 +23,7 @@ from loretta.errors import InputError
 from loretta.tuners.bypassed import check_called
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.contraction import Contraction
-from loretta.tuners.copies import AdapterCopy, rename_copy
+from loretta.tuners.copies import AdapterCopy, check_copies_are_here, rename_copy
 from loretta.tuners.heads import agree_on_origins, copy_cost, head_names, install_head
 from loretta.tuners.labels import name_labels
 from loretta.tuners.layer import LorettaLayer, at_least_float32, is_offloaded, keep_differentiable
@@ -97,7 +97,7 @@ class LorettaModel(BaseTuner):
             asked = None if getattr(config, "_targets_by_default", False) or config.base_signature else asked
             for sentence in unused_options(config, asked, placements, model):
                 warnings.warn(sentence, stacklevel=2)
-        _check_copies_are_here(model, bool(config.train_norms or config.modules_to_save or head_names(model, config)))
+        check_copies_are_here(model, bool(config.train_norms or config.modules_to_save or head_names(model, config)))
         check_endings(adapter_name, [*(config.modules_to_save or []), *head_names(model, config)])
         copy_cost(model, config)
         self._forget(adapter_name)
@@ -380,15 +380,6 @@ class LorettaModel(BaseTuner):
                 )
         check_tensors(model, adapter_name, loaded, own=expected.keys())
         return loaded
-
-
-def _check_copies_are_here(model: nn.Module, copies: bool) -> None:
-    """Refuse norms and whole modules beside a base model that accelerate has offloaded: there is nothing to copy."""
-    if copies and (name := next((name for name, module in model.named_modules() if is_offloaded(module)), None)):
-        raise InputError(
-            f"norms and heads cannot be trained where accelerate has offloaded '{name}', whose values are not here: "
-            "offload after the adapter is on the model, or set train_norms=False, with no head and no modules_to_save"
-        )
 
 
 def _base_of(module: nn.Module) -> nn.Module:
