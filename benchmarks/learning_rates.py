@@ -69,7 +69,7 @@ def main() -> None:
     args = parser.parse_args()
     args.model = args.model or encoder_folder()
     rows: list[dict[str, Any]] = json.loads(args.output.read_text())["rows"] if args.output.exists() else []
-    rows = [row for row in rows if (row["method"] not in args.methods or row["quick"] != args.quick)]
+    rows = [row for row in rows if row["method"] not in args.methods or row["quick"] != args.quick]
     for method in args.methods:
         rows += measure(method, args)
         write(args.output, rows)

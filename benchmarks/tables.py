@@ -30,14 +30,14 @@ def learning_rate_table() -> str:
     """Mean and standard deviation over seeds for each method and rate."""
     points = defaultdict(list)
     for row in json.loads((RESULTS / "learning_rates.json").read_text())["rows"]:
-        points[row["method"], row["learning_rate"]].append(row)
+        points[row["quick"], row["method"], row["learning_rate"]].append(row)
     rows = []
-    for (method, rate), runs in sorted(points.items()):
+    for (quick, method, rate), runs in sorted(points.items()):
         scores = [[run[name] for run in runs] for name in ("validation", "test")]
         words = [f"{mean(column):.3f} ± {stdev(column):.3f}" for column in scores]
-        rows.append([method, f"{rate:g}", *words, str(len(runs))])
-    frame = pd.DataFrame(rows, columns=["method", "learning rate", "validation", "test", "seeds"])
-    return frame.to_markdown(index=False, disable_numparse=True, colalign=["left", *4 * ["right"]]) + "\n"
+        rows.append(["quick" if quick else "whole", method, f"{rate:g}", *words, str(len(runs))])
+    frame = pd.DataFrame(rows, columns=["demo", "method", "learning rate", "validation", "test", "seeds"])
+    return frame.to_markdown(index=False, disable_numparse=True, colalign=["left", "left", *4 * ["right"]]) + "\n"
 
 
 def forms_table(model: str) -> str:

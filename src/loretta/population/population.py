@@ -94,11 +94,10 @@ class Population(nn.Module):
         ends = torch.tensor(sizes).cumsum(0).tolist()
         self.slices = {name: slice(end - size, end) for name, size, end in zip(order, sizes, ends, strict=True)}
         self.shapes = {name: parameters[name].shape for name in order}
-        self.values = torch.empty(self.size, ends[-1], dtype=dtype, device=device)
+        # put together where they are, and moved at once: a copy to a GPU for each tensor waits each time
+        rows = {id(start): torch.cat([start.values[name].detach().flatten() for name in order]) for start in starts}
+        self.values = torch.stack([rows[id(start)] for start in starts]).to(device, dtype)
         self.gradient = torch.zeros_like(self.values)
-        for k, start in enumerate(starts):
-            for name in order:
-                self.values[k, self.slices[name]] = start.values[name].detach().flatten().to(device, dtype)
         stacked = {block: self._parameter(block) for block in blocks}
         differing = dict.fromkeys(name for start in starts for name in start.values if name not in self.slices)
         frozen = {
