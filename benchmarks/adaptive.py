@@ -4,7 +4,7 @@
 
 Tasks, held-out rows and heads are those of protocol.py, with three epochs. Several runs share the GPU, a process each.
 A run's score is that of its best epoch on the held-out rows; of a run whose ranks adapt, of those behind the last cut.
-What is in the file already is not run again. ``make tables`` puts the results into docs/adaptive.md.
+What is in the file already is not run again. No results of it are in this repository yet.
 """
 
 import argparse
