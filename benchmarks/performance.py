@@ -5,7 +5,7 @@ python benchmarks/performance.py
 
 import json
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -302,9 +302,9 @@ def graph_training_table() -> str:
 POPULATION_TARGETS = {("training", 16): 5.0, ("training", 64): 12.0, ("step", 8): 4.0}
 
 
-def population_table() -> str:
+def population_table(name: str = "population") -> str:
     """Runs that are trained at once against the same ones one after the other."""
-    rows = results("population")
+    rows = results(name)
     lines = []
     for row in rows:
         if row["how"] == "alone":
@@ -393,6 +393,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "mixed": mixed_table,
     "graph training": graph_training_table,
     "population": population_table,
+    "population in parts": partial(population_table, "population_parts"),
     "population on a cpu": population_cpu_table,
     "cpu": cpu_table,
     "wrapping": wrapping_table,
