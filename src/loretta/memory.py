@@ -16,7 +16,12 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    return isinstance(error, Exception) and should_reduce_batch_size(error)
+    # Accelerate looks for words in the first argument, which of an exit is its status
+    return (
+        isinstance(error, Exception)
+        and isinstance(next(iter(error.args), None), str)
+        and should_reduce_batch_size(error)
+    )
 
 
 @contextmanager

@@ -6,11 +6,13 @@ import signal
 
 import pytest
 import torch
+import typer
 from interrupts import stopping_behind
 from safetensors.torch import load_file
 from test_run import config_for
 
 from loretta.errors import Stopped
+from loretta.memory import is_out_of_memory
 from loretta.training.run import train
 from loretta.training.trainer import TwoRateTrainer, next_smaller
 
@@ -100,3 +102,18 @@ def test_a_batch_that_comes_late_goes_back_to_the_checkpoint_and_a_kill_changes_
 
 def test_a_batch_is_some_whole_ones_of_the_next_smaller():
     assert [next_smaller(size) for size in (1, 2, 3, 6, 7, 8, 9, 12)] == [None, 1, 1, 3, 1, 4, 3, 6]
+
+
+@pytest.mark.parametrize(
+    ("error", "is_so"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes"), True),
+        (MemoryError(), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (RuntimeError(), False),
+        (typer.Exit(1), False),
+    ],
+)
+def test_what_says_that_memory_is_used_up(error, is_so):
+    assert is_out_of_memory(error) is is_so

@@ -52,6 +52,6 @@ def test_gradients_come_back_as_zeros_in_the_same_tensors():
     assert torch.equal(model.weight.grad, torch.ones(1, 2))
 
 
-@pytest.mark.parametrize(("words", "line"), [("a\n  b", "a b"), ("x" * 300, "x" * 200)])
+@pytest.mark.parametrize(("words", "line"), [("a\n  b", "a b"), ("x" * 300, "x" * 200 + "...")])
 def test_an_error_on_one_line(words, line):
     assert short(RuntimeError(words)) == line

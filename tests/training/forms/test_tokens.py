@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from commands import assert_refused, call
+from draws import seed_torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tolerances import assert_near
 from torch.nn.functional import cross_entropy
@@ -66,7 +67,7 @@ def test_the_loss_is_that_of_first_pieces_alone(method, bert, tmp_path):
     """Of an update of several batches too: a tag counts the same in each."""
     config = RunConfig(model=bert, data=str(DATA), method=method, cpu=True, output=str(tmp_path), batch_size=4)
     task, tokenizer = load_config_task(config), load_tokenizer(bert)
-    torch.manual_seed(0)
+    seed_torch(0)
     base = load_base(bert, task.kind, label_names=task.label_names)
     model = wrap(base, method, task.kind, {}).double().eval()
     assert any("classifier" in name for name, p in model.named_parameters() if p.requires_grad)
