@@ -5,7 +5,7 @@ INSTALLED := .venv/.installed
 
 RESULTS := benchmarks/results
 
-.PHONY: lock demo test test-matrix lint check format fuzz reliability tables bench bench-gpu
+.PHONY: lock demo test test-examples test-matrix lint check format fuzz reliability tables bench bench-gpu
 
 # make demo QUICK=1: one epoch on a part of the data
 demo: $(INSTALLED)
@@ -14,6 +14,10 @@ demo: $(INSTALLED)
 # Half the time of one process; `.venv/bin/python -m pytest PATH` for a part
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+# The scripts of examples/, each in a process of its own
+test-examples: $(INSTALLED)
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m examples
 
 # As other machines would: instruction sets, threads, random numbers. The numeric part, or all tests with FULL=1, in
 # every cell, or in one: make test-matrix CELL=avx2-2

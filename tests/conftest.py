@@ -37,19 +37,29 @@ def seed():
     seed_torch(0)
 
 
-# rep with other factors: the families that differ in what shared makes of them (GQA, encoder and decoder, Conv1D)
-FAMILIES_OF_SHARED = {"bert", "llama", "t5", "gpt2"}
+# those that differ in what a method makes of them: norms of relative positions, GQA, encoder and decoder, Conv1D
+FAMILIES = {"bert", "deberta-v2", "llama", "t5", "gpt2"}
+# what these test is the families: their heads, names and targets
+OF_FAMILIES = {
+    "test_heads.py",
+    "test_default_targets.py",
+    "test_placement.py",
+    "test_strangers.py",
+    "test_task_types.py",
+}
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave shared on the other families to the cells of ``make test-matrix``, which set LORETTA_TEST_WIDE."""
+    """Leave the other families to the cells of ``make test-matrix``, which set LORETTA_TEST_WIDE."""
     if os.environ.get("LORETTA_TEST_WIDE"):
         return
 
     def is_wide(item: pytest.Item) -> bool:
         given = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-        family = given.get("family")
-        return given.get("method") == "shared" and family is not None and family not in FAMILIES_OF_SHARED
+        family, method = given.get("family"), given.get("method")
+        if not isinstance(family, str) or family in FAMILIES:
+            return False
+        return method == "shared" or (method in ("rep", "adp") and item.path.name not in OF_FAMILIES)
 
     wide = [item for item in items if is_wide(item)]
     config.hook.pytest_deselected(items=wide)

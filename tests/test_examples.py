@@ -68,6 +68,7 @@ def outputs(tmp_path_factory):
     return run
 
 
+@pytest.mark.examples
 @pytest.mark.parametrize("example", NEEDS)
 def test_an_example_runs_and_leaves_a_trained_adapter(example, outputs):
     last_words, base_class, adapters = LEAVES[example]
@@ -84,6 +85,7 @@ def test_an_example_runs_and_leaves_a_trained_adapter(example, outputs):
         assert not torch.equal(after, before)
 
 
+@pytest.mark.examples
 def test_the_command_line_of_the_harness_scores_as_its_python_does(outputs):
     """The command is the one in the README, with the example's adapter and task in place of its names."""
     folder, printed = outputs("lm_eval_harness")
