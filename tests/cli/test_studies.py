@@ -4,34 +4,18 @@ import json
 import shlex
 import shutil
 import signal
-import sys
 from pathlib import Path
 
 import pytest
+from commands import call
 from training_data import sentences
 
-from loretta.cli import main as cli
 from loretta.record import RunRecord
 from loretta.studies import workers
 from loretta.studies.study import load_study, study_names
 
 TARGETS = study_names()
 DECODER = {"table2", "table3", "table5"}
-
-
-def call(capsys, *arguments) -> tuple[int, str, str]:
-    """Exit status, standard output and standard error of one command."""
-    capsys.readouterr()
-    old, sys.argv = sys.argv, ["loretta", *map(str, arguments)]
-    try:
-        cli.main()
-        status = 0
-    except SystemExit as stop:
-        status = stop.code or 0
-    finally:
-        sys.argv = old
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
 
 
 def test_targets_are_listed(capsys):

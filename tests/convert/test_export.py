@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import commands
 import pytest
 import stories
 import torch
@@ -32,7 +33,6 @@ from tuners.families import OPTIONS, build, config_of, inputs_for, logits, natur
 from tuners.wrapped import config_for, snapshot, trained, wrap
 
 from loretta import InputError
-from loretta.cli import main as cli
 from loretta.convert import export
 from loretta.convert import load as loading
 from loretta.convert.gguf import export_gguf_lora
@@ -557,17 +557,7 @@ def saved(tmp_path_factory) -> Path:
 
 def call(capsys, *arguments) -> tuple[int, str, str]:
     """Exit status, standard output and standard error of ``loretta export``."""
-    capsys.readouterr()
-    old, sys.argv = sys.argv, ["loretta", "export", *map(str, arguments)]
-    try:
-        cli.main()
-        status = 0
-    except SystemExit as stop:
-        status = stop.code or 0
-    finally:
-        sys.argv = old
-    captured = capsys.readouterr()
-    return status, captured.out, captured.err
+    return commands.call(capsys, "export", *arguments)
 
 
 def scores(model: nn.Module) -> Tensor:
