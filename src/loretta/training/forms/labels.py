@@ -2,7 +2,8 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +45,10 @@ class Labels:
     def lengths(
         self, config: RunConfig, task: Task, encoded: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
     ) -> list[str]:
-        cut = total = 0
-        for split, examples in encoded.items():
-            data = getattr(task, split)
-            total += len(data)
-            full = [row for row, ids in enumerate(examples["input_ids"]) if len(ids) >= config.max_length]
-            if full:
-                columns = [data.select(full)[column] for column in task.columns]
-                ids = tokenizer(*map(list, columns), verbose=False)["input_ids"]
-                cut += sum(len(row) > config.max_length for row in ids)
-        return [cut_words(cut, total, config.max_length)]
+        def whole(data: Dataset) -> list[list[int]]:
+            return tokenizer(*(list(data[column]) for column in task.columns), verbose=False)["input_ids"]
+
+        return cut_words(config, task, encoded, whole)
 
     def notes(self, config: RunConfig, encoded: Mapping[str, Any]) -> list[str]:
         return []
@@ -61,16 +56,7 @@ class Labels:
     def recipe(
         self, config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, encoded: Mapping[str, Any]
     ) -> Recipe:
-        def compute(prediction: Any) -> dict[str, float]:
-            return score_logits(task, logits_of(prediction.predictions), prediction.label_ids)
-
-        options = {
-            "data_collator": DataCollatorWithPadding(tokenizer),
-            "compute_metrics": compute,
-            "loss_is_mean": True,
-            "lengths": [len(ids) for ids in encoded["train"]["input_ids"]],
-        }
-        return Recipe(trainer=TwoRateTrainer, options=options)
+        return scored_recipe(DataCollatorWithPadding(tokenizer), partial(score_logits, task), encoded)
 
     def counts(self, task: Task) -> dict[str, list[int]]:
         return count_classes(task, lambda data: data["label"])
@@ -117,11 +103,36 @@ class Labels:
         ]
 
 
-def cut_words(cut: int, total: int, max_length: int) -> str:
-    """How many of the texts are cut, in a sentence."""
+def scored_recipe(
+    collator: Any, score: Callable[[np.ndarray, np.ndarray], dict[str, float]], encoded: Mapping[str, Any]
+) -> Recipe:
+    """How to train what is scored by logits and labels."""
+
+    def compute(prediction: Any) -> dict[str, float]:
+        return score(logits_of(prediction.predictions), prediction.label_ids)
+
+    options = {
+        "data_collator": collator,
+        "compute_metrics": compute,
+        "loss_is_mean": True,
+        "lengths": [len(ids) for ids in encoded["train"]["input_ids"]],
+    }
+    return Recipe(trainer=TwoRateTrainer, options=options)
+
+
+def cut_words(
+    config: RunConfig, task: Task, encoded: Mapping[str, Any], whole: Callable[[Dataset], Sequence[Sequence[int]]]
+) -> list[str]:
+    """How many of the texts are cut, in a sentence; ``whole`` gives the tokens of rows that are not cut."""
+    cut = total = 0
+    for split, examples in encoded.items():
+        total += len(examples)
+        full = [row for row, ids in enumerate(examples["input_ids"]) if len(ids) >= config.max_length]
+        if full:
+            cut += sum(len(ids) > config.max_length for ids in whole(getattr(task, split).select(full)))
     if not cut:
-        return f"no text is longer than max_length={max_length} tokens"
-    return f"{cut:,} of the {total:,} texts are longer than max_length={max_length} tokens and lose their end"
+        return [f"no text is longer than max_length={config.max_length} tokens"]
+    return [f"{cut:,} of the {total:,} texts are longer than max_length={config.max_length} tokens and lose their end"]
 
 
 def count_classes(task: Task, classes: Any) -> dict[str, list[int]]:

@@ -3,6 +3,7 @@
 import importlib.util
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from loretta.tasks.split import text_key
 from loretta.tasks.tokens import ENTITY_METRICS
 from loretta.training.config import RunConfig
 from loretta.training.forms.base import MakeTrainer, Recipe, evaluate_again
-from loretta.training.forms.labels import LONGEST, MISTAKES, confusion, count_classes, cut_words
+from loretta.training.forms.labels import LONGEST, MISTAKES, confusion, count_classes, cut_words, scored_recipe
 from loretta.training.loaded import LoadedRun
 from loretta.training.scores import logits_of, named_values
 from loretta.training.trainer import TwoRateTrainer
@@ -50,19 +51,10 @@ class Tokens:
     def lengths(
         self, config: RunConfig, task: Task, encoded: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
     ) -> list[str]:
-        return [cut_words(*self._cut(config, task, encoded, tokenizer), config.max_length)]
+        def whole(data: Dataset) -> list[list[int]]:
+            return tokenize(tokenizer, data["tokens"][:], None)["input_ids"]
 
-    def _cut(
-        self, config: RunConfig, task: Task, encoded: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
-    ) -> tuple[int, int]:
-        cut = total = 0
-        for split, examples in encoded.items():
-            total += len(examples)
-            full = [row for row, ids in enumerate(examples["input_ids"]) if len(ids) >= config.max_length]
-            if full:
-                whole = tokenize(tokenizer, getattr(task, split).select(full)["tokens"][:], None)
-                cut += sum(len(ids) > config.max_length for ids in whole["input_ids"])
-        return cut, total
+        return cut_words(config, task, encoded, whole)
 
     def notes(self, config: RunConfig, encoded: Mapping[str, Any]) -> list[str]:
         return []
@@ -70,16 +62,7 @@ class Tokens:
     def recipe(
         self, config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, encoded: Mapping[str, Any]
     ) -> Recipe:
-        def compute(prediction: Any) -> dict[str, float]:
-            return score_tags(task, logits_of(prediction.predictions), prediction.label_ids)
-
-        options = {
-            "data_collator": DataCollatorForTokenClassification(tokenizer),
-            "compute_metrics": compute,
-            "loss_is_mean": True,
-            "lengths": [len(ids) for ids in encoded["train"]["input_ids"]],
-        }
-        return Recipe(trainer=TwoRateTrainer, options=options)
+        return scored_recipe(DataCollatorForTokenClassification(tokenizer), partial(score_tags, task), encoded)
 
     def counts(self, task: Task) -> dict[str, list[int]]:
         return count_classes(task, lambda data: [tag for row in data["tags"] for tag in row])
