@@ -1,18 +1,12 @@
 """Ranks that adapt, beside constant ranks and AdaLoRA with as many parameters at the end.
 
-    python benchmarks/adaptive.py --model FOLDER --data-dir FOLDER --out benchmarks/results/adaptive.json
-
-Tasks, held-out rows and heads are those of protocol.py, with three epochs. Several runs share the GPU, a process each.
-A run's score is that of its best epoch on the held-out rows; of a run whose ranks adapt, of those behind the last cut.
-What is in the file already is not run again. No results of it are in this repository yet.
+Runs of campaign.py, one at a time. Tasks, held-out rows and heads are those of protocol.py, with three epochs. A run's
+score is that of its best epoch on the held-out rows; of a run whose ranks adapt, of those behind the last cut.
 """
 
 import argparse
-import json
-import multiprocessing
 import tempfile
-import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -20,7 +14,7 @@ from unittest import mock
 import peft
 import torch
 import transformers
-from protocol import BATCH, HEAD_RATE, TASKS, split
+from protocol import BATCH, HEAD_RATE, TASKS, lines_of
 from transformers import TrainerCallback
 
 from loretta.training import adaptive_ranks as adapting
@@ -29,6 +23,7 @@ from loretta.training.config import RunConfig
 
 COUNT = 18_600  # parameters at the end without the final layer: LoRA of rank 2 on query and value has 18,432 here
 EPOCHS = 3
+RATES = (1.5e-3, 3e-3)
 ALL = {"target_modules": ["query", "key", "value", "dense"], "exclude_modules": ["pooler.dense", "classifier.dense"]}
 QV = {"target_modules": ["query", "value"]}
 COMPACT = {"r": 1, "tensor_rank": 5, "modes_per_side": 2, "lora_alpha": 10, **ALL}
@@ -55,12 +50,11 @@ class Allocate(TrainerCallback):
 
 def run(name: str, task: str, rate: float, seed: int, args: argparse.Namespace, data: Path) -> dict[str, Any]:
     """Train one run, and count what it has at the end."""
-    torch.set_num_threads(1)
     method, options, ranks = METHODS[name]
     if method == "rep":
         options = {**options, "train_norms": False, "train_head": "dense"}
     if ranks == "AdaLoRA":
-        rows = args.limit or sum(1 for _ in _lines(data / task))
+        rows = args.limit or len(lines_of(data / task / "train.jsonl.gz"))
         steps = args.max_steps or EPOCHS * -(-rows // BATCH)
         options = {**options, "total_step": steps, "tinit": steps // 5, "tfinal": steps * 2 // 5, "deltaT": 10}
     found: dict[str, Any] = {}
@@ -93,7 +87,7 @@ def run(name: str, task: str, rate: float, seed: int, args: argparse.Namespace, 
             model=str(args.model), data=task, data_dir=str(data), method=method, method_args=options, epochs=EPOCHS,
             max_steps=args.max_steps, limit=args.limit, max_length=TASKS[task].length, batch_size=BATCH,
             eval_batch_size=256, learning_rate=rate, head_learning_rate=HEAD_RATE, seed=seed, bf16=not args.cpu,
-            cuda_graph=args.cuda_graph, cpu=args.cpu, logging_steps=50, output=f"{folder}/run",
+            cuda_graph=False, cpu=args.cpu, logging_steps=50, output=f"{folder}/run",
         )  # fmt: skip
         record = running.train(config, say=lambda line: None)
     model = found["trainer"].model
@@ -110,11 +104,13 @@ def run(name: str, task: str, rate: float, seed: int, args: argparse.Namespace, 
     if ranks != "constant":  # those of before had more parameters
         evaluated = [point for point in evaluated if point.step > 0.6 * evaluated[-1].step]
     return {
-        "model": Path(args.model).name, "task": task, "method": name, "rate": rate, "seed": seed, "trained": count,
+        "part": "adaptive", "model": Path(args.model).name, "task": task, "method": name, "rate": rate, "seed": seed,
+        "trained": count,
         "score": max(point.values[record.metric] for point in evaluated), "metric": record.metric,
         "ranks": [used[0], used[len(used) // 2], used[-1]] if used else [], "epochs": EPOCHS,
-        "cuda_graph": args.cuda_graph, "seconds": record.train_seconds, "device": record.device,
+        "seconds": record.train_seconds, "device": record.device,
         "versions": {module.__name__: module.__version__ for module in (torch, transformers, peft)},
+        "command": "python benchmarks/campaign.py --models FOLDER --data-dir DATA",
     }  # fmt: skip
 
 
@@ -123,63 +119,24 @@ def _head(model: Any) -> int:
     return sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and "classifier" in n)
 
 
-def _lines(folder: Path) -> list[str]:
-    from protocol import lines_of
-
-    return lines_of(folder / "train.jsonl.gz")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--data-dir", type=Path, required=True)
-    parser.add_argument("--tasks", nargs="+", default=["cola", "mrpc"], choices=list(TASKS))
-    parser.add_argument("--only", nargs="+", default=list(METHODS), choices=list(METHODS))
-    parser.add_argument("--rates", nargs="+", type=float, default=[1.5e-3, 3e-3])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--together", type=int, default=8, help="runs at once")
-    parser.add_argument("--seconds", type=float, default=1e9, help="take in no result behind that time")
-    parser.add_argument("--max-steps", type=int)
-    parser.add_argument("--limit", type=int, help="rows of each split")
-    parser.add_argument("--cuda-graph", action="store_true", help="of runs without AdaLoRA")
-    parser.add_argument("--cpu", action="store_true")
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    rows: list[dict[str, Any]] = json.loads(args.out.read_text()) if args.out.exists() else []
-    done = {(row["method"], row["task"], row["rate"], row["seed"]) for row in rows}
-    begin = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        for task in args.tasks:
-            split(task, args.data_dir, Path(folder))
-        cells = [
-            (name, task, rate, seed)
-            for task in args.tasks
-            for seed in range(args.seeds)
-            for rate in args.rates
-            for name in args.only
-            if (name, task, rate, seed) not in done
-        ]
-        spawn = multiprocessing.get_context("spawn")
-        pool = ProcessPoolExecutor(args.together, mp_context=spawn)
-        futures = {pool.submit(run, *cell, args, Path(folder)): cell for cell in cells}
-        try:
-            for future in as_completed(futures, timeout=args.seconds):
-                name, task, rate, seed = futures[future]
-                if (error := future.exception()) is not None:
-                    print(f"{name:32} {task:5} failed: {type(error).__name__}: {error}", flush=True)
-                    continue
-                rows.append(row := future.result())
-                args.out.write_text(json.dumps(rows, indent=1) + "\n")
-                print(
-                    f"{name:32} {task:5} {rate:g} {seed} {row['trained']:7,} {row['score']:.4f} {row['ranks']}",
-                    flush=True,
-                )
-        except TimeoutError:
-            print(f"stopped behind {time.perf_counter() - begin:.0f} s, with {len(rows)} rows", flush=True)
-            for process in list(pool._processes.values()):
-                process.terminate()
-        pool.shutdown(cancel_futures=True)
-
-
-if __name__ == "__main__":
-    main()
+def jobs(
+    options: argparse.Namespace, known: Sequence[dict[str, Any]], split_of: Callable[[str], Path]
+) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
+    """The runs that no row has: a name, and what makes the row."""
+    done = {(row["method"], row["task"], row["rate"], row["seed"]) for row in known}
+    runs = [
+        (name, task, rate, seed)
+        for seed in range(options.seeds)
+        for task in options.tasks
+        for name in METHODS
+        for rate in RATES
+        if (name, task, rate, seed) not in done
+    ]
+    return [
+        (
+            "-".join([task, f"{rate:g}", str(seed), *name.replace(",", "").split()]),
+            lambda one=one: run(*one, options, split_of(one[1])),  # type: ignore[misc]
+        )
+        for one in runs
+        for name, task, rate, seed in [one]
+    ]

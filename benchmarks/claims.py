@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,61 +19,93 @@ from protocol import cell_of, read_rows
 RESTARTS = 8  # of processes that could not use the device any more
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Worker:
+    """One process.
+
+    ``gpu`` is its GPU (None: the CPU), ``earlier`` how many seconds before all others it begins nothing more, and
+    ``words`` are what it alone is told.
+    """
+
+    gpu: int | None = None
+    earlier: float = 0.0
+    words: tuple[str, ...] = ()
+
+
 def take(cells: Iterable[tuple[str, Callable[[], dict[str, Any]]]], queue: Path, until: float) -> None:
-    """Make the rows of the cells that no other process has taken; ``until`` is the time behind which none is begun."""
+    """Make the rows of the cells that no other process has taken; ``until`` is the time behind which none is begun.
+
+    A cell is called FILE@NAME after the result file of its row.
+    """
     for name, make in cells:
         if time.time() > until:
             return
-        try:
-            (queue / f"{name}.taken").touch(exist_ok=False)
-        except FileExistsError:
-            continue
-        try:
-            row = make()
-        except Exception as error:
-            print(f"{name} failed: {type(error).__name__}: {error}", flush=True)
-            if "CUDA error" in str(error):
-                raise  # another process takes the place of this one
-            continue
-        part = queue / f"{name}.part"
-        part.write_text(json.dumps(row))
-        part.rename(queue / f"{name}.json")
+        taken(name, make, queue)
+
+
+def taken(name: str, make: Callable[[], dict[str, Any]], queue: Path) -> bool:
+    """Make the row of a cell, if no process has taken it; returns whether none had."""
+    try:
+        (queue / f"{name}.taken").touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    begin = time.time()
+    try:
+        row = make()
+    except Exception as error:
+        print(f"{name} failed: {type(error).__name__}: {error}", flush=True)
+        if "CUDA error" in str(error):
+            raise  # another process takes the place of this one
+        return True
+    part = queue / f"{name}.part"
+    part.write_text(json.dumps(row))
+    part.rename(queue / f"{name}.json")
+    print(f"{time.strftime('%H:%M:%S')} {name} made in {time.time() - begin:.0f} s", flush=True)
+    return True
 
 
 def oversee(
-    words: list[str], queue: Path, out: Path, *, count: int, gpus: list[int], each: int, until: float, end: float
-) -> None:
-    """Run ``words`` in ``each`` processes for each GPU (none: on the CPU) and write the rows that are there.
+    words: list[str], queue: Path, outs: Sequence[Path], *, workers: Sequence[Worker], count: float, until: float,
+    end: float,
+) -> None:  # fmt: skip
+    """Run ``words`` in a process for each worker and write the rows that are there, each into the file of its name.
 
-    All processes are stopped at the time ``end``, or when this one is.
+    All processes are stopped at the time ``end``, or when this one is. A process that died is started again while
+    there are fewer than ``count`` cells taken.
     """
 
-    def start(number: int) -> subprocess.Popen[bytes]:
-        device = {"CUDA_VISIBLE_DEVICES": str(gpus[number % len(gpus)])} if gpus else {}
-        return subprocess.Popen([sys.executable, *words], env={**os.environ, "OMP_NUM_THREADS": "1", **device})
+    def start(worker: Worker) -> subprocess.Popen[bytes]:
+        device = {} if worker.gpu is None else {"CUDA_VISIBLE_DEVICES": str(worker.gpu)}
+        line = [sys.executable, *words, *worker.words, "--until", str(until - worker.earlier)]
+        return subprocess.Popen(line, env={**os.environ, "OMP_NUM_THREADS": "1", **device})
 
     def stop(*_: Any) -> None:
         raise SystemExit(143)
 
     signal.signal(signal.SIGTERM, stop)
-    known, restarts = read_rows([out]), RESTARTS
-    running = [start(number) for number in range(max(1, len(gpus)) * each)]
+    known, restarts = {out: read_rows([out]) for out in outs}, RESTARTS
+    running = [start(worker) for worker in workers]
     try:
         while time.time() < end and any(process.poll() is None for process in running):
             if time.time() < until and len(list(queue.glob("*.taken"))) < count:
                 for k, process in enumerate(running):
                     if process.poll() not in (None, 0) and restarts > 0:
-                        running[k], restarts = start(k), restarts - 1
-            collect(known, queue, out)
+                        running[k], restarts = start(workers[k]), restarts - 1
+            collect(known, queue)
             time.sleep(1)
     finally:
         for process in running:
             process.kill()
-        collect(known, queue, out)
+        collect(known, queue)
 
 
-def collect(known: list[dict[str, Any]], queue: Path, out: Path) -> None:
-    rows = {cell_of(row): row for row in (*known, *(json.loads(file.read_text()) for file in queue.glob("*.json")))}
-    part = out.with_suffix(".part")
-    part.write_text(json.dumps(list(rows.values()), indent=1) + "\n")
-    part.rename(out)
+def collect(known: dict[Path, list[dict[str, Any]]], queue: Path) -> None:
+    """Write each result file with what was known and what has been made; of two rows of one cell the later one."""
+    made = sorted(queue.glob("*.json"), key=lambda file: file.stat().st_mtime)
+    for out, before in known.items():
+        mine = [json.loads(file.read_text()) for file in made if file.name.startswith(f"{out.name}@")]
+        if mine or not out.exists():
+            rows = {cell_of(row): row for row in (*before, *mine)}
+            part = out.with_suffix(".part")
+            part.write_text(json.dumps(list(rows.values()), indent=1) + "\n")
+            part.rename(out)

@@ -16,61 +16,64 @@ import gc
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache, partial
 from pathlib import Path
 from statistics import mean
 from typing import Any
 from unittest import mock
 
+import peers  # noqa: F401  (adds its methods to METHODS)
 import peft
 import torch
 import transformers
-from claims import oversee, take
+from cells import PER_RATE, Cell, cells_beyond, cells_of, command_of, joined, left, table
+from claims import Worker, oversee, take
 from encoders import graphable
-from methods import ALL, FROZEN, GROUPS, IA3, METHODS, NORMS, OURS, QV, UNTRAINED, Method, grid
-from prompts import give_head, option_tokens, write_words
-from protocol import HEAD_RATE, OFFICIAL_LENGTH, TASKS, at_edge, best_rate, cell_of, interval, read_rows, split
+from methods import ALL, FROZEN, IA3, METHODS, NORMS, OURS, QV, UNTRAINED
+from prompts import give_head, option_tokens, perplexities, write_words
+from protocol import HEAD_RATE, OFFICIAL_LENGTH, TASKS, read_rows, split
 
 from loretta.population import training as population_training
 from loretta.population.loop import Loop
 from loretta.population.rows import Rows
 from loretta.population.training import prepare
 from loretta.training.config import RunConfig
-from loretta.training.data import load_config_task
-from loretta.training.forms import form_of
+from loretta.training.data import encode_splits, load_config_task
+from loretta.training.methods import virtual_tokens
 from loretta.training.model import load_tokenizer
 
-TOKENS_AT_ONCE = 250_000  # scored
+# tokens of all members: as many as one part of a step has, and as are scored at once; of large models fewer, so that
+# eight processes find room on one GPU
+TOKENS_OF_A_PART, LARGE_PART = 8192, 6144
+TOKENS_AT_ONCE, LARGE_AT_ONCE = 250_000, 32_000
+LARGE = 4096  # layers times width
+MOST_PARTS = 8
 LONGEST_PROMPT = 1024  # tokens, of the official rows
 
-PER_RATE = ("held_out", "official", "curve", "train_loss")
 
-__all__ = ["GROUPS", "METHODS", "Method", "main"]
+@cache
+def encoded_once(config: str) -> Any:
+    """The task of a config and its splits as token ids; all cells of a process that have the same data share them."""
+    options = RunConfig.model_validate_json(config)
+    task = load_config_task(options)
+    return task, encode_splits(options, task, load_tokenizer(options.model))  # type: ignore[arg-type]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cell:
-    """One population. ``part`` is "front", or "rates" where the grid itself is looked at."""
-
-    task: str
-    method: str
-    rates: tuple[float, ...]
-    seeds: tuple[int, ...]
-    part: str = "front"
-    epochs: float
-
-    @property
-    def file(self) -> str:
-        return "-".join([self.part, self.task, *self.method.replace("+", "and").split()])
+def data_options(config: RunConfig) -> str:
+    """What of a config says which data it has, where the validation rows are not drawn by its seed."""
+    names = ["model", "data", "data_dir", "validation", "text", "label", "kind", "limit", "max_length"]
+    if virtual_tokens(config.method, config.method_args):
+        names += ["method", "method_args"]
+    return RunConfig(**{name: getattr(config, name) for name in names}).model_dump_json()
 
 
 @contextlib.contextmanager
 def heads_alike(tokens: Sequence[int]) -> Iterator[None]:
     """Runs of which the final layer of the head alone is trained, as PEFT's own methods train it.
 
-    With ``tokens`` the head is what the output embeddings say of these, and nothing of it is trained.
+    With ``tokens`` the head is what the output embeddings say of these, and nothing of it is trained. All members have
+    one copy of their data.
     """
 
     def frozen(*args: Any) -> Any:
@@ -83,7 +86,15 @@ def heads_alike(tokens: Sequence[int]) -> Iterator[None]:
         return model, found
 
     ordinary = population_training.prepare_model
-    with mock.patch.object(population_training, "prepare_model", frozen):
+    with (
+        mock.patch.object(population_training, "prepare_model", frozen),
+        mock.patch.object(
+            population_training, "load_config_task", lambda config: encoded_once(data_options(config))[0]
+        ),
+        mock.patch.object(
+            population_training, "encode_splits", lambda config, *_: encoded_once(data_options(config))[1]
+        ),
+    ):
         yield
 
 
@@ -142,7 +153,7 @@ def measure(cell: Cell, args: argparse.Namespace, data: Path) -> dict[str, Any]:
             "method": method.method,
             "options": {**options, "target_modules": "all-linear"} if method.targets == "all" else options,
         }
-    for key in PER_RATE:
+    for key in (key for key in PER_RATE if key in found[0]):
         each = iter([member[key] for member in found])
         row[key] = {str(rate): [next(each) for _ in cell.seeds] for rate in cell.rates}
     return row | {
@@ -151,15 +162,6 @@ def measure(cell: Cell, args: argparse.Namespace, data: Path) -> dict[str, Any]:
         "versions": {module.__name__: module.__version__ for module in (torch, transformers, peft)},
         "command": command_of(cell, args),
     }
-
-
-def command_of(cell: Cell, args: argparse.Namespace) -> str:
-    """What makes this row alone."""
-    order = f"{'rates' if cell.part == 'rates' else cell.method}:{cell.task}"
-    words = [f"--model {Path(args.model).name} --data-dir DATA --order '{order}'"]
-    words += [f"--seeds {len(cell.seeds)} --rates {len(cell.rates)} --epochs {cell.epochs:g} --out FILE"]
-    words += [f"--{key} {value}" for key in ("max_steps", "limit") if (value := getattr(args, key)) is not None]
-    return " ".join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *words]).replace("max_steps", "max-steps")
 
 
 def in_halves(
@@ -184,14 +186,24 @@ def set_factors(loop: Loop, factors: Mapping[str, float]) -> None:
                 rates[:, where] *= factor
 
 
+def is_large(loop: Loop) -> bool:
+    config = loop.population.model.config
+    return bool(config.num_hidden_layers * config.hidden_size > LARGE)
+
+
+def parts_of(loop: Loop) -> int:
+    """In how many parts, the short rows first, a batch is trained: padding is saved, and memory."""
+    tokens = loop.population.size * loop.rules.batch_size * loop.rows["train"].longest
+    return min(MOST_PARTS, max(1, round(tokens / (LARGE_PART if is_large(loop) else TOKENS_OF_A_PART))))
+
+
 def score_widely(loop: Loop) -> None:
     """Score more rows of each member at once than are trained: small models wait for the CPU otherwise."""
+    at_once = LARGE_AT_ONCE if is_large(loop) else TOKENS_AT_ONCE
 
     def evaluate() -> list[dict[str, float]]:
         tokens = loop.rows["validation"].longest * loop.population.size
-        with mock.patch.object(
-            loop.rules, "batch_size", max(loop.rules.batch_size, min(256, TOKENS_AT_ONCE // tokens))
-        ):
+        with mock.patch.object(loop.rules, "batch_size", max(8, min(256, at_once // tokens))):
             return ordinary()
 
     ordinary = loop.evaluate
@@ -208,10 +220,7 @@ def trained(configs: Sequence[RunConfig], cell: Cell, args: argparse.Namespace, 
     set_factors(loop, METHODS[cell.method].factors)
     sizes = {name: where.stop - where.start for name, where in loop.population.slices.items()}
     head = sum(size for name, size in sizes.items() if "classifier" in name or "score" in name)
-    train = loop.rows["train"]
-    train.longest = min(train.longest, configs[0].max_length)
-    train.lengths = torch.full_like(train.lengths, train.longest)
-    loop.parts = 1
+    loop.parts = parts_of(loop)
     score_widely(loop)
     if cell.method == UNTRAINED:
         for member, scores in zip(loop.members, loop.evaluate(), strict=True):
@@ -221,6 +230,7 @@ def trained(configs: Sequence[RunConfig], cell: Cell, args: argparse.Namespace, 
     name = "eval_" + str(loop.args.metric_for_best_model).removeprefix("eval_")
     held_out = len(loop.members[0].encoded["validation"])
     official, count = official_scores(loop, cell, args)
+    wiki = perplexities(loop, words, args.data_dir) if words is not None else []
     same = {
         "trained": 0 if cell.method == UNTRAINED else sum(sizes.values()) - head,
         "head": head, "metric": name.removeprefix("eval_"),
@@ -233,12 +243,16 @@ def trained(configs: Sequence[RunConfig], cell: Cell, args: argparse.Namespace, 
         losses = [entry["loss"] for entry in history if "loss" in entry]
         failed = k in loop.not_finite or not curve
         sign = 1 if loop.args.greater_is_better else -1
+        more: dict[str, Any] = {"wiki": None if failed else wiki[k]} if wiki else {}
+        if cell.part == "long":
+            more["losses"] = [entry["eval_loss"] for entry in history if "eval_loss" in entry]
         found.append(
             {
                 "same": same, "curve": curve,
                 "held_out": None if failed else sign * max(sign * score for score in curve),
                 "official": None if failed else official[k][name],
                 "train_loss": None if failed or not losses else mean(losses[-max(1, len(losses) // 8) :]),
+                **more,
             }
         )  # fmt: skip
     return found
@@ -246,16 +260,22 @@ def trained(configs: Sequence[RunConfig], cell: Cell, args: argparse.Namespace, 
 
 def official_scores(loop: Loop, cell: Cell, args: argparse.Namespace) -> tuple[list[dict[str, float]], int]:
     """The scores of all members on the official validation rows, with the values of their best epoch."""
-    first = loop.members[0]
-    length = {"glue": OFFICIAL_LENGTH, "words": LONGEST_PROMPT}.get(TASKS[cell.task].kind, first.config.max_length)
-    if TASKS[cell.task].kind == "glue":
-        where = {"data_dir": str(args.data_dir)}
+    count = show_official(loop, cell.task, args)
+    loop.population.values.copy_(loop.best)
+    return loop.evaluate(), count
+
+
+def show_official(loop: Loop, task: str, args: argparse.Namespace) -> int:
+    """Put the official validation rows of a task in the place of those held out; returns their number."""
+    first, plan = loop.members[0], TASKS[task]
+    length = {"glue": OFFICIAL_LENGTH, "words": LONGEST_PROMPT}.get(plan.kind, first.config.max_length)
+    if plan.kind == "glue":
+        where = {"data": task, "data_dir": str(args.data_dir)}
     else:
         where = {"validation": str(Path(first.config.data).with_name("official.jsonl.gz"))}
     config = first.config.model_copy(update={**where, "max_length": length})
-    task: Any = load_config_task(config)
+    encoded: Any = encoded_once(data_options(config))[1]["validation"]
     tokenizer = load_tokenizer(config.model)
-    encoded: Any = form_of(task.kind).encode(config, task, tokenizer, "validation")
     collator: Any = first.trainer.data_collator
     split_of_each = [encoded] * len(loop.members)
     loop.rows["validation"] = Rows(
@@ -263,71 +283,7 @@ def official_scores(loop: Loop, cell: Cell, args: argparse.Namespace) -> tuple[l
     )
     for member in loop.members:
         member.encoded["validation"] = encoded  # type: ignore[index]
-    loop.population.values.copy_(loop.best)
-    return loop.evaluate(), len(encoded)
-
-
-def cells_of(orders: Sequence[str], args: argparse.Namespace) -> list[Cell]:
-    """``core:cola,mrpc``: all tasks of a method before the next one; ``METHOD:cola`` for one method."""
-    cells: dict[tuple[str, str, str], Cell] = {}
-    for order in orders:
-        group, _, tasks = order.rpartition(":")
-        part = "rates" if group == "rates" else "front"
-        for method in GROUPS.get(group, [group]):
-            for task in tasks.split(","):
-                rates = grid(method, 6) if part == "rates" else grid(method, args.rates)
-                seeds = range(2 if part == "rates" else args.seeds)
-                epochs = args.epochs or TASKS[task].epochs * args.share
-                cells[part, task, method] = Cell(
-                    part=part, task=task, method=method, rates=rates, seeds=tuple(seeds), epochs=epochs
-                )
-    return list(cells.values())
-
-
-def cells_beyond(rows: Sequence[dict[str, Any]]) -> list[Cell]:
-    """For every row whose best rate is at the edge of its grid, the same with the next rate beyond."""
-    found = []
-    for row in rows:
-        if row["part"] == "front" and row["method"] in METHODS and at_edge(row):
-            rate, rates = float(best_rate(row)), [float(rate) for rate in row["held_out"]]
-            rate = float(f"{rate * 2 if rate == max(rates) else rate / 2:.3g}")
-            found.append(
-                Cell(
-                    task=row["task"],
-                    method=row["method"],
-                    rates=(rate,),
-                    seeds=tuple(row["seeds"]),
-                    epochs=row["epochs"],
-                )
-            )
-    return found
-
-
-def joined(known: Sequence[dict[str, Any]], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The row of a cell with the rates that it was measured at before."""
-    row = make()
-    for other in known:
-        if cell_of(other) == cell_of(row):
-            for key in PER_RATE:
-                row[key] = {**other[key], **row[key]}
-            row["rates"] = sorted({*other["rates"], *row["rates"]})
-            row["seconds"] += other["seconds"]
-            row["command"] = f"{other['command']}; then --extend"
-    return row
-
-
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    lines = []
-    for row in sorted(rows, key=lambda row: (row["model"], row["task"], row["trained"])):
-        rate = best_rate(row)
-        scores = [score for score in row["held_out"][rate] if score is not None]
-        official = [score for score in row["official"][rate] if score is not None]
-        (held, half), (final, _) = (interval(s) if s else (0.0, 0.0) for s in (scores, official))
-        lines.append(
-            f"{row['model'][:10]:10} {row['part']:5} {row['task']:5} {row['method']:28} {row['trained']:8,} "
-            f"{held:.4f} +- {half:.4f}  official {final:.4f}  at {rate} ({row['seconds']:.0f} s)"
-        )
-    return "\n".join(lines)
+    return len(encoded)
 
 
 def main() -> None:
@@ -355,28 +311,32 @@ def main() -> None:
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     args = parser.parse_args()
     known = [row for row in read_rows([args.out]) if row["model"] == args.model.name]
-    done = {cell_of(row) for row in known}
-    cells = [c for c in cells_of(args.order, args) if (c.part, args.model.name, c.task, c.method) not in done]
-    if args.extend:
-        cells = cells_beyond(known)
+    cells = cells_beyond(known) if args.extend else left(cells_of(args.order, args, known), args.model.name, known)
     if args.queue is not None:
         with graphable():
             jobs = ((cell.file, partial(measure, cell, args, args.queue / "data")) for cell in cells)
-            take(((name, partial(joined, known, job)) for name, job in jobs), args.queue, args.until)
+            take(
+                ((f"{args.out.name}@{name}", partial(joined, known, job)) for name, job in jobs), args.queue, args.until
+            )
         return
     until = time.time() + args.seconds
     with tempfile.TemporaryDirectory() as folder:
         queue = Path(folder)
         for task in {cell.task for cell in cells}:
-            if TASKS[task].kind == "glue":
-                split(task, args.data_dir, queue / "data")
-            else:
-                write_words(task, load_tokenizer(str(args.model)), args.data_dir, queue / "data")
-        words = [*sys.argv, "--queue", folder, "--until", str(until)]
+            write_split(task, args.model, args.data_dir, queue / "data")
+        words = [*sys.argv, "--queue", folder]
         gpus = [] if args.cpu else list(range(args.first_gpu, args.first_gpu + max(1, args.gpus)))
-        end = until + args.grace
-        oversee(words, queue, args.out, count=len(cells), gpus=gpus, each=args.each, until=until, end=end)
+        workers = [Worker(gpu=gpu) for _ in range(args.each) for gpu in gpus or [None]]
+        oversee(words, queue, [args.out], workers=workers, count=len(cells), until=until, end=until + args.grace)
     print(table(read_rows([args.out])))
+
+
+def write_split(task: str, model: Path, source: Path, target: Path) -> None:
+    """Write what a task trains on and is scored on into ``target / task``."""
+    if TASKS[task].kind == "glue":
+        split(task, source, target)
+    else:
+        write_words(task, load_tokenizer(str(model)), source, target)
 
 
 if __name__ == "__main__":

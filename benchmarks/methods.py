@@ -107,14 +107,29 @@ GROUPS: dict[str, list[str]] = {
         "shared r=4", "LoRA r=2", "rep + norms", "shared r=8 + norms", "LoRA r=1 + norms", "IA3",
         "LoRA r=1 all linear", "adp + norms",
     ],
+    # what the first picture and the claims need
+    "lead": [
+        "LoRA r=1", "compact + norms", "norms", "LoRA r=8", "shared r=4 + norms", "adp + norms", "rep + norms", "rep",
+    ],
+    "lead_more": [
+        "LoRA r=1 + norms", "head only", "compact", "shared r=2 + norms", "BitFit", "IA3", "shared r=2", "adapters b=4",
+    ],
+    "decoder_lead": [
+        "untrained", "LoRA r=1", "compact + norms", "LoRA r=8", "norms", "shared r=4 + norms", "compact", "adp + norms",
+        "rep + norms", "rep",
+    ],
     "rates": [
         "LoRA r=1", "compact", "shared r=1", "LoRA r=8", "compact r=4", "shared r=4", "compact r=32", "shared r=32",
         "LoRA r=32", "compact r=16", "shared r=16",
     ],
+    "long": [
+        "LoRA r=8", "compact + norms", "adapters b=64", "rep + norms", "adp + norms", "shared r=4 + norms", "LoRA r=1",
+        "norms",
+    ],
 }  # fmt: skip
 
 
-def grid(method: str, count: int = 3, apart: float = 2.0) -> tuple[float, ...]:
+def grid(method: str | Method, count: int = 3, apart: float = 2.0) -> tuple[float, ...]:
     """``count`` rates around the middle of a method, ``apart`` from each other."""
-    middle = METHODS[method].middle
+    middle = (METHODS[method] if isinstance(method, str) else method).middle
     return tuple(float(f"{middle * apart ** (k - (count - 1) / 2):.3g}") for k in range(count))

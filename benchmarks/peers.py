@@ -3,23 +3,18 @@
 Each method is as published for encoders of width 768 on the queries and values, with what depends on the width scaled
 to 384 for MiniLM. PEFT computes them; a population trains all rates and seeds of one at once.
 
-    python benchmarks/peers.py --model FOLDER --data-dir FOLDER --out benchmarks/results/peers.json \
+    python benchmarks/forms.py --model FOLDER --data-dir FOLDER --out benchmarks/results/peers.json \
         --order best:cola,mrpc,stsb,rte
 
-The options are those of forms.py. ``best`` and ``more_peers`` are those of a model of width 384, ``wide`` those of one
-of width 768. ``--order rates:stsb`` before it tries six rates of each, two seeds of them; the best one on the held-out
-rows is from then on the middle of the method's grid in that file, for what is published is of other models.
+``best`` and ``more_peers`` are those of a model of width 384, ``wide`` those of one of width 768. ``--order
+peer_rates:stsb`` before it tries six rates of each, two seeds of them; the best one on the held-out rows is from then
+on the middle of the method's grid in that file, for what is published is of other models.
 """
 
-import sys
 from collections.abc import Sequence
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-import forms
-from forms import Method
-from protocol import best_rate, read_rows
+from methods import GROUPS, METHODS, Method
 
 # of BERT, MPNet and LLaMA; few of these methods can be told to leave out a linear layer of the head
 QUERIES, VALUES = ["query", "attn.q", "q_proj"], ["value", "attn.v", "v_proj"]
@@ -66,27 +61,13 @@ PEERS = [
     # for width 768
     peer("VB-LoRA h=90, b=256", "vblora", 6e-2, r=4, num_vectors=90, vector_length=256, topk=2, factors=SLOW_BANK),
 ]
-GROUPS = {
+PEER_GROUPS = {
     "best": [method.name for method in PEERS[:5]],
     "more_peers": [method.name for method in PEERS[5:-1]],
-    "rates": [method.name for method in PEERS[:5]],
+    "peer_rates": [method.name for method in PEERS[:5]],
     "wide": [method.name for method in PEERS if not method.name.endswith(("d=5760", "b=128"))],
 }
 
 
-def centred(method: Method, rows: Sequence[dict[str, Any]]) -> Method:
-    """The method with the middle of its grid at the best rate that ``rates`` found, where that was run."""
-    found = [row for row in rows if row["part"] == "rates" and row["method"] == method.name]
-    return replace(method, middle=float(best_rate(found[0]))) if found else method
-
-
-def main() -> None:
-    out = Path(sys.argv[sys.argv.index("--out") + 1]) if "--out" in sys.argv else Path()
-    rows = read_rows([out]) if out.is_file() else []
-    forms.METHODS |= {method.name: centred(method, rows) for method in PEERS}
-    forms.GROUPS |= GROUPS
-    forms.main()
-
-
-if __name__ == "__main__":
-    main()
+METHODS |= {method.name: method for method in PEERS}
+GROUPS |= PEER_GROUPS

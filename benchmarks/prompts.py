@@ -82,3 +82,36 @@ def give_head(model: nn.Module, tokens: Sequence[int]) -> None:
         if "score." in name and name.endswith("weight"):
             parameter.copy_(rows)
             parameter.requires_grad_(False)
+
+
+READ = 100  # texts of WikiText whose perplexity says what a training forgets; nothing is trained or chosen on them
+
+
+@torch.no_grad()
+def perplexities(loop: Any, tokenizer: PreTrainedTokenizerBase, source: Path) -> list[float]:
+    """The mean loss of a token of other texts, for each member: what the decoder can still read after its training."""
+    lines = lines_of(source / "lm" / f"{TEXTS['wiki']}.jsonl.gz")
+    random.Random(0).shuffle(lines)
+    texts = [json.loads(line)["text"] for line in lines[:READ]]
+    population, held = loop.population, {}
+    base: Any = population.model.get_base_model()
+    embeddings = base.get_input_embeddings().weight
+    hook = base.model.register_forward_hook(lambda module, given, made: held.update(x=made.last_hidden_state))
+    sums, counts = torch.zeros(population.size, device=loop.device), torch.zeros(population.size, device=loop.device)
+    population.eval()
+    try:
+        for k in range(0, len(texts), 4):
+            batch = tokenizer(texts[k : k + 4], truncation=True, max_length=128, padding=True, return_tensors="pt")
+            ids, mask = (batch[name].to(loop.device) for name in ("input_ids", "attention_mask"))
+            with torch.autocast(loop.device.type, torch.bfloat16, enabled=loop.args.bf16):
+                population(input_ids=ids.repeat(population.size, 1), attention_mask=mask.repeat(population.size, 1))
+                for member, x in enumerate(held["x"].unflatten(0, (population.size, -1))):
+                    logits = nn.functional.linear(x[:, :-1], embeddings).float()
+                    both = (mask[:, :-1] * mask[:, 1:]).float()
+                    each = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+                    sums[member] += (each * both.flatten()).sum()
+                    counts[member] += both.sum()
+    finally:
+        hook.remove()
+        population.train()
+    return [float(loss) for loss in sums / counts]

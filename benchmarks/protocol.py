@@ -92,8 +92,10 @@ def read_rows(files: Sequence[Path]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def cell_of(row: Mapping[str, Any]) -> tuple[str, str, str, str]:
-    return row.get("part", "front"), row["model"], row["task"], row["method"]
+def cell_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a row is of; one run has a rate and a seed, all others those of a population."""
+    run = [row[key] for key in ("rate", "seed") if key in row]
+    return row.get("part", "front"), row["model"], row["task"], row["method"], *run
 
 
 def best_rate(row: Mapping[str, Any]) -> str:

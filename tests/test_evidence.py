@@ -21,10 +21,12 @@ sys.path.append(str(BENCHMARKS))
 
 import board  # noqa: E402
 import causes  # noqa: E402
+import cells  # noqa: E402
 import evidence  # noqa: E402
 import forms  # noqa: E402
+import methods  # noqa: E402
 import protocol  # noqa: E402
-from claims import take  # noqa: E402
+from claims import collect, take  # noqa: E402
 from encoders import graphable  # noqa: E402
 from tables import filled  # noqa: E402
 
@@ -80,13 +82,17 @@ def test_a_cell_is_made_once_and_one_that_fails_stops_no_other(tmp_path, capsys)
     def fails():
         raise ValueError("no room")
 
-    cells = [("first", lambda: {"score": 1}), ("second", fails), ("third", lambda: {"score": 3})]
-    (tmp_path / "first.taken").touch()
-    take(cells, tmp_path, until=math.inf)
-    assert [file.name for file in tmp_path.glob("*.json")] == ["third.json"]
-    assert "second failed: ValueError: no room" in capsys.readouterr().out
+    row = {"model": "m", "task": "cola", "method": "norms"}
+    some = [("a@first", lambda: row), ("a@second", fails), ("a@third", lambda: row), ("b@third", lambda: row)]
+    (tmp_path / "a@first.taken").touch()
+    take(some, tmp_path, until=math.inf)
+    assert sorted(file.name for file in tmp_path.glob("*.json")) == ["a@third.json", "b@third.json"]
+    assert "a@second failed: ValueError: no room" in capsys.readouterr().out
     take([("late", dict)], tmp_path, until=0)
     assert not (tmp_path / "late.json").exists()
+    before = [{**row, "trained": 1}, {**row, "task": "mrpc"}]
+    collect({tmp_path / "a": before}, tmp_path)
+    assert json.loads((tmp_path / "a").read_text()) == [row, before[1]]
 
 
 def test_mpnets_positions_on_the_device_are_those_of_transformers():
@@ -155,12 +161,12 @@ def test_a_section_that_loretta_loses_says_so_first():
 
 def test_a_grid_goes_on_beyond_a_best_rate_at_its_edge():
     row = {**ROW, "part": "front", "task": "cola", "method": "LoRA r=1", "model": "m", "seeds": [0, 1], "epochs": 5}
-    assert forms.cells_beyond([row]) == []
-    (cell,) = forms.cells_beyond([{**row, "metric": "loss"}])
+    assert cells.cells_beyond([row]) == []
+    (cell,) = cells.cells_beyond([{**row, "metric": "loss"}])
     assert cell.rates == (0.0005,)
     later = {**row, "held_out": {"0.0005": [0.7, 0.7]}, "official": {"0.0005": [0.6, 0.6]}, "rates": [0.0005]}
     more = {"curve": {}, "train_loss": {}, "seconds": 1, "command": "c"}
-    found = forms.joined([{**row, **more, "rates": [0.001, 0.002, 0.004]}], lambda: {**later, **more})
+    found = cells.joined([{**row, **more, "rates": [0.001, 0.002, 0.004]}], lambda: {**later, **more})
     assert list(found["held_out"]) == ["0.001", "0.002", "0.004", "0.0005"]
     assert found["rates"] == [0.0005, 0.001, 0.002, 0.004]
     assert protocol.best_rate(found) == "0.0005"
@@ -177,9 +183,21 @@ def test_trains_of_one_mode_a_side_fit_an_update_as_its_svd_does():
     assert_near("singular values", values[1], values[0])
 
 
+def test_a_cell_with_more_seeds_or_epochs_is_run_again_and_a_peer_is_centred_where_six_rates_were_best():
+    args = argparse.Namespace(seeds=5, rates=3, epochs=None, share=1.0)
+    wanted = cells.cells_of(["LoRA r=1:cola", "VeRA r=256:cola", "long:mrpc"], args)
+    assert {cell.part for cell in wanted} == {"front", "long"}
+    row = {"part": "front", "model": "m", "task": "cola", "method": "LoRA r=1", "epochs": 5}
+    left = [len(cells.left(wanted, "m", [{**row, "seeds": seeds}])) for seeds in ([0, 1, 2], [0, 1, 2, 3, 4])]
+    assert left == [len(wanted), len(wanted) - 1]
+    known = [{**row, "part": "rates", "task": "stsb", "method": "VeRA r=256", **ROW}]
+    (cell,) = cells.cells_of(["VeRA r=256:cola"], args, known)
+    assert cell.rates == (0.001, 0.002, 0.004)
+
+
 def test_a_grid_is_a_factor_of_two_apart():
-    assert forms.grid("LoRA r=1") == (7.5e-4, 1.5e-3, 3e-3)
-    assert forms.grid("LoRA r=1", 2, 4.0) == (7.5e-4, 3e-3)
+    assert methods.grid("LoRA r=1") == (7.5e-4, 1.5e-3, 3e-3)
+    assert methods.grid("LoRA r=1", 2, 4.0) == (7.5e-4, 3e-3)
 
 
 def test_a_cell_is_measured_from_its_files_to_its_row(bert, tmp_path):

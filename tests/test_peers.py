@@ -47,12 +47,3 @@ def test_a_peer_trains_as_many_numbers_as_published(peers, name, of_a_layer, of_
     model = wrap(BertForSequenceClassification(config), method.method, "classification", method.options)
     trained = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad and "classifier" not in n}
     assert sum(trained.values()) == of_a_layer + of_all
-
-
-def test_the_grid_lies_around_the_best_of_many_rates(peers):
-    method = peers.PEERS[0]
-    scores = {"0.001": [0.2, 0.3], "0.004": [0.5, 0.4], "0.016": [0.9, None]}
-    row = {"part": "rates", "method": method.name, "metric": "spearman", "held_out": scores}
-    assert peers.centred(method, [row]).middle == 0.004
-    for others in ([], [row | {"part": "front"}], [row | {"method": "VeRA"}]):
-        assert peers.centred(method, others) == method

@@ -1,0 +1,155 @@
+"""What is measured: a cell is one method on one task, a population of all its rates and seeds."""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from methods import GROUPS, METHODS, Method, grid
+from protocol import TASKS, at_edge, best_rate, cell_of, interval
+
+Row = Mapping[str, Any]
+
+PER_RATE = ("held_out", "official", "curve", "losses", "train_loss", "wiki")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """Cells that are no part of the front: of their own number of rates, seeds and epochs (those of a task if None)."""
+
+    name: str
+    rates: int
+    seeds: int
+    epochs: int | None = None
+
+
+# the groups of methods (methods.py, peers.py) that are parts
+PARTS = {
+    "rates": Part(name="rates", rates=6, seeds=2),
+    "peer_rates": Part(name="rates", rates=6, seeds=2),
+    # the paper's Figure 4: at the rate that is the best on the front
+    "long": Part(name="long", rates=1, seeds=5, epochs=30),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One population. ``part`` is "front" or the name of one of ``PARTS``."""
+
+    task: str
+    method: str
+    rates: tuple[float, ...]
+    seeds: tuple[int, ...]
+    part: str = "front"
+    epochs: float
+
+    @property
+    def file(self) -> str:
+        beyond = [f"{self.rates[0]:g}"] if len(self.rates) == 1 and self.part == "front" else []
+        return "-".join([self.part, self.task, *self.method.replace("+", "and").replace("/", " of ").split(), *beyond])
+
+
+def cells_of(orders: Sequence[str], args: argparse.Namespace, known: Sequence[Row] = ()) -> list[Cell]:
+    """``core:cola,mrpc``: all tasks of a method before the next one; ``METHOD:cola`` for one method.
+
+    ``known`` are the rows of the same model, which say where the best rate of a method lies.
+    """
+    cells: dict[tuple[str, str, str], Cell] = {}
+    for order in orders:
+        group, _, tasks = order.rpartition(":")
+        part = PARTS.get(group, Part(name="front", rates=args.rates, seeds=args.seeds))
+        for name in GROUPS.get(group, [group]):
+            for task in tasks.split(","):
+                cells[part.name, task, name] = Cell(
+                    part=part.name,
+                    task=task,
+                    method=name,
+                    rates=grid(centred(METHODS[name], part.name, task, known), part.rates),
+                    seeds=tuple(range(min(part.seeds, args.seeds))),
+                    epochs=args.epochs or part.epochs or TASKS[task].epochs * args.share,
+                )
+    return list(cells.values())
+
+
+def centred(method: Method, part: str, task: str, known: Sequence[Row]) -> Method:
+    """The method with the middle of its grid where it belongs.
+
+    Of other methods of PEFT that is the best rate of six, where these were run, for what is published of them is of
+    other models. A long training has the best rate of the front.
+    """
+    of_part = {"front": "rates", "long": "front"}.get(part)
+    found = [row for row in known if row.get("part", "front") == of_part and row["method"] == method.name]
+    found = [row for row in found if row["task"] == task] or ([] if part == "long" else found)
+    if not found or (part == "front" and method.family != "PEFT"):
+        return method
+    return replace(method, middle=float(best_rate(found[0])))
+
+
+def left(cells: Sequence[Cell], model: str, known: Sequence[Row]) -> list[Cell]:
+    """The cells of which there is no row with as many seeds and epochs."""
+    rows = {cell_of(row): row for row in known}
+
+    def is_done(cell: Cell) -> bool:
+        row = rows.get((cell.part, model, cell.task, cell.method))
+        if row is None or (TASKS[cell.task].kind == "words" and "wiki" not in row):
+            return False
+        return len(row["seeds"]) >= len(cell.seeds) and row["epochs"] >= cell.epochs
+
+    return [cell for cell in cells if not is_done(cell)]
+
+
+def cells_beyond(rows: Sequence[Row]) -> list[Cell]:
+    """For every row whose best rate is at the edge of its grid, the same with the next rate beyond."""
+    found = []
+    for row in rows:
+        if row["part"] == "front" and row["method"] in METHODS and at_edge(row):
+            rate, rates = float(best_rate(row)), [float(rate) for rate in row["held_out"]]
+            rate = float(f"{rate * 2 if rate == max(rates) else rate / 2:.3g}")
+            found.append(
+                Cell(
+                    task=row["task"],
+                    method=row["method"],
+                    rates=(rate,),
+                    seeds=tuple(row["seeds"]),
+                    epochs=row["epochs"],
+                )
+            )
+    return found
+
+
+def joined(known: Sequence[Row], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The row of a cell with the rates that it was measured at before, by the same seeds."""
+    row = make()
+    for other in known:
+        if cell_of(other) == cell_of(row) and other["seeds"] == row["seeds"] and other["epochs"] == row["epochs"]:
+            for key in set(PER_RATE) & row.keys() & other.keys():
+                row[key] = {**other[key], **row[key]}
+            row["rates"] = sorted({*other["rates"], *row["rates"]})
+            row["seconds"] += other["seconds"]
+            row["command"] = f"{other['command']}; then --extend"
+    return row
+
+
+def command_of(cell: Cell, args: argparse.Namespace) -> str:
+    """What makes this row alone."""
+    groups = [group for group, part in PARTS.items() if part.name == cell.part and cell.method in GROUPS[group]]
+    group = groups[0] if groups else cell.method
+    words = [f"--model {Path(args.model).name} --data-dir DATA --order '{group}:{cell.task}'"]
+    words += [f"--seeds {len(cell.seeds)} --rates {len(cell.rates)} --epochs {cell.epochs:g} --out FILE"]
+    words += [f"--{key} {value}" for key in ("max_steps", "limit") if (value := getattr(args, key)) is not None]
+    return " ".join(["python benchmarks/forms.py", *words]).replace("max_steps", "max-steps")
+
+
+def table(rows: Sequence[Row]) -> str:
+    lines = []
+    for row in sorted(rows, key=lambda row: (row["model"], row["task"], row["trained"])):
+        rate = best_rate(row)
+        scores = [score for score in row["held_out"][rate] if score is not None]
+        official = [score for score in row["official"][rate] if score is not None]
+        (held, half), (final, _) = (interval(s) if s else (0.0, 0.0) for s in (scores, official))
+        lines.append(
+            f"{row['model'][:10]:10} {row['part']:5} {row['task']:5} {row['method']:28} {row['trained']:8,} "
+            f"{held:.4f} +- {half:.4f}  official {final:.4f}  at {rate} ({row['seconds']:.0f} s)"
+        )
+    return "\n".join(lines)
