@@ -199,9 +199,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--graphs", nargs="*", type=lambda word: word == "yes", help="no, yes, or both in this order")
     parser.add_argument("--seconds", type=float, default=None, help="start nothing new after so many")
-    parser.add_argument("--parts", type=int, default=loop.MOST_PARTS, help="of like lengths in a batch, at the most")
+    parser.add_argument("--parts", type=int, default=loop.PIECES, help="of like lengths in a batch, at the most")
     args = parser.parse_args()
-    loop.MOST_PARTS = args.parts
+    loop.PIECES = args.parts
     if args.graphs is None:
         args.graphs = [False, True] if args.device == "cuda" else [False]
     # what the file holds already stays: parts may be measured one by one

@@ -24,22 +24,23 @@ from transformers.trainer_callback import DefaultFlowCallback, TrainerControl
 from transformers.trainer_utils import PredictionOutput
 
 from loretta.errors import InputError
+from loretta.population.graphs import Graphs
 from loretta.population.optimizer import MemberAdamW
 from loretta.population.population import Population
 from loretta.population.rows import Rows, mean_of_batches, row_losses
 from loretta.tasks.base import Task
-from loretta.training.batches import Shapes, shapes_of
 from loretta.training.config import RunConfig
 from loretta.training.recordings import Recorder
 from loretta.training.trainer import TwoRateTrainer
-from loretta.wording import one_line
 
 logger = logging.getLogger(__name__)
 
-MAX_GRAPHS = 32
-# a batch is trained in parts of like lengths, as long as a part has so many tokens that the device is busy
-MOST_PARTS = 4
-TOKENS_OF_A_PART = {"cuda": 8192, "cpu": 512}
+# a batch is trained in parts of like lengths, made of so many pieces
+PIECES = 4
+# tokens times width. What a part costs by itself, whatever is in it: some 700 kernels on a GPU, as many calls on a CPU
+FIXED = {"cuda": 2**21, "cpu": 2**13}
+# a larger part is no faster for each token, and takes memory
+MOST = {"cuda": 2**25, "cpu": 2**22}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,8 +137,11 @@ class Loop:
             "kind": self.kind,
         }
         self.rows = {split: self._rows_of(split) for split in ("train", "validation")}
-        tokens = (size or population.size) * rules.batch_size * self.rows["train"].longest
-        self.parts = min(MOST_PARTS, max(1, tokens // TOKENS_OF_A_PART.get(self.device.type, 8192)))
+        # in tokens of this population, be it a sample of a larger one
+        width = population.width * (size or population.size) / population.size
+        self.fixed, self.most = (each.get(self.device.type, each["cuda"]) / width for each in (FIXED, MOST))
+        tokens = population.size * rules.batch_size * self.rows["train"].longest
+        self.parts = max(PIECES, math.ceil(tokens / self.most))
         self.optimizer = MemberAdamW(
             population.values,
             population.gradient,
@@ -153,11 +157,15 @@ class Loop:
         self.not_finite: dict[int, int] = {}  # member -> the step behind which that was seen; it has stopped, too
         self.loss = population.values.new_zeros(population.size)  # summed since the last log
         self.factor = torch.ones(population.size, 1, dtype=population.values.dtype, device=self.device)
-        self.graphs = _Graphs() if cuda_graph else None
-        self.scoring = _Graphs() if cuda_graph else None
+        self.graphs = Graphs() if cuda_graph else None
+        self.scoring = Graphs() if cuda_graph else None
         for member in members:
             member.trainer.state.compute_steps(member.trainer.args, rules.steps)
             member.trainer.state.max_steps = rules.steps
+
+    def in_parts(self, rows_Pb: Tensor) -> list[dict[str, Tensor]]:
+        """The batch of each member's training examples ``rows_Pb``, in the parts that cost least."""
+        return self.rows["train"].parts(rows_Pb, self.parts, fixed=self.fixed, most=self.most)
 
     def _rows_of(self, split: str) -> Rows:
         return Rows([member.encoded[split] for member in self.members], **self._of_rows)
@@ -180,7 +188,7 @@ class Loop:
                 epoch, done = divmod(self.step, rules.steps_in_epoch)
                 batches = rules.order(epoch).split(rules.batch_size, 1)
                 for k in range(done, len(batches)):
-                    self._train_on(self.rows["train"].parts(batches[k], self.parts))
+                    self._train_on(self.in_parts(batches[k]))
                     self.seconds = before + time.perf_counter() - begin
                     state.global_step, state.epoch = self.step, epoch + (k + 1) / rules.steps_in_epoch
                     control = flow.on_step_end(self.args, state, TrainerControl())
@@ -317,17 +325,23 @@ class Loop:
         means = mean_of_batches(sums, counts, self.args.per_device_eval_batch_size).tolist()
         together = torch.cat(logits, 1)[:, back].cpu().numpy() if logits else None
         outputs = []
+        # one by one the rows of a Dataset take longer than the scores
+        golds = {id(data): np.asarray(data["labels"][:]) for data in self._distinct(split)} if logits else {}
         for k, member in enumerate(self.members):
             scores: dict[str, float] = {f"{prefix}_loss": means[k]}
             predictions: Any = None
             gold: Any = None
             if together is not None:
                 compute: Any = member.trainer.compute_metrics
-                predictions, gold = together[k], np.asarray(member.encoded[split]["labels"])
+                predictions, gold = together[k], golds[id(member.encoded[split])]
                 found = compute(EvalPrediction(predictions=predictions, label_ids=gold))
                 scores |= {f"{prefix}_{name}": float(value) for name, value in found.items()}
             outputs.append(PredictionOutput(predictions=predictions, label_ids=gold, metrics=scores))
         return outputs
+
+    def _distinct(self, split: str) -> list[Any]:
+        """The data of a split, once where members share it."""
+        return list({id(member.encoded[split]): member.encoded[split] for member in self.members}.values())
 
     def _logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
@@ -347,33 +361,3 @@ class Loop:
 def _append(member: Member, values: Mapping[str, float]) -> None:
     state = member.trainer.state
     state.log_history.append({**values, "step": state.global_step, "epoch": state.epoch})
-
-
-class _Graphs:
-    """Recorded steps, one for each shape of batch. The first batch of a shape is trained eagerly."""
-
-    def __init__(self) -> None:
-        self.recorder = Recorder()
-        self.seen: set[Shapes] = set()
-        self.steps: dict[Shapes, tuple[dict[str, Tensor], Callable[[], Any]]] = {}
-        self.why_eager: str | None = None
-
-    def replay(self, batch: dict[str, Tensor], work: Callable[[Mapping[str, Tensor]], Tensor]) -> Tensor:
-        shapes: Any = shapes_of(batch) if batch else ()
-        assert shapes is not None
-        if shapes not in self.steps:
-            if shapes not in self.seen or self.why_eager is not None or len(self.steps) == MAX_GRAPHS:
-                self.seen.add(shapes)
-                return work(batch)
-            try:
-                inputs = {name: tensor.clone() for name, tensor in batch.items()}
-                self.steps[shapes] = inputs, self.recorder.record(lambda: (work(inputs), None))
-            except RuntimeError as error:
-                self.why_eager = one_line(error, 200)
-                logger.warning("no CUDA graphs, training is eager: %s", self.why_eager)
-                return work(batch)
-        inputs, again = self.steps[shapes]
-        if inputs:
-            torch._foreach_copy_(list(inputs.values()), [batch[name] for name in inputs])
-        losses, _ = again()
-        return losses

@@ -71,7 +71,7 @@ def measure(configs: Sequence[RunConfig], planned: int) -> Need:
     size, values = len(configs), loop.population.values
     rows = loop.rows["train"]
     longest = rows.lengths[: loop.rules.size].topk(min(loop.rules.batch_size, loop.rules.size)).indices
-    part = rows.parts(longest.expand(size, -1), loop.parts)[-1]
+    part = max(loop.in_parts(longest.expand(size, -1)), key=lambda part: part["input_ids"].numel())
     step = _peak_of_step(loop, part) if values.is_cuda else BEYOND_SAVED * _saved_by_step(loop, part)
     frozen = [p for p in loop.population.model.parameters() if not p.requires_grad]
     base = sum(p.numel() * p.element_size() for p in frozen)

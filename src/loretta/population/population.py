@@ -113,6 +113,11 @@ class Population(nn.Module):
         self.stacks = [stack.requires_grad_(True) for stack in stacked.values()]
         self._gradients = [self._view(self.gradient, block) for block in blocks]
 
+    @property
+    def width(self) -> int:
+        """Of the states of a token."""
+        return int(self.model.get_input_embeddings().weight.shape[1])
+
     def _parameter(self, block: tuple[str, ...]) -> nn.Parameter:
         """(P, ...), or for trains (P, M, ...): a view of :attr:`values`."""
         return nn.Parameter(self._view(self.values, block))

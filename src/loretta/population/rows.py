@@ -3,6 +3,7 @@
 Axes: P members, b rows of one member in a batch, T tokens, V vocabulary or labels.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -37,7 +38,11 @@ class Rows:
         kind: str,
     ) -> None:
         distinct = list({id(split): split for split in splits}.values())
-        examples = [example for split in distinct for example in split.with_format(None)]
+        # whole columns, because a Dataset that is asked row by row takes a hundred times as long
+        columns = [split.with_format(None)[:] for split in distinct]
+        examples = [
+            dict(zip(named, row, strict=True)) for named in columns for row in zip(*named.values(), strict=True)
+        ]
         ends = torch.tensor([len(split) for split in distinct]).cumsum(0)
         first = {id(split): int(end) - len(split) for split, end in zip(distinct, ends, strict=True)}
         tensors = collator(examples)
@@ -49,18 +54,24 @@ class Rows:
         self.first = torch.tensor([first[id(split)] for split in splits])
         self.device, self.on_left, self.rounded = device, on_left, rounded
 
-    def parts(self, rows_Pb: Tensor, count: int) -> list[dict[str, Tensor]]:
+    def parts(
+        self, rows_Pb: Tensor, count: int, *, fixed: float = 0.0, most: float = math.inf
+    ) -> list[dict[str, Tensor]]:
         """The batch of each member's examples ``rows_Pb`` in at most ``count`` parts, the short rows of all first.
 
         Each part is padded to its own longest row. Beside the tensors of :meth:`batch` it has "weights" (P): what a
-        member's sum of losses is multiplied with, so that the parts add up to the mean of the batch.
+        member's sum of losses is multiplied with, so that the parts add up to the mean of the batch. ``fixed`` and
+        ``most`` as for :func:`cut`.
         """
         at = rows_Pb + self.first[:, None]
         weights = (1 / self.counts[at].sum(1).double()).to(self.device, non_blocking=True)
+        sizes = [rows_Pb.shape[1]]
         if count > 1:
-            rows_Pb = rows_Pb.gather(1, self.lengths[at].argsort(dim=1, stable=True))
-        size = -(-rows_Pb.shape[1] // count)
-        return [{**self.batch(part), "weights": weights} for part in rows_Pb.split(size, 1)]
+            lengths_Pb, order_Pb = self.lengths[at].sort(dim=1, stable=True)
+            rows_Pb = rows_Pb.gather(1, order_Pb)
+            padded = [self._padded(length) for length in lengths_Pb.amax(0).tolist()]
+            sizes = cut(padded, len(rows_Pb), count=count, fixed=fixed, most=most)
+        return [{**self.batch(part), "weights": weights} for part in rows_Pb.split(sizes, 1)]
 
     def by_length(self, count: int) -> Tensor:
         """The first ``count`` examples, the short ones first; in their order where members have different ones."""
@@ -71,15 +82,39 @@ class Rows:
     def batch(self, rows_Pb: Tensor) -> dict[str, Tensor]:
         """The tensors (P * b, T), grouped by member, of each member's examples ``rows_Pb``."""
         rows = (rows_Pb + self.first[:, None]).flatten()
-        length = int(self.lengths[rows].max())
-        length = min(bucket(length), self.longest) if self.rounded else length
+        length = self._padded(int(self.lengths[rows].max()))
         rows = rows.to(self.device, non_blocking=True)
         return {name: self._cropped(tensor[rows], length) for name, tensor in self.tensors.items()}
+
+    def _padded(self, length: int) -> int:
+        return min(bucket(length), self.longest) if self.rounded else length
 
     def _cropped(self, tensor: Tensor, length: int) -> Tensor:
         if tensor.dim() < 2 or tensor.shape[1] != self.longest:
             return tensor
         return tensor[:, -length:] if self.on_left else tensor[:, :length]
+
+
+def cut(lengths: Sequence[int], rows: int, *, count: int, fixed: float, most: float) -> list[int]:
+    """How many columns of a batch each part takes, so that the parts cost least.
+
+    Args:
+        lengths: of the columns, to which they are padded at the least; they ascend. A part has that of its last column.
+        rows: of each column, one for each member.
+        count: of the pieces that parts are made of. More would be more shapes to record.
+        fixed: what a part costs by itself, in tokens.
+        most: tokens of a part, where it can be divided.
+    """
+    unit = -(-len(lengths) // count)
+    cheapest: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}  # by the columns that are dealt with
+    for end in (*range(unit, len(lengths), unit), len(lengths)):
+        found = []
+        for start, (cost, sizes) in cheapest.items():
+            tokens = (end - start) * rows * lengths[end - 1]
+            if tokens <= most or end - start <= unit:
+                found.append((cost + fixed + tokens, [*sizes, end - start]))
+        cheapest[end] = min(found, key=lambda one: (one[0], len(one[1])))
+    return cheapest[len(lengths)][1]
 
 
 def row_losses(logits: Tensor, labels: Tensor, kind: str) -> tuple[Tensor, Tensor]:

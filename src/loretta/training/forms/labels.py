@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from pyarrow.compute import list_value_length
 from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
@@ -59,7 +60,7 @@ class Labels:
         return scored_recipe(DataCollatorWithPadding(tokenizer), partial(score_logits, task), encoded)
 
     def counts(self, task: Task) -> dict[str, list[int]]:
-        return count_classes(task, lambda data: data["label"])
+        return count_classes(task, lambda data: data["label"][:])
 
     def texts(self, task: Task, split: str) -> list[tuple[str, ...]]:
         return texts_of(task, split)
@@ -70,7 +71,7 @@ class Labels:
         output = trainer.predict(encoded[split], metric_key_prefix=split)
         rows = prediction_rows(torch.as_tensor(logits_of(output.predictions)), task.label_names)
         data = getattr(task, split)
-        golds = [task.label_names[k] for k in data["label"]] if task.label_names else list(data["label"])
+        golds = [task.label_names[k] for k in data["label"][:]] if task.label_names else list(data["label"][:])
         answered = [
             {**a, "gold": gold, **row} for a, gold, row in zip(asked_rows(task, data), golds, rows, strict=True)
         ]
@@ -111,11 +112,12 @@ def scored_recipe(
     def compute(prediction: Any) -> dict[str, float]:
         return score(logits_of(prediction.predictions), prediction.label_ids)
 
+    tokens = encoded["train"].with_format("arrow")["input_ids"][:]
     options = {
         "data_collator": collator,
         "compute_metrics": compute,
         "loss_is_mean": True,
-        "lengths": [len(ids) for ids in encoded["train"]["input_ids"]],
+        "lengths": list_value_length(tokens).to_pylist(),
     }
     return Recipe(trainer=TwoRateTrainer, options=options)
 
@@ -127,7 +129,7 @@ def cut_words(
     cut = total = 0
     for split, examples in encoded.items():
         total += len(examples)
-        full = [row for row, ids in enumerate(examples["input_ids"]) if len(ids) >= config.max_length]
+        full = [row for row, ids in enumerate(examples["input_ids"][:]) if len(ids) >= config.max_length]
         if full:
             cut += sum(len(ids) > config.max_length for ids in whole(getattr(task, split).select(full)))
     if not cut:
@@ -150,11 +152,12 @@ def count_classes(task: Task, classes: Any) -> dict[str, list[int]]:
 def texts_of(task: Task, split: str) -> list[tuple[str, ...]]:
     """The texts of each row, whatever their case and spacing."""
     data = getattr(task, split)
-    return [text_key(words) for words in zip(*(data[column] for column in task.columns), strict=True)]
+    return [text_key(words) for words in zip(*(data[column][:] for column in task.columns), strict=True)]
 
 
 def asked_rows(task: Task, data: Dataset) -> list[dict[str, Any]]:
-    return [dict(zip(task.columns, words, strict=True)) for words in zip(*(data[c] for c in task.columns), strict=True)]
+    words = zip(*(data[column][:] for column in task.columns), strict=True)
+    return [dict(zip(task.columns, row, strict=True)) for row in words]
 
 
 def text_columns(config: RunConfig) -> tuple[str, ...]:
@@ -212,17 +215,17 @@ def _logits_of(run: LoadedRun, columns: Sequence[list[str]]) -> Tensor:
 def shown_texts(task: Task, split: str) -> list[str]:
     """The texts of each row as a reader is shown them."""
     data = getattr(task, split)
-    return [" | ".join(words)[:LONGEST] for words in zip(*(data[column] for column in task.columns), strict=True)]
+    return [" | ".join(words)[:LONGEST] for words in zip(*(data[column][:] for column in task.columns), strict=True)]
 
 
 def _of_scores(task: Task, split: str, rows: Sequence[Mapping[str, Any]]) -> Answers:
-    texts, mean = shown_texts(task, split), float(np.mean(task.train["label"]))
+    texts, mean = shown_texts(task, split), float(np.mean(task.train["label"][:]))
     errors = [abs(row["score"] - row["gold"]) for row in rows]
     return Answers(
         split=split,
         rows=len(rows),
         constant=f"the mean of train, {mean:.4g},",
-        baseline=metrics.compute(task.metrics, [mean] * len(rows), list(getattr(task, split)["label"])),
+        baseline=metrics.compute(task.metrics, [mean] * len(rows), getattr(task, split)["label"][:]),
         mistakes=[
             Mistake(text=texts[k], gold=f"{rows[k]['gold']:g}", answer=f"{rows[k]['score']:.4g}", size=errors[k])
             for k in sorted(range(len(rows)), key=lambda k: -errors[k])[:MISTAKES]
@@ -232,8 +235,8 @@ def _of_scores(task: Task, split: str, rows: Sequence[Mapping[str, Any]]) -> Ans
 
 
 def _of_classes(task: Task, split: str, rows: Sequence[Mapping[str, Any]]) -> Answers:
-    texts, golds = shown_texts(task, split), list(getattr(task, split)["label"])
-    most = Counter(task.train["label"]).most_common(1)[0][0]
+    texts, golds = shown_texts(task, split), getattr(task, split)["label"][:]
+    most = Counter(task.train["label"][:]).most_common(1)[0][0]
     wrong = [k for k, row in enumerate(rows) if row["label"] != row["gold"]]
     found = Counter(row["label"] for row in rows)
     return Answers(
