@@ -13,7 +13,10 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.overrides import TorchFunctionMode
 
+from loretta.layers.fused import has_triton
 from loretta.tuners.norms import TrainedNorm
+
+WIDEST = 4096  # norm whose rows a kernel holds
 
 
 class Members(nn.Module):
@@ -151,9 +154,23 @@ class MemberNorm(Members):
     """
 
     module: Any
+    fused = True  # on a GPU; False is for comparisons
 
     def forward(self, x: Tensor) -> Tensor:
         norm: Any = self.module.base_layer if isinstance(self.module, TrainedNorm) else self.module
+        if (
+            self.fused
+            and x.is_cuda
+            and x.shape[-1:] == norm.normalized_shape
+            and x.shape[-1] <= WIDEST
+            and has_triton()
+        ):
+            from loretta.population.norm_kernels import MemberLayerNorm
+
+            own = (self._own(norm, name) for name in ("weight", "bias"))
+            dtype = torch.float32 if torch.is_autocast_enabled("cuda") else x.dtype
+            y: Tensor = MemberLayerNorm.apply(x.reshape(self.size, -1, x.shape[-1]), *own, norm.eps, dtype)
+            return y.view(x.shape)
         rows_PBH = nn.functional.layer_norm(x, norm.normalized_shape, eps=norm.eps).reshape(self.size, -1, x.shape[-1])
         weight_PH, bias_PH = (self._own(norm, name)[:, None].to(rows_PBH.dtype) for name in ("weight", "bias"))
         return torch.addcmul(bias_PH, rows_PBH, weight_PH).view(x.shape)
