@@ -90,7 +90,7 @@ def turn(name: str, task: str, members: Sequence[tuple[Member, Tensor]], args: a
     for row, (_, values) in zip(loop.population.values, members, strict=True):
         if len(values):
             row.copy_(values)
-    loop.parts = forms.parts_of(loop)
+    loop.parts, loop.most = forms.parts_of(loop), forms.LARGE_PART if forms.is_large(loop) else loop.most
     forms.score_widely(loop)
     loop.train()
     return loop

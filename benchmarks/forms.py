@@ -220,7 +220,7 @@ def trained(configs: Sequence[RunConfig], cell: Cell, args: argparse.Namespace, 
     set_factors(loop, METHODS[cell.method].factors)
     sizes = {name: where.stop - where.start for name, where in loop.population.slices.items()}
     head = sum(size for name, size in sizes.items() if "classifier" in name or "score" in name)
-    loop.parts = parts_of(loop)
+    loop.parts, loop.most = parts_of(loop), LARGE_PART if is_large(loop) else loop.most
     score_widely(loop)
     if cell.method == UNTRAINED:
         for member, scores in zip(loop.members, loop.evaluate(), strict=True):
