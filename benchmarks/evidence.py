@@ -13,21 +13,17 @@ from pathlib import Path
 from statistics import mean
 
 from board import Board, Row, markdown, paired, signed, verdict, words
-from methods import GROUPS, UNTRAINED
+from methods import UNTRAINED
 from protocol import LEAKS, TASKS, at_edge, best_rate, chosen, interval, read_rows
+from retention import forgetting_rows, forgetting_table, overfitting_table, reading_table
 from tables import RESULTS, ROOT, filled
+from verdicts import MODELS, claims, not_run
 
 CHOOSING, PAGE, PICTURE = ROOT / "docs" / "choosing.md", ROOT / "RESULTS.md", ROOT / "docs" / "front.svg"
-MODELS = {
-    "all-MiniLM-L6-v2": "MiniLM (width 384, 22.7M)",
-    "all-mpnet-base-v2": "MPNet (width 768, 109.5M)",
-    "SmolLM2-135M-Instruct": "SmolLM2 (width 576, 134.5M)",
-}
 NAMES = {"mcc": "Matthews", "f1": "F1", "spearman": "Spearman", "accuracy": "accuracy", "loss": "loss"}
 SIZES = (5_000, 10_000, 20_000, 40_000, 80_000)
 ROOM = 1.1  # of a size that a method may use
 ONE_RATE = "0.0015"
-MARGIN = 0.02  # "as good as": the whole interval lies above minus this
 
 
 def rows() -> list[Row]:
@@ -106,11 +102,14 @@ def rates_table(found: Sequence[Row]) -> str:
         return "Not measured yet.\n"
     rates = sorted({rate for row in some for rate in row["held_out"]}, key=float)
     lines = []
-    for row in sorted(some, key=lambda row: (row["task"], row["method"].split(" r=")[0], row["trained"])):
+    for row in sorted(some, key=lambda row: (row["model"], row["method"].split(" r=")[0], row["trained"])):
         scores = {rate: [s for s in row["held_out"][rate] if s is not None] for rate in row["held_out"]}
         cells = [f"{mean(scores[rate]):.3f}" if scores.get(rate) else "" for rate in rates]
-        lines.append([row["method"], row["task"], f"{row['trained']:,}", *cells, f"{peak(row):.2g}"])
-    return markdown(lines, ["form", "task", "trained", *[f"{float(rate):g}" for rate in rates], "peak"], left=2)
+        model = MODELS[row["model"]].partition(" ")[0]
+        lines.append([row["method"], model, row["task"], f"{row['trained']:,}", *cells, f"{peak(row):.2g}"])
+    return markdown(
+        lines, ["form", "model", "task", "trained", *[f"{float(rate):g}" for rate in rates], "peak"], left=3
+    )
 
 
 def one_rate_table(found: Sequence[Row]) -> str:
@@ -140,6 +139,26 @@ def fits_table() -> str:
         for row in sorted(json.loads(file.read_text())["rows"], key=lambda row: row["trained"])
     ]
     return markdown(lines, ["form", "numbers", "kept of a trained LoRA", "of random updates"])
+
+
+def adaptive_table() -> str:
+    """Runs whose ranks adapt beside constant ranks and AdaLoRA: each at the best of its rates."""
+    file = RESULTS / "adaptive.json"
+    by_rate: dict[tuple[str, str], dict[float, list[Row]]] = {}
+    for row in json.loads(file.read_text()) if file.exists() else []:
+        by_rate.setdefault((row["task"], row["method"]), {}).setdefault(row["rate"], []).append(row)
+    lines = []
+    for (task, method), rates in sorted(by_rate.items(), key=lambda item: (item[0][0], item[0][1])):
+        most = max(map(len, rates.values()))
+        whole = {rate: some for rate, some in rates.items() if len(some) == most}
+        rate = max(whole, key=lambda rate: mean(row["score"] for row in whole[rate]))
+        some = whole[rate]
+        trained = sorted({row["trained"] for row in some})
+        count = f"{trained[0]:,}" + (f" to {trained[-1]:,}" if len(trained) > 1 else "")
+        scores = words([row["score"] for row in some])
+        lines.append([method, task, count, scores, str(len(some)), f"{rate:g}"])
+    columns = ["method", "task", "trained at the end", "held-out score", "seeds", "rate"]
+    return markdown(lines, columns, left=2) if lines else "Not measured yet.\n"
 
 
 def peers_table(found: Sequence[Row]) -> str:
@@ -206,68 +225,6 @@ def verdict_sentence(model: str, task: str, found: Sequence[Row]) -> str:
     )
 
 
-def claims(found: Sequence[Row]) -> str:
-    """What the paper claims of small encoders, and what came out: confirmed, refuted or open."""
-    asked = (
-        ("adp with norms is as good as LoRA r=8 with fewer parameters (Table 1)", "adp + norms", "LoRA r=8"),
-        (
-            "rep with norms, as published, is as good as LoRA r=8 with fewer parameters (Table 1)",
-            "rep + norms",
-            "LoRA r=8",
-        ),
-        ("rep as published, norms frozen, is worth its parameters: at least LoRA r=1", "rep", "LoRA r=1"),
-        ("rep's trains add to what the trained norms do alone (Table 11)", "rep + norms", "norms"),
-        ("trained norms add to rep (Table 11)", "rep + norms", "rep"),
-        (
-            "not the paper's: compact, the default of `loretta train`, is as good as LoRA r=8",
-            "compact + norms",
-            "LoRA r=8",
-        ),
-        ("not the paper's: one train for all layers is as good as LoRA r=8", "shared r=4 + norms", "LoRA r=8"),
-    )
-    lines = []
-    for claim, one, other in asked:
-        cells = []
-        for model in MODELS:
-            have = Board(found, model, "official").complete()
-            if one not in have or other not in have:
-                cells.append("open: not run")
-                continue
-            middle, half = interval(difference := paired(have[one], have[other]))
-            if "add" in claim:
-                word = {"better": "confirmed", "worse": "refuted", "level": "open"}[verdict(difference)]
-            else:
-                word = "confirmed" if middle - half >= -MARGIN else "refuted" if middle + half < 0 else "open"
-            cells.append(f"{word} ({signed(difference)})")
-        lines.append([claim, *cells])
-    return markdown(lines, ["claim", *(shown.partition(" ")[0] for shown in MODELS.values())], left=4)
-
-
-def not_run(found: Sequence[Row]) -> str:
-    """The cells that are missing, and the command that runs these and no others."""
-    plans = (
-        ("all-MiniLM-L6-v2", "minilm", ("core", "more"), "cola,mrpc,stsb,sst2,rte", ""),
-        ("all-MiniLM-L6-v2", "minilm", ("core",), "qnli,qqp,mnli", " --seeds 3"),
-        ("all-mpnet-base-v2", "mpnet", ("core", "more"), "cola,mrpc,stsb,sst2,rte", " --seeds 3 --share 0.6"),
-        (
-            "SmolLM2-135M-Instruct", "smollm2", ("decoder",),
-            "sst2-words,cb-words,boolq-words,rte-words,stories,wiki", " --seeds 3",
-        ),
-    )  # fmt: skip
-    done = {(row["model"], row["task"], row["method"]) for row in found if row.get("part", "front") == "front"}
-    lines = []
-    for model, name, groups, tasks, more in plans:
-        wanted = [(model, task, method) for g in groups for method in GROUPS[g] for task in tasks.split(",")]
-        missing = sum(cell not in done for cell in wanted)
-        orders = " ".join(f"{group}:{tasks}" for group in groups)
-        command = f"python benchmarks/forms.py --model FOLDER --data-dir DATA --order {orders}{more}"
-        lines.append(
-            f"* {model}, {tasks}: {missing} of {len(wanted)} cells were not run.\n"
-            f"  `{command} --out benchmarks/results/forms_{name}.json` runs them and no others."
-        )
-    return "\n".join(lines) + "\n"
-
-
 def results_page(found: Sequence[Row]) -> dict[str, str]:
     """The generated sections of RESULTS.md."""
     parts = []
@@ -281,7 +238,14 @@ def results_page(found: Sequence[Row]) -> dict[str, str]:
             leak = LEAKS.get(task, "")
             said = f"{verdict_sentence(model, task, found)} {leak}".strip()
             parts.append(f"#### {task}\n\n{said}\n\n{results_of(model, task, found)}\n")
-    return {"claims": claims(found), "tables": "".join(parts).rstrip() + "\n", "not run": not_run(found)}
+    return {
+        "claims": claims(found),
+        "tables": "".join(parts).rstrip() + "\n",
+        "forgetting": forgetting_table(forgetting_rows()),
+        "overfitting": overfitting_table(found),
+        "reading": reading_table(found),
+        "not run": not_run(found),
+    }
 
 
 def source(some: Sequence[Row]) -> str:
@@ -298,6 +262,7 @@ def choosing_sections(found: Sequence[Row]) -> dict[str, str]:
         "peers": peers_table(found),
         "one rate": one_rate_table(found),
         "fits": fits_table(),
+        "adaptive": adaptive_table(),
     }
     for model in MODELS:
         if any(row["model"] == model for row in found):

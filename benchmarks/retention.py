@@ -1,0 +1,103 @@
+"""Tables of what a training takes away: earlier tasks, a low loss on held-out rows, the reading of other texts."""
+
+import json
+import math
+from collections.abc import Sequence
+from statistics import mean
+from typing import Any
+
+from board import Row, markdown, paired, signed, words
+from methods import UNTRAINED
+from protocol import best_rate
+from tables import RESULTS
+
+NONE = "Not measured yet.\n"
+PAPER = "sst2>mrpc>qnli"
+REFERENCE = "LoRA r=8"
+
+
+def forgetting_rows() -> list[Row]:
+    file = RESULTS / "forgetting.json"
+    return json.loads(file.read_text()) if file.exists() else []
+
+
+def average(row: Row) -> list[float]:
+    """The mean accuracy on the three tasks over all orders, for each seed."""
+    return _over_seeds([scores for of_order in row["scores"].values() for scores in of_order.values()])
+
+
+def _over_seeds(some: Sequence[Sequence[float]]) -> list[float]:
+    return [mean(of_seed) for of_seed in zip(*some, strict=True)]
+
+
+def _at(row: Row, place: int) -> list[float]:
+    """The mean accuracy on the task that was trained at a place of the order, over all orders, for each seed."""
+    return _over_seeds([of_order[order.split(">")[place]] for order, of_order in row["scores"].items()])
+
+
+def forgetting_table(rows: Sequence[Row]) -> str:
+    """Accuracy after three tasks in turn: in the paper's order, and by the place of a task in all six orders."""
+    if not rows:
+        return NONE
+    by_method = {row["method"]: row for row in rows}
+    reference = by_method.get(REFERENCE)
+    lines = []
+    for row in sorted(rows, key=lambda row: row["trained"]):
+        own = row["scores"][PAPER]
+        papers = [f"{mean(own[task]):.3f}" for task in PAPER.split(">")]
+        gap = "" if reference is None or row is reference else signed(paired(average(row), average(reference)))
+        lines.append(
+            [
+                row["method"], f"{row['trained']:,}", *papers, words(_over_seeds(list(own.values()))),
+                *[f"{mean(_at(row, place)):.3f}" for place in range(3)], words(average(row)), gap,
+            ]
+        )  # fmt: skip
+    columns = ["SST-2", "MRPC", "QNLI", "mean", "first", "second", "third", "mean of all orders", f"to {REFERENCE}"]
+    return markdown(lines, ["method", "trained", *columns])
+
+
+def risen(row: Row) -> list[float]:
+    """How far the held-out loss of each seed stands above its minimum at the end."""
+    return [losses[-1] - min(losses) for losses in row["losses"][best_rate(row)]]
+
+
+def overfitting_table(found: Sequence[Row]) -> str:
+    """The loss on held-out rows in 30 epochs: its minimum, where that is, and what it is at the end."""
+    rows = [row for row in found if row.get("part") == "long" and "losses" in row]
+    lines = []
+    for row in sorted(rows, key=lambda row: (row["task"], row["trained"])):
+        of_seeds = row["losses"][best_rate(row)]
+        epochs = [losses.index(min(losses)) + 1 for losses in of_seeds]
+        lines.append(
+            [
+                row["method"], row["task"], f"{row['trained']:,}", words([min(losses) for losses in of_seeds]),
+                f"{mean(epochs):.1f}", words([losses[-1] for losses in of_seeds]), signed(risen(row)),
+                words([curve[-1] for curve in row["curve"][best_rate(row)]]),
+            ]
+        )  # fmt: skip
+    columns = [
+        "method",
+        "task",
+        "trained",
+        "lowest loss",
+        "in epoch",
+        "loss at the end",
+        "risen by",
+        "score at the end",
+    ]
+    return markdown(lines, columns, left=2) if lines else NONE
+
+
+def reading_table(found: Sequence[Row]) -> str:
+    """The perplexity of other texts behind a training on a task, at the rate that is the best for the task."""
+    rows = [row for row in found if "wiki" in row and row.get("part", "front") == "front"]
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    cells: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        values = [math.nan if loss is None else math.exp(loss) for loss in row["wiki"][best_rate(row)]]
+        cells.setdefault(row["method"], {"trained": row["trained"]})[row["task"]] = words(values, 2)
+    lines = [
+        [method, f"{of['trained']:,}", *[of.get(task, "") for task in tasks]]
+        for method, of in sorted(cells.items(), key=lambda item: (item[0] != UNTRAINED, item[1]["trained"]))
+    ]
+    return markdown(lines, ["method", "trained", *(f"behind {task}" for task in tasks)]) if lines else NONE
