@@ -172,4 +172,4 @@ def test_each_verb_that_writes_takes_o_and_each_that_answers_takes_json():
     flags = {name: {flag for parameter in verb.params for flag in parameter.opts} for name, verb in commands.items()}
     writing = {"train", "predict", "export", "compress", "report", "demo", "reproduce", "compare"}
     assert {name for name, found in flags.items() if {"-o", "--output"} <= found} == writing
-    assert {name for name, found in flags.items() if "--json" not in found} == {"runs", "exec"}
+    assert {name for name, found in flags.items() if "--json" not in found} == {"runs", "exec", "trl"}

@@ -26,6 +26,7 @@ from loretta.cli.predict import predict
 from loretta.cli.report import report
 from loretta.cli.reproduce import reproduce
 from loretta.cli.train import train
+from loretta.cli.trl import trl
 from loretta.errors import InputError
 from loretta.wording import printable
 
@@ -49,10 +50,10 @@ def options(
     ] = False,
 ) -> None:
     """Fine-tune language models through tensor trains (LoRETTA), beside PEFT's other methods."""
-    if processes.count() > 1 and ctx.invoked_subcommand not in ("train", "exec", None):
+    if processes.count() > 1 and ctx.invoked_subcommand not in ("train", "trl", "exec", None):
         raise InputError(
             f"'{ctx.invoked_subcommand}' is the work of one process, and {processes.count()} were started: start it "
-            "without torchrun or accelerate launch, which are for 'train'"
+            "without torchrun or accelerate launch, which are for 'train' and 'trl'"
         )
 
 
@@ -61,6 +62,7 @@ app.command("eval", cls=Command)(evaluate)
 for verb in (predict, chat, plan, export, compress, report, demo, reproduce, compare):
     app.command(cls=Command)(verb)
 app.command("exec", cls=Command, context_settings=AS_GIVEN)(execute)
+app.command(cls=Command, context_settings=AS_GIVEN)(trl)
 app.add_typer(runs.app, name="runs")
 
 

@@ -41,7 +41,7 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
-        raise InputError(_not_loaded(model, "tokenizer", error)) from None
+        raise InputError(not_loaded(model, "tokenizer", error)) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
@@ -82,7 +82,7 @@ def load_base(
     except (OSError, ValueError, SafetensorError, RuntimeError, ImportError) as error:
         if is_out_of_memory(error):
             raise
-        raise InputError(_not_loaded(model, "model", error)) from None
+        raise InputError(not_loaded(model, "model", error)) from None
     if quantize is not None:
         require_quantized(base, quantize)
     prepare_quantized(base)
@@ -160,6 +160,7 @@ def start_from(model: PeftModel, folder: Path) -> None:
 _SAME = "give a run of the same method and options on the same model"
 
 
-def _not_loaded(model: str, what: str, error: Exception) -> str:
+def not_loaded(model: str, what: str, error: Exception) -> str:
+    """That a model or a tokenizer cannot be loaded, and why, in one sentence."""
     reason = one_line(error)
     return f"cannot load a {what} from '{model}' ({reason}): give a Hub id that can be reached, or a model's folder"

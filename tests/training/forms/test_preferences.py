@@ -68,7 +68,9 @@ def test_a_run_on_pairs_is_a_run_like_all_others(speller, capsys, tmp_path):
     )  # fmt: skip
     assert status == 0, err
     assert "preferences.jsonl: preference" in out
-    assert "the base model, which prefers neither of two answers, scores rewards/accuracies 0.5000" in out
+    assert (
+        "the model before its first step, which prefers neither of two answers, scores rewards/accuracies 0.5000" in out
+    )
     record = RunRecord.load(run / "run.json")
     losses = [point.values["loss"] for point in record.history if point.split == "train"]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-4), "the model is its own reference before the first step"
@@ -83,6 +85,28 @@ def test_a_run_on_pairs_is_a_run_like_all_others(speller, capsys, tmp_path):
     assert [row["prompt"] for row in json.loads(out)] == [
         json.loads(line)["prompt"] for line in DATA.read_text().splitlines()
     ]
+
+
+@pytest.mark.parametrize("method", ["rep", "adp", "shared", "ft"])
+def test_a_run_that_starts_from_another_is_held_to_that(method, speller, capsys, tmp_path):
+    """Before the first step the loss is ln 2, and `loretta eval` finds that reference again."""
+    options = {"method": method, "method_args": {}, "learning_rate": 1e-2 if method != "ft" else 1e-3}
+    first = train(config_for(speller, tmp_path / "first", **options), say=lambda line: None)
+    again = {**options, "start_from": str(tmp_path / "first"), "test": str(DATA)}
+    record = train(config_for(speller, tmp_path / "second", **again), say=lambda line: None)
+    losses = [point.values["loss"] for point in record.history if point.split == "train"]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4)
+    assert abs(first.validation["loss"] - math.log(2)) > 1e-3, "the first run has learned"
+    assert record.parameters == first.parameters
+    assert [path.name for path in (tmp_path / "second" / "adapter").rglob("*.safetensors")] == [
+        "model.safetensors" if method == "ft" else "adapter_model.safetensors"
+    ]
+    status, out, err = call(capsys, "eval", tmp_path / "second", "--split", "test", "--cpu", "--json")
+    assert status == 0, err
+    assert {name: json.loads(out)[name] for name in record.test} == pytest.approx(record.test, rel=1e-4)
+    (tmp_path / "first").rename(tmp_path / "gone")
+    status, _, err = call(capsys, "eval", tmp_path / "second", "--cpu")
+    assert_refused(status, err, ["the pairs are held to the run", "which is gone"])
 
 
 def test_a_run_goes_on_from_its_checkpoint(speller, tmp_path):

@@ -1,10 +1,14 @@
 """Pairs of answers, of which one is preferred: direct preference optimization (Rafailov et al. 2023) through TRL."""
 
+import copy
 import math
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+from peft import PeftModel, get_peft_model_state_dict
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from loretta import processes
@@ -12,13 +16,16 @@ from loretta.errors import InputError
 from loretta.record import Answers
 from loretta.tasks.base import Task
 from loretta.training.config import RunConfig
+from loretta.training.folder import ADAPTER
 from loretta.training.forms.base import Recipe
 from loretta.training.forms.turns import CHECKPOINTING, Rows, Turns, count_tokens, prepare, refuse_for_trl, with_trl
+from loretta.training.methods import virtual_tokens
+from loretta.training.model import load_base, start_from
 from loretta.training.trainer import TwoRateTrainer
 
 
 class Preferences(Turns):
-    """The reference is the base model, for which the adapter is switched off."""
+    """The reference is the model before its first step: the base, or the run that the training starts from."""
 
     def encode(self, config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, split: str) -> Rows:
         data, notes = getattr(task, split), prepare(config, task, tokenizer)
@@ -34,10 +41,10 @@ class Preferences(Turns):
         refuse_for_trl(config)
         if config.packing:
             raise InputError("packing is for chats and completions, and not for pairs of answers: leave it out")
-        if config.start_from is not None:
+        if config.start_from is not None and virtual_tokens(config.method, config.method_args):
             raise InputError(
-                "start_from: pairs are held to the base model, and not to the run that the training starts from: give "
-                "--model the merged model that `loretta export` makes of that run"
+                f"start_from: method {config.method!r} puts its tokens in front of a text, and TRL's reference model "
+                "takes none: give another method"
             )
         if processes.count() > 1:
             raise InputError("pairs of answers are trained in one process: leave torchrun out")
@@ -47,7 +54,8 @@ class Preferences(Turns):
             "beta": config.beta,
         }
         data = {"train_dataset": encoded["train"].data, "eval_dataset": encoded["validation"].data}
-        return Recipe(trainer=with_trl(DPOTrainer), options=data, arguments=partial(DPOConfig, **options))
+        more = {**data, "reference": partial(_reference, config)}
+        return Recipe(trainer=with_trl(DPOTrainer), options=more, arguments=partial(DPOConfig, **options))
 
     def describe(
         self, task: Task, trainer: TwoRateTrainer, encoded: Mapping[str, Any], split: str, rows: list[dict[str, Any]]
@@ -55,6 +63,26 @@ class Preferences(Turns):
         return Answers(
             split=split,
             rows=len(getattr(task, split)),
-            constant="the base model, which prefers neither of two answers,",
+            constant="the model before its first step, which prefers neither of two answers,",
             baseline={"loss": math.log(2), "rewards/accuracies": 0.5, "rewards/margins": 0.0},
         )
+
+
+def _reference(config: RunConfig, model: Any) -> nn.Module | None:
+    """What the training starts from, also where ``model`` is trained already; it shares the weights of the base.
+
+    None stands for the model with its adapter switched off. Raises InputError where the run it started from is gone.
+    """
+    if config.start_from is not None and not (Path(config.start_from) / ADAPTER).is_dir():
+        raise InputError(f"the pairs are held to the run '{config.start_from}', which is gone: put it back")
+    before = None if config.start_from is None else Path(config.start_from) / ADAPTER
+    if not isinstance(model, PeftModel):
+        reference = load_base(str(before or config.model), "preference", dtype=config.dtype, cpu=config.cpu)
+        return reference.to(model.dtype).requires_grad_(False)
+    if before is None:
+        return None
+    own = {tensor.data_ptr() for tensor in get_peft_model_state_dict(model).values()}
+    shared = [*(p for p in model.parameters() if p.data_ptr() not in own), *model.buffers()]
+    reference = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+    start_from(reference, before)
+    return reference.requires_grad_(False).get_base_model()

@@ -169,7 +169,9 @@ def with_trl(trainer: type) -> type[TwoRateTrainer]:
     """A trainer of TRL with what every run has: its order of the data, its checkpoints, its look at each loss."""
 
     class OfTrl(TwoRateTrainer, trainer):
-        def __init__(self, *args: Any, model: Any, **kwargs: Any) -> None:
+        def __init__(self, *args: Any, model: Any, reference: Any = None, **kwargs: Any) -> None:
+            if reference is not None:
+                kwargs["ref_model"] = reference(model)
             # TRL rounds what is trained on a quantized base to bfloat16, where small steps are lost
             dtypes = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
             with without_bars():
