@@ -1,12 +1,12 @@
-"""Run PEFT's own tests of a method on both of ours: every case that they hold for a plain LoRA, translated.
+"""Run PEFT's own tests of a method on all of ours: every case that they hold for a plain LoRA, translated.
 
     pip download peft==0.21.2 --no-deps --no-binary :all: && tar xf peft-0.21.2.tar.gz
-    python tests/peft_suite.py peft-0.21.2/tests              half an hour of one core
+    python tests/peft_suite.py peft-0.21.2/tests              an hour of one core
     python tests/peft_suite.py peft-0.21.2/tests -k generate  what follows the folder goes to pytest
 
 Take the release that is installed. Nothing is downloaded: the Hub's tiny models, which the tests load by name, are made
 here with random weights and laid into a cache of the Hub's form. A case is a row of a ``pytest.mark.parametrize`` with
-LoRA's config. It becomes one for rep and one for adp, each with trained norms and without, and for a classification
+LoRA's config. It becomes one for rep, adp and shared, each with trained norms and without, and for a classification
 task one for each ``train_head``. Left out are rows with an option or a target that only LoRA has (DoRA, embeddings,
 convolutions), tests without a config, and those of ``LEFT_OUT``. A test that ends in adp's refusal to merge is skipped,
 as PEFT itself skips its own methods that cannot merge.
@@ -31,7 +31,7 @@ import transformers
 from draws import seed_torch
 
 import loretta
-from loretta import LorettaAdpConfig, LorettaRepConfig
+from loretta import LorettaAdpConfig, LorettaRepConfig, LorettaSharedConfig
 from loretta.tuners.adp.layer import CANNOT_MERGE
 
 MODULES = (
@@ -91,16 +91,16 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
         "LlamaForSequenceClassification", "llama", {**_GROUPED, "num_labels": 1}
     ),
 }  # fmt: skip
-# LoRA's options that ours have too -> rep's name, adp's name (None: it has none, and the case stays one without)
+# LoRA's options that ours have too -> the names in rep, adp, shared (None: it has none, and the case stays one without)
 OPTIONS = {
-    "task_type": ("task_type", "task_type"),
-    "target_modules": ("target_modules", "target_modules"),
-    "modules_to_save": ("modules_to_save", "modules_to_save"),
-    "init_lora_weights": ("init_weights", "init_weights"),
-    "bias": ("bias", "bias"),
-    "r": ("r", "bottleneck_size"),
-    "lora_alpha": ("lora_alpha", None),
-    "lora_dropout": ("lora_dropout", "adapter_dropout"),
+    "task_type": ("task_type",) * 3,
+    "target_modules": ("target_modules",) * 3,
+    "modules_to_save": ("modules_to_save",) * 3,
+    "init_lora_weights": ("init_weights",) * 3,
+    "bias": ("bias",) * 3,
+    "r": ("r", "bottleneck_size", "tensor_rank"),
+    "lora_alpha": ("lora_alpha", None, "lora_alpha"),
+    "lora_dropout": ("lora_dropout", "adapter_dropout", "lora_dropout"),
 }
 NOT_LINEAR = {"emb", "embed_tokens", "conv2d", "conv3d", "mha", "gru"}
 HEADS = {"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"}
@@ -115,8 +115,8 @@ LEFT_OUT = {
 }
 # The custom models get whole numbers up to 90 and learning rates of 0.5: there, with a small scale and an
 # activation that is never silent, what trains stays finite and every parameter moves
-TAME = ({"lora_alpha": 1}, {"non_linearity": "tanh"})
-OURS = (LorettaRepConfig, LorettaAdpConfig)
+TAME = ({"lora_alpha": 1}, {"non_linearity": "tanh"}, {"lora_alpha": 1})
+OURS = (LorettaRepConfig, LorettaAdpConfig, LorettaSharedConfig)
 
 
 def make_models(cache: Path) -> None:
@@ -131,7 +131,7 @@ def make_models(cache: Path) -> None:
 
 
 def our_options(kwargs: dict[str, Any], method: int) -> dict[str, Any] | None:
-    """LoRA's options as those of rep (0) or adp (1); None where there is nothing like them."""
+    """LoRA's options as those of rep (0), adp (1) or shared (2); None where there is nothing like them."""
     targets = kwargs.get("target_modules") or []
     if kwargs.keys() - OPTIONS.keys() or kwargs.get("init_lora_weights", False) not in (True, False):
         return None
@@ -141,7 +141,7 @@ def our_options(kwargs: dict[str, Any], method: int) -> dict[str, Any] | None:
         return None
     ours = {OPTIONS[name][method]: value for name, value in kwargs.items() if OPTIONS[name][method]}
     if ours.get("bias") == "lora_only":
-        ours["bias"] = ("loretta_rep_only", "loretta_adp_only")[method]
+        ours["bias"] = ("loretta_rep_only", "loretta_adp_only", "loretta_shared_only")[method]
     return ours
 
 
