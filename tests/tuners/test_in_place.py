@@ -122,10 +122,15 @@ def test_an_adapter_that_cannot_take_the_place(method, options, words, tmp_path)
 
 def test_no_swap_into_merged_weights(tmp_path):
     saved(tmp_path, "llama", "rep", seed=5)
-    model, _ = wrap("llama", "rep")
+    model, inputs = wrap("llama", "rep")
+    expected = logits(model, inputs)
     model.merge_adapter()
     with pytest.raises(InputError, match="unmerge"):
         loretta.hotswap_adapter(model, tmp_path)
+    with pytest.raises(InputError, match="unmerge"):  # by PEFT's own road
+        model.load_adapter(tmp_path, "default")
+    model.unmerge_adapter()
+    assert_near("as before", logits(model, inputs), expected)
 
 
 @every_method

@@ -382,3 +382,41 @@ def test_a_weight_that_is_computed_from_others_is_not_merged_into(computed, meth
         with pytest.raises(InputError, match="cannot merge into 'first', whose weight is computed"):
             merge()
         assert torch.equal(model(x), expected)
+
+
+class Softmax(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).softmax(-1)
+
+
+class Router(nn.Linear):
+    def forward(self, x):
+        return super().forward(x), x
+
+
+class Same(nn.Linear):
+    def forward(self, x):
+        return x @ self.weight.T + self.bias
+
+
+@pytest.mark.parametrize("method", ["rep", "shared"])
+def test_a_layer_that_does_more_than_multiply_is_not_merged_into(method):
+    """An update beside it is not one in its weight; a layer that gives no row of numbers is no target."""
+
+    def adapted(cls, targets="all-linear"):
+        base = nn.Sequential(OrderedDict(first=cls(16, 24), second=nn.Linear(24, 8)))
+        return trained(get_peft_model(base, config_for(method, target_modules=targets)).eval())
+
+    x = torch.randn(3, 16, generator=seeded(0))
+    model = adapted(Softmax)
+    with pytest.raises(InputError, match="cannot merge into 'first', a Softmax, which does more"):
+        model.merge_adapter()
+    model = adapted(Same)
+    expected = model(x)
+    model.merge_adapter()
+    assert_near("merged", model(x), expected)
+    assert {
+        name for name, module in adapted(Router).base_model.model.named_children() if hasattr(module, "n_pairs")
+    } == {"second"}
+    with pytest.raises(InputError, match="the target 'first' is a Router"):
+        adapted(Router, ["first"])

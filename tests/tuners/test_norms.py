@@ -12,11 +12,13 @@ from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
 from tolerances import assert_near
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 from tuners.families import OPTIONS, build, logits, loss_of, natural_task, randomise
 from tuners.matrix import base_of, options_for, wrapped
 from tuners.wrapped import config_for, every_method, trainable, trained, wrap
 
 import loretta
+from loretta import get_peft_model
 from loretta.tuners.norms import TrainedNorm, is_norm
 
 HALF = {"dtype": torch.bfloat16}
@@ -90,6 +92,17 @@ def test_the_groups_of_any_library_are_norms_too():
             assert torch.equal(getattr(norm, name), base.get_parameter(name))  # who reads it past the module
         assert_near(type(base).__name__, norm(x), base(x))
     assert not is_norm(nn.LayerNorm(8, elementwise_affine=False))
+
+
+@every_method
+def test_a_head_named_after_its_norm_is_no_norm(method):
+    """transformers has a RobertaPreLayerNormLMHead, with a bias beside its layers."""
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model("roberta-prelayernorm", **OPTIONS["roberta"])).eval()
+    model = get_peft_model(base, config_for(method, target_modules="all-linear", task_type="CAUSAL_LM"))
+    norms = [name for name, module in base.named_modules() if isinstance(module, TrainedNorm)]
+    assert "lm_head.layer_norm" in norms
+    assert "lm_head" not in norms
+    model.unload()
 
 
 def test_the_base_is_not_written_to_while_it_computes():

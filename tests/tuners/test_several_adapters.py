@@ -8,8 +8,8 @@ from draws import seed_torch
 from peft import PeftModel
 from tolerances import assert_near
 from torch import Tensor
-from transformers import GenerationConfig
-from tuners.families import OPTIONS, build, logits, loss_of, natural_task
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from tuners.families import OPTIONS, build, inputs_for, logits, loss_of, natural_task
 from tuners.wrapped import CONFIGS, config_for, every_method, snapshot, trainable, trained, wrap
 
 from loretta import get_peft_model
@@ -273,6 +273,19 @@ def test_a_mixed_batch_is_refused_where_the_host_loses_the_rows(family, method, 
     with pytest.raises(ValueError, match="Length of `adapter_names`"):
         logits(model, inputs, adapter_names=ROWS)
     assert not hooked(model)
+
+
+@every_method
+def test_the_rows_reach_a_model_that_peft_calls_in_another_way(method):
+    """PEFT passes ``adapter_names`` on to MPT, which takes any argument and ignores it."""
+    options = {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 16, "vocab_size": 64}
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model("mpt", **options)).eval()
+    options = {"target_modules": "all-linear", "task_type": "CAUSAL_LM"}
+    model, inputs = get_peft_model(base, config_for(method, **options)).eval(), inputs_for("CAUSAL_LM")
+    trained(model).add_adapter("other", config_for(method, **options))
+    model.set_adapter("other")
+    trained(model, seed=2).double()
+    assert_near("logits", logits(model, inputs, adapter_names=ROWS), expected_rows(model, inputs, ROWS))
 
 
 @every_method

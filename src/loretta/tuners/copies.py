@@ -73,6 +73,7 @@ class AdapterCopy(ModulesToSaveWrapper):
     def __init__(self, module: nn.Module, adapter_name: str, policy: CopyPolicy) -> None:
         self.policies = {adapter_name: policy}
         self.before_merge: list[str] | None = None  # the active adapters, while a merged one computes in their place
+        self.labels: Any = None  # of a final layer: loretta.tuners.labels.Labels
         super().__init__(module, adapter_name)
 
     def update(self, adapter_name: str, tied_module: nn.Module | None = None, **kwargs) -> None:
@@ -82,6 +83,12 @@ class AdapterCopy(ModulesToSaveWrapper):
         for path in policy.tensorized if is_new else ():
             self._tensorize(adapter_name, path, policy)
         self._apply_frozen()
+        self.show_labels()
+
+    def show_labels(self) -> None:
+        """Have the model's config hold the label names of the adapter that computes."""
+        if self.labels is not None:
+            self.labels.show(None if self.disable_adapters else next(iter(self.active_adapters), None))
 
     def _tensorize(self, adapter_name: str, path: str, policy: CopyPolicy) -> None:
         copied = self.modules_to_save[adapter_name]
@@ -133,6 +140,8 @@ class AdapterCopy(ModulesToSaveWrapper):
             self.before_merge = active
         elif active != self.active_adapters:  # otherwise what trains stays as it is, too
             self.set_adapter(active)
+        if self.labels is not None:
+            self.labels.by_adapter.pop(adapter_name, None)
 
     def follow_merge(self, merged: list[str]) -> None:
         """Compute with the copy of the adapter that is merged into the base weights, active or not.
@@ -144,6 +153,7 @@ class AdapterCopy(ModulesToSaveWrapper):
         self.merged_adapters = [name for name in merged if name in self.modules_to_save]
         if merged and len(self.merged_adapters) < 2:
             self.before_merge, self._active_adapter = self.active_adapters, self.merged_adapters
+        self.show_labels()
 
     def _mixed_batch_forward(self, input: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         """As PEFT's, for any module that maps rows to rows: whole heads, not only linear layers."""
@@ -156,6 +166,11 @@ class AdapterCopy(ModulesToSaveWrapper):
                 part = self.original_module(input[rows], *args, **kwargs)
             if result is None:
                 result = part.new_empty(len(input), *part.shape[1:])
+            elif result.shape[1:] != part.shape[1:]:  # a single column would be spread over all
+                raise InputError(
+                    f"adapter_names: the heads of a batch give {result.shape[-1]} and {part.shape[-1]} numbers for a "
+                    "row: call the model once for each adapter"
+                )
             result[rows] = part
         return cast(Tensor, result)
 
@@ -170,6 +185,7 @@ class AdapterCopy(ModulesToSaveWrapper):
     def enable_adapters(self, enabled: bool) -> None:
         super().enable_adapters(enabled)
         self._apply_frozen()
+        self.show_labels()
 
     def check_set_adapter(self, adapter_name: str | list[str]) -> str | None:
         """As PEFT's, but no name is active once the last adapter has been deleted."""
@@ -189,6 +205,7 @@ class AdapterCopy(ModulesToSaveWrapper):
         for name, copied in self.modules_to_save.items():
             _set_layer_requires_grad(copied, name in names and not inference_mode)
         self._apply_frozen()
+        self.show_labels()
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         super().set_requires_grad(adapter_names, requires_grad=requires_grad)
@@ -199,6 +216,8 @@ class AdapterCopy(ModulesToSaveWrapper):
     ) -> nn.Module:
         """The base module as it was, or (merged) the adapter's copy with plain dense layers."""
         names = [name for name in adapter_names or self.active_adapters if name in self.modules_to_save]
+        if self.labels is not None:
+            self.labels.show(names[0] if merge and names else None)
         if not merge or not names:
             return self.original_module
         if len(names) > 1:
@@ -228,6 +247,8 @@ def rename_copy(wrapper: ModulesToSaveWrapper, old: str, new: str) -> None:
         wrapper._active_adapter = _as_pefts([new if name == old else name for name in wrapper.active_adapters])
         if isinstance(wrapper, AdapterCopy):
             wrapper.policies = {new if name == old else name: policy for name, policy in wrapper.policies.items()}
+            if wrapper.labels is not None and old in wrapper.labels.by_adapter:
+                wrapper.labels.by_adapter[new] = wrapper.labels.by_adapter.pop(old)
             if wrapper.before_merge is not None:
                 wrapper.before_merge = [new if name == old else name for name in wrapper.before_merge]
 

@@ -208,7 +208,7 @@ class Head:
         ]
         around = [name for name in leaves if self._lies_around(name)]
         knows = any(_is_marked(parameter) for parameter in self._model.parameters())
-        fresh = [name for name in leaves if knows and _is_fresh_layer(self._modules[name])]
+        fresh = [name for name in leaves if knows and is_fresh_layer(self._modules[name])]
         if self._config.task_type != TaskType.SEQ_CLS:
             hidden = []
         return [name for name in names if name in {*hidden, *around, *fresh}]
@@ -294,6 +294,6 @@ def _has_moved(module: nn.Module) -> bool:
     return False
 
 
-def _is_fresh_layer(module: nn.Module) -> bool:
+def is_fresh_layer(module: nn.Module) -> bool:
     """Whether a linear layer within a loaded model was left to chance by the checkpoint."""
     return type(module) is nn.Linear and not _is_marked(module.weight) and not _has_moved(module)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import load_peft_weights
 
 from loretta.errors import InputError
@@ -13,6 +12,7 @@ from loretta.tuners.config import LorettaConfig
 from loretta.tuners.layer import LorettaLayer
 from loretta.tuners.model import LorettaModel
 from loretta.tuners.norms import values_as_changes
+from loretta.tuners.tensors import check_not_merged
 
 # What may differ between an adapter and the one that takes its place: where it came from, and its scale.
 _MAY_DIFFER = {
@@ -42,8 +42,7 @@ def hotswap_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "d
     """
     if adapter_name not in model.peft_config:
         raise InputError(f"there is no adapter {adapter_name!r} to swap: loaded are {', '.join(model.peft_config)}")
-    if any(adapter_name in m.merged_adapters for m in model.modules() if isinstance(m, BaseTunerLayer)):
-        raise InputError(f"cannot swap the adapter {adapter_name!r} while it is merged: call unmerge_adapter() first")
+    check_not_merged(model, adapter_name)
     now, new = model.peft_config[adapter_name], PeftConfig.from_pretrained(str(folder), **load_kwargs)
     if type(now) is not type(new) or not isinstance(new, LorettaConfig):
         raise InputError(f"'{folder}' holds a {new.peft_type} adapter, and {adapter_name!r} is {now.peft_type}")

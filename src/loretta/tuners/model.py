@@ -2,7 +2,6 @@
 
 import copy
 import warnings
-from collections import Counter
 from collections.abc import Iterable
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -25,8 +24,9 @@ from loretta.tuners.config import LorettaConfig
 from loretta.tuners.contraction import Contraction
 from loretta.tuners.copies import AdapterCopy, check_copies_are_here, rename_copy
 from loretta.tuners.heads import agree_on_origins, copy_cost, head_names, install_head
-from loretta.tuners.labels import name_labels
+from loretta.tuners.labels import fit_final_layer, note_labels
 from loretta.tuners.layer import LorettaLayer, at_least_float32, is_offloaded, keep_differentiable
+from loretta.tuners.mergeable import check_mergeable
 from loretta.tuners.mixed import naming
 from loretta.tuners.names import check_adapter_name, check_endings
 from loretta.tuners.norms import TrainedNorm, is_norm, norms_of, values_as_changes
@@ -38,7 +38,7 @@ from loretta.tuners.placement import (
     sign,
     unused_options,
 )
-from loretta.tuners.tensors import check_tensors
+from loretta.tuners.tensors import check_not_merged, check_tensors
 from loretta.tuners.watch import Watch
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -80,7 +80,7 @@ class LorettaModel(BaseTuner):
         config = self.peft_config[adapter_name]
         self._check_new_adapter_config(config)
         asked = config.target_modules
-        name_labels(model, config)
+        fit_final_layer(model, config)
         config = expand_targets(self._prepare_adapter_config(config, self.get_model_config(model)), model)
         agree_on_origins(model, config)
         if state_dict is None:
@@ -109,6 +109,7 @@ class LorettaModel(BaseTuner):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         finally:
             config.modules_to_save = given
+        note_labels(model, config, adapter_name)
         if config.train_norms:
             for name in norms_of(model):
                 with init_empty_weights() if low_cpu_mem_usage else nullcontext():
@@ -299,27 +300,16 @@ class LorettaModel(BaseTuner):
         self.active_adapter = [new if name == old else name for name in self.active_adapters]
 
     def _check_merge_allowed(self) -> None:
-        """As PEFT's, but where PEFT warns or does not look it refuses.
-
-        An update of a tied output layer would change the input too, and one of a weight that is computed from other
-        parameters would be lost at the next call.
-        """
+        """As PEFT's, but where PEFT warns or does not look it refuses."""
         super()._check_merge_allowed()
-        owners = Counter(id(p) for module in self.model.modules() for p in module.parameters(recurse=False))
-        for name, module in self.model.named_modules():
-            if not isinstance(module, self.layer_cls):
-                continue
-            weight, own = module._base_weight(), dict(module.get_base_layer().named_parameters(recurse=False))
-            if module.parameter_name not in own and weight.is_floating_point():
-                raise InputError(
-                    f"cannot merge into '{name}', whose weight is computed from other parameters: keep the adapter "
-                    "unmerged, or first make the weight one again (remove_parametrizations, prune.remove, ...)"
-                )
-            if owners[id(weight)] > 1:
-                raise InputError(
-                    f"cannot merge into '{name}', whose weight is tied to another module's: keep the adapter unmerged, "
-                    "or load the base model with tie_word_embeddings=False and a copy of the weight"
-                )
+        check_mergeable(self.model, self.layer_cls)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As PEFT's. PEFT passes ``adapter_names`` on to some models (MPT), which ignore it."""
+        if kwargs.get("adapter_names") is None:
+            return super().forward(*args, **kwargs)
+        with self._enable_peft_forward_hooks(adapter_names=kwargs.pop("adapter_names")):
+            return super().forward(*args, **kwargs)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args, **kwargs):
@@ -365,6 +355,7 @@ class LorettaModel(BaseTuner):
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         """PEFT's key translation, then a check that the adapter was made for this base model."""
+        check_not_merged(model, adapter_name)
         state_dict = values_as_changes(model, adapter_name, state_dict)
         loaded = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)

@@ -20,8 +20,10 @@ _NORM_CLASS = re.compile(r"(Layer|RMS|Group)Norm")
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module is a layer norm (of any library) with parameters of its own."""
-    return bool(_NORM_CLASS.search(type(module).__name__)) and any(True for _ in module.parameters(recurse=False))
+    """Whether a module is a layer norm (of any library) with parameters of its own, and no others within it."""
+    own = list(module.parameters(recurse=False))
+    # RobertaPreLayerNormLMHead is no norm
+    return bool(own and _NORM_CLASS.search(type(module).__name__)) and len(own) == len(list(module.parameters()))
 
 
 def outer_modules(model: nn.Module) -> dict[str, nn.Module]:

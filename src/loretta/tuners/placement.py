@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, cast
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils import NoMatchingPeftModuleError
 from peft.utils.constants import DUMMY_TARGET_MODULES
@@ -60,11 +61,43 @@ def linear_size(module: nn.Module) -> tuple[int, int] | None:
     if isinstance(module, Conv1D):
         return module.weight.shape[0], module.weight.shape[1]
     if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
+        return (module.in_features, module.out_features) if _trial(module) != "no matrix" else None
     # an embedding may have a weight of torchao's, and PEFT would ask it for what only the model knows
     if not isinstance(module, nn.Embedding | BaseTunerLayer) and resolve_quantization_backend(module) is not None:
         return cast(int, module.in_features), cast(int, module.out_features)
     return None
+
+
+def is_linear_map(module: nn.Module) -> bool:
+    """Whether a linear layer's output is the product with its weight: a class of others may do more in its forward."""
+    return not isinstance(module, nn.Linear) or _trial(module) == "linear"
+
+
+_tried: dict[type, str] = {}  # what classes with a forward of their own turned out to compute
+
+
+def _trial(module: nn.Linear) -> str:
+    """ "linear", "other", or "no matrix" where the output of one row is not one row of ``out_features`` numbers.
+
+    Routers of experts are such classes: some return a tuple. A quantised layer is taken at its word.
+    """
+    cls, weight = type(module), module.weight
+    if cls.forward is nn.Linear.forward or cls in _tried:
+        return _tried.get(cls, "linear")
+    if weight.is_meta or not weight.numel() or not weight.is_floating_point() or resolve_quantization_backend(module):
+        return "linear"
+    row_1I = torch.linspace(-1, 1, module.in_features).to(weight)[None]
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        try:
+            found = cls.forward(module, row_1I.clone())
+        except Exception:  # it wants other inputs; the first call of the model will say so
+            return "linear"
+        wanted = nn.functional.linear(row_1I, weight, module.bias)
+    if not isinstance(found, torch.Tensor) or found.shape != wanted.shape:
+        _tried[cls] = "no matrix"
+    else:
+        _tried[cls] = "linear" if (found - wanted).abs().max() <= 0.02 * wanted.abs().max() else "other"
+    return _tried[cls]
 
 
 def rank_for(config: LorettaConfig, name: str) -> int:
@@ -140,8 +173,9 @@ def expand_targets(config: LorettaConfig, model: nn.Module) -> LorettaConfig:
     everything = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
     config = _maybe_include_all_linear_layers(config, model)
     if everything:
-        inside = read_only(model)
-        config.target_modules = sorted(set(config.target_modules or ()) - inside)
+        linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        others = {name for name, module in linear.items() if linear_size(module) is None}
+        config.target_modules = sorted(set(config.target_modules or ()) - read_only(model) - others)
     return config
 
 

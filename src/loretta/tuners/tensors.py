@@ -12,6 +12,18 @@ from loretta.errors import InputError
 from loretta.wording import quoted
 
 
+def check_not_merged(model: nn.Module, adapter_name: str) -> None:
+    """Refuse to give other values to an adapter that is merged: unmerging would subtract them from the base weights.
+
+    Raises InputError.
+    """
+    if any(adapter_name in m.merged_adapters for m in model.modules() if isinstance(m, BaseTunerLayer)):
+        raise InputError(
+            f"cannot load other values into the adapter {adapter_name!r} while it is merged: call unmerge_adapter() "
+            "first"
+        )
+
+
 def check_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor], own: Collection[str]) -> None:
     """Refuse tensors that are not finite, and those that would overwrite the base model.
 
