@@ -5,36 +5,20 @@ python benchmarks/performance.py
 
 import json
 from collections.abc import Callable
-from functools import cache, partial
 from pathlib import Path
-from typing import Any
 
-import pandas as pd
 from floors import adapter_cost, base_cost
+from measured import NOT_MEASURED, RESULTS, Row, results, source, table, verdict
+from population_tables import POPULATION_SECTIONS
 from tables import filled
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 PAGE, FIGURE = ROOT / "docs" / "performance.md", ROOT / "docs" / "growth.svg"
-NOT_MEASURED = "Not measured yet.\n"
 
 FLOOR, LORA, ALONE = "floor", "lora q,v", " contraction"
 OURS = ("rep q,v", "adp", "adp mlp", "rep q,v norms", "adp norms")
 LIMIT = 1.05  # of the floor
 WRAPPING = {"wrap": 2.0, "save": 0.2, "load": 1.0}  # seconds
-
-Row = dict[str, Any]
-
-
-@cache
-def results(pattern: str) -> tuple[Row, ...]:
-    """The rows of all result files of a name, each with the head of its file: versions, device, dtype, sizes."""
-    rows = []
-    for path in sorted(RESULTS.glob(f"{pattern}.json")):
-        content = json.loads(path.read_text())
-        head = {name: value for name, value in content.items() if name not in ("rows", "summary")}
-        rows += [{**head, "file": path.name, **row} for row in content["rows"]]
-    return tuple(rows)
 
 
 def steps() -> list[Row]:
@@ -49,25 +33,6 @@ def steps() -> list[Row]:
 
 def _run(row: Row) -> tuple:
     return row["file"], row["mode"], row["batch"], row["tokens"]
-
-
-def table(head: str, rows: list[list[Any]], *, numbers_from: int = 1) -> str:
-    """A Markdown table, its columns from ``numbers_from`` on to the right."""
-    aligned = ["left" if k < numbers_from else "right" for k in range(head.count(" | ") + 1)]
-    frame = pd.DataFrame([[str(cell) for cell in row] for row in rows], columns=head.split(" | "))
-    return frame.to_markdown(index=False, disable_numparse=True, colalign=aligned) + "\n"
-
-
-def source(row: Row) -> str:
-    """Where numbers come from, as a line above their table."""
-    versions = ", ".join(f"{name} {row['versions'][name]}" for name in ("torch", "transformers", "peft"))
-    device = f"{row['processor']}, {row['threads']} threads" if row["device"] == "cpu" else row["device"]
-    file = f"[{row['file']}](../benchmarks/results/{row['file']})"
-    return f"{device}, {row['dtype']}, {versions}; {file}\n\n"
-
-
-def verdict(hit: bool) -> str:
-    return "hit" if hit else "**missed**"
 
 
 # What has to be done at the least
@@ -299,56 +264,6 @@ def graph_training_table() -> str:
     return "\n".join(parts) or NOT_MEASURED
 
 
-POPULATION_TARGETS = {("training", 16): 5.0, ("training", 64): 12.0, ("step", 8): 4.0}
-
-
-def population_table(name: str = "population") -> str:
-    """Runs that are trained at once against the same ones one after the other."""
-    rows = results(name)
-    lines = []
-    for row in rows:
-        if row["how"] == "alone":
-            continue
-        one = next(o for o in rows if o["how"] == "alone" and _compared(o) == _compared(row))
-        if row["part"] == "training":
-            case, rates = f"MiniLM, {row['task']}, batch 32", [o["examples_per_s"] for o in (one, row)]
-        else:
-            sizes = ((one, 1), (row, row["members"]))
-            case, rates = f"{row['model']}, 1x{row['tokens']}", [1000 * size / o["ms"] for o, size in sizes]
-        ratio, target = rates[1] / rates[0], POPULATION_TARGETS.get((row["part"], row["members"]))
-        memory = [f"{o['peak_bytes'] / 2**30:.2f}" for o in (one, row)]
-        judged = f"{target:g}: {verdict(ratio >= target)}" if target and row["graph"] else ""
-        graph = "yes" if row["graph"] else "no"
-        lines.append(
-            [case, row["method"], graph, row["members"], *(f"{r:,.0f}" for r in rates), f"{ratio:.1f}", *memory, judged]
-        )
-    head = (
-        "case | method | graphs | members | examples/s, one by one | together | times as fast | "
-        "GiB, one | GiB, together | target"
-    )
-    return source(rows[0]) + table(head, lines, numbers_from=3) if rows else NOT_MEASURED
-
-
-def population_cpu_table() -> str:
-    """Processor time of a run in a population against that of the run alone."""
-    rows = results("population_cpu")
-    lines = []
-    for row in rows:
-        one = next(o for o in rows if o["how"] == "alone" and _compared(o) == _compared(row))
-        seconds, ratio = row["processor_s"] / row["members"], one["processor_s"] / one["members"]
-        judged = "" if row is one else f"1: {verdict(ratio / seconds >= 1)}"
-        how = "alone" if row is one else f"together, {row['parts']} parts"
-        lines.append(
-            [row["task"], row["method"], row["members"], how, f"{seconds:.1f}", f"{ratio / seconds:.2f}", judged]
-        )
-    head = "task | method | members | how | processor, s a run | times as fast | target"
-    return source(rows[0]) + table(head, lines, numbers_from=2) if rows else NOT_MEASURED
-
-
-def _compared(row: Row) -> tuple:
-    return tuple(row.get(name) for name in ("part", "task", "model", "method", "graph"))
-
-
 def cpu_table() -> str:
     """Steps on a CPU against LoRA."""
     rows = results("cpu")
@@ -392,9 +307,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "inference": inference_table,
     "mixed": mixed_table,
     "graph training": graph_training_table,
-    "population": population_table,
-    "population in parts": partial(population_table, "population_parts"),
-    "population on a cpu": population_cpu_table,
+    **POPULATION_SECTIONS,
     "cpu": cpu_table,
     "wrapping": wrapping_table,
 }

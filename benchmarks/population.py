@@ -1,4 +1,4 @@
-"""Populations beside runs one after the other: examples per second, memory, and the time until the first step.
+"""Populations beside runs one after the other: examples per second, memory, and where the time goes.
 
 all-MiniLM-L6-v2 on CoLA and RTE at batch 32, trained to the end with logging and evaluation, and the step of a
 LLaMA-2-7B shape with random weights on 1x256 tokens a member.
@@ -6,6 +6,10 @@ LLaMA-2-7B shape with random weights on 1x256 tokens a member.
     python benchmarks/population.py --model FOLDER --data-dir FOLDER --out benchmarks/results/population.json
 
 --data-dir has cola/ and rte/. Without a GPU give --device cpu, and --llama tiny to try the second part, or none.
+--profile has ten steps of each population looked at, kernel by kernel, in place of trainings.
+
+Of a run's seconds "start" ends with the first step, "steps" are those of the training without evaluations, "evaluation"
+is what it takes to score on validation, and "saving" all that follows the training. The file is written after each row.
 """
 
 import argparse
@@ -15,8 +19,11 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from cases import METHODS, build_base, perturbed, wrap
@@ -24,12 +31,15 @@ from timing import about, captured, timed
 from torch import Tensor, nn
 
 from loretta.population import loop
+from loretta.population.loop import Loop
+from loretta.population.members import MemberNorm
 from loretta.population.optimizer import MemberAdamW
 from loretta.population.population import Population, Start
 from loretta.population.rows import row_losses
-from loretta.population.training import train_together
+from loretta.population.training import prepare, train_together
 from loretta.training.config import RunConfig
 from loretta.training.run import train
+from loretta.training.trainer import TwoRateTrainer
 
 RATES = (5e-4, 1e-3, 2e-3, 5e-3)
 TOKENS = 256  # of each LLaMA member
@@ -65,63 +75,153 @@ def peak(device: str) -> int:
     return torch.cuda.max_memory_allocated() if device == "cuda" else 0
 
 
+class Split:
+    """Where the seconds of a run, or of a population, went; see above."""
+
+    def __init__(self, device: str) -> None:
+        self.device, self.times = device, {"evaluation": 0.0}
+
+    def now(self) -> float:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Note when trainings begin and end in this block, and what their evaluations take."""
+        begin = self.now()
+
+        def trained(ordinary: Any) -> Any:
+            def train(*args: Any, **kwargs: Any) -> Any:
+                started = self.now()
+                result = ordinary(*args, **kwargs)
+                self.times |= {"start": started - begin, "steps": self.now() - started - self.times["evaluation"]}
+                return result
+
+            return train
+
+        def evaluated(ordinary: Any) -> Any:
+            def evaluate(*args: Any, **kwargs: Any) -> Any:
+                started = self.now()
+                result = ordinary(*args, **kwargs)
+                self.times["evaluation"] += self.now() - started
+                return result
+
+            return evaluate
+
+        with (
+            mock.patch.object(Loop, "train", trained(Loop.train)),
+            mock.patch.object(TwoRateTrainer, "train", trained(TwoRateTrainer.train)),
+            mock.patch.object(Loop, "_evaluate", evaluated(Loop._evaluate)),
+            mock.patch.object(TwoRateTrainer, "evaluate", evaluated(TwoRateTrainer.evaluate)),
+        ):
+            yield
+        self.whole = self.now() - begin
+        self.times["saving"] = self.whole - sum(self.times.values())
+
+
+def measured(args: argparse.Namespace, runs: list[RunConfig], work: Callable[..., list[Any]]) -> dict[str, Any]:
+    """The time of ``work``, which trains the runs from their options to their folders."""
+    reset_memory(args.device)
+    split, processor = Split(args.device), time.process_time()
+    with split.watching():
+        records = work(runs)
+    processor = time.process_time() - processor
+    seconds = sum(record.train_seconds for record in records)
+    examples = args.epochs * records[0].sizes["train"] * len(runs)
+    return {
+        "examples_per_s": examples / seconds,
+        "whole_examples_per_s": examples / split.whole,
+        "train_s": seconds,
+        "whole_s": split.whole,
+        "split_s": split.times,
+        "processor_s": processor,
+        "peak_bytes": peak(args.device),
+        "score": statistics.median(record.validation[record.metric] for record in records),
+    }
+
+
 def alone(args: argparse.Namespace, method: str, task: str, *, graph: bool) -> dict[str, Any]:
     """The second of two runs one after the other: the first one pays for what a process loads once."""
     with tempfile.TemporaryDirectory() as folder:
-        for member in range(2):
-            reset_memory(args.device)
-            begin, processor = time.perf_counter(), time.process_time()
-            run = config(args, folder, method, task, member, args.epochs, cuda_graph=graph)
-            record = train(run)
-            whole, processor = time.perf_counter() - begin, time.process_time() - processor
-    examples = args.epochs * record.sizes["train"]
-    return {
-        "examples_per_s": examples / record.train_seconds,
-        "whole_examples_per_s": examples / whole,
-        "train_s": record.train_seconds,
-        "whole_s": whole,
-        "processor_s": processor,
-        "peak_bytes": peak(args.device),
-        "score": record.validation[record.metric],
-    }
+        short = config(args, folder, method, task, 0, min(1, args.epochs), cuda_graph=graph)
+        train(short)
+        run = config(args, folder, method, task, 1, args.epochs, cuda_graph=graph)
+        return measured(args, [run], lambda runs: [train(run) for run in runs])
 
 
 def together(args: argparse.Namespace, method: str, task: str, size: int, *, graph: bool) -> dict[str, Any]:
     """A population from its options to its folders."""
     with tempfile.TemporaryDirectory() as folder:
-        reset_memory(args.device)
-        begin, processor = time.perf_counter(), time.process_time()
         runs = [config(args, folder, method, task, k, args.epochs, cuda_graph=graph) for k in range(size)]
-        records = train_together(runs)
-        whole, processor = time.perf_counter() - begin, time.process_time() - processor
-    seconds = sum(record.train_seconds for record in records)
-    examples = args.epochs * records[0].sizes["train"] * size
-    scores = [record.validation[record.metric] for record in records]
+        return measured(args, runs, train_together)
+
+
+def profiled(args: argparse.Namespace, method: str, task: str, size: int, *, graph: bool) -> dict[str, Any]:
+    """Ten steps of a population kernel by kernel, behind those that record the shapes of its batches."""
+    on_gpu = args.device == "cuda"
+    kind = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    split = Split(args.device)
+    with tempfile.TemporaryDirectory() as folder, mock.patch.object(Loop, "_evaluate"):
+        runs = [config(args, folder, method, task, k, args.epochs, cuda_graph=graph) for k in range(size)]
+        found = prepare(runs, Path(folder))
+        # examples of like lengths come in rounds of 50 batches, and a shape is recorded when it comes again
+        last = min(130, found.rules.steps)
+        warm = last - 20
+        tokens: list[int] = []
+        ordinary = found.in_parts
+
+        def noted(rows: Tensor) -> list[dict[str, Tensor]]:
+            parts = ordinary(rows)
+            tokens.extend(part["input_ids"].numel() for part in parts)
+            return parts
+
+        found.train(warm)
+        found.in_parts = noted  # type: ignore[method-assign]
+        begin, processor = split.now(), time.process_time()
+        found.train(warm + 10)
+        launched = time.process_time() - processor
+        wall = split.now() - begin
+        with torch.profiler.profile(activities=[kind]) as profile:
+            found.train(last)
+            split.now()
+    steps, time_of = 10, "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    events = [event for event in profile.key_averages() if getattr(event, time_of) > 0]
+    top = sorted(events, key=lambda event: -getattr(event, time_of))
+    for event in top[:30]:
+        print(f"{getattr(event, time_of) / steps:9.1f} us {event.count / steps:7.1f} a step  {event.key[:110]}")
     return {
-        "examples_per_s": examples / seconds,
-        "whole_examples_per_s": examples / whole,
-        "train_s": seconds,
-        "whole_s": whole,
-        "processor_s": processor,
-        "peak_bytes": peak(args.device),
-        "score": statistics.median(scores),
+        "step_ms": 100 * wall,
+        "busy_ms": sum(getattr(event, time_of) for event in events) / steps / 1000,
+        "processor_ms": 100 * launched,
+        "kernels": sum(event.count for event in events) / steps,
+        "parts": len(tokens) / 20,
+        "tokens": sum(tokens) / 20,
+        "loss": found.loss.mean().item(),
     }
 
 
 def case_of(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row.get(name) for name in ("part", "task", "model", "method", "members", "how", "graph", "parts"))
+    return tuple(
+        row.get(name)
+        for name in ("part", "task", "model", "layers", "method", "members", "how", "graph", "pieces", "norms")
+    )
 
 
 def minilm(args: argparse.Namespace, save: Any) -> None:
     for task in args.tasks:
         for method in args.methods:
             common = {"part": "training", "task": task, "method": method, "batch": 32}
-            for graph in args.graphs:
+            for graph in [] if args.profile else args.graphs:
                 save({**common, "members": 1, "how": "alone", "graph": graph, **alone(args, method, task, graph=graph)})
+            how = {"how": "together", "graph": args.graphs[-1], "pieces": args.pieces}
             for size in args.sizes:
-                graph, common["parts"] = args.graphs[-1], args.parts
-                save({**common, "members": size, "how": "together", "graph": graph}
-                     | together(args, method, task, size, graph=graph))  # fmt: skip
+                for norms in args.norms:
+                    MemberNorm.fused = norms == "kernel"
+                    row = {**common, **how, "members": size, "norms": norms}
+                    if args.profile:
+                        row["part"] = "profile"
+                    save(row | (profiled if args.profile else together)(args, method, task, size, graph=how["graph"]))
 
 
 def random_starts(model: Any, size: int) -> list[Start]:
@@ -143,7 +243,7 @@ def llama_step(args: argparse.Namespace, method: str, size: int | None, *, graph
     """Milliseconds of a step, of one ordinary model (None) or of a population."""
     reset_memory(args.device)
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
-    base = build_base(args.llama, device=args.device, dtype=dtype)
+    base = build_base(args.llama, device=args.device, dtype=dtype, layers=args.layers)
     vocabulary = base.config.vocab_size
     tokens = TOKENS if args.device == "cuda" else 16
     ids = torch.randint(5, vocabulary, (size or 1, tokens), device=args.device)
@@ -176,8 +276,8 @@ def llama_step(args: argparse.Namespace, method: str, size: int | None, *, graph
 
 
 def llama(args: argparse.Namespace, save: Any) -> None:
-    for method in ("lora q,v", "rep q,v", "adp"):
-        common = {"part": "step", "model": args.llama, "method": method, "tokens": TOKENS}
+    for method in args.llama_methods:
+        common = {"part": "step", "model": args.llama, "method": method, "tokens": TOKENS, "layers": args.layers}
         for graph in args.graphs:
             for size in (None, 8):
                 row = {**common, "members": size or 1, "how": "together" if size else "alone", "graph": graph}
@@ -199,9 +299,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--graphs", nargs="*", type=lambda word: word == "yes", help="no, yes, or both in this order")
     parser.add_argument("--seconds", type=float, default=None, help="start nothing new after so many")
-    parser.add_argument("--parts", type=int, default=loop.PIECES, help="of like lengths in a batch, at the most")
+    parser.add_argument("--pieces", type=int, default=loop.PIECES, help="of a batch, of which its parts are made")
+    parser.add_argument("--norms", nargs="*", default=["kernel" if MemberNorm.fused else "plain"], help="or both")
+    parser.add_argument("--profile", action="store_true", help="look at steps, and train nothing to its end")
+    parser.add_argument("--layers", type=int, default=None, help="of the LLaMA, to be quick; default: all it has")
+    parser.add_argument("--llama-methods", nargs="*", default=["lora q,v", "rep q,v", "adp"])
     args = parser.parse_args()
-    loop.PIECES = args.parts
+    loop.PIECES = args.pieces
     if args.graphs is None:
         args.graphs = [False, True] if args.device == "cuda" else [False]
     # what the file holds already stays: parts may be measured one by one
@@ -215,7 +319,8 @@ def main() -> None:
         head["load"] = os.getloadavg()[0]  # of the machine, for which time of the processor is the better measure
         args.out.write_text(json.dumps({**head, "epochs": args.epochs, "rows": rows}, indent=1) + "\n")
         if args.seconds is not None and time.perf_counter() - begin > args.seconds:
-            raise SystemExit("out of time")
+            print(f"{args.seconds:g} s are over: what is left is not measured")
+            raise SystemExit(0)
 
     if args.llama != "none":
         llama(args, save)

@@ -200,6 +200,7 @@ class Loop:
                         self._log()
                     if control.should_evaluate or self.step == until:
                         self._evaluate()
+                        self.seconds = before + time.perf_counter() - begin  # as a Trainer's time has its evaluations
                     self.behind(self)
                     if self.step in (rules.steps, until) or all(self.stopped):
                         return

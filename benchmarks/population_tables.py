@@ -1,0 +1,108 @@
+"""The tables of docs/performance.md on populations."""
+
+from collections.abc import Callable
+from functools import partial
+
+from measured import NOT_MEASURED, Row, results, source, table, verdict
+
+POPULATION_TARGETS = {("training", 16): 5.0, ("training", 64): 12.0, ("step", 8): 4.0}
+
+
+def population_table(name: str = "population") -> str:
+    """Runs that are trained at once against the same ones one after the other."""
+    rows = [row for row in results(name) if row["part"] != "profile"]
+    lines = []
+    for row in rows:
+        if row["how"] == "alone":
+            continue
+        one = next(o for o in rows if o["how"] == "alone" and _compared(o) == _compared(row))
+        if row["part"] == "training":
+            case, rates = f"MiniLM, {row['task']}, batch 32", [o["examples_per_s"] for o in (one, row)]
+        else:
+            sizes = ((one, 1), (row, row["members"]))
+            depth = f" of {row['layers']} layers" if row.get("layers") else ""
+            case, rates = f"{row['model']}{depth}, 1x{row['tokens']}", [1000 * size / o["ms"] for o, size in sizes]
+        ratio, target = rates[1] / rates[0], POPULATION_TARGETS.get((row["part"], row["members"]))
+        memory = [f"{o['peak_bytes'] / 2**30:.2f}" for o in (one, row)]
+        judged = f"{target:g}: {verdict(ratio >= target)}" if target and row["graph"] else ""
+        graph = "yes" if row["graph"] else "no"
+        lines.append(
+            [
+                case,
+                _with_norms(row, rows),
+                graph,
+                row["members"],
+                *(f"{r:,.0f}" for r in rates),
+                f"{ratio:.1f}",
+                *memory,
+                judged,
+            ]
+        )
+    head = (
+        "case | method | graphs | members | examples/s, one by one | together | times as fast | "
+        "GiB, one | GiB, together | target"
+    )
+    return source(rows[0]) + table(head, lines, numbers_from=3) if rows else NOT_MEASURED
+
+
+def _with_norms(row: Row, rows: list[Row]) -> str:
+    """The method, and how the members' norms are computed where the file compares that."""
+    kinds = {other["norms"] for other in rows if other.get("norms")}
+    return f"{row['method']}, {row['norms']} norms" if len(kinds) > 1 else row["method"]
+
+
+def population_split_table(name: str) -> str:
+    """Where the seconds of a population go, beside the run alone, and the rate from options to folders."""
+    rows = [row for row in results(name) if "split_s" in row]
+    lines = []
+    for row in rows:
+        one = next(o for o in rows if o["how"] == "alone" and _compared(o) == _compared(row))
+        parts = [f"{row['split_s'][part]:.1f}" for part in ("start", "steps", "evaluation", "saving")]
+        rate, ratio = row["whole_examples_per_s"], row["whole_examples_per_s"] / one["whole_examples_per_s"]
+        members = "alone" if row is one else row["members"]
+        lines.append([row["task"], _with_norms(row, rows), members, *parts, f"{rate:,.0f}", f"{ratio:.1f}"])
+    head = "task | method | members | start, s | steps | evaluation | saving | examples/s of it all | times as fast"
+    return table(head, lines, numbers_from=2) if rows else NOT_MEASURED
+
+
+def population_step_table(name: str) -> str:
+    """What a step of a population has the device and the processor do."""
+    rows = [row for row in results(name) if row["part"] == "profile"]
+    lines = [
+        [
+            row["task"], _with_norms(row, rows), row["members"], f"{row['step_ms']:.1f}", f"{row['busy_ms']:.1f}",
+            f"{row['processor_ms']:.1f}", f"{row['kernels']:,.0f}", f"{row['parts']:.2f}", f"{row['tokens']:,.0f}",
+        ]
+        for row in rows
+    ]  # fmt: skip
+    head = "task | method | members | step, ms | device busy | processor, ms | kernels | parts | padded tokens"
+    return table(head, lines, numbers_from=2) if rows else NOT_MEASURED
+
+
+def population_cpu_table() -> str:
+    """Processor time of a run in a population against that of the run alone."""
+    rows = results("population_cpu")
+    lines = []
+    for row in rows:
+        one = next(o for o in rows if o["how"] == "alone" and _compared(o) == _compared(row))
+        seconds, ratio = row["processor_s"] / row["members"], one["processor_s"] / one["members"]
+        judged = "" if row is one else f"1: {verdict(ratio / seconds >= 1)}"
+        how = "alone" if row is one else f"together, {row['parts']} parts"
+        lines.append(
+            [row["task"], row["method"], row["members"], how, f"{seconds:.1f}", f"{ratio / seconds:.2f}", judged]
+        )
+    head = "task | method | members | how | processor, s a run | times as fast | target"
+    return source(rows[0]) + table(head, lines, numbers_from=2) if rows else NOT_MEASURED
+
+
+def _compared(row: Row) -> tuple:
+    return tuple(row.get(name) for name in ("part", "task", "model", "layers", "method", "graph"))
+
+
+POPULATION_SECTIONS: dict[str, Callable[[], str]] = {
+    "population": population_table,
+    "population on an h200": partial(population_table, "population_h200"),
+    "population split": partial(population_split_table, "population_h200"),
+    "population steps": partial(population_step_table, "population_h200"),
+    "population on a cpu": population_cpu_table,
+}
