@@ -22,6 +22,7 @@ from typing import Any
 import adaptive
 import forgetting
 import forms
+import instruct
 from cells import cells_beyond, cells_of, joined, left
 from claims import Worker, oversee, taken
 from encoders import graphable
@@ -45,6 +46,8 @@ def jobs_of(entry: dict[str, Any], args: argparse.Namespace, made: "Made") -> It
     kind = entry.get("kind", "forms")
     if kind == "adaptive":
         found = adaptive.jobs(options, known, partial(_split, data, options))
+    elif kind == "instruct":
+        found = instruct.jobs(options, known, data)
     elif kind == "forgetting":
         found = forgetting.jobs(options, known, partial(_split, data, options))
     else:

@@ -8,7 +8,7 @@ on the official validation rows at the rate so chosen.
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
 
@@ -141,24 +141,46 @@ def fits_table() -> str:
     return markdown(lines, ["form", "numbers", "kept of a trained LoRA", "of random updates"])
 
 
-def adaptive_table() -> str:
-    """Runs whose ranks adapt beside constant ranks and AdaLoRA: each at the best of its rates."""
-    file = RESULTS / "adaptive.json"
-    by_rate: dict[tuple[str, str], dict[float, list[Row]]] = {}
+def runs_of(name: str, worth: Callable[[Row], float]) -> list[tuple[tuple[str, str], float, list[Row]]]:
+    """The runs of a file by task and method, at the rate whose seeds are worth the most; rates with all seeds alone."""
+    file = RESULTS / name
+    found: dict[tuple[str, str], dict[float, list[Row]]] = {}
     for row in json.loads(file.read_text()) if file.exists() else []:
-        by_rate.setdefault((row["task"], row["method"]), {}).setdefault(row["rate"], []).append(row)
-    lines = []
-    for (task, method), rates in sorted(by_rate.items(), key=lambda item: (item[0][0], item[0][1])):
+        found.setdefault((row["task"], row["method"]), {}).setdefault(row["rate"], []).append(row)
+    best = []
+    for key, rates in sorted(found.items(), key=lambda item: item[0]):
         most = max(map(len, rates.values()))
-        whole = {rate: some for rate, some in rates.items() if len(some) == most}
-        rate = max(whole, key=lambda rate: mean(row["score"] for row in whole[rate]))
-        some = whole[rate]
+        whole = {rate: sorted(some, key=lambda row: row["seed"]) for rate, some in rates.items() if len(some) == most}
+        rate = max(whole, key=lambda rate: mean(worth(row) for row in whole[rate]))
+        best.append((key, rate, whole[rate]))
+    return best
+
+
+def adaptive_table() -> str:
+    """Runs whose ranks adapt beside constant ranks and AdaLoRA."""
+    lines = []
+    for (task, method), rate, some in runs_of("adaptive.json", lambda row: row["score"]):
         trained = sorted({row["trained"] for row in some})
         count = f"{trained[0]:,}" + (f" to {trained[-1]:,}" if len(trained) > 1 else "")
         scores = words([row["score"] for row in some])
         lines.append([method, task, count, scores, str(len(some)), f"{rate:g}"])
     columns = ["method", "task", "trained at the end", "held-out score", "seeds", "rate"]
     return markdown(lines, columns, left=2) if lines else "Not measured yet.\n"
+
+
+def instruct_table() -> str:
+    """Losses of conversations behind instruction tuning: the held-out ones choose, the official ones are reported."""
+    best = runs_of("instruct.json", lambda row: -row["held_out"])
+    losses = {method: [row["official"] for row in some] for (_, method), _, some in best}
+    lines = []
+    for (_, method), rate, some in sorted(best, key=lambda one: one[2][0]["trained"]):
+        gaps = [
+            signed(paired(losses[method], losses[other])) if other in losses and other != method else ""
+            for other in ("LoRA r=2", "LoRA r=16")
+        ]
+        lines.append([method, f"{some[0]['trained']:,}", words(losses[method]), *gaps, str(len(some)), f"{rate:g}"])
+    columns = ["method", "trained", "loss", "to LoRA r=2", "to LoRA r=16", "seeds", "rate"]
+    return markdown(lines, columns) if lines else "Not measured yet.\n"
 
 
 def peers_table(found: Sequence[Row]) -> str:
@@ -244,6 +266,7 @@ def results_page(found: Sequence[Row]) -> dict[str, str]:
         "forgetting": forgetting_table(forgetting_rows()),
         "overfitting": overfitting_table(found),
         "reading": reading_table(found),
+        "instruct": instruct_table(),
         "not run": not_run(found),
     }
 
