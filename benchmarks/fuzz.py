@@ -1,10 +1,11 @@
 """Feed what reads files of strangers with damaged and hostile ones: ``make fuzz``.
 
-Five kinds of files, each a valid one with a few parts replaced: adapter configs, the bytes of safetensors files,
-options of a run, run records, and data files; and of these a part to whole commands, whose one line for a refusal must
-be fit for a terminal. Some are JSON or YAML as few write it (a number of 5,000 digits, the
-same key twice, lists in lists, aliases of aliases, other encodings), some are no plain files at all. What is read must
-be taken, or refused with an InputError, within five seconds; all of it within one GiB of memory.
+Six kinds of files, each a valid one with a few parts replaced: adapter configs, the bytes of safetensors files,
+options of a run, run records, data files, and what describes a base model; and of these a part to whole commands, whose
+one line for a refusal must be fit for a terminal. Some are JSON or YAML as few write it (a number of 5,000 digits, the
+same key twice, lists in lists, aliases of aliases, other encodings), some unfold to a thousandfold, some are no plain
+files at all. What is read must be taken, or refused with an InputError, within five seconds; all of it within one GiB
+of memory.
 """
 
 import argparse
@@ -13,7 +14,6 @@ import gzip
 import io
 import json
 import logging
-import os
 import resource
 import shutil
 import signal
@@ -25,7 +25,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,119 +32,23 @@ import hypothesis
 import torch
 import transformers
 import yaml
+from hostile import PLACES, changed, damaged, parquet, put, record, strange, unusual
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from loretta import InputError, LorettaAdpConfig, LorettaRepConfig, LorettaSharedConfig, get_peft_model
 from loretta.cli import main as command_line
 from loretta.convert.load import find_adapter, load_adapter
+from loretta.plan import make_plan
 from loretta.record import RunRecord
 from loretta.tasks.read import column_names, read_columns, read_documents
 from loretta.training.config import read_config
+from loretta.training.model import load_tokenizer
 
 SECONDS, GIB = 5.0, 1.0
-HOSTILE = [
-    "",
-    "../../x",
-    "/etc/passwd",
-    "<script>alert(1)</script>",
-    "\x1b[2J",
-    "\u202e",
-    "a\0b",
-    "(a+)+$",
-    "(",
-    "all-linear",
-    "x" * 5000,
-    "NaN",
-    10**18,
-    -1,
-    10**15 + 37,
-    float("nan"),
-    float("inf"),
-    1e308,
-]
-
-
-def values() -> st.SearchStrategy:
-    """Any value that JSON can hold, hostile ones among them."""
-    leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=12) | st.sampled_from(HOSTILE)
-    keys = st.text(max_size=8) | st.sampled_from(["768x64", "q_proj", "0"])
-    return st.recursive(leaves, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(keys, inner, max_size=3))
-
-
-def changed(valid: dict[str, Any]) -> st.SearchStrategy:
-    """``valid`` with one to three keys replaced, added or removed."""
-    keys = st.sampled_from(sorted(valid)) | st.text(max_size=10)
-    new = st.dictionaries(keys, values(), min_size=1, max_size=3)
-    gone = st.lists(st.sampled_from(sorted(valid)), max_size=1)
-    return st.tuples(new, gone).map(lambda pair: {k: v for k, v in {**valid, **pair[0]}.items() if k not in pair[1]})
-
-
-def damaged(valid: bytes) -> st.SearchStrategy:
-    """``valid`` with bytes overwritten, cut off or put in; the beginning, where headers are, more often."""
-    place = st.integers(0, min(len(valid), 400)) | st.integers(0, len(valid))
-    cut = place.map(lambda at: valid[:at])
-    written = st.tuples(place, st.binary(min_size=1, max_size=9))
-    over = written.map(lambda pair: valid[: pair[0]] + pair[1] + valid[pair[0] + len(pair[1]) :])
-    put_in = written.map(lambda pair: valid[: pair[0]] + pair[1] + valid[pair[0] :])
-    return over | put_in | cut | st.binary(max_size=64)
-
-
-def unusual(valid: dict[str, Any]) -> st.SearchStrategy:
-    """``valid`` as bytes of JSON that few write: what the grammar or a lenient parser allows, and a little more."""
-    text = json.dumps(valid)
-    key = next(iter(valid))
-    bomb = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
-        f"{now}: &{now} [{', '.join([f'*{before}'] * 9)}]\n" for before, now in pairwise("abcdefghij")
-    )
-    made = [
-        b"",
-        b"\xef\xbb\xbf" + text.encode(),
-        text.encode("utf-16"),
-        text.encode("utf-32"),
-        text.replace(", ", ",\r\n").encode(),
-        (text[:-1] + f', "{key}": 1, "{key}": []}}').encode(),
-        (text[:-1] + ', "x": NaN, "y": -Infinity, "z": 1e999}').encode(),
-        (text[:-1] + ', "x": "\\ud800", "\\udfff": 1}').encode(),
-        (text[:-1] + f', "x": {"9" * 5000}}}').encode(),
-        (text[:-1] + f', "x": {"[" * 50_000}{"]" * 50_000}}}').encode(),
-        (text[:-1] + ', "x": ' + '{"a":' * 50_000).encode(),
-        (text[:-1] + ', "x": "e\\u0301", "\\u00e9": 1, "e\\u0301": 2}').encode(),
-        b"[" * 100_000,
-        b"null",
-        b"1",
-        b"\0" * 1000,
-        bomb.encode(),
-        b"a: &a [*a]\n",
-        b"a: &a {<<: *a}\n",
-        b"a: 2001-99-99\n",
-        b"a: !!python/object/apply:os.system ['true']\n",
-        b"? [a, b]\n: 1\n",
-    ]
-    return st.sampled_from(made)
-
-
-def strange(valid: dict[str, Any]) -> st.SearchStrategy:
-    """What is not ``valid`` with other values: its bytes damaged, written as few do, or no file."""
-    return damaged(json.dumps(valid).encode()) | unusual(valid) | st.sampled_from(PLACES)
-
-
-PLACES = ("a pipe", "a device", "a folder", "a link to itself", "a link to nothing")
-
-
-def put(path: Path, content: bytes | str) -> None:
-    """Write a file; or, for one of PLACES, what is no plain file."""
-    if path.is_dir() and not path.is_symlink():
-        path.rmdir()
-    path.unlink(missing_ok=True)
-    if isinstance(content, bytes):
-        path.write_bytes(content)
-    elif content == "a pipe":
-        os.mkfifo(path)
-    elif content == "a folder":
-        path.mkdir()
-    else:
-        path.symlink_to({"a device": "/dev/zero", "a link to itself": path, "a link to nothing": "nothing"}[content])
 
 
 class Targets:
@@ -157,6 +60,12 @@ class Targets:
         sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
         self.base = LlamaForCausalLM(LlamaConfig(vocab_size=64, **sizes))
         self.base.save_pretrained(folder / "base")
+        words = Tokenizer(WordLevel({"[UNK]": 0, "[PAD]": 1, "good": 2}, unk_token="[UNK]"))
+        words.pre_tokenizer = Whitespace()
+        fast = transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]", pad_token="[PAD]")
+        for name in ("base", "described"):
+            fast.save_pretrained(folder / name)
+        self.described = {name: json.loads((folder / "base" / name).read_text()) for name in OF_A_BASE}
         self.adapters = {}
         methods = {"rep": LorettaRepConfig, "adp": LorettaAdpConfig, "shared": LorettaSharedConfig}
         for method, config in methods.items():
@@ -172,6 +81,7 @@ class Targets:
         packed.append(gzip.compress(b"a" * 200_000_000))  # to a thousandth
         tables = damaged(rows) | damaged(lines) | unusual({"review": "good", "mood": 1}) | st.sampled_from(PLACES)
         zipped = st.sampled_from(packed) | damaged(packed[0])
+        tight = [parquet("good", 2), parquet("a" * 30_000_000, 300), parquet([0] * 100_000, 300)]
         options = {"model": "m", "data": "sst2", "method": "rep", "seed": 1, "method_args": {"r": 8}, "epochs": 2.0}
         return {
             "adapter configs": (
@@ -183,8 +93,15 @@ class Targets:
             "run records": (changed(record()) | strange(record()), self.read_record),
             "data files": (
                 st.tuples(st.sampled_from(["csv", "tsv", "jsonl", "txt", "parquet"]), tables)
-                | st.tuples(st.sampled_from(["csv.gz", "jsonl.gz", "txt.gz"]), zipped),
+                | st.tuples(st.sampled_from(["csv.gz", "jsonl.gz", "txt.gz"]), zipped)
+                | st.tuples(st.just("parquet"), st.sampled_from(tight) | damaged(tight[0])),
                 self.read_data,
+            ),
+            "base models": (
+                st.one_of(
+                    st.tuples(st.just(name), changed(valid) | strange(valid)) for name, valid in self.described.items()
+                ),
+                self.read_base,
             ),
             "given to commands": (
                 st.one_of(
@@ -230,6 +147,14 @@ class Targets:
             column_names(path)
             read_columns(path, ["review", "mood"])
 
+    def read_base(self, given: tuple[str, dict[str, Any] | bytes | str]) -> None:
+        folder = self.folder / "described"
+        for name, valid in self.described.items():
+            content = given[1] if name == given[0] else valid
+            put(folder / name, json.dumps(content).encode() if isinstance(content, dict) else content)
+        load_tokenizer(str(folder))("good")
+        make_plan(model=str(folder))
+
     def command(self, given: tuple[tuple[str, ...], dict[str, Any] | bytes | str]) -> None:
         words, content = given
         folder = self.folder / "given"
@@ -256,6 +181,8 @@ class Targets:
             raise InputError(err.getvalue())
 
 
+# what transformers reads of a base model before its weights
+OF_A_BASE = ("config.json", "tokenizer_config.json", "tokenizer.json")
 # commands, in which folders stand for words; the first kind reads run.json, the second adapter_config.json
 OF_RUNS = [("runs", "ls", "FOLDER"), ("runs", "show", "FOLDER"), ("report", "FOLDER", "--format", "md", "-o", "-")]
 OF_ADAPTERS = [
@@ -264,41 +191,23 @@ OF_ADAPTERS = [
 ]
 
 
-def record() -> dict[str, Any]:
-    """A run.json with a little of everything."""
-    point = {"step": 1, "epoch": 0.5, "split": "train", "values": {"loss": 1.0}}
-    train = {"at": "q_proj", "count": 2, "in_features": 4, "out_features": 4, "modes": [4, 4], "ranks": [1, 2, 1]}
-    counts = {"cores": 1, "biases": 0, "norms": 2, "head": 0, "other": 0, "total": 9}
-    words = {"command": "loretta train", "model": "m", "task": "sst2", "method": "rep", "kind": "classification"}
-    numbers = {"seed": 0, "adapter_bytes": 1, "train_seconds": 1.0, "peak_memory_bytes": 1, "best_step": 1}
-    return {
-        **words,
-        **numbers,
-        "config": {"learning_rate": 1e-3},
-        "versions": {"torch": "2"},
-        "device": "cpu",
-        "sizes": {"train": 3},
-        "label_names": ["a", "b"],
-        "metric": "accuracy",
-        "higher_is_better": True,
-        "parameters": counts,
-        "trains": [{**train, "n_in": 1, "split": 1}],
-        "history": [point],
-        "validation": {"accuracy": 0.5},
-        "test": None,
-    }
-
-
 class TooSlow(BaseException):
     """An input that took longer than it may; no reader catches it."""
 
 
 @contextmanager
 def at_most(seconds: float) -> Iterator[None]:
-    """Interrupt what takes longer. A call into C that does not return is interrupted when it does."""
+    """Interrupt what takes longer, not counting the time for which other processes had the CPU.
+
+    A call into C that does not return is interrupted when it does.
+    """
+    begin, waited = time.monotonic(), waited_for_cpu()
 
     def interrupt(*_: Any) -> None:
-        raise TooSlow
+        left = seconds - (time.monotonic() - begin) + waited_for_cpu() - waited
+        if left <= 0:
+            raise TooSlow
+        signal.setitimer(signal.ITIMER_REAL, max(left, 0.1))
 
     before = signal.signal(signal.SIGALRM, interrupt)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -307,6 +216,14 @@ def at_most(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def waited_for_cpu() -> float:
+    """Seconds for which this thread could have run and other processes did; 0 where the system does not say."""
+    try:
+        return int(Path("/proc/thread-self/schedstat").read_text().split()[1]) / 1e9
+    except OSError:
+        return 0.0
 
 
 def peak_gib() -> float:
@@ -361,10 +278,10 @@ def _try(
     )
     @hypothesis.given(strategy)
     def one(given: Any) -> None:
-        # of this process, whatever else the machine has to do; what waits without computing meets the alarm
+        # several threads may compute more than the clock says
         begin, error = time.process_time(), ""
         try:
-            with at_most(4 * SECONDS), warnings.catch_warnings():
+            with at_most(SECONDS), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 read(given)
             outcome = "taken"
@@ -372,7 +289,9 @@ def _try(
             outcome = "refused"
         except TooSlow:
             outcome = "hang"
-        except Exception:
+        except KeyboardInterrupt:
+            raise
+        except BaseException:  # a panic of Rust is no Exception
             outcome, error = "traceback", traceback.format_exc()[-2000:]
         if time.process_time() - begin > SECONDS:
             outcome = "hang"

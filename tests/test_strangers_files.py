@@ -1,6 +1,6 @@
 """Files of strangers never end in a traceback, steer a terminal or a page, or open a connection."""
 
-import importlib.util
+import importlib
 import json
 import os
 import socket
@@ -9,10 +9,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import BertConfig
 from tuners.wrapped import every_method, wrap
 
 from loretta import InputError
 from loretta.cli import main as command_line
+from loretta.convert.load import SavedAdapter
+from loretta.plan import make_plan
+from loretta.training.model import load_base, load_tokenizer
 from loretta.tuners.card import write_card
 from loretta.wording import printable
 
@@ -21,10 +27,11 @@ SCRIPT, ESCAPE, CODE = "<script>alert(1)</script>", "\x1b[2J\x1b]0;owned\x07", "
 
 
 def _fuzz():
-    spec = importlib.util.spec_from_file_location("fuzz", FUZZ)
-    fuzz = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(fuzz)
-    return fuzz
+    sys.path.append(str(FUZZ.parent))
+    try:
+        return importlib.import_module("fuzz")
+    finally:
+        sys.path.remove(str(FUZZ.parent))
 
 
 def test_damaged_and_hostile_files_are_taken_or_refused_in_one_sentence():
@@ -87,6 +94,36 @@ def test_tests_cannot_reach_a_network():
         socket.socket(socket.AF_INET, socket.SOCK_STREAM) as each,
     ):
         each.connect(("192.0.2.1", 80))
+
+
+READERS = {
+    "plan": lambda folder: make_plan(model=folder),
+    "tokenizer": load_tokenizer,
+    "model": lambda folder: load_base(folder, "classification", label_names=("a", "b")),
+    "export": lambda folder: SavedAdapter(folder=Path(folder), config={"task_type": "SEQ_CLS"}, base=folder).load(),
+}
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"model_type": "own", "auto_map": {"AutoConfig": "own.Config"}}, "needs code of its own|backend tokenizer"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1000000000"),
+        ({"text_config": {"num_labels": 10**9}}, "num_labels is 1000000000"),
+        ({"model_type": ["bert"]}, "unhashable"),
+    ],
+)
+@pytest.mark.parametrize("read", READERS.values(), ids=READERS)
+def test_a_base_model_runs_no_code_and_is_refused_in_one_sentence(read, change, reason, tmp_path, monkeypatch):
+    BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, **change}))
+    (tmp_path / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Config: pass\n")
+    save_file({"base_model.model.x": torch.zeros(1)}, tmp_path / "adapter_model.safetensors")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(InputError, match=reason):
+        read(str(tmp_path))
+    assert not (tmp_path / "ran").exists()
 
 
 EVIL = "\x1b[31mX\x1b]0;own\x07<script>alert(1)</script>\u202e\x9b2J\r\n# H"

@@ -209,3 +209,14 @@ def test_gzip_that_unfolds_a_thousandfold_is_refused(tmp_path):
         read_columns(path, ["text"])
     path.write_bytes(gzip.compress(b"text,label\n" + b"good,1\n" * 1_000_000))  # repeats, of a size that people have
     assert len(read_columns(path, ["text"])["text"]) == 1_000_000
+
+
+@pytest.mark.parametrize("cells", [["a" * 1_000_000] * 100, [[0] * 100_000] * 100], ids=["texts", "lists"])
+def test_parquet_that_unfolds_a_thousandfold_is_refused(tmp_path, cells):
+    path = tmp_path / "rows.parquet"
+    column = pa.array(cells)
+    pq.write_table(pa.table({"text": column, "short": ["good"] * 100}), path)
+    assert path.stat().st_size < 2_000_000
+    with pytest.raises(InputError, match="unfolds to more than"):
+        read_columns(path, ["text"])
+    assert read_columns(path, ["short"])["short"] == ["good"] * 100

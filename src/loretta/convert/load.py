@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -18,6 +17,7 @@ from transformers.utils import logging as transformers_logging
 from loretta.errors import InputError
 from loretta.files import read_json
 from loretta.memory import is_out_of_memory
+from loretta.pretrained import NotLoaded, from_pretrained
 from loretta.tuners.card import saved_shapes
 from loretta.tuners.task_types import base_class, count_labels
 from loretta.wording import one_line, quoted
@@ -54,12 +54,10 @@ class SavedAdapter:
         auto = getattr(transformers, base_class(self.config) or "AutoModel", transformers.AutoModel)
         try:
             with quiet_transformers():
-                model = auto.from_pretrained(self.base, **wanted)
-        except (OSError, ValueError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-            if is_out_of_memory(error):
-                raise
+                model = from_pretrained(auto, self.base, **wanted)
+        except NotLoaded as error:
             raise InputError(
-                f"cannot load the base model '{self.base}' ({one_line(error)}): give its folder or Hub id with --model"
+                f"cannot load the base model '{self.base}' ({error}): give its folder or Hub id with --model"
             ) from None
         adapted = load_adapter(model, self.folder)
         adapted.peft_config["default"].base_model_name_or_path = self.base
@@ -70,8 +68,8 @@ class SavedAdapter:
         beside = [str(self.folder)] if (self.folder / "tokenizer_config.json").is_file() else []
         for source in [*beside, self.base]:
             try:
-                return transformers.AutoTokenizer.from_pretrained(source)
-            except (OSError, ValueError):
+                return from_pretrained(transformers.AutoTokenizer, source)
+            except NotLoaded:
                 continue
         return None
 

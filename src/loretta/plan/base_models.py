@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 
 from loretta.errors import InputError
+from loretta.pretrained import NotLoaded, from_config, from_pretrained
 from loretta.tuners.task_types import AUTO_CLASSES
 from loretta.wording import one_line
 
@@ -101,14 +101,14 @@ def find_config(name: str) -> PreTrainedConfig:
         model_type, sizes = FAMILIES[name]
         return AutoConfig.for_model(model_type, **sizes)
     try:
-        return AutoConfig.from_pretrained(name)
-    except (OSError, ValueError, StrictDataclassError) as error:
+        return from_pretrained(AutoConfig, name)
+    except NotLoaded as error:
         if name in HUB_IDS:
             return find_config(HUB_IDS[name])
         close = get_close_matches(name.lower(), FAMILIES, 1)
         guess = f"did you mean {close[0]!r}? " if close else ""
         raise InputError(
-            f"no configuration of '{name}' ({one_line(error, 200)}): {guess}give a Hub id that can be reached, "
+            f"no configuration of '{name}' ({error}): {guess}give a Hub id that can be reached, "
             f"a model's folder, or one of {', '.join(FAMILIES)}"
         ) from None
 
@@ -139,6 +139,6 @@ def meta_model(config: PreTrainedConfig, task_type: str, *, num_labels: int = 2)
         config.num_labels = num_labels
     try:
         with torch.device("meta"):
-            return auto.from_config(config)
-    except ValueError as error:
+            return from_config(auto, config)
+    except NotLoaded as error:
         raise InputError(f"a {config.model_type} model has no head for {task_type} ({one_line(error, 120)})") from None

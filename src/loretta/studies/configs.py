@@ -1,6 +1,5 @@
 """The configuration of one run: options of the study, the model, the row and the user, fitted to the run's data."""
 
-import gzip
 import math
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -16,6 +15,7 @@ from loretta.tasks import load_task
 from loretta.tasks.glue import GLUE
 from loretta.tasks.prompted import PROMPTED, Sample
 from loretta.tasks.prompted.sampling import validation_rows
+from loretta.tasks.read import text_of
 from loretta.training.config import RunConfig, read_config
 from loretta.training.methods import refuse_unknown_options, virtual_tokens
 from loretta.tt.modes import most_balanced
@@ -195,8 +195,7 @@ def train_rows(data: str, data_dir: str | None, sample: tuple[tuple[str, int], .
     file = Path(data_dir) / data / "train.jsonl.gz" if data_dir else None
     rows = None
     if file is not None and file.is_file():
-        with gzip.open(file, "rb") as lines:
-            rows = sum(1 for line in lines if line.strip())
+        rows = sum(1 for line in text_of(file).split("\n") if line.strip())
     if data in GLUE:
         return GLUE[data].train_rows if rows is None else rows
     if data not in PROMPTED:

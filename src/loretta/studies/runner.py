@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from loretta.errors import InputError
 from loretta.files import read_json
 from loretta.folders import set_aside
+from loretta.pretrained import NotLoaded, from_pretrained
 from loretta.studies import halving
 from loretta.studies.configs import Options
 from loretta.studies.execution import Outcome
@@ -195,8 +196,8 @@ def _refuse_missing_weights(root: Path, study: Study, expansion: Expansion) -> N
     for base in expansion.bases:
         if base.folder in unfinished:
             try:
-                AutoConfig.from_pretrained(base.weights)
-            except (OSError, ValueError) as error:
+                from_pretrained(AutoConfig, base.weights)
+            except NotLoaded as error:
                 reason = one_line(error, 160)
                 raise InputError(
                     f"the model '{base.weights}' cannot be loaded ({reason}): give --model a Hub id that can be "

@@ -23,6 +23,7 @@ ENDINGS_IN_WORDS = (
 
 # gzip makes text some 4 times smaller, and zeros 1,000 times
 MOST_RATIO, SMALL = 200, 1 << 26
+BATCH = 1024  # rows of Parquet that are decoded at once
 
 Columns = dict[str, list[Any]]
 
@@ -67,7 +68,7 @@ def read_documents(path: Path) -> list[str]:
             is not UTF-8 text.
     """
     _format(path, TEXT_ENDINGS)
-    text = _text(path).replace("\r\n", "\n").replace("\r", "\n")
+    text = text_of(path).replace("\r\n", "\n").replace("\r", "\n")
     documents = [part.strip() for part in re.split(r"\n[ \t]*\n", text) if part.strip()]
     if not documents:
         raise InputError(f"'{path}' holds nothing but white space: give a file with text in it")
@@ -99,18 +100,14 @@ def _format(path: Path, allowed: Sequence[str]) -> str:
     return found
 
 
-def _text(path: Path) -> str:
-    """The whole file as text, decompressed, without a byte order mark."""
+def text_of(path: Path) -> str:
+    """The whole file as text, decompressed, without a byte order mark. Raises InputError where it is none."""
     data = path.read_bytes()
     if path.suffix.lower() == ".gz":
         try:
             with gzip.open(io.BytesIO(data)) as file:
                 whole = file.read(max(SMALL, MOST_RATIO * len(data)) + 1)
-                if len(whole) > max(SMALL, MOST_RATIO * len(data)):
-                    raise InputError(
-                        f"'{path}' unfolds to more than {MOST_RATIO} times its {len(data):,} bytes, as no data of "
-                        "people does: decompress it yourself and give that file"
-                    )
+                _refuse_bomb(path, len(whole), "decompress it yourself and give that file")
             data = whole
         except (OSError, EOFError, zlib.error):
             raise InputError(
@@ -129,6 +126,14 @@ def _text(path: Path) -> str:
     return text
 
 
+def _refuse_bomb(path: Path, unfolded: int, mend: str) -> None:
+    size = path.stat().st_size
+    if unfolded > max(SMALL, MOST_RATIO * size):
+        raise InputError(
+            f"'{path}' unfolds to more than {MOST_RATIO} times its {size:,} bytes, as no data of people does: {mend}"
+        )
+
+
 def _other(path: Path, reason: str) -> InputError:
     """The error for a picture, an archive, text in another encoding: whatever else people rename to .csv."""
     what = "a table" if ending(path) in TABLE_ENDINGS else "plain text"
@@ -141,7 +146,7 @@ def _parse(path: Path, separator: str | None) -> Columns:
 
 
 def _parse_csv(path: Path, separator: str) -> Columns:
-    text = _text(path)
+    text = text_of(path)
     if text.lstrip().startswith(("{", "[")) and _is_json(text.lstrip().split("\n", 1)[0]):
         raise InputError(f"'{path}' holds JSON, not {ending(path)}: name it .jsonl, one object per line")
     begin = 1  # the line where the row begins: an open quote is noticed at the end of the file only
@@ -179,7 +184,7 @@ def _parse_csv(path: Path, separator: str) -> Columns:
 def _parse_jsonl(path: Path) -> Columns:
     rows: list[dict[str, Any]] = []
     # not splitlines(): JSON strings may hold U+2028, which it would take for a line end
-    for number, line in enumerate(_text(path).split("\n"), start=1):
+    for number, line in enumerate(text_of(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -223,15 +228,62 @@ def _read_parquet(path: Path, names: Sequence[str]) -> Columns:
     import pyarrow.parquet as pq
 
     require(path, names, _parquet_names(path))
+    columns: Columns = {name: [] for name in names}
+    unfolded = 0
     try:
-        table = pq.ParquetFile(path).read(columns=list(names))
-        columns = {name: table.column(name).to_pylist() for name in names}
+        # text that repeats is there once, whatever it unfolds to
+        file = pq.ParquetFile(path, read_dictionary=_parquet_texts(path, names))
+        for batch in file.iter_batches(BATCH, columns=list(names)):
+            unfolded += sum(map(_unfolded, batch.columns))
+            _refuse_bomb(path, unfolded, _PLAIN)
+            for name in names:
+                columns[name] += batch.column(name).to_pylist()
+    except InputError:
+        raise
     except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: text that is not UTF-8
         reason = quoted(str(error).partition("\n")[0])
         raise InputError(f"'{path}' is a damaged Parquet file ({reason}): write it again") from None
-    if not table.num_rows:
+    if not file.metadata.num_rows:
         raise InputError(f"'{path}' has the columns {listed(names)} but no rows: give a file with rows in it")
     return columns
+
+
+_PLAIN = "write it as .csv or .jsonl and give that file"
+
+
+def _parquet_texts(path: Path, names: Sequence[str]) -> list[str]:
+    """Those of the columns that are text. Raises InputError where more values stand in the columns than in any data."""
+    import pyarrow.parquet as pq
+
+    file = pq.ParquetFile(path).metadata
+    groups = [file.row_group(k) for k in range(file.num_row_groups)]
+    begins = tuple(f"{name}." for name in names)
+    asked = [
+        chunk
+        for group in groups
+        for chunk in map(group.column, range(group.num_columns))
+        if f"{chunk.path_in_schema}.".startswith(begins)
+    ]
+    _refuse_bomb(path, max(sum(c.total_uncompressed_size for c in asked), 8 * sum(c.num_values for c in asked)), _PLAIN)
+    columns = map(file.schema.column, range(file.num_columns))
+    return [column.path for column in columns if column.path in names and column.logical_type.type == "STRING"]
+
+
+def _unfolded(array: Any) -> int:
+    """The bytes of an array of Arrow where each text is written out."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if pa.types.is_dictionary(array.type):
+        lengths = pc.fill_null(pc.binary_length(array.dictionary), 0).to_numpy(zero_copy_only=False)
+        return int(lengths[array.indices.drop_null().to_numpy()].sum(dtype=np.int64))
+    if pa.types.is_map(array.type):
+        return _unfolded(array.keys) + _unfolded(array.items)
+    if pa.types.is_nested(array.type):
+        parts = array.flatten()
+        return sum(map(_unfolded, parts if isinstance(parts, list) else [parts]))
+    return array.nbytes
 
 
 def require(path: object, names: Sequence[str], existing: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from transformers import TextStreamer
 from loretta.errors import InputError
 from loretta.training.loaded import LoadedRun
 from loretta.training.model import TASK_TYPES
+from loretta.wording import spelled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +54,13 @@ def refuse_classifier(run: LoadedRun, mend: str) -> None:
         raise InputError(f"the run was trained on a {run.kind} task and goes on with no text: {mend}")
 
 
+class _Spelling(TextStreamer):
+    """Prints what comes, but for what would steer the terminal."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        super().on_finalized_text(spelled(text), stream_end)
+
+
 @torch.inference_mode()
 def continue_text(run: LoadedRun, text: str, sampling: Sampling) -> str:
     """The continuation of one text."""
@@ -85,6 +93,6 @@ def answer_chat(
         inputs = run.tokenizer(messages[-1]["content"], return_tensors="pt")
     inputs = inputs.to(run.model.device)
     inputs.pop("token_type_ids", None)
-    streamer = TextStreamer(run.tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None
+    streamer = _Spelling(run.tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None
     out = run.model.generate(**inputs, **sampling.options(run), streamer=streamer)
     return run.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

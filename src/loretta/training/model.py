@@ -8,13 +8,12 @@ from typing import Any, TypeAlias
 import torch
 import transformers
 from peft import PeftModel, PromptEncoderConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from loretta.convert.load import quiet_transformers, readable_weights
 from loretta.errors import InputError
-from loretta.memory import is_out_of_memory
+from loretta.pretrained import NotLoaded, from_pretrained
 from loretta.training.config import HeadPolicy
 from loretta.training.methods import FULL, find_method, frozen_head, peft_config
 from loretta.training.quantization import prepare_quantized, quantized_loading, require_quantized
@@ -39,8 +38,8 @@ TASK_TYPES = {
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hub id or folder, with a padding token. Raises InputError when there is none."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as error:
+        tokenizer: PreTrainedTokenizerBase = from_pretrained(AutoTokenizer, model)
+    except NotLoaded as error:
         raise InputError(not_loaded(model, "tokenizer", error)) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -78,10 +77,10 @@ def load_base(
             wanted["label2id"] = {name: k for k, name in enumerate(label_names)}
     try:
         with quiet_transformers():
-            base = getattr(transformers, AUTO_CLASSES[TASK_TYPES[kind]]).from_pretrained(model, **wanted)
-    except (OSError, ValueError, SafetensorError, RuntimeError, ImportError) as error:
-        if is_out_of_memory(error):
-            raise
+            base: PreTrainedModel = from_pretrained(
+                getattr(transformers, AUTO_CLASSES[TASK_TYPES[kind]]), model, **wanted
+            )
+    except NotLoaded as error:
         raise InputError(not_loaded(model, "model", error)) from None
     if quantize is not None:
         require_quantized(base, quantize)

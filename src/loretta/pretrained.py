@@ -1,0 +1,62 @@
+"""What transformers makes of the files of a base model: without code of theirs, and with one reason for any failure."""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from loretta.memory import is_out_of_memory
+from loretta.wording import one_line, quoted
+
+# None, transformers' default, asks on the terminal, where a line that is meant for us would be the answer
+_NO_CODE = {"trust_remote_code": False}
+# counts of a configuration that libraries loop over before they look at a weight, and more than any model has of each
+_MOST = {re.compile(r"layers?$|depth$|blocks$|stages$"): 1_000, re.compile(r"experts$|heads?$|labels$"): 100_000}
+
+
+class NotLoaded(Exception):
+    """Why a model, a configuration or a tokenizer cannot be had, in a few words."""
+
+
+def from_pretrained(auto: Any, source: str, **wanted: Any) -> Any:
+    """``auto.from_pretrained(source, **wanted)`` for one of transformers' classes.
+
+    Raises NotLoaded for whatever is wrong with the files, whose content libraries take for sound.
+    """
+    with _in_words():
+        with suppress(OSError):  # some tokenizers have no configuration beside them
+            _check_counts(PreTrainedConfig.get_config_dict(source)[0])
+        return auto.from_pretrained(source, **_NO_CODE, **wanted)
+
+
+def from_config(auto: Any, config: Any) -> Any:
+    """``auto.from_config(config)``. Raises NotLoaded for a configuration that no model of its kind can have."""
+    with _in_words():
+        return auto.from_config(config, **_NO_CODE)
+
+
+def _check_counts(config: Any) -> None:
+    for key, value in config.items() if isinstance(config, Mapping) else ():
+        for pattern, most in _MOST.items():
+            if isinstance(value, int) and value > most and pattern.search(key):
+                raise ValueError(f"{key} is {quoted(value)}, and no model has more than {most:,}")
+        _check_counts(value)
+
+
+@contextmanager
+def _in_words() -> Iterator[None]:
+    try:
+        yield
+    except BaseException as error:
+        # a panic of tokenizers' Rust is no Exception
+        if is_out_of_memory(error) or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
+            raise
+        needs_code = "trust_remote_code" in str(error)
+        reason = one_line(error) or type(error).__name__
+    else:
+        return
+    if needs_code:
+        reason = "it needs code of its own, and loretta runs none that comes with a model"
+    raise NotLoaded(reason)
