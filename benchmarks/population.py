@@ -8,8 +8,9 @@ LLaMA-2-7B shape with random weights on 1x256 tokens a member.
 --data-dir has cola/ and rte/. Without a GPU give --device cpu, and --llama tiny to try the second part, or none.
 --profile has ten steps of each population looked at, kernel by kernel, in place of trainings.
 
-Of a run's seconds "start" ends with the first step, "steps" are those of the training without evaluations, "evaluation"
-is what it takes to score on validation, and "saving" all that follows the training. The file is written after each row.
+Of a run's seconds "start" ends with the first step, "recording" is that of CUDA graphs, "steps" are those of the
+training without it and without evaluations, "evaluation" is what it takes to score on validation (with the recording of
+that), and "saving" all that follows the training. The file is written after each row.
 """
 
 import argparse
@@ -38,6 +39,7 @@ from loretta.population.population import Population, Start
 from loretta.population.rows import row_losses
 from loretta.population.training import prepare, train_together
 from loretta.training.config import RunConfig
+from loretta.training.recordings import Recorder
 from loretta.training.run import train
 from loretta.training.trainer import TwoRateTrainer
 
@@ -79,7 +81,8 @@ class Split:
     """Where the seconds of a run, or of a population, went; see above."""
 
     def __init__(self, device: str) -> None:
-        self.device, self.times = device, {"evaluation": 0.0}
+        self.device, self.times = device, {"evaluation": 0.0, "recording": 0.0}
+        self.evaluates = False
 
     def now(self) -> float:
         if self.device == "cuda":
@@ -95,23 +98,35 @@ class Split:
             def train(*args: Any, **kwargs: Any) -> Any:
                 started = self.now()
                 result = ordinary(*args, **kwargs)
-                self.times |= {"start": started - begin, "steps": self.now() - started - self.times["evaluation"]}
+                steps = self.now() - started - self.times["evaluation"] - self.times["recording"]
+                self.times |= {"start": started - begin, "steps": steps}
                 return result
 
             return train
 
         def evaluated(ordinary: Any) -> Any:
             def evaluate(*args: Any, **kwargs: Any) -> Any:
-                started = self.now()
+                started, self.evaluates = self.now(), True
                 result = ordinary(*args, **kwargs)
                 self.times["evaluation"] += self.now() - started
+                self.evaluates = False
                 return result
 
             return evaluate
 
+        def recorded(ordinary: Any) -> Any:
+            def record(*args: Any, **kwargs: Any) -> Any:
+                started = time.perf_counter() if self.evaluates else self.now()
+                result = ordinary(*args, **kwargs)
+                self.times["recording"] += 0.0 if self.evaluates else time.perf_counter() - started
+                return result
+
+            return record
+
         with (
             mock.patch.object(Loop, "train", trained(Loop.train)),
             mock.patch.object(TwoRateTrainer, "train", trained(TwoRateTrainer.train)),
+            mock.patch.object(Recorder, "record", recorded(Recorder.record)),
             mock.patch.object(Loop, "_evaluate", evaluated(Loop._evaluate)),
             mock.patch.object(TwoRateTrainer, "evaluate", evaluated(TwoRateTrainer.evaluate)),
         ):

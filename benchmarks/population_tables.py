@@ -57,11 +57,14 @@ def population_split_table(name: str) -> str:
     lines = []
     for row in rows:
         one = next(o for o in rows if o["how"] == "alone" and _compared(o) == _compared(row))
-        parts = [f"{row['split_s'][part]:.1f}" for part in ("start", "steps", "evaluation", "saving")]
+        parts = [f"{row['split_s'][part]:.1f}" for part in ("start", "recording", "steps", "evaluation", "saving")]
         rate, ratio = row["whole_examples_per_s"], row["whole_examples_per_s"] / one["whole_examples_per_s"]
         members = "alone" if row is one else row["members"]
         lines.append([row["task"], _with_norms(row, rows), members, *parts, f"{rate:,.0f}", f"{ratio:.1f}"])
-    head = "task | method | members | start, s | steps | evaluation | saving | examples/s of it all | times as fast"
+    head = (
+        "task | method | members | start, s | recording | steps | evaluation | saving | examples/s of it all | "
+        "times as fast"
+    )
     return table(head, lines, numbers_from=2) if rows else NOT_MEASURED
 
 

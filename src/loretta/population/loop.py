@@ -37,8 +37,8 @@ logger = logging.getLogger(__name__)
 
 # a batch is trained in parts of like lengths, made of so many pieces
 PIECES = 4
-# tokens times width. What a part costs by itself, whatever is in it: the calls on a CPU; on a GPU the launches of some 700
-# kernels, and more than those its share of recording another shape
+# tokens times width. What a part costs by itself, whatever is in it: the calls on a CPU; on a GPU the launches of some
+# 700 kernels, and more than those its share of recording another shape
 FIXED = {"cuda": 2**23, "cpu": 2**13}
 # a larger part is no faster for each token, and takes memory
 MOST = {"cuda": 2**25, "cpu": 2**22}
