@@ -5,11 +5,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # nothing here may reach for the network
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import gc
 import socket
 
 import pytest
 import torch
 from draws import seed_torch
+from run_matrix import NUMERIC, TESTS
+from sampling import sampled
 
 # the kernels then run on the CPU; Triton asks once, when it is imported
 if not torch.cuda.is_available():
@@ -28,7 +31,7 @@ def _connect_here(self: socket.socket, address: object) -> None:
 
 socket.socket.connect = _connect_here  # type: ignore[method-assign]
 
-pytest_plugins = ["tiny_models", "study_data"]
+pytest_plugins = ["tiny_models", "study_data", "pytester"]
 
 
 @pytest.fixture(autouse=True)
@@ -37,30 +40,21 @@ def seed():
     seed_torch(0)
 
 
-# those that differ in what a method makes of them: norms of relative positions, GQA, encoder and decoder, Conv1D
-FAMILIES = {"bert", "deberta-v2", "llama", "t5", "gpt2"}
-# what these test is the families: their heads, names and targets
-OF_FAMILIES = {
-    "test_heads.py",
-    "test_default_targets.py",
-    "test_placement.py",
-    "test_strangers.py",
-    "test_task_types.py",
-}
-
-
+@pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the other families to the cells of ``make test-matrix``, which set LORETTA_TEST_WIDE."""
-    if os.environ.get("LORETTA_TEST_WIDE"):
+    """Leave most cases of the numeric tests to the cells of ``make test-matrix``, which set LORETTA_TEST_WIDE."""
+    if os.environ.get("LORETTA_TEST_WIDE") or any("[" in argument for argument in config.args):
         return
+    numeric = [item for item in items if item.path.relative_to(TESTS).parts[0] in NUMERIC]
+    left_out = set(numeric) - set(sampled(numeric))
+    config.hook.pytest_deselected(items=list(left_out))
+    items[:] = [item for item in items if item not in left_out]
 
-    def is_wide(item: pytest.Item) -> bool:
-        given = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-        family, method = given.get("family"), given.get("method")
-        if not isinstance(family, str) or family in FAMILIES:
-            return False
-        return method == "shared" or (method in ("rep", "adp") and item.path.name not in OF_FAMILIES)
 
-    wide = [item for item in items if is_wide(item)]
-    config.hook.pytest_deselected(items=wide)
-    items[:] = [item for item in items if item not in wide]
+def pytest_collection_finish() -> None:
+    """Spare garbage collections the modules and tests: Accelerate asks for a collection in each run."""
+    gc.freeze()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()

@@ -12,6 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from loretta.files import TEMPORARY
+from loretta.wording import one_line
 
 LIST = ".loretta.json"  # of what we wrote into a folder
 # of the process that works in a folder, where it stays and means nothing when nobody holds it; ending of those of files
@@ -58,7 +59,7 @@ def set_aside(path: Path) -> Path:
 
 def why_not_written(error: BaseException) -> str | None:
     """The reason of an error that means that a disk did not take what was written; None for any other error."""
-    words = " ".join(str(error).split())
+    words = one_line(error)
     if isinstance(error, OSError):
         return error.strerror or words
     if isinstance(error, SafetensorError):

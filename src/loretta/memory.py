@@ -8,6 +8,7 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 
 from loretta.errors import OutOfMemory
+from loretta.wording import one_line
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -35,7 +36,7 @@ def saying_what_helps(needed: str, mend: str) -> Iterator[None]:
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        reason = " ".join(str(error).split()).partition(". ")[0] or type(error).__name__
+        reason = one_line(error).partition(". ")[0] or type(error).__name__
     else:
         return
     # outside of the exception, which holds on to what the step had allocated

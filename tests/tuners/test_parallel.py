@@ -1,5 +1,10 @@
-"""Two processes train as one: DistributedDataParallel and FSDP2, over gloo on a CPU."""
+"""Two processes train as one: DistributedDataParallel and FSDP2, over gloo on a CPU.
 
+The processes are forked, so that none has to import torch.
+"""
+
+import os
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -26,7 +31,9 @@ from tuners.wrapped import CONFIGS, config_for, own_trains, trainable, trained
 
 from loretta import InputError, get_peft_model
 
-pytestmark = pytest.mark.skipif(not dist.is_gloo_available(), reason="torch was built without gloo")
+pytestmark = pytest.mark.skipif(
+    not (hasattr(os, "fork") and dist.is_gloo_available()), reason="needs fork and a torch that was built with gloo"
+)
 
 RANKS, STEPS = 2, 2
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -120,6 +127,8 @@ def kinds_of(model: PeftModel) -> dict[str, tuple[Any, bool]]:
 
 def on_one_rank(rank: int, folder: str) -> None:
     """All jobs in one pair of processes: starting them takes longer than the jobs do."""
+    torch.set_num_threads(1)  # the threads that worked before the fork are not there any more
+    warnings.filterwarnings("ignore", "`gradient_checkpointing_enable` is deprecated", FutureWarning)
     seed_torch(0)
     meeting = f"file://{folder}/meeting"
     dist.init_process_group("gloo", meeting, timedelta(seconds=60), rank=rank, world_size=RANKS)
@@ -153,26 +162,29 @@ def folder(tmp_path_factory) -> Path:
     for name in BASES:
         model, _ = build("roberta", "SEQ_CLS")
         (model if name == "classifier" else model.roberta).save_pretrained(path / name)
-    mp.spawn(on_one_rank, (str(path),), nprocs=RANKS)
+    mp.start_processes(on_one_rank, (str(path),), nprocs=RANKS, start_method="fork")
     return path
 
 
+@pytest.fixture(scope="module")
+def ranks(folder) -> list[dict[Any, Any]]:
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(RANKS)]
+
+
 @pytest.mark.parametrize(("way", "case", "method"), JOBS)
-def test_two_ranks_have_the_gradients_of_the_joint_batch(way, case, method, folder):
+def test_two_ranks_have_the_gradients_of_the_joint_batch(way, case, method, ranks):
     model, inputs = prepared(case, method)
     expected = train(model, model, inputs)
-    for rank in range(RANKS):
-        got = torch.load(folder / f"rank{rank}.pt")[way, case, method]
-        for got_step, expected_step in zip(got, expected, strict=True):
+    for results in ranks:
+        for got_step, expected_step in zip(results[way, case, method], expected, strict=True):
             assert all(gradient.any() for gradient in expected_step.values())
             assert_gradients_near(got_step, expected_step)
 
 
-def test_a_shared_train_is_not_sharded(folder):
-    for rank in range(RANKS):
-        refusal = torch.load(folder / f"rank{rank}.pt")["refused"]
-        assert "'default'" in refusal
-        assert "DDP" in refusal
+def test_a_shared_train_is_not_sharded(ranks):
+    for results in ranks:
+        assert "'default'" in results["refused"]
+        assert "DDP" in results["refused"]
 
 
 @own_trains

@@ -22,6 +22,7 @@ from loretta.tuners.layer import LorettaLayer
 from loretta.tuners.norms import TrainedNorm
 from loretta.tuners.rep.layer import RepLinear
 from loretta.tuners.shared.layer import SharedLinear
+from loretta.wording import one_line
 
 ADAPTER = "default"
 # relative errors of logits; a module that is left out makes them differ by a tenth or more
@@ -254,7 +255,7 @@ class Population(nn.Module):
                         together = self(**rows).logits.unflatten(0, (self.size, -1))
                         self.backward(together.float().flatten(1).sum(1))
             except Exception as reason:
-                raise InputError(f"{_ALONE} ({' '.join(str(reason).split())[:160]})") from reason
+                raise InputError(f"{_ALONE} ({one_line(reason, 160)})") from reason
             for k in {0, self.size - 1}:
                 with self.released(k) as model, torch.no_grad():
                     alone = model(**{name: x.unflatten(0, (self.size, -1))[k] for name, x in rows.items()}).logits

@@ -103,7 +103,7 @@ class RayWorkers:
         except self.ray.exceptions.RayTaskError as error:
             why_dead, seconds = one_line(error.cause), 0.0
         except self.ray.exceptions.RayError as error:
-            why_dead, seconds = f"its machine was lost {RETRIES + 1} times: {' '.join(str(error).split())[:160]}", 0.0
+            why_dead, seconds = f"its machine was lost {RETRIES + 1} times: {one_line(error, 160)}", 0.0
             for run in unit.runs:
                 with hold(self.root / run.folder):  # which removes the note of a holder that is gone
                     pass

@@ -33,6 +33,7 @@ from loretta.tuners.norms import norm_names
 from loretta.tuners.rep import COMPACT, LorettaRepConfig
 from loretta.tuners.shared import LorettaSharedConfig
 from loretta.tuners.task_types import is_final
+from loretta.wording import one_line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,7 +157,7 @@ def peft_config(
     except InputError:
         raise
     except (TypeError, ValueError) as error:
-        raise InputError(f"method {name!r}: {' '.join(str(error).split())}") from None
+        raise InputError(f"method {name!r}: {one_line(error)}") from None
     if (reason := _misfit(config, model)) is not None:
         raise InputError(f"method {name!r} does not fit this model: {reason}")
     _set_head(config, model, head_policy)

@@ -1,0 +1,58 @@
+"""Which cases of a numeric test with several parameters run where LORETTA_TEST_WIDE is not set.
+
+The 27 cases of three methods on nine families differ little. A sample of them has every value of every parameter, and
+every method on two families at least. The name of the test chooses the sample: the next test has another, so that the
+tests together meet all pairs. The cells of `make test-matrix` run all cases of the same tests.
+"""
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+
+import pytest
+
+Values = Mapping[str, object]  # of one case, by parameter
+
+
+def sample(test: str, cases: Sequence[Values]) -> list[int]:
+    """The numbers of the cases that stand for all ``cases`` of ``test``."""
+    numbers = sorted(range(len(cases)), key=lambda k: hashlib.sha256(f"{test} {k}".encode()).digest())
+    chosen: list[int] = []
+    seen: Counter = Counter()
+    while adding := [k for k in numbers if _adds(cases[k], [cases[c] for c in chosen])]:
+        # balanced: the methods share the families evenly
+        rarest = min(adding, key=lambda k: sum(seen[value] for value in cases[k].items()))
+        chosen.append(rarest)
+        seen.update(cases[rarest].items())
+    return sorted(chosen)
+
+
+def _adds(case: Values, chosen: Sequence[Values]) -> bool:
+    if any(all(other[name] != value for other in chosen) for name, value in case.items()):
+        return True
+    if not {"method", "family"} <= case.keys():
+        return False
+    families = {other["family"] for other in chosen if other["method"] == case["method"]}
+    return len(families) < 2 and case["family"] not in families
+
+
+def sampled(items: Sequence[pytest.Item]) -> Iterator[pytest.Item]:
+    """The cases that stand for all of each collected test."""
+    tests: defaultdict[str, list[pytest.Item]] = defaultdict(list)
+    for item in items:
+        tests[item.nodeid.partition("[")[0]].append(item)
+    for test, cases in tests.items():
+        yield from (cases[k] for k in sample(test, [_values(case) for case in cases]))
+
+
+def _values(item: pytest.Item) -> Values:
+    """By each ``parametrize`` of the test, whose names may be several; the method and the family also by themselves."""
+    if not isinstance(item, pytest.Function) or not hasattr(item, "callspec"):
+        return {"": item.nodeid}
+    params = item.callspec.params
+    # a value may have neither order nor hash, and all cases of a test hold the same object
+    values: dict[str, object] = {name: id(value) for name, value in params.items()}
+    for mark in item.iter_markers("parametrize"):
+        names = mark.args[0].replace(" ", "").split(",") if isinstance(mark.args[0], str) else mark.args[0]
+        values[",".join(names)] = tuple(id(params[name]) for name in names)
+    return values | {name: params[name] for name in ("method", "family") if isinstance(params.get(name), str)}

@@ -1,0 +1,60 @@
+"""The sample of a test's cases: every value, every method on two families, and all pairs over several tests."""
+
+from itertools import combinations, product
+
+import pytest
+from sampling import sample, sampled
+
+METHODS, FAMILIES = ("rep", "adp", "shared"), ("bert", "gpt2", "llama", "t5", "mlp")
+GRID = [{"method": m, "family": f, "dtype": d} for m, f, d in product(METHODS, FAMILIES, range(4))]
+# a list of pairs is one parameter: what it holds was chosen by hand
+SOURCE = """
+import pytest
+
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
+@pytest.mark.parametrize(("method", "options"), [("rep", {"r": 1}), ("rep", {}), ("adp", {}), ("adp", {"r": 1})])
+def test_on_two(family, method, options):
+    pass
+
+@pytest.mark.parametrize("number", range(20))
+def test_on_one(number):
+    pass
+
+def test_without():
+    pass
+"""
+
+
+@pytest.mark.parametrize("cases", [GRID, [case for case in GRID if case["method"] != "adp" or case["family"] == "t5"]])
+def test_a_sample_has_every_value_and_every_method_on_two_families(cases):
+    for k in range(20):
+        chosen = [cases[number] for number in sample(f"test {k}", cases)]
+        assert len(chosen) <= 6
+        for name in GRID[0]:
+            assert {case[name] for case in chosen} == {case[name] for case in cases}
+        for method in METHODS:
+            families, of_all = ({c["family"] for c in group if c["method"] == method} for group in (chosen, cases))
+            assert len(families) >= min(2, len(of_all))
+
+
+def test_several_tests_meet_all_pairs():
+    pairs = [frozenset(pair) for case in GRID for pair in combinations(case.items(), 2)]
+    samples = [sample(f"test {k}", GRID) for k in range(60)]
+    assert samples == [sample(f"test {k}", GRID) for k in range(60)]
+    met = {frozenset(pair) for numbers in samples for k in numbers for pair in combinations(GRID[k].items(), 2)}
+    assert met == set(pairs)
+
+
+def test_a_parameter_alone_is_never_sampled(pytester):
+    items = pytester.getitems(SOURCE)
+    chosen = list(sampled(items))
+    assert [item.name for item in chosen if "two" not in item.name] == [
+        *(f"test_on_one[{number}]" for number in range(20)),
+        "test_without",
+    ]
+    on_two = [item.callspec.params for item in chosen if "two" in item.name]
+    assert len(on_two) == 4 < len(items) - 21
+    assert {params["family"] for params in on_two} == {"bert", "gpt2", "llama", "t5"}
+    assert {(params["method"], str(params["options"])) for params in on_two} == {
+        (method, options) for method in ("rep", "adp") for options in ("{}", "{'r': 1}")
+    }
