@@ -19,10 +19,12 @@ from transformers import (
     AutoModelForTokenClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
+    SplinterConfig,
+    SplinterForQuestionAnswering,
     Wav2Vec2ForSequenceClassification,
 )
 from tt.trains import oracle
-from tuners.families import build, config_of, inputs_for, logits, randomise
+from tuners.families import OPTIONS, build, config_of, inputs_for, logits, randomise
 from tuners.wrapped import config_for, every_method, trainable, trained, wrap
 
 from loretta import get_peft_model
@@ -413,6 +415,27 @@ def test_what_is_random_beside_the_labels_of_tokens_is_saved(train_head, method,
     model.save_pretrained(tmp_path / "adapter")
     other = load("modernbert", tmp_path / "base", "TOKEN_CLS", seed=2)
     assert torch.equal(outputs("modernbert", PeftModel.from_pretrained(other, tmp_path / "adapter").eval()), expected)
+
+
+@every_method
+def test_a_head_without_a_layer_of_a_known_name_is_saved(method, tmp_path):
+    """Splinter's answers come from layers of its own, of which PEFT knows no name."""
+    config = SplinterConfig(**{**OPTIONS["bert"], "question_token_id": 5})
+    SplinterForQuestionAnswering(config).base_model.save_pretrained(tmp_path / "base")
+
+    def load(seed: int) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):
+            seed_torch(seed)
+            return SplinterForQuestionAnswering.from_pretrained(tmp_path / "base").eval()
+
+    def answers(model: nn.Module) -> Tensor:
+        with torch.no_grad():
+            return model(**inputs_for("TOKEN_CLS")).start_logits
+
+    model = get_peft_model(load(1), options("bert", method, task_type="QUESTION_ANS", target_modules=["query"]))
+    expected = answers(trained(model).eval())
+    model.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(answers(PeftModel.from_pretrained(load(2), tmp_path / "adapter").eval()), expected)
 
 
 @every_method

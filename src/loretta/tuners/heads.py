@@ -147,7 +147,7 @@ class Head:
         self._finals = [name for name in found if not any(name.startswith(other + ".") for other in found)]
         for name in self._finals:
             self._add_final(name)
-        for name in self._others() if self._finals or config.task_type == TaskType.SEQ_CLS else ():
+        for name in self._others():
             self._add_other(name)
 
     def _add_final(self, name: str) -> None:
