@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from draws import seed_torch
+from draws import seed_torch, seeded
+from torch import nn
 from tuners.families import DECODERS, SEQ2SEQ, build, logits
 from tuners.wrapped import config_for, every_method, own_trains, trainable, wrap
 
@@ -55,6 +56,18 @@ def test_a_dense_head_is_untouched_too(family, method, train_head, train_norms):
     base, inputs = build(family, "SEQ_CLS")
     model, _ = wrap(family, method, "SEQ_CLS", train_head=train_head, train_norms=train_norms)
     assert torch.equal(logits(model, inputs), logits(base, inputs))
+
+
+@every_method
+@every_dtype
+def test_inputs_that_lie_in_another_order_are_rounded_as_by_the_base(method, dtype):
+    """torch adds the bias of a linear layer after the product there, and not within it."""
+    base = nn.Sequential(nn.Linear(256, 64)).to(dtype)
+    x = torch.randn(2, 7, 3, 256, generator=seeded(0)).to(dtype)
+    inputs = (x[0, 0, 0], x[0, 0], x[0], x, x[0].transpose(0, 1), x.transpose(1, 2))
+    expected = [base(each) for each in inputs]
+    model = get_peft_model(base, config_for(method, target_modules=["0"]))
+    assert all(torch.equal(model(each), wanted) for each, wanted in zip(inputs, expected, strict=True))
 
 
 @own_trains

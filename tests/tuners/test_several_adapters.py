@@ -7,12 +7,12 @@ import torch
 from draws import seed_torch
 from peft import PeftModel
 from tolerances import assert_near
-from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
 from tuners.families import OPTIONS, build, inputs_for, logits, loss_of, natural_task
 from tuners.wrapped import CONFIGS, config_for, every_method, snapshot, trainable, trained, wrap
 
-from loretta import get_peft_model
+from loretta import InputError, get_peft_model
 from loretta.layers import fused
 from loretta.tuners.layer import LorettaLayer
 from loretta.tuners.norms import TrainedNorm
@@ -273,6 +273,29 @@ def test_a_mixed_batch_is_refused_where_the_host_loses_the_rows(family, method, 
     with pytest.raises(ValueError, match="Length of `adapter_names`"):
         logits(model, inputs, adapter_names=ROWS)
     assert not hooked(model)
+
+
+class PositionsFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.last = nn.TransformerEncoderLayer(16, 2, 24, dropout=0.0), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.block(x.transpose(0, 1)).transpose(0, 1))
+
+
+@every_method
+def test_a_mixed_batch_is_refused_where_positions_come_before_rows(method, monkeypatch):
+    """With four positions and four rows nothing else would tell."""
+    monkeypatch.setattr(torch.backends.mha, "_is_fastpath_enabled", False)
+    options = {"vocab_size": 64, "d_model": 32, "n_layer": 1, "n_head": 4, "d_inner": 48}
+    xlnet = AutoModelForSequenceClassification.from_config(AutoConfig.for_model("xlnet", **options))
+    inputs: list[dict[str, Tensor]] = [{"x": torch.randn(4, 4, 16)}, {"input_ids": torch.arange(16).view(4, 4)}]
+    for base, target, kwargs in zip((PositionsFirst(), xlnet), ("linear1", "ff.layer_1"), inputs, strict=True):
+        model = get_peft_model(base, config_for(method, target_modules=[target])).eval()
+        model.add_adapter("other", config_for(method, target_modules=[target]))
+        with pytest.raises(InputError, match="get positions in the first dimension"):
+            model(**kwargs, adapter_names=ROWS)
 
 
 @every_method

@@ -286,6 +286,11 @@ def parameter_of(module: nn.Module, name: str) -> Tensor:
         return getattr(module, name)
 
 
+def lies_in_rows(x: Tensor) -> bool:
+    """Whether torch's linear layer takes ``x`` for one matrix of rows. Otherwise it adds the bias in another order."""
+    return x.dim() == 2 or x.is_contiguous()
+
+
 def works_in(x: Tensor, dtype: torch.dtype) -> bool:
     """Whether products with ``x`` come out in ``dtype``, by themselves or because autocast sees to it."""
     # autocast leaves float64 as it is

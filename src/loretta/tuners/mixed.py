@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from loretta.errors import InputError
 from loretta.tuners.calls import Factors
 
 
@@ -30,6 +31,23 @@ def naming(model: nn.Module, adapter_names: Collection[str]) -> Iterator[None]:
         yield
     finally:
         _named.adapters = before
+
+
+# Models of transformers whose layers see positions before rows
+_POSITIONS_FIRST = {"xlnet"}
+
+
+def check_rows_first(model: nn.Module, model_type: str | None) -> None:
+    """Refuse a model whose layers do not see the rows of a batch in the first dimension of their inputs.
+
+    With as many positions as rows they would take the one for the other. Raises InputError.
+    """
+    blocks = [m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer)]
+    if model_type in _POSITIONS_FIRST or any(not block.self_attn.batch_first for block in blocks):
+        raise InputError(
+            f"adapter_names: the layers of this {type(model).__name__} get positions in the first dimension and rows "
+            "in the second, so they cannot have one adapter for each row: call the model once for each adapter"
+        )
 
 
 def named(model: nn.Module) -> tuple[str, ...] | None:

@@ -27,7 +27,7 @@ from loretta.tuners.heads import agree_on_origins, copy_cost, head_names, instal
 from loretta.tuners.labels import fit_final_layer, note_labels
 from loretta.tuners.layer import LorettaLayer, at_least_float32, is_offloaded, keep_differentiable
 from loretta.tuners.mergeable import check_mergeable
-from loretta.tuners.mixed import naming
+from loretta.tuners.mixed import check_rows_first, naming
 from loretta.tuners.names import check_adapter_name, check_endings
 from loretta.tuners.norms import TrainedNorm, is_norm, norms_of, values_as_changes
 from loretta.tuners.placement import (
@@ -324,13 +324,15 @@ class LorettaModel(BaseTuner):
         known = {name for layer in layers for name in layer._get_available_adapters()}
         if unknown := set(adapter_names) - known - {"__base__"}:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+        model_type = self.get_model_config(self.model).get("model_type")
+        check_rows_first(self.model, model_type)
         # generation may repeat every row; the encoder of an encoder-decoder model still sees the rows once
         copies = ("num_beams", "num_return_sequences")  # of every row; transformers makes as many as the larger says
         beams = max(kwargs.get(o) or getattr(kwargs.get("generation_config"), o, None) or 1 for o in copies)
         repeated = [name for name in adapter_names for _ in range(beams)]
         encoder = self.model.get_encoder() if beams > 1 and hasattr(self.model, "get_encoder") else None
         once = set(encoder.modules()) if encoder is not None and encoder is not self.model else set()
-        flattens = self.get_model_config(self.model).get("model_type") in _FLATTENS
+        flattens = model_type in _FLATTENS
         handles = [
             layer.register_forward_pre_hook(
                 partial(_pass_adapter_names, list(adapter_names) if layer in once else repeated, flattens),

@@ -17,7 +17,7 @@ from loretta.layers.trains import arranged, fold_bias, one_matrix_each
 from loretta.tuners.adp.config import LorettaAdpConfig
 from loretta.tuners.calls import Factors
 from loretta.tuners.contraction import Halves, Place
-from loretta.tuners.layer import LorettaLayer, is_bare_linear, parameter_of, works_in
+from loretta.tuners.layer import LorettaLayer, is_bare_linear, lies_in_rows, parameter_of, works_in
 from loretta.tuners.placement import Placement
 
 
@@ -147,7 +147,7 @@ class AdpLinear(LorettaLayer):
             return base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             self._check_mixed_batch(x, adapter_names)
-        elif not args and not kwargs and is_bare_linear(base_layer):
+        elif not args and not kwargs and is_bare_linear(base_layer) and lies_in_rows(x):
             rows_BI = self._add(x if x.dim() == 2 else x.reshape(-1, self.in_features), "before")
             rows_BO = self._add(linear(rows_BI, base_layer.weight, base_layer.bias), "after")
             return rows_BO if x.dim() == 2 else rows_BO.view(*x.shape[:-1], self.out_features)

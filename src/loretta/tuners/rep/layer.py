@@ -20,7 +20,7 @@ from loretta.layers import fused
 from loretta.layers.trains import add_update, arranged, update_factors
 from loretta.tuners.calls import Factors
 from loretta.tuners.contraction import Halves, note_change
-from loretta.tuners.layer import LorettaLayer, fitting, is_bare_linear, works_in
+from loretta.tuners.layer import LorettaLayer, fitting, is_bare_linear, lies_in_rows, works_in
 from loretta.tuners.placement import Placement, rank_for
 from loretta.tuners.rep.config import LorettaRepConfig
 
@@ -89,7 +89,7 @@ class RepLinear(LorettaLayer):
         if adapter_names is not None and not self._disable_adapters:
             return self._add_mixed(base_layer(x, *args, **kwargs), x, adapter_names)
         names = self._running()
-        if names and not args and not kwargs and is_bare_linear(base_layer):
+        if names and not args and not kwargs and is_bare_linear(base_layer) and lies_in_rows(x):
             return self._linear_with_updates(base_layer, x, names)
         result = base_layer(x, *args, **kwargs)
         if names and self.quantization_backend is not None:
