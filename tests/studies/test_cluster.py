@@ -15,7 +15,8 @@ from loretta.studies.configs import Options
 from loretta.studies.results import collect
 from loretta.studies.runner import find_workers, run_study
 from loretta.studies.state import beside, find_runs
-from loretta.studies.study import load_study
+from loretta.studies.study import Planned, load_study
+from loretta.studies.unit import Unit
 
 STEPS = {"epochs": 40, "eval_steps": 3, "max_length": 16}
 
@@ -73,3 +74,57 @@ def test_a_study_outlives_a_machine_of_its_cluster(cluster, bert, data_dir, tmp_
     histories = [[collect(at).record(at, score).history for score in cell.scores]
                  for at, cell in ((root, got), (tmp_path / "one by one", expected))]  # fmt: skip
     assert histories[0] == histories[1]
+
+
+# stands in the place of loretta.studies.unit: says which GPU it sees and how many have started, and dies once
+OTHER_UNIT = """
+import json, os, pathlib, signal, sys, time
+
+run = json.loads(sys.stdin.readline())["runs"][0]["folder"]
+here = pathlib.Path.cwd()
+
+def others(what):
+    (here / what).mkdir(exist_ok=True)
+    (here / what / run).touch()
+    end = time.monotonic() + 60
+    while len(os.listdir(here / what)) < 4 and time.monotonic() < end:
+        time.sleep(0.05)
+    return len(os.listdir(here / what))
+
+if run == "a" and not (here / "died").exists():
+    (here / "died").touch()
+    os.kill(os.getppid(), signal.SIGKILL)  # Ray's worker
+    sys.exit(1)
+started = others("started")
+others("counted")
+print(f"GPU {os.environ.get('CUDA_VISIBLE_DEVICES')}, {started} have started")
+sys.exit(3)
+"""
+
+
+@pytest.mark.cluster
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="needs Ray: pip install 'loretta-peft[ray]'")
+def test_four_processes_share_a_gpu_and_a_fifth_waits_for_it(tmp_path, monkeypatch):
+    """The GPU is declared, and one of Ray's workers is lost: its unit is carried out again."""
+    import ray
+
+    (tmp_path / "loretta" / "studies").mkdir(parents=True)
+    (tmp_path / "loretta" / "__init__.py").touch()
+    (tmp_path / "loretta" / "studies" / "unit.py").write_text(OTHER_UNIT)
+    ray.init(num_cpus=6, num_gpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=80_000_000)
+    try:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "runs").mkdir()
+        with pytest.raises(InputError, match=r"--ray-gpus 2: the cluster has 1 GPUs: give fewer"):
+            find_workers(Path("runs"), 1, "auto", 2)
+        workers = find_workers(Path("runs"), 1, "auto", 0.25)
+        assert (workers.size, workers.share) == (4, 0.25)
+        for name in "abcde":
+            words = dict.fromkeys(("model", "sizes", "task", "row", "label", "method"), "x")
+            workers.start(Unit(runs=(Planned(folder=name, seed=0, config={"output": f"runs/{name}"}, **words),)))
+        reasons = sorted(outcome.reason for _ in "abcde" for outcome in workers.wait())
+        workers.close()
+    finally:
+        ray.shutdown()
+    assert reasons == [f"its process ended with status 3: GPU 0, {n} have started" for n in (4, 4, 4, 4, 5)]
+    assert (tmp_path / "died").exists()
