@@ -5,12 +5,14 @@ import importlib.util
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
 import pytest
 
 from loretta.cli import main as cli
+from loretta.cli.network import go_offline_without_network
 from loretta.plan.presets import PRESETS
 from loretta.record import RunRecord
 from loretta.studies.study import OF_EACH_RUN
@@ -173,3 +175,26 @@ def test_each_verb_that_writes_takes_o_and_each_that_answers_takes_json():
     writing = {"train", "predict", "export", "compress", "report", "demo", "reproduce", "compare"}
     assert {name for name, found in flags.items() if {"-o", "--output"} <= found} == writing
     assert {name for name, found in flags.items() if "--json" not in found} == {"runs", "exec", "trl"}
+
+
+def test_the_hub_is_not_asked_where_it_is_out_of_reach(monkeypatch):
+    """Libraries ask five times, for half a minute; behind a proxy, and where the user has chosen, nothing changes."""
+    for name in ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+        def chosen(**environment: str) -> str | None:
+            for name, value in {"HF_HUB_OFFLINE": "", "HF_ENDPOINT": f"http://127.0.0.1:{port}", **environment}.items():
+                monkeypatch.setenv(name, value)
+            if not os.environ["HF_HUB_OFFLINE"]:
+                monkeypatch.delenv("HF_HUB_OFFLINE")
+            go_offline_without_network()
+            return os.environ.get("HF_HUB_OFFLINE")
+
+        assert chosen() is None
+        assert chosen(HF_HUB_OFFLINE="0") == "0"
+    assert chosen() == "1"
+    assert chosen(HF_HUB_OFFLINE="0") == "0"
+    assert chosen(HF_ENDPOINT="no address") == "1"
+    assert chosen(https_proxy="http://127.0.0.1:1") is None

@@ -19,6 +19,7 @@ from loretta.cli.demo import demo
 from loretta.cli.eval import evaluate
 from loretta.cli.exec import AS_GIVEN, execute
 from loretta.cli.export import export
+from loretta.cli.network import go_offline_without_network
 from loretta.cli.options import Command
 from loretta.cli.output import quiet_libraries
 from loretta.cli.plan import plan
@@ -30,6 +31,8 @@ from loretta.cli.trl import trl
 from loretta.errors import InputError
 from loretta.wording import printable
 
+# verbs that load models or data
+LOADING = {"train", "trl", "eval", "predict", "chat", "plan", "export", "compress", "reproduce", "compare"}
 # a disk that is full, read-only, broken or gone
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT, errno.ESTALE}
 
@@ -55,6 +58,8 @@ def options(
             f"'{ctx.invoked_subcommand}' is the work of one process, and {processes.count()} were started: start it "
             "without torchrun or accelerate launch, which are for 'train' and 'trl'"
         )
+    if ctx.invoked_subcommand in LOADING and not {"--help", "--presets"} & set(sys.argv):
+        go_offline_without_network()
 
 
 app.command(cls=Command)(train)

@@ -93,7 +93,7 @@ HUB_IDS: dict[str, str] = {
 def find_config(name: str) -> PreTrainedConfig:
     """The configuration of a folder, a name of ``FAMILIES``, or a Hub id, in that order.
 
-    A Hub id of ``HUB_IDS`` that cannot be had has the sizes of its family.
+    A Hub id of ``HUB_IDS`` that is not on this machine has the sizes of its family: the Hub is not asked for it.
 
     Raises InputError with the nearest known name when it is none of them.
     """
@@ -101,7 +101,7 @@ def find_config(name: str) -> PreTrainedConfig:
         model_type, sizes = FAMILIES[name]
         return AutoConfig.for_model(model_type, **sizes)
     try:
-        return from_pretrained(AutoConfig, name)
+        return from_pretrained(AutoConfig, name, local_files_only=name in HUB_IDS)
     except NotLoaded as error:
         if name in HUB_IDS:
             return find_config(HUB_IDS[name])

@@ -1,0 +1,39 @@
+"""Whether the Hub can be reached: where it cannot, libraries ask for it again and again, for half a minute each time."""
+
+import os
+import queue
+import socket
+import threading
+import urllib.request
+from urllib.parse import SplitResult, urlsplit
+
+OFFLINE = "HF_HUB_OFFLINE"
+PATIENCE = 3.0  # seconds
+
+
+def go_offline_without_network() -> None:
+    """Have the libraries that are imported from now on use what is on this machine alone, where the Hub is out of reach.
+
+    Nothing happens where the user has said so already, or where a proxy is between.
+    """
+    if OFFLINE in os.environ or urllib.request.getproxies():
+        return
+    address = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
+    reached: queue.Queue[bool] = queue.Queue()
+    # a thread, because to look up a name takes as long as the system likes
+    threading.Thread(target=lambda: reached.put(_answers(address)), daemon=True).start()
+    try:
+        is_there = reached.get(timeout=PATIENCE)
+    except queue.Empty:
+        is_there = False
+    if not is_there:
+        os.environ[OFFLINE] = "1"
+
+
+def _answers(address: SplitResult) -> bool:
+    try:
+        port = address.port or (80 if address.scheme == "http" else 443)
+        socket.create_connection((str(address.hostname), port), timeout=PATIENCE).close()
+    except (OSError, ValueError):
+        return False
+    return True
