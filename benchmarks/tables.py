@@ -67,13 +67,16 @@ def best_rate(row: Mapping[str, Any]) -> tuple[float, float, float]:
 
 
 def grpo_table() -> str:
-    """Rewards of each seed before and after training, and below them the bytes of a weight sync."""
-    report = json.loads((RESULTS / "grpo.json").read_text())
-    rows = [
-        [str(row["seed"]), f"{row['untrained']:.2f}", *(f"{row['curve'][k - 1]:.2f}" for k in GRPO_STEPS),
-         f"{row['trained']:.2f}"]
-        for row in report["rows"]
-    ]  # fmt: skip
+    """Of each model the rewards of each seed before and after training, and the bytes of a weight sync."""
+    reports = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("grpo*.json"))]
+    return "\n\n".join(f"{report['model']}:\n\n{_grpo_tables(report)}" for report in reports) + "\n"
+
+
+def _grpo_tables(report: Mapping[str, Any]) -> str:
+    rows = []
+    for row in report["rows"]:
+        shown = [row["curve"][min(k, len(row["curve"])) - 1] for k in GRPO_STEPS]
+        rows.append([str(row["seed"]), *(f"{value:.2f}" for value in (row["untrained"], *shown, row["trained"]))])
     steps = [f"step {k}" for k in GRPO_STEPS]
     rewards = pd.DataFrame(rows, columns=["seed", "reward untrained", *steps, "trained"])
     largest = report["bytes"]["LoRA r=8"]
@@ -83,7 +86,7 @@ def grpo_table() -> str:
         frame.to_markdown(index=False, disable_numparse=True, colalign=["left", *["right"] * (len(frame.columns) - 1)])
         for frame in (rewards, synced)
     ]
-    return "\n\n".join(tables) + "\n"
+    return "\n\n".join(tables)
 
 
 def experts_table() -> str:

@@ -98,14 +98,21 @@ def test_a_pipeline_needs_nothing_but_the_adapters_folder(mine, capsys):
     assert [row["score"] for row in found] == pytest.approx([row["probability"] for row in rows], rel=1e-5)
 
 
-def test_a_pipeline_answers_with_three_labels(bert, capsys, tmp_path):
+@pytest.mark.parametrize("method", ["rep", "lora"])
+def test_a_pipeline_answers_with_three_labels(method, bert, capsys, tmp_path):
+    """The file of LoRA has no place for their names: transformers is told them by the config beside it."""
     path, folder = tmp_path / "a.csv", tmp_path / "run"
     with path.open("w", newline="") as file:
         rows = [(text, ("low", "middle", "high")[k % 3]) for k, (text, _) in enumerate(sentences(30))]
         csv.writer(file).writerows([("review", "mood"), *rows])
-    assert call(capsys, *train_arguments(bert, path, folder))[0] == 0
+    assert call(capsys, *train_arguments(bert, path, folder), "--method", method)[0] == 0
     (row,) = json.loads(call(capsys, "predict", folder, "--text", rows[0][0], "--cpu", "--json", "--probabilities")[1])
-    answering = transformers.pipeline("text-classification", str(folder / "adapter"), device="cpu", top_k=None)
+    adapter = model = str(folder / "adapter")
+    if method == "lora":
+        labels = transformers.AutoConfig.from_pretrained(folder / "adapter" / "labels")
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(adapter, config=labels)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(adapter)
+    answering = transformers.pipeline("text-classification", model, tokenizer=tokenizer, device="cpu", top_k=None)
     (found,) = answering([rows[0][0]])
     assert {each["label"]: pytest.approx(each["score"], rel=1e-5) for each in found} == {
         name: row[f"probability_{name}"] for name in ("low", "middle", "high")

@@ -1,4 +1,4 @@
-"""Whether the Hub can be reached: where it cannot, libraries ask for it again and again, for half a minute each time."""
+"""Whether the Hub can be reached: where it cannot, libraries ask for it again and again, half a minute each time."""
 
 import os
 import queue
@@ -12,7 +12,7 @@ PATIENCE = 3.0  # seconds
 
 
 def go_offline_without_network() -> None:
-    """Have the libraries that are imported from now on use what is on this machine alone, where the Hub is out of reach.
+    """Where the Hub is out of reach, have the libraries that are imported from now on use what is on this machine.
 
     Nothing happens where the user has said so already, or where a proxy is between.
     """

@@ -24,7 +24,7 @@ from loretta.tasks.base import Task
 from loretta.tasks.prompted import PromptedTask
 from loretta.training.checkpoints import DISK_STATUS
 from loretta.training.config import RunConfig
-from loretta.training.folder import ADAPTER, PREDICTIONS, RECORD, Place
+from loretta.training.folder import ADAPTER, LABELS, PREDICTIONS, RECORD, Place
 from loretta.training.forms import form_of
 from loretta.training.model import TASK_TYPES, Trained
 from loretta.training.prompted import PromptedTrainer
@@ -130,6 +130,10 @@ def write_result(
         own.label_names = list(task.label_names)
     model.save_pretrained(str(folder / ADAPTER), state_dict=weights)
     save_tokenizer(trainer, config, folder / ADAPTER)
+    if isinstance(model, PeftModel) and TASK_TYPES[task.kind] != "CAUSAL_LM":
+        # PEFT's files have no place for names of labels, and pipelines read the base's config: this one says all of it
+        base: Any = model.get_base_model()
+        base.config.save_pretrained(str(folder / ADAPTER / LABELS))
     if scored.rows:
         (folder / PREDICTIONS).write_text(as_json_lines(scored.rows), encoding="utf-8")
     record = RunRecord(

@@ -15,7 +15,7 @@ from loretta.training.config import RunConfig, recorded_config
 
 logger = logging.getLogger(__name__)
 
-ADAPTER, CHECKPOINTS, TENSORBOARD = "adapter", "checkpoints", "tensorboard"
+ADAPTER, LABELS, CHECKPOINTS, TENSORBOARD = "adapter", "labels", "checkpoints", "tensorboard"
 CONFIG, RECORD, PREDICTIONS, REPORT = "config.json", "run.json", "predictions.jsonl", "report.html"
 
 
