@@ -27,7 +27,8 @@ def from_pretrained(auto: Any, source: str, **wanted: Any) -> Any:
     """
     with _in_words():
         with suppress(OSError):  # some tokenizers have no configuration beside them
-            _check_counts(PreTrainedConfig.get_config_dict(source)[0])
+            local = wanted.get("local_files_only", False)
+            _check_counts(PreTrainedConfig.get_config_dict(source, local_files_only=local)[0])
         return auto.from_pretrained(source, **_NO_CODE, **wanted)
 
 

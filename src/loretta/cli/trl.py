@@ -64,6 +64,8 @@ def trl(
         raise InputError("--use_peft is TRL's LoRA: leave it out, --method says what is trained (lora is one of them)")
     if model_args.model_name_or_path is None:
         raise InputError(f"`loretta trl {command}` needs a model: give --model_name_or_path")
+    if training_args.trust_remote_code:
+        raise InputError("--trust_remote_code: loretta runs no code of a model: leave it out, or use `trl` itself")
     set_seed(training_args.seed)  # a new adapter is random
     # TRL's trainers take a model that is ready where their scripts hand on the name of one
     model_args.model_name_or_path = _adapted(
@@ -71,16 +73,16 @@ def trl(
         kind="regression" if command == "reward" else "chat",
         method=chosen.method,
         options=dict(parse_option(word) for word in ([chosen.set] if isinstance(chosen.set, str) else chosen.set)),
-        trust_remote_code=training_args.trust_remote_code,
     )
     script.main(script_args, training_args, model_args, dataset_args)
 
 
-def _adapted(given: "ModelConfig", *, kind: str, method: str, options: dict[str, Any], trust_remote_code: bool) -> Any:
+def _adapted(given: "ModelConfig", *, kind: str, method: str, options: dict[str, Any]) -> Any:
     """The model that TRL would load, with an adapter."""
     import transformers
     from trl import get_quantization_config
 
+    from loretta.pretrained import NotLoaded, from_pretrained
     from loretta.training.model import TASK_TYPES, not_loaded, wrap
     from loretta.tuners.task_types import AUTO_CLASSES
 
@@ -89,14 +91,14 @@ def _adapted(given: "ModelConfig", *, kind: str, method: str, options: dict[str,
     if quantization is not None:
         more["quantization_config"] = quantization
     try:
-        base = getattr(transformers, AUTO_CLASSES[TASK_TYPES[kind]]).from_pretrained(
-            given.model_name_or_path,
+        base = from_pretrained(
+            getattr(transformers, AUTO_CLASSES[TASK_TYPES[kind]]),
+            str(given.model_name_or_path),
             revision=given.model_revision,
             attn_implementation=given.attn_implementation,
             dtype=given.dtype,
-            trust_remote_code=trust_remote_code,
             **more,
         )
-    except (OSError, ValueError) as error:
+    except NotLoaded as error:
         raise InputError(not_loaded(str(given.model_name_or_path), "model", error)) from None
     return wrap(base, method, kind, options)
