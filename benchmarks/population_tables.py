@@ -90,7 +90,7 @@ def population_cpu_table() -> str:
         one = next(o for o in rows if o["how"] == "alone" and _compared(o) == _compared(row))
         seconds, ratio = row["processor_s"] / row["members"], one["processor_s"] / one["members"]
         judged = "" if row is one else f"1: {verdict(ratio / seconds >= 1)}"
-        how = "alone" if row is one else f"together, {row['parts']} parts"
+        how = "alone" if row is one else "together"
         lines.append(
             [row["task"], row["method"], row["members"], how, f"{seconds:.1f}", f"{ratio / seconds:.2f}", judged]
         )

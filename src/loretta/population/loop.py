@@ -83,13 +83,19 @@ class Rules:
             factors.append([schedule(step) for step in range(self.steps + 1)])
             trainer.optimizer = trainer.lr_scheduler = None
         self.factors = torch.tensor(factors, dtype=torch.float64)  # (P, steps + 1)
-        self.orders = [member.trainer._get_train_sampler() for member in members]
+        # members of one seed see the same data in the same order
+        self.orders = {
+            (member.config.seed, id(member.encoded["train"])): member.trainer._get_train_sampler() for member in members
+        }
+        self.order_of = [(member.config.seed, id(member.encoded["train"])) for member in members]
 
     def order(self, epoch: int) -> Tensor:
         """(P, examples): the order of each member's examples."""
-        for order in self.orders:
+        found = {}
+        for key, order in self.orders.items():
             order.set_epoch(epoch)  # type: ignore[attr-defined]
-        return torch.tensor([list(order) for order in self.orders])
+            found[key] = torch.tensor(list(order))
+        return torch.stack([found[key] for key in self.order_of])
 
     def of_numbers(self, population: Population, which: int) -> Tensor:
         """The learning rates (0) or weight decays (1): (P, 1), or (P, N) where they differ within a member."""
