@@ -11,7 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from copy import copy
 from dataclasses import dataclass
 from typing import Any
@@ -295,7 +295,11 @@ class Loop:
 
     def evaluate(self) -> list[dict[str, float]]:
         """The scores of each member on its validation split, by the Trainer's names."""
-        return [output.metrics or {} for output in self._score("validation", self.rows["validation"], "eval")]
+        with self._recordable():
+            return [output.metrics or {} for output in self._score("validation", self.rows["validation"], "eval")]
+
+    def _recordable(self) -> AbstractContextManager[None]:
+        return nullcontext() if self.scoring is None else Recorder.stream()
 
     @torch.no_grad()
     def answers(self, split: str) -> list[PredictionOutput]:
@@ -303,7 +307,7 @@ class Loop:
         keeps_best = [bool(member.trainer.state.best_global_step) for member in self.members]
         now, best = self.population.values.clone(), torch.tensor(keeps_best, device=self.device)[:, None]
         rows = self.rows.get(split) or self._rows_of(split)
-        with nullcontext() if self.scoring is None else Recorder.stream():
+        with self._recordable():
             self.population.values.copy_(torch.where(best, self.best, now))
             try:
                 return self._score(split, rows, split)

@@ -23,8 +23,12 @@ class Recorder:
     @staticmethod
     @contextmanager
     def stream() -> Iterator[None]:
-        """A stream for all of a training: nothing can be recorded of what depends on the default stream."""
-        outer, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        """A stream beside the default one, of whose work nothing can be recorded; the one of an outer call, if any."""
+        outer = torch.cuda.current_stream()
+        if outer != torch.cuda.default_stream():
+            yield
+            return
+        side = torch.cuda.Stream()
         side.wait_stream(outer)
         try:
             with torch.cuda.stream(side):
@@ -53,12 +57,12 @@ class Recorder:
                 finally:
                     torch.cuda.set_sync_debug_mode(mode)
         except RuntimeError as error:
+            generator.graphsafe_set_state(random)  # the state of an unfinished recording refuses to go on
             if "captur" in str(error):
                 raise InputError(
                     f"a step of this model waits for the GPU and spoils its recording ({short(error)}): "
                     "train it without CUDA graphs"
                 ) from error
-            generator.graphsafe_set_state(random)  # the state of an unfinished recording refuses to go on
             raise
 
         def replay() -> tuple[Tensor, Tensor | None]:
