@@ -4,6 +4,7 @@ Each run, export and checkpoint has such a list in a file of its own, with the s
 file that is on no list, or has changed since, is somebody else's.
 """
 
+import fnmatch
 import hashlib
 import os
 import stat
@@ -26,6 +27,9 @@ NEXT = ".next"
 PARTS = ("checkpoints", "checkpoints/*", NEXT, f"{NEXT}/checkpoints", f"{NEXT}/checkpoints/*")
 # these grow as long as a run goes on, and no list can hold them
 LOGS = ("tensorboard", "events.out.tfevents.")
+# single files beside the parts of a run; what is on the list of a run, a checkpoint, an adapter, a model, a demo
+PAGES = ("report.html", "table.md")
+WHOLE = {"run.json", "config.json", "adapter_config.json", "trainer_state.json", "demo.json"}
 MAX_NAMES = 8  # of files that an error message lists
 
 
@@ -118,11 +122,17 @@ def forget(file: Path) -> None:
 
 
 def refuse_to_replace(
-    folder: Path, *, option: str, keep: Iterable[str | Path | None] = (), inside: Sequence[str] = ()
+    folder: Path,
+    *,
+    option: str,
+    keep: Iterable[str | Path | None] = (),
+    inside: Sequence[str] = (),
+    kind: str | None = None,
 ) -> None:
     """Raise InputError unless all that a folder holds, or a file, was written by LoRETTA and may go.
 
-    Never the working directory, one of ``keep`` (the model and the data, where they are paths), or a parent of these.
+    Never the working directory, one of ``keep`` (the model and the data, where they are paths), or a parent of these;
+    and nothing of another kind: a file on the list must fit the pattern ``kind``.
     """
     for given in (Path.cwd(), *keep):
         if given is not None and _is_or_holds(folder, Path(given)):
@@ -134,6 +144,25 @@ def refuse_to_replace(
             f"'{folder}' holds files that loretta did not write, or that have changed since "
             f"({', '.join(foreign[:MAX_NAMES])}{more}): move them away, or give {option}"
         )
+    if kind is not None and folder.is_dir() and not fnmatch.filter(names := read_list(folder), kind):
+        raise InputError(
+            f"'{folder}' holds what another command wrote ({', '.join(list(names)[:MAX_NAMES])}): give {option}"
+        )
+
+
+def refuse_to_replace_file(file: Path, *, option: str, overwrite: bool) -> None:
+    """Raise InputError where a file stands that LoRETTA did not write as one of its own, such as a part of a run.
+
+    With ``overwrite`` it may have changed since.
+    """
+    if not os.path.lexists(file):
+        return
+    listed = read_list(file.parent)
+    is_part = file.name not in PAGES and not WHOLE.isdisjoint(listed)
+    if file.name not in listed or is_part or not file.is_file():
+        raise InputError(f"'{file}' was not written by this command, and is not replaced: give {option}")
+    if not overwrite and find_foreign(file):
+        raise InputError(f"'{file}' is not as loretta wrote it: give {option}, or replace it with --overwrite")
 
 
 @contextmanager

@@ -119,7 +119,7 @@ def test_training_leaves_what_is_not_ours(layout, finished, bert, reviews, capsy
         assert content_of(*mine) == before
 
 
-def test_reports_and_predictions_replace_no_file_of_others_on_their_own(finished, reviews, capsys, tmp_path):
+def test_reports_and_predictions_replace_no_file_but_their_own(finished, reviews, capsys, tmp_path):
     run, _ = finished
     rows, notes, link = tmp_path / "rows.csv", tmp_path / "notes.md", tmp_path / "link.csv"
     shutil.copy(reviews, rows)
@@ -129,10 +129,14 @@ def test_reports_and_predictions_replace_no_file_of_others_on_their_own(finished
     for arguments in (
         ("predict", run, rows, "--cpu", "-o", rows, "--overwrite"),  # onto its own input
         ("predict", run, rows, "--cpu", "-o", link, "--overwrite"),
+        ("predict", run, "--text", "a", "-o", rows, "--overwrite"),  # any other file, such as the training data
+        ("predict", run, "--text", "a", "-o", run / "predictions.jsonl", "--overwrite"),
         ("report", run, "-o", notes),
-        ("report", run, "-o", link),
-        ("report", run, "-o", run / "adapter" / "README.md"),
+        ("report", run, "-o", link, "--overwrite"),
+        ("report", run, "-o", run / "adapter" / "README.md", "--overwrite"),
+        ("report", run, "-o", next(run.glob("checkpoints/*/trainer_state.json")), "--overwrite"),
         ("report", run, "-o", run / "run.json"),
+        ("export", run, "--to", "merged", "-o", run, "--overwrite"),
     ):
         status, _, err = call(capsys, *arguments)
         assert_refused(status, err, [])

@@ -1,5 +1,6 @@
 """``loretta predict``."""
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -10,8 +11,8 @@ import typer
 from loretta.cli.options import Cpu, Json, MaxNewTokens, Model, RunFolder, Temperature, TopP
 from loretta.cli.output import print_json, say
 from loretta.errors import InputError
-from loretta.files import write_whole
 from loretta.locks import hold_file
+from loretta.owned import refuse_to_replace_file, write_listed
 from loretta.wording import as_json_lines
 
 
@@ -27,7 +28,9 @@ def predict(
     top_p: TopP = None,
     model: Model = None,
     cpu: Cpu = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --output.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what an earlier call wrote to --output.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Load a run's adapter again and apply it to new text.
@@ -66,7 +69,9 @@ def predict(
         ]
         if output is not None:
             with _saying_why(output):
-                write_whole(output, _table(rows) if output.suffix == ".csv" else as_json_lines(rows))
+                content = _table(rows) if output.suffix == ".csv" else as_json_lines(rows)
+                # a link goes on leading where it leads
+                write_listed(Path(os.path.realpath(output)), content, overwrite=overwrite)
             say(f"{len(rows):,} rows written to {output}", err=True)
     if as_json:
         print_json(rows)
@@ -118,6 +123,7 @@ def _check_output(output: Path, file: Path | None, *, overwrite: bool) -> None:
         raise InputError(f"--output '{output}' is the file to predict: give another")
     if output.exists() and not overwrite:
         raise InputError(f"--output '{output}' exists: replace it with --overwrite, or give another file")
+    refuse_to_replace_file(Path(os.path.realpath(output)), option="another file with --output", overwrite=overwrite)
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -9,7 +9,7 @@ import typer
 from loretta.cli.options import Json
 from loretta.cli.output import answer, say
 from loretta.errors import InputError
-from loretta.owned import find_foreign, write_listed
+from loretta.owned import refuse_to_replace_file, write_listed
 
 
 def report(
@@ -24,7 +24,7 @@ def report(
         typer.Option("--format", metavar="html|md|csv|json|latex", help="Default: by the file's ending, or html."),
     ] = None,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a file that loretta did not write, too.")
+        bool, typer.Option("--overwrite", help="Replace an earlier report though it was edited since.")
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -48,10 +48,7 @@ def report(
         raise InputError(f"--output '{given}' has the name of a file of a run: give another")
     if file.is_dir():
         raise InputError(f"--output '{given}' is a folder: give a file")
-    if not overwrite and file.exists() and find_foreign(file):
-        raise InputError(
-            f"--output '{given}' is not as loretta wrote it: give another file, or replace it with --overwrite"
-        )
+    refuse_to_replace_file(file, option="another file with --output", overwrite=overwrite)
     content = report_on(runs, form)
     try:
         # replace: half a surrogate pair in a config must not cost the user the page

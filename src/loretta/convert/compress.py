@@ -186,7 +186,7 @@ def _check_output(out: Path, saved: SavedAdapter, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise InputError(f"'{out}' is not empty: give another folder with -o, or replace it with --overwrite")
-    refuse_to_replace(out, option="another folder with -o", keep=(saved.folder, saved.base))
+    refuse_to_replace(out, option="another folder with -o", keep=(saved.folder, saved.base), kind=CONFIG)
 
 
 def _size(update: Update) -> tuple[int, int]:

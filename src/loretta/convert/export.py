@@ -3,15 +3,16 @@
 from pathlib import Path
 
 from loretta.convert.gguf import export_gguf_lora
-from loretta.convert.load import find_adapter
+from loretta.convert.load import CONFIG, find_adapter
 from loretta.convert.lora import export_lora
 from loretta.convert.merged import export_merged
 from loretta.convert.rep_adapter import check_method
-from loretta.convert.written import Export, check_place, holding
+from loretta.convert.written import MODEL, Export, check_place, holding
 from loretta.errors import InputError
 from loretta.locks import refuse_held
 
 FORMATS = ("lora", "merged", "gguf-lora")
+KINDS = {"lora": CONFIG, "merged": MODEL, "gguf-lora": None}  # what an earlier one has on its list
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -40,7 +41,7 @@ def export(
     if out.resolve() in {path.resolve() for path in (adapter, saved.folder, Path(saved.base))}:
         raise InputError(f"'{out}' is what is to be exported: give another folder to write to")
     is_file = to == "gguf-lora"
-    check_place(out, file=is_file, overwrite=overwrite, keep=(adapter, saved.folder, saved.base))
+    check_place(out, file=is_file, overwrite=overwrite, keep=(adapter, saved.folder, saved.base), kind=KINDS[to])
     if to != "merged" and saved.config.get("modules_to_save"):
         dtype = "float32"  # heads take the dtype of the base model, and must not be rounded to that of its checkpoint
     with holding(out, file=is_file):

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from loretta.convert.load import PREFIX, WEIGHTS
+from loretta.convert.load import CONFIG, PREFIX, WEIGHTS
 from loretta.convert.rep_adapter import lora_pair, read_adapter, trained_norms
 from loretta.convert.written import Export, own_memory, report_of, writing
 from loretta.errors import InputError
@@ -76,7 +76,8 @@ def export_lora(
     for name, wrapper in copies.items():
         state = _dense_copy(wrapper, adapter_name).state_dict()
         tensors |= {f"{PREFIX}{name}.{key}": value for key, value in state.items()}
-    with writing(Path(folder), file=False, overwrite=overwrite, keep=[getattr(base, "name_or_path", None)]) as new:
+    keep = [getattr(base, "name_or_path", None)]
+    with writing(Path(folder), file=False, overwrite=overwrite, keep=keep, kind=CONFIG) as new:
         lora.save_pretrained(str(new))
         save_file({key: own_memory(value) for key, value in tensors.items()}, new / WEIGHTS, metadata={"format": "pt"})
     dtype = next(iter(pairs.values()))[0].dtype

@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 
 from loretta.convert.rep_adapter import read_adapter, tied_to_embeddings, trained_norms
-from loretta.convert.written import Export, check_place, report_of, writing
+from loretta.convert.written import MODEL, Export, check_place, report_of, writing
 from loretta.errors import InputError
 
 
@@ -33,7 +33,7 @@ def export_merged(
             "change both: export with --to lora"
         )
     base = getattr(model.get_base_model(), "name_or_path", None)
-    check_place(Path(folder), file=False, overwrite=overwrite, keep=[base])
+    check_place(Path(folder), file=False, overwrite=overwrite, keep=[base], kind=MODEL)
     ranks = {name: layer.factors(adapter_name)[0].shape[1] for name, layer in layers.items()}
     before = get_peft_model_state_dict(model, adapter_name=adapter_name)
     whole = list(dict.fromkeys([*trained_norms(model, adapter_name), *copies]))
@@ -43,7 +43,7 @@ def export_merged(
         merged = cast(Any, model).merge_and_unload(safe_merge=True, adapter_names=[adapter_name])
     except ValueError as error:
         raise InputError(f"the adapter {adapter_name!r} cannot be merged: {error}") from None
-    with writing(Path(folder), file=False, overwrite=overwrite) as new:
+    with writing(Path(folder), file=False, overwrite=overwrite, kind=MODEL) as new:
         merged.save_pretrained(str(new))
         if tokenizer is not None:
             tokenizer.save_pretrained(str(new))

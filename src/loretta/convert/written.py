@@ -15,6 +15,8 @@ from loretta.errors import InputError
 from loretta.locks import hold, hold_file
 from loretta.owned import building, is_free, refuse_to_replace
 
+MODEL = "model*.safetensors"  # what is on the list of a folder that holds a whole model
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Export:
@@ -29,8 +31,13 @@ class Export:
     bytes_after: int
 
 
-def check_place(out: Path, *, file: bool, overwrite: bool, keep: Collection[str | Path | None] = ()) -> None:
-    """Refuse to write over anything but, with ``overwrite``, what LoRETTA wrote; never over one of ``keep``."""
+def check_place(
+    out: Path, *, file: bool, overwrite: bool, keep: Collection[str | Path | None] = (), kind: str | None = None
+) -> None:
+    """Refuse to write over anything but, with ``overwrite``, what LoRETTA wrote; never over one of ``keep``.
+
+    ``kind`` as for :func:`loretta.owned.refuse_to_replace`.
+    """
     if file and (out.suffix != ".gguf" or out.is_dir()):
         raise InputError(f"'{out}' must be a file whose name ends in .gguf")
     if not file and out.exists() and not out.is_dir():
@@ -39,7 +46,7 @@ def check_place(out: Path, *, file: bool, overwrite: bool, keep: Collection[str 
         return
     if not overwrite:
         raise InputError(f"'{out}' exists and is not empty: give another place, or replace it with --overwrite")
-    refuse_to_replace(out, option="another place", keep=keep)
+    refuse_to_replace(out, option="another place", keep=keep, kind=kind)
 
 
 @contextmanager
@@ -64,10 +71,12 @@ def holding(out: Path, *, file: bool) -> Iterator[None]:
 
 
 @contextmanager
-def writing(out: Path, *, file: bool, overwrite: bool, keep: Collection[str | Path | None] = ()) -> Iterator[Path]:
+def writing(
+    out: Path, *, file: bool, overwrite: bool, keep: Collection[str | Path | None] = (), kind: str | None = None
+) -> Iterator[Path]:
     """A path to write to, whose content takes the place of ``out`` once all is written; until then nothing changes."""
     with holding(out, file=file):
-        check_place(out, file=file, overwrite=overwrite, keep=keep)
+        check_place(out, file=file, overwrite=overwrite, keep=keep, kind=kind)
         out = Path(os.path.realpath(out))  # a link goes on leading where it leads
         folder, last = (out.parent, [out.name]) if file else (out, [CONFIG, "config.json"])
         with building(folder, last=last, option="another place", keep=file) as new:

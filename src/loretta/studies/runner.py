@@ -79,6 +79,8 @@ def run_study(
     _refuse_other_options(root, expansion.runs)
     _refuse_missing_weights(root, study, expansion)
     _refuse_prompts_for_encoders(study, expansion.runs)
+    if root.exists() and not root.is_dir():
+        raise InputError(f"the output '{root}' is a file: give a folder with --output")
     root.mkdir(parents=True, exist_ok=True)
     tried: dict[str, Outcome] = {}
     with stopping_at_signals(*STOPPED), closing(find_workers(root, jobs, ray, ray_gpus)) as workers:
