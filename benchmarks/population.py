@@ -45,6 +45,8 @@ from loretta.training.trainer import TwoRateTrainer
 
 RATES = (5e-4, 1e-3, 2e-3, 5e-3)
 TOKENS = 256  # of each LLaMA member
+# norms of all members by one kernel, and short rows beside each other in attention
+KERNELS = {"plain": (False, False), "norms": (True, False), "attention": (False, True), "both": (True, True)}
 
 
 def config(args: argparse.Namespace, folder: str, method: str, task: str, member: int, epochs: float, **kwargs: Any):
@@ -209,17 +211,17 @@ def profiled(args: argparse.Namespace, method: str, task: str, size: int, *, gra
         "step_ms": 100 * wall,
         "busy_ms": sum(getattr(event, time_of) for event in events) / steps / 1000,
         "processor_ms": 100 * launched,
-        "kernels": sum(event.count for event in events) / steps,
+        "launches": sum(event.count for event in events) / steps,
         "parts": len(tokens) / 20,
         "tokens": sum(tokens) / 20,
-        "loss": found.loss.mean().item(),
+        "loss": statistics.mean(member.trainer.state.log_history[-1]["loss"] for member in found.members),
     }
 
 
 def case_of(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(
         row.get(name)
-        for name in ("part", "task", "model", "layers", "method", "members", "how", "graph", "pieces", "norms")
+        for name in ("part", "task", "model", "layers", "method", "members", "how", "graph", "pieces", "kernels")
     )
 
 
@@ -231,9 +233,9 @@ def minilm(args: argparse.Namespace, save: Any) -> None:
                 save({**common, "members": 1, "how": "alone", "graph": graph, **alone(args, method, task, graph=graph)})
             how = {"how": "together", "graph": args.graphs[-1], "pieces": args.pieces}
             for size in args.sizes:
-                for norms in args.norms:
-                    MemberNorm.fused = norms == "kernel"
-                    row = {**common, **how, "members": size, "norms": norms}
+                for kernels in args.kernels:
+                    MemberNorm.fused, Population.packs = KERNELS[kernels]
+                    row = {**common, **how, "members": size, "kernels": kernels}
                     if args.profile:
                         row["part"] = "profile"
                     save(row | (profiled if args.profile else together)(args, method, task, size, graph=how["graph"]))
@@ -315,7 +317,9 @@ def main() -> None:
     parser.add_argument("--graphs", nargs="*", type=lambda word: word == "yes", help="no, yes, or both in this order")
     parser.add_argument("--seconds", type=float, default=None, help="start nothing new after so many")
     parser.add_argument("--pieces", type=int, default=loop.PIECES, help="of a batch, of which its parts are made")
-    parser.add_argument("--norms", nargs="*", default=["kernel" if MemberNorm.fused else "plain"], help="or both")
+    kinds = {now: name for name, now in KERNELS.items()}
+    default = kinds[MemberNorm.fused, Population.packs]
+    parser.add_argument("--kernels", nargs="*", default=[default], choices=KERNELS, help="where they replace torch's")
     parser.add_argument("--profile", action="store_true", help="look at steps, and train nothing to its end")
     parser.add_argument("--layers", type=int, default=None, help="of the LLaMA, to be quick; default: all it has")
     parser.add_argument("--llama-methods", nargs="*", default=["lora q,v", "rep q,v", "adp"])

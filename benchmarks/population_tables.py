@@ -29,7 +29,7 @@ def population_table(name: str = "population") -> str:
         lines.append(
             [
                 case,
-                _with_norms(row, rows),
+                _with_kernels(row, rows),
                 graph,
                 row["members"],
                 *(f"{r:,.0f}" for r in rates),
@@ -45,10 +45,10 @@ def population_table(name: str = "population") -> str:
     return source(rows[0]) + table(head, lines, numbers_from=3) if rows else NOT_MEASURED
 
 
-def _with_norms(row: Row, rows: list[Row]) -> str:
-    """The method, and how the members' norms are computed where the file compares that."""
-    kinds = {other["norms"] for other in rows if other.get("norms")}
-    return f"{row['method']}, {row['norms']} norms" if len(kinds) > 1 else row["method"]
+def _with_kernels(row: Row, rows: list[Row]) -> str:
+    """The method, and where kernels of our own compute, if the file compares that."""
+    kinds = {other["kernels"] for other in rows if other.get("kernels")}
+    return f"{row['method']}, {row['kernels']}" if len(kinds) > 1 and "kernels" in row else row["method"]
 
 
 def population_split_table(name: str) -> str:
@@ -60,7 +60,7 @@ def population_split_table(name: str) -> str:
         parts = [f"{row['split_s'][part]:.1f}" for part in ("start", "recording", "steps", "evaluation", "saving")]
         rate, ratio = row["whole_examples_per_s"], row["whole_examples_per_s"] / one["whole_examples_per_s"]
         members = "alone" if row is one else row["members"]
-        lines.append([row["task"], _with_norms(row, rows), members, *parts, f"{rate:,.0f}", f"{ratio:.1f}"])
+        lines.append([row["task"], _with_kernels(row, rows), members, *parts, f"{rate:,.0f}", f"{ratio:.1f}"])
     head = (
         "task | method | members | start, s | recording | steps | evaluation | saving | examples/s of it all | "
         "times as fast"
@@ -73,8 +73,8 @@ def population_step_table(name: str) -> str:
     rows = [row for row in results(name) if row["part"] == "profile"]
     lines = [
         [
-            row["task"], _with_norms(row, rows), row["members"], f"{row['step_ms']:.1f}", f"{row['busy_ms']:.1f}",
-            f"{row['processor_ms']:.1f}", f"{row['kernels']:,.0f}", f"{row['parts']:.2f}", f"{row['tokens']:,.0f}",
+            row["task"], _with_kernels(row, rows), row["members"], f"{row['step_ms']:.1f}", f"{row['busy_ms']:.1f}",
+            f"{row['processor_ms']:.1f}", f"{row['launches']:,.0f}", f"{row['parts']:.2f}", f"{row['tokens']:,.0f}",
         ]
         for row in rows
     ]  # fmt: skip

@@ -221,6 +221,23 @@ def test_a_released_member_is_the_ordinary_model(method):
     assert_near("afterwards", again, alone[0](input_ids=ids[:ROWS], attention_mask=mask[:ROWS]).logits)
 
 
+def test_short_rows_are_laid_beside_each_other_in_attention():
+    """Of 12 rows of 7 tokens 6 fit into 64 tokens: the same logits and gradients, in another shape."""
+    together, _ = population(bert, "rep", [{}] * SIZE)
+    ids, mask, labels = batch(0, causal=False)
+    found, shapes = [], []
+    for packs in (False, True):
+        together.packs = packs
+        with Operations() as seen:
+            logits = together(input_ids=ids, attention_mask=mask).logits
+        together.backward(losses(logits, ids, labels, False))
+        found.append((logits, together.gradient.clone()))
+        shapes.append({shape[-2] for name, shape in seen.results if "attention" in name and len(shape) == 4})
+    assert shapes == [{7}, {42}]
+    for name, got, expected in zip(("logits", "gradient"), found[1], found[0], strict=True):
+        assert_near(name, got, expected)
+
+
 def test_a_member_that_diverges_disturbs_no_other():
     together, _ = population(bert, "rep", [{}] * SIZE)
     ours = MemberAdamW(together.values, together.gradient, rates=torch.full((SIZE, 1), 1e-2), decays=torch.zeros(3, 1))
@@ -262,15 +279,19 @@ def _with_read_weights(layer, x):
 
 
 class Operations(TorchDispatchMode):
-    """The names of the operations that run."""
+    """The names of the operations that run, and the shapes of their first results."""
 
     def __init__(self):
         super().__init__()
-        self.names = set()
+        self.names, self.results = set(), []
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        result = operation(*args, **(kwargs or {}))
         self.names.add(str(operation))
-        return operation(*args, **(kwargs or {}))
+        self.results += [
+            (str(operation), tuple(leaf.shape)) for leaf in tree_leaves(result)[:1] if torch.is_tensor(leaf)
+        ]
+        return result
 
 
 @pytest.mark.parametrize("method", ["rep", "adp", "shared"])

@@ -15,6 +15,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from loretta.errors import InputError
+from loretta.population.attention import PackedAttention
 from loretta.population.members import MemberIA3, MemberLinear, MemberNorm, Members, MemberVBLoRA
 from loretta.population.trains import MemberAdp, MemberRep, MemberTrains, SharedGroup, TrainGroup
 from loretta.tuners.contraction import Contraction
@@ -79,6 +80,8 @@ class Population(nn.Module):
         model: one wrapped model. Its modules are taken apart; :meth:`released` puts them together again.
         starts: of the members. All have the same parameters.
     """
+
+    packs = False  # whether short rows are laid beside each other in attention, which was not measured on a GPU so far
 
     def __init__(self, model: PeftModel, starts: Sequence[Start]) -> None:
         super().__init__()
@@ -201,7 +204,7 @@ class Population(nn.Module):
         # PEFT makes the mask of a prompt on the CPU, from where no recorded step can copy it
         prompted = self.values.device if self.model.active_peft_config.is_prompt_learning else nullcontext()
         try:
-            with prompted:
+            with prompted, PackedAttention() if self.packs else nullcontext():
                 return self.model(**inputs)
         finally:
             for group in self.groups:
