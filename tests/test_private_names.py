@@ -24,6 +24,9 @@ BY_OWNER = {
     "accelerate.hooks.add_hook_to_module": {
         "_hf_hook": PRESENT,
     },
+    "peft.config.PeftConfigMixin": {
+        "_get_peft_type": "(model_id, **hf_hub_download_kwargs)",
+    },
     "peft.tuners.tuners_utils.BaseTuner": {
         "_cast_adapter_dtype": "(self, adapter_name, autocast_adapter_dtype=True)",
         "_check_merge_allowed": "(self)",
@@ -170,6 +173,7 @@ OWNERS = {
     "_forward_hooks_always_called": "torch.nn.modules.module.Module",
     "_forward_pre_hooks": "torch.nn.modules.module.Module",
     "_get_available_adapters": "peft.tuners.tuners_utils.BaseTunerLayer",
+    "_get_peft_type": "peft.config.PeftConfigMixin",
     "_globalstep_last_logged": "transformers.trainer.Trainer",
     "_hf_hook": "accelerate.hooks.add_hook_to_module",
     "_is_hf_initialized": "transformers.modeling_utils.PreTrainedModel",

@@ -12,7 +12,7 @@ from loretta import InputError, get_peft_model
 # parts of a LLaMA's names, of what PEFT puts around them, of what our layers hold, and of what torch's modules have
 PARTS = ["layers", "norm", "q_proj", "model", "0", "weight", "base_layer", "modules_to_save"]
 OURS = ["up", "down", "values", "cores", "loretta_rep_down", "loretta_adp_bias", "keys", "training"]
-OUTSIDE = ["/tmp/x", "../x", "a/../../x", ".."]
+OUTSIDE = ["/tmp/x", "../x", "a/../../x", "..", "__base__"]
 
 
 @every_method

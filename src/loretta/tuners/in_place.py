@@ -1,24 +1,16 @@
 """Change the adapters of a wrapped model in place: another name, other weights."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any, cast
 
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 
 from loretta.errors import InputError
-from loretta.tuners.config import LorettaConfig
-from loretta.tuners.layer import LorettaLayer
 from loretta.tuners.model import LorettaModel
 from loretta.tuners.norms import values_as_changes
+from loretta.tuners.taken import check_takes_place, read_config, take_scale
 from loretta.tuners.tensors import check_not_merged
-
-# What may differ between an adapter and the one that takes its place: where it came from, and its scale.
-_MAY_DIFFER = {
-    "auto_mapping", "base_model_name_or_path", "base_signature", "head_origins", "inference_mode", "init_weights",
-    "peft_version", "revision", "lora_alpha", "alpha_pattern", "use_rslora", "scaling",
-}  # fmt: skip
 
 
 def rename_adapter(model: PeftModel, old: str, new: str) -> None:
@@ -43,16 +35,8 @@ def hotswap_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "d
     if adapter_name not in model.peft_config:
         raise InputError(f"there is no adapter {adapter_name!r} to swap: loaded are {', '.join(model.peft_config)}")
     check_not_merged(model, adapter_name)
-    now, new = model.peft_config[adapter_name], PeftConfig.from_pretrained(str(folder), **load_kwargs)
-    if type(now) is not type(new) or not isinstance(new, LorettaConfig):
-        raise InputError(f"'{folder}' holds a {new.peft_type} adapter, and {adapter_name!r} is {now.peft_type}")
-    differ = [
-        f"{name}={getattr(new, name)!r} instead of {getattr(now, name)!r}"
-        for name in (field.name for field in dataclasses.fields(new))
-        if name not in _MAY_DIFFER and _comparable(getattr(now, name)) != _comparable(getattr(new, name))
-    ]
-    if differ:
-        raise InputError(f"the adapter in '{folder}' cannot take the place of {adapter_name!r}: {'; '.join(differ)}")
+    now, new = model.peft_config[adapter_name], read_config(folder, **load_kwargs)
+    check_takes_place(now, new, adapter_name, folder)
     values = values_as_changes(model, adapter_name, load_peft_weights(str(folder), device="cpu", **load_kwargs))
     expected = get_peft_model_state_dict(model, adapter_name=adapter_name)
     wrong = sorted(expected.keys() ^ values.keys())
@@ -63,13 +47,4 @@ def hotswap_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "d
             f"of another size, the first is '{wrong[0]}'"
         )
     set_peft_model_state_dict(model, values, adapter_name=adapter_name)
-    for module in model.modules():
-        if isinstance(module, LorettaLayer) and adapter_name in module.scaling:
-            module.set_scaling(adapter_name, new)
-    for name in ("lora_alpha", "alpha_pattern", "use_rslora", "scaling"):
-        if hasattr(new, name):
-            setattr(now, name, getattr(new, name))
-
-
-def _comparable(value: Any) -> Any:
-    return sorted(value) if isinstance(value, set | list | tuple) else value
+    take_scale(model, now, new, adapter_name)

@@ -38,6 +38,7 @@ from loretta.tuners.placement import (
     sign,
     unused_options,
 )
+from loretta.tuners.taken import take_over
 from loretta.tuners.tensors import check_not_merged, check_tensors
 from loretta.tuners.watch import Watch
 
@@ -372,6 +373,7 @@ class LorettaModel(BaseTuner):
                     f"and the file {what}; load it with '{base}'"
                 )
         check_tensors(model, adapter_name, loaded, own=expected.keys())
+        take_over(model, config, adapter_name)
         return loaded
 
 

@@ -37,6 +37,10 @@ def check_adapter_name(model: nn.Module, name: str) -> None:
     """
     if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
         raise InputError(f"an adapter cannot be called {name!r}: torch takes no such name for a module; choose another")
+    if name == "__base__":
+        raise InputError(
+            "an adapter cannot be called '__base__', which in adapter_names means no adapter; choose another"
+        )
     if os.path.isabs(name) or ".." in name.replace("\\", "/").split("/") or "\0" in name:
         raise InputError(
             f"an adapter cannot be called {name!r}: it is saved in a folder of its name, which would lie outside the "
