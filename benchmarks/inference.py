@@ -27,7 +27,7 @@ from loretta import serving
 
 BASE = "base"
 MERGED, SERVING = " merged", " serving"
-METHODS = [BASE, "rep q,v merged", "rep q,v", "rep q,v serving", "adp", "adp serving", "lora q,v"]
+METHODS = ["rep q,v merged", "rep q,v", "rep q,v serving", "adp", "adp serving", "lora q,v"]
 
 
 def decoding(model: nn.Module, config, batch: int, prompt: int, new: int, device: str):
@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("--shape", default="llama-7b", choices=SHAPES)
     parser.add_argument("--batches", default="1,32")
     parser.add_argument("--modes", default="graph,eager")
+    parser.add_argument("--methods", default=",".join(METHODS).replace("q,v", "q+v"), help="besides the base")
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=1)
@@ -111,7 +112,8 @@ def main() -> None:
         for batch in map(int, args.batches.split(",")):
             reference = None
             # the base once more at the end shows how far the machine itself moved
-            for method in [*METHODS, f"{BASE} again"]:
+            methods = [name.replace("q+v", "q,v") for name in args.methods.split(",")]
+            for method in [BASE, *methods, f"{BASE} again"]:
                 if mode == "graph" and method.endswith(SERVING):
                     continue
                 if time.monotonic() - begin > args.budget:

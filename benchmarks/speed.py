@@ -1,7 +1,8 @@
 """Time of a training step against the frozen floor, in one process: eager, compiled, or as one CUDA graph.
 
-"compile" is torch.compile as it is, "reduce-overhead" its mode with CUDA graphs of its own. Each row is written when it
-is measured, and nothing new is begun once the budget is spent.
+"compile" is torch.compile as it is, "reduce-overhead" its mode with CUDA graphs of its own. On a GPU a row also says
+how many kernels a step has and how long they take: one that takes much longer waits for the CPU. Each row is written
+when it is measured, and nothing new is begun once the budget is spent.
 
 The floor is the frozen base, forward and backward with only the gradient of its input. A method's step is forward,
 backward and a fused AdamW. Prints a table and writes JSON.
@@ -18,7 +19,7 @@ from pathlib import Path
 
 import torch
 from cases import METHODS, SHAPES, build_base, inputs, wrap
-from timing import about, captured, timed
+from timing import about, captured, kernels, timed
 from torch import nn
 
 from loretta.tuners.contraction import Contraction
@@ -89,6 +90,7 @@ def measure(base: nn.Module, args, method: str, mode: str, size: tuple[int, int]
         "trained": sum(parameter.numel() for parameter in trained),
         "peak_gib": (torch.cuda.max_memory_allocated() - weights) / 2**30 if args.device == "cuda" else None,
         "setup_s": time.perf_counter() - begin,
+        **(kernels(run) if args.device == "cuda" and mode != "graph" else {}),
     }
     del run, step, call
     if model is not base:

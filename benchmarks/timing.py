@@ -51,6 +51,18 @@ def timed(work: Callable[[], Any], times: int, device: str) -> list[float]:
     return [begin.elapsed_time(end) for begin, end in events]
 
 
+def kernels(work: Callable[[], Any]) -> dict[str, Any]:
+    """The kernels and copies that one call of ``work`` runs on the GPU, and their milliseconds; None if that fails."""
+    try:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            work()
+            torch.cuda.synchronize()
+    except RuntimeError:
+        return {"kernels": None, "gpu_ms": None}
+    found = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    return {"kernels": len(found), "gpu_ms": sum(event.self_device_time_total for event in found) / 1e3}
+
+
 def about(device: str, dtype: str) -> dict[str, Any]:
     """Versions and hardware, for the head of a result file."""
     return {

@@ -21,7 +21,7 @@ from tuners.wrapped import config_for, every_method, trainable, trained, wrap
 import loretta
 from loretta import get_peft_model
 from loretta.layers.shared import take_apart
-from loretta.tuners import contraction
+from loretta.tuners import joint
 from loretta.tuners.contraction import Contraction
 from loretta.tuners.layer import LorettaLayer, is_bare_linear
 
@@ -102,7 +102,7 @@ def contractions(monkeypatch) -> Counter:
     def counted_twice(kind: str) -> Callable:
         return counted(kind, counted(kind, take_apart))  # a shared train has two sides, as others are two trains
 
-    monkeypatch.setattr(contraction, "halves", counted("together", contraction.halves))
+    monkeypatch.setattr(joint, "halves", counted("together", joint.halves))
     monkeypatch.setattr("loretta.layers.trains.halves", counted("alone", loretta.layers.trains.halves))
     monkeypatch.setattr("loretta.tuners.shared.layer.take_apart", counted_twice("together"))
     monkeypatch.setattr("loretta.layers.shared.take_apart", counted_twice("alone"))

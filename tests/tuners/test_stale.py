@@ -21,7 +21,7 @@ from tuners.wrapped import config_for, every_method, shared_by_hand, trained, wr
 import loretta
 from loretta import InputError, get_peft_model
 from loretta.layers.shared import take_apart
-from loretta.tuners import contraction
+from loretta.tuners import contraction, joint
 from loretta.tuners.layer import LorettaLayer
 from loretta.tuners.shared import SharedLinear
 
@@ -192,7 +192,7 @@ def before_every_train(patch: pytest.MonkeyPatch, do: Callable[[], None]) -> Non
 
         return call
 
-    patch.setattr(contraction, "halves", then(contraction.halves))
+    patch.setattr(joint, "halves", then(joint.halves))
     patch.setattr("loretta.tuners.shared.layer.take_apart", then(then(take_apart)))
 
 

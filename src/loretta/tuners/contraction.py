@@ -9,137 +9,60 @@ within one ``generate``, which is one call to its caller, and within :func:`serv
 """
 
 import threading
-from collections import UserDict, defaultdict
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial, update_wrapper
+from itertools import count
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
 
 from loretta.errors import InputError
-from loretta.layers.trains import halves
 from loretta.tuners import calls, mixed
 from loretta.tuners.calls import Factors, Pair
+from loretta.tuners.joint import JointLayer, look_up, typed
 from loretta.tuners.kept import Kept
-from loretta.tuners.placement import Placement
+from loretta.tuners.scales import Scales
 
-Halves = tuple[Tensor, Tensor]
-# Where a parameter lies: a dictionary of modules, its key, and the parameter's name in that module. It is looked up
-# in every call, for functional_call, FSDP and others put another there.
-Place = tuple[nn.ModuleDict, str, str]
-
-# counts changes of the adapters, or of which are active, in any model: after one all groups are made anew
+# These count changes in any model: of the adapters or of which are active, after which all groups are made anew, and of
+# the adapters alone
 _changes = 0
+_changes_of_adapters = 0
 
 
-def note_change() -> None:
-    """Say that the adapters of a layer, or which of them are active, have changed."""
-    global _changes
+def note_change(*, activity_alone: bool = False) -> None:
+    """Say that the adapters of a layer have changed, or which of them are active (``activity_alone``)."""
+    global _changes, _changes_of_adapters
     _changes += 1
+    _changes_of_adapters += not activity_alone
 
 
-class Scales(UserDict[str, float]):
-    """The factor on the effect of each adapter: a number, and the same as a tensor.
-
-    Recordings (compiled or CUDA graphs) read the tensor, which is filled in place: another number needs no other
-    recording.
-    """
-
-    def __init__(self) -> None:
-        self.tensors: dict[str, Tensor] = {}
-        self.device = torch.device("cpu")
-        super().__init__()
-
-    def __setitem__(self, name: str, value: float) -> None:
-        super().__setitem__(name, value)
-        if name in self.tensors:
-            self.tensors[name].fill_(value)
-        else:
-            dtype = torch.float32 if self.device.type == "mps" else torch.float64  # mps has no float64
-            with torch.inference_mode(False):  # a call with gradients may use it later
-                self.tensors[name] = torch.tensor(value, dtype=dtype, device=self.device)
-
-    def __delitem__(self, name: str) -> None:
-        super().__delitem__(name)
-        del self.tensors[name]
-
-    def move(self, device: torch.device) -> None:
-        """Have the tensors on a device (not on meta, which holds no number)."""
-        if device.type != "meta" and device != self.device:
-            self.device, self.tensors = device, {}
-            self.update(self.data)
-
-    def of(self, name: str, like: Tensor) -> float | Tensor:
-        """The factor of one adapter, as what has to be multiplied with ``like`` now."""
-        return self.tensors[name].to(like.device, like.dtype) if calls.is_recorded() else self[name]
+_numbers = count(1)
+_seating = threading.Lock()
 
 
-class JointLayer(nn.Module):
-    """A layer whose trains are contracted with those of equal layers.
+@dataclass(slots=True)
+class _Seat:
+    """Where the pairs of trains of one adapter on one layer belong: those of a number are equal."""
 
-    A subclass says which trains it has (:meth:`active_pairs`), where their parameters lie
-    (:meth:`stacked_parameters`), with whose they may be stacked (:meth:`group_key`), and what it multiplies with
-    (:meth:`to_factors`). In its forward it takes the factors from :func:`find_factors`, or
-    contracts its own trains where that returns None.
-    """
-
-    placements: dict[str, Placement]
-    scaling: Scales
-    depth = 0  # of the frames between a call of the model and this layer, the last time
-
-    def active_pairs(self, adapter_names: Sequence[str] | None = None) -> Iterator[tuple[str, int]]:
-        """(adapter, number of the pair of trains) for each pair that the next forward pass will use.
-
-        Args:
-            adapter_names: those whose rows are in the batch; the active ones by default.
-        """
-        raise NotImplementedError
-
-    def stacked_parameters(self, adapter_name: str, pair: int) -> tuple[Place, ...]:
-        """Where the parameters of one pair lie, to be stacked with those of equal layers: down, up, any biases."""
-        raise NotImplementedError
-
-    def group_key(self, adapter_name: str, pair: int) -> Hashable:
-        """Pairs of layers with equal keys can be contracted together."""
-        raise NotImplementedError
-
-    def to_factors(self, adapter_name: str, down: Halves, up: Halves, biases: Sequence[Tensor]) -> Factors:
-        """The matrices that the layer multiplies with, from the halves of its trains; the last one gets the scale.
-
-        Dimensions in front of the last two stay in front: those of all layers of a group come at once.
-        """
-        raise NotImplementedError
-
-    @classmethod
-    def contract_together(
-        cls, pairs: Sequence[Pair], columns: Sequence[Sequence[Tensor]], scale: float | Tensor, dtype: torch.dtype
-    ) -> list[Factors]:
-        """The finished factors of equal pairs, in their order.
-
-        Args:
-            columns: the parameters that lie at :meth:`stacked_parameters`: all of the first, all of the second, ...
-            scale: of each pair, (M, 1, 1), or of all.
-        """
-        layer, name, _ = next(_typed(pairs))
-        placement = layer.placements[name]
-        down, up, *biases = (torch.stack(list(column)) for column in columns)
-        stacked = layer.to_factors(name, halves(down, placement.down), halves(up, placement.up), biases)
-        return list(zip(*(factor.unbind() for factor in finish(stacked, scale, dtype)), strict=True))
-
-    def working_dtype(self) -> torch.dtype:
-        """The dtype of activations here, which the factors get."""
-        raise NotImplementedError
+    numbers: tuple[int, ...]
+    scale: Tensor | None = None  # of all layers with these numbers
 
 
 class _Group:
-    """Equal pairs of trains."""
+    """Equal pairs of trains.
 
-    def __init__(self, pairs: Sequence[Pair]) -> None:
-        self.pairs = tuple(pairs)
-        places = [layer.stacked_parameters(name, pair) for layer, name, pair in _typed(self.pairs)]
+    Args:
+        scale: the factors of all as one tensor, where they are kept so.
+    """
+
+    def __init__(self, pairs: Sequence[Pair], scale: Tensor | None) -> None:
+        self.pairs, self.joint_scale = tuple(pairs), scale
+        places = [layer.stacked_parameters(name, pair) for layer, name, pair in typed(self.pairs)]
         self.columns = tuple(zip(*places, strict=True))  # all of the first parameters, all of the second, ...
         self._scale: tuple[tuple[float, ...], Tensor] | None = None
 
@@ -149,19 +72,21 @@ class _Group:
 
     def contract(self, columns: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> list[Factors]:
         """The factors of each pair, in its order."""
-        layer = next(_typed(self.pairs))[0]
+        layer = next(typed(self.pairs))[0]
         return layer.contract_together(self.pairs, columns, self._scale_of(columns[0][0]), dtype)
 
     def dtype(self) -> torch.dtype:
-        return next(_typed(self.pairs))[0].working_dtype()
+        return next(typed(self.pairs))[0].working_dtype()
 
     def scales(self) -> tuple[float, ...]:
-        return tuple(layer.scaling[name] for layer, name, _ in _typed(self.pairs))
+        return tuple(layer.scaling[name] for layer, name, _ in typed(self.pairs))
 
     def _scale_of(self, like: Tensor) -> float | Tensor:
         if calls.is_recorded():
-            tensors = [layer.scaling.tensors[name] for layer, name, _ in _typed(self.pairs)]
-            return torch.stack(tensors).to(like.device, like.dtype)[:, None, None]
+            scale = self.joint_scale
+            if scale is None:
+                scale = torch.stack([layer.scaling.tensors[name] for layer, name, _ in typed(self.pairs)])
+            return scale.to(like.device, like.dtype)[:, None, None]
         scales = self.scales()
         if len(set(scales)) == 1:
             return scales[0]
@@ -183,6 +108,7 @@ class Contraction:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._forget()
+        _contractions.add(self)
 
     @classmethod
     def attach(cls, model: nn.Module) -> None:
@@ -222,8 +148,12 @@ class Contraction:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._forget()
+        _contractions.add(self)
 
     def _forget(self) -> None:
+        self.seats: tuple[tuple[JointLayer, dict[str, _Seat]], ...] = ()
+        self.seated = -1  # at which of the changes of adapters
+        self.numbers: dict[Hashable, int] = {}
         self.grouped: dict[tuple[str, ...] | None, tuple[int, list[_Group]]] = {}  # by the names of a mixed batch
         self.served: Kept | None = None
         self.recomputed: tuple[int, Mapping[Pair, Factors]] | None = None
@@ -277,7 +207,7 @@ class Contraction:
                 try:
                     found = [(group, group.parameters()) for group in groups]
                 except (KeyError, AttributeError):
-                    pass  # somebody has changed adapters and not noted it
+                    self.seated = -1  # somebody has changed adapters and not noted it
                 else:
                     if all(_are_plain(column) for _, columns in found for column in columns):
                         return found
@@ -285,21 +215,61 @@ class Contraction:
 
     def _regroup(self) -> list[tuple[_Group, list[list[Tensor]]]]:
         changes, names = _changes if not torch.compiler.is_dynamo_compiling() else -1, mixed.named(self.model)
+        if torch.compiler.is_dynamo_compiling():
+            _seat_all()
+        else:
+            self.seat(joins=not calls.is_recorded())
         pairs: dict[Hashable, list[Pair]] = defaultdict(list)
-        for layer in self.model.modules():
-            if not isinstance(layer, JointLayer):
-                continue
+        scales: dict[Hashable, Tensor | None] = {}
+        for layer, seats in self.seats:
             for name, pair in layer.active_pairs(names):
                 tensors = look_up(layer.stacked_parameters(name, pair))
                 if _are_plain(tensors):
                     kinds = tuple((t.shape, t.dtype, t.device, t.requires_grad) for t in tensors)
-                    pairs[layer.group_key(name, pair), kinds].append((layer, name, pair))
-        groups = [_Group(equal) for equal in pairs.values()]
+                    seat = seats[name]
+                    key = seat.numbers[pair], kinds
+                    pairs[key].append((layer, name, pair))
+                    scales.setdefault(key, seat.scale)
+        groups = [_Group(equal, scales[key]) for key, equal in pairs.items()]
         if not torch.compiler.is_dynamo_compiling():
-            for layer, _, _ in (pair for group in groups for pair in group.pairs):
-                _contraction_of[layer] = ref(self)
+            for stacked, _, _ in (pair for group in groups for pair in group.pairs):
+                _contraction_of[stacked] = ref(self)
             self.grouped = {None: self.grouped.get(None, (-1, [])), names: (changes, groups)}  # one mixed batch
         return [(group, group.parameters()) for group in groups]
+
+    def seat(self, *, joins: bool, anew: bool = False) -> None:
+        """Number the layers' pairs of trains, equal ones alike, unless that has been done since the last change.
+
+        A number once given is not given to others, so a graph that was compiled for it can compare it alone.
+
+        Args:
+            joins: whether to keep the scales of equal pairs as one tensor: none can be made while a graph is recorded.
+            anew: look again, also where no change was noted.
+        """
+        if self.seated != _changes_of_adapters or anew:
+            with _seating:
+                self._seat(joins)
+
+    def _seat(self, joins: bool) -> None:
+        changes = _changes_of_adapters
+        numbers: dict[Hashable, int] = {}
+        alike: dict[tuple[tuple[int, ...], str, torch.device], list[tuple[JointLayer, _Seat]]] = defaultdict(list)
+        found: list[tuple[JointLayer, dict[str, _Seat]]] = []
+        for layer in self.model.modules():
+            if isinstance(layer, JointLayer):
+                found.append((layer, {}))
+                for name, pairs in layer.n_pairs.items():
+                    keys = [layer.group_key(name, pair) for pair in range(pairs)]
+                    for key in keys:
+                        numbers[key] = self.numbers.get(key) or numbers.get(key) or next(_numbers)
+                    seat = found[-1][1][name] = _Seat(tuple(numbers[key] for key in keys))
+                    alike[seat.numbers, name, layer.scaling.device].append((layer, seat))
+        for (_, name, _), equal in alike.items() if joins else []:
+            scale = Scales.join([layer.scaling for layer, _ in equal], name)
+            for _, seat in equal:
+                seat.scale = scale
+        self.seats, self.numbers = tuple(found), numbers
+        self.seated = changes if joins else -1
 
     def recompute(self) -> Mapping[Pair, Factors]:
         """The factors for the second pass of checkpointed blocks, contracted once in a backward pass.
@@ -316,12 +286,21 @@ class Contraction:
         return found[1]
 
 
+@torch.compiler.assume_constant_result
+def _seat_all() -> bool:
+    """:meth:`Contraction.seat` of all models, for Dynamo, which runs this while it traces and does not look into it."""
+    for contraction in list(_contractions):
+        contraction.seat(joins=True, anew=True)
+    return True
+
+
 class _Generating(threading.local):
     def __init__(self) -> None:
         self.kept: dict[Contraction, Kept] = {}
 
 
 _generating = _Generating()
+_contractions: "WeakSet[Contraction]" = WeakSet()
 _contraction_of: "WeakKeyDictionary[nn.Module, ref[Contraction]]" = WeakKeyDictionary()
 
 
@@ -367,28 +346,6 @@ def serving(model: nn.Module) -> Iterator[None]:
     finally:
         for contraction, served in zip(contractions, before, strict=True):
             contraction.served = served
-
-
-def look_up(places: Iterable[Place]) -> list[Tensor]:
-    """The parameters that lie at these places now."""
-    found = []
-    for modules, name, parameter in places:
-        module = modules._modules[name]
-        # a module is slow to ask for its parameters, and FSDP, a parametrization and functional_call put others there
-        tensor = module._parameters.get(parameter)
-        found.append(getattr(module, parameter) if tensor is None else tensor)
-    return found
-
-
-def finish(factors: Sequence[Tensor], scale: float | Tensor, dtype: torch.dtype) -> Factors:
-    """Scale the last factor, and cast all of them to the dtype in which the layer works."""
-    *others, last = factors
-    last = last if isinstance(scale, float) and scale == 1 else last * scale
-    return tuple(factor.to(dtype) for factor in (*others, last))
-
-
-def _typed(pairs: Sequence[Pair]) -> Iterator[tuple[JointLayer, str, int]]:
-    return iter(pairs)  # type: ignore[arg-type]
 
 
 def _are_plain(tensors: Sequence[Tensor]) -> bool:

@@ -16,9 +16,11 @@ from torch.nn.modules.module import _has_any_global_hook
 from loretta import quantizer_logs, tt
 from loretta.layers.trains import Cores
 from loretta.tuners.calls import Factors, hidden_from_checkpoints
-from loretta.tuners.contraction import JointLayer, Place, Scales, find_factors, finish, note_change
+from loretta.tuners.contraction import find_factors, note_change
+from loretta.tuners.joint import JointLayer, Place, finish
 from loretta.tuners.mixed import side_by_side
 from loretta.tuners.placement import Placement, require_linear
+from loretta.tuners.scales import Scales
 
 
 class LorettaLayer(JointLayer, BaseTunerLayer):
@@ -206,13 +208,13 @@ class LorettaLayer(JointLayer, BaseTunerLayer):
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_names, inference_mode=inference_mode)
-        note_change()
+        note_change(activity_alone=True)
 
     def enable_adapters(self, enabled: bool) -> None:
         super().enable_adapters(enabled)
         for copied in self.followers:
             copied.enable_adapters(enabled)
-        note_change()
+        note_change(activity_alone=True)
 
     @property
     def held(self) -> list[str]:

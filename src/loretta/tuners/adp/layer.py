@@ -16,7 +16,7 @@ from loretta.layers import fused
 from loretta.layers.trains import arranged, fold_bias, one_matrix_each
 from loretta.tuners.adp.config import LorettaAdpConfig
 from loretta.tuners.calls import Factors
-from loretta.tuners.contraction import Halves, Place
+from loretta.tuners.joint import Halves, Place
 from loretta.tuners.layer import LorettaLayer, is_bare_linear, lies_in_rows, parameter_of, works_in
 from loretta.tuners.placement import Placement
 
@@ -68,9 +68,12 @@ class AdpLinear(LorettaLayer):
         return {part: parameter_of(found[adapter_name], part) for part in ("down", "up")}
 
     def active_pairs(self, adapter_names: Sequence[str] | None = None) -> Iterator[tuple[str, int]]:
-        # dense matrices have nothing to contract, and to stack those of all layers would copy them
-        pairs = super().active_pairs(adapter_names)
-        return ((name, pair) for name, pair in pairs if len(self.placements[name].down.modes) > 1)
+        for name, pair in super().active_pairs(adapter_names):
+            if torch.compiler.is_dynamo_compiling():
+                self._is_relu(name)  # a graph then knows it, and another one is compiled when a hook is added
+            # dense matrices have nothing to contract, and to stack those of all layers would copy them
+            if len(self.placements[name].down.modes) > 1:
+                yield name, pair
 
     def stacked_parameters(self, adapter_name: str, pair: int) -> tuple[Place, ...]:
         trains, biases = super().stacked_parameters(adapter_name, pair), self.loretta_adp_bias

@@ -19,7 +19,8 @@ from loretta.errors import InputError
 from loretta.layers import fused
 from loretta.layers.trains import add_update, arranged, update_factors
 from loretta.tuners.calls import Factors
-from loretta.tuners.contraction import Halves, note_change
+from loretta.tuners.contraction import note_change
+from loretta.tuners.joint import Halves
 from loretta.tuners.layer import LorettaLayer, fitting, is_bare_linear, lies_in_rows, works_in
 from loretta.tuners.placement import Placement, rank_for
 from loretta.tuners.rep.config import LorettaRepConfig
@@ -170,7 +171,7 @@ class RepLinear(LorettaLayer):
                 continue
             self._add_to_base(self.get_delta_weight(name), name, safe=safe_merge)
             self.merged_adapters.append(name)
-            note_change()
+            note_change(activity_alone=True)
 
     def unmerge(self) -> None:
         """Subtract the merged updates again, the last one first."""
@@ -179,7 +180,7 @@ class RepLinear(LorettaLayer):
             return
         while self.merged_adapters:
             name = self.merged_adapters.pop()
-            note_change()
+            note_change(activity_alone=True)
             if name in self.n_pairs:
                 self._add_to_base(-self.get_delta_weight(name), name, safe=False)
 

@@ -11,9 +11,11 @@ from torch import Tensor, nn
 
 from loretta.errors import InputError
 from loretta.layers.shared import Parts, Seat, SharedCores, shared_factors, take_apart
+from loretta.layers.stacks import apart
 from loretta.layers.trains import arranged
 from loretta.tuners.calls import Factors, Pair, hidden_from_checkpoints
-from loretta.tuners.contraction import Place, finish, note_change
+from loretta.tuners.contraction import note_change
+from loretta.tuners.joint import Place, finish
 from loretta.tuners.placement import Placement
 from loretta.tuners.rep.layer import RepLinear
 from loretta.tuners.shared.config import LorettaSharedConfig
@@ -84,7 +86,11 @@ class SharedLinear(RepLinear):
         a_IR, b_MRO = arranged(*shared_factors(parts, seats))
         a_IR, b_MRO = (factor.to(device) for factor in finish((a_IR, b_MRO), scale, dtype))
         # A is the same for all, and unbound all the same: one kernel then sums its gradients
-        return list(zip(a_IR.expand(len(seats), *a_IR.shape).unbind(), b_MRO.unbind(), strict=True))
+        traced = torch.compiler.is_dynamo_compiling()
+        if traced:
+            (a_IR,) = apart(a_IR[None])  # computed once
+        each_RO = apart(b_MRO) if traced else b_MRO.unbind()
+        return list(zip(a_IR.expand(len(seats), *a_IR.shape).unbind(), each_RO, strict=True))
 
     def _contract_alone(self, adapter_name: str, pair: int) -> Factors:
         train = self._train(adapter_name, pair)

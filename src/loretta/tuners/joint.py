@@ -1,0 +1,99 @@
+"""The layers whose trains are contracted together: what such a layer says of itself, and what is made of equal ones."""
+
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from loretta.layers.stacks import apart
+from loretta.layers.trains import halves
+from loretta.tuners.calls import Factors, Pair
+from loretta.tuners.placement import Placement
+from loretta.tuners.scales import Scales
+
+Halves = tuple[Tensor, Tensor]
+# Where a parameter lies: a dictionary of modules, its key, and the parameter's name in that module. It is looked up
+# in every call, for functional_call, FSDP and others put another there.
+Place = tuple[nn.ModuleDict, str, str]
+
+
+class JointLayer(nn.Module):
+    """A layer whose trains are contracted with those of equal layers.
+
+    A subclass says which trains it has (:meth:`active_pairs`), where their parameters lie
+    (:meth:`stacked_parameters`), with whose they may be stacked (:meth:`group_key`), and what it multiplies with
+    (:meth:`to_factors`). In its forward it takes the factors from :func:`find_factors`, or
+    contracts its own trains where that returns None.
+    """
+
+    placements: dict[str, Placement]
+    n_pairs: dict[str, int]
+    scaling: Scales
+    depth = 0  # of the frames between a call of the model and this layer, the last time
+
+    def active_pairs(self, adapter_names: Sequence[str] | None = None) -> Iterator[tuple[str, int]]:
+        """(adapter, number of the pair of trains) for each pair that the next forward pass will use.
+
+        Args:
+            adapter_names: those whose rows are in the batch; the active ones by default.
+        """
+        raise NotImplementedError
+
+    def stacked_parameters(self, adapter_name: str, pair: int) -> tuple[Place, ...]:
+        """Where the parameters of one pair lie, to be stacked with those of equal layers: down, up, any biases."""
+        raise NotImplementedError
+
+    def group_key(self, adapter_name: str, pair: int) -> Hashable:
+        """Pairs of layers with equal keys can be contracted together."""
+        raise NotImplementedError
+
+    def to_factors(self, adapter_name: str, down: Halves, up: Halves, biases: Sequence[Tensor]) -> Factors:
+        """The matrices that the layer multiplies with, from the halves of its trains; the last one gets the scale.
+
+        Dimensions in front of the last two stay in front: those of all layers of a group come at once.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def contract_together(
+        cls, pairs: Sequence[Pair], columns: Sequence[Sequence[Tensor]], scale: float | Tensor, dtype: torch.dtype
+    ) -> list[Factors]:
+        """The finished factors of equal pairs, in their order.
+
+        Args:
+            columns: the parameters that lie at :meth:`stacked_parameters`: all of the first, all of the second, ...
+            scale: of each pair, (M, 1, 1), or of all.
+        """
+        layer, name, _ = next(typed(pairs))
+        placement = layer.placements[name]
+        down, up, *biases = (torch.stack(list(column)) for column in columns)
+        stacked = layer.to_factors(name, halves(down, placement.down), halves(up, placement.up), biases)
+        parts = apart if torch.compiler.is_dynamo_compiling() else Tensor.unbind
+        return list(zip(*(parts(factor) for factor in finish(stacked, scale, dtype)), strict=True))
+
+    def working_dtype(self) -> torch.dtype:
+        """The dtype of activations here, which the factors get."""
+        raise NotImplementedError
+
+
+def look_up(places: Iterable[Place]) -> list[Tensor]:
+    """The parameters that lie at these places now."""
+    found = []
+    for modules, name, parameter in places:
+        module = modules._modules[name]
+        # a module is slow to ask for its parameters, and FSDP, a parametrization and functional_call put others there
+        tensor = module._parameters.get(parameter)
+        found.append(getattr(module, parameter) if tensor is None else tensor)
+    return found
+
+
+def finish(factors: Sequence[Tensor], scale: float | Tensor, dtype: torch.dtype) -> Factors:
+    """Scale the last factor, and cast all of them to the dtype in which the layer works."""
+    *others, last = factors
+    last = last if isinstance(scale, float) and scale == 1 else last * scale
+    return tuple(factor.to(dtype) for factor in (*others, last))
+
+
+def typed(pairs: Sequence[Pair]) -> Iterator[tuple[JointLayer, str, int]]:
+    """``pairs``, whose layers are joint ones."""
+    return iter(pairs)  # type: ignore[arg-type]
