@@ -44,7 +44,7 @@ def test_damaged_and_hostile_files_are_taken_or_refused_in_one_sentence():
 
 
 @every_method
-@pytest.mark.parametrize("hostile", [SCRIPT, ESCAPE, CODE, "a\n\n# Heading\n<b>", "\u202etxt.exe"])
+@pytest.mark.parametrize("hostile", [SCRIPT, ESCAPE, CODE, "a\n\n# Heading\n<b>", "\u202etxt.exe", "[x](javascript:a)"])
 def test_a_card_shows_hostile_words_and_does_not_obey_them(hostile, method, tmp_path):
     model, _ = wrap("llama", method)
     model.peft_config["default"].base_model_name_or_path = None
@@ -59,6 +59,7 @@ def test_a_card_shows_hostile_words_and_does_not_obey_them(hostile, method, tmp_
     assert "<img" not in body
     assert "<b>" not in body
     assert "\n# Heading" not in body
+    assert "](javascript" not in body
     assert all(c.isprintable() or c == "\n" for c in body)
 
 
@@ -126,7 +127,7 @@ def test_a_base_model_runs_no_code_and_is_refused_in_one_sentence(read, change, 
     assert not (tmp_path / "ran").exists()
 
 
-EVIL = "\x1b[31mX\x1b]0;own\x07<script>alert(1)</script>\u202e\x9b2J\r\n# H"
+EVIL = "[/][link=http://evil.example]\x1b[31mX\x1b]0;own\x07<script>alert(1)</script>\u202e\x9b2J\r\n# H"
 
 
 @pytest.fixture(scope="module")

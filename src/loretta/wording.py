@@ -67,14 +67,14 @@ def spelled(text: object) -> str:
 
 
 def console(**options: Any) -> "Console":
-    """rich's console, which spells what a terminal would obey in all text that it is given."""
+    """rich's console, which takes no text for markup, and spells what a terminal would obey in all of it."""
     from rich.console import Console  # only here: most words need no tables
 
     class Spelling(Console):
         def render_str(self, text: str, **style: Any) -> Any:
             return super().render_str(spelled(text), **style)
 
-    return Spelling(**options)
+    return Spelling(markup=False, **options)
 
 
 def size_words(n_bytes: int | None) -> str:

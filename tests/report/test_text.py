@@ -34,6 +34,7 @@ HOSTILE = {
         r"-2+3+cmd\textbar{}' /C calc'!A0",
     ),
     "@SUM(1)": ("@SUM(1)", "'@SUM(1)", "@SUM(1)"),
+    "＝SUM(1)": ("＝SUM(1)", "'＝SUM(1)", "＝SUM(1)"),
     "[x](javascript:y)": ("[x](javascript:y)", "[x](javascript:y)", "{}[x](javascript:y)"),
     "`x` **y** ~~z~~ &amp; $1$": ("`x` **y** ~~z~~ &amp; $1$", "`x` **y** ~~z~~ &amp; $1$",
                                   r"`x` **y** \textasciitilde{}\textasciitilde{}z\textasciitilde{}\textasciitilde{} "

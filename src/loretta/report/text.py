@@ -262,7 +262,8 @@ def _csv_cell(value: Any) -> Any:
     if not isinstance(value, str):
         return "nan" if value is not None and value != value else value  # pandas writes NaN as it writes None
     text = _inert(value)
-    return f"'{text}" if text.startswith(("=", "+", "-", "@")) and not _are_numbers(text) else text
+    # some trim a text first, and in East Asian settings the wide signs begin formulas too
+    return f"'{text}" if text.lstrip().startswith(tuple("=+-@＝＋－＠")) and not _are_numbers(text) else text
 
 
 def _are_numbers(text: str) -> bool:

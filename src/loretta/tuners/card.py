@@ -105,10 +105,11 @@ def _short(base: str | None) -> str | None:
 
 
 def _harmless(value: object) -> object:
-    """A value as Markdown shows it as it is: no tag, no end of a code span, no line of its own."""
+    """A value as Markdown shows it as it is: no tag, no link, no end of a code span, no line of its own."""
     if value is None or isinstance(value, int | float) or not str(value):  # str() also refuses what is undefined
         return value
-    return printable(value).replace("<", "&lt;").replace(">", "&gt;").replace("`", "'")
+    text = printable(value).replace("<", "&lt;").replace(">", "&gt;").replace("`", "'")
+    return re.sub(r"\](?=[(\[:])", "&#93;", text)
 
 
 def _render(config: Mapping[str, Any], base: str | None, folder: Path, **about_run: Any) -> str:
