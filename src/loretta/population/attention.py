@@ -46,10 +46,10 @@ class PackedAttention(TorchFunctionMode):
         assert attn_mask is not None
         mask = self._beside(attn_mask, count, query)
         # tokens come before heads in memory, so that this is a view
-        packed = (
+        q, k, v = (
             x.transpose(1, 2).reshape(n_rows // count, -1, *x.shape[1::2]).transpose(1, 2) for x in (query, key, value)
         )
-        found = nn.functional.scaled_dot_product_attention(*packed, mask, **options)
+        found = nn.functional.scaled_dot_product_attention(q, k, v, mask, **options)
         return found.transpose(1, 2).reshape(n_rows, n_tokens, *query.shape[1::2]).transpose(1, 2)
 
     def _beside(self, mask: Tensor, count: int, like: Tensor) -> Tensor:
