@@ -7,6 +7,7 @@ alone, are arrows like any other.
 import ast
 import pathlib
 import re
+from functools import cache
 from graphlib import TopologicalSorter
 from typing import NamedTuple
 
@@ -34,6 +35,7 @@ def modules_in(source: pathlib.Path) -> dict[str, pathlib.Path]:
     return names
 
 
+@cache
 def imports_in(source: pathlib.Path) -> list[Import]:
     """All imports of one module of the package by another; of itself and other packages none.
 
