@@ -1,4 +1,4 @@
-"""Files that are whole at any moment, whatever happens to the process that writes them, and what may be read."""
+"""Files that are whole at any moment, even if the writing process dies, and checks of files before they are read."""
 
 import contextlib
 import errno

@@ -15,7 +15,7 @@ from loretta.files import TEMPORARY
 from loretta.wording import one_line
 
 LIST = ".loretta.json"  # of what we wrote into a folder
-# of the process that works in a folder, where it stays and means nothing when nobody holds it; ending of those of files
+# a process locks this file in the folder it works in; unlocked, the file means nothing. Locks of files end with it
 LOCK = ".loretta.lock"
 
 

@@ -14,7 +14,7 @@ T = TypeVar("T")
 
 FSDP = "ACCELERATE_USE_FSDP"  # as ``accelerate launch --use_fsdp`` sets it
 _FIRST_LOADS = "FSDP_CPU_RAM_EFFICIENT_LOADING"  # the first process alone reads the weights
-# what that command sets for FSDP2, where a run asks for it itself
+# the variables of `accelerate launch` for FSDP2; a run with --fsdp sets them itself
 _FSDP2 = {
     FSDP: "true",
     "FSDP_VERSION": "2",

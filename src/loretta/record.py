@@ -77,7 +77,7 @@ class Mistake(BaseModel):
 
 
 class Answers(BaseModel):
-    """What a run answers on the split that scores it, and what a model that looks at no text would score there."""
+    """A run's answers on the split that scores it, and the score of the best answer that reads no text."""
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
 

@@ -101,7 +101,7 @@ ELSEWHERE = {
 }  # fmt: skip
 
 
-# what helps a verb, or the runs that it starts, where the memory is too small
+# verb -> the mend where the memory is too small for it or for the runs that it starts
 WITH_LESS_MEMORY = {
     "eval": "give --cpu",
     "predict": "give --cpu, shorter texts or fewer --max-new-tokens",

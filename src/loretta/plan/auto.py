@@ -17,7 +17,7 @@ from loretta.plan.presets import loretta_configs
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.rep import LorettaRepConfig
 
-# what a form says itself; the other options that all methods share may be given beside a budget
+# the form decides these options; the other shared ones may be given beside a budget
 _OF_FORMS = {"tensor_rank", "modes_per_side", "shapes", "rank_pattern"}
 AUTO_OPTIONS = {field.name for field in dataclasses.fields(LorettaConfig)} - _OF_FORMS
 NO_BUDGET = "compact is the form that measured best for its size; with a budget the form follows from that"

@@ -227,7 +227,7 @@ class Loop:
         self.step += 1
 
     def losses(self, part: Mapping[str, Tensor]) -> Tensor:
-        """(P): what a part of a batch adds to the loss of each member; its gradient is added to that of the others."""
+        """(P): the share of a part of a batch in the loss of each member; its gradient is accumulated."""
         inputs = dict(part)
         labels, weights = inputs.pop("labels"), inputs.pop("weights")
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):

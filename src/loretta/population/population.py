@@ -223,7 +223,7 @@ class Population(nn.Module):
                 del model.get_prompt
 
     def get_prompt(self, batch_size: int, task_ids: Tensor | None = None) -> Tensor:
-        """(P * b, tokens, width): the prompt of each row, which is that of its member."""
+        """(P * b, tokens, width): for each row the prompt of its member."""
         model: Any = self.model
         encoder, tokens = model.prompt_encoder[ADAPTER], model.prompt_tokens[ADAPTER]
         prompts = encoder(tokens.expand(self.size, -1))

@@ -32,7 +32,7 @@ from loretta.training.start import prepare_model
 from loretta.training.stop import StopAtSignal, stopping_at_signals
 from loretta.training.trainers import make_trainer
 
-# what may differ between the runs of a population; of the method's options those that only scale its effect
+# options that may differ between the runs of a population; of the method's own options only SCALES may
 OF_EACH_MEMBER = {
     "seed", "learning_rate", "head_learning_rate", "weight_decay", "warmup", "warmup_steps", "schedule", "output",
     "start_from",

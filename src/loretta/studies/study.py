@@ -14,7 +14,7 @@ from loretta.plan import find_preset
 Kind = Literal["train", "cost", "count"]  # a training run, one measured step, counted parameters
 View = Literal["scores", "sequence", "cost", "ranks", "shapes", "norms", "pareto", "curves", "bytes", "compare"]
 
-# options that tell the runs of a study apart: given one value, the runs would be one run that is counted several times
+# the study sets these for each run: with one value for all, it would count one run several times
 OF_EACH_RUN = ("model", "data", "method", "method_args", "seed", "output", "start_from", "push_to_hub")
 
 

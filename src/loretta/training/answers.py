@@ -1,4 +1,4 @@
-"""Whether what a run answers is better than what can be answered without reading a text."""
+"""Whether a run's answers beat the best answer that reads no text."""
 
 import numpy as np
 from scipy.stats import binomtest

@@ -12,7 +12,7 @@ from transformers import Trainer
 Shapes = tuple[tuple[str, torch.Size, torch.dtype], ...]
 
 IGNORED = -100
-# what stands at places that attention_mask hides, by the name of the tensor; input_ids take the padding token
+# name of a tensor -> the number that pads it; input_ids take the padding token
 FILLS = {"attention_mask": 0, "token_type_ids": 0, "position_ids": 0, "special_tokens_mask": 1, "labels": IGNORED}
 
 

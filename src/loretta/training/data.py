@@ -55,7 +55,7 @@ def load_config_task(config: RunConfig) -> Task | PromptedTask:
 
 
 def refuse_encoder(model: str) -> None:
-    """Raise InputError for a model that sees what comes next: its loss on the next token says nothing."""
+    """Raise InputError for a model that sees the next token: its loss on that token says nothing."""
     found = find_config(model)
     if default_task_type(found) == "SEQ_CLS" and not getattr(found, "is_decoder", False):
         raise InputError(
@@ -90,7 +90,7 @@ def check_loss(config: RunConfig, task: Task | PromptedTask) -> None:
 
 
 def encode_splits(config: RunConfig, task: Task | PromptedTask, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The splits that there are, as the form of the task encodes them; raises InputError as that does."""
+    """The splits of the data, encoded by the form of the task. Raises the InputError of the form."""
     form = form_of(task.kind)
     splits = [split for split in ("train", "validation", "test") if getattr(task, split) is not None]
     return {split: form.encode(config, task, tokenizer, split) for split in splits}

@@ -52,7 +52,7 @@ class Place:
                 remove_temporaries(folder)
         listed = read_list(self.work)
         if (self.work / CONFIG).is_file() and CONFIG not in listed:
-            # the same options, by a version that kept no lists: what a kill left of its end would be in the way of ours
+            # a version that kept no lists wrote this folder: a half-written end of its run would block ours
             for name in (ADAPTER, PREDICTIONS):
                 if (self.work / name).exists() and not any(Path(file).parts[0] == name for file in listed):
                     aside = set_aside(self.work / name)

@@ -55,7 +55,7 @@ def refuse_classifier(run: LoadedRun, mend: str) -> None:
 
 
 class _Spelling(TextStreamer):
-    """Prints what comes, but for what would steer the terminal."""
+    """Prints text as it is generated, without the characters that steer a terminal."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         super().on_finalized_text(spelled(text), stream_end)

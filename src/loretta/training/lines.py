@@ -1,4 +1,4 @@
-"""What a run says of itself on a terminal: before its first step what it is, after its last one what came of it."""
+"""The lines that a run prints: its data, model and length before the first step, its scores after the last one."""
 
 import math
 import shlex

@@ -106,7 +106,7 @@ def virtual_tokens(name: str, options: Mapping[str, Any]) -> int:
 
 
 def refuse_unknown_options(name: str, options: Collection[str]) -> None:
-    """Raise InputError, with those that exist, for an option that a method has not."""
+    """Raise InputError for an option that the method lacks; the sentence lists the options it has."""
     method = find_method(name)
     if method.config is None:
         return  # full fine-tuning has none, which it says itself

@@ -217,7 +217,7 @@ def judge(
 
 
 def _room(model: Trained, config: RunConfig) -> int:
-    """Tokens of a prompt, so that it and its answer stay within the positions that the model knows."""
+    """The longest prompt in tokens, so that prompt and answer fit into the model's positions."""
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is None:
         return config.max_length

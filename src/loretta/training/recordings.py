@@ -128,7 +128,7 @@ class Rates:
 
 
 class Gradients:
-    """Gradients that stay in the same tensors, to which the backward passes of an update's batches add."""
+    """Gradients that keep their tensors: every backward pass of an update adds to the same ones."""
 
     def __init__(self) -> None:
         self.of: dict[nn.Parameter, Tensor] = {}

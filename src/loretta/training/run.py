@@ -103,7 +103,7 @@ def _train(
         say(line)
     if not sys.stderr.isatty():
         say_lines(trainer, say)
-    # memory of the process counts above what it had before; that of an accelerator as it is
+    # a process had memory before the run, which does not count; the peak of an accelerator counts whole
     before = 0 if torch.cuda.is_available() and not config.cpu else peak_memory()
     try:
         trainer.train(resume_from_checkpoint=processes.by_first(place.checkpoint) if resume else None)

@@ -76,7 +76,7 @@ def whole_optimizer(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_optimizer(optimizer: Any, state: Mapping[str, Any]) -> None:
-    """Take the whole state of an optimizer over: what has the form of a parameter is shared out as that is."""
+    """Load the whole state of an optimizer: tensors of a parameter's shape are sharded as the parameter is."""
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     shared = {
         k: {

@@ -30,7 +30,7 @@ class StopAtSignal(TrainerCallback):
         self.stage, self.again = stage, again
         self.received: int | None = None
         self.came = 0.0
-        # of several processes: the signal that all know of, and when and behind which step they asked each other
+        # several processes: the signal that all of them know, and the time and the step of their last exchange
         self.agreed: int | None = None
         self.asked_at, self.asked_behind, self.ask_behind = 0.0, 0, 0
         self.trains = False
@@ -88,7 +88,7 @@ class StopAtSignal(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kw: Any) -> None:
         self._agree(state.global_step)
-        # an epoch that ends here is evaluated and saved in a moment; saved before that, it would not be evaluated
+        # the Trainer evaluates and saves at the end of an epoch; a save here would come before that evaluation
         ends = args.save_strategy == SaveStrategy.EPOCH and (
             float(state.epoch or 0).is_integer() or state.global_step >= state.max_steps
         )

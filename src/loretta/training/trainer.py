@@ -84,7 +84,7 @@ class Stopwatch(TrainerCallback, ExportableState):
 
 
 def next_smaller(size: int) -> int | None:
-    """The greatest divisor of ``size`` that is at most its half: a batch of ``size`` is some whole ones of that."""
+    """The greatest divisor of ``size`` below it: several whole batches of that size are one of ``size``."""
     return next((k for k in range(size // 2, 0, -1) if size % k == 0), None)
 
 
@@ -214,7 +214,7 @@ class TwoRateTrainer(WholeCheckpointsTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """As the Trainer does, which believes that every model divides by the number of labels in an update."""
+        """The Trainer's loss, rescaled where a model returns a mean over labels: the Trainer takes it for a sum."""
         found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         if self.loss_is_mean and num_items_in_batch is not None:
             own = inputs["labels"].ne(IGNORED).sum()  # as the Trainer counts the items of the update

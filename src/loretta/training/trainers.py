@@ -127,7 +127,7 @@ def training_options(config: RunConfig, folder: Path, *, best_by: str, greater_i
     """The Trainer's options for a run. ``best_by``, a validation metric or "loss", chooses the checkpoint to keep."""
     batch_size, accumulate = shared_rows(config)
     method = find_method(config.method)
-    # every tensor that these train is part of every step: DDP need not look for those that are not
+    # our methods use every trained tensor in every step, so DDP need not look for unused ones
     all_used = (method.config is not None and issubclass(method.config, LorettaConfig)) or method is METHODS["lora"]
     every = "epoch" if config.eval_steps is None else "steps"
     optimizer = {} if config.optimizer is None else {"optim": known_optimizer(config.optimizer)}
@@ -175,7 +175,7 @@ def known_optimizer(name: str) -> str:
 
 
 def reporters(config: RunConfig) -> list[str]:
-    """What the Trainer logs to. Raises InputError for a reporter that it does not know or that is not installed."""
+    """The loggers of the Trainer. Raises InputError for one that it does not know or that is not installed."""
     asked = [word.strip() for word in (config.report_to or "").split(",") if word.strip()]
     there = get_available_reporting_integrations()
     for name in asked:

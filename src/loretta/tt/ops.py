@@ -224,7 +224,7 @@ def _eye(size: int, like: Tensor) -> Tensor:
 
 
 def _budget_per_cut(norm: float, n_modes: int, error: float | None) -> float:
-    """Frobenius error that each of the d - 1 truncations may make so that all of them stay below error * norm."""
+    """The Frobenius error allowed to each of the d - 1 truncations, so that together they stay below error * norm."""
     if error is None:
         return 0.0
     if error < 0:

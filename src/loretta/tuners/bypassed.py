@@ -93,7 +93,7 @@ def _codes_of(value: Any) -> Iterator[CodeType]:
 
 
 def _uses(code: CodeType) -> Iterator[tuple[str, list[str]]]:
-    """(name, attributes of it that are read in a row) for every ``self.name`` that is loaded."""
+    """(name, the chain of attributes read from it) for every ``self.name`` that the code loads."""
     loaded: list[str] | None = None  # the attributes since the last `self`
     for instruction in dis.get_instructions(code):
         if instruction.opname in ("LOAD_ATTR", "LOAD_METHOD") and loaded is not None:

@@ -58,12 +58,12 @@ class LorettaLayer(JointLayer, BaseTunerLayer):
         self.on_read: Callable[[LorettaLayer], None] | None = None  # called when others read the weight
 
     def _size(self, name: str) -> tuple[int, int]:
-        """(in, out) of what is adapted. Raises InputError that names the module when that cannot be."""
+        """(in, out) of the adapted layer. Raises InputError, which names the module, for a layer of another kind."""
         return require_linear(name, self.get_base_layer())
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's, without what adapters change: models read its dtype, and some compute with it."""
+        """The base layer's weight, without any update: models read its dtype, and some compute with it."""
         if self.on_read is not None:
             self.on_read(self)
         base_layer: Any = self.get_base_layer()

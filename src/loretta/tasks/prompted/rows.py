@@ -10,7 +10,7 @@ from loretta.tasks.prompted.base import PromptedSpec, Row
 from loretta.tasks.read import read_columns
 from loretta.wording import quoted
 
-# what a train file is called that was cut out of the official validation split
+# the name of a train file that was cut out of the official validation split
 TRAIN_FROM_DEV = "train_from_dev.jsonl.gz"
 
 

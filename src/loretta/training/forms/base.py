@@ -71,7 +71,7 @@ class Form(Protocol):
     def describe(
         self, task: Any, trainer: TwoRateTrainer, encoded: Mapping[str, Any], split: str, rows: list[dict[str, Any]]
     ) -> Answers | None:
-        """The answers beside those that need no text; None where there is nothing to compare with."""
+        """The answers, with the best constant answer; None where no constant answer can be compared."""
 
     def evaluate(self, run: LoadedRun, task: Any, split: str, make_trainer: MakeTrainer) -> dict[str, float]:
         """The scores of a split by a run that was loaded again, through a trainer where its steps score."""

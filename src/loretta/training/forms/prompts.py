@@ -1,4 +1,4 @@
-"""Tasks that are put in words: an option by its probability, or an answer that is generated."""
+"""Tasks that are prompts: the answer is the most probable option, or generated text."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence

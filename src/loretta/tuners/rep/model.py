@@ -78,7 +78,7 @@ class LorettaRepModel(LorettaModel):
         return [plan_experts(config, *place, config.r) for place in places]
 
     def _check_same_experts(self, adapter_name: str) -> None:
-        """Refuse adapters of other experts than those adapted: which layer is in which would depend on the order."""
+        """Refuse an adapter of other experts: which of the layers wraps the other would depend on the order."""
         wanted = set(self.peft_config[adapter_name].target_parameters or ())
         for name, config in self.peft_config.items():
             other = set(getattr(config, "target_parameters", None) or ())
