@@ -1,4 +1,4 @@
-"""Which cases of a numeric test with several parameters run where LORETTA_TEST_WIDE is not set.
+"""Which cases of a numeric test over families of models run where LORETTA_TEST_WIDE is not set.
 
 The 27 cases of three methods on nine families differ little. A sample of them has every value of every parameter, and
 every method on two families at least. The name of the test chooses the sample: the next test has another, so that the
@@ -37,18 +37,19 @@ def _adds(case: Values, chosen: Sequence[Values]) -> bool:
 
 
 def sampled(items: Sequence[pytest.Item]) -> Iterator[pytest.Item]:
-    """The cases that stand for all of each collected test."""
+    """All cases of a test without families of models, and a sample of those of a test over several."""
     tests: defaultdict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
         tests[item.nodeid.partition("[")[0]].append(item)
     for test, cases in tests.items():
-        yield from (cases[k] for k in sample(test, [_values(case) for case in cases]))
+        values = [_values(case) for case in cases]
+        yield from (cases[k] for k in sample(test, values)) if all("family" in case for case in values) else cases
 
 
 def _values(item: pytest.Item) -> Values:
     """By each ``parametrize`` of the test, whose names may be several; the method and the family also by themselves."""
     if not isinstance(item, pytest.Function) or not hasattr(item, "callspec"):
-        return {"": item.nodeid}
+        return {}
     params = item.callspec.params
     # a value may have neither order nor hash, and all cases of a test hold the same object
     values: dict[str, object] = {name: id(value) for name, value in params.items()}

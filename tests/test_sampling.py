@@ -16,11 +16,16 @@ import pytest
 def test_on_two(family, method, options):
     pass
 
-@pytest.mark.parametrize("number", range(20))
-def test_on_one(number):
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("number", range(10))
+def test_without_families(number, dtype):
     pass
 
-def test_without():
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
+def test_on_each_family(family):
+    pass
+
+def test_without_parameters():
     pass
 """
 
@@ -45,15 +50,14 @@ def test_several_tests_meet_all_pairs():
     assert met == set(pairs)
 
 
-def test_a_parameter_alone_is_never_sampled(pytester):
+def test_what_needs_no_sample_runs_whole(pytester):
     items = pytester.getitems(SOURCE)
     chosen = list(sampled(items))
-    assert [item.name for item in chosen if "two" not in item.name] == [
-        *(f"test_on_one[{number}]" for number in range(20)),
-        "test_without",
-    ]
-    on_two = [item.callspec.params for item in chosen if "two" in item.name]
-    assert len(on_two) == 4 < len(items) - 21
+    others = [item for item in items if "test_on_two" not in item.name]
+    assert [item for item in chosen if "test_on_two" not in item.name] == others
+    assert len(others) == 10 * 2 + 4 + 1
+    on_two = [item.callspec.params for item in chosen if "test_on_two" in item.name]
+    assert len(on_two) == 4 < len(items) - len(others)
     assert {params["family"] for params in on_two} == {"bert", "gpt2", "llama", "t5"}
     assert {(params["method"], str(params["options"])) for params in on_two} == {
         (method, options) for method in ("rep", "adp") for options in ("{}", "{'r': 1}")

@@ -214,7 +214,7 @@ class TwoRateTrainer(WholeCheckpointsTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The Trainer's loss, rescaled where a model returns a mean over labels: the Trainer takes it for a sum."""
+        """The Trainer's loss, rescaled where a model returns the mean of a batch: the Trainer takes it for a sum."""
         found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
         if self.loss_is_mean and num_items_in_batch is not None:
             own = inputs["labels"].ne(IGNORED).sum()  # as the Trainer counts the items of the update
