@@ -234,7 +234,7 @@ def minilm(args: argparse.Namespace, save: Any) -> None:
             how = {"how": "together", "graph": args.graphs[-1], "pieces": args.pieces}
             for size in args.sizes:
                 for kernels in args.kernels:
-                    MemberNorm.fused, Population.packs = KERNELS[kernels]
+                    MemberNorm.fused, Population.packs_on_gpu = KERNELS[kernels]
                     row = {**common, **how, "members": size, "kernels": kernels}
                     if args.profile:
                         row["part"] = "profile"
@@ -318,7 +318,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=None, help="start nothing new after so many")
     parser.add_argument("--pieces", type=int, default=loop.PIECES, help="of a batch, of which its parts are made")
     kinds = {now: name for name, now in KERNELS.items()}
-    default = kinds[MemberNorm.fused, Population.packs]
+    default = kinds[MemberNorm.fused, Population.packs_on_gpu]
     parser.add_argument("--kernels", nargs="*", default=[default], choices=KERNELS, help="where they replace torch's")
     parser.add_argument("--profile", action="store_true", help="look at steps, and train nothing to its end")
     parser.add_argument("--layers", type=int, default=None, help="of the LLaMA, to be quick; default: all it has")

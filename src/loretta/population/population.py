@@ -81,7 +81,7 @@ class Population(nn.Module):
         starts: of the members. All have the same parameters.
     """
 
-    packs = False  # whether short rows are laid beside each other in attention, which was not measured on a GPU so far
+    packs_on_gpu = False  # whether short rows lie beside each other in attention: no GPU has measured that so far
 
     def __init__(self, model: PeftModel, starts: Sequence[Start]) -> None:
         super().__init__()
@@ -92,6 +92,7 @@ class Population(nn.Module):
         if len(dtypes := {parameters[name].dtype for name in trained}) != 1:
             raise InputError(f"a population trains numbers of one kind, and this method has {len(dtypes)} of them")
         device, dtype = parameters[trained[0]].device, parameters[trained[0]].dtype
+        self.packs = self.packs_on_gpu and device.type == "cuda"
         blocks = _blocks(model, trained)
         order = [name for block in blocks for name in block]
         sizes = [parameters[name].numel() for name in order]
