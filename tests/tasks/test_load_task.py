@@ -41,6 +41,13 @@ def test_a_table(table):
     assert load_task(str(table), label="stars", test=table).test.num_rows == 20
 
 
+def test_a_column_called_label_need_not_be_named(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("text,label\n" + "".join(f"t{k},{k % 2}\n" for k in range(8)))
+    task, named = load_task(path), load_task(path, label="label")
+    assert (task.kind, task.label_names, task.train[:]) == ("classification", ("0", "1"), named.train[:])
+
+
 def test_the_seed_reaches_the_split(table):
     first, second = (load_task(str(table), label="stars", seed=seed).validation["text"][:] for seed in (0, 1))
     assert first != second

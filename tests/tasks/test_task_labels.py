@@ -23,6 +23,7 @@ def scheme_of(cells, kind=None):
         ([" pos", "pos ", "neg"], ("neg", "pos"), [1, 1, 0]),
         ([True, False, True], ("False", "True"), [1, 0, 1]),
         (["a", 1, "a"], ("1", "a"), [1, 0, 1]),
+        (["007", "10", "007"], ("007", "10"), [0, 1, 0]),
     ],
 )
 def test_classes_are_sorted_and_numbered(cells, names, ids):

@@ -64,6 +64,17 @@ def test_a_long_cell_is_read_and_the_limit_of_csv_is_put_back(tmp_path):
     assert csv.field_size_limit() == limit
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_a_list_of_objects_is_read_as_lines_of_them_are(name, tmp_path):
+    path = tmp_path / name
+    path.write_text('[\n {"text": "a", "label": 0},\n {"label": 1, "text": "b\\u2028", "more": null}\n]\n')
+    assert read_columns(path, ["text", "label", "more"]) == {
+        "text": ["a", "b\u2028"],
+        "label": [0, 1],
+        "more": [None, None],
+    }
+
+
 PARQUET = b"PAR1" + bytes(range(64)) + b"PAR1"
 BAD_CONTENT = [
     ("a.csv", b"", ["empty", "0 bytes"]),
@@ -100,8 +111,11 @@ BAD_CONTENT = [
     ("a.csv", b"text;label\na;x\n", ["no column 'text'", "';'", "'text;label'"]),
     ("a.tsv", b"text,label\na,x\n", ["no column 'text'", "','"]),
     ("a.jsonl", b'{"text": "a", "label": 0}\nnonsense here\n', ["line 2", "not JSON", "'nonsense here'"]),
-    ("a.jsonl", b'[{"text": "a", "label": 0}]\n', ["line 1", "a JSON list", "one JSON object per line"]),
-    ("a.json", b'[\n  {"text": "a", "label": 0}\n]\n', ["line 1", "a JSON list over several lines"]),
+    ("a.jsonl", b'[{"text": "a", "label": 0}]\n{"text": "b"}\n', ["line 1", "a JSON list", "one JSON object per line"]),
+    ("a.json", b'[\n  {"text": "a", "label": 0}\n', ["line 1", "a JSON list over several lines"]),
+    ("a.json", b'[{"text": "a", "label": 0}, "b"]', ["item 2 of the list", "no JSON object", '"b"']),
+    ("a.json", b'[{"text": "\\ud83d", "label": 0}]', ["item 1 of the list", "half a character"]),
+    ("a.json", b"[]", ["an empty JSON list"]),
     ("a.jsonl", b'"just text"\n', ["line 1", "a JSON str", "just text"]),
     ("a.jsonl", CSV.encode(), ["line 1", "not JSON", "'text,label'"]),
     ("a.jsonl", b'{"text": "\\ud83d", "label": 0}\n', ["line 1", "half a character"]),

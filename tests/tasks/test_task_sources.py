@@ -63,6 +63,12 @@ def test_files_that_do_not_fit_together_are_refused(folder, refused):
     refused(lambda: load_task(f"{folder}", label="label"), "has tables and plain text", "'.csv', '.tsv', '.txt'")
     (folder / "sub").mkdir()
     refused(lambda: load_task(f"{folder}/sub", label="label"), "is a folder without a data file")
+    (folder / "sub" / "deep.csv").write_text("text,label\nx,1\n")
+    words = [
+        f"such as '{folder}/sub/deep.csv'",
+        f"give '{folder}/*.csv' for those in it alone, '{folder}/**/*.csv' for all",
+    ]
+    refused(lambda: load_task(f"{folder}", label="label"), *words)
     refused(lambda: load_task(f"{folder}/a.csv,nowhere.csv", label="label"), "'nowhere.csv' does not exist")
 
 

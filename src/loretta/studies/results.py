@@ -282,7 +282,7 @@ def _score(
         value=value,
         values=values,
         folder=run.folder,
-        learning_rate=run.learning_rate,
+        learning_rate=run.learning_rate or (record.learning_rate if record else None),
         seconds=record.train_seconds if record else None,
         command=record.command if record else "",
         baseline=baseline,

@@ -22,6 +22,14 @@ if TYPE_CHECKING:  # these import torch and SciPy, and a listing of runs needs n
     from loretta.studies.results import Cell, Results
     from loretta.studies.sizes import Estimate
 
+# what scores without reading a text, by the metric, where that is not the majority class
+WITHOUT_TEXT = {
+    **dict.fromkeys(("mse", "spearman", "pearson"), "mean of train"),
+    **dict.fromkeys(("perplexity", "loss", "rewards/accuracies"), "before training"),
+    "micro_f1": "best one answer",
+    "entity_f1": "commonest tag",
+}
+
 
 def results_table(results: "Results") -> Table:
     """A row for each model and method (and order of a sequence), a column for each number."""
@@ -62,7 +70,7 @@ def compared_table(results: "Results") -> Table:
         table.add_column(name, justify="right")
     baseline = baseline_of(results)
     if baseline is not None:
-        name = "mean of train" if metric in ("mse", "spearman", "pearson") else "majority class"
+        name = WITHOUT_TEXT.get(metric, "majority class")
         table.add_row(name, "0", "", "", *([""] * len(seeds)), figure(baseline), "")
     for cell in cells:
         by_seed = {score.seed: score for score in cell.scores}

@@ -39,7 +39,7 @@ def load_task(
     Files are a path, several with commas between them, a pattern (``data/*.csv``) or a folder; the Hub's are "org/name"
     or "org/name:config" (:mod:`loretta.tasks.sources`, for ``separator`` and ``split`` too).
 
-    ``text``, ``text_pair`` and ``label`` name columns of a table ("text" where ``text`` is not given);
+    ``text``, ``text_pair`` and ``label`` name columns of a table ("text" and "label" where they are not given);
     ``validation`` and ``test`` are further files of the same form; ``data_dir`` has GLUE's files.
 
     Raises:
@@ -103,6 +103,7 @@ def load_task(
     if kind == "token_classification" or (kind is None and label is None and text is None and tags_of(columns)):
         _refuse(options, {"--text-pair"}, f"'{data}', which has tokens and tags")
         return load_tokens(path, tokens=text, tags=label, **more)
+    label = label or ("label" if "label" in columns else None)
     if label is None:
         raise InputError(
             f"'{data}' needs labels: give --label COLUMN, one of {listed(columns)}, "

@@ -16,6 +16,7 @@ from loretta.wording import listed, quoted
 MAX_GUESSED_CLASSES = 50
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 WHOLE = re.compile(r"[+-]?\d{1,18}", re.ASCII)
+PADDED = re.compile(r"0\d+", re.ASCII)
 MAX_UNSEEN_QUOTED = 5
 MISSING_WORDS = {"nan", "none", "null", "na", "n/a", "#n/a", "nat", "undefined", "unknown", "?", "-", "."}
 
@@ -91,7 +92,7 @@ def decide(cells: Sequence[Any], *, kind: Kind | None, column: str, path: Source
 
     Without a ``kind``, words and at most 50 different whole numbers are classes, and numbers with a fraction
     are scores. Class ids follow the sorted labels, numbers by size; space around a label does not count, and
-    1, "1" and 1.0 are the same label.
+    1, "1" and 1.0 are the same label, unless there are codes such as 007 among them.
 
     Raises:
         InputError: the kind cannot be told, a score is no number, or there is only one class or score.
@@ -104,7 +105,8 @@ def decide(cells: Sequence[Any], *, kind: Kind | None, column: str, path: Source
         numeric = True
         values: list[Any] = sorted(set(_all_numbers(cells, column, path)))
     else:
-        numeric = not strays
+        # 007 is a code, and its zeros a part of its name
+        numeric = not strays and not any(isinstance(cell, str) and PADDED.fullmatch(cell.strip()) for cell in cells)
         values = sorted({_value(cell, numeric) for cell in cells})
     if len(values) < 2:
         raise InputError(

@@ -18,7 +18,7 @@ SEPARATORS = {".csv": ",", ".tsv": "\t"}
 TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 TEXT_ENDINGS = (".txt", ".md")
 ENDINGS_IN_WORDS = (
-    ".csv, .tsv, .jsonl, .json (one object per line), .txt, .md, each in UTF-8 and also with .gz, or .parquet"
+    ".csv, .tsv, .jsonl, .json (an object per line, or a list), .txt, .md, each in UTF-8 and also with .gz, or .parquet"
 )
 
 # gzip makes text some 4 times smaller, and zeros 1,000 times
@@ -183,8 +183,11 @@ def _parse_csv(path: Path, separator: str) -> Columns:
 
 def _parse_jsonl(path: Path) -> Columns:
     rows: list[dict[str, Any]] = []
+    text = text_of(path)
+    if text.lstrip().startswith("[") and (listed_rows := _parse_list(path, text)) is not None:
+        return listed_rows
     # not splitlines(): JSON strings may hold U+2028, which it would take for a line end
-    for number, line in enumerate(text_of(path).split("\n"), start=1):
+    for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -207,6 +210,32 @@ def _parse_jsonl(path: Path) -> Columns:
         rows.append(row)
     if not rows:
         raise InputError(f"'{path}' holds nothing but blank lines: give a file with rows in it")
+    return _by_columns(rows)
+
+
+def _parse_list(path: Path, text: str) -> Columns | None:
+    """The columns of a file that is one JSON list of objects; None where it is no JSON."""
+    try:
+        rows = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not rows:
+        raise InputError(f"'{path}' is an empty JSON list: give a file with rows in it")
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict):
+            shown = quoted(json.dumps(row)[:100])
+            raise InputError(
+                f"'{path}' item {number} of the list is no JSON object ({shown}): write one object for each row"
+            )
+        if "\\ud" in text.lower() and not _is_unicode(row):
+            raise InputError(
+                f"'{path}' item {number} of the list holds half a character, a lone surrogate: write characters beyond "
+                "U+FFFF as two escapes or as UTF-8"
+            )
+    return _by_columns(rows)
+
+
+def _by_columns(rows: Sequence[dict[str, Any]]) -> Columns:
     names = dict.fromkeys(name for row in rows for name in row)
     return {name: [row.get(name) for row in rows] for name in names}
 

@@ -99,6 +99,12 @@ def _expand(given: str) -> list[Path]:
     path = Path(os.path.expanduser(given))
     if path.is_dir():
         found = sorted(file for file in path.iterdir() if file.is_file() and _is_data(file))
+        if below := _first_below(path):
+            inside = f"'{path}/*{below.suffix}' for those in it alone, " if found else ""
+            raise InputError(
+                f"'{given}' has data files in folders below it, such as '{below}': give {inside}"
+                f"'{path}/**/*{below.suffix}' for all of them, or the folder with those you mean"
+            )
         if not found:
             raise InputError(f"'{given}' is a folder without a data file: {read.ENDINGS_IN_WORDS}")
         return found
@@ -108,6 +114,15 @@ def _expand(given: str) -> list[Path]:
             raise InputError(f"'{given}' matches no file: mend the pattern")
         return found
     return [path]
+
+
+def _first_below(folder: Path) -> Path | None:
+    """A data file in a folder below this one that is not hidden."""
+    for at, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if Path(at) != folder and (found := next((n for n in sorted(names) if _is_data(Path(at) / n)), None)):
+            return Path(at) / found
+    return None
 
 
 def _is_data(path: Path) -> bool:

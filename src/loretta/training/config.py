@@ -73,7 +73,7 @@ class RunConfig(BaseModel):
 
     text: str | None = Field(default=None, description="Column with the text; default: 'text'.")
     text_pair: str | None = Field(default=None, description="Column with the second text of a pair.")
-    label: str | None = Field(default=None, description="Column with the label.")
+    label: str | None = Field(default=None, description="Column with the label; default: 'label'.")
     kind: Kind | None = Field(default=None, description="Of the task; default: by the columns and the label.")
     validation: str | None = Field(default=None, description="File to validate on; default: a part of the data.")
     test: str | None = Field(default=None, description="File to test the best checkpoint on.")

@@ -84,9 +84,19 @@ def is_prompted(config: RunConfig) -> bool:
 
 
 def check_loss(config: RunConfig, task: Task | PromptedTask) -> None:
-    """Raise InputError for a loss that the task does not have."""
+    """Raise InputError for a loss that the task does not have, and for options of other kinds of tasks."""
+    if config.packing and task.kind not in ("chat", "completion"):
+        raise InputError(f"packing is for chats and completions, and '{task.name}' is {_kind(task)}: leave it out")
+    if config.beta != RunConfig.model_fields["beta"].default and task.kind != "preference":
+        raise InputError(
+            f"beta={config.beta} is for pairs of answers, and '{task.name}' is {_kind(task)}: leave it out"
+        )
     if config.train_as == "classification" and task.kind == "generation":
         raise InputError(f"train_as='classification': '{task.name}' has no options to choose from, leave it out")
+
+
+def _kind(task: Task | PromptedTask) -> str:
+    return task.kind.replace("_", " ")
 
 
 def encode_splits(config: RunConfig, task: Task | PromptedTask, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

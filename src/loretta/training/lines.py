@@ -46,8 +46,9 @@ def first_lines(
 
 def _of_task(config: RunConfig, task: Task | PromptedTask) -> str:
     words = f"{task.name}: {task.kind.replace('_', ' ')}"
-    if config.label is not None:
-        words += f" of column {quoted(config.text or 'text')} by column {quoted(config.label)}"
+    has_columns = config.data not in NAMED and task.kind in ("classification", "regression", "multi_label")
+    if has_columns or config.label is not None:
+        words += f" of column {quoted(config.text or 'text')} by column {quoted(config.label or 'label')}"
     counts = form_of(task.kind).counts(task)
     if counts:
         named = sorted(zip(task.label_names, counts["train"], strict=True), key=lambda pair: -pair[1])

@@ -113,6 +113,11 @@ def refuse_unknown_options(name: str, options: Collection[str]) -> None:
     fields = {field.name for field in dataclasses.fields(method.config)}
     fields |= OF_BUDGET if issubclass(method.config, LorettaConfig) else set()
     unknown = sorted(set(options) - fields)
+    if misplaced := OF_BUDGET & set(unknown):
+        raise InputError(
+            f"{' and '.join(sorted(misplaced))}: for the methods of LoRETTA (auto, compact, rep, adp, shared), whose "
+            f"ranks it chooses, and not for {name!r}: leave it out, or give one of them"
+        )
     if unknown:
         # what is no option of the run is taken for one of the method
         known = {*fields, *RunConfig.model_fields, *ALIASES}

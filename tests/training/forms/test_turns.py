@@ -58,6 +58,18 @@ def spelled_out(row, template: str) -> tuple[str, list[bool]]:
     return text, answered
 
 
+def test_answers_are_found_where_the_tokenizer_drops_blanks(llama, tmp_path):
+    """Of a tokenizer of words the first character of an answer, its blank, belongs to no token."""
+    config, tokenizer = config_for(llama, "chat.jsonl", tmp_path, method="rep"), load_tokenizer(llama)
+    tokenizer.add_special_tokens({"eos_token": "[SEP]"})
+    task, model = load_config_task(config), wrap(load_base(llama, "chat"), "rep", "chat", {})
+    trainer = make_trainer(config, task, model, tokenizer, encode_splits(config, task, tokenizer), tmp_path)
+    row = trainer.train_dataset[0]
+    trained = [label for label in row["labels"] if label != -100]
+    assert trained.count(tokenizer.eos_token_id) == sum(m["role"] == "assistant" for m in row["messages"])
+    assert len(trained) > 2 * trained.count(tokenizer.eos_token_id)
+
+
 @pytest.mark.parametrize("file", ["chat.jsonl", "completions.csv"])
 @pytest.mark.parametrize("packing", [False, True])
 def test_the_loss_is_that_of_the_answers_alone(file, packing, speller, tmp_path):
@@ -165,6 +177,12 @@ def test_what_cannot_be_trained_is_refused(speller, bert, capsys, monkeypatch, t
     config = config_for(speller, "chat.jsonl", tmp_path)
     with pytest.raises(InputError, match="refuses a chat of 'chat"):
         encode_splits(config, load_config_task(config), tokenizer)
+    # marks nothing, as a template that knows other roles
+    tokenizer.chat_template = "{{ messages[0]['content'] }}{% generation %}{% endgeneration %}"
+    task, model = load_config_task(config), wrap(load_base(speller, "chat"), "rep", "chat", {})
+    encoded = encode_splits(config, task, tokenizer)
+    with pytest.raises(InputError, match="marks no answer in at least one chat"):
+        make_trainer(config, task, model, tokenizer, encoded, tmp_path)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     status, _, err = call(capsys, "train", "--model", speller, *data)
     assert_refused(status, err, ["not installed: pip install 'loretta-peft[trl]'"])

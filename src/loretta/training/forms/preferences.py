@@ -39,8 +39,6 @@ class Preferences(Turns):
         from trl import DPOConfig, DPOTrainer
 
         refuse_for_trl(config)
-        if config.packing:
-            raise InputError("packing is for chats and completions, and not for pairs of answers: leave it out")
         if config.start_from is not None and virtual_tokens(config.method, config.method_args):
             raise InputError(
                 f"start_from: method {config.method!r} puts its tokens in front of a text, and TRL's reference model "

@@ -42,6 +42,8 @@ PLAIN_TEMPLATE = (
     "{% endfor %}"
     "{% if add_generation_prompt %}Assistant:{% endif %}"
 )
+# For a tokenizer that drops blanks: TRL looks for the token of the first character that is trained.
+TEMPLATE_WITHOUT_BLANKS = PLAIN_TEMPLATE.replace("{% generation %} {{", " {% generation %}{{")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,10 +148,15 @@ def prepare(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase) -
     if isinstance(task.train[0].get("prompt"), str):
         return []
     if not tokenizer.chat_template:
-        tokenizer.chat_template = PLAIN_TEMPLATE
-    if tokenizer.chat_template != PLAIN_TEMPLATE:
+        tokenizer.chat_template = PLAIN_TEMPLATE if _keeps_blanks(tokenizer) else TEMPLATE_WITHOUT_BLANKS
+    if tokenizer.chat_template not in (PLAIN_TEMPLATE, TEMPLATE_WITHOUT_BLANKS):
         return []
     return [f"'{config.model}' has no chat template: a plain one is used ('User: ...', 'Assistant: ...')"]
+
+
+def _keeps_blanks(tokenizer: PreTrainedTokenizerBase) -> bool:
+    found = tokenizer("a: a", add_special_tokens=False)
+    return not tokenizer.is_fast or found.char_to_token(2) is not None
 
 
 def need_trl(what: str) -> None:
@@ -174,8 +181,16 @@ def with_trl(trainer: type) -> type[TwoRateTrainer]:
                 kwargs["ref_model"] = reference(model)
             # TRL rounds what is trained on a quantized base to bfloat16, where small steps are lost
             dtypes = {name: p.dtype for name, p in model.named_parameters() if p.requires_grad}
-            with without_bars():
-                super().__init__(*args, model=model, **kwargs)
+            try:
+                with without_bars():
+                    super().__init__(*args, model=model, **kwargs)
+            except RuntimeError as error:
+                if "assistant_only_loss" not in str(error):
+                    raise
+                raise InputError(
+                    f"the chat template marks no answer in at least one chat ({one_line(error)}): see that each has a "
+                    "message of the assistant that is not empty, or mend the template"
+                ) from None
             if "ref" in getattr(model, "peft_config", {}):
                 # DPO's copy of an adapter that changes nothing yet: without it the base model is the reference
                 model.delete_adapter("ref")
