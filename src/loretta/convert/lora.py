@@ -19,11 +19,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from loretta.convert.load import CONFIG, PREFIX, WEIGHTS
-from loretta.convert.rep_adapter import lora_pair, read_adapter, trained_norms
+from loretta.convert.rep_adapter import expert_pair, lora_pair, read_adapter, trained_norms
 from loretta.convert.written import Export, own_memory, report_of, writing
 from loretta.errors import InputError
 from loretta.tuners.layer import LorettaLayer
 from loretta.tuners.norms import TrainedNorm
+from loretta.tuners.rep import RepExperts
 
 
 @torch.no_grad()
@@ -33,7 +34,8 @@ def export_lora(
     """Write a rep or shared adapter as a LoRA adapter of stock PEFT that computes the same. The model is left as it is.
 
     Each update becomes a LoRA of rank ``min(r, tensor_rank)`` at most (a denoised start adds its own rank), from the
-    contracted trains: nothing is approximated. Trained heads are written dense, as ``modules_to_save``.
+    contracted trains: nothing is approximated. Trained heads are written dense, as ``modules_to_save``, and the updates
+    of experts as a LoRA on ``target_parameters``, which repeats what they share for each of them.
 
     Raises InputError when the adapter is neither, trains layer norms, or ``folder`` is taken.
     """
@@ -44,10 +46,16 @@ def export_lora(
             "adapter: train with train_norms=False, or export with --to merged"
         )
     base = model.get_base_model()
-    pairs = {name: lora_pair(layer, adapter_name) for name, layer in layers.items()}
+    linear = {name: layer for name, layer in layers.items() if not isinstance(layer, RepExperts)}
+    experts = _named_by_peft([layer for layer in layers.values() if isinstance(layer, RepExperts)], adapter_name)
+    pairs = {name: lora_pair(layer, adapter_name) for name, layer in linear.items()}
+    parameters = {name: layer.placements[adapter_name].name for name, layer in experts.items()}
     ranks = {name: a_RI.shape[0] for name, (a_RI, _) in pairs.items()}
+    ranks |= {parameters[name]: layer.factors(adapter_name)[0].shape[1] for name, layer in experts.items()}
     rank = max(ranks.values())
-    pattern = _rank_pattern(ranks, rank)
+    # PEFT's patterns are for modules: the experts of a smaller rank are filled up with zeros
+    pairs |= {name: expert_pair(layer, adapter_name, rank) for name, layer in experts.items()}
+    pattern = _rank_pattern({**ranks, **dict.fromkeys(parameters.values(), rank)}, rank)
     lora = LoraConfig(
         r=rank,
         # alpha = rank everywhere, so that LoRA's scaling is 1 and ours is in B: engines that serve adapters read
@@ -55,7 +63,8 @@ def export_lora(
         lora_alpha=rank,
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
-        target_modules=cast(Any, _target_modules(layers.keys(), base, list(copies))),
+        target_modules=cast(Any, _target_modules(linear.keys(), base, list(copies))),
+        target_parameters=list(parameters.values()) or None,
         modules_to_save=list(copies) or None,
         fan_in_fan_out=any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values()),
         lora_dropout=config.lora_dropout,
@@ -82,6 +91,23 @@ def export_lora(
         save_file({key: own_memory(value) for key, value in tensors.items()}, new / WEIGHTS, metadata={"format": "pt"})
     dtype = next(iter(pairs.values()))[0].dtype
     return report_of("lora", folder, ranks, copies, dtype, before.values(), tensors.values())
+
+
+def _named_by_peft(layers: Collection[RepExperts], adapter_name: str) -> dict[str, RepExperts]:
+    """The layers of experts by the names that PEFT's have in a LoRA.
+
+    Those of one module lie inside each other: PEFT wraps the parameters of a module in their order there.
+    """
+    wrapped: dict[str, dict[str, RepExperts]] = {}
+    for layer in layers:
+        at = layer.placements[adapter_name].name.rpartition(".")[0]
+        wrapped.setdefault(at, {})[layer.parameter_name] = layer
+    named: dict[str, RepExperts] = {}
+    for at, by_parameter in wrapped.items():
+        module = next(iter(by_parameter.values())).get_base_layer()
+        order = [name for name, _ in module.named_parameters(recurse=False) if name in by_parameter]
+        named |= {at + ".base_layer" * depth: by_parameter[name] for depth, name in enumerate(reversed(order))}
+    return named
 
 
 def _dense_copy(wrapper: ModulesToSaveWrapper, adapter_name: str) -> nn.Module:

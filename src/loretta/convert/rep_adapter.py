@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor
+from torch.nn.functional import pad
 
 from loretta.errors import InputError
 from loretta.tuners.copies import AdapterCopy
@@ -84,6 +85,20 @@ def lora_pair(layer: RepLinear, adapter_name: str) -> tuple[Tensor, Tensor]:
         )
     a_IR, b_RO = layer.factors(adapter_name)
     return a_IR.T, (layer.scaling[adapter_name] * b_RO).T
+
+
+def expert_pair(layer: RepExperts, adapter_name: str, rank: int) -> tuple[Tensor, Tensor]:
+    """A (E R, I) and B (O, R E) of the experts' scaled updates, as PEFT's LoRA on ``target_parameters`` lays them out.
+
+    R is ``rank``, with zeros where theirs is lower. Without ``is_transposed`` PEFT takes a matrix to lie as (out, in).
+    """
+    base: Any = layer.get_base_layer()
+    left, right = layer._operands(*layer.factors(adapter_name))  # (E, rows, R) and (E, R, columns)
+    left = layer.scaling[adapter_name] * left
+    a_ERI, b_EOR = (left.mT, right.mT) if getattr(base, "is_transposed", False) else (right, left)
+    more = rank - a_ERI.shape[1]
+    a_ERI, b_EOR = pad(a_ERI, (0, 0, 0, more)), pad(b_EOR, (0, more))
+    return a_ERI.flatten(0, 1), b_EOR.permute(1, 2, 0).flatten(1)
 
 
 def tied_to_embeddings(model: PeftModel, layers: Mapping[str, RepLinear]) -> str | None:
