@@ -26,8 +26,11 @@ class Shape:
     task_type: str = "CAUSAL_LM"
 
 
-def _llama(layers: int, hidden: int, inner: int, heads: int, kv_heads: int, vocabulary: int) -> LlamaConfig:
+def _llama(
+    layers: int, hidden: int, inner: int, heads: int, kv_heads: int, vocabulary: int, *, positions: int = 2048
+) -> LlamaConfig:
     return LlamaConfig(
+        max_position_embeddings=positions,
         num_hidden_layers=layers,
         hidden_size=hidden,
         intermediate_size=inner,
@@ -39,6 +42,7 @@ def _llama(layers: int, hidden: int, inner: int, heads: int, kv_heads: int, voca
 
 
 SHAPES = {
+    "llama-70b": Shape(config=lambda: _llama(80, 8192, 28672, 64, 8, 128256, positions=8192), sizes=((1, 2048),)),
     "llama-7b": Shape(
         config=lambda: _llama(32, 4096, 11008, 32, 32, 32000), sizes=((1, 256), (2, 512), (8, 512), (2, 2048))
     ),

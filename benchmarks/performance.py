@@ -11,28 +11,24 @@ from floors import adapter_cost, base_cost
 from measured import NOT_MEASURED, RESULTS, Row, results, source, table, verdict
 from population_tables import POPULATION_SECTIONS
 from tables import filled
+from targets import (
+    FLOOR,
+    LIMIT,
+    OURS,
+    cells_table,
+    hits_of,
+    lora_of,
+    processes_table,
+    size_of,
+    steps,
+    summary_table,
+)
 
 ROOT = Path(__file__).parents[1]
 PAGE, FIGURE = ROOT / "docs" / "performance.md", ROOT / "docs" / "growth.svg"
 
-FLOOR, LORA, ALONE = "floor", "lora q,v", " contraction"
-OURS = ("rep q,v", "adp", "adp mlp", "rep q,v norms", "adp norms")
-LIMIT = 1.05  # of the floor
+ALONE = " contraction"
 WRAPPING = {"wrap": 2.0, "save": 0.2, "load": 1.0}  # seconds
-
-
-def steps() -> list[Row]:
-    """Every step that was timed, with the floor and the LoRA of its own run: None where that was not measured."""
-    found = []
-    for row in results("speed_*"):
-        run = [other for other in results("speed_*") if _run(other) == _run(row)]
-        references = {name: next((o for o in run if o["method"] == name), None) for name in (FLOOR, LORA)}
-        found.append({**row, "floor": references[FLOOR], "lora": references[LORA]})
-    return found
-
-
-def _run(row: Row) -> tuple:
-    return row["file"], row["mode"], row["batch"], row["tokens"]
 
 
 # What has to be done at the least
@@ -45,7 +41,7 @@ def floor_table() -> str:
         if row["method"] != FLOOR or row["mode"] != "graph":
             continue
         cost = base_cost(row["shape"], row["layers"], row["batch"], row["tokens"])
-        sizes = [row["shape"], _size(row), f"{cost.weights / 1e9:.2f}", f"{cost.activations / 1e9:.2f}"]
+        sizes = [row["shape"], size_of(row), f"{cost.weights / 1e9:.2f}", f"{cost.activations / 1e9:.2f}"]
         sizes += [f"{cost.flops / 1e12:.2f}", f"{cost.bytes_ms:.2f}", f"{cost.flops_ms:.2f}"]
         lines.append([*sizes, f"{row['ms']:.2f}", f"{row['ms'] / cost.ms:.2f}"])
     head = "model | batch x tokens | weights, GB | activations, GB | TFLOP | bytes, ms | operations, ms | measured, ms"
@@ -62,7 +58,7 @@ def adapter_table() -> str:
         extra = row["ms"] - row["floor"]["ms"]
         allowed = (LIMIT - 1) * row["floor"]["ms"]
         numbers = [f"{cost.bytes / 1e9:.2f}", f"{cost.flops / 1e9:.1f}", f"{cost.ms:.2f}"]
-        lines.append([row["shape"], _size(row), row["method"], *numbers, f"{allowed:.2f}", f"{extra:.2f}"])
+        lines.append([row["shape"], size_of(row), row["method"], *numbers, f"{allowed:.2f}", f"{extra:.2f}"])
     head = "model | batch x tokens | method | GB | GFLOP | predicted, ms | allowed, ms | measured, ms"
     return table(head, lines, numbers_from=3) if lines else NOT_MEASURED
 
@@ -90,21 +86,11 @@ def step_table(shape: str) -> Callable[[], str]:
 
 def _step_line(row: Row) -> list[str]:
     to_lora = row["ms"] / row["lora"]["ms"] if row["lora"] else None
-    cells = [row["mode"], _size(row), row["method"], f"{row['ms']:.2f}", f"{row['min']:.2f}, {row['max']:.2f}"]
+    cells = [row["mode"], size_of(row), row["method"], f"{row['ms']:.2f}", f"{row['min']:.2f}, {row['max']:.2f}"]
     cells += [f"{row['ratio']:.3f}", f"{to_lora:.3f}" if to_lora else "", f"{row['peak_gib']:.2f}"]
     judged = row["method"] in OURS and row["lora"] is not None
-    marks = [verdict(hit) for hit in _hits(row)] if judged else ["", "", ""]
+    marks = [verdict(hit) for hit in hits_of(row)] if judged else ["", "", ""]
     return [*cells, *marks]
-
-
-def _hits(row: Row) -> tuple[bool, bool, bool]:
-    """Whether a step keeps to 1.05 floors, to LoRA's time and to LoRA's memory."""
-    lora = row["lora"]
-    return row["ratio"] <= LIMIT, row["ms"] <= lora["ms"], row["peak_gib"] <= lora["peak_gib"]
-
-
-def _size(row: Row) -> str:
-    return f"{row['batch']}x{row['tokens']}"
 
 
 def contraction_table() -> str:
@@ -113,7 +99,7 @@ def contraction_table() -> str:
     lines = []
     for shape, method in dict.fromkeys((row["shape"], row["method"]) for row in rows):
         chosen = [row for row in rows if (row["shape"], row["method"]) == (shape, method)]
-        cells = ", ".join(f"{_size(row)}: {row['ms']:.3f}" for row in chosen)
+        cells = ", ".join(f"{size_of(row)}: {row['ms']:.3f}" for row in chosen)
         lines.append([shape, method.removesuffix(ALONE), cells])
     return table("model | method | ms by batch x tokens", lines, numbers_from=3) if lines else NOT_MEASURED
 
@@ -145,25 +131,6 @@ def profile_table() -> str:
     return source(head) + table("kernel | us | split-K reduction, us", lines)
 
 
-def summary_table() -> str:
-    """How many of the rows keep to each target, and the worst of them."""
-    rows = [row for row in steps() if row["method"] in OURS and row["lora"] is not None]
-    lines = []
-    for mode in dict.fromkeys(row["mode"] for row in rows):
-        of_mode = [row for row in rows if row["mode"] == mode]
-        targets = [
-            ("at most 1.05 floors", [row["ratio"] for row in of_mode]),
-            ("no slower than LoRA q,v", [row["ms"] / row["lora"]["ms"] for row in of_mode]),
-            ("no more memory than LoRA q,v", [row["peak_gib"] / row["lora"]["peak_gib"] for row in of_mode]),
-        ]
-        for (target, ratios), hits in zip(targets, zip(*map(_hits, of_mode), strict=True), strict=True):
-            worst = max(range(len(ratios)), key=ratios.__getitem__)
-            row = of_mode[worst]
-            where = f"{ratios[worst]:.3f}: {row['method']}, {row['shape']} at {_size(row)}"
-            lines.append([mode, target, f"{sum(hits)} of {len(hits)}", where])
-    return table("mode | target | rows that hit it | the worst row", lines, numbers_from=4) if lines else NOT_MEASURED
-
-
 def launches_table() -> str:
     """What an eager step costs the CPU for each adapted module and once a step, above the floor, before and now."""
     rows = results("launches")
@@ -177,6 +144,18 @@ def launches_table() -> str:
         lines.append(cells)
     head = "model | dtype | method | code | trained tensors | kernels | views | autograd nodes | Python calls"
     return table(head, lines, numbers_from=4) if rows else NOT_MEASURED
+
+
+def compiled_table() -> str:
+    """What torch.compile makes of a step for each adapted module and once, above the floor, before and now."""
+    rows = results("compiled")
+    kinds = ("guards", "inputs", "operations", "kernels", "products")
+    lines = []
+    for row in rows:
+        cells = [row["shape"], row["method"], row["when"], row["graphs"]]
+        lines.append([*cells, *(f"{row[kind]['module']:g} + {row[kind]['step']:g}" for kind in kinds)])
+    head = "model | method | code | graphs | guards | inputs | operations | kernels | products"
+    return table(head, lines, numbers_from=3) if rows else NOT_MEASURED
 
 
 # Everything else
@@ -198,13 +177,13 @@ def inference_table() -> str:
 
 def mixed_table() -> str:
     """A batch whose rows name adapters of their own."""
-    rows = results("mixed")
+    rows = results("mixed*")
     lines = []
     for row in rows:
-        lora = next((o for o in rows if (o["method"], o["adapters"]) == (LORA, row["adapters"])), None)
+        lora = lora_of(row)
         times = [f"{row['ms']:.2f}", f"{row['min']:.2f}, {row['max']:.2f}", f"{row['ratio']:.2f}"]
         to_lora = f"{row['ms'] / lora['ms']:.2f}" if lora else ""
-        lines.append([row["shape"], _size(row), row["adapters"], row["method"], *times, to_lora])
+        lines.append([row["shape"], size_of(row), row["adapters"], row["method"], *times, to_lora])
     head = "model | batch x tokens | adapters | method | ms | min, max | / base | / LoRA"
     return source(rows[0]) + table(head, lines, numbers_from=4) if rows else NOT_MEASURED
 
@@ -271,7 +250,7 @@ def cpu_table() -> str:
     for row in rows:
         target = verdict(row["ratio"] <= 1) if row["method"] in OURS else ""
         times = [f"{row['ms']:.2f}", f"{row['min']:.2f}, {row['max']:.2f}", f"{row['ratio']:.3f}"]
-        lines.append([row["shape"], _size(row), row["method"], *times, target])
+        lines.append([row["shape"], size_of(row), row["method"], *times, target])
     head = "model | batch x tokens | method | median, ms | min, max | / LoRA | at most 1.0"
     return source(rows[0]) + table(head, lines, numbers_from=3) if rows else NOT_MEASURED
 
@@ -293,6 +272,7 @@ def wrapping_table() -> str:
 
 SECTIONS: dict[str, Callable[[], str]] = {
     "targets": summary_table,
+    "cells": cells_table,
     "floor": floor_table,
     "adapters": adapter_table,
     "llama-7b": step_table("llama-7b"),
@@ -301,6 +281,8 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "minilm": step_table("minilm"),
     "contraction": contraction_table,
     "launches": launches_table,
+    "compiled": compiled_table,
+    "processes": processes_table,
     "profile": profile_table,
     "kernels": kernel_table,
     "growth": growth_table,

@@ -9,6 +9,7 @@ GPU, two processes share it over gloo: that shows that the losses agree, and no 
 """
 
 import argparse
+import gc
 import json
 import os
 import shutil
@@ -26,14 +27,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from cases import METHODS, SHAPES, Shape
+from cases import METHODS, SHAPES
 from peft import get_peft_model
 from timing import about
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
-from transformers import AutoModelForCausalLM, LlamaConfig, TrainerCallback
+from transformers import AutoModelForCausalLM, TrainerCallback
 
 from loretta.training import run as runs
 from loretta.training.config import RunConfig
@@ -44,19 +45,6 @@ FLOOR = "floor"
 STEPPED = (FLOOR, "lora q,v", "rep q,v", "adp")
 LARGE = (FLOOR, "lora q,v", "rep q,v")
 
-SHAPES["llama-70b"] = Shape(
-    config=lambda: LlamaConfig(
-        num_hidden_layers=80,
-        hidden_size=8192,
-        intermediate_size=28672,
-        num_attention_heads=64,
-        num_key_value_heads=8,
-        vocab_size=128256,
-        max_position_embeddings=8192,
-        use_cache=False,
-    ),
-    sizes=((1, 2048),),
-)
 Row = dict[str, Any]
 
 
@@ -67,6 +55,15 @@ def device() -> str:
 def wait() -> None:
     if device() == "cuda":
         torch.cuda.synchronize()
+
+
+@contextmanager
+def others_go_on() -> Iterator[None]:
+    """An error is shown, and the next method or part begins."""
+    try:
+        yield
+    except Exception:
+        traceback.print_exc()
 
 
 # ---- losses
@@ -124,10 +121,12 @@ def losses(options: argparse.Namespace, keep: Callable[[Row], None], *, sharded:
                 limit=options.limit,
                 fsdp=launch == "fsdp2",
             )
-            try:
+            record = None
+            with others_go_on():
                 record = runs.train(config, say=lambda line: None)
-            finally:
-                runs.make_trainer = make
+            runs.make_trainer = make
+            if record is None:
+                continue
             history = [point.values["loss"] for point in record.history if point.split == "train"]
             keep(
                 {
@@ -200,6 +199,7 @@ def seconds_per_step(model: nn.Module, trained: list[nn.Parameter], batch: int, 
 
 
 def timed(options: argparse.Namespace, shape: str, method: str, launch: str, part: str) -> Row:
+    gc.collect()  # a sharded model is a circle of references, and two of 70B have no room
     if device() == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -234,12 +234,14 @@ def timed(options: argparse.Namespace, shape: str, method: str, launch: str, par
 def steps(options: argparse.Namespace, keep: Callable[[Row], None]) -> None:
     for launch in ("one",) if int(os.environ["WORLD_SIZE"]) == 1 else ("ddp", "fsdp2"):
         for method in STEPPED:
-            keep(timed(options, options.small, method, launch, "steps"))
+            with others_go_on():
+                keep(timed(options, options.small, method, launch, "steps"))
 
 
 def large(options: argparse.Namespace, keep: Callable[[Row], None]) -> None:
     for method in LARGE:
-        keep(timed(options, options.large, method, "fsdp2", "large"))
+        with others_go_on():
+            keep(timed(options, options.large, method, "fsdp2", "large"))
 
 
 PARTS: dict[str, Callable[..., None]] = {
@@ -276,10 +278,8 @@ def work(options: argparse.Namespace) -> None:
 
     with joined():
         for part in options.parts:
-            try:
+            with others_go_on():
                 PARTS[part](options, keep)
-            except Exception:  # the next part may do
-                traceback.print_exc()
 
 
 def start(options: argparse.Namespace, processes: int, parts: list[str], gpus: str) -> subprocess.Popen:
@@ -376,7 +376,8 @@ def main() -> None:
         # one process of each part, each on a GPU of its own
         gpus = [str(k % max(1, torch.cuda.device_count())) for k in range(len(alone))]
         stopped([start(options, 1, [part], gpu) for part, gpu in zip(alone, gpus, strict=True)], until, write)
-        stopped([start(options, 2, options.parts, "0,1")], until, write)
+        for part in options.parts:  # each on its own: a process that has lost the others in one waits for them
+            stopped([start(options, 2, [part], "0,1")], until, write)
         write()
     content = json.loads(options.out.read_text())
     for row in content["rows"]:
