@@ -1,15 +1,17 @@
 """The methods on one model side by side: means over tasks, intervals over seeds, and who is better than whom."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
-from statistics import mean
 from typing import Any
 
 import pandas as pd
-from protocol import TASKS, chosen, interval
+from protocol import TASKS, chosen, interval, joined_by_seed, mean_by_seed
 
 Row = Mapping[str, Any]
+Scores = pd.Series  # by seed
+ROOM = 1.1  # of a size that a method may use
+NEAR = 1.02  # counts so much apart are one
 
 
 class Board:
@@ -24,8 +26,8 @@ class Board:
         self.cells = {(row["method"], row["task"]): row for row in self.rows}
         self.methods = sorted({row["method"] for row in self.rows}, key=lambda name: (self.trained(name), name))
         counts = {task: sum((m, task) in self.cells for m in self.methods) for task in TASKS}
-        # a mean is of tasks that at least two thirds of the methods have
-        self.tasks = [task for task in TASKS if counts[task]]
+        # one method alone is compared with nothing; a mean is of tasks that at least two thirds of the methods have
+        self.tasks = [task for task in TASKS if counts[task] > 1]
         scored = [task for task in self.tasks if TASKS[task].metric != "loss"]
         most = max((counts[task] for task in scored), default=0)
         self.common = [task for task in scored if counts[task] >= 2 / 3 * most]
@@ -39,48 +41,59 @@ class Board:
     def norms(self, method: str) -> bool:
         return bool(next(row["norms"] for row in self.rows if row["method"] == method))
 
-    def scores(self, method: str, task: str) -> list[float]:
+    def scores(self, method: str, task: str) -> Scores:
         return chosen(self.cells[method, task], self.which)
 
-    def mean_of(self, method: str) -> list[float] | None:
-        """The mean over the common tasks, for each seed; None where one of them was not run."""
+    def mean_of(self, method: str) -> Scores | None:
+        """The mean over the common tasks, for each seed that all have; None where one of them was not run."""
         if not all((method, task) in self.cells for task in self.common):
             return None
-        of_tasks = [self.scores(method, task) for task in self.common]
-        return [mean(seeds) for seeds in zip(*of_tasks, strict=False)]
+        return mean_by_seed([self.scores(method, task) for task in self.common])
 
-    def complete(self) -> dict[str, list[float]]:
+    def complete(self) -> dict[str, Scores]:
         found = {method: self.mean_of(method) for method in self.methods}
         return {method: scores for method, scores in found.items() if scores is not None}
 
-    def by_count(self, count: int, names: Sequence[str]) -> list[float] | None:
-        """The scores of each seed at a count between two of ``names``, straight in the logarithm of the count."""
+    def best_within(self, size: int) -> tuple[str | None, str | None]:
+        """The best form of LoRETTA and the best other method with about as many parameters at most, by their means."""
+        means = {method: scores.mean() for method, scores in self.complete().items()}
+        fit = [method for method in means if self.trained(method) <= ROOM * size]
+        ours = [method for method in fit if self.family(method) == "LoRETTA"]
+        others = [method for method in fit if self.family(method) != "LoRETTA"]
+        return max(ours, key=means.__getitem__, default=None), max(others, key=means.__getitem__, default=None)
+
+    def by_count(self, count: int, names: Sequence[str]) -> Scores | None:
+        """The scores by seed at a count between two of ``names``, straight in its logarithm, or beside one of them."""
         have = self.complete()
-        known = sorted((self.trained(name), have[name]) for name in names if name in have)
-        for (low, before), (high, behind) in pairwise(known):
+        beside = [name for name in names if name in have and abs(math.log(count / self.trained(name))) < math.log(NEAR)]
+        if beside:
+            return have[min(beside, key=lambda name: abs(count - self.trained(name)))]
+        for before, behind in pairwise(sorted((name for name in names if name in have), key=self.trained)):
+            low, high = self.trained(before), self.trained(behind)
             if low <= count <= high and low < high:
                 share = math.log(count / low) / math.log(high / low)
-                return [a + share * (b - a) for a, b in zip(before, behind, strict=False)]
+                return joined_by_seed([have[before], have[behind]]) @ [1 - share, share]
         return None
 
 
-def words(values: Sequence[float], digits: int = 3) -> str:
+def words(values: Collection[float], digits: int = 3) -> str:
     if any(math.isnan(value) for value in values):
         return "diverged"
     middle, half = interval(values)
     return f"{middle:.{digits}f}" + ("" if math.isnan(half) else f" ± {half:.{digits}f}")
 
 
-def signed(values: Sequence[float]) -> str:
+def signed(values: Collection[float]) -> str:
     middle, half = interval(values)
     return f"{middle:+.3f}" + ("" if math.isnan(half) else f" ± {half:.3f}")
 
 
-def paired(one: Sequence[float], other: Sequence[float]) -> list[float]:
-    return [a - b for a, b in zip(one, other, strict=False)]
+def paired(one: Scores, other: Scores) -> Scores:
+    """The differences of the seeds that both have."""
+    return joined_by_seed([one, other]) @ [1.0, -1.0]
 
 
-def verdict(differences: Sequence[float]) -> str:
+def verdict(differences: Collection[float]) -> str:
     """ "better", "worse", or "level" where the 95 % interval holds zero."""
     middle, half = interval(differences)
     if math.isnan(half) or abs(middle) <= half:

@@ -7,11 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from methods import GROUPS, METHODS, Method, grid
-from protocol import TASKS, at_edge, best_rate, cell_of, interval
+from protocol import PER_RATE, TASKS, at_edge, best_rate, cell_of, interval
 
 Row = Mapping[str, Any]
-
-PER_RATE = ("held_out", "official", "curve", "losses", "train_loss", "wiki")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

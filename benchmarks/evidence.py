@@ -12,23 +12,33 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import mean
 
+import pandas as pd
 from board import Board, Row, markdown, paired, signed, verdict, words
 from methods import UNTRAINED
-from protocol import LEAKS, TASKS, at_edge, best_rate, chosen, interval, read_rows
+from peers import PEERS
+from protocol import LEAKS, at_edge, best_rate, by_seed, chosen, interval, mean_by_seed, read_rows, same_seeds
 from retention import forgetting_rows, forgetting_table, overfitting_table, reading_table
 from tables import RESULTS, ROOT, filled
-from verdicts import MODELS, claims, not_run
+from verdicts import MODELS, SIZES, claims, not_run, predicted, sizes_sentence, verdict_sentence
 
 CHOOSING, PAGE, PICTURE = ROOT / "docs" / "choosing.md", ROOT / "RESULTS.md", ROOT / "docs" / "front.svg"
 NAMES = {"mcc": "Matthews", "f1": "F1", "spearman": "Spearman", "accuracy": "accuracy", "loss": "loss"}
-SIZES = (5_000, 10_000, 20_000, 40_000, 80_000)
-ROOM = 1.1  # of a size that a method may use
 ONE_RATE = "0.0015"
+CLOSE = 1.25  # counts so near that the smaller one has its name on the left
 
 
 def rows() -> list[Row]:
     files = sorted((*RESULTS.glob("forms_*.json"), *RESULTS.glob("peers_*.json")))
-    return [row for row in read_rows(files) if row["model"] in MODELS]
+    found = [row for row in read_rows(files) if row["model"] in MODELS]
+    centres = {(row["model"], row["method"], best_rate(row)) for row in found if row.get("part") == "rates"}
+    peers = {method.name for method in PEERS}
+
+    def searches(row: Row) -> bool:
+        """Whether a row is of a peer whose best rate, of six, was not found or lies elsewhere: it compares nothing."""
+        around = {(row["model"], row["method"], rate) for rate in row["held_out"]}
+        return row["method"] in peers and not centres & around
+
+    return same_seeds([{**row, "part": "rates"} if searches(row) else row for row in found])
 
 
 def front_table(model: str, found: Sequence[Row]) -> str:
@@ -44,7 +54,9 @@ def front_table(model: str, found: Sequence[Row]) -> str:
             if (method, task) in board.cells and method != UNTRAINED
         ]
         name = f"**{method}**" if board.family(method) == "LoRETTA" else method
-        lines.append([name, f"{board.trained(method):,}", *scores, words(means) if means else "", " ".join(rates)])
+        lines.append(
+            [name, f"{board.trained(method):,}", *scores, "" if means is None else words(means), " ".join(rates)]
+        )
     columns = ["method", "trained", *board.tasks, f"mean of {len(board.common)}", "rates"]
     return (
         f"The mean is of {', '.join(board.common)}; ± is half a 95 % interval over the seeds; `*`: the best rate is at "
@@ -58,12 +70,9 @@ def size_table(model: str, found: Sequence[Row], which: str) -> str:
     have = board.complete()
     lines = []
     for size in SIZES:
-        fit = [method for method in have if board.trained(method) <= ROOM * size]
-        ours = [method for method in fit if board.family(method) == "LoRETTA"]
-        others = [method for method in fit if board.family(method) != "LoRETTA"]
-        if not ours or not others:
+        best, other = board.best_within(size)
+        if best is None or other is None:
             continue
-        best, other = (max(names, key=lambda name: mean(have[name])) for names in (ours, others))
         difference = paired(have[best], have[other])
         lines.append(
             [
@@ -120,7 +129,7 @@ def one_rate_table(found: Sequence[Row]) -> str:
         for method in board.complete():
             cells = [board.cells[method, task] for task in board.common]
             if all(ONE_RATE in row["held_out"] for row in cells) and board.trained(method):
-                fixed = [mean(seeds) for seeds in zip(*(row["held_out"][ONE_RATE] for row in cells), strict=True)]
+                fixed = mean_by_seed([by_seed(row, row["held_out"][ONE_RATE]) for row in cells])
                 best = board.complete()[method]
                 lost = signed(paired(fixed, best))
                 lines.append(
@@ -171,7 +180,9 @@ def adaptive_table() -> str:
 def instruct_table() -> str:
     """Losses of conversations behind instruction tuning: the held-out ones choose, the official ones are reported."""
     best = runs_of("instruct.json", lambda row: -row["held_out"])
-    losses = {method: [row["official"] for row in some] for (_, method), _, some in best}
+    losses = {
+        method: pd.Series({row["seed"]: row["official"] for row in some}, dtype=float) for (_, method), _, some in best
+    }
     lines = []
     for (_, method), rate, some in sorted(best, key=lambda one: one[2][0]["trained"]):
         gaps = [
@@ -184,18 +195,17 @@ def instruct_table() -> str:
 
 
 def peers_table(found: Sequence[Row]) -> str:
-    """Other small methods of PEFT at the best of six rates, which is at least as wide a search as the others had."""
-    some = [row for row in found if row.get("part") == "rates" and row["family"] == "PEFT"]
+    """Other small methods of PEFT at the best of their rates."""
+    names = {method.name for method in PEERS}
     lines = []
-    for row in sorted(some, key=lambda row: (row["task"], row["trained"])):
-        edge = "*" if at_edge(row) else ""
-        best = words(chosen(row, "held_out"))
-        lines.append([row["method"], row["task"], f"{row['trained']:,}", best, f"{float(best_rate(row)):g}{edge}"])
-    return (
-        markdown(lines, ["method", "task", "trained", "held-out score", "rate"], left=2)
-        if lines
-        else "Not measured yet.\n"
-    )
+    for row in sorted(found, key=lambda row: (row["task"], row["trained"])):
+        if row["method"] not in names:
+            continue
+        best = [words(chosen(row, "held_out")), f"{float(best_rate(row)):g}" + ("*" if at_edge(row) else "")]
+        searched = [str(len(row["held_out"])), str(len(row["seeds"]))]
+        lines.append([row["method"], row["task"], f"{row['trained']:,}", *best, *searched])
+    columns = ["method", "task", "trained", "held-out score", "rate", "of rates", "seeds"]
+    return markdown(lines, columns, left=2) if lines else "Not measured yet.\n"
 
 
 def peak(row: Row) -> float:
@@ -227,26 +237,6 @@ def results_of(model: str, task: str, found: Sequence[Row]) -> str:
     return markdown(lines, ["method", "trained", "with head", metric, "to LoRA r=8", "to norms"])
 
 
-def verdict_sentence(model: str, task: str, found: Sequence[Row]) -> str:
-    """Whether a LoRETTA form is the best of a task, said first where it is not."""
-    board = Board(found, model, "official")
-    here = {method: board.scores(method, task) for method in board.methods if (method, task) in board.cells}
-    sign = -1 if TASKS[task].metric == "loss" else 1
-    here = {method: [sign * score for score in s] for method, s in here.items() if not any(map(math.isnan, s))}
-    ours = {m: s for m, s in here.items() if board.family(m) == "LoRETTA"}
-    others = {m: s for m, s in here.items() if board.family(m) != "LoRETTA"}
-    if not ours or not others:
-        return ""
-    best, other = (max(group, key=lambda name: mean(group[name])) for group in (ours, others))
-    difference = paired(ours[best], others[other])
-    what = {"better": "LoRETTA wins", "worse": "LoRETTA loses", "level": "LoRETTA is level with the best"}
-    return (
-        f"{what[verdict(difference)]} here: {best} ({board.trained(best):,}) has {sign * mean(ours[best]):.3f}, "
-        f"{other} ({board.trained(other):,}) {sign * mean(others[other]):.3f}; the paired difference in favour of "
-        f"LoRETTA is {signed(difference)}."
-    )
-
-
 def results_page(found: Sequence[Row]) -> dict[str, str]:
     """The generated sections of RESULTS.md."""
     parts = []
@@ -255,7 +245,8 @@ def results_page(found: Sequence[Row]) -> dict[str, str]:
         if not board.rows:
             continue
         sizes = size_table(model, found, "official")
-        parts.append(f"### {shown}\n\n{source(board.rows)}\n\n" + (f"{sizes}\n" if sizes else ""))
+        said = f"{sizes_sentence(board)} {source(board.rows)}".strip()
+        parts.append(f"### {shown}\n\n{said}\n\n" + (f"{sizes}\n" if sizes else ""))
         for task in board.tasks:
             leak = LEAKS.get(task, "")
             said = f"{verdict_sentence(model, task, found)} {leak}".strip()
@@ -275,8 +266,17 @@ def source(some: Sequence[Row]) -> str:
     """Where the rows come from."""
     devices = ", ".join(sorted({row["device"] for row in some}))
     versions = sorted({" ".join(f"{name} {number}" for name, number in row["versions"].items()) for row in some})
-    seeds = sorted({len(row["seeds"]) for row in some})
-    return f"{devices}; {'; '.join(versions)}; {' or '.join(map(str, seeds))} seeds, {len(some)} cells."
+    seeds = sorted({tuple(row["seeds"]) for row in some})
+    numbers = " or ".join(", ".join(map(str, of_row)) for of_row in seeds)
+    said = f"{devices}; {'; '.join(versions)}; seeds {numbers}; {len(some)} cells."
+    more = sorted(
+        f"{row['method']} on {row['task']} ({', '.join(map(str, row['not_compared']))})"
+        for row in some
+        if row.get("not_compared")
+    )
+    return said + (
+        f" In the file and not compared, for the other methods lack them: {'; '.join(more)}." if more else ""
+    )
 
 
 def choosing_sections(found: Sequence[Row]) -> dict[str, str]:
@@ -286,6 +286,7 @@ def choosing_sections(found: Sequence[Row]) -> dict[str, str]:
         "one rate": one_rate_table(found),
         "fits": fits_table(),
         "adaptive": adaptive_table(),
+        "predicted": predicted(found),
     }
     for model in MODELS:
         if any(row["model"] == model for row in found):
@@ -308,7 +309,8 @@ def draw(found: Sequence[Row], path: Path) -> None:
 
     boards = [Board(found, model, "official") for model in ("all-mpnet-base-v2", "all-MiniLM-L6-v2")]
     board = next((board for board in boards if len(board.complete()) > 5), boards[-1])
-    model = board.rows[0]["model"]
+    model, counts = board.rows[0]["model"], [board.trained(method) for method in board.complete()]
+    counts = [count for count in counts if count]
     marks = {
         "LoRETTA": ("o", "tab:red"),
         "LoRA": ("s", "tab:blue"),
@@ -328,10 +330,17 @@ def draw(found: Sequence[Row], path: Path) -> None:
                     board.trained(method), middle, yerr=0 if math.isnan(half) else half, marker=marker, color=color,
                     linestyle="", capsize=2, linewidth=0.8, label=label,
                 )  # fmt: skip
-                axes.annotate(method, (board.trained(method), middle), (4, 3), textcoords="offset points", fontsize=6)
+                crowded = any(1 < other / board.trained(method) < CLOSE for other in counts)
+                axes.annotate(
+                    method, (board.trained(method), middle), (-5 if crowded else 5, 0), textcoords="offset points",
+                    fontsize=7, va="center", ha="right" if crowded else "left",
+                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8},
+                )  # fmt: skip
                 label = "_"
         axes.set_xscale("log")
-        axes.set_xticks(SIZES, [f"{size // 1000}K" for size in SIZES])
+        axes.set_xlim(0.8 * min(counts), 1.4 * max(counts))
+        ticks = [size for size in (*SIZES, 160_000, 320_000) if 0.8 * min(counts) < size < 1.4 * max(counts)]
+        axes.set_xticks(ticks, [f"{size // 1000}K" for size in ticks])
         axes.minorticks_off()
         axes.set_xlabel("trained parameters, without the head")
         axes.set_ylabel(f"mean of {', '.join(board.common)} (official validation)")

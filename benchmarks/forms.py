@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from functools import cache, partial
 from pathlib import Path
 from statistics import mean
@@ -92,7 +93,11 @@ def heads_alike(tokens: Sequence[int]) -> Iterator[None]:
             population_training, "load_config_task", lambda config: encoded_once(data_options(config))[0]
         ),
         mock.patch.object(
-            population_training, "encode_splits", lambda config, *_: encoded_once(data_options(config))[1]
+            # a dictionary of its own: show_official puts other rows into it, and later cells of the process would be
+            # scored on these
+            population_training,
+            "encode_splits",
+            lambda config, *_: copy(encoded_once(data_options(config))[1]),
         ),
     ):
         yield

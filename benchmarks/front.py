@@ -9,10 +9,11 @@ forms are compared with. A form counts on a model where all tasks were run that 
 import json
 import math
 from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any, NamedTuple
 
-from protocol import chosen
+from protocol import chosen, same_seeds
 from tables import RESULTS
 
 from loretta.plan.front import FRONT, Form, Front, Measured, Other, Score
@@ -78,10 +79,11 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def cells(rows: list[dict[str, Any]]) -> list[Cell]:
+def cells(rows: Sequence[Mapping[str, Any]]) -> list[Cell]:
     """The cells of rows of forms.json, and of the later format, which has the scores of the held-out rows apart."""
     found = []
-    for row in rows:
+    earlier = [row for row in rows if "form" in row]
+    for row in (*earlier, *same_seeds([row for row in rows if "form" not in row])):
         if "form" in row:
             name, count, score = row["form"], row["count"], max(mean(seeds) for seeds in row["scores"].values())
         elif row["metric"] != "loss" and row.get("part", "front") == "front":
@@ -106,6 +108,9 @@ def front(found: list[Cell]) -> Front:
     found = [cell for cell in found if cell.later == (cell.model in later)]
     models: dict[str, Measured] = {}
     scores: dict[str, dict[str, Score]] = defaultdict(dict)
+    # one form has a name in each format: it is its options
+    made = {cell.name: (cell.options[0], {"train_norms": False, **cell.options[1]}) for cell in found if cell.options}
+    forms_of = {name: json.dumps(options, sort_keys=True) for name, options in made.items()}
     for model in sorted({cell.model for cell in found}):
         here = [cell for cell in found if cell.model == model]
         forms = {cell.name for cell in here if cell.options}
@@ -135,14 +140,14 @@ def front(found: list[Cell]) -> Front:
         )
         for name in forms & means.keys():
             gain = means[name] - means[REFERENCE]
-            scores[name][model] = Score(count=counts[name], mean=round(means[name], 4), gain=round(gain, 4))
-    made = {cell.name: cell.options for cell in found if cell.options}
+            scores[forms_of[name]][model] = Score(count=counts[name], mean=round(means[name], 4), gain=round(gain, 4))
     return Front(
         reference=REFERENCE,
         models=models,
         forms=[
-            Form(method=made[name][0], options={"train_norms": False, **made[name][1]}, scores=scores[name])
-            for name in sorted(scores)
+            Form(method=made[name][0], options=made[name][1], scores=scores[form])
+            for form, name in sorted({forms_of[name]: name for name in sorted(made)}.items(), key=lambda one: one[1])
+            if form in scores
         ],
     )
 

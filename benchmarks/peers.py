@@ -45,14 +45,15 @@ PEERS = [
     # VB-LoRA: 90 vectors of a third of the width, 2 of them in a part of a matrix of rank 4; they learn at a tenth of
     # the rate of the logits that choose them
     peer("VB-LoRA h=90, b=128", "vblora", 6e-2, r=4, num_vectors=90, vector_length=128, topk=2, factors=SLOW_BANK),
-    # TinyLoRA: so many numbers that its rank of 16 is used up, as LoRA-XS does
-    peer("TinyLoRA r=16, u=256", "tinylora", 3e-3, ALL, r=16, u=256),
+    # TinyLoRA: so many numbers that its rank of 16 is used up, as LoRA-XS does; 1.5e-3 was far too high for it
+    # (results/peers_tinylora.json)
+    peer("TinyLoRA r=16, u=256", "tinylora", 3e-4, ALL, r=16, u=256),
     peer("WaveFT n=1000", "waveft", 5e-3, n_frequency=1000),
     peer("RoAd", "road", 5e-3, ALL, variant="road_1"),
     peer("VeRA r=1024", "vera", 2e-2, r=1024),
     peer("Uni-LoRA d=23040", "unilora", 1e-2, r=4, theta_d_length=23_040),
     # TinyLoRA: PEFT's default, the paper's rank
-    peer("TinyLoRA r=2, u=64", "tinylora", 3e-3, ALL, r=2, u=64),
+    peer("TinyLoRA r=2, u=64", "tinylora", 3e-4, ALL, r=2, u=64),
     # the biases of the values alone
     peer("BEFT", "beft", 3e-3, VALUES),
     prompted("prefix 20", "prefix", 1e-2),

@@ -2,25 +2,27 @@
 
 Each member trains on 90 % of a task's official training rows and is scored on the other 10 % behind every epoch; these
 scores choose its epoch, and their means over the seeds the learning rate of a method. The official validation rows are
-scored once, at the end.
+scored once, at the end. What is compared or joined is that of the seeds which all sides have, each with itself.
 """
 
 import gzip
 import json
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import pandas as pd
 from scipy.stats import t as student
 
 HELD_OUT = 0.1
 BATCH = 32
 HEAD_RATE = 1e-2  # of the final layer, the same for all methods
 OFFICIAL_LENGTH = 128  # tokens of the texts that are scored at the end
+PER_RATE = ("held_out", "official", "curve", "losses", "train_loss", "wiki")  # what a row has by rate, and then by seed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,19 +117,55 @@ def at_edge(row: Mapping[str, Any]) -> bool:
     return len(rates) > 1 and best_rate(row) in (rates[0], rates[-1])
 
 
-def chosen(row: Mapping[str, Any], which: str) -> list[float]:
-    """The scores of the seeds at the best rate, on the "held_out" or the "official" rows."""
-    scores = row[which][best_rate(row)]
-    return [math.nan if score is None else score for score in scores]
+def chosen(row: Mapping[str, Any], which: str) -> pd.Series:
+    """The scores by seed at the best rate, on the "held_out" or the "official" rows."""
+    return by_seed(row, row[which][best_rate(row)])
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
+def by_seed(row: Mapping[str, Any], scores: Sequence[float | None]) -> pd.Series:
+    """Scores of a row under the numbers of its seeds; NaN is that of a member that diverged."""
+    return pd.Series([math.nan if score is None else score for score in scores], index=row["seeds"], dtype=float)
+
+
+def joined_by_seed(some: Sequence[pd.Series]) -> pd.DataFrame:
+    """Several measurements side by side, a row for each seed that all of them have."""
+    return pd.concat(some, axis="columns", join="inner", keys=range(len(some)))
+
+
+def mean_by_seed(some: Sequence[pd.Series]) -> pd.Series:
+    return joined_by_seed(some).mean(axis="columns", skipna=False)
+
+
+def same_seeds(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows with those seeds alone that all rows of their part, model and task have.
+
+    So no method is chosen from more seeds, or compared on others. ``not_compared`` are the seeds that a row had beside.
+    Raises ValueError where rows have no seed in common.
+    """
+    common: dict[tuple[Any, ...], set[int]] = {}
+    for row in rows:
+        common[_table(row)] = common.get(_table(row), set(row["seeds"])) & set(row["seeds"])
+    found: list[Mapping[str, Any]] = []
+    for row in rows:
+        if not common[_table(row)]:
+            raise ValueError(f"the rows of {', '.join(_table(row))} have no seed in common: run one of them again")
+        at = [k for k, seed in enumerate(row["seeds"]) if seed in common[_table(row)]]
+        scores = {
+            key: {rate: [of_seeds[k] for k in at] for rate, of_seeds in row[key].items()}
+            for key in PER_RATE
+            if key in row
+        }
+        rest = [seed for seed in row["seeds"] if seed not in common[_table(row)]]
+        found.append({**row, **scores, "seeds": [row["seeds"][k] for k in at], "not_compared": rest})
+    return found
+
+
+def _table(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return row.get("part", "front"), row["model"], row["task"]
+
+
+def interval(values: Collection[float]) -> tuple[float, float]:
     """The mean and half of its 95 % interval, by Student's t over the seeds; NaN for the half of one value."""
     if len(values) < 2:
         return mean(values), math.nan
     return mean(values), float(student.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
-
-
-def difference(one: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
-    """The mean of the differences of paired seeds and half of its 95 % interval."""
-    return interval([a - b for a, b in zip(one, other, strict=False)])

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
-from board import Row, markdown, paired, signed, words
+from board import Row, Scores, markdown, paired, signed, words
 from methods import UNTRAINED
-from protocol import best_rate
+from protocol import best_rate, by_seed, mean_by_seed
 from tables import RESULTS
 
 NONE = "Not measured yet.\n"
@@ -21,18 +21,18 @@ def forgetting_rows() -> list[Row]:
     return json.loads(file.read_text()) if file.exists() else []
 
 
-def average(row: Row) -> list[float]:
+def average(row: Row) -> Scores:
     """The mean accuracy on the three tasks over all orders, for each seed."""
-    return _over_seeds([scores for of_order in row["scores"].values() for scores in of_order.values()])
+    return _over_seeds(row, [scores for of_order in row["scores"].values() for scores in of_order.values()])
 
 
-def _over_seeds(some: Sequence[Sequence[float]]) -> list[float]:
-    return [mean(of_seed) for of_seed in zip(*some, strict=True)]
+def _over_seeds(row: Row, some: Sequence[Sequence[float]]) -> Scores:
+    return mean_by_seed([by_seed(row, scores) for scores in some])
 
 
-def _at(row: Row, place: int) -> list[float]:
+def _at(row: Row, place: int) -> Scores:
     """The mean accuracy on the task that was trained at a place of the order, over all orders, for each seed."""
-    return _over_seeds([of_order[order.split(">")[place]] for order, of_order in row["scores"].items()])
+    return _over_seeds(row, [of_order[order.split(">")[place]] for order, of_order in row["scores"].items()])
 
 
 def forgetting_table(rows: Sequence[Row]) -> str:
@@ -48,7 +48,7 @@ def forgetting_table(rows: Sequence[Row]) -> str:
         gap = "" if reference is None or row is reference else signed(paired(average(row), average(reference)))
         lines.append(
             [
-                row["method"], f"{row['trained']:,}", *papers, words(_over_seeds(list(own.values()))),
+                row["method"], f"{row['trained']:,}", *papers, words(_over_seeds(row, list(own.values()))),
                 *[f"{mean(_at(row, place)):.3f}" for place in range(3)], words(average(row)), gap,
             ]
         )  # fmt: skip
@@ -56,9 +56,9 @@ def forgetting_table(rows: Sequence[Row]) -> str:
     return markdown(lines, ["method", "trained", *columns])
 
 
-def risen(row: Row) -> list[float]:
+def risen(row: Row) -> Scores:
     """How far the held-out loss of each seed stands above its minimum at the end."""
-    return [losses[-1] - min(losses) for losses in row["losses"][best_rate(row)]]
+    return by_seed(row, [losses[-1] - min(losses) for losses in row["losses"][best_rate(row)]])
 
 
 def overfitting_table(found: Sequence[Row]) -> str:

@@ -1,11 +1,10 @@
 """What the paper claims, and what came out; and what was not run."""
 
-from collections.abc import Callable, Sequence
-from statistics import mean
+from collections.abc import Callable, Collection, Sequence
 
-from board import Board, Row, markdown, paired, signed, verdict
+from board import Board, Row, Scores, markdown, paired, signed, verdict
 from methods import GROUPS
-from protocol import interval
+from protocol import TASKS, interval, mean_by_seed
 from retention import average, forgetting_rows, risen
 
 MODELS = {
@@ -15,6 +14,7 @@ MODELS = {
 }
 MARGIN = 0.02  # "as good as": the whole interval lies above minus this
 OPEN = "open: not run"
+SIZES = (5_000, 10_000, 20_000, 40_000, 80_000)
 
 # a claim, what it is of, and what that is compared with
 CLAIMS = (
@@ -50,7 +50,7 @@ def claims(found: Sequence[Row]) -> str:
     return markdown(lines, ["claim", *(shown.partition(" ")[0] for shown in MODELS.values())], left=4)
 
 
-def said(difference: Sequence[float], margin: float, *, strictly: bool) -> str:
+def said(difference: Collection[float], margin: float, *, strictly: bool) -> str:
     middle, half = interval(difference)
     if strictly:
         word = {"better": "confirmed", "worse": "refuted", "level": "open"}[verdict(difference)]
@@ -59,14 +59,14 @@ def said(difference: Sequence[float], margin: float, *, strictly: bool) -> str:
     return f"{word} ({signed(difference)})"
 
 
-def _both(rows: dict[str, Row], value: Callable[[Row], list[float]], sign: int) -> str:
+def _both(rows: dict[str, Row], value: Callable[[Row], Scores], sign: int) -> str:
     """What is said of adp and of rep, against LoRA r=8."""
     if "LoRA r=8" not in rows:
         return OPEN
     words = []
     for method in ("adp + norms", "rep + norms"):
         if method in rows:
-            gaps = [sign * gap for gap in paired(value(rows[method]), value(rows["LoRA r=8"]))]
+            gaps = sign * paired(value(rows[method]), value(rows["LoRA r=8"]))
             words.append(f"{method.partition(' ')[0]} {said(gaps, 0.0, strictly=True)}")
     return ", ".join(words) or OPEN
 
@@ -83,11 +83,71 @@ def _risen(found: Sequence[Row], model: str) -> str:
     most = max(map(len, of_tasks.values()), default=0)
     whole = {method: some for method, some in of_tasks.items() if len(some) == most}
 
-    def value(row: Row) -> list[float]:
-        each = [risen(one) for one in whole[row["method"]]]
-        return [mean(of_seed) for of_seed in zip(*each, strict=True)]
+    def value(row: Row) -> Scores:
+        return mean_by_seed([risen(one) for one in whole[row["method"]]])
 
     return _both({method: some[0] for method, some in whole.items()}, value, -1)
+
+
+def verdict_sentence(model: str, task: str, found: Sequence[Row]) -> str:
+    """Which forms lose on a task, and whether one of them is the best of all; what is lost stands first."""
+    board = Board(found, model, "official")
+    here = {method: board.scores(method, task) for method in board.methods if (method, task) in board.cells}
+    sign = -1 if TASKS[task].metric == "loss" else 1
+    here = {method: sign * scores for method, scores in here.items() if not scores.isna().any()}
+    ours = [method for method in here if board.family(method) == "LoRETTA"]
+    others = [method for method in here if board.family(method) != "LoRETTA"]
+    if not ours or not others:
+        return ""
+    best, other = (max(group, key=lambda name: here[name].mean()) for group in (ours, others))
+    difference = paired(here[best], here[other])
+    what = {"better": "LoRETTA wins", "worse": "LoRETTA loses", "level": "LoRETTA's best is level with the best"}
+    of_best = (
+        f"{what[verdict(difference)]} here: {best} ({board.trained(best):,}) has {sign * here[best].mean():.3f}, "
+        f"{other} ({board.trained(other):,}) {sign * here[other].mean():.3f}; the paired difference in favour of "
+        f"LoRETTA is {signed(difference)}."
+    )
+    lost = []
+    for name, shown in (("LoRA r=8", "LoRA r=8"), ("norms", "the norms alone")):
+        below = [method for method in ours if name in here and verdict(paired(here[method], here[name])) == "worse"]
+        if below:
+            lost.append(f"than {shown}: {', '.join(below)}")
+    of_all = f"Worse by more than the interval {'; '.join(lost)}." if lost else ""
+    return " ".join([of_best, of_all] if verdict(difference) == "worse" else [of_all, of_best]).strip()
+
+
+def sizes_sentence(board: Board) -> str:
+    """At which sizes the best form of LoRETTA loses to the best other method, and at which it wins."""
+    have = board.complete()
+    found: dict[str, list[str]] = {"worse": [], "better": [], "level": []}
+    for size in SIZES:
+        best, other = board.best_within(size)
+        if best is not None and other is not None:
+            found[verdict(paired(have[best], have[other]))].append(f"{size:,}")
+    words = {"worse": "loses at", "better": "wins at", "level": "is level with the best at"}
+    said = [f"{words[word]} {', '.join(sizes)}" for word, sizes in found.items() if sizes]
+    return f"In the mean LoRETTA {' and '.join(said)} parameters." if said else ""
+
+
+# what was predicted of, and the rule for the default
+PREDICTED = (
+    ("compact + norms", "LoRA r=8"), ("shared r=4 + norms", "LoRA r=8"), ("adp + norms", "LoRA r=8"),
+    ("rep + norms", "LoRA r=8"), ("rep + norms", "norms"), ("compact + norms", "LoRA r=1 + norms"),
+    ("shared r=4 + norms", "compact + norms"),
+)  # fmt: skip
+
+
+def predicted(found: Sequence[Row]) -> str:
+    """The paired differences on held-out rows by which the predictions and the rule for the default are judged."""
+    boards = [Board(found, model, "held_out") for model in MODELS]
+    lines = []
+    for one, other in PREDICTED:
+        cells = []
+        for have in (board.complete() for board in boards):
+            gaps = paired(have[one], have[other]) if one in have and other in have else None
+            cells.append("not run" if gaps is None else f"{signed(gaps)}, {verdict(gaps)}")
+        lines.append([f"{one} to {other}", *cells])
+    return markdown(lines, ["held-out means", *(shown.partition(" ")[0] for shown in MODELS.values())])
 
 
 PLANS = (

@@ -6,6 +6,7 @@ import json
 import math
 import pathlib
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ import evidence  # noqa: E402
 import forms  # noqa: E402
 import methods  # noqa: E402
 import protocol  # noqa: E402
+import verdicts  # noqa: E402
 from claims import collect, take  # noqa: E402
 from encoders import graphable  # noqa: E402
 from tables import filled  # noqa: E402
@@ -49,6 +51,7 @@ def test_a_tenth_of_the_training_rows_is_held_out_and_nothing_else_is_read(tmp_p
 
 ROW = {
     "metric": "mcc",
+    "seeds": [0, 1],
     "held_out": {"0.001": [0.1, 0.2], "0.002": [0.3, 0.2], "0.004": [0.9, None]},
     "official": {"0.001": [0.8, 0.9], "0.002": [0.5, 0.4], "0.004": [0.9, None]},
 }
@@ -57,7 +60,7 @@ ROW = {
 def test_the_held_out_rows_choose_the_rate_and_a_diverged_member_rules_it_out():
     assert protocol.best_rate(ROW) == "0.002"
     assert not protocol.at_edge(ROW)
-    assert protocol.chosen(ROW, "official") == [0.5, 0.4]
+    assert dict(protocol.chosen(ROW, "official")) == {0: 0.5, 1: 0.4}
     assert protocol.best_rate({**ROW, "metric": "loss"}) == "0.001"
     assert protocol.at_edge({**ROW, "metric": "loss"})
 
@@ -66,7 +69,6 @@ def test_an_interval_is_students():
     middle, half = protocol.interval([1.0, 2.0, 3.0, 4.0, 5.0])
     assert middle == 3
     assert half == pytest.approx(2.7764 * math.sqrt(2.5 / 5), rel=1e-4)  # t of four degrees of freedom, from a table
-    assert protocol.difference([1.0, 2.0], [0.5, 1.5]) == (0.5, 0.0)
     assert math.isnan(protocol.interval([1.0])[1])
 
 
@@ -130,17 +132,38 @@ BOARD = [
 
 def test_scores_between_two_counts_are_straight_in_the_logarithm_of_the_count():
     cola = board.Board([row for row in BOARD if row["task"] == "cola"], "all-MiniLM-L6-v2", "held_out")
-    assert cola.by_count(2_000, ["LoRA r=1", "LoRA r=2"]) == pytest.approx([0.2, 0.3, 0.4])
+    assert cola.by_count(2_000, ["LoRA r=1", "LoRA r=2"]).tolist() == pytest.approx([0.2, 0.3, 0.4])
     assert cola.by_count(8_000, ["LoRA r=1", "LoRA r=2"]) is None
+    assert cola.by_count(4_050, ["LoRA r=1", "LoRA r=2"]).tolist() == [0.3, 0.4, 0.5]  # as good as the same count
 
 
 def test_a_mean_is_of_the_same_tasks_for_all():
     both = board.Board(BOARD, "all-MiniLM-L6-v2", "held_out")
     assert both.common == ["cola", "mrpc"]
-    assert both.complete() == {
+    assert {method: scores.tolist() for method, scores in both.complete().items()} == {
         "LoRA r=1": pytest.approx([0.15, 0.2, 0.25]),
         "compact": pytest.approx([0.025, 0.08, 0.12]),
     }
+
+
+def test_methods_are_compared_on_the_seeds_that_all_of_them_have_each_with_itself():
+    """One row has more seeds, in another order; the other task has one seed less."""
+    long = {**row_of("norms", "base", 500, [0.9, 0.2, 0.7, 0.1, 0.3]), "seeds": [4, 1, 3, 0, 2]}
+    short = [{**row, "seeds": [1, 2]} for row in BOARD if row["task"] == "mrpc"]
+    short = [{**row, **{key: {"0.001": [0.4, 0.6]} for key in ("held_out", "official")}} for row in short]
+    cola = protocol.same_seeds([BOARD[0], BOARD[2], long])
+    assert (cola[-1]["seeds"], cola[-1]["held_out"], cola[-1]["not_compared"]) == (
+        [1, 0, 2], {"0.001": [0.2, 0.1, 0.3]}, [4, 3],
+    )  # fmt: skip
+    made = board.Board([*cola, *short], "all-MiniLM-L6-v2", "held_out")
+    same = board.paired(made.scores("norms", "cola"), made.scores("LoRA r=1", "cola"))
+    assert dict(same.round(12)) == {0: 0, 1: 0, 2: 0}
+    assert dict(made.complete()["LoRA r=1"]) == pytest.approx({1: 0.3, 2: 0.45})
+    assert evidence.one_rate_table(
+        [{**row, "held_out": {"0.0015": row["held_out"]["0.001"]}} for row in [*cola, *short]]
+    )
+    with pytest.raises(ValueError, match="all-MiniLM-L6-v2, cola have no seed in common"):
+        protocol.same_seeds([long, {**long, "seeds": [5, 6, 7, 8, 9]}])
 
 
 @pytest.mark.parametrize(
@@ -152,11 +175,11 @@ def test_a_difference_counts_where_its_interval_leaves_zero_out(differences, wor
 
 
 def test_a_section_that_loretta_loses_says_so_first():
-    assert evidence.verdict_sentence("all-MiniLM-L6-v2", "cola", BOARD).startswith(
+    assert verdicts.verdict_sentence("all-MiniLM-L6-v2", "cola", BOARD).startswith(
         "LoRETTA loses here: compact (2,000)"
     )
     lower = [{**row, "task": "stories", "metric": "loss"} for row in BOARD if row["task"] == "cola"]
-    assert evidence.verdict_sentence("all-MiniLM-L6-v2", "stories", lower).startswith("LoRETTA wins here")
+    assert verdicts.verdict_sentence("all-MiniLM-L6-v2", "stories", lower).startswith("LoRETTA wins here")
 
 
 def test_a_grid_goes_on_beyond_a_best_rate_at_its_edge():
@@ -209,7 +232,8 @@ def test_a_cell_is_measured_from_its_files_to_its_row(bert, tmp_path):
     protocol.split("cola", tmp_path, tmp_path / "split")
     args = argparse.Namespace(model=bert, data_dir=tmp_path, max_steps=4, limit=None, cpu=True)
     cell = forms.Cell(task="cola", method="shared r=2 + norms", rates=(1e-3, 1e-1), seeds=(0, 1), epochs=2)
-    row = forms.measure(cell, args, tmp_path / "split")
+    forms.measure(replace(cell, rates=(1e-3,)), args, tmp_path / "split")
+    row = forms.measure(cell, args, tmp_path / "split")  # as the second one of a process
     assert row["rows"] == {"train": 36, "held_out": 4, "official": 24}
     assert row["metric"] == "mcc"
     assert row["head"] == 2 * 32 + 2  # the final layer alone
@@ -235,7 +259,10 @@ def test_a_row_says_how_it_came_about(row):
     assert {"torch", "transformers", "peft"} <= row["versions"].keys()
     assert row["command"].startswith("python benchmarks/")
     assert row["device"]
-    assert row["trained"] >= 0 < row["rows"]["held_out"]
+    rows = row["rows"]
+    assert row["trained"] >= 0 < rows["held_out"]
+    if protocol.TASKS[row["task"]].kind == "glue":
+        assert rows["held_out"] == round(protocol.HELD_OUT * (rows["train"] + rows["held_out"]))
     for scores in (row["held_out"], row["official"]):
         assert {len(of_seeds) for of_seeds in scores.values()} == {len(row["seeds"])}
         assert sorted(map(float, scores)) == sorted(row["rates"])
