@@ -115,7 +115,7 @@ LEFT_OUT = {
 }
 # The custom models get whole numbers up to 90 and learning rates of 0.5: there, with a small scale and an
 # activation that is never silent, what trains stays finite and every parameter moves
-TAME = ({"lora_alpha": 1}, {"non_linearity": "tanh"}, {"lora_alpha": 1})
+TAME = ({"lora_alpha": 1}, {"non_linearity": "tanh"}, {"lora_alpha": 1, "tensor_rank": 5})
 OURS = (LorettaRepConfig, LorettaAdpConfig, LorettaSharedConfig)
 
 
@@ -235,6 +235,14 @@ def pytest_pycollect_makemodule(module_path: Path) -> None:
             for name, test in [*vars(cls).items()]:
                 if name.startswith("test_") and (name in LEFT_OUT or not translate(test)):
                     delattr(cls, name)
+
+
+def pytest_collection_modifyitems(items: list[Any]) -> None:
+    """A shared train is one tensor for any number of layers: PEFT passes over its own such methods there, too."""
+    reason = "counts the tensors of fewer layers, of which a shared train has as many"
+    for item in items:
+        if "layer_indexing" in item.name and "LorettaSharedConfig" in item.name:
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_runtest_setup() -> None:
