@@ -102,7 +102,7 @@ def load_table(
                 f"add rows or give --validation FILE"
             )
         notes.append(
-            f"{len(held)} of the {len(texts)} rows of '{path.name}' were held out for validation (seed {seed}"
+            f"{len(held):,} of the {len(texts):,} rows of '{path.name}' were held out for validation (seed {seed}"
             f"{', in each class alike' if scheme.classes else ''}), rows with equal texts on one side"
         )
         train, validation = train.rows(kept), train.rows(held)
@@ -157,7 +157,7 @@ def load_text(
                 f"add documents (paragraphs between blank lines, or table rows) or give --validation FILE"
             )
         notes.append(
-            f"{len(held)} of the {len(train.texts)} documents of '{path.name}' were held out for validation "
+            f"{len(held):,} of the {len(train.texts):,} documents of '{path.name}' were held out for validation "
             f"(seed {seed}), equal documents on one side"
         )
         train, validation = train.rows(kept), train.rows(held)
