@@ -5,6 +5,7 @@ import os
 import shutil
 
 import pytest
+from safetensors import SafetensorError
 
 from loretta.errors import InputError
 from loretta.owned import LIST, building, find_foreign, is_whole, publish, refuse_to_replace, remove_listed
@@ -120,11 +121,12 @@ def test_a_replacement_that_stops_at_any_move(tmp_path, monkeypatch, moves, kill
     assert find_foreign(out) == []
 
 
-def test_a_failed_write_leaves_no_folder(tmp_path):
+@pytest.mark.parametrize("kind", [OSError, SafetensorError])
+def test_a_failed_write_leaves_no_folder(kind, tmp_path):
     def fail():
         with building(tmp_path / "out", last=["last"], option="another") as new:
             (new / "a").write_text("half")
-            raise OSError("full")
+            raise kind("full")
 
     with pytest.raises(InputError, match=r"cannot write.*full"):
         fail()

@@ -64,6 +64,8 @@ def why_not_written(error: BaseException) -> str | None:
         return error.strerror or words
     if isinstance(error, SafetensorError):
         return words
+    if type(error) is Exception and "(os error " in words:  # tokenizers'
+        return words
     # torch.save, which tells no more
     is_torchs = isinstance(error, RuntimeError) and ("PytorchStreamWriter" in words or "inline_container" in words)
     return "the disk did not take all of it" if is_torchs else None

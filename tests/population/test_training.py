@@ -194,8 +194,13 @@ def test_a_run_that_is_trained_alone_is_named_with_the_option(option, options):
 
 
 def test_a_killed_population_goes_on(options, tmp_path, monkeypatch):
+    model = shutil.copytree(options["model"], tmp_path / "model")
+    settings = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(settings | {"hidden_dropout_prob": 0.1}))  # drawn on, not anew
+
     def config(name, seed):
-        return RunConfig(**options | {"epochs": 3, "seed": seed, "output": f"{tmp_path}/{name}{seed}"})
+        own = {"model": str(model), "epochs": 3, "seed": seed, "output": f"{tmp_path}/{name}{seed}"}
+        return RunConfig(**options | own)
 
     whole = train_together([config("whole", seed) for seed in (0, 1)])
     monkeypatch.setattr(checkpoints, "EVERY", 0.0)

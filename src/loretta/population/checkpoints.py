@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 EVERY = 30.0  # seconds of training at the least between two checkpoints: writing them takes a part of one
 KEPT = 2
+RANDOM, RANDOM_CUDA = "random", "random_cuda"
 
 
 class Checkpoints:
@@ -68,12 +70,20 @@ def save(loop: Loop) -> None:
             "best_metric": state.best_metric,
             "best_global_step": state.best_global_step,
             "log_history": state.log_history,
+            "together": len(loop.members),
         }
         tensors = {name: tensor[k].detach().cpu().contiguous() for name, tensor in loop.tensors().items()}
+        tensors |= _random_states(loop)
         _write(member.config.folder / CHECKPOINTS / f"population-{loop.step}.safetensors", tensors, words)
     for member in loop.members:
         for file in list(_files(member).values())[:-KEPT]:
             forget(file)
+
+
+def _random_states(loop: Loop) -> dict[str, Tensor]:
+    """What dropout draws from, for all members at once."""
+    of_device = {RANDOM_CUDA: torch.cuda.get_rng_state(loop.device)} if loop.device.type == "cuda" else {}
+    return {RANDOM: torch.get_rng_state(), **of_device}
 
 
 def _write(file: Path, tensors: dict[str, Tensor], words: dict[str, Any]) -> None:
@@ -124,6 +134,11 @@ def _load(loop: Loop, files: Sequence[Path]) -> None:
             if tensors[name].shape != tensor[k].shape:
                 raise InputError(f"'{files[k]}' is of another adapter: remove it")
             tensor[k].copy_(tensors[name])
+    # in other company each member draws other numbers
+    if {words.pop("together", None) for words, _ in read} == {len(loop.members)} and RANDOM in read[0][1]:
+        torch.set_rng_state(read[0][1][RANDOM])
+        if loop.device.type == "cuda" and RANDOM_CUDA in read[0][1]:
+            torch.cuda.set_rng_state(read[0][1][RANDOM_CUDA], loop.device)
     for k, (member, (words, _)) in enumerate(zip(loop.members, read, strict=True)):
         loop.logged, loop.seconds = words.pop("logged"), words.pop("seconds")
         loop.stopped[k] = words.pop("stopped")

@@ -123,8 +123,8 @@ def _train(
         if overwrite:
             place.clear()
         place.begin(config)
-    restore(loop)
     set_seed(configs[0].seed)
+    restore(loop)
     pause = None if until is None else step_of(until, loop.rules.steps)
 
     def save_at_signal(loop: Loop) -> None:
@@ -144,6 +144,8 @@ def _train(
             paused_at(log, member.task, loop.step, loop.rules.steps)
             for member, log in zip(loop.members, logs, strict=True)
         ]
+    if len(runs) > 1:
+        save(loop)  # those that a kill leaves unwritten would go on in other company, where dropout draws other numbers
     used = max(0, peak_memory() - memory)
     predict_at_once(loop)
     records = []
