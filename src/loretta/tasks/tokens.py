@@ -56,8 +56,8 @@ def load_tokens(
                 "--validation FILE"
             )
         notes.append(
-            f"{len(held):,} of the {len(train):,} rows of '{path.name}' were held out for validation (seed {seed}), rows "
-            "with equal tokens on one side"
+            f"{len(held):,} of the {len(train):,} rows of '{path.name}' were held out for validation (seed {seed}),"
+            " rows with equal tokens on one side"
         )
         train, validation = [train[k] for k in kept], [train[k] for k in held]
         labels = tuple(sorted({tag for _, row in [*train, *validation] for tag in row}))

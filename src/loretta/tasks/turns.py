@@ -53,8 +53,8 @@ def load_turns(
                 "--validation FILE"
             )
         notes.append(
-            f"{len(held):,} of the {len(train):,} rows of '{path.name}' were held out for validation (seed {seed}), rows "
-            "that ask the same on one side"
+            f"{len(held):,} of the {len(train):,} rows of '{path.name}' were held out for validation (seed {seed}),"
+            " rows that ask the same on one side"
         )
         train, validation = [train[k] for k in kept], [train[k] for k in held]
     else:
