@@ -153,7 +153,7 @@ def predicted(found: Sequence[Row]) -> str:
 PLANS = (
     ("all-MiniLM-L6-v2", "minilm", ("core", "more"), "cola,mrpc,stsb,sst2,rte", ""),
     ("all-MiniLM-L6-v2", "minilm", ("core",), "qnli,qqp,mnli", " --seeds 3"),
-    ("all-mpnet-base-v2", "mpnet", ("core", "more"), "cola,mrpc,stsb,sst2,rte", " --share 0.6"),
+    ("all-mpnet-base-v2", "mpnet", ("core", "more"), "cola,mrpc,stsb,sst2,rte", " --seeds 3 --share 0.6"),
     (
         "SmolLM2-135M-Instruct", "smollm2", ("decoder",), "sst2-words,cb-words,boolq-words,rte-words,stories,wiki",
         " --seeds 3",
