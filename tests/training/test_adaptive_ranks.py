@@ -181,7 +181,7 @@ def test_ranks_and_means_come_from_the_checkpoint():
         ({"method": "shared"}, "adaptive_ranks is for rep, and this is LorettaShared"),
         (
             {"method": "lora", "budget": None, "method_args": {}},
-            "unknown option 'adaptive_ranks' for a run with method 'lora'",
+            "adaptive_ranks: for the methods of LoRETTA",
         ),
     ],
 )
