@@ -18,7 +18,7 @@ from loretta.training.config import HeadPolicy
 from loretta.training.methods import FULL, find_method, frozen_head, peft_config
 from loretta.training.quantization import prepare_quantized, quantized_loading, require_quantized
 from loretta.tuners.task_types import AUTO_CLASSES
-from loretta.wording import one_line
+from loretta.wording import one_line, quoted
 
 Trained: TypeAlias = PreTrainedModel | PeftModel  # the former under full fine-tuning
 TASK_TYPES = {
@@ -39,6 +39,8 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hub id or folder, with a padding token. Raises InputError when there is none."""
     try:
         tokenizer: PreTrainedTokenizerBase = from_pretrained(AutoTokenizer, model)
+        if not isinstance(longest := tokenizer.model_max_length, int | float):  # compared with each text's length
+            raise NotLoaded(f"model_max_length is {quoted(longest)}, which is no number")
     except NotLoaded as error:
         raise InputError(not_loaded(model, "tokenizer", error)) from None
     if tokenizer.pad_token is None:
