@@ -147,5 +147,5 @@ def test_auto_needs_a_budget_and_other_methods_have_none():
     model = build("bert")[0]
     with pytest.raises(InputError, match="--budget 100k"):
         peft_config("auto", model, "SEQ_CLS", {})
-    with pytest.raises(InputError, match="budget: for the methods of LoRETTA .* and not for 'lora'"):
+    with pytest.raises(InputError, match=r"budget: for the methods of LoRETTA .* and not for 'lora'"):
         peft_config("lora", model, "SEQ_CLS", {"budget": "4k"})
