@@ -593,17 +593,21 @@ def test_the_command_replaces_its_own_file_and_no_other_without_being_told(
     file = tmp_path / "out.md"
     assert call(monkeypatch, folder, "-o", file) == 0
     assert call(monkeypatch, folder, "-o", file) == 0
-    for mine in (file, tmp_path / "thesis.md"):
-        mine.write_text("mine")
-        capsys.readouterr()
-        assert call(monkeypatch, folder, "-o", mine) == 2
-        assert (
-            "is not as loretta wrote it: give another file, or replace it with --overwrite" in capsys.readouterr().err
-        )
-        assert mine.read_text() == "mine"
-        assert call(monkeypatch, folder, "-o", mine, "--overwrite") == 0
-        assert call(monkeypatch, folder, "-o", mine) == 0
-        assert mine.read_text() == report_on(folder, "md")
+    file.write_text("mine")
+    assert call(monkeypatch, folder, "-o", file) == 2
+    refusal = "is not as loretta wrote it: give another file with --output, or replace it with --overwrite"
+    assert refusal in capsys.readouterr().err
+    assert file.read_text() == "mine"
+    for more in (["--overwrite"], []):
+        assert call(monkeypatch, folder, "-o", file, *more) == 0
+        assert file.read_text() == report_on(folder, "md")
+
+    other = tmp_path / "thesis.md"
+    other.write_text("mine")
+    for more in ([], ["--overwrite"]):
+        assert call(monkeypatch, folder, "-o", other, *more) == 2
+        assert "was not written by this command, and is not replaced" in capsys.readouterr().err
+        assert other.read_text() == "mine"
 
 
 @pytest.mark.parametrize("form", FORMATS)
