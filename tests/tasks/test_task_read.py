@@ -161,6 +161,14 @@ def test_parquet_text_that_is_not_utf8(tmp_path, refused):
     refused(lambda: read_columns(path, NAMES), f"'{path}'", "damaged Parquet file", "0xe9")
 
 
+def test_a_parquet_column_whose_name_is_not_utf8(tmp_path, refused):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["a"], "label": ["x"]}), path, store_schema=False)
+    path.write_bytes(path.read_bytes().replace(b"label", b"lab\xe9l"))
+    refused(lambda: column_names(path), f"'{path}'", "the name of a column is not UTF-8")
+    refused(lambda: read_columns(path, NAMES), f"'{path}'", "the name of a column is not UTF-8")
+
+
 @pytest.mark.parametrize("name", ["a.csv", "a.parquet"])
 def test_a_file_without_permission(tmp_path, monkeypatch, refused, name):
     def denied(*args, **kwargs):

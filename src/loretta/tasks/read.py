@@ -246,6 +246,8 @@ def _parquet_names(path: Path) -> tuple[str, ...]:
 
     try:
         names = tuple(pq.read_schema(path).names)
+    except UnicodeDecodeError:
+        raise _other(path, "the name of a column is not UTF-8") from None
     except (pa.ArrowException, OSError) as error:
         raise _other(path, one_line(error).partition(". ")[0].rstrip(".")) from None
     _refuse_doubles(path, names)
