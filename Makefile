@@ -42,7 +42,7 @@ format: $(INSTALLED)
 
 # The versions of constraints.txt with the hashes of their files, for `pip install --require-hashes`. Needs uv.
 lock:
-	{ sed -n 1,2p requirements.lock; uv pip compile --quiet --generate-hashes --no-header --no-annotate \
+	{ sed -n 1,2p requirements.lock; uv pip compile --quiet --generate-hashes --no-strip-extras --no-header --no-annotate \
 		--python-version 3.11 --constraint constraints.txt --extra dev --extra demo --extra examples pyproject.toml; } \
 		> requirements.lock.new
 	mv requirements.lock.new requirements.lock
