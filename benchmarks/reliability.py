@@ -6,7 +6,7 @@ A kill is SIGKILL, at a random call to the file system (so that many fall into s
 random time (steps, evaluations, and the writes that Python does not see). Each run is killed once or twice, goes on,
 and must end with the bytes of the adapter, the log and the scores of the uninterrupted run. What else lies in its
 folder, the model and the data must be as they were. Then comes what grows in long runs, and fuzzing. `make tables`
-writes docs/reliability.md from the file.
+writes docs/reliability.md from the file and that of `make fuzz`.
 """
 
 import argparse
@@ -211,13 +211,14 @@ def resident_mib() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def page(results: dict[str, Any]) -> str:
-    """docs/reliability.md."""
+def page(results: dict[str, Any], night: dict[str, Any]) -> str:
+    """docs/reliability.md, from reliability.json and the fuzz.json of ``make fuzz``."""
     hit = sum(row["kills"] > 0 for row in results["rows"])
     lines = [
         "# Reliability",
         "",
-        "Written by `make tables` from `benchmarks/results/reliability.json` (`make reliability`).",
+        "Written by `make tables` from `benchmarks/results/reliability.json` (`make reliability`) and `fuzz.json` "
+        "(`make fuzz`).",
         "",
         f"{hit} of {results['runs']} runs were killed, {results['kills']} times in all, with SIGKILL at random "
         "moments, and went on with `--resume` (the moment of the others came behind their end). "
@@ -234,7 +235,9 @@ def page(results: dict[str, Any]) -> str:
         for (method, kind, n), rows in cases.items()
     ]
     frame = pd.DataFrame(counted, columns=["method", "task", "accumulated batches", "runs", "kills", "the same"])
-    return "\n".join([*lines, frame.to_markdown(index=False), *_files_of_others(results), *_long_runs(results), ""])
+    return "\n".join(
+        [*lines, frame.to_markdown(index=False), *_files_of_others(results["fuzz"], night), *_long_runs(results), ""]
+    )
 
 
 def _lost(results: dict[str, Any]) -> str:
@@ -250,19 +253,24 @@ def _when(results: dict[str, Any]) -> list[str]:
     return [f"All parts were measured together, at commit {results['commit']} (loretta {results['version']}).", ""]
 
 
-def _files_of_others(results: dict[str, Any]) -> list[str]:
-    fuzz = results["fuzz"]
-    counted = [[kind, found.get("taken", 0), found.get("refused", 0)] for kind, found in fuzz["outcomes"].items()]
+def _files_of_others(fuzz: dict[str, Any], night: dict[str, Any]) -> list[str]:
+    counted = [[kind, found.get("taken", 0), found.get("refused", 0)] for kind, found in night["outcomes"].items()]
     return [
         "",
         "## Files of others",
         "",
-        f"{fuzz['inputs']:,} damaged and hostile files (`make fuzz`): {fuzz['tracebacks']} tracebacks, {fuzz['hangs']} "
-        f"that took more than five seconds, and {fuzz['peak_growth_gib']} GiB of memory at most. The others were "
-        "taken, or refused in one sentence.",
+        f"{fuzz['inputs']:,} damaged and hostile files beside the kills: {_outcome(fuzz)}. {night['inputs']:,} by "
+        f"`make fuzz`: {_outcome(night)}. The others were taken, or refused in one sentence:",
         "",
         pd.DataFrame(counted, columns=["files", "taken", "refused"]).to_markdown(index=False),
     ]
+
+
+def _outcome(fuzz: dict[str, Any]) -> str:
+    return (
+        f"{fuzz['tracebacks']} tracebacks, {fuzz['hangs']} that took more than five seconds, "
+        f"{fuzz['peak_growth_gib']:.2f} GiB of memory at most"
+    )
 
 
 def _long_runs(results: dict[str, Any]) -> list[str]:
@@ -301,7 +309,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     if arguments.out is None:
-        DOC.write_text(page(json.loads((ROOT / "benchmarks/results/reliability.json").read_text())))
+        files = (ROOT / "benchmarks" / "results" / name for name in ("reliability.json", "fuzz.json"))
+        DOC.write_text(page(*(json.loads(file.read_text()) for file in files)))
         return
     from fuzz import GIB, fuzz
 

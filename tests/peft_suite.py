@@ -1,7 +1,7 @@
 """Run PEFT's own tests of a method on all of ours: every case that they hold for a plain LoRA, translated.
 
     pip download peft==0.21.2 --no-deps --no-binary :all: && tar xf peft-0.21.2.tar.gz
-    python tests/peft_suite.py peft-0.21.2/tests              an hour of one core
+    python tests/peft_suite.py peft-0.21.2/tests              ten minutes of one core, half with -n 2
     python tests/peft_suite.py peft-0.21.2/tests -k generate  what follows the folder goes to pytest
 
 Take the release that is installed. Nothing is downloaded: the Hub's tiny models, which the tests load by name, are made
