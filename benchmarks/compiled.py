@@ -10,16 +10,14 @@ Products are its calls of mm, bmm and addmm.
     python benchmarks/compiled.py --when now --out benchmarks/results/compiled.json
 """
 
-import argparse
 import json
 from collections import Counter
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from cases import METHODS, SHAPES, build_base, inputs, wrap
-from launches import DEPTHS, FLOOR, ON_GPU
+from launches import DEPTHS, FLOOR, ON_GPU, counting_options, rows_of_other_states
 from timing import about
 from torch._dynamo.utils import clear_compilation_metrics, counters, get_compilation_metrics
 from torch._inductor import config, metrics
@@ -73,17 +71,10 @@ def measure(method: str, shape: str, dtype: torch.dtype, floors: dict[int, Count
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", default="tiny,tiny-bert")
-    parser.add_argument("--methods", default=",".join(COUNTED).replace("q,v", "q+v"))
+    parser = counting_options(__doc__, COUNTED)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument(
-        "--when", default="now", help="a word for the state of the code; its rows in --out are replaced"
-    )
-    parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    known = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
-    rows = [row for row in known if row["when"] != args.when]
+    rows = rows_of_other_states(args.out, args.when)
     dtype = getattr(torch, args.dtype)
     for shape in args.shapes.split(","):
         assert shape in SHAPES

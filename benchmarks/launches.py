@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -130,18 +130,28 @@ def measure(method: str, shape: str, dtype: torch.dtype) -> dict[str, Any]:
     return row
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def counting_options(doc: str, methods: Iterable[str]) -> argparse.ArgumentParser:
+    """The options of a script that counts for shapes and methods, and keeps counts of earlier states of the code."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--shapes", default="tiny,tiny-bert")
-    parser.add_argument("--dtypes", default="float32,bfloat16")
-    parser.add_argument("--methods", default=",".join(COUNTED).replace("q,v", "q+v"))
+    parser.add_argument("--methods", default=",".join(methods).replace("q,v", "q+v"))
     parser.add_argument(
         "--when", default="now", help="a word for the state of the code; its rows in --out are replaced"
     )
     parser.add_argument("--out", type=Path, required=True)
+    return parser
+
+
+def rows_of_other_states(out: Path, when: str) -> list[dict[str, Any]]:
+    known = json.loads(out.read_text())["rows"] if out.exists() else []
+    return [row for row in known if row["when"] != when]
+
+
+def main() -> None:
+    parser = counting_options(__doc__, COUNTED)
+    parser.add_argument("--dtypes", default="float32,bfloat16")
     args = parser.parse_args()
-    known = json.loads(args.out.read_text())["rows"] if args.out.exists() else []
-    rows = [row for row in known if row["when"] != args.when]
+    rows = rows_of_other_states(args.out, args.when)
     for shape in args.shapes.split(","):
         assert shape in SHAPES
         for dtype in args.dtypes.split(","):
