@@ -43,7 +43,7 @@ WARM_UP = 3
 TRAINED = ("rep", "adp", "compact", "lora")
 FLOOR = "floor"
 STEPPED = (FLOOR, "lora q,v", "rep q,v", "adp")
-LARGE = (FLOOR, "lora q,v", "rep q,v")
+LARGE = (FLOOR, "lora q,v", "rep q,v", "adp")
 
 Row = dict[str, Any]
 
@@ -363,12 +363,16 @@ def main() -> None:
         work(options)
         return
     until = time.monotonic() + options.seconds
+    own = {"losses" if part == "sharded" else part for part in options.parts}
+    known = json.loads(options.out.read_text())["rows"] if options.out.exists() else []
+    known = [row for row in known if row["part"] not in own]  # those of parts that are not measured now stay
     with tempfile.TemporaryDirectory() as options.work:
-        if "losses" in options.parts:
+        if {"losses", "sharded"} & {*options.parts}:
             options.plain_model = without_dropout(options.model, Path(options.work) / "model")
 
         def write() -> None:
-            rows = [json.loads(line) for f in sorted(Path(options.work).glob("rows-*")) for line in f.open()]
+            found = [json.loads(line) for f in sorted(Path(options.work).glob("rows-*")) for line in f.open()]
+            rows = [*known, *found]
             content = {**about(device(), "bfloat16"), "rows": rows, "summary": summary(rows)}
             options.out.write_text(json.dumps(content, indent=1) + "\n")
 
