@@ -10,9 +10,11 @@ from filelock import FileLock, Timeout
 from loretta.errors import InputError
 from loretta.folders import LIST, LOCK
 
+READERS = 1.0  # seconds: a reader holds a lock for the moment in which it asks whether somebody else does
+
 
 @contextmanager
-def hold(folder: Path, *, wait: float = 0.0) -> Iterator[None]:
+def hold(folder: Path, *, wait: float = READERS) -> Iterator[None]:
     """Keep every other process of LoRETTA out of a folder, which is made where there is none.
 
     Who holds it may hold it again. Raises InputError where another process is in it, or it cannot be made.
@@ -59,15 +61,22 @@ def hold_file(file: Path, *, wait: float = 0.0) -> Iterator[None]:
 
 def refuse_held(folder: Path) -> None:
     """Raise InputError where another process writes to a folder that is to be read."""
+    if is_held(folder, wait=READERS):
+        raise InputError(f"another process writes to '{folder}': wait until it ends")
+
+
+def is_held(folder: Path, *, wait: float = 0.0) -> bool:
+    """Whether another process of LoRETTA works in a folder, also after so many seconds."""
     lock = folder / LOCK
-    if lock.is_file():
-        try:
-            with _lock(lock).acquire(timeout=2):  # another reader holds it for a moment
-                return
-        except Timeout:
-            raise InputError(f"another process writes to '{folder}': wait until it ends") from None
-        except OSError:  # it cannot be written to, by anybody who is not somebody else
-            return
+    if not lock.is_file():
+        return False
+    try:
+        with _lock(lock).acquire(timeout=wait):
+            return False
+    except Timeout:
+        return True
+    except OSError:  # it cannot be written to, by anybody who is not somebody else
+        return False
 
 
 def _lock(path: Path) -> FileLock:

@@ -5,7 +5,10 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from commands import assert_refused, call
 from test_locks import held_by_another
@@ -112,10 +115,24 @@ def test_eval_scores_all_rows_of_another_file(trained, capsys, tmp_path):
 
 def test_predict_names_an_empty_cell(trained, capsys, tmp_path):
     (tmp_path / "new.jsonl").write_text('{"review": "a good film"}\n{"review": null}\n')
-    status, _, err = call(capsys, "predict", trained, tmp_path / "new.jsonl", "--cpu")
-    assert status == 2
-    assert "row 2 of" in err
-    assert "'review'" in err
+    (tmp_path / "new.csv").write_text('id,review\n1,a good film\n2,\n3,"  "\n')
+    pyarrow.parquet.write_table(pyarrow.table({"review": ["a good film", None]}), tmp_path / "new.parquet")
+    for name, count in (("new.jsonl", "1 of 2"), ("new.csv", "2 of 3"), ("new.parquet", "1 of 2")):
+        status, _, err = call(capsys, "predict", trained, tmp_path / name, "--cpu", "-o", tmp_path / "answers.csv")
+        assert_refused(status, err, ["'review'", name, f"empty in {count} rows, first in row 2"])
+    assert not (tmp_path / "answers.csv").exists()
+
+
+def test_a_run_reads_new_rows_with_the_separator_of_its_own(trained, bert, reviews, capsys, tmp_path):
+    rows = Path(reviews).read_text().replace(",", ";")
+    (tmp_path / "rows.csv").write_text(rows)
+    arguments = train_arguments(bert, tmp_path / "rows.csv", tmp_path / "run", "--separator", ";", "--max-steps", 1)
+    assert call(capsys, *arguments)[0] == 0
+    for verb in (
+        ["eval", tmp_path / "run", "--data", tmp_path / "rows.csv"],
+        ["predict", tmp_path / "run", tmp_path / "rows.csv"],
+    ):
+        assert call(capsys, *verb, "--cpu")[0] == 0
 
 
 @pytest.mark.parametrize("ending", [".csv", ".jsonl"])

@@ -54,7 +54,7 @@ def predict(
             texts = _of_pairs(text or [], text_pair)
             given = [dict(zip(("text", "text_pair"), words, strict=False)) for words in zip(*texts, strict=True)]
         else:
-            columns = _all_columns(file)
+            columns = _all_columns(file, loaded.config.separator)
             texts = form_of(loaded.kind).asked(loaded.config, columns, file)
             given = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
         answers = apply(
@@ -80,10 +80,14 @@ def predict(
             say("\t".join(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()))
 
 
-def _all_columns(file: Path) -> dict[str, list[Any]]:
-    from loretta.tasks.read import column_names, read_columns
+def _all_columns(file: Path, separator: str | None) -> dict[str, list[Any]]:
+    """The table, a CSV or TSV with the ``separator`` of the run's own data."""
+    from loretta.tasks.read import SEPARATORS, ending
+    from loretta.tasks.sources import column_names, find_files, read_columns
 
-    return read_columns(file, column_names(file))
+    separated = separator is not None and file.is_file() and ending(file) in SEPARATORS
+    source = find_files(str(file), separator) if separated else file
+    return read_columns(source, column_names(source))
 
 
 def _of_pairs(text: list[str], text_pair: list[str] | None) -> list[list[str]]:

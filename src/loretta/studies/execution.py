@@ -14,11 +14,10 @@ from typing import TextIO
 import torch
 from filelock import FileLock, Timeout
 
-from loretta.errors import InputError, OutOfMemory, Stopped
+from loretta.errors import OutOfMemory, Stopped
 from loretta.files import write_json
 from loretta.studies import halving
 from loretta.studies.state import (
-    ERROR,
     EVALUATIONS,
     HOLDER,
     LOG,
@@ -31,7 +30,7 @@ from loretta.studies.state import (
 )
 from loretta.studies.study import Planned
 from loretta.training.config import RunConfig
-from loretta.wording import one_line
+from loretta.training.folder import by_signal, forget_failure, reason_of, record_failure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,10 +77,9 @@ def carry_out(root: Path, run: Planned, wait: float = 0.0) -> Outcome:
         try:
             _DO[run.kind](folder, run)
         except (Exception, Stopped) as error:
-            if isinstance(error, Stopped) and error.exit_status > 128:  # a signal, which is meant for all runs
+            if by_signal(error):  # which is meant for all runs
                 raise
-            words = one_line(error) or type(error).__name__
-            reason = words if isinstance(error, InputError | Stopped) else f"{type(error).__name__}: {words}"
+            reason = reason_of(error)
             record_failure(folder, reason, traceback.format_exc())
             return Outcome(folder=run.folder, state="failed", reason=reason, seconds=time.perf_counter() - start)
         forget_failure(folder)
@@ -125,7 +123,7 @@ def carry_out_together(
             print(error, flush=True)
             too_large = True
         except (Exception, Stopped) as error:
-            if isinstance(error, Stopped) and error.exit_status > 128:  # a signal, which is meant for all runs
+            if by_signal(error):  # which is meant for all runs
                 raise
             print(f"{len(mine)} runs cannot be trained together, and go on one by one: {error}", flush=True)
     if too_large:
@@ -149,18 +147,6 @@ def _fitting(root: Path, runs: Sequence[Planned], share: float) -> int:
         return members_that_fit([RunConfig(**(run.config or {})) for run in left], share) if left else len(runs)
     except Exception:
         return len(runs)  # which says why, once it is tried
-
-
-def record_failure(folder: Path, reason: str, trace: str = "") -> None:
-    """Write down in the run's folder why it failed."""
-    content = {"error": reason, "time": time.strftime("%Y-%m-%d %H:%M:%S%z"), "traceback": trace}
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / ERROR, content)
-
-
-def forget_failure(folder: Path) -> None:
-    """The opposite, before another attempt."""
-    (folder / ERROR).unlink(missing_ok=True)
 
 
 def open_log(root: Path, run: Planned) -> TextIO:

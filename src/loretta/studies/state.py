@@ -10,14 +10,15 @@ from typing import Any, Literal
 
 from loretta.errors import InputError
 from loretta.files import read_json
+from loretta.locks import is_held
 from loretta.studies import halving
 from loretta.studies.study import Planned
-from loretta.training.folder import CONFIG, is_started
+from loretta.training.folder import CONFIG, ERROR, is_started
 
 State = Literal["waiting", "running", "killed", "failed", "stopped", "finished"]
 
 # beside the files of `loretta train`
-ERROR, COST, COUNT, EVALUATIONS = "error.json", "cost.json", "count.json", "evaluations.json"
+COST, COUNT, EVALUATIONS = "cost.json", "count.json", "evaluations.json"
 RESULT_OF = {"train": "run.json", "cost": COST, "count": COUNT}
 
 
@@ -58,6 +59,8 @@ def folder_state(folder: Path, result: str = "run.json") -> tuple[State, str]:
     holder = held_by(folder)
     if holder is not None:
         return "running", f"in process {holder.pid} on {holder.host}"
+    if is_held(folder):
+        return "running", "in another process"
     if damaged:
         return "failed", f"'{result}' is damaged; the next start does the run again"
     if (folder / ERROR).is_file():

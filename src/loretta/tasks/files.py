@@ -208,7 +208,7 @@ def _read_rows(
     if several:
         return list(zip(*texts, strict=True)), read_sets(path, labels)
     (label,) = labels
-    _refuse_missing(columns[label], label, path)
+    refuse_missing(columns[label], label, path)
     for at, cell in enumerate(columns[label]):
         if isinstance(cell, list | dict | bytes):
             file, row = place(path, at)
@@ -220,7 +220,7 @@ def _read_rows(
 
 
 def _texts(cells: list[Any], name: str, path: Source) -> list[str]:
-    _refuse_missing(cells, name, path)
+    refuse_missing(cells, name, path)
     for at, cell in enumerate(cells):
         if not isinstance(cell, str):
             file, row = place(path, at)
@@ -231,7 +231,8 @@ def _texts(cells: list[Any], name: str, path: Source) -> list[str]:
     return cells
 
 
-def _refuse_missing(cells: Sequence[Any], name: str, path: Source) -> None:
+def refuse_missing(cells: Sequence[Any], name: str, path: Source) -> None:
+    """Raise InputError where a cell of a column is empty."""
     missing = [at for at, cell in enumerate(cells) if _is_missing(cell)]
     if missing:
         file, row = place(path, missing[0])

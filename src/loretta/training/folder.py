@@ -1,22 +1,27 @@
 """The folder of a run: the names in it, who may write to it, and where a run stands in it."""
 
 import logging
-from collections.abc import Mapping
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loretta.errors import InputError
+from loretta.errors import InputError, Stopped
 from loretta.files import read_json, read_plain
 from loretta.folders import remove_temporaries, set_aside, temporary_folder
-from loretta.owned import NEXT, is_free, publish, read_list, refuse_to_replace, remove_listed
+from loretta.owned import NEXT, forget, is_free, publish, read_list, refuse_to_replace, remove_listed, write_listed
 from loretta.record import RunRecord
 from loretta.training.config import RunConfig, recorded_config
+from loretta.wording import as_json, one_line
 
 logger = logging.getLogger(__name__)
 
 ADAPTER, LABELS, CHECKPOINTS, TENSORBOARD = "adapter", "labels", "checkpoints", "tensorboard"
 CONFIG, RECORD, PREDICTIONS, REPORT = "config.json", "run.json", "predictions.jsonl", "report.html"
+ERROR = "error.json"  # of a run that failed, until it is tried again
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +52,7 @@ class Place:
     def begin(self, config: RunConfig) -> None:
         """Make the folder and note the options in it."""
         self.work.mkdir(parents=True, exist_ok=True)
+        forget_failure(self.work)
         for folder in (self.work, self.work / CHECKPOINTS):
             if folder.is_dir():
                 remove_temporaries(folder)
@@ -80,6 +86,42 @@ class Place:
         # the earlier run is finished; nothing may go on from its checkpoints as if they were this one's
         remove_checkpoints(self.folder / CHECKPOINTS)
         publish(self.work, self.folder, last=RECORD)
+
+
+@contextmanager
+def noting_failure(folder: Path) -> Iterator[None]:
+    """Write down in the folder of a run why it failed; one that a signal ended did not."""
+    try:
+        yield
+    except (Exception, Stopped) as error:
+        if not by_signal(error):
+            with suppress(OSError, InputError):  # a full disk is told anyway
+                record_failure(folder, reason_of(error), traceback.format_exc())
+        raise
+
+
+def by_signal(error: BaseException) -> bool:
+    """Whether a run ended since it was told to."""
+    return isinstance(error, Stopped) and error.exit_status > 128
+
+
+def reason_of(error: BaseException) -> str:
+    """Why a run failed, in a line."""
+    words = one_line(error) or type(error).__name__
+    return words if isinstance(error, InputError | Stopped) else f"{type(error).__name__}: {words}"
+
+
+def record_failure(folder: Path, reason: str, trace: str = "") -> None:
+    """Write down in the run's folder why it failed."""
+    content = {"error": reason, "time": time.strftime("%Y-%m-%d %H:%M:%S%z"), "traceback": trace}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_listed(folder / ERROR, as_json(content), overwrite=True)
+
+
+def forget_failure(folder: Path) -> None:
+    """The opposite, before another attempt."""
+    if (folder / ERROR).is_file():
+        forget(folder / ERROR)
 
 
 def find_place(config: RunConfig, *, resume: bool, overwrite: bool) -> Place:

@@ -4,7 +4,8 @@ import importlib.util
 import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from loretta.training.batches import stop_workers
 from loretta.training.config import RunConfig
 from loretta.training.data import check_loss, encode_splits, load_config_task
 from loretta.training.finish import finish
-from loretta.training.folder import ADAPTER, RECORD, Place, find_place
+from loretta.training.folder import ADAPTER, RECORD, Place, find_place, noting_failure
 from loretta.training.hub import check_hub, push
 from loretta.training.lines import first_lines
 from loretta.training.model import TASK_TYPES, Trained, load_tokenizer
@@ -67,7 +68,6 @@ def _alone_in(config: RunConfig) -> Iterator[StopAtSignal]:
         stop = stack.enter_context(stopping_at_signals())
         stack.enter_context(processes.joined(cpu=config.cpu, fsdp=config.fsdp))
         processes.together(lambda: stack.enter_context(hold(config.folder)) if processes.is_first() else None)
-        stack.enter_context(saying_what_helps(*memory_words(config)))
         yield stop
 
 
@@ -89,31 +89,34 @@ def _train(
     place = processes.by_first(lambda: find_place(config, resume=resume, overwrite=overwrite))
     if place.finished and resume:
         return processes.by_first(lambda: _finished(place))
-    task, tokenizer, encoded, model, bf16 = processes.together(lambda: _prepare(config))
+    helping = partial(saying_what_helps, *memory_words(config))
+    with helping():
+        task, tokenizer, encoded, model, bf16 = processes.together(lambda: _prepare(config))
     processes.by_first(lambda: _begin(place, config, overwrite=overwrite))
     if not processes.is_first():
         say = lambda line: None  # noqa: E731
     if resume and place.goes_on:
         say(f"going on from the end of '{place.folder}': the learning rate follows the schedule of the longer run")
-    trainer = make_trainer(config.model_copy(update={"bf16": bf16}), task, model, tokenizer, encoded, place.work)
-    trainer.add_callback(stop)
-    if pause is not None:
-        trainer.add_callback(pause)
-    for line in first_lines(config, task, encoded, tokenizer, trainer):
-        say(line)
-    if not sys.stderr.isatty():
-        say_lines(trainer, say)
-    # a process had memory before the run, which does not count; the peak of an accelerator counts whole
-    before = 0 if torch.cuda.is_available() and not config.cpu else peak_memory()
-    try:
-        trainer.train(resume_from_checkpoint=processes.by_first(place.checkpoint) if resume else None)
-        state = trainer.state
-        if pause is not None and state.global_step == step_of(pause.share, state.max_steps) < state.max_steps:
-            return paused_at(state.log_history, task, state.global_step, state.max_steps)
-        (memory,) = processes.largest(max(0, peak_memory() - before))
-        record = finish(config, task, trainer, encoded, place=place, peak_memory_bytes=memory)
-    finally:
-        stop_workers(trainer)
+    with noting_failure(place.work) if processes.is_first() else nullcontext(), helping():
+        trainer = make_trainer(config.model_copy(update={"bf16": bf16}), task, model, tokenizer, encoded, place.work)
+        trainer.add_callback(stop)
+        if pause is not None:
+            trainer.add_callback(pause)
+        for line in first_lines(config, task, encoded, tokenizer, trainer):
+            say(line)
+        if not sys.stderr.isatty():
+            say_lines(trainer, say)
+        # a process had memory before the run, which does not count; the peak of an accelerator counts whole
+        before = 0 if torch.cuda.is_available() and not config.cpu else peak_memory()
+        try:
+            trainer.train(resume_from_checkpoint=processes.by_first(place.checkpoint) if resume else None)
+            state = trainer.state
+            if pause is not None and state.global_step == step_of(pause.share, state.max_steps) < state.max_steps:
+                return paused_at(state.log_history, task, state.global_step, state.max_steps)
+            (memory,) = processes.largest(max(0, peak_memory() - before))
+            record = finish(config, task, trainer, encoded, place=place, peak_memory_bytes=memory)
+        finally:
+            stop_workers(trainer)
     if config.push_to_hub is not None and processes.is_first():
         say(f"uploaded: {push(place.folder / ADAPTER, config.push_to_hub)}")
     return record

@@ -19,6 +19,7 @@ from loretta.memory import is_out_of_memory
 from loretta.record import Answers, Mistake
 from loretta.tasks import metrics
 from loretta.tasks.base import Task
+from loretta.tasks.files import refuse_missing
 from loretta.tasks.glue import GLUE
 from loretta.tasks.split import text_key
 from loretta.training.config import RunConfig
@@ -168,13 +169,11 @@ def text_columns(config: RunConfig) -> tuple[str, ...]:
 
 
 def asked_texts(names: Sequence[str], columns: Mapping[str, list[Any]], file: Path) -> list[list[str]]:
-    """Named columns of a file as text. Raises InputError for one that is missing, whole or in a row."""
+    """Named columns of a file as text. Raises InputError for one that the file has not, or that is empty in a row."""
     for name in names:
         if name not in columns:
             raise InputError(f"'{file}' has no column {quoted(name)}: its columns are {listed(columns)}")
-        if None in columns[name]:
-            at = columns[name].index(None) + 1
-            raise InputError(f"row {at} of '{file}' has nothing in the column {name!r}: fill it or leave the row out")
+        refuse_missing(columns[name], name, file)
     return [[str(value) for value in columns[name]] for name in names]
 
 
