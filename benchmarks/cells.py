@@ -45,6 +45,7 @@ class Cell:
     @property
     def file(self) -> str:
         beyond = [f"{self.rates[0]:g}"] if len(self.rates) == 1 and self.part == "front" else []
+        beyond += [f"from-{self.seeds[0]}"] if self.seeds[0] else []
         return "-".join([self.part, self.task, *self.method.replace("+", "and").replace("/", " of ").split(), *beyond])
 
 
@@ -85,16 +86,17 @@ def centred(method: Method, part: str, task: str, known: Sequence[Row]) -> Metho
 
 
 def left(cells: Sequence[Cell], model: str, known: Sequence[Row]) -> list[Cell]:
-    """The cells of which there is no row with as many seeds and epochs."""
+    """The cells of which there is no row with as many seeds and epochs; of a row with fewer seeds, those it lacks."""
     rows = {cell_of(row): row for row in known}
-
-    def is_done(cell: Cell) -> bool:
+    found = []
+    for cell in cells:
         row = rows.get((cell.part, model, cell.task, cell.method))
-        if row is None or (TASKS[cell.task].kind == "words" and "wiki" not in row):
-            return False
-        return len(row["seeds"]) >= len(cell.seeds) and row["epochs"] >= cell.epochs
-
-    return [cell for cell in cells if not is_done(cell)]
+        if row is None or row["epochs"] < cell.epochs or (TASKS[cell.task].kind == "words" and "wiki" not in row):
+            found.append(cell)
+        elif lacking := sorted({*cell.seeds} - {*row["seeds"]}):
+            more = replace(cell, seeds=tuple(lacking), rates=tuple(row["rates"]), epochs=row["epochs"])
+            found.append(more)
+    return found
 
 
 def cells_beyond(rows: Sequence[Row]) -> list[Cell]:
@@ -117,16 +119,28 @@ def cells_beyond(rows: Sequence[Row]) -> list[Cell]:
 
 
 def joined(known: Sequence[Row], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The row of a cell with the rates that it was measured at before, by the same seeds."""
+    """The row of a cell with the rates that its seeds, or the seeds that its rates, were measured at before."""
     row = make()
     for other in known:
-        if cell_of(other) == cell_of(row) and other["seeds"] == row["seeds"] and other["epochs"] == row["epochs"]:
-            for key in set(PER_RATE) & row.keys() & other.keys():
-                row[key] = {**other[key], **row[key]}
-            row["rates"] = sorted({*other["rates"], *row["rates"]})
-            row["seconds"] += other["seconds"]
-            row["command"] = f"{other['command']}; then --extend"
+        if cell_of(other) != cell_of(row) or other["epochs"] != row["epochs"]:
+            continue
+        keys = set(PER_RATE) & row.keys() & other.keys()
+        if other["seeds"] == row["seeds"]:
+            made = {key: {**other[key], **row[key]} for key in keys}
+            made |= {"rates": sorted({*other["rates"], *row["rates"]}), "command": f"{other['command']}; then --extend"}
+        elif not {*other["seeds"]} & {*row["seeds"]} and {*other["rates"]} == {*row["rates"]}:
+            made = {key: {rate: other[key][rate] + row[key][rate] for rate in row[key]} for key in keys}
+            made |= {"seeds": other["seeds"] + row["seeds"], "command": f"{other['command']}; then {row['command']}"}
+        else:
+            continue
+        row |= {**made, "seconds": other["seconds"] + row["seconds"], "versions": _versions(other, row)}
     return row
+
+
+def _versions(other: Row, row: Row) -> dict[str, str]:
+    """The versions of both measurements, those that differ one behind the other."""
+    mine, before = row["versions"], other["versions"]
+    return {name: ", ".join(dict.fromkeys([before[name], number])) for name, number in mine.items()}
 
 
 def command_of(cell: Cell, args: argparse.Namespace) -> str:
@@ -134,7 +148,7 @@ def command_of(cell: Cell, args: argparse.Namespace) -> str:
     groups = [group for group, part in PARTS.items() if part.name == cell.part and cell.method in GROUPS[group]]
     group = groups[0] if groups else cell.method
     words = [f"--model {Path(args.model).name} --data-dir DATA --order '{group}:{cell.task}'"]
-    words += [f"--seeds {len(cell.seeds)} --rates {len(cell.rates)} --epochs {cell.epochs:g} --out FILE"]
+    words += [f"--seeds {cell.seeds[-1] + 1} --rates {len(cell.rates)} --epochs {cell.epochs:g} --out FILE"]
     words += [f"--{key} {value}" for key in ("max_steps", "limit") if (value := getattr(args, key)) is not None]
     return " ".join(["python benchmarks/forms.py", *words]).replace("max_steps", "max-steps")
 

@@ -188,11 +188,28 @@ def test_a_grid_goes_on_beyond_a_best_rate_at_its_edge():
     (cell,) = cells.cells_beyond([{**row, "metric": "loss"}])
     assert cell.rates == (0.0005,)
     later = {**row, "held_out": {"0.0005": [0.7, 0.7]}, "official": {"0.0005": [0.6, 0.6]}, "rates": [0.0005]}
-    more = {"curve": {}, "train_loss": {}, "seconds": 1, "command": "c"}
+    more = {"curve": {}, "train_loss": {}, "seconds": 1, "command": "c", "versions": {"torch": "2.11"}}
     found = cells.joined([{**row, **more, "rates": [0.001, 0.002, 0.004]}], lambda: {**later, **more})
     assert list(found["held_out"]) == ["0.001", "0.002", "0.004", "0.0005"]
     assert found["rates"] == [0.0005, 0.001, 0.002, 0.004]
     assert protocol.best_rate(found) == "0.0005"
+
+
+def test_the_seeds_that_a_row_lacks_are_measured_at_its_rates_and_stand_behind_its_own():
+    some = {**ROW, "part": "front", "model": "m", "task": "cola", "method": "LoRA r=1", "epochs": 5, "seconds": 1}
+    row = {**some, "seeds": [0, 1], "rates": [0.001, 0.002, 0.004], "command": "a", "versions": {"torch": "2.11"}}
+    args = argparse.Namespace(seeds=4, rates=3, epochs=None, share=1.0)
+    (cell,) = cells.left(cells.cells_of(["LoRA r=1:cola"], args), "m", [row])
+    assert (cell.seeds, cell.rates, cell.epochs) == ((2, 3), (0.001, 0.002, 0.004), 5)
+    assert cell.file != replace(cell, seeds=(0, 1)).file
+    later = {key: {rate: [0.1, 0.2] for rate in row["held_out"]} for key in ("held_out", "official")}
+    made = {**row, **later, "seeds": [2, 3], "command": "b", "versions": {"torch": "2.13"}}
+    found = cells.joined([row], lambda: dict(made))
+    assert found["seeds"] == [0, 1, 2, 3]
+    assert found["held_out"] == {rate: [*scores, 0.1, 0.2] for rate, scores in row["held_out"].items()}
+    assert (found["command"], found["seconds"], found["versions"]) == ("a; then b", 2, {"torch": "2.11, 2.13"})
+    for other in ({"seeds": [1, 2]}, {"rates": [0.001, 0.002]}, {"epochs": 4}):
+        assert cells.joined([{**row, **other}], lambda: dict(made)) == made
 
 
 def test_trains_of_one_mode_a_side_fit_an_update_as_its_svd_does():
@@ -210,7 +227,7 @@ def test_a_cell_with_more_seeds_or_epochs_is_run_again_and_a_peer_is_centred_whe
     args = argparse.Namespace(seeds=5, rates=3, epochs=None, share=1.0)
     wanted = cells.cells_of(["LoRA r=1:cola", "VeRA r=256:cola", "long:mrpc"], args)
     assert {cell.part for cell in wanted} == {"front", "long"}
-    row = {"part": "front", "model": "m", "task": "cola", "method": "LoRA r=1", "epochs": 5}
+    row = {"part": "front", "model": "m", "task": "cola", "method": "LoRA r=1", "epochs": 5, "rates": [1e-3]}
     left = [len(cells.left(wanted, "m", [{**row, "seeds": seeds}])) for seeds in ([0, 1, 2], [0, 1, 2, 3, 4])]
     assert left == [len(wanted), len(wanted) - 1]
     known = [{**row, "part": "rates", "task": "stsb", "method": "VeRA r=256", **ROW}]
