@@ -27,3 +27,8 @@ def assert_refused(status, err, words):
     assert "Traceback" not in err
     for word in words:
         assert word in lines[-1]
+
+
+def train_arguments(model, data, folder, *more):
+    fixed = ["--epochs", 1, "--batch-size", 8, "--cpu", "--output", folder, "--set", "max_length=16"]
+    return ["train", "--model", model, "--data", data, "--text", "review", "--label", "mood", *fixed, *more]

@@ -1,7 +1,9 @@
-"""Signals that come in the middle of a training."""
+"""Signals in the middle of a training, and processes that hold what a command wants."""
 
 import contextlib
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -22,3 +24,22 @@ def stopping_behind(step, number):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TwoRateTrainer, "training_step", sending)
         yield
+
+
+HOLDING = """
+import contextlib, pathlib, sys
+from loretta.locks import hold, hold_file
+with contextlib.ExitStack() as stack:
+    for place in map(pathlib.Path, sys.argv[1:]):
+        stack.enter_context((hold_file if place.suffix else hold)(place))
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def held_by_another(*places) -> subprocess.Popen:
+    """A process that holds some places, files where their names have an ending, until it is killed."""
+    command = [sys.executable, "-c", HOLDING, *map(str, places)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"held\n"
+    return process

@@ -1,4 +1,4 @@
-"""A folder with a few rows of every task that the studies name."""
+"""A folder with a few rows of every task that the studies name, and runs on it."""
 
 import gzip
 import json
@@ -7,6 +7,10 @@ import pytest
 from tasks.prompted_rows import ROWS as PROMPTED_ROWS
 from training_data import BAD, GOOD, WORDS
 
+from loretta.record import RunRecord
+from loretta.studies.configs import Options
+from loretta.studies.state import find_runs
+from loretta.studies.study import Planned
 from loretta.tasks.prompted import PROMPTED
 
 PAIRS = {
@@ -46,3 +50,35 @@ def data_dir(tmp_path_factory):
             lines = "\n".join(json.dumps(make(task, shift + k)) for k in range(rows))
             (folder / task / f"{name}.jsonl.gz").write_bytes(gzip.compress(lines.encode(), mtime=0))
     return str(folder)
+
+
+QUICK = {"epochs": 1, "max_length": 16}
+
+
+def options_for(model, data_dir, **more) -> Options:
+    sets = {**QUICK, **more.pop("sets", {})}
+    return Options(models=(model,), data_dir=data_dir, cpu=True, sets=sets, **more)
+
+
+def states(root) -> dict[str, str]:
+    return {str(folder.relative_to(root)): state for folder, state, _ in find_runs(root)}
+
+
+def record(config, *, validation, test=None, metric="accuracy", higher_is_better=True, parameters=10, **more):
+    """A finished run as `loretta train` would write it."""
+    counts = {"cores": parameters, "biases": 0, "norms": 0, "head": 0, "other": 0, "total": 100}
+    raw = {
+        "config": config, "command": "loretta", "versions": {}, "model": "m", "task": "t", "method": "lora",
+        "kind": "classification", "seed": 0, "device": "cpu", "sizes": {}, "metric": metric,
+        "higher_is_better": higher_is_better, "parameters": counts, "adapter_bytes": 40,
+        "train_seconds": 1.0, "peak_memory_bytes": 0, "history": [], "best_step": 1, "validation": validation,
+        "test": test, "label_names": ["a", "b"], **more,
+    }  # fmt: skip
+    return RunRecord.model_validate(raw)
+
+
+def finish(root, run: Planned, **known):
+    folder = root / run.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.json").write_text(record(run.config, **known).model_dump_json())
+    (folder / "config.json").write_text(json.dumps(run.config))

@@ -1,33 +1,14 @@
 """One owner at a time for a folder and for a file, between processes and between threads."""
 
-import subprocess
-import sys
 import threading
 
 import pytest
+from interrupts import held_by_another
 
 from loretta.errors import InputError
 from loretta.folders import LOCK, is_temporary
 from loretta.locks import hold, hold_file, refuse_held
 from loretta.owned import read_list, write_listed
-
-HOLDING = """
-import contextlib, pathlib, sys
-from loretta.locks import hold, hold_file
-with contextlib.ExitStack() as stack:
-    for place in map(pathlib.Path, sys.argv[1:]):
-        stack.enter_context((hold_file if place.suffix else hold)(place))
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
-def held_by_another(*places) -> subprocess.Popen:
-    """A process that holds some places, files where their names have an ending, until it is killed."""
-    command = [sys.executable, "-c", HOLDING, *map(str, places)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert process.stdout.readline() == b"held\n"
-    return process
 
 
 def test_a_second_process_is_refused_until_the_first_is_gone(tmp_path):

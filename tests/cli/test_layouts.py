@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from cli.test_main import assert_refused, call, train_arguments
+from commands import assert_refused, call, train_arguments
 
 from loretta.errors import InputError
 from loretta.files import read_json, read_plain

@@ -1,3 +1,5 @@
+"""`loretta train`, `eval`, `predict`, `runs` and `compare` from the words to files, output and status."""
+
 import csv
 import errno
 import json
@@ -10,29 +12,9 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from commands import assert_refused, call
-from test_locks import held_by_another
+from commands import assert_refused, call, train_arguments
+from interrupts import held_by_another
 from training_data import sentences
-
-from loretta.cli import main as cli
-
-
-def train_arguments(model, data, folder, *more):
-    fixed = ["--epochs", 1, "--batch-size", 8, "--cpu", "--output", folder, "--set", "max_length=16"]
-    return ["train", "--model", model, "--data", data, "--text", "review", "--label", "mood", *fixed, *more]
-
-
-@pytest.fixture(scope="session")
-def trained(bert, reviews, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("runs") / "rep"
-    old, sys.argv = sys.argv, ["loretta", *map(str, train_arguments(bert, reviews, folder, "--set", "tensor_rank=3"))]
-    try:
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-    finally:
-        sys.argv = old
-    assert not stop.value.code
-    return folder
 
 
 def test_train_writes_what_it_says(trained):

@@ -6,9 +6,8 @@ import signal
 
 import pytest
 import torch
+from commands import call, train_arguments
 from interrupts import stopping_behind
-from test_main import call, train_arguments, trained  # noqa: F401
-from test_use import teller  # noqa: F401
 
 from loretta.training.predict import load_run, predict
 
@@ -32,7 +31,7 @@ def test_numbers_that_are_not_finite_have_a_status_of_their_own(bert, reviews, c
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried"), MemoryError(), None])
 @pytest.mark.parametrize("verb", ["eval", "predict", "chat", "export", "compress", "reproduce"])
-def test_too_little_memory_is_one_sentence(error, verb, trained, teller, bert, capsys, tmp_path, monkeypatch):  # noqa: F811
+def test_too_little_memory_is_one_sentence(error, verb, trained, teller, bert, capsys, tmp_path, monkeypatch):
     arguments, mend = {
         "eval": ([trained, "--cpu"], "give --cpu"),
         "predict": ([teller, "--text", "a film", "--cpu"], "fewer --max-new-tokens"),
@@ -63,7 +62,7 @@ def test_too_little_memory_is_one_sentence(error, verb, trained, teller, bert, c
     assert not (tmp_path / "out").exists()
 
 
-def test_a_batch_that_does_not_fit_is_halved(trained, monkeypatch):  # noqa: F811
+def test_a_batch_that_does_not_fit_is_halved(trained, monkeypatch):
     run = load_run(trained, cpu=True)
     run = dataclasses.replace(run, config=run.config.model_copy(update={"eval_batch_size": 8}))
     texts = [["a good film", "bad", "a film", "good", "no"]]

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import transformers
-from test_main import assert_refused, call, train_arguments, trained  # noqa: F401
+from commands import assert_refused, call, train_arguments
 from training_data import sentences
 
 import loretta  # noqa: F401  transformers' pipelines know its methods then
@@ -16,21 +16,8 @@ from loretta.training import hub
 from loretta.training.methods import find_method
 
 
-@pytest.fixture(scope="session")
-def teller(llama, tmp_path_factory):
-    """The folder of a run of a decoder, which was hardly trained."""
-    from loretta.training.config import RunConfig
-    from loretta.training.run import train
-
-    folder = tmp_path_factory.mktemp("runs")
-    (folder / "text.txt").write_text("\n\n".join(text for text, _ in sentences(60)))
-    options = {"max_length": 8, "max_steps": 1, "cpu": True, "max_new_tokens": 3}
-    train(RunConfig(model=llama, data=str(folder / "text.txt"), output=str(folder / "run"), **options))
-    return folder / "run"
-
-
 @pytest.fixture
-def mine(trained, tmp_path):  # noqa: F811
+def mine(trained, tmp_path):
     return shutil.copytree(trained, tmp_path / "mine")
 
 

@@ -7,47 +7,17 @@ import torch
 from draws import examples
 from hypothesis import given
 from hypothesis import strategies as st
-from tolerances import RTOL, assert_gradients_near, assert_near
+from layers.filled import filled_cores, filled_layer
+from tolerances import assert_gradients_near, assert_near
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from tt.trains import SHAPES, oracle, randn, random_cores, seeds, shapes
+from tt.trains import SHAPES, every_dtype, every_shape, oracle, randn, seeds, shapes
 
 from loretta import tt
-from loretta.layers.trains import Cores, TTLinear, update_factors
-from loretta.tt import TTShape, plan_shape
-
-every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-every_dtype = pytest.mark.parametrize("dtype", RTOL)
-
-
-def filled_cores(shape: TTShape, *, seed: int, dtype: torch.dtype = torch.float64) -> Cores:
-    cores = Cores(shape, dtype=dtype)
-    cores.assign([core.detach() for core in random_cores(shape, seed=seed, dtype=dtype)])
-    return cores
-
-
-def filled_layer(shape: TTShape, *, seed: int, dtype: torch.dtype = torch.float64, **options) -> TTLinear:
-    layer = TTLinear(shape, dtype=dtype, **options)
-    layer.cores.assign(list(filled_cores(shape, seed=seed, dtype=dtype)))
-    if layer.start is not None:
-        layer.start.assign(list(filled_cores(shape, seed=seed + 1, dtype=dtype)))
-    if layer.bias is not None:
-        nn.init.ones_(layer.bias)
-    return layer
-
-
-def dense_layer(shape: TTShape, *, seed: int, dtype: torch.dtype = torch.float64, bias: bool = True) -> nn.Linear:
-    dense = nn.Linear(shape.in_features, shape.out_features, bias, dtype=dtype)
-    with torch.no_grad():
-        dense.weight.copy_(randn(*dense.weight.shape, seed=seed))
-        if bias:
-            dense.bias.copy_(randn(shape.out_features, seed=seed + 1))
-    return dense
-
-
-# Cores
+from loretta.layers.trains import Cores, update_factors
+from loretta.tt import plan_shape
 
 
 @every_shape
@@ -101,9 +71,6 @@ def test_autocast_leaves_the_halves_in_the_dtype_of_the_cores(shape):
         assert torch.equal(got_half, expected_half)
 
 
-# TTLinear
-
-
 @pytest.mark.parametrize("as_change", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 @examples
@@ -147,117 +114,6 @@ def test_the_input_decides_the_dtype_of_the_output():
     assert y_BO.dtype == torch.bfloat16
     weight_IO = oracle(list(layer.cores), shape)
     assert_near("y", y_BO, x_BI.double() @ weight_IO + 1, terms=x_BI.double().abs() @ weight_IO.abs() + 1)
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@every_dtype
-@every_shape
-def test_from_dense_is_the_truncated_tt_svd(shape, dtype, bias):
-    dense = dense_layer(shape, seed=0, dtype=dtype, bias=bias)
-    layer = TTLinear.from_dense(dense, shape)
-    assert {parameter.dtype for parameter in layer.parameters()} == {dtype}
-    assert [tuple(core.shape) for core in layer.cores] == shape.cores
-    cores = tt.tt_svd(dense.weight.detach().double().T, shape)
-    weight_IO = oracle(cores, shape)
-    assert_near("weight", layer.to_dense().weight, weight_IO.T, terms=oracle([core.abs() for core in cores], shape))
-    x_BI = randn(4, shape.in_features, seed=0, dtype=dtype)
-    added = dense.bias.double() if bias else torch.zeros(())
-    terms = x_BI.double().abs() @ weight_IO.abs() + added.abs()
-    assert_near("y", layer(x_BI), x_BI.double() @ weight_IO + added, terms=terms)
-    assert layer.start is None
-    assert all(parameter.requires_grad for parameter in layer.parameters())
-
-
-@every_shape
-def test_from_dense_is_exact_at_full_rank_and_balanced(shape):
-    dense, full = dense_layer(shape, seed=0), plan_shape(shape.in_features, shape.out_features, rank=300)
-    layer = TTLinear.from_dense(dense, full)
-    assert_near("weight", layer.to_dense().weight, dense.weight)
-    assert torch.equal(layer.bias, dense.bias)
-    for core in layer.cores:
-        assert_near("norm", core.norm(), layer.cores[0].norm())
-
-
-def test_from_dense_leaves_the_dense_layer_alone():
-    shape = SHAPES["aligned"]
-    dense = dense_layer(shape, seed=0)
-    layer, before = TTLinear.from_dense(dense, shape), copy.deepcopy(dense.state_dict())
-    for parameter in layer.parameters():
-        nn.init.ones_(parameter)
-    assert all(torch.equal(value, before[name]) for name, value in dense.state_dict().items())
-
-
-def test_from_dense_stays_on_the_meta_device():
-    shape = SHAPES["aligned"]
-    layer = TTLinear.from_dense(nn.Linear(24, 10, device="meta"), shape, as_change=True)
-    assert all(parameter.is_meta for parameter in layer.parameters())
-    assert [tuple(core.shape) for core in layer.start] == shape.cores
-
-
-@pytest.mark.parametrize("autocast", [False, True])
-@every_dtype
-@every_shape
-def test_a_change_starts_as_exactly_zero(shape, dtype, autocast):
-    dense = dense_layer(shape, seed=0, dtype=dtype)
-    layer = TTLinear.from_dense(dense, shape, as_change=True)
-    assert any(core.any() for core in layer.cores)
-    x_BI = randn(5, shape.in_features, seed=0, dtype=dtype)
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        change_BO = layer(x_BI)
-    assert change_BO.count_nonzero() == 0  # bit for bit; -0.0 adds nothing either
-    assert layer.to_dense().weight.count_nonzero() == 0
-    merged = layer.to_dense(pretrained=dense)
-    assert torch.equal(merged.weight, dense.weight)
-    assert torch.equal(merged.bias, dense.bias)
-
-
-def test_a_change_trains_its_cores_and_not_its_start():
-    shape = SHAPES["aligned"]
-    layer = TTLinear.from_dense(dense_layer(shape, seed=0), shape, as_change=True)
-    assert {name for name, _ in layer.named_buffers()} == {"start.values"}
-    assert not any(name.startswith("start") for name, _ in layer.named_parameters())
-    layer(randn(3, 24, seed=0)).sum().backward()
-    assert all(grad.any() for grad in tt.split_cores(layer.cores.values.grad, shape))
-    assert layer.start.values.grad is None
-    with torch.no_grad():
-        for core in layer.cores:
-            core.add_(1.0)
-    assert not any(torch.equal(core, start) for core, start in zip(layer.cores, layer.start, strict=True))
-
-
-@pytest.mark.parametrize("bias", [False, True])
-@every_shape
-def test_a_merged_change_is_the_base_plus_the_change(shape, bias):
-    dense = dense_layer(shape, seed=0, bias=bias)
-    layer = filled_layer(shape, seed=2, bias=bias, as_change=True)
-    merged, x_BI = layer.to_dense(pretrained=dense), randn(4, shape.in_features, seed=1)
-    change_IO = oracle(list(layer.cores), shape) - oracle(list(layer.start), shape)
-    assert_near("weight", merged.weight, dense.weight + change_IO.T)
-    assert_near("y", merged(x_BI), dense(x_BI) + layer(x_BI))
-    assert (merged.bias is None) != bias
-
-
-def test_a_change_without_bias_keeps_the_bias_of_the_base():
-    shape = SHAPES["aligned"]
-    dense, layer = dense_layer(shape, seed=0), filled_layer(shape, seed=2, bias=False, as_change=True)
-    assert torch.equal(layer.to_dense(pretrained=dense).bias, dense.bias)
-
-
-def test_a_change_with_bias_merges_into_a_base_without():
-    shape = SHAPES["aligned"]
-    dense, layer = dense_layer(shape, seed=0, bias=False), filled_layer(shape, seed=2, as_change=True)
-    assert torch.equal(layer.to_dense(pretrained=dense).bias, layer.bias)
-
-
-def test_from_dense_of_an_integer_weight_is_not_silently_zero():
-    shape = plan_shape(12, 20, rank=12, modes=(4, 3, 5, 4))
-    dense = nn.Linear(12, 20)
-    dense.weight = nn.Parameter((100 * randn(20, 12, seed=0)).to(torch.int8), requires_grad=False)
-    try:
-        layer = TTLinear.from_dense(dense, shape)
-    except (TypeError, ValueError):
-        return  # refused
-    assert_near("weight", layer.to_dense().weight, dense.weight)
 
 
 @pytest.mark.parametrize("options", [{}, {"bias": False}, {"as_change": True}])
@@ -316,9 +172,6 @@ def test_a_stored_matrix_would_be_seen():
     with OutputSizes() as backward:
         weight_IO.square().sum().backward()
     assert max(backward.sizes) == 512 * 768
-
-
-# update_factors
 
 
 @examples

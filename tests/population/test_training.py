@@ -10,8 +10,8 @@ import signal
 
 import pytest
 import torch
+from interrupts import held_by_another
 from safetensors.torch import load_file
-from test_locks import held_by_another
 from tiny_models import save_bert
 from training_data import sentences
 

@@ -5,7 +5,7 @@ import io
 
 import pytest
 from markdown_it import MarkdownIt
-from test_runs import record
+from report.pages import record
 
 from loretta.report.tables import Cell, Column, Row, Table, number
 from loretta.report.text import latex, markdown, runs_csv, runs_latex, runs_markdown

@@ -6,38 +6,18 @@ import shutil
 from pathlib import Path
 
 import pytest
+from study_data import finish
 from transformers import BertConfig
 
 from loretta.errors import InputError
-from loretta.record import RunRecord
 from loretta.studies.configs import Options, shapes, total_steps
 from loretta.studies.expansion import choose, differences, expand
-from loretta.studies.study import Planned, load_study
+from loretta.studies.study import load_study
 from loretta.training.config import RunConfig
 
 
 def runs(name, root, **options):
     return expand(load_study(name), Options(**options), root).runs
-
-
-def record(config, *, validation, test=None, metric="accuracy", higher_is_better=True, parameters=10, **more):
-    """A finished run as `loretta train` would write it."""
-    counts = {"cores": parameters, "biases": 0, "norms": 0, "head": 0, "other": 0, "total": 100}
-    raw = {
-        "config": config, "command": "loretta", "versions": {}, "model": "m", "task": "t", "method": "lora",
-        "kind": "classification", "seed": 0, "device": "cpu", "sizes": {}, "metric": metric,
-        "higher_is_better": higher_is_better, "parameters": counts, "adapter_bytes": 40,
-        "train_seconds": 1.0, "peak_memory_bytes": 0, "history": [], "best_step": 1, "validation": validation,
-        "test": test, "label_names": ["a", "b"], **more,
-    }  # fmt: skip
-    return RunRecord.model_validate(raw)
-
-
-def finish(root, run: Planned, **known):
-    folder = root / run.folder
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "run.json").write_text(record(run.config, **known).model_dump_json())
-    (folder / "config.json").write_text(json.dumps(run.config))
 
 
 def test_the_whole_table(tmp_path):

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from sklearn.metrics import f1_score
-from test_expansion import finish
+from study_data import finish
 
 from loretta.record import Answers
 from loretta.studies.compare import comparison, verdict

@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from test_expansion import finish
+from study_data import finish
 
 from loretta.errors import InputError
 from loretta.studies.compare import comparison, verdict

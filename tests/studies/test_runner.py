@@ -2,39 +2,21 @@
 
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
+from study_data import options_for, states
 
-from loretta.errors import InputError, OutOfMemory, Stopped
+from loretta.errors import InputError, OutOfMemory
 from loretta.population import training
 from loretta.record import RunRecord
-from loretta.studies import execution, runner, workers
+from loretta.studies import execution, runner
 from loretta.studies.configs import Options
-from loretta.studies.execution import carry_out, hold
-from loretta.studies.expansion import expand
 from loretta.studies.results import collect
 from loretta.studies.runner import run_study
-from loretta.studies.state import beside, find_runs, folder_state, held_by
+from loretta.studies.state import beside
 from loretta.studies.study import load_study
-from loretta.studies.unit import UnitProcess
 from loretta.studies.workers import Processes, threads_each, visible_gpus
-
-QUICK = {"epochs": 1, "max_length": 16}
-
-
-def options_for(model, data_dir, **more) -> Options:
-    sets = {**QUICK, **more.pop("sets", {})}
-    return Options(models=(model,), data_dir=data_dir, cpu=True, sets=sets, **more)
-
-
-def states(root) -> dict[str, str]:
-    return {str(folder.relative_to(root)): state for folder, state, _ in find_runs(root)}
 
 
 def test_a_finished_run_is_not_repeated_and_a_changed_one_is_refused(bert, data_dir, tmp_path):
@@ -135,38 +117,6 @@ def test_a_sweep_end_to_end(bert, data_dir, tmp_path):
     assert [score.learning_rate for score in cell.scores] == [3e-2, 3e-2]
 
 
-def test_two_runners_never_work_on_the_same_run(bert, data_dir, tmp_path):
-    options = options_for(bert, data_dir, tasks=("rte",), methods=("bitfit",), seeds=1)
-    (run,) = expand(load_study("table1"), options, tmp_path).runs
-    folder = tmp_path / run.folder
-    with hold(folder) as mine:
-        assert mine
-        # as another process would find it
-        assert held_by(folder).pid == os.getpid()
-        assert folder_state(folder) == ("running", f"in process {os.getpid()} on {held_by(folder).host}")
-        assert carry_out(tmp_path, run).state == "running"
-        summary = run_study(load_study("table1"), options, tmp_path, jobs=0)
-        assert [outcome.state for outcome in summary.outcomes] == ["running"]
-        assert not summary.complete
-        assert not folder.exists()
-    assert held_by(folder) is None
-    assert carry_out(tmp_path, run).state == "finished"
-
-
-def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
-    folder = tmp_path / "s0"
-    lock = (
-        f"from filelock import FileLock; FileLock({str(beside(folder, '.lock'))!r}).acquire(); import os; os._exit(1)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", lock])
-    process.wait()
-    beside(folder, ".holder").write_text(json.dumps({"pid": process.pid, "host": os.uname().nodename}))
-    assert held_by(folder) is None
-    with hold(folder) as mine:
-        assert mine
-        assert not FileLock(beside(folder, ".lock")).is_locked
-
-
 def test_weights_that_cannot_be_had_are_named_before_anything_starts(tmp_path):
     options = Options(models=("deberta-base",), tasks=("rte",), methods=("lora",), seeds=1)
     with pytest.raises(InputError, match=r"the model 'microsoft/deberta-base' cannot be loaded .*give --model"):
@@ -190,162 +140,6 @@ def test_processes_share_the_threads(monkeypatch):
     assert [threads_each(jobs) for jobs in (1, 2, 5, 20)] == [12, 6, 2, 1]
     monkeypatch.setenv("OMP_NUM_THREADS", "4")
     assert [threads_each(jobs) for jobs in (1, 2, 5)] == [4, 2, 1]
-
-
-def command(bert, data_dir, root, *more):
-    sets = [
-        word for key, value in {**QUICK, "epochs": 40, "eval_steps": 3}.items() for word in ("--set", f"{key}={value}")
-    ]
-    fixed = ["--model", bert, "--data-dir", data_dir, "--tasks", "rte", "--methods", "loretta_adp", "--seeds", "2"]
-    code = "import sys; from loretta.cli.main import main; main()"
-    return [sys.executable, "-c", code, "reproduce", "table1", *fixed, "--cpu", "-o", str(root), *sets, *more]
-
-
-def wait_for(condition, process):
-    for _ in range(6000):
-        if condition():
-            return
-        assert process.poll() is None, "it ended too soon"
-        time.sleep(0.05)
-    raise AssertionError("it never came")
-
-
-def test_killed_half_way_and_resumed(bert, data_dir, tmp_path):
-    """kill -9 of the runner ends its workers too, frees their locks, and the next start goes on from a checkpoint."""
-    process = subprocess.Popen(command(bert, data_dir, tmp_path, "--jobs", "2"), stderr=subprocess.DEVNULL)
-    folders = [tmp_path / f"tiny-bert/rte/loretta_adp/s{seed}" for seed in (0, 1)]
-    wait_for(lambda: all(list(folder.glob("checkpoints/*/trainer_state.json")) for folder in folders), process)
-    workers = [held_by(folder).pid for folder in folders if held_by(folder)]
-    assert len(set(workers)) == 2, "two processes at once"
-    process.kill()
-    process.wait()
-    wait_for_end(workers)
-    assert set(states(tmp_path).values()) == {"killed"}
-    before = [json.loads(max(folder.glob("checkpoints/*/trainer_state.json")).read_text()) for folder in folders]
-
-    # in this process and quick: the numbers must be those of a run that nobody killed
-    sets = {"epochs": 40, "eval_steps": 3}
-    options = options_for(bert, data_dir, tasks=("rte",), methods=("loretta_adp",), seeds=2, sets=sets)
-    assert run_study(load_study("table1"), options, tmp_path, jobs=0).complete
-    (cell,) = collect(tmp_path).cells
-    for score, state in zip(cell.scores, before, strict=True):
-        record = collect(tmp_path).record(tmp_path, score)
-        history = [point for point in record.history if point.split == "validation"]
-        known = [(entry["step"], entry["eval_loss"]) for entry in state["log_history"] if "eval_loss" in entry]
-        assert [(point.step, point.values["loss"]) for point in history][: len(known)] == known
-        assert history[-1].step == 80
-
-
-def wait_for_end(pids):
-    for _ in range(200):
-        if not any(os.path.exists(f"/proc/{pid}") for pid in pids):
-            return
-        time.sleep(0.05)
-    raise AssertionError(f"still running: {pids}")
-
-
-@pytest.mark.parametrize(("number", "together"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
-def test_a_signal_stops_the_processes_behind_a_checkpoint(number, together, bert, data_dir, tmp_path, monkeypatch):
-    folder = tmp_path / "tiny-bert/rte/loretta_adp/s0"
-    children, before, waited = [], set(), 0
-
-    def trains():
-        log = beside(folder, ".log")
-        return log.is_file() and f"{together} runs together, step" in log.read_text() if together > 1 else before
-
-    def interrupt(seconds):
-        nonlocal waited
-        waited += 1
-        time.sleep(seconds)
-        before.update(folder.glob("checkpoints/*-*"))
-        if trains():
-            children.append(held_by(folder).pid)
-            signal.raise_signal(number)
-        assert waited < 6000
-
-    monkeypatch.setattr(workers, "sleep", interrupt)
-    sets = {"epochs": 40, "eval_steps": 3}
-    options = options_for(bert, data_dir, tasks=("rte",), methods=("loretta_adp",), seeds=together, sets=sets)
-    with pytest.raises(Stopped, match=f"{number.name} before the end of the study: go on with the same") as stopped:
-        run_study(load_study("table1"), options, tmp_path, jobs=1, population=together)
-    assert stopped.value.exit_status == 128 + number
-    wait_for_end(children)
-    assert set(states(tmp_path).values()) == {"killed"}
-    assert set(folder.glob("checkpoints/*-*")) - before, "it saved before it ended"
-    assert "stopped by SIGTERM" in beside(folder, ".log").read_text()
-
-
-def test_a_process_that_dies_fails_its_run_and_no_other(bert, data_dir, tmp_path, monkeypatch):
-    """The first of two is killed, as by a system without memory; it is tried again by the next call."""
-    started = []
-
-    class Killed(UnitProcess):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            if not started:
-                self.process.kill()
-            assert os.getsid(self.process.pid) != os.getsid(0), "an interrupt at the terminal would end it at once"
-            started.append(kwargs["environment"]["OMP_NUM_THREADS"])
-
-    monkeypatch.setattr(workers, "UnitProcess", Killed)
-    options = options_for(bert, data_dir, tasks=("rte",), methods=("bitfit",), seeds=2)
-    summary = run_study(load_study("table1"), options, tmp_path, jobs=1)
-    first, second = summary.outcomes
-    assert (first.state, second.state) == ("failed", "finished")
-    assert "ended by SIGKILL, as when the memory is used up" in first.reason
-    assert folder_state(tmp_path / first.folder) == ("failed", first.reason)
-    assert run_study(load_study("table1"), options, tmp_path, jobs=0).complete
-
-
-def test_a_run_that_stops_itself_is_a_failed_run(bert, data_dir, tmp_path, monkeypatch):
-    """A loss that is not finite ends one run, and none of the others."""
-
-    def diverge(folder, run):
-        if run.seed == 0:
-            raise Stopped("the loss is not finite at step 3", exit_status=3)
-        return execution._train(folder, run)
-
-    monkeypatch.setitem(execution._DO, "train", diverge)
-    options = options_for(bert, data_dir, tasks=("rte",), methods=("bitfit",), seeds=2)
-    summary = run_study(load_study("table1"), options, tmp_path, jobs=0)
-    assert [outcome.state for outcome in summary.outcomes] == ["failed", "finished"]
-    assert summary.outcomes[0].reason == "the loss is not finite at step 3"
-
-
-@pytest.mark.parametrize("host", [os.uname().nodename, "a-container-that-is-gone"])
-def test_the_note_of_a_dead_holder_stops_no_run(host, bert, data_dir, tmp_path):
-    """Its number belongs to another process now, or its machine is not this one: the lock is free."""
-    options = options_for(bert, data_dir, tasks=("rte",), methods=("bitfit",), seeds=1)
-    (run,) = expand(load_study("table1"), options, tmp_path).runs
-    (tmp_path / run.folder).parent.mkdir(parents=True)
-    beside(tmp_path / run.folder, ".holder").write_text(json.dumps({"pid": os.getppid(), "host": host}))
-    assert run_study(load_study("table1"), options, tmp_path, jobs=0).complete
-
-
-def test_a_kill_in_the_first_file_does_not_bar_the_folder(bert, data_dir, tmp_path):
-    options = options_for(bert, data_dir, tasks=("rte",), methods=("bitfit",), seeds=1)
-    (run,) = expand(load_study("table1"), options, tmp_path).runs
-    (tmp_path / run.folder).mkdir(parents=True)
-    (tmp_path / run.folder / f".{'0f' * 8}.tmp").write_text('{"half')
-    assert run_study(load_study("table1"), options, tmp_path, jobs=0).complete
-
-
-@pytest.mark.parametrize("content", ["", '{"half', "[]"])
-def test_damaged_results_are_made_again(content, bert, data_dir, tmp_path):
-    options = options_for(bert, data_dir, tasks=("sst2", "mrpc"), methods=("loretta_rep",), seeds=1)
-    study = load_study("table4")
-    assert run_study(study, options, tmp_path, jobs=0).complete
-    before = [cell.mean for cell in collect(tmp_path).cells]
-    first = tmp_path / "tiny-bert/sst2/loretta_rep/s0"
-    for name in ("evaluations.json", "run.json"):
-        (first / name).write_text(content)
-        assert states(tmp_path)[str(first.relative_to(tmp_path))] == ("finished" if name != "run.json" else "failed")
-        assert run_study(study, options, tmp_path, jobs=0).complete
-        assert [cell.mean for cell in collect(tmp_path).cells] == before
-        assert (first / "broken-run.json").exists() == (name == "run.json")
-    (first / "config.json").write_text(content)
-    with pytest.raises(InputError, match=r"config.json' is damaged"):
-        run_study(study, options, tmp_path, jobs=0)
 
 
 def test_runs_that_differ_in_seeds_are_trained_together(bert, data_dir, tmp_path):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
-from test_run import config_for
+from training_data import config_for
 from transformers import TrainerCallback, TrainerState, set_seed
 from tuners.wrapped import wrap
 

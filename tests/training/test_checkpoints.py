@@ -7,7 +7,7 @@ import signal
 
 import pytest
 from interrupts import stopping_behind
-from test_run import config_for
+from training_data import config_for
 
 from loretta.errors import Stopped
 from loretta.owned import LIST

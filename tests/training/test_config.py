@@ -149,3 +149,45 @@ def test_auto_needs_a_budget_and_other_methods_have_none():
         peft_config("auto", model, "SEQ_CLS", {})
     with pytest.raises(InputError, match=r"budget: for the methods of LoRETTA .* and not for 'lora'"):
         peft_config("lora", model, "SEQ_CLS", {"budget": "4k"})
+
+
+def test_options_come_from_file_then_command_line_then_set(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: m\ndata: sst2\nepochs: 5\nseed: 3\nmethod_args: {tensor_rank: 4, r: 16}\n")
+    config = read_config(path, {"seed": 4, "model": None}, ["learning_rate=5e-3", "tensor_rank=8", "epochs=7"])
+    assert (config.model, config.epochs, config.seed, config.learning_rate) == ("m", 7, 4, 5e-3)
+    assert config.method_args == {"tensor_rank": 8, "r": 16}
+    assert str(config.folder) == "runs/sst2-compact-s4"
+
+
+@pytest.mark.parametrize(
+    ("options", "sets", "words"),
+    [
+        ({}, [], ["model is missing: give --model", "data is missing: give --data"]),
+        ({"model": "m", "data": "d", "epochs": -1}, ["seed=x"], ["epochs=-1", "seed='x'"]),
+        ({"model": "m", "data": "d"}, ["epochs"], ["--set 'epochs' is not of the form key=value"]),
+        ({"model": "m", "data": "d"}, ["schedule=zigzag"], ["schedule='zigzag'"]),
+    ],
+)
+def test_every_mistake_in_the_options_is_named_at_once(options, sets, words):
+    with pytest.raises(InputError) as caught:
+        read_config(None, options, sets)
+    assert all(word in str(caught.value) for word in words)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("content", "word"), [("- a\n", "holds no keys"), ("a: [", "is not YAML")])
+def test_a_bad_config_file_is_one_sentence(content, word, tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text(content)
+    with pytest.raises(InputError, match=word) as caught:
+        read_config(path, {"model": "m", "data": "d"})
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_methods_and_options_name_the_nearest():
+    with pytest.raises(InputError, match="unknown method 'rpe': did you mean 'rep'"):
+        find_method("rpe")
+    with pytest.raises(InputError, match=r"unknown option 'tensor_rnak'.*did you mean 'tensor_rank'"):
+        peft_config("rep", None, "SEQ_CLS", {"tensor_rnak": 3})
+    assert METHODS["rep"].learning_rate > 0

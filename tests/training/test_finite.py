@@ -3,15 +3,19 @@
 import math
 import signal
 
+import numpy as np
 import pytest
 import torch
 from interrupts import stopping_behind
 from safetensors.torch import load_file
-from test_run import config_for
+from training_data import config_for, sentences
+from transformers import AutoModel, AutoTokenizer
 
 from loretta.errors import Stopped
 from loretta.owned import describe, write_list
+from loretta.tasks import load_task
 from loretta.training.run import train
+from loretta.training.scores import score_logits
 from loretta.training.trainer import TwoRateTrainer
 
 
@@ -118,3 +122,57 @@ def test_a_resumed_run_counts_its_patience_on(bert, reviews, tmp_path):
         with stopping_behind(step, signal.SIGTERM), pytest.raises(Stopped):
             train(config)
         assert train(config, resume=True).history == whole.history
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("kind", ["classification", "regression"])
+def test_a_model_that_diverged_has_no_score(kind, bad, tmp_path):
+    """The largest of two NaN is the first, and half of the labels are the first class."""
+    table = tmp_path / "own.csv"
+    table.write_text("text,label\n" + "".join(f"{words},{k % 2}\n" for k, (words, _) in enumerate(sentences(20))))
+    task = load_task(table, label="label", kind=kind)
+    logits = np.zeros((4, 2 if kind == "classification" else 1))
+    assert all(math.isfinite(value) for value in score_logits(task, logits, [0, 1, 0, 1]).values())
+    logits[2, 0] = bad
+    scores = score_logits(task, logits, [0, 1, 0, 1])
+    assert set(scores) == set(task.metrics)
+    assert all(math.isnan(value) for value in scores.values())
+
+
+def test_a_run_that_is_nan_from_its_first_step_stops_and_saves_nothing(bert, reviews, tmp_path):
+    broken = tmp_path / "broken"
+    model = AutoModel.from_pretrained(bert)
+    with torch.no_grad():
+        model.encoder.layer[1].output.dense.weight[0, 0] = math.nan
+    model.save_pretrained(broken)
+    AutoTokenizer.from_pretrained(bert).save_pretrained(broken)
+    with pytest.raises(Stopped, match=r"not finite at step 1, first in '.*layer\.1\.output\.dense") as stopped:
+        train(config_for(str(broken), reviews, tmp_path / "run", method="lora"))
+    assert stopped.value.exit_status == 3
+    assert not list((tmp_path / "run").rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("logging_steps", [4, 100])
+def test_a_loss_that_becomes_nan_is_found_and_named_and_the_best_checkpoint_stays(
+    logging_steps, bert, reviews, tmp_path, monkeypatch
+):
+    config = config_for(bert, reviews, tmp_path / "run", eval_steps=5, logging_steps=logging_steps)
+    poisoned(monkeypatch, [7])
+    with pytest.raises(Stopped, match=r"at step 7, first in '.*best checkpoint .*checkpoint-5'.*learning rate"):
+        train(config)
+    left = list((tmp_path / "run").rglob("*.safetensors"))
+    assert left
+    assert all(tensor.isfinite().all() for file in left for tensor in load_file(file).values())
+
+
+def test_updates_that_are_not_finite_are_skipped_on_request(bert, reviews, tmp_path, monkeypatch):
+    config = config_for(bert, reviews, tmp_path / "run", on_nan="skip", epochs=1)
+    poisoned(monkeypatch, [3, 6])
+    record = train(config)
+    assert record.notes[-1] == "2 updates were skipped (the first at step 3): not finite"
+    assert all(math.isfinite(point.values["loss"]) for point in record.history)
+    weights = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert all(tensor.isfinite().all() for tensor in weights.values())
+    poisoned(monkeypatch, range(100))
+    with pytest.raises(Stopped, match=r"at step 1.*all updates since then were skipped"):
+        train(config.model_copy(update={"output": str(tmp_path / "all")}))

@@ -3,68 +3,25 @@
 import logging
 import multiprocessing
 from contextlib import contextmanager
-from itertools import pairwise
 
 import pytest
 import torch
-from draws import seed_torch, seeded
-from peft import LoraConfig, get_peft_model
-from tolerances import assert_gradients_near, assert_near
+from draws import seed_torch
+from tolerances import assert_near
 from torch import nn
 from torch.utils.data import SequentialSampler
+from training.token_batches import METHODS, collate, examples, tiny_bert, tiny_llama
 from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    LlamaConfig,
-    LlamaForCausalLM,
     Trainer,
     TrainingArguments,
 )
 
-from loretta import LorettaAdpConfig, LorettaRepConfig
 from loretta.errors import InputError
 from loretta.training import graphs
-from loretta.training.batches import PadToBucket, bucket, stop_workers
+from loretta.training.batches import stop_workers
 from loretta.training.graphs import CudaGraphTrainer
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "vocab_size": 50}
-METHODS = {
-    "rep": lambda task: LorettaRepConfig(task_type=task),
-    "adp": lambda task: LorettaAdpConfig(task_type=task),
-    "lora": lambda task: LoraConfig(task_type=task, r=4),
-}
 CUDA = pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU"))
-
-
-def tiny_bert(method="rep", *, dropout=0.0):
-    seed_torch(0)
-    config = BertConfig(**SIZES, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, num_labels=2)
-    return get_peft_model(BertForSequenceClassification(config), METHODS[method]("SEQ_CLS"))
-
-
-def tiny_llama(method="adp"):
-    seed_torch(0)
-    config = LlamaConfig(**SIZES, use_cache=False)
-    return get_peft_model(LlamaForCausalLM(config), METHODS[method]("CAUSAL_LM"))
-
-
-def examples(lengths, *, causal=False):
-    """Token ids of these lengths, with a label for each of them or for each of their tokens."""
-    generator = seeded(3)
-    ids = [torch.randint(5, 50, (length,), generator=generator).tolist() for length in lengths]
-    return [{"input_ids": row, "labels": row if causal else row[0] % 2} for row in ids]
-
-
-def collate(rows):
-    length = max(len(row["input_ids"]) for row in rows)
-    batch = {
-        "input_ids": [row["input_ids"] + [0] * (length - len(row["input_ids"])) for row in rows],
-        "attention_mask": [[1] * len(row["input_ids"]) + [0] * (length - len(row["input_ids"])) for row in rows],
-        "labels": [row["labels"] for row in rows],
-    }
-    if isinstance(rows[0]["labels"], list):
-        batch["labels"] = [row["labels"] + [-100] * (length - len(row["labels"])) for row in rows]
-    return {name: torch.tensor(value) for name, value in batch.items()}
 
 
 class InOrder(Trainer):
@@ -175,6 +132,8 @@ def compare(device, tmp_path, model_of, data, **options):
 # batches of 8, 16, 8, 16, 16 tokens and half a batch of 8
 # In a recording there always is a mask, without which attention takes other kernels: each batch needs one here.
 SHORT, LONG = [8, 8, 8, 7], [16, 16, 16, 13]
+
+
 LENGTHS = SHORT + LONG + SHORT + LONG + LONG + [8, 7]
 
 
@@ -320,17 +279,6 @@ def test_a_recording_that_is_spoilt_ends_the_training(tmp_path):
         trainer.train()
 
 
-def test_the_workers_of_a_training_are_stopped_without_waiting(device, tmp_path):
-    data = examples(LENGTHS)
-    options = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "eval_strategy": "epoch"}
-    trainer = trainer_of(GraphTrainer, tiny_bert(), data, tmp_path, device, eval_data=data[:4], **options)
-    trainer.train()
-    processes = multiprocessing.active_children()
-    assert len(processes) == 2
-    stop_workers(trainer)
-    assert not any(process.is_alive() for process in processes)
-
-
 def test_a_batch_with_more_than_tensors_is_trained_eagerly(device, tmp_path):
     class Named(GraphTrainer):
         def compute_loss(self, model, inputs, *args, **kwargs):
@@ -355,51 +303,6 @@ def test_without_cuda_it_is_the_plain_trainer(tmp_path, caplog):
     assert torch.equal(losses[InOrder], losses[GraphTrainer])
     messages = [record.getMessage() for record in caplog.records if record.name.startswith("loretta")]
     assert messages == ["no CUDA graphs, training is eager: the device is cpu, and CUDA graphs are for cuda"]
-
-
-def test_buckets():
-    buckets = [bucket(length) for length in range(1, 2049)]
-    assert all(length <= padded and padded % 8 == 0 for length, padded in enumerate(buckets, 1))
-    assert all(padded <= 1.25 * length for length, padded in enumerate(buckets, 1) if length > 32)
-    assert all(before <= after for before, after in pairwise(buckets))
-    assert len(set(buckets)) == 28
-    assert sorted(set(buckets))[:12] == [8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128]
-
-
-@pytest.mark.parametrize(("model_of", "causal"), [(tiny_bert, False), (tiny_llama, True)])
-def test_padding_to_a_bucket_changes_neither_loss_nor_gradients(model_of, causal):
-    model = model_of().double()
-    results = []
-    for collator in (collate, PadToBucket(collate, padding_token=0)):
-        model.zero_grad()
-        batch = collator(examples([5, 9, 3], causal=causal))
-        loss = model(**batch).loss
-        loss.backward()
-        results.append((batch, loss, {name: p.grad for name, p in model.named_parameters() if p.grad is not None}))
-    (plain, loss, gradients), (padded, loss_padded, gradients_padded) = results
-    assert plain["input_ids"].shape == (3, 9)
-    assert padded["input_ids"].shape == (3, 16)
-    assert_near("loss", loss_padded.float(), loss)  # LLaMA's norms and softmax are in float32 always
-    assert_gradients_near({name: grad.float() for name, grad in gradients_padded.items()}, gradients)
-
-
-@pytest.mark.parametrize(
-    ("change", "longest"),
-    [
-        (lambda batch: batch.pop("attention_mask"), None),  # nothing would hide the padding
-        (lambda batch: batch.update(other=torch.ones(2, 5, dtype=torch.long)), None),
-        (lambda batch: batch.update(labels=torch.ones(2, 5)), None),  # of five classes
-        (lambda batch: None, 7),  # the model has no eighth position
-    ],
-)
-def test_what_cannot_be_padded_stays(change, longest):
-    def collator(rows):
-        batch = collate(rows)
-        change(batch)
-        return batch
-
-    batch = PadToBucket(collator, padding_token=0, longest=longest)(examples([5, 4]))
-    assert batch["input_ids"].shape == (2, 5)
 
 
 @pytest.mark.parametrize(
@@ -431,3 +334,14 @@ def test_a_run_says_why_it_is_eager(bert, reviews, tmp_path, caplog):
     assert records[0].validation == records[1].validation
     (message,) = [record.getMessage() for record in caplog.records if record.name == graphs.__name__]
     assert message.startswith("no CUDA graphs, training is eager")
+
+
+def test_the_workers_of_a_training_are_stopped_without_waiting(device, tmp_path):
+    data = examples(LENGTHS)
+    options = {"dataloader_num_workers": 1, "dataloader_persistent_workers": True, "eval_strategy": "epoch"}
+    trainer = trainer_of(GraphTrainer, tiny_bert(), data, tmp_path, device, eval_data=data[:4], **options)
+    trainer.train()
+    processes = multiprocessing.active_children()
+    assert len(processes) == 2
+    stop_workers(trainer)
+    assert not any(process.is_alive() for process in processes)

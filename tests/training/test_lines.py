@@ -5,8 +5,7 @@ import json
 import math
 
 import pytest
-from test_run import config_for
-from training_data import sentences
+from training_data import config_for, sentences
 
 from loretta.cli.following import last_step
 from loretta.errors import InputError

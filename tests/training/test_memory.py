@@ -9,7 +9,7 @@ import torch
 import typer
 from interrupts import stopping_behind
 from safetensors.torch import load_file
-from test_run import config_for
+from training_data import config_for
 
 from loretta.errors import Stopped
 from loretta.memory import is_out_of_memory

@@ -6,8 +6,7 @@ import pytest
 import torch
 from draws import seed_torch, seeded
 from safetensors.torch import load_file
-from test_run import config_for
-from training_data import sentences
+from training_data import config_for, sentences
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,

@@ -4,11 +4,14 @@ Axes: I input features, O output features, R/S neighbouring ranks, n one mode.
 """
 
 import math
+from dataclasses import replace
 
+import pytest
 import torch
 from draws import seeded
 from hypothesis import assume
 from hypothesis import strategies as st
+from tolerances import RTOL, assert_gradients_near
 from torch import Tensor
 
 from loretta.tt import TTShape, plan_shape
@@ -96,3 +99,47 @@ def _digits(index: Tensor, parts: list[int]) -> list[Tensor]:
 
 def frozen(cores: list[Tensor]) -> list[Tensor]:
     return [core.detach() for core in cores]
+
+
+def assert_same_gradients(got, ref, wanted):
+    """Compare d(sum(weights * y)) for fixed random weights. The reference is float64, ``got`` in any dtype."""
+    weights = randn(*ref.shape, seed=7)
+    got_grads = torch.autograd.grad((got * weights.to(got.dtype)).sum(), wanted)
+    ref_grads = torch.autograd.grad((ref * weights).sum(), wanted, retain_graph=True)
+    assert_gradients_near(dict(enumerate(got_grads)), dict(enumerate(ref_grads)))
+
+
+def unbounded(shape):
+    return replace(shape, ranks=(1, *[10**6] * (len(shape.modes) - 1), 1))
+
+
+def padded_tensor(dense_IO, shape):
+    full = dense_IO.new_zeros(shape.padded_in, shape.padded_out)
+    full[: shape.in_features, : shape.out_features] = dense_IO
+    return full.reshape(shape.modes)
+
+
+def tails(tensor, ranks):
+    """Per cut, the norm of the singular values of the unfolding that a rank leaves out."""
+    for cut in range(1, tensor.dim()):
+        unfolding = tensor.reshape(math.prod(tensor.shape[:cut]), -1)
+        yield torch.linalg.svdvals(unfolding)[ranks[cut] :].norm().item()
+
+
+def inner_ranks(cores):
+    return [core.shape[2] for core in cores[:-1]]
+
+
+every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+
+
+every_dtype = pytest.mark.parametrize("dtype", RTOL)
+
+
+def einsum(cores):
+    """The full tensor in one call of torch.einsum."""
+    operands = []
+    for k, core in enumerate(cores):  # labels: ranks are even, modes odd
+        operands += [core.double(), [2 * k, 2 * k + 1, 2 * k + 2]]
+    full = torch.einsum(*operands, [0, *range(1, 2 * len(cores), 2), 2 * len(cores)])
+    return full[0, ..., 0]

@@ -176,3 +176,17 @@ def loss_of(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     out = model(**inputs).logits
     weights = torch.randn(out.shape, generator=seeded(1))
     return (out.float() * weights).mean() + out.float().square().mean()
+
+
+def kinds(model: nn.Module) -> dict[str, type]:
+    return {name: type(module) for name, module in model.named_modules()}
+
+
+def assert_plain(merged: nn.Module, family: str, task: str | None = None) -> None:
+    """The model is built as the base model is: same modules, same parameters, nothing of ours."""
+    base, _ = build(family, task)
+    assert kinds(merged) == kinds(base)
+    assert {name: value.shape for name, value in merged.state_dict().items()} == {
+        name: value.shape for name, value in base.state_dict().items()
+    }
+    assert not hasattr(merged, "peft_config")

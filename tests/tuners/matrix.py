@@ -6,13 +6,15 @@ from typing import Any
 import pytest
 import torch
 from draws import seed_torch, seeded
+from tolerances import assert_near
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import SequenceClassifierOutput
-from tuners.families import build, natural_task, randomise
-from tuners.wrapped import config_for
+from tuners.families import build, logits, loss_of, natural_task, randomise
+from tuners.wrapped import config_for, trainable
 
 from loretta import PeftModel, get_peft_model
+from loretta.tuners.layer import LorettaLayer
 
 HOSTED = ("gpt2", "llama", "opt", "bert", "t5", "bart", "modernbert", "deberta-v2")
 FAMILIES = (*HOSTED, "mlp")
@@ -83,3 +85,20 @@ def wrapped(
 def cast(inputs: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     """The batch with its numbers, but not its indices, in another dtype."""
     return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
+
+
+def adapted(model: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LorettaLayer)}
+
+
+def gradients(model: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    model.zero_grad()
+    loss_of(model, inputs).backward()
+    return {name: parameter.grad for name, parameter in trainable(model).items()}
+
+
+def assert_merges(model: PeftModel, inputs: dict[str, Tensor]) -> None:
+    """In float64: a small model may blow up the rounding of float32."""
+    inputs = cast(inputs, torch.float64)
+    expected = logits(model.double(), inputs)
+    assert_near("merged", logits(model.merge_and_unload(), inputs), expected)

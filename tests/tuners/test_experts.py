@@ -50,12 +50,7 @@ OPTIONS = {
     "deepseek_v2": _DEEPSEEK,
     "deepseek_v3": {**_DEEPSEEK, "n_group": 2, "topk_group": 1},
     "gpt_oss": {**_LOCAL, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
-    "llama4_text": {
-        **_LOCAL,
-        "num_experts_per_tok": 1,
-        "intermediate_size_mlp": INNER,
-        "interleave_moe_layer_step": 1,
-    },
+    "llama4_text": {**_LOCAL, "num_experts_per_tok": 1, "intermediate_size_mlp": INNER, "interleave_moe_layer_step": 1},
 }
 TRANSPOSED = {"gpt_oss", "llama4_text"}  # a matrix lies as (in, out)
 every_family = pytest.mark.parametrize("family", OPTIONS)

@@ -1,22 +1,19 @@
-"""Merging rep into plain weights, refusing to merge adp, and getting the base model back from both."""
+"""Merging rep into plain weights, and refusing to merge adp and whatever is more than a plain weight."""
 
 import copy
-import warnings
 from collections import OrderedDict
-from functools import partial
 
 import pytest
 import torch
 from draws import seeded
-from peft import PeftModel, convert_to_lora, get_peft_model, save_as_lora, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model
 from tolerances import assert_near
 from torch import Tensor, nn
 from torch.nn.utils import prune
 from transformers.pytorch_utils import Conv1D
-from tuners.families import OPTIONS, build, logits, natural_task
-from tuners.wrapped import config_for, every_method, snapshot, trained, wrap
+from tuners.families import OPTIONS, assert_plain, build, kinds, logits
+from tuners.wrapped import config_for, snapshot, trained, wrap
 
-import loretta
 from loretta import InputError
 from loretta.tuners.adp import AdpLinear
 from loretta.tuners.norms import TrainedNorm
@@ -25,22 +22,8 @@ from loretta.tuners.rep import RepLinear
 every_family = pytest.mark.parametrize("family", OPTIONS)
 
 
-def kinds(model: nn.Module) -> dict[str, type]:
-    return {name: type(module) for name, module in model.named_modules()}
-
-
 def adapted(model: nn.Module) -> list[RepLinear]:
     return [module for module in model.modules() if isinstance(module, RepLinear)]
-
-
-def assert_plain(merged: nn.Module, family: str, task: str | None = None) -> None:
-    """The model is built as the base model is: same modules, same parameters, nothing of ours."""
-    base, _ = build(family, task)
-    assert kinds(merged) == kinds(base)
-    assert {name: value.shape for name, value in merged.state_dict().items()} == {
-        name: value.shape for name, value in base.state_dict().items()
-    }
-    assert not hasattr(merged, "peft_config")
 
 
 @every_family
@@ -230,22 +213,6 @@ def test_a_safe_merge_refuses_what_is_not_finite(how, bad):
     assert model.get_model_status().merged_adapters == []
 
 
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")  # PEFT's config says nothing of it
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_an_update_converts_to_a_lora_of_its_rank(family):
-    model, inputs = wrap(family, "rep", train_norms=False, tensor_rank=3)
-    trained(model)
-    config, weights = convert_to_lora(model, rank=3)
-    lora = get_peft_model(build(family)[0], config).eval()
-    assert not set_peft_model_state_dict(lora, weights).unexpected_keys
-    assert_near("logits", logits(lora, inputs), logits(model, inputs))
-    assert model.supports_lora_conversion()
-    assert not wrap(family, "adp")[0].supports_lora_conversion()
-
-
-# adp
-
-
 @pytest.mark.parametrize("how", ["merge_and_unload", "merge_adapter"])
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
 def test_adp_says_why_it_cannot_merge_and_touches_nothing(family, how):
@@ -264,90 +231,6 @@ def test_adp_says_why_it_cannot_merge_and_touches_nothing(family, how):
         layer.merge()
     model.unmerge_adapter()  # nothing to undo, and nothing wrong
     assert torch.equal(logits(model, inputs), expected)
-
-
-# Unloading
-
-
-@every_method
-@every_family
-@pytest.mark.parametrize("init_weights", ["zero", "gaussian"])
-def test_unload_gives_the_base_model_back_bit_for_bit(family, init_weights, method):
-    base, inputs = build(family)
-    values = snapshot(base)
-    model, _ = wrap(family, method, init_weights=init_weights)
-    model.add_adapter("other", config_for(method, task_type=natural_task(family), tensor_rank=2))
-    trained(model)
-    assert not torch.allclose(logits(model, inputs), logits(base, inputs), rtol=1e-2)
-    unloaded = model.unload()
-    assert_plain(unloaded, family)
-    now = unloaded.state_dict()
-    assert all(torch.equal(now[name], value) for name, value in values.items())
-    assert torch.equal(logits(unloaded, inputs), logits(base, inputs))
-
-
-@every_method
-@pytest.mark.parametrize("family", ["bert", "roberta", "llama"])
-def test_an_unloaded_model_can_be_wrapped_again(family, method):
-    model, inputs = wrap(family, method)
-    trained(model)
-    base = model.unload()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # PEFT warns of a model that is wrapped already
-        again = PeftModel(base, config_for(method, task_type=natural_task(family)))
-    trained(again)
-    assert again.get_model_status().available_adapters == ["default"]
-    assert logits(again, inputs).isfinite().all()
-
-
-def test_a_merged_model_can_be_wrapped_again():
-    model, inputs = wrap("bert", "rep")
-    trained(model)
-    expected = logits(model, inputs)
-    again = PeftModel(model.merge_and_unload(), config_for("rep", task_type="SEQ_CLS", train_head="dense")).eval()
-    assert_near("logits", logits(again, inputs), expected)
-
-
-@pytest.mark.parametrize(
-    ("family", "options"),
-    [
-        ("llama", {}),
-        ("bert", {}),  # whose first module is a norm
-        ("bert", {"train_norms": False}),
-        ("modernbert", {"train_norms": False, "train_head": "frozen"}),
-        ("llama", {"train_norms": False, "modules_to_save": ["lm_head"]}),
-    ],
-)
-def test_peft_does_not_convert_an_adapter_that_also_trains_norms_or_whole_modules(family, options, tmp_path):
-    model, _ = wrap(family, "rep", **options)
-    assert not model.supports_lora_conversion()
-    loretta.rename_adapter(model, "default", "mine")
-    for convert in (convert_to_lora, partial(save_as_lora, tmp_path)):
-        with pytest.raises(InputError, match=r"'mine' also trains.*export"):
-            convert(model, rank=3, adapter_name="mine")
-    assert not list(tmp_path.iterdir())
-
-
-def test_peft_converts_an_adapter_without_norms_beside_one_that_has_them_to_the_same_function(tmp_path):
-    model, inputs = wrap("llama", "rep", train_norms=False, tensor_rank=2)
-    expected = logits(trained(model), inputs)
-    assert model.supports_lora_conversion()
-    save_as_lora(tmp_path, model, rank=2)
-    assert_near("as LoRA", logits(PeftModel.from_pretrained(build("llama")[0], tmp_path).eval(), inputs), expected)
-    model.add_adapter("other", config_for("rep", task_type="CAUSAL_LM"))
-    assert not model.supports_lora_conversion("other")
-    # PEFT goes through every norm, whichever adapter trains it
-    assert not model.base_model.supports_lora_conversion("default")
-    with pytest.raises(InputError, match=r"'default' on a model whose norms \['other'\] trained.*export_lora"):
-        convert_to_lora(model, rank=2)
-
-
-@pytest.mark.parametrize("train_norms", [True, False])
-def test_adp_says_why_it_cannot_become_a_lora(train_norms):
-    model, _ = wrap("llama", "adp", train_norms=train_norms)
-    assert not model.supports_lora_conversion()
-    with pytest.raises(InputError, match=r"(non-linearity.*LoRETTA_rep|also trains norms.*train_norms=False)"):
-        convert_to_lora(model, rank=2)
 
 
 def test_merging_some_of_the_active_adapters_is_refused():

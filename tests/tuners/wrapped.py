@@ -4,15 +4,27 @@ import pytest
 import torch
 from draws import seed_torch
 from peft import PeftModel
-from torch import Tensor
+from torch import Tensor, nn
 from tuners.families import build, natural_task, randomise
 
 from loretta import LorettaAdpConfig, LorettaRepConfig, LorettaSharedConfig, get_peft_model
+from loretta.tuners.layer import LorettaLayer
 from loretta.tuners.shared import SharedLinear
 
 CONFIGS = {"rep": LorettaRepConfig, "adp": LorettaAdpConfig, "shared": LorettaSharedConfig}
 every_method = pytest.mark.parametrize("method", CONFIGS)
 own_trains = pytest.mark.parametrize("method", ["rep", "adp"])  # those that give every module trains of its own
+
+
+class Two(nn.Module):
+    """Two linear layers of one size, so that their trains are stacked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(12, 12), nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(torch.tanh(self.one(x)))
 
 
 def config_for(method: str, **options):
@@ -53,3 +65,7 @@ def trainable(model: PeftModel) -> dict[str, Tensor]:
 
 def snapshot(model) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def layers_of(model: nn.Module) -> list[LorettaLayer]:
+    return [module for module in model.modules() if isinstance(module, LorettaLayer)]

@@ -1,0 +1,226 @@
+"""Adapters without PEFT's wrapper: injected, through the methods of transformers' models, and by the auto classes."""
+
+import warnings
+
+import pytest
+import torch
+from peft import (
+    AutoPeftModelForCausalLM,
+    AutoPeftModelForFeatureExtraction,
+    AutoPeftModelForQuestionAnswering,
+    AutoPeftModelForSeq2SeqLM,
+    AutoPeftModelForSequenceClassification,
+    AutoPeftModelForTokenClassification,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from torch import Tensor, nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    Trainer,
+    TrainingArguments,
+)
+from tuners.families import config_of, inputs_for, logits, randomise
+from tuners.matrix import (
+    GENERATIVE,
+    adapted,
+    base_of,
+    every_family,
+    every_hosted,
+    options_for,
+    wrapped,
+)
+from tuners.wrapped import every_method, own_trains, trainable, trained
+
+from loretta import get_peft_model
+
+# PEFT warns of a second adapter that is added without its wrapper, and transformers adds every one so
+beside_another = pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
+
+
+with_norms = pytest.mark.parametrize("train_norms", [False, True])
+
+
+@every_method
+@every_family
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_injected_adapters_exchange_their_weights(family, method, low_cpu_mem_usage):
+    model, inputs = base_of(family)
+    assert inject_adapter_in_model(options_for(family, method), model) is model
+    expected = logits(trained(model).eval(), inputs)
+    weights = get_peft_model_state_dict(model)
+    again, _ = base_of(family)
+    inject_adapter_in_model(options_for(family, method), again, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert {p.is_meta for name, p in again.named_parameters() if "loretta_" in name} == {low_cpu_mem_usage}
+    assert not set_peft_model_state_dict(again, weights, low_cpu_mem_usage=low_cpu_mem_usage).unexpected_keys
+    assert not any(parameter.is_meta for parameter in again.parameters())
+    assert torch.equal(logits(again.eval(), inputs), expected)
+
+
+@own_trains
+@every_family
+def test_the_weights_alone_say_which_modules_to_adapt(family, method):
+    *_, last = adapted(wrapped(family, method)[0].get_base_model())
+    model, inputs = wrapped(family, method, exclude_modules=[last])
+    expected = logits(trained(model), inputs)
+    weights = get_peft_model_state_dict(model)
+    weights = {name.removeprefix("base_model.model."): value for name, value in weights.items()}
+    again, _ = base_of(family)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        inject_adapter_in_model(options_for(family, method), again, state_dict=weights)
+    assert list(adapted(again)) == list(adapted(model.get_base_model()))
+    assert not set_peft_model_state_dict(again, weights).unexpected_keys
+    assert torch.equal(logits(again.eval(), inputs), expected)
+
+
+def add(model: nn.Module, name: str, config, *, seed: int) -> None:
+    """Add an adapter as transformers does, which activates it, and pretend to have trained it."""
+    model.add_adapter(config, adapter_name=name)
+    randomise([p for n, p in model.named_parameters() if f".{name}" in n and p.requires_grad], seed=seed, scale=0.2)
+    model.eval()
+
+
+@beside_another
+@every_method
+@with_norms
+@every_hosted
+def test_the_methods_of_transformers_models(family, train_norms, method, tmp_path):
+    model, inputs = base_of(family)
+    expected = {}
+    for seed, name in enumerate(("first", "second"), start=1):
+        add(model, name, options_for(family, method, tensor_rank=seed + 1, train_norms=train_norms), seed=seed)
+        assert model.active_adapters() == [name]
+        expected[name] = logits(model, inputs)
+    assert not torch.equal(expected["first"], expected["second"])
+    model.set_adapter("first")
+    assert torch.equal(logits(model, inputs), expected["first"])
+    model.save_pretrained(tmp_path)
+    again, _ = base_of(family)
+    again.load_adapter(tmp_path, adapter_name="third")
+    assert torch.equal(logits(again.eval(), inputs), expected["first"])
+
+
+@every_method
+@with_norms
+@pytest.mark.parametrize("family", GENERATIVE)
+def test_switching_off_and_on_through_transformers(family, train_norms, method):
+    model, inputs = base_of(family)
+    plain = logits(model, inputs)
+    add(model, "first", options_for(family, method, train_norms=train_norms), seed=1)
+    expected = logits(model, inputs)
+    model.disable_adapters()
+    assert torch.equal(logits(model, inputs), plain)
+    model.enable_adapters()
+    assert torch.equal(logits(model, inputs), expected)
+
+
+@beside_another
+@pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted:UserWarning")
+@every_method
+@with_norms
+@every_hosted
+def test_deleting_through_transformers(family, train_norms, method):
+    model, inputs = base_of(family)
+    plain = logits(model, inputs)
+    add(model, "first", options_for(family, method, train_norms=train_norms), seed=1)
+    add(model, "second", options_for(family, method, tensor_rank=2, train_norms=train_norms), seed=2)
+    second = logits(model, inputs)
+    model.set_adapter("first")
+    model.delete_adapter("first")
+    assert not any(".first" in name for name in model.state_dict())
+    model.set_adapter("second")
+    assert torch.equal(logits(model, inputs), second)
+    model.delete_adapter("second")
+    assert torch.equal(logits(model, inputs), plain)
+
+
+@beside_another
+@every_method
+@pytest.mark.parametrize("train_norms", [True, False])
+def test_only_the_adapter_that_transformers_added_last_trains(train_norms, method):
+    model, _ = base_of("bert")
+    for name in ("first", "second"):
+        add(model, name, options_for("bert", method, train_norms=train_norms), seed=1)
+    assert not [name for name in trainable(model) if ".second" not in name]
+
+
+@beside_another
+@every_method
+def test_transformers_switches_between_adapters_with_and_without_norms(method):
+    model, inputs = base_of("llama")
+    seen = {}
+    for name, train_norms in (("with", True), ("without", False)):
+        add(model, name, options_for("llama", method, train_norms=train_norms), seed=1)
+        trained(model, seed=2)
+        seen[name] = logits(model, inputs)
+    for name in ("with", "without", "with"):
+        model.set_adapter(name)
+        assert torch.equal(logits(model, inputs), seen[name])
+
+
+@pytest.mark.parametrize(
+    ("family", "auto", "base_auto", "task"),
+    [
+        *((family, AutoPeftModelForCausalLM, AutoModelForCausalLM, "CAUSAL_LM") for family in ("gpt2", "llama", "opt")),
+        *((family, AutoPeftModelForSeq2SeqLM, AutoModelForSeq2SeqLM, "SEQ_2_SEQ_LM") for family in ("t5", "bart")),
+        *(
+            (family, AutoPeftModelForSequenceClassification, AutoModelForSequenceClassification, "SEQ_CLS")
+            for family in ("bert", "modernbert", "deberta-v2", "llama")
+        ),
+        ("bert", AutoPeftModelForTokenClassification, AutoModelForTokenClassification, "TOKEN_CLS"),
+        ("bert", AutoPeftModelForQuestionAnswering, AutoModelForQuestionAnswering, "QUESTION_ANS"),
+        ("bert", AutoPeftModelForFeatureExtraction, AutoModel, "FEATURE_EXTRACTION"),
+    ],
+)
+@every_method
+def test_the_auto_classes_find_base_and_adapter(family, auto, base_auto, task, method, tmp_path):
+    base_auto.from_config(config_of(family)).save_pretrained(tmp_path / "base")
+    base = base_auto.from_pretrained(tmp_path / "base")
+    model = trained(get_peft_model(base, options_for(family, method, task_type=task))).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    inputs = inputs_for("SEQ_2_SEQ_LM" if task == "SEQ_2_SEQ_LM" else "CAUSAL_LM")
+    with torch.no_grad():
+        expected = model(**inputs)[0]
+        again = auto.from_pretrained(tmp_path / "adapter").eval()
+        assert torch.equal(again(**inputs)[0], expected)
+        # and transformers' own class
+        assert torch.equal(base_auto.from_pretrained(tmp_path / "adapter").eval()(**inputs)[0], expected)
+
+
+@pytest.mark.parametrize(("family", "method"), [("bert", "rep"), ("bert", "adp"), ("gpt2", "rep"), ("t5", "adp")])
+def test_the_trainer_resumes_from_a_checkpoint(family, method, tmp_path):
+    inputs = base_of(family)[1]
+    labels = torch.tensor([0, 1, 1, 0]) if family == "bert" else inputs.get("decoder_input_ids", inputs["input_ids"])
+    rows = [{**{name: value[k] for name, value in inputs.items()}, "labels": labels[k]} for k in range(4)]
+
+    def train(save_strategy: str, **how) -> dict[str, Tensor]:
+        arguments = TrainingArguments(
+            output_dir=tmp_path,
+            max_steps=2,
+            save_steps=1,
+            save_strategy=save_strategy,
+            per_device_train_batch_size=2,
+            learning_rate=1e-2,
+            use_cpu=True,
+            report_to=[],
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        model, _ = wrapped(family, method)
+        Trainer(model=model, args=arguments, train_dataset=rows).train(**how)
+        return trainable(model)
+
+    whole = train("steps")
+    resumed = train("no", resume_from_checkpoint=tmp_path / "checkpoint-1")
+    fresh = trainable(wrapped(family, method)[0])
+    assert list(resumed) == list(whole)
+    for name, parameter in whole.items():
+        assert torch.equal(resumed[name], parameter), name
+        assert not torch.equal(fresh[name], parameter), name
