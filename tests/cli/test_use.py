@@ -9,6 +9,7 @@ import pytest
 import transformers
 from commands import assert_refused, call, train_arguments
 from training_data import sentences
+from transformers.integrations import TensorBoardCallback
 
 import loretta  # noqa: F401  transformers' pipelines know its methods then
 from loretta.record import RunRecord
@@ -194,6 +195,7 @@ def test_another_optimizer_trains_and_the_adapter_goes_to_the_hub(bert, reviews,
 
         def create_repo(self, name, **options):
             sent["repo"] = (name, options["private"])
+            return f"https://huggingface.co/{name}"
 
         def upload_folder(self, *, repo_id, folder_path, commit_message):
             sent["folder"] = folder_path
@@ -206,3 +208,19 @@ def test_another_optimizer_trains_and_the_adapter_goes_to_the_hub(bert, reviews,
     assert "uploaded: https://huggingface.co/me/mine" in out
     optimizer = json.loads((tmp_path / "run" / "run.json").read_text())["config"]["optimizer"]
     assert optimizer == "sgd"
+
+
+def test_reporters_write_into_the_run_or_say_why_they_cannot(bert, reviews, capsys, tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    given = ["--report-to", "tensorboard", "--max-steps", 2]
+    assert call(capsys, *train_arguments(bert, reviews, tmp_path / "run", *given))[0] == 0
+    assert len(list((tmp_path / "run" / "tensorboard").glob("events.out.*"))) == 1
+    assert call(capsys, *train_arguments(bert, reviews, tmp_path / "run", *given, "--overwrite"))[0] == 0
+
+    def nobody(*args, **kwargs):
+        raise RuntimeError("No API key configured.\nUse `login`")
+
+    monkeypatch.setattr(TensorBoardCallback, "on_train_begin", nobody)
+    status, _, err = call(capsys, *train_arguments(bert, reviews, tmp_path / "other", *given))
+    assert_refused(status, err, ["report_to 'tensorboard' cannot start (No API key configured. Use `login`)"])
+    assert "1 failed" in call(capsys, "runs", "ls", tmp_path)[1]

@@ -31,7 +31,7 @@ from loretta.training.prompted import PromptedTrainer
 from loretta.training.scores import named_values
 from loretta.training.trainer import TwoRateTrainer
 from loretta.training.trainers import choosing_metric, higher_is_better
-from loretta.tuners.card import write_card
+from loretta.tuners.card import leave_out_local_base, write_card
 from loretta.tuners.config import LorettaConfig
 from loretta.version import __version__
 from loretta.wording import as_json_lines
@@ -173,6 +173,8 @@ def write_result(
     write_json(folder / RECORD, record.model_dump())
     if loretta_config(model) is not None:
         write_card(folder / ADAPTER, record, learning_rate=trainer.args.learning_rate)
+    elif isinstance(model, PeftModel):
+        leave_out_local_base(folder / ADAPTER)
     return record
 
 

@@ -3,13 +3,11 @@
 from pathlib import Path
 
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from loretta.errors import InputError
 from loretta.wording import one_line, quoted
-
-_LOST = (HfHubHTTPError, OfflineModeIsEnabled, OSError, ValueError)
 
 
 def check_hub(name: str) -> None:
@@ -22,7 +20,7 @@ def check_hub(name: str) -> None:
         HfApi().whoami()
     except HFValidationError as error:
         raise InputError(f"push_to_hub {quoted(name)} is no Hub id: {one_line(error)}") from None
-    except _LOST as error:
+    except Exception as error:  # of the Hub, the network, the client that huggingface_hub happens to use
         raise InputError(
             f"push_to_hub {quoted(name)}: the Hub does not know who this is ({one_line(error)}): run `hf auth login`, "
             "or leave it out and upload adapter/ later"
@@ -36,11 +34,11 @@ def push(folder: Path, name: str) -> str:
     """
     api = HfApi()
     try:
-        api.create_repo(name, private=True, exist_ok=True)
+        address = api.create_repo(name, private=True, exist_ok=True)
         api.upload_folder(repo_id=name, folder_path=str(folder), commit_message="Adapter trained with LoRETTA")
-    except _LOST as error:
+    except Exception as error:
         raise InputError(
             f"the run is finished, and '{folder}' cannot be uploaded as {quoted(name)} ({one_line(error)}): try again "
             f"with hf upload {name} {folder}"
         ) from None
-    return f"https://huggingface.co/{name}"
+    return str(address)

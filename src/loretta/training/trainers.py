@@ -1,7 +1,8 @@
 """Which trainer a run has, and what it is told."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from loretta.training.model import Trained
 from loretta.training.trainer import TwoRateTrainer
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.shared import LorettaSharedConfig
-from loretta.wording import nearest, quoted
+from loretta.wording import nearest, one_line, quoted
 
 
 def with_graphs(trainer: type[TwoRateTrainer]) -> type[TwoRateTrainer]:
@@ -47,7 +48,7 @@ def make_trainer(
     Args:
         folder: of the run, below which it writes its checkpoints.
     """
-    if config.tensorboard:
+    if "tensorboard" in reporters(config):
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / TENSORBOARD)
     if config.on_nan == "skip" and config.cuda_graph:
         raise InputError("on_nan=skip looks at the gradients of each step, which cuda_graph replays: give one of them")
@@ -77,7 +78,27 @@ def make_trainer(
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise it warns of the workers
         arguments.dataloader_num_workers, arguments.dataloader_persistent_workers = 2, True
     trainer = with_graphs(recipe.trainer) if config.cuda_graph else recipe.trainer
-    return trainer(**{**common, **recipe.options}, args=arguments)
+    made = trainer(**{**common, **recipe.options}, args=arguments)
+    for name in reporters(config):
+        _refuse_if_it_cannot_start(name, made)
+    return made
+
+
+def _refuse_if_it_cannot_start(name: str, trainer: TwoRateTrainer) -> None:
+    """Have a reporter that fails before the first step, as where nobody is logged in, say so in a sentence."""
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, INTEGRATION_TO_CALLBACK[name]):
+            callback.on_train_begin = partial(_begin, name, callback.on_train_begin)
+
+
+def _begin(name: str, on_train_begin: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    try:
+        return on_train_begin(*args, **kwargs)
+    except Exception as error:
+        raise InputError(
+            f"report_to {quoted(name)} cannot start ({one_line(error)}): see to that and go on with --resume, or leave "
+            "it out"
+        ) from None
 
 
 def check_processes(config: RunConfig) -> None:
@@ -160,6 +181,7 @@ def training_options(config: RunConfig, folder: Path, *, best_by: str, greater_i
         log_level_replica="error",
         ddp_find_unused_parameters=False if all_used else None,
         report_to=reporters(config),
+        run_name=str(config.folder),
         **optimizer,
         dataloader_pin_memory=torch.cuda.is_available() and not config.cpu,
         label_names=["labels"],

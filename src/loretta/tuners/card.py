@@ -74,10 +74,27 @@ def write_card(folder: Path, run: "RunRecord | None" = None, *, learning_rate: f
     write_whole(readme, str(card))
 
 
+def leave_out_local_base(folder: Path) -> None:
+    """As :func:`write_card` does, in the card that PEFT wrote beside an adapter of another method, if there is one."""
+    if (folder / README).is_file():
+        config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        card = ModelCard.load(folder / README)
+        _name_base(card, config["base_model_name_or_path"] or None)
+        write_whole(folder / README, str(card))
+
+
 def _describe(card: ModelCard, config: Mapping[str, Any], base: str | None) -> None:
-    """Fill in the metadata. A base model that is a local folder is left out: the Hub refuses a card that names it."""
-    tags, base_tag = {*(card.data.get("tags") or []), *_TAGS}, f"base_model:adapter:{base or ''}"
+    """Fill in the metadata."""
     card.data["library_name"] = "peft"
+    card.data["tags"] = [*(card.data.get("tags") or []), *_TAGS]
+    _name_base(card, base)
+    if not card.data.get("pipeline_tag") and config["task_type"] in _PIPELINES:
+        card.data["pipeline_tag"] = _PIPELINES[config["task_type"]]
+
+
+def _name_base(card: ModelCard, base: str | None) -> None:
+    """In the metadata. One that is a local folder is left out: the Hub refuses a card that names it."""
+    tags, base_tag = {*(card.data.get("tags") or [])}, f"base_model:adapter:{base or ''}"
     if _can_be_on_hub(base):
         card.data["base_model"] = base
         tags.add(base_tag)
@@ -85,8 +102,6 @@ def _describe(card: ModelCard, config: Mapping[str, Any], base: str | None) -> N
         card.data.pop("base_model")
         tags.discard(base_tag)
     card.data["tags"] = sorted(tags)
-    if not card.data.get("pipeline_tag") and config["task_type"] in _PIPELINES:
-        card.data["pipeline_tag"] = _PIPELINES[config["task_type"]]
 
 
 def _can_be_on_hub(base: str | None) -> bool:
