@@ -16,6 +16,7 @@ from training_data import sentences
 from transformers import MPNetConfig, MPNetModel
 
 from loretta import LorettaSharedConfig, tt
+from loretta.training.methods import METHODS
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
@@ -233,6 +234,29 @@ def test_a_cell_with_more_seeds_or_epochs_is_run_again_and_a_peer_is_centred_whe
     known = [{**row, "part": "rates", "task": "stsb", "method": "VeRA r=256", **ROW}]
     (cell,) = cells.cells_of(["VeRA r=256:cola"], args, known)
     assert cell.rates == (0.001, 0.002, 0.004)
+
+
+STARTS = {
+    "rep": "rep", "adp": "adp + norms", "shared": "shared r=4 + norms", "compact": "compact + norms",
+    "lora": "LoRA r=8", "norms": "norms",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "method"), STARTS.items())
+def test_a_method_starts_at_the_rate_that_held_out_rows_of_both_encoders_liked_best(name, method):
+    found, means = evidence.rows(), {}
+    for rate in evidence.ONE_RATES:
+        boards = [board.Board(found, model, "held_out") for model in list(verdicts.MODELS)[:2]]
+        of_models = [evidence.at_rate([one.cells[method, task] for task in one.common], rate) for one in boards]
+        if all(scores is not None for scores in of_models):
+            means[float(rate)] = sum(scores.mean() for scores in of_models)
+    assert METHODS[name].learning_rate == max(means, key=means.__getitem__), means
+
+
+def test_a_member_that_diverged_counts_nothing_at_its_rate():
+    cells_of = [{**ROW, "held_out": {"0.001": [0.2, None]}}, {**ROW, "held_out": {"0.001": [0.4, 0.4]}}]
+    assert dict(evidence.at_rate(cells_of, "0.001")) == pytest.approx({0: 0.3, 1: 0.2})
+    assert evidence.at_rate(cells_of, "0.002") is None
 
 
 def test_a_grid_is_a_factor_of_two_apart():

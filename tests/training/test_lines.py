@@ -117,7 +117,7 @@ def test_the_advice_follows_from_the_numbers():
     majority = record_of(confusion=[[30, 0], [20, 0]])
     assert beats_baseline(majority) is False
     assert "every answer is one class: 'a'" in last_lines(majority)
-    assert "raise the rate, --lr 0.002" in next_step(majority)
+    assert "raise the rate, --lr 0.0015" in next_step(majority)
     assert "lower the rate, --lr 0.00033" in next_step(record_of(confusion=[[30, 0], [20, 0]], losses=(0.7, 3.0)))
     assert "not finite" in next_step(record_of(confusion=[[30, 0], [20, 0]], losses=(0.7, math.nan)))
     # 3 rows won, 1 lost: the probability of at least 3 heads of 4

@@ -21,7 +21,7 @@ from loretta.plan import trainable_by_kind
 from loretta.training import run as running
 from loretta.training.config import RunConfig
 from loretta.training.data import load_config_task
-from loretta.training.methods import METHODS, find_method
+from loretta.training.methods import METHODS, find_method, starting_rate
 from loretta.training.model import load_base, load_tokenizer, wrap
 from loretta.training.predict import evaluate, load_run
 from loretta.training.run import train
@@ -110,6 +110,13 @@ def test_a_language_model_comes_back_as_it_was(method, llama, text, tmp_path):
     loaded = load_run(tmp_path / "run", cpu=True)
     again = evaluate(loaded, load_config_task(loaded.config), "validation")
     assert again["loss"] == pytest.approx(record.validation["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("form", ["rep", "adp", "shared"])
+def test_a_budget_starts_at_the_rate_of_the_form_that_it_chose(form):
+    wrapped = wrap(build("bert")[0], form, "classification", {"train_norms": False})
+    assert starting_rate("auto", wrapped) == find_method(form).learning_rate
+    assert starting_rate("lora", wrapped) == find_method("lora").learning_rate
 
 
 # Dense adapters

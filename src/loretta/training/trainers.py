@@ -22,7 +22,7 @@ from loretta.training.config import RunConfig
 from loretta.training.folder import CHECKPOINTS, TENSORBOARD
 from loretta.training.forms import form_of
 from loretta.training.graphs import CudaGraphTrainer
-from loretta.training.methods import METHODS, find_method
+from loretta.training.methods import METHODS, find_method, starting_rate
 from loretta.training.model import Trained
 from loretta.training.trainer import TwoRateTrainer
 from loretta.tuners.config import LorettaConfig
@@ -70,7 +70,8 @@ def make_trainer(
     chosen_well = chosen_by != "loss" and higher_is_better(task)
     recipe = form_of(task.kind).recipe(config, task, tokenizer, encoded)
     arguments = recipe.arguments(
-        **training_options(config, folder / CHECKPOINTS, best_by=chosen_by, greater_is_better=chosen_well)
+        **training_options(config, folder / CHECKPOINTS, best_by=chosen_by, greater_is_better=chosen_well),
+        learning_rate=config.learning_rate or starting_rate(config.method, model),
     )
     # several GPUs are for several processes: replicas within one train slower, and on more rows than were asked for
     arguments._n_gpu = min(1, arguments.n_gpu)
@@ -161,7 +162,6 @@ def training_options(config: RunConfig, folder: Path, *, best_by: str, greater_i
         logging_nan_inf_filter=False,  # it would log 0.0 for a loss that is NaN
         gradient_accumulation_steps=accumulate,
         per_device_eval_batch_size=config.eval_batch_size,
-        learning_rate=config.learning_rate or find_method(config.method).learning_rate,
         weight_decay=config.weight_decay,
         warmup_steps=config.warmup if config.warmup_steps is None else config.warmup_steps,
         lr_scheduler_type=config.schedule,
