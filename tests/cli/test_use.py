@@ -99,8 +99,7 @@ def test_a_pipeline_answers_with_three_labels(method, bert, capsys, tmp_path):
     if method == "lora":
         labels = transformers.AutoConfig.from_pretrained(folder / "adapter" / "labels")
         model = transformers.AutoModelForSequenceClassification.from_pretrained(adapter, config=labels)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(adapter)
-    answering = transformers.pipeline("text-classification", model, tokenizer=tokenizer, device="cpu", top_k=None)
+    answering = transformers.pipeline("text-classification", model, tokenizer=adapter, device="cpu", top_k=None)
     (found,) = answering([rows[0][0]])
     assert {each["label"]: pytest.approx(each["score"], rel=1e-5) for each in found} == {
         name: row[f"probability_{name}"] for name in ("low", "middle", "high")

@@ -352,7 +352,6 @@ def test_what_cannot_be_adapted_is_refused_before_anything_is_replaced(model, op
     assert [type(module) for module in base.modules()] == before
 
 
-@pytest.mark.filterwarnings("ignore:The following rank_pattern keys")  # of rep: PEFT looks at modules alone
 @every_family
 def test_a_lora_of_stock_peft_computes_the_same(family, tmp_path):
     """The weights that PEFT merges are the base's and the dense updates, in float64; attention has another rank."""

@@ -9,6 +9,9 @@ import torch
 from draws import seeded
 from tolerances import assert_near
 from tuners.families import build
+from tuners.test_experts import build as build_experts
+from tuners.test_experts import layers_of as experts_of
+from tuners.test_experts import wrap as wrap_experts
 from tuners.wrapped import trained, wrap
 
 from loretta import InputError, LorettaRepConfig, PeftModel, get_peft_model, tt
@@ -226,3 +229,19 @@ def test_trains_of_70b_shapes_whose_boundary_cuts_a_mode():
     (mass,) = tt.discarded_mass(a, b, [(down, up)])
     error = tt.product_error(a, b, *tt.fit_product(a, b, down, up), down, up)
     assert error**2 <= mass * (1 + 1e-9) + 1e-20
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated")  # which pytest.warns warns of again
+def test_patterns_of_experts_are_used_kept_and_not_called_ignored(tmp_path):
+    """PEFT warns of patterns whose key is no module's; a key that is nobody's is still named."""
+    ranks = {"rank_pattern": {"down_proj": 2, "layers.0.*gate_up_proj": 3}, "alpha_pattern": {"down_proj": 4}}
+    model = wrap_experts(**ranks)
+    found = {layer.placements["default"].name: layer.placements["default"].up.ranks[1] for layer in experts_of(model)}
+    assert {rank for name, rank in found.items() if name.endswith("down_proj")} == {2}
+    assert 3 in found.values()
+    model.save_pretrained(tmp_path)
+    assert LorettaRepConfig.from_pretrained(tmp_path).rank_pattern == ranks["rank_pattern"]
+    assert LorettaRepConfig.from_pretrained(tmp_path).alpha_pattern == ranks["alpha_pattern"]
+    PeftModel.from_pretrained(build_experts("mixtral"), tmp_path)
+    with pytest.warns(RuntimeWarning, match=r"rank_pattern keys did not match .*\['other'\]"):
+        wrap_experts(rank_pattern={"other": 2, "down_proj": 2})

@@ -46,7 +46,13 @@ class LorettaRepModel(LorettaModel):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As for all methods. Every layer also learns the parts that a conversion of the adapter to LoRA would lose."""
         self._check_same_experts(adapter_name)
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config = self.peft_config[adapter_name]
+        patterns = {option: getattr(config, option) for option in ("rank_pattern", "alpha_pattern")}
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            for option, pattern in patterns.items():
+                setattr(config, option, pattern)
         layers = [module for module in model.modules() if isinstance(module, RepLinear)]
         beside = tuple(
             name
@@ -96,7 +102,14 @@ class LorettaRepModel(LorettaModel):
         for name, _, parameter in places:
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 self._adapt_experts(peft_config, adapter_name, name, parameter)
-        return [name for name, _, _ in places]
+        names = [name for name, _, _ in places]
+        # every layer has its rank by now; PEFT looks for patterns in the names of modules alone, and would say that those of
+        # experts were ignored
+        for option in ("rank_pattern", "alpha_pattern"):
+            pattern = getattr(peft_config, option)
+            left = [key for key in pattern if not any(re.match(rf"(.*\.)?({key})$", name) for name in names)]
+            setattr(peft_config, option, {key: pattern[key] for key in left})
+        return names
 
     def _adapt_experts(self, config: Any, adapter_name: str, name: str, parameter: str) -> None:
         parent, _, child = name.rpartition(".")[0].rpartition(".")
