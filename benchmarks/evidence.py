@@ -19,9 +19,22 @@ from peers import PEERS
 from protocol import LEAKS, at_edge, best_rate, by_seed, chosen, interval, mean_by_seed, read_rows, same_seeds
 from retention import forgetting_rows, forgetting_table, overfitting_table, reading_table
 from tables import RESULTS, ROOT, filled
-from verdicts import MODELS, SIZES, claims, not_run, predicted, sizes_sentence, verdict_sentence
+from verdicts import (
+    MODELS,
+    SIZES,
+    claims,
+    default_rule,
+    in_short,
+    not_run,
+    pictured,
+    predicted,
+    sizes_sentence,
+    standing,
+    verdict_sentence,
+)  # fmt: skip
 
 CHOOSING, PAGE, PICTURE = ROOT / "docs" / "choosing.md", ROOT / "RESULTS.md", ROOT / "docs" / "front.svg"
+README = ROOT / "README.md"
 NAMES = {"mcc": "Matthews", "f1": "F1", "spearman": "Spearman", "accuracy": "accuracy", "loss": "loss"}
 ONE_RATES = ("0.00075", "0.0015", "0.003")
 CLOSE = 1.25  # counts so near that the smaller one has its name on the left
@@ -260,6 +273,7 @@ def results_page(found: Sequence[Row]) -> dict[str, str]:
             parts.append(f"#### {task}\n\n{said}\n\n{results_of(model, task, found)}\n")
     return {
         "claims": claims(found),
+        "standing": standing(found),
         "tables": "".join(parts).rstrip() + "\n",
         "forgetting": forgetting_table(forgetting_rows()),
         "overfitting": overfitting_table(found),
@@ -294,6 +308,8 @@ def choosing_sections(found: Sequence[Row]) -> dict[str, str]:
         "fits": fits_table(),
         "adaptive": adaptive_table(),
         "predicted": predicted(found),
+        "default": default_rule(found),
+        "standing": standing(found, "held_out"),
     }
     for model in MODELS:
         if any(row["model"] == model for row in found):
@@ -314,9 +330,9 @@ def draw(found: Sequence[Row], path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    boards = [Board(found, model, "official") for model in ("all-mpnet-base-v2", "all-MiniLM-L6-v2")]
-    board = next((board for board in boards if len(board.complete()) > 5), boards[-1])
-    model, counts = board.rows[0]["model"], [board.trained(method) for method in board.complete()]
+    model = pictured(found)
+    board = Board(found, model, "official")
+    counts = [board.trained(method) for method in board.complete()]
     counts = [count for count in counts if count]
     marks = {
         "LoRETTA": ("o", "tab:red"),
@@ -357,7 +373,7 @@ def draw(found: Sequence[Row], path: Path) -> None:
 
 
 def pages(found: Sequence[Row]) -> list[tuple[Path, dict[str, str]]]:
-    return [(CHOOSING, choosing_sections(found)), (PAGE, results_page(found))]
+    return [(CHOOSING, choosing_sections(found)), (PAGE, results_page(found)), (README, {"front": in_short(found)})]
 
 
 def main() -> None:

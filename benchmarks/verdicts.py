@@ -1,5 +1,6 @@
 """What the paper claims, and what came out; and what was not run."""
 
+import math
 from collections.abc import Callable, Collection, Sequence
 
 from board import Board, Row, Scores, markdown, paired, signed, verdict
@@ -129,25 +130,116 @@ def sizes_sentence(board: Board) -> str:
     return f"In the mean LoRETTA {' and '.join(said)} parameters." if said else ""
 
 
-# what was predicted of, and the rule for the default
-PREDICTED = (
-    ("compact + norms", "LoRA r=8"), ("shared r=4 + norms", "LoRA r=8"), ("adp + norms", "LoRA r=8"),
-    ("rep + norms", "LoRA r=8"), ("rep + norms", "norms"), ("compact + norms", "LoRA r=1 + norms"),
-    ("shared r=4 + norms", "compact + norms"),
-)  # fmt: skip
+REFERENCES = ("LoRA r=8", "LoRA r=1", "norms")
+
+
+def standing(found: Sequence[Row], which: str = "official") -> str:
+    """Of each model all forms of LoRETTA beside LoRA and the norms, in means over tasks; what loses stands first."""
+    said = []
+    for model, shown in MODELS.items():
+        board = Board(found, model, which)
+        have = board.complete()
+        if len(have) < 3:
+            continue
+        ours = [method for method in have if board.family(method) == "LoRETTA"]
+        lines = [
+            f"**{shown}**, mean of {', '.join(board.common)}, {len(next(iter(have.values())))} seeds. "
+            f"{sizes_sentence(board)}".strip()
+        ]
+        for other in (name for name in REFERENCES if name in have and ours):
+            gaps = {method: paired(have[method], have[other]) for method in ours}
+            words = []
+            for word, shown_as in (("worse", "below it"), ("level", "level"), ("better", "above it")):
+                some = [
+                    f"{method} ({board.trained(method):,}; {signed(gaps[method])})"
+                    for method in ours
+                    if verdict(gaps[method]) == word
+                ]
+                words += [f"{shown_as} {', '.join(some)}"] if some else []
+            lines.append(f"* Beside {other} ({board.trained(other):,}): {'; '.join(words)}.")
+        said.append("\n".join([lines[0], "", *lines[1:]]) if lines[1:] else lines[0])
+    return "\n\n".join(said) + "\n"
+
+
+def in_short(found: Sequence[Row]) -> str:
+    """What README says of its picture: the published form first, which loses, then the default."""
+    board = Board(found, pictured(found), "official")
+    have, words = board.complete(), []
+    for one, others in (("rep", ("LoRA r=1", "norms")), ("compact + norms", ("LoRA r=8", "norms"))):
+        gaps = [
+            f"{signed(gap)} to {other} ({board.trained(other):,}), {verdict(gap)}"
+            for other in others
+            if one in have and other in have
+            for gap in [paired(have[one], have[other])]
+        ]
+        if gaps:
+            words.append(f"* {one} ({board.trained(one):,}): {'; '.join(gaps)}")
+    row = board.rows[0]
+    said = f"{MODELS[row['model']]}, mean of {', '.join(board.common)}, {len(row['seeds'])} seeds"
+    return f"{said}, paired differences with 95 % intervals:\n\n" + "\n".join(words) + "\n"
+
+
+def pictured(found: Sequence[Row]) -> str:
+    """The largest encoder of which enough was measured for a picture."""
+    names = ("all-mpnet-base-v2", "all-MiniLM-L6-v2")
+    return next((name for name in names if len(Board(found, name, "official").complete()) > 5), names[-1])
+
+
+# one, the other, and what was predicted of their difference before it was measured, by model
+PREDICTED: tuple[tuple[str, str, dict[str, str]], ...] = (
+    ("compact + norms", "LoRA r=8", {"all-MiniLM-L6-v2": "level", "all-mpnet-base-v2": "within .01"}),
+    ("shared r=4 + norms", "LoRA r=8", {"all-mpnet-base-v2": "level"}),
+    ("adp + norms", "LoRA r=8", {"all-mpnet-base-v2": "level"}),
+    ("rep + norms", "compact + norms", {"all-mpnet-base-v2": "worse"}),
+    ("rep + norms", "shared r=4 + norms", {"all-mpnet-base-v2": "worse"}),
+    ("rep + norms", "norms", {"all-mpnet-base-v2": "not above .01"}),
+    ("compact + norms", "LoRA r=1 + norms", {"all-mpnet-base-v2": "better"}),
+    ("compact", "LoRA r=1", {"SmolLM2-135M-Instruct": "within .02"}),
+    ("compact + norms", "LoRA r=8", {"SmolLM2-135M-Instruct": "within .02"}),
+)
+
+
+def judged(gaps: Collection[float], expected: str) -> str:
+    """Whether a difference came as predicted: "held", "refuted", or "open" where the interval allows both."""
+    middle, half = interval(gaps)
+    word, _, margin = expected.rpartition(" ")
+    if not word:
+        found = verdict(gaps)
+        if found == "level" and half > MARGIN:
+            return "open"
+        contrary = {"level": ("better", "worse"), "worse": ("better",), "better": ("worse",)}[expected]
+        return "held" if found == expected else "refuted" if found in contrary else "open"
+    bound = float(margin)
+    low = -bound if word == "within" else -math.inf
+    if low <= middle - half and middle + half <= bound:
+        return "held"
+    return "refuted" if middle + half < low or middle - half > bound else "open"
 
 
 def predicted(found: Sequence[Row]) -> str:
-    """The paired differences on held-out rows by which the predictions and the rule for the default are judged."""
-    boards = [Board(found, model, "held_out") for model in MODELS]
+    """The paired differences on held-out rows by which the predictions are judged."""
     lines = []
-    for one, other in PREDICTED:
-        cells = []
-        for have in (board.complete() for board in boards):
+    for one, other, of_models in PREDICTED:
+        for model, expected in of_models.items():
+            have = Board(found, model, "held_out").complete()
             gaps = paired(have[one], have[other]) if one in have and other in have else None
-            cells.append("not run" if gaps is None else f"{signed(gaps)}, {verdict(gaps)}")
-        lines.append([f"{one} to {other}", *cells])
-    return markdown(lines, ["held-out means", *(shown.partition(" ")[0] for shown in MODELS.values())])
+            came = ["not run", ""] if gaps is None else [signed(gaps), judged(gaps, expected)]
+            lines.append([f"{one} to {other}", MODELS[model].partition(" ")[0], expected, *came])
+    return markdown(lines, ["held-out means", "model", "predicted", "came", ""], left=3)
+
+
+def default_rule(found: Sequence[Row]) -> str:
+    """What the rule for the default of ``loretta train`` says, with the differences that it goes by."""
+    gaps = {}
+    for model, shown in MODELS.items():
+        have = Board(found, model, "held_out").complete()
+        if "shared r=4 + norms" in have and "compact + norms" in have:
+            gaps[shown.partition(" ")[0]] = paired(have["shared r=4 + norms"], have["compact + norms"])
+    higher = bool(gaps) and all(gap.mean() > 0 for gap in gaps.values())
+    changes = higher and any(verdict(gap) == "better" for gap in gaps.values())
+    said = ", ".join(f"{signed(gap)} on {name} ({verdict(gap)})" for name, gap in gaps.items())
+    which = "shared r=4 + norms takes the place of compact" if changes else "compact stays"
+    return f"Shared r=4 with norms is {said} beside compact with norms: {which}.\n"
 
 
 PLANS = (

@@ -175,6 +175,35 @@ def test_a_difference_counts_where_its_interval_leaves_zero_out(differences, wor
     assert board.verdict(differences) == word
 
 
+@pytest.mark.parametrize(
+    ("differences", "expected", "word"),
+    [
+        ([0.001, -0.001, 0.002], "level", "held"), ([0.1, -0.1, 0.0], "level", "open"),
+        ([0.1, 0.11, 0.12], "level", "refuted"), ([0.1, 0.11, 0.12], "worse", "refuted"),
+        ([-0.1, -0.11, -0.12], "worse", "held"), ([0.1, -0.1, 0.0], "better", "open"),
+        ([0.001, -0.001, 0.002], "within .01", "held"), ([0.1, 0.11, 0.12], "within .01", "refuted"),
+        ([-0.1, -0.11, -0.12], "within .01", "refuted"), ([0.1, -0.1, 0.0], "within .01", "open"),
+        ([-0.1, -0.11, -0.12], "not above .01", "held"), ([0.1, 0.11, 0.12], "not above .01", "refuted"),
+    ],
+)  # fmt: skip
+def test_a_prediction_holds_is_refuted_or_stays_open(differences, expected, word):
+    assert verdicts.judged(differences, expected) == word
+
+
+def test_the_rule_for_the_default_asks_for_every_model_and_one_sure_difference():
+    def rows(model, gaps):
+        both = (("compact + norms", [0.5, 0.5, 0.5]), ("shared r=4 + norms", [0.5 + gap for gap in gaps]))
+        return [{**row_of(name, "LoRETTA", 900, scores), "model": model} for name, scores in both]
+
+    sure, unsure, lower = [0.02, 0.021, 0.022], [0.1, -0.05, 0.01], [-0.1, 0.05, 0.01]
+    said = [
+        verdicts.default_rule(rows("all-MiniLM-L6-v2", sure) + rows("all-mpnet-base-v2", more))
+        for more in (unsure, lower)
+    ]
+    assert ["takes the place" in said[0], "compact stays" in said[1]] == [True, True]
+    assert "compact stays" in verdicts.default_rule(rows("all-MiniLM-L6-v2", unsure))
+
+
 def test_a_section_that_loretta_loses_says_so_first():
     assert verdicts.verdict_sentence("all-MiniLM-L6-v2", "cola", BOARD).startswith(
         "LoRETTA loses here: compact (2,000)"
