@@ -284,7 +284,7 @@ def show_official(loop: Loop, task: str, args: argparse.Namespace) -> int:
     collator: Any = first.trainer.data_collator
     split_of_each = [encoded] * len(loop.members)
     loop.rows["validation"] = Rows(
-        split_of_each, collator, loop.device, on_left=tokenizer.padding_side == "left", rounded=False, kind=loop.kind
+        split_of_each, collator, loop.device, on_left=tokenizer.padding_side == "left", kind=loop.kind
     )
     for member in loop.members:
         member.encoded["validation"] = encoded  # type: ignore[index]

@@ -32,8 +32,9 @@ from timing import about, captured, timed
 from torch import Tensor, nn
 
 from loretta.population import loop
+from loretta.population.attention import PackedAttention, ShortRows
+from loretta.population.casts import OneCast
 from loretta.population.loop import Loop
-from loretta.population.members import MemberNorm
 from loretta.population.optimizer import MemberAdamW
 from loretta.population.population import Population, Start
 from loretta.population.rows import row_losses
@@ -45,8 +46,18 @@ from loretta.training.trainer import TwoRateTrainer
 
 RATES = (5e-4, 1e-3, 2e-3, 5e-3)
 TOKENS = 256  # of each LLaMA member
-# norms of all members by one kernel, and short rows beside each other in attention
-KERNELS = {"plain": (False, False), "norms": (True, False), "attention": (False, True), "both": (True, True)}
+
+
+def one_cast(members: int) -> OneCast:
+    return OneCast()
+
+
+# modes of our own in the place of torch's functions
+KERNELS: dict[str, tuple[Callable[[int], Any], ...]] = {
+    "plain": (),
+    "packed": (PackedAttention, one_cast),
+    "attention": (ShortRows, one_cast),
+}
 
 
 def config(args: argparse.Namespace, folder: str, method: str, task: str, member: int, epochs: float, **kwargs: Any):
@@ -234,7 +245,7 @@ def minilm(args: argparse.Namespace, save: Any) -> None:
             how = {"how": "together", "graph": args.graphs[-1], "pieces": args.pieces}
             for size in args.sizes:
                 for kernels in args.kernels:
-                    MemberNorm.fused, Population.packs_on_gpu = KERNELS[kernels]
+                    Population.modes_on_gpu = KERNELS[kernels]
                     row = {**common, **how, "members": size, "kernels": kernels}
                     if args.profile:
                         row["part"] = "profile"
@@ -317,9 +328,7 @@ def main() -> None:
     parser.add_argument("--graphs", nargs="*", type=lambda word: word == "yes", help="no, yes, or both in this order")
     parser.add_argument("--seconds", type=float, default=None, help="start nothing new after so many")
     parser.add_argument("--pieces", type=int, default=loop.PIECES, help="of a batch, of which its parts are made")
-    kinds = {now: name for name, now in KERNELS.items()}
-    default = kinds[MemberNorm.fused, Population.packs_on_gpu]
-    parser.add_argument("--kernels", nargs="*", default=[default], choices=KERNELS, help="where they replace torch's")
+    parser.add_argument("--kernels", nargs="*", default=["packed"], choices=KERNELS, help="in the place of torch's")
     parser.add_argument("--profile", action="store_true", help="look at steps, and train nothing to its end")
     parser.add_argument("--layers", type=int, default=None, help="of the LLaMA, to be quick; default: all it has")
     parser.add_argument("--llama-methods", nargs="*", default=["lora q,v", "rep q,v", "adp"])

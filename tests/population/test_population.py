@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, set_seed
 
 from loretta.errors import InputError
+from loretta.population.attention import PackedAttention
 from loretta.population.optimizer import MemberAdamW
 from loretta.population.population import Population, Start
 from loretta.training.model import wrap
@@ -222,24 +223,26 @@ def test_a_released_member_is_the_ordinary_model(method):
 
 
 def test_short_rows_are_laid_beside_each_other_in_attention():
-    """Of 12 rows of 7 tokens 6 fit into 64 tokens: the same logits and gradients, in another shape."""
+    """Of a member's 4 rows of 7 tokens all fit into 64 tokens: the same logits and gradients, in another shape."""
     together, _ = population(bert, "rep", [{}] * SIZE)
     ids, mask, labels = batch(0, causal=False)
     found, shapes = [], []
-    for packs in (False, True):
-        together.packs = packs
+    for modes in ((), (PackedAttention,)):
+        together.modes = modes
         with Operations() as seen:
             logits = together(input_ids=ids, attention_mask=mask).logits
         together.backward(losses(logits, ids, labels, False))
         found.append((logits, together.gradient.clone()))
         shapes.append({shape[-2] for name, shape in seen.results if "attention" in name and len(shape) == 4})
-    assert shapes == [{7}, {42}]
+    assert shapes == [{7}, {28}]
     for name, got, expected in zip(("logits", "gradient"), found[1], found[0], strict=True):
         assert_near(name, got, expected)
 
 
-def test_a_member_that_diverges_disturbs_no_other():
+@pytest.mark.parametrize("modes", [(), (PackedAttention,)])
+def test_a_member_that_diverges_disturbs_no_other(modes):
     together, _ = population(bert, "rep", [{}] * SIZE)
+    together.modes = modes
     ours = MemberAdamW(together.values, together.gradient, rates=torch.full((SIZE, 1), 1e-2), decays=torch.zeros(3, 1))
     together.values[1] = torch.nan
     for step in range(2):

@@ -1,9 +1,7 @@
 """Runs that are trained together beside the same runs trained one by one: histories, adapters and folders."""
 
 import errno
-import itertools
 import json
-import math
 import os
 import shutil
 import signal
@@ -19,7 +17,7 @@ from loretta.errors import InputError, OutOfMemory, Stopped
 from loretta.owned import find_foreign
 from loretta.population import checkpoints, loop, memory, training
 from loretta.population.loop import Loop
-from loretta.population.rows import cut, mean_of_batches, row_losses
+from loretta.population.rows import mean_of_batches, row_losses
 from loretta.population.training import population_key, train_together
 from loretta.record import RunRecord
 from loretta.training.config import RunConfig
@@ -351,26 +349,6 @@ def test_a_batch_in_parts_is_the_batch(options, tmp_path):
         gradients.append((loss, whole.population.gradient.clone()))
     for got, expected in zip(*gradients, strict=True):
         assert torch.allclose(got, expected, rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize(("fixed", "most"), [(0, 1e9), (30, 1e9), (90, 1e9), (0, 60), (1e9, 60)])
-def test_a_batch_is_cut_where_it_costs_least(fixed, most):
-    """Against all ways to cut it; pieces of one length are one part unless that is too large."""
-    lengths, rows, pieces = [2, 2, 2, 3, 5, 5, 9], 3, [2, 2, 2, 1]
-
-    def cost(sizes):
-        ends = list(itertools.accumulate(sizes))
-        tokens = [rows * size * lengths[end - 1] for size, end in zip(sizes, ends, strict=True)]
-        too_large = any(t > most and size > 2 for t, size in zip(tokens, sizes, strict=True))
-        return (math.inf if too_large else sum(tokens) + fixed * len(sizes)), len(sizes)
-
-    every = []
-    for joined in itertools.product((False, True), repeat=3):
-        sizes = [pieces[0]]
-        for size, join in zip(pieces[1:], joined, strict=True):
-            sizes[-1:] = [sizes[-1] + size] if join else [sizes[-1], size]
-        every.append(sizes)
-    assert cut(lengths, rows, count=4, fixed=fixed, most=most) == min(every, key=cost)
 
 
 def test_as_many_are_trained_at_once_as_the_memory_holds(options, tmp_path, monkeypatch):

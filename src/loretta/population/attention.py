@@ -11,19 +11,33 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from loretta.layers.fused import has_triton
+
 AT_ONCE = 64  # tokens of a kernel's block
+LINE = 8  # numbers
+# cuDNN's takes a second for each new shape
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# of which a kernel of our own holds a row in one block
+MOST_TOKENS, WIDEST_HEAD = 128, 128
+HALVES = (torch.bfloat16, torch.float16)
 
 
 class PackedAttention(TorchFunctionMode):
     """In this block :func:`torch.nn.functional.scaled_dot_product_attention` lays short rows beside each other.
 
     The result is the same but for rounding, and for which numbers dropout draws.
+
+    Args:
+        members: of whom each has an equal share of the rows. Theirs do not lie beside each other: nothing times what is
+            not finite is not finite.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, members: int) -> None:
         super().__init__()
+        self.members = members
         self.masks: dict[tuple[int, int, torch.dtype], tuple[Tensor, Tensor]] = {}  # one serves all layers of a model
 
     def __torch_function__(
@@ -38,7 +52,7 @@ class PackedAttention(TorchFunctionMode):
     ) -> Tensor:
         """(B, H, T, D) each, and a mask (B, 1, T or 1, T) of bools or of numbers to add."""
         n_rows, n_tokens = query.shape[0], query.shape[-2]
-        count = next(n for n in range(max(1, AT_ONCE // n_tokens), 0, -1) if n_rows % n == 0)
+        count = next(n for n in range(max(1, AT_ONCE // n_tokens), 0, -1) if n_rows % (n * self.members) == 0)
         alike = query.dim() == 4 and query.shape == key.shape == value.shape
         whole = alike and attn_mask is not None and attn_mask.dim() == 4 and attn_mask.shape[:2] == (n_rows, 1)
         if count == 1 or not whole or options.get("is_causal"):
@@ -49,7 +63,8 @@ class PackedAttention(TorchFunctionMode):
         q, k, v = (
             x.transpose(1, 2).reshape(n_rows // count, -1, *x.shape[1::2]).transpose(1, 2) for x in (query, key, value)
         )
-        found = nn.functional.scaled_dot_product_attention(q, k, v, mask, **options)
+        with sdpa_kernel(BACKENDS):
+            found = nn.functional.scaled_dot_product_attention(q, k, v, mask, **options)
         return found.transpose(1, 2).reshape(n_rows, n_tokens, *query.shape[1::2]).transpose(1, 2)
 
     def _beside(self, mask: Tensor, count: int, like: Tensor) -> Tensor:
@@ -61,6 +76,67 @@ class PackedAttention(TorchFunctionMode):
             added = torch.where(own, 0.0, -torch.inf) if mask.dtype == torch.bool else own
             same = torch.eye(count, dtype=torch.bool, device=mask.device)[:, None, :, None]
             side = count * n_tokens
-            joint = torch.where(same, added, -torch.inf).to(like.dtype).reshape(-1, 1, side, side)
+            # kernels copy a mask whose lines begin anywhere
+            joint = like.new_empty(n_rows // count, 1, side, -(-side // LINE) * LINE)[..., :side]
+            joint.copy_(torch.where(same, added, -torch.inf).view_as(joint))
             self.masks[at] = mask, joint  # with the mask, whose id would else be free for another
         return self.masks[at][1]
+
+
+class ShortRows(TorchFunctionMode):
+    """In this block attention among few tokens is a kernel of our own, in half precision.
+
+    The result is the same but for rounding, and for which numbers dropout draws.
+
+    Args:
+        members: of whom each has an equal share of the rows.
+    """
+
+    def __init__(self, members: int) -> None:
+        super().__init__()
+        self.members = members
+        self.seed: Tensor | None = None  # one serves all layers
+        self.calls = 0
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is nn.functional.scaled_dot_product_attention:
+            return self.attend(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """(B, H, T, D) each, and a mask of bools (B, 1, T or 1, T)."""
+        alike = query.dim() == 4 and query.shape == key.shape == value.shape
+        masked = attn_mask is not None and attn_mask.dtype is torch.bool and attn_mask.dim() == 4
+        if not (alike and masked and _fits(query) and attn_mask.shape[1] == 1) or is_causal:  # type: ignore[union-attr]
+            return nn.functional.scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+            )
+        from loretta.population.attention_kernels import ShortAttention
+
+        assert attn_mask is not None
+        n_rows, _, n_tokens, width = query.shape
+        if self.seed is None:
+            self.seed = torch.randint(2**62, (1,), device=query.device)
+        self.calls += 1
+        mask = attn_mask.expand(n_rows, 1, n_tokens, n_tokens)
+        scale = width**-0.5 if scale is None else scale
+        found: Tensor = ShortAttention.apply(
+            query, key, value, mask, scale, dropout_p, self.seed, self.calls, self.members
+        )
+        return found
+
+
+def _fits(query: Tensor) -> bool:
+    return query.shape[-2] <= MOST_TOKENS and query.shape[-1] <= WIDEST_HEAD and query.dtype in HALVES and has_triton()

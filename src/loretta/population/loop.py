@@ -27,8 +27,9 @@ from loretta.errors import InputError
 from loretta.population.graphs import Graphs
 from loretta.population.optimizer import MemberAdamW
 from loretta.population.population import Population
-from loretta.population.rows import Rows, mean_of_batches, row_losses
+from loretta.population.rows import Rows, mean_of_batches, near, row_losses
 from loretta.tasks.base import Task
+from loretta.training.batches import bucket
 from loretta.training.config import RunConfig
 from loretta.training.recordings import Recorder
 from loretta.training.trainer import TwoRateTrainer
@@ -42,6 +43,8 @@ PIECES = 4
 FIXED = {"cuda": 2**23, "cpu": 2**13}
 # a larger part is no faster for each token, and takes memory
 MOST = {"cuda": 2**25, "cpu": 2**22}
+# rows of a batch from which padding costs more than recording twice as many shapes
+MANY_ROWS = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,9 +143,11 @@ class Loop:
             "collator": first.trainer.data_collator,
             "device": self.device,
             "on_left": tokenizer.padding_side == "left",
-            "rounded": cuda_graph,
             "kind": self.kind,
         }
+        if cuda_graph:
+            many = population.size * rules.batch_size >= MANY_ROWS
+            self._of_rows["padded"] = near if many else bucket
         self.rows = {split: self._rows_of(split) for split in ("train", "validation")}
         # in tokens of this population, be it a sample of a larger one
         width = population.width * (size or population.size) / population.size

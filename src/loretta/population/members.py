@@ -154,17 +154,11 @@ class MemberNorm(Members):
     """
 
     module: Any
-    fused = False  # whether a GPU takes the kernel, which has run in Triton's interpreter alone so far
 
     def forward(self, x: Tensor) -> Tensor:
         norm: Any = self.module.base_layer if isinstance(self.module, TrainedNorm) else self.module
-        if (
-            self.fused
-            and x.is_cuda
-            and x.shape[-1:] == norm.normalized_shape
-            and x.shape[-1] <= WIDEST
-            and has_triton()
-        ):
+        fits = x.shape[-1:] == norm.normalized_shape and x.shape[-1] <= WIDEST and x.dtype is not torch.float64
+        if fits and x.is_cuda and has_triton():
             from loretta.population.norm_kernels import MemberLayerNorm
 
             own = (self._own(norm, name) for name in ("weight", "bias"))

@@ -1,8 +1,8 @@
 """A population: P adapters of one kind on one frozen base, as one model."""
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,29 +11,34 @@ from peft import PeftConfig, PeftModel, PeftType
 from peft.tuners.ia3 import IA3Layer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.tuners.vblora import VBLoRALayer
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from loretta.errors import InputError
 from loretta.population.attention import PackedAttention
+from loretta.population.casts import OneCast
 from loretta.population.members import MemberIA3, MemberLinear, MemberNorm, Members, MemberVBLoRA
+from loretta.population.sites import (
+    ADAPTER,
+    blocks_of,
+    is_train,
+    names_of,
+    part_of,
+    sharing,
+    site_of,
+    sites_of,
+    start_name,
+    tensors_of,
+)
 from loretta.population.trains import MemberAdp, MemberRep, MemberTrains, SharedGroup, TrainGroup
 from loretta.tuners.contraction import Contraction
-from loretta.tuners.layer import LorettaLayer
 from loretta.tuners.norms import TrainedNorm
 from loretta.tuners.rep.layer import RepLinear
 from loretta.tuners.shared.layer import SharedLinear
 from loretta.wording import one_line
 
-ADAPTER = "default"
 # relative errors of logits; a module that is left out makes them differ by a tenth or more
 _ALIKE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-_PARTS = ("down", "up", "bias", "start_down", "start_up")
-_TRAINS = (
-    *(f"loretta_{method}_{part}" for method in ("rep", "adp") for part in _PARTS),
-    "loretta_shared_train",
-    "loretta_shared_start_train",
-)
 _ALONE = "this method cannot be trained in a population: train its runs one by one"
 
 
@@ -49,7 +54,7 @@ class Start:
     @torch.no_grad()
     def of(cls, model: PeftModel, other: PeftModel) -> "Start":
         """The start of ``model`` where it differs from that of ``other``, a model of the same modules."""
-        theirs, mine = _tensors(other), _tensors(model)
+        theirs, mine = tensors_of(other), tensors_of(model)
         if theirs.keys() != mine.keys() or any(theirs[name].shape != mine[name].shape for name in mine):
             raise InputError("the members of a population train different parameters: train them one by one")
         values = {
@@ -58,10 +63,6 @@ class Start:
             if tensor.requires_grad or not torch.equal(tensor, theirs[name].to(tensor.device))
         }
         return cls(values=values, scales=_scales(model), config=model.peft_config[ADAPTER])
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def _scales(model: nn.Module) -> dict[str, float]:
@@ -81,19 +82,20 @@ class Population(nn.Module):
         starts: of the members. All have the same parameters.
     """
 
-    packs_on_gpu = False  # whether short rows lie beside each other in attention: no GPU has measured that so far
+    # what a pass of so many members on a GPU has in the place of torch's functions
+    modes_on_gpu: tuple[Callable[[int], TorchFunctionMode], ...] = (PackedAttention, lambda _: OneCast())
 
     def __init__(self, model: PeftModel, starts: Sequence[Start]) -> None:
         super().__init__()
         self.model, self.starts, self.size = model, tuple(starts), len(starts)
         Contraction.detach(model.get_base_model())
-        parameters = _tensors(model)
+        parameters = tensors_of(model)
         trained = [name for name, p in model.named_parameters() if p.requires_grad]
         if len(dtypes := {parameters[name].dtype for name in trained}) != 1:
             raise InputError(f"a population trains numbers of one kind, and this method has {len(dtypes)} of them")
         device, dtype = parameters[trained[0]].device, parameters[trained[0]].dtype
-        self.packs = self.packs_on_gpu and device.type == "cuda"
-        blocks = _blocks(model, trained)
+        self.modes = self.modes_on_gpu if device.type == "cuda" else ()
+        blocks = blocks_of(model, trained)
         order = [name for block in blocks for name in block]
         sizes = [parameters[name].numel() for name in order]
         ends = torch.tensor(sizes).cumsum(0).tolist()
@@ -130,28 +132,28 @@ class Population(nn.Module):
     def _view(self, matrix: Tensor, block: tuple[str, ...]) -> Tensor:
         where = slice(self.slices[block[0]].start, self.slices[block[-1]].stop)
         shape = tuple(self.shapes[block[0]])
-        return matrix[:, where].unflatten(1, (len(block), *shape) if _is_train(block[0]) else shape or (1,))
+        return matrix[:, where].unflatten(1, (len(block), *shape) if is_train(block[0]) else shape or (1,))
 
     def _install(self, stacked: Mapping[tuple[str, ...], nn.Parameter]) -> list[TrainGroup]:
         """Put modules for all members in the places of those of one."""
         groups: list[TrainGroup] = []
-        tensors, names = _tensors(self.model), _names(self.model)
+        tensors, names = tensors_of(self.model), names_of(self.model)
         of_site: dict[str, dict[str, Tensor]] = defaultdict(dict)
         of_trains: dict[tuple[str, ...], dict[str, Tensor]] = defaultdict(dict)
         for block, value in stacked.items():
-            if _is_train(block[0]):
-                sites = tuple(_site(self.model, name) for name in block)
-                of_trains[sites][_part(block[0])] = value
+            if is_train(block[0]):
+                sites = tuple(site_of(self.model, name) for name in block)
+                of_trains[sites][part_of(block[0])] = value
             else:
-                for site, inner in _sites(self.model, names[block[0]]):
+                for site, inner in sites_of(self.model, names[block[0]]):
                     of_site[site][inner] = value
         for name, frozen in self.frozen.items():
-            if not _is_train(name):
-                for site, inner in _sites(self.model, names[name]):
+            if not is_train(name):
+                for site, inner in sites_of(self.model, names[name]):
                     of_site[site][inner] = frozen
         for sites, parts in of_trains.items():
             for part in ("start_down", "start_up", "start_train"):
-                starts = [_start_name(self.model, site, part) for site in sites]
+                starts = [start_name(self.model, site, part) for site in sites]
                 if starts[0] in tensors:
                     stacks = [self.frozen.get(name, tensors[name].expand(self.size, -1)) for name in starts]
                     parts[part] = torch.stack(stacks, dim=1).detach()
@@ -164,7 +166,7 @@ class Population(nn.Module):
     def _install_trains(self, sites: Sequence[str], parts: dict[str, Tensor]) -> TrainGroup:
         first = self.model.get_submodule(sites[0])
         if isinstance(first, SharedLinear):
-            sites = _sharing(self.model, first)
+            sites = sharing(self.model, first)
         scales = [[start.scales[site] for start in self.starts] for site in sites]
         made: list[MemberTrains] = []
         for site in sites:
@@ -205,7 +207,9 @@ class Population(nn.Module):
         # PEFT makes the mask of a prompt on the CPU, from where no recorded step can copy it
         prompted = self.values.device if self.model.active_peft_config.is_prompt_learning else nullcontext()
         try:
-            with prompted, PackedAttention() if self.packs else nullcontext():
+            with prompted, ExitStack() as stack:
+                for mode in self.modes:
+                    stack.enter_context(mode(self.size))
                 return self.model(**inputs)
         finally:
             for group in self.groups:
@@ -288,7 +292,7 @@ class Population(nn.Module):
         start, trained = self.starts[member], self.values_of(member, values)
         model: Any = self.model
         config = model.peft_config[ADAPTER]
-        tensors = _tensors(self.model)
+        tensors = tensors_of(self.model)
         try:
             for name, value in (*trained.items(), *((name, stack[member]) for name, stack in self.frozen.items())):
                 tensors[name].copy_(value.view(tensors[name].shape))
@@ -313,88 +317,3 @@ def _ratios(scales: Sequence[float], values: Mapping[str, Tensor]) -> Tensor:
     """Each member's scale over that of the first member, by which the layer multiplies the effect of all."""
     like = next(iter(values.values()))
     return like.new_tensor([scale / scales[0] for scale in scales])
-
-
-def _is_train(name: str) -> bool:
-    """Whether a tensor is of a train, or of a bias beside it."""
-    return any(part.startswith(_TRAINS) for part in name.split("."))
-
-
-def _part(name: str) -> str:
-    """Which of PARTS a parameter of a LoRETTA layer is."""
-    parts = name.split(".")
-    k = next(k for k, part in enumerate(parts) if part.startswith(_TRAINS))
-    part = parts[k].split("_", 2)[2]
-    return f"bias.{parts[-1]}" if part == "bias" else part
-
-
-def _start_name(model: nn.Module, site: str, part: str) -> str:
-    layer: Any = model.get_submodule(site)
-    return f"{site}.{layer.prefix}{part}.{ADAPTER}.values"
-
-
-def _sharing(model: nn.Module, holder: SharedLinear) -> list[str]:
-    """The layers that take their updates from the train of ``holder``, under whose name it lies."""
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, SharedLinear)]
-    return [name for name, module in layers if module.holders.get(ADAPTER) is holder]
-
-
-def _site(model: nn.Module, name: str) -> str:
-    """The module that is called with rows and uses the tensor ``name``."""
-    path = name.rpartition(".")[0]
-    if path.startswith("prompt_encoder."):
-        return ".".join(path.split(".")[:2])
-    above = [".".join(path.split(".")[: k + 1]) for k in range(path.count(".") + 1)] if path else []
-    modules = [(at, model.get_submodule(at)) for at in above]
-    for at, module in modules:
-        copied = isinstance(module, AuxiliaryTrainingWrapper) and type(module) is not ModulesToSaveWrapper
-        if copied or isinstance(module, TrainedNorm):
-            return at
-    if _is_train(name):
-        return next(at for at, module in modules if isinstance(module, LorettaLayer))
-    owner = modules[-1][1]
-    if type(owner) in (nn.Linear, nn.LayerNorm):
-        return path
-    layers = [at for at, module in modules if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
-    return layers[0] if layers else path
-
-
-def _sites(model: nn.Module, names: Sequence[str]) -> list[tuple[str, str]]:
-    """Each module that is called with rows and uses the tensor that has these ``names``, and its name there.
-
-    Most tensors have one name. The vector bank of VB-LoRA has one in every adapted layer.
-    """
-    sites = {model.get_submodule(_site(model, name)): name for name in reversed(names)}
-    in_layers = [name for module, name in sites.items() if isinstance(module, BaseTunerLayer)]
-    return [(_site(model, name), name.removeprefix(_site(model, name) + ".")) for name in in_layers or names[:1]]
-
-
-def _names(model: nn.Module) -> dict[str, list[str]]:
-    """All names of each tensor, by the first of them."""
-    found: dict[int, list[str]] = defaultdict(list)
-    for named in (model.named_parameters, model.named_buffers):
-        for name, tensor in named(remove_duplicate=False):
-            found[id(tensor)].append(name)
-    return {names[0]: names for names in found.values()}
-
-
-def _blocks(model: PeftModel, trained: Sequence[str]) -> list[tuple[str, ...]]:
-    """Stacks of trained parameters, by their names: the same parameter of all equal trains is one stack."""
-    layers: dict[Hashable, list[str]] = defaultdict(list)
-    others: list[tuple[str, ...]] = []
-    tensors = _tensors(model)
-    by_layer: dict[str, list[str]] = defaultdict(list)
-    for name in trained:
-        if _is_train(name):
-            by_layer[_site(model, name)].append(name)
-        else:
-            others.append((name,))
-    for site, names in by_layer.items():
-        layer: Any = model.get_submodule(site)
-        placement = layer.placements[ADAPTER]
-        key = (type(layer), placement.down, placement.up, layer.working_dtype(), layer.n_pairs[ADAPTER])
-        layers[(*key, *(tensors[name].shape for name in names))].append(site)
-    blocks = [
-        tuple(names) for sites in layers.values() for names in zip(*(by_layer[site] for site in sites), strict=True)
-    ]
-    return [*blocks, *others]
