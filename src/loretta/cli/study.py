@@ -4,6 +4,7 @@ import dataclasses
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -167,7 +168,7 @@ def carry_out(
 
     command = shlex.join(["loretta", *sys.argv[1:]])
     with following(root, jobs=jobs) as watch:
-        where: Any = {"jobs": jobs, "ray": ray, "ray_gpus": ray_gpus}
+        where: Any = {"jobs": jobs, "ray": ray, "ray_gpus": ray_gpus, "say": partial(say, err=True)}
         summary = run_study(study, options, root, population=together, command=command, watch=watch, **where)
     results = collect(root, study.name)
     is_comparison = study.view == "compare"

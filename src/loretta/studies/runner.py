@@ -1,7 +1,6 @@
 """Carry out all runs of a study, several at once, from whatever state their folders are in."""
 
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -21,13 +20,13 @@ from loretta.studies.expansion import Expansion, differences, expand
 from loretta.studies.results import STUDY
 from loretta.studies.state import state_of
 from loretta.studies.study import Planned, Study
+from loretta.studies.together import MOST_TOGETHER, units, words_before
 from loretta.studies.unit import Unit
 from loretta.studies.workers import Here, Processes, Workers, visible_gpus
 from loretta.training.config import RunConfig
 from loretta.training.stop import stopping_at_signals
 from loretta.wording import one_line
 
-MOST_TOGETHER = 64  # more of them do not make a GPU busier (benchmarks/population.py)
 STOPPED = "before the end of the study", "the same command"  # where a signal finds it, and what goes on
 Watch = Callable[[str, Outcome | None, int, int], None]  # folder, how it ended, runs that ended, runs in all
 
@@ -62,6 +61,7 @@ def run_study(
     ray_gpus: float | None = None,
     command: str = "",
     watch: Watch = lambda folder, outcome, ended, total: None,
+    say: Callable[[str], None] = lambda words: None,
 ) -> Summary:
     """Run what is not finished yet, at most ``jobs`` at once, each in a process; 0 jobs: in this process.
 
@@ -73,7 +73,7 @@ def run_study(
 
     Raises InputError before anything starts: for bad options, weights that cannot be had, and a folder that holds a
     run with other options. SIGTERM and SIGINT end the processes behind their next checkpoint, and raise Stopped; the
-    next call goes on from there.
+    next call goes on from there. ``say`` takes what is to be known before the first run starts.
     """
     expansion = expand(study, options, root)
     _refuse_other_options(root, expansion.runs)
@@ -83,6 +83,9 @@ def run_study(
         raise InputError(f"the output '{root}' is a file: give a folder with --output")
     root.mkdir(parents=True, exist_ok=True)
     tried: dict[str, Outcome] = {}
+    size = (MOST_TOGETHER if visible_gpus() else 1) if population is None else population
+    if (words := words_before(root, expansion.runs, size)) is not None:
+        say(words)
     with stopping_at_signals(*STOPPED), closing(find_workers(root, jobs, ray, ray_gpus)) as workers:
         while True:
             expansion = expand(study, options, root)
@@ -91,7 +94,7 @@ def run_study(
             _stop(root, expansion.runs)
             taken = {run.folder for unit in workers.busy for run in unit.runs} | tried.keys()
             ready = [run for run in runs.values() if run.folder not in taken and _ready(root, run, runs)]
-            for group in _units(ready, population, workers.size):
+            for group in units(ready, size, workers.size):
                 if workers.full:
                     break
                 for run in group:
@@ -121,23 +124,6 @@ def find_workers(root: Path, jobs: int, ray: str | None = None, ray_gpus: float 
     if ray_gpus is not None:
         raise InputError(f"--ray-gpus {ray_gpus:g} is for a cluster: give --ray auto, or leave it out")
     return Processes(root, jobs) if jobs else Here(root)
-
-
-def _units(ready: Sequence[Planned], population: int | None, workers: int) -> list[list[Planned]]:
-    """The runs that can start, those together that one process trains at once; every worker gets some."""
-    from loretta.population.training import population_key
-
-    if population is None:
-        population = MOST_TOGETHER if visible_gpus() else 1
-    groups: dict[Any, list[Planned]] = defaultdict(list)
-    for run in ready:
-        key = population_key(RunConfig(**(run.config or {}))) if run.kind == "train" and population > 1 else None
-        groups[run.folder if key is None else (*key, run.until)].append(run)
-    units = []
-    for group in groups.values():
-        size = min(population, -(-len(group) // workers))
-        units += [group[k : k + size] for k in range(0, len(group), size)]
-    return units
 
 
 def _ready(root: Path, run: Planned, runs: dict[str, Planned]) -> bool:

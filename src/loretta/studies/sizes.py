@@ -163,17 +163,27 @@ def task_type_of(config: RunConfig, sizes: str) -> tuple[str, int]:
 
     Raises InputError for a prompted task on a model that is no causal one, and for a file that cannot be read.
     """
-    if is_prompted(config.model_copy(update={"model": sizes})):
-        return "CAUSAL_LM", 0
-    if config.data in GLUE:
-        return "SEQ_CLS", max(1, len(GLUE[config.data].label_names))
-    kind, n_labels = _kind_of(config.data, tuple((key, getattr(config, key)) for key in OF_A_FILE))
+    kind, n_labels = _kind_and_labels(config, sizes)
     task_type = TASK_TYPES[kind]
     return task_type, 0 if task_type == "CAUSAL_LM" else max(1, n_labels)
 
 
+def kind_of(config: RunConfig, sizes: str) -> str:
+    """The kind of a run's task; a user's file is read for it, once. Raises InputError as :func:`task_type_of` does."""
+    return _kind_and_labels(config, sizes)[0]
+
+
+def _kind_and_labels(config: RunConfig, sizes: str) -> tuple[str, int]:
+    if is_prompted(config.model_copy(update={"model": sizes})):
+        return "generation", 0
+    if config.data in GLUE:
+        names = GLUE[config.data].label_names
+        return "classification" if names else "regression", len(names)
+    return _kind_of_file(config.data, tuple((key, getattr(config, key)) for key in OF_A_FILE))
+
+
 @lru_cache(maxsize=16)
-def _kind_of(data: str, options: tuple[tuple[str, Any], ...]) -> tuple[Kind, int]:
+def _kind_of_file(data: str, options: tuple[tuple[str, Any], ...]) -> tuple[Kind, int]:
     task = load_task(data, **dict(options))
     return task.kind, len(task.label_names)
 

@@ -1,0 +1,73 @@
+"""Which runs of a study are trained together, and what is said before it starts where they cannot be."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from loretta.errors import InputError
+from loretta.studies.sizes import estimate, kind_of
+from loretta.studies.state import state_of
+from loretta.studies.study import Planned
+from loretta.training.config import RunConfig
+
+MOST_TOGETHER = 64  # more of them do not make a GPU busier (benchmarks/population.py)
+
+
+def units(ready: Sequence[Planned], population: int, workers: int) -> list[list[Planned]]:
+    """The runs that can start, those together that one process trains at once; every worker gets some."""
+    groups: dict[Any, list[Planned]] = defaultdict(list)
+    for run in ready:
+        key = _key(run) if population > 1 else None
+        groups[run.folder if key is None else (*key, run.until)].append(run)
+    found = []
+    for group in groups.values():
+        size = min(population, -(-len(group) // workers))
+        found += [group[k : k + size] for k in range(0, len(group), size)]
+    return found
+
+
+def _key(run: Planned) -> tuple[Any, ...] | None:
+    """What runs must have in common to be trained together; None for one that is trained alone."""
+    from loretta.population.training import population_key
+
+    if run.kind != "train" or run.config is None or why_alone(RunConfig(**run.config)) is not None:
+        return None
+    return population_key(RunConfig(**run.config))
+
+
+def why_alone(config: RunConfig) -> str | None:
+    """What keeps a run from being trained with others: an option, or the kind of its data; None where nothing does."""
+    from loretta.population import training
+
+    if (option := training.why_alone(config)) is not None:
+        return option
+    try:
+        kind = kind_of(config, config.model)
+    except InputError:  # which the run will say itself
+        return None
+    return None if kind in training.TOGETHER else f"'{config.data}' ({kind.replace('_', ' ')})"
+
+
+def words_before(root: Path, runs: Sequence[Planned], population: int) -> str | None:
+    """Which of the unfinished runs are trained one by one, why, and how long that may take; None where none need be."""
+    from loretta.studies.show import duration, total
+
+    cells: dict[Any, list[Planned]] = defaultdict(list)
+    for run in runs if population > 1 else ():
+        if run.kind == "train" and state_of(root, run)[0] not in ("finished", "stopped"):
+            cells[run.cell].append(run)
+    reasons: dict[str, list[Planned]] = defaultdict(list)
+    for group in cells.values():
+        config = next((run.config for run in group if run.config is not None), None)
+        reason = None if config is None or len(group) < 2 else why_alone(RunConfig(**config))
+        if reason is not None:
+            reasons[reason] += group
+    if not reasons:
+        return None
+    alone = [run for group in reasons.values() for run in group]
+    seconds = total(item.seconds for item in estimate(root, alone)[0])
+    return (
+        f"{len(alone):,} of {len(runs):,} runs train one by one, about {duration(seconds)} in all without evaluation: "
+        f"populations do not take {', nor '.join(reasons)}"
+    )
