@@ -1,11 +1,13 @@
-"""Signals in the middle of a training, and processes that hold what a command wants."""
+"""What comes in the middle of a training: signals, losses that are NaN, another process in the folder."""
 
 import contextlib
+import math
 import os
 import subprocess
 import sys
 
 import pytest
+import torch
 
 from loretta.training.trainer import TwoRateTrainer
 
@@ -43,3 +45,17 @@ def held_by_another(*places) -> subprocess.Popen:
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdout.readline() == b"held\n"
     return process
+
+
+def poisoned(monkeypatch, *steps, times=1):
+    """Make the loss of the given steps NaN, and with it the gradients, for the first ``times`` that each is trained."""
+    original, left = TwoRateTrainer.compute_loss, dict.fromkeys(steps, times)
+
+    def poison(self, model, *args, **kwargs):
+        loss, step = original(self, model, *args, **kwargs), self.state.global_step + 1
+        if torch.is_grad_enabled() and left.get(step):
+            left[step] -= 1
+            return loss * math.nan
+        return loss
+
+    monkeypatch.setattr(TwoRateTrainer, "compute_loss", poison)

@@ -5,8 +5,7 @@ import signal
 
 import pytest
 from commands import call
-from interrupts import stopping_behind
-from test_finite import poisoned
+from interrupts import poisoned, stopping_behind
 from test_locks import held_by_another
 from test_run import config_for
 

@@ -6,7 +6,7 @@ import signal
 import numpy as np
 import pytest
 import torch
-from interrupts import stopping_behind
+from interrupts import poisoned, stopping_behind
 from safetensors.torch import load_file
 from training_data import config_for, sentences
 from transformers import AutoModel, AutoTokenizer
@@ -17,20 +17,6 @@ from loretta.tasks import load_task
 from loretta.training.run import train
 from loretta.training.scores import score_logits
 from loretta.training.trainer import TwoRateTrainer
-
-
-def poisoned(monkeypatch, step, times=1):
-    """Make the loss of a step NaN, and with it the gradients, for the first ``times`` times that it is trained."""
-    original, left = TwoRateTrainer.compute_loss, [times]
-
-    def poison(self, model, *args, **kwargs):
-        loss = original(self, model, *args, **kwargs)
-        if torch.is_grad_enabled() and self.state.global_step + 1 == step and left[0] > 0:
-            left[0] -= 1
-            return loss * math.nan
-        return loss
-
-    monkeypatch.setattr(TwoRateTrainer, "compute_loss", poison)
 
 
 def weights(folder):
@@ -157,7 +143,7 @@ def test_a_loss_that_becomes_nan_is_found_and_named_and_the_best_checkpoint_stay
     logging_steps, bert, reviews, tmp_path, monkeypatch
 ):
     config = config_for(bert, reviews, tmp_path / "run", eval_steps=5, logging_steps=logging_steps)
-    poisoned(monkeypatch, [7])
+    poisoned(monkeypatch, 7)
     with pytest.raises(Stopped, match=r"at step 7, first in '.*best checkpoint .*checkpoint-5'.*learning rate"):
         train(config)
     left = list((tmp_path / "run").rglob("*.safetensors"))
@@ -167,12 +153,12 @@ def test_a_loss_that_becomes_nan_is_found_and_named_and_the_best_checkpoint_stay
 
 def test_updates_that_are_not_finite_are_skipped_on_request(bert, reviews, tmp_path, monkeypatch):
     config = config_for(bert, reviews, tmp_path / "run", on_nan="skip", epochs=1)
-    poisoned(monkeypatch, [3, 6])
+    poisoned(monkeypatch, 3, 6)
     record = train(config)
     assert record.notes[-1] == "2 updates were skipped (the first at step 3): not finite"
     assert all(math.isfinite(point.values["loss"]) for point in record.history)
     weights = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert all(tensor.isfinite().all() for tensor in weights.values())
-    poisoned(monkeypatch, range(100))
+    poisoned(monkeypatch, *range(100))
     with pytest.raises(Stopped, match=r"at step 1.*all updates since then were skipped"):
         train(config.model_copy(update={"output": str(tmp_path / "all")}))

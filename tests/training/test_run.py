@@ -15,7 +15,6 @@ from loretta.training.config import RunConfig
 from loretta.training.data import load_config_task
 from loretta.training.predict import evaluate, load_run, predict
 from loretta.training.run import train
-from loretta.training.trainer import TwoRateTrainer
 
 
 @pytest.mark.parametrize(
@@ -191,17 +190,6 @@ def test_labels_of_other_data_must_be_the_same(bert, reviews, tmp_path):
     task = load_config_task(run.config.model_copy(update={"data": str(other)}))
     with pytest.raises(InputError, match=r"\['neg', 'pos'\].*\['down', 'up'\]"):
         evaluate(run, task, "validation")
-
-
-def poisoned(monkeypatch, steps):
-    """Make the loss of the given steps NaN, and with it their gradients."""
-    original = TwoRateTrainer.compute_loss
-
-    def poison(self, model, *args, **kwargs):
-        loss = original(self, model, *args, **kwargs)
-        return loss * math.nan if model.training and self.state.global_step + 1 in steps else loss
-
-    monkeypatch.setattr(TwoRateTrainer, "compute_loss", poison)
 
 
 def test_pairs_are_predicted_as_pairs(bert, reviews, tmp_path):
