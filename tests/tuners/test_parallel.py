@@ -5,6 +5,7 @@ The processes are forked, so that none has to import torch.
 
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -30,6 +31,7 @@ from tuners.matrix import base_of, cast, wrapped
 from tuners.wrapped import CONFIGS, config_for, own_trains, trainable, trained
 
 from loretta import InputError, get_peft_model
+from loretta.tuners.layer import LorettaLayer
 
 pytestmark = pytest.mark.skipif(
     not (hasattr(os, "fork") and dist.is_gloo_available()), reason="needs fork and a torch that was built with gloo"
@@ -125,6 +127,17 @@ def kinds_of(model: PeftModel) -> dict[str, tuple[Any, bool]]:
     return {name: (value.shape, value.requires_grad) for name, value in model.state_dict(keep_vars=True).items()}
 
 
+def counted(layer: LorettaLayer, counts: Counter, job: tuple[str, str, str]) -> None:
+    """Count how often a layer contracts its own trains, where the joint contraction has left it none."""
+    own = layer._contract_alone
+
+    def contract_alone(*args: Any) -> Any:
+        counts[job] += 1
+        return own(*args)
+
+    layer._contract_alone = contract_alone
+
+
 def on_one_rank(rank: int, folder: str) -> None:
     """All jobs in one pair of processes: starting them takes longer than the jobs do."""
     torch.set_num_threads(1)  # the threads that worked before the fork are not there any more
@@ -133,8 +146,11 @@ def on_one_rank(rank: int, folder: str) -> None:
     meeting = f"file://{folder}/meeting"
     dist.init_process_group("gloo", meeting, timedelta(seconds=60), rank=rank, world_size=RANKS)
     results = {}
+    alone = Counter[tuple[str, str, str]]()
     for way, case, method in JOBS:
         model, inputs = prepared(case, method)
+        for layer in (module for module in model.modules() if isinstance(module, LorettaLayer)):
+            counted(layer, alone, (way, case, method))
         rows = slice(rank, None, RANKS)
         results[way, case, method] = train(
             WAYS[way](model), model, {name: value[rows] for name, value in inputs.items()}
@@ -144,6 +160,7 @@ def on_one_rank(rank: int, folder: str) -> None:
             weights = get_model_state_dict(model, options=options)  # whole on the first rank, and empty elsewhere
             if rank == 0:
                 model.save_pretrained(f"{folder}/{case} {method}", state_dict=weights)
+    results["alone"] = alone
     model, inputs = prepared("bert", "shared")
     try:
         sharded(model)(**inputs)
@@ -179,6 +196,11 @@ def test_two_ranks_have_the_gradients_of_the_joint_batch(way, case, method, rank
         for got_step, expected_step in zip(results[way, case, method], expected, strict=True):
             assert all(gradient.any() for gradient in expected_step.values())
             assert_gradients_near(got_step, expected_step)
+
+
+def test_the_trains_of_all_blocks_are_contracted_together(ranks):
+    for results in ranks:  # the second pass of a reentrant checkpoint builds a graph of its own, from its own cores
+        assert {way for way, *_ in results["alone"]} == {"ddp, reentrant"}
 
 
 def test_a_shared_train_is_not_sharded(ranks):

@@ -215,7 +215,7 @@ def fold_bias(left_IC: Tensor, right_CO: Tensor, bias_O: Tensor) -> tuple[Tensor
     right_CO = torch.cat([right_CO, bias_O[..., None, :].to(right_CO.dtype)], dim=-2)
     left_IC, right_CO = arranged(nn.functional.pad(left_IC, (0, 1)), right_CO)
     one_C = left_IC.new_zeros(*left_IC.shape[:-2], left_IC.shape[-1])
-    one_C[..., inner] = 1
+    one_C[..., inner].fill_(1)
     return one_C, left_IC, right_CO
 
 
@@ -233,7 +233,7 @@ def one_matrix_each(
     with own_precision(left_IC):
         tail = mid_bD.new_zeros(padding, mid_bD.shape[-1] + ones)
         if bias_O is not None:
-            tail[0, -1] = 1
+            tail[0, -1].fill_(1)  # a number that is set is copied from the CPU: no CUDA graph could hold that
             right_DO = torch.cat([right_DO, bias_O[..., None, :].to(right_DO.dtype)], dim=-2)
         mid_bD = torch.cat([nn.functional.pad(mid_bD, (0, ones)), tail.expand(*lead, -1, -1)], dim=-2)
         down_bI = product(nn.functional.pad(mid_Cb, (0, padding)).mT, left_IC.mT)

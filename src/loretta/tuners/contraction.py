@@ -24,7 +24,9 @@ from torch import Tensor, nn
 from loretta.errors import InputError
 from loretta.tuners import calls, mixed
 from loretta.tuners.calls import Factors, Pair
-from loretta.tuners.joint import JointLayer, look_up, typed
+from loretta.tuners.gathered import is_sharded
+from loretta.tuners.groups import Group, contract_all
+from loretta.tuners.joint import JointLayer, look_up
 from loretta.tuners.kept import Kept
 from loretta.tuners.scales import Scales
 
@@ -51,51 +53,6 @@ class _Seat:
 
     numbers: tuple[int, ...]
     scale: Tensor | None = None  # of all layers with these numbers
-
-
-class _Group:
-    """Equal pairs of trains.
-
-    Args:
-        scale: the factors of all as one tensor, where they are kept so.
-    """
-
-    def __init__(self, pairs: Sequence[Pair], scale: Tensor | None) -> None:
-        self.pairs, self.joint_scale = tuple(pairs), scale
-        places = [layer.stacked_parameters(name, pair) for layer, name, pair in typed(self.pairs)]
-        self.columns = tuple(zip(*places, strict=True))  # all of the first parameters, all of the second, ...
-        self._scale: tuple[tuple[float, ...], Tensor] | None = None
-
-    def parameters(self) -> list[list[Tensor]]:
-        """The columns as they are now. Raises KeyError where an adapter is gone."""
-        return [look_up(column) for column in self.columns]
-
-    def contract(self, columns: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> list[Factors]:
-        """The factors of each pair, in its order."""
-        layer = next(typed(self.pairs))[0]
-        return layer.contract_together(self.pairs, columns, self._scale_of(columns[0][0]), dtype)
-
-    def dtype(self) -> torch.dtype:
-        return next(typed(self.pairs))[0].working_dtype()
-
-    def scales(self) -> tuple[float, ...]:
-        return tuple(layer.scaling[name] for layer, name, _ in typed(self.pairs))
-
-    def _scale_of(self, like: Tensor) -> float | Tensor:
-        if calls.is_recorded():
-            scale = self.joint_scale
-            if scale is None:
-                scale = torch.stack([layer.scaling.tensors[name] for layer, name, _ in typed(self.pairs)])
-            return scale.to(like.device, like.dtype)[:, None, None]
-        scales = self.scales()
-        if len(set(scales)) == 1:
-            return scales[0]
-        known = self._scale
-        if known is None or known[0] != scales or (known[1].dtype, known[1].device) != (like.dtype, like.device):
-            with torch.inference_mode(False):  # a call with gradients may use it later
-                known = scales, torch.tensor(scales, dtype=like.dtype, device=like.device)[:, None, None]
-            self._scale = known
-        return known[1]
 
 
 class Contraction:
@@ -154,7 +111,8 @@ class Contraction:
         self.seats: tuple[tuple[JointLayer, dict[str, _Seat]], ...] = ()
         self.seated = -1  # at which of the changes of adapters
         self.numbers: dict[Hashable, int] = {}
-        self.grouped: dict[tuple[str, ...] | None, tuple[int, list[_Group]]] = {}  # by the names of a mixed batch
+        # by the names of a mixed batch, and whether in a backward pass
+        self.grouped: dict[tuple[tuple[str, ...] | None, bool], tuple[int, list[Group]]] = {}
         self.served: Kept | None = None
         self.recomputed: tuple[int, Mapping[Pair, Factors]] | None = None
 
@@ -186,8 +144,13 @@ class Contraction:
 
     def contract(self, kept: Kept | None = None) -> dict[Pair, Factors]:
         """The factors of all active pairs, from ``kept`` where it has them."""
+        groups = self._groups()
+        if kept is not None or calls.is_recorded():
+            groups = [(group, columns) for group, columns in groups if not group.is_sharded]
+        else:
+            return contract_all([group for group, _ in groups], [columns for _, columns in groups])
         found: dict[Pair, Factors] = {}
-        for group, columns in self._groups():
+        for group, columns in groups:
             dtype = group.dtype()
             if kept is None:
                 factors: Sequence[Factors] = group.contract(columns, dtype)
@@ -198,10 +161,10 @@ class Contraction:
             found.update(zip(group.pairs, factors, strict=True))
         return found
 
-    def _groups(self) -> list[tuple[_Group, list[list[Tensor]]]]:
+    def _groups(self) -> list[tuple[Group, list[list[Tensor]]]]:
         """The groups of the active pairs, with their parameters."""
         if not torch.compiler.is_dynamo_compiling():  # in a compiled graph the count would be compared in each call
-            names = mixed.named(self.model)
+            names = self._grouped_for()
             changes, groups = self.grouped.get(names, (-1, []))
             if changes == _changes:
                 try:
@@ -209,32 +172,38 @@ class Contraction:
                 except (KeyError, AttributeError):
                     self.seated = -1  # somebody has changed adapters and not noted it
                 else:
-                    if all(_are_plain(column) for _, columns in found for column in columns):
+                    if all(_is_as_grouped(group, column) for group, columns in found for column in columns):
                         return found
         return self._regroup()
 
-    def _regroup(self) -> list[tuple[_Group, list[list[Tensor]]]]:
+    def _grouped_for(self) -> tuple[tuple[str, ...] | None, bool]:
+        return mixed.named(self.model), calls.current_backward() != calls.NO_BACKWARD
+
+    def _regroup(self) -> list[tuple[Group, list[list[Tensor]]]]:
         changes, names = _changes if not torch.compiler.is_dynamo_compiling() else -1, mixed.named(self.model)
         if torch.compiler.is_dynamo_compiling():
             _seat_all()
         else:
             self.seat(joins=not calls.is_recorded())
-        pairs: dict[Hashable, list[Pair]] = defaultdict(list)
+        pairs: dict[tuple[Any, ...], list[Pair]] = defaultdict(list)
         scales: dict[Hashable, Tensor | None] = {}
         for layer, seats in self.seats:
             for name, pair in layer.active_pairs(names):
                 tensors = look_up(layer.stacked_parameters(name, pair))
-                if _are_plain(tensors):
+                sharded = layer.has_own_trains and all(map(is_sharded, tensors))
+                if sharded or _are_plain(tensors):
                     kinds = tuple((t.shape, t.dtype, t.device, t.requires_grad) for t in tensors)
                     seat = seats[name]
-                    key = seat.numbers[pair], kinds
+                    key = seat.numbers[pair], kinds, sharded
                     pairs[key].append((layer, name, pair))
                     scales.setdefault(key, seat.scale)
-        groups = [_Group(equal, scales[key]) for key, equal in pairs.items()]
+        groups = [Group(equal, scales[key], is_sharded=key[-1]) for key, equal in pairs.items()]
         if not torch.compiler.is_dynamo_compiling():
             for stacked, _, _ in (pair for group in groups for pair in group.pairs):
                 _contraction_of[stacked] = ref(self)
-            self.grouped = {None: self.grouped.get(None, (-1, [])), names: (changes, groups)}  # one mixed batch
+            # those of one mixed batch, and of one that is computed again: FSDP has then brought a part of the cores
+            self.grouped = {key: value for key, value in self.grouped.items() if key[0] is None}
+            self.grouped[self._grouped_for()] = changes, groups
         return [(group, group.parameters()) for group in groups]
 
     def seat(self, *, joins: bool, anew: bool = False) -> None:
@@ -346,6 +315,10 @@ def serving(model: nn.Module) -> Iterator[None]:
     finally:
         for contraction, served in zip(contractions, before, strict=True):
             contraction.served = served
+
+
+def _is_as_grouped(group: Group, tensors: Sequence[Tensor]) -> bool:
+    return all(map(is_sharded, tensors)) if group.is_sharded else _are_plain(tensors)
 
 
 def _are_plain(tensors: Sequence[Tensor]) -> bool:

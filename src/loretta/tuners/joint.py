@@ -29,6 +29,7 @@ class JointLayer(nn.Module):
     placements: dict[str, Placement]
     n_pairs: dict[str, int]
     scaling: Scales
+    has_own_trains = True  # or shares them with other layers
     depth = 0  # of the frames between a call of the model and this layer, the last time
 
     def active_pairs(self, adapter_names: Sequence[str] | None = None) -> Iterator[tuple[str, int]]:
@@ -55,21 +56,35 @@ class JointLayer(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def contract_together(
-        cls, pairs: Sequence[Pair], columns: Sequence[Sequence[Tensor]], scale: float | Tensor, dtype: torch.dtype
-    ) -> list[Factors]:
-        """The finished factors of equal pairs, in their order.
+    def stack(cls, columns: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        """The parameters of equal pairs, side by side.
 
         Args:
             columns: the parameters that lie at :meth:`stacked_parameters`: all of the first, all of the second, ...
+        """
+        return [torch.stack(list(column)) for column in columns]
+
+    @classmethod
+    def contract_stacks(
+        cls, pairs: Sequence[Pair], stacks: Sequence[Tensor], scale: float | Tensor, dtype: torch.dtype
+    ) -> Factors:
+        """The finished factors of equal pairs, side by side.
+
+        Args:
+            stacks: what :meth:`stack` returns.
             scale: of each pair, (M, 1, 1), or of all.
         """
         layer, name, _ = next(typed(pairs))
         placement = layer.placements[name]
-        down, up, *biases = (torch.stack(list(column)) for column in columns)
-        stacked = layer.to_factors(name, halves(down, placement.down), halves(up, placement.up), biases)
+        down, up, *biases = stacks
+        factors = layer.to_factors(name, halves(down, placement.down), halves(up, placement.up), biases)
+        return finish(factors, scale, dtype)
+
+    @classmethod
+    def unstack(cls, stacked: Factors, count: int) -> list[Factors]:
+        """The factors of each of ``count`` pairs, in their order."""
         parts = apart if torch.compiler.is_dynamo_compiling() else Tensor.unbind
-        return list(zip(*(parts(factor) for factor in finish(stacked, scale, dtype)), strict=True))
+        return list(zip(*(parts(factor) for factor in stacked), strict=True))
 
     def working_dtype(self) -> torch.dtype:
         """The dtype of activations here, which the factors get."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from loretta.errors import InputError
-from loretta.layers.shared import Parts, Seat, SharedCores, shared_factors, take_apart
+from loretta.layers.shared import Seat, SharedCores, shared_factors, take_apart
 from loretta.layers.stacks import apart
 from loretta.layers.trains import arranged
 from loretta.tuners.calls import Factors, Pair, hidden_from_checkpoints
@@ -29,6 +29,7 @@ class SharedLinear(RepLinear):
     """
 
     prefix = "loretta_shared_"
+    has_own_trains = False
     adapter_layer_names = ("loretta_shared_train",)
     other_param_names = (
         "loretta_shared_start_train",
@@ -71,26 +72,27 @@ class SharedLinear(RepLinear):
         return type(self), train, seat.left, seat.right, self._base_dtype(), self._device()
 
     @classmethod
-    def contract_together(
-        cls, pairs: Sequence[Pair], columns: Sequence[Sequence[Tensor]], scale: float | Tensor, dtype: torch.dtype
-    ) -> list[Factors]:
+    def stack(cls, columns: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+        return [columns[0][0].clone()]  # the same for each of them; a copy, as a stack is: nobody writes to it
+
+    @classmethod
+    def contract_stacks(
+        cls, pairs: Sequence[Pair], stacks: Sequence[Tensor], scale: float | Tensor, dtype: torch.dtype
+    ) -> Factors:
         layers = [(cast(SharedLinear, layer), name) for layer, name, _ in pairs]
         seats = [layer._seat(name) for layer, name in layers]
-        parts = take_apart(columns[0][0], seats[0].train)  # the same for each of them
-        return cls._factors_of(parts, seats, scale, dtype, layers[0][0]._device())
+        factors = finish(arranged(*shared_factors(take_apart(stacks[0], seats[0].train), seats)), scale, dtype)
+        return tuple(factor.to(layers[0][0]._device()) for factor in factors)
 
-    @staticmethod
-    def _factors_of(
-        parts: Parts, seats: Sequence[Seat], scale: float | Tensor, dtype: torch.dtype, device: torch.device | None
-    ) -> list[Factors]:
-        a_IR, b_MRO = arranged(*shared_factors(parts, seats))
-        a_IR, b_MRO = (factor.to(device) for factor in finish((a_IR, b_MRO), scale, dtype))
+    @classmethod
+    def unstack(cls, stacked: Factors, count: int) -> list[Factors]:
+        a_IR, b_MRO = stacked
         # A is the same for all, and unbound all the same: one kernel then sums its gradients
         traced = torch.compiler.is_dynamo_compiling()
         if traced:
             (a_IR,) = apart(a_IR[None])  # computed once
         each_RO = apart(b_MRO) if traced else b_MRO.unbind()
-        return list(zip(a_IR.expand(len(seats), *a_IR.shape).unbind(), each_RO, strict=True))
+        return list(zip(a_IR.expand(count, *a_IR.shape).unbind(), each_RO, strict=True))
 
     def _contract_alone(self, adapter_name: str, pair: int) -> Factors:
         train = self._train(adapter_name, pair)
@@ -101,11 +103,9 @@ class SharedLinear(RepLinear):
             )
         with hidden_from_checkpoints():
             # called as a module: hooks that bring offloaded parameters here run
-            parts, scale = train(), self.scaling.of(adapter_name, train.values)
-            (factors,) = self._factors_of(
-                parts, [self._seat(adapter_name)], scale, self.working_dtype(), self._device()
-            )
-        return factors
+            a_IR, b_MRO = arranged(*shared_factors(train(), [self._seat(adapter_name)]))
+            scale = self.scaling.of(adapter_name, train.values)
+            return tuple(f.to(self._device()) for f in finish((a_IR, b_MRO[0]), scale, self.working_dtype()))
 
     def _updates(self, adapter_name: str) -> list[tuple[Tensor, Tensor]]:
         seat = self._seat(adapter_name)

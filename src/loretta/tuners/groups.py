@@ -1,0 +1,76 @@
+"""Equal pairs of trains, and all groups of them that one call contracts."""
+
+from collections.abc import Sequence
+from itertools import islice
+
+import torch
+from torch import Tensor
+
+from loretta.tuners import calls
+from loretta.tuners.calls import Factors, Pair
+from loretta.tuners.gathered import whole_stacks
+from loretta.tuners.joint import JointLayer, look_up, typed
+
+
+class Group:
+    """Equal pairs of trains.
+
+    Args:
+        scale: the factors of all as one tensor, where they are kept so.
+        is_sharded: whether FSDP2 has shared out their parameters.
+    """
+
+    def __init__(self, pairs: Sequence[Pair], scale: Tensor | None, *, is_sharded: bool = False) -> None:
+        self.is_sharded = is_sharded
+        self.pairs, self.joint_scale = tuple(pairs), scale
+        places = [layer.stacked_parameters(name, pair) for layer, name, pair in typed(self.pairs)]
+        self.columns = tuple(zip(*places, strict=True))  # all of the first parameters, all of the second, ...
+        self._scale: tuple[tuple[float, ...], Tensor] | None = None
+
+    def parameters(self) -> list[list[Tensor]]:
+        """The columns as they are now. Raises KeyError where an adapter is gone."""
+        return [look_up(column) for column in self.columns]
+
+    def contract(self, columns: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> list[Factors]:
+        """The factors of each pair, in its order."""
+        kind = self.kind
+        stacks = kind.stack(columns)
+        factors = kind.contract_stacks(self.pairs, stacks, self.scale_of(stacks[0]), dtype)
+        return kind.unstack(factors, len(self.pairs))
+
+    @property
+    def kind(self) -> type[JointLayer]:
+        return type(next(typed(self.pairs))[0])
+
+    def dtype(self) -> torch.dtype:
+        return next(typed(self.pairs))[0].working_dtype()
+
+    def scales(self) -> tuple[float, ...]:
+        return tuple(layer.scaling[name] for layer, name, _ in typed(self.pairs))
+
+    def scale_of(self, like: Tensor) -> float | Tensor:
+        if calls.is_recorded():
+            scale = self.joint_scale
+            if scale is None:
+                scale = torch.stack([layer.scaling.tensors[name] for layer, name, _ in typed(self.pairs)])
+            return scale.to(like.device, like.dtype)[:, None, None]
+        scales = self.scales()
+        if len(set(scales)) == 1:
+            return scales[0]
+        known = self._scale
+        if known is None or known[0] != scales or (known[1].dtype, known[1].device) != (like.dtype, like.device):
+            with torch.inference_mode(False):  # a call with gradients may use it later
+                known = scales, torch.tensor(scales, dtype=like.dtype, device=like.device)[:, None, None]
+            self._scale = known
+        return known[1]
+
+
+def contract_all(groups: Sequence[Group], columns: Sequence[Sequence[Sequence[Tensor]]]) -> dict[Pair, Factors]:
+    """The factors of each pair of some groups, from the parameters of each group, also where FSDP2 has shared them."""
+    gathered = iter(whole_stacks([c for g, own in zip(groups, columns, strict=True) if g.is_sharded for c in own]))
+    found: dict[Pair, Factors] = {}
+    for group, own in zip(groups, columns, strict=True):
+        stacks = list(islice(gathered, len(own))) if group.is_sharded else group.kind.stack(own)
+        stacked = group.kind.contract_stacks(group.pairs, stacks, group.scale_of(stacks[0]), group.dtype())
+        found.update(zip(group.pairs, group.kind.unstack(stacked, len(group.pairs)), strict=True))
+    return found
