@@ -86,6 +86,8 @@ bench-gpu: $(INSTALLED)
 		--out $(RESULTS)/graph_training.json)
 	$(if $(DATA),$(BIN)/python benchmarks/population.py --model $(or $(MODEL),sentence-transformers/all-MiniLM-L6-v2) \
 		--data-dir $(DATA) --out $(RESULTS)/population.json)
+	$(if $(DATA),$(BIN)/python benchmarks/population_step.py --data-dir $(DATA) --out $(RESULTS)/population_step.json \
+		--model $(or $(MODEL),sentence-transformers/all-MiniLM-L6-v2))
 
 $(INSTALLED): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

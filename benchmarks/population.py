@@ -6,7 +6,6 @@ LLaMA-2-7B shape with random weights on 1x256 tokens a member.
     python benchmarks/population.py --model FOLDER --data-dir FOLDER --out benchmarks/results/population.json
 
 --data-dir has cola/ and rte/. Without a GPU give --device cpu, and --llama tiny to try the second part, or none.
---profile has ten steps of each population looked at, kernel by kernel, in place of trainings.
 
 Of a run's seconds "start" ends with the first step, "recording" is that of CUDA graphs, "steps" are those of the
 training without it and without evaluations, "evaluation" is what it takes to score on validation (with the recording of
@@ -38,7 +37,7 @@ from loretta.population.loop import Loop
 from loretta.population.optimizer import MemberAdamW
 from loretta.population.population import Population, Start
 from loretta.population.rows import row_losses
-from loretta.population.training import prepare, train_together
+from loretta.population.training import train_together
 from loretta.training.config import RunConfig
 from loretta.training.recordings import Recorder
 from loretta.training.run import train
@@ -185,50 +184,6 @@ def together(args: argparse.Namespace, method: str, task: str, size: int, *, gra
         return measured(args, runs, train_together)
 
 
-def profiled(args: argparse.Namespace, method: str, task: str, size: int, *, graph: bool) -> dict[str, Any]:
-    """Ten steps of a population kernel by kernel, behind those that record the shapes of its batches."""
-    on_gpu = args.device == "cuda"
-    kind = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
-    split = Split(args.device)
-    with tempfile.TemporaryDirectory() as folder, mock.patch.object(Loop, "_evaluate"):
-        runs = [config(args, folder, method, task, k, args.epochs, cuda_graph=graph) for k in range(size)]
-        found = prepare(runs, Path(folder))
-        # examples of like lengths come in rounds of 50 batches, and a shape is recorded when it comes again
-        last = min(130, found.rules.steps)
-        warm = last - 20
-        tokens: list[int] = []
-        ordinary = found.in_parts
-
-        def noted(rows: Tensor) -> list[dict[str, Tensor]]:
-            parts = ordinary(rows)
-            tokens.extend(part["input_ids"].numel() for part in parts)
-            return parts
-
-        found.train(warm)
-        found.in_parts = noted  # type: ignore[method-assign]
-        begin, processor = split.now(), time.process_time()
-        found.train(warm + 10)
-        launched = time.process_time() - processor
-        wall = split.now() - begin
-        with torch.profiler.profile(activities=[kind]) as profile:
-            found.train(last)
-            split.now()
-    steps, time_of = 10, "self_device_time_total" if on_gpu else "self_cpu_time_total"
-    events = [event for event in profile.key_averages() if getattr(event, time_of) > 0]
-    top = sorted(events, key=lambda event: -getattr(event, time_of))
-    for event in top[:30]:
-        print(f"{getattr(event, time_of) / steps:9.1f} us {event.count / steps:7.1f} a step  {event.key[:110]}")
-    return {
-        "step_ms": 100 * wall,
-        "busy_ms": sum(getattr(event, time_of) for event in events) / steps / 1000,
-        "processor_ms": 100 * launched,
-        "launches": sum(event.count for event in events) / steps,
-        "parts": len(tokens) / 20,
-        "tokens": sum(tokens) / 20,
-        "loss": statistics.mean(member.trainer.state.log_history[-1]["loss"] for member in found.members),
-    }
-
-
 def case_of(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(
         row.get(name)
@@ -240,16 +195,14 @@ def minilm(args: argparse.Namespace, save: Any) -> None:
     for task in args.tasks:
         for method in args.methods:
             common = {"part": "training", "task": task, "method": method, "batch": 32}
-            for graph in [] if args.profile else args.graphs:
+            for graph in args.graphs:
                 save({**common, "members": 1, "how": "alone", "graph": graph, **alone(args, method, task, graph=graph)})
             how = {"how": "together", "graph": args.graphs[-1], "pieces": args.pieces}
             for size in args.sizes:
                 for kernels in args.kernels:
                     Population.modes_on_gpu = KERNELS[kernels]
                     row = {**common, **how, "members": size, "kernels": kernels}
-                    if args.profile:
-                        row["part"] = "profile"
-                    save(row | (profiled if args.profile else together)(args, method, task, size, graph=how["graph"]))
+                    save({**row, **together(args, method, task, size, graph=bool(how["graph"]))})
 
 
 def random_starts(model: Any, size: int) -> list[Start]:
@@ -329,7 +282,6 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=None, help="start nothing new after so many")
     parser.add_argument("--pieces", type=int, default=loop.PIECES, help="of a batch, of which its parts are made")
     parser.add_argument("--kernels", nargs="*", default=["packed"], choices=KERNELS, help="in the place of torch's")
-    parser.add_argument("--profile", action="store_true", help="look at steps, and train nothing to its end")
     parser.add_argument("--layers", type=int, default=None, help="of the LLaMA, to be quick; default: all it has")
     parser.add_argument("--llama-methods", nargs="*", default=["lora q,v", "rep q,v", "adp"])
     args = parser.parse_args()

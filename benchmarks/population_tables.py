@@ -10,7 +10,7 @@ POPULATION_TARGETS = {("training", 16): 5.0, ("training", 64): 12.0, ("step", 8)
 
 def population_table(name: str = "population") -> str:
     """Runs that are trained at once against the same ones one after the other."""
-    rows = [row for row in results(name) if row["part"] != "profile"]
+    rows = results(name)
     lines = []
     for row in rows:
         if row["how"] == "alone":
@@ -68,18 +68,18 @@ def population_split_table(name: str) -> str:
     return table(head, lines, numbers_from=2) if rows else NOT_MEASURED
 
 
-def population_step_table(name: str) -> str:
-    """What a step of a population has the device and the processor do."""
-    rows = [row for row in results(name) if row["part"] == "profile"]
-    lines = [
-        [
-            row["task"], _with_kernels(row, rows), row["members"], f"{row['step_ms']:.1f}", f"{row['busy_ms']:.1f}",
-            f"{row['processor_ms']:.1f}", f"{row['launches']:,.0f}", f"{row['parts']:.2f}", f"{row['tokens']:,.0f}",
-        ]
-        for row in rows
-    ]  # fmt: skip
-    head = "task | method | members | step, ms | device busy | processor, ms | kernels | parts | padded tokens"
-    return table(head, lines, numbers_from=2) if rows else NOT_MEASURED
+def population_step_table() -> str:
+    """What a step of a population has the device do, and the floor."""
+    rows = results("population_step")
+    lines = []
+    for row in rows:
+        first = next(other for other in rows if other["tokens"] == row["tokens"])
+        kinds = [f"{ms:.1f}" for ms in row["kinds_ms"].values()]
+        lines.append(
+            [row["case"], row["tokens"], f"{row['ms']:.2f}", f"{first['ms'] / row['ms']:.2f}", *kinds, row["kernels"]]
+        )
+    head = "case | tokens | step, ms | times as fast | attention | products | norms | dropout | casts | other | kernels"
+    return source(rows[0]) + table(head, lines, numbers_from=1) if rows else NOT_MEASURED
 
 
 def population_cpu_table() -> str:
@@ -106,6 +106,6 @@ POPULATION_SECTIONS: dict[str, Callable[[], str]] = {
     "population": population_table,
     "population on an h200": partial(population_table, "population_h200"),
     "population split": partial(population_split_table, "population_h200"),
-    "population steps": partial(population_step_table, "population_h200"),
+    "population steps": population_step_table,
     "population on a cpu": population_cpu_table,
 }

@@ -57,7 +57,7 @@ def _kept(seed, call, dropout, n_heads, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=_ANY)
-def _forward(
+def _attend(
     q_in, k_in, v_in, mask, out, seed, call,
     q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token, o_row, o_head, o_token,
     mask_row, mask_query, mask_key, scale, dropout, rows_at_once, n_rows, n_heads, n_tokens, width,
@@ -85,7 +85,7 @@ def _forward(
 
 
 @triton.jit(do_not_specialize=_ANY)
-def _backward(
+def _attend_back(
     q_in, k_in, v_in, mask, g_in, q_grad, k_grad, v_grad, seed, call,
     q_row, q_head, q_token, k_row, k_head, k_token, v_row, v_head, v_token, g_row, g_head, g_token,
     o_row, o_head, o_token,
@@ -157,7 +157,7 @@ class ShortAttention(torch.autograd.Function):
         out = q.new_empty(_tokens_first(q)).transpose(1, 2)
         grid, numbers, constants = _launch(q, mask, members, scale, dropout)
         strides = [stride for x in (q, k, v, out) for stride in x.stride()[:3]]
-        _forward[grid](q, k, v, mask, out, seed, call, *strides, *numbers, **constants)
+        _attend[grid](q, k, v, mask, out, seed, call, *strides, *numbers, **constants)
         ctx.save_for_backward(q, k, v, mask, seed)
         ctx.options = call, (members, scale, dropout)
         return out
@@ -171,7 +171,7 @@ class ShortAttention(torch.autograd.Function):
         grads = [q.new_empty(_tokens_first(q)).transpose(1, 2) for _ in range(3)]
         grid, numbers, constants = _launch(q, mask, *options)
         strides = [stride for x in (q, k, v, g, grads[0]) for stride in x.stride()[:3]]
-        _backward[grid](q, k, v, mask, g, *grads, seed, call, *strides, *numbers, **constants)
+        _attend_back[grid](q, k, v, mask, g, *grads, seed, call, *strides, *numbers, **constants)
         return *grads, None, None, None, None, None, None
 
 

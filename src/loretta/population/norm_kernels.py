@@ -19,7 +19,7 @@ NUMBERS_AT_ONCE = 2048
 
 
 @triton.jit
-def _forward(
+def _norm(
     x, weight, bias, y, mean_out, scale_out, n_rows, width, eps,
     ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -42,7 +42,7 @@ def _forward(
 
 
 @triton.jit
-def _backward(
+def _norm_back(
     g, x, weight, mean_in, scale_in, x_grad, weight_parts, bias_parts, n_rows, width, n_parts, tiles,
     ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -81,7 +81,7 @@ class MemberLayerNorm(torch.autograd.Function):
         y_PBH = x_PBH.new_empty(x_PBH.shape, dtype=dtype)
         mean, scale = (x_PBH.new_empty(size, n_rows, dtype=torch.float32) for _ in range(2))
         rows, columns = _block(width)
-        _forward[(triton.cdiv(n_rows, rows), size)](
+        _norm[(triton.cdiv(n_rows, rows), size)](
             x_PBH, weight_PH, bias_PH, y_PBH, mean, scale, n_rows, width, eps, ROWS=rows, WIDTH=columns, num_warps=4
         )
         ctx.save_for_backward(x_PBH, weight_PH, mean, scale)
@@ -96,7 +96,7 @@ class MemberLayerNorm(torch.autograd.Function):
         parts = triton.cdiv(n_rows, ROWS_OF_A_PART)
         x_grad = torch.empty_like(x_PBH)
         sums = x_PBH.new_empty(2, size, parts, width, dtype=torch.float32)
-        _backward[(parts, size)](
+        _norm_back[(parts, size)](
             grad_PBH.contiguous(), x_PBH, weight_PH, mean, scale, x_grad, *sums,
             n_rows, width, parts, ROWS_OF_A_PART // rows, ROWS=rows, WIDTH=columns, num_warps=4,
         )  # fmt: skip
