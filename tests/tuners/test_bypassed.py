@@ -176,3 +176,11 @@ def test_what_the_code_of_a_class_shows():
     assert read_only_children(Calls) == {"only", "nested_only"}
     assert read_only_children(type("Sub", (Calls,), {"more": lambda self, x: self.only(x)})) == {"nested_only"}
     assert read_only_children(nn.Linear) == set()
+
+
+def test_what_a_model_went_past_is_not_merged_into():
+    """The weight is read: merged, the update would have the effect there that it never had in training."""
+    model, x = fused("rep").train(), torch.randn(3, 12)
+    told(trained(model), x)
+    with pytest.raises(InputError, match=r"cannot merge into 'blocks.a.leave', whose weight the model reads"):
+        model.merge_adapter()

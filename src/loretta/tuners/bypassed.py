@@ -8,6 +8,7 @@ replaced; those that depend on kernels, devices and inputs show when the model f
 import dis
 import functools
 import inspect
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from types import CodeType
 from typing import Any
@@ -40,6 +41,22 @@ def check_called(model: nn.Module, targets: Iterable[str]) -> None:
                 f"the target '{name}' lies in torch's TransformerEncoderLayer, which in evaluation reads its weights "
                 "without calling it: call torch.backends.mha.set_fastpath_enabled(False) first"
             )
+
+
+def places_by_module(model: nn.Module) -> Counter[nn.Module]:
+    """How many modules hold each module of ``model`` as their own part. An adapter goes to one of these places."""
+    return Counter(part for module in model.modules() for part in module._modules.values() if part is not None)
+
+
+def under_other_names(model: nn.Module, targets: Iterable[str]) -> list[str]:
+    """A sentence on targets that other parts of ``model`` hold too: PEFT puts a layer into the first place alone."""
+    places = places_by_module(model)
+    if not (found := [name for name in targets if places[model.get_submodule(name)] > 1]):
+        return []
+    return [
+        f"the model has {len(found)} of the adapted modules under other names as well, where it calls them without "
+        f"the adapter: {', '.join(found)}; leave them out with exclude_modules where that is not wanted"
+    ]
 
 
 def read_only(model: nn.Module) -> set[str]:

@@ -317,11 +317,14 @@ def serving(model: nn.Module) -> Iterator[None]:
             contraction.served = served
 
 
-def _is_as_grouped(group: Group, tensors: Sequence[Tensor]) -> bool:
+def _is_as_grouped(group: Group, tensors: Sequence[Tensor | None]) -> bool:
     return all(map(is_sharded, tensors)) if group.is_sharded else _are_plain(tensors)
 
 
-def _are_plain(tensors: Sequence[Tensor]) -> bool:
-    """Whether tensors are whole and here: not sharded by FSDP or ZeRO, not waiting on another device."""
+def _are_plain(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether tensors are whole and here: not sharded by FSDP or ZeRO, not waiting on another device or for a hook."""
     # a list: a generator costs as much again as what it asks
-    return all([type(t) in (Tensor, nn.Parameter) and not t.is_meta and t.numel() > 0 for t in tensors])  # noqa: C419
+    return all([t is not None and type(t) in _PLAIN and not t.is_meta and t.numel() > 0 for t in tensors])  # noqa: C419
+
+
+_PLAIN = (Tensor, nn.Parameter)

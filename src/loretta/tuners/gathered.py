@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn.functional import pad
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor | None) -> bool:
     """Whether the processes of one mesh have each some rows of ``tensor``, where they compute."""
     return (
         isinstance(tensor, DTensor)

@@ -1,6 +1,7 @@
 """The layers whose trains are contracted together: what such a layer says of itself, and what is made of equal ones."""
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,14 +92,16 @@ class JointLayer(nn.Module):
         raise NotImplementedError
 
 
-def look_up(places: Iterable[Place]) -> list[Tensor]:
-    """The parameters that lie at these places now."""
+def look_up(places: Iterable[Place]) -> list[Any]:
+    """The parameters that lie at these places now; None for one that a hook makes when its module is called."""
     found = []
     for modules, name, parameter in places:
         module = modules._modules[name]
         # a module is slow to ask for its parameters, and FSDP, a parametrization and functional_call put others there
         tensor = module._parameters.get(parameter)
-        found.append(getattr(module, parameter) if tensor is None else tensor)
+        if tensor is None and not module._forward_pre_hooks:  # pruning and weight_norm have such hooks
+            tensor = getattr(module, parameter)
+        found.append(tensor)
     return found
 
 

@@ -56,6 +56,7 @@ class LorettaLayer(JointLayer, BaseTunerLayer):
         self.n_pairs: dict[str, int] = {}
         self.drops: dict[str, bool] = {}
         self.on_read: Callable[[LorettaLayer], None] | None = None  # called when others read the weight
+        self.was_bypassed = False  # others computed with the weight and did not call the layer
 
     def _size(self, name: str) -> tuple[int, int]:
         """(in, out) of the adapted layer. Raises InputError, which names the module, for a layer of another kind."""

@@ -5,12 +5,14 @@ from collections import Counter
 from torch import nn
 
 from loretta.errors import InputError
+from loretta.tuners.bypassed import places_by_module
 from loretta.tuners.layer import LorettaLayer
+from loretta.tuners.norms import TrainedNorm
 from loretta.tuners.placement import is_linear_map
 
 
 def check_mergeable(model: nn.Module, layer_cls: type[LorettaLayer]) -> None:
-    """Refuse weights that are tied, or computed from others, or that a module does more with than multiply.
+    """Refuse weights that more than the adapted module computes with, and those that are no plain factor of a product.
 
     An update of a tied output layer would change the input too, one of a weight that is computed from other parameters
     would be lost at the next call, and one inside a layer that goes on computing is not one beside it.
@@ -18,23 +20,41 @@ def check_mergeable(model: nn.Module, layer_cls: type[LorettaLayer]) -> None:
     Raises InputError that names the first such module.
     """
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    places = places_by_module(model)
     for name, module in model.named_modules():
-        if not isinstance(module, layer_cls):
+        if isinstance(module, layer_cls):
+            base, weights = module.get_base_layer(), [module._base_weight()]
+            _check_layer(name, module, base)
+        elif isinstance(module, TrainedNorm) and module.held:
+            base, weights = module.base_layer, list(module.base_layer.parameters(recurse=False))
+        else:
             continue
-        weight, base = module._base_weight(), module.get_base_layer()
-        own = dict(base.named_parameters(recurse=False))
-        if module.parameter_name not in own and weight.is_floating_point():
-            raise InputError(
-                f"cannot merge into '{name}', whose weight is computed from other parameters: keep the adapter "
-                "unmerged, or first make the weight one again (remove_parametrizations, prune.remove, ...)"
-            )
-        if owners[id(weight)] > 1:
+        if any(owners[id(weight)] > 1 for weight in weights):
             raise InputError(
                 f"cannot merge into '{name}', whose weight is tied to another module's: keep the adapter unmerged, "
                 "or load the base model with tie_word_embeddings=False and a copy of the weight"
             )
-        if not is_linear_map(base):
+        if places[base] > 1:
             raise InputError(
-                f"cannot merge into '{name}', a {type(base).__name__}, which does more with its weight than multiply: "
-                "keep the adapter unmerged"
+                f"cannot merge into '{name}', a module that the model also has under another name, where the adapter "
+                "does not act: keep the adapter unmerged"
             )
+
+
+def _check_layer(name: str, layer: LorettaLayer, base: nn.Module) -> None:
+    weight = layer._base_weight()
+    if layer.parameter_name not in dict(base.named_parameters(recurse=False)) and weight.is_floating_point():
+        raise InputError(
+            f"cannot merge into '{name}', whose weight is computed from other parameters: keep the adapter "
+            "unmerged, or first make the weight one again (remove_parametrizations, prune.remove, ...)"
+        )
+    if not is_linear_map(base):
+        raise InputError(
+            f"cannot merge into '{name}', a {type(base).__name__}, which does more with its weight than multiply: "
+            "keep the adapter unmerged"
+        )
+    if layer.was_bypassed:
+        raise InputError(
+            f"cannot merge into '{name}', whose weight the model reads without calling it: what the adapter had no "
+            "effect on would change; keep it unmerged, or leave the module out with exclude_modules"
+        )

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from loretta.errors import InputError
 from loretta.tuners.calls import Factors
@@ -48,6 +48,20 @@ def check_rows_first(model: nn.Module, model_type: str | None) -> None:
             f"adapter_names: the layers of this {type(model).__name__} get positions in the first dimension and rows "
             "in the second, so they cannot have one adapter for each row: call the model once for each adapter"
         )
+
+
+# Models that make one dimension of batch and positions before their feed-forward blocks
+_FLATTENS = {"opt"}
+
+
+def pass_adapter_names(
+    names: list[str], model_type: str | None, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict
+) -> tuple[tuple[Tensor, ...], dict]:
+    """As a hook before the call of a module: give it the adapter of each row, or of each position of a row."""
+    flat = model_type in _FLATTENS and names and args and args[0].dim() == 2
+    positions, rest = divmod(len(args[0]), len(names)) if flat else (1, 0)
+    kwargs["adapter_names"] = names if rest else [name for name in names for _ in range(positions)]
+    return args, kwargs
 
 
 def named(model: nn.Module) -> tuple[str, ...] | None:

@@ -19,7 +19,7 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from loretta.errors import InputError
-from loretta.tuners.bypassed import check_called
+from loretta.tuners.bypassed import check_called, under_other_names
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.contraction import Contraction
 from loretta.tuners.copies import AdapterCopy, check_copies_are_here, rename_copy
@@ -27,7 +27,7 @@ from loretta.tuners.heads import agree_on_origins, copy_cost, head_names, instal
 from loretta.tuners.labels import fit_final_layer, note_labels
 from loretta.tuners.layer import LorettaLayer, at_least_float32, is_offloaded, keep_differentiable
 from loretta.tuners.mergeable import check_mergeable
-from loretta.tuners.mixed import check_rows_first, naming
+from loretta.tuners.mixed import check_rows_first, naming, pass_adapter_names
 from loretta.tuners.names import check_adapter_name, check_endings
 from loretta.tuners.norms import TrainedNorm, is_norm, norms_of, values_as_changes
 from loretta.tuners.placement import (
@@ -39,7 +39,7 @@ from loretta.tuners.placement import (
     unused_options,
 )
 from loretta.tuners.taken import take_over
-from loretta.tuners.tensors import check_not_merged, check_tensors
+from loretta.tuners.tensors import check_not_merged, check_tensors, names_alone, renamed
 from loretta.tuners.watch import Watch
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -92,11 +92,13 @@ class LorettaModel(BaseTuner):
             experts = self.place_parameters(config, model)
             self.planned = {placement.name: placement for placement in (*placements, *experts)}
             check_signature(config, [*placements, *experts])
-            check_called(model, [placement.name for placement in placements])
+            names = [placement.name for placement in placements]
+            check_called(model, names)
             placements += experts
             # defaults name modules of several versions, and a saved adapter was told when it was made
             asked = None if getattr(config, "_targets_by_default", False) or config.base_signature else asked
-            for sentence in unused_options(config, asked, placements, model):
+            names += norms_of(model) if config.train_norms else []
+            for sentence in unused_options(config, asked, placements, model) + under_other_names(model, names):
                 warnings.warn(sentence, stacklevel=2)
         check_copies_are_here(model, bool(config.train_norms or config.modules_to_save or head_names(model, config)))
         check_endings(adapter_name, [*(config.modules_to_save or []), *head_names(model, config)])
@@ -253,7 +255,7 @@ class LorettaModel(BaseTuner):
         if isinstance(target, TrainedNorm) or is_norm(target):  # the weights to be loaded name the targets
             self._train_norm(current_key, adapter_name, inference_mode=peft_config.inference_mode)
             return
-        if isinstance(target, self.layer_cls):
+        if isinstance(target, LorettaLayer) and target.prefix == self.prefix:
             self._update_layer(target, adapter_name, peft_config, current_key, _base_of(target))
             return
         layer: Any = self.layer_cls(target, name=current_key, **get_quantization_kwargs(self.model))
@@ -333,10 +335,9 @@ class LorettaModel(BaseTuner):
         repeated = [name for name in adapter_names for _ in range(beams)]
         encoder = self.model.get_encoder() if beams > 1 and hasattr(self.model, "get_encoder") else None
         once = set(encoder.modules()) if encoder is not None and encoder is not self.model else set()
-        flattens = model_type in _FLATTENS
         handles = [
             layer.register_forward_pre_hook(
-                partial(_pass_adapter_names, list(adapter_names) if layer in once else repeated, flattens),
+                partial(pass_adapter_names, list(adapter_names) if layer in once else repeated, model_type),
                 with_kwargs=True,
             )
             for layer in layers
@@ -353,12 +354,14 @@ class LorettaModel(BaseTuner):
         """PEFT's selection of what to save; the config, which is saved next, learns what model it was trained on."""
         layers = [module for module in model.modules() if isinstance(module, cls.layer_cls)]
         sign(config, [layer.placements[adapter_name] for layer in layers if adapter_name in layer.placements])
-        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        return renamed(found, names_alone(model, cls.prefix))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         """PEFT's key translation, then a check that the adapter was made for this base model."""
         check_not_merged(model, adapter_name)
+        state_dict = renamed(state_dict, {alone: name for name, alone in names_alone(model, cls.prefix).items()})
         state_dict = values_as_changes(model, adapter_name, state_dict)
         loaded = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
@@ -379,14 +382,3 @@ class LorettaModel(BaseTuner):
 
 def _base_of(module: nn.Module) -> nn.Module:
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-
-
-# Models that make one dimension of batch and positions before their feed-forward blocks
-_FLATTENS = {"opt"}
-
-
-def _pass_adapter_names(names: list[str], flattens: bool, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict):
-    flat = flattens and names and args and args[0].dim() == 2
-    positions, rest = divmod(len(args[0]), len(names)) if flat else (1, 0)
-    kwargs["adapter_names"] = names if rest else [name for name in names for _ in range(positions)]
-    return args, kwargs

@@ -11,6 +11,8 @@ from transformers import AutoConfig
 from loretta.errors import InputError
 from loretta.wording import quoted
 
+PEFTS = "base_model.model."  # begins the keys of the files that PeftModel writes
+
 
 def check_not_merged(model: nn.Module, adapter_name: str) -> None:
     """Refuse to give other values to an adapter that is merged: unmerging would subtract them from the base weights.
@@ -48,7 +50,7 @@ def check_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[str, Ten
                 "it was made with other options; load it under a name that is free, with the config beside it"
             )
         # PEFT passes over tensors of modules that this model lacks
-        key = given if given in base else given.removeprefix("base_model.model.")
+        key = given if given in base else given.removeprefix(PEFTS)
         if key not in base or key.endswith(".bias") or key.startswith(allowed):
             continue
         if not (key.startswith(resizable) and _keeps_rows(base[key], tensors[given], _rows_of_checkpoint(model))):
@@ -56,6 +58,37 @@ def check_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[str, Ten
                 f"the adapter's file also holds {quoted(key)}, which would overwrite the base model: load adapters "
                 "from where you trust, or remove that tensor"
             )
+
+
+def names_alone(model: nn.Module, prefix: str) -> dict[str, str]:
+    """Names of the parts of a method's layers, by ``prefix``, around which another method has put its own layers since.
+
+    Each with the name that it has without those layers: an adapter is saved and loaded under it.
+    """
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    # the inner ones first, whose names hold those of the outer ones
+    others = [f"{name}.base_layer." for name, module in reversed(layers) if getattr(module, "prefix", "") != prefix]
+    found = {}
+    for name, module in layers:
+        if getattr(module, "prefix", "") == prefix:
+            whole = alone = f"{name}.{prefix}"
+            for other in others:
+                if alone.startswith(other):
+                    alone = other.removesuffix("base_layer.") + alone.removeprefix(other)
+            if alone != whole:
+                found[whole] = alone
+    return found
+
+
+def renamed(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
+    """Tensors whose keys begin with one of ``names``, after PEFT's own beginning or without it, under the new one."""
+    found = {}
+    for key, tensor in tensors.items():
+        start = PEFTS if key.startswith(PEFTS) and not any(name.startswith(PEFTS) for name in names) else ""
+        rest = key.removeprefix(start)
+        name = next((name for name in names if rest.startswith(name)), "")
+        found[start + names.get(name, "") + rest.removeprefix(name)] = tensor
+    return found
 
 
 def _homes(model: nn.Module, adapter_name: str) -> list[str]:

@@ -69,6 +69,7 @@ class Watch:
                 narrowed += [name] if layer.narrowed() else []
                 if layer in self.read and layer not in self.called and _should_add(layer):
                     names.append(name)
+                    layer.was_bypassed = True
         self.handles, self.read, self.called = [], {}, set()
         if output is None:
             return
