@@ -116,7 +116,7 @@ def triton_width(n_tokens):
     return max(16, 1 << (n_tokens - 1).bit_length())
 
 
-def test_short_rows_in_half_precision_take_the_kernel(monkeypatch):
+def test_short_rows_take_the_kernel(monkeypatch):
     """Each layer draws other numbers; what does not fit is torch's."""
     calls = []
     ordinary = ShortAttention.apply

@@ -22,7 +22,7 @@ LINE = 8  # numbers
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 # of which a kernel of our own holds a row in one block
 MOST_TOKENS, WIDEST_HEAD = 128, 128
-HALVES = (torch.bfloat16, torch.float16)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class PackedAttention(TorchFunctionMode):
@@ -84,7 +84,7 @@ class PackedAttention(TorchFunctionMode):
 
 
 class ShortRows(TorchFunctionMode):
-    """In this block attention among few tokens is a kernel of our own, in half precision.
+    """In this block attention among few tokens is a kernel of our own.
 
     The result is the same but for rounding, and for which numbers dropout draws.
 
@@ -95,7 +95,7 @@ class ShortRows(TorchFunctionMode):
     def __init__(self, members: int) -> None:
         super().__init__()
         self.members = members
-        self.seed: Tensor | None = None  # one serves all layers
+        self.seed: Tensor | None = None  # of dropout; one serves all layers
         self.calls = 0
 
     def __torch_function__(
@@ -117,17 +117,14 @@ class ShortRows(TorchFunctionMode):
         enable_gqa: bool = False,
     ) -> Tensor:
         """(B, H, T, D) each, and a mask of bools (B, 1, T or 1, T)."""
-        alike = query.dim() == 4 and query.shape == key.shape == value.shape
-        masked = attn_mask is not None and attn_mask.dtype is torch.bool and attn_mask.dim() == 4
-        if not (alike and masked and _fits(query) and attn_mask.shape[1] == 1) or is_causal:  # type: ignore[union-attr]
+        if attn_mask is None or is_causal or not self._fits(query, key, value, attn_mask):
             return nn.functional.scaled_dot_product_attention(
                 query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
             )
         from loretta.population.attention_kernels import ShortAttention
 
-        assert attn_mask is not None
         n_rows, _, n_tokens, width = query.shape
-        if self.seed is None:
+        if dropout_p > 0 and self.seed is None:
             self.seed = torch.randint(2**62, (1,), device=query.device)
         self.calls += 1
         mask = attn_mask.expand(n_rows, 1, n_tokens, n_tokens)
@@ -137,6 +134,9 @@ class ShortRows(TorchFunctionMode):
         )
         return found
 
-
-def _fits(query: Tensor) -> bool:
-    return query.shape[-2] <= MOST_TOKENS and query.shape[-1] <= WIDEST_HEAD and query.dtype in HALVES and has_triton()
+    def _fits(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> bool:
+        if query.dim() != 4 or not query.shape == key.shape == value.shape or query.dtype not in DTYPES:
+            return False
+        n_rows, _, n_tokens, width = query.shape
+        whole = mask.dtype is torch.bool and mask.dim() == 4 and mask.shape[1] == 1 and n_rows % self.members == 0
+        return whole and n_tokens <= MOST_TOKENS and width <= WIDEST_HEAD and has_triton()

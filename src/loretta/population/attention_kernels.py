@@ -134,7 +134,7 @@ class ShortAttention(torch.autograd.Function):
         mask: bool, expandable to (B, 1, T, T): what each token sees.
         scale: of the scores before the softmax.
         dropout: of the shares behind it.
-        seed: (1) on the device, for dropout.
+        seed: (1) on the device, where there is dropout.
         call: added to the seed, so that one serves several layers.
         members: of whom each has an equal share of the rows. What is not finite in one stays there.
     """
@@ -148,7 +148,7 @@ class ShortAttention(torch.autograd.Function):
         mask: Tensor,
         scale: float,
         dropout: float,
-        seed: Tensor,
+        seed: Tensor | None,
         call: int,
         members: int,
     ) -> Tensor:
