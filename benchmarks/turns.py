@@ -1,8 +1,9 @@
-"""Training steps of many cells, each method in a process of its own: all compile at once, then they take turns.
+"""Training steps of many cells, each method in a process of its own: they build together, then take turns.
 
 A compiled step takes half a minute to build and some milliseconds to run, and an eager one waits for a CPU whose speed
-moves. So every process builds and warms up while the others do; when all are ready one of them works at a time, and
-the methods of a cell follow each other in several rounds, whose times are put together. The rows are those of speed.py.
+moves. So the processes of a cell, or of a few cells, build and warm up together; when all are ready one works at a time
+while the others sleep, and the methods follow each other in several rounds, whose times are put together. Then these
+processes end, and those of the next cells begin. The rows are those of speed.py.
 
 A cell is MODE:SHAPE:BATCHxTOKENS, with :LAYERS behind it where the model is to be cut.
 
@@ -188,8 +189,10 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(METHODS).replace("q,v", "q+v"), help="besides the floor")
     parser.add_argument("--steps", type=int, default=15, help="of each turn")
     parser.add_argument("--rounds", type=int, default=4)
-    parser.add_argument("--wait", type=float, default=240, help="seconds in which all have to be ready")
+    parser.add_argument("--wait", type=float, default=240, help="seconds in which those have to be ready")
     parser.add_argument("--after", type=Path, help="a file: nothing is timed before it is there")
+    parser.add_argument("--at-once", type=int, default=1, help="cells whose processes live at the same time")
+    parser.add_argument("--budget", type=float, default=3600, help="seconds after which no further cells are begun")
     parser.add_argument("--compile-threads", type=int, default=2)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16")
@@ -203,24 +206,28 @@ def main() -> None:
         work(cells[args.cells[0]], methods[0], args)
         return
     args.out_dir.mkdir(parents=True, exist_ok=True)
-    until = time.monotonic() + args.wait
-    workers = [Worker(cell, name, method, args) for name, cell in cells.items() for method in [FLOOR, *methods]]
-    try:
-        wait_for(workers, until)
-        while args.after is not None and not args.after.exists():
-            time.sleep(0.2)
-        for name, cell in cells.items():
-            of_cell = [worker for worker in workers if worker.name == name]
-            take_turns(of_cell, args)
-            for worker in of_cell:
-                worker.row = {**(worker.row or {}), **(worker.ask("kernels") or {})}
-            if rows := rows_of(of_cell):
-                write(cell, rows, args)
-            for worker in of_cell:
+    end, names = time.monotonic() + args.budget, list(cells)
+    for first in range(0, len(names), args.at_once):
+        together = names[first : first + args.at_once]
+        if time.monotonic() > end:
+            print(f"not measured, the budget is spent: {', '.join(names[first:])}", flush=True)
+            break
+        until = time.monotonic() + args.wait
+        workers = [Worker(cells[name], name, method, args) for name in together for method in [FLOOR, *methods]]
+        try:
+            wait_for(workers, until)
+            while args.after is not None and not args.after.exists():
+                time.sleep(0.2)
+            for name in together:
+                of_cell = [worker for worker in workers if worker.name == name]
+                take_turns(of_cell, args)
+                for worker in of_cell:
+                    worker.row = {**(worker.row or {}), **(worker.ask("kernels") or {})}
+                if rows := rows_of(of_cell):
+                    write(cells[name], rows, args)
+        finally:
+            for worker in workers:
                 worker.end()
-    finally:
-        for worker in workers:
-            worker.end()
 
 
 if __name__ == "__main__":

@@ -122,8 +122,9 @@ class LorettaModel(BaseTuner):
                 norm.expects_values_of = adapter_name
             norm.known = {name: norm.known.get(name, False) for name in self.peft_config}
         layers: list[Any] = [*self._layers(LorettaLayer), *self._layers(TrainedNorm)]
+        followers = self._layers(AuxiliaryTrainingWrapper)
         for layer in layers:
-            layer.followers = self._layers(AuxiliaryTrainingWrapper)
+            layer.followers = followers
         Contraction.attach(model)
         Watch.attach(model)
 
