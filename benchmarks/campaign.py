@@ -9,6 +9,7 @@ in benchmarks/results/ as soon as it is made, and what is there already is not r
 """
 
 import argparse
+import contextlib
 import json
 import sys
 import tempfile
@@ -25,7 +26,7 @@ import forms
 import instruct
 from cells import cells_beyond, cells_of, joined, left
 from claims import Worker, oversee, taken
-from encoders import graphable
+from encoders import graphable, plain_functions
 from protocol import cell_of, read_rows
 from tables import RESULTS
 
@@ -131,6 +132,7 @@ def main() -> None:
     parser.add_argument("--grace", type=float, default=1e9, help="seconds that begun cells then have")
     parser.add_argument("--max-steps", type=int)
     parser.add_argument("--limit", type=int, help="rows of each split")
+    parser.add_argument("--plain", action="store_true", help="populations use torch's functions and no kernels of ours")
     parser.add_argument("--list", action="store_true", help="what would be run, and nothing more")
     parser.add_argument("--queue", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
@@ -138,7 +140,7 @@ def main() -> None:
     args = parser.parse_args()
     entries = tomllib.loads(args.plan.read_text())["jobs"]
     if args.queue is not None:
-        with graphable():
+        with graphable(), plain_functions() if args.plain else contextlib.nullcontext():
             work(entries, args)
         return
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""MPNet with positions that stay on the GPU, so that its steps can be recorded as CUDA graphs."""
+"""How models of the evidence compute on a GPU: MPNet so that its steps can be recorded, populations plainly."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
+
+from loretta.population import members
+from loretta.population.population import Population
 
 
 @cache
@@ -43,3 +46,11 @@ def graphable() -> Iterator[None]:
             yield
         finally:
             del ALL_MASK_ATTENTION_FUNCTIONS["eager"]
+
+
+@contextlib.contextmanager
+def plain_functions() -> Iterator[None]:
+    """Populations compute by torch's own functions, as those of earlier rows did."""
+    norms = mock.patch.object(members, "has_triton", return_value=False)
+    with norms, mock.patch.object(Population, "modes_on_gpu", ()):
+        yield

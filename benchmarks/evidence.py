@@ -16,7 +16,8 @@ import pandas as pd
 from board import Board, Row, markdown, paired, signed, verdict, words
 from methods import UNTRAINED
 from peers import PEERS
-from protocol import LEAKS, at_edge, best_rate, by_seed, chosen, interval, mean_by_seed, read_rows, same_seeds
+from protocol import LEAKS, at_edge, best_rate, chosen, interval, read_rows, same_seeds
+from rates import one_rate_table, rates_table
 from retention import forgetting_rows, forgetting_table, overfitting_table, reading_table
 from tables import RESULTS, ROOT, filled
 from verdicts import (
@@ -36,7 +37,6 @@ from verdicts import (
 CHOOSING, PAGE, PICTURE = ROOT / "docs" / "choosing.md", ROOT / "RESULTS.md", ROOT / "docs" / "front.svg"
 README = ROOT / "README.md"
 NAMES = {"mcc": "Matthews", "f1": "F1", "spearman": "Spearman", "accuracy": "accuracy", "loss": "loss"}
-ONE_RATES = ("0.00075", "0.0015", "0.003")
 CLOSE = 1.25  # counts so near that the smaller one has its name on the left
 
 
@@ -117,47 +117,6 @@ def equal_table(model: str, found: Sequence[Row], which: str) -> str:
     return markdown(lines, ["form", "trained", "score", "LoRA at that count", "difference", ""]) if lines else ""
 
 
-def rates_table(found: Sequence[Row]) -> str:
-    """Scores against the learning rate, and the rate at which each form is best."""
-    some = [row for row in found if row.get("part") == "rates" and row["family"] in ("LoRETTA", "LoRA")]
-    if not some:
-        return "Not measured yet.\n"
-    rates = sorted({rate for row in some for rate in row["held_out"]}, key=float)
-    lines = []
-    for row in sorted(some, key=lambda row: (row["model"], row["method"].split(" r=")[0], row["trained"])):
-        scores = {rate: [s for s in row["held_out"][rate] if s is not None] for rate in row["held_out"]}
-        cells = [f"{mean(scores[rate]):.3f}" if scores.get(rate) else "" for rate in rates]
-        model = MODELS[row["model"]].partition(" ")[0]
-        lines.append([row["method"], model, row["task"], f"{row['trained']:,}", *cells, f"{peak(row):.2g}"])
-    return markdown(
-        lines, ["form", "model", "task", "trained", *[f"{float(rate):g}" for rate in rates], "peak"], left=3
-    )
-
-
-def one_rate_table(found: Sequence[Row]) -> str:
-    """What it costs to take one rate on every task in place of the best of the grid: held-out means."""
-    lines = []
-    for model, shown in MODELS.items():
-        board = Board(found, model, "held_out")
-        for method, best in board.complete().items():
-            if not board.trained(method):
-                continue
-            cells = [board.cells[method, task] for task in board.common]
-            line = [shown.partition(" ")[0], method, f"{board.trained(method):,}", words(best)]
-            for rate in ONE_RATES:
-                fixed = at_rate(cells, rate)
-                line.append("" if fixed is None else signed(paired(fixed, best)))
-            lines.append(line)
-    return markdown(lines, ["model", "method", "trained", "own rates", *(f"at {r}" for r in ONE_RATES)], left=2)
-
-
-def at_rate(cells: Sequence[Row], rate: str) -> pd.Series | None:
-    """The means over tasks at one rate, by seed, a member that diverged having 0; None if a task lacks the rate."""
-    if not all(rate in row["held_out"] for row in cells):
-        return None
-    return mean_by_seed([by_seed(row, row["held_out"][rate]).fillna(0.0) for row in cells])
-
-
 def fits_table() -> str:
     """What the nearest trains of each form keep of a trained LoRA, and of random updates with its singular values."""
     file = RESULTS / "causes.json"
@@ -226,18 +185,6 @@ def peers_table(found: Sequence[Row]) -> str:
         lines.append([row["method"], row["task"], f"{row['trained']:,}", *best, *searched])
     columns = ["method", "task", "trained", "held-out score", "rate", "of rates", "seeds"]
     return markdown(lines, columns, left=2) if lines else "Not measured yet.\n"
-
-
-def peak(row: Row) -> float:
-    """The rate at the top of the parabola through the best rate and its neighbours, in the logarithm of the rate."""
-    rates = sorted(row["held_out"], key=float)
-    means = [mean(s for s in row["held_out"][rate] if s is not None) for rate in rates]
-    at = max(range(len(rates)), key=means.__getitem__)
-    if at in (0, len(rates) - 1):
-        return float(rates[at])
-    left, top, right = means[at - 1 : at + 2]
-    shift = 0.5 * (left - right) / (left - 2 * top + right) if left - 2 * top + right else 0.0
-    return float(rates[at]) * (float(rates[at + 1]) / float(rates[at])) ** shift
 
 
 def results_of(model: str, task: str, found: Sequence[Row]) -> str:

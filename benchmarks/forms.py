@@ -35,6 +35,7 @@ from methods import ALL, FROZEN, IA3, METHODS, NORMS, OURS, QV, UNTRAINED
 from prompts import give_head, option_tokens, perplexities, write_words
 from protocol import HEAD_RATE, OFFICIAL_LENGTH, TASKS, read_rows, split
 
+from loretta.errors import InputError
 from loretta.population import training as population_training
 from loretta.population.loop import Loop
 from loretta.population.rows import Rows
@@ -144,7 +145,12 @@ def measure(cell: Cell, args: argparse.Namespace, data: Path) -> dict[str, Any]:
     torch.cuda.empty_cache()
     with tempfile.TemporaryDirectory() as folder:
         configs = configs_of(cell, args, data, Path(folder))
-        found = in_halves(configs, cell, args, Path(folder))
+        try:
+            found = in_halves(configs, cell, args, Path(folder))
+        except InputError as error:
+            print(f"{cell.file}: without CUDA graphs, since {error}", flush=True)
+            configs = [config.model_copy(update={"cuda_graph": False}) for config in configs]
+            found = in_halves(configs, cell, args, Path(folder))
     method = METHODS[cell.method]
     row = {
         "part": cell.part, "model": Path(args.model).name, "task": cell.task, "method": cell.method,

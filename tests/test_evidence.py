@@ -15,7 +15,9 @@ from tolerances import assert_near
 from training_data import sentences
 from transformers import MPNetConfig, MPNetModel
 
-from loretta import LorettaSharedConfig, tt
+from loretta import InputError, LorettaSharedConfig, tt
+from loretta.population import members
+from loretta.population.population import Population
 from loretta.training.methods import METHODS
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
@@ -28,9 +30,10 @@ import evidence  # noqa: E402
 import forms  # noqa: E402
 import methods  # noqa: E402
 import protocol  # noqa: E402
+import rates  # noqa: E402
 import verdicts  # noqa: E402
 from claims import collect, take  # noqa: E402
-from encoders import graphable  # noqa: E402
+from encoders import graphable, plain_functions  # noqa: E402
 from tables import filled  # noqa: E402
 
 
@@ -160,9 +163,7 @@ def test_methods_are_compared_on_the_seeds_that_all_of_them_have_each_with_itsel
     same = board.paired(made.scores("norms", "cola"), made.scores("LoRA r=1", "cola"))
     assert dict(same.round(12)) == {0: 0, 1: 0, 2: 0}
     assert dict(made.complete()["LoRA r=1"]) == pytest.approx({1: 0.3, 2: 0.45})
-    assert evidence.one_rate_table(
-        [{**row, "held_out": {"0.0015": row["held_out"]["0.001"]}} for row in [*cola, *short]]
-    )
+    assert rates.one_rate_table([{**row, "held_out": {"0.0015": row["held_out"]["0.001"]}} for row in [*cola, *short]])
     with pytest.raises(ValueError, match="all-MiniLM-L6-v2, cola have no seed in common"):
         protocol.same_seeds([long, {**long, "seeds": [5, 6, 7, 8, 9]}])
 
@@ -274,18 +275,28 @@ STARTS = {
 @pytest.mark.parametrize(("name", "method"), STARTS.items())
 def test_a_method_starts_at_the_rate_that_held_out_rows_of_both_encoders_liked_best(name, method):
     found, means = evidence.rows(), {}
-    for rate in evidence.ONE_RATES:
+    for rate in rates.ONE_RATES:
         boards = [board.Board(found, model, "held_out") for model in list(verdicts.MODELS)[:2]]
-        of_models = [evidence.at_rate([one.cells[method, task] for task in one.common], rate) for one in boards]
+        of_models = [rates.at_rate([one.cells[method, task] for task in one.common], rate) for one in boards]
         if all(scores is not None for scores in of_models):
             means[float(rate)] = sum(scores.mean() for scores in of_models)
     assert METHODS[name].learning_rate == max(means, key=means.__getitem__), means
 
 
+def test_the_peak_of_a_form_moves_by_the_factor_between_its_ranks():
+    scores = {"0.001": [0.1], "0.002": [0.3], "0.004": [0.1]}
+    rows = [
+        {"part": "rates", "family": "LoRA", "model": "all-MiniLM-L6-v2", "task": "cola", "method": f"LoRA r={rank}",
+         "trained": rank, "held_out": {f"{float(rate) * 3 ** k:g}": some for rate, some in scores.items()}}
+        for k, rank in enumerate((1, 8))
+    ]  # fmt: skip
+    assert rates.rates_table(rows).startswith("Over its ranks the peak moves by a factor of 3.0 for LoRA on MiniLM.")
+
+
 def test_a_member_that_diverged_counts_nothing_at_its_rate():
     cells_of = [{**ROW, "held_out": {"0.001": [0.2, None]}}, {**ROW, "held_out": {"0.001": [0.4, 0.4]}}]
-    assert dict(evidence.at_rate(cells_of, "0.001")) == pytest.approx({0: 0.3, 1: 0.2})
-    assert evidence.at_rate(cells_of, "0.002") is None
+    assert dict(rates.at_rate(cells_of, "0.001")) == pytest.approx({0: 0.3, 1: 0.2})
+    assert rates.at_rate(cells_of, "0.002") is None
 
 
 def test_a_grid_is_a_factor_of_two_apart():
@@ -312,6 +323,30 @@ def test_a_cell_is_measured_from_its_files_to_its_row(bert, tmp_path):
     assert row["config"]["method"] == "shared"
     config = LorettaSharedConfig(**row["config"]["options"])
     assert (config.tensor_rank, config.train_norms, config.target_modules) == (2, True, "all-linear")
+
+
+def test_a_cell_whose_steps_cannot_be_recorded_is_trained_without_graphs(bert, tmp_path, monkeypatch):
+    member = {"same": {"trained": 1}, "held_out": 0.5, "official": 0.4, "curve": [0.5], "train_loss": 1.0}
+    recorded = []
+
+    def trained(configs, *_):
+        recorded.append(configs[0].cuda_graph)
+        if configs[0].cuda_graph:
+            raise InputError("a step of this model waits for the GPU")
+        return [member for _ in configs]
+
+    monkeypatch.setattr(forms, "trained", trained)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    args = argparse.Namespace(model=bert, data_dir=tmp_path, max_steps=4, limit=None, cpu=False)
+    cell = forms.Cell(task="cola", method="shared r=2 + norms", rates=(1e-3,), seeds=(0, 1), epochs=2)
+    assert forms.measure(cell, args, tmp_path)["official"] == {"0.001": [0.4, 0.4]}
+    assert recorded == [True, False]
+
+
+def test_populations_can_be_told_to_use_no_kernels_of_ours():
+    with plain_functions():
+        assert (Population.modes_on_gpu, members.has_triton()) == ((), False)
+    assert Population.modes_on_gpu
 
 
 ROWS = evidence.rows()

@@ -1,0 +1,73 @@
+"""Scores against the learning rate: where each form is best, and what one rate for all tasks costs."""
+
+from collections.abc import Sequence
+from statistics import mean
+
+import pandas as pd
+from board import Board, Row, markdown, paired, signed, words
+from protocol import by_seed, mean_by_seed
+from verdicts import MODELS
+
+ONE_RATES = ("0.00075", "0.0015", "0.003")
+
+
+def rates_table(found: Sequence[Row]) -> str:
+    """Scores against the learning rate, and the rate at which each form is best."""
+    some = [row for row in found if row.get("part") == "rates" and row["family"] in ("LoRETTA", "LoRA")]
+    if not some:
+        return "Not measured yet.\n"
+    rates = sorted({rate for row in some for rate in row["held_out"]}, key=float)
+    lines = []
+    for row in sorted(some, key=lambda row: (row["model"], row["method"].split(" r=")[0], row["trained"])):
+        scores = {rate: [s for s in row["held_out"][rate] if s is not None] for rate in row["held_out"]}
+        cells = [f"{mean(scores[rate]):.3f}" if scores.get(rate) else "" for rate in rates]
+        model = MODELS[row["model"]].partition(" ")[0]
+        lines.append([row["method"], model, row["task"], f"{row['trained']:,}", *cells, f"{peak(row):.2g}"])
+    columns = ["form", "model", "task", "trained", *[f"{float(rate):g}" for rate in rates], "peak"]
+    return f"{peaks_sentence(some)}\n\n{markdown(lines, columns, left=3)}"
+
+
+def peaks_sentence(some: Sequence[Row]) -> str:
+    """By what factor the best rate of each form moves over its ranks."""
+    peaks: dict[tuple[str, str], list[float]] = {}
+    for row in some:
+        name = row["method"].split(" r=")[0]
+        peaks.setdefault((MODELS[row["model"]].partition(" ")[0], name), []).append(peak(row))
+    moved = [f"{max(of) / min(of):.1f} for {name} on {model}" for (model, name), of in sorted(peaks.items()) if of[1:]]
+    return f"Over its ranks the peak moves by a factor of {', '.join(moved)}." if moved else ""
+
+
+def one_rate_table(found: Sequence[Row]) -> str:
+    """What it costs to take one rate on every task in place of the best of the grid: held-out means."""
+    lines = []
+    for model, shown in MODELS.items():
+        board = Board(found, model, "held_out")
+        for method, best in board.complete().items():
+            if not board.trained(method):
+                continue
+            cells = [board.cells[method, task] for task in board.common]
+            line = [shown.partition(" ")[0], method, f"{board.trained(method):,}", words(best)]
+            for rate in ONE_RATES:
+                fixed = at_rate(cells, rate)
+                line.append("" if fixed is None else signed(paired(fixed, best)))
+            lines.append(line)
+    return markdown(lines, ["model", "method", "trained", "own rates", *(f"at {r}" for r in ONE_RATES)], left=2)
+
+
+def at_rate(cells: Sequence[Row], rate: str) -> pd.Series | None:
+    """The means over tasks at one rate, by seed, a member that diverged having 0; None if a task lacks the rate."""
+    if not all(rate in row["held_out"] for row in cells):
+        return None
+    return mean_by_seed([by_seed(row, row["held_out"][rate]).fillna(0.0) for row in cells])
+
+
+def peak(row: Row) -> float:
+    """The rate at the top of the parabola through the best rate and its neighbours, in the logarithm of the rate."""
+    rates = sorted(row["held_out"], key=float)
+    means = [mean(s for s in row["held_out"][rate] if s is not None) for rate in rates]
+    at = max(range(len(rates)), key=means.__getitem__)
+    if at in (0, len(rates) - 1):
+        return float(rates[at])
+    left, top, right = means[at - 1 : at + 2]
+    shift = 0.5 * (left - right) / (left - 2 * top + right) if left - 2 * top + right else 0.0
+    return float(rates[at]) * (float(rates[at + 1]) / float(rates[at])) ** shift
