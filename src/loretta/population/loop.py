@@ -43,8 +43,8 @@ PIECES = 4
 FIXED = {"cuda": 2**23, "cpu": 2**13}
 # a larger part is no faster for each token, and takes memory
 MOST = {"cuda": 2**25, "cpu": 2**22}
-# rows of a batch from which padding costs more than recording twice as many shapes
-MANY_ROWS = 512
+# rows of a whole training, times width, whose padding costs more than recording twice as many shapes: a second
+MANY_ROWS = 2**28
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,8 +146,8 @@ class Loop:
             "kind": self.kind,
         }
         if cuda_graph:
-            many = population.size * rules.batch_size >= MANY_ROWS
-            self._of_rows["padded"] = near if many else bucket
+            n_rows = rules.steps * rules.batch_size * population.size
+            self._of_rows["padded"] = near if n_rows * population.width >= MANY_ROWS else bucket
         self.rows = {split: self._rows_of(split) for split in ("train", "validation")}
         # in tokens of this population, be it a sample of a larger one
         width = population.width * (size or population.size) / population.size
