@@ -210,3 +210,26 @@ def test_one_pass_waits_while_others_come_and_go(method, checkpoint):
             other.result(PATIENCE_S)
     pending.backward()
     assert_gradients_near({name: p.grad for name, p in trainable(model).items()}, ref)
+
+
+@every_method
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_mixed_batches_beside_each_other_and_beside_a_plain_call(family, method):
+    """Norms and a head too: the names that one call gives to its rows are no other call's."""
+    model, inputs = wrap(family, method)
+    trained(model).add_adapter("other", model.peft_config["default"])
+    model.set_adapter("other")
+    trained(model, seed=2).double().eval()
+    first, second = ["default", "other", "__base__", "other"], ["other", "default", "default", "__base__"]
+
+    def answer(names: list[str] | None) -> Tensor:
+        return logits(model, inputs, **({} if names is None else {"adapter_names": names}))
+
+    expected = [answer(names) for names in (first, second, None)]
+    assert not torch.allclose(expected[0], expected[1])
+    for _ in range(3):
+        for got, ref in zip(
+            run_together(model, *(partial(answer, names) for names in (first, second, None))), expected, strict=True
+        ):
+            assert_near("logits", got, ref)
+    assert_near("after all", answer(None), expected[2])

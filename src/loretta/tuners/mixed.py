@@ -6,9 +6,11 @@ The cost of a batch does not grow with the number of adapters in it, beyond that
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from loretta.errors import InputError
 from loretta.tuners.calls import Factors
@@ -54,14 +56,35 @@ def check_rows_first(model: nn.Module, model_type: str | None) -> None:
 _FLATTENS = {"opt"}
 
 
-def pass_adapter_names(
-    names: list[str], model_type: str | None, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict
-) -> tuple[tuple[Tensor, ...], dict]:
-    """As a hook before the call of a module: give it the adapter of each row, or of each position of a row."""
+@contextmanager
+def passing(rows: Mapping[nn.Module, list[str]], model_type: str | None) -> Iterator[None]:
+    """In it the layers get the adapter of each of their ``rows``, where this thread calls them."""
+    with _hooking:
+        handles = [
+            layer.register_forward_pre_hook(partial(_pass, names, model_type, threading.get_ident()), with_kwargs=True)
+            for layer, names in rows.items()
+        ]
+    try:
+        yield
+    finally:
+        with _hooking:
+            for handle in handles:
+                handle.remove()
+
+
+_hooking = threading.Lock()  # torch numbers hooks without one
+
+
+def _pass(
+    names: list[str], model_type: str | None, thread: int, module: nn.Module, args: Any, kwargs: dict | None = None
+) -> tuple[Any, dict] | None:
+    if kwargs is None:  # the thread of the hook is just setting or removing it
+        return None
+    if not torch.compiler.is_dynamo_compiling() and thread != threading.get_ident():
+        return None
     flat = model_type in _FLATTENS and names and args and args[0].dim() == 2
     positions, rest = divmod(len(args[0]), len(names)) if flat else (1, 0)
-    kwargs["adapter_names"] = names if rest else [name for name in names for _ in range(positions)]
-    return args, kwargs
+    return args, {**kwargs, "adapter_names": names if rest else [name for name in names for _ in range(positions)]}
 
 
 def named(model: nn.Module) -> tuple[str, ...] | None:

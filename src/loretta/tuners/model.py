@@ -4,7 +4,6 @@ import copy
 import warnings
 from collections.abc import Iterable
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from typing import Any, TypeVar
 
 from accelerate import init_empty_weights
@@ -27,7 +26,7 @@ from loretta.tuners.heads import agree_on_origins, copy_cost, head_names, instal
 from loretta.tuners.labels import fit_final_layer, note_labels
 from loretta.tuners.layer import LorettaLayer, at_least_float32, is_offloaded, keep_differentiable
 from loretta.tuners.mergeable import check_mergeable
-from loretta.tuners.mixed import check_rows_first, naming, pass_adapter_names
+from loretta.tuners.mixed import check_rows_first, naming, passing
 from loretta.tuners.names import check_adapter_name, check_endings
 from loretta.tuners.norms import TrainedNorm, is_norm, norms_of, values_as_changes
 from loretta.tuners.placement import (
@@ -336,19 +335,9 @@ class LorettaModel(BaseTuner):
         repeated = [name for name in adapter_names for _ in range(beams)]
         encoder = self.model.get_encoder() if beams > 1 and hasattr(self.model, "get_encoder") else None
         once = set(encoder.modules()) if encoder is not None and encoder is not self.model else set()
-        handles = [
-            layer.register_forward_pre_hook(
-                partial(pass_adapter_names, list(adapter_names) if layer in once else repeated, model_type),
-                with_kwargs=True,
-            )
-            for layer in layers
-        ]
-        try:
-            with naming(self.model, adapter_names):
-                yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        rows = {layer: list(adapter_names) if layer in once else repeated for layer in layers}
+        with naming(self.model, adapter_names), passing(rows, model_type):
+            yield
 
     @classmethod
     def _get_adapter_state_dict(cls, model, config, adapter_name, state_dict, unwanted_adapter_names):

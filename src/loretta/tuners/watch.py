@@ -1,5 +1,6 @@
 """The first calls of a model show which adapters it goes past; see :mod:`loretta.tuners.bypassed`."""
 
+import threading
 import warnings
 from typing import Any
 
@@ -22,6 +23,7 @@ class Watch:
         self.handles: list[Any] = []
         self.read: dict[LorettaLayer, None] = {}
         self.called: set[LorettaLayer] = set()
+        self.thread = 0  # whose call is watched
 
     @classmethod
     def attach(cls, model: nn.Module) -> None:
@@ -44,21 +46,22 @@ class Watch:
         is_replica = getattr(model, "_is_replica", False)  # DataParallel's replicas share the hooks of their layers
         if torch.compiler.is_compiling() or is_replica or model.training in self.seen or self.handles:
             return
-        self.read, self.called = {}, set()
+        self.read, self.called, self.thread = {}, set(), threading.get_ident()
         for layer in model.modules():
             if isinstance(layer, LorettaLayer):
                 layer.on_read = self.note_read
                 self.handles.append(layer.register_forward_pre_hook(self.note_call))
 
     def note_read(self, layer: LorettaLayer) -> None:
-        self.read[layer] = None
+        if self.thread == threading.get_ident():
+            self.read[layer] = None
 
     def note_call(self, layer: nn.Module, args: Any) -> None:
         self.called.add(layer)  # type: ignore[arg-type]
 
     def end(self, model: nn.Module, args: Any, output: Any) -> None:
         """After it ran, or failed: then the next call is the first."""
-        if torch.compiler.is_compiling() or not self.handles:
+        if torch.compiler.is_compiling() or not self.handles or self.thread != threading.get_ident():
             return
         for handle in self.handles:
             handle.remove()
