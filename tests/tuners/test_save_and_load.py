@@ -239,6 +239,33 @@ def test_a_trainable_adapter_goes_on_where_it_stopped(method, tmp_path):
 
 
 @every_method
+@pytest.mark.parametrize("train_head", ["tensorized_only", "frozen"])
+def test_what_is_frozen_stays_so_where_transformers_loads_an_adapter_to_train(train_head, method, tmp_path):
+    """Its loader makes every parameter that it assigns one that trains."""
+    model, inputs = wrap("bert", method, train_head=train_head, init_weights="denoised")
+    trained(model).save_pretrained(tmp_path)
+    base, _ = build("bert")
+    base.load_adapter(tmp_path, is_trainable=True)
+    optimizer = torch.optim.AdamW([p for p in base.parameters() if p.requires_grad], lr=0.1)
+    before = snapshot(base)
+    base.train()(**inputs).logits.square().sum().backward()
+    optimizer.step()
+    moved = {name for name, value in base.state_dict().items() if not torch.equal(value, before[name])}
+    assert {f"base_model.model.{name}" for name in moved} == set(trainable(model))
+
+
+@every_method
+def test_a_trained_bias_of_the_base_is_saved_as_it_is_without_what_is_merged(method, tmp_path):
+    model, inputs = wrap("bert", method, bias="all")
+    expected = logits(trained(model).double(), inputs)
+    if method != "adp":
+        model.merge_adapter()
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(build("bert", dtype=torch.float64)[0], tmp_path).eval()
+    assert_near("logits", logits(again, inputs), expected)
+
+
+@every_method
 def test_the_config_file_round_trips(method, tmp_path):
     options = {
         "shapes": {"32x64": [8, 4, 8, 8]},

@@ -82,7 +82,7 @@ class AdapterCopy(ModulesToSaveWrapper):
         policy = self._policy(adapter_name)
         for path in policy.tensorized if is_new else ():
             self._tensorize(adapter_name, path, policy)
-        self._apply_frozen()
+        self.freeze()
         self.show_labels()
 
     def show_labels(self) -> None:
@@ -102,8 +102,8 @@ class AdapterCopy(ModulesToSaveWrapper):
         else:
             self.modules_to_save[adapter_name] = train
 
-    def _apply_frozen(self) -> None:
-        """Freeze parts of the copies again: PEFT has just made them trainable as a whole."""
+    def freeze(self) -> None:
+        """Freeze parts of the copies again, after PEFT or transformers has made them trainable as a whole."""
         for adapter_name, policy in self.policies.items():
             if adapter_name not in self.modules_to_save:
                 continue
@@ -184,7 +184,7 @@ class AdapterCopy(ModulesToSaveWrapper):
 
     def enable_adapters(self, enabled: bool) -> None:
         super().enable_adapters(enabled)
-        self._apply_frozen()
+        self.freeze()
         self.show_labels()
 
     def check_set_adapter(self, adapter_name: str | list[str]) -> str | None:
@@ -204,12 +204,12 @@ class AdapterCopy(ModulesToSaveWrapper):
         # freeze all others: PEFT freezes the one active before, and in transformers' add_adapter that is the new one
         for name, copied in self.modules_to_save.items():
             _set_layer_requires_grad(copied, name in names and not inference_mode)
-        self._apply_frozen()
+        self.freeze()
         self.show_labels()
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
         super().set_requires_grad(adapter_names, requires_grad=requires_grad)
-        self._apply_frozen()
+        self.freeze()
 
     def unload_and_optionally_merge_module(
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None

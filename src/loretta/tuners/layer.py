@@ -193,6 +193,12 @@ class LorettaLayer(JointLayer, BaseTunerLayer):
             if isinstance(modules, nn.ModuleDict) and adapter_name in modules:
                 modules[adapter_name].to(dtype)
 
+    def freeze(self) -> None:
+        """Freeze the starts that are subtracted, which nobody trains."""
+        for part in self.trains:
+            if part.startswith("start_"):
+                self._part(part).requires_grad_(False)
+
     def set_scaling(self, adapter_name: str, config: Any) -> None:
         """Take over the factor on one adapter's effect from its config."""
         raise NotImplementedError

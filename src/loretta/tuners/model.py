@@ -345,6 +345,11 @@ class LorettaModel(BaseTuner):
         layers = [module for module in model.modules() if isinstance(module, cls.layer_cls)]
         sign(config, [layer.placements[adapter_name] for layer in layers if adapter_name in layer.placements])
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        # with bias="all" PEFT adds those of the base below trained norms, which do not train and may be merged into
+        norms = tuple(
+            f"{name}.base_layer." for name, module in model.named_modules() if isinstance(module, TrainedNorm)
+        )
+        found = {key: value for key, value in found.items() if not key.startswith(norms)}
         return renamed(found, names_alone(model, cls.prefix))
 
     @classmethod

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from loretta.tuners.copies import AdapterCopy
 from loretta.tuners.layer import LorettaLayer
 
 
@@ -30,7 +31,7 @@ class Watch:
         """Watch the next calls of ``model``. Earlier ones, with fewer adapters, do not count."""
         cls.detach(model)
         watch = cls()
-        model.register_forward_pre_hook(watch.begin)
+        model.register_forward_pre_hook(watch.begin, prepend=True)  # before the trains are contracted
         model.register_forward_hook(watch.end, always_call=True)
 
     @classmethod
@@ -48,6 +49,8 @@ class Watch:
             return
         self.read, self.called, self.thread = {}, set(), threading.get_ident()
         for layer in model.modules():
+            if isinstance(layer, AdapterCopy | LorettaLayer):
+                layer.freeze()  # what transformers' load_adapter makes trainable with the rest
             if isinstance(layer, LorettaLayer):
                 layer.on_read = self.note_read
                 self.handles.append(layer.register_forward_pre_hook(self.note_call))
