@@ -1,13 +1,16 @@
 """What a run leaves behind: the content of ``run.json``."""
 
+import os
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from loretta.errors import InputError
-from loretta.files import read_plain
+from loretta.files import read_json, read_plain
 from loretta.tt import TTShape
+from loretta.wording import nearest
 
 # no machine has more of anything, and floats hold it
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -139,9 +142,30 @@ class RunRecord(BaseModel):
         try:
             return cls.model_validate_json(read_plain(path))
         except FileNotFoundError:
-            raise InputError(f"no run.json in '{path.parent}': give the folder that `loretta train` wrote") from None
+            raise InputError(_why_no_record(path.parent)) from None
         except (OSError, ValueError) as error:
             first = str(error).splitlines()[0]
             raise InputError(
                 f"'{path}' is not a run.json of `loretta train` ({first}): remove it to do the run again"
             ) from None
+
+
+def is_started(folder: Path) -> bool:
+    """Whether the ``config.json`` in a folder is of a run, though it be one of a later version."""
+    try:
+        content = read_json(folder / "config.json")
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and content.keys() >= {"model", "data", "method"}
+
+
+def _why_no_record(folder: Path) -> str:
+    """Why a folder has no ``run.json``, and what to give in its place."""
+    if is_started(folder):
+        return f"the run in '{folder}' is not finished: go on with loretta train --resume {shlex.quote(str(folder))}"
+    if not folder.is_dir():
+        beside = os.listdir(folder.parent) if folder.parent.is_dir() else []
+        return f"there is no folder '{folder}'{nearest(folder.name, beside)}: give one that `loretta train` wrote"
+    runs = sorted(path.parent for path in folder.glob("*/run.json"))
+    such = f", but folders of runs, such as '{runs[0]}': give one of them" if runs else ""
+    return f"no run.json in '{folder}'{such or ': give the folder that `loretta train` wrote'}"

@@ -1,10 +1,12 @@
 """A run that fails says why in its folder, and `loretta runs` says so until the run is tried again."""
 
 import json
+import os
 import signal
+import sys
 
 import pytest
-from commands import call
+from commands import assert_refused, call
 from interrupts import poisoned, stopping_behind
 from test_locks import held_by_another
 from test_run import config_for
@@ -12,7 +14,7 @@ from test_run import config_for
 from loretta.errors import InputError, OutOfMemory, Stopped
 from loretta.owned import find_foreign
 from loretta.studies.state import folder_state
-from loretta.training.run import train
+from loretta.training.run import print_line, train
 from loretta.training.trainer import TwoRateTrainer
 
 OPTIONS = {"epochs": 1, "eval_steps": 5}
@@ -96,3 +98,27 @@ def test_a_run_that_another_process_carries_out_is_running(tmp_path):
         assert folder_state(folder) == ("running", "in another process")
         other.kill()
     assert folder_state(folder)[0] == "killed"
+
+
+def test_a_folder_without_a_finished_run_says_what_it_is(bert, reviews, tmp_path, capsys):
+    config = config_for(bert, reviews, tmp_path / "runs" / "a run", **OPTIONS)
+    with stopping_behind(7, signal.SIGTERM), pytest.raises(Stopped):
+        train(config)
+    status, _, err = call(capsys, "predict", tmp_path / "runs" / "a run", "--text", "a")
+    mend = f"go on with loretta train --resume '{tmp_path / 'runs' / 'a run'}'"
+    assert_refused(status, err, ["is not finished", mend])
+    train(config, resume=True)
+    status, _, err = call(capsys, "eval", tmp_path / "runs")
+    assert_refused(status, err, ["no run.json", "folders of runs, such as", "a run'"])
+    status, _, err = call(capsys, "eval", tmp_path / "runs" / "arun")
+    assert_refused(status, err, ["there is no folder", "did you mean 'a run'?"])
+
+
+def test_a_run_goes_on_when_nobody_reads_what_it_says(monkeypatch):
+    """As behind `| head`, which ends with the first lines."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as gone:
+        monkeypatch.setattr(sys, "stdout", gone)
+        print_line("first")
+        print_line("second")

@@ -36,7 +36,12 @@ LOADING = {"train", "trl", "eval", "predict", "chat", "plan", "export", "compres
 # a disk that is full, read-only, broken or gone
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT, errno.ESTALE}
 
-app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 
 def _version(given: bool) -> None:
@@ -58,7 +63,7 @@ def options(
             f"'{ctx.invoked_subcommand}' is the work of one process, and {processes.count()} were started: start it "
             "without torchrun or accelerate launch, which are for 'train' and 'trl'"
         )
-    if ctx.invoked_subcommand in LOADING and not {"--help", "--presets"} & set(sys.argv):
+    if ctx.invoked_subcommand in LOADING and not {"-h", "--help", "--presets"} & set(sys.argv):
         go_offline_without_network()
 
 

@@ -9,8 +9,9 @@ from loretta import processes
 from loretta.cli.options import Json, run_options
 from loretta.cli.output import print_json, say, scores
 from loretta.errors import InputError
+from loretta.record import is_started
 from loretta.training.config import read_config
-from loretta.training.folder import CONFIG, is_started
+from loretta.training.folder import CONFIG
 
 
 @run_options(but=["method_args"])

@@ -12,9 +12,8 @@ from rich import box
 from rich.table import Table
 
 from loretta.errors import InputError
-from loretta.record import RunRecord
+from loretta.record import RunRecord, is_started
 from loretta.studies.state import State
-from loretta.training.folder import is_started
 from loretta.wording import MISSING, flat, size_words
 
 if TYPE_CHECKING:  # these import torch and SciPy, and a listing of runs needs neither
@@ -249,7 +248,7 @@ def runs_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     for name in ("run", "state"):
         table.add_column(name, overflow="fold")
     for name in ("score", "parameters", "seconds", "learning rate"):
-        table.add_column(name, justify="right")
+        table.add_column(name, justify="right", overflow="fold")
     for row in rows:
         score = f"{row['metric']} {row['score']:.4f}" if row.get("score") is not None else row["reason"] or MISSING
         rate = row.get("learning_rate")

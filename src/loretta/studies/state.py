@@ -11,9 +11,10 @@ from typing import Any, Literal
 from loretta.errors import InputError
 from loretta.files import read_json
 from loretta.locks import is_held
+from loretta.record import is_started
 from loretta.studies import halving
 from loretta.studies.study import Planned
-from loretta.training.folder import CONFIG, ERROR, is_started
+from loretta.training.folder import CONFIG, ERROR
 
 State = Literal["waiting", "running", "killed", "failed", "stopped", "finished"]
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from loretta.errors import InputError, Stopped
-from loretta.files import read_json, read_plain
+from loretta.files import read_plain
 from loretta.folders import remove_temporaries, set_aside, temporary_folder
 from loretta.owned import NEXT, forget, is_free, publish, read_list, refuse_to_replace, remove_listed, write_listed
-from loretta.record import RunRecord
+from loretta.record import RunRecord, is_started
 from loretta.training.config import RunConfig, recorded_config
 from loretta.wording import as_json, one_line
 
@@ -179,15 +179,6 @@ def _goes_on(folder: Path, config: RunConfig) -> bool:
 def is_run(folder: Path) -> bool:
     """Whether a folder holds a run and not, say, a model, which has a ``config.json`` too."""
     return RECORD in read_list(folder) or is_started(folder)
-
-
-def is_started(folder: Path) -> bool:
-    """Whether the ``config.json`` in a folder is of a run, though it be one of a later version."""
-    try:
-        content = read_json(folder / CONFIG)
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and content.keys() >= {"model", "data", "method"}
 
 
 def changed_options(folder: Path, config: RunConfig) -> list[str]:

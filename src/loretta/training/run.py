@@ -1,6 +1,7 @@
 """One run: from its options to its folder, through Hugging Face's Trainer."""
 
 import importlib.util
+import os
 import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -35,8 +36,11 @@ from loretta.wording import spelled
 
 
 def print_line(line: str) -> None:
-    """On standard output at once, which may be a file that somebody follows."""
-    print(spelled(line), flush=True)
+    """On standard output at once, which may be a file that somebody follows; a run goes on when its reader has gone."""
+    try:
+        print(spelled(line), flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def train(
