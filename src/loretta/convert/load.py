@@ -1,5 +1,6 @@
 """Load an adapter from its folder, with the base model, head and tokenizer that it needs."""
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from loretta.tuners.task_types import base_class, count_labels
 from loretta.wording import one_line, quoted
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_A_CORE = re.compile(r"\.(loretta_(rep|adp)_(down|up)|cores)\.0$")
 PREFIX = "base_model.model."  # begins each key of PEFT's files that belongs to a module of the base model
 
 
@@ -118,9 +120,16 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
 
 
 def readable_weights(folder: Path) -> Path:
-    """The file with the tensors of the adapter in ``folder``. Raises InputError when it is missing or damaged."""
+    """The file with the tensors of the adapter in ``folder``.
+
+    Raises InputError when it is missing or damaged, or of the layout before 23 November 2026, a tensor for each core.
+    """
     require_adapter(folder)
-    _shapes(folder)
+    if any(_A_CORE.search(key) for key in _shapes(folder)):
+        raise InputError(
+            f"'{folder / WEIGHTS}' holds a tensor for each core, as loretta wrote adapters before 23 November 2026, "
+            "which this version does not read: train the adapter again"
+        )
     return folder / WEIGHTS
 
 

@@ -19,6 +19,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_callback import ExportableState
 
 from loretta import processes
+from loretta.convert.load import readable_weights
 from loretta.errors import Stopped
 from loretta.folders import set_aside, sync, temporary_folder, why_not_written
 from loretta.owned import describe, find_foreign, has_list, is_whole, remove_listed, write_list
@@ -228,6 +229,8 @@ class WholeCheckpointsTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if isinstance(self.model, PeftModel):
+            readable_weights(Path(resume_from_checkpoint))
         if self.is_fsdp_enabled:
             load_adapter(cast(PeftModel, self.model), Path(resume_from_checkpoint))
         else:

@@ -190,12 +190,12 @@ class Head:
 
     def _others(self) -> list[str]:
         """Modules of the head beside the final ones: around the base model, and fresh layers within it."""
-        if self._config.head_origins is not None:
+        if self._config.head_origins:
             return self._recorded()
         inside = tuple(final + "." for final in self._finals)
         names = [name for name in self._modules if name not in self._finals and not name.startswith(inside)]
         hidden = [name for name in names if name.endswith(HIDDEN_LAYERS)]
-        if self._config.holds_whole_norms:
+        if self._config.lacks_origins:
             return hidden if self._finals and self._config.task_type == TaskType.SEQ_CLS else []
         leaves = [
             name
@@ -244,7 +244,7 @@ class Head:
                     f"this adapter was trained for a base model that brings '{name}', which is random here: load it "
                     f"with '{self._config.base_model_name_or_path or 'the model it was trained on'}'"
                 )
-        elif self._config.holds_whole_norms:
+        elif self._config.lacks_origins:
             origin = "loaded" if self._was_pretrained(name, module) else "fresh"
         else:
             origin = self._origin_of(name, module)

@@ -44,7 +44,8 @@ def check_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[str, Ten
     base = model.state_dict() if len(tensors) > len(own) else {}
     resizable = _embeddings(model) if base else ()
     for given in tensors.keys() - own:
-        if any(part.startswith("loretta_") for part in given.split(".")):
+        of_a_head = ".cores." in given and not any(n.startswith(allowed) for n in (given, given.removeprefix(PEFTS)))
+        if of_a_head or any(part.startswith("loretta_") for part in given.split(".")):
             raise InputError(
                 f"the adapter's file also holds {quoted(given)}, for which the adapter {adapter_name!r} has no place: "
                 "it was made with other options; load it under a name that is free, with the config beside it"
