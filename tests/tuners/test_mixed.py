@@ -5,7 +5,13 @@ import torch
 from peft import PeftModel
 from tolerances import assert_near
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+)
 from tuners.families import OPTIONS, inputs_for, logits
 from tuners.pairs import alone, pair
 from tuners.wrapped import CONFIGS, config_for, every_method, trained
@@ -78,6 +84,41 @@ def test_a_mixed_batch_is_refused_where_positions_come_before_rows(method, monke
         model.add_adapter("other", config_for(method, target_modules=[target]))
         with pytest.raises(InputError, match="get positions in the first dimension"):
             model(**kwargs, adapter_names=ROWS)
+
+
+LOST_ROWS = {
+    "longformer": (
+        {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4,
+         "attention_window": [4]},
+        "query",
+        "get positions in the first dimension",
+    ),
+    "fsmt": (
+        {"langs": ["en", "de"], "src_vocab_size": 64, "tgt_vocab_size": 64, "d_model": 32, "encoder_layers": 1,
+         "decoder_layers": 1, "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 48,
+         "decoder_ffn_dim": 48},
+        "fc1",
+        "get positions in the first dimension",
+    ),
+    "switch_transformers": (
+        {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "num_experts": 4,
+         "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
+        "wi",
+        "is a part of one expert, which gets tokens of any rows",
+    ),
+}  # fmt: skip
+
+
+@every_method
+@pytest.mark.parametrize("kind", LOST_ROWS)
+def test_a_mixed_batch_is_refused_where_a_number_of_rows_may_be_one_of_something_else(kind, method):
+    """Four positions, or four tokens of one expert, are not the four rows."""
+    options, target, words = LOST_ROWS[kind]
+    base = AutoModel.from_config(AutoConfig.for_model(kind, **options))
+    model = get_peft_model(base, config_for(method, target_modules=[target])).eval()
+    model.add_adapter("other", config_for(method, target_modules=[target]))
+    with pytest.raises(InputError, match=words):
+        model(input_ids=torch.arange(16).view(4, 4), adapter_names=ROWS)
 
 
 @every_method

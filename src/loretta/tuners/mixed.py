@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from loretta.errors import InputError
@@ -35,21 +36,30 @@ def naming(model: nn.Module, adapter_names: Collection[str]) -> Iterator[None]:
         _named.adapters = before
 
 
-# Models of transformers whose layers see positions before rows
-_POSITIONS_FIRST = {"xlnet"}
+# Modules of transformers whose layers see positions (or queries) before rows, by the ends of their files' names
+_POSITIONS_FIRST = {"bridgetower", "bros", "fsmt", "led", "longformer", "mask2former", "mlcd", "oneformer", "xlnet"}
 
 
-def check_rows_first(model: nn.Module, model_type: str | None) -> None:
+def check_rows_first(model: nn.Module) -> None:
     """Refuse a model whose layers do not see the rows of a batch in the first dimension of their inputs.
 
-    With as many positions as rows they would take the one for the other. Raises InputError.
+    With as many positions as rows they would take the one for the other, and so would an expert that gets as many
+    tokens as there are rows. Raises InputError.
     """
     blocks = [m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer)]
-    if model_type in _POSITIONS_FIRST or any(not block.self_attn.batch_first for block in blocks):
+    files = {type(m).__module__.rpartition(".modeling_")[2] for m in model.modules()}
+    if files & _POSITIONS_FIRST or any(not block.self_attn.batch_first for block in blocks):
         raise InputError(
             f"adapter_names: the layers of this {type(model).__name__} get positions in the first dimension and rows "
             "in the second, so they cannot have one adapter for each row: call the model once for each adapter"
         )
+    for name, module in model.named_modules():
+        below = name.split(".")[:-1]
+        if "experts" in below and isinstance(module, BaseTunerLayer) and isinstance(module.get_base_layer(), nn.Linear):
+            raise InputError(
+                f"adapter_names: '{name}' is a part of one expert, which gets tokens of any rows, so it cannot have "
+                "one adapter for each row: call the model once for each adapter"
+            )
 
 
 # Models that make one dimension of batch and positions before their feed-forward blocks

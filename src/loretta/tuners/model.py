@@ -328,7 +328,7 @@ class LorettaModel(BaseTuner):
         if unknown := set(adapter_names) - known - {"__base__"}:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
         model_type = self.get_model_config(self.model).get("model_type")
-        check_rows_first(self.model, model_type)
+        check_rows_first(self.model)
         # generation may repeat every row; the encoder of an encoder-decoder model still sees the rows once
         copies = ("num_beams", "num_return_sequences")  # of every row; transformers makes as many as the larger says
         beams = max(kwargs.get(o) or getattr(kwargs.get("generation_config"), o, None) or 1 for o in copies)
