@@ -36,8 +36,8 @@ def pays(x_BI: Tensor) -> bool:
 def one_matrix_pays(like: Tensor) -> bool:
     """Whether a bottleneck takes each of its trains as the one matrix that the train spells.
 
-    Two products are then left of four, and five of eight in the backward pass. They do more arithmetic, which a GPU
-    has to spare beside its launches, and a CPU has not; in recorded graphs the kernels here do better.
+    That leaves two products of four forward, and five of eight backward. They do more arithmetic: an eager GPU, which
+    waits for launches, has time for it, and a CPU has not; in recorded graphs the kernels here are faster.
     """
     return like.is_cuda and (torch.compiler.is_compiling() or not (torch.is_grad_enabled() and in_graph()))
 

@@ -8,10 +8,10 @@ from torch import Tensor
 
 @torch.compiler.allow_in_graph
 def apart(stacked: Tensor) -> tuple[Tensor, ...]:
-    """The parts along the first dimension, for Dynamo's graphs, where ``unbind`` would do more work.
+    """The parts along the first dimension, in Dynamo's graphs. Strided views take them, since ``unbind`` costs more.
 
-    A compiler fuses what made the stack into each part that is taken from it: a kernel for each module, where one
-    for all of them would do. Before strided views it computes the whole stack.
+    A compiler fuses the computation of a stack into each part that ``unbind`` takes from it, so that every module costs
+    a kernel. Before strided views it computes the stack once, in one kernel.
     """
     return _Apart.apply(stacked)
 

@@ -207,7 +207,7 @@ def add_update(y_BO: Tensor, x_BI: Tensor, a_IR: Tensor, b_RO: Tensor) -> Tensor
 
 
 def fold_bias(left_IC: Tensor, right_CO: Tensor, bias_O: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """``x L R + bias`` as ``(x L + one) R``: the bias is one more row of R, and costs no kernel, nor does its gradient.
+    """``x L R + bias`` as ``(x L + one) R``: as one more row of R, neither the bias nor its gradient costs a kernel.
 
     Returns one (C), L and R, the latter as :func:`arranged`.
     """
@@ -224,7 +224,7 @@ def one_matrix_each(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``relu(x L M + bias) N U + bias`` as ``relu(x D^T + bias) U``: the bias (b), D (b, I) and U (b, O).
 
-    A ReLU leaves a one as it is: with it in the first bias, the last bias is one more row of U, and costs no kernel.
+    A ReLU leaves a one as it is. With a one behind the first bias, the last bias is one more row of U, for no kernel.
     b is padded by zeros to a multiple of 8.
     """
     (left_IC, mid_Cb), (mid_bD, right_DO) = down, up

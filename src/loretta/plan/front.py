@@ -1,4 +1,4 @@
-"""Which forms of an adapter were measured, and what they earned: what ``auto`` chooses by.
+"""The forms of an adapter that were measured, and their scores, by which ``auto`` chooses.
 
 ``front.json`` beside this file is written by benchmarks/front.py from benchmarks/results/ (``make tables``).
 """

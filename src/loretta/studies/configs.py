@@ -95,7 +95,7 @@ def config_of(
 
 
 def refuse_wrong_sets(study: Study, options: Options, rows: Sequence[Row]) -> None:
-    """Refuse --set and --try of what is no option, makes one run differ from another, or is of a method not run."""
+    """Refuse --set and --try for names that are no option, tell runs apart, or belong to a method that is not run."""
     given = [("--set", key, value) for key, value in options.sets.items()]
     given += [("--try", key, ",".join(map(str, values))) for key, values in options.tries.items()]
     names = dict.fromkeys(name for row in rows for name in (row.name, row.method))

@@ -24,10 +24,9 @@ STEPS = 5  # measured ones, after one that warms up
 def measure(config: RunConfig, folder: Path, sizes: str) -> None:
     """Write the cost of one step of ``config`` on a batch of random tokens of the maximum length.
 
-    FLOPs are those of the products that PyTorch's counter knows, counted on the meta device: without the model's
-    weights, and without fused kernels that would hide them. The time of copies needs the weights: on a GPU that of the
-    memcpy events, on a CPU that of the ``aten::copy_`` operators, the median of a few steps; where the weights cannot
-    be had it is null, and the notes say why.
+    PyTorch's counter counts the FLOPs of products on the meta device, which needs no weights and has no fused kernels
+    to hide them. The time of copies is the median of a few steps: of the memcpy events on a GPU, of the ``aten::copy_``
+    operators on a CPU. It needs the weights; without them it is null, and the notes say why.
 
     Raises InputError when the method does not fit the model.
     """

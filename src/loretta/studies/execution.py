@@ -45,9 +45,9 @@ class Outcome:
 
 @contextmanager
 def hold(folder: Path, wait: float = 0.0) -> Iterator[bool]:
-    """Whether this process alone may work on a run until the block ends, for which it waits so many seconds.
+    """Lock a run until the block ends. Gives whether this process got the lock, within ``wait`` seconds.
 
-    The lock is the operating system's: that of a process that died is free. Beside it a file says who holds it.
+    The operating system holds the lock, and frees it when its process dies. A file beside it says who holds it.
     """
     lock, holder = FileLock(beside(folder, ".lock"), thread_local=False), beside(folder, HOLDER)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -77,7 +77,7 @@ def carry_out(root: Path, run: Planned, wait: float = 0.0) -> Outcome:
         try:
             _DO[run.kind](folder, run)
         except (Exception, Stopped) as error:
-            if by_signal(error):  # which is meant for all runs
+            if by_signal(error):  # it ends all runs
                 raise
             reason = reason_of(error)
             record_failure(folder, reason, traceback.format_exc())
@@ -94,8 +94,8 @@ def carry_out_together(
     Another process that has a run may leave it for ``wait`` seconds. With ``fit`` as many are trained at once as that
     share of the device's memory holds.
 
-    Those that cannot be trained together, or fail together, are carried out one by one; where the memory is too small
-    for all of them, in halves.
+    Runs that cannot be trained together, or fail together, are carried out one by one. Runs that the memory does not
+    hold are carried out in halves.
     """
     if len(runs) == 1:
         return [carry_out(root, runs[0], wait)]
@@ -123,7 +123,7 @@ def carry_out_together(
             print(error, flush=True)
             too_large = True
         except (Exception, Stopped) as error:
-            if by_signal(error):  # which is meant for all runs
+            if by_signal(error):  # it ends all runs
                 raise
             print(f"{len(mine)} runs cannot be trained together, and go on one by one: {error}", flush=True)
     if too_large:
@@ -146,7 +146,7 @@ def _fitting(root: Path, runs: Sequence[Planned], share: float) -> int:
     try:
         return members_that_fit([RunConfig(**(run.config or {})) for run in left], share) if left else len(runs)
     except Exception:
-        return len(runs)  # which says why, once it is tried
+        return len(runs)  # the attempt will say why
 
 
 def open_log(root: Path, run: Planned) -> TextIO:

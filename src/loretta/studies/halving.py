@@ -89,7 +89,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class Stand:
-    """A candidate as the search has it: how far it is to be trained, or why it was stopped.
+    """What the search decided on a candidate: how far to train it, or why it was stopped.
 
     ``until`` is None for one that is trained to its end.
     """

@@ -17,7 +17,7 @@ from loretta.studies.results import CONFIDENCE, Cell, Results
 from loretta.tasks import metrics
 from loretta.training.folder import PREDICTIONS
 
-RESAMPLES = {True: 4000, False: 300}  # of a mean over rows; of a metric that sees all rows at once
+RESAMPLES = {True: 4000, False: 300}  # by whether the metric is a mean over rows, which resamples quickly
 Rows = list[dict[str, Any]]
 
 

@@ -69,7 +69,7 @@ def run_study(
     on a Ray cluster, each on ``ray_gpus`` of a GPU. Runs that differ in seeds and
     rates alone are trained together, at most ``population`` of them (None: on a GPU as many as its memory holds, on a
     CPU one), see :mod:`loretta.population`; each has its folder as if it were alone. A run that fails is written down
-    and the others go on. What is waited for (a sweep, the run before in a sequence) starts as soon as it can.
+    and the others go on. A run that waits for others (a sweep, the step before in a sequence) starts when they end.
 
     Raises InputError before anything starts: for bad options, weights that cannot be had, and a folder that holds a
     run with other options. SIGTERM and SIGINT end the processes behind their next checkpoint, and raise Stopped; the

@@ -26,7 +26,7 @@ from loretta.training.methods import FULL, find_method, peft_config
 from loretta.training.model import TASK_TYPES, wrap
 from loretta.tuners.config import LorettaConfig
 
-USE_OF_PEAK = 0.4  # of the rate of one large product, which the small ones of a training step reach
+USE_OF_PEAK = 0.4  # the share of a large product's rate that the small products of a training step reach
 KEPT_PER_UNIT = 17  # numbers kept for the backward pass per token, layer and unit of width (34 bytes in 16 bits)
 
 

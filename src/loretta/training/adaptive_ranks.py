@@ -21,8 +21,8 @@ class AdaptiveRanks(TrainerCallback, ExportableState):
     """Lowers the ranks of a rep adapter while it trains, each module's for itself, until all of it fits a budget.
 
     Make the adapter with a ``tensor_rank`` above what the budget allows. Between ``begin`` and ``end`` of the training
-    the singular values of each update are looked at, and in ``cuts`` steps the ranks go that lose the least for each
-    parameter. Then the ranks stay, and only evaluations from there on choose the best checkpoint. When the training
+    it follows the singular values of each update, and in ``cuts`` steps it removes the ranks that lose the least for
+    each parameter. Then the ranks stay, and only evaluations from there on choose the best checkpoint. When training
     ends, the model holds an ordinary adapter of the final ranks (``rank_pattern``) within the budget.
 
     Args:

@@ -1,4 +1,4 @@
-"""Losses, gradients and weights that are no numbers: found within one line of the log, named, and what comes then."""
+"""Finds losses, gradients and weights that are no numbers within one line of the log, and names where they began."""
 
 import logging
 from typing import Any
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 STATUS = 3
 MEND = "lower the learning rate, give float32 where it is half precision, or --on-nan rollback or skip"
 MOST_ROLLBACKS = 3
-CUT = 0.5  # of the learning rates at each: the same steps at the same rates would come to the same end
+CUT = 0.5  # of the learning rates at each rollback: the same steps at the same rates would end alike
 
 
 class RollBack(Exception):
@@ -29,9 +29,9 @@ class FiniteSteps(TrainerCallback, ExportableState):
     """Looks for the first step whose loss or gradients are NaN or infinite.
 
     ``policy`` "stop" ends the run at the next line of the log or checkpoint, so that every checkpoint is finite.
-    "rollback" raises RollBack there, for at most MOST_ROLLBACKS times, and cuts the learning rates each time. "skip"
-    leaves out the updates of such steps, which costs a look at the gradients of each; a window of the log of which
-    nothing is left ends the run too.
+    "rollback" raises RollBack there, at most MOST_ROLLBACKS times, and cuts the learning rates each time. "skip" looks
+    at the gradients of every step and leaves out the updates of such steps; when it left out all steps of a window of
+    the log, the run ends too.
     """
 
     def __init__(self, trainer: Trainer, policy: str) -> None:
@@ -179,5 +179,5 @@ def first_not_finite(trainer: Any) -> str | None:
 
 
 def _part(tensor: Tensor) -> Tensor:
-    """What of a tensor is in this process: all of it, unless FSDP shares it out."""
+    """The part of a tensor that this process holds: all of it, unless FSDP shards it."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

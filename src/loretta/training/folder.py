@@ -101,7 +101,7 @@ def noting_failure(folder: Path) -> Iterator[None]:
 
 
 def by_signal(error: BaseException) -> bool:
-    """Whether a run ended since it was told to."""
+    """Whether a run ended because it was told to."""
     return isinstance(error, Stopped) and error.exit_status > 128
 
 

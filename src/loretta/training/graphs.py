@@ -318,7 +318,7 @@ class _Graphs:
 
 @contextmanager
 def _replaced(owner: Any, name: str, by: Callable[[Any], Any]) -> Iterator[None]:
-    """In it the method ``name`` of ``owner`` is what ``by`` makes of it."""
+    """Replace the method ``name`` of ``owner`` by what ``by`` makes of it, until the block ends."""
     own = vars(owner).get(name)  # a scheduler, too, puts a method of its own into an optimizer
     setattr(owner, name, by(getattr(owner, name)))
     try:

@@ -39,7 +39,7 @@ def load_run(folder: Path, *, model: str | None = None, cpu: bool = False) -> Lo
     if record.kind in ("chat", "preference"):  # where the tokenizer has no template, the run gave it one
         tokenizer.chat_template = load_tokenizer(str(folder / ADAPTER)).chat_template
     whole = find_method(record.method) is FULL
-    # what the checkpoint lacks and the adapter's file leaves out is random: the same as in the run
+    # weights that neither the checkpoint nor the adapter's file holds are random: the seed makes them those of the run
     set_seed(config.seed)
     base = load_base(
         str(folder / ADAPTER) if whole else name,

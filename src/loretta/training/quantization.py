@@ -16,8 +16,8 @@ from loretta.tuners.layer import keep_differentiable
 from loretta.tuners.task_types import HEADS, HIDDEN_LAYERS
 
 _PACKAGES = {name: "torchao" if name in ("torchao-int8", "fp8") else "bitsandbytes" for name in get_args(Quantization)}
-# Trained whole, so left as they are: what lies between an encoder and the labels. transformers leaves out the last
-# parameter's module alone, and of a layer with a bias that is not the layer.
+# The layers between an encoder and the labels stay in float, because they are trained whole. By itself transformers
+# would spare the module of the last parameter alone.
 _WHOLE = (*HEADS, "pre_classifier", *(name.partition(".")[0] for name in HIDDEN_LAYERS))
 
 

@@ -50,7 +50,7 @@ class Recorder:
             # thread_local: a thread of the data loader may allocate pinned memory meanwhile
             with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
                 # an operation that would wait for the GPU raises before it spoils the recording
-                with warnings.catch_warnings(action="ignore"):  # torch warns that it finds not every such wait
+                with warnings.catch_warnings(action="ignore"):  # torch warns that it may miss a wait
                     torch.cuda.set_sync_debug_mode("error")
                 try:
                     result = work()
@@ -104,7 +104,7 @@ class Rates:
 
     @contextmanager
     def as_inputs(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
-        """In it the groups hold tensors, and may be recorded. Outside they hold numbers, to schedule and to save."""
+        """Put tensors in the groups, which can be recorded, until the block ends; then numbers, as schedules want."""
         groups = optimizer.param_groups
         if not self.tensors:
             self.values = [float(group["lr"]) for group in groups]

@@ -75,7 +75,7 @@ class StopAtSignal(TrainerCallback):
         self.end()
 
     def _agree(self, step: int) -> None:
-        """Have all processes know of a signal that came to one, and behind which step they ask each other next."""
+        """Tell all processes of a signal that one of them got, and agree on the step behind which they ask next."""
         if processes.count() == 1:
             self.agreed = self.received
         elif step >= self.ask_behind:

@@ -140,7 +140,7 @@ class TwoRateTrainer(WholeCheckpointsTrainer):
         return self.known.get(metric_key_prefix) or super().predict(test_dataset, ignore_keys, metric_key_prefix)
 
     def train(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
-        """As the Trainer does, but from the last checkpoint on, or from the start, when an attempt has to be repeated.
+        """As the Trainer does. An attempt that has to be repeated goes on from the last checkpoint, or begins again.
 
         That is so where ``on_nan`` is "rollback" and :class:`FiniteSteps` asks for it, and with ``auto_batch`` where
         the memory is too small for a batch.
@@ -237,7 +237,7 @@ class TwoRateTrainer(WholeCheckpointsTrainer):
         return [*batches[:-1], last], self._get_num_items_in_batch([*batches[:-1], counted], device)
 
     def _own_rows(self) -> int | None:
-        """How many rows of its batch this process counts, where it is the last one and several have to fill it up."""
+        """How many rows of its batch this process counts: several processes fill the last batch of an epoch up."""
         loader = self.accelerator.gradient_state
         if processes.count() == 1 or not loader.end_of_dataloader or loader.remainder <= 0:
             return None
@@ -252,7 +252,7 @@ class TwoRateTrainer(WholeCheckpointsTrainer):
             self._fills = False
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """As the Trainer does, whose loss counts rows twice that fill up the last batch of several processes."""
+        """As the Trainer does, but the rows that fill up the last batch of several processes count once in the loss."""
         self._row_losses = []
         output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self._row_losses and processes.count() > 1:

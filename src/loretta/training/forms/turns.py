@@ -209,7 +209,7 @@ def with_trl(trainer: type) -> type[TwoRateTrainer]:
 
 
 def score_after(trainer: TwoRateTrainer, data: Dataset, prefix: str) -> dict[str, float]:
-    """What the trainer says of rows when the training is over, which nothing can stop early any more."""
+    """The trainer's scores of rows after the training. Its early stopping, which would look at them, is taken out."""
     trainer.remove_callback(EarlyStoppingCallback)
     values = trainer.evaluate(data, metric_key_prefix=prefix)
     # TRL's own scores are "eval_" of whatever was evaluated
