@@ -88,12 +88,3 @@ def diff_runs(
         raise InputError(f"`loretta runs diff` needs two runs, got {len(records)}: give another folder")
     rows = comparison_rows(records)
     print_json(rows) if as_json else console().print(comparison_table(rows, list(records)))
-
-
-@app.command("compare", cls=Command, hidden=True)
-def compare_runs(
-    run: Annotated[list[Path], typer.Argument(help="Folders of finished runs.")], as_json: Json = False
-) -> None:
-    """The old name of `loretta runs diff`."""
-    say("loretta: `loretta runs compare` is now `loretta runs diff`", err=True)
-    diff_runs(run, as_json=as_json)
