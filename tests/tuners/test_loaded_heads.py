@@ -43,6 +43,18 @@ TINY = {
         "eos_token_id": 2,
         "mask_token_id": 3,
     },
+    "modernbert-decoder": {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "cls_token_id": 1,
+        "sep_token_id": 2,
+    },
     "wav2vec2": {
         "vocab_size": 32,
         "hidden_size": 32,
@@ -140,7 +152,7 @@ def test_what_is_random_is_in_the_adapters_file(family, train_head, method, tmp_
     make(family).base_model.save_pretrained(tmp_path / "base")
     with caplog.at_level(logging.INFO, logger="loretta.tuners.heads"):
         model = get_peft_model(load(family, tmp_path / "base", seed=1), options(family, method, train_head=train_head))
-    if train_head.startswith("tensorized") and family not in ("bert", "xlm", "flaubert"):
+    if train_head.startswith("tensorized") and family not in ("bert", "xlm", "flaubert", "modernbert-decoder"):
         assert "a train that starts as its TT-SVD" in caplog.text
         assert "a train is added" not in caplog.text
     expected = outputs(family, trained(model).eval())
@@ -185,7 +197,7 @@ def test_a_head_without_a_layer_of_a_known_name_is_saved(method, tmp_path):
 
 @every_method
 @pytest.mark.parametrize("way", ["trained", "copied", "state dict"])
-@pytest.mark.parametrize("family", ["roberta", "deberta", "modernbert", "distilbert"])
+@pytest.mark.parametrize("family", ["roberta", "deberta", "modernbert", "modernbert-decoder", "distilbert"])
 def test_a_head_of_unknown_origin_stays_what_it_was_and_is_saved(family, way, method, tmp_path):
     make(family).base_model.save_pretrained(tmp_path / "base")
     base = load(family, tmp_path / "base", seed=1).train()

@@ -1,6 +1,7 @@
 """The classification head: what happens to each of its modules (LoRETTA section B), and what it and norms cost."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -255,12 +256,14 @@ class Head:
         parameters, in_base = list(module.parameters()), self._lies_in_base(name)
         if any(_is_marked(parameter) for parameter in parameters):
             return "loaded"
-        if any(parameter.is_meta for parameter in parameters):
-            return "loaded" if in_base else "fresh"  # a plan: a base model brings what lies in it
-        parts = [*module.modules(), *(part for final in self._finals for part in self._modules[final].modules())]
-        if not any(_has_moved(part) for part in (module.modules() if in_base else parts)):
-            return "fresh"
-        return "loaded" if in_base else "unknown"
+        finals = [part for final in self._finals for part in self._modules[final].modules()]
+        parts = [*module.modules(), *([] if in_base else finals)]
+        is_plan = any(parameter.is_meta for parameter in parameters)
+        if (is_plan and in_base) or (not is_plan and any(map(_has_moved, parts))):
+            return "loaded" if in_base else "unknown"
+        # values that came with load_state_dict show in biases alone, and in norms, which start alike everywhere
+        as_made = is_norm(module) and (is_plan or all(bool(p.min() == p.max()) for p in parameters))
+        return "fresh" if as_made or _have_a_bias(parts) else "unknown"
 
     def _lies_in_base(self, name: str) -> bool:
         prefix = getattr(self._model, "base_model_prefix", "")
@@ -292,6 +295,10 @@ def _has_moved(module: nn.Module) -> bool:
         if not 1 <= parameter._version <= 7 or (name == "bias" and bool(parameter.any())):
             return True
     return False
+
+
+def _have_a_bias(parts: Sequence[nn.Module]) -> bool:
+    return any(name == "bias" for part in parts for name, _ in part.named_parameters(recurse=False))
 
 
 def is_fresh_layer(module: nn.Module) -> bool:
