@@ -1,9 +1,19 @@
-"""Taking a stack of matrices apart, so that a compiler computes it once and not once for each matrix."""
+"""Putting matrices side by side and apart again, so that a compiler does either once and not once for each matrix."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
+
+_library = torch.library.Library("loretta", "DEF")
+_library.define("stack(Tensor[] parts) -> Tensor")
+_library.impl("stack", torch.stack, "CompositeExplicitAutograd")  # on every device, and for shapes alone
+
+
+@torch.compiler.allow_in_graph
+def together(*parts: Tensor) -> Tensor:
+    """``parts`` along a new first dimension, for Dynamo's graphs, where ``torch.stack`` would be a kernel for each."""
+    return _Together.apply(*parts)
 
 
 @torch.compiler.allow_in_graph
@@ -16,6 +26,16 @@ def apart(stacked: Tensor) -> tuple[Tensor, ...]:
     return _Apart.apply(stacked)
 
 
+class _Together(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *parts: Tensor) -> Tensor:
+        return torch.ops.loretta.stack(list(parts))  # one launch, where a compiler would copy each part by a kernel
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        return grad.unbind()
+
+
 class _Apart(torch.autograd.Function):
     """``unbind`` by strided views, whose own gradients would each be as large as the stack."""
 
@@ -26,4 +46,4 @@ class _Apart(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return torch.stack(grads)
+        return torch.ops.loretta.stack(list(grads))

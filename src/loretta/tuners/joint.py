@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loretta.layers.stacks import apart
+from loretta.layers.stacks import apart, together
 from loretta.layers.trains import halves
 from loretta.tuners.calls import Factors, Pair
 from loretta.tuners.placement import Placement
@@ -63,6 +63,8 @@ class JointLayer(nn.Module):
         Args:
             columns: the parameters that lie at :meth:`stacked_parameters`: all of the first, all of the second, ...
         """
+        if torch.compiler.is_dynamo_compiling():
+            return [together(*column) for column in columns]
         return [torch.stack(list(column)) for column in columns]
 
     @classmethod
