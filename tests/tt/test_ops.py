@@ -188,13 +188,9 @@ def test_the_cuts_share_the_error():
     terms = [frozen(random_cores(replace(shape, ranks=(1,) * 7), seed=k)) for k in range(60)]
     dense = sum(0.85**k * tt.matrix(term, shape) for k, term in enumerate(terms))
     for error in torch.linspace(0.05, 0.9, 30).tolist():
-        ranks = list(ranks_of_equal_shares(dense, shape.modes, error))
-        for cores in (
-            tt.tt_svd(dense, shape, error=error),
-            tt.round_ranks(tt.tt_svd(dense, shape), error=error),
-        ):
-            assert inner_ranks(cores) == ranks
-            assert (tt.matrix(cores, shape) - dense).norm() <= error * dense.norm()
+        cores = tt.tt_svd(dense, shape, error=error)
+        assert inner_ranks(cores) == list(ranks_of_equal_shares(dense, shape.modes, error))
+        assert (tt.matrix(cores, shape) - dense).norm() <= error * dense.norm()
 
 
 @pytest.mark.parametrize("error", [0.001, 0.1, 0.3, 0.7, 0.99])
@@ -204,7 +200,6 @@ def test_an_error_finds_the_least_rank_of_one_cut(error):
     values = torch.linalg.svdvals(dense)
     least = next(rank for rank in range(1, 13) if values[rank:].norm() <= error * dense.norm())
     assert inner_ranks(tt.tt_svd(dense, shape, error=error)) == [least]
-    assert inner_ranks(tt.round_ranks(tt.tt_svd(dense, shape), error=error)) == [least]
 
 
 def test_ranks_win_over_an_error_that_they_cannot_meet():
@@ -250,3 +245,51 @@ def test_tt_svd_refuses_a_matrix_of_another_size(size):
 def test_tt_svd_refuses_a_negative_error():
     with pytest.raises(ValueError, match=r"must not be negative, got -0\.25"):
         tt.tt_svd(torch.ones(24, 10), SHAPES["aligned"], error=-0.25)
+
+
+@examples
+@given(shapes(), seeds)
+def test_balance_gives_every_core_the_same_norm(shape, seed):
+    scales = [10.0 ** (3 * (-1) ** k) for k in range(len(shape.modes))]
+    cores = [scale * core for scale, core in zip(scales, frozen(random_cores(shape, seed=seed)), strict=True)]
+    balanced = tt.balance(cores)
+    assert_near("tensor", tt.contract(balanced), tt.contract(cores))
+    for core in balanced:
+        assert_near("norm", core.norm(), balanced[0].norm())
+
+
+@every_dtype
+def test_balance_keeps_the_dtype(dtype):
+    shape = SHAPES["straddling, folded right"]
+    cores = frozen(random_cores(shape, seed=0, dtype=dtype))
+    balanced = tt.balance([8 * cores[0], *cores[1:]])
+    assert {core.dtype for core in balanced} == {dtype}
+    assert_near("tensor", tt.contract(balanced), 8 * einsum(cores))
+
+
+def test_balance_leaves_a_train_with_a_zero_core_alone():
+    cores = frozen(random_cores(SHAPES["aligned"], seed=0))
+    cores[2] = torch.zeros_like(cores[2])
+    for got, ref in zip(tt.balance(cores), cores, strict=True):
+        assert torch.equal(got, ref)
+
+
+@examples
+@given(shapes(), seeds, st.data())
+def test_padded_ranks_spell_the_same_train(shape, seed, data):
+    ranks = (1, *(rank + data.draw(st.integers(0, 3)) for rank in shape.ranks[1:-1]), 1)
+    cores = frozen(random_cores(shape, seed=seed))
+    padded = tt.pad_ranks(cores, ranks)
+    assert [tuple(core.shape) for core in padded] == replace(shape, ranks=ranks).cores
+    assert_near("tensor", tt.contract(padded), tt.contract(cores))
+    for core, (left, mode, right) in zip(padded, shape.cores, strict=True):
+        assert core[left:].count_nonzero() == core[:, :, right:].count_nonzero() == 0
+        assert core[:left, :, :right].shape[1] == mode
+
+
+@pytest.mark.parametrize("ranks", [(1, 3, 2, 3, 1), (1, 3, 3, 1), (1, 3, 3, 3, 3, 1)])
+def test_padding_refuses_to_shrink(ranks):
+    cores = frozen(random_cores(SHAPES["aligned"], seed=0))
+    with pytest.raises(ValueError) as refused:
+        tt.pad_ranks(cores, ranks)
+    assert f"[1, 3, 3, 3, 1] to {list(ranks)}" in str(refused.value)

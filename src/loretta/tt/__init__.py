@@ -14,15 +14,12 @@ if TYPE_CHECKING:
     from loretta.tt.init import gaussian
     from loretta.tt.lowrank import discarded_mass, fit_product, product_error, product_norm, product_singular_values
     from loretta.tt.ops import (
-        add,
         balance,
         contract,
         halves,
         matrix,
         matrix_naive,
-        orthogonalise,
         pad_ranks,
-        round_ranks,
         split_cores,
         tt_svd,
     )
@@ -36,8 +33,7 @@ else:
                 "loretta.tt.lowrank",
             ),
             **dict.fromkeys(
-                ("add", "balance", "contract", "halves", "matrix", "matrix_naive", "orthogonalise", "pad_ranks",
-                 "round_ranks", "split_cores", "tt_svd"),
+                ("balance", "contract", "halves", "matrix", "matrix_naive", "pad_ranks", "split_cores", "tt_svd"),
                 "loretta.tt.ops",
             ),
         },
@@ -46,7 +42,6 @@ else:
 __all__ = [
     "PAPER_MODES",
     "TTShape",
-    "add",
     "balance",
     "balanced_modes",
     "constant_ranks",
@@ -57,14 +52,12 @@ __all__ = [
     "halves",
     "matrix",
     "matrix_naive",
-    "orthogonalise",
     "pad_ranks",
     "plan_shape",
     "plan_sides",
     "product_error",
     "product_norm",
     "product_singular_values",
-    "round_ranks",
     "shape_from_modes",
     "split_cores",
     "stacked",

@@ -1,4 +1,4 @@
-"""Pure functions on lists of cores: contract, halve, decompose, round, orthogonalise, add.
+"""Pure functions on lists of cores: contract, halve, decompose, balance.
 
 Axes: I input features, O output features, C inner size at the boundary, N features folded so far, R/S
 neighbouring ranks, n one mode. Every core has shape (R, n, S).
@@ -120,66 +120,6 @@ def balance(cores: Cores) -> list[Tensor]:
     return [core * (mean / norm).to(core.dtype) for core, norm in zip(cores, norms, strict=True)]
 
 
-def orthogonalise(cores: Cores, centre: int = -1) -> list[Tensor]:
-    """The same train with orthonormal cores left and right of ``centre`` (QR sweeps towards it).
-
-    The norm of the whole train is then the norm of the core at ``centre`` alone. A rank that exceeds what its
-    side can carry shrinks.
-    """
-    cores = list(cores)
-    centre = range(len(cores))[centre]
-    for k in range(centre):
-        rank, mode, _ = cores[k].shape
-        q, r = torch.linalg.qr(cores[k].reshape(rank * mode, -1))
-        cores[k] = q.reshape(rank, mode, -1)
-        cores[k + 1] = torch.einsum("RS,SnT->RnT", r, cores[k + 1])
-    for k in range(len(cores) - 1, centre, -1):
-        _, mode, rank = cores[k].shape
-        q, r = torch.linalg.qr(cores[k].reshape(-1, mode * rank).T)
-        cores[k] = q.T.reshape(-1, mode, rank)
-        cores[k - 1] = torch.einsum("RnS,TS->RnT", cores[k - 1], r)
-    return cores
-
-
-def round_ranks(cores: Cores, *, rank: int | None = None, error: float | None = None) -> list[Tensor]:
-    """The nearest train of smaller ranks (Oseledets 2011, algorithm 2), without building the full tensor.
-
-    ``rank`` bounds every inner rank; ``error`` bounds the Frobenius error relative to the train's norm; both
-    together bound the rank first. Computed in float64, returned in the dtype of the cores.
-
-    Raises ValueError without a budget, and for a rank below 1 or a negative error.
-    """
-    if rank is None and error is None:
-        raise ValueError("rounding needs a budget: give rank=, error= or both")
-    if rank is not None and rank < 1:
-        raise ValueError(f"a tensor-train rank must be at least 1, got {rank}")
-    dtype = cores[0].dtype
-    rounded = orthogonalise([core.double() for core in cores], centre=0)
-    budget = _budget_per_cut(float(rounded[0].norm()), len(rounded), error)
-    for k in range(len(rounded) - 1):
-        left_rank, mode, right_rank = rounded[k].shape
-        left, rest = _truncated(rounded[k].reshape(-1, right_rank), rank or right_rank, budget)
-        rounded[k] = left.reshape(left_rank, mode, -1)
-        rounded[k + 1] = torch.einsum("RS,SnT->RnT", rest, rounded[k + 1])
-    return [core.to(dtype) for core in rounded]
-
-
-def add(left: Cores, right: Cores) -> list[Tensor]:
-    """The train of the sum of two trains of the same modes; its inner ranks add up.
-
-    Raises ValueError when the modes differ.
-    """
-    modes = [core.shape[1] for core in left]
-    if modes != [core.shape[1] for core in right]:
-        raise ValueError(f"cannot add trains of modes {modes} and {[core.shape[1] for core in right]}")
-    if len(modes) == 1:
-        return [left[0] + right[0]]
-    first = torch.cat([left[0], right[0]], dim=2)
-    last = torch.cat([left[-1], right[-1]], dim=0)
-    inner = [_block_diagonal(a, b) for a, b in zip(left[1:-1], right[1:-1], strict=True)]
-    return [first, *inner, last]
-
-
 def _fold_left(cores: Cores, like: Tensor) -> Tensor:
     """(N, S): the first cores multiplied together, their modes as one index. Their first rank is 1."""
     if not cores:  # this side of the matrix has size 1
@@ -241,10 +181,3 @@ def _truncated(unfolding: Tensor, rank: int, budget: float) -> tuple[Tensor, Ten
         tails = s.square().flip(0).cumsum(0).flip(0).sqrt()
         keep = min(keep, max(1, int((tails > budget).sum())))
     return u[:, :keep], s[:keep, None] * vh[:keep]
-
-
-def _block_diagonal(left_RnS: Tensor, right_RnS: Tensor) -> Tensor:
-    (r1, mode, s1), (r2, _, s2) = left_RnS.shape, right_RnS.shape
-    out = left_RnS.new_zeros(r1 + r2, mode, s1 + s2)
-    out[:r1, :, :s1], out[r1:, :, s1:] = left_RnS, right_RnS
-    return out

@@ -1,6 +1,6 @@
 """One tensor train as plain integers: modes, ranks, and where the matrix's input ends and its output begins.
 
-Nothing here needs torch, a model or a GPU: parameters, FLOPs and bytes are known before a tensor exists.
+Nothing here needs torch, a model or a GPU: parameters and FLOPs are known before a tensor exists.
 """
 
 import math
@@ -91,10 +91,6 @@ class TTShape:
     @property
     def n_params(self) -> int:
         return sum(math.prod(core) for core in self.cores)
-
-    def n_bytes(self, itemsize: int = 4) -> int:
-        """Bytes of the cores at ``itemsize`` bytes a number (4 for float32, 2 for bfloat16)."""
-        return self.n_params * itemsize
 
     @property
     def fold_flops(self) -> int:
