@@ -31,7 +31,7 @@ from timing import about, captured, timed
 from torch import Tensor, nn
 
 from loretta.population import loop
-from loretta.population.attention import PackedAttention, ShortRows
+from loretta.population.attention import PackedAttention
 from loretta.population.casts import OneCast
 from loretta.population.loop import Loop
 from loretta.population.optimizer import MemberAdamW
@@ -55,7 +55,6 @@ def one_cast(members: int) -> OneCast:
 KERNELS: dict[str, tuple[Callable[[int], Any], ...]] = {
     "plain": (),
     "packed": (PackedAttention, one_cast),
-    "attention": (ShortRows, one_cast),
 }
 
 

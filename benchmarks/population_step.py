@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from loretta.population import members as members_of
-from loretta.population.attention import PackedAttention, ShortRows
+from loretta.population.attention import PackedAttention
 from loretta.population.casts import OneCast
 from loretta.population.loop import Loop
 from loretta.population.population import Population
@@ -38,12 +38,10 @@ VARIANTS: dict[str, tuple[bool, tuple[Callable[[int], Any], ...]]] = {
     "norms": (True, ()),
     "one cast": (False, (lambda _: OneCast(),)),
     "rows beside each other": (False, (PackedAttention,)),
-    "attention": (False, (ShortRows,)),
     "all, rows beside each other": (True, KERNELS["packed"]),
-    "all, attention": (True, KERNELS["attention"]),
 }
 KINDS = {
-    "attention": r"sdpa|fmha|attention|_attend|compute_dot_do_o|convert_dq",
+    "attention": r"sdpa|fmha|attention|compute_dot_do_o|convert_dq",
     "products": r"nvjet|gemm|cutlass|splitK",
     "norms": r"layer_norm|_norm",
     "dropout": r"dropout|masked_scale",
@@ -148,10 +146,9 @@ def main() -> None:
         part = batch(loop, tokens)
         for name, (ours, modes) in VARIANTS.items():
             save({"tokens": tokens, "case": name, **step(loop, part, ours, modes, args.device)})
-        for name in ("plain", *list(KERNELS)[1:]):
-            save(
-                {"tokens": tokens, "case": f"floor, {name}", **floor(loop.population, part, KERNELS[name], args.device)}
-            )
+        for name, modes in KERNELS.items():
+            row = floor(loop.population, part, modes, args.device)
+            save({"tokens": tokens, "case": f"floor, {name}", **row})
 
 
 if __name__ == "__main__":

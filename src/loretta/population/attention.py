@@ -14,15 +14,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from loretta.layers.fused import has_triton
-
 AT_ONCE = 64  # tokens of a kernel's block
 LINE = 8  # numbers
 # cuDNN's takes a second for each new shape
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
-# of which a kernel of our own holds a row in one block
-MOST_TOKENS, WIDEST_HEAD = 128, 128
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class PackedAttention(TorchFunctionMode):
@@ -81,62 +76,3 @@ class PackedAttention(TorchFunctionMode):
             joint.copy_(torch.where(same, added, -torch.inf).view_as(joint))
             self.masks[at] = mask, joint  # with the mask, whose id would else be free for another
         return self.masks[at][1]
-
-
-class ShortRows(TorchFunctionMode):
-    """In this block attention among few tokens is a kernel of our own.
-
-    The result is the same but for rounding, and for which numbers dropout draws.
-
-    Args:
-        members: of whom each has an equal share of the rows.
-    """
-
-    def __init__(self, members: int) -> None:
-        super().__init__()
-        self.members = members
-        self.seed: Tensor | None = None  # of dropout; one serves all layers
-        self.calls = 0
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        if func is nn.functional.scaled_dot_product_attention:
-            return self.attend(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-    def attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None = None,
-        dropout_p: float = 0.0,
-        is_causal: bool = False,
-        scale: float | None = None,
-        enable_gqa: bool = False,
-    ) -> Tensor:
-        """(B, H, T, D) each, and a mask of bools (B, 1, T or 1, T)."""
-        if attn_mask is None or is_causal or not self._fits(query, key, value, attn_mask):
-            return nn.functional.scaled_dot_product_attention(
-                query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-            )
-        from loretta.population.attention_kernels import ShortAttention
-
-        n_rows, _, n_tokens, width = query.shape
-        if dropout_p > 0 and self.seed is None:
-            self.seed = torch.randint(2**62, (1,), device=query.device)
-        self.calls += 1
-        mask = attn_mask.expand(n_rows, 1, n_tokens, n_tokens)
-        scale = width**-0.5 if scale is None else scale
-        found: Tensor = ShortAttention.apply(
-            query, key, value, mask, scale, dropout_p, self.seed, self.calls, self.members
-        )
-        return found
-
-    def _fits(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> bool:
-        if query.dim() != 4 or not query.shape == key.shape == value.shape or query.dtype not in DTYPES:
-            return False
-        n_rows, _, n_tokens, width = query.shape
-        whole = mask.dtype is torch.bool and mask.dim() == 4 and mask.shape[1] == 1 and n_rows % self.members == 0
-        return whole and n_tokens <= MOST_TOKENS and width <= WIDEST_HEAD and has_triton()
