@@ -125,7 +125,7 @@ def joined(known: Sequence[Row], make: Callable[[], dict[str, Any]]) -> dict[str
         if cell_of(other) != cell_of(row) or other["epochs"] != row["epochs"]:
             continue
         keys = set(PER_RATE) & row.keys() & other.keys()
-        if other["seeds"] == row["seeds"]:
+        if other["seeds"] == row["seeds"] and not {*other["rates"]} <= {*row["rates"]}:
             made = {key: {**other[key], **row[key]} for key in keys}
             made |= {"rates": sorted({*other["rates"], *row["rates"]}), "command": f"{other['command']}; then --extend"}
         elif not {*other["seeds"]} & {*row["seeds"]} and {*other["rates"]} == {*row["rates"]}:

@@ -58,6 +58,9 @@ TASKS: dict[str, TaskPlan] = {
     "wiki": TaskPlan(length=128, epochs=2, metric="loss", batch=8, kind="text"),
 }
 
+# the accuracy on the official validation rows of the answer that most of them have
+CONSTANT = {"rte": 0.527, "cb-words": 0.5}
+
 # the contrastive training of both encoders used pairs of these tasks' texts
 LEAKS = {
     "mnli": "NLI pairs were among the contrastive training data of both encoders",

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Sequence
 
 from board import Board, Row, Scores, markdown, paired, signed, verdict
 from methods import GROUPS
-from protocol import TASKS, interval, mean_by_seed
+from protocol import CONSTANT, TASKS, interval, mean_by_seed
 from retention import average, forgetting_rows, risen
 
 MODELS = {
@@ -114,6 +114,10 @@ def verdict_sentence(model: str, task: str, found: Sequence[Row]) -> str:
         if below:
             lost.append(f"than {shown}: {', '.join(below)}")
     of_all = f"Worse by more than the interval {'; '.join(lost)}." if lost else ""
+    if task in CONSTANT and not any(mean - half > CONSTANT[task] for mean, half in map(interval, here.values())):
+        of_all = (
+            f"No method is above the constant answer ({CONSTANT[task]}) by its interval: this task says nothing here."
+        )
     return " ".join([of_best, of_all] if verdict(difference) == "worse" else [of_all, of_best]).strip()
 
 

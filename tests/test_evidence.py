@@ -213,6 +213,13 @@ def test_a_section_that_loretta_loses_says_so_first():
     assert verdicts.verdict_sentence("all-MiniLM-L6-v2", "stories", lower).startswith("LoRETTA wins here")
 
 
+def test_a_task_that_no_method_learns_says_so():
+    rows = [{**row, "task": "rte", "metric": "accuracy"} for row in BOARD if row["task"] == "cola"]
+    assert "No method is above the constant answer" in verdicts.verdict_sentence("all-MiniLM-L6-v2", "rte", rows)
+    better = [row_of("LoRA r=8", "LoRA", 9_000, [0.6, 0.61, 0.62], task="rte")]
+    assert "constant" not in verdicts.verdict_sentence("all-MiniLM-L6-v2", "rte", rows + better)
+
+
 def test_a_grid_goes_on_beyond_a_best_rate_at_its_edge():
     row = {**ROW, "part": "front", "task": "cola", "method": "LoRA r=1", "model": "m", "seeds": [0, 1], "epochs": 5}
     assert cells.cells_beyond([row]) == []
@@ -239,6 +246,8 @@ def test_the_seeds_that_a_row_lacks_are_measured_at_its_rates_and_stand_behind_i
     assert found["seeds"] == [0, 1, 2, 3]
     assert found["held_out"] == {rate: [*scores, 0.1, 0.2] for rate, scores in row["held_out"].items()}
     assert (found["command"], found["seconds"], found["versions"]) == ("a; then b", 2, {"torch": "2.11, 2.13"})
+    again = {**made, "seeds": [0, 1]}  # at the same rates: it takes the row's place
+    assert cells.joined([row], lambda: dict(again)) == again
     for other in ({"seeds": [1, 2]}, {"rates": [0.001, 0.002]}, {"epochs": 4}):
         assert cells.joined([{**row, **other}], lambda: dict(made)) == made
 
