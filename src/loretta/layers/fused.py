@@ -9,6 +9,9 @@ Axes: B rows, I input features, O output features, H width, C and D inner sizes,
 """
 
 import importlib.util
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +47,24 @@ def one_matrix_pays(like: Tensor) -> bool:
 
 def in_graph() -> bool:
     """Whether a step is recorded as a CUDA graph, or warmed up for it: that is done on a stream of its own."""
-    return torch.cuda.is_initialized() and torch.cuda.current_stream().cuda_stream != 0
+    return torch.cuda.is_initialized() and torch.cuda.current_stream().cuda_stream != 0 and not _thread.eager
+
+
+class _Thread(threading.local):
+    eager = False
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def for_eager_steps() -> Iterator[None]:
+    """What is recorded within this block is no step, but a part of eager ones."""
+    before, _thread.eager = _thread.eager, True
+    try:
+        yield
+    finally:
+        _thread.eager = before
 
 
 @cache

@@ -25,9 +25,10 @@ from loretta.errors import InputError
 from loretta.tuners import calls, mixed
 from loretta.tuners.calls import Factors, Pair
 from loretta.tuners.gathered import is_sharded
-from loretta.tuners.groups import Group, contract_all
+from loretta.tuners.groups import Group, Joint
 from loretta.tuners.joint import JointLayer, look_up
 from loretta.tuners.kept import Kept
+from loretta.tuners.recorded import Recordings
 from loretta.tuners.scales import Scales
 
 # These count changes in any model: of the adapters or of which are active, after which all groups are made anew, and of
@@ -115,6 +116,7 @@ class Contraction:
         self.grouped: dict[tuple[tuple[str, ...] | None, bool], tuple[int, list[Group]]] = {}
         self.served: Kept | None = None
         self.recomputed: tuple[int, Mapping[Pair, Factors]] | None = None
+        self.recordings = Recordings()
 
     @calls.traced_as_a_part
     def begin(self, module: nn.Module, args: Any) -> None:
@@ -148,7 +150,7 @@ class Contraction:
         if kept is not None or calls.is_recorded():
             groups = [(group, columns) for group, columns in groups if not group.is_sharded]
         else:
-            return contract_all([group for group, _ in groups], [columns for _, columns in groups])
+            return Joint([group for group, _ in groups], [columns for _, columns in groups]).contract(self.recordings)
         found: dict[Pair, Factors] = {}
         for group, columns in groups:
             dtype = group.dtype()

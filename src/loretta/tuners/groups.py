@@ -10,6 +10,7 @@ from loretta.tuners import calls
 from loretta.tuners.calls import Factors, Pair
 from loretta.tuners.gathered import whole_stacks
 from loretta.tuners.joint import JointLayer, look_up, typed
+from loretta.tuners.recorded import Recordings, serves
 
 
 class Group:
@@ -65,12 +66,46 @@ class Group:
         return known[1]
 
 
-def contract_all(groups: Sequence[Group], columns: Sequence[Sequence[Sequence[Tensor]]]) -> dict[Pair, Factors]:
-    """The factors of each pair of some groups, from the parameters of each group, also where FSDP2 has shared them."""
-    gathered = iter(whole_stacks([c for g, own in zip(groups, columns, strict=True) if g.is_sharded for c in own]))
-    found: dict[Pair, Factors] = {}
-    for group, own in zip(groups, columns, strict=True):
-        stacks = list(islice(gathered, len(own))) if group.is_sharded else group.kind.stack(own)
-        stacked = group.kind.contract_stacks(group.pairs, stacks, group.scale_of(stacks[0]), group.dtype())
-        found.update(zip(group.pairs, group.kind.unstack(stacked, len(group.pairs)), strict=True))
-    return found
+class Joint:
+    """What one call contracts: a function from the stacked parameters of some groups to their stacked factors.
+
+    Args:
+        columns: the parameters of each group.
+    """
+
+    def __init__(self, groups: Sequence[Group], columns: Sequence[Sequence[Sequence[Tensor]]]) -> None:
+        self.groups = tuple(groups)
+        gathered = iter(whole_stacks([c for g, own in zip(groups, columns, strict=True) if g.is_sharded for c in own]))
+        self.stacks = [
+            list(islice(gathered, len(own))) if group.is_sharded else group.kind.stack(own)
+            for group, own in zip(groups, columns, strict=True)
+        ]
+        self.settings = [(g.scale_of(own[0]), g.dtype()) for g, own in zip(groups, self.stacks, strict=True)]
+        self.counts = [len(own) for own in self.stacks]
+        self.sizes: list[int] = []  # how many factors each group has
+
+    def __call__(self, inputs: Sequence[Tensor]) -> Factors:
+        left, found = iter(inputs), list[Factors]()
+        for group, (scale, dtype), count in zip(self.groups, self.settings, self.counts, strict=True):
+            found.append(group.kind.contract_stacks(group.pairs, list(islice(left, count)), scale, dtype))
+        self.sizes = [len(factors) for factors in found]
+        return tuple(factor for factors in found for factor in factors)
+
+    def contract(self, recordings: Recordings) -> dict[Pair, Factors]:
+        """The factors of each pair, by a recording where there is one."""
+        inputs = [stack for own in self.stacks for stack in own]
+        self.stacks = []  # a recording keeps this object, and is not to keep those
+        recording = None
+        if inputs and all([serves(each) for each in inputs]):  # noqa: C419
+            dtypes = tuple(dtype for _, dtype in self.settings)
+            key = self.groups, dtypes, tuple(group.scales() for group in self.groups)
+            recording = recordings.of(key, self, inputs)
+        if recording is None:
+            stacked, sizes = self(inputs), self.sizes
+        else:
+            stacked, sizes = recording(inputs), recording.function.sizes
+        left, found = iter(stacked), dict[Pair, Factors]()
+        for group, size in zip(self.groups, sizes, strict=True):
+            each = group.kind.unstack(tuple(islice(left, size)), len(group.pairs))
+            found.update(zip(group.pairs, each, strict=True))
+        return found

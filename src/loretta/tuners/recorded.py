@@ -1,0 +1,189 @@
+"""The joint contraction of an eager step as two CUDA graphs, one forward and one backward.
+
+It is some sixty small kernels, whatever the batch, and a CPU needs longer to launch them than a GPU to run them. A
+recording is one launch. What goes in is copied in and what comes out is copied out, in both passes, and the backward
+pass computes the forward pass again from what was handed over then: so a result belongs to its call alone, whoever
+calls in between, from which thread, and whatever has become of the cores.
+"""
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from loretta.layers import fused
+
+logger = logging.getLogger(__name__)
+
+Work = Callable[[], tuple[Tensor, ...]]
+
+
+class Function(Protocol):
+    """What can be recorded: the same operations in each call. ``sizes`` says what the tensors belong to."""
+
+    sizes: list[int]
+
+    def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]: ...
+
+
+PATIENCE = 2  # calls that are not recorded first: a model that is called once is not worth a recording
+# A recording holds about six times what comes out of it. A model with more waits less for its CPU.
+MOST_BYTES = 2**23
+
+
+def serves(tensor: Tensor) -> bool:
+    """Whether a contraction on the device of ``tensor`` may be recorded now: in an eager call on the default stream."""
+    if not tensor.is_cuda or fused.in_graph() or tensor.device.index != torch.cuda.current_device():
+        return False
+    return torch.autograd.forward_ad._current_level < 0
+
+
+def record(work: Work) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
+    """Record ``work``. Returns its tensors, and the function that fills them. RuntimeError where it cannot be."""
+    with _recording:
+        graph, stream = torch.cuda.CUDAGraph(), _stream(torch.cuda.current_device())
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            work()  # libraries make themselves ready on the stream
+        # thread_local: a thread of the data loader may allocate pinned memory meanwhile
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            result = work()
+        torch.cuda.current_stream().wait_stream(stream)
+        return result, graph.replay
+
+
+_recording = threading.Lock()
+
+
+@cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """One for all recordings of a device: cuBLAS keeps 32 MiB for each stream. All are replayed on the default one."""
+    return torch.cuda.Stream(device)
+
+
+class Recording:
+    """A differentiable function of a few tensors, recorded.
+
+    Args:
+        function: of tensors like ``inputs``; the same operations in each call.
+        trains: whether gradients are to be had, of those ``inputs`` that require them.
+    """
+
+    def __init__(self, function: Function, inputs: Sequence[Tensor], *, trains: bool) -> None:
+        self.function, self.lock = function, threading.Lock()
+        # not as parts of the graph that the call builds, nor as tensors of inference mode
+        with torch.inference_mode(False), torch.enable_grad(), fused.for_eager_steps():
+            self.inputs = [torch.empty_like(each).copy_(each.detach()) for each in inputs]
+            self.wanted = [k for k, each in enumerate(inputs) if trains and each.requires_grad]
+            with torch.no_grad():
+                self.outputs, self.forward = record(lambda: function(self.inputs))
+            self.grads: tuple[Tensor, ...] = ()
+            if self.wanted:
+                self._record_backward()
+
+    def _record_backward(self) -> None:
+        outputs = self._differentiable(self.inputs)[0]
+        self.trained = [k for k, output in enumerate(outputs) if output.requires_grad]
+        self.grad_outputs = [torch.zeros_like(outputs[k]) for k in self.trained]
+
+        def work() -> tuple[Tensor, ...]:
+            outputs, leaves = self._differentiable(self.inputs)
+            return torch.autograd.grad([outputs[k] for k in self.trained], leaves, self.grad_outputs)
+
+        self.grads, self.backward = record(work)
+
+    def _differentiable(self, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], list[Tensor]]:
+        leaves = [each.detach().requires_grad_(k in self.wanted) for k, each in enumerate(inputs)]
+        return self.function(leaves), [leaves[k] for k in self.wanted]
+
+    def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The function of ``inputs``, in tensors of its own."""
+        if self.wanted and torch.is_grad_enabled():
+            return _Recorded.apply(self, *inputs)
+        return self.values(inputs)
+
+    def values(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        with self.lock, torch.no_grad():
+            self._load(self.inputs, inputs)
+            self.forward()
+            return tuple(output.clone() for output in self.outputs)
+
+    def gradients(self, inputs: Sequence[Tensor], grad_outputs: Sequence[Tensor]) -> list[Tensor]:
+        """Of the inputs that are wanted, in tensors of their own."""
+        with self.lock, torch.no_grad():
+            self._load(self.inputs, inputs)
+            self._load(self.grad_outputs, grad_outputs)
+            self.backward()
+            return [grad.clone() for grad in self.grads]
+
+    @staticmethod
+    def _load(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)
+
+
+class _Recorded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, recording: Recording, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.recording = recording
+        ctx.save_for_backward(*inputs)
+        outputs = recording.values(inputs)
+        fixed = [output for k, output in enumerate(outputs) if k not in recording.trained]
+        ctx.mark_non_differentiable(*fixed)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        recording, inputs = ctx.recording, ctx.saved_tensors
+        grad_outputs = [grads[k] for k in recording.trained]
+        if torch.is_grad_enabled():  # a gradient of the gradient is wanted
+            with fused.for_eager_steps():
+                outputs = recording.function(inputs)
+            wanted = [inputs[k] for k in recording.wanted]
+            found: Sequence[Tensor] = torch.autograd.grad(
+                [outputs[k] for k in recording.trained], wanted, grad_outputs, create_graph=True
+            )
+        else:
+            found = recording.gradients(inputs, grad_outputs)
+        by_input = dict(zip(recording.wanted, found, strict=True))
+        return None, *(by_input.get(k) for k in range(len(inputs)))
+
+
+class Recordings:
+    """The recordings of one model, by what was active when they were made."""
+
+    def __init__(self) -> None:
+        self.known: dict[tuple[Any, ...], int | Recording | None] = {}
+
+    def of(self, key: tuple[Any, ...], function: Function, inputs: Sequence[Tensor]) -> Recording | None:
+        """The one with this key; None in the first calls, and where it failed.
+
+        Args:
+            key: all that the function depends on besides its inputs; the first part holds the groups of the model.
+        """
+        trains = torch.is_grad_enabled()
+        kinds = tuple((each.shape, each.dtype, each.device, each.requires_grad) for each in inputs)
+        key = (*key, trains, kinds)
+        found = self.known.get(key, 0)
+        if isinstance(found, int) and torch._C._current_graph_task_id() == -1:  # none begins in a backward pass
+            self.known = {old: value for old, value in self.known.items() if old[0] == key[0]}
+            self.known[key] = found + 1
+            if found < PATIENCE:
+                return None
+            self.known[key] = found = _recorded(function, inputs, trains=trains)
+        return found if isinstance(found, Recording) else None
+
+
+def _recorded(function: Function, inputs: Sequence[Tensor], *, trains: bool) -> Recording | None:
+    with torch.no_grad():
+        if sum(output.nbytes for output in function(inputs)) > MOST_BYTES:
+            return None
+    try:
+        return Recording(function, inputs, trains=trains)
+    except RuntimeError as error:
+        logger.debug("the contraction is not recorded: %s", error)
+        return None
