@@ -75,10 +75,11 @@ def grpo_table() -> str:
 def _grpo_tables(report: Mapping[str, Any]) -> str:
     rows = []
     for row in report["rows"]:
-        shown = [row["curve"][min(k, len(row["curve"])) - 1] for k in GRPO_STEPS]
-        rows.append([str(row["seed"]), *(f"{value:.2f}" for value in (row["untrained"], *shown, row["trained"]))])
+        n = len(row["curve"])
+        shown = [f"{row['curve'][k - 1]:.2f}" if k <= n else "" for k in GRPO_STEPS]
+        rows.append([str(row["seed"]), f"{row['untrained']:.2f}", *shown, f"{row['trained']:.2f}", str(n)])
     steps = [f"step {k}" for k in GRPO_STEPS]
-    rewards = pd.DataFrame(rows, columns=["seed", "reward untrained", *steps, "trained"])
+    rewards = pd.DataFrame(rows, columns=["seed", "reward untrained", *steps, "trained", "updates"])
     largest = report["bytes"]["LoRA r=8"]
     sizes = [[name, f"{size:,}", f"{size / largest:.2f}"] for name, size in report["bytes"].items()]
     synced = pd.DataFrame(sizes, columns=["weights of a sync", "bytes", "of LoRA r=8"])

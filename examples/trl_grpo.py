@@ -22,6 +22,9 @@ from trl import GRPOConfig, GRPOTrainer
 
 from loretta import LorettaRepConfig, export_lora
 
+# with a mask it gives gradients that are NaN at some lengths: pytorch/pytorch#196678, docs/troubleshooting.md
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 GLAD = {*GOOD, "glad", "happy", "nice", "fun", "love", "loved", "smile", "smiled", "laughed", "best", "friends"}
 STORIES = [
     f"Once upon a time, there was a little {who}. One day, the {who}"

@@ -41,6 +41,11 @@ def test_the_version():
     assert loretta("--version") == (0, f"loretta {__version__}\n", "")
 
 
+def test_h_is_help_and_the_hint_names_it_whole():
+    assert loretta("plan", "-h") == loretta("plan", "--help")
+    assert "Try 'loretta --help' for help." in loretta("trian")[2]
+
+
 def test_every_option_of_a_run_is_in_the_help_of_train():
     status, out, err = loretta("train", "--help", COLUMNS="100")
     assert (status, err) == (0, "")

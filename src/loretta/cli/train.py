@@ -47,6 +47,8 @@ def train(
         given["output"] = str(run)
         if not is_started(run):
             raise InputError(f"'{run}' holds no run to go on with: `loretta runs ls` lists them")
+    if resume and overwrite:
+        raise InputError("--resume goes on with a run and --overwrite replaces it: give one of them")
     if resume and config is None and given["output"] and is_started(Path(given["output"])):
         config = Path(given["output"]) / CONFIG  # the run's own options, where no others are given
     run_config = read_config(config, given, sets or [])

@@ -153,7 +153,12 @@ class RunConfig(BaseModel):
         default=None, ge=1, description="Stop after so many evaluations in a row that are no better than the best."
     )
     logging_steps: int = Field(default=10, ge=1, description="Steps between lines of the log.")
-    seed: int = Field(default=0, description="Of the start, the order of the data and what is drawn or held out.")
+    seed: int = Field(
+        default=0,
+        ge=0,
+        lt=2**32,  # NumPy takes no other
+        description="Of the start, the order of the data and what is drawn or held out.",
+    )
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = Field(
         default="float32", description="Of the base model's weights; auto: as they are stored."
     )

@@ -11,8 +11,9 @@ from loretta.locks import refuse_held
 from loretta.record import RunRecord
 from loretta.training.config import RunConfig, recorded_config
 from loretta.training.folder import ADAPTER
-from loretta.training.methods import FULL, find_method
+from loretta.training.methods import FULL, find_method, virtual_tokens
 from loretta.training.model import Trained, load_base, load_tokenizer
+from loretta.training.positions import positions_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,4 +55,7 @@ def load_run(folder: Path, *, model: str | None = None, cpu: bool = False) -> Lo
     # a quantised base may already lie there, and not every one may be moved
     if torch.cuda.is_available() and not cpu and adapted.device.type == "cpu":
         adapted = adapted.cuda()
+    if (positions := positions_of(base)) is not None:  # the texts of the training may all have been shorter
+        room = positions - virtual_tokens(config.method, config.method_args)
+        config = config.model_copy(update={"max_length": min(config.max_length, room)})
     return LoadedRun(record=record, config=config, model=adapted, tokenizer=tokenizer, kind=record.kind)

@@ -28,6 +28,7 @@ from loretta.training.hub import check_hub, push
 from loretta.training.lines import first_lines
 from loretta.training.model import TASK_TYPES, Trained, load_tokenizer
 from loretta.training.pause import PauseBehind, Paused, paused_at, step_of
+from loretta.training.positions import check_positions
 from loretta.training.progress import say_lines
 from loretta.training.start import prepare_model
 from loretta.training.stop import StopAtSignal, stopping_at_signals
@@ -163,6 +164,7 @@ def _prepare(
         processes.load_in_each()
     set_seed(config.seed)
     model, bf16 = prepare_model(config, task, tokenizer)
+    check_positions(config, model, encoded)
     return task, tokenizer, encoded, model, bf16
 
 
