@@ -166,6 +166,15 @@ def test_the_policy_of_a_deleted_adapter_is_forgotten(method):
     }
 
 
+@every_method
+def test_an_adapter_that_is_named_twice_acts_once(method):
+    model, inputs = pair("llama", method)
+    model.set_adapter("default")
+    expected = logits(model, inputs)
+    model.base_model.set_adapter(["default", "default"])
+    assert torch.equal(logits(model, inputs), expected)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
 def test_two_active_updates_of_rep_add_up(family):
     model, inputs = pair(family, "rep", train_norms=False)

@@ -214,7 +214,9 @@ class LorettaLayer(JointLayer, BaseTunerLayer):
         note_change()
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        """As PEFT's, where a name that is given twice acts once, as it is merged once."""
+        names = [adapter_names] if isinstance(adapter_names, str) else list(dict.fromkeys(adapter_names))
+        super().set_adapter(names, inference_mode=inference_mode)
         note_change(activity_alone=True)
 
     def enable_adapters(self, enabled: bool) -> None:
