@@ -122,3 +122,17 @@ def test_a_back_arrow_and_a_circle_are_seen(tmp_path):
     ]
     back_and_forth = {("cellar", "attic"), ("attic", "cellar"), ("cellar", PACKAGE), (PACKAGE, "attic")}
     assert arrows_in(package) == back_and_forth
+
+
+def files_of_python() -> list[pathlib.Path]:
+    return [file for folder in ("src", "tests", "benchmarks", "examples") for file in (ROOT / folder).rglob("*.py")]
+
+
+def test_no_file_is_longer_than_one_reads_at_once():
+    assert not [file for file in files_of_python() if len(file.read_text(encoding="utf-8").splitlines()) > 400]
+
+
+def test_tests_import_what_they_share_from_modules_that_are_no_tests():
+    for file in (ROOT / "tests").rglob("*.py"):
+        lines = file.read_text(encoding="utf-8").splitlines()
+        assert not [line for line in lines if re.match(r"\s*(from|import) (\w+\.)?test_", line)], file

@@ -7,9 +7,8 @@ import sys
 
 import pytest
 from commands import assert_refused, call
-from interrupts import poisoned, stopping_behind
-from test_locks import held_by_another
-from test_run import config_for
+from interrupts import held_by_another, poisoned, stopping_behind
+from training_data import config_for
 
 from loretta.errors import InputError, OutOfMemory, Stopped
 from loretta.owned import find_foreign

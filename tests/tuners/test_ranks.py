@@ -8,10 +8,10 @@ import pytest
 import torch
 from draws import seeded
 from tolerances import assert_near
+from tuners.experts import build as build_experts
+from tuners.experts import layers_of as experts_of
+from tuners.experts import wrap as wrap_experts
 from tuners.families import build
-from tuners.test_experts import build as build_experts
-from tuners.test_experts import layers_of as experts_of
-from tuners.test_experts import wrap as wrap_experts
 from tuners.wrapped import trained, wrap
 
 from loretta import InputError, LorettaRepConfig, PeftModel, get_peft_model, tt
