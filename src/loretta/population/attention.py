@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 AT_ONCE = 64  # tokens of a kernel's block
 LINE = 8  # numbers
-# cuDNN's takes a second for each new shape
+# cuDNN's plans each new shape, for up to two seconds, and is slower on short rows
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
