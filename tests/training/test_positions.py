@@ -4,8 +4,7 @@ import csv
 
 import pytest
 from commands import assert_refused, call
-from test_run import config_for
-from training_data import sentences
+from training_data import config_for, sentences
 from transformers import AutoConfig, AutoModel
 
 from loretta.training.positions import positions_of
