@@ -36,6 +36,15 @@ def test_the_package_carries_what_the_results_say():
     assert FRONT.read_text() == generator.text()
 
 
+def test_a_model_with_fewer_than_three_forms_offers_no_choice():
+    def cell(name, options=None):
+        return generator.Cell("all-MiniLM-L6-v2", True, "cola", name, 900, 0.5, options)
+
+    forms = [cell(f"form {rank}", ("rep", {"tensor_rank": rank})) for rank in (1, 2, 3)]
+    assert generator.front([cell("LoRA r=1"), *forms]).models.keys() == {"all-MiniLM-L6-v2"}
+    assert not generator.front([cell("LoRA r=1"), *forms[:2]]).models
+
+
 def test_a_form_is_the_one_that_was_measured():
     """Its count on a model of the same sizes, without a head, is the count of the run."""
     model = meta_model(AutoConfig.for_model("bert", **MINILM), "SEQ_CLS")
