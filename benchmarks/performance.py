@@ -131,6 +131,28 @@ def profile_table() -> str:
     return source(head) + table("kernel | us | split-K reduction, us", lines)
 
 
+def small_table() -> str:
+    """What a small step in one CUDA graph costs beyond the floor, beside one empty kernel a module and direction."""
+    rows = results("small_graphs")
+    lines = []
+    for row in rows:
+        lines.append([row["shape"], size_of(row), row["method"], f"{row['ms']:.2f}", f"{row['ratio']:.3f}"])
+        lines[-1] += [row["kernels"], f"{row['gpu_ms']:.2f}"]
+    head = "model | batch x tokens | method | ms | / floor | kernels | ms of kernels"
+    return source(rows[0]) + table(head, lines, numbers_from=3) if rows else NOT_MEASURED
+
+
+def parallel_table() -> str:
+    """Training by torch's DataParallel on several GPUs against one."""
+    rows = results("data_parallel")
+    lines = []
+    for row in rows:
+        cells = [row["model"], row["method"], row["gpus"], row["steps"], "yes" if row["data_parallel"] else "no"]
+        lines.append([*cells, f"{row['losses_differ_by']:.1e}", f"{row['numbers_differ_by']:.1e}"])
+    head = "model | method | GPUs | steps | DataParallel | losses differ by | trained numbers differ by"
+    return source(rows[0]) + table(head, lines, numbers_from=2) if rows else NOT_MEASURED
+
+
 def launches_table() -> str:
     """What an eager step costs the CPU for each adapted module and once a step, above the floor, before and now."""
     rows = results("launches")
@@ -283,7 +305,9 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "launches": launches_table,
     "compiled": compiled_table,
     "processes": processes_table,
+    "data parallel": parallel_table,
     "profile": profile_table,
+    "small graphs": small_table,
     "kernels": kernel_table,
     "growth": growth_table,
     "inference": inference_table,

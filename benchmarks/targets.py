@@ -84,8 +84,8 @@ def cells_table() -> str:
             cell = ["mixed batch", row["shape"], f"{row['adapters']} adapters", row["method"]]
             to_lora = row["ms"] / lora["ms"]
             lines.append([*cell, "at most LoRA's time", f"{to_lora:.3f}", verdict(to_lora <= 1)])
-    for row in results("processes"):
-        lora = next((o for o in results("processes") if _launch(o) == _launch(row) and o["method"] == LORA), None)
+    for row in results("processes*"):
+        lora = next((o for o in results("processes*") if _launch(o) == _launch(row) and o["method"] == LORA), None)
         if row["part"] != "losses" and row["method"] in ("rep q,v", "adp") and lora and row["launch"] != "one":
             to_lora = row["seconds_per_step"] / lora["seconds_per_step"]
             cell = [f"two GPUs, {row['launch']}", row["shape"], size_of(row), row["method"]]
@@ -96,15 +96,20 @@ def cells_table() -> str:
 
 
 def _launch(row: Row) -> tuple:
-    return row["part"], row["launch"], row.get("shape")
+    return row["file"], row["part"], row["launch"], row.get("shape")
 
 
 def processes_table() -> str:
     """Training by several processes: a step beside LoRA's, and how far the losses are from those of one process."""
-    rows = results("processes")
+    rows = results("processes*")
     if not rows:
         return NOT_MEASURED
-    content = json.loads((RESULTS / "processes.json").read_text())
+    files = dict.fromkeys(row["file"] for row in rows)
+    return "\n".join(_processes_table([row for row in rows if row["file"] == file]) for file in files)
+
+
+def _processes_table(rows: list[Row]) -> str:
+    content = json.loads((RESULTS / rows[0]["file"]).read_text())
     differ = {(each["launch"], each["method"]): f"{each['largest_difference']:.1e}" for each in content["summary"]}
     lines = []
     for row in rows:
