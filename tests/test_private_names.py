@@ -74,6 +74,9 @@ BY_OWNER = {
     "torch.Tensor": {
         "_version": PRESENT,
     },
+    "torch.autograd.forward_ad": {
+        "_current_level": PRESENT,
+    },
     "torch._C._autograd": {
         "_top_saved_tensors_default_hooks": PRESENT,
     },
