@@ -5,9 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_library = torch.library.Library("loretta", "DEF")
-_library.define("stack(Tensor[] parts) -> Tensor")
-_library.impl("stack", torch.stack, "CompositeExplicitAutograd")  # on every device, and for shapes alone
+if not hasattr(torch.ops.loretta, "stack"):  # a reload of this module finds it defined
+    _library = torch.library.Library("loretta", "DEF")
+    _library.define("stack(Tensor[] parts) -> Tensor")
+    _library.impl("stack", torch.stack, "CompositeExplicitAutograd")  # on every device, and for shapes alone
 
 
 @torch.compiler.allow_in_graph
