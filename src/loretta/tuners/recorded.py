@@ -45,14 +45,14 @@ def serves(tensor: Tensor) -> bool:
 def record(work: Work) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
     """Record ``work``. Returns its tensors, and the function that fills them. RuntimeError where it cannot be."""
     with _recording:
-        graph, stream = torch.cuda.CUDAGraph(), _stream(torch.cuda.current_device())
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            work()  # libraries make themselves ready on the stream
+        graph, (aside, capturing) = torch.cuda.CUDAGraph(), _streams(torch.cuda.current_device())
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            work()  # libraries make themselves ready
+        torch.cuda.current_stream().wait_stream(aside)
         # thread_local: a thread of the data loader may allocate pinned memory meanwhile
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, stream=capturing, capture_error_mode="thread_local"):
             result = work()
-        torch.cuda.current_stream().wait_stream(stream)
         return result, graph.replay
 
 
@@ -60,9 +60,14 @@ _recording = threading.Lock()
 
 
 @cache
-def _stream(device: int) -> torch.cuda.Stream:
-    """One for all recordings of a device: cuBLAS keeps 32 MiB for each stream. All are replayed on the default one."""
-    return torch.cuda.Stream(device)
+def _streams(device: int) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    """One to get ready on and one to record on, for all recordings of a device.
+
+    cuBLAS keeps a workspace of up to 32 MiB for each stream, and a graph goes on to use that of its stream. On a stream
+    that only records it lies in memory of graphs: torch may clear all workspaces (compiling with "reduce-overhead"
+    does), and no other tensor then takes that place.
+    """
+    return torch.cuda.Stream(device), torch.cuda.Stream(device)
 
 
 class Recording:
