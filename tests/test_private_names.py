@@ -10,6 +10,7 @@ import importlib
 import inspect
 import pkgutil
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -209,13 +210,21 @@ def modules() -> Iterator[tuple[ModuleType, ast.Module]]:
             yield module, ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
 
 
+@cache  # Python parses the whole file for each class
+def source_of(owner: Any) -> str | None:
+    """None where it is written in C, or an enumeration made by a call."""
+    try:
+        return inspect.getsource(owner)
+    except (OSError, TypeError):
+        return None
+
+
 def knows(owner: Any, name: str) -> bool:
     """Whether a class or a module has an attribute of that name, or the code of the class gives it to instances."""
     if name in vars(owner) or name in vars(owner).get("__annotations__", {}):
         return True
-    try:
-        source = inspect.getsource(owner)
-    except (OSError, TypeError):  # written in C, or an enumeration made by a call
+    source = source_of(owner)
+    if source is None:
         return hasattr(owner, name)
     return f"self.{name} =" in source or f"self.{name}:" in source or f'"{name}"' in source or f".{name} =" in source
 

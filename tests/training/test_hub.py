@@ -121,7 +121,8 @@ def test_the_card_of_another_method_names_no_folder_of_this_machine(hub, bert, r
 
 
 @pytest.mark.parametrize("how", ["answers 500", "hangs up"])
-def test_a_network_that_fails_after_the_training_costs_nothing(how, hub, bert, reviews, tmp_path, capsys):
+def test_a_network_that_fails_after_the_training_costs_nothing(how, hub, bert, reviews, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)  # between its five tries
     hub.broken, hub.hangs_up = "/commit/", how == "hangs up"
     status, _, err = train(capsys, bert, reviews, tmp_path / "run")
     adapter = tmp_path / "run" / "adapter"
