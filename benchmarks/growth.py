@@ -13,12 +13,11 @@ import json
 import statistics
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from cases import build_llama, inputs, perturbed
 from speed import step_of
-from timing import about, captured, timed
+from timing import about, add_options, captured, timed
 
 from loretta import LorettaAdpConfig, LorettaRepConfig
 
@@ -69,11 +68,8 @@ def main() -> None:
     parser.add_argument("--axes", default=",".join(AXES))
     parser.add_argument("--size", default="2x512", help="batch x tokens")
     parser.add_argument("--steps", type=int, default=15)
-    parser.add_argument("--budget", type=float, default=240, help="seconds after which nothing new is begun")
     parser.add_argument("--tiny", action="store_true", help="small values on the CPU, to try the script")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--out", type=Path, required=True)
+    add_options(parser, budget=240)
     args = parser.parse_args()
     centre, axes = TINY if args.tiny else (CENTRE, AXES)
     if args.tiny:

@@ -15,11 +15,10 @@ import json
 import statistics
 import time
 from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 from cases import SHAPES, build_base, wrap
-from timing import about, captured, timed
+from timing import about, add_options, captured, timed
 from torch import nn
 from transformers import StaticCache
 
@@ -95,11 +94,8 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=128)
     parser.add_argument("--new", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--budget", type=float, default=240, help="seconds after which nothing new is begun")
     parser.add_argument("--tiny", action="store_true", help="a tiny model on the CPU, to try the script")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--out", type=Path, required=True)
+    add_options(parser, budget=240)
     args = parser.parse_args()
     if args.tiny:
         args.shape, args.device, args.modes, args.prompt, args.new = "tiny", "cpu", "eager", 8, 24

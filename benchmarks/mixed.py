@@ -12,11 +12,10 @@ import gc
 import json
 import statistics
 import time
-from pathlib import Path
 
 import torch
 from cases import METHODS, SHAPES, build_base, perturbed
-from timing import about, timed
+from timing import about, add_options, timed
 from torch import nn
 
 BASE = "base"
@@ -44,10 +43,7 @@ def main() -> None:
     parser.add_argument("--adapters", default="1,8,64")
     parser.add_argument("--methods", default="lora q+v,rep q+v,adp")
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--budget", type=float, default=60, help="seconds after which nothing new is begun")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--out", type=Path, required=True)
+    add_options(parser, budget=60)
     args = parser.parse_args()
     begin = time.monotonic()
     base = build_base(args.shape, device=args.device, dtype=getattr(torch, args.dtype), layers=args.layers).eval()

@@ -15,13 +15,12 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from cases import SHAPES, build_base, inputs, wrap
 from speed import FLOOR, step_of
-from timing import about, captured, timed
+from timing import about, add_options, captured, timed
 from torch import Tensor, nn
 
 EMPTY = "empty kernel"
@@ -124,10 +123,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int)
     parser.add_argument("--methods", default=",".join(METHODS).replace("q,v", "q+v"))
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--budget", type=float, default=3600, help="seconds after which nothing new is begun")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--out", type=Path, required=True)
+    add_options(parser, budget=3600)
     args = parser.parse_args()
     begin = time.monotonic()
     rows: list[Row] = []

@@ -15,11 +15,10 @@ import gc
 import json
 import statistics
 import time
-from pathlib import Path
 
 import torch
 from cases import METHODS, SHAPES, build_base, inputs, wrap
-from timing import about, captured, kernels, timed
+from timing import about, add_options, captured, kernels, timed
 from torch import nn
 
 from loretta.tuners.contraction import Contraction
@@ -110,10 +109,7 @@ def main() -> None:
     )
     parser.add_argument("--modes", default="eager,graph")
     parser.add_argument("--steps", type=int, default=15)
-    parser.add_argument("--budget", type=float, default=3600, help="seconds after which nothing new is begun")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--out", type=Path, required=True)
+    add_options(parser, budget=3600)
     args = parser.parse_args()
     begin = time.monotonic()
     given = [tuple(map(int, size.split("x"))) for size in args.sizes.split(",")] if args.sizes else None

@@ -1,5 +1,6 @@
 """Timing of repeated work on a GPU or a CPU, and what a result has to say about where it came from."""
 
+import argparse
 import os
 import platform
 import time
@@ -61,6 +62,14 @@ def kernels(work: Callable[[], Any]) -> dict[str, Any]:
         return {"kernels": None, "gpu_ms": None}
     found = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     return {"kernels": len(found), "gpu_ms": sum(event.self_device_time_total for event in found) / 1e3}
+
+
+def add_options(parser: argparse.ArgumentParser, *, budget: float) -> None:
+    """What every benchmark of steps takes: its time in seconds, the device, the dtype, and the file of its results."""
+    parser.add_argument("--budget", type=float, default=budget, help="seconds after which nothing new is begun")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--out", type=Path, required=True)
 
 
 def about(device: str, dtype: str) -> dict[str, Any]:
