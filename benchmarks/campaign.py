@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import adaptive
+import answers
 import forgetting
 import forms
 import instruct
@@ -49,6 +50,8 @@ def jobs_of(entry: dict[str, Any], args: argparse.Namespace, made: "Made") -> It
         found = adaptive.jobs(options, known, partial(_split, data, options))
     elif kind == "instruct":
         found = instruct.jobs(options, known, data)
+    elif kind == "answers":
+        found = answers.jobs(options, known)
     elif kind == "forgetting":
         found = forgetting.jobs(options, known, partial(_split, data, options))
     else:

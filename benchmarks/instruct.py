@@ -18,9 +18,10 @@ from typing import Any
 import peft
 import torch
 import transformers
-from methods import ALL, METHODS, OURS, QV
+from methods import ALL, METHODS, OURS, QV, UNTRAINED
 from protocol import HELD_OUT, lines_of
 
+from loretta.record import RunRecord
 from loretta.tasks.prompted import PROMPTED
 from loretta.training import run as running
 from loretta.training.config import RunConfig
@@ -36,7 +37,7 @@ def conversations(task: str, split: str, source: Path, count: int) -> list[str]:
     """Lines of JSON, a conversation each."""
     lines = lines_of(source / task / f"{split}.jsonl.gz")
     random.Random(0).shuffle(lines)
-    found = []
+    found: list[str] = []
     for line in lines:
         example = PROMPTED[task].example({**json.loads(line), "split": split})
         if example is not None and len(example.prompt) < 3 * LENGTH and len(found) < count:
@@ -71,7 +72,23 @@ def write(source: Path, target: Path) -> Path:
 
 
 def run(name: str, rate: float, seed: int, args: argparse.Namespace, data: Path) -> dict[str, Any]:
-    method, folder = METHODS[name], write(args.data_dir, data)
+    folder = write(args.data_dir, data)
+    record = record_of(
+        name, args, data=str(folder / "train.jsonl.gz"), validation=str(folder / "validation.jsonl.gz"),
+        test=str(folder / "official.jsonl.gz"), kind="chat", epochs=EPOCHS, max_length=LENGTH, learning_rate=rate,
+        seed=seed,
+    )  # fmt: skip
+    held_out = [point.values["loss"] for point in record.history if point.split == "validation"]
+    return {
+        **row_of("instruct", "conversations", name, rate, seed, record, args), "held_out": min(held_out),
+        "official": (record.test or {})["loss"], "curve": held_out, "epochs": EPOCHS,
+    }  # fmt: skip
+
+
+def record_of(name: str, args: argparse.Namespace, **what: Any) -> RunRecord:
+    """The record of one run of a decoder."""
+    torch.backends.cuda.enable_cudnn_sdp(False)  # of torch 2.11: some gradients of masked rows are NaN
+    method = METHODS[name]
     options = dict(method.options)
     if method.targets is not None:
         options["target_modules"] = (QV if method.targets == "qv" else ALL)["llama"]
@@ -79,19 +96,23 @@ def run(name: str, rate: float, seed: int, args: argparse.Namespace, data: Path)
         options["train_norms"] = method.norms
     with tempfile.TemporaryDirectory() as scratch:
         config = RunConfig(
-            model=str(args.model), data=str(folder / "train.jsonl.gz"), validation=str(folder / "validation.jsonl.gz"),
-            test=str(folder / "official.jsonl.gz"), kind="chat", method=method.method, method_args=options,
-            epochs=EPOCHS, max_steps=args.max_steps, limit=args.limit, max_length=LENGTH, batch_size=BATCH,
-            eval_batch_size=32, learning_rate=rate, seed=seed, bf16=not args.cpu, cpu=args.cpu, logging_steps=50,
-            output=f"{scratch}/run",
+            model=str(args.model), method=method.method, method_args=options, output=f"{scratch}/run",
+            **{
+                "max_steps": args.max_steps, "limit": args.limit, "batch_size": BATCH, "eval_batch_size": 32,
+                "bf16": not args.cpu, "cpu": args.cpu, "logging_steps": 50, **what,
+            },
         )  # fmt: skip
-        record = running.train(config, say=lambda line: None)
-    held_out = [point.values["loss"] for point in record.history if point.split == "validation"]
+        return running.train(config, say=lambda line: None)
+
+
+def row_of(
+    part: str, task: str, name: str, rate: float, seed: int, record: RunRecord, args: argparse.Namespace
+) -> dict[str, Any]:
+    """What the rows of all runs of a decoder say."""
     return {
-        "part": "instruct", "model": Path(args.model).name, "task": "conversations", "method": name, "rate": rate,
-        "seed": seed, "family": method.family, "trained": record.parameters.trainable, "held_out": min(held_out),
-        "official": (record.test or {})["loss"], "curve": held_out, "epochs": EPOCHS, "seconds": record.train_seconds,
-        "device": record.device,
+        "part": part, "model": Path(args.model).name, "task": task, "method": name, "rate": rate, "seed": seed,
+        "family": METHODS[name].family, "trained": 0 if name == UNTRAINED else record.parameters.trainable,
+        "seconds": record.train_seconds, "device": record.device,
         "versions": {module.__name__: module.__version__ for module in (torch, transformers, peft)},
         "command": "python benchmarks/campaign.py --models FOLDER --data-dir DATA",
     }  # fmt: skip
@@ -102,7 +123,8 @@ def jobs(
 ) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
     """The runs that no row has: a name, and what makes the row."""
     done = {(row["method"], row["rate"], row["seed"]) for row in known}
-    runs = [(name, rate, seed) for seed in range(options.seeds) for name in NAMES for rate in RATES]
+    names = options.methods or NAMES
+    runs = [(name, rate, seed) for seed in range(options.seeds) for name in names for rate in RATES]
     return [
         (f"chat-{rate:g}-{seed}-{name.replace(' ', '-')}", partial(run, name, rate, seed, options, data))
         for name, rate, seed in runs

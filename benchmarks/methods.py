@@ -122,6 +122,8 @@ GROUPS: dict[str, list[str]] = {
         "LoRA r=1", "compact", "shared r=1", "LoRA r=8", "compact r=4", "shared r=4", "compact r=32", "shared r=32",
         "LoRA r=32", "compact r=16", "shared r=16",
     ],
+    # the ends of the ranks, for a model whose cells take longer
+    "few_rates": ["LoRA r=1", "compact", "shared r=1", "LoRA r=32", "compact r=32", "shared r=32"],
     "long": [
         "LoRA r=8", "compact + norms", "adapters b=64", "rep + norms", "adp + norms", "shared r=4 + norms", "LoRA r=1",
         "norms",

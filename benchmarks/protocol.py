@@ -52,8 +52,8 @@ TASKS: dict[str, TaskPlan] = {
     "qqp": TaskPlan(length=64, epochs=2, metric="f1"),
     "sst2-words": TaskPlan(length=48, epochs=5, kind="words"),
     "cb-words": TaskPlan(length=160, epochs=10, kind="words"),
-    "boolq-words": TaskPlan(length=192, epochs=5, kind="words"),
-    "rte-words": TaskPlan(length=128, epochs=5, kind="words"),
+    "boolq-words": TaskPlan(length=192, epochs=3, kind="words"),
+    "rte-words": TaskPlan(length=128, epochs=3, kind="words"),
     "stories": TaskPlan(length=128, epochs=2, metric="loss", batch=8, kind="text"),
     "wiki": TaskPlan(length=128, epochs=2, metric="loss", batch=8, kind="text"),
 }
