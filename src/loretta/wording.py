@@ -4,7 +4,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -39,11 +39,12 @@ def distinct(values: Iterable[str]) -> str:
     return ", ".join(dict.fromkeys(values))
 
 
-def nearest(name: str, names: Sequence[str]) -> str:
-    """`` (did you mean 'x'?)``, with the blank in front, or nothing when no name is near."""
+def nearest(given: str | Iterable[str], names: Iterable[str]) -> str:
+    """`` (did you mean 'x'?)``, with the blank in front: the name nearest to each one given; "" where none is near."""
     by_key = {_key(candidate): candidate for candidate in names}
-    close = difflib.get_close_matches(_key(name), by_key, n=1)
-    return f" (did you mean {quoted(by_key[close[0]])}?)" if close else ""
+    words = [given] if isinstance(given, str) else given
+    close = [key for word in words for key in difflib.get_close_matches(_key(word), by_key, n=1)]
+    return f" (did you mean {', '.join(quoted(by_key[key]) for key in close)}?)" if close else ""
 
 
 def _key(name: str) -> str:

@@ -269,7 +269,7 @@ def test_what_has_no_effect_is_named():
     model = build("bert")[0]
     said = plan_model(model, LorettaRepConfig(**options)).unused
     assert len(said) == 2
-    assert "nothing in this model is called 'valeu': did you mean 'value'?" in said[0]
+    assert "nothing in this model is called 'valeu' (did you mean 'value'?)" in said[0]
     assert "768x64" in said[1]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)

@@ -66,8 +66,8 @@ def test_what_is_set_is_left_alone(bert, data_dir, tmp_path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"tasks": ("rtt",)}, "--tasks 'rtt'.*did you mean 'rte'"),
-        ({"methods": ("lorra",)}, "--methods lorra: unknown method 'lorra': did you mean 'lora'"),
+        ({"tasks": ("rtt",)}, r"--tasks 'rtt' \(did you mean 'rte'"),
+        ({"methods": ("lorra",)}, r"--methods lorra: unknown method 'lorra' \(did you mean 'lora'"),
         ({"models": ("no/such-model",)}, "--model 'no/such-model'"),
         ({"sets": {"colour": 1}}, "colour=1"),
     ],

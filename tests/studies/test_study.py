@@ -73,7 +73,7 @@ def test_studies_of_the_same_runs_share_their_folders(name):
 
 
 def test_a_target_that_is_not_there_names_the_nearest():
-    with pytest.raises(InputError, match=r"unknown target 'tabel1': did you mean 'table1'.*figure5"):
+    with pytest.raises(InputError, match=r"unknown target 'tabel1' \(did you mean 'table1'.*figure5"):
         load_study("tabel1")
 
 

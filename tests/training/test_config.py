@@ -186,7 +186,7 @@ def test_a_bad_config_file_is_one_sentence(content, word, tmp_path):
 
 
 def test_unknown_methods_and_options_name_the_nearest():
-    with pytest.raises(InputError, match="unknown method 'rpe': did you mean 'rep'"):
+    with pytest.raises(InputError, match=r"unknown method 'rpe' \(did you mean 'rep'"):
         find_method("rpe")
     with pytest.raises(InputError, match=r"unknown option 'tensor_rnak'.*did you mean 'tensor_rank'"):
         peft_config("rep", None, "SEQ_CLS", {"tensor_rnak": 3})

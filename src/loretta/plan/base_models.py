@@ -1,6 +1,5 @@
 """Base models as sizes alone: by Hub id, folder, or a well-known name, on the meta device (no weight is loaded)."""
 
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from loretta.errors import InputError
 from loretta.pretrained import NotLoaded, from_config, from_pretrained
 from loretta.tuners.task_types import AUTO_CLASSES
-from loretta.wording import one_line
+from loretta.wording import nearest, one_line
 
 
 def _llama(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, vocabulary: int = 32000, **more):
@@ -105,10 +104,8 @@ def find_config(name: str) -> PreTrainedConfig:
     except NotLoaded as error:
         if name in HUB_IDS:
             return find_config(HUB_IDS[name])
-        close = get_close_matches(name.lower(), FAMILIES, 1)
-        guess = f"did you mean {close[0]!r}? " if close else ""
         raise InputError(
-            f"no configuration of '{name}' ({error}): {guess}give a Hub id that can be reached, "
+            f"no configuration of '{name}'{nearest(name, FAMILIES)}: {error}; give a Hub id that can be reached, "
             f"a model's folder, or one of {', '.join(FAMILIES)}"
         ) from None
 

@@ -6,14 +6,13 @@ shapes; ``printed`` is what the table shows. Baselines are counted the same way.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.table import Table
 
 from loretta.errors import InputError
-from loretta.wording import as_text
+from loretta.wording import as_text, nearest
 
 if TYPE_CHECKING:
     from loretta.tuners.config import LorettaConfig
@@ -177,9 +176,8 @@ def find_preset(name: str) -> Preset:
     """A preset by name. Raises InputError with the nearest name."""
     if name in PRESETS:
         return PRESETS[name]
-    close = get_close_matches(name, PRESETS, 3, cutoff=0.5)
-    guess = f"did you mean {' or '.join(map(repr, close))}? " if close else ""
-    raise InputError(f"unknown preset {name!r}: {guess}`loretta plan --presets` lists all {len(PRESETS)}")
+    guess = nearest(name, PRESETS)
+    raise InputError(f"unknown preset {name!r}{guess}: `loretta plan --presets` lists all {len(PRESETS)}")
 
 
 def list_presets() -> list[dict[str, Any]]:

@@ -3,19 +3,20 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from loretta.files import write_whole
 from loretta.record import RunRecord
-from loretta.report import page
 from loretta.report.runs import render
 
 
 def write(records: Sequence[RunRecord], path: Path, *, title: str | None = None, notes: Sequence[str] = ()) -> None:
-    """Write :func:`render`'s page to ``path``, whole or not at all; an older file stays until it is replaced.
+    """Write :func:`render`'s page to ``path``. An error leaves an older file there as it was.
 
     Raises:
         InputError: no records.
         OSError: the folder does not exist or cannot be written to.
     """
-    page.save(render(records, title=title, notes=notes), path)
+    # replace: half a surrogate pair in a config must not cost the user the page
+    write_whole(path, render(records, title=title, notes=notes).encode("utf-8", errors="replace"))
 
 
 __all__ = ["render", "write"]

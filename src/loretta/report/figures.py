@@ -1,4 +1,4 @@
-"""Charts -> inline SVG elements in the page's own colours, so that they follow its light and dark looks."""
+"""Charts -> inline SVG elements, in the page's own colours so that they follow light and dark mode."""
 
 import io
 import itertools
@@ -12,22 +12,22 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 if TYPE_CHECKING:
     from markupsafe import Markup
 
-LONGEST_LEGEND_ENTRY = 50  # characters that fit into FIGURE_WIDTH, where a wide one counts as two
+LONGEST_LEGEND_ENTRY = 50  # characters that fit into FIGURE_WIDTH; a wide one counts as two
 FIGURE_WIDTH, AXES_HEIGHT, LEGEND_ROW, BAR_ROW = 4.6, 2.9, 0.19, 0.3  # inches
-UNDRAWABLE = 1e300  # as good as infinite: matplotlib's margins would overflow
-MARKED_POINTS = 30  # a line of more points than this is drawn without markers
-DESCRIBED_POINTS = 8  # of a line, in the words that stand for the chart
+UNDRAWABLE = 1e300  # larger values are drawn as infinite: matplotlib's margins would overflow
+MARKED_POINTS = 30  # lines with more points have no markers
+DESCRIBED_POINTS = 8  # the chart's description in words names at most this many points of a line
 
-# Okabe and Ito's colour-blind safe palette without its yellow, which is too pale for a line on white; their black is
-# a little lighter, since matplotlib leaves pure black out of an SVG, and what is left out has no other look in the dark
+# Okabe and Ito's colour-blind safe palette. Yellow is left out, because it is too pale on white. Black is a little
+# lighter than theirs: matplotlib omits pure black from an SVG, and an omitted colour cannot change in dark mode.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#111111", "#56B4E9", "#E69F00")
-# once the colours are used up: points drawn, points left out
+# line styles for when the colours are used up: lengths in points, drawn and left out in turn
 DASHES: tuple[tuple[float, ...], ...] = ((), (5, 2), (1.5, 1.5), (6, 2, 1.5, 2))
 DOTS = DASHES[2]
-MARKS = ("o", "^", "D", "v")  # of points without a line, in the place of the dashes
-DODGE = 5  # points between neighbours of one tick, so that their intervals do not cover each other
+MARKS = ("o", "^", "D", "v")  # for points without a line, one for each of DASHES
+DODGE = 5  # points between the methods at one tick, so that their intervals do not cover each other
 TEXT, AXIS, GRID, CARD = "#1d2126", "#777777", "#e4e4e4", "#ffffff"
-# what matplotlib paints -> the page's variable, which has another value in the dark
+# matplotlib's colour -> the page's variable, to which dark mode gives another value
 VARIABLES = {
     **{colour.lower(): f"var(--c{k})" for k, colour in enumerate(COLOURS)},
     TEXT: "var(--text)",
@@ -71,12 +71,12 @@ class Line:
     y: Sequence[float]
     low: Sequence[float] | None = None  # NaN: no interval there
     high: Sequence[float] | None = None
-    band: bool = False  # the interval as a band, not as a bar at each point
+    band: bool = False  # draw the interval as a band, not as a bar at each point
     joined: bool = True
     marked: bool = True
     hollow: bool = False
     in_legend: bool = True
-    ring_at: float | None = None  # where to put the ring; None for none
+    ring_at: float | None = None  # x of the ring; None for none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,7 +87,7 @@ class Chart:
     note: str = ""
     x_label: str = "training step"
     x_scale: Literal["steps", "log"] = "steps"
-    ticks: Mapping[float, str] = field(default_factory=dict)  # of the x axis, where they are not round numbers
+    ticks: Mapping[float, str] = field(default_factory=dict)  # x -> label; {} for ticks at round numbers
 
 
 class Bar(NamedTuple):
@@ -107,14 +107,14 @@ class Bars:
 
 
 def svg(chart: Chart | Bars, *, prefix: str) -> "Markup":
-    """The chart as an inline SVG element whose ids all begin with ``prefix``."""
+    """Draw a chart as an inline SVG element. All of its ids begin with ``prefix``."""
     import warnings
 
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(), warnings.catch_warnings():
-        # the browser has the letters that matplotlib's own font lacks
+        # the browser draws the letters, so it does not matter which ones matplotlib's font lacks
         warnings.filterwarnings("ignore", message="Glyph .* missing from font|Matplotlib currently does not")
         matplotlib.rcdefaults()  # a user's matplotlibrc must not change the page
         matplotlib.rcParams.update(
@@ -155,7 +155,7 @@ def _height(chart: Chart | Bars) -> float:
 
 
 def describe(chart: Chart | Bars) -> str:
-    """The chart in words, for those who do not see it."""
+    """The chart in words, for readers who cannot see it."""
     if isinstance(chart, Bars):
         return "; ".join(f"{bar.label}: {bar.text}" for bar in chart.bars)
     return "; ".join(f"{line.label}: {_points(line, chart.ticks)}" for line in chart.lines)
@@ -217,7 +217,7 @@ def _draw_lines(figure: Any, axes: Any, chart: Chart) -> None:
         labelspacing=0.3,
         handlelength=2.6,
     )
-    # set afterwards: as arguments, names with a leading underscore would be left out
+    # set afterwards: matplotlib leaves out a label that begins with an underscore when it gets it as an argument
     for text, line in zip(legend.get_texts(), shown, strict=True):
         text.set_text(_short(line.label))
 
@@ -227,7 +227,7 @@ def _legend(chart: Chart) -> list[Line]:
 
 
 def _steps_per_decade(chart: Chart) -> tuple[int, ...]:
-    """The more ticks, the fewer decades the values span."""
+    """Where ticks stand within a decade: the fewer decades the values span, the more ticks."""
     values = [x for line in chart.lines for x in line.x if x > 0]
     decades = math.log10(max(values) / min(values)) if values else 0
     return (1, 2, 3, 5, 7) if decades < 0.8 else (1, 2, 5) if decades < 1.5 else (1, 3) if decades < 2.5 else (1,)
@@ -272,7 +272,7 @@ def _draw(axes: Any, line: Line, shift: float) -> None:
             axes.fill_between(line.x, line.low, line.high, alpha=0.15, linewidth=0, **style)
         else:
             drawn.append(axes.vlines(line.x, line.low, line.high, linewidth=1.2, alpha=0.8, **style))
-    # afterwards: axes take their limits from what is drawn in their own coordinates alone
+    # shifted after drawing: matplotlib takes the axes' limits only from what was drawn in their own coordinates
     for artist in drawn if shift else []:
         artist.set_transform(axes.transData + ScaledTranslation(shift / 72, 0, axes.figure.dpi_scale_trans))
     if line.ring_at is not None and line.ring_at in line.x:
@@ -281,7 +281,7 @@ def _draw(axes: Any, line: Line, shift: float) -> None:
 
 
 def _marked(values: Sequence[float]) -> list[int]:
-    """The points that need a marker: all of a short line, else those that stand alone between gaps."""
+    """Indices of the points that need a marker: all of a short line, else those alone between two gaps."""
     if len(values) <= MARKED_POINTS:
         return list(range(len(values)))
     gap = [True, *(math.isnan(value) for value in values), True]
@@ -294,7 +294,7 @@ def drawable(value: float | None) -> float:
 
 
 def _short(name: str) -> str:
-    """One printable line that is no wider than LONGEST_LEGEND_ENTRY; the middle gives way."""
+    """The name on one printable line, at most LONGEST_LEGEND_ENTRY wide: what is too long loses its middle."""
     line = " ".join("".join(c if c.isprintable() else " " for c in name).split())
     if sum(map(_width, line)) <= LONGEST_LEGEND_ENTRY:
         return line
@@ -308,13 +308,13 @@ def _width(character: str) -> int:
 
 
 def _fitting(line: str, width: int) -> str:
-    """The beginning of a line that is at most so wide."""
+    """The longest beginning of a line that fits into ``width``."""
     ends = itertools.accumulate(map(_width, line))
     return line[: sum(end <= width for end in ends)]
 
 
 def _inline(document: bytes, *, prefix: str, name: str, description: str) -> "Markup":
-    """An SVG file as an element of a page: ids are shared with the other figures, namespaces unknown."""
+    """Turn an SVG file into an element of a page: ids get a prefix, since all figures share them; namespaces go."""
     from xml.etree import ElementTree
 
     from markupsafe import Markup
@@ -341,5 +341,5 @@ def _inline(document: bytes, *, prefix: str, name: str, description: str) -> "Ma
 
 
 def _printable(text: str) -> str:
-    """XML has no control characters."""
+    """The text without control characters, which XML forbids."""
     return "".join(c if c.isprintable() else " " for c in text)

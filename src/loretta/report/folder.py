@@ -1,4 +1,4 @@
-"""A folder of runs -> the report on it in any format: on its studies, or on the runs where it holds no study."""
+"""A folder of runs -> a report in any format: on its studies, or on its runs where it holds no study."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,9 +15,9 @@ SUFFIXES = {".html": "html", ".htm": "html", ".md": "md", ".csv": "csv", ".json"
 
 
 def report_on(root: Path, form: str) -> str:
-    """The report on a folder as ``form``, one of FORMATS.
+    """Report on a folder as ``form``, one of FORMATS.
 
-    Raises InputError for another format, and when there is neither a study nor a finished run in the folder.
+    Raises InputError for another format, and when the folder holds neither a study nor a finished run.
     """
     if form not in FORMATS:
         raise InputError(f"unknown format {form!r}: choose one of {', '.join(FORMATS)}")
@@ -46,7 +46,7 @@ def _of_runs(root: Path, form: str) -> str:
         try:
             if state == "finished" and (folder / "run.json").is_file():
                 records.append(RunRecord.load(folder / "run.json"))
-        except InputError as error:  # one that cannot be read hides none of the others
+        except InputError as error:  # one damaged record must not hide the others
             damaged.append(f"left out: {error}")
     if damaged and not records:
         raise InputError(damaged[0].removeprefix("left out: "))

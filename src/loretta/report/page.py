@@ -1,11 +1,9 @@
-"""Templates and charts -> one HTML page, and its way into a file."""
+"""Templates and charts -> one HTML page."""
 
 import math
 from collections.abc import Iterable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from loretta.files import write_whole
 from loretta.report.figures import Bars, Chart, svg
 from loretta.wording import spelled
 
@@ -14,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def render(template: str, **content: Any) -> str:
-    """The page of a template of this package. All text in ``content`` is shown literally; Markup is not escaped."""
+    """Fill in a template of this package. Text in ``content`` is shown literally; Markup is not escaped."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     environment = Environment(
@@ -23,14 +21,14 @@ def render(template: str, **content: Any) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        # words of others; what is marked as HTML is ours
+        # plain strings may come from others; Markup is ours
         finalize=lambda value: spelled(value) if type(value) is str else value,
     )
     return environment.get_template(template).render(**content)
 
 
 def drawn(charts: Iterable[Chart | Bars], *, prefix: str) -> list[dict[str, "Markup | str"]]:
-    """Each chart as an element with its caption; ids in it begin with ``prefix`` and the chart's number."""
+    """Draw each chart as an element with its caption. Its ids begin with ``prefix`` and the chart's number."""
     return [
         {"svg": svg(chart, prefix=f"{prefix}{number}-"), "note": caption(chart)}
         for number, chart in enumerate(charts, start=1)
@@ -38,7 +36,7 @@ def drawn(charts: Iterable[Chart | Bars], *, prefix: str) -> list[dict[str, "Mar
 
 
 def caption(chart: Chart | Bars) -> str:
-    """The chart's note, what its rings are, and how much could not be drawn."""
+    """The chart's note, what its ring means, and how many values could not be drawn."""
     sentences = [chart.note] if chart.note else []
     if isinstance(chart, Chart):
         points = [
@@ -50,13 +48,3 @@ def caption(chart: Chart | Bars) -> str:
         if not all(drawn):
             sentences.append(f"Not drawn: {drawn.count(False):,} of {len(drawn):,} values, NaN or infinite.")
     return " ".join(sentences)
-
-
-def save(text: str, path: Path) -> None:
-    """Write a page, or another format, whole or not at all; an older file stays until it is replaced.
-
-    Raises:
-        OSError: the folder does not exist or cannot be written to.
-    """
-    # replace: half a surrogate pair in a config must not cost the user the page
-    write_whole(path, text.encode("utf-8", errors="replace"))

@@ -16,10 +16,10 @@ from loretta.wording import MISSING, distinct, flat
 
 
 def render(records: Sequence[RunRecord], *, title: str | None = None, notes: Sequence[str] = ()) -> str:
-    """The page as HTML text, without any outside resource. The same records give the same text.
+    """The page as HTML text, which needs no other file. The same records give the same text.
 
-    ``title`` is by default the task, the model and the methods; ``notes`` are sentences for the reader, one
-    each. All text, theirs and the records', is shown literally: markup in it has no effect.
+    ``title`` is by default the task, the model and the methods; ``notes`` are sentences for the reader. All text is
+    shown literally: markup in it has no effect.
 
     Raises:
         InputError: no records.
@@ -69,7 +69,7 @@ def table_of(records: Sequence[RunRecord]) -> Table:
 
 
 def answer_tables(record: RunRecord) -> list[Table]:
-    """What a run answers: rows of each class, the confusion matrix, the worst mistakes; those that there are."""
+    """Up to three tables on a run's answers: the rows of each class, the confusion matrix, the worst mistakes."""
     tables_of = []
     if record.label_counts:
         splits = list(record.label_counts)
@@ -111,14 +111,14 @@ def answer_tables(record: RunRecord) -> list[Table]:
 
 
 def _trains(records: Sequence[RunRecord], labels: Sequence[str]) -> list[dict[str, Any]]:
-    """A picture for each train of another shape, with the places that have it."""
+    """A picture for each distinct shape of a train, with the places where it stands."""
     from markupsafe import Markup
 
     places: dict[TTShape, list[str]] = {}
     for label, record in zip(labels, records, strict=True):
         for train in record.trains:
             places.setdefault(train.shape(), []).append(f"{label}: {train.count} × {train.at}")
-    # train_svg escapes what it is given
+    # train_svg escapes its title
     return [{"at": "; ".join(at), "svg": Markup(train_svg(shape, at[0]))} for shape, at in places.items()]
 
 
@@ -149,7 +149,7 @@ def _columns(records: Sequence[RunRecord]) -> list[tuple[Column, Callable[[RunRe
         (Column("Trainable parameters", "of model", "share of all parameters of the model"), _share),
         (Column("Cost", "adapter", "size of the saved adapter on disk"), lambda r: tables.size(r.adapter_bytes)),
         (Column("Cost", "time (s)", "seconds of training"), lambda r: tables.seconds(r.train_seconds)),
-        # 0: on a CPU the peak is the process's, and an earlier run of the process took more
+        # 0 means unknown: on a CPU the peak is the whole process's, and an earlier run of it took more
         (
             Column("Cost", "peak memory", "above the process's start"),
             lambda r: tables.size(r.peak_memory_bytes or None),
@@ -160,7 +160,7 @@ def _columns(records: Sequence[RunRecord]) -> list[tuple[Column, Callable[[RunRe
 
 
 def _metric_names(chosen: Iterable[str], scores: Iterable[Mapping[str, float]]) -> list[str]:
-    """The metrics that chose a checkpoint, then the others as they come, then the loss."""
+    """The metrics that chose a checkpoint, then the others in order of appearance, then the loss."""
     names = dict.fromkeys(chosen) | dict.fromkeys(name for values in scores for name in values)
     return sorted(names, key=lambda name: name == "loss")
 
@@ -178,7 +178,7 @@ def _share(record: RunRecord) -> Cell:
 
 
 def facts_of(records: Sequence[RunRecord]) -> dict[str, str]:
-    """What the runs were of, for the top of a page."""
+    """What was run on what, for the top of a page: heading -> words."""
 
     def direction(record: RunRecord) -> str:
         return f"{record.metric} on validation, {'higher' if record.higher_is_better else 'lower'} is better"
@@ -197,7 +197,7 @@ def facts_of(records: Sequence[RunRecord]) -> dict[str, str]:
 
 
 def labels_of(records: Sequence[RunRecord]) -> list[str]:
-    """One name per run: the method, and of all else only what tells this run from its namesakes."""
+    """One name per run: the method, and those of its settings that tell it from other runs of that name."""
     parts = [[record.method] for record in records]
     for values in ([record.model for record in records], [record.task for record in records]):
         if len(set(values)) > 1:
@@ -207,7 +207,7 @@ def labels_of(records: Sequence[RunRecord]) -> list[str]:
         {key: str(value) for key, value in (flat(record.config) | {"seed": record.seed}).items()} for record in records
     ]
     keys = dict.fromkeys(key for setting in settings for key in setting)
-    # the folder last: it always differs, and tells the least
+    # the folder comes last: it always differs and says the least
     for key in sorted(keys, key=lambda key: key == "output"):
         by_label: dict[str, list[int]] = {}
         for index, part in enumerate(parts):
@@ -225,7 +225,7 @@ def _charts(records: Sequence[RunRecord], labels: Sequence[str], looks: Sequence
     alone = len(records) == 1
 
     def lines(split: str, name: str) -> list[Line]:
-        if alone:  # nothing to tell the run from, so the line says which data it is of
+        if alone:  # there is no other run, so the label says which data the line is of
             label, look = ("training", Look.of(0)) if split == "train" else (split, Look.of(1))
             found = [_line(records[0], split, name, label, look)]
         else:
@@ -234,7 +234,7 @@ def _charts(records: Sequence[RunRecord], labels: Sequence[str], looks: Sequence
         return [line for line in found if line.x]
 
     training, validation = lines("train", "loss"), lines("validation", "loss")
-    if alone:  # both losses in one picture: their distance is the message
+    if alone:  # both losses in one chart, where the distance between them shows
         charts = [Chart(title="Loss", y_label="loss", lines=training + validation)]
     else:
         charts = [

@@ -1,4 +1,4 @@
-"""The results of studies -> the sections of a page: facts, tables, figures, what is missing, how to repeat it."""
+"""The results of studies -> the sections of a page: facts, tables, figures, what is missing and how to repeat it."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +19,7 @@ from loretta.studies.state import measured, state_of
 from loretta.studies.study import Planned
 from loretta.wording import MISSING, distinct
 
-SHOWN = {"models", "tasks", "methods"}  # options that the page shows as what was run
+SHOWN = {"models", "tasks", "methods"}  # options that the page shows elsewhere, as what was run
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +38,7 @@ class Section:
     name: str
     title: str
     facts: Mapping[str, str]
-    verdict: str  # of a comparison; "" for none
+    verdict: str  # "" unless the study is a comparison
     notes: Sequence[str]
     tables: Sequence[Table]
     groups: Sequence[Group]
@@ -48,7 +48,7 @@ class Section:
 
 
 def section_of(results: Results, root: Path, *, number: int = 1) -> Section:
-    """The section of one study, whose runs are below ``root``. ``number`` tells its ids from other sections'."""
+    """The section of one study. Its runs are below ``root``; ``number`` tells its ids from those of other sections."""
     study = results.study
     own = [cell for cell in results.cells if cell.task != AVERAGE]
     anchors = {key_of(cell): f"study{number}-{k}" for k, cell in enumerate(own, start=1) if cell.scores}
@@ -69,7 +69,7 @@ def section_of(results: Results, root: Path, *, number: int = 1) -> Section:
 
 
 def render(sections: Sequence[Section]) -> str:
-    """The page as HTML text, without any outside resource. All text of the runs is shown literally."""
+    """The page as HTML text, which needs no other file. All text of the runs is shown literally."""
     return page.render(
         "studies.html.j2",
         title=title_of(sections),
@@ -115,7 +115,7 @@ def _facts(results: Results, root: Path) -> dict[str, str]:
 
 
 def _timed_on(root: Path, run: Planned) -> str:
-    """The device of a measured run; "" where nothing was timed."""
+    """The device on which a cost run was timed; "" where nothing was timed."""
     try:
         return measured(root / run.folder / "cost.json").get("device") or ""
     except InputError:
@@ -139,7 +139,7 @@ def _verdict(results: Results) -> str:
 
 
 def _notes(results: Results) -> list[str]:
-    """First why the numbers are not the paper's, then the notes of the study, of its rows and of the runs."""
+    """Why the numbers differ from the paper's, then the notes of the study, of its rows and of its runs."""
     notes = []
     cells = [cell for cell in results.cells if cell.scores]
     others = {cell.model for cell in cells if cell.printed is not None and cell.model != cell.printed_model}
@@ -162,10 +162,10 @@ def _notes(results: Results) -> list[str]:
     notes += [f"{row.label}: {row.note}" for row in rows if row and row.note]
     of_task: dict[str, dict[str, None]] = {}
     for cell in cells:
-        # an adapter of a sequence is scored on every task, but its notes are of the task that it was trained on
+        # an adapter of a sequence is scored on every task, but its notes are about the task that it was trained on
         task = cell.task if cell.stage is None else cell.order[cell.stage - 1]
         of_task.setdefault(task if results.study.kind == "train" else "", {}).update(dict.fromkeys(cell.notes))
-    # a sentence for the tasks to whose data the same was done
+    # tasks with the same notes share one sentence
     same_words: dict[str, list[str]] = {}
     for task, words in of_task.items():
         same_words.setdefault("; ".join(words), []).append(task)
@@ -174,7 +174,7 @@ def _notes(results: Results) -> list[str]:
 
 
 def _missing(cells: Sequence[Measured]) -> Table | None:
-    """The runs without a number: one row for all of a method that lack the same seeds for the same reason."""
+    """The runs without a number. Tasks of one method that lack the same seeds for the same reason share a row."""
     seeds: dict[tuple[str, str, str, str, str], dict[str, int]] = {}
     for cell in cells:
         for missing in cell.missing:

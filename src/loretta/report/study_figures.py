@@ -1,10 +1,11 @@
-"""The results of a study -> its figures."""
+"""The results of a study -> its charts."""
 
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from loretta.record import Point
 from loretta.report.figures import QUIET, Bar, Bars, Chart, Line, Look, drawable
@@ -12,12 +13,12 @@ from loretta.report.study_tables import QUANTITIES, by_row, record_of
 from loretta.report.tables import size
 from loretta.studies.results import AVERAGE, Cell, Results
 from loretta.studies.show import figure
+from loretta.tasks.metrics import metric_range
 from loretta.tuners.config import LorettaConfig
 
-SMOOTHED = 20  # evaluations, as in Figure 4
+SMOOTHED = 20  # evaluations in a smoothing window, as in the paper's Figure 4
 PARAMETERS = "trained parameters"
 HOLLOW = "Hollow: the paper."
-SIGNED = ("mcc", "spearman", "pearson", AVERAGE)  # scores that can be below zero
 FRONT_NAME = "Pareto front"
 FRONT = "Dashed: the Pareto front of what was measured; nothing smaller than a point of it scores as well."
 
@@ -67,7 +68,7 @@ def _against_parameters(results: Results, looks: Mapping[str, Look]) -> list[Gro
     tasks = list(dict.fromkeys(cell.task for cell in results.final() if cell.mean is not None))
     tasks.sort(key=lambda task: task != AVERAGE)
     title = "Score against trained parameters"
-    # one figure says most of it, unless these are what the study is about
+    # the average says most of it, unless these charts are what the study is about
     first = len(tasks) if results.study.view == "pareto" or AVERAGE not in tasks else 1
     return [
         Group(title=title, charts=_scatters(results, tasks[:first], looks)),
@@ -81,43 +82,36 @@ def _scatters(results: Results, tasks: Iterable[str], looks: Mapping[str, Look])
         for task in tasks:
             cells = [cell for cell in results.final() if (cell.model, cell.task) == (model, task)]
             if lines := _scatter(cells, results.study.scale, looks):
-                metric = next((cell.metric for cell in cells if cell.mean is not None), "")
                 better = all(cell.higher_is_better for cell in cells if cell.mean is not None)
-                notes = [
-                    _note(cells, lines),
-                    "" if better else "Lower is better.",
-                    FRONT if lines[-1].label == FRONT_NAME else "",
-                ]
-                charts.append(
-                    Chart(
-                        title=_titled(results, model, task),
-                        x_label=PARAMETERS,
-                        x_scale="log",
-                        y_label=_unit(metric, results.study.scale),
-                        lines=lines,
-                        note=" ".join(filter(None, notes)),
-                    )
-                )
+                notes = ["" if better else "Lower is better.", FRONT if lines[-1].label == FRONT_NAME else ""]
+                charts.append(_chart(results, task, cells, lines, *notes, x_label=PARAMETERS, x_scale="log"))
     return charts
 
 
-def _unit(metric: str, scale: float) -> str:
-    return f"{metric} × {scale:g}" if scale != 1 else metric
+def _chart(results: Results, words: str, cells: Sequence[Cell], lines: Sequence[Line], *notes: str, **x: Any) -> Chart:
+    """A chart of scores, all of one model and metric. ``x`` are the options of its x axis."""
+    metric = next((cell.metric for cell in cells if cell.mean is not None), "")
+    scale = results.study.scale
+    return Chart(
+        title=_titled(results, cells[0].model, words),
+        y_label=f"{metric} × {scale:g}" if scale != 1 else metric,
+        lines=lines,
+        note=" ".join(filter(None, [_note(cells, lines), *notes])),
+        **x,
+    )
 
 
 def _scatter(cells: Sequence[Cell], scale: float, looks: Mapping[str, Look]) -> list[Line]:
-    """A point with its interval for each method, the front, and the paper's points of the same model."""
+    """A point with its interval for each method, the paper's points of the same model, and the front."""
     points = [cell for cell in cells if cell.parameters and cell.mean is not None and math.isfinite(cell.mean)]
     if not points:
         return []
     lines = [_line(cell.label, looks[cell.row], [(float(cell.parameters or 0), cell)], scale) for cell in points]
     for cell in cells:
         counted = count_of(cell.printed_parameters)
-        if cell.printed is not None and counted is not None and cell.printed_model == cell.model:
-            # without a point of its own the row would not be in the legend
-            alone = cell not in points
-            printed = [(counted, cell.printed)]
-            lines.append(_printed(f"{cell.label}, paper", looks[cell.row], printed, in_legend=alone))
+        if counted is not None:
+            # a row without a point of ours is in the legend by its printed one
+            lines += _printed(f"{cell.label}, paper", looks[cell.row], [(counted, cell)], in_legend=cell not in points)
     on_front = pareto([(cell.parameters or 0, cell.mean or 0.0) for cell in points], higher=points[0].higher_is_better)
     if len(on_front) > 1:
         corners = [points[k] for k in on_front]
@@ -128,7 +122,7 @@ def _scatter(cells: Sequence[Cell], scale: float, looks: Mapping[str, Look]) -> 
 
 
 def pareto(points: Sequence[tuple[float, float]], *, higher: bool = True) -> list[int]:
-    """The indices of the (cost, score) points that no cheaper or equally cheap one matches, by rising cost."""
+    """Indices of the (cost, score) points that score better than every cheaper or equally cheap one, by rising cost."""
     sign = 1 if higher else -1
     front: list[int] = []
     for k in sorted(range(len(points)), key=lambda k: (points[k][0], -sign * points[k][1])):
@@ -138,7 +132,7 @@ def pareto(points: Sequence[tuple[float, float]], *, higher: bool = True) -> lis
 
 
 def count_of(printed: str | None) -> float | None:
-    """The number behind the paper's "0.10M"; None for what is no such count."""
+    """The paper's "0.10M" as a number; None for words that are no such count."""
     try:
         return None if not printed else float(printed[:-1]) * {"K": 1e3, "M": 1e6, "B": 1e9}[printed[-1]]
     except (KeyError, ValueError):
@@ -146,7 +140,7 @@ def count_of(printed: str | None) -> float | None:
 
 
 def _line(label: str, look: Look, points: Sequence[tuple[float, Cell]], scale: float, *, joined: bool = False) -> Line:
-    """The means of cells at their x, with the ends of their intervals."""
+    """The means of cells at their x, with their intervals."""
 
     def scaled(values: Iterable[float | None]) -> list[float]:
         return [math.nan if value is None else drawable(scale * value) for value in values]
@@ -165,25 +159,29 @@ def _line(label: str, look: Look, points: Sequence[tuple[float, Cell]], scale: f
 
 
 def _drawn_interval(cell: Cell) -> tuple[float | None, float | None]:
-    """The interval as far as scores reach: Student's of two seeds goes far beyond, and would flatten the chart."""
-    least = -1.0 if cell.metric in SIGNED else 0.0
-    most = 1.0 if cell.higher_is_better else math.inf
+    """The interval within the metric's range: Student's of two seeds reaches far beyond and would flatten the chart."""
+    least, most = (-1.0, 1.0) if cell.metric == AVERAGE else metric_range(cell.metric)
     return None if cell.low is None else max(cell.low, least), None if cell.high is None else min(cell.high, most)
 
 
 def _printed(
-    label: str, look: Look, points: Sequence[tuple[float, float]], *, joined: bool = False, in_legend: bool = False
-) -> Line:
-    x, y = ([point[k] for point in points] for k in (0, 1))
-    return Line(label=label, look=look, x=x, y=y, joined=joined, hollow=True, in_legend=in_legend)
+    label: str, look: Look, points: Sequence[tuple[float, Cell]], *, joined: bool = False, in_legend: bool = False
+) -> list[Line]:
+    """The line of what the paper prints for cells of its own model, at their x; none where it prints nothing."""
+    known = [(x, cell.printed) for x, cell in points if cell.printed is not None and cell.printed_model == cell.model]
+    if not known:
+        return []
+    x, y = zip(*known, strict=True)
+    return [Line(label=label, look=look, x=x, y=y, joined=joined, hollow=True, in_legend=in_legend)]
 
 
-def _task_charts(results: Results) -> Iterable[tuple[str, str, list[Cell]]]:
+def _of_tasks(results: Results) -> Iterable[tuple[str, list[Cell]]]:
+    """Each task with its cells, once for each model that has scores of it."""
     for model in _models(results):
         for task in results.study.tasks:
             cells = [cell for cell in results.final() if (cell.model, cell.task) == (model, task)]
             if any(cell.mean is not None for cell in cells):
-                yield model, task, cells
+                yield task, cells
 
 
 def _note(cells: Iterable[Cell], lines: Iterable[Line]) -> str:
@@ -198,7 +196,7 @@ def _note(cells: Iterable[Cell], lines: Iterable[Line]) -> str:
 def _ranks(results: Results) -> list[Chart]:
     ranks = _rank_of_rows(results)
     charts = []
-    for model, task, cells in _task_charts(results):
+    for task, cells in _of_tasks(results):
         methods: dict[str, list[tuple[float, Cell]]] = {}
         for cell in cells:
             if cell.row in ranks:
@@ -208,28 +206,15 @@ def _ranks(results: Results) -> list[Chart]:
             points.sort(key=lambda point: point[0])
             name = points[0][1].label.partition(",")[0]
             lines.append(_line(name, Look.of(k), points, results.study.scale, joined=True))
-            known = [
-                (x, cell.printed) for x, cell in points if cell.printed is not None and cell.printed_model == model
-            ]
-            if known:
-                lines.append(_printed(f"{name}, paper", Look.of(k), known, joined=True))
+            lines += _printed(f"{name}, paper", Look.of(k), points, joined=True)
         if lines:
-            charts.append(
-                Chart(
-                    title=_titled(results, model, task),
-                    x_label="tensor rank",
-                    x_scale="log",
-                    ticks={float(rank): str(rank) for rank in sorted(set(ranks.values()))},
-                    y_label=_unit(cells[0].metric, results.study.scale),
-                    lines=lines,
-                    note=_note(cells, lines),
-                )
-            )
+            ticks = {float(rank): str(rank) for rank in sorted(set(ranks.values()))}
+            charts.append(_chart(results, task, cells, lines, x_label="tensor rank", x_scale="log", ticks=ticks))
     return charts
 
 
 def _rank_of_rows(results: Results) -> dict[str, int]:
-    """The rank of each row whose method has one, from the options that its runs had."""
+    """The rank of each row whose method has one, by the options of its runs."""
     ranks = {}
     for run in results.planned:
         options = (run.config or {}).get("method_args", {})
@@ -241,30 +226,16 @@ def _rank_of_rows(results: Results) -> dict[str, int]:
 
 def _shapes(results: Results) -> list[Chart]:
     charts = []
-    for model, task, cells in _task_charts(results):
+    for task, cells in _of_tasks(results):
         labels = [cell.label for cell in cells]
         # the part that tells "LoRETTA adp, 5 modes" from "LoRETTA adp, 3 modes"
         tails = {label.rpartition(", ")[2] for label in labels}
         short = [label.rpartition(", ")[2] if len(tails) == len(labels) else label for label in labels]
         places = {float(k): label for k, label in enumerate(short)}
-        lines = [_line("measured", Look.of(0), list(zip(places, cells, strict=True)), results.study.scale)]
-        known = [
-            (x, cell.printed)
-            for x, cell in zip(places, cells, strict=True)
-            if cell.printed is not None and cell.printed_model == model
-        ]
-        if known:
-            lines.append(_printed("paper", Look.of(0), known))
-        charts.append(
-            Chart(
-                title=_titled(results, model, task),
-                x_label="shape",
-                ticks=places,
-                y_label=_unit(cells[0].metric, results.study.scale),
-                lines=lines,
-                note=_note(cells, lines),
-            )
-        )
+        points = list(zip(places, cells, strict=True))
+        measured = _line("measured", Look.of(0), points, results.study.scale)
+        lines = [measured, *_printed("paper", Look.of(0), points)]
+        charts.append(_chart(results, task, cells, lines, x_label="shape", ticks=places))
     return charts
 
 
@@ -277,29 +248,15 @@ def _steps(results: Results, looks: Mapping[str, Look]) -> list[Chart]:
             rows.setdefault(cell.row, []).append((float(cell.stage), cell))
     orders = {order for _, order, _ in found}
     charts = []
-    for (model, order, task), rows in found.items():
-        lines = [
-            _line(
-                points[0][1].label,
-                looks[row],
-                sorted(points, key=lambda point: point[0]),
-                results.study.scale,
-                joined=True,
-            )
-            for row, points in rows.items()
-        ]
+    for (_, order, task), rows in found.items():
+        lines = []
+        for row, points in rows.items():
+            points.sort(key=lambda point: point[0])
+            lines.append(_line(points[0][1].label, looks[row], points, results.study.scale, joined=True))
         cells = [cell for points in rows.values() for _, cell in points]
         words = f"{task} in {' → '.join(order)}" if len(orders) > 1 else task
-        charts.append(
-            Chart(
-                title=_titled(results, model, words),
-                x_label="last task trained",
-                ticks={float(k): name for k, name in enumerate(order, start=1)},
-                y_label=_unit(cells[0].metric, results.study.scale),
-                lines=lines,
-                note=_note(cells, lines),
-            )
-        )
+        ticks = {float(k): name for k, name in enumerate(order, start=1)}
+        charts.append(_chart(results, words, cells, lines, x_label="last task trained", ticks=ticks))
     return charts
 
 
@@ -370,10 +327,13 @@ def _span(windows: set[int]) -> str:
 
 
 def smooth(seeds: Sequence[Sequence[tuple[int, float]]]) -> tuple[list[tuple[int, float, float]], int]:
-    """(step, mean, standard deviation) of the values of all seeds in a window around each step, and its width.
+    """Average the curves of all seeds in a window around each step.
 
-    ``seeds`` are (step, value) curves. The window holds 20 evaluations, or a tenth of them where there are fewer than
-    200, so that a short curve keeps its shape. A single value has no spread: 0.
+    ``seeds`` are curves of (step, value). The window holds 20 evaluations, or a tenth of them where there are fewer
+    than 200, so that a short curve keeps its shape.
+
+    Returns (step, mean, standard deviation) for each step, and the width of the window. The standard deviation of a
+    single value is 0.
     """
     by_step: dict[int, list[float]] = {}
     for curve in seeds:

@@ -1,4 +1,4 @@
-"""The results of a study -> its tables: measured numbers beside those that the paper prints."""
+"""The results of a study -> its tables: measured numbers beside those printed in the paper."""
 
 import math
 import statistics
@@ -43,7 +43,7 @@ def tables_of(results: Results, root: Path, anchors: Anchors, looks: Mapping[str
 
 
 def record_of(root: Path, run: Planned) -> RunRecord | None:
-    """The record of a run; None where it is missing or damaged, which the results say of the run."""
+    """The record of a run; None where it is missing or damaged: the study's results then say so."""
     try:
         return RunRecord.load(root / run.folder / "run.json")
     except InputError:
@@ -51,7 +51,7 @@ def record_of(root: Path, run: Planned) -> RunRecord | None:
 
 
 def by_row(cells: Iterable[Measured]) -> dict[tuple[str, tuple[str, ...]], dict[str, Measured]]:
-    """The cells of each row (and order of a sequence) by task."""
+    """(row, order of a sequence) -> its cells by task."""
     rows: dict[tuple[str, tuple[str, ...]], dict[str, Measured]] = {}
     for cell in cells:
         rows.setdefault((cell.row, cell.order), {})[cell.task] = cell
@@ -64,7 +64,7 @@ def printed_models(cells: Iterable[Measured]) -> list[str]:
 
 
 def measured(cell: Measured | None, scale: float, anchors: Anchors) -> Cell:
-    """Mean ± half of the interval, in the unit of the paper, with its number and what is missing."""
+    """Mean ± half of the interval in the paper's unit, with the paper's number and how many seeds are missing."""
     if cell is None:
         return Cell("")
     return Cell(
@@ -85,7 +85,7 @@ def _in_full(cell: Measured) -> str:
 
 
 def _parameters(cells: Iterable[Measured]) -> Cell:
-    """The count that most tasks share: heads differ by the number of labels."""
+    """The count of trained parameters that most tasks share: heads differ with the number of labels."""
     counts = {cell.task: cell.parameters for cell in cells if cell.parameters is not None}
     if not counts:
         return Cell(MISSING)
@@ -151,7 +151,7 @@ def _caption(cells: Sequence[Measured]) -> str:
 
 
 def _forgetting(results: Results, model: str, anchors: Anchors) -> Table:
-    """A row for each step of a sequence, a column per task, then what was lost from a task's own step to the end."""
+    """A row for each step of a sequence and a column for each task, then a row of what each task lost by the end."""
     study = results.study
     cells = [cell for cell in results.cells if cell.model == model and cell.stage is not None and cell.task != AVERAGE]
     of_row: dict[tuple[str, tuple[str, ...]], dict[tuple[int, str], Measured]] = {}
@@ -201,7 +201,7 @@ def _by_seed(scores: Iterable[Score]) -> dict[int, float]:
 
 
 def _factors(results: Results, model: str, anchors: Anchors) -> Table:
-    """Table 11's two factors: the classifier down, the norms across."""
+    """The two factors of Table 11: a row for each state of the classifier, columns for frozen and trained norms."""
     study = results.study
     tasks = [task for task in study.tasks if any(cell.task == task for cell in results.cells)]
     found: dict[tuple[str, str], dict[tuple[str, bool], Measured]] = {}
@@ -231,7 +231,7 @@ def _factors(results: Results, model: str, anchors: Anchors) -> Table:
 
 
 def _trains(results: Results, model: str, root: Path) -> Table:
-    """The modes and ranks that each row's trains have, from its records."""
+    """The modes and ranks of each row's trains, from its first record."""
     rows = []
     seen = set()
     for cell in results.final():
@@ -254,7 +254,7 @@ def _trains(results: Results, model: str, root: Path) -> Table:
 
 
 def _tried(results: Results, root: Path) -> Table:
-    """The settings that a sweep tried, each with its validation score: what was chosen, and what was not."""
+    """The settings that a sweep tried, each with its validation score, and which one it chose."""
     chosen_on = "Chosen on the validation split with one seed"
     if any(cell.split == "validation" for cell in results.cells):
         caption = f"{chosen_on}: scores of that split favour what was chosen."
@@ -286,14 +286,14 @@ def _one_try(results: Results, root: Path, run: Planned) -> str:
     if record is None:
         return f"{settings}: " + (f"stopped, {run.stopped}" if run.stopped else "not finished")
     name = results.study.metrics.get(run.task, record.metric)
-    # answers are generated for the test split alone: there the loss decides
+    # answers are generated for the test split alone, so the loss decides between settings
     name = name if name in record.validation else "loss"
     chosen = "" if run.candidate else ", chosen"
     return f"{settings}: {name} {number(record.validation.get(name)).text}{chosen}"
 
 
 def _costs(results: Results, model: str, anchors: Anchors, looks: Mapping[str, Look]) -> Table:
-    """Each quantity measured and printed, and its ratio to the first row: steps differ, ratios can be compared."""
+    """Each quantity as measured and as printed, with its ratio to the first row: only ratios compare across steps."""
     study = results.study
     rows = by_row(cell for cell in results.cells if cell.model == model)
     quantities = [name for name in QUANTITIES if any(name in cells for cells in rows.values())]

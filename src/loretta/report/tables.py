@@ -1,4 +1,4 @@
-"""Tables of text, as every format of the report shows them, and how numbers become text."""
+"""Tables of text, which every format of the report shows, and how numbers become their text."""
 
 import math
 from collections.abc import Sequence
@@ -11,14 +11,14 @@ from loretta.wording import MISSING, size_words
 
 
 class Cell(NamedTuple):
-    """A number as people read it, and what stands around it."""
+    """A number as people read it, and what is shown with it."""
 
     text: str
-    exact: str = ""  # in full, for those who hover over it
+    exact: str = ""  # in full, shown when the pointer rests on the cell
     paper: str = ""  # the number that the paper prints
     note: str = ""  # "2 of 3 seeds"
-    anchor: str = ""  # id of the place that says where it comes from
-    shade: float | None = None  # of its background, from 0 to 1
+    anchor: str = ""  # id of the place that says where the number comes from
+    shade: float | None = None  # of the background, from 0 to 1
 
 
 class Column(NamedTuple):
@@ -39,14 +39,14 @@ class Row:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Table:
-    """Rows with one or several headings each; ``stubs`` are the names of these."""
+    """Rows with one or several headings each; ``stubs`` names the columns of headings."""
 
     title: str
     stubs: tuple[str, ...]
     columns: Sequence[Column]
     rows: Sequence[Row]
     caption: str = ""
-    of_words: bool = False  # cells of words, not of numbers
+    of_words: bool = False  # the cells are words, not numbers
 
     @property
     def groups(self) -> list[tuple[str, int]]:
@@ -55,7 +55,7 @@ class Table:
 
 
 def number(value: float | None) -> Cell:
-    """Four decimals where these say enough. None, JSON's way to write NaN, is NaN."""
+    """A value with four decimals, or in scientific notation where these say too little. None is JSON's NaN."""
     if value is None or math.isnan(value):
         return Cell("NaN")
     if math.isinf(value):

@@ -14,7 +14,7 @@ from loretta.report.tables import Cell, Column, Table
 from loretta.studies.results import Results
 from loretta.wording import OBEYED, as_json, printable
 
-# pandas has an escape of its own, which leaves out the caption and what pdfLaTeX's fonts lack
+# pandas' own escape covers neither the caption nor the characters that pdfLaTeX's fonts lack
 LATEX = {
     **{character: f"\\{character}" for character in "{}$&#%_"},
     "\\": r"\textbackslash{}",
@@ -53,7 +53,7 @@ def markdown(
 
 
 def _md(text: str) -> str:
-    """Text that Markdown shows as it is, on one line."""
+    """The text on one line, escaped so that Markdown shows it literally."""
     return re.sub(r"([\\`*_\[\]<>&|$~#])", r"\\\1", _line(text))
 
 
@@ -62,7 +62,7 @@ def _line(text: str) -> str:
 
 
 def _inert(text: str) -> str:
-    """The text with its lines; what is obeyed or hidden in it is spelled."""
+    """The text with control and hidden characters spelled out, and its line ends kept."""
     return OBEYED.sub(lambda found: printable(found[0]), text)
 
 
@@ -88,12 +88,12 @@ def _heading(column: Column) -> str:
 
 
 def _words(cell: Cell) -> str:
-    """The number, how many seeds where some are missing, the paper's number in brackets."""
+    """The number, how many seeds it has where some are missing, and the paper's number in brackets."""
     return f"{cell.text}{f' ({cell.note})' if cell.note else ''}{f' [paper {cell.paper}]' if cell.paper else ''}"
 
 
 def latex(tables: Iterable[tuple[Table, Sequence[str]]]) -> str:
-    """A ``table`` environment for each table, for the package booktabs. Each comes with comments: where it is from."""
+    """A ``table`` environment of the package booktabs for each table, under comments that say where it is from."""
     return (
         "\n".join(["% needs \\usepackage{booktabs}", *(_tex_table(table, comments) for table, comments in tables)])
         + "\n"
@@ -119,7 +119,7 @@ def _tex_table(table: Table, comments: Sequence[str]) -> str:
             caption=_tex(f"{table.title}. {table.caption}".strip()),
         )
     )
-    if grouped:  # pandas draws no rule below a group of columns: they go behind the first row
+    if grouped:  # pandas draws no rules below groups of columns, so they are put behind the first row
         text = text.replace("\\\\\n", f"\\\\\n{_rules(table)}\n", 1)
     return "\n".join([*(f"% {_line(comment)}" for comment in comments), text])
 
@@ -253,16 +253,16 @@ def runs_csv(records: Sequence[RunRecord]) -> str:
 
 def _csv(rows: Iterable[Mapping[str, Any]]) -> str:
     cells = [{_csv_cell(name): _csv_cell(value) for name, value in row.items()} for row in rows]
-    # as objects: a column of whole numbers in which one is missing would become one of floats
+    # dtype=object: pandas would turn whole numbers into floats where one of them is missing
     return pd.DataFrame(cells, dtype=object).to_csv(index=False, lineterminator="\n")
 
 
 def _csv_cell(value: Any) -> Any:
-    """What a spreadsheet shows as it is. It would compute a text that begins as a formula does."""
+    """The value as a spreadsheet shows it literally: text that begins like a formula gets a quote in front."""
     if not isinstance(value, str):
-        return "nan" if value is not None and value != value else value  # pandas writes NaN as it writes None
+        return "nan" if value is not None and value != value else value  # pandas would write NaN as an empty cell
     text = _inert(value)
-    # some trim a text first, and in East Asian settings the wide signs begin formulas too
+    # some spreadsheets trim the text first, and in East Asian settings wide signs begin formulas too
     return f"'{text}" if text.lstrip().startswith(tuple("=+-@＝＋－＠")) and not _are_numbers(text) else text
 
 

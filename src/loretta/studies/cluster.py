@@ -1,7 +1,7 @@
 """The units of a study on a Ray cluster: the same processes, on the machines that Ray finds for them.
 
-All machines see one working folder, one folder of runs and one installation of the package. A machine that is lost
-costs what its units did since their last checkpoints: Ray gives them to another.
+All machines must see the same working folder, folder of runs and installation of the package. When a machine is lost,
+Ray starts its units on another one, where they go on from their last checkpoints.
 """
 
 import os
@@ -22,7 +22,7 @@ CPUS = 1  # of each unit
 
 
 def carry_out_here(root: str, working: str, unit: str) -> tuple[str, float]:
-    """What Ray calls on one of the machines. Returns why the unit's process died, if it did, and its seconds.
+    """Carry out a unit on the machine on which Ray calls this. Returns why its process died ("") and its seconds.
 
     Raises InputError where the machine does not see the folders.
     """
@@ -35,7 +35,7 @@ def carry_out_here(root: str, working: str, unit: str) -> tuple[str, float]:
     os.chdir(working)
     process = UnitProcess(Path(root), Unit.model_validate_json(unit), environment={}, working=working)
     try:
-        while not process.ended:  # not wait(): a cancelled task is interrupted between two lines of Python
+        while not process.ended:  # not wait(): Ray interrupts a cancelled task only between two lines of Python
             sleep(POLL)
         return process.why_dead(), process.seconds
     finally:
@@ -47,13 +47,13 @@ class RayWorkers:
     """A task of Ray for each unit.
 
     Args:
-        address: of the cluster; "auto" for the one of this machine.
-        gpus: of each unit, which may be a fraction; None: one where the cluster has any.
+        address: of the cluster; "auto" for that of this machine.
+        gpus: how many each unit takes, also a fraction; None: one where the cluster has GPUs.
 
     Raises InputError without Ray, without a cluster, and for GPUs that it does not have.
     """
 
-    full = False  # Ray keeps what has to wait
+    full = False  # Ray queues the units that have to wait
 
     def __init__(self, root: Path, address: str, *, gpus: float | None) -> None:
         try:
@@ -91,7 +91,7 @@ class RayWorkers:
         return list(self.tasks.values())
 
     def start(self, unit: Unit) -> None:
-        # a machine that is lost gives back its locks after a while
+        # the locks of a lost machine become free only after a while
         waiting = unit.model_copy(update={"wait": 2 * GRACE})
         self.tasks[self.task.remote(str(self.root), os.getcwd(), waiting.model_dump_json())] = unit
 
@@ -105,14 +105,14 @@ class RayWorkers:
         except self.ray.exceptions.RayError as error:
             why_dead, seconds = f"its machine was lost {RETRIES + 1} times: {one_line(error, 160)}", 0.0
             for run in unit.runs:
-                with hold(self.root / run.folder):  # which removes the note of a holder that is gone
+                with hold(self.root / run.folder):  # removes the note of the holder that is gone
                     pass
         return outcomes_of(self.root, unit, why_dead, seconds)
 
     def close(self) -> None:
         tasks = list(getattr(self, "tasks", {}))
         for task in tasks:
-            self.ray.cancel(task)  # an interrupt, at which it ends its process
+            self.ray.cancel(task)  # interrupts the task, which then ends its process
         if tasks:
             _, left = self.ray.wait(tasks, num_returns=len(tasks), timeout=2 * GRACE)
             for task in left:

@@ -1,4 +1,4 @@
-"""A user's own comparison as a study, and what it lets one say: which method, and how small."""
+"""A user's own comparison as a study, and the advice that its results allow: which method, and how small."""
 
 import math
 import statistics
@@ -14,7 +14,6 @@ from loretta.studies.paired import Difference
 from loretta.studies.results import Cell, Results
 from loretta.studies.study import Grid, Row, Study
 from loretta.tasks.metrics import metric_range
-from loretta.training.config import RunConfig
 from loretta.training.methods import find_method
 
 # a factor of 5 between neighbours, around the methods' defaults (loretta.training.methods)
@@ -66,7 +65,7 @@ def _rows(method: str, ranks: Sequence[int]) -> list[Row]:
 def _options(method: str, rank: int) -> dict[str, Any]:
     if method == "lora":
         return {"r": rank, "lora_alpha": 2 * rank}  # the scale of the default
-    # a bottleneck below the tensor rank would waste it
+    # a bottleneck below the tensor rank would waste that rank
     return {"tensor_rank": rank, "r": max(8, rank)} if method == "loretta_rep" else {"tensor_rank": rank}
 
 
@@ -74,12 +73,12 @@ def check_data(study: Study, options: Options, root: Path) -> None:
     """Load the data once, as the runs will. Raises InputError as ``loretta.training.data.load_config_task`` does."""
     from loretta.training.data import load_config_task
 
-    load_config_task(RunConfig(**(expand(study, options, root).runs[0].config or {})))
+    load_config_task(expand(study, options, root).runs[0].run_config())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What the seeds allow to say. ``best`` and ``smallest`` are rows; None where nothing can be said."""
+    """What the seeds show. ``best`` and ``smallest`` are names of rows; None where the seeds do not show any."""
 
     best: str | None
     smallest: str | None
@@ -88,22 +87,22 @@ class Verdict:
 
 
 def baseline_of(results: Results) -> float | None:
-    """The score that needs no text (the most frequent class, the mean), its mean over all runs; None where unknown."""
+    """The score of an answer that needs no text (the commonest class, the mean), averaged over all runs; or None."""
     known = [s.baseline for cell in results.final() for s in cell.scores if s.baseline is not None]
     return statistics.fmean(known) if known else None
 
 
 def learned(cell: Cell) -> bool:
-    """Whether any run of a method scores better than the answer that needs no text, as far as that is known."""
+    """Whether any run of a method scores better than an answer that needs no text, or nobody knows."""
     sign = 1 if cell.higher_is_better else -1
     return any(score.baseline is None or sign * score.value > sign * score.baseline for score in cell.scores)
 
 
 def verdict(results: Results, pairs: Sequence[Difference] = ()) -> Verdict:
-    """Whether anything was learned, the method of the best mean, and one sentence of advice, in careful words.
+    """Whether anything was learned, the method of the best mean, and careful advice.
 
-    ``pairs`` are its differences to the other methods on the same rows; without them the smallest method is named
-    whose interval over seeds reaches the best mean.
+    ``pairs`` are the differences between that method and the others on the same rows. Without them the advice names
+    the smallest method whose interval over seeds reaches the best mean.
     """
     found = [cell for cell in results.final() if cell.mean is not None and cell.task in results.study.tasks]
     cells = [cell for cell in found if math.isfinite(_mean(cell))]
@@ -161,7 +160,7 @@ def _nothing_learned(results: Results, cells: Sequence[Cell]) -> str:
 
 
 def _by_rows(best: Cell, cells: Sequence[Cell], pairs: Mapping[str, Difference], words: str) -> Verdict:
-    """What the differences on the same rows allow to say."""
+    """The verdict by differences on the same rows."""
     level = [best, *(cell for cell in cells if cell is not best and not pairs[cell.row].clear)]
     smallest = min(level, key=lambda cell: cell.parameters or 0)
     any_pair = next(iter(pairs.values()))
@@ -196,7 +195,7 @@ def _figures(cell: Cell) -> str:
 
 
 def ends_of(cell: Cell, before: str = "") -> str:
-    """The interval over seeds as "0.7500 to 1.0000", cut off where no score of the metric can be."""
+    """The interval over seeds as "0.7500 to 1.0000", cut off at the ends of the metric's range."""
     if cell.low is None or cell.high is None:
         return ""
     least, most = metric_range(cell.metric)

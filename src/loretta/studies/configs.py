@@ -1,4 +1,4 @@
-"""The configuration of one run: options of the study, the model, the row and the user, fitted to the run's data."""
+"""The configuration of one run: what study, model, row and user ask for, fitted to the length of its data."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -23,11 +23,11 @@ from loretta.wording import nearest
 
 ALIASES = {"adp": "loretta_adp", "rep": "loretta_rep", "shared": "loretta_shared"}
 OF_A_FILE = ("text", "text_pair", "label", "kind", "separator", "split")
-FEWEST_EVALUATIONS = 3  # of a run; with fewer there is nothing to choose the best checkpoint from
+FEWEST_EVALUATIONS = 3  # of a run: with fewer there is no choice of checkpoints
 
 
 class Options(Frozen):
-    """What the user changes of a study."""
+    """What the user changes in a study."""
 
     models: tuple[str, ...] = ()  # keys of the study's models, Hub ids, folders; () for all of the study's
     tasks: tuple[str, ...] = ()
@@ -37,13 +37,13 @@ class Options(Frozen):
     data_dir: str | None = None
     sweep: bool = False
     rates: tuple[float, ...] = ()  # to sweep over, in place of the study's grids
-    batches: bool = False  # sweep over the grids' batch sizes too
+    batches: bool = False  # whether to sweep over the grids' batch sizes too
     # run option, or "METHOD.option" -> the values to sweep over
     tries: dict[str, tuple[Any, ...]] = Field(default={})
     search: Literal["grid", "halving"] = "grid"  # how a sweep finds the best candidate
-    orders: bool = False  # a sequence in every order
+    orders: bool = False  # whether to train a sequence in every order
     cpu: bool = False
-    sets: dict[str, Any] = Field(default={}, description='run options for all, or "METHOD.option" for a method\'s')
+    sets: dict[str, Any] = Field(default={}, description='options of every run, or "METHOD.option" of one method')
 
 
 class Base(Frozen):
@@ -95,7 +95,7 @@ def config_of(
 
 
 def refuse_wrong_sets(study: Study, options: Options, rows: Sequence[Row]) -> None:
-    """Refuse --set and --try for names that are no option, tell runs apart, or belong to a method that is not run."""
+    """Refuse --set and --try for unknown options, for those that tell runs apart, and for methods that are not run."""
     given = [("--set", key, value) for key, value in options.sets.items()]
     given += [("--try", key, ",".join(map(str, values))) for key, values in options.tries.items()]
     names = dict.fromkeys(name for row in rows for name in (row.name, row.method))
@@ -122,27 +122,29 @@ def _method_args(options: Options, base: Base, row: Row) -> dict[str, Any]:
         args["shapes"] = shapes(find_config(base.sizes).hidden_size, args.get("bottleneck_size", 64), row.modes)
     if options.sets.get("head_policy", "method") != "method":
         args.pop("train_head", None)  # the command's policy is for all rows
-    for key, value in options.sets.items():
-        method, dot, option = key.partition(".")
-        if dot and ALIASES.get(method, method) in (row.name, row.method):
-            args[option] = value
-    return args
+    return args | {key.partition(".")[2]: value for key, value in options.sets.items() if _is_of_method(key, row)}
+
+
+def _is_of_method(key: str, row: Row) -> bool:
+    """Whether ``key`` is METHOD.option, and METHOD the name or the method of a row."""
+    method, dot, _ = key.partition(".")
+    return bool(dot) and ALIASES.get(method, method) in (row.name, row.method)
 
 
 def shapes(width: int, bottleneck: int, count: int) -> dict[str, list[int]]:
-    """Modes of an adapter's two trains, ``count`` each, as Table 7 splits them: the larger half on the wide side."""
+    """``count`` modes for each of an adapter's two trains, as in Table 7: the larger half on the wide side."""
     n_out = count // 2
     wide, narrow = _factors(width, count - n_out), _factors(bottleneck, n_out)
     return {f"{width}x{bottleneck}": wide[::-1] + narrow, f"{bottleneck}x{width}": narrow[::-1] + wide}
 
 
 def _factors(size: int, count: int) -> list[int]:
-    """``count`` ascending factors with the product ``size``, as equal as they can be; 1 where there are too few."""
+    """``count`` ascending factors of ``size``, as equal as possible; 1 where it has too few."""
     return list(most_balanced(size, count, least=1) or ())
 
 
 def _fit(raw: dict[str, Any], sets: Mapping[str, Any], notes: dict[str, None]) -> None:
-    """Leave out a warm-up and evaluation steps that were meant for longer training."""
+    """Drop a warm-up and evaluation steps that were meant for longer training."""
     steps = total_steps(raw)
     if steps is None:
         return
@@ -156,7 +158,7 @@ def _fit(raw: dict[str, Any], sets: Mapping[str, Any], notes: dict[str, None]) -
 
 
 def total_steps(raw: Mapping[str, Any]) -> int | None:
-    """Optimiser steps of a run; None where the size of its data is not known before it is loaded."""
+    """Optimiser steps of a run; None where nobody knows the size of its data before it is loaded."""
     if raw.get("max_steps"):
         return raw["max_steps"]
     sample = tuple(sorted(raw.get("sample", {}).items()))
@@ -172,7 +174,7 @@ def total_steps(raw: Mapping[str, Any]) -> int | None:
 
 @cache
 def file_rows(data: str, options: tuple[tuple[str, str | None], ...], model: str, max_length: int) -> int | None:
-    """Training rows (or blocks of tokens) of a user's file; None for a text whose tokenizer cannot be had.
+    """Training rows (or blocks of tokens) of a user's file; None for plain text where there is no tokenizer.
 
     Raises InputError for a file that cannot be read.
     """
@@ -191,7 +193,7 @@ def file_rows(data: str, options: tuple[tuple[str, str | None], ...], model: str
 
 @cache
 def train_rows(data: str, data_dir: str | None, sample: tuple[tuple[str, int], ...]) -> int | None:
-    """Training rows of a task by its name: those of its file or the official ones, or what a prompted task draws."""
+    """Training rows of a named task: those of its file, or the official ones; of a prompted task those it draws."""
     file = Path(data_dir) / data / "train.jsonl.gz" if data_dir else None
     rows = None
     if file is not None and file.is_file():
@@ -206,16 +208,12 @@ def train_rows(data: str, data_dir: str | None, sample: tuple[tuple[str, int], .
 
 
 def tried_by(options: Options, row: Row) -> dict[str, tuple[Any, ...]]:
-    """The values of ``--try`` that are for a row."""
-    return {
-        key: values
-        for key, values in options.tries.items()
-        if "." not in key or ALIASES.get(key.partition(".")[0], key.partition(".")[0]) in (row.name, row.method)
-    }
+    """The values of ``--try`` for a row."""
+    return {key: values for key, values in options.tries.items() if "." not in key or _is_of_method(key, row)}
 
 
 def tries_suffix(options: Options, row: Row, config: Mapping[str, Any]) -> str:
-    """The tried options in a folder's name."""
+    """The tried options, for the name of a run's folder."""
     words = ""
     for key in tried_by(options, row):
         method, _, name = key.rpartition(".")
@@ -225,7 +223,7 @@ def tries_suffix(options: Options, row: Row, config: Mapping[str, Any]) -> str:
 
 
 def rate_suffix(study: Study, base: Base, row: Row, config: Mapping[str, Any]) -> str:
-    """The rate and the batch size in a folder's name, where they are not those of the study."""
+    """The learning rate and the batch size for the name of a run's folder, where the study has others."""
     own = {**study.protocol, **(base.paper.settings if base.paper else {}), **row.settings}
     rate, batch = config.get("learning_rate"), config.get("batch_size")
     words = f"-lr{rate:g}" if rate is not None and rate != own.get("learning_rate") else ""

@@ -1,8 +1,7 @@
-"""One training step measured: floating-point operations, and the time of memory copies (the paper's Table 5)."""
+"""The cost of one training step: floating-point operations and the time of memory copies (the paper's Table 5)."""
 
 import statistics
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +24,8 @@ def measure(config: RunConfig, folder: Path, sizes: str) -> None:
     """Write the cost of one step of ``config`` on a batch of random tokens of the maximum length.
 
     PyTorch's counter counts the FLOPs of products on the meta device, which needs no weights and has no fused kernels
-    to hide them. The time of copies is the median of a few steps: of the memcpy events on a GPU, of the ``aten::copy_``
-    operators on a CPU. It needs the weights; without them it is null, and the notes say why.
+    that would hide products. The time of copies is the median of a few steps: of the memcpy events on a GPU, of the
+    ``aten::copy_`` operators on a CPU. It needs the weights; without them it is null, and the notes say why.
 
     Raises InputError when the method does not fit the model.
     """
@@ -50,19 +49,13 @@ def measure(config: RunConfig, folder: Path, sizes: str) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() and not config.cpu else "cpu")
         model = wrap(base, config.method, kind, config.method_args, config.head_policy).to(device)
         threads = torch.get_num_threads()
-        # threads that wait for each other would count as copying
+        # with several threads, the time in which one waits for another would count as copying
         torch.set_num_threads(1)
         copies = time_copies(model, _batch(config, model, kind, torch.device("cpu")), device)
         torch.set_num_threads(threads)
-        notes.append(
-            "the time of copies is that of "
-            + (
-                "the memcpy events of the GPU"
-                if device.type == "cuda"
-                else "the aten::copy_ operators of the CPU on one thread"
-            )
-            + f", the median of {STEPS} steps"
-        )
+        on_cpu = "the aten::copy_ operators of the CPU on one thread"
+        what = "the memcpy events of the GPU" if device.type == "cuda" else on_cpu
+        notes.append(f"the time of copies is that of {what}, the median of {STEPS} steps")
     size = size_of(config, sizes)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(
@@ -90,7 +83,7 @@ def count_flops(model: nn.Module, batch: dict[str, Tensor]) -> int:
 
 
 def time_copies(model: nn.Module, batch: dict[str, Tensor], device: torch.device) -> dict[str, Any]:
-    """Microseconds that a training step spends on copies, how many it makes, and on which device."""
+    """Microseconds that a training step spends on copies, the number of copies, and the device."""
     optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-4)
     model.train()
 
@@ -100,23 +93,19 @@ def time_copies(model: nn.Module, batch: dict[str, Tensor], device: torch.device
         optimizer.zero_grad()
 
     step()
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
+    event_name, time_name = ("Memcpy", "self_device_time_total") if on_gpu else ("aten::copy_", "self_cpu_time_total")
     times, counts = [], []
     for _ in range(STEPS):
-        with ExitStack() as stack:
-            watched = stack.enter_context(profile(activities=activities))
+        with profile(activities=activities) as watched:
             step()
-            if device.type == "cuda":
+            if on_gpu:
                 torch.cuda.synchronize()
-        events = watched.key_averages()
-        if device.type == "cuda":
-            copies = [event for event in events if event.key.startswith("Memcpy")]
-            times.append(sum(event.self_device_time_total for event in copies))
-        else:
-            copies = [event for event in events if event.key == "aten::copy_"]
-            times.append(sum(event.self_cpu_time_total for event in copies))
+        copies = [event for event in watched.key_averages() if event.key.startswith(event_name)]
+        times.append(sum(getattr(event, time_name) for event in copies))
         counts.append(sum(event.count for event in copies))
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+    name = torch.cuda.get_device_name() if on_gpu else "cpu"
     return {"memcpy_us": float(statistics.median(times)), "copies": int(statistics.median(counts)), "device": name}
 
 

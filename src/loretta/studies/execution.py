@@ -1,4 +1,4 @@
-"""Carry out one planned run in its folder: under a lock, from its last checkpoint; a failure is written down."""
+"""Carry out planned runs in their folders, under a lock and from the last checkpoint. A failure is noted there."""
 
 import gc
 import os
@@ -35,7 +35,7 @@ from loretta.training.folder import by_signal, forget_failure, reason_of, record
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What became of a run: "finished", "failed", or "running" where another process has it."""
+    """How a run ended: "finished", "failed", or "running" where another process has it."""
 
     folder: str
     state: State
@@ -45,9 +45,9 @@ class Outcome:
 
 @contextmanager
 def hold(folder: Path, wait: float = 0.0) -> Iterator[bool]:
-    """Lock a run until the block ends. Gives whether this process got the lock, within ``wait`` seconds.
+    """Lock a run until the block ends. Gives whether this process got the lock within ``wait`` seconds.
 
-    The operating system holds the lock, and frees it when its process dies. A file beside it says who holds it.
+    The operating system frees the lock when the process dies. A file beside the lock says who holds it.
     """
     lock, holder = FileLock(beside(folder, ".lock"), thread_local=False), beside(folder, HOLDER)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +65,7 @@ def hold(folder: Path, wait: float = 0.0) -> Iterator[bool]:
 
 
 def carry_out(root: Path, run: Planned, wait: float = 0.0) -> Outcome:
-    """Finish a run from wherever its folder stands. Never raises for what goes wrong in the run itself."""
+    """Finish a run from the state in which its folder is. An error of the run itself is noted there, not raised."""
     folder, start = root / run.folder, time.perf_counter()
     with hold(folder, wait) as mine:
         if not mine:
@@ -91,11 +91,12 @@ def carry_out_together(
 ) -> list[Outcome]:
     """Train several runs at once, as one population, and finish each of them.
 
-    Another process that has a run may leave it for ``wait`` seconds. With ``fit`` as many are trained at once as that
-    share of the device's memory holds.
+    Runs that cannot be trained together, or fail together, are carried out one by one; runs that do not fit into
+    memory in halves.
 
-    Runs that cannot be trained together, or fail together, are carried out one by one. Runs that the memory does not
-    hold are carried out in halves.
+    Args:
+        wait: seconds in which another process may still release a run.
+        fit: train only as many at once as this share of the device's memory holds.
     """
     if len(runs) == 1:
         return [carry_out(root, runs[0], wait)]
@@ -109,11 +110,11 @@ def carry_out_together(
     start, too_large, trained = time.perf_counter(), False, set()
     with ExitStack() as stack:
         mine = [run for run in runs if stack.enter_context(hold(root / run.folder, wait))]
-        mine = [run for run in mine if folder_state(root / run.folder)[0] != "finished"]
-        mine = [run for run in mine if state_of(root, run)[0] != "finished"]
+        # what is left to train: a trained run may lack its evaluations, and a paused one counts as finished
+        mine = [run for run in mine if "finished" not in (folder_state(root / run.folder)[0], state_of(root, run)[0])]
         try:
             if len(mine) > 1:
-                configs = [RunConfig(**(run.config or {})) for run in mine]
+                configs = [run.run_config() for run in mine]
                 ended = train_together(configs, resume=True, until=mine[0].until)
                 trained = {run.folder for run in mine}
                 for run, end in zip(mine, ended, strict=True):
@@ -127,7 +128,7 @@ def carry_out_together(
                 raise
             print(f"{len(mine)} runs cannot be trained together, and go on one by one: {error}", flush=True)
     if too_large:
-        # outside of the exception, which holds on to what the step had allocated
+        # outside of the except block, whose exception keeps the tensors of the failed step alive
         gc.collect()
         torch.cuda.empty_cache()
         half = len(runs) // 2
@@ -139,18 +140,18 @@ def carry_out_together(
 
 
 def _fitting(root: Path, runs: Sequence[Planned], share: float) -> int:
-    """How many of the runs the memory holds at once; all of them, where they cannot be trained together at all."""
+    """How many of the runs the memory holds at once; all of them where they cannot be trained together."""
     from loretta.population.memory import members_that_fit
 
     left = [run for run in runs if state_of(root, run)[0] != "finished"]
     try:
-        return members_that_fit([RunConfig(**(run.config or {})) for run in left], share) if left else len(runs)
+        return members_that_fit([run.run_config() for run in left], share) if left else len(runs)
     except Exception:
-        return len(runs)  # the attempt will say why
+        return len(runs)  # training them will say why they cannot be
 
 
 def open_log(root: Path, run: Planned) -> TextIO:
-    """The file beside a run's folder that takes what it and its libraries print."""
+    """The file beside a run's folder into which the run and its libraries print."""
     path = beside(root / run.folder, LOG)
     path.parent.mkdir(parents=True, exist_ok=True)
     return path.open("a", encoding="utf-8")
@@ -171,19 +172,19 @@ def _train(folder: Path, run: Planned) -> None:
     from loretta.training.pause import Paused
     from loretta.training.run import train, train_until
 
-    config = RunConfig(**(run.config or {}))
+    config = run.run_config()
     if folder_state(folder)[0] != "finished":
         if (folder / RECORD).is_file():
-            os.replace(folder / RECORD, folder / f"broken-{RECORD}")  # as its state said
+            os.replace(folder / RECORD, folder / f"broken-{RECORD}")
         forget_failure(folder)
-        if has_checkpoint(folder):  # it began in company
+        if has_checkpoint(folder):  # it began as a member of a population
             (ended,) = train_together([config], resume=True, until=run.until)
         else:
             ended = train(config, resume=True) if run.until is None else train_until(config, run.until)
         if isinstance(ended, Paused):
             halving.note(folder, run.until or 1.0, ended)
             return
-        # the adapter is saved; a study has hundreds of runs
+        # the adapter is saved, and checkpoints of hundreds of runs fill a disk
         remove_checkpoints(folder / CHECKPOINTS)
     missing = [task for task in run.evaluate if task not in evaluations(folder)]
     if missing:
@@ -192,7 +193,6 @@ def _train(folder: Path, run: Planned) -> None:
 
 def _evaluate(folder: Path, config: RunConfig, tasks: list[str]) -> None:
     """Score a finished adapter on the validation splits of several tasks, one after the other."""
-    from loretta.files import write_json
     from loretta.training.data import load_config_task
     from loretta.training.predict import evaluate, load_run
 
@@ -208,13 +208,13 @@ def _evaluate(folder: Path, config: RunConfig, tasks: list[str]) -> None:
 def _cost(folder: Path, run: Planned) -> None:
     from loretta.studies.cost import measure
 
-    measure(RunConfig(**(run.config or {})), folder, run.sizes)
+    measure(run.run_config(), folder, run.sizes)
 
 
 def _count(folder: Path, run: Planned) -> None:
     from loretta.studies.sizes import count
 
-    count(RunConfig(**(run.config or {})), folder, run.sizes)
+    count(run.run_config(), folder, run.sizes)
 
 
 _DO = {"train": _train, "cost": _cost, "count": _count}

@@ -4,7 +4,6 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,11 @@ from loretta.studies.state import folder_state
 from loretta.studies.study import Frozen, Planned, Row, Study
 from loretta.training.config import RunConfig, read_config
 from loretta.training.methods import find_method
+from loretta.wording import nearest
 
 
 class Expansion(Frozen):
-    """All runs, and what was changed to fit them to short data, a sentence each."""
+    """All runs of a study on its models, and a sentence on each change that fits runs to short data."""
 
     runs: tuple[Planned, ...]
     notes: tuple[str, ...]
@@ -40,10 +40,11 @@ class Expansion(Frozen):
 def expand(study: Study, options: Options, root: Path) -> Expansion:
     """Every run of the study as narrowed by ``options``, below ``root``.
 
-    Under a sweep the first seed has a candidate for each rate; once all of them are finished in ``root``, the best on
-    validation is the run of that seed and gives the other seeds their rate. Until then those have no config.
+    In a sweep the first seed runs a candidate for each learning rate. Once all candidates are finished in ``root``,
+    the best on validation counts as the run of that seed, and the other seeds take its rate. Until then those have no
+    config.
 
-    Raises InputError for models, tasks, methods and options that there are not.
+    Raises InputError for unknown models, tasks, methods and options.
     """
     if options.data_dir is not None and not Path(options.data_dir).expanduser().is_dir():
         raise InputError(f"--data-dir '{options.data_dir}' is no folder: give the one with a folder for each task")
@@ -88,16 +89,16 @@ def _given_bases(study: Study, options: Options) -> Iterator[Base]:
                 find_config(given)
             except InputError as error:
                 raise InputError(f"--model '{given}': {error}") from None
-            # "." is a model's folder too
+            # a folder such as "." gets the name of the folder it leads to
             name = Path(given).resolve().name if Path(given).is_dir() else Path(given).name
             yield Base(folder=name, weights=given, key=None, sizes=given, paper=None)
 
 
 def _rows(study: Study, options: Options, base: Base) -> list[Row]:
-    """The study's rows for a model, cut to the methods.
+    """The study's rows for a model, narrowed to the methods that were asked for.
 
-    A model that is not one of the study's takes the rows of those of its kind (encoder or decoder), where there are
-    any; of two rows of one name the first.
+    A model of the user's takes the rows of the study's models of its kind (encoder or decoder), or of all models where
+    there are none of its kind. Of two rows with one name it takes the first.
     """
     models = {base.key} if base.key is not None else _alike(study, base)
     rows: dict[str, Row] = {}
@@ -134,9 +135,8 @@ def _other(method: str, study: Study) -> Row:
 def _tasks(study: Study, options: Options, base: Base) -> tuple[str, ...]:
     for task in options.tasks:
         if task not in study.tasks:
-            close = get_close_matches(task, study.tasks, 1)
-            guess = f"did you mean {close[0]!r}? " if close else ""
-            raise InputError(f"--tasks {task!r} is not in {study.name}: {guess}it has {', '.join(study.tasks)}")
+            guess = nearest(task, study.tasks)
+            raise InputError(f"--tasks {task!r}{guess} is not in {study.name}: it has {', '.join(study.tasks)}")
     own = base.paper.tasks if base.paper and base.paper.tasks else study.tasks
     return tuple(task for task in dict.fromkeys(options.tasks or study.tasks) if task in own)
 
@@ -150,7 +150,7 @@ class _RowOnModel:
     root: Path
     base: Base
     row: Row
-    notes: dict[str, None]  # gets what was changed to fit the runs to their data
+    notes: dict[str, None]  # filled with what was changed to fit the runs to their data
 
     @property
     def seeds(self) -> range:
@@ -170,7 +170,7 @@ class _RowOnModel:
                 yield from self._swept(task, candidates)
 
     def _swept(self, task: str, candidates: Sequence[dict[str, Any]], order: tuple[str, ...] = ()) -> Iterator[Planned]:
-        """Candidates of the first seed while more than one is left, then all seeds with the one that was chosen."""
+        """The candidates with the first seed, then the chosen one with the other seeds."""
         if len(candidates) == 1:
             for seed in self.seeds:
                 yield self.plan(task, seed, candidates[0], order)
@@ -187,7 +187,7 @@ class _RowOnModel:
             yield self.plan(task, seed, None if best is None else candidates[best], order)
 
     def _halved(self, task: str, tried: Sequence[Planned]) -> tuple[list[Planned], int | None]:
-        """The candidates as far as successive halving has them trained, and the one that won."""
+        """The candidates, each with how far successive halving trains it, and the index of the winner."""
         metric, count = self.study.metrics.get(task), len(tried)
         steps = ", ".join(f"{rung.candidates} to {rung.share:.3g}" for rung in halving.rungs(count))
         self.notes[
@@ -209,7 +209,7 @@ class _RowOnModel:
         return planned, None if best is None else last[best]
 
     def _sequence(self, order: tuple[str, ...]) -> Iterator[Planned]:
-        """One task after the other, each from the adapter of the one before. The first one's sweep serves them all."""
+        """One task after the other, each from the adapter of the one before. The first task's sweep serves them all."""
         candidates = _candidates(self.study, self.options, self.row)
         first = list(self._swept(order[0], candidates, order))
         yield from first
@@ -267,7 +267,7 @@ class _RowOnModel:
 
 
 def _candidates(study: Study, options: Options, row: Row) -> list[dict[str, Any]]:
-    """The settings that a sweep tries for a row; one without a setting when there is nothing to choose."""
+    """The settings that a sweep tries for a row; a single empty one when there is nothing to choose."""
     tries = tried_by(options, row)
     if not (options.sweep or options.rates or options.batches or tries):
         return [{}]
@@ -290,10 +290,11 @@ def _settings(chosen: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def choose(root: Path, candidates: Sequence[Planned], *, metric: str | None = None) -> int | None:
-    """The index of the finished candidate that is best on *validation*; None while one may still finish.
+    """The index of the finished candidate with the best *validation* score; None while one may still finish.
 
-    The test split is never looked at. ``metric`` is by default the task's first; where the validation has none (answers
-    are generated for the test alone), the loss decides, as it does between equals. Then the earlier candidate wins.
+    The test split is never looked at. ``metric`` is by default the task's first. Where validation does not have it
+    (answers are generated for the test alone) the loss decides, as it does between equal scores; then the earlier
+    candidate wins.
     """
     states = [folder_state(root / run.folder)[0] for run in candidates]
     if not all(state in ("finished", "failed") for state in states) or "finished" not in states:
@@ -309,7 +310,7 @@ def choose(root: Path, candidates: Sequence[Planned], *, metric: str | None = No
 def _merit(
     validation: Mapping[str, float], metric: str | None, default: str, higher_is_better: bool
 ) -> tuple[float, float]:
-    """What is larger for the better of two candidates; the loss decides between equals. A diverged one never wins."""
+    """A key that is larger for the better candidate: its score, then its loss. A diverged candidate never wins."""
     name = metric if metric is not None and metric in validation else default
     loss = validation.get("loss", math.nan)
     value = validation.get(name, -loss)
@@ -319,7 +320,7 @@ def _merit(
 
 
 def differences(root: Path, run: Planned) -> list[str]:
-    """What differs between a planned run and the one that its folder already holds, a phrase each."""
+    """A phrase for each option in which a planned run differs from the run that its folder holds."""
     file = root / run.folder / "config.json"
     if run.config is None or not file.is_file():
         return []

@@ -1,4 +1,4 @@
-"""Successive halving: of many candidates the better quarter goes on, again and again, until one is left.
+"""Successive halving: the better quarter of the candidates goes on, again and again, until one is left.
 
 All candidates are trained for a small share of their steps, on the schedule of the whole training; the better ones go
 on from their checkpoints to four times that share. Source: Jamieson and Talwalkar, "Non-stochastic best arm
@@ -16,19 +16,19 @@ from loretta.files import read_json, write_json
 from loretta.record import RunRecord
 
 QUARTER = 4
-RUNGS = "rungs.json"  # in a run's folder: what it scored where it paused, and why it was stopped
+RUNGS = "rungs.json"  # in a run's folder: its score at each pause, and why it was stopped
 
 
 @dataclass(frozen=True, slots=True)
 class Rung:
-    """Where ``candidates`` runs pause, behind ``share`` of their steps."""
+    """A pause of ``candidates`` runs, after ``share`` of their steps."""
 
     share: float
     candidates: int
 
 
 def rungs(candidates: int) -> tuple[Rung, ...]:
-    """The pauses, the first one first; the one candidate that is left behind them is trained to the end."""
+    """The pauses in order. The one candidate that is left after the last pause is trained to its end."""
     count = math.ceil(round(math.log(candidates, QUARTER), 9))
     return tuple(
         Rung(share=float(QUARTER) ** (k - count), candidates=-(-candidates // QUARTER**k)) for k in range(count)
@@ -36,7 +36,7 @@ def rungs(candidates: int) -> tuple[Rung, ...]:
 
 
 def cost(candidates: int) -> float:
-    """Trained steps of the search, in trainings of one candidate to its end."""
+    """Steps of a whole search, in units of one candidate's whole training."""
     shares, total = 0.0, 0.0
     for rung in rungs(candidates):
         total += rung.candidates * (rung.share - shares)
@@ -45,14 +45,14 @@ def cost(candidates: int) -> float:
 
 
 def note(folder: Path, share: float, paused: Any) -> None:
-    """Write down where a run paused and what it scored; ``paused`` is a ``loretta.training.pause.Paused``."""
+    """Note where a run paused and its score there; ``paused`` is a ``loretta.training.pause.Paused``."""
     content = _read(folder)
     content["reached"][str(share)] = dataclasses.asdict(paused)
     write_json(folder / RUNGS, content)
 
 
 def reached(folder: Path, share: float) -> dict[str, Any] | None:
-    """What a run scored behind a share of its steps, or at its end; None where it was not there yet."""
+    """A run's score after a share of its steps, or at its end; None where it has not come that far."""
     found: dict[str, Any] | None = _read(folder)["reached"].get(str(share))
     if found is None and (folder / "run.json").is_file():
         record = RunRecord.load(folder / "run.json")  # it stopped early, or was trained before
@@ -62,14 +62,14 @@ def reached(folder: Path, share: float) -> dict[str, Any] | None:
 
 
 def stop(folder: Path, verdict: str) -> None:
-    """Write down why a run does not go on."""
+    """Note why a run does not go on."""
     content = _read(folder)
     if content["stopped"] != verdict:
         write_json(folder / RUNGS, content | {"stopped": verdict})
 
 
 def words(folder: Path) -> tuple[bool, str]:
-    """Whether a run was stopped by its search, and how it stands in it; "" where it is in none."""
+    """Whether its search has stopped a run, and where the run stands in the search; "" where it is in none."""
     content = _read(folder)
     if content["stopped"]:
         return True, content["stopped"]
@@ -84,15 +84,12 @@ def _read(folder: Path) -> dict[str, Any]:
     try:
         return empty | dict(read_json(folder / RUNGS))
     except (OSError, ValueError, TypeError):
-        return empty  # none, or a damaged one: the run goes there again
+        return empty  # without a file, or with a damaged one, the run is trained to its pauses again
 
 
 @dataclass(frozen=True, slots=True)
 class Stand:
-    """What the search decided on a candidate: how far to train it, or why it was stopped.
-
-    ``until`` is None for one that is trained to its end.
-    """
+    """The search's decision on a candidate: train it to the share ``until`` (None: to its end), or why it stopped."""
 
     until: float | None
     stopped: str = ""
@@ -104,8 +101,8 @@ def search(
     """Where each candidate stands, read off the folders of all.
 
     Args:
-        failed: those that ended with an error, for which the others do not wait.
-        merit: of what :func:`reached` gives; larger is better.
+        failed: which candidates ended with an error: the others do not wait for them.
+        merit: a key for what :func:`reached` returns; larger is better.
     """
     alive = list(range(len(folders)))
     stands = [Stand(None) for _ in folders]

@@ -1,4 +1,4 @@
-"""Differences between two methods on the same rows, with intervals over rows and seeds.
+"""Differences between two methods on the same rows of data, with intervals over rows and seeds.
 
 Axes: S seeds, T different texts, B resamples.
 """
@@ -17,12 +17,12 @@ from loretta.studies.results import CONFIDENCE, Cell, Results
 from loretta.tasks import metrics
 from loretta.training.folder import PREDICTIONS
 
-RESAMPLES = {True: 4000, False: 300}  # by whether the metric is a mean over rows, which resamples quickly
+RESAMPLES = {True: 4000, False: 300}  # key: whether the metric is a mean over rows, which is quick to resample
 Rows = list[dict[str, Any]]
 
 
 class Difference(BaseModel):
-    """The best method minus another one, in the metric's unit; the interval is that of a bootstrap at 95%."""
+    """The best method minus another one, in the metric's unit, with a bootstrap interval at 95%."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -31,20 +31,20 @@ class Difference(BaseModel):
     mean: float
     low: float
     high: float
-    seeds: int  # that both have
-    better: int  # of them, on which the best one is better
+    seeds: int  # of both methods
+    better: int  # seeds on which the best method is the better one
     rows: int  # different texts
 
     @property
     def clear(self) -> bool:
-        """Whether the interval leaves out 0."""
+        """Whether 0 lies outside the interval."""
         return self.low > 0 or self.high < 0
 
 
 def differences(results: Results, root: Path) -> list[Difference]:
     """The best method of a comparison against each of the others, on the seeds and rows that both have.
 
-    Empty where a method has no rows of answers: generated ones, language models, runs of earlier versions.
+    A method without answers for each row is left out: generated answers, language models, runs of earlier versions.
     """
     cells = [cell for cell in results.final() if cell.task in results.study.tasks and cell.mean is not None]
     cells = [cell for cell in cells if np.isfinite(cell.mean) and cell.metric not in ("perplexity", "loss")]  # type: ignore[arg-type]
@@ -83,9 +83,8 @@ def _difference(best: Cell, other: Cell, ours: Mapping[int, Rows], theirs: Mappi
     pairs = [(ours[s], theirs[s], np.array([texts[_key(row)] for row in ours[s]])) for s in seeds]
     try:
         observed, samples = _bootstrap(best.metric, pairs, len(texts))
-    except InputError:  # a metric of answers in words
+    except InputError:  # the metric is one of answers in words
         return None
-    # a lower error is a better one: the difference stays "best minus other"
     low, high = np.quantile(samples, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return Difference(
         best=best.row,
@@ -104,11 +103,11 @@ def _key(row: Mapping[str, Any]) -> tuple[str, str, str]:
 
 
 def _bootstrap(metric: str, pairs: Sequence[tuple[Rows, Rows, NDArray]], n_texts: int) -> tuple[NDArray, NDArray]:
-    """(S) differences of the metric, and (B) means over seeds of them for drawn seeds and drawn texts.
+    """Resample the difference of a metric. Returns (S) its values, and (B) their means over drawn seeds and texts.
 
-    Seeds and texts are drawn with replacement, each of its own (Owen 2007, the pigeonhole bootstrap); a text that
-    several seeds hold out is drawn for all of them at once. Each value is a difference of two scores, so that
-    none can leave the metric's range.
+    Seeds and texts are drawn with replacement, independently (Owen 2007, the pigeonhole bootstrap); a text that several
+    seeds hold out is drawn for all of them at once. Each value is a difference of two scores, so that none can leave
+    the metric's range.
     """
     generator = np.random.default_rng(0)
     by_row = {"accuracy": lambda a, g: (a == g).astype(float), "mse": lambda a, g: (a - g) ** 2}.get(metric)
@@ -123,7 +122,7 @@ def _bootstrap(metric: str, pairs: Sequence[tuple[Rows, Rows, NDArray]], n_texts
             np.add.at(counts_ST[s], at, 1.0)
         observed_S = sums_ST.sum(1) / counts_ST.sum(1)
         counts_SB = counts_ST @ drawn_BT.T
-        # a draw that has no text of a seed says nothing about it
+        # a draw without any text of a seed says nothing about that seed
         values_SB = np.divide(sums_ST @ drawn_BT.T, counts_SB, out=np.zeros_like(counts_SB), where=counts_SB > 0)
     else:
 
@@ -142,7 +141,7 @@ def _bootstrap(metric: str, pairs: Sequence[tuple[Rows, Rows, NDArray]], n_texts
 
 
 def _columns(ours: Rows, theirs: Rows) -> tuple[NDArray, NDArray, NDArray]:
-    """Gold answers and those of both methods, as numbers: scores, or places in the sorted names of the classes."""
+    """Gold answers and those of both methods as numbers: scores, or indices into the sorted names of the classes."""
     columns = [row["gold"] for row in ours], [_answer(row) for row in ours], [_answer(row) for row in theirs]
     if "score" in ours[0]:
         return tuple(np.array(column, dtype=float) for column in columns)  # type: ignore[return-value]

@@ -28,13 +28,13 @@ class Score(BaseModel):
 
     seed: int
     value: float  # of the cell's metric, as the record has it (a fraction, not percent)
-    values: dict[str, float]  # every metric of the split
-    folder: str  # below the folder of all runs; "" in an average
-    learning_rate: float | None
-    seconds: float | None
-    command: str  # as it was typed
-    repeat: str  # the command that runs this one again
-    baseline: float | None = None  # the metric of an answer that needs no text (loretta.record.Answers)
+    values: dict[str, float] = {}  # every metric of the split
+    folder: str = ""  # below the folder of all runs; "" in an average, as all that follows
+    learning_rate: float | None = None
+    seconds: float | None = None
+    command: str = ""  # as it was typed
+    repeat: str = ""  # the command that runs this one again
+    baseline: float | None = None  # the score of an answer that needs no text (loretta.record.Answers)
 
 
 class Missing(BaseModel):
@@ -51,8 +51,8 @@ class Missing(BaseModel):
 class Cell(BaseModel):
     """One number of a table: a method on a task, over seeds.
 
-    ``mean``, ``low`` and ``high`` are in the record's unit; multiply by the study's ``scale`` to stand beside
-    ``printed``. The interval is Student's t at 95%, None for fewer than two seeds.
+    ``mean``, ``low`` and ``high`` are in the record's unit; times the study's ``scale`` they compare with ``printed``.
+    The interval is Student's t at 95%, None for fewer than two seeds.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -65,7 +65,7 @@ class Cell(BaseModel):
     order: tuple[str, ...] = ()  # of a sequence
     stage: int | None = None  # of a sequence: after how many tasks the score was taken
     metric: str
-    split: str  # "validation" or "test"; "" for what has none
+    split: str  # "validation" or "test"; "" for a quantity
     higher_is_better: bool
     asked: int
     scores: tuple[Score, ...]
@@ -117,10 +117,10 @@ def _is_final(cell: Cell) -> bool:
 
 
 def interval(values: Sequence[float]) -> tuple[float | None, float | None, float | None]:
-    """Mean, and the ends of Student's t interval at 95% of the mean of a sample.
+    """The mean of a sample, and the ends of Student's t interval for it at 95%.
 
-    All None without values; no ends for a single value. Equal values give an interval of no width. One value that is
-    not finite, of a run that diverged, leaves nothing to say: the mean is NaN.
+    Without values all three are None; a single value has no ends. Where a value is not finite, as of a run that
+    diverged, the mean is NaN and there are no ends.
     """
     if not values:
         return None, None, None
@@ -145,7 +145,7 @@ def collect_all(root: Path) -> list[Results]:
 def collect(root: Path, name: str | None = None) -> Results:
     """The results of the study ``name``, or of the only one in the folder.
 
-    Raises InputError when the folder holds none, no such, or several without a name.
+    Raises InputError when the folder holds no study of that name, or several and no name is given.
     """
     found = collect_all(root)
     if name is not None:
@@ -169,7 +169,6 @@ def _collect(root: Path, file: Path) -> Results:
         raise InputError(f"'{file}' is damaged or of another version ({reason}): run the study again") from None
     groups: dict[tuple, list[Planned]] = {}
     for run in planned:
-        # several kinds are one cell only where they are seeds of the same number
         if not run.candidate:
             groups.setdefault(run.cell, []).append(run)
     cells = [cell for runs in groups.values() for cell in _cells(root, study, runs)]
@@ -179,7 +178,7 @@ def _collect(root: Path, file: Path) -> Results:
 
 
 def _cells(root: Path, study: Study, runs: list[Planned]) -> list[Cell]:
-    """The cells of the seeds of one (model, task, method): one, or several where a run gives several numbers."""
+    """The cells of the seeds of one (model, task, method): several where a run gives several numbers."""
     first = runs[0]
     if first.kind == "cost":
         return [_measured(root, study, runs, COST, name) for name in ("memcpy_us", "flops")]
@@ -292,7 +291,8 @@ def _score(
     )
 
 
-def _cell(study: Study, run: Planned, *, task: str, scores: Sequence[Score], **known: Any) -> Cell:
+def _cell(study: Study, run: Planned | Cell, *, task: str, scores: Sequence[Score], **known: Any) -> Cell:
+    """The cell of some scores. ``run`` is one of its runs, or a cell of the same runs."""
     mean, low, high = interval([score.value for score in scores])
     row = find_row(study, run.row, run.model)
     return Cell(
@@ -315,13 +315,13 @@ def _cell(study: Study, run: Planned, *, task: str, scores: Sequence[Score], **k
 
 
 def find_row(study: Study, name: str, model: str) -> Row | None:
-    """The row of a name: that of the model where the study has one, else the first; None for a user's own method."""
+    """The row of that name for a model, else the first row of that name; None for a user's own method."""
     rows = [row for row in study.rows if row.name == name]
     return next((row for row in rows if row.model == model), rows[0] if rows else None)
 
 
 def _averages(study: Study, cells: Iterable[Cell]) -> list[Cell]:
-    """The mean over all tasks of the study for each seed that has them all, where there are several tasks."""
+    """The mean over all tasks of a study with several tasks, for each seed that has a score on all of them."""
     groups: dict[tuple, list[Cell]] = {}
     for cell in cells:
         if cell.task in study.tasks and _is_final(cell):
@@ -330,37 +330,20 @@ def _averages(study: Study, cells: Iterable[Cell]) -> list[Cell]:
     for group in groups.values():
         if len(study.tasks) < 2 or len(group) < len(study.tasks):
             continue
-        by_seed = [{score.seed: score for score in cell.scores} for cell in group]
+        by_seed = [{score.seed: score.value for score in cell.scores} for cell in group]
         common = sorted(set.intersection(*map(set, by_seed)))
-        scores = [
-            Score(
-                seed=seed,
-                value=statistics.fmean(scores[seed].value for scores in by_seed),
-                values={},
-                folder="",
-                learning_rate=None,
-                seconds=None,
-                command="",
-                repeat="",
-            )
-            for seed in common
-        ]
-        mean, low, high = interval([score.value for score in scores])
-        row = find_row(study, group[0].row, group[0].model)
+        first = group[0]
         averages.append(
-            group[0].model_copy(
-                update={
-                    "task": AVERAGE,
-                    "metric": AVERAGE,
-                    "scores": tuple(scores),
-                    "missing": tuple(missing for cell in group for missing in cell.missing),
-                    "asked": max(cell.asked for cell in group),
-                    "mean": mean,
-                    "low": low,
-                    "high": high,
-                    "printed": row.printed.get(AVERAGE) if row and group[0].order in ((), study.tasks) else None,
-                    "notes": (),
-                }
+            _cell(
+                study,
+                first,
+                task=AVERAGE,
+                metric=AVERAGE,
+                scores=[Score(seed=seed, value=statistics.fmean(each[seed] for each in by_seed)) for seed in common],
+                missing=tuple(missing for cell in group for missing in cell.missing),
+                asked=max(cell.asked for cell in group),
+                **{name: getattr(first, name) for name in ("stage", "split", "higher_is_better")},
+                **{name: getattr(first, name) for name in ("parameters", "adapter_bytes")},
             )
         )
     return averages

@@ -1,4 +1,4 @@
-"""Carry out all runs of a study, several at once, from whatever state their folders are in."""
+"""Carry out all runs of a study, several at once, each from the state in which its folder is."""
 
 import sys
 from collections.abc import Callable, Sequence
@@ -10,7 +10,7 @@ from typing import Any
 from transformers import AutoConfig
 
 from loretta.errors import InputError
-from loretta.files import read_json
+from loretta.files import read_json, write_json
 from loretta.folders import set_aside
 from loretta.pretrained import NotLoaded, from_pretrained
 from loretta.studies import halving
@@ -23,11 +23,10 @@ from loretta.studies.study import Planned, Study
 from loretta.studies.together import MOST_TOGETHER, units, words_before
 from loretta.studies.unit import Unit
 from loretta.studies.workers import Here, Processes, Workers, visible_gpus
-from loretta.training.config import RunConfig
 from loretta.training.stop import stopping_at_signals
 from loretta.wording import one_line
 
-STOPPED = "before the end of the study", "the same command"  # where a signal finds it, and what goes on
+STOPPED = "before the end of the study", "the same command"  # what a stopped study says: where, and how to go on
 Watch = Callable[[str, Outcome | None, int, int], None]  # folder, how it ended, runs that ended, runs in all
 
 
@@ -65,15 +64,16 @@ def run_study(
 ) -> Summary:
     """Run what is not finished yet, at most ``jobs`` at once, each in a process; 0 jobs: in this process.
 
-    Processes take the visible GPUs in turn, and share the CPU's threads. With ``ray`` ("auto" or an address) they run
-    on a Ray cluster, each on ``ray_gpus`` of a GPU. Runs that differ in seeds and
-    rates alone are trained together, at most ``population`` of them (None: on a GPU as many as its memory holds, on a
-    CPU one), see :mod:`loretta.population`; each has its folder as if it were alone. A run that fails is written down
-    and the others go on. A run that waits for others (a sweep, the step before in a sequence) starts when they end.
+    Processes take the visible GPUs in turn and share the CPU's threads. With ``ray`` ("auto" or an address) they run
+    on a Ray cluster, each on ``ray_gpus`` of a GPU. Runs that differ in seeds and rates alone are trained together, at
+    most ``population`` of them (None: on a GPU as many as its memory holds, on a CPU one), see
+    :mod:`loretta.population`; each has its folder as if it were alone. A run that fails is noted as failed, and the
+    others go on. A run that waits for others (a sweep, the step before in a sequence) starts when they end.
+    ``watch`` is told of each run that starts or ends, ``say`` of what the user should know before the first one.
 
-    Raises InputError before anything starts: for bad options, weights that cannot be had, and a folder that holds a
-    run with other options. SIGTERM and SIGINT end the processes behind their next checkpoint, and raise Stopped; the
-    next call goes on from there. ``say`` takes what is to be known before the first run starts.
+    Raises InputError before anything starts: for bad options, for weights that cannot be loaded, and for a folder that
+    holds a run with other options. SIGTERM and SIGINT end the processes after their next checkpoint and raise Stopped;
+    the next call goes on from there.
     """
     expansion = expand(study, options, root)
     _refuse_other_options(root, expansion.runs)
@@ -104,7 +104,7 @@ def run_study(
             if not workers.busy:
                 break
             for outcome in workers.wait():
-                if runs[outcome.folder].until is None or outcome.state != "finished":  # else it may go on
+                if runs[outcome.folder].until is None or outcome.state != "finished":  # a paused run may go on
                     tried[outcome.folder] = outcome
                 watch(outcome.folder, outcome, _ended(root, runs, tried), len(runs))
     return Summary(expansion=expansion, outcomes=tuple(_outcome(root, run, tried, runs) for run in runs.values()))
@@ -113,7 +113,7 @@ def run_study(
 def find_workers(root: Path, jobs: int, ray: str | None = None, ray_gpus: float | None = None) -> Workers:
     """Workers for ``jobs`` units at once, or those of the Ray cluster at an address.
 
-    Raises InputError for a number below 0, and for a cluster that cannot be had.
+    Raises InputError for a number below 0, and for a cluster that cannot be reached.
     """
     if jobs < 0:
         raise InputError(f"--jobs {jobs} must be 0 or more: the number of runs at once")
@@ -129,7 +129,7 @@ def find_workers(root: Path, jobs: int, ray: str | None = None, ray_gpus: float 
 def _ready(root: Path, run: Planned, runs: dict[str, Planned]) -> bool:
     return (
         run.config is not None
-        # the lock says whether another process has the run: a holder's note may outlive it, and its number be another's
+        # of a run that another process has, its lock will tell: the note of a holder may outlive the holder
         and state_of(root, run)[0] not in ("finished", "stopped")
         and all(state_of(root, runs[folder])[0] == "finished" for folder in run.after)
     )
@@ -141,7 +141,7 @@ def _ended(root: Path, runs: dict[str, Planned], tried: dict[str, Outcome]) -> i
 
 
 def _stop(root: Path, runs: Sequence[Planned]) -> None:
-    """Note in the folders of stopped candidates why they are, and remove what they could go on from."""
+    """Note in the folders of stopped candidates why they were stopped, and remove their checkpoints."""
     from loretta.population.checkpoints import remove_files
     from loretta.training.checkpoints import remove_checkpoints
     from loretta.training.folder import CHECKPOINTS
@@ -155,7 +155,7 @@ def _stop(root: Path, runs: Sequence[Planned]) -> None:
 
 
 def _outcome(root: Path, run: Planned, tried: dict[str, Outcome], runs: dict[str, Planned]) -> Outcome:
-    """How a run stands, with the reason why one that was not tried could not start."""
+    """The state of a run, with the reason where it could not start."""
     if run.folder in tried and tried[run.folder].state != "running":
         return tried[run.folder]
     state, reason = state_of(root, run)
@@ -177,7 +177,7 @@ def _refuse_other_options(root: Path, runs: Sequence[Planned]) -> None:
 
 
 def _refuse_missing_weights(root: Path, study: Study, expansion: Expansion) -> None:
-    """Ask for each model's configuration where its weights are: a minute later every run would fail alike."""
+    """Ask for each model's configuration where its weights are: without it every run would fail a minute later."""
     if study.kind != "train":
         return
     unfinished = {run.model for run in expansion.runs if state_of(root, run)[0] != "finished"}
@@ -194,18 +194,16 @@ def _refuse_missing_weights(root: Path, study: Study, expansion: Expansion) -> N
 
 
 def _refuse_prompts_for_encoders(study: Study, runs: Sequence[Planned]) -> None:
-    """Every seed and method of a task would fail alike."""
+    """Refuse now what every seed and method of a task would refuse later."""
     from loretta.training.data import is_prompted
 
     for run in runs:
         if study.kind == "train" and run.config is not None:
-            is_prompted(RunConfig(**run.config))
+            is_prompted(run.run_config())
 
 
 def write_study(root: Path, study: Study, options: Options, runs: Sequence[Planned], command: str) -> None:
-    """Note in the folder of runs what was asked for: the last command decides for its cells, others stay."""
-    from loretta.files import write_json
-
+    """Note in the folder of runs what was asked for. Cells of earlier commands stay, unless this one plans them."""
     file = study_file(root, study.name)
     before: dict[str, Any] = {}
     if file.is_file():
@@ -232,7 +230,7 @@ def write_study(root: Path, study: Study, options: Options, runs: Sequence[Plann
 
 
 def study_file(root: Path, name: str) -> Path:
-    """Where a study is noted: study.json, or where another has that, a file of its own."""
+    """The file of a study: study.json, or one with the study's name where another study has that."""
     file = root / STUDY
     try:
         taken = read_json(file)["study"]["name"] != name

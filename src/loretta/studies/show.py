@@ -16,12 +16,12 @@ from loretta.record import RunRecord, is_started
 from loretta.studies.state import State
 from loretta.wording import MISSING, flat, size_words
 
-if TYPE_CHECKING:  # these import torch and SciPy, and a listing of runs needs neither
+if TYPE_CHECKING:  # they import torch and SciPy, which a listing of runs does not need
     from loretta.studies.paired import Difference
     from loretta.studies.results import Cell, Results
     from loretta.studies.sizes import Estimate
 
-# what scores without reading a text, by the metric, where that is not the majority class
+# metric -> what a table calls the answer that needs no text, where it is not the majority class
 WITHOUT_TEXT = {
     **dict.fromkeys(("mse", "spearman", "pearson"), "mean of train"),
     **dict.fromkeys(("perplexity", "loss", "rewards/accuracies"), "before training"),
@@ -30,16 +30,23 @@ WITHOUT_TEXT = {
 }
 
 
+def _table(left: Iterable[str], right: Iterable[str], *, fold: bool = False, **options: Any) -> Table:
+    """A table with columns of words, then columns of numbers; with ``fold`` these too may take several lines."""
+    table = Table(box=box.SIMPLE_HEAD, caption_justify="left", **options)
+    for name in left:
+        table.add_column(name, overflow="fold")
+    for name in right:
+        table.add_column(name, justify="right", overflow="fold" if fold else "ellipsis")
+    return table
+
+
 def results_table(results: "Results") -> Table:
     """A row for each model and method (and order of a sequence), a column for each number."""
     study = results.study
     cells = results.final()
     columns = list(dict.fromkeys(cell.task for cell in cells))
-    table = Table(title=study.title, caption=_caption(results), box=box.SIMPLE_HEAD, caption_justify="left")
-    for name in ("model", "method", *(["order"] if study.sequence else [])):
-        table.add_column(name, overflow="fold")
-    for name in ("parameters", "bytes", *columns):
-        table.add_column(name, justify="right")
+    left = ("model", "method", *(["order"] if study.sequence else []))
+    table = _table(left, ("parameters", "bytes", *columns), title=study.title, caption=_caption(results))
     rows: dict[tuple, dict[str, Cell]] = {}
     for cell in cells:
         rows.setdefault((cell.model, cell.row, cell.order), {})[cell.task] = cell
@@ -57,16 +64,14 @@ def results_table(results: "Results") -> Table:
 
 
 def compared_table(results: "Results") -> Table:
-    """A comparison: what needs no text first, then each method with its rate, its score for each seed, the mean."""
+    """A comparison: the answer that needs no text, then each method with its rate, its score per seed and the mean."""
     from loretta.studies.compare import baseline_of, ends_of
 
     cells = [cell for cell in results.final() if cell.task in results.study.tasks]
     seeds = sorted({score.seed for cell in cells for score in cell.scores})
     metric = next((cell.metric for cell in cells if cell.metric), "score")
-    table = Table(title=results.study.title, caption=_caption(results), box=box.SIMPLE_HEAD, caption_justify="left")
-    table.add_column("method", overflow="fold")
-    for name in ("parameters", "bytes", "learning rate", *(f"seed {seed}" for seed in seeds), metric, "95% over seeds"):
-        table.add_column(name, justify="right")
+    right = ("parameters", "bytes", "learning rate", *(f"seed {seed}" for seed in seeds), metric, "95% over seeds")
+    table = _table(("method",), right, title=results.study.title, caption=_caption(results))
     baseline = baseline_of(results)
     if baseline is not None:
         name = WITHOUT_TEXT.get(metric, "majority class")
@@ -88,11 +93,8 @@ def compared_table(results: "Results") -> Table:
 
 def differences_table(pairs: Sequence["Difference"], labels: Mapping[str, str]) -> Table:
     """The best method against each of the others, on the same rows."""
-    table = Table(title="Differences on the same rows", box=box.SIMPLE_HEAD)
-    for name in ("best", "minus"):
-        table.add_column(name, overflow="fold")
-    for name in ("difference", "95% interval", "better on", "rows"):
-        table.add_column(name, justify="right")
+    right = ("difference", "95% interval", "better on", "rows")
+    table = _table(("best", "minus"), right, title="Differences on the same rows")
     for pair in pairs:
         table.add_row(
             labels.get(pair.best, pair.best),
@@ -121,7 +123,7 @@ def _caption(results: "Results") -> str:
 
 
 def _score(cell: "Cell | None", scale: float) -> str:
-    """Mean, half of the interval, how many seeds where some are missing, the printed number."""
+    """Mean ± half of the interval, how many seeds it has where some are missing, and the printed number."""
     if cell is None:
         return ""
     words = with_half(cell.mean, cell.high, scale)
@@ -131,7 +133,7 @@ def _score(cell: "Cell | None", scale: float) -> str:
 
 
 def with_half(mean: float | None, high: float | None, scale: float) -> str:
-    """As "93.10 ± 0.42"; without the half where there is no interval."""
+    """As "93.10 ± 0.42", or "93.10" where there is no interval."""
     if mean is None:
         return MISSING
     if not math.isfinite(mean):
@@ -141,7 +143,7 @@ def with_half(mean: float | None, high: float | None, scale: float) -> str:
 
 
 def figure(value: float, scale: float = 1) -> str:
-    """A score in percent to two decimals and a fraction to four; a large quantity in four figures."""
+    """A score in percent with two decimals and a fraction with four; a large quantity in four figures."""
     if abs(value) > 100:
         return f"{value:.4g}" if abs(value) >= 1e9 else f"{value:,.0f}"
     return f"{value:.2f}" if scale == 100 else f"{value:.4f}"
@@ -154,11 +156,8 @@ def number(value: int | None) -> str:
 
 def estimate_table(estimates: Sequence["Estimate"], printed: Mapping[tuple[str, str], str | None], title: str) -> Table:
     """A row for each model and method of a dry run. ``printed`` is the paper's count by (model, row)."""
-    table = Table(title=title, box=box.SIMPLE_HEAD)
-    for name in ("model", "method", "tasks"):
-        table.add_column(name, overflow="fold")
-    for name in ("runs", "parameters", "paper", "steps", "time", "memory"):
-        table.add_column(name, justify="right")
+    right = ("runs", "parameters", "paper", "steps", "time", "memory")
+    table = _table(("model", "method", "tasks"), right, title=title)
     groups: dict[tuple[str, str], list[Estimate]] = {}
     for estimate in estimates:
         groups.setdefault((estimate.run.model, estimate.run.row), []).append(estimate)
@@ -181,7 +180,7 @@ def estimate_table(estimates: Sequence["Estimate"], printed: Mapping[tuple[str, 
 
 
 def total(values: Iterable[Any]) -> Any:
-    """The sum of what is known; None when nothing is."""
+    """The sum of the values that are not None; None where all are."""
     known = [value for value in values if value is not None]
     return sum(known) if known else None
 
@@ -213,7 +212,7 @@ def run_row(root: Path, folder: Path, state: State, reason: str) -> dict[str, An
 
 
 def next_command(root: Path, folder: Path, state: State) -> str | None:
-    """The command that goes on with a run: of its study where one planned it, else of its own; None while it runs."""
+    """The command that goes on with a run: that of the study that planned it, else its own; None while it runs."""
     if state == "running":
         return None
     if state == "finished":
@@ -229,7 +228,7 @@ def next_command(root: Path, folder: Path, state: State) -> str | None:
 
 
 def _commands(file: Path, root: Path, folder: Path) -> list[str]:
-    """As they were typed, of the study that planned the run."""
+    """The commands of the study in ``file``, as they were typed, where it planned the run."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         planned = {run["folder"] for run in content["planned"]}
@@ -244,11 +243,7 @@ def _commands(file: Path, root: Path, folder: Path) -> list[str]:
 
 def runs_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """A listing of runs."""
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("run", "state"):
-        table.add_column(name, overflow="fold")
-    for name in ("score", "parameters", "seconds", "learning rate"):
-        table.add_column(name, justify="right", overflow="fold")
+    table = _table(("run", "state"), ("score", "parameters", "seconds", "learning rate"), fold=True)
     for row in rows:
         score = f"{row['metric']} {row['score']:.4f}" if row.get("score") is not None else row["reason"] or MISSING
         rate = row.get("learning_rate")
@@ -264,7 +259,7 @@ def runs_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def comparison_rows(records: Mapping[str, RunRecord]) -> list[dict[str, Any]]:
-    """What differs between runs, options first, then results; a row for each quantity."""
+    """The options that differ between runs, then their results: a row for each, run -> value."""
     configs = {name: flat(record.config) for name, record in records.items()}
     keys = list(dict.fromkeys(key for config in configs.values() for key in config))
     rows = []
@@ -284,9 +279,7 @@ def comparison_rows(records: Mapping[str, RunRecord]) -> list[dict[str, Any]]:
 
 def comparison_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Table:
     """Runs side by side."""
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in ("", *names):
-        table.add_column(name, overflow="fold")
+    table = _table(("", *names), ())
     for row in rows:
         table.add_row(row["what"], *(_words(row[name]) for name in names))
     return table

@@ -1,4 +1,4 @@
-"""What a run will train, need and take, from the sizes of its model alone (on the meta device)."""
+"""Estimates for a run before it starts: what it trains, its memory and its time, from the model's sizes alone."""
 
 import json
 import time
@@ -32,30 +32,30 @@ KEPT_PER_UNIT = 17  # numbers kept for the backward pass per token, layer and un
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Size:
-    """Numbers of scalars, and sizes of the base model."""
+    """Counts of scalars, and sizes of the base model."""
 
     trained: int
     saved: int  # in the adapter's file
     model: int  # of the base model
-    products: int  # of the base model's linear layers, which each token passes
+    products: int  # in the weights of linear layers, which multiply each token
     width: int
     layers: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """One planned run: its size, and rough figures of what it takes. None where nothing is known."""
+    """One planned run with rough figures of its cost. None where nothing is known."""
 
     run: Planned
-    size: Size | None
-    reason: str  # why there is no size
-    steps: int | None
-    seconds: float | None
-    memory_bytes: int | None
+    size: Size | None = None
+    reason: str = ""  # why there is no size
+    steps: int | None = None
+    seconds: float | None = None
+    memory_bytes: int | None = None
 
 
 def estimate(root: Path, runs: Iterable[Planned]) -> tuple[list[Estimate], list[str]]:
-    """Each run's size, steps, time and memory, and what the figures rest on, a sentence each."""
+    """Each run's size, steps, time and memory, and sentences on what these figures rest on."""
     estimates = []
     rates: dict[str, float] = {}
     basis: dict[str, None] = {}
@@ -64,21 +64,18 @@ def estimate(root: Path, runs: Iterable[Planned]) -> tuple[list[Estimate], list[
         if run.model not in rates:
             rates[run.model], words = _rate(root, [other for other in runs if other.model == run.model])
             basis[words] = None
-        # one whose rate a sweep still has to choose is as long as any other
+        # a run whose rate a sweep has still to choose is as long as the others of its row
         config = _config_of(run, runs)
         try:
             size = size_of(config, run.sizes)
         except ValueError as error:
-            estimates.append(
-                Estimate(run=run, size=None, reason=str(error), steps=None, seconds=None, memory_bytes=None)
-            )
+            estimates.append(Estimate(run=run, reason=str(error)))
             continue
         steps = total_steps(config.model_dump()) if run.kind == "train" else None
         estimates.append(
             Estimate(
                 run=run,
                 size=size,
-                reason="",
                 steps=steps,
                 seconds=None if steps is None else steps * step_flops(size, config) / rates[run.model],
                 memory_bytes=memory(size, config),
@@ -100,7 +97,7 @@ def _config_of(run: Planned, runs: Iterable[Planned]) -> RunConfig:
 
 
 def _rate(root: Path, runs: Sequence[Planned]) -> tuple[float, str]:
-    """FLOPs per second: of the finished runs of a model, or what this machine could do."""
+    """FLOPs per second, and the words for them: those of a model's finished runs, or a guess for this machine."""
     flops = seconds = 0.0
     count = 0
     for run in runs:
@@ -153,15 +150,15 @@ def memory(size: Size, config: RunConfig) -> int:
 
 
 def size_of(config: RunConfig, sizes: str) -> Size:
-    """What a run trains on the model of that configuration. Raises InputError when its options do not fit it."""
+    """What a run trains on the model ``sizes``. Raises InputError when the run's options do not fit that model."""
     options = json.dumps([config.method_args, config.head_policy], sort_keys=True)
     return _size(sizes, config.method, options, config.dtype, *task_type_of(config, sizes))
 
 
 def task_type_of(config: RunConfig, sizes: str) -> tuple[str, int]:
-    """The task type of a run, and how many labels its head has; a user's file is read for it.
+    """The task type of a run, and how many labels its head has. A user's file is read to find out.
 
-    Raises InputError for a prompted task on a model that is no causal one, and for a file that cannot be read.
+    Raises InputError for a prompted task on a model that is not causal, and for a file that cannot be read.
     """
     kind, n_labels = _kind_and_labels(config, sizes)
     task_type = TASK_TYPES[kind]
@@ -169,7 +166,7 @@ def task_type_of(config: RunConfig, sizes: str) -> tuple[str, int]:
 
 
 def kind_of(config: RunConfig, sizes: str) -> str:
-    """The kind of a run's task; a user's file is read for it, once. Raises InputError as :func:`task_type_of` does."""
+    """The kind of a run's task. A user's file is read once. Raises InputError as :func:`task_type_of` does."""
     return _kind_and_labels(config, sizes)[0]
 
 
@@ -201,7 +198,7 @@ def _size(sizes: str, method: str, options: str, dtype: str, task_type: str, n_l
         and module.weight.ndim == 2
         and not isinstance(module, nn.Embedding)
     )
-    # the integers of a plan, where the method has one; PEFT's own modules for the others
+    # our methods are planned with integers; for other methods PEFT makes its modules
     config = None if find_method(method) is FULL else peft_config(method, base, task_type, args, head_policy)
     if isinstance(config, LorettaConfig):
         plan = plan_model(base, config)
@@ -222,7 +219,7 @@ def _size(sizes: str, method: str, options: str, dtype: str, task_type: str, n_l
 
 
 def bare_model(sizes: str, task_type: str, n_labels: int, dtype: str):
-    """The base model on the meta device, in the ``dtype`` of a run, not in that of the model's configuration."""
+    """The base model on the meta device, in the ``dtype`` of a run; "auto" is that of the model's configuration."""
     base = meta_model(find_config(sizes), task_type, num_labels=max(1, n_labels))
     return base if dtype == "auto" else base.to(getattr(torch, dtype))
 

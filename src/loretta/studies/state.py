@@ -1,4 +1,4 @@
-"""What has happened to a run, read off its folder alone."""
+"""The state of a run, read off its folder alone."""
 
 import os
 import socket
@@ -22,20 +22,19 @@ State = Literal["waiting", "running", "killed", "failed", "stopped", "finished"]
 COST, COUNT, EVALUATIONS = "cost.json", "count.json", "evaluations.json"
 RESULT_OF = {"train": "run.json", "cost": COST, "count": COUNT}
 
-
-LARGEST_PID = 2**31 - 1  # of any system; os.kill() takes no more
+LARGEST_PID = 2**31 - 1  # os.kill() takes no larger one
 # endings of files beside a run's folder
-HOLDER = ".holder"  # which process works on it
-LOG = ".log"  # what it printed
+HOLDER = ".holder"  # names the process that works on it
+LOG = ".log"  # holds what it printed
 
 
 def beside(folder: Path, ending: str) -> Path:
-    """A file next to a run's folder, which must be empty when the run starts."""
+    """A file next to a run's folder, because the folder itself must be empty when the run starts."""
     return folder.with_name(folder.name + ending)
 
 
 def state_of(root: Path, run: Planned) -> tuple[State, str]:
-    """The state of a planned run, and a few words for what is not finished."""
+    """The state of a planned run, and a few words on why it is not finished."""
     if run.config is None:
         return "waiting", "its learning rate is not chosen yet"
     folder = root / run.folder
@@ -44,7 +43,7 @@ def state_of(root: Path, run: Planned) -> tuple[State, str]:
     state, reason = folder_state(folder, RESULT_OF[run.kind])
     if run.until is not None and state != "running" and halving.reached(folder, run.until) is not None:
         return "finished", ""
-    if state == "stopped":  # by a search that has begun again, or had other candidates
+    if state == "stopped":  # by an earlier search, or one with other candidates
         return "waiting", reason
     if state == "finished" and not set(run.evaluate) <= evaluations(folder).keys():
         return "waiting", "trained, but not scored on every task of the sequence yet"
@@ -76,7 +75,7 @@ def folder_state(folder: Path, result: str = "run.json") -> tuple[State, str]:
 
 @lru_cache(maxsize=10_000)
 def _is_json(file: Path, changed: int) -> bool:
-    """Whether a file, as it was when it was ``changed``, holds an object of JSON."""
+    """Whether a file holds an object of JSON. ``changed``, its time in ns, lets a changed file be read again."""
     try:
         return isinstance(read_json(file), dict)
     except (OSError, ValueError):
@@ -92,7 +91,7 @@ def read_error(folder: Path) -> str:
 
 
 def evaluations(folder: Path) -> dict[str, dict[str, float]]:
-    """What a finished adapter scored on each task so far; a damaged file counts as none."""
+    """The scores of a finished adapter: task -> metric -> value. A damaged file counts as none."""
     try:
         content = read_json(folder / EVALUATIONS)
     except (OSError, ValueError):
@@ -101,7 +100,7 @@ def evaluations(folder: Path) -> dict[str, dict[str, float]]:
 
 
 def measured(file: Path) -> dict[str, Any]:
-    """What a measured or counted run wrote. Raises InputError for a damaged file."""
+    """The content of cost.json or count.json. Raises InputError for a damaged file."""
     try:
         content = read_json(file)
         if {"notes", "parameters", "bytes"} <= content.keys():
@@ -112,7 +111,7 @@ def measured(file: Path) -> dict[str, Any]:
 
 
 def result_of(folder: Path) -> str:
-    """The last file of the run in ``folder``, whatever its kind."""
+    """The name of the file that a run of any kind writes last."""
     return next((name for name in RESULT_OF.values() if (folder / name).is_file()), "run.json")
 
 
@@ -125,7 +124,7 @@ class Holder:
 
     @property
     def alive(self) -> bool:
-        """Whether the process still runs; one on another host is believed to."""
+        """Whether the process still runs. Of a process on another host nobody knows: it counts as alive."""
         if self.host != socket.gethostname():
             return True
         try:
@@ -138,7 +137,7 @@ class Holder:
 
 
 def held_by(folder: Path) -> Holder | None:
-    """The living process that works on a run; None where there is none, or it died."""
+    """The process that works on a run; None where there is none, or it died."""
     try:
         content = read_json(beside(folder, HOLDER))
         holder = Holder(pid=int(content["pid"]), host=str(content["host"]))
@@ -148,11 +147,11 @@ def held_by(folder: Path) -> Holder | None:
 
 
 def find_runs(root: Path) -> Iterator[tuple[Path, State, str]]:
-    """Every run below ``root`` that was started, whatever its kind, with its state, in the order of the paths."""
+    """Every run of any kind that was started below ``root``, with its state and why, in the order of paths."""
     marks = {*RESULT_OF.values(), CONFIG, ERROR}
     folders = {file.parent for mark in marks for file in root.rglob(mark) if mark != CONFIG or is_started(file.parent)}
     folders |= {file.with_suffix("") for file in root.rglob(f"*{HOLDER}") if held_by(file.with_suffix(""))}
-    # what `loretta train` writes inside a run has config files of its own
+    # checkpoints and adapters inside a run have config files too
     for folder in sorted(folders):
         if "checkpoints" in folder.parts or folder.name == "adapter":
             continue

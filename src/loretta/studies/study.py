@@ -1,7 +1,6 @@
 """A study as data: which methods run on which tasks and models, how, and what the paper printed."""
 
 from collections.abc import Mapping
-from difflib import get_close_matches
 from importlib import resources
 from typing import Any, Literal
 
@@ -10,11 +9,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from loretta.errors import InputError
 from loretta.plan import find_preset
+from loretta.training.config import RunConfig
+from loretta.wording import nearest
 
 Kind = Literal["train", "cost", "count"]  # a training run, one measured step, counted parameters
 View = Literal["scores", "sequence", "cost", "ranks", "shapes", "norms", "pareto", "curves", "bytes", "compare"]
 
-# the study sets these for each run: with one value for all, it would count one run several times
+# the study gives each run its own: with one value for all of them, it would count one run several times
 OF_EACH_RUN = ("model", "data", "method", "method_args", "seed", "output", "start_from", "push_to_hub")
 
 
@@ -45,7 +46,7 @@ class Row(Frozen):
     label: str = Field(description="as tables show it")
     method: str = Field(description="a method of `loretta train`")
     model: str | None = Field(default=None, description="a key of the study's models; None: every model")
-    preset: str | None = Field(default=None, description="of loretta.plan.presets, whose options the row takes")
+    preset: str | None = Field(default=None, description="a preset of loretta.plan.presets that gives options")
     options: dict[str, Any] = Field(default={}, description="of the method, on top of the preset's")
     modes: int | None = Field(default=None, description="modes of every adapter's train (Table 7), on any width")
     settings: dict[str, Any] = Field(default={}, description="run options that differ from the protocol")
@@ -69,7 +70,7 @@ class Study(Frozen):
     view: View = "scores"
     kind: Kind = "train"
     seeds: int = Field(default=3, ge=1)
-    scale: float = Field(default=100, description="the printed numbers are ours times this")
+    scale: float = Field(default=100, description="factor from our numbers to the printed ones")
     models: dict[str, PaperModel] = {}
     tasks: tuple[str, ...]
     metrics: dict[str, str] = Field(default={}, description="task -> the metric that is printed, where not its first")
@@ -96,7 +97,7 @@ class Study(Frozen):
 
 
 class Planned(Frozen):
-    """One run of a study: its options, its folder, and what must be finished before it."""
+    """One run of a study: its options, its folder, and the runs that must be finished before it."""
 
     folder: str = Field(description="below the folder of all runs; one folder, one config")
     kind: Kind = "train"
@@ -108,11 +109,11 @@ class Planned(Frozen):
     method: str
     seed: int
     learning_rate: float | None = Field(default=None, description="None: the method's default, or not chosen yet")
-    candidate: bool = Field(default=False, description="one of a sweep that was not chosen (yet): not in the mean")
-    config: dict[str, Any] | None = Field(default=None, description="of loretta.training.config; None: not chosen yet")
-    until: float | None = Field(default=None, description="share of its steps behind which it pauses in a search")
-    stopped: str = Field(default="", description="why its search does not go on with it")
-    after: tuple[str, ...] = Field(default=(), description="folders of the runs that it needs")
+    candidate: bool = Field(default=False, description="of a sweep that has not chosen it (yet): not in the mean")
+    config: dict[str, Any] | None = Field(default=None, description="fields of RunConfig; None: not chosen yet")
+    until: float | None = Field(default=None, description="share of its steps after which a search pauses it")
+    stopped: str = Field(default="", description="why a search dropped it")
+    after: tuple[str, ...] = Field(default=(), description="folders of the runs that must be finished first")
     evaluate: tuple[str, ...] = Field(default=(), description="tasks to score the finished adapter on")
     order: tuple[str, ...] = Field(default=(), description="the tasks of the sequence that the run belongs to")
 
@@ -120,6 +121,10 @@ class Planned(Frozen):
     def cell(self) -> tuple[str, str, str, tuple[str, ...]]:
         """What the seeds of one number share: model, task, row, order of the sequence."""
         return (self.model, self.task, self.row, self.order)
+
+    def run_config(self) -> RunConfig:
+        """The run's options, which must be chosen."""
+        return RunConfig(**(self.config or {}))
 
 
 def study_names() -> list[str]:
@@ -150,13 +155,11 @@ def parse_study(raw: Mapping[str, Any]) -> Study:
 def _read(name: str) -> dict[str, Any]:
     names = study_names()
     if name not in names:
-        close = get_close_matches(name, names, 1)
-        guess = f"did you mean {close[0]!r}? " if close else ""
-        raise InputError(f"unknown target {name!r}: {guess}choose one of {', '.join(names)}")
+        raise InputError(f"unknown target {name!r}{nearest(name, names)}: choose one of {', '.join(names)}")
     raw = yaml.safe_load(
         resources.files("loretta.studies").joinpath("targets", f"{name}.yaml").read_text(encoding="utf-8")
     )
-    # a study may be based on another one, which then gives the keys that it lacks
+    # a study that is based on another takes the keys it lacks from that one
     based_on = raw.pop("based_on", None)
     raw = {"name": name, **raw}
     if based_on is None:

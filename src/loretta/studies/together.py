@@ -1,4 +1,4 @@
-"""Which runs of a study are trained together, and what is said before it starts where they cannot be."""
+"""Which runs of a study are trained together, and what the user is told where they cannot be."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ from loretta.studies.state import state_of
 from loretta.studies.study import Planned
 from loretta.training.config import RunConfig
 
-MOST_TOGETHER = 64  # more of them do not make a GPU busier (benchmarks/population.py)
+MOST_TOGETHER = 64  # more runs do not keep a GPU busier (benchmarks/population.py)
 
 
 def units(ready: Sequence[Planned], population: int, workers: int) -> list[list[Planned]]:
-    """The runs that can start, those together that one process trains at once; every worker gets some."""
+    """Divide the runs that can start into those that one process trains at once; every worker gets some."""
     groups: dict[Any, list[Planned]] = defaultdict(list)
     for run in ready:
         key = _key(run) if population > 1 else None
@@ -28,16 +28,16 @@ def units(ready: Sequence[Planned], population: int, workers: int) -> list[list[
 
 
 def _key(run: Planned) -> tuple[Any, ...] | None:
-    """What runs must have in common to be trained together; None for one that is trained alone."""
+    """What runs must have in common to be trained together; None for a run that is trained alone."""
     from loretta.population.training import population_key
 
-    if run.kind != "train" or run.config is None or why_alone(RunConfig(**run.config)) is not None:
+    if run.kind != "train" or run.config is None or why_alone(run.run_config()) is not None:
         return None
-    return population_key(RunConfig(**run.config))
+    return population_key(run.run_config())
 
 
 def why_alone(config: RunConfig) -> str | None:
-    """What keeps a run from being trained with others: an option, or the kind of its data; None where nothing does."""
+    """The option, or the kind of data, for which a run cannot be trained with others; None where there is none."""
     from loretta.population import training
 
     if (option := training.why_alone(config)) is not None:
@@ -50,7 +50,7 @@ def why_alone(config: RunConfig) -> str | None:
 
 
 def words_before(root: Path, runs: Sequence[Planned], population: int) -> str | None:
-    """Which of the unfinished runs are trained one by one, why, and how long that may take; None where none need be."""
+    """A sentence on the unfinished runs that are trained one by one: how many, how long, why; None without any."""
     from loretta.studies.show import duration, total
 
     cells: dict[Any, list[Planned]] = defaultdict(list)
@@ -59,9 +59,8 @@ def words_before(root: Path, runs: Sequence[Planned], population: int) -> str | 
             cells[run.cell].append(run)
     reasons: dict[str, list[Planned]] = defaultdict(list)
     for group in cells.values():
-        config = next((run.config for run in group if run.config is not None), None)
-        reason = None if config is None or len(group) < 2 else why_alone(RunConfig(**config))
-        if reason is not None:
+        known = next((run for run in group if run.config is not None), None)
+        if known is not None and len(group) > 1 and (reason := why_alone(known.run_config())) is not None:
             reasons[reason] += group
     if not reasons:
         return None

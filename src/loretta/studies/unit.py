@@ -1,8 +1,8 @@
 """A unit of a study in a process of its own: one run, or the runs that are trained together.
 
-The process is ``python -m loretta.studies.unit ROOT``. The unit comes as one line on its standard input, which stays
-open as long as its starter lives: where that dies, the process saves a checkpoint and ends. The folders of the runs say
-how they ended.
+The process is ``python -m loretta.studies.unit ROOT``. It reads the unit as one line from its standard input, which
+the starter keeps open: when the starter dies, the process saves a checkpoint and ends. The folders of the runs say how
+they ended.
 """
 
 import os
@@ -24,8 +24,8 @@ class Unit(Frozen):
     """What one process carries out."""
 
     runs: tuple[Planned, ...]
-    wait: float = 0.0  # seconds for another process to leave the folders
-    fit: float | None = None  # the share of the device's memory that the runs have to fit into; None: they do
+    wait: float = 0.0  # seconds in which another process may still release the folders
+    fit: float | None = None  # share of the device's memory for the runs; None: all of them fit
 
 
 class UnitProcess:
@@ -33,8 +33,8 @@ class UnitProcess:
 
     Args:
         root: the folder of all runs.
-        environment: variables that the process has beside those of this one.
-        working: the folder that it works in, if not that of this one: paths of data and models may be relative.
+        environment: variables of the process, on top of those of this one.
+        working: its working folder, if not that of this process: paths of data and models may be relative.
     """
 
     def __init__(self, root: Path, unit: Unit, *, environment: Mapping[str, str], working: str | None = None) -> None:
@@ -51,10 +51,10 @@ class UnitProcess:
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **environment},
                 cwd=working,
-                start_new_session=True,  # an interrupt at the terminal is for the runner, which then tells it
+                start_new_session=True,  # an interrupt at the terminal reaches the runner alone, which ends the process
             )
         assert self.process.stdin is not None
-        with suppress(BrokenPipeError):  # it died already, which its status tells
+        with suppress(BrokenPipeError):  # it has died already: its status says so
             self.process.stdin.write(unit.model_dump_json().encode() + b"\n")
             self.process.stdin.flush()
 
@@ -67,7 +67,7 @@ class UnitProcess:
         return time.perf_counter() - self.began
 
     def why_dead(self) -> str:
-        """The reason that its status gives, with the last line that it wrote; nothing where it ended as it should."""
+        """The reason by its exit status, with the last line that it wrote; "" where it ended as it should."""
         from loretta.studies.execution import last_line
 
         status = self.process.wait()
@@ -78,7 +78,7 @@ class UnitProcess:
         return f"its process ended with status {status}: {last_line(self.root, self.unit.runs[0])}"
 
     def end(self) -> None:
-        """Ask the process to end behind its next checkpoint."""
+        """Ask the process to end after its next checkpoint."""
         with suppress(ProcessLookupError):
             self.process.terminate()
 
@@ -104,7 +104,7 @@ def _end_with_the_runner() -> None:
 
 def main() -> None:
     """The process itself."""
-    line = sys.stdin.readline()  # before the imports, which take seconds, and the starter waits for a full pipe
+    line = sys.stdin.readline()  # before the imports, which take seconds: the starter waits while the pipe is full
     threading.Thread(target=_end_with_the_runner, daemon=True).start()
     from loretta.errors import Stopped
     from loretta.studies.execution import carry_out_together

@@ -13,13 +13,13 @@ from loretta.studies.execution import Outcome, carry_out_together, open_log, rec
 from loretta.studies.state import state_of
 from loretta.studies.unit import Unit, UnitProcess
 
-# libraries read these when they are loaded; Rayon is of the tokenizers
+# libraries read these when they are loaded; Rayon runs the threads of the tokenizers
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 POLL = 0.1  # seconds between looks at the processes
 
 
 class Workers(Protocol):
-    """Takes units and tells what became of them."""
+    """Carry out units, and tell how they ended."""
 
     @property
     def size(self) -> int:
@@ -27,23 +27,23 @@ class Workers(Protocol):
 
     @property
     def share(self) -> float:
-        """What a unit may take of a device's memory, from 0 to 1."""
+        """The share of a device's memory that a unit may take, from 0 to 1."""
 
     @property
     def busy(self) -> Sequence[Unit]:
-        """The units that have been started and not waited for."""
+        """The units that were started and have not been returned by :meth:`wait`."""
 
     @property
     def full(self) -> bool:
-        """Whether another unit would have to wait, and rather is not started yet."""
+        """Whether another unit would have to wait for one that runs."""
 
     def start(self, unit: Unit) -> None: ...
 
     def wait(self) -> list[Outcome]:
-        """What became of the next units that end."""
+        """Wait for the next units to end. Returns how each of their runs ended."""
 
     def close(self) -> None:
-        """End what is still busy behind its next checkpoint, and wait for that."""
+        """End the units that still run after their next checkpoint, and wait until they have ended."""
 
 
 class Here:
@@ -79,7 +79,7 @@ class Processes:
         self.root, self.threads = root, threads_each(jobs)
         self.free = [gpus[k % len(gpus)] if gpus else None for k in range(jobs)]
         self.size = jobs
-        self.share = 1 / -(-jobs // max(1, len(gpus)))  # of a GPU, or of this machine
+        self.share = 1 / -(-jobs // max(1, len(gpus)))  # of a GPU's memory, or of this machine's
         self.started: list[tuple[UnitProcess, str | None]] = []
 
     @property
@@ -117,7 +117,10 @@ class Processes:
 
 
 def outcomes_of(root: Path, unit: Unit, why_dead: str, seconds: float) -> list[Outcome]:
-    """What the folders of a unit say when its process has ended, in ``seconds``; and it notes in them why it died."""
+    """How the runs of a unit ended, by their folders, after its process ended in ``seconds``.
+
+    A run without a result has failed: its folder gets ``why_dead``, the reason why the process died.
+    """
     outcomes = []
     for run in unit.runs:
         state, reason = state_of(root, run)

@@ -4,7 +4,6 @@ import dataclasses
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 from peft import (
@@ -33,7 +32,7 @@ from loretta.tuners.norms import norm_names
 from loretta.tuners.rep import COMPACT, LorettaRepConfig
 from loretta.tuners.shared import LorettaSharedConfig
 from loretta.tuners.task_types import is_final
-from loretta.wording import one_line
+from loretta.wording import nearest, one_line
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,11 +91,9 @@ def find_method(name: str) -> Method:
     others = {str(kind.value).lower(): config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     if name.startswith("peft:") and name.removeprefix("peft:").lower() in others:
         return Method(config=others[name.removeprefix("peft:").lower()])
-    known = [*METHODS, *(f"peft:{other}" for other in sorted(others))]
-    close = get_close_matches(name, known, 1)
-    guess = f"did you mean {close[0]!r}? " if close else ""
+    guess = nearest(name, [*METHODS, *(f"peft:{other}" for other in sorted(others))])
     raise InputError(
-        f"unknown method {name!r}: {guess}choose one of {', '.join(METHODS)}, or a method of PEFT as peft:NAME, "
+        f"unknown method {name!r}{guess}: choose one of {', '.join(METHODS)}, or a method of PEFT as peft:NAME, "
         "for example peft:vera"
     )
 
@@ -130,12 +127,10 @@ def refuse_unknown_options(name: str, options: Collection[str]) -> None:
         )
     if unknown:
         # what is no option of the run is taken for one of the method
-        known = {*fields, *RunConfig.model_fields, *ALIASES}
-        close = [match for key in unknown for match in get_close_matches(key, known, 1)]
-        guess = f"did you mean {', '.join(map(repr, close))}? " if close else ""
+        guess = nearest(unknown, [*sorted(fields), *RunConfig.model_fields, *ALIASES])
         raise InputError(
-            f"unknown option {', '.join(map(repr, unknown))} for a run with method {name!r}: {guess}"
-            f"the method takes {', '.join(sorted(fields - {'peft_type', 'auto_mapping', 'peft_version'}))}"
+            f"unknown option {', '.join(map(repr, unknown))}{guess} for a run with method {name!r}: the method takes "
+            f"{', '.join(sorted(fields - {'peft_type', 'auto_mapping', 'peft_version'}))}"
         )
 
 

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any, cast
 
 import torch
@@ -22,7 +21,7 @@ from loretta.layers.trains import Cores
 from loretta.tuners.bypassed import read_only
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.schema import check_expressions, check_size
-from loretta.wording import quoted
+from loretta.wording import nearest, quoted
 
 
 class NothingMatchedError(InputError, NoMatchingPeftModuleError):
@@ -212,8 +211,7 @@ def unused_options(
         lost = sorted(t for t in given if not any(name == t or name.endswith(f".{t}") for name in names))
         if lost:
             ends = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if linear_size(module)})
-            close = [match for name in lost for match in get_close_matches(name.rpartition(".")[2], ends, 1)]
-            guess = f": did you mean {', '.join(map(repr, close))}?" if close else ""
+            guess = nearest((name.rpartition(".")[2] for name in lost), ends)
             found.append(f"target_modules: nothing in this model is called {' or '.join(map(repr, lost))}{guess}")
     sizes = {f"{s.in_features}x{s.out_features}" for p in placements for s in (p.down, p.up)}
     sizes |= {f"{p.down.in_features // p.experts}x{p.down.out_features}" for p in placements if p.experts}
@@ -239,12 +237,7 @@ def _nothing_matched(config: LorettaConfig, model: nn.Module) -> str:
                 "name other modules"
             )
     names = sorted({name.rpartition(".")[2] for name in linear})
-    close = (
-        []
-        if isinstance(wanted, str)
-        else [match for name in sorted(wanted or []) for match in get_close_matches(name.rpartition(".")[2], names, 1)]
-    )
-    guess = f"did you mean {', '.join(map(repr, close))}? " if close else ""
+    ends = [] if isinstance(wanted, str) else [name.rpartition(".")[2] for name in sorted(wanted or [])]
     limits = [
         f"{key}={value!r}"
         for key in ("exclude_modules", "layers_to_transform", "layers_pattern")
@@ -252,7 +245,7 @@ def _nothing_matched(config: LorettaConfig, model: nn.Module) -> str:
     ]
     within = f" within {', '.join(limits)}" if limits else ""
     return (
-        f"Target modules {given} not found in the base model{within}: {guess}"
+        f"Target modules {given} not found in the base model{within}{nearest(ends, names)}: "
         f"linear layers here end in {', '.join(names)}"
     )
 
