@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 import pandas as pd
-from protocol import TASKS, chosen, interval, joined_by_seed, mean_by_seed
+from protocol import SEEN, TASKS, chosen, interval, joined_by_seed, mean_by_seed
 
 Row = Mapping[str, Any]
 Scores = pd.Series  # by seed
@@ -28,7 +28,7 @@ class Board:
         counts = {task: sum((m, task) in self.cells for m in self.methods) for task in TASKS}
         # one method alone is compared with nothing; a mean is of tasks that at least two thirds of the methods have
         self.tasks = [task for task in TASKS if counts[task] > 1]
-        scored = [task for task in self.tasks if TASKS[task].metric != "loss"]
+        scored = [task for task in self.tasks if TASKS[task].metric != "loss" and task not in SEEN]
         most = max((counts[task] for task in scored), default=0)
         self.common = [task for task in scored if counts[task] >= 2 / 3 * most]
 

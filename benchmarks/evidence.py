@@ -8,17 +8,16 @@ on the official validation rows at the rate so chosen.
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean
 
-import pandas as pd
 from board import Board, Row, markdown, paired, signed, verdict, words
 from methods import UNTRAINED
 from peers import PEERS
-from protocol import LEAKS, at_edge, best_rate, chosen, interval, read_rows, same_seeds
+from protocol import LEAKS, METRICS, at_edge, best_rate, chosen, interval, read_rows, same_seeds
 from rates import one_rate_table, rates_table
 from retention import forgetting_rows, forgetting_table, overfitting_table, reading_table
+from runs import adaptive_table, answers_table, instruct_table
 from tables import RESULTS, ROOT, filled
 from verdicts import (
     MODELS,
@@ -36,7 +35,6 @@ from verdicts import (
 
 CHOOSING, PAGE, PICTURE = ROOT / "docs" / "choosing.md", ROOT / "RESULTS.md", ROOT / "docs" / "front.svg"
 README = ROOT / "README.md"
-NAMES = {"mcc": "Matthews", "f1": "F1", "spearman": "Spearman", "accuracy": "accuracy", "loss": "loss"}
 CLOSE = 1.25  # counts so near that the smaller one has its name on the left
 
 
@@ -129,50 +127,6 @@ def fits_table() -> str:
     return markdown(lines, ["form", "numbers", "kept of a trained LoRA", "of random updates"])
 
 
-def runs_of(name: str, worth: Callable[[Row], float]) -> list[tuple[tuple[str, str], float, list[Row]]]:
-    """The runs of a file by task and method, at the rate whose seeds are worth the most; rates with all seeds alone."""
-    file = RESULTS / name
-    found: dict[tuple[str, str], dict[float, list[Row]]] = {}
-    for row in json.loads(file.read_text()) if file.exists() else []:
-        found.setdefault((row["task"], row["method"]), {}).setdefault(row["rate"], []).append(row)
-    best = []
-    for key, rates in sorted(found.items(), key=lambda item: item[0]):
-        most = max(map(len, rates.values()))
-        whole = {rate: sorted(some, key=lambda row: row["seed"]) for rate, some in rates.items() if len(some) == most}
-        rate = max(whole, key=lambda rate: mean(worth(row) for row in whole[rate]))
-        best.append((key, rate, whole[rate]))
-    return best
-
-
-def adaptive_table() -> str:
-    """Runs whose ranks adapt beside constant ranks and AdaLoRA."""
-    lines = []
-    for (task, method), rate, some in runs_of("adaptive.json", lambda row: row["score"]):
-        trained = sorted({row["trained"] for row in some})
-        count = f"{trained[0]:,}" + (f" to {trained[-1]:,}" if len(trained) > 1 else "")
-        scores = words([row["score"] for row in some])
-        lines.append([method, task, count, scores, str(len(some)), f"{rate:g}"])
-    columns = ["method", "task", "trained at the end", "held-out score", "seeds", "rate"]
-    return markdown(lines, columns, left=2) if lines else "Not measured yet.\n"
-
-
-def instruct_table() -> str:
-    """Losses of conversations behind instruction tuning: the held-out ones choose, the official ones are reported."""
-    best = runs_of("instruct.json", lambda row: -row["held_out"])
-    losses = {
-        method: pd.Series({row["seed"]: row["official"] for row in some}, dtype=float) for (_, method), _, some in best
-    }
-    lines = []
-    for (_, method), rate, some in sorted(best, key=lambda one: one[2][0]["trained"]):
-        gaps = [
-            signed(paired(losses[method], losses[other])) if other in losses and other != method else ""
-            for other in ("LoRA r=2", "LoRA r=16")
-        ]
-        lines.append([method, f"{some[0]['trained']:,}", words(losses[method]), *gaps, str(len(some)), f"{rate:g}"])
-    columns = ["method", "trained", "loss", "to LoRA r=2", "to LoRA r=16", "seeds", "rate"]
-    return markdown(lines, columns) if lines else "Not measured yet.\n"
-
-
 def peers_table(found: Sequence[Row]) -> str:
     """Other small methods of PEFT at the best of their rates."""
     names = {method.name for method in PEERS}
@@ -200,7 +154,7 @@ def results_of(model: str, task: str, found: Sequence[Row]) -> str:
             for name in ("LoRA r=8", "norms")
         ]
         lines.append([method, f"{row['trained']:,}", f"{row['trained'] + row['head']:,}", words(scores), *gaps])
-    metric = NAMES[board.cells[here[0], task]["metric"]]
+    metric = METRICS[board.cells[here[0], task]["metric"]]
     return markdown(lines, ["method", "trained", "with head", metric, "to LoRA r=8", "to norms"])
 
 
@@ -226,6 +180,7 @@ def results_page(found: Sequence[Row]) -> dict[str, str]:
         "overfitting": overfitting_table(found),
         "reading": reading_table(found),
         "instruct": instruct_table(),
+        "answers": answers_table(),
         "not run": not_run(found),
     }
 
