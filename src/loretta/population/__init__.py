@@ -1,1 +1,1 @@
-"""Many adapters of one kind, trained at once on one frozen base."""
+"""Many adapters of one kind, the members, trained at once on one frozen base."""

@@ -1,9 +1,9 @@
-"""Attention among few tokens, for many rows at once.
+"""Attention for many rows of few tokens.
 
-A kernel takes 64 tokens of one row and one head at a time, and with 16 tokens three quarters of its work is on nothing.
-So the tokens of several rows are laid beside each other, and a mask keeps each row to itself.
+A kernel works on blocks of 64 tokens of one row and one head, so with 16 tokens three quarters of its work is wasted.
+Here several rows are packed into one block, and a mask keeps each row to itself.
 
-Axes: B rows, H heads, T tokens, D width of a head, G rows that are laid beside each other.
+Axes: B rows, H heads, T tokens, D width of a head, G rows that are packed together.
 """
 
 from collections.abc import Callable
@@ -14,20 +14,20 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-AT_ONCE = 64  # tokens of a kernel's block
-LINE = 8  # numbers
-# cuDNN's plans each new shape, for up to two seconds, and is slower on short rows
+AT_ONCE = 64  # tokens in a kernel's block
+LINE = 8  # numbers to which the lines of a mask are aligned
+# without cuDNN, which plans each new shape for up to two seconds and is slower on short rows
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class PackedAttention(TorchFunctionMode):
-    """In this block :func:`torch.nn.functional.scaled_dot_product_attention` lays short rows beside each other.
+    """Within it, :func:`torch.nn.functional.scaled_dot_product_attention` packs short rows together.
 
-    The result is the same but for rounding, and for which numbers dropout draws.
+    The result differs by rounding only, and dropout draws other numbers.
 
     Args:
-        members: of whom each has an equal share of the rows. Theirs do not lie beside each other: nothing times what is
-            not finite is not finite.
+        members: how many there are; each has an equal share of the rows. Only rows of one member are packed together:
+            the mask's zero times a value that is not finite would be NaN for the others.
     """
 
     def __init__(self, members: int) -> None:
@@ -54,7 +54,7 @@ class PackedAttention(TorchFunctionMode):
             return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask, **options)
         assert attn_mask is not None
         mask = self._beside(attn_mask, count, query)
-        # tokens come before heads in memory, so that this is a view
+        # a view where tokens come before heads in memory, as in transformers
         q, k, v = (
             x.transpose(1, 2).reshape(n_rows // count, -1, *x.shape[1::2]).transpose(1, 2) for x in (query, key, value)
         )
@@ -71,8 +71,8 @@ class PackedAttention(TorchFunctionMode):
             added = torch.where(own, 0.0, -torch.inf) if mask.dtype == torch.bool else own
             same = torch.eye(count, dtype=torch.bool, device=mask.device)[:, None, :, None]
             side = count * n_tokens
-            # kernels copy a mask whose lines begin anywhere
+            # kernels copy a mask whose lines are not aligned
             joint = like.new_empty(n_rows // count, 1, side, -(-side // LINE) * LINE)[..., :side]
             joint.copy_(torch.where(same, added, -torch.inf).view_as(joint))
-            self.masks[at] = mask, joint  # with the mask, whose id would else be free for another
+            self.masks[at] = mask, joint  # the mask is kept too, so that no other tensor gets its id
         return self.masks[at][1]

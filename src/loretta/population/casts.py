@@ -1,7 +1,7 @@
 """One cast of an activation for all products that read it.
 
-Autocast casts the input of each product by itself: for rep on query and value the same activation five times a layer.
-In the backward pass each of these casts writes a gradient of full width, and four sums add them.
+Autocast casts the input of each product anew: with rep on query and value, the same activation five times in a layer.
+In the backward pass each of these casts writes a gradient of full width, and four sums add them up.
 """
 
 from collections.abc import Callable
@@ -15,9 +15,9 @@ PRODUCTS = {nn.functional.linear, torch.bmm}
 
 
 class OneCast(TorchFunctionMode):
-    """In this block products under autocast that follow each other and read one activation share its cast.
+    """Within it, products under autocast that follow each other and read the same activation share one cast of it.
 
-    The values are the same to the last bit. The gradients of the products are added before they are cast, not behind.
+    The values are the same to the last bit. The gradients of the products are added before the cast, not after it.
     """
 
     def __init__(self) -> None:
@@ -32,11 +32,11 @@ class OneCast(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
     def cast(self, x: Tensor) -> Tensor:
-        """``x`` as autocast would have it, if it is going to cast it."""
+        """``x`` in autocast's dtype where autocast is going to cast it."""
         kind = x.device.type
         if x.dtype is not torch.float32 or not torch.is_autocast_enabled(kind) or not x.is_contiguous():
             return x
-        # the same numbers in other shapes: rows of a batch, rows of a member
+        # views of one tensor hold the same numbers: as rows of a batch, as rows of a member
         whole = x if x._base is None else x._base
         if not (whole.is_contiguous() and whole.dtype is x.dtype and whole.numel() == x.numel()):
             whole = x

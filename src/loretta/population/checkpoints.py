@@ -1,6 +1,6 @@
-"""What a killed population goes on from: one file in the folder of each member.
+"""Checkpoints of a population: one file in the folder of each member.
 
-A member's file holds that member alone, so the runs that are left may go on in other company.
+A file holds one member alone, so after a kill the unfinished runs may go on in a population of other size.
 """
 
 import json
@@ -25,13 +25,13 @@ from loretta.training.folder import CHECKPOINTS
 
 logger = logging.getLogger(__name__)
 
-EVERY = 30.0  # seconds of training at the least between two checkpoints: writing them takes a part of one
+EVERY = 30.0  # least seconds of training between two checkpoints, of which each takes part of a second
 KEPT = 2
 RANDOM, RANDOM_CUDA = "random", "random_cuda"
 
 
 class Checkpoints:
-    """Called after each evaluation; saves where the last time was long ago."""
+    """Called after each evaluation; saves where the last checkpoint is ``every`` seconds old."""
 
     def __init__(self, every: float = EVERY) -> None:
         self.every, self.last = every, time.monotonic()
@@ -48,7 +48,7 @@ def has_checkpoint(folder: Path) -> bool:
 
 
 def _files(member: Member) -> dict[int, Path]:
-    """Step -> file, the first step first."""
+    """Step -> file, in the order of steps."""
     found = (member.config.folder / CHECKPOINTS).glob("population-*.safetensors")
     return dict(sorted((int(file.stem.rpartition("-")[2]), file) for file in found))
 
@@ -102,9 +102,9 @@ def _write(file: Path, tensors: dict[str, Tensor], words: dict[str, Any]) -> Non
 
 
 def restore(loop: Loop) -> None:
-    """Bring a new loop to the last step that all members have a file of; nothing happens where there is none.
+    """Bring a new loop to the last step of which all members have a file; without one nothing happens.
 
-    Files that have changed since, or cannot be read, get another name.
+    Files that somebody has changed, or that cannot be read, are set aside under another name.
     """
     common = set.intersection(*(set(_files(member)) for member in loop.members))
     for step in sorted(common, reverse=True):
@@ -114,7 +114,7 @@ def restore(loop: Loop) -> None:
             if not damaged:
                 _load(loop, files)
         except (SafetensorError, KeyError, ValueError, OSError):
-            damaged = files  # by a version that kept no list
+            damaged = files  # an earlier version kept no list by which to find the damaged ones
         if not damaged:
             loop.step = step
             loop.optimizer.steps.fill_(step)
@@ -134,7 +134,7 @@ def _load(loop: Loop, files: Sequence[Path]) -> None:
             if tensors[name].shape != tensor[k].shape:
                 raise InputError(f"'{files[k]}' is of another adapter: remove it")
             tensor[k].copy_(tensors[name])
-    # in other company each member draws other numbers
+    # in a population of another size each member draws other numbers anyway
     if {words.pop("together", None) for words, _ in read} == {len(loop.members)} and RANDOM in read[0][1]:
         torch.set_rng_state(read[0][1][RANDOM])
         if loop.device.type == "cuda" and RANDOM_CUDA in read[0][1]:
@@ -142,7 +142,7 @@ def _load(loop: Loop, files: Sequence[Path]) -> None:
     for k, (member, (words, _)) in enumerate(zip(loop.members, read, strict=True)):
         loop.logged, loop.seconds = words.pop("logged"), words.pop("seconds")
         loop.stopped[k] = words.pop("stopped")
-        if (step := words.pop("not_finite", None)) is not None:  # an earlier version did not look
+        if (step := words.pop("not_finite", None)) is not None:  # files of earlier versions lack it
             loop.not_finite[k] = step
         for name, value in words.items():
             setattr(member.trainer.state, name, value)

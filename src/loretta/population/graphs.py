@@ -1,4 +1,4 @@
-"""The passes of a population as CUDA graphs, one for each shape of batch."""
+"""Passes of a population as CUDA graphs, one for each shape of batch."""
 
 import logging
 from collections.abc import Callable, Mapping

@@ -1,8 +1,8 @@
 """The training loop of a population.
 
-The Trainer has one schedule, one loss, one best checkpoint; a population has P of each. Each member
-keeps the Trainer that it would have alone, and the loop asks that Trainer for its decisions: the rates, the order of
-the data, when to log and to evaluate, which step is best.
+The Trainer has one schedule, one loss and one best checkpoint; a population has P of each. So each member keeps the
+Trainer that it would have alone, and the loop asks that Trainer for its decisions: the rates, the order of the data,
+when to log and to evaluate, and which step is best.
 
 Axes: P members, N trained numbers of each, b rows of one member in a batch.
 """
@@ -36,14 +36,14 @@ from loretta.training.trainer import TwoRateTrainer
 
 logger = logging.getLogger(__name__)
 
-# a batch is trained in parts of like lengths, made of so many pieces
+# a batch is cut into this many pieces, and parts of rows with similar lengths are made of them
 PIECES = 4
-# tokens times width. What a part costs by itself, whatever is in it: the calls on a CPU; on a GPU the launches of some
-# 700 kernels, and more than those its share of recording another shape
+# cost of a part whatever its size, in tokens times width: on a CPU its calls; on a GPU the launches of some 700 kernels
+# and, above all, its share of recording another shape
 FIXED = {"cuda": 2**23, "cpu": 2**13}
-# a larger part is no faster for each token, and takes memory
+# largest part, in tokens times width: a larger one is no faster per token and takes more memory
 MOST = {"cuda": 2**25, "cpu": 2**22}
-# rows of a whole training, times width, whose padding costs more than recording twice as many shapes: a second
+# from this many rows times width on, padding a whole training costs more than recording twice as many shapes, a second
 MANY_ROWS = 2**28
 
 
@@ -58,12 +58,12 @@ class Member:
 
 
 class Rules:
-    """What the members' own Trainers say, gathered while their model is still the ordinary one."""
+    """The decisions of the members' own Trainers, collected while their model is still the ordinary one."""
 
     def __init__(self, members: Sequence[Member]) -> None:
         sizes = {tuple(len(member.encoded[split]) for split in ("train", "validation")) for member in members}
         if len(sizes) > 1:
-            # what a seed holds out of a table with texts that occur twice
+            # seeds hold out different numbers of rows where texts of a table occur twice
             raise InputError(
                 f"members of a population have equally many examples to train and to validate, got {sizes}"
             )
@@ -93,7 +93,7 @@ class Rules:
         self.order_of = [(member.config.seed, id(member.encoded["train"])) for member in members]
 
     def order(self, epoch: int) -> Tensor:
-        """(P, examples): the order of each member's examples."""
+        """(P, examples): each member's examples in the order of an epoch."""
         found = {}
         for key, order in self.orders.items():
             order.set_epoch(epoch)  # type: ignore[attr-defined]
@@ -113,12 +113,12 @@ class Rules:
 
 
 class Loop:
-    """Trains a population; :attr:`best` are the values (P, N) of each member at its best step.
+    """Trains a population; :attr:`best` (P, N) holds the values of each member at its best step.
 
     Args:
-        rules: of the members, from before the population was made of their model.
-        save: called after each evaluation with this loop.
-        behind: called behind each step with this loop, when that is evaluated where it is.
+        rules: those of the members, collected before the population replaced the modules of their model.
+        save: called with this loop after each evaluation.
+        after_step: called with this loop after each step and the evaluation that may follow it.
         size: of the population for which the parts of a batch are chosen, if not this one.
     """
 
@@ -129,12 +129,12 @@ class Loop:
         rules: Rules,
         *,
         save: Callable[["Loop"], None] = lambda loop: None,
-        behind: Callable[["Loop"], None] = lambda loop: None,
+        after_step: Callable[["Loop"], None] = lambda loop: None,
         size: int | None = None,
     ) -> None:
         first = members[0]
         self.population, self.members, self.rules = population, members, rules
-        self.save, self.behind = save, behind
+        self.save, self.after_step = save, after_step
         self.args, self.kind = first.trainer.args, first.task.kind
         self.device = population.values.device
         tokenizer: Any = first.trainer.processing_class
@@ -149,7 +149,7 @@ class Loop:
             n_rows = rules.steps * rules.batch_size * population.size
             self._of_rows["padded"] = near if n_rows * population.width >= MANY_ROWS else bucket
         self.rows = {split: self._rows_of(split) for split in ("train", "validation")}
-        # in tokens of this population, be it a sample of a larger one
+        # in tokens of this population, which may be a sample of a larger one
         width = population.width * (size or population.size) / population.size
         self.fixed, self.most = (each.get(self.device.type, each["cuda"]) / width for each in (FIXED, MOST))
         tokens = population.size * rules.batch_size * self.rows["train"].longest
@@ -165,8 +165,8 @@ class Loop:
         )
         self.best = population.values.clone()
         self.step, self.logged, self.seconds = 0, 0, 0.0
-        self.stopped = [False] * population.size  # early: such a member computes on, but nothing of it is noted
-        self.not_finite: dict[int, int] = {}  # member -> the step behind which that was seen; it has stopped, too
+        self.stopped = [False] * population.size  # early: such a member still computes, but nothing of it is noted
+        self.not_finite: dict[int, int] = {}  # stopped member -> the step after which its values were not finite
         self.loss = population.values.new_zeros(population.size)  # summed since the last log
         self.factor = torch.ones(population.size, 1, dtype=population.values.dtype, device=self.device)
         self.graphs = Graphs() if cuda_graph else None
@@ -183,12 +183,12 @@ class Loop:
         return Rows([member.encoded[split] for member in self.members], **self._of_rows)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What changes in a training, a row for each member."""
+        """All tensors that training changes, with a row for each member."""
         mean, square = self.optimizer.mean, self.optimizer.square
         return {"values": self.population.values, "mean": mean, "square": square, "best": self.best, "loss": self.loss}
 
     def train(self, until: int | None = None) -> None:
-        """Train from :attr:`step` to the end, or to the step ``until``, behind which all are evaluated."""
+        """Train from :attr:`step` to the end, or to the step ``until``, after which all members are evaluated."""
         flow, rules, state = DefaultFlowCallback(), self.rules, copy(self.members[0].trainer.state)
         begin, before = time.perf_counter(), self.seconds
         self.population.train()
@@ -212,8 +212,8 @@ class Loop:
                         self._log()
                     if control.should_evaluate or self.step == until:
                         self._evaluate()
-                        self.seconds = before + time.perf_counter() - begin  # as a Trainer's time has its evaluations
-                    self.behind(self)
+                        self.seconds = before + time.perf_counter() - begin  # evaluations count, as in a Trainer's time
+                    self.after_step(self)
                     if self.step in (rules.steps, until) or all(self.stopped):
                         return
 
@@ -232,7 +232,7 @@ class Loop:
         self.step += 1
 
     def losses(self, part: Mapping[str, Tensor]) -> Tensor:
-        """(P): the share of a part of a batch in the loss of each member; its gradient is accumulated."""
+        """(P): what a part of a batch adds to the loss of each member. Its gradient is accumulated."""
         inputs = dict(part)
         labels, weights = inputs.pop("labels"), inputs.pop("weights")
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):
@@ -308,7 +308,7 @@ class Loop:
 
     @torch.no_grad()
     def answers(self, split: str) -> list[PredictionOutput]:
-        """What each member's Trainer would predict for a split with the values that the member keeps."""
+        """The output of each member's Trainer for a split, with the values that the member keeps."""
         keeps_best = [bool(member.trainer.state.best_global_step) for member in self.members]
         now, best = self.population.values.clone(), torch.tensor(keeps_best, device=self.device)[:, None]
         rows = self.rows.get(split) or self._rows_of(split)
@@ -321,17 +321,17 @@ class Loop:
 
     @torch.no_grad()
     def _score(self, split: str, rows: Rows, prefix: str) -> list[PredictionOutput]:
-        """Logits of each member, none in language modelling, and its scores by names that begin with ``prefix``."""
+        """The scores of each member, by names that begin with ``prefix``, and its logits but in language modelling."""
         size = self.population.size
         n = len(self.members[0].encoded[split])
         logits, losses = [], []
         self.population.eval()
-        # like lengths beside each other, and as many rows at once as in a step, whose memory is there
+        # rows of similar length together, and no more of them at once than in a step, for which there is memory
         order = rows.by_length(n)
         for chunk in order.split(min(self.rules.batch_size, self.args.per_device_eval_batch_size)):
             inputs = rows.batch(chunk.expand(size, -1))
             labels = inputs.pop("labels")
-            # a recorded pass writes its result to the same place each time
+            # cloned, because a recorded pass writes its result to the same place each time
             found = self._logits(inputs) if self.scoring is None else self.scoring.replay(inputs, self._logits).clone()
             losses.append(torch.stack(row_losses(found, labels, self.kind)).view(2, size, -1))
             if self.kind != "language_modeling":
@@ -342,7 +342,7 @@ class Loop:
         means = mean_of_batches(sums, counts, self.args.per_device_eval_batch_size).tolist()
         together = torch.cat(logits, 1)[:, back].cpu().numpy() if logits else None
         outputs = []
-        # one by one the rows of a Dataset take longer than the scores
+        # whole columns: reading a Dataset row by row takes longer than the scores
         golds = {id(data): np.asarray(data["labels"][:]) for data in self._distinct(split)} if logits else {}
         for k, member in enumerate(self.members):
             scores: dict[str, float] = {f"{prefix}_loss": means[k]}

@@ -1,6 +1,6 @@
 """Modules that compute for several members of a population at once, each with its own values.
 
-Rows come grouped by member: the first b of P * b are those of member 0, and so on.
+Rows are grouped by member: the first b of P * b rows are those of member 0, and so on.
 
 Axes: P members, b rows of one member, T tokens, I input features, O output features, H width.
 """
@@ -16,18 +16,18 @@ from torch.overrides import TorchFunctionMode
 from loretta.layers.fused import has_triton
 from loretta.tuners.norms import TrainedNorm
 
-WIDEST = 4096  # norm whose rows a kernel holds
+WIDEST = 4096  # width of a norm whose rows a kernel can hold
 
 
 class Members(nn.Module):
-    """A module of the base, or a wrapped one, called once for all members.
+    """A module of the base, or a wrapped one, that is called once for all members.
 
-    This class serves any module whose output rows depend on its own input rows alone: it runs the module's own
-    forward pass under :func:`torch.func.vmap`. Subclasses do the same for the modules that take most of the time.
+    It runs the module's own forward pass under :func:`torch.func.vmap`, which is right for any module whose output rows
+    depend only on their own input rows. Subclasses compute the same faster for the modules that take most of the time.
 
     Args:
-        module: as one run has it. What it holds beside the members' values is shared.
-        values: names in the module -> (P, ...) values of all members, trained or not.
+        module: the module of one run. The members share all that it holds beside their values.
+        values: name in the module -> (P, ...) values of all members, trained or not.
     """
 
     def __init__(self, module: nn.Module, values: Mapping[str, Tensor]) -> None:
@@ -41,7 +41,7 @@ class Members(nn.Module):
             else:
                 self.register_buffer(f"values_{k}", value)
         device = next(iter(values.values())).device
-        # FourierFT's places would be copied to the GPU in every step, which no recorded step can do
+        # else FourierFT's indices would be copied to the GPU in every step, which a recorded step cannot do
         for name, held in vars(module).items():
             for key, value in held.items() if isinstance(held, dict) and not name.startswith("_") else ():
                 held[key] = value.to(device) if isinstance(value, Tensor) else value
@@ -75,9 +75,9 @@ class Members(nn.Module):
 
 
 class OwnZeros(TorchFunctionMode):
-    """Under vmap, zeros that are each member's own.
+    """Under vmap, makes ``torch.zeros`` give each member zeros of its own.
 
-    Some methods fill zeros with trained numbers in place, and vmap refuses to write these into what members share.
+    Some methods write trained numbers into zeros, and vmap refuses to write them into a tensor that members share.
 
     Args:
         like: any tensor of the members.
@@ -95,16 +95,16 @@ class OwnZeros(TorchFunctionMode):
 
 
 class MemberVBLoRA(Members):
-    """VB-LoRA, whose layers look for infinite logits in training, which no vmap and no recorded step can."""
+    """VB-LoRA. In training its layers look for infinite logits, which neither vmap nor a recorded step can do."""
 
     def train(self, mode: bool = True) -> "MemberVBLoRA":
         super().train(mode)
-        self.module.training = False  # that of the layer alone: its dropout has its own
+        self.module.training = False  # of the layer alone: its dropout keeps its mode
         return self
 
 
 class MemberLinear(Members):
-    """A linear layer of which the members have their own bias, or their own weight and bias.
+    """A linear layer with a bias, or a weight and a bias, for each member.
 
     Args:
         scales: (P), a factor on each member's values.
@@ -148,9 +148,9 @@ class MemberIA3(Members):
 
 
 class MemberNorm(Members):
-    """A layer norm: normalised once, then scaled and shifted by the members' own numbers.
+    """A layer norm that normalises once, then scales and shifts with each member's numbers.
 
-    ``module`` is a norm whose weight and bias are the members' own, or a :class:`TrainedNorm` whose changes are.
+    ``module`` is a norm with a weight and a bias for each member, or a :class:`TrainedNorm` with changes for each.
     """
 
     module: Any
@@ -170,7 +170,7 @@ class MemberNorm(Members):
         return torch.addcmul(bias_PH, rows_PBH, weight_PH).view(x.shape)
 
     def _own(self, norm: nn.Module, name: str) -> Tensor:
-        """(P, H) of the members."""
+        """(P, H): the weight or the bias of each member."""
         base: Tensor = getattr(norm, name)
         for key, value in self.values.items():
             if key == name:

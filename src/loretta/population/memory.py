@@ -1,4 +1,4 @@
-"""How many runs fit into memory at once: one step of few members is measured, and the rest is in proportion."""
+"""How many runs fit into memory at once: one step of two members is measured, and more take in proportion."""
 
 import gc
 import tempfile
@@ -16,22 +16,22 @@ from loretta.population.training import prepare
 from loretta.training.config import RunConfig
 
 MEASURED = 2  # members
-USED = 0.8  # of the free memory: what the allocator cannot fill, and other lengths of batches, take the rest
+USED = 0.8  # share of the free memory; the rest is for gaps in the allocator and for other lengths of batches
 OF_A_MEMBER = 6  # tensors of its trained numbers: values, gradient, two of AdamW, the best, and its start
-# on a CPU, over what the backward pass needs of the forward pass: gradients and temporaries
+# factor from the tensors that a pass saves to all that it needs on a CPU, with gradients and temporaries
 BEYOND_SAVED = 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """Bytes that a population takes: the base, and each member."""
+    """Bytes of a population: of the base, and of each member."""
 
     base: int
     member: int
 
 
 def members_that_fit(configs: Sequence[RunConfig], share: float = 1.0) -> int:
-    """How many of these runs may be trained at once on ``share`` of the device, at least one."""
+    """How many of these runs fit into ``share`` of the device's memory at once, at least one."""
     on_gpu = torch.cuda.is_available() and not configs[0].cpu
     if len(configs) == 1:
         return 1
@@ -53,7 +53,7 @@ def members_that_fit(configs: Sequence[RunConfig], share: float = 1.0) -> int:
         fits = max(1, int((room - need.base) / need.member))
         if fits >= size:
             return size
-        size = fits  # fewer train in fewer parts, each of which needs more
+        size = fits  # measured again: fewer members train in fewer, larger parts
 
 
 def free_bytes(on_gpu: bool) -> tuple[int, int]:
@@ -65,7 +65,7 @@ def free_bytes(on_gpu: bool) -> tuple[int, int]:
 
 
 def measure(configs: Sequence[RunConfig], planned: int) -> Need:
-    """What one step of these runs needs, on the longest examples of each; ``planned`` are to train together."""
+    """What one step of these runs needs on their longest examples, where ``planned`` runs train together."""
     with tempfile.TemporaryDirectory() as scratch:
         loop = prepare(configs, Path(scratch), size=planned)
     size, values = len(configs), loop.population.values

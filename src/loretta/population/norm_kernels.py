@@ -1,7 +1,7 @@
-"""A layer norm with the numbers of each member as Triton kernels: each pass reads the activations once.
+"""Triton kernels of a layer norm with a weight and a bias for each member. Each pass reads the activations once.
 
-Its plain twin is in :class:`~loretta.population.members.MemberNorm`. Sums are taken in float32 and in a fixed order:
-for a sum over rows the programs of a member write their parts side by side.
+The plain twin is in :class:`~loretta.population.members.MemberNorm`. Sums are taken in float32 and in a fixed order:
+the programs of a member write their parts of a sum over rows side by side.
 
 Axes: P members, B rows of one member, H width.
 """
@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-ROWS_OF_A_PART = 64  # of the sums over rows
-NUMBERS_AT_ONCE = 2048
+ROWS_OF_A_PART = 64  # that one program sums up
+NUMBERS_AT_ONCE = 2048  # that one program holds
 
 
 @triton.jit

@@ -1,12 +1,10 @@
 """AdamW for all members at once, each with its own rates and its own clipping.
 
-torch's takes a rate per group of tensors; a population would be P times as many groups of tensors. Here a member is a
-row of one matrix.
+torch's AdamW has a rate for each group of tensors, and a population would need P times as many groups. Here each member
+is a row of one matrix.
 
 Axes: P members, N trained numbers of each.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,9 +15,9 @@ class MemberAdamW:
 
     Args:
         values, gradient: (P, N).
-        rates, decays: (P, N), or (P, 1) where they are the same for all numbers of a member: the learning rate at its
-            highest, and the weight decay.
-        max_norm: of a member's gradient; 0 for any.
+        rates, decays: the highest learning rate and the weight decay, (P, N), or (P, 1) where they are the same for all
+            numbers of a member.
+        max_norm: of a member's gradient; 0 for no clipping.
     """
 
     def __init__(
@@ -36,7 +34,7 @@ class MemberAdamW:
         self.values, self.gradient, self.rates, self.decays = values, gradient, rates, decays
         self.betas, self.eps, self.max_norm = betas, eps, max_norm
         self.mean, self.square = torch.zeros_like(values), torch.zeros_like(values)
-        # tensors, so that a recorded step counts on
+        # a tensor, so that a recorded step can count it up
         self.steps = torch.zeros((), dtype=torch.float64, device=values.device)
         self.norms = values.new_zeros(len(values))  # of the last gradients, before clipping
 
@@ -56,10 +54,3 @@ class MemberAdamW:
         torch.div(self.mean, update, out=update)
         update.mul_(rates / unbiased.to(self.values.dtype))
         self.values.mul_(1 - rates * self.decays).sub_(update)
-
-    def state(self) -> dict[str, Any]:
-        return {"mean": self.mean, "square": self.square, "steps": self.steps}
-
-    def load(self, state: dict[str, Any]) -> None:
-        for name, tensor in state.items():
-            getattr(self, name).copy_(tensor)

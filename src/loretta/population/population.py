@@ -44,10 +44,10 @@ _ALONE = "this method cannot be trained in a population: train its runs one by o
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Start:
-    """What one member starts from where it differs from the others: a run alone would begin with these values."""
+    """The values from which one member starts, as a run alone would, where they differ from those of the others."""
 
-    values: Mapping[str, Tensor]  # of what is trained, and of what is random and frozen
-    scales: Mapping[str, float]  # the factor on the effect of each adapted module
+    values: Mapping[str, Tensor]  # of trained tensors, and of frozen ones that are random
+    scales: Mapping[str, float]  # adapted module -> factor on its effect
     config: PeftConfig
 
     @classmethod
@@ -72,17 +72,17 @@ def _scales(model: nn.Module) -> dict[str, float]:
 
 
 class Population(nn.Module):
-    """P members on one base. It takes the rows of all, grouped by member, and gives their logits.
+    """P members on one base. A call takes the rows of all members, grouped by member, and returns their logits.
 
-    All that is trained lies in one matrix, ``values`` (P, N), a member a row of it, and its gradient in another:
-    clipping, updating, keeping and saving are then one product each, however many modules there are.
+    All trained numbers lie in one matrix, ``values`` (P, N), with a row for each member, and their gradients in
+    another. So clipping, updating, keeping and saving take one operation each, however many modules there are.
 
     Args:
-        model: one wrapped model. Its modules are taken apart; :meth:`released` puts them together again.
-        starts: of the members. All have the same parameters.
+        model: one wrapped model. The population replaces its modules; :meth:`released` puts them back.
+        starts: one for each member. All members have the same parameters.
     """
 
-    # what a pass of so many members on a GPU has in the place of torch's functions
+    # by the number of members, what replaces torch's functions during a pass on a GPU
     modes_on_gpu: tuple[Callable[[int], TorchFunctionMode], ...] = (PackedAttention, lambda _: OneCast())
 
     def __init__(self, model: PeftModel, starts: Sequence[Start]) -> None:
@@ -101,7 +101,7 @@ class Population(nn.Module):
         ends = torch.tensor(sizes).cumsum(0).tolist()
         self.slices = {name: slice(end - size, end) for name, size, end in zip(order, sizes, ends, strict=True)}
         self.shapes = {name: parameters[name].shape for name in order}
-        # put together where they are, and moved at once: a copy to a GPU for each tensor waits each time
+        # one copy to the device for all tensors: a copy for each would wait for the GPU each time
         rows = {id(start): torch.cat([start.values[name].detach().flatten() for name in order]) for start in starts}
         self.values = torch.stack([rows[id(start)] for start in starts]).to(device, dtype)
         self.gradient = torch.zeros_like(self.values)
@@ -122,7 +122,7 @@ class Population(nn.Module):
 
     @property
     def width(self) -> int:
-        """Of the states of a token."""
+        """Size of the base's hidden states."""
         return int(self.model.get_input_embeddings().weight.shape[1])
 
     def _parameter(self, block: tuple[str, ...]) -> nn.Parameter:
@@ -135,7 +135,7 @@ class Population(nn.Module):
         return matrix[:, where].unflatten(1, (len(block), *shape) if is_train(block[0]) else shape or (1,))
 
     def _install(self, stacked: Mapping[tuple[str, ...], nn.Parameter]) -> list[TrainGroup]:
-        """Put modules for all members in the places of those of one."""
+        """Replace the modules of one adapter by modules for all members."""
         groups: list[TrainGroup] = []
         tensors, names = tensors_of(self.model), names_of(self.model)
         of_site: dict[str, dict[str, Tensor]] = defaultdict(dict)
@@ -158,7 +158,7 @@ class Population(nn.Module):
                     stacks = [self.frozen.get(name, tensors[name].expand(self.size, -1)) for name in starts]
                     parts[part] = torch.stack(stacks, dim=1).detach()
             groups.append(self._install_trains(sites, parts))
-        # inner ones first: an outer one then calls them
+        # inner modules first: an outer module then calls the replaced ones
         for site in sorted(of_site, key=lambda site: -site.count(".")):
             self._replace(site, self._members(site, of_site[site]))
         return groups
@@ -201,10 +201,10 @@ class Population(nn.Module):
                     self._replaced.append((parent, name, old))
 
     def forward(self, **inputs: Tensor) -> Any:
-        """What the model gives for rows that come grouped by member."""
+        """The model's output for rows that are grouped by member."""
         for group in self.groups:
             group.hand_over()
-        # PEFT makes the mask of a prompt on the CPU, from where no recorded step can copy it
+        # PEFT makes the mask of a prompt on the default device; a recorded step cannot copy from the CPU
         prompted = self.values.device if self.model.active_peft_config.is_prompt_learning else nullcontext()
         try:
             with prompted, ExitStack() as stack:
@@ -216,27 +216,27 @@ class Population(nn.Module):
                 group.take_back()
 
     def _prompts(self, *, of_members: bool) -> None:
-        """Have the model ask here for the prompts of all rows, or again make that of one run by itself."""
+        """Have the model take prompts from :meth:`get_prompt`, or make the one prompt of a run by itself again."""
         model: Any = self.model
         config = model.active_peft_config
         if config.is_prompt_learning:
             model.prompt_tokens[ADAPTER] = model.prompt_tokens[ADAPTER].to(self.values.device)
-        if config.is_prompt_learning and config.peft_type != PeftType.PREFIX_TUNING:  # a prefix is made for each row
+        if config.is_prompt_learning and config.peft_type != PeftType.PREFIX_TUNING:  # PEFT makes a prefix for each row
             if of_members:
                 model.get_prompt = self.get_prompt
             else:
                 del model.get_prompt
 
     def get_prompt(self, batch_size: int, task_ids: Tensor | None = None) -> Tensor:
-        """(P * b, tokens, width): for each row the prompt of its member."""
+        """(P * b, tokens, width): the prompt of each row's member."""
         model: Any = self.model
         encoder, tokens = model.prompt_encoder[ADAPTER], model.prompt_tokens[ADAPTER]
         prompts = encoder(tokens.expand(self.size, -1))
         return prompts.repeat_interleave(batch_size // self.size, 0)
 
     def backward(self, losses: Tensor, *, add: bool = False) -> None:
-        """Write the gradient of each member's own loss into :attr:`gradient`, or add it. ``losses`` has shape (P)."""
-        # the sum, because no number of a member reaches the loss of another
+        """Write the gradients of the members' ``losses`` (P) into :attr:`gradient`, or add them to it."""
+        # the sum has the gradients of all: no number of one member reaches the loss of another
         found = torch.autograd.grad(losses.sum(), self.stacks)
         (torch._foreach_add_ if add else torch._foreach_copy_)(self._gradients, list(found))
 
@@ -244,8 +244,8 @@ class Population(nn.Module):
     def check(self, rows: Mapping[str, Tensor]) -> None:
         """Compare the first and the last member, both changed at random, with the ordinary model.
 
-        A module whose weights are read without a call of it, or a method that looks across rows, would be wrong
-        without an error.
+        Without this check a module whose weights are read without calling it, or a method that looks across rows,
+        would compute wrong numbers and raise no error.
 
         Args:
             rows: a batch, grouped by member.
@@ -257,7 +257,7 @@ class Population(nn.Module):
         self.values.add_(0.05 * noise.to(self.values))
         try:
             try:
-                for mode in (True, False):  # some methods compute otherwise in training
+                for mode in (True, False):  # some methods compute differently in training
                     self.model.train(mode)
                     with torch.enable_grad():
                         together = self(**rows).logits.unflatten(0, (self.size, -1))
@@ -275,14 +275,14 @@ class Population(nn.Module):
             self.model.train(training)
 
     def values_of(self, member: int, values: Tensor | None = None) -> dict[str, Tensor]:
-        """The trained parameters of one member by their ordinary names, as they are or in other ``values`` (P, N)."""
+        """The trained parameters of one member by their ordinary names, from :attr:`values` or others (P, N)."""
         row = (self.values if values is None else values)[member]
         return {name: row[where].view(self.shapes[name]) for name, where in self.slices.items()}
 
     @contextmanager
     @torch.no_grad()
     def released(self, member: int, values: Tensor | None = None) -> Iterator[PeftModel]:
-        """The ordinary model with one member's values, to save or to call as any other, until the block ends."""
+        """Until the block ends, the ordinary model with one member's values, to be saved or called as any other."""
         inside: list[tuple[nn.Module, str, nn.Module | None]] = [
             (parent, name, parent._modules[name]) for parent, name, _ in self._replaced
         ]
@@ -314,6 +314,6 @@ class Population(nn.Module):
 
 
 def _ratios(scales: Sequence[float], values: Mapping[str, Tensor]) -> Tensor:
-    """Each member's scale over that of the first member, by which the layer multiplies the effect of all."""
+    """Each member's scale divided by that of the first, with which the shared layer scales the effect of all."""
     like = next(iter(values.values()))
     return like.new_tensor([scale / scales[0] for scale in scales])

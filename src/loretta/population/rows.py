@@ -20,12 +20,12 @@ class Rows:
     Members with the same data share one copy.
 
     Args:
-        splits: of the members, as token ids.
-        collator: that of the run alone.
-        on_left: whether it pads there.
-        kind: of the task, which says how many losses a row has.
-        padded: the length of a batch whose longest row has so many tokens. Recorded steps serve more batches where
-            there are few lengths.
+        splits: one of each member, with token ids.
+        collator: that of a run alone.
+        on_left: whether the collator pads on the left.
+        kind: of the task, which decides how many losses a row has.
+        padded: maps the tokens of a batch's longest row to the length of the batch. With few lengths a recorded step
+            serves more batches.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class Rows:
         padded: Callable[[int], int] = lambda length: length,
     ) -> None:
         distinct = list({id(split): split for split in splits}.values())
-        # whole columns, because a Dataset that is asked row by row takes a hundred times as long
+        # whole columns: reading a Dataset row by row takes a hundred times as long
         columns = [split.with_format(None)[:] for split in distinct]
         examples = [
             dict(zip(named, row, strict=True)) for named in columns for row in zip(*named.values(), strict=True)
@@ -58,11 +58,11 @@ class Rows:
     def parts(
         self, rows_Pb: Tensor, count: int, *, fixed: float = 0.0, most: float = math.inf
     ) -> list[dict[str, Tensor]]:
-        """The batch of each member's examples ``rows_Pb`` in at most ``count`` parts, the short rows of all first.
+        """The batch of each member's examples ``rows_Pb`` in at most ``count`` parts, with the short rows first.
 
-        Each part is padded to its own longest row. Beside the tensors of :meth:`batch` it has "weights" (P): what a
-        member's sum of losses is multiplied with, so that the parts add up to the mean of the batch. ``fixed`` and
-        ``most`` as for :func:`cut`.
+        Each part is padded to its own longest row. Beside the tensors of :meth:`batch` it has "weights" (P): factors on
+        the members' sums of losses, with which the parts add up to the mean of the batch. ``fixed`` and ``most`` as
+        for :func:`cut`.
         """
         at = rows_Pb + self.first[:, None]
         weights = (1 / self.counts[at].sum(1).double()).to(self.device, non_blocking=True)
@@ -75,13 +75,13 @@ class Rows:
         return [{**self.batch(part), "weights": weights} for part in rows_Pb.split(sizes, 1)]
 
     def by_length(self, count: int) -> Tensor:
-        """The first ``count`` examples, the short ones first; in their order where members have different ones."""
+        """The first ``count`` examples, short ones first where all members share them, else in their own order."""
         same = bool((self.first == self.first[0]).all())
         start = int(self.first[0])
         return self.lengths[start : start + count].argsort(stable=True) if same else torch.arange(count)
 
     def batch(self, rows_Pb: Tensor) -> dict[str, Tensor]:
-        """The tensors (P * b, T), grouped by member, of each member's examples ``rows_Pb``."""
+        """The tensors (P * b, T) of each member's examples ``rows_Pb``, grouped by member."""
         rows = (rows_Pb + self.first[:, None]).flatten()
         length = self._padded(int(self.lengths[rows].max()))
         rows = rows.to(self.device, non_blocking=True)
@@ -97,17 +97,17 @@ class Rows:
 
 
 def cut(lengths: Sequence[int], rows: int, *, count: int, fixed: float, most: float) -> list[int]:
-    """How many columns of a batch each part takes, so that the parts cost least.
+    """Divide the columns of a batch into parts of least cost. Returns the number of columns of each part.
 
     Args:
-        lengths: of the columns, to which they are padded at the least; they ascend. A part has that of its last column.
-        rows: of each column, one for each member.
-        count: of the pieces that parts are made of. More would be more shapes to record.
-        fixed: what a part costs by itself, in tokens.
-        most: tokens of a part, where it can be divided.
+        lengths: least padded length of each column, ascending. A part has the length of its last column.
+        rows: in each column, one for each member.
+        count: of pieces that parts are made of. More pieces would mean more shapes to record.
+        fixed: cost of a part whatever its size, in tokens.
+        most: tokens in a part, unless it is a single piece.
     """
     unit = -(-len(lengths) // count)
-    cheapest: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}  # by the columns that are dealt with
+    cheapest: dict[int, tuple[float, list[int]]] = {0: (0.0, [])}  # columns so far -> cost, parts
     for end in (*range(unit, len(lengths), unit), len(lengths)):
         found = []
         for start, (cost, sizes) in cheapest.items():
@@ -119,16 +119,16 @@ def cut(lengths: Sequence[int], rows: int, *, count: int, fixed: float, most: fl
 
 
 def near(length: int) -> int:
-    """The length to which a batch of many rows is padded: 2, 4, ..., 32 tokens, then eight lengths an octave.
+    """The padded length of a batch of many rows: 2, 4, ..., 32 tokens, then eight lengths an octave.
 
-    At most 12.5 % more than ``length`` above 16 tokens.
+    Above 16 tokens it is at most 12.5% more than ``length``.
     """
     step = max(2, 1 << max(0, (length - 1).bit_length() - 4))
     return -(-length // step) * step
 
 
 def row_losses(logits: Tensor, labels: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """For each row the sum and the number of its losses. A text has one for each token but the first."""
+    """The sum and the number of losses of each row. A text has a loss for each token but the first."""
     logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
     if kind == "language_modeling":
         logits, labels = logits[:, :-1], labels[:, 1:]

@@ -1,4 +1,4 @@
-"""Which module uses a tensor of a wrapped model: where a population puts one for all members."""
+"""Which module of a wrapped model uses a tensor: a population replaces it by one for all members."""
 
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
@@ -28,7 +28,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def is_train(name: str) -> bool:
-    """Whether a tensor is of a train, or of a bias beside it."""
+    """Whether a tensor belongs to a train, or is a bias beside one."""
     return any(part.startswith(_TRAINS) for part in name.split("."))
 
 
@@ -41,19 +41,19 @@ def part_of(name: str) -> str:
 
 
 def start_name(model: nn.Module, site: str, part: str) -> str:
-    """The name of what is subtracted from a train of the layer ``site``."""
+    """The name of the start that the layer ``site`` subtracts from a train."""
     layer: Any = model.get_submodule(site)
     return f"{site}.{layer.prefix}{part}.{ADAPTER}.values"
 
 
 def sharing(model: nn.Module, holder: SharedLinear) -> list[str]:
-    """The layers that take their updates from the train of ``holder``, under whose name it lies."""
+    """The layers that take their updates from the train that ``holder`` holds."""
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, SharedLinear)]
     return [name for name, module in layers if module.holders.get(ADAPTER) is holder]
 
 
 def site_of(model: nn.Module, name: str) -> str:
-    """The module that is called with rows and uses the tensor ``name``."""
+    """The module that uses the tensor ``name`` when it is called with rows."""
     path = name.rpartition(".")[0]
     if path.startswith("prompt_encoder."):
         return ".".join(path.split(".")[:2])
@@ -73,7 +73,7 @@ def site_of(model: nn.Module, name: str) -> str:
 
 
 def sites_of(model: nn.Module, names: Sequence[str]) -> list[tuple[str, str]]:
-    """Each module that is called with rows and uses the tensor that has these ``names``, and its name there.
+    """Each module that uses the tensor with these ``names`` when it is called with rows, and its name in the module.
 
     Most tensors have one name. The vector bank of VB-LoRA has one in every adapted layer.
     """
@@ -83,7 +83,7 @@ def sites_of(model: nn.Module, names: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def names_of(model: nn.Module) -> dict[str, list[str]]:
-    """All names of each tensor, by the first of them."""
+    """The first name of each tensor -> all of its names."""
     found: dict[int, list[str]] = defaultdict(list)
     for named in (model.named_parameters, model.named_buffers):
         for name, tensor in named(remove_duplicate=False):
@@ -92,7 +92,7 @@ def names_of(model: nn.Module) -> dict[str, list[str]]:
 
 
 def blocks_of(model: PeftModel, trained: Sequence[str]) -> list[tuple[str, ...]]:
-    """Stacks of trained parameters, by their names: the same parameter of all equal trains is one stack."""
+    """The names of trained parameters that lie in one stack: the same parameter of all equal trains."""
     layers: dict[Hashable, list[str]] = defaultdict(list)
     others: list[tuple[str, ...]] = []
     tensors = tensors_of(model)

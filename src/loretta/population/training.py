@@ -1,4 +1,4 @@
-"""Runs that are trained together: from their options to their folders, each as if it had been trained alone."""
+"""Train runs together, from their options to their folders: each folder is as if its run had been trained alone."""
 
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -42,7 +42,7 @@ SCALES = {"lora_alpha", "alpha_pattern", "use_rslora", "scaling"}
 
 
 def why_alone(config: RunConfig) -> str | None:
-    """What keeps a run from being trained with others, in its options' words; None where nothing does."""
+    """The first option for which a run cannot be trained with others; None where it can."""
     method = find_method(config.method)
     obstacles = {
         f"method={config.method}": method is FULL or method.config is None,
@@ -61,7 +61,7 @@ def why_alone(config: RunConfig) -> str | None:
 
 
 def population_key(config: RunConfig) -> tuple[Any, ...] | None:
-    """What runs must have in common to be trained together; None for a run that can only be trained alone."""
+    """The options that runs must share to be trained together; None for a run that can only be trained alone."""
     if why_alone(config) is not None:
         return None
     shared = {key: value for key, value in config.model_dump().items() if key not in OF_EACH_MEMBER}
@@ -74,12 +74,13 @@ def train_together(
 ) -> list[RunRecord | Paused]:
     """Train several runs on one base at once and write the folder of each, as ``loretta.training.run.train`` does.
 
-    A run that is finished stays as it is. ``run.json`` says how many were trained together; the seconds in it are
-    the run's share, the memory is that of all. With ``until`` the runs pause behind that share of their steps, from
-    where they go on with ``resume``, in the same company or another.
+    A finished run stays as it is. ``run.json`` says how many runs were trained together; its seconds are the run's
+    share, its memory is that of all. With ``until`` the runs pause after that share of their steps; with ``resume``
+    they go on from there, together or with others.
 
-    Raises InputError for runs that do not fit together, and as ``train`` does: a signal saves a checkpoint of each, and
-    OutOfMemory asks for fewer. A run that is not finite ends alone: Stopped comes when the others are written.
+    Raises InputError for runs that do not fit together, OutOfMemory for too many, and whatever ``train`` raises; a
+    signal saves a checkpoint of each. A run with values that are not finite ends alone: Stopped is raised after the
+    others are written.
     """
     if alone := next((option for option in map(why_alone, configs) if option is not None), None):
         raise InputError(f"a run with {alone} is trained alone: leave that option out, or train the runs one by one")
@@ -115,7 +116,7 @@ def _train(
 ) -> Sequence[RunRecord | Paused]:
     configs = [config.model_copy(update={"output": str(place.work)}) for config, place in runs]
     memory = 0 if torch.cuda.is_available() and not configs[0].cpu else peak_memory()
-    # a Trainer makes its folder at once, and a population that is refused must leave nothing: its runs go on alone
+    # in a scratch folder, because a Trainer makes its folder at once and a refused population must leave nothing
     with tempfile.TemporaryDirectory() as scratch:
         loop = prepare(configs, Path(scratch))
     loop.save = Checkpoints()
@@ -132,20 +133,21 @@ def _train(
             save(loop)
             raise stop.stopped(f"behind step {loop.step} of {loop.rules.steps}, which is saved")
 
-    loop.behind = save_at_signal
+    loop.after_step = save_at_signal
     stop.begin()
     loop.train(pause)
     stop.end()
     if pause is not None and loop.step <= pause < loop.rules.steps:
         save(loop)
-        # one that is not finite has scored nothing
+        # a member that is not finite has no score
         logs = [[] if k in loop.not_finite else m.trainer.state.log_history for k, m in enumerate(loop.members)]
         return [
             paused_at(log, member.task, loop.step, loop.rules.steps)
             for member, log in zip(loop.members, logs, strict=True)
         ]
     if len(runs) > 1:
-        save(loop)  # those that a kill leaves unwritten would go on in other company, where dropout draws other numbers
+        # without it, runs that a kill leaves unwritten would go on with fewer others and other numbers of dropout
+        save(loop)
     used = max(0, peak_memory() - memory)
     predict_at_once(loop)
     records = []
@@ -176,7 +178,7 @@ def _train(
 
 
 def predict_at_once(loop: Loop) -> None:
-    """Let each member's Trainer know what the member answers, where all are scored on equally many examples."""
+    """Predict for all members at once, where their splits have one length, and give the answers to their Trainers."""
     split = "test" if loop.members[0].encoded.get("test") is not None else "validation"
     if loop.kind == "language_modeling" and split == "validation":
         return  # its scores are those of the training
@@ -186,11 +188,11 @@ def predict_at_once(loop: Loop) -> None:
 
 
 def prepare(configs: Sequence[RunConfig], scratch: Path, *, size: int | None = None) -> Loop:
-    """The training of some runs before its first step: each starts from what it starts from alone.
+    """Get some runs ready for their first step: each starts from the values from which it would start alone.
 
-    The Trainers of the members, which write nothing, make their folder in ``scratch``. ``size`` as for :class:`Loop`.
+    The Trainers of the members write nothing, but make their folder in ``scratch``. ``size`` as for :class:`Loop`.
 
-    Raises InputError where they do not fit together.
+    Raises InputError where the runs do not fit together.
     """
     tokenizer = load_tokenizer(configs[0].model)
     data: dict[Any, tuple[Task, Mapping[str, Any]]] = {}
@@ -198,7 +200,7 @@ def prepare(configs: Sequence[RunConfig], scratch: Path, *, size: int | None = N
     skeleton: Any = None
     members, starts = [], []
     for config in configs:
-        # the seed draws what is held out of a table, and nothing of a task with splits of its own
+        # the seed chooses the rows held out of a table; GLUE tasks have splits of their own
         key = None if config.data in GLUE else config.seed
         if key not in data:
             task = load_config_task(config)
@@ -231,5 +233,5 @@ def prepare(configs: Sequence[RunConfig], scratch: Path, *, size: int | None = N
 
 
 def _alone(config: RunConfig) -> RunConfig:
-    """The options of the Trainer that a member would have, which need not record steps: it only scores the test."""
+    """The options of a member's Trainer: it only scores the test split, so it need not record steps."""
     return config.model_copy(update={"cuda_graph": False})

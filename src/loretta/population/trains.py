@@ -1,4 +1,4 @@
-"""The layers of all methods for all members: equal trains are contracted together, over modules and members.
+"""The LoRETTA layers of all members: equal trains are contracted together, over modules and members.
 
 Axes: M modules with trains of one shape, P members, B rows of one member, I input features, O output features,
 R rank of the update, H width, b bottleneck, C and D inner sizes.
@@ -22,15 +22,15 @@ Factors = tuple[Tensor | None, ...]
 
 
 class MemberTrains(Members):
-    """A layer with trains. Its factors are handed over by its :class:`TrainGroup` before each pass."""
+    """A layer with trains. Its :class:`TrainGroup` gives it its factors before each pass."""
 
     module: LorettaLayer
 
     def __init__(self, module: LorettaLayer, adapter_name: str, size: int) -> None:
         nn.Module.__init__(self)
         self.module, self.adapter_name, self.size, self.names = module, adapter_name, size, ()
-        self.factors: list[Factors] = []  # (P, ...) each, of the trains and of a start to subtract
-        self.bias_up: Tensor | None = None  # (P, 1, H), where it is not folded into the factors
+        self.factors: list[Factors] = []  # of the trains, then of a start that is subtracted; (P, ...) each
+        self.bias_up: Tensor | None = None  # (P, 1, H); None where it is folded into the factors
 
     def dropout(self, x: Tensor) -> Tensor:
         return self.module.dropout(self.adapter_name, x)
@@ -49,13 +49,13 @@ class MemberRep(MemberTrains):
             return torch.baddbmm(y_PBO, inner[0], last[0]).reshape(y.shape)
         delta_PBO = torch.bmm(inner[0], last[0])
         if len(pairs) == 2:
-            # subtracted as outputs, as in a run alone: an untrained member then cancels to the last bit
+            # as in a run alone, outputs are subtracted, not factors: an untrained member then changes not one bit
             delta_PBO = delta_PBO - torch.bmm(inner[1], last[1])
         return (y_PBO + delta_PBO.to(y.dtype)).reshape(y.shape)
 
 
 class MemberAdp(MemberTrains):
-    """``y + up(act(down(y)))`` with the trains and biases of each member, y being the output or the input."""
+    """``y + up(act(down(y)))`` with the trains and biases of each member; y is the base's output or its input."""
 
     module: AdpLinear
 
@@ -79,7 +79,7 @@ class MemberAdp(MemberTrains):
         return (rows_PBH + delta_PBH.to(y.dtype)).view(y.shape)
 
     def inner(self, rows_PBH: Tensor, factors: Factors) -> tuple[Tensor, Tensor]:
-        """The adapter up to its last matrix, which is the second value."""
+        """The adapter's last hidden state (P, B, D), and the matrix (P, D, H) that ends it."""
         act = self.module.loretta_adp_act[self.adapter_name]
         one_PC, left_PHC, mid_PCb, one_PD, mid_PbD, up_PDH = factors
         assert left_PHC is not None
@@ -106,7 +106,7 @@ class TrainGroup:
         sites: the M layers.
         parts: "down", "up", and where there are "bias.down", "bias.up", "start_down", "start_up": the values of all
             layers and members, (P, M, ...).
-        scales: (M, P), what each layer multiplies the effect of each member with.
+        scales: (M, P), the factor of each layer on the effect of each member.
     """
 
     def __init__(self, sites: Sequence[MemberTrains], parts: Mapping[str, Tensor], scales: Tensor) -> None:
@@ -115,7 +115,7 @@ class TrainGroup:
         same = bool((scales == scales.flatten()[0]).all())
         self.scale: float | Tensor = float(scales.flatten()[0]) if same else scales[:, :, None, None]
         self.dense = len(self.placement.down.modes) == 1
-        # beside a start that is subtracted the last bias stays apart, as in a run alone; a plain matrix has no room
+        # as in a run alone, the last bias stays apart where a start is subtracted; a plain matrix has no row for it
         self.folds = not (self.dense or "start_down" in parts)
 
     def hand_over(self) -> None:
@@ -133,12 +133,12 @@ class TrainGroup:
                 site.bias_up = bias_PH[:, None]
 
     def take_back(self) -> None:
-        """Take the factors away after the pass: a graph that lives on binds the gradients to its own stream."""
+        """Drop the factors after the pass: a graph kept alive would bind the gradients to its stream."""
         for site in self.sites:
             site.factors, site.bias_up = [], None
 
     def _assembled(self, parts_MP: Mapping[str, Tensor], which: str) -> list[Sequence[Tensor | None]]:
-        """A and B of an update, or the six factors of an adapter; each an (P, ...) for every module."""
+        """A and B of an update, or the six factors of an adapter: for each factor a (P, ...) for every module."""
         dtype = self.sites[0].module.working_dtype()
         down, up = self.placement.down, self.placement.up
         down_MP, up_MP = parts_MP[which + "down"], parts_MP[which + "up"]
@@ -155,28 +155,28 @@ class TrainGroup:
             one_C, left_HC, mid_Cb = _with_bias(*halves(down_MP, down), bias_down)
             one_D, mid_bD, up_DH = _with_bias(*halves(up_MP, up), bias_up if folded else None)
             factors = (one_C, left_HC, mid_Cb, one_D, mid_bD, up_DH * self.scale)
-        # unbind, because its backward pass is one stack
+        # unbind and not an index: its backward pass is one stack
         none = [None] * len(self.sites)
         return [none if factor is None else factor.to(dtype).unbind() for factor in factors]
 
 
 class SharedGroup(TrainGroup):
-    """All layers that share a train: those of shared.
+    """The layers of shared, which have one train for all of them.
 
     Args:
         sites: the M layers.
         parts: "train", and where there is "start_train": the values of all members, (P, 1, N).
-        scales: (M, P), what each layer multiplies the update of each member with.
+        scales: (M, P), the factor of each layer on the update of each member.
     """
 
     def __init__(self, sites: Sequence[MemberTrains], parts: Mapping[str, Tensor], scales: Tensor) -> None:
         self.sites, self.parts = sites, parts
         seats = [cast(Seat, site.module.placements[site.adapter_name].seat) for site in sites]
         self.shape = seats[0].train
-        self.alike: dict[tuple[int, int], list[tuple[int, Seat]]] = defaultdict(list)  # those with both sides in common
+        self.alike: dict[tuple[int, int], list[tuple[int, Seat]]] = defaultdict(list)  # layers with the same two sides
         for k, seat in enumerate(seats):
             self.alike[seat.left, seat.right].append((k, seat))
-        # chosen once: an index would be copied to the device in every pass, which a recorded step may not do
+        # selected once: an index would be copied to the device in every pass, which a recorded step must not do
         self.scales_PM = {key: scales[[k for k, _ in numbered]].T for key, numbered in self.alike.items()}
 
     def hand_over(self) -> None:
@@ -192,7 +192,7 @@ class SharedGroup(TrainGroup):
                 numbers, seats = zip(*numbered, strict=True)
                 a_PIR, b_PMRO = shared_factors(matrices, seats)
                 a_PIR, b_PMRO = arranged(a_PIR[:, None], b_PMRO * self.scales_PM[key][..., None, None])
-                # unbound also where it is the same for all: its gradients are then summed in one kernel
+                # expanded and unbound, although it is the same for all: one kernel then sums its gradients
                 each_a = a_PIR.to(dtype).expand(-1, len(numbers), -1, -1).unbind(1)
                 for number, a, b in zip(numbers, each_a, b_PMRO.to(dtype).unbind(1), strict=True):
                     self.sites[number].factors.append((a, b))
