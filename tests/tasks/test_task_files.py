@@ -128,8 +128,8 @@ GOOD = [("a", "p", 0), ("b", "p", 0), ("c", "p", 1), ("d", "p", 1)]
         ([*GOOD, ("", "p", 1), (" ", "p", 0)], ["'text'", "2 of 6 rows", "row 5"]),
         ([GOOD[0], ("b", "p", ""), *GOOD], ["'label'", "1 of 6 rows", "row 2"]),
         ([("a", "p", "x"), ("b", "p", "x")], ["'x'", "two different labels"]),
-        ([("a", "p", "x"), ("b", "p", "y")], ["too few rows to split (2", "--validation FILE"]),
-        ([("a", "p", "x"), ("A ", "p", "y")], ["too few rows to split"]),
+        ([("a", "p", "x"), ("b", "p", "y")], ["too few different rows to split (2", "--validation FILE"]),
+        ([("a", "p", "x"), ("A ", "p", "y")], ["too few different rows to split"]),
         ([(f"t{n}", "p", n) for n in range(51)], ["51 different whole numbers", "--kind regression"]),
     ],
 )
@@ -141,7 +141,7 @@ def test_bad_rows(tmp_path, refused, rows, pieces):
 @pytest.mark.parametrize(
     ("row", "pieces"),
     [
-        ('{"text": 5, "label": 0}', ["'text'", "holds 5", "row 2", "not text"]),
+        ('{"text": 5, "label": 0}', ["'text'", "5 is not text", "row 2", "not text"]),
         ('{"text": null, "label": 0}', ["'text'", "empty in 1 of 2", "row 2"]),
         ('{"text": "b", "label": NaN}', ["'label'", "empty in 1 of 2", "row 2"]),
         ('{"text": "b"}', ["'label'", "empty in 1 of 2", "row 2"]),
@@ -213,7 +213,7 @@ def test_a_column_of_documents(tmp_path, reviews):
         ("a.txt", "same\n\nSAME", ["too few different documents to split (2"]),
         ("a.csv", "body,id\nx,1\n", ["no column 'text'", "--text COLUMN", "'body', 'id'"]),
         ("a.csv", "text,id\nx,1\n,2\n", ["'text'", "1 of 2 rows", "row 2"]),
-        ("a.jsonl", '{"text": 1}', ["holds 1", "not text"]),
+        ("a.jsonl", '{"text": 1}', ["1 is not text", "not text"]),
     ],
 )
 def test_bad_documents(tmp_path, refused, name, content, pieces):

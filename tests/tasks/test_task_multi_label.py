@@ -46,7 +46,7 @@ def test_a_cell_that_is_no_list_of_labels_is_named(labels, pieces, tmp_path, ref
 def test_what_does_not_fit_is_refused(tmp_path, refused):
     path = write(tmp_path / "m.jsonl", *({"text": f"x {k}", "topics": ["a", "b"][: k % 3]} for k in range(12)))
     other = write(tmp_path / "v.jsonl", {"text": "z", "topics": ["c"]})
-    refused(lambda: load_task(path, label="topics", validation=other), f"of '{other}' holds 'c' in row 1", "'a', 'b'")
+    refused(lambda: load_task(path, label="topics", validation=other), f"row 1 of '{other}'", "lacks 'c'", "'a', 'b'")
     refused(lambda: load_task(path, label="topics", kind="regression"), "several labels a row", "'regression'")
     table = tmp_path / "t.csv"
     table.write_text("text,a,b\nx,0,1\ny,1,2\nz,1,0\n")

@@ -45,8 +45,8 @@ def test_a_mistake_is_told_with_its_own_file_and_row(folder, refused):
     (folder / "c.csv").write_text("text,label\nx,1\ny,2\nz,odd\n")
     (folder / "d.csv").write_text("text,label\nx,1\ny,2\n")
     given = f"{folder}/d.csv,{folder}/c.csv"
-    refused(lambda: load_task(given, label="label"), f"of '{folder}/c.csv'", "'odd' in row 3")
-    refused(lambda: load_task(given, label="label", kind="regression"), f"of '{folder}/c.csv'", "'odd' in row 3")
+    refused(lambda: load_task(given, label="label"), f"row 3 of '{folder}/c.csv'", "'odd'")
+    refused(lambda: load_task(given, label="label", kind="regression"), f"row 3 of '{folder}/c.csv'", "'odd'")
     rows = [{"messages": [{"role": "assistant", "content": "Hi"}]}, {"messages": []}]
     for name, some in (("1.jsonl", rows[:1]), ("2.jsonl", rows)):
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in some))

@@ -34,16 +34,17 @@ def load_task(
     split: str | None = None,
     seed: int = 0,
 ) -> Task:
-    """The task behind the name of a GLUE task, "stdlib", files, or a dataset on the Hub.
+    """Load a task: ``data`` is the name of a GLUE task, "stdlib", files, or a dataset on the Hub.
 
-    Files are a path, several with commas between them, a pattern (``data/*.csv``) or a folder; the Hub's are "org/name"
-    or "org/name:config" (:mod:`loretta.tasks.sources`, for ``separator`` and ``split`` too).
+    Files are given as a path, several paths with commas between them, a pattern (``data/*.csv``) or a folder; a dataset
+    of the Hub as "org/name" or "org/name:config". See :mod:`loretta.tasks.sources` for these, ``separator`` and
+    ``split``.
 
-    ``text``, ``text_pair`` and ``label`` name columns of a table ("text" and "label" where they are not given);
-    ``validation`` and ``test`` are further files of the same form; ``data_dir`` has GLUE's files.
+    ``text``, ``text_pair`` and ``label`` name columns of a table ("text" and "label" by default); ``validation`` and
+    ``test`` are further files of the same form; ``data_dir`` holds GLUE's files.
 
     Raises:
-        InputError: anything that cannot be found or read, and options that do not fit the data.
+        InputError: for data that cannot be found or read, and for options that do not fit the data.
     """
     data = os.fspath(data)
     options = {
@@ -84,7 +85,7 @@ def load_task(
     path, others = splits["train"], [splits[role] for role in ("validation", "test") if role in splits]
     more: dict[str, Any] = {"validation_path": splits.get("validation"), "test_path": splits.get("test"), "seed": seed}
     if ending(path) in TEXT_ENDINGS:
-        # a column to read may be that of a table for validation
+        # --text may name a column of a validation or test file that is a table
         columnless = {"--text"} if all(ending(other) in TEXT_ENDINGS for other in others) else set()
         _refuse(options, {"--text-pair", "--label"} | columnless, f"'{data}', plain text without columns")
         if kind not in (None, "language_modeling"):
@@ -109,7 +110,7 @@ def load_task(
             f"'{data}' needs labels: give --label COLUMN, one of {listed(columns)}, "
             f"or --kind language_modeling to train on its text alone; {FORMS_IN_WORDS}"
         )
-    # one column only: the separator may be wrong, which load_table tells
+    # where there is one column only, load_table says that the separator may be wrong
     if text is None and "text" not in columns and len(columns) > 1:
         raise InputError(f"'{data}' has no column 'text': give --text COLUMN, one of {listed(columns)}")
     return load_table(

@@ -1,4 +1,4 @@
-"""What a supervised run needs to know about its data."""
+"""A task: the data of a supervised run and how to score it."""
 
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, get_args
@@ -21,24 +21,28 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
-    """Normalised splits and how to score them.
+    """Splits in one form for all sources, and how to score them.
 
-    A split has a column "text", for pairs also "text_pair", and "label" (a class id as int, or a score as float).
-    Language modelling has "text" alone. Chat has "messages" (each with "role" and "content"), or "prompt" and
-    "completion" as lists of them; a completion has these two as text, a preference "prompt", "chosen" and "rejected" as
-    text or messages. Token classification has "tokens" and "tags" (class ids), both lists. With several labels "label"
-    is a list of 0.0 and 1.0, one for each of ``label_names``.
+    The columns of a split by kind:
+
+    * classification, regression: "text", for pairs also "text_pair", and "label" (a class id, or a score as float)
+    * multi_label: the same, where "label" is a list of 0.0 and 1.0, one for each of ``label_names``
+    * language_modeling: "text"
+    * chat: "messages" (each with "role" and "content"), or "prompt" and "completion" as lists of messages
+    * completion: "prompt" and "completion" as text
+    * preference: "prompt", "chosen" and "rejected" as text or as messages
+    * token_classification: "tokens" and "tags" (class ids), both lists
     """
 
     name: str  # "sst2", "reviews.csv", "stdlib"
     kind: Kind
-    columns: tuple[str, ...]  # what is read, in order: ("text",), ("text", "text_pair"), ("messages",)
+    columns: tuple[str, ...]  # the model's input, in order: ("text",), ("text", "text_pair"), ("messages",)
     label_names: tuple[str, ...]  # classification: class id -> name; () otherwise
     metrics: tuple[str, ...]  # names of loretta.tasks.metrics; the first one selects the best checkpoint
     train: "datasets.Dataset"
     validation: "datasets.Dataset"
     test: "datasets.Dataset | None"
-    notes: tuple[str, ...] = ()  # one sentence each: what a reader of the results should know about the data
+    notes: tuple[str, ...] = ()  # sentences on the data for a reader of the results
 
     def limited(self, rows: int, *, seed: int = 0) -> "Task":
         """The same task with at most ``rows`` rows a split, drawn with ``seed``."""

@@ -11,8 +11,17 @@ from loretta.tasks.base import Kind, Task
 from loretta.tasks.labels import LabelScheme, decide, doubts
 from loretta.tasks.multi_label import LabelSets, decide_sets, label_columns, read_sets
 from loretta.tasks.read import TEXT_ENDINGS
-from loretta.tasks.sources import HubSplit, Source, column_names, ending, place, read_columns, read_documents
-from loretta.tasks.split import hold_out, text_key
+from loretta.tasks.sources import (
+    HubSplit,
+    Source,
+    column_names,
+    ending,
+    place,
+    read_columns,
+    read_documents,
+    wrong_cell,
+)
+from loretta.tasks.split import Splits, split_rows, text_key
 from loretta.wording import listed, quoted
 
 if TYPE_CHECKING:
@@ -30,22 +39,23 @@ METRICS: dict[Kind, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """Rows for one split: as many texts as labels, or no labels at all."""
+class Row:
+    """The texts of a row, and its label: a class id, a score, or a list of 0 and 1; None for a document."""
 
-    texts: list[tuple[str, ...]]
-    labels: list[Any] | None  # class ids, scores, or a list of 0 and 1 each
+    texts: tuple[str, ...]
+    label: Any = None
 
-    def rows(self, numbers: Sequence[int]) -> "Part":
-        labels: Any = None if self.labels is None else [self.labels[row] for row in numbers]
-        return Part([self.texts[row] for row in numbers], labels)
 
-    def dataset(self) -> "datasets.Dataset":
-        from datasets import Dataset
+def _texts_of(row: Row) -> tuple[str, ...]:
+    return row.texts
 
-        names = ("text", "text_pair")[: len(self.texts[0])]
-        columns: dict[str, Any] = {name: [text[at] for text in self.texts] for at, name in enumerate(names)}
-        return Dataset.from_dict(columns if self.labels is None else {**columns, "label": self.labels})
+
+def _dataset(rows: Sequence[Row]) -> "datasets.Dataset":
+    from datasets import Dataset
+
+    names = ("text", "text_pair")[: len(rows[0].texts)]
+    columns: dict[str, Any] = {name: [row.texts[at] for row in rows] for at, name in enumerate(names)}
+    return Dataset.from_dict(columns if rows[0].label is None else {**columns, "label": [row.label for row in rows]})
 
 
 def load_table(
@@ -59,17 +69,17 @@ def load_table(
     test_path: Source | None = None,
     seed: int = 0,
 ) -> Task:
-    """A labelled CSV, TSV, JSON Lines (each also gzipped) or Parquet file.
+    """A task from a table with labels: a CSV, TSV, JSON Lines (each also gzipped) or Parquet file.
 
-    ``label`` is a column of labels, of lists of them, or several columns of 0 and 1 with commas between their names;
-    the last two give several labels a row.
+    ``label`` names a column of labels, a column of lists of labels, or several columns of 0 and 1 with commas between
+    the names; the last two give a row several labels. How labels are read: :func:`loretta.tasks.labels.decide`.
 
-    Without a validation file, 20% of the rows are held out by ``seed``, in each class alike; rows with the
-    same texts stay on one side. How labels are read: :func:`loretta.tasks.labels.decide`.
+    Without a validation file, 20% of the rows are held out by ``seed``, in each class alike; rows with the same texts
+    stay on one side.
 
     Raises:
-        InputError: a file that cannot be read as its ending says, a column it has not, a missing cell, labels
-            that cannot be told apart or that training has not, or too few rows to split.
+        InputError: a file that cannot be read as its ending says, a column that it lacks, a missing cell, labels whose
+            kind cannot be told or that training lacks, or too few rows to split.
     """
     if kind == "language_modeling":
         raise InputError(f"kind 'language_modeling' has no labels, got the column {quoted(label)}: drop one of the two")
@@ -88,45 +98,47 @@ def load_table(
     scheme: LabelScheme | LabelSets = (
         decide_sets(cells, column=label, path=path) if several else decide(cells, kind=kind, column=label, path=path)
     )
-    train = Part(texts, scheme.encode(cells, path))
-
-    notes: list[str] = []
-    counts = Counter(name for cell in cells for name in cell) if several else Counter(map(str, train.labels or ()))
-    found = [counts[name if several else str(at)] for at, name in enumerate(scheme.names)]
-    odd = doubts(scheme.names, found)
-    if validation_path is None:
-        kept, held = hold_out(train.texts, _strata(scheme, train), share=TABLE_SHARE, seed=seed)
-        if not held:
-            raise InputError(
-                f"'{path}' has too few rows to split ({len(texts)}, no label with two different texts): "
-                f"add rows or give --validation FILE"
-            )
-        notes.append(
-            f"{len(held):,} of the {len(texts):,} rows of '{path.name}' were held out for validation (seed {seed}"
-            f"{', in each class alike' if scheme.classes else ''}), rows with equal texts on one side"
-        )
-        train, validation = train.rows(kept), train.rows(held)
-        lost = set(train.labels or ()) - set(validation.labels or ()) if scheme.classes else set()
+    rows = [Row(*pair) for pair in zip(texts, scheme.encode(cells, path), strict=True)]
+    counts = Counter(name for cell in cells for name in cell) if several else Counter(str(row.label) for row in rows)
+    splits = split_rows(
+        path,
+        rows,
+        lambda other: _labelled(other, text_columns, labels, scheme),
+        validation=validation_path,
+        test=test_path,
+        key=_texts_of,
+        label=(lambda row: row.label) if scheme.classes else None,
+        share=TABLE_SHARE,
+        seed=seed,
+    )
+    notes = []
+    if validation_path is None and scheme.classes:
+        lost = {row.label for row in splits.train} - {row.label for row in splits.validation}
         if lost:
             shown = listed(scheme.names[int(at)] for at in sorted(lost))
             notes.append(f"too few different texts to hold any out: validation has no rows of class {shown}")
-    else:
-        validation = _labelled(validation_path, text_columns, labels, scheme)
-        notes += _overlap(train, validation, "validation")
-    test = None if test_path is None else _labelled(test_path, text_columns, labels, scheme)
-    if test is not None:
-        notes += _overlap(train, test, "test")
+    notes += doubts(scheme.names, [counts[name if several else str(at)] for at, name in enumerate(scheme.names)])
+    return _task(path, scheme.kind, splits, scheme.names, notes)
 
+
+def _task(
+    path: Source, kind: Kind, splits: Splits[Row], label_names: tuple[str, ...] = (), notes: Sequence[str] = ()
+) -> Task:
+    known = {text_key(row.texts) for row in splits.train}
+    overlaps = []
+    for name, rows in {"validation": splits.validation, "test": splits.test or []}.items():
+        if count := sum(text_key(row.texts) in known for row in rows):
+            overlaps.append(f"{count} of the {len(rows)} {name} rows have texts that also occur in training")
     return Task(
         name=path.name,
-        kind=scheme.kind,
-        columns=("text",) if text_pair is None else ("text", "text_pair"),
-        label_names=scheme.names,
-        metrics=METRICS[scheme.kind],
-        train=train.dataset(),
-        validation=validation.dataset(),
-        test=None if test is None else test.dataset(),
-        notes=(*notes, *odd),
+        kind=kind,
+        columns=("text", "text_pair")[: len(splits.train[0].texts)],
+        label_names=label_names,
+        metrics=METRICS[kind],
+        train=_dataset(splits.train),
+        validation=_dataset(splits.validation),
+        test=None if splits.test is None else _dataset(splits.test),
+        notes=(*splits.notes, *overlaps, *notes),
     )
 
 
@@ -138,62 +150,45 @@ def load_text(
     test_path: Source | None = None,
     seed: int = 0,
 ) -> Task:
-    """Documents for language modelling: the paragraphs of a .txt or .md file, or the text column of a table.
+    """A task of language modelling: its documents are the paragraphs of a .txt or .md file, or a column of a table.
 
-    ``text`` names the column of a table ("text" where it is not given). Without a validation file, 10% of the
-    documents are held out by ``seed``; equal documents stay on one side.
+    ``text`` names the column ("text" by default). Without a validation file, 10% of the documents are held out by
+    ``seed``; equal documents stay on one side.
 
     Raises:
-        InputError: a file that cannot be read as its ending says, a column it has not, a missing cell, or too
-            few documents to split.
+        InputError: a file that cannot be read as its ending says, a column that it lacks, a missing cell, or too few
+            documents to split.
     """
-    train = _documents(path, text)
-    notes: list[str] = []
-    if validation_path is None:
-        kept, held = hold_out(train.texts, [None] * len(train.texts), share=TEXT_SHARE, seed=seed)
-        if not held:
-            raise InputError(
-                f"'{path}' has too few different documents to split ({len(train.texts)} in all): "
-                f"add documents (paragraphs between blank lines, or table rows) or give --validation FILE"
-            )
-        notes.append(
-            f"{len(held):,} of the {len(train.texts):,} documents of '{path.name}' were held out for validation "
-            f"(seed {seed}), equal documents on one side"
-        )
-        train, validation = train.rows(kept), train.rows(held)
-    else:
-        validation = _documents(validation_path, text)
-        notes += _overlap(train, validation, "validation")
-    test = None if test_path is None else _documents(test_path, text)
-    if test is not None:
-        notes += _overlap(train, test, "test")
-    return Task(
-        name=path.name,
-        kind="language_modeling",
-        columns=("text",),
-        label_names=(),
-        metrics=METRICS["language_modeling"],
-        train=train.dataset(),
-        validation=validation.dataset(),
-        test=None if test is None else test.dataset(),
-        notes=tuple(notes),
+    splits = split_rows(
+        path,
+        _documents(path, text),
+        lambda other: _documents(other, text),
+        validation=validation_path,
+        test=test_path,
+        key=_texts_of,
+        share=TEXT_SHARE,
+        seed=seed,
+        called="documents",
+        alike="equal documents",
+        add="documents (paragraphs between blank lines, or table rows)",
     )
+    return _task(path, "language_modeling", splits)
 
 
-def _documents(path: Source, text: str | None) -> Part:
+def _documents(path: Source, text: str | None) -> list[Row]:
     if not isinstance(path, HubSplit) and ending(path) in TEXT_ENDINGS:
-        return Part([(document,) for document in read_documents(path)], None)
+        return [Row((document,)) for document in read_documents(path)]
     if text is None and "text" not in (names := column_names(path)):
         raise InputError(f"'{path}' has no column 'text': give --text COLUMN, one of {listed(names)}")
     name = text or "text"
-    return Part([(cell,) for cell in _texts(read_columns(path, (name,))[name], name, path)], None)
+    return [Row((cell,)) for cell in _texts(read_columns(path, (name,))[name], name, path)]
 
 
 def _labelled(
     path: Source, text_columns: Sequence[str], labels: Sequence[str], scheme: LabelScheme | LabelSets
-) -> Part:
+) -> list[Row]:
     texts, cells = _read_rows(path, text_columns, labels, isinstance(scheme, LabelSets))
-    return Part(texts, scheme.encode(cells, path))
+    return [Row(*pair) for pair in zip(texts, scheme.encode(cells, path), strict=True)]
 
 
 def _holds_lists(path: Source, label: str) -> bool:
@@ -211,11 +206,8 @@ def _read_rows(
     refuse_missing(columns[label], label, path)
     for at, cell in enumerate(columns[label]):
         if isinstance(cell, list | dict | bytes):
-            file, row = place(path, at)
-            raise InputError(
-                f"column {quoted(label)} of '{file}' holds {quoted(cell)} in row {row}, which is not one "
-                f"label: give a column of words or numbers with --label"
-            )
+            what = f"{quoted(cell)} is not one label: give a column of words or numbers with --label"
+            raise wrong_cell(path, at, label, what)
     return list(zip(*texts, strict=True)), columns[label]
 
 
@@ -223,11 +215,7 @@ def _texts(cells: list[Any], name: str, path: Source) -> list[str]:
     refuse_missing(cells, name, path)
     for at, cell in enumerate(cells):
         if not isinstance(cell, str):
-            file, row = place(path, at)
-            raise InputError(
-                f"column {quoted(name)} of '{file}' holds {quoted(cell)} in row {row}, which is not text: "
-                f"give a column of texts"
-            )
+            raise wrong_cell(path, at, name, f"{quoted(cell)} is not text: give a column of texts")
     return cells
 
 
@@ -247,13 +235,3 @@ def _is_missing(cell: Any) -> bool:
     return (
         cell is None or (isinstance(cell, float) and math.isnan(cell)) or (isinstance(cell, str) and not cell.strip())
     )
-
-
-def _strata(scheme: LabelScheme | LabelSets, part: Part) -> list[Any]:
-    return list(part.labels or ()) if scheme.classes else [None] * len(part.texts)
-
-
-def _overlap(train: Part, other: Part, name: str) -> list[str]:
-    known = {text_key(text) for text in train.texts}
-    count = sum(text_key(text) in known for text in other.texts)
-    return [f"{count} of the {len(other.texts)} {name} rows have texts that also occur in training"] if count else []

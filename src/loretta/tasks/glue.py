@@ -8,7 +8,7 @@ from typing import Any
 
 from loretta.errors import InputError
 from loretta.tasks.base import Task
-from loretta.tasks.read import read_columns
+from loretta.tasks.sources import load_official
 from loretta.wording import listed, nearest, quoted
 
 HUB_NAME = "nyu-mll/glue"
@@ -106,8 +106,10 @@ def load(name: str, *, data_dir: Path | None = None) -> Task:
         raise InputError(f"unknown GLUE task {quoted(name)}{nearest(name, tuple(GLUE))}: give one of {listed(GLUE)}")
     glue_task = GLUE[name]
     splits = ("train", glue_task.validation_split)
-    fields = (*glue_task.columns, "label")
-    columns = _from_hub(name, splits, fields) if data_dir is None else _from_folder(name, data_dir, splits, fields)
+    columns = load_official(name, (HUB_NAME, name), splits, (*glue_task.columns, "label"), data_dir)
+    if data_dir is not None:
+        for split, part in zip(splits, columns, strict=True):
+            _refuse_bad_cells(data_dir / name / f"{split}.jsonl.gz", part, len(glue_task.label_names))
     train, validation = (_dataset(glue_task, part) for part in columns)
     official = {"train": glue_task.train_rows, "validation": glue_task.validation_rows}
     return Task(
@@ -140,48 +142,14 @@ def _dataset(glue_task: GlueTask, columns: Mapping[str, list[Any]]) -> Any:
     return Dataset.from_dict({**texts, "label": labels})
 
 
-def _from_hub(name: str, splits: tuple[str, ...], fields: tuple[str, ...]) -> list[Mapping[str, list[Any]]]:
-    import datasets
-
-    try:
-        parts = datasets.load_dataset(HUB_NAME, name, split=list(splits))
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(
-            f"GLUE task {quoted(name)} cannot be had from the Hub ({reason}): connect to a network, "
-            f"or give --data-dir FOLDER with {name}/train.jsonl.gz in it"
-        ) from error
-    return [part.select_columns(list(fields))[:] for part in parts]
-
-
-def _from_folder(
-    name: str, data_dir: Path, splits: tuple[str, ...], fields: tuple[str, ...]
-) -> list[Mapping[str, list[Any]]]:
-    paths = [data_dir / name / f"{split}.jsonl.gz" for split in splits]
-    missing = next((path for path in paths if not path.is_file()), None)
-    if missing is not None:
-        raise InputError(
-            f"there is no file '{missing}' for the GLUE task {quoted(name)}: "
-            f"give a --data-dir with {name}/{splits[0]}.jsonl.gz and {name}/{splits[1]}.jsonl.gz in it"
-        )
-    parts: list[Mapping[str, list[Any]]] = []
-    for path in paths:
-        columns = read_columns(path, fields)
-        _refuse_bad_cells(path, columns, len(GLUE[name].label_names))
-        parts.append(columns)
-    return parts
-
-
 def _refuse_bad_cells(path: Path, columns: Mapping[str, list[Any]], n_classes: int) -> None:
     for field, cells in columns.items():
         for row, cell in enumerate(cells, start=1):
             if field != "label":
                 good, wanted = isinstance(cell, str), "a text"
             elif n_classes:
-                good, wanted = (
-                    type(cell) is int and 0 <= cell < n_classes,
-                    f"a class id from 0 to {n_classes - 1}",
-                )
+                good = type(cell) is int and 0 <= cell < n_classes
+                wanted = f"a class id from 0 to {n_classes - 1}"
             else:
                 good, wanted = type(cell) in (int, float) and 0 <= cell <= 5, "a score from 0 to 5"
             if not good:

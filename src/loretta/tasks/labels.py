@@ -10,7 +10,7 @@ from typing import Any
 
 from loretta.errors import InputError
 from loretta.tasks.base import Kind
-from loretta.tasks.sources import Source, place
+from loretta.tasks.sources import Source, wrong_cell
 from loretta.wording import listed, quoted
 
 MAX_GUESSED_CLASSES = 50
@@ -41,7 +41,7 @@ class LabelScheme:
         """Class ids, or scores for regression.
 
         Raises:
-            InputError: a class that the training file has not, or for regression a cell that is no number.
+            InputError: a class that the training file lacks, or for regression a cell that is not a number.
         """
         if self.kind == "regression":
             return [float(number) for number in _all_numbers(cells, self.column, path)]
@@ -56,16 +56,17 @@ class LabelScheme:
             more = len(unseen) - MAX_UNSEEN_QUOTED
             raise InputError(
                 f"'{path}' has labels in its column {quoted(self.column)} that the training file "
-                f"'{self.source}' has not ({shown}{f' and {more} other labels' if more > 0 else ''}): "
+                f"'{self.source}' lacks ({shown}{f' and {more} other labels' if more > 0 else ''}): "
                 f"add such rows to the training file or remove them here"
             )
         return [ids[value] for value in values]
 
 
 def doubts(names: Sequence[str], counts: Sequence[int]) -> list[str]:
-    """What looks like a mistake in the classes of a table, a sentence each; none of it keeps the data from training.
+    """A sentence on each likely mistake in the classes of a table; the data can be trained all the same.
 
-    Names that differ in case, punctuation or blanks alone, names of missing values, and classes of a single row.
+    Mistakes are names that differ only in case, punctuation or blanks, names of missing values, and classes with a
+    single row.
     """
     alike: dict[str, list[str]] = {}
     for name in names:
@@ -121,11 +122,9 @@ def _guess(
     cells: Sequence[Any], numbers: Sequence[float | None], strays: Sequence[int], column: str, path: Source
 ) -> Kind:
     if 0 < len(strays) < len(cells) / 2:
-        file, row = place(path, strays[0])
-        raise InputError(
-            f"column {quoted(column)} of '{file}' holds numbers except {quoted(cells[strays[0]])} in row "
-            f"{row} ({len(strays)} such rows): mend them, or give --kind classification to take "
-            f"every cell as the name of a class"
+        what = f"{quoted(cells[strays[0]])} is not a number as most cells are ({len(strays)} such rows): mend them, or "
+        raise wrong_cell(
+            path, strays[0], column, f"{what}give --kind classification to take every cell as the name of a class"
         )
     if strays:
         return "classification"
@@ -144,11 +143,8 @@ def _all_numbers(cells: Sequence[Any], column: str, path: Source) -> list[int | 
     for at, cell in enumerate(cells):
         number = _number(cell)
         if number is None:
-            file, row = place(path, at)
-            raise InputError(
-                f"column {quoted(column)} of '{file}' holds {quoted(cell)} in row {row}, which is not a "
-                f"finite number: mend the cell, or give --kind classification"
-            )
+            what = f"{quoted(cell)} is not a finite number: mend it, or give --kind classification"
+            raise wrong_cell(path, at, column, what)
         numbers.append(number)
     return numbers
 
@@ -159,7 +155,7 @@ def _value(cell: Any, numeric: bool) -> Value:
 
 
 def _number(cell: Any) -> int | float | None:
-    """The finite number in a cell, an int when it is whole; None for anything else (bool too)."""
+    """The finite number in a cell, as an int when it is whole; None for anything else, also for a bool."""
     if isinstance(cell, str):
         cell = cell.strip()
         if WHOLE.fullmatch(cell):

@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -10,24 +11,21 @@ from numpy.typing import ArrayLike, NDArray
 from loretta.errors import InputError
 from loretta.wording import listed, nearest, quoted
 
-# "perplexity" is exp(loss): the trainer has the loss, so it is only a reserved name here
-LOWER_IS_BETTER = ("mse", "perplexity")
-# of sequences of tags: of_entities
-OF_ENTITIES = ("entity_f1", "entity_precision", "entity_recall")
-# of pairs of answers, as TRL names them
-OF_PAIRS = ("rewards/accuracies", "rewards/margins")
+LOWER_IS_BETTER = ("mse", "perplexity")  # perplexity is exp(loss), which the trainer computes
+OF_ENTITIES = ("entity_f1", "entity_precision", "entity_recall")  # of sequences of tags, by of_entities()
+OF_PAIRS = ("rewards/accuracies", "rewards/margins")  # of pairs of answers, as TRL names them
 
 
 def compute(names: Sequence[str], predictions: ArrayLike, references: ArrayLike) -> dict[str, float]:
-    """Score predictions of shape (rows,) against references of shape (rows,); several labels have (rows, labels).
+    """Score predictions of shape (rows,) against references of the same shape; with several labels (rows, labels).
 
-    Several labels, of 0 and 1, have ``micro_f1``, ``macro_f1`` and ``accuracy`` (all labels of a row are right).
-    ``accuracy``, ``f1`` (two classes, class 1 is the positive one), ``macro_f1`` and ``mcc`` take class ids;
-    ``spearman``, ``pearson`` and ``mse`` take scores. All are plain fractions or coefficients, not percent.
+    ``accuracy``, ``f1`` (of two classes; class 1 is the positive one), ``macro_f1`` and ``mcc`` take class ids;
+    ``spearman``, ``pearson`` and ``mse`` take scores; ``micro_f1``, ``macro_f1`` and ``accuracy`` (all labels of a row
+    are right) take several labels, each 0 or 1. All are fractions or coefficients, not percent.
 
-    A metric that is undefined because all predictions (or all references) are the same is 0.0: the
-    correlations, ``mcc`` and ``f1`` without any positive. The correlations of a single row are 0.0 too.
-    Predictions that are not finite make every metric of scores NaN, so that a diverged run never looks good.
+    A metric is 0.0 where it is undefined because all predictions or all references are the same: the correlations, also
+    those of a single row, ``mcc``, and ``f1`` without any positive. Predictions that are not finite make every metric
+    of scores NaN, so that a diverged run never looks good.
 
     Raises:
         InputError: an unknown metric, shapes that differ, no rows, or class ids beyond 1 for ``f1``.
@@ -96,34 +94,16 @@ def _f1(predicted: NDArray, expected: NDArray) -> float:
     return f1_score(expected, predicted, pos_label=1, zero_division=0.0)
 
 
-def _macro_f1(predicted: NDArray, expected: NDArray) -> float:
+def _averaged_f1(average: str, predicted: NDArray, expected: NDArray) -> float:
     from sklearn.metrics import f1_score
 
-    return f1_score(expected, predicted, average="macro", zero_division=0.0)
-
-
-def _micro_f1(predicted: NDArray, expected: NDArray) -> float:
-    from sklearn.metrics import f1_score
-
-    return f1_score(expected, predicted, average="micro", zero_division=0.0)
+    return f1_score(expected, predicted, average=average, zero_division=0.0)
 
 
 def _mcc(predicted: NDArray, expected: NDArray) -> float:
     from sklearn.metrics import matthews_corrcoef
 
     return 0.0 if _constant(predicted, expected) else matthews_corrcoef(expected, predicted)
-
-
-def _spearman(predicted: NDArray, expected: NDArray) -> float:
-    from scipy.stats import spearmanr
-
-    return _correlation(lambda x, y: spearmanr(x, y).statistic, predicted, expected)
-
-
-def _pearson(predicted: NDArray, expected: NDArray) -> float:
-    from scipy.stats import pearsonr
-
-    return _correlation(lambda x, y: pearsonr(x, y).statistic, predicted, expected)
 
 
 def _mse(predicted: NDArray, expected: NDArray) -> float:
@@ -134,17 +114,18 @@ def _mse(predicted: NDArray, expected: NDArray) -> float:
     return mean_squared_error(expected.astype(np.float64), predicted.astype(np.float64))  # float16 overflows at 65,504
 
 
-def _correlation(coefficient: Callable, predicted: NDArray, expected: NDArray) -> float:
-    from scipy.stats import NearConstantInputWarning
+def _correlation(function: str, predicted: NDArray, expected: NDArray) -> float:
+    """``function`` of scipy.stats."""
+    from scipy import stats
 
     if not np.isfinite(predicted).all():
         return math.nan
     if _constant(predicted, expected):
         return 0.0
     with warnings.catch_warnings():
-        # a model's first scores differ in the last digits only: imprecise, but a number
-        warnings.simplefilter("ignore", NearConstantInputWarning)
-        return coefficient(predicted.astype(np.float64), expected.astype(np.float64))
+        # the first scores of a model differ in their last digits only: the coefficient is imprecise, but a number
+        warnings.simplefilter("ignore", stats.NearConstantInputWarning)
+        return getattr(stats, function)(predicted.astype(np.float64), expected.astype(np.float64)).statistic
 
 
 def _constant(*arrays: NDArray) -> bool:
@@ -154,10 +135,10 @@ def _constant(*arrays: NDArray) -> bool:
 _COMPUTE: dict[str, Callable[[NDArray, NDArray], float]] = {
     "accuracy": _accuracy,
     "f1": _f1,
-    "macro_f1": _macro_f1,
-    "micro_f1": _micro_f1,
+    "macro_f1": partial(_averaged_f1, "macro"),
+    "micro_f1": partial(_averaged_f1, "micro"),
     "mcc": _mcc,
-    "spearman": _spearman,
-    "pearson": _pearson,
+    "spearman": partial(_correlation, "spearmanr"),
+    "pearson": partial(_correlation, "pearsonr"),
     "mse": _mse,
 }

@@ -7,7 +7,7 @@ from typing import Any
 
 from loretta.errors import InputError
 from loretta.tasks.base import Kind
-from loretta.tasks.sources import Source, place, read_columns
+from loretta.tasks.sources import Source, read_columns, wrong_cell
 from loretta.wording import listed, quoted
 
 # True and 1.0 are keys that equal 1
@@ -16,27 +16,24 @@ ZEROS_AND_ONES = {0: 0, 1: 1, "0": 0, "1": 1, "false": 0, "true": 1}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabelSets:
-    """The labels of the training file; the scheme of a table, as :class:`loretta.tasks.labels.LabelScheme` is."""
+    """How a column of several labels reads, by the training file. Beside :class:`loretta.tasks.labels.LabelScheme`."""
 
     column: str
-    source: Source
+    source: Source  # the training file
     names: tuple[str, ...]  # in the order of their places
     kind: Kind = "multi_label"
-    classes: tuple[str, ...] = ()  # none: a row has no class of its own, by which a split could be balanced
+    classes: tuple[str, ...] = ()  # none: a row has no single class by which a split could be balanced
 
     def encode(self, cells: Sequence[Sequence[str]], path: Source) -> list[list[float]]:
-        """A 1 for each label that a row has and a 0 for each other one.
+        """For each row a 1 for every label that it has and a 0 for every other one.
 
-        Raises InputError for a label that the training file has not.
+        Raises InputError for a label that the training file lacks.
         """
         known = set(self.names)
         for at, cell in enumerate(cells):
             if unseen := [name for name in cell if name not in known]:
-                file, row = place(path, at)
-                raise InputError(
-                    f"column {quoted(self.column)} of '{file}' holds {quoted(unseen[0])} in row {row}, which the "
-                    f"training file '{self.source}' has not: its labels are {listed(self.names)}"
-                )
+                what = f"the training file '{self.source}' lacks {quoted(unseen[0])}: it has {listed(self.names)}"
+                raise wrong_cell(path, at, self.column, what)
         return [[float(name in cell) for name in self.names] for cell in cells]
 
 
@@ -59,7 +56,7 @@ def read_sets(path: Source, columns: Sequence[str]) -> list[list[str]]:
         for at, cell in enumerate(found[name]):
             value = cell.strip().lower() if isinstance(cell, str) else cell
             if not isinstance(value, str | int | float) or value not in ZEROS_AND_ONES:
-                raise _wrong(path, at, name, f"{quoted(cell)} is neither 0 nor 1: mend it, or leave the column out")
+                raise wrong_cell(path, at, name, f"{quoted(cell)} is neither 0 nor 1: mend it, or leave the column out")
             if ZEROS_AND_ONES[value]:
                 rows[at].append(name)
     return rows
@@ -77,15 +74,10 @@ def decide_sets(cells: Sequence[Sequence[str]], *, column: str, path: Source) ->
 
 def _names(cell: Any, column: str, path: Source, at: int) -> list[str]:
     if not isinstance(cell, list):
-        raise _wrong(path, at, column, f"{quoted(cell)} is not a list of labels: give one in each row")
+        raise wrong_cell(path, at, column, f"{quoted(cell)} is not a list of labels: give one in each row")
     for name in cell:
         if not isinstance(name, str) or not name.strip():
-            raise _wrong(path, at, column, f"the label {quoted(name)} is not a name: give text")
+            raise wrong_cell(path, at, column, f"the label {quoted(name)} is not a name: give text")
     if double := [name for name, count in Counter(cell).items() if count > 1]:
-        raise _wrong(path, at, column, f"the label {quoted(double[0])} is there twice: give it once")
+        raise wrong_cell(path, at, column, f"the label {quoted(double[0])} is there twice: give it once")
     return cell
-
-
-def _wrong(path: Source, at: int, column: str, what: str) -> InputError:
-    file, row = place(path, at)
-    return InputError(f"row {row} of '{file}', column {quoted(column)}: {what}")

@@ -1,4 +1,4 @@
-"""A file of the user -> named columns of cells, or documents; every bad file is refused here."""
+"""A file of the user -> named columns of cells, or documents. Every bad file is refused here."""
 
 import csv
 import gzip
@@ -21,7 +21,7 @@ ENDINGS_IN_WORDS = (
     ".csv, .tsv, .jsonl, .json (an object per line, or a list), .txt, .md, each in UTF-8 and also with .gz, or .parquet"
 )
 
-# gzip makes text some 4 times smaller, and zeros 1,000 times
+# a file that unfolds to more than this is refused: gzip makes text some 4 times smaller, and zeros 1,000 times
 MOST_RATIO, SMALL = 200, 1 << 26
 BATCH = 1024  # rows of Parquet that are decoded at once
 
@@ -45,13 +45,12 @@ def column_names(path: Path, separator: str | None = None) -> tuple[str, ...]:
 def read_columns(path: Path, names: Sequence[str], separator: str | None = None) -> Columns:
     """The named columns of a CSV, TSV, JSON Lines or Parquet file, all of one length of at least one row.
 
-    ``separator`` stands between the cells of CSV and TSV, in place of a comma and a tab.
-    Cells of CSV and TSV are str; those of the other formats are what the file holds, None where a line of
-    JSON has no such key.
+    ``separator`` replaces the comma of CSV and the tab of TSV. Cells of CSV and TSV are str; those of the other formats
+    are what the file holds, or None where a line of JSON lacks the key.
 
     Raises:
-        InputError: no such file, a folder, an empty file, an ending that is not a table's, content that is
-            not what the ending says, rows of unequal length, or a column that the file has not.
+        InputError: a file that does not exist, a folder, an empty file, an ending that is not a table's, content that
+            is not what the ending says, rows of unequal length, or a column that the file lacks.
     """
     if _format(path, TABLE_ENDINGS) == ".parquet":
         return _read_parquet(path, names)
@@ -64,8 +63,8 @@ def read_documents(path: Path) -> list[str]:
     """The paragraphs of a plain text file, cut at blank lines, without the space around them.
 
     Raises:
-        InputError: no such file, a folder, an empty file, an ending that is not plain text's, or content that
-            is not UTF-8 text.
+        InputError: a file that does not exist, a folder, an empty file, an ending that is not plain text's, or content
+            that is not UTF-8 text.
     """
     _format(path, TEXT_ENDINGS)
     text = text_of(path).replace("\r\n", "\n").replace("\r", "\n")
@@ -101,7 +100,7 @@ def _format(path: Path, allowed: Sequence[str]) -> str:
 
 
 def text_of(path: Path) -> str:
-    """The whole file as text, decompressed, without a byte order mark. Raises InputError where it is none."""
+    """The whole file as text, decompressed and without a byte order mark. Raises InputError where it is not text."""
     data = path.read_bytes()
     if path.suffix.lower() == ".gz":
         try:
@@ -149,7 +148,7 @@ def _parse_csv(path: Path, separator: str) -> Columns:
     text = text_of(path)
     if text.lstrip().startswith(("{", "[")) and _is_json(text.lstrip().split("\n", 1)[0]):
         raise InputError(f"'{path}' holds JSON, not {ending(path)}: name it .jsonl, one object per line")
-    begin = 1  # the line where the row begins: an open quote is noticed at the end of the file only
+    begin = 1  # the line where the row begins: csv notices an open quote only at the end of the file
     usual_limit = csv.field_size_limit(2**31 - 1)  # a document may exceed the usual 128 KiB
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     try:
@@ -262,7 +261,7 @@ def _read_parquet(path: Path, names: Sequence[str]) -> Columns:
     columns: Columns = {name: [] for name in names}
     unfolded = 0
     try:
-        # text that repeats is there once, whatever it unfolds to
+        # as dictionaries, in which text that repeats takes its memory once
         file = pq.ParquetFile(path, read_dictionary=_parquet_texts(path, names))
         for batch in file.iter_batches(BATCH, columns=list(names)):
             unfolded += sum(map(_unfolded, batch.columns))
@@ -283,11 +282,11 @@ _PLAIN = "write it as .csv or .jsonl and give that file"
 
 
 def _parquet_texts(path: Path, names: Sequence[str]) -> list[str]:
-    """Those of the columns that are text. Raises InputError where more values stand in the columns than in any data."""
+    """Which of the columns are text. Raises InputError where the columns unfold to more values than real data has."""
     import pyarrow.parquet as pq
 
     file = pq.ParquetFile(path).metadata
-    # not of the chunks of columns: where their statistics are damaged, Arrow ends the process
+    # sizes of row groups, not of their columns: Arrow ends the process where statistics of a column are damaged
     unfolded = sum(file.row_group(k).total_byte_size for k in range(file.num_row_groups))
     _refuse_bomb(path, max(unfolded, 8 * file.num_rows * len(names)), _PLAIN)
     columns = map(file.schema.column, range(file.num_columns))
@@ -295,7 +294,7 @@ def _parquet_texts(path: Path, names: Sequence[str]) -> list[str]:
 
 
 def _unfolded(array: Any) -> int:
-    """The bytes of an array of Arrow where each text is written out."""
+    """The bytes of an Arrow array with each text written out."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -312,7 +311,7 @@ def _unfolded(array: Any) -> int:
 
 
 def require(path: object, names: Sequence[str], existing: Sequence[str]) -> None:
-    """Raise InputError for a column that ``path`` has not."""
+    """Raise InputError for a column that ``path`` lacks."""
     for name in names:
         if name in existing:
             continue
@@ -321,7 +320,7 @@ def require(path: object, names: Sequence[str], existing: Sequence[str]) -> None
 
 
 def _other_separator(path: object, header: Sequence[str]) -> str:
-    """A hint in brackets where a header of one cell holds what elsewhere separates cells; else nothing."""
+    """A hint, in brackets, where the header is one cell that holds another common separator; else ""."""
     other = next((mark for mark in (";", "\t", "|", ",") if len(header) == 1 and mark in header[0]), None)
     if other is None or not isinstance(path, Path) or ending(path) not in SEPARATORS:
         return ""
@@ -331,7 +330,7 @@ def _other_separator(path: object, header: Sequence[str]) -> str:
 
 
 def _refuse_doubles(path: Path, names: Sequence[str]) -> None:
-    # spreadsheets leave several columns without a name behind: those cannot be asked for
+    # several columns without a name, as spreadsheets write them, are fine: nobody can ask for them
     double = next((name for at, name in enumerate(names) if name and name in names[:at]), None)
     if double is not None:
         raise InputError(f"'{path}' has two columns named {quoted(double)}: rename one of them")

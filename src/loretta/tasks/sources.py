@@ -1,4 +1,4 @@
-"""Where rows come from: a file, several of them, or a split of a dataset on the Hub."""
+"""Where rows come from: one file, several files, or a split of a dataset on the Hub."""
 
 import glob
 import os
@@ -23,7 +23,7 @@ SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev
 
 @dataclass(frozen=True, slots=True)
 class Separated:
-    """A table whose cells are separated by something else than its ending says."""
+    """A table whose cells are separated by another character than its ending says."""
 
     path: Path
     separator: str
@@ -54,7 +54,7 @@ class HubSplit:
 
 @dataclass(frozen=True, slots=True)
 class Several:
-    """Files of one form, one behind the other. ``rows`` are those of each, once they were read."""
+    """Several files of one form, one after the other. ``rows`` counts those of each file once it has been read."""
 
     given: str
     files: tuple[Path | Separated, ...]
@@ -75,8 +75,8 @@ def find_files(given: str, separator: str | None = None) -> Source:
     """A file, or several: with commas between them, by a pattern (``data/*.csv``), or all data files of a folder.
 
     Raises:
-        InputError: a pattern or a folder without files of ours, files of different kinds, and a ``separator`` for what
-            is no CSV or TSV.
+        InputError: a pattern or a folder without data files, files of different kinds, and a ``separator`` for a file
+            that is neither CSV nor TSV.
     """
     parts = [given] if "," not in given or os.path.exists(given) else [part.strip() for part in given.split(",")]
     files = [file for part in parts for file in _expand(part)]
@@ -130,7 +130,7 @@ def _is_data(path: Path) -> bool:
 
 
 def names_files(given: str) -> bool:
-    """Whether words for data mean files of this machine."""
+    """Whether ``--data`` names files on this machine."""
     if not given:
         return False
     if os.path.exists(os.path.expanduser(given)) or glob.has_magic(given) or "," in given:
@@ -140,17 +140,17 @@ def names_files(given: str) -> bool:
 
 
 def is_hub_id(given: str) -> bool:
-    """Whether words for data mean a dataset on the Hub: ``org/name`` or ``org/name:config``."""
+    """Whether ``--data`` names a dataset on the Hub: ``org/name`` or ``org/name:config``."""
     return not names_files(given) and HUB_ID.fullmatch(given) is not None
 
 
 def load_hub(given: str, split: str | None) -> dict[str, HubSplit]:
-    """The splits of a dataset on the Hub by what they are for: "train", and "validation" and "test" where there are.
+    """The splits of a dataset on the Hub by their role: "train", and "validation" and "test" where it has them.
 
-    ``split`` names them where the dataset calls them otherwise: ``train_sft``, or ``train=train_sft,test=test_sft``,
-    each also as a part (``train[:1000]``).
+    ``split`` says which split has which role where the names differ: ``train_sft``, or
+    ``train=train_sft,test=test_sft``. Each may be a part, as ``train[:1000]``.
 
-    Raises InputError for a dataset that cannot be loaded, and a split that it has not.
+    Raises InputError for a dataset that cannot be loaded, and for a split that it lacks.
     """
     from datasets import DatasetDict, load_dataset
 
@@ -190,7 +190,7 @@ def read_split(split: str | None) -> dict[str, str]:
 
 
 def ending(source: Source) -> str:
-    """The ending that names the format; that of a dataset on the Hub is a table's."""
+    """The ending that names the format. A dataset on the Hub counts as a table."""
     if isinstance(source, HubSplit):
         return ".parquet"
     return read.ending(_first(source))
@@ -202,7 +202,7 @@ def _first(source: Path | Separated | Several) -> Path:
 
 
 def column_names(source: Source) -> tuple[str, ...]:
-    """The columns, in order. Raises InputError as :func:`read_columns` does, and for files of different columns."""
+    """The columns in order. Raises InputError as :func:`read_columns` does, and for files with different columns."""
     if isinstance(source, HubSplit):
         return tuple(source.data.column_names)
     if isinstance(source, Several):
@@ -218,7 +218,7 @@ def column_names(source: Source) -> tuple[str, ...]:
 
 
 def read_columns(source: Source, names: Sequence[str]) -> Columns:
-    """As :func:`loretta.tasks.read.read_columns`, of all files; the classes of a dataset on the Hub are their names."""
+    """As :func:`loretta.tasks.read.read_columns`, of all files. Classes of a dataset on the Hub become their names."""
     if isinstance(source, HubSplit):
         read.require(source, names, source.data.column_names)
         return {name: _named(source.data[name][:], source.data.features[name]) for name in names}
@@ -246,12 +246,49 @@ def place(source: Source, row: int) -> tuple[Any, int]:
     return source, row + 1
 
 
+def wrong_cell(source: Source, row: int, column: str, what: str) -> InputError:
+    """The error for a cell of a file; ``row`` counts from 0."""
+    file, number = place(source, row)
+    return InputError(f"row {number} of '{file}', column {quoted(column)}: {what}")
+
+
+def load_official(
+    task: str, hub: Sequence[str], splits: Sequence[str], fields: Sequence[str], data_dir: Path | None
+) -> list[Columns]:
+    """The columns ``fields`` of each official split of a task.
+
+    They come from the Hub (``hub`` are the arguments of ``datasets.load_dataset``), or with ``data_dir`` from
+    ``<data_dir>/<task>/<split>.jsonl.gz``, with the Hub's field names.
+
+    Raises InputError for a Hub that cannot be reached, and for a file that is missing or damaged.
+    """
+    if data_dir is not None:
+        paths = [data_dir / task / f"{split}.jsonl.gz" for split in splits]
+        if missing := next((path for path in paths if not path.is_file()), None):
+            raise InputError(
+                f"there is no file '{missing}' for the task {quoted(task)}: give a --data-dir with "
+                f"{' and '.join(f'{task}/{path.name}' for path in paths)} in it"
+            )
+        return [read.read_columns(path, fields) for path in paths]
+    import datasets
+
+    try:
+        parts = datasets.load_dataset(*hub, split=list(splits))
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).partition("\n")[0]
+        raise InputError(
+            f"the task {quoted(task)} cannot be had from the Hub ({reason}): connect to a network, "
+            f"or give --data-dir FOLDER with {task}/train.jsonl.gz in it"
+        ) from error
+    return [part.select_columns(list(fields))[:] for part in parts]
+
+
 def _parts(source: Path | Separated) -> tuple[Path, str | None]:
     return (source.path, source.separator) if isinstance(source, Separated) else (source, None)
 
 
 def _named(cells: list[Any], feature: Any) -> list[Any]:
-    """Class numbers as the names of the classes, in lists too; -1, which stands for no label, is None."""
+    """Replace class numbers by the names of the classes, also in lists; -1 means no label and becomes None."""
     names = getattr(feature, "names", None)
     if names is not None:
         return [None if cell is None or cell < 0 else names[cell] for cell in cells]

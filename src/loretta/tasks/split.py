@@ -1,7 +1,72 @@
 """A seeded split that keeps equal texts together and every class in training."""
 
 import random
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from loretta.errors import InputError
+
+if TYPE_CHECKING:
+    from loretta.tasks.sources import Source
+
+Row = TypeVar("Row")
+
+
+@dataclass(frozen=True, slots=True)
+class Splits(Generic[Row]):
+    """The rows of each split, and sentences on where they come from."""
+
+    train: list[Row]
+    validation: list[Row]
+    test: list[Row] | None
+    notes: list[str]
+
+
+def split_rows(
+    source: "Source",
+    rows: list[Row],
+    read: "Callable[[Source], list[Row]]",
+    *,
+    validation: "Source | None",
+    test: "Source | None",
+    key: Callable[[Row], tuple[str, ...]],
+    label: Callable[[Row], Hashable] | None = None,
+    share: float,
+    seed: int,
+    called: str = "rows",
+    alike: str = "rows with equal texts",
+    add: str = "rows",
+) -> Splits[Row]:
+    """Training rows and those of further files; without a file for validation some ``rows`` are held out for it.
+
+    Args:
+        source: the file of ``rows``.
+        read: reads the rows of another file.
+        key: the texts of a row. Rows with equal texts stay on one side.
+        label: the class of a row, where each class is to be held out alike.
+        called, alike, add: words for the rows, for those that stay together, and for what a user may add.
+
+    Raises InputError where too few texts differ to hold any out.
+    """
+    notes = []
+    if validation is None:
+        labels = [None if label is None else label(row) for row in rows]
+        kept, held = hold_out([key(row) for row in rows], labels, share=share, seed=seed)
+        if not held:
+            raise InputError(
+                f"'{source}' has too few different {called} to split ({len(rows)} in all): add {add} or give "
+                "--validation FILE"
+            )
+        evenly = "" if label is None else ", in each class alike"
+        notes.append(
+            f"{len(held):,} of the {len(rows):,} {called} of '{source.name}' were held out for validation (seed "
+            f"{seed}{evenly}), {alike} on one side"
+        )
+        train, others = [rows[k] for k in kept], [rows[k] for k in held]
+    else:
+        train, others = rows, read(validation)
+    return Splits(train, others, None if test is None else read(test), notes)
 
 
 def hold_out(
@@ -9,15 +74,14 @@ def hold_out(
 ) -> tuple[list[int], list[int]]:
     """Row numbers (kept, held out), each in ascending order.
 
-    About ``share`` (at most one half) of the rows of every label is held out, at least one row where the
-    label has two different texts, and never all of them. Rows with the same texts, whatever their case and
-    spacing, stay on one side. The same input and seed give the same split on every machine. Nothing is held
-    out where no label has two different texts.
+    Of the rows of every label about ``share`` (at most one half) is held out: at least one row where the label has two
+    different texts, and never all. Rows with the same texts, whatever their case and spacing, stay on one side. Nothing
+    is held out where no label has two different texts. The same input and seed give the same split on every machine.
     """
     rows_of_text: dict[tuple[str, ...], list[int]] = {}
     for row, text in enumerate(texts):
         rows_of_text.setdefault(text_key(text), []).append(row)
-    # a text that occurs with two labels is a stratum of its own kind, so that no label can lose its last row
+    # texts that occur with the same two labels form a stratum of their own, so that no label can lose its last row
     strata: dict[frozenset[Hashable], list[list[int]]] = {}
     for rows in rows_of_text.values():
         strata.setdefault(frozenset(labels[row] for row in rows), []).append(rows)
@@ -30,7 +94,7 @@ def hold_out(
 
 
 def text_key(text: tuple[str, ...]) -> tuple[str, ...]:
-    """A key that equal texts share: their words, whatever the case and the spacing."""
+    """A key that equal texts share: their words, whatever their case and spacing."""
     return tuple(" ".join(part.casefold().split()) for part in text)
 
 

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     import datasets
 
 N_PARTS = 16
-# With these two, CPython 3.11, 3.12 and 3.13 give 3,400 to 3,500 sentences, and tkinter, which has 740 in
-# 3.11, is no more than an eighth of them.
+# With these two limits CPython 3.11, 3.12 and 3.13 give 3,400 to 3,500 sentences, and tkinter, which has 740 in 3.11,
+# is at most an eighth of them.
 MIN_WORDS = 8
 MAX_PER_PART = 400
 MAX_WORDS = 60
@@ -42,14 +42,14 @@ PLAIN_WORD = re.compile(r"[\"'(]?[A-Za-z][a-z]*(?:['-][a-z]+)?[\"')]?[.,;:!?]?")
 MIN_PLAIN_SHARE = 0.8
 
 
-@cache  # several runs of one process use it, and parsing takes seconds
+@cache  # parsing takes seconds, and several runs of one process use it
 def load(root: Path | None = None) -> Task:
-    """Classify documentation sentences by the part (top-level module or package) they are from.
+    """Classify sentences of documentation by the part (top-level module or package) that they come from.
 
-    The sentences are taken from the docstrings of the running Python's sources (or of the sources under
-    ``root``), which are parsed and never imported; the same sources give the same task. The classes are the
-    16 parts with most sentences, at most 400 each. 70% / 10% / 20% of every part are train / validation /
-    test, by the SHA-256 of the sentence. The text is left as it is: some sentences name their module.
+    The sentences are taken from the docstrings in the running Python's sources (or those under ``root``), which are
+    parsed and never imported; the same sources give the same task. The classes are the 16 parts with the most
+    sentences, at most 400 of each. Of every part 70% / 10% / 20% are train / validation / test, by the SHA-256 of the
+    sentence. The text is left as it is: some sentences name their module.
 
     Raises:
         InputError: fewer than 2 parts or 200 sentences, as with a Python that ships without sources.
@@ -82,9 +82,9 @@ def load(root: Path | None = None) -> Task:
 
 
 def sentences_by_part(root: Path) -> dict[str, list[str]]:
-    """Public part -> its prose sentences, in the order of the sources.
+    """Public part -> its sentences of prose, in the order of the sources.
 
-    No two sentences are equal but for case, and none occurs in two parts.
+    A sentence occurs once, whatever its case, and in one part only.
     """
     by_part: dict[str, dict[str, str]] = {}
     for entry in sorted(root.iterdir()) if root.is_dir() else ():
@@ -103,8 +103,8 @@ def sentences_by_part(root: Path) -> dict[str, list[str]]:
 def prose(docstring: str) -> Iterator[str]:
     """The sentences of a docstring that are prose of 8 to 60 words, with single blanks between words.
 
-    Paragraphs with an indented line (examples, tables, lists of options) do not count, nor do sentences with
-    signs of code, or in which less than four words of five are plain words.
+    Paragraphs with an indented line (examples, tables, lists of options) are left out, and so are sentences with signs
+    of code and those of which more than a fifth are not plain words.
     """
     for paragraph in PARAGRAPH_END.split(docstring):
         if not any(line.startswith((" ", "\t")) for line in paragraph.splitlines()):
@@ -133,7 +133,7 @@ def _sources(entry: Path) -> list[Path]:
 def _docstrings(file: Path) -> Iterator[str]:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old escapes in the sources are not our business
+            warnings.simplefilter("ignore")  # of outdated escapes in the sources
             tree = ast.parse(file.read_bytes())
     except (OSError, SyntaxError, ValueError):
         return
@@ -145,7 +145,7 @@ def _docstrings(file: Path) -> Iterator[str]:
 def _dataset(rows: list[tuple[str, int]]) -> "datasets.Dataset":
     from datasets import Dataset
 
-    # not by the digest that chose the sentences: its smallest values belong to the parts cut to 400
+    # shuffled by another digest than chose the sentences, of which parts that were cut to 400 have small values
     rows = sorted(rows, key=lambda row: _digest("order " + row[0]))
     return Dataset.from_dict({"text": [text for text, _ in rows], "label": [label for _, label in rows]})
 

@@ -6,8 +6,8 @@ from typing import Any
 
 from loretta.errors import InputError
 from loretta.tasks.base import Task
-from loretta.tasks.sources import Source, column_names, place, read_columns
-from loretta.tasks.split import hold_out
+from loretta.tasks.sources import Source, column_names, read_columns, wrong_cell
+from loretta.tasks.split import split_rows
 from loretta.wording import listed, quoted
 
 SHARE = 0.1  # of the rows, held out for validation
@@ -39,41 +39,36 @@ def load_tokens(
     entity, others by token. Without a validation file 10% of the rows are held out by ``seed``.
 
     Raises:
-        InputError: a file or column that cannot be read, with row and column lists of other lengths and what is no
-            text, a tag that the training file has not, and too few rows to split.
+        InputError: a file or column that cannot be read, lists of unequal length or cells that are not text (with row
+            and column), a tag that the training file lacks, and too few rows to split.
     """
     names = column_names(path)
     tokens, tags = tokens or TOKENS, tags or tags_of(names) or TAGS[0]
-    train, notes = _read(path, tokens, tags), []
-    labels = tuple(sorted({tag for _, row in train for tag in row}))
+    rows = _read(path, tokens, tags)
+    labels = tuple(sorted({tag for _, row in rows for tag in row}))
     if len(labels) < 2:
         raise InputError(f"every token of '{path}' has the tag {quoted(labels[0])}: give at least two different tags")
-    if validation_path is None:
-        kept, held = hold_out([tuple(words) for words, _ in train], [None] * len(train), share=SHARE, seed=seed)
-        if not held:
-            raise InputError(
-                f"'{path}' has too few different rows to split ({len(train)} in all): add rows or give "
-                "--validation FILE"
-            )
-        notes.append(
-            f"{len(held):,} of the {len(train):,} rows of '{path.name}' were held out for validation (seed {seed}),"
-            " rows with equal tokens on one side"
-        )
-        train, validation = [train[k] for k in kept], [train[k] for k in held]
-        labels = tuple(sorted({tag for _, row in [*train, *validation] for tag in row}))
-    else:
-        validation = _known(_read(validation_path, tokens, tags), labels, tags, validation_path, path)
-    test = None if test_path is None else _known(_read(test_path, tokens, tags), labels, tags, test_path, path)
+    splits = split_rows(
+        path,
+        rows,
+        lambda other: _known(_read(other, tokens, tags), labels, tags, other, path),
+        validation=validation_path,
+        test=test_path,
+        key=lambda row: tuple(row[0]),
+        share=SHARE,
+        seed=seed,
+        alike="rows with equal tokens",
+    )
     return Task(
         name=path.name,
         kind="token_classification",
         columns=("tokens",),
         label_names=labels,
         metrics=ENTITY_METRICS if all(ENTITY_TAG.fullmatch(label) for label in labels) else TAG_METRICS,
-        train=_dataset(train, labels),
-        validation=_dataset(validation, labels),
-        test=None if test is None else _dataset(test, labels),
-        notes=tuple(notes),
+        train=_dataset(splits.train, labels),
+        validation=_dataset(splits.validation, labels),
+        test=None if splits.test is None else _dataset(splits.test, labels),
+        notes=tuple(splits.notes),
     )
 
 
@@ -83,21 +78,21 @@ def _read(path: Source, tokens: str, tags: str) -> Rows:
     for at, (words, marks) in enumerate(zip(columns[tokens], columns[tags], strict=True)):
         words, marks = _texts(words, tokens, path, at), _texts(marks, tags, path, at)
         if len(words) != len(marks):
-            raise _wrong(path, at, tags, f"{len(marks)} tags for {len(words)} tokens: give one for each")
+            raise wrong_cell(path, at, tags, f"{len(marks)} tags for {len(words)} tokens: give one for each")
         rows.append((words, marks))
     return rows
 
 
 def _texts(cell: Any, column: str, path: Source, at: int) -> list[str]:
     if not isinstance(cell, list):
-        raise _wrong(path, at, column, f"{quoted(cell)} is not a list: write JSON Lines with one in each row")
+        raise wrong_cell(path, at, column, f"{quoted(cell)} is not a list: write JSON Lines with one in each row")
     if not cell:
-        raise _wrong(path, at, column, "the list is empty: fill it or leave the row out")
+        raise wrong_cell(path, at, column, "the list is empty: fill it or leave the row out")
     # tags may be numbers without names
     cell = [str(item) if isinstance(item, int) and not isinstance(item, bool) else item for item in cell]
     for number, item in enumerate(cell, start=1):
         if not isinstance(item, str) or not item.strip():
-            raise _wrong(path, at, column, f"item {number} is {quoted(item)}, which is no text: mend it")
+            raise wrong_cell(path, at, column, f"item {number} is {quoted(item)}, which is no text: mend it")
     return cell
 
 
@@ -105,18 +100,9 @@ def _known(rows: Rows, labels: Sequence[str], tags: str, path: Source, source: S
     known = set(labels)
     for at, (_, row) in enumerate(rows):
         if unseen := [tag for tag in row if tag not in known]:
-            raise _wrong(
-                path,
-                at,
-                tags,
-                f"the tag {quoted(unseen[0])} is not in the training file '{source}': it has {listed(labels)}",
-            )
+            what = f"the tag {quoted(unseen[0])} is not in the training file '{source}': it has {listed(labels)}"
+            raise wrong_cell(path, at, tags, what)
     return rows
-
-
-def _wrong(path: Source, at: int, column: str, what: str) -> InputError:
-    file, row = place(path, at)
-    return InputError(f"row {row} of '{file}', column {quoted(column)}: {what}")
 
 
 def _dataset(rows: Rows, labels: Sequence[str]) -> Any:

@@ -1,4 +1,4 @@
-"""What decoders are taught with: conversations, prompts with their completions, Alpaca's instructions -> Task."""
+"""Data for decoders: conversations, prompts with completions or with pairs of answers, Alpaca's rows -> Task."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 from loretta.errors import InputError
 from loretta.tasks.base import Kind, Task
 from loretta.tasks.sources import Source, column_names, place, read_columns
-from loretta.tasks.split import hold_out, text_key
+from loretta.tasks.split import split_rows, text_key
 from loretta.wording import listed, quoted
 
 SHARE = 0.1  # of the rows, held out for validation
@@ -36,36 +36,32 @@ def load_turns(
 ) -> Task:
     """Conversations, prompts with completions, Alpaca's rows, or pairs of answers ("chosen", "rejected").
 
-    The kind is "completion" for prompts and completions of plain text, which follow each other as they stand, and
-    "chat" for all others; ``kind="chat"`` makes a conversation of the former too. Without a validation file, 10% of
-    the rows are held out by ``seed``; rows that ask the same stay on one side.
+    The kind is "completion" for prompts and completions of plain text, which are joined as they stand, "preference" for
+    pairs of answers, and "chat" for the others; ``kind="chat"`` also turns prompts and completions into conversations.
+    Without a validation file, 10% of the rows are held out by ``seed``; rows that ask the same stay on one side.
 
     Raises:
-        InputError: a file that cannot be read, with row and column what cannot be trained (a message without text, an
-            unknown role, nothing that the assistant says), files of different forms, or too few rows to split.
+        InputError: a file that cannot be read, a row that cannot be trained (a message without text, an unknown role,
+            no answer of the assistant), files of different forms, or too few rows to split.
     """
-    train, notes = read_turns(path, kind), []
-    if validation_path is None:
-        kept, held = hold_out([question(row) for row in train], [None] * len(train), share=SHARE, seed=seed)
-        if not held:
-            raise InputError(
-                f"'{path}' has too few different rows to split ({len(train)} in all): add rows or give "
-                "--validation FILE"
-            )
-        notes.append(
-            f"{len(held):,} of the {len(train):,} rows of '{path.name}' were held out for validation (seed {seed}),"
-            " rows that ask the same on one side"
-        )
-        train, validation = [train[k] for k in kept], [train[k] for k in held]
-    else:
-        validation = read_turns(validation_path, kind)
-    test = None if test_path is None else read_turns(test_path, kind)
-    columns = tuple(train[0])
-    for other, rows in ((validation_path, validation), (test_path, test)):
+    splits = split_rows(
+        path,
+        read_turns(path, kind),
+        lambda other: read_turns(other, kind),
+        validation=validation_path,
+        test=test_path,
+        key=question,
+        share=SHARE,
+        seed=seed,
+        alike="rows that ask the same",
+    )
+    first = splits.train[0]
+    columns = tuple(first)
+    for other, rows in ((validation_path, splits.validation), (test_path, splits.test)):
         if rows and tuple(rows[0]) != columns:
             raise InputError(f"'{other}' holds {listed(rows[0])} and '{path}' holds {listed(columns)}: give one form")
-    of_text = isinstance(train[0].get("prompt"), str)
-    found: Kind = "preference" if "chosen" in train[0] else "completion" if of_text else "chat"
+    of_text = isinstance(first.get("prompt"), str)
+    found: Kind = "preference" if "chosen" in first else "completion" if of_text else "chat"
     if kind not in (None, found):
         raise InputError(f"'{path}' holds {listed(columns)}, of the kind {found}, and not {kind}: leave --kind out")
     return Task(
@@ -74,10 +70,10 @@ def load_turns(
         columns=columns,
         label_names=(),
         metrics=REWARDS if found == "preference" else METRICS,
-        train=_dataset(train),
-        validation=_dataset(validation),
-        test=None if test is None else _dataset(test),
-        notes=tuple(notes),
+        train=_dataset(splits.train),
+        validation=_dataset(splits.validation),
+        test=None if splits.test is None else _dataset(splits.test),
+        notes=tuple(splits.notes),
     )
 
 
@@ -105,7 +101,7 @@ def read_turns(path: Source, kind: Kind | None = None) -> list[Row]:
 
 
 def question(row: Row) -> tuple[str, ...]:
-    """What a row asks, without the answers: rows that ask the same belong on one side of a split."""
+    """The question of a row, without its answers: rows with the same question belong on one side of a split."""
     asked = row["messages"] if "messages" in row else row["prompt"]
     return (asked,) if isinstance(asked, str) else tuple(m["content"] for m in asked if m["role"] != "assistant")
 
@@ -115,7 +111,7 @@ def turn(role: str, content: str) -> Message:
 
 
 class Cells:
-    """One row of a file, whose cells are read or refused with their place."""
+    """One row of a file. A bad cell is refused with its row and column."""
 
     def __init__(self, path: object, number: int, values: Mapping[str, Any]) -> None:
         self.path, self.number, self.values = path, number, values
@@ -133,7 +129,7 @@ class Cells:
         return value
 
     def maybe(self, column: str) -> str:
-        """A cell that may be missing or empty."""
+        """The text of a cell that may be missing or empty: then ""."""
         value = self.values.get(column)
         is_empty = value is None or (isinstance(value, str) and not value.strip())
         return "" if is_empty else self.text(column)
@@ -194,7 +190,7 @@ def _preference(row: Cells) -> Row:
         chosen, rejected, given = row.messages("chosen"), row.messages("rejected"), row.values.get("prompt")
         shared = next((k for k, pair in enumerate(zip(chosen, rejected, strict=False)) if pair[0] != pair[1]), None)
         shared = min(len(chosen), len(rejected)) if shared is None else shared
-        # conversations are often given whole, with the prompt in both of them
+        # often both conversations are whole, and their common beginning is the prompt
         prompt = chosen[:shared] or (row.messages("prompt") if isinstance(given, list) else [])
         found = {
             "prompt": prompt or [turn("user", row.text("prompt") if "prompt" in row.values else "")],
@@ -223,9 +219,9 @@ FORMS_IN_WORDS = "without a label these columns are read: " + " or ".join(" + ".
 
 
 def asked_of(columns: Mapping[str, list[Any]], file: Path, *, column: str) -> list[Any]:
-    """What a run answers in each row of a file: text, or the messages up to the last one that is not an answer.
+    """The prompt in each row of a file: text, or messages without the answers at their end.
 
-    ``column`` is read where the file has none of the columns of these forms.
+    ``column`` is read where the file has the columns of none of these forms.
     """
     rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
     return [_asked(Cells(file, number, row), column) for number, row in enumerate(rows, start=1)]
@@ -250,7 +246,7 @@ def _asked(row: Cells, column: str) -> Any:
 
 
 def key_of(row: Row) -> tuple[str, ...]:
-    """As :func:`question`, whatever the case and the spacing."""
+    """A key that rows with the same question share, whatever its case and spacing."""
     return text_key(question(row))
 
 

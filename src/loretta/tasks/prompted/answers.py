@@ -1,4 +1,4 @@
-"""Scores of answers in words: SQuAD's and DROP's."""
+"""Scores of answers in words, as SQuAD and DROP define them."""
 
 import re
 import string
@@ -15,7 +15,7 @@ NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def score_squad(predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
-    """``f1`` and ``exact_match`` of SQuAD, means over the examples of the best gold answer, from 0 to 1.
+    """``f1`` and ``exact_match`` of SQuAD from 0 to 1: the best over an example's gold answers, averaged over examples.
 
     Case, punctuation and articles do not count. Source: torchmetrics.
     """
@@ -33,9 +33,9 @@ def score_squad(predictions: Sequence[str], examples: Sequence[Example]) -> dict
 
 
 def score_drop(predictions: Sequence[str], examples: Sequence[Example]) -> dict[str, float]:
-    """``f1`` and ``exact_match`` of DROP, means over the examples of the best gold answer, from 0 to 1.
+    """``f1`` and ``exact_match`` of DROP from 0 to 1: the best over an example's gold answers, averaged over examples.
 
-    A prediction is one text: where the gold answer has several spans, it is parted at "and".
+    A prediction is one text. Where the gold answer has several spans, the prediction is split at "and".
     """
     pairs = [
         [_score(prediction, spans) for spans in example.spans]
@@ -49,7 +49,7 @@ def score_drop(predictions: Sequence[str], examples: Sequence[Example]) -> dict[
 
 
 def _score(prediction: str, gold: Sequence[str]) -> tuple[float, float]:
-    # a gold span may hold an "and" of its own: both sides are parted alike, so that the gold text scores 1
+    # a gold span may hold an "and" of its own: both sides are split, so that the gold text scores 1
     several = len(gold) > 1
     predicted = prediction.split(JOINT) if several else [prediction]
     return drop_scores(predicted, JOINT.join(gold).split(JOINT) if several else gold)
@@ -74,7 +74,7 @@ def drop_scores(predicted: Sequence[str], gold: Sequence[str]) -> tuple[float, f
     best = np.zeros(max(f1_GP.shape))
     pairs = linear_sum_assignment(f1_GP, maximize=True)
     best[pairs[0]] = f1_GP[pairs]
-    # NumPy's rounding, as the official script's: 0.225 is 0.22, where Python's makes 0.23 of it
+    # NumPy rounds as the official script does: 0.225 to 0.22, where Python rounds to 0.23
     return float(np.round(best.mean(), 2)), float(exact)
 
 
@@ -83,14 +83,14 @@ def _pair_f1(predicted: Bag, gold: Bag) -> float:
     if numbers and not numbers & predicted:
         return 0.0
     common = len(predicted & gold)
-    # nothing but articles and punctuation: an empty bag is right about all of its words
+    # a bag is empty where there was nothing but articles and punctuation: all of its words count as right
     precision = common / len(predicted) if predicted else 1.0
     recall = common / len(gold) if gold else 1.0
     return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
 
 
 def _words(span: str) -> tuple[str, ...]:
-    """The words that count, parted at blanks and hyphens."""
+    """The words that count, split at blanks and hyphens."""
     words = (ARTICLES.sub(" ", _normal(word.lower())) for word in re.split("[ -]", span))
     return tuple(" ".join(words).split())
 

@@ -1,4 +1,4 @@
-"""What a run on prompted text needs to know about its data: the examples and how to score them."""
+"""A prompted task: its examples and how to score them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,15 +11,15 @@ Kind = Literal["choice", "generation"]
 TrainAs = Literal["classification", "language_modeling"]
 Row = Mapping[str, Any]  # one row with the Hub's fields, and "split": "train" or "validation"
 
-STOP = "\n"  # ends every answer: training puts it behind the answer, and text that a model writes after it is cut off
+STOP = "\n"  # ends every answer: training appends it, and text that a model writes after it is cut off
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Example:
     """One prompt and what should follow it.
 
-    An option begins with the blank that parts it from the prompt, or with none where the prompt ends with a line
-    end: ``prompt + option`` is the text to score.
+    ``prompt + option`` is the text to score: an option begins with the blank before it, unless the prompt ends with a
+    line end.
     """
 
     prompt: str
@@ -31,7 +31,7 @@ class Example:
 
     @property
     def completion(self) -> str:
-        """The text that training puts behind the prompt: the right option, or the first answer and :data:`STOP`."""
+        """The text that training appends to the prompt: the right option, or the first answer and :data:`STOP`."""
         return self.options[self.correct[0]] if self.options else f" {self.answers[0]}{STOP}"
 
 
@@ -54,17 +54,17 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptedTask:
-    """Drawn examples and how to score what a model makes of them. Each split is in a random order already."""
+    """Drawn examples, each split in a random order, and how to score what a model makes of them."""
 
     name: str
     kind: Kind
-    train_as: TrainAs  # what MeZO (Malladi et al. 2023) trains the task with
+    train_as: TrainAs  # the loss with which MeZO (Malladi et al. 2023) trains the task
     metrics: tuple[str, ...]  # keys of score(); the first one is the task's main metric
     label_names: tuple[str, ...]  # option -> name, where every example has the same options; () otherwise
     train: tuple[Example, ...]
     validation: tuple[Example, ...]
     test: tuple[Example, ...]
-    notes: tuple[str, ...] = ()  # one sentence each: what a reader of the results should know about the data
+    notes: tuple[str, ...] = ()  # sentences on the data for a reader of the results
     scorer: Scorer = field(repr=False)
 
     def score(self, predictions: Sequence[Any], examples: Sequence[Example]) -> dict[str, float]:
@@ -105,13 +105,13 @@ class PromptedSpec:
     train_as: TrainAs = "classification"
     metrics: tuple[str, ...] = ("accuracy",)
     label_names: tuple[str, ...] = ()
-    texts: tuple[str, ...]  # fields of plain text; the draw depends on them alone
+    texts: tuple[str, ...]  # fields of plain text, on which alone the draw depends
     gold: tuple[str, ...] = ("label",)  # the other fields to read
     train_rows: int
     validation_rows: int
-    max_validation: int | None = None  # examples drawn for validation where a small task keeps more for training
+    max_validation: int | None = None  # most examples for validation, where a small task keeps more for training
     hub_note: str | None = None  # what the Hub's form of the rows loses
-    # None: nothing to train or score against; ValueError: what the row should hold
+    # returns None for a row without a usable answer; raises ValueError with what the row should hold
     example: Callable[[Row], Example | None]
     scorer: Scorer | None = None  # None: class ids through loretta.tasks.metrics
 

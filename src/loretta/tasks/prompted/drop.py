@@ -19,9 +19,9 @@ def example(row: Row) -> Example | None:
 def _golds(row: Row) -> tuple[Spans, ...]:
     """The gold answers, each as its spans.
 
-    A row of the Hub's train split lists the spans of one answer. One of its validation split strings the spans of
-    several annotators' answers together: they cannot be told apart again, so each span is an answer. Rows without
-    "types" list whole answers, of which those with several spans are joined by "and".
+    A row of the Hub's train split lists the spans of one answer. A row of its validation split lists the spans of
+    several annotators' answers in one list: nobody can tell them apart, so each span counts as an answer. Rows without
+    "types" list whole answers, in which several spans are joined by "and".
     """
     answers = row["answers_spans"]
     given = strings(answers.get("spans") if isinstance(answers, dict) else None, "answers_spans.spans")
@@ -31,7 +31,7 @@ def _golds(row: Row) -> tuple[Spans, ...]:
 
 
 def _parted(text: str, row: Row) -> Spans:
-    """The spans of an answer that the paragraph and the question have in parts, but not as a whole."""
+    """The spans of an answer: its parts around "and", where paragraph and question hold these but not the whole."""
     source = f"{row['passage']}\n{row['question']}".casefold()
     parts = tuple(part.strip() for part in text.split(JOINT))
     whole = text.casefold() in source or not all(part and part.casefold() in source for part in parts)

@@ -17,7 +17,7 @@ IGNORED = -100  # the label that PyTorch's cross-entropy leaves out
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Token ids of a prompt and its completion; the first ``n_prompt`` belong to the prompt, ``n_cut`` are lost."""
+    """Token ids of a prompt and its completion. The first ``n_prompt`` are the prompt's; it lost ``n_cut``."""
 
     ids: list[int]
     n_prompt: int
@@ -32,12 +32,12 @@ class Encoded:
 def encode_pair(
     tokenizer: "PreTrainedTokenizerBase", prompt: str, completion: str, max_length: int
 ) -> tuple[list[int], int]:
-    """Ids of ``prompt + completion`` and how many of them are the prompt's; at most ``max_length`` in all.
+    """Ids of ``prompt + completion``, at most ``max_length``, and how many of them are the prompt's.
 
-    The ids are those of the joined text. A token that reaches over the boundary, as the merges of some vocabularies
-    make it, counts as the completion's. The tokens that the tokenizer puts in front of a text (a BOS) are kept once,
-    even where the prompt spells them already; those that it puts behind one (an EOS, a [SEP]) are left out. A text that
-    is too long loses the left end of its prompt, never the BOS or a part of the completion.
+    The ids are those of the joined text. A token that spans the boundary, as some vocabularies have it, counts as the
+    completion's. The tokens that the tokenizer puts before a text (a BOS) are kept once, even where the prompt spells
+    them too; those that it puts after a text (an EOS, a [SEP]) are left out. A text that is too long loses the left end
+    of its prompt, never the BOS or a part of the completion.
 
     Raises:
         InputError: a completion without a token of its own, or one that leaves no room for a token in front of it.
@@ -47,7 +47,7 @@ def encode_pair(
 
 
 def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str, max_length: int) -> list[int]:
-    """Ids of a prompt that a model goes on with: at most ``max_length``, cut as in :func:`encode_pair`.
+    """Ids of a prompt for a model to continue: at most ``max_length``, cut as in :func:`encode_pair`.
 
     Raises:
         InputError: a prompt without tokens, or a maximum length without room for one.
@@ -78,8 +78,8 @@ def padded(
 ) -> "dict[str, Tensor]":
     """``input_ids``, ``attention_mask`` and ``labels``, int64 tensors of shape (rows, longest row).
 
-    Pads have mask 0 and the label :data:`IGNORED`, which is also the label of every token of a row that is only ids.
-    Generation wants ``side="left"``.
+    Padding has mask 0 and the label :data:`IGNORED`; so has every token of a row that is given as ids alone. Generation
+    needs ``side="left"``.
     """
     import torch
 
@@ -134,7 +134,7 @@ def _ids(tokenizer: "PreTrainedTokenizerBase", text: str, lead: Sequence[int]) -
 
 
 def _tokenize(tokenizer: "PreTrainedTokenizerBase", text: str, *, add_special_tokens: bool) -> list[int]:
-    # verbose: no warning about texts beyond the model's length, they are cut here
+    # verbose=False: texts beyond the model's length are cut here, so no warning about them
     return list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
 
 

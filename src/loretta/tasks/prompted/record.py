@@ -14,7 +14,7 @@ def example(row: Row) -> Example | None:
     if not correct or BLANK not in row["query"]:
         return None
     return Example(
-        # each highlight of the article is an item of a list, and so is the query
+        # highlights of the article become items of a list, and the query is its last item
         prompt=row["passage"].replace("@highlight\n", "- ") + "\n-",
         options=tuple(f" {row['query'].replace(BLANK, entity)}" for entity in entities),
         correct=correct,

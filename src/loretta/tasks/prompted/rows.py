@@ -7,11 +7,11 @@ from typing import Any
 
 from loretta.errors import InputError
 from loretta.tasks.prompted.base import PromptedSpec, Row
-from loretta.tasks.read import read_columns
+from loretta.tasks.sources import load_official
 from loretta.wording import quoted
 
-# the name of a train file that was cut out of the official validation split
-TRAIN_FROM_DEV = "train_from_dev.jsonl.gz"
+# a train file that was cut out of the official validation split, without its ending
+TRAIN_FROM_DEV = "train_from_dev"
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,44 +23,18 @@ class Split:
 
 def read_splits(spec: PromptedSpec, data_dir: Path | None) -> tuple[Split, Split]:
     """Train and validation. Raises InputError: see :func:`loretta.tasks.prompted.load_prompted`."""
-    return _from_hub(spec) if data_dir is None else _from_folder(spec, data_dir)
-
-
-def _from_hub(spec: PromptedSpec) -> tuple[Split, Split]:
-    import datasets
-
-    fields = [*spec.texts, *spec.gold]
-    try:
-        parts = datasets.load_dataset(*spec.hub, split=["train", "validation"])
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        reason = str(error).partition("\n")[0]
-        raise InputError(
-            f"the task {quoted(spec.name)} cannot be had from the Hub ({reason}): connect to a network, "
-            f"or give --data-dir FOLDER with {spec.name}/train.jsonl.gz in it"
-        ) from error
-    train, validation = (
-        _split(spec, name, part.select_columns(fields)[:], f"{'/'.join(spec.hub)} {name}")
-        for name, part in zip(("train", "validation"), parts, strict=True)
-    )
-    return train, validation
-
-
-def _from_folder(spec: PromptedSpec, data_dir: Path) -> tuple[Split, Split]:
-    folder = data_dir / spec.name
-    train, validation, other = (folder / f for f in ("train.jsonl.gz", "validation.jsonl.gz", TRAIN_FROM_DEV))
-    remark = ""
-    if not train.is_file() and other.is_file():
-        train, remark = other, f" ('{other.name}', cut out of the official validation split)"
-    missing = next((path for path in (train, validation) if not path.is_file()), None)
-    if missing is not None:
-        raise InputError(
-            f"there is no file '{missing}' for the task {quoted(spec.name)}: "
-            f"give a --data-dir with {spec.name}/train.jsonl.gz and {spec.name}/validation.jsonl.gz in it"
-        )
-    fields = (*spec.texts, *spec.gold)
+    train, remark = "train", ""
+    sources = [f"{'/'.join(spec.hub)} {split}" for split in ("train", "validation")]
+    if data_dir is not None:
+        folder = data_dir / spec.name
+        other = folder / f"{TRAIN_FROM_DEV}.jsonl.gz"
+        if not (folder / "train.jsonl.gz").is_file() and other.is_file():
+            train, remark = TRAIN_FROM_DEV, f" ('{other.name}', cut out of the official validation split)"
+        sources = [str(folder / f"{split}.jsonl.gz") for split in (train, "validation")]
+    columns = load_official(spec.name, spec.hub, (train, "validation"), (*spec.texts, *spec.gold), data_dir)
     return (
-        _split(spec, "train", read_columns(train, fields), str(train), remark),
-        _split(spec, "validation", read_columns(validation, fields), str(validation)),
+        _split(spec, "train", columns[0], sources[0], remark),
+        _split(spec, "validation", columns[1], sources[1]),
     )
 
 

@@ -22,10 +22,10 @@ class Drawn:
 
 
 class Place(NamedTuple):
-    """Where a row comes in the draw. Places are sorted; rows with equal texts are neighbours."""
+    """The place of a row in the draw. Places are sorted, so that rows with equal texts are neighbours."""
 
     texts: str  # hash of the seed and the row's texts, whatever their case and spacing
-    row: str  # hash of the whole row, so that the order of the rows does not count where texts are equal
+    row: str  # hash of the whole row, so that the order of rows does not matter among equal texts
     number: int
 
 
@@ -33,8 +33,8 @@ def draw(spec: PromptedSpec, train: Split, validation: Split, *, sample: Sample,
     """Train and validation from the train split, without a text in common; test from the validation split.
 
     Texts are the same whatever their case and spacing. Rows are taken in the order of a hash of the seed and their
-    texts, validation first. So the draw hangs on no other row, nor on the order of the rows, the wording of the
-    prompts or a random generator's version, and a larger draw has the smaller one in it. Where the train split has
+    texts, validation first. So whether a row is drawn does not depend on the order of the rows, on the wording of the
+    prompts or on a random generator's version, and a larger draw contains the smaller one. Where the train split has
     fewer rows than are asked for, at most half of them validate. Rows without a usable gold answer are passed over.
 
     Raises:
@@ -84,7 +84,7 @@ def _hash(*values: object) -> str:
 
 
 def _examples(spec: PromptedSpec, split: Split, pool: Sequence[Place]) -> tuple[Example, ...]:
-    # built again: a split of ReCoRD has a million options, too many to keep for a draw of 1000 rows
+    # built anew for the rows drawn: a split of ReCoRD has a million options, too many to keep
     examples = (spec.example(split.rows[place.number]) for place in pool)
     return tuple(example for example in examples if example is not None)
 
