@@ -22,6 +22,7 @@ from tables import RESULTS, ROOT, filled
 from verdicts import (
     MODELS,
     SIZES,
+    bar,
     claims,
     default_rule,
     in_short,
@@ -211,6 +212,7 @@ def choosing_sections(found: Sequence[Row]) -> dict[str, str]:
         "adaptive": adaptive_table(),
         "predicted": predicted(found),
         "default": default_rule(found),
+        "bar": bar(found),
         "standing": standing(found, "held_out"),
     }
     for model in MODELS:

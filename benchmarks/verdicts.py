@@ -143,6 +143,26 @@ def sizes_sentence(board: Board) -> str:
     return f"In the mean LoRETTA {' and '.join(said)} parameters." if said else ""
 
 
+def bar(found: Sequence[Row]) -> str:
+    """The cells of model and size: what LoRETTA's best form is beside the best of all other methods."""
+    lines, counts = [], dict.fromkeys(("better", "level", "worse", "not measured"), 0)
+    for model, shown in MODELS.items():
+        board = Board(found, model, "held_out")
+        have, cells = board.complete(), []
+        for size in SIZES:
+            best, other = board.best_within(size)
+            if best is None or other is None:
+                counts["not measured"] += 1
+                cells.append("")
+                continue
+            gap = paired(have[best], have[other])
+            counts[verdict(gap)] += 1
+            cells.append(f"{verdict(gap)} ({signed(gap)})")
+        lines.append([shown.partition(" ")[0], *cells])
+    words = ", ".join(f"{count} {word}" for word, count in counts.items())
+    return f"Of {sum(counts.values())} cells: {words}.\n\n{markdown(lines, ['model', *(f'{n:,}' for n in SIZES)])}"
+
+
 REFERENCES = ("LoRA r=8", "LoRA r=1", "norms")
 
 
