@@ -1,10 +1,14 @@
 """What recorded steps read and write, without a GPU: batches, learning rates and gradients stay in the same tensors."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
 
 from loretta.training.recordings import Gradients, Rates, Recording, short
+from loretta.tuners.recorded import uncollected
 
 
 def test_a_recording_reads_each_batch_from_the_same_tensors():
@@ -55,3 +59,22 @@ def test_gradients_come_back_as_zeros_in_the_same_tensors():
 @pytest.mark.parametrize(("words", "line"), [("a\n  b", "a b"), ("x" * 300, "x" * 200 + "...")])
 def test_an_error_on_one_line(words, line):
     assert short(RuntimeError(words)) == line
+
+
+def test_an_old_recording_in_a_cycle_outlives_the_making_of_a_new_one():
+    class Old:
+        pass
+
+    old, threshold = Old(), gc.get_threshold()
+    old.itself, gone = old, weakref.ref(old)
+    gc.set_threshold(1)  # whatever is made collects what was made last
+    try:
+        with uncollected():
+            del old
+            assert all(each == [] for each in [[] for _ in range(100)])
+            assert gone() is not None
+        assert gc.isenabled()
+        gc.collect()
+        assert gone() is None
+    finally:
+        gc.set_threshold(*threshold)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from loretta.errors import InputError
+from loretta.tuners.recorded import uncollected
 from loretta.wording import one_line
 
 Work = Callable[[], tuple[Tensor, Tensor | None]]  # loss of a batch, and the norm of the gradients where it updates
@@ -48,7 +49,8 @@ class Recorder:
         mode = torch.cuda.get_sync_debug_mode()
         try:
             # thread_local: a thread of the data loader may allocate pinned memory meanwhile
-            with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
+            captured = torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local")
+            with uncollected(), captured:
                 # an operation that would wait for the GPU raises before it spoils the recording
                 with warnings.catch_warnings(action="ignore"):  # torch warns that it may miss a wait
                     torch.cuda.set_sync_debug_mode("error")

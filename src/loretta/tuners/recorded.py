@@ -6,9 +6,11 @@ pass computes the forward pass again from what was handed over then: so a result
 calls in between, from which thread, and whatever has become of the cores.
 """
 
+import gc
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, Protocol
 
@@ -51,9 +53,21 @@ def record(work: Work) -> tuple[tuple[Tensor, ...], Callable[[], None]]:
             work()  # libraries make themselves ready
         torch.cuda.current_stream().wait_stream(aside)
         # thread_local: a thread of the data loader may allocate pinned memory meanwhile
-        with torch.cuda.graph(graph, stream=capturing, capture_error_mode="thread_local"):
+        with uncollected(), torch.cuda.graph(graph, stream=capturing, capture_error_mode="thread_local"):
             result = work()
         return result, graph.replay
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Collect no garbage: an old recording that is destroyed while a new one is made spoils the new one."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 _recording = threading.Lock()
