@@ -25,6 +25,7 @@ class Part:
 # the groups of methods (methods.py, peers.py) that are parts
 PARTS = {
     "rates": Part(name="rates", rates=6, seeds=2),
+    "scales": Part(name="rates", rates=6, seeds=2),
     "few_rates": Part(name="rates", rates=6, seeds=2),
     "peer_rates": Part(name="rates", rates=6, seeds=2),
     # the paper's Figure 4: at the rate that is the best on the front

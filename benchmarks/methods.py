@@ -1,6 +1,6 @@
 """The methods that the evidence compares, each with the middle of its grid of learning rates."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 QV = {"bert": ["query", "value"], "mpnet": ["attn.q", "attn.v"], "llama": ["q_proj", "v_proj"]}
@@ -68,6 +68,13 @@ def shared(rank: int, targets: str = "all", *, norms: bool) -> Method:
     return ours(name, "shared", {"tensor_rank": rank, "lora_alpha": 2 * rank}, targets=targets, norms=norms)
 
 
+def scaled(method: Method, rank: int, power: float) -> Method:
+    """A method whose scale, 2 at every rank, falls as that power of its rank."""
+    form, _, rest = method.name.partition(" ")
+    options = {**method.options, "lora_alpha": round(method.options["lora_alpha"] / rank**power, 3)}
+    return replace(method, name=f"{form}^{power:g} {rest}", options=options)
+
+
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
@@ -88,6 +95,13 @@ METHODS: dict[str, Method] = {
         *(shared(rank, norms=False) for rank in (1, 16, 32)), shared(16, "qv", norms=False),
     )
 }  # fmt: skip
+SCALED = [
+    scaled(METHODS[f"{form} r={rank}"], rank, power)
+    for power in (0.5, 0.25)
+    for form in ("LoRA", "shared", "compact")
+    for rank in (32, 4 if form == "compact" else 8)
+]
+METHODS |= {method.name: method for method in SCALED}
 
 
 # in the order of their value; which tasks and in which order is for the command
@@ -122,6 +136,7 @@ GROUPS: dict[str, list[str]] = {
         "LoRA r=1", "compact", "shared r=1", "LoRA r=8", "compact r=4", "shared r=4", "compact r=32", "shared r=32",
         "LoRA r=32", "compact r=16", "shared r=16",
     ],
+    "scales": [method.name for method in SCALED],
     # the ends of the ranks, for a model whose cells take longer
     "few_rates": ["LoRA r=1", "compact", "shared r=1", "LoRA r=32", "compact r=32", "shared r=32"],
     "long": [
