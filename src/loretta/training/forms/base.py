@@ -1,4 +1,4 @@
-"""What a run asks of a kind of task: its examples, its trainer, its answers."""
+"""What a run needs of each kind of task: its examples, its trainer, its answers."""
 
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -8,10 +8,15 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
+from loretta.errors import InputError
 from loretta.record import Answers
+from loretta.tasks.files import refuse_missing
+from loretta.tasks.glue import GLUE
+from loretta.tasks.split import text_key
 from loretta.training.config import RunConfig
 from loretta.training.loaded import LoadedRun
 from loretta.training.trainer import TwoRateTrainer
+from loretta.wording import listed, quoted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,10 +38,10 @@ MakeTrainer = Callable[..., TwoRateTrainer]
 
 
 class Form(Protocol):
-    """One kind of task. A split stays in the order of the task's rows throughout."""
+    """One kind of task. The examples of a split keep the order of its rows."""
 
-    unit: str  # of the examples of a split, in words
-    chosen_by: str  # "metric" or "loss": what chooses the best checkpoint where nothing is said
+    unit: str  # word for the examples of a split
+    chosen_by: str  # "metric" or "loss": what chooses the best checkpoint by default
 
     def encode(self, config: RunConfig, task: Any, tokenizer: PreTrainedTokenizerBase, split: str) -> Any:
         """A split as the trainer takes it. Raises InputError for rows that do not fit the tokenizer or the length."""
@@ -44,28 +49,32 @@ class Form(Protocol):
     def lengths(
         self, config: RunConfig, task: Any, encoded: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
     ) -> list[str]:
-        """How many examples are too long, and what they lose, a sentence each."""
+        """Sentences on how many examples are too long, and what these lose."""
 
     def notes(self, config: RunConfig, encoded: Mapping[str, Any]) -> list[str]:
-        """What a reader of the result should know of the examples, a sentence each."""
+        """Sentences on the examples for a reader of the results; by default none."""
+        return []
 
     def recipe(
         self, config: RunConfig, task: Any, tokenizer: PreTrainedTokenizerBase, encoded: Mapping[str, Any]
     ) -> Recipe:
-        """Raises InputError for options of the run that this kind of task has not."""
+        """How to train. Raises InputError for options of the run that do not fit this kind of task."""
 
     def counts(self, task: Any) -> dict[str, list[int]]:
-        """Rows of each class in each split; empty for what has no classes."""
+        """Rows of each class in each split; by default empty, for tasks without classes."""
+        return {}
 
     def texts(self, task: Any, split: str) -> list[tuple[str, ...]]:
-        """What each row of a split asks, to tell equal rows by."""
+        """A key that rows of a split with the same question share; by default their texts."""
+        data = getattr(task, split)
+        return [text_key(words) for words in zip(*(data[column][:] for column in task.columns), strict=True)]
 
     def answer(
         self, task: Any, trainer: TwoRateTrainer, encoded: Mapping[str, Any], split: str
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """The scores of a split by the trained model, and a row of ``predictions.jsonl`` for each example, or none.
+        """The scores of the trained model on a split, and a row of ``predictions.jsonl`` for each example, or no rows.
 
-        A row holds what was asked ("text", of a pair "text_pair"), the "gold" answer and the model's.
+        A row holds the question ("text", of a pair also "text_pair"), the "gold" answer and the model's.
         """
 
     def describe(
@@ -74,19 +83,40 @@ class Form(Protocol):
         """The answers, with the best constant answer; None where no constant answer can be compared."""
 
     def evaluate(self, run: LoadedRun, task: Any, split: str, make_trainer: MakeTrainer) -> dict[str, float]:
-        """The scores of a split by a run that was loaded again, through a trainer where its steps score."""
+        """The scores on a split of a run that was loaded again."""
 
     def asked(self, config: RunConfig, columns: Mapping[str, list[Any]], file: Path) -> list[list[Any]]:
-        """The columns of a file that a run answers. Raises InputError for a column or a cell that is missing."""
+        """The columns of a file that a run answers; by default those of text that it was trained on.
+
+        Raises InputError for a column or a cell that is missing.
+        """
+        return asked_texts(text_columns(config), columns, file)
 
     def predict(
         self, run: LoadedRun, asked: Sequence[Sequence[Any]], *, all_probabilities: bool, go_on: Any
     ) -> list[dict[str, Any]]:
-        """An answer for each example of :meth:`asked`."""
+        """An answer for each example of :meth:`asked`; by default the model's continuation."""
+        return [{"continuation": go_on(run, example)} for example in asked[0]]
+
+
+def text_columns(config: RunConfig) -> tuple[str, ...]:
+    """The columns of text, by their names in the data, that a run was trained on."""
+    if config.data in GLUE:
+        return GLUE[config.data].columns
+    return (config.text or "text", *((config.text_pair,) if config.text_pair else ()))
+
+
+def asked_texts(names: Sequence[str], columns: Mapping[str, list[Any]], file: Path) -> list[list[str]]:
+    """Named columns of a file as text. Raises InputError for a column that is missing or has an empty cell."""
+    for name in names:
+        if name not in columns:
+            raise InputError(f"'{file}' has no column {quoted(name)}: its columns are {listed(columns)}")
+        refuse_missing(columns[name], name, file)
+    return [[str(value) for value in columns[name]] for name in names]
 
 
 def evaluate_again(form: Form, run: LoadedRun, task: Any, split: str, make_trainer: MakeTrainer) -> dict[str, float]:
-    """What the trainer of a form says of a split, with a run that was loaded again."""
+    """The scores that a form's trainer gives to a split, with a run that was loaded again."""
     rows = form.encode(run.config, task, run.tokenizer, split)
     of_training = {"cpu": run.model.device.type == "cpu", "tensorboard": False, "report_to": None, "packing": False}
     config = run.config.model_copy(update=of_training)

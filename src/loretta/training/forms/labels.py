@@ -4,7 +4,6 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,21 +18,17 @@ from loretta.memory import is_out_of_memory
 from loretta.record import Answers, Mistake
 from loretta.tasks import metrics
 from loretta.tasks.base import Task
-from loretta.tasks.files import refuse_missing
-from loretta.tasks.glue import GLUE
-from loretta.tasks.split import text_key
 from loretta.training.config import RunConfig
-from loretta.training.forms.base import MakeTrainer, Recipe
+from loretta.training.forms.base import Form, MakeTrainer, Recipe, text_columns
 from loretta.training.loaded import LoadedRun
 from loretta.training.scores import logits_of, named_values, prediction_rows, score_logits
 from loretta.training.trainer import TwoRateTrainer
-from loretta.wording import listed, quoted
 
 MISTAKES = 10  # kept of each run
 LONGEST = 300  # characters kept of a text that was answered wrongly
 
 
-class Labels:
+class Labels(Form):
     """Classification and regression."""
 
     unit, chosen_by = "rows", "metric"
@@ -52,9 +47,6 @@ class Labels:
 
         return cut_words(config, task, encoded, whole)
 
-    def notes(self, config: RunConfig, encoded: Mapping[str, Any]) -> list[str]:
-        return []
-
     def recipe(
         self, config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, encoded: Mapping[str, Any]
     ) -> Recipe:
@@ -62,9 +54,6 @@ class Labels:
 
     def counts(self, task: Task) -> dict[str, list[int]]:
         return count_classes(task, lambda data: data["label"][:])
-
-    def texts(self, task: Task, split: str) -> list[tuple[str, ...]]:
-        return texts_of(task, split)
 
     def answer(
         self, task: Task, trainer: TwoRateTrainer, encoded: Mapping[str, Any], split: str
@@ -87,9 +76,6 @@ class Labels:
         data = getattr(task, split)
         texts = [list(data[column]) for column in task.columns]
         return score_logits(task, torch.cat(list(logits_of_texts(run, texts))).numpy(), list(data["label"]))
-
-    def asked(self, config: RunConfig, columns: Mapping[str, list[Any]], file: Path) -> list[list[Any]]:
-        return asked_texts(text_columns(config), columns, file)
 
     def predict(
         self, run: LoadedRun, asked: Sequence[Sequence[Any]], *, all_probabilities: bool, go_on: Any
@@ -150,31 +136,9 @@ def count_classes(task: Task, classes: Any) -> dict[str, list[int]]:
     }
 
 
-def texts_of(task: Task, split: str) -> list[tuple[str, ...]]:
-    """The texts of each row, whatever their case and spacing."""
-    data = getattr(task, split)
-    return [text_key(words) for words in zip(*(data[column][:] for column in task.columns), strict=True)]
-
-
 def asked_rows(task: Task, data: Dataset) -> list[dict[str, Any]]:
     words = zip(*(data[column][:] for column in task.columns), strict=True)
     return [dict(zip(task.columns, row, strict=True)) for row in words]
-
-
-def text_columns(config: RunConfig) -> tuple[str, ...]:
-    """The columns of text, by their names in the data, that a run was trained on."""
-    if config.data in GLUE:
-        return GLUE[config.data].columns
-    return (config.text or "text", *((config.text_pair,) if config.text_pair else ()))
-
-
-def asked_texts(names: Sequence[str], columns: Mapping[str, list[Any]], file: Path) -> list[list[str]]:
-    """Named columns of a file as text. Raises InputError for one that the file has not, or that is empty in a row."""
-    for name in names:
-        if name not in columns:
-            raise InputError(f"'{file}' has no column {quoted(name)}: its columns are {listed(columns)}")
-        refuse_missing(columns[name], name, file)
-    return [[str(value) for value in columns[name]] for name in names]
 
 
 def refuse_other_columns(run: LoadedRun, asked: Sequence[Sequence[Any]]) -> None:

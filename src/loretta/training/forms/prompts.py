@@ -2,7 +2,6 @@
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +11,8 @@ from loretta.record import Answers, Mistake
 from loretta.tasks.prompted import PromptedTask
 from loretta.tasks.split import text_key
 from loretta.training.config import RunConfig
-from loretta.training.forms.base import MakeTrainer, Recipe
-from loretta.training.forms.labels import LONGEST, MISTAKES, asked_texts, count_classes, finite, text_columns
+from loretta.training.forms.base import Form, MakeTrainer, Recipe
+from loretta.training.forms.labels import LONGEST, MISTAKES, count_classes, finite
 from loretta.training.loaded import LoadedRun
 from loretta.training.prompted import (
     PromptedTrainer,
@@ -26,7 +25,7 @@ from loretta.training.prompted import (
 from loretta.training.trainer import TwoRateTrainer
 
 
-class Prompts:
+class Prompts(Form):
     """Choice and generation."""
 
     unit, chosen_by = "rows", "loss"
@@ -108,14 +107,6 @@ class Prompts:
         examples = getattr(task, split)
         texts = encode_examples(examples, run.tokenizer, run.config)
         return judge(run.model, run.tokenizer, task, examples, texts, run.config, progress=split).values
-
-    def asked(self, config: RunConfig, columns: Mapping[str, list[Any]], file: Path) -> list[list[Any]]:
-        return asked_texts(text_columns(config), columns, file)
-
-    def predict(
-        self, run: LoadedRun, asked: Sequence[Sequence[Any]], *, all_probabilities: bool, go_on: Any
-    ) -> list[dict[str, Any]]:
-        return [{"continuation": go_on(run, text)} for text in asked[0]]
 
 
 def _golds(examples: Any) -> list[int]:

@@ -1,7 +1,6 @@
 """Language modelling: documents one after the other, cut into blocks of tokens."""
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,14 +12,13 @@ from loretta.errors import InputError
 from loretta.record import Answers
 from loretta.tasks.base import Task
 from loretta.training.config import RunConfig
-from loretta.training.forms.base import MakeTrainer, Recipe
-from loretta.training.forms.labels import asked_texts, text_columns, texts_of
+from loretta.training.forms.base import Form, MakeTrainer, Recipe
 from loretta.training.loaded import LoadedRun
 from loretta.training.scores import named_values
 from loretta.training.trainer import TwoRateTrainer
 
 
-class Text:
+class Text(Form):
     """Blocks of ``max_length`` tokens."""
 
     unit, chosen_by = "blocks", "loss"
@@ -33,20 +31,11 @@ class Text:
     ) -> list[str]:
         return [f"a block is max_length={config.max_length} tokens of texts that follow each other"]
 
-    def notes(self, config: RunConfig, encoded: Mapping[str, Any]) -> list[str]:
-        return []
-
     def recipe(
         self, config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, encoded: Mapping[str, Any]
     ) -> Recipe:
         collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
         return Recipe(trainer=TwoRateTrainer, options={"data_collator": collator})
-
-    def counts(self, task: Task) -> dict[str, list[int]]:
-        return {}
-
-    def texts(self, task: Task, split: str) -> list[tuple[str, ...]]:
-        return texts_of(task, split)
 
     def answer(
         self, task: Task, trainer: TwoRateTrainer, encoded: Mapping[str, Any], split: str
@@ -77,17 +66,9 @@ class Text:
         loss = float(torch.stack(losses).mean())
         return {"loss": loss, "perplexity": float(torch.tensor(loss).exp())}
 
-    def asked(self, config: RunConfig, columns: Mapping[str, list[Any]], file: Path) -> list[list[Any]]:
-        return asked_texts(text_columns(config), columns, file)
-
-    def predict(
-        self, run: LoadedRun, asked: Sequence[Sequence[Any]], *, all_probabilities: bool, go_on: Any
-    ) -> list[dict[str, Any]]:
-        return [{"continuation": go_on(run, text)} for text in asked[0]]
-
 
 def blocks(data: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """Blocks of ``max_length`` tokens of the documents of a split, one behind the other.
+    """Blocks of ``max_length`` tokens of a split, whose documents are joined.
 
     Raises InputError when the text is too short for one block.
     """

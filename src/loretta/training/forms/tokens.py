@@ -19,7 +19,7 @@ from loretta.tasks.base import Task
 from loretta.tasks.split import text_key
 from loretta.tasks.tokens import ENTITY_METRICS
 from loretta.training.config import RunConfig
-from loretta.training.forms.base import MakeTrainer, Recipe, evaluate_again
+from loretta.training.forms.base import Form, MakeTrainer, Recipe, evaluate_again
 from loretta.training.forms.labels import LONGEST, MISTAKES, confusion, count_classes, cut_words, scored_recipe
 from loretta.training.loaded import LoadedRun
 from loretta.training.scores import logits_of, named_values
@@ -30,8 +30,8 @@ IGNORED = -100
 MOST_IN_CONFUSION = 40  # tags: a larger matrix cannot be read
 
 
-class Tokens:
-    """The first piece of a token has its tag, its other pieces none. Pieces behind ``max_length`` are not scored."""
+class Tokens(Form):
+    """The first piece of a token has its tag, its other pieces none. Pieces after ``max_length`` are not scored."""
 
     unit, chosen_by = "rows", "metric"
 
@@ -55,9 +55,6 @@ class Tokens:
             return tokenize(tokenizer, data["tokens"][:], None)["input_ids"]
 
         return cut_words(config, task, encoded, whole)
-
-    def notes(self, config: RunConfig, encoded: Mapping[str, Any]) -> list[str]:
-        return []
 
     def recipe(
         self, config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, encoded: Mapping[str, Any]

@@ -16,7 +16,7 @@ from loretta.record import Answers
 from loretta.tasks.base import Task
 from loretta.tasks.turns import asked_of, key_of
 from loretta.training.config import RunConfig
-from loretta.training.forms.base import MakeTrainer, Recipe, evaluate_again
+from loretta.training.forms.base import Form, MakeTrainer, Recipe, evaluate_again
 from loretta.training.forms.text import base_scores
 from loretta.training.loaded import LoadedRun
 from loretta.training.methods import virtual_tokens
@@ -58,7 +58,7 @@ class Rows:
         return len(self.data)
 
 
-class Turns:
+class Turns(Form):
     """Chat and completion. The loss is the mean over the tokens that the model has to answer, of each batch."""
 
     unit, chosen_by = "rows", "loss"
@@ -107,9 +107,6 @@ class Turns:
         data = {"train_dataset": encoded["train"].data, "eval_dataset": encoded["validation"].data}
         return Recipe(trainer=with_trl(SFTTrainer), options=data, arguments=partial(SFTConfig, **options))
 
-    def counts(self, task: Task) -> dict[str, list[int]]:
-        return {}
-
     def texts(self, task: Task, split: str) -> list[tuple[str, ...]]:
         return [key_of(row) for row in getattr(task, split)]
 
@@ -130,11 +127,6 @@ class Turns:
 
     def asked(self, config: RunConfig, columns: Mapping[str, list[Any]], file: Path) -> list[list[Any]]:
         return [asked_of(columns, file, column=config.text or "text")]
-
-    def predict(
-        self, run: LoadedRun, asked: Sequence[Sequence[Any]], *, all_probabilities: bool, go_on: Any
-    ) -> list[dict[str, Any]]:
-        return [{"continuation": go_on(run, one)} for one in asked[0]]
 
 
 def prepare(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase) -> list[str]:
