@@ -84,6 +84,23 @@ def _streams(device: int) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
     return torch.cuda.Stream(device), torch.cuda.Stream(device)
 
 
+class Graph:
+    """A function of tensors as one CUDA graph, which computes between tensors of its own."""
+
+    def __init__(self, function: Callable[[Sequence[Tensor]], tuple[Tensor, ...]], inputs: Sequence[Tensor]) -> None:
+        self.lock = threading.Lock()
+        self.inputs = [torch.empty_like(each).copy_(each.detach()) for each in inputs]
+        self.outputs, self.replay = record(lambda: function(self.inputs))
+
+    def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """What the function gives for ``inputs``, in tensors of the caller's."""
+        with self.lock, torch.no_grad():
+            for own, given in zip(self.inputs, inputs, strict=True):
+                own.copy_(given)
+            self.replay()
+            return tuple(output.clone() for output in self.outputs)
+
+
 class Recording:
     """A differentiable function of a few tensors, recorded.
 
@@ -93,56 +110,38 @@ class Recording:
     """
 
     def __init__(self, function: Function, inputs: Sequence[Tensor], *, trains: bool) -> None:
-        self.function, self.lock = function, threading.Lock()
+        self.function = function
+        self.wanted = [k for k, each in enumerate(inputs) if trains and each.requires_grad]
         # not as parts of the graph that the call builds, nor as tensors of inference mode
         with torch.inference_mode(False), torch.enable_grad(), fused.for_eager_steps():
-            self.inputs = [torch.empty_like(each).copy_(each.detach()) for each in inputs]
-            self.wanted = [k for k, each in enumerate(inputs) if trains and each.requires_grad]
             with torch.no_grad():
-                self.outputs, self.forward = record(lambda: function(self.inputs))
-            self.grads: tuple[Tensor, ...] = ()
+                self.forward = Graph(function, inputs)
             if self.wanted:
-                self._record_backward()
-
-    def _record_backward(self) -> None:
-        outputs = self._differentiable(self.inputs)[0]
-        self.trained = [k for k, output in enumerate(outputs) if output.requires_grad]
-        self.grad_outputs = [torch.zeros_like(outputs[k]) for k in self.trained]
-
-        def work() -> tuple[Tensor, ...]:
-            outputs, leaves = self._differentiable(self.inputs)
-            return torch.autograd.grad([outputs[k] for k in self.trained], leaves, self.grad_outputs)
-
-        self.grads, self.backward = record(work)
-
-    def _differentiable(self, inputs: Sequence[Tensor]) -> tuple[tuple[Tensor, ...], list[Tensor]]:
-        leaves = [each.detach().requires_grad_(k in self.wanted) for k, each in enumerate(inputs)]
-        return self.function(leaves), [leaves[k] for k in self.wanted]
+                outputs = function(self._leaves(self.forward.inputs))
+                self.trained = [k for k, output in enumerate(outputs) if output.requires_grad]
+                grads = [torch.zeros_like(outputs[k]) for k in self.trained]
+                self.backward = Graph(self._recorded_gradients, [*self.forward.inputs, *grads])
 
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The function of ``inputs``, in tensors of its own."""
         if self.wanted and torch.is_grad_enabled():
             return _Recorded.apply(self, *inputs)
-        return self.values(inputs)
+        return self.forward(inputs)
 
-    def values(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        with self.lock, torch.no_grad():
-            self._load(self.inputs, inputs)
-            self.forward()
-            return tuple(output.clone() for output in self.outputs)
+    def gradients(
+        self, inputs: Sequence[Tensor], grads: Sequence[Tensor], *, create_graph: bool = False
+    ) -> tuple[Tensor, ...]:
+        """Of the inputs that are wanted, computed and not replayed. ``grads`` are those of the outputs that train."""
+        outputs = self.function(inputs)
+        wanted = [inputs[k] for k in self.wanted]
+        return torch.autograd.grad([outputs[k] for k in self.trained], wanted, grads, create_graph=create_graph)
 
-    def gradients(self, inputs: Sequence[Tensor], grad_outputs: Sequence[Tensor]) -> list[Tensor]:
-        """Of the inputs that are wanted, in tensors of their own."""
-        with self.lock, torch.no_grad():
-            self._load(self.inputs, inputs)
-            self._load(self.grad_outputs, grad_outputs)
-            self.backward()
-            return [grad.clone() for grad in self.grads]
+    def _recorded_gradients(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        split = len(tensors) - len(self.trained)
+        return self.gradients(self._leaves(tensors[:split]), tensors[split:])
 
-    @staticmethod
-    def _load(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-        for target, source in zip(targets, sources, strict=True):
-            target.copy_(source)
+    def _leaves(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        return [each.detach().requires_grad_(k in self.wanted) for k, each in enumerate(inputs)]
 
 
 class _Recorded(torch.autograd.Function):
@@ -150,24 +149,19 @@ class _Recorded(torch.autograd.Function):
     def forward(ctx: Any, recording: Recording, *inputs: Tensor) -> tuple[Tensor, ...]:
         ctx.recording = recording
         ctx.save_for_backward(*inputs)
-        outputs = recording.values(inputs)
-        fixed = [output for k, output in enumerate(outputs) if k not in recording.trained]
-        ctx.mark_non_differentiable(*fixed)
+        outputs = recording.forward(inputs)
+        ctx.mark_non_differentiable(*(output for k, output in enumerate(outputs) if k not in recording.trained))
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         recording, inputs = ctx.recording, ctx.saved_tensors
-        grad_outputs = [grads[k] for k in recording.trained]
+        trained = [grads[k] for k in recording.trained]
         if torch.is_grad_enabled():  # a gradient of the gradient is wanted
             with fused.for_eager_steps():
-                outputs = recording.function(inputs)
-            wanted = [inputs[k] for k in recording.wanted]
-            found: Sequence[Tensor] = torch.autograd.grad(
-                [outputs[k] for k in recording.trained], wanted, grad_outputs, create_graph=True
-            )
+                found = recording.gradients(inputs, trained, create_graph=True)
         else:
-            found = recording.gradients(inputs, grad_outputs)
+            found = recording.backward([*inputs, *trained])
         by_input = dict(zip(recording.wanted, found, strict=True))
         return None, *(by_input.get(k) for k in range(len(inputs)))
 
