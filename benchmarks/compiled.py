@@ -49,7 +49,7 @@ def count(method: str, shape: str, layers: int, dtype: torch.dtype) -> tuple[Cou
     with (
         config.patch(post_grad_custom_post_pass=see, force_disable_caches=True, compile_threads=1),
         patch.object(AsyncCompile, "cpp_pybinding", lambda *_: lambda *_: None),
-        patch.object(fused, "one_matrix_pays", lambda _: method.endswith(ON_GPU)),
+        patch.object(fused, "one_matrix_pays", lambda *_: method.endswith(ON_GPU)),
     ):
         torch.compile(model, dynamic=False)(**inputs(base, 2, 8)).loss.backward()
     first = get_compilation_metrics()[0]

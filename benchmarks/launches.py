@@ -115,7 +115,7 @@ def measure(method: str, shape: str, dtype: torch.dtype) -> dict[str, Any]:
         base = build_base(shape, device="cpu", dtype=dtype, layers=depth)
         floor = count(base, inputs(base, 2, 8))
         model = wrap(base, method.removesuffix(ON_GPU), shape)
-        with patch.object(fused, "one_matrix_pays", lambda _: method.endswith(ON_GPU), create=True):
+        with patch.object(fused, "one_matrix_pays", lambda *_: method.endswith(ON_GPU), create=True):
             found = count(model, inputs(base, 2, 8))
         modules.append(sum(hasattr(module, "base_layer") and hasattr(module, "scaling") for module in model.modules()))
         tensors = sum(parameter.requires_grad for parameter in model.parameters())

@@ -16,7 +16,15 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if DEVICE == "cuda" else [])]
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 # rows, width in, width out, rank: below one block, beyond one, over several chunks of rows and parts of columns
-SIZES = [(1, 16, 16, 1), (17, 70, 37, 5), (33, 129, 300, 8), (130, 2200, 130, 16), (700, 40, 90, 24), (2100, 24, 40, 8)]
+SIZES = [
+    (1, 16, 16, 1),
+    (1, 2200, 70, 5),
+    (17, 70, 37, 5),
+    (33, 129, 300, 8),
+    (130, 2200, 130, 16),
+    (700, 40, 90, 24),
+    (2100, 24, 40, 8),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -101,7 +109,9 @@ def test_an_input_without_gradient(dtype):
 
 @every_dtype
 @pytest.mark.parametrize(
-    "size", [(1, 16, 1, 16), (17, 70, 5, 20), (130, 2200, 8, 64), (700, 90, 24, 64), (2100, 40, 7, 33)], ids=str
+    "size",
+    [(1, 16, 1, 16), (1, 2200, 5, 20), (17, 70, 5, 20), (130, 2200, 8, 64), (700, 90, 24, 64), (2100, 40, 7, 33)],
+    ids=str,
 )
 def test_an_adapter(size, dtype):
     arguments = bottleneck(*size, dtype)

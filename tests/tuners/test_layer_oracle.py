@@ -143,7 +143,7 @@ def test_adp_is_a_bottleneck_with_biases(size, where, init_weights, kind, non_li
 @pytest.mark.parametrize("bias", [True, False])
 def test_adp_with_each_train_as_one_matrix(size, where, bias, monkeypatch):
     """As on a GPU outside of recorded graphs; see `fused.one_matrix_pays`."""
-    monkeypatch.setattr(fused, "one_matrix_pays", lambda _: True)
+    monkeypatch.setattr(fused, "one_matrix_pays", lambda *_: True)
     options = {"insert_before": ["lin"]} if where == "before" else {}
     model, layer = wrapped("adp", size, train_bias=bias, bottleneck_size=12, scaling=0.3, **options)
     assert [len(factors) for factors in layer.contracted("default")] == [3]

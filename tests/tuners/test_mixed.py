@@ -155,7 +155,7 @@ def test_adapters_of_a_mixed_batch_may_train_different_things(family, heads, tra
 @pytest.mark.parametrize("dense", [False, True])  # adp as on a GPU
 @pytest.mark.parametrize("where", ["after", "before"])
 def test_the_rows_of_a_mixed_batch_are_computed_together(method, dense, where, monkeypatch):
-    monkeypatch.setattr(fused, "one_matrix_pays", lambda _: dense)
+    monkeypatch.setattr(fused, "one_matrix_pays", lambda *_: dense)
     options = {"insert_before": ["o_proj"]} if (method, where) == ("adp", "before") else {}
     model, inputs = pair("llama", method, train_norms=False, tensor_rank=3, **options)
     model.double()

@@ -54,7 +54,7 @@ def test_layers_and_the_joint_contraction(method, options, one_matrix, trains, m
     base, _ = build("llama", "CAUSAL_LM")
     model = get_peft_model(base, config_for(method, task_type="CAUSAL_LM", **own)).to(DEVICE)
     monkeypatch.setattr(calls, "is_recorded", lambda: False)  # the mode looks like a recording
-    monkeypatch.setattr(fused, "one_matrix_pays", lambda like: one_matrix)
+    monkeypatch.setattr(fused, "one_matrix_pays", lambda *_: one_matrix)
     monkeypatch.setattr(contraction, "_are_plain", lambda tensors: True)
     layers = [module for module in model.modules() if isinstance(module, LorettaLayer)]
     joint = Contraction.of(base)

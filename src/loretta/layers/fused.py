@@ -25,24 +25,29 @@ if TYPE_CHECKING:
 
 # Below this size an eager step waits for the CPU, and a Triton launch takes more CPU time than a plain product (H200)
 MANY_NUMBERS = 2**24
+HALF = (torch.bfloat16, torch.float16)
 
 
 def pays(x_BI: Tensor) -> bool:
-    """Whether the fused functions beat their plain twins on ``x``: on a GPU, if captured or large."""
-    if not x_BI.is_cuda or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    """Whether the fused functions beat their plain twins on ``x``: on a GPU, if captured, or large and trained."""
+    if not x_BI.is_cuda or torch.compiler.is_compiling() or x_BI.dtype not in HALF:
         return False
-    if x_BI.dtype not in (torch.bfloat16, torch.float16) or not (x_BI.numel() >= MANY_NUMBERS or in_graph()):
-        return False
-    return not torch.is_autocast_enabled("cuda") and has_triton()
+    large = torch.is_grad_enabled() and x_BI.numel() >= MANY_NUMBERS
+    return (large or in_graph()) and not torch.is_autocast_enabled("cuda") and has_triton()
 
 
-def one_matrix_pays(like: Tensor) -> bool:
+def one_matrix_pays(like: Tensor, dtype: torch.dtype) -> bool:
     """Whether a bottleneck takes each of its trains as the one matrix that the train spells.
 
     That leaves two products of four forward, and five of eight backward. They do more arithmetic: an eager GPU, which
     waits for launches, has time for it, and a CPU has not; in recorded graphs the kernels here are faster.
+
+    Args:
+        dtype: of the activations.
     """
-    return like.is_cuda and (torch.compiler.is_compiling() or not (torch.is_grad_enabled() and in_graph()))
+    if not like.is_cuda or torch.compiler.is_compiling() or not in_graph():
+        return like.is_cuda
+    return not torch.is_grad_enabled() and (dtype not in HALF or torch.is_autocast_enabled("cuda"))
 
 
 def in_graph() -> bool:

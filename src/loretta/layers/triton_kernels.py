@@ -108,6 +108,59 @@ def _add_bottleneck(
 
 
 @triton.jit
+def _project_row(x, a, n_in, rank, RANK: tl.constexpr, IN: tl.constexpr):
+    """``x A`` of one row, in every program again: it takes less time than another launch."""
+    r, total = tl.arange(0, RANK), tl.zeros([IN, RANK], tl.float32)
+    for first in range(0, n_in, IN):
+        column = first + tl.arange(0, IN)
+        x_block = tl.load(x + column, mask=column < n_in, other=0.0).to(tl.float32)
+        total += x_block[:, None] * _load(a, column, r, n_in, rank, rank).to(tl.float32)
+    return tl.sum(total, axis=0)
+
+
+@triton.jit
+def _row_product(values, matrix, column, n_rows, n_columns, ROWS: tl.constexpr):
+    """A row of numbers times some columns of a small matrix."""
+    block = _load(matrix, tl.arange(0, ROWS), column, n_rows, n_columns, n_columns).to(tl.float32)
+    return tl.sum(values.to(tl.float32)[:, None] * block, axis=0)
+
+
+@triton.jit
+def _update_row(
+    x, a, b, y, h_out, n_in, n_out, rank,
+    RANK: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr,
+):  # fmt: skip
+    column, r = tl.program_id(0) * OUT + tl.arange(0, OUT), tl.arange(0, RANK)
+    h = _project_row(x, a, n_in, rank, RANK, IN).to(h_out.dtype.element_ty)
+    if tl.program_id(0) == 0:
+        tl.store(h_out + r, h, mask=r < rank)
+    before = tl.load(y + column, mask=column < n_out, other=0.0).to(tl.float32)
+    after = before + _row_product(h, b, column, rank, n_out, RANK)
+    tl.store(y + column, after.to(y.dtype.element_ty), mask=column < n_out)
+
+
+@triton.jit
+def _bottleneck_row(
+    y, left, one_left, mid, one_up, mid_up, up, out, t_out, u_out, width, inner_left, bottleneck, inner_up,
+    LEFT: tl.constexpr, MID: tl.constexpr, UP: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr,
+):  # fmt: skip
+    column = tl.program_id(0) * OUT + tl.arange(0, OUT)
+    c, b, d = tl.arange(0, LEFT), tl.arange(0, MID), tl.arange(0, UP)
+    dtype = out.dtype.element_ty
+    t = _project_row(y, left, width, inner_left, LEFT, IN)
+    t = (t + tl.load(one_left + c, mask=c < inner_left, other=0.0).to(tl.float32)).to(dtype)
+    z = _row_product(t, mid, b, inner_left, bottleneck, LEFT)
+    u = _row_product(tl.where(z < 0, 0.0, z).to(dtype), mid_up, d, bottleneck, inner_up, MID)
+    u = (u + tl.load(one_up + d, mask=d < inner_up, other=0.0).to(tl.float32)).to(dtype)
+    if tl.program_id(0) == 0:
+        tl.store(t_out + c, t, mask=c < inner_left)
+        tl.store(u_out + d, u, mask=d < inner_up)
+    before = tl.load(y + column, mask=column < width, other=0.0).to(tl.float32)
+    after = before + _row_product(u, up, column, inner_up, width, UP)
+    tl.store(out + column, after.to(dtype), mask=column < width)
+
+
+@triton.jit
 def _grad_of_right(
     g, b, h, h_parts, b_parts, n_rows, n_out, g_step, rank, chunk,
     ROWS: tl.constexpr, RANK: tl.constexpr, OUT: tl.constexpr,
@@ -186,7 +239,14 @@ def _sum_parts(parts, out, n_parts, length, BLOCK: tl.constexpr, PARTS: tl.const
 def add_update(x_BI: Tensor, a_IR: Tensor, b_RO: Tensor, y_BO: Tensor) -> Tensor:
     """Write ``y + (x A) B`` into y. Returns ``x A`` (B, R)."""
     (n_rows, rank), n_out = (len(x_BI), len(b_RO)), b_RO.shape[1]
-    parts, h_BR = project(x_BI, a_IR), x_BI.new_empty(n_rows, rank)
+    h_BR = x_BI.new_empty(n_rows, rank)
+    if n_rows == 1:
+        _update_row[(_ceil(n_out, _ROW_OUT),)](
+            x_BI, a_IR, b_RO, y_BO, h_BR, x_BI.shape[1], n_out, rank,
+            RANK=triton.next_power_of_2(rank), IN=_row_in(x_BI.shape[1]), OUT=_ROW_OUT, num_warps=_ROW_WARPS,
+        )  # fmt: skip
+        return h_BR
+    parts = project(x_BI, a_IR)
     rows, tiles, shares = _shares(n_rows, n_out)
     _add_update[(_ceil(n_rows, rows), shares)](
         parts, b_RO, y_BO, h_BR, len(parts), n_rows, n_out, y_BO.stride(0), rank, tiles,
@@ -199,8 +259,16 @@ def add_bottleneck(y_BH: Tensor, factors: tuple[Tensor, ...]) -> tuple[Tensor, T
     """``y + (one_D + relu((one_C + y L) M) N) U``, and the two small matrices t (B, C) and u (B, D) within."""
     one_C, left_HC, mid_Cb, one_D, mid_bD, up_DH = factors
     (n_rows, width), (inner_left, bottleneck), inner_up = y_BH.shape, mid_Cb.shape, mid_bD.shape[1]
-    parts, out_BH = project(y_BH, left_HC), y_BH.new_empty(n_rows, width)
+    out_BH = y_BH.new_empty(n_rows, width)
     t_BC, u_BD = y_BH.new_empty(n_rows, inner_left), y_BH.new_empty(n_rows, inner_up)
+    if n_rows == 1:
+        left, mid, inner = (triton.next_power_of_2(size) for size in (inner_left, bottleneck, inner_up))
+        _bottleneck_row[(_ceil(width, _ROW_OUT),)](
+            y_BH, left_HC, one_C, mid_Cb, one_D, mid_bD, up_DH, out_BH, t_BC, u_BD, width, inner_left, bottleneck,
+            inner_up, LEFT=left, MID=mid, UP=inner, IN=_row_in(width), OUT=_ROW_OUT, num_warps=_ROW_WARPS,
+        )  # fmt: skip
+        return out_BH, t_BC, u_BD
+    parts = project(y_BH, left_HC)
     rows, tiles, shares = _shares(n_rows, width)
     _add_bottleneck[(_ceil(n_rows, rows), shares)](
         parts, y_BH, one_C, mid_Cb, one_D, mid_bD, up_DH, out_BH, t_BC, u_BD,
@@ -214,7 +282,7 @@ def add_bottleneck(y_BH: Tensor, factors: tuple[Tensor, ...]) -> tuple[Tensor, T
 def project(x_BI: Tensor, a_IR: Tensor) -> Tensor:
     """``x A`` in parts (parts, B, R) of float32, R padded by zeros."""
     (n_rows, n_in), rank = x_BI.shape, a_IR.shape[1]
-    rows, columns = 64, 64
+    rows, columns = (64 if n_rows > 32 else 32), 64
     tiles = _ceil(n_in, columns)
     per_part = max(_ceil(tiles, MOST_PARTS), tiles * _ceil(n_rows, rows) // MANY)
     parts = x_BI.new_empty(_ceil(tiles, per_part), n_rows, _padded(rank), dtype=torch.float32)
@@ -283,6 +351,11 @@ def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 _OUT = 128
+_ROW_IN, _ROW_OUT, _ROW_WARPS = 2048, 64, 8  # where there is but one row, as in decoding
+
+
+def _row_in(n_in: int) -> int:
+    return min(_ROW_IN, triton.next_power_of_2(n_in))
 
 
 def _ceil(a: int, b: int) -> int:

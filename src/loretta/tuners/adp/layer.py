@@ -89,7 +89,7 @@ class AdpLinear(LorettaLayer):
 
         Or the three of `one_matrix_each`.
         """
-        if self._is_plain(adapter_name) and fused.one_matrix_pays(down[0]):
+        if self._is_plain(adapter_name) and fused.one_matrix_pays(down[0], self.working_dtype()):
             return one_matrix_each(down, up, *(biases or (None, None)))
         if not biases:
             return (*arranged(*down), *arranged(*up))
