@@ -161,6 +161,19 @@ def test_adp_with_each_train_as_one_matrix(size, where, bias, monkeypatch):
         assert_near("without gradients", model(x), ref)
 
 
+@pytest.mark.parametrize("rows", [1, 3])  # one row has kernels of its own
+@pytest.mark.parametrize("method", ["rep", "adp"])
+def test_the_fused_kernels_serve_without_gradients(method, rows, monkeypatch):
+    """As decoding steps in a CUDA graph do; see `fused.pays`."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    model, _ = wrapped(method, (67, 67))
+    x = randn(rows, 67, seed=5)
+    ref, model = model(x), model.float()
+    monkeypatch.setattr(fused, "pays", lambda x_BI: True)
+    with torch.no_grad():
+        assert_near("y", model(x.float()), ref)
+
+
 # Scaling
 
 
