@@ -184,3 +184,16 @@ def test_what_a_model_went_past_is_not_merged_into():
     told(trained(model), x)
     with pytest.raises(InputError, match=r"cannot merge into 'blocks.a.leave', whose weight the model reads"):
         model.merge_adapter()
+
+
+@every_method
+def test_dynamo_finds_the_hooks_of_a_model_in_the_order_in_which_they_run(method):
+    """Torch 2.11 traces them in that order, and compiles guards for the order in which they were put there."""
+    base, _ = build("llama", "CAUSAL_LM")
+    base.register_forward_pre_hook(lambda module, args: None)
+    model = get_peft_model(base, config_for(method, task_type="CAUSAL_LM"))
+    model.add_adapter("second", config_for(method, task_type="CAUSAL_LM"))
+    hooks = model.get_base_model()._forward_pre_hooks
+    assert next(iter(hooks.values())).__qualname__ == "Watch.begin"
+    assert len(hooks) == 3
+    assert list(dict.keys(hooks)) == list(hooks)

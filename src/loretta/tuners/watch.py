@@ -30,8 +30,13 @@ class Watch:
     def attach(cls, model: nn.Module) -> None:
         """Watch the next calls of ``model``. Earlier ones, with fewer adapters, do not count."""
         cls.detach(model)
-        watch = cls()
-        model.register_forward_pre_hook(watch.begin, prepend=True)  # before the trains are contracted
+        watch, hooks = cls(), model._forward_pre_hooks
+        others = list(hooks)
+        model.register_forward_pre_hook(watch.begin)
+        # Before the trains are contracted. Where ``prepend`` moves a hook to, torch 2.11 compiles guards that look at
+        # another hook: it reads hooks in the order in which they were put there.
+        for key in others:
+            hooks[key] = hooks.pop(key)
         model.register_forward_hook(watch.end, always_call=True)
 
     @classmethod
