@@ -195,7 +195,8 @@ class LorettaUpdateConfig(LorettaConfig):
         use_rslora: scale by ``lora_alpha / sqrt(tensor_rank)`` instead.
         lora_dropout: dropout on the input of the update.
         alpha_pattern: ``lora_alpha`` for single modules, as ``rank_pattern``.
-        fan_in_fan_out: accepted for compatibility with LoRA; the layer's type decides.
+        fan_in_fan_out: has no effect, for the layer's type decides. Configs written for LoRA give it and every saved
+            adapter holds it: if it were no option, PEFT would warn of each as one of a later version.
     """
 
     lora_alpha: float = 16
