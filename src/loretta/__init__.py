@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from loretta.tuners.rep import LorettaRepConfig, LorettaRepModel
     from loretta.tuners.shared import LorettaSharedConfig, LorettaSharedModel
 
-# the imports above once more, for programs that run
+# the imports above once more, for programs: those serve type checkers alone
 _HOMES = {
     "AdaptiveRanks": "loretta.training.adaptive_ranks",
     "CudaGraphTrainer": "loretta.training.graphs",
@@ -75,7 +75,7 @@ __all__ = [
     "serving",
 ]
 
-if not TYPE_CHECKING:  # which would take any name for one of this package
+if not TYPE_CHECKING:  # a type checker would accept any name
     __getattr__ = lazy_attributes(__name__, _HOMES)
 
 

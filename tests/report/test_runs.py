@@ -58,6 +58,7 @@ def test_the_rest_of_the_page_says_it_too():
     assert got.texts["dd"][3:6] == ["66,477 train + 872 validation", "cpu", "accuracy on validation, higher is better"]
     assert got.texts["li"] == ["first note", "second note"]
     assert got.texts["pre.command"] == [one.command]
+    assert page(record(selected_by="loss")).texts["dd"][5] == "loss on validation, lower is better"
     assert json.loads(got.texts["pre.config"][0]) == one.config
     assert dict(zip(got.texts["dt"][-2:], got.texts["dd"][-2:], strict=True)) == one.versions
     assert page(one, title="Mine").texts["h1"] == ["Mine"]

@@ -5,26 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
+from loretta.cli import study as of_study
 from loretta.cli.options import Json, run_options
-from loretta.cli.study import (
-    OF_THE_DATA,
-    DryRun,
-    Jobs,
-    PopulationSize,
-    Rates,
-    Ray,
-    RayGpus,
-    Search,
-    Seeds,
-    Sets,
-    Sweep,
-    Tries,
-    carry_out,
-    ranks_of,
-    run_settings,
-    sweep_options,
-    words,
-)
 from loretta.studies.study import OF_EACH_RUN
 
 
@@ -34,18 +16,18 @@ def compare(
     methods: Annotated[str, typer.Option(help="Methods of `loretta train`.")] = "lora,loretta_adp,loretta_rep,ia3",
     model: Annotated[str | None, typer.Option(help="Hub id or folder; default: the demo's encoder.")] = None,
     ranks: Annotated[str | None, typer.Option(help="Ranks of the methods that have one: 2,5,10.")] = None,
-    seeds: Seeds = 5,
+    seeds: of_study.Seeds = 5,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the runs.")] = Path("runs/compare"),
-    jobs: Jobs = 1,
-    population: PopulationSize = "auto",
-    ray: Ray = None,
-    ray_gpus: RayGpus = None,
-    sweep: Sweep = False,
-    search: Search = None,
-    tries: Tries = None,
-    rates: Rates = None,
-    dry_run: DryRun = False,
-    sets: Sets = None,
+    jobs: of_study.Jobs = 1,
+    population: of_study.PopulationSize = "auto",
+    ray: of_study.Ray = None,
+    ray_gpus: of_study.RayGpus = None,
+    sweep: of_study.Sweep = False,
+    search: of_study.Search = None,
+    tries: of_study.Tries = None,
+    rates: of_study.Rates = None,
+    dry_run: of_study.DryRun = False,
+    sets: of_study.Sets = None,
     as_json: Json = False,
     **given: Any,
 ) -> None:
@@ -54,11 +36,11 @@ def compare(
     from loretta.studies.compare import check_data, comparison
     from loretta.studies.configs import Options
 
-    columns = {name: given.pop(name) for name in OF_THE_DATA}
+    columns = {name: given.pop(name) for name in of_study.OF_THE_DATA}
     study = comparison(
         data,
-        words("--methods", methods),
-        ranks=ranks_of(ranks),
+        of_study.words("--methods", methods),
+        ranks=of_study.ranks_of(ranks),
         seeds=seeds or 5,
         settings={key: value for key, value in columns.items() if value is not None},
     )
@@ -68,9 +50,9 @@ def compare(
         limit=given.pop("limit"),
         data_dir=given.pop("data_dir"),
         cpu=bool(given.pop("cpu")),
-        **sweep_options(sweep, search, rates, tries),
-        sets=run_settings(given, sets),
+        **of_study.sweep_options(sweep, search, rates, tries),
+        sets=of_study.run_settings(given, sets),
     )
     check_data(study, options, output)
     where: Any = {"jobs": jobs, "population": population, "ray": ray, "ray_gpus": ray_gpus}
-    carry_out(study, options, output, dry_run=dry_run, as_json=as_json, **where)
+    of_study.carry_out(study, options, output, dry_run=dry_run, as_json=as_json, **where)

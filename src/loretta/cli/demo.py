@@ -24,9 +24,9 @@ from loretta.wording import as_text
 
 DEMO = "demo.json"  # the last file to be written
 
-# The best on validation of those that benchmarks/learning_rates.py tried (3 seeds, benchmarks/results/); compact has
-# that of `loretta train`. The final layer is the same for all methods and learns at one rate beside an adapter; alone
-# it likes a higher one.
+# Each rate was the best on validation of those that benchmarks/learning_rates.py tried (3 seeds, benchmarks/results/);
+# compact has that of `loretta train`. The final layer is the same for all methods and has one rate beside an adapter;
+# trained alone it does better with a higher one.
 HEAD_LEARNING_RATE = 0.1
 LEARNING_RATES = {"compact": 1.5e-3, "adp": 2e-3, "rep": 2e-3, "lora": 2e-3, "norms": 2e-3, "head": 0.3}
 LABELS = {
@@ -73,7 +73,7 @@ def run_config(method: str, folder: Path, *, quick: bool, model: str | None = No
         epochs=1 if quick else 4,
         limit=400 if quick else None,
         batch_size=16,
-        eval_batch_size=16,  # less padding: rows are not sorted by length
+        eval_batch_size=16,  # small, for less padding: rows are not sorted by length
         max_length=48,
         learning_rate=LEARNING_RATES[method],
         head_learning_rate=HEAD_LEARNING_RATE if method != "head" else None,
@@ -120,9 +120,9 @@ def run_demo(folder: Path, *, quick: bool = False, show: bool = True) -> dict[st
 
 
 def _claim(folder: Path) -> None:
-    """Make the folder, or take that of an earlier demo, whose runs then stay until each is replaced.
+    """Make the folder, or take over that of an earlier demo, whose runs stay until each is replaced.
 
-    Raises InputError where it holds anything else.
+    Raises InputError where the folder holds anything else.
     """
     if not is_free(folder):
         if DEMO not in read_list(folder):

@@ -35,7 +35,7 @@ def execute(
             "loretta exec needs a program: name a console script, as in `loretta exec lm_eval`, or a module after -m"
         )
     command = [sys.executable, "-m", *program] if module else [_found(program[0]), *program[1:]]
-    # each Python that starts runs the sitecustomize.py there
+    # every Python process runs the sitecustomize.py there when it starts
     path = os.pathsep.join(filter(None, (str(Path(__file__).parent / "children"), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "PYTHONPATH": path}
     if os.name == "nt":  # there a process cannot be replaced, and the shell would not wait

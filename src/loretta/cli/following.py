@@ -1,4 +1,4 @@
-"""What a study tells as it goes, on standard error: a bar on a terminal, a line now and then elsewhere."""
+"""The progress of a study on standard error: a bar on a terminal, a line now and then elsewhere."""
 
 import re
 import threading
@@ -13,7 +13,7 @@ from loretta import wording
 if TYPE_CHECKING:
     from loretta.studies.execution import Outcome
 
-# of a run's log: what loretta.training.progress and loretta.population.loop print
+# a line of progress in a run's log, as loretta.training.progress and loretta.population.loop print it
 STEP = re.compile(r"^.*\bstep [\d,]+(?: of |/)[\d,]+.*$", re.MULTILINE)
 ON_A_TERMINAL, ELSEWHERE = 1.0, 15.0  # seconds between two looks at the logs
 TAIL = 4096  # bytes of a log that are read
@@ -21,7 +21,7 @@ TAIL = 4096  # bytes of a log that are read
 
 @contextmanager
 def following(root: Path, *, jobs: int) -> Iterator[Any]:
-    """Gives the runner's ``watch``; while the block runs, what the logs of the running runs say is told too."""
+    """Gives the ``watch`` for the runner. While the block runs, it also shows how far the logs of the runs are."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     console = wording.console(stderr=True, soft_wrap=True, highlight=False)
@@ -70,7 +70,7 @@ def following(root: Path, *, jobs: int) -> Iterator[Any]:
 
 
 def last_step(root: Path, folder: str) -> str | None:
-    """The last line of a run's log that says how far it is."""
+    """The last line of progress in a run's log; None where there is none."""
     path = root / f"{folder}.log"
     try:
         with path.open("rb") as log:

@@ -82,7 +82,7 @@ def main() -> None:
     try:
         app(prog_name="loretta")
     except InputError as error:
-        if processes.is_first():  # the others came to the same
+        if processes.is_first():  # all processes fail alike, so one of them speaks
             print(f"loretta: {printable(error)}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Whether the Hub can be reached: where it cannot, libraries ask for it again and again, half a minute each time."""
+"""Whether the Hub can be reached. Where it cannot, libraries retry again and again, half a minute each time."""
 
 import os
 import queue
@@ -12,15 +12,15 @@ PATIENCE = 3.0  # seconds
 
 
 def go_offline_without_network() -> None:
-    """Where the Hub is out of reach, have the libraries that are imported from now on use what is on this machine.
+    """Where the Hub is out of reach, tell libraries that are imported later to use only what is on this machine.
 
-    Nothing happens where the user has said so already, or where a proxy is between.
+    Nothing happens where the user has set this already, or where the way to the Hub leads through a proxy.
     """
     if OFFLINE in os.environ or urllib.request.getproxies():
         return
     address = urlsplit(os.environ.get("HF_ENDPOINT") or "https://huggingface.co")
     reached: queue.Queue[bool] = queue.Queue()
-    # a thread, because to look up a name takes as long as the system likes
+    # in a thread, because looking up a name has no timeout
     threading.Thread(target=lambda: reached.put(_answers(address)), daemon=True).start()
     try:
         is_there = reached.get(timeout=PATIENCE)

@@ -35,9 +35,9 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an ea
 def run_options(
     *, but: Collection[str] = (), defaults: bool = True
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a verb, in place of its ``**given``, an option for each field of RunConfig except ``but``.
+    """Replace the ``**given`` of a verb by an option for each field of RunConfig except ``but``.
 
-    An option that is not given is None. ``defaults`` of RunConfig are shown where they are what the verb takes.
+    An option that is not given is None. With ``defaults`` the help shows RunConfig's, if the verb takes these.
     """
 
     def with_options(verb: Callable[..., None]) -> Callable[..., None]:
@@ -58,7 +58,7 @@ def _parameter(name: str, field: FieldInfo, group: str, defaults: bool) -> inspe
         flags.append("-o")
     if kind is bool:
         flags = [f"{flag}/--no-{flag.removeprefix('--')}" for flag in flags]
-    # None, False and {} are what one expects of an option that is left out
+    # nobody needs to read that an option is off by default: None, False, {}
     default = f" [default: {field.default}]" if defaults and field.default and not field.is_required() else ""
     option = typer.Option(
         *flags,
@@ -76,7 +76,7 @@ def _flag(name: str) -> str:
 
 
 def _type_of(hint: Any) -> tuple[type, tuple[str, ...]]:
-    """The type that a command line reads a field as, and the words it may be. RunConfig itself checks the rest."""
+    """The type of a field on the command line, and the words it may be. RunConfig itself checks the value."""
     if get_origin(hint) in (Union, types.UnionType):
         hint = next(part for part in get_args(hint) if part is not type(None))
     if get_origin(hint) is Literal:
@@ -84,7 +84,7 @@ def _type_of(hint: Any) -> tuple[type, tuple[str, ...]]:
     return (hint, ()) if hint in (bool, int, float) else (str, ())
 
 
-# what other programs call an option
+# names of options in other programs -> ours
 ELSEWHERE = {
     "--dataset": "--data", "--train-file": "--data", "--model-name": "--model", "--model-name-or-path": "--model",
     "--base-model": "--model", "--output-dir": "--output", "--out": "--output", "--num-epochs": "--epochs",
@@ -101,7 +101,7 @@ ELSEWHERE = {
 }  # fmt: skip
 
 
-# verb -> the mend where the memory is too small for it or for the runs that it starts
+# verb -> what to do where the memory is too small for it or for the runs that it starts
 WITH_LESS_MEMORY = {
     "eval": "give --cpu",
     "predict": "give --cpu, shorter texts or fewer --max-new-tokens",
@@ -114,17 +114,17 @@ WITH_LESS_MEMORY = {
 
 
 class Command(TyperCommand):
-    """A verb whose ``--help`` lists its options in groups, and that knows what other programs call them.
+    """A verb whose ``--help`` lists options in groups, and that suggests ours for the names of other programs.
 
-    One that is stopped, or has too little memory, says so and how to go on.
+    When it is stopped or out of memory it says so in one sentence, and how to go on.
     """
 
     def invoke(self, ctx: Any) -> Any:
-        # here, because typer takes all of them for an interrupt, and says nothing
+        # caught here, because typer would treat each of them as an interrupt and print nothing
         try:
             return self._invoke(ctx)
         except Stopped as stopped:
-            # of several processes all came to it, but for memory that one of them lacks
+            # all processes of a run stop together, so the first one speaks; only one of them may be out of memory
             if processes.is_first() or isinstance(stopped, OutOfMemory):
                 print(f"loretta: {printable(stopped)}", file=sys.stderr)
             raise typer.Exit(stopped.exit_status) from None
@@ -147,7 +147,7 @@ class Command(TyperCommand):
         try:
             return super().parse_args(ctx, args)
         except Exception as error:
-            # the class of it is typer's own or click's, by version
+            # by typer's version the error is of its own class or of click's
             ours = ELSEWHERE.get(str(getattr(error, "option_name", "")).replace("_", "-"))
             known = {flag for option in self.params for flag in option.opts}
             if ours is not None and hasattr(error, "possibilities") and ours.split()[0] in known:

@@ -16,12 +16,12 @@ from loretta.wording import as_json
 if TYPE_CHECKING:
     from rich.console import Console
 
-# standard output while --json keeps it free
+# the real standard output while --json sends what is printed to standard error
 _answers: TextIO | None = None
 
 
 def answer_json(ctx: typer.Context, as_json: bool) -> bool:
-    """Callback of ``--json``: whatever a library prints from now on goes to standard error."""
+    """Callback of ``--json``: from now on, what libraries print goes to standard error."""
     if as_json and not ctx.resilient_parsing:
         ctx.with_resource(_answers_alone())
     return as_json
@@ -39,18 +39,18 @@ def _answers_alone() -> Iterator[None]:
 
 
 def print_json(content: Any) -> None:
-    """The one document. A number that JSON has no word for (NaN, infinity) is null."""
+    """Print the one document. NaN and infinity, for which JSON has no word, become null."""
     answer(as_json(content))
 
 
 def answer(text: str) -> None:
-    """Print on standard output, also while ``--json`` keeps it free."""
+    """Print on standard output, also while ``--json`` redirects what is printed."""
     print(text, end="", file=_answers)
 
 
 def quiet_libraries() -> None:
-    """Leave out warnings of the libraries that are not for a user, in this process."""
-    # deprecations inside the libraries are for their authors; PEFT warns of layers that it then handles
+    """Filter warnings of libraries that are not for a user, in this process."""
+    # deprecations within the libraries concern their authors, and PEFT warns of layers that it then handles
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     warnings.filterwarnings("ignore", message="Unsupported layer type", module="peft")
 
@@ -61,13 +61,13 @@ def scores(values: Mapping[str, float]) -> str:
 
 
 def console() -> "Console":
-    """Standard output for tables: in a file or a pipe they are not cut to 80 columns."""
+    """Standard output for tables, which in a file or a pipe are not cut to 80 columns."""
     terminal = wording.console(highlight=False)
     return terminal if terminal.is_terminal else wording.console(highlight=False, width=200)
 
 
 def say(text: object, *, err: bool = False) -> None:
-    """Print a line or several, where names and words of others are spelled so that they cannot steer a terminal."""
+    """Print lines. Control characters are spelled out, so that names and words of others cannot steer a terminal."""
     typer.echo(wording.spelled(text), err=err)
 
 

@@ -81,7 +81,7 @@ def predict(
 
 
 def _all_columns(file: Path, separator: str | None) -> dict[str, list[Any]]:
-    """The table, a CSV or TSV with the ``separator`` of the run's own data."""
+    """All columns of a table; a CSV or TSV is read with the ``separator`` of the run's own data."""
     from loretta.tasks.read import SEPARATORS, ending
     from loretta.tasks.sources import column_names, find_files, read_columns
 
@@ -98,7 +98,7 @@ def _of_pairs(text: list[str], text_pair: list[str] | None) -> list[list[str]]:
 
 @contextmanager
 def _holding(output: Path | None, file: Path | None, *, overwrite: bool) -> Iterator[None]:
-    """Before the model is loaded: that the file can be written, and no other process does so until the block ends."""
+    """Check that ``output`` can be written, and lock it until the block ends: loading the model takes long."""
     if output is None:
         yield
         return

@@ -5,30 +5,13 @@ from typing import Annotated, Any
 
 import typer
 
+from loretta.cli import study as of_study
 from loretta.cli.options import Json, run_options
 from loretta.cli.output import print_json, say
-from loretta.cli.study import (
-    OF_THE_DATA,
-    DryRun,
-    Jobs,
-    PopulationSize,
-    Rates,
-    Ray,
-    RayGpus,
-    Search,
-    Seeds,
-    Sets,
-    Sweep,
-    Tries,
-    carry_out,
-    run_settings,
-    sweep_options,
-    words,
-)
 from loretta.studies.study import OF_EACH_RUN
 
 
-@run_options(but=[*OF_EACH_RUN, *OF_THE_DATA], defaults=False)
+@run_options(but=[*OF_EACH_RUN, *of_study.OF_THE_DATA], defaults=False)
 def reproduce(
     target: Annotated[str | None, typer.Argument(help="table1, figure4, ...; without it they are listed.")] = None,
     model: Annotated[
@@ -36,20 +19,20 @@ def reproduce(
     ] = None,
     tasks: Annotated[str | None, typer.Option(help="Some of the study's tasks: mrpc,rte.")] = None,
     methods: Annotated[str | None, typer.Option(help="Rows of the study or any method: loretta_adp,lora.")] = None,
-    seeds: Seeds = None,
+    seeds: of_study.Seeds = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the runs.")] = Path("runs"),
-    jobs: Jobs = 1,
-    population: PopulationSize = "auto",
-    ray: Ray = None,
-    ray_gpus: RayGpus = None,
-    sweep: Sweep = False,
-    search: Search = None,
-    tries: Tries = None,
+    jobs: of_study.Jobs = 1,
+    population: of_study.PopulationSize = "auto",
+    ray: of_study.Ray = None,
+    ray_gpus: of_study.RayGpus = None,
+    sweep: of_study.Sweep = False,
+    search: of_study.Search = None,
+    tries: of_study.Tries = None,
     batches: Annotated[bool, typer.Option("--sweep-batches", help="Sweep over the grid's batch sizes too.")] = False,
-    rates: Rates = None,
+    rates: of_study.Rates = None,
     orders: Annotated[bool, typer.Option("--orders", help="Train a sequence (table4) in every order.")] = False,
-    dry_run: DryRun = False,
-    sets: Sets = None,
+    dry_run: of_study.DryRun = False,
+    sets: of_study.Sets = None,
     as_json: Json = False,
     **given: Any,
 ) -> None:
@@ -70,16 +53,16 @@ def reproduce(
 
     options = Options(
         models=tuple(model or ()),
-        tasks=words("--tasks", tasks),
-        methods=words("--methods", methods),
+        tasks=of_study.words("--tasks", tasks),
+        methods=of_study.words("--methods", methods),
         seeds=seeds,
         limit=given.pop("limit"),
         data_dir=given.pop("data_dir"),
         cpu=bool(given.pop("cpu")),
-        **sweep_options(sweep, search, rates, tries),
+        **of_study.sweep_options(sweep, search, rates, tries),
         batches=batches,
         orders=orders,
-        sets=run_settings(given, sets),
+        sets=of_study.run_settings(given, sets),
     )
     where: Any = {"jobs": jobs, "population": population, "ray": ray, "ray_gpus": ray_gpus}
-    carry_out(load_study(target), options, output, dry_run=dry_run, as_json=as_json, **where)
+    of_study.carry_out(load_study(target), options, output, dry_run=dry_run, as_json=as_json, **where)

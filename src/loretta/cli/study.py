@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from loretta.studies.runner import Summary
     from loretta.studies.study import Study
 
-# which rows and columns of a user's own data
+# options that say which rows and columns of a user's own data are read
 OF_THE_DATA = ("text", "text_pair", "label", "kind", "validation", "test", "separator", "split")
 
 Seeds = Annotated[int | None, typer.Option(min=1, help="How many seeds, from 0 on.")]
@@ -83,10 +83,10 @@ Sets = Annotated[
 
 
 def run_settings(given: Mapping[str, Any], sets: Sequence[str] | None) -> dict[str, Any]:
-    """Options of every run: those given as options of their own, then those after ``--set``."""
+    """Options of every run: those given by their own flags, then those after ``--set``."""
     settings = {key: value for key, value in given.items() if value is not None}
     settings |= {ALIASES.get(key, key): value for key, value in map(parse_option, sets or [])}
-    # a study computes with its options before a run reads them
+    # read here, because a study computes with it before a run reads its options
     return settings | ({"sample": read_sample(settings["sample"])} if "sample" in settings else {})
 
 
@@ -110,7 +110,7 @@ def learning_rates(given: str | None) -> tuple[float, ...]:
 
 
 def sweep_options(sweep: bool, search: str | None, rates: str | None, tries: Sequence[str] | None) -> dict[str, Any]:
-    """The fields of Options that say what is swept over, and how."""
+    """The fields of Options for a sweep: what it tries, and how."""
     if search not in (None, "grid", "halving"):
         raise InputError(f"--search {search!r} is unknown: write grid or halving")
     values: dict[str, tuple[Any, ...]] = {}
@@ -155,7 +155,7 @@ def carry_out(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Run a study, or with ``dry_run`` say what would run, and print it."""
+    """Run a study and print its results; with ``dry_run`` print what would run."""
     together = population_size(population)
     if dry_run:
         _dry_run(study, options, root, as_json=as_json)
@@ -233,7 +233,7 @@ def _dry_run(study: "Study", options: "Options", root: Path, *, as_json: bool) -
     printed = {}
     for run in expansion.runs:
         row = find_row(study, run.row, run.model)
-        # the paper's count is of the paper's model
+        # the paper's count holds for the paper's model alone
         printed[run.model, run.row] = row.parameters if row and row.model == run.model else None
     console().print(estimate_table(estimates, printed, f"{study.name}: {study.title}"))
     say(f"{len(expansion.runs)} runs ({finished} finished), {steps or 0:,} steps, about {duration(seconds)} one by one")

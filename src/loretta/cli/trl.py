@@ -12,7 +12,7 @@ from loretta.wording import nearest, one_line, quoted
 if TYPE_CHECKING:
     from trl import ModelConfig
 
-# the commands of TRL that train one model, and have it as --model_name_or_path
+# the commands of TRL that train one model, which --model_name_or_path names
 COMMANDS = ("sft", "dpo", "kto", "grpo", "rloo", "reward")
 
 

@@ -181,7 +181,9 @@ def facts_of(records: Sequence[RunRecord]) -> dict[str, str]:
     """What was run on what, for the top of a page: heading -> words."""
 
     def direction(record: RunRecord) -> str:
-        return f"{record.metric} on validation, {'higher' if record.higher_is_better else 'lower'} is better"
+        name = "loss" if record.selected_by == "loss" else record.metric
+        higher = record.higher_is_better and name != "loss"
+        return f"{name} on validation, {'higher' if higher else 'lower'} is better"
 
     def sizes(record: RunRecord) -> str:
         return " + ".join(f"{count:,} {split}" for split, count in record.sizes.items())

@@ -1,7 +1,7 @@
-"""What `loretta exec` has every Python process that it starts run first: registers the methods with PEFT.
+"""Registers the methods with PEFT in every Python process that `loretta exec` starts.
 
-Python imports the first module of this name on its path when it starts. The folder of this one is put first there, so
-it runs the one that it hides.
+Python imports the first module of this name on its path when it starts. `loretta exec` puts the folder of this one
+first, so this one also runs the module that it hides.
 """
 
 import importlib.util
