@@ -119,9 +119,10 @@ def _project_row(x, a, n_in, rank, RANK: tl.constexpr, IN: tl.constexpr):
 
 
 @triton.jit
-def _row_product(values, block):
-    """A row of numbers times a block of a small matrix, which was loaded before the numbers were known."""
-    return tl.sum(values.to(tl.float32)[:, None] * block.to(tl.float32), axis=0)
+def _row_product(values, matrix, column, n_rows, n_columns, ROWS: tl.constexpr):
+    """A row of numbers times some columns of a small matrix."""
+    block = _load(matrix, tl.arange(0, ROWS), column, n_rows, n_columns, n_columns).to(tl.float32)
+    return tl.sum(values.to(tl.float32)[:, None] * block, axis=0)
 
 
 @triton.jit
@@ -130,12 +131,12 @@ def _update_row(
     RANK: tl.constexpr, IN: tl.constexpr, OUT: tl.constexpr,
 ):  # fmt: skip
     column, r = tl.program_id(0) * OUT + tl.arange(0, OUT), tl.arange(0, RANK)
-    right = _load(b, r, column, rank, n_out, n_out)
-    before = tl.load(y + column, mask=column < n_out, other=0.0).to(tl.float32)
     h = _project_row(x, a, n_in, rank, RANK, IN).to(h_out.dtype.element_ty)
     if tl.program_id(0) == 0:
         tl.store(h_out + r, h, mask=r < rank)
-    tl.store(y + column, (before + _row_product(h, right)).to(y.dtype.element_ty), mask=column < n_out)
+    before = tl.load(y + column, mask=column < n_out, other=0.0).to(tl.float32)
+    after = before + _row_product(h, b, column, rank, n_out, RANK)
+    tl.store(y + column, after.to(y.dtype.element_ty), mask=column < n_out)
 
 
 @triton.jit
@@ -146,19 +147,17 @@ def _bottleneck_row(
     column = tl.program_id(0) * OUT + tl.arange(0, OUT)
     c, b, d = tl.arange(0, LEFT), tl.arange(0, MID), tl.arange(0, UP)
     dtype = out.dtype.element_ty
-    right = _load(up, d, column, inner_up, width, width)
-    down = _load(mid, c, b, inner_left, bottleneck, bottleneck)
-    back = _load(mid_up, b, d, bottleneck, inner_up, inner_up)
-    one_c = tl.load(one_left + c, mask=c < inner_left, other=0.0).to(tl.float32)
-    one_d = tl.load(one_up + d, mask=d < inner_up, other=0.0).to(tl.float32)
-    before = tl.load(y + column, mask=column < width, other=0.0).to(tl.float32)
-    t = (_project_row(y, left, width, inner_left, LEFT, IN) + one_c).to(dtype)
-    z = _row_product(t, down)
-    u = (_row_product(tl.where(z < 0, 0.0, z).to(dtype), back) + one_d).to(dtype)
+    t = _project_row(y, left, width, inner_left, LEFT, IN)
+    t = (t + tl.load(one_left + c, mask=c < inner_left, other=0.0).to(tl.float32)).to(dtype)
+    z = _row_product(t, mid, b, inner_left, bottleneck, LEFT)
+    u = _row_product(tl.where(z < 0, 0.0, z).to(dtype), mid_up, d, bottleneck, inner_up, MID)
+    u = (u + tl.load(one_up + d, mask=d < inner_up, other=0.0).to(tl.float32)).to(dtype)
     if tl.program_id(0) == 0:
         tl.store(t_out + c, t, mask=c < inner_left)
         tl.store(u_out + d, u, mask=d < inner_up)
-    tl.store(out + column, (before + _row_product(u, right)).to(dtype), mask=column < width)
+    before = tl.load(y + column, mask=column < width, other=0.0).to(tl.float32)
+    after = before + _row_product(u, up, column, inner_up, width, UP)
+    tl.store(out + column, after.to(dtype), mask=column < width)
 
 
 @triton.jit
@@ -244,7 +243,7 @@ def add_update(x_BI: Tensor, a_IR: Tensor, b_RO: Tensor, y_BO: Tensor) -> Tensor
     if n_rows == 1:
         _update_row[(_ceil(n_out, _ROW_OUT),)](
             x_BI, a_IR, b_RO, y_BO, h_BR, x_BI.shape[1], n_out, rank,
-            RANK=triton.next_power_of_2(rank), OUT=_ROW_OUT, **_row_in(x_BI.shape[1]),
+            RANK=triton.next_power_of_2(rank), IN=_row_in(x_BI.shape[1]), OUT=_ROW_OUT, num_warps=_ROW_WARPS,
         )  # fmt: skip
         return h_BR
     parts = project(x_BI, a_IR)
@@ -266,7 +265,7 @@ def add_bottleneck(y_BH: Tensor, factors: tuple[Tensor, ...]) -> tuple[Tensor, T
         left, mid, inner = (triton.next_power_of_2(size) for size in (inner_left, bottleneck, inner_up))
         _bottleneck_row[(_ceil(width, _ROW_OUT),)](
             y_BH, left_HC, one_C, mid_Cb, one_D, mid_bD, up_DH, out_BH, t_BC, u_BD, width, inner_left, bottleneck,
-            inner_up, LEFT=left, MID=mid, UP=inner, OUT=_ROW_OUT, **_row_in(width),
+            inner_up, LEFT=left, MID=mid, UP=inner, IN=_row_in(width), OUT=_ROW_OUT, num_warps=_ROW_WARPS,
         )  # fmt: skip
         return out_BH, t_BC, u_BD
     parts = project(y_BH, left_HC)
@@ -352,13 +351,11 @@ def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 _OUT = 128
-_ROW_OUT = 64  # where there is but one row, as in decoding
+_ROW_IN, _ROW_OUT, _ROW_WARPS = 2048, 64, 8  # where there is but one row, as in decoding
 
 
-def _row_in(n_in: int) -> dict[str, int]:
-    """How many numbers of one row are read at once, and by how many warps: 16 read 4096 sooner than 8 do."""
-    block = min(4096, triton.next_power_of_2(n_in))
-    return {"IN": block, "num_warps": 16 if block == 4096 else 8}
+def _row_in(n_in: int) -> int:
+    return min(_ROW_IN, triton.next_power_of_2(n_in))
 
 
 def _ceil(a: int, b: int) -> int:
