@@ -73,6 +73,7 @@ BY_OWNER = {
         "_parser": PRESENT,
     },
     "torch.Tensor": {
+        "_base": PRESENT,
         "_version": PRESENT,
     },
     "torch.autograd.forward_ad": {
@@ -109,7 +110,11 @@ BY_OWNER = {
         "_forward_hooks_always_called": PRESENT,
         "_forward_pre_hooks": PRESENT,
         "_is_replica": PRESENT,
+        "_load_from_state_dict": (
+            "(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)"
+        ),
         "_modules": PRESENT,
+        "_non_persistent_buffers_set": PRESENT,
         "_parameters": PRESENT,
         "_save_to_state_dict": "(self, destination, prefix, keep_vars)",
     },
@@ -170,6 +175,7 @@ OWNERS = {
     "_adapters": "peft.utils.other.AuxiliaryTrainingWrapper",
     "_backward_hooks": "torch.nn.modules.module.Module",
     "_backward_pre_hooks": "torch.nn.modules.module.Module",
+    "_base": "torch.Tensor",
     "_eval_dataloaders": "transformers.trainer.Trainer",
     "_modules": "torch.nn.modules.module.Module",
     "_parameters": "torch.nn.modules.module.Module",
@@ -187,6 +193,7 @@ OWNERS = {
     "_member_names_": "peft.utils.peft_types.PeftType",
     "_n_gpu": "transformers.training_args.TrainingArguments",
     "_name_or_path": "transformers.configuration_utils.PreTrainedConfig",
+    "_non_persistent_buffers_set": "torch.nn.modules.module.Module",
     "_no_split_modules": "transformers.modeling_utils.PreTrainedModel",
     "_prepare_inputs": "transformers.trainer.Trainer",
     "_shutdown_workers": "torch.utils.data.dataloader._MultiProcessingDataLoaderIter",

@@ -5,6 +5,7 @@ import warnings
 
 import pytest
 import torch
+from peft import PeftModel
 from tolerances import assert_near
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
@@ -33,6 +34,14 @@ def told(model: nn.Module, *args: Tensor, **inputs: Tensor) -> tuple[set[str], T
         output = model(*args, **inputs)
     words = [str(warning.message) for warning in caught if "had no effect" in str(warning.message)]
     return {name for each in words for name in each.split("calling them: ")[1].split(";")[0].split(", ")}, output
+
+
+def all_told(model: nn.Module, *args: Tensor) -> list[str]:
+    """The sentences that one call of a model warns with."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model(*args)
+    return [str(warning.message) for warning in caught]
 
 
 def without_gradient(model: nn.Module) -> set[str]:
@@ -197,3 +206,70 @@ def test_dynamo_finds_the_hooks_of_a_model_in_the_order_in_which_they_run(method
     assert next(iter(hooks.values())).__qualname__ == "Watch.begin"
     assert len(hooks) == 3
     assert list(dict.keys(hooks)) == list(hooks)
+
+
+class Picks(nn.Module):
+    """As the indexers of sparse attention: a layer whose output is an order, and one whose output is dropped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores, self.aside, self.used = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> dict[str, tuple[Tensor]]:
+        order = self.scores(x).argsort(-1)
+        self.aside(x)
+        return {"hidden": (self.used(x.gather(-1, order)),)}
+
+
+class Checkpointed(Picks):
+    def forward(self, x: Tensor) -> dict[str, tuple[Tensor]]:
+        again = torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False)
+        hidden = torch.utils.checkpoint.checkpoint(self.used, x, use_reentrant=True)
+        again["hidden"][0].view(-1).div_(2)  # writes to what the layer returned, as DeBERTa does
+        return {"hidden": (again["hidden"][0] + hidden,)}
+
+
+@every_method
+@pytest.mark.parametrize("kind", [Picks, Checkpointed])
+def test_what_nothing_depends_on_is_named(kind, method):
+    targets = config_for(method, target_modules=["scores", "aside", "used"], init_weights="gaussian")
+    model, x = get_peft_model(kind(), targets).train(), torch.randn(3, 12, requires_grad=True)
+    (sentence,) = all_told(model, x)
+    named = set(sentence.split("returned: ")[1].split(";")[0].split(", "))
+    assert all_told(model, x) == []
+    model(x)["hidden"][0].square().sum().backward()
+    if method == "shared":  # all of its modules have one train
+        assert named == {"scores", "aside"}
+    else:
+        assert named == without_gradient(model) == {"scores", "aside"}
+    model = get_peft_model(kind(), targets).train()
+    with torch.no_grad():
+        assert all_told(model, x) == [], "there is no gradient to miss"
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.batch = nn.Linear(12, 12), nn.BatchNorm1d(12)
+        self.register_buffer("cache", torch.zeros(1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.cache.add_(1)
+        return self.batch(self.enter(x))
+
+
+@every_method
+def test_a_base_that_moves_in_training_is_told_of(method, tmp_path):
+    """What BatchNorm counts is in no adapter's file, LoRA's neither, unless its module is trained whole."""
+    base, x = Normed(), torch.randn(5, 12)
+    model = get_peft_model(copy.deepcopy(base), config_for(method, target_modules=["enter"]))
+    assert all_told(model.eval(), x) == []
+    (sentence,) = all_told(copy.deepcopy(model).train(), x)
+    assert sentence.startswith("1 modules of the base model (such as 'batch') write to their own buffers")
+    model.train().get_base_model().batch.eval()
+    assert all_told(model, x) == []
+    whole = config_for(method, target_modules=["enter"], modules_to_save=["batch"])
+    model = get_peft_model(copy.deepcopy(base), whole).train()
+    assert all_told(model, x) == []
+    model.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(base, tmp_path)(x), model.eval()(x))

@@ -8,6 +8,7 @@ import pytest
 import torch
 from draws import seed_torch
 from peft import PeftModel
+from peft.utils.save_and_load import get_base_model_state_dict, set_base_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
@@ -287,3 +288,26 @@ def test_a_loaded_pooler_is_pretrained_even_with_a_bias_of_zeros(method, tmp_pat
     wrapped = get_peft_model(model, config_for(method, task_type="SEQ_CLS")).eval()
     # the train changes the pooler instead of standing in for it: at the start nothing changes
     assert torch.equal(logits(wrapped, inputs), expected)
+
+
+@every_method
+@pytest.mark.parametrize("family", ["roberta", "bert"])
+def test_a_base_that_is_loaded_later_is_the_one_that_a_head_changes(family, method, tmp_path):
+    """PEFT puts the weights of a base into a wrapped model, as after FSDP's wrapping."""
+    make(family).save_pretrained(tmp_path / "base")
+    other = randomised(load(family, tmp_path / "base"), seed=3)
+    model = trained(get_peft_model(load(family, tmp_path / "base"), options(family, method)).eval())
+    assert equal(get_base_model_state_dict(model), load(family, tmp_path / "base").state_dict())
+    set_base_model_state_dict(model, other.state_dict())
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(other, tmp_path / "adapter")
+    assert torch.equal(outputs(family, loaded.eval()), outputs(family, model))
+
+
+def randomised(model: nn.Module, *, seed: int) -> nn.Module:
+    randomise(model.parameters(), seed=seed)
+    return model
+
+
+def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)

@@ -227,3 +227,25 @@ def test_a_mixed_batch_is_refused_while_an_adapter_is_merged():
     model.merge_adapter(["default"])
     with pytest.raises(ValueError, match="merged"):
         logits(model, inputs, adapter_names=ROWS)
+
+
+@every_method
+def test_a_norm_takes_the_gates_of_its_rows(method):
+    """Mamba 2's norms get a gate beside the rows. Rows of one adapter met the gates of all, which is an error."""
+    sizes = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "state_size": 8,
+        "head_dim": 8,
+        "num_heads": 8,
+    }
+    base = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba2", **sizes, n_groups=1, chunk_size=4)).double()
+    options = {"target_modules": ["in_proj"], "task_type": "CAUSAL_LM"}
+    model = get_peft_model(base, config_for(method, **options))
+    model.add_adapter("other", config_for(method, **options))
+    for seed, name in enumerate(("other", "default"), start=1):
+        model.set_adapter(name)
+        trained(model.eval(), seed=seed)
+    inputs = {"input_ids": inputs_for("CAUSAL_LM")["input_ids"]}
+    assert_near("logits", logits(model, inputs, adapter_names=ROWS), expected_rows(model, inputs, ROWS))

@@ -105,6 +105,9 @@ def test_the_methods_of_transformers_models(family, train_norms, method, tmp_pat
     again, _ = base_of(family)
     again.load_adapter(tmp_path, adapter_name="third")
     assert torch.equal(logits(again.eval(), inputs), expected["first"])
+    model.set_adapter("second")
+    model.load_adapter(tmp_path, adapter_name="third")  # beside others it is the active one, with its head
+    assert torch.equal(logits(model.eval(), inputs), expected["first"])
 
 
 @every_method

@@ -70,6 +70,9 @@ class AdapterCopy(ModulesToSaveWrapper):
     so saving, loading and switching stay PEFT's.
     """
 
+    # PEFT tells by this that what is not saved with an adapter is none of the base model's either
+    other_param_names = ("modules_to_save",)
+
     def __init__(self, module: nn.Module, adapter_name: str, policy: CopyPolicy) -> None:
         self.policies = {adapter_name: policy}
         self.before_merge: list[str] | None = None  # the active adapters, while a merged one computes in their place
@@ -128,6 +131,17 @@ class AdapterCopy(ModulesToSaveWrapper):
         policy = self._policy(adapter_name)
         of_base = {f"{path}.{name}".lstrip(".") for path in policy.tensorized for name in ("base_weight", "base_bias")}
         return policy.saves_base or key not in of_base
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """As torch's. Where a base is loaded later than its adapters, their trains are a change of that base."""
+        for adapter_name, policy in self.policies.items():
+            for path in policy.tensorized if policy.as_change else ():
+                for name in ("weight", "bias"):
+                    own = _key(prefix, "modules_to_save", adapter_name, path, f"base_{name}")
+                    base = state_dict.get(_key(prefix, "original_module", path, name))
+                    if base is not None and own not in state_dict:
+                        state_dict[own] = base.detach()
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def delete_adapter(self, adapter_name: str, new_active_adapters: list[str] | None) -> None:
         """As PEFT's, for any number of active adapters; the next ones may have a copy where this one has none."""
@@ -237,6 +251,10 @@ class AdapterCopy(ModulesToSaveWrapper):
 
 def _stand_in(dense: nn.Linear, shape: tt.TTShape) -> TTLinear:
     return TTLinear.from_dense(_widened(dense), shape)
+
+
+def _key(prefix: str, *parts: str) -> str:
+    return prefix + ".".join(part for part in parts if part)
 
 
 def rename_copy(wrapper: ModulesToSaveWrapper, old: str, new: str) -> None:

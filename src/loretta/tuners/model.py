@@ -111,6 +111,10 @@ class LorettaModel(BaseTuner):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         finally:
             config.modules_to_save = given
+        for copied in self._layers(ModulesToSaveWrapper):
+            # PEFT has activated the adapter before it had a copy, and transformers' load_adapter leaves it at that
+            if adapter_name in self.active_adapters and adapter_name in copied.modules_to_save:
+                copied.set_adapter(adapter_name, inference_mode=config.inference_mode)
         note_labels(model, config, adapter_name)
         if config.train_norms:
             for name in norms_of(model):

@@ -175,7 +175,9 @@ class TrainedNorm(nn.Module, BaseTunerLayer):
         result = None
         for name in sorted(set(adapter_names)):
             rows = [row for row, wanted in enumerate(adapter_names) if wanted == name]
-            part = self._call_base({name: 1.0}, (x[rows], *args), kwargs)
+            own = [value[rows] if _has_rows_of(value, x) else value for value in (x, *args)]
+            named = {key: value[rows] if _has_rows_of(value, x) else value for key, value in kwargs.items()}
+            part = self._call_base({name: 1.0}, own, named)
             if result is None:
                 result = part.new_empty(len(x), *part.shape[1:])
             result[rows] = part
@@ -287,6 +289,11 @@ class TrainedNorm(nn.Module, BaseTunerLayer):
                 raise
             is_parameter = name in self.__dict__.get("parameter_names", ())
             return self._effective(name) if is_parameter else getattr(self.base_layer, name)
+
+
+def _has_rows_of(value: Any, x: Tensor) -> bool:
+    """Whether an input of a norm has a part for each row of ``x``, as the gate of Mamba 2's norms."""
+    return isinstance(value, Tensor) and value.dim() == x.dim() and len(value) == len(x)
 
 
 def values_as_changes(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

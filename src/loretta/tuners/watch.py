@@ -2,10 +2,13 @@
 
 import threading
 import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from peft.utils.other import ModulesToSaveWrapper
+from torch import Tensor, nn
 
 from loretta.tuners.copies import AdapterCopy
 from loretta.tuners.layer import LorettaLayer
@@ -15,15 +18,17 @@ class Watch:
     """Notes which adapted modules are called in the first training call of a model, and in the first evaluation call.
 
     It warns once of modules whose weight others read while nobody called them. A module that was neither read nor
-    called is passed over: an expert may get no token, a layer may be dropped. In training it also warns of cores that
-    somebody has cast to half precision, as TRL does beside a quantised base.
+    called is passed over: an expert may get no token, a layer may be dropped. In training it also warns of modules that
+    were called and on whose output nothing depends, as one that picks tokens by their rank; of cores that somebody has
+    cast to half precision, as TRL does beside a quantised base; and of a base that writes to its own buffers.
     """
 
     def __init__(self) -> None:
         self.seen: set[bool] = set()  # whether the model was in training, for each kind of call that was watched
         self.handles: list[Any] = []
         self.read: dict[LorettaLayer, None] = {}
-        self.called: set[LorettaLayer] = set()
+        self.called: dict[LorettaLayer, list[set[Any]]] = {}  # autograd's nodes of the output of each call
+        self.buffers: dict[str, tuple[Tensor, int]] = {}
         self.thread = 0  # whose call is watched
 
     @classmethod
@@ -52,20 +57,25 @@ class Watch:
         is_replica = getattr(model, "_is_replica", False)  # DataParallel's replicas share the hooks of their layers
         if torch.compiler.is_compiling() or is_replica or model.training in self.seen or self.handles:
             return
-        self.read, self.called, self.thread = {}, set(), threading.get_ident()
+        self.read, self.called, self.thread = {}, {}, threading.get_ident()
+        self.buffers = _buffers_of_base(model) if model.training else {}
         for layer in model.modules():
             if isinstance(layer, AdapterCopy | LorettaLayer):
                 layer.freeze()  # what transformers' load_adapter makes trainable with the rest
             if isinstance(layer, LorettaLayer):
                 layer.on_read = self.note_read
-                self.handles.append(layer.register_forward_pre_hook(self.note_call))
+                self.handles.append(layer.register_forward_hook(self.note_call))
 
     def note_read(self, layer: LorettaLayer) -> None:
         if self.thread == threading.get_ident():
             self.read[layer] = None
 
-    def note_call(self, layer: nn.Module, args: Any) -> None:
-        self.called.add(layer)  # type: ignore[arg-type]
+    def note_call(self, layer: Any, args: Any, output: Any) -> None:
+        if self.thread == threading.get_ident():
+            # what is written to a view in place goes to its base, past the node of the view
+            tensors = [output, output._base] if isinstance(output, Tensor) else []
+            nodes = {each.grad_fn for each in tensors if each is not None and each.grad_fn is not None}
+            self.called.setdefault(layer, []).append(nodes)
 
     def end(self, model: nn.Module, args: Any, output: Any) -> None:
         """After it ran, or failed: then the next call is the first."""
@@ -73,35 +83,101 @@ class Watch:
             return
         for handle in self.handles:
             handle.remove()
-        names, narrowed = [], []
-        for name, layer in model.named_modules():
-            if isinstance(layer, LorettaLayer):
-                layer.on_read = None
-                narrowed += [name] if layer.narrowed() else []
-                if layer in self.read and layer not in self.called and _should_add(layer):
-                    names.append(name)
-                    layer.was_bypassed = True
-        self.handles, self.read, self.called = [], {}, set()
+        layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, LorettaLayer)}
+        for layer in layers.values():
+            layer.on_read = None
+        sentences = [] if output is None else list(self._sentences(model, layers, output))
+        self.handles, self.read, self.called, self.buffers = [], {}, {}, {}
         if output is None:
             return
         self.seen.add(model.training)
         if len(self.seen) == 2:
             self.detach(model)
-        if model.training and narrowed:
-            warnings.warn(
-                f"the trained cores of {len(narrowed)} modules (such as '{narrowed[0]}') have been cast to half "
-                "precision, which loses most small steps: keep what trains in float32, as it was made, and compute "
-                "under autocast (bf16=True of the Trainer)",
-                stacklevel=2,
-            )
-        if names:
-            warnings.warn(
+        for sentence in sentences:
+            warnings.warn(sentence, stacklevel=2)
+
+    def _sentences(self, model: nn.Module, layers: Mapping[str, LorettaLayer], output: Any) -> Iterator[str]:
+        working = {name: layer for name, layer in layers.items() if _should_add(layer)}
+        if names := [name for name, layer in working.items() if layer in self.read and layer not in self.called]:
+            for name in names:
+                layers[name].was_bypassed = True
+            yield (
                 f"the adapters on {len(names)} modules had no effect in this call, for the model read their weights "
-                f"without calling them: {', '.join(names)}; leave them out with exclude_modules",
-                stacklevel=2,
+                f"without calling them: {', '.join(names)}; leave them out with exclude_modules"
+            )
+        if not model.training:
+            return
+        lost = _without_effect(output, self.called)
+        if names := [name for name, layer in working.items() if layer in lost]:
+            yield (
+                f"the adapters on {len(names)} modules get no gradient, for nothing that this call returned depends on "
+                f"what these modules returned: {', '.join(names)}; leave them out with exclude_modules"
+            )
+        if names := [name for name, layer in layers.items() if layer.narrowed()]:
+            yield (
+                f"the trained cores of {len(names)} modules (such as '{names[0]}') have been cast to half precision, "
+                "which loses most small steps: keep what trains in float32, as it was made, and compute under autocast "
+                "(bf16=True of the Trainer)"
+            )
+        now = _buffers_of_base(model)
+        names = [name for name, (before, count) in self.buffers.items() if _differs(now.get(name), before, count)]
+        if modules := sorted({name.rpartition(".")[0] for name in names}):
+            yield (
+                f"{len(modules)} modules of the base model (such as '{modules[0]}') write to their own buffers in "
+                "training, as BatchNorm does, and no adapter is saved with these, so a loaded one would compute "
+                "something else: name the modules in modules_to_save, or keep them in evaluation mode"
             )
 
 
 def _should_add(layer: LorettaLayer) -> bool:
     """Whether an active adapter of the layer adds anything at its calls; a merged one is in the weight already."""
     return not (layer.disable_adapters or layer.merged) and any(name in layer.n_pairs for name in layer.active_adapters)
+
+
+def _without_effect(output: Any, called: Mapping[LorettaLayer, Sequence[set[Any]]]) -> set[LorettaLayer]:
+    """The layers none of whose outputs the model's ``output`` depends on, as autograd knows.
+
+    Not those that were called without a graph, as within a reentrant checkpoint: nobody knows.
+    """
+    pending = [tensor.grad_fn for tensor in _tensors(output) if tensor.grad_fn is not None]
+    if not pending:
+        return set()
+    missing = {node for calls in called.values() for nodes in calls for node in nodes}
+    seen: set[Any] = set(pending)
+    while pending and missing:
+        node = pending.pop()
+        missing.discard(node)
+        below = {found for found, _ in node.next_functions if found is not None} - seen
+        seen |= below
+        pending += below
+    return {layer for layer, calls in called.items() if all(nodes and nodes <= missing for nodes in calls)}
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        yield from _tensors(list(output.values()))
+    elif is_dataclass(output):
+        yield from _tensors(list(vars(output).values()))
+    elif isinstance(output, list | tuple):
+        for part in output:
+            yield from _tensors(part)
+
+
+def _buffers_of_base(model: nn.Module) -> dict[str, tuple[Tensor, int]]:
+    """What is saved with the base beside its parameters, and how often it has been written to."""
+    found, copies = {}, tuple[str, ...]()
+    for at, module in model.named_modules():
+        if at.startswith(copies):
+            continue
+        if isinstance(module, ModulesToSaveWrapper):
+            copies += (f"{at}.modules_to_save.",)
+        for name, buffer in module.named_buffers(recurse=False):
+            if name not in module._non_persistent_buffers_set and not buffer.is_inference():
+                found[f"{at}.{name}"] = buffer, buffer._version
+    return found
+
+
+def _differs(now: tuple[Tensor, int] | None, tensor: Tensor, version: int) -> bool:
+    return now is not None and (now[0] is not tensor or now[1] != version)
