@@ -209,16 +209,18 @@ def test_dynamo_finds_the_hooks_of_a_model_in_the_order_in_which_they_run(method
 
 
 class Picks(nn.Module):
-    """As the indexers of sparse attention: a layer whose output is an order, and one whose output is dropped."""
+    """As sparse attention: the outputs of some layers become an order, or are dropped, or have no graph."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.scores, self.aside, self.used = nn.Linear(12, 12), nn.Linear(12, 12), nn.Linear(12, 12)
+        self.scores, self.aside, self.early, self.used = (nn.Linear(12, 12) for _ in range(4))
 
     def forward(self, x: Tensor) -> dict[str, tuple[Tensor]]:
-        order = self.scores(x).argsort(-1)
+        with torch.no_grad():
+            order = self.early(x).argsort(-1)
+        order = order + self.scores(x).argsort(-1)
         self.aside(x)
-        return {"hidden": (self.used(x.gather(-1, order)),)}
+        return {"hidden": (self.used(x.gather(-1, order % 12)),)}
 
 
 class Checkpointed(Picks):
@@ -230,21 +232,23 @@ class Checkpointed(Picks):
 
 
 @every_method
-@pytest.mark.parametrize("kind", [Picks, Checkpointed])
-def test_what_nothing_depends_on_is_named(kind, method):
-    targets = config_for(method, target_modules=["scores", "aside", "used"], init_weights="gaussian")
+@pytest.mark.parametrize(("kind", "unknown"), [(Picks, set()), (Checkpointed, {"early"})])
+def test_what_nothing_depends_on_is_named(kind, unknown, method):
+    lost = {"scores", "aside", "early"}
+    targets = config_for(method, target_modules=["used", *lost], init_weights="gaussian")
     model, x = get_peft_model(kind(), targets).train(), torch.randn(3, 12, requires_grad=True)
     (sentence,) = all_told(model, x)
-    named = set(sentence.split("returned: ")[1].split(";")[0].split(", "))
+    assert set(sentence.split("returned: ")[1].split(";")[0].split(", ")) == lost - unknown
     assert all_told(model, x) == []
     model(x)["hidden"][0].square().sum().backward()
-    if method == "shared":  # all of its modules have one train
-        assert named == {"scores", "aside"}
-    else:
-        assert named == without_gradient(model) == {"scores", "aside"}
+    assert method == "shared" or without_gradient(model) == lost  # all modules of shared have one train
     model = get_peft_model(kind(), targets).train()
     with torch.no_grad():
         assert all_told(model, x) == [], "there is no gradient to miss"
+    model = get_peft_model(kind(), targets).train()
+    model.set_requires_grad("default", requires_grad=False)
+    names = " ".join(all_told(model, x))
+    assert "early" not in names, "it is not to get one"
 
 
 class Normed(nn.Module):

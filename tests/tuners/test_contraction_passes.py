@@ -19,7 +19,9 @@ from tuners.contracted import (
     write_in_place,
 )
 from tuners.families import logits
-from tuners.wrapped import every_method, layers_of
+from tuners.wrapped import config_for, every_method, layers_of, trainable, trained
+
+from loretta import get_peft_model
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`gradient_checkpointing_.*able` is deprecated:FutureWarning"),
@@ -162,6 +164,37 @@ def test_a_checkpoint_around_the_whole_model(method, use_reentrant):
         ref = gradients(model, lambda: weighted(out(embeddings)).backward())
     for _ in range(2):
         assert_trained_near(gradients(model, run), ref)
+
+
+class Indexed(nn.Module):
+    """As sparse attention: the first layer of a checkpointed block computes without gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 12), nn.Linear(12, 12)
+
+    def forward(self, x: Tensor, use_reentrant: bool | None = None) -> Tensor:
+        if use_reentrant is None:
+            return self.block(x)
+        return torch.utils.checkpoint.checkpoint(self.block, x, use_reentrant=use_reentrant)
+
+    def block(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            order = self.first(x).argsort(-1)
+        return torch.tanh(self.second(x.gather(-1, order)))
+
+
+@every_method
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_the_first_layer_of_a_checkpoint_may_have_no_gradient(use_reentrant, method):
+    model = trained(get_peft_model(Indexed().double(), config_for(method, target_modules=["first", "second"])).eval())
+    x = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
+    found = []
+    for each in (None, use_reentrant):
+        model.zero_grad()
+        model(x, use_reentrant=each).square().sum().backward()
+        found.append({n: p.grad.clone() for n, p in trainable(model).items() if p.grad is not None and p.grad.any()})
+    assert_gradients_near(*found)
 
 
 @every_method

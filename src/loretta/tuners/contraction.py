@@ -250,7 +250,8 @@ class Contraction:
         """
         backward, found = calls.current_backward(), self.recomputed
         if found is None or found[0] != backward:
-            with calls.hidden_from_checkpoints():
+            # a layer that is called without gradients may be the first one to ask, for all
+            with calls.hidden_from_checkpoints(), torch.enable_grad():
                 factors = self.contract().items()
             leaves = {pair: tuple(f.detach().requires_grad_(f.requires_grad) for f in each) for pair, each in factors}
             self.recomputed = found = backward, leaves

@@ -11,6 +11,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from loretta.tuners.copies import AdapterCopy
+from loretta.tuners.joint import look_up
 from loretta.tuners.layer import LorettaLayer
 
 
@@ -137,20 +138,25 @@ def _should_add(layer: LorettaLayer) -> bool:
 def _without_effect(output: Any, called: Mapping[LorettaLayer, Sequence[set[Any]]]) -> set[LorettaLayer]:
     """The layers none of whose outputs the model's ``output`` depends on, as autograd knows.
 
-    Not those that were called without a graph, as within a reentrant checkpoint: nobody knows.
+    Autograd knows nothing of what runs within a reentrant checkpoint.
     """
     pending = [tensor.grad_fn for tensor in _tensors(output) if tensor.grad_fn is not None]
-    if not pending:
-        return set()
-    missing = {node for calls in called.values() for nodes in calls for node in nodes}
     seen: set[Any] = set(pending)
-    while pending and missing:
-        node = pending.pop()
-        missing.discard(node)
-        below = {found for found, _ in node.next_functions if found is not None} - seen
+    while pending:
+        below = {found for found, _ in pending.pop().next_functions if found is not None} - seen
         seen |= below
         pending += below
-    return {layer for layer, calls in called.items() if all(nodes and nodes <= missing for nodes in calls)}
+    if not seen:
+        return set()
+    lost = {layer for layer, calls in called.items() if not any(nodes & seen for nodes in calls)}
+    if any("Checkpoint" in node.name() for node in seen):
+        return {layer for layer in lost if all(called[layer])}
+    return {layer for layer in lost if _has_gradients(layer)}
+
+
+def _has_gradients(layer: LorettaLayer) -> bool:
+    pairs = [look_up(layer.stacked_parameters(name, pair)) for name, pair in layer.active_pairs()]
+    return any(tensor is not None and tensor.requires_grad for tensors in pairs for tensor in tensors)
 
 
 def _tensors(output: Any) -> Iterator[Tensor]:
