@@ -1,6 +1,7 @@
 """Rows of benchmarks/results/ for the tables of docs/performance.md, and how such a table is written."""
 
 import json
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,11 @@ def source(row: Row) -> str:
     device = f"{row['processor']}, {row['threads']} threads" if row["device"] == "cpu" else row["device"]
     file = f"[{row['file']}](../benchmarks/results/{row['file']})"
     return f"{device}, {row['dtype']}, {versions}; {file}\n\n"
+
+
+def sources(rows: Iterable[Row]) -> str:
+    """The same of rows of several files."""
+    return "".join(dict.fromkeys(source(row) for row in rows))
 
 
 def verdict(hit: bool) -> str:

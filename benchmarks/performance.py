@@ -8,12 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from floors import adapter_cost, base_cost
-from measured import NOT_MEASURED, RESULTS, Row, results, source, table, verdict
+from measured import NOT_MEASURED, RESULTS, Row, results, source, sources, table, verdict
 from population_tables import POPULATION_SECTIONS
 from tables import filled
 from targets import (
     FLOOR,
     LIMIT,
+    LORA,
     OURS,
     cells_table,
     hits_of,
@@ -131,6 +132,19 @@ def profile_table() -> str:
     return source(head) + table("kernel | us | split-K reduction, us", lines)
 
 
+def four_bit_table() -> str:
+    """Steps of a large model whose base is in 4 bits."""
+    rows = results("four_bit")
+    lines = []
+    for row in rows:
+        lora = next(other for other in rows if other["method"] == LORA)
+        numbers = [f"{row['ms']:.0f}", f"{row['min']:.0f}, {row['max']:.0f}", f"{row['ratio']:.3f}"]
+        cells = [row["shape"], size_of(row), row["method"], *numbers, f"{row['ms'] / lora['ms']:.3f}"]
+        lines.append([*cells, f"{row['trained']:,}", f"{row['peak_gib']:.1f}"])
+    head = "model | batch x tokens | method | ms | min, max | / floor | / LoRA | trained | GiB"
+    return source(rows[0]) + table(head, lines, numbers_from=3) if rows else NOT_MEASURED
+
+
 def small_table() -> str:
     """What a small step in one CUDA graph costs beyond the floor, beside one empty kernel a module and direction."""
     rows = results("small_graphs")
@@ -207,7 +221,7 @@ def mixed_table() -> str:
         to_lora = f"{row['ms'] / lora['ms']:.2f}" if lora else ""
         lines.append([row["shape"], size_of(row), row["adapters"], row["method"], *times, to_lora])
     head = "model | batch x tokens | adapters | method | ms | min, max | / base | / LoRA"
-    return source(rows[0]) + table(head, lines, numbers_from=4) if rows else NOT_MEASURED
+    return sources(rows) + table(head, lines, numbers_from=4) if rows else NOT_MEASURED
 
 
 def growth_table() -> str:
@@ -305,6 +319,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "launches": launches_table,
     "compiled": compiled_table,
     "processes": processes_table,
+    "four bits": four_bit_table,
     "data parallel": parallel_table,
     "profile": profile_table,
     "small graphs": small_table,

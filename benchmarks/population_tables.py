@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
-from measured import NOT_MEASURED, Row, results, source, table, verdict
+from measured import NOT_MEASURED, Row, results, source, sources, table, verdict
 
 POPULATION_TARGETS = {("training", 16): 5.0, ("training", 64): 12.0, ("step", 8): 4.0}
 
@@ -42,7 +42,7 @@ def population_table(name: str = "population") -> str:
         "case | method | graphs | members | examples/s, one by one | together | times as fast | "
         "GiB, one | GiB, together | target"
     )
-    return source(rows[0]) + table(head, lines, numbers_from=3) if rows else NOT_MEASURED
+    return sources(rows) + table(head, lines, numbers_from=3) if rows else NOT_MEASURED
 
 
 def _with_kernels(row: Row, rows: list[Row]) -> str:
@@ -104,8 +104,8 @@ def _compared(row: Row) -> tuple:
 
 POPULATION_SECTIONS: dict[str, Callable[[], str]] = {
     "population": population_table,
-    "population on an h200": partial(population_table, "population_h200"),
-    "population split": partial(population_split_table, "population_h200"),
+    "population on an h200": partial(population_table, "population_h200*"),
+    "population split": partial(population_split_table, "population_h200*"),
     "population steps": population_step_table,
     "population on a cpu": population_cpu_table,
 }

@@ -90,6 +90,12 @@ def cells_table() -> str:
             to_lora = row["seconds_per_step"] / lora["seconds_per_step"]
             cell = [f"two GPUs, {row['launch']}", row["shape"], size_of(row), row["method"]]
             lines.append([*cell, "at most LoRA's time", f"{to_lora:.3f}", verdict(to_lora <= 1)])
+    for row in results("four_bit"):
+        if row["method"] in ("rep q,v", "adp"):
+            lora = next(other for other in results("four_bit") if other["method"] == LORA)
+            cell = ["eager, 4-bit base", row["shape"], size_of(row), row["method"]]
+            to_lora = row["ms"] / lora["ms"]
+            lines.append([*cell, "at most LoRA's time", f"{to_lora:.3f}", verdict(to_lora <= 1)])
     return (
         table("mode | model | size | method | target | is | verdict", lines, numbers_from=5) if lines else NOT_MEASURED
     )
