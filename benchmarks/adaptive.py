@@ -23,7 +23,7 @@ from loretta.training.config import RunConfig
 
 COUNT = 18_600  # parameters at the end without the final layer: LoRA of rank 2 on query and value has 18,432 here
 EPOCHS = 3
-RATES = (1.5e-3, 3e-3)
+RATES = (7.5e-4, 1.5e-3, 3e-3)
 ALL = {"target_modules": ["query", "key", "value", "dense"], "exclude_modules": ["pooler.dense", "classifier.dense"]}
 QV = {"target_modules": ["query", "value"]}
 COMPACT = {"r": 1, "tensor_rank": 5, "modes_per_side": 2, "lora_alpha": 10, **ALL}

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from statistics import mean
 from typing import Any, NamedTuple
 
-from protocol import chosen, same_seeds
+from protocol import SEEN, chosen, same_seeds
 from tables import RESULTS
 
 from loretta.plan.front import FRONT, Form, Front, Measured, Other, Score
@@ -87,7 +87,7 @@ def cells(rows: Sequence[Mapping[str, Any]]) -> list[Cell]:
     for row in (*earlier, *same_seeds([row for row in rows if "form" not in row])):
         if "form" in row:
             name, count, score = row["form"], row["count"], max(mean(seeds) for seeds in row["scores"].values())
-        elif row["metric"] != "loss" and row.get("part", "front") == "front":
+        elif row["metric"] != "loss" and row.get("part", "front") == "front" and row["task"] not in SEEN:
             name, count, score = row["method"], row["trained"], mean(chosen(row, "held_out"))
         else:
             continue
@@ -157,7 +157,9 @@ def text() -> str:
     """The content of the file."""
     contents = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]
     rows = [row for content in contents if isinstance(content, list) for row in content if isinstance(row, dict)]
-    measured = [row for row in rows if {"form", "scores"} <= row.keys() or {"family", "held_out"} <= row.keys()]
+    measured = [
+        row for row in rows if {"form", "scores"} <= row.keys() or {"family", "held_out", "rates"} <= row.keys()
+    ]
     return json.dumps(front(cells(measured)).model_dump(), indent=1) + "\n"
 
 

@@ -61,7 +61,7 @@ TASKS: dict[str, TaskPlan] = {
 METRICS = {"mcc": "Matthews", "f1": "F1", "spearman": "Spearman", "accuracy": "accuracy", "loss": "loss"}
 
 # the accuracy on the official validation rows of the answer that most of them have
-CONSTANT = {"rte": 0.527, "cb-words": 0.5}
+CONSTANT = {"rte": 0.527, "cb-words": 0.5, "boolq-words": 0.611, "sst2-words": 0.509}
 
 # the contrastive training of both encoders used pairs of these tasks' texts: no mean over tasks has them
 SEEN = ("mnli", "qnli", "qqp")

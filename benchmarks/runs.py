@@ -15,17 +15,30 @@ Best = tuple[tuple[str, str], float, list[Row]]  # a task and a method, the chos
 
 
 def runs_of(name: str, worth: Callable[[Row], float]) -> list[Best]:
-    """The runs of a file by task and method, at the rate whose seeds are worth the most; rates with all seeds alone."""
+    """The runs of a file by task and method, at the rate whose seeds are worth the most.
+
+    All trained methods of a task are compared on the rates and seeds that all of them have, so that no one is chosen
+    from more. A method with less than half the runs of another is not counted among these, and stands on its own runs.
+    """
     file = RESULTS / name
-    found: dict[tuple[str, str], dict[float, list[Row]]] = {}
-    for row in json.loads(file.read_text()) if file.exists() else []:
-        found.setdefault((row["task"], row["method"]), {}).setdefault(row["rate"], []).append(row)
+    rows = json.loads(file.read_text()) if file.exists() else []
+    have: dict[str, dict[str, set[tuple[float, int]]]] = {}
+    for row in rows:
+        have.setdefault(row["task"], {}).setdefault(row["method"], set()).add((row["rate"], row["seed"]))
     best = []
-    for key, rates in sorted(found.items(), key=lambda item: item[0]):
-        most = max(map(len, rates.values()))
-        whole = {rate: sorted(some, key=lambda row: row["seed"]) for rate, some in rates.items() if len(some) == most}
-        rate = max(whole, key=lambda rate: mean(worth(row) for row in whole[rate]))
-        best.append((key, rate, whole[rate]))
+    for task, methods in have.items():
+        most = max(map(len, methods.values()))
+        counted = {method: runs for method, runs in methods.items() if method != UNTRAINED and len(runs) >= most / 2}
+        for method, own in sorted(methods.items()):
+            used = set.intersection(*counted.values()) if method in counted else own
+            rates: dict[float, list[Row]] = {}
+            for row in sorted(rows, key=lambda row: row["seed"]):
+                if (row["task"], row["method"]) == (task, method) and (row["rate"], row["seed"]) in used:
+                    rates.setdefault(row["rate"], []).append(row)
+            longest = max(map(len, rates.values()))
+            whole = {rate: some for rate, some in rates.items() if len(some) == longest}
+            rate = max(whole, key=lambda rate: mean(worth(row) for row in whole[rate]))
+            best.append(((task, method), rate, whole[rate]))
     return best
 
 
