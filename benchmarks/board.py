@@ -15,12 +15,12 @@ NEAR = 1.02  # counts so much apart are one
 
 
 class Board:
-    """The methods on one model: their scores on the tasks that the most of them were run on.
+    """The methods on one model: their scores on the tasks that the most of them were run on, or on ``common``.
 
     ``which`` are the rows that are scored, "held_out" or "official".
     """
 
-    def __init__(self, found: Sequence[Row], model: str, which: str) -> None:
+    def __init__(self, found: Sequence[Row], model: str, which: str, common: Sequence[str] | None = None) -> None:
         self.rows = [row for row in found if row["model"] == model and row.get("part", "front") == "front"]
         self.which = which
         self.cells = {(row["method"], row["task"]): row for row in self.rows}
@@ -30,7 +30,7 @@ class Board:
         self.tasks = [task for task in TASKS if counts[task] > 1]
         scored = [task for task in self.tasks if TASKS[task].metric != "loss" and task not in SEEN]
         most = max((counts[task] for task in scored), default=0)
-        self.common = [task for task in scored if counts[task] >= 2 / 3 * most]
+        self.common = common or [task for task in scored if counts[task] >= 2 / 3 * most]
 
     def trained(self, method: str) -> int:
         return next(row["trained"] for row in self.rows if row["method"] == method)

@@ -14,7 +14,7 @@ from pathlib import Path
 from board import Board, Row, markdown, paired, signed, verdict, words
 from methods import UNTRAINED
 from peers import PEERS
-from protocol import LEAKS, METRICS, at_edge, best_rate, chosen, interval, read_rows, same_seeds
+from protocol import LEAKS, METRICS, at_edge, best_rate, interval, read_rows, same_seeds
 from rates import one_rate_table, rates_table
 from retention import forgetting_rows, forgetting_table, overfitting_table, reading_table
 from runs import adaptive_table, answers_table, instruct_table
@@ -128,18 +128,24 @@ def fits_table() -> str:
     return markdown(lines, ["form", "numbers", "kept of a trained LoRA", "of random updates"])
 
 
+PEERS_ON, PEERS_TASKS = "all-MiniLM-L6-v2", ("cola", "mrpc", "stsb")
+
+
 def peers_table(found: Sequence[Row]) -> str:
-    """Other small methods of PEFT at the best of their rates."""
+    """Other small methods of PEFT, in means over the tasks that they were run on, beside LoRA, the norms and ours."""
     names = {method.name for method in PEERS}
-    lines = []
-    for row in sorted(found, key=lambda row: (row["task"], row["trained"])):
-        if row["method"] not in names:
-            continue
-        best = [words(chosen(row, "held_out")), f"{float(best_rate(row)):g}" + ("*" if at_edge(row) else "")]
-        searched = [str(len(row["held_out"])), str(len(row["seeds"]))]
-        lines.append([row["method"], row["task"], f"{row['trained']:,}", *best, *searched])
-    columns = ["method", "task", "trained", "held-out score", "rate", "of rates", "seeds"]
-    return markdown(lines, columns, left=2) if lines else "Not measured yet.\n"
+    board = Board(found, PEERS_ON, "held_out", PEERS_TASKS)
+    have = board.complete()
+    beside = [name for name in ("LoRA r=1", "norms", "shared r=2", "compact") if name in have]
+    lines = [
+        [name, f"{board.trained(name):,}", words(have[name]), *(signed(paired(have[name], have[o])) for o in beside)]
+        for name in have
+        if name in names
+    ]
+    if not lines:
+        return "Not measured yet.\n"
+    columns = ["method", "trained", "held-out mean", *(f"to {name} ({board.trained(name):,})" for name in beside)]
+    return markdown(lines, columns)
 
 
 def results_of(model: str, task: str, found: Sequence[Row]) -> str:

@@ -18,7 +18,7 @@ from tables import RESULTS
 
 from loretta.plan.front import FRONT, Form, Front, Measured, Other, Score
 
-LEAST = 3  # forms of a model; fewer are no choice
+LEAST = 3  # forms of a model, and tasks; fewer are no choice
 REFERENCE = "LoRA r=1"  # on query and value; what a form gains is counted from there
 TASKS = {
     "boolq": "BoolQ", "cb": "CB", "cola": "CoLA", "copa": "COPA", "mrpc": "MRPC", "rte": "RTE", "sst2": "SST-2",
@@ -125,7 +125,7 @@ def front(found: list[Cell]) -> Front:
             for name, by_task in by_form.items()
             if tasks and by_task.keys() >= set(tasks)
         }
-        if REFERENCE not in means or len(forms & means.keys()) < LEAST:
+        if REFERENCE not in means or min(len(forms & means.keys()), len(tasks)) < LEAST:
             continue
         counts = {cell.name: cell.count for cell in here}
         models[model] = Measured(

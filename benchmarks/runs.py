@@ -46,23 +46,21 @@ def by_seed(some: list[Row], key: str) -> Scores:
     return pd.Series({row["seed"]: row[key] for row in some}, dtype=float)
 
 
-# what a run whose ranks adapt is compared with
-BESIDE = {"one mode": ("one mode, rank 2", "AdaLoRA 4 to 2"), "compact": ("compact, rank 5", "AdaLoRA 4 to 2")}
-
-
 def adaptive_table() -> str:
-    """Runs whose ranks adapt beside constant ranks and AdaLoRA."""
-    best = runs_of("adaptive.json", lambda row: row["score"])
-    scores = {key: by_seed(some, "score") for key, _, some in best}
+    """Runs whose ranks adapt beside constant ranks and AdaLoRA, at each rate."""
+    file = RESULTS / "adaptive.json"
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row in json.loads(file.read_text()) if file.exists() else []:
+        found.setdefault((row["task"], row["method"]), []).append(row)
+    rates = sorted({row["rate"] for some in found.values() for row in some})
     lines = []
-    for (task, method), rate, some in best:
+    for (task, method), some in sorted(found.items(), key=lambda item: item[0]):
         trained = sorted({row["trained"] for row in some})
         count = f"{trained[0]:,}" + (f" to {trained[-1]:,}" if len(trained) > 1 else "")
-        others = BESIDE[method.partition(",")[0]] if "adaptive" in method else ()
-        gaps = [signed(paired(scores[task, method], scores[task, o])) if (task, o) in scores else "" for o in others]
-        of_runs = [words(scores[task, method]), *(gaps or ["", ""]), str(len(some)), f"{rate:g}"]
-        lines.append([method, task, count, *of_runs])
-    columns = ["method", "task", "trained at the end", "held-out score", "to constant", "to AdaLoRA", "seeds", "rate"]
+        of_rates = [[row["score"] for row in some if row["rate"] == rate] for rate in rates]
+        cells = [f"{words(scores)} ({len(scores)})" if scores else "" for scores in of_rates]
+        lines.append([method, task, count, *cells])
+    columns = ["method", "task", "trained at the end", *(f"at {rate:g} (seeds)" for rate in rates)]
     return markdown(lines, columns, left=2) if lines else NONE
 
 
