@@ -36,13 +36,15 @@ def test_the_package_carries_what_the_results_say():
     assert FRONT.read_text() == generator.text()
 
 
-def test_a_model_with_fewer_than_three_forms_offers_no_choice():
-    def cell(name, options=None):
-        return generator.Cell("all-MiniLM-L6-v2", True, "cola", name, 900, 0.5, options)
-
-    forms = [cell(f"form {rank}", ("rep", {"tensor_rank": rank})) for rank in (1, 2, 3)]
-    assert generator.front([cell("LoRA r=1"), *forms]).models.keys() == {"all-MiniLM-L6-v2"}
-    assert not generator.front([cell("LoRA r=1"), *forms[:2]]).models
+@pytest.mark.parametrize(("n_forms", "n_tasks", "offers"), [(3, 3, True), (2, 3, False), (3, 2, False)])
+def test_a_model_with_fewer_than_three_forms_or_tasks_offers_no_choice(n_forms, n_tasks, offers):
+    named = [("LoRA r=1", None), *((f"form {rank}", ("rep", {"tensor_rank": rank})) for rank in range(n_forms))]
+    cells = [
+        generator.Cell("all-MiniLM-L6-v2", True, task, name, 900, 0.5, options)
+        for task in ("cola", "mrpc", "stsb")[:n_tasks]
+        for name, options in named
+    ]
+    assert generator.front(cells).models.keys() == ({"all-MiniLM-L6-v2"} if offers else set())
 
 
 def test_a_form_is_the_one_that_was_measured():
