@@ -89,7 +89,7 @@ def overfitting_table(found: Sequence[Row]) -> str:
 
 
 def reading_table(found: Sequence[Row]) -> str:
-    """The perplexity of other texts behind a training on a task, at the rate that is the best for the task."""
+    """The perplexity of other texts after a training on a task, at the rate that is the best for the task."""
     rows = [row for row in found if "wiki" in row and row.get("part", "front") == "front"]
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     cells: dict[str, dict[str, Any]] = {}
@@ -100,4 +100,4 @@ def reading_table(found: Sequence[Row]) -> str:
         [method, f"{of['trained']:,}", *[of.get(task, "") for task in tasks]]
         for method, of in sorted(cells.items(), key=lambda item: (item[0] != UNTRAINED, item[1]["trained"]))
     ]
-    return markdown(lines, ["method", "trained", *(f"behind {task}" for task in tasks)]) if lines else NONE
+    return markdown(lines, ["method", "trained", *(f"after {task}" for task in tasks)]) if lines else NONE

@@ -382,5 +382,16 @@ def test_a_row_says_how_it_came_about(row):
         assert sorted(map(float, scores)) == sorted(row["rates"])
 
 
+@pytest.mark.parametrize("name", ["adaptive", "answers", "forgetting", "instruct"])
+def test_each_run_is_there_once_and_says_how_it_came_about(name):
+    some = json.loads((evidence.RESULTS / f"{name}.json").read_text())
+    assert len({protocol.cell_of(row) for row in some}) == len(some) > 5
+    for row in some:
+        assert {"torch", "transformers", "peft"} <= row["versions"].keys()
+        assert row["device"] == "NVIDIA H200"
+        assert row["command"].startswith("python benchmarks/")
+        assert row["trained"] > 0 or row["method"] == methods.UNTRAINED
+
+
 def test_the_picture_is_there():
     assert evidence.PICTURE.read_text().count("<svg") == 1
