@@ -66,6 +66,8 @@ def test_every_option_of_a_run_is_in_the_help_of_train():
         (["compare", "--methds", "lora"], "--methods"),
         (["train", "--dev", "a.csv"], "--validation)"),
         (["train", "--num_train_epochs", "3"], "--epochs)"),
+        (["train", "--lora_target", "q_proj"], "--set target_modules=query,value)"),
+        (["train", "--batch_size", "0", "--model", "m", "--data", "d.csv"], "batch_size=0: input should be"),
         (["train", "--lora-r", "3"], "--set r=N)"),
     ],
 )

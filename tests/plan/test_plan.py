@@ -25,6 +25,7 @@ from loretta import LorettaAdpConfig, LorettaRepConfig, PeftModel, explain, get_
 from loretta.errors import InputError
 from loretta.plan import FAMILIES, Budget, choose, default_task_type, find_config, make_plan, meta_model
 from loretta.plan.base_models import HUB_IDS
+from loretta.plan.budget import MAX_RANK, with_rank
 from loretta.plan.plan import flops_per_token, plan_model, read_plan
 from loretta.plan.words import draw, explain_plan
 from loretta.tt import shape_from_modes
@@ -209,6 +210,19 @@ def test_the_chosen_adapter_fits_and_the_next_does_not(method, words):
     )  # fmt: skip
     if config.tensor_rank < 64:
         assert not budget.fits(plan_model(model, bigger))
+
+
+def test_no_higher_rank_fits_where_a_rank_takes_less_than_the_one_below_it():
+    small = AutoConfig.for_model("gpt2", vocab_size=64, n_layer=1)  # as wide as gpt2: 768
+    model, config = meta_model(small, "SEQ_CLS"), LorettaRepConfig(task_type="SEQ_CLS")
+    took = [plan_model(model, with_rank(config, rank)).trainable for rank in range(1, MAX_RANK + 1)]
+    falls = [rank for rank in range(2, MAX_RANK + 1) if took[rank - 1] < took[rank - 2]]
+    assert 26 in falls
+    for rank in falls[:3]:
+        found, plan, reasons = choose(model, config, Budget(amount=took[rank - 1], unit="parameters"))
+        assert found.tensor_rank == max(k for k, trainable in enumerate(took, 1) if trainable <= took[rank - 1]) >= rank
+        assert plan.trainable == took[found.tensor_rank - 1]
+        assert f"; rank {found.tensor_rank + 1} would take {took[found.tensor_rank]:,}" in reasons[0]
 
 
 def test_a_tiny_budget_keeps_the_upper_layers():

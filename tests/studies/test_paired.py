@@ -7,7 +7,7 @@ import pytest
 from sklearn.metrics import f1_score
 from study_data import finish
 
-from loretta.record import Answers
+from loretta.record import Answers, RunRecord
 from loretta.studies.compare import comparison, verdict
 from loretta.studies.configs import Options
 from loretta.studies.expansion import expand
@@ -23,10 +23,10 @@ def answers(right: int) -> list[str]:
     return [gold if k < right else "ab"[gold == "a"] for k, gold in enumerate(GOLD)]
 
 
-def compared(root, given, *, metric="accuracy", baseline=0.5, parameters=None):
+def compared(root, given, *, metric="accuracy", baseline=0.5, parameters=None, model="bert-base"):
     """Results of methods -> the answers of each seed to GOLD, of which the score follows."""
     study = comparison("reviews.csv", list(given), seeds=3, settings={"label": "mood"})
-    options = Options(models=("bert-base",), seeds=3)
+    options = Options(models=(model,), seeds=3)
     runs = expand(study, options, root).runs
     write_study(root, study, options, runs, "")
     for run in runs:
@@ -90,6 +90,28 @@ def test_nothing_learned_is_said_before_anything_else(tmp_path):
     found = verdict(results, differences(results, tmp_path))
     assert (found.best, found.smallest, found.learned) == (None, None, False)
     assert found.words.startswith("Nothing was learned: the methods score accuracy 0.5000")
+
+
+def test_a_lucky_run_is_no_learning(tmp_path):
+    """One run of three above the constant answer, and a mean above it that chance explains."""
+    given = {"lora": [answers(k) for k in (21, 20, 19)], "ia3": [answers(k) for k in (22, 21, 20)]}
+    results = compared(tmp_path, given)
+    assert verdict(results).best == "ia3"  # nobody knows which answers were right: no confusion in the records
+    for file in tmp_path.rglob("run.json"):
+        record = RunRecord.load(file)
+        right = round(40 * record.validation["accuracy"])
+        matrix = [[10, 10], [30 - right, right - 10]]
+        known = {"answers": record.answers.model_copy(update={"confusion": matrix}), "label_counts": {"train": [2, 1]}}
+        file.write_text(record.model_copy(update=known).model_dump_json())
+    found = verdict(collect(tmp_path))
+    assert (found.best, found.learned) == (None, False)
+    assert found.words.startswith("Nothing was learned beyond chance: the methods score accuracy 0.4750 to 0.5500")
+
+
+def test_a_comparison_on_another_model_leaves_the_first_one_out(tmp_path):
+    compared(tmp_path, {"lora": [answers(40)] * 3, "ia3": [answers(30)] * 3})
+    results = compared(tmp_path, {"lora": [answers(36)] * 3}, model="roberta-base")
+    assert [(cell.model, cell.row) for cell in results.final()] == [("roberta-base", "lora")]
 
 
 def test_a_method_that_learned_nothing_is_named(tmp_path):

@@ -113,6 +113,16 @@ def test_a_class_too_small_to_hold_out_is_noted(tmp_path):
     assert "'rare'" in task.notes[1]
 
 
+def test_texts_that_look_like_a_mistake_are_noted(tmp_path):
+    rows = [(f"t{n}", "p", "ab"[n % 2]) for n in range(10)]
+    doubtful = [*rows, ("T 1 x", "p", "a"), ("t 1  X", "p", "b"), ("t0", "p", "a")]
+    task = load_table(write(tmp_path / "a.csv", doubtful), text="text", label="label")
+    assert "1 text stands in several rows with different labels" in task.notes
+    numbers = [(str(n), "p", label) for n, (_, _, label) in enumerate(rows)]
+    task = load_table(write(tmp_path / "b.csv", numbers), text="text", label="label")
+    assert task.notes[1:] == ("every cell of column 'text' is a number: is it the text?",)
+
+
 def test_many_small_classes_are_noted_in_short(tmp_path):
     rows = [(f"t{n}", "p", "many") for n in range(10)] + [(f"only {n}", "p", f"rare {n}") for n in range(50)]
     note = load_table(write(tmp_path / "a.csv", rows), text="text", label="label").notes[1]

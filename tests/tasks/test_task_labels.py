@@ -94,9 +94,15 @@ def test_what_looks_like_a_mistake_in_the_classes_is_named():
     names, counts = ["NaN", "Negative", "negative", "not so good", "not-so good.", "odd"], [2, 3, 4, 5, 6, 1]
     said = doubts(names, counts)
     assert said[:2] == [
-        "the classes 'Negative' and 'negative' differ in case or punctuation alone: are they one?",
-        "the classes 'not so good' and 'not-so good.' differ in case or punctuation alone: are they one?",
+        "the classes 'Negative' and 'negative' read alike: are they one?",
+        "the classes 'not so good' and 'not-so good.' read alike: are they one?",
     ]
     assert said[2] == "the class 'NaN' (2 rows) reads like a missing value"
     assert said[3].endswith("which cannot be both trained and validated: 'odd'")
     assert len(said) == 4
+    alike = ["ｎｅｇ", "neg", "caf\u00e9", "cafe\u0301", "pos\u200b", "pos"]
+    assert doubts(alike, [2] * 6) == [
+        "the classes 'ｎｅｇ' and 'neg' read alike: are they one?",
+        r"the classes 'caf\xe9' and 'cafe\u0301' read alike: are they one?",
+        r"the classes 'pos\u200b' and 'pos' read alike: are they one?",
+    ]

@@ -4,7 +4,9 @@ import csv
 import json
 import math
 
+import numpy as np
 import pytest
+from scipy.stats import pearsonr
 from training_data import config_for, sentences
 
 from loretta.cli.following import last_step
@@ -31,7 +33,7 @@ def test_the_first_lines_say_what_is_trained_on_what(bert, tmp_path, capsys):
     text = "\n".join(said)
     assert "in train 'pos' 21, 'neg' 20, 'Pos' 1" in text
     assert f"train 42 rows ('{data}'), validation 11 rows ('{other}'), no test" in text
-    assert "'Pos' and 'pos' differ in case" in text
+    assert "'Pos' and 'pos' read alike" in text
     assert "1 of the 53 texts are longer than max_length=16 tokens" in text
     assert "10 of the 11 validation rows have a text that is in train" in text
     assert f"{record.parameters.trainable:,} of {record.parameters.total:,} parameters are trained" in text
@@ -124,6 +126,11 @@ def test_the_advice_follows_from_the_numbers():
     little = record_of(confusion=[[29, 1], [17, 3]])
     assert chance_of(little) == pytest.approx(5 / 16)
     assert "may be chance (p = 0.31" in next_step(little)
+    correlated = little.model_copy(update={"metric": "spearman", "validation": {"spearman": 0.2}})
+    x, rest = np.tile([1.0, -1.0], 25), np.repeat([1.0, -1.0, 0.0], [24, 24, 2])  # at right angles, of mean 0
+    y = 0.2 * x / np.linalg.norm(x) + np.sqrt(1 - 0.2**2) * rest / np.linalg.norm(rest)
+    assert chance_of(correlated) == pytest.approx(pearsonr(x, y, alternative="greater").pvalue)
+    assert chance_of(little.model_copy(update={"metric": "entity_f1", "kind": "token_classification"})) is None
     good = [[29, 1], [1, 19]]
     assert "--epochs 6 may score higher" in next_step(record_of(confusion=good))
     assert "step 2 of 6 was the best" in next_step(record_of(confusion=good, losses=[0.5] * 6, evaluations=3))

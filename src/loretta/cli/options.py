@@ -87,17 +87,22 @@ def _type_of(hint: Any) -> tuple[type, tuple[str, ...]]:
 # names of options in other programs -> ours
 ELSEWHERE = {
     "--dataset": "--data", "--train-file": "--data", "--model-name": "--model", "--model-name-or-path": "--model",
-    "--base-model": "--model", "--output-dir": "--output", "--out": "--output", "--num-epochs": "--epochs",
-    "--num-train-epochs": "--epochs", "--per-device-train-batch-size": "--batch-size", "--bs": "--batch-size",
-    "--gradient-accumulation-steps": "--accumulate", "--grad-accum": "--accumulate", "--max-seq-length": "--max-length",
-    "--cutoff-len": "--max-length", "--warmup-ratio": "--warmup", "--lr-scheduler-type": "--schedule",
+    "--base-model": "--model", "--dataset-name": "--data", "--output-dir": "--output", "--out": "--output",
+    "--num-epochs": "--epochs", "--num-train-epochs": "--epochs", "--per-device-train-batch-size": "--batch-size",
+    "--bs": "--batch-size", "--gradient-accumulation-steps": "--accumulate", "--grad-accum": "--accumulate",
+    "--max-seq-length": "--max-length", "--cutoff-len": "--max-length", "--sequence-len": "--max-length",
+    "--val-set-size": "--validation", "--adapter": "--method", "--finetuning-type": "--method", "--stage": "--kind",
+    "--lr-scheduler": "--schedule", "--wandb-project": "--report-to wandb", "--steps": "--max-steps",
+    "--micro-batch-size": "--batch-size", "--warmup-ratio": "--warmup", "--lr-scheduler-type": "--schedule",
     "--early-stopping": "--patience", "--early-stopping-patience": "--patience", "--optim": "--optimizer",
     "--validation-file": "--validation", "--dev": "--validation", "--valid": "--validation", "--val": "--validation",
-    "--eval-file": "--validation", "--test-file": "--test", "--wandb": "--report-to wandb", "--resume-from-checkpoint":
-    "--resume", "--load-in-4bit": "--quantize nf4", "--load-in-8bit": "--quantize int8", "--peft": "--method",
-    "--rank": "--set tensor_rank=N (rep, adp) or --set r=N (lora)", "--lora-r": "--set r=N", "--lora-alpha":
-    "--set lora_alpha=N", "--target-modules": "--set target_modules=query,value", "--fp16": "--bf16",
-    "--device": "--cpu", "--verbose": "--logging-steps", "--hub-model-id": "--push-to-hub",
+    "--eval-file": "--validation", "--test-file": "--test", "--wandb": "--report-to wandb",
+    "--resume-from-checkpoint": "--resume", "--load-in-4bit": "--quantize nf4", "--load-in-8bit": "--quantize int8",
+    "--peft": "--method", "--rank": "--set tensor_rank=N (rep, adp) or --set r=N (lora)", "--r": "--set r=N",
+    "--lora-r": "--set r=N", "--alpha": "--set lora_alpha=N", "--lora-alpha": "--set lora_alpha=N",
+    "--lora-dropout": "--set lora_dropout=N", "--target-modules": "--set target_modules=query,value",
+    "--lora-target": "--set target_modules=query,value", "--lora-target-modules": "--set target_modules=query,value",
+    "--fp16": "--bf16", "--device": "--cpu", "--verbose": "--logging-steps", "--hub-model-id": "--push-to-hub",
 }  # fmt: skip
 
 
@@ -148,7 +153,7 @@ class Command(TyperCommand):
             return super().parse_args(ctx, args)
         except Exception as error:
             # by typer's version the error is of its own class or of click's
-            ours = ELSEWHERE.get(str(getattr(error, "option_name", "")).replace("_", "-"))
+            ours = ELSEWHERE.get(str(getattr(error, "option_name", "")))
             known = {flag for option in self.params for flag in option.opts}
             if ours is not None and hasattr(error, "possibilities") and ours.split()[0] in known:
                 error.possibilities = [ours]

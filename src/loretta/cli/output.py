@@ -53,6 +53,8 @@ def quiet_libraries() -> None:
     # deprecations within the libraries concern their authors, and PEFT warns of layers that it then handles
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     warnings.filterwarnings("ignore", message="Unsupported layer type", module="peft")
+    # the place in the code says nothing to a user
+    warnings.formatwarning = lambda message, *place, **more: f"note: {message}\n"
 
 
 def scores(values: Mapping[str, float]) -> str:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scipy.stats import combine_pvalues
+
 from loretta.errors import InputError
 from loretta.studies.configs import ALIASES, Options
 from loretta.studies.expansion import expand
@@ -14,6 +16,7 @@ from loretta.studies.paired import Difference
 from loretta.studies.results import Cell, Results
 from loretta.studies.study import Grid, Row, Study
 from loretta.tasks.metrics import metric_range
+from loretta.training.answers import CHANCE
 from loretta.training.methods import find_method
 
 # a factor of 5 between neighbours, around the methods' defaults (loretta.training.methods)
@@ -83,7 +86,7 @@ class Verdict:
     best: str | None
     smallest: str | None
     words: str
-    learned: bool = True  # whether any method scores better than an answer that needs no text
+    learned: bool = True  # whether any method scores better than an answer that needs no text, beyond chance
 
 
 def baseline_of(results: Results) -> float | None:
@@ -93,9 +96,16 @@ def baseline_of(results: Results) -> float | None:
 
 
 def learned(cell: Cell) -> bool:
-    """Whether any run of a method scores better than an answer that needs no text, or nobody knows."""
+    """Whether the runs of a method score better than an answer that needs no text beyond chance, or nobody knows.
+
+    The chances of the runs are combined by Fisher's method.
+    """
     sign = 1 if cell.higher_is_better else -1
-    return any(score.baseline is None or sign * score.value > sign * score.baseline for score in cell.scores)
+    gains = [sign * (score.value - score.baseline) for score in cell.scores if score.baseline is not None]
+    chances = [score.chance for score in cell.scores if score.chance is not None]
+    if gains and statistics.fmean(gains) <= 0:
+        return False
+    return not gains or len(chances) < len(gains) or float(combine_pvalues(chances).pvalue) <= CHANCE
 
 
 def verdict(results: Results, pairs: Sequence[Difference] = ()) -> Verdict:
@@ -152,8 +162,9 @@ def verdict(results: Results, pairs: Sequence[Difference] = ()) -> Verdict:
 def _nothing_learned(results: Results, cells: Sequence[Cell]) -> str:
     scores = [score.value for cell in cells for score in cell.scores]
     found = f"{min(scores):.4f}" if min(scores) == max(scores) else f"{min(scores):.4f} to {max(scores):.4f}"
+    beyond = "" if all(score.value == score.baseline for cell in cells for score in cell.scores) else " beyond chance"
     return (
-        f"Nothing was learned: the methods score {cells[0].metric} {found}, and an answer that needs no text "
+        f"Nothing was learned{beyond}: the methods score {cells[0].metric} {found}, and an answer that needs no text "
         f"{baseline_of(results):.4f}, so this says nothing about which method is better. Advice: give --sweep, a "
         "higher --lr or more --epochs before you compare."
     )

@@ -15,6 +15,7 @@ from loretta.files import read_json
 from loretta.record import RunRecord
 from loretta.studies.state import COST, COUNT, State, evaluations, measured, state_of
 from loretta.studies.study import Planned, Row, Study
+from loretta.training.answers import beats_baseline, chance_of
 
 STUDY = "study.json"
 CONFIDENCE = 0.95
@@ -35,6 +36,7 @@ class Score(BaseModel):
     command: str = ""  # as it was typed
     repeat: str = ""  # the command that runs this one again
     baseline: float | None = None  # the score of an answer that needs no text (loretta.record.Answers)
+    chance: float | None = None  # the probability that such an answer is as good (loretta.training.answers)
 
 
 class Missing(BaseModel):
@@ -214,8 +216,11 @@ def _trained(root: Path, study: Study, runs: list[Planned], *, task: str, stage:
             missing.append(Missing(seed=run.seed, folder=run.folder, state="finished", reason=reason))
             continue
         records.append(record)
-        baseline = record.answers.baseline.get(metric) if record.answers and stage is None else None
-        scores.append(_score(root, run, values[metric], values, record, baseline))
+        score = _score(root, run, values[metric], values, record)
+        if record.answers and stage is None:
+            chance = 1.0 if beats_baseline(record) is False else chance_of(record)
+            score = score.model_copy(update={"baseline": record.answers.baseline.get(metric), "chance": chance})
+        scores.append(score)
     last = records[-1] if records else None
     return _cell(
         study,
@@ -273,7 +278,6 @@ def _score(
     value: float,
     values: dict[str, float],
     record: RunRecord | None,
-    baseline: float | None = None,
 ) -> Score:
     folder = root / run.folder
     return Score(
@@ -284,7 +288,6 @@ def _score(
         learning_rate=run.learning_rate or (record.learning_rate if record else None),
         seconds=record.train_seconds if record else None,
         command=record.command if record else "",
-        baseline=baseline,
         repeat=shlex.join(["loretta", "train", "--config", str(folder / "config.json"), "--output", f"{folder}-again"])
         if record
         else "",

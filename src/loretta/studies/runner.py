@@ -203,7 +203,10 @@ def _refuse_prompts_for_encoders(study: Study, runs: Sequence[Planned]) -> None:
 
 
 def write_study(root: Path, study: Study, options: Options, runs: Sequence[Planned], command: str) -> None:
-    """Note in the folder of runs what was asked for. Cells of earlier commands stay, unless this one plans them."""
+    """Note in the folder of runs what was asked for. Cells of earlier commands stay, unless this one plans them.
+
+    A comparison is of one model: cells of another one leave it, and their runs stay.
+    """
     file = study_file(root, study.name)
     before: dict[str, Any] = {}
     if file.is_file():
@@ -218,6 +221,7 @@ def write_study(root: Path, study: Study, options: Options, runs: Sequence[Plann
         run
         for run in before.get("planned", [])
         if (run["model"], run["task"], run["row"], "-".join(run["order"])) not in cells
+        and (study.view != "compare" or run["model"] in {cell[0] for cell in cells})
     ]
     content = {
         "study": study.model_dump(mode="json"),

@@ -118,7 +118,21 @@ def load_table(
             shown = listed(scheme.names[int(at)] for at in sorted(lost))
             notes.append(f"too few different texts to hold any out: validation has no rows of class {shown}")
     notes += doubts(scheme.names, [counts[name if several else str(at)] for at, name in enumerate(scheme.names)])
+    notes += _doubts_of_texts(rows, text)
     return _task(path, scheme.kind, splits, scheme.names, notes)
+
+
+def _doubts_of_texts(rows: Sequence[Row], column: str) -> list[str]:
+    """A sentence on each likely mistake in the texts beside their labels."""
+    labels: dict[tuple[str, ...], set[str]] = {}
+    for row in rows:
+        labels.setdefault(text_key(row.texts), set()).add(str(row.label))
+    found = []
+    if several := sum(len(of_text) > 1 for of_text in labels.values()):
+        found.append(f"{several:,} text{'s stand' if several > 1 else ' stands'} in several rows with different labels")
+    if len(labels) > 1 and all(texts[0].isdecimal() for texts in labels):
+        found.append(f"every cell of column {quoted(column)} is a number: is it the text?")
+    return found
 
 
 def _task(

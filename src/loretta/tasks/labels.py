@@ -2,6 +2,7 @@
 
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 from loretta.errors import InputError
 from loretta.tasks.base import Kind
 from loretta.tasks.sources import Source, wrong_cell
-from loretta.wording import listed, quoted
+from loretta.wording import OBEYED, listed, quoted
 
 MAX_GUESSED_CLASSES = 50
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
@@ -65,14 +66,15 @@ class LabelScheme:
 def doubts(names: Sequence[str], counts: Sequence[int]) -> list[str]:
     """A sentence on each likely mistake in the classes of a table; the data can be trained all the same.
 
-    Mistakes are names that differ only in case, punctuation or blanks, names of missing values, and classes with a
-    single row.
+    Mistakes are names that differ only in case, punctuation, blanks or forms of characters, names of missing values,
+    and classes with a single row.
     """
     alike: dict[str, list[str]] = {}
     for name in names:
-        alike.setdefault(re.sub(r"(?<=\w)[\s_-]+(?=\w)", " ", name.casefold()).strip(".,;:!?'\" "), []).append(name)
+        shown = OBEYED.sub("", unicodedata.normalize("NFKC", name)).casefold()
+        alike.setdefault(re.sub(r"(?<=\w)[\s_-]+(?=\w)", " ", shown).strip(".,;:!?'\" "), []).append(name)
     found = [
-        f"the classes {' and '.join(map(quoted, same))} differ in case or punctuation alone: are they one?"
+        f"the classes {' and '.join(map(quoted if _distinct(same) else ascii, same))} read alike: are they one?"
         for key, same in alike.items()
         if key and len(same) > 1
     ]
@@ -86,6 +88,11 @@ def doubts(names: Sequence[str], counts: Sequence[int]) -> list[str]:
         is_are = "class has" if len(alone) == 1 else "classes have"
         found.append(f"{len(alone)} {is_are} a single row, which cannot be both trained and validated: {listed(alone)}")
     return found
+
+
+def _distinct(names: Sequence[str]) -> bool:
+    """Whether a reader sees that the names differ: a letter and its accent may be one character or two."""
+    return len({unicodedata.normalize("NFC", name) for name in names}) == len(names)
 
 
 def decide(cells: Sequence[Any], *, kind: Kind | None, column: str, path: Source) -> LabelScheme:

@@ -139,6 +139,7 @@ def next_step(record: RunRecord) -> str:
     own_rate = find_method(config.method).learning_rate
     rate = config.learning_rate or own_rate
     higher = own_rate if rate < own_rate else rate * FURTHER
+    longer = f"--max-steps {2 * config.max_steps}" if config.max_steps else f"--epochs {2 * config.epochs:g}"
     losses = [point.values["loss"] for point in record.history if point.split == "train" and "loss" in point.values]
     checked = [point for point in record.history if point.split == "validation"]
     last = max((point.step for point in record.history), default=record.best_step)
@@ -148,8 +149,8 @@ def next_step(record: RunRecord) -> str:
         if len(losses) > 1 and losses[-1] > 1.05 * losses[0]:
             return f"nothing was learned and the loss rose: lower the rate, --lr {rate / FURTHER:.2g}"
         return (
-            f"nothing was learned: raise the rate, --lr {higher:.2g}, or train longer, --epochs "
-            f"{2 * config.epochs:g}; if neither helps, look whether the texts tell the label"
+            f"nothing was learned: raise the rate, --lr {higher:.2g}, or train longer, {longer}; if neither helps, "
+            "look whether the texts tell the label"
         )
     chance = chance_of(record)
     if chance is not None and chance > CHANCE and record.answers is not None:
@@ -158,11 +159,11 @@ def next_step(record: RunRecord) -> str:
             "more rows, with --test FILE or more data"
         )
     if len(checked) > 1 and record.best_step == last:
-        return f"the last evaluation was the best one: --epochs {2 * config.epochs:g} may score higher"
+        return f"the last evaluation was the best one: {longer} may score higher"
     if len(checked) > 2 and record.best_step <= last / 2:
         return (
             f"step {record.best_step} of {last} was the best, and what followed fitted the training rows alone: fewer "
-            "--epochs, --patience 2, or more data"
+            f"{longer.split()[0]}, --patience 2, or more data"
         )
     own = {"model": config.model, "data": config.data, "text": config.text, "label": config.label, "kind": config.kind}
     words = [word for name, value in own.items() if value for word in (f"--{name}", value)]

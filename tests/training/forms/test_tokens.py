@@ -9,7 +9,7 @@ import pytest
 import torch
 from commands import assert_refused, call
 from draws import seed_torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tolerances import assert_near
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
@@ -37,6 +37,17 @@ def test_the_first_piece_has_the_tag_and_a_token_is_read_as_after_a_blank():
         ["Ġ", "b"],
     ]
     assert found.word_ids(0) == [0, 0, 0, 1, 1]
+    # a tokenizer that splits before it looks at bytes, as Qwen's, and one of LLaMA's that does neither
+    split = pre_tokenizers.Split(Regex(r" ?\w+|\S"), "isolated")
+    pieces.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    later = tokenize(PreTrainedTokenizerFast(tokenizer_object=pieces, pad_token="Ġ"), [["as", "Mara"], ["b"]], 5)
+    assert (later["input_ids"], later.word_ids(0)) == (found["input_ids"], found.word_ids(0))
+    blanks = [normalizers.Prepend("Ġ"), normalizers.Replace(" ", "Ġ")]
+    pieces.pre_tokenizer, pieces.normalizer = None, normalizers.Sequence(blanks)
+    later = tokenize(PreTrainedTokenizerFast(tokenizer_object=pieces, pad_token="Ġ"), [["as", "Mara"], ["b"]], 5)
+    assert (later["input_ids"], later.word_ids(0)) == (found["input_ids"], found.word_ids(0))
     assert first_pieces(found.word_ids(0), [7, 8]) == [7, -100, -100, 8, -100]
     assert first_pieces([None, 0, 0, 2, None], [7, 8, 9]) == [-100, 7, -100, 9, -100]
     assert tags_of_words([None, 0, 0, 2, None], [4, 0, 4, 1, 4], 4, ["O", "X"]) == ["O", None, "X", None]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import PreTrainedTokenizerBase, ProgressCallback, TrainingArguments
 
 from loretta.errors import InputError
 from loretta.record import Answers
@@ -124,4 +124,5 @@ def evaluate_again(form: Form, run: LoadedRun, task: Any, split: str, make_train
         trainer = make_trainer(
             config, task, run.model, run.tokenizer, {"train": rows, "validation": rows}, Path(folder)
         )
+        trainer.remove_callback(ProgressCallback)
         return trainer.evaluate()

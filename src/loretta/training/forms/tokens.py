@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from datasets import Dataset
+from tokenizers import pre_tokenizers
 from transformers import DataCollatorForTokenClassification, PreTrainedTokenizerBase
 
 from loretta.errors import InputError
@@ -150,9 +151,13 @@ class Tokens(Form):
 
 def tokenize(tokenizer: Any, rows: Sequence[Sequence[str]], max_length: int | None, **options: Any) -> Any:
     """Rows of tokens as pieces; a token after another one is read as after a blank."""
-    if getattr(tokenizer, "add_prefix_space", True) is False:
+    steps = tokenizer.backend_tokenizer.pre_tokenizer
+    if isinstance(steps, pre_tokenizers.ByteLevel):
         # GPT-2's and RoBERTa's tokenizers refuse lists of tokens otherwise
-        tokenizer.add_prefix_space = tokenizer.backend_tokenizer.pre_tokenizer.add_prefix_space = True
+        tokenizer.add_prefix_space = steps.add_prefix_space = True
+    elif isinstance(steps, pre_tokenizers.Sequence) and "ByteLevel(" in repr(steps):
+        # Qwen's and Llama 3's split a token first, and would put a blank before each part
+        rows = [[f" {word}" for word in row] for row in rows]
     return tokenizer(
         [list(row) for row in rows],
         is_split_into_words=True,
