@@ -85,6 +85,18 @@ def test_to_another_dtype_and_back(family, method):
 
 
 @every_method
+@pytest.mark.parametrize("family", ["llama", "bert"])  # the second has a head with a start of its own
+def test_what_is_subtracted_is_rounded_with_what_trains(family, method):
+    """TRL rounds what trains beside a quantised base, and nothing else; no change stays no change."""
+    model, inputs = wrapped(family, method, base={"dtype": torch.bfloat16}, init_weights="denoised")
+    for parameter in trainable(model).values():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    found = with_and_without(model, inputs)
+    assert torch.equal(found["adapter"], found["base"])
+    assert not torch.equal(logits(trained(model), inputs), found["base"])
+
+
+@every_method
 @every_family
 def test_to_another_device(family, method):
     model, _ = wrapped(family, method)

@@ -47,6 +47,11 @@ class ChangedLinear(TTLinear):
     def forward(self, x_BI: Tensor) -> Tensor:
         return nn.functional.linear(x_BI, self.base_weight, self.base_bias) + super().forward(x_BI)
 
+    def round_start(self) -> None:
+        """Round the start as the cores have been rounded, as by TRL: they were equal."""
+        if self.start is not None:
+            self.start.to(self.cores.values.dtype)
+
     @torch.no_grad()
     def to_dense(self, pretrained: nn.Linear | None = None) -> nn.Linear:
         """The dense layer with the same effect."""
@@ -110,8 +115,13 @@ class AdapterCopy(ModulesToSaveWrapper):
         for adapter_name, policy in self.policies.items():
             if adapter_name not in self.modules_to_save:
                 continue
+            copied = self.modules_to_save[adapter_name]
+            for path in policy.tensorized if policy.as_change else ():
+                train = copied.get_submodule(path)
+                if isinstance(train, ChangedLinear):
+                    train.round_start()
             trained = tuple(path + "." for path in policy.tensorized)
-            for name, parameter in self.modules_to_save[adapter_name].named_parameters():
+            for name, parameter in copied.named_parameters():
                 if policy.frozen and not name.startswith(trained):
                     parameter.requires_grad_(False)
 

@@ -194,10 +194,15 @@ class LorettaLayer(JointLayer, BaseTunerLayer):
                 modules[adapter_name].to(dtype)
 
     def freeze(self) -> None:
-        """Freeze the starts that are subtracted, which nobody trains."""
+        """Freeze the starts that are subtracted, which nobody trains, and round them as the cores have been rounded.
+
+        TRL rounds what trains alone: an untrained adapter would be the error of that.
+        """
         for part in self.trains:
             if part.startswith("start_"):
                 self._part(part).requires_grad_(False)
+                for name, start in self._part(part).items():
+                    start.to(cast(Cores, self._part(part.removeprefix("start_"))[name]).values.dtype)
 
     def set_scaling(self, adapter_name: str, config: Any) -> None:
         """Take over the factor on one adapter's effect from its config."""
