@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from hypothesis import strategies as st
@@ -117,8 +118,11 @@ def put(path: Path, content: bytes | str) -> None:
 
 def parquet(cell: str | list[int], times: int) -> bytes:
     """A table of two columns whose rows are alike, which Parquet keeps in a few bytes."""
-    cells = pa.array([0] * times) if isinstance(cell, str) else pa.array([cell] * times, pa.list_(pa.int8()))
-    column = pa.DictionaryArray.from_arrays(cells, pa.array([cell])) if isinstance(cell, str) else cells
+    if isinstance(cell, str):
+        column = pa.DictionaryArray.from_arrays(pa.array([0] * times), pa.array([cell]))
+    else:
+        numbers = np.tile(np.array(cell, np.int8), times)
+        column = pa.ListArray.from_arrays(np.arange(0, len(numbers) + 1, len(cell), np.int32), numbers)
     pq.write_table(pa.table({"review": column, "mood": [0, 1] * (times // 2)}), out := io.BytesIO(), compression="zstd")
     return out.getvalue()
 

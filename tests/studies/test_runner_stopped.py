@@ -9,6 +9,7 @@ import time
 
 import pytest
 from filelock import FileLock
+from forked import ForkedPopen, fork_units
 from study_data import QUICK, options_for, states
 
 from loretta.errors import InputError, Stopped
@@ -59,8 +60,7 @@ def command(bert, data_dir, root, *more):
         word for key, value in {**QUICK, "epochs": 40, "eval_steps": 3}.items() for word in ("--set", f"{key}={value}")
     ]
     fixed = ["--model", bert, "--data-dir", data_dir, "--tasks", "rte", "--methods", "loretta_adp", "--seeds", "2"]
-    code = "import sys; from loretta.cli.main import main; main()"
-    return [sys.executable, "-c", code, "reproduce", "table1", *fixed, "--cpu", "-o", str(root), *sets, *more]
+    return [sys.executable, "-m", "loretta", "reproduce", "table1", *fixed, "--cpu", "-o", str(root), *sets, *more]
 
 
 def wait_for(condition, process):
@@ -72,9 +72,10 @@ def wait_for(condition, process):
     raise AssertionError("it never came")
 
 
-def test_killed_half_way_and_resumed(bert, data_dir, tmp_path):
+def test_killed_half_way_and_resumed(bert, data_dir, tmp_path, monkeypatch):
     """kill -9 of the runner ends its workers too, frees their locks, and the next start goes on from a checkpoint."""
-    process = subprocess.Popen(command(bert, data_dir, tmp_path, "--jobs", "2"), stderr=subprocess.DEVNULL)
+    fork_units(monkeypatch)
+    process = ForkedPopen(command(bert, data_dir, tmp_path, "--jobs", "2"), stderr=subprocess.DEVNULL)
     folders = [tmp_path / f"tiny-bert/rte/loretta_adp/s{seed}" for seed in (0, 1)]
     wait_for(lambda: all(list(folder.glob("checkpoints/*/trainer_state.json")) for folder in folders), process)
     workers = [held_by(folder).pid for folder in folders if held_by(folder)]
@@ -108,6 +109,7 @@ def wait_for_end(pids):
 
 @pytest.mark.parametrize(("number", "together"), [(signal.SIGINT, 1), (signal.SIGTERM, 2)])
 def test_a_signal_stops_the_processes_behind_a_checkpoint(number, together, bert, data_dir, tmp_path, monkeypatch):
+    fork_units(monkeypatch)
     folder = tmp_path / "tiny-bert/rte/loretta_adp/s0"
     children, before, waited = [], set(), 0
 

@@ -11,13 +11,16 @@ import sys
 
 import pytest
 import torch
+from forked import status_of
 from interrupts import stopping_behind
 from safetensors.torch import load_file
 from training_data import config_for
+from transformers import TrainerCallback
 
 from loretta.errors import InputError, Stopped
 from loretta.owned import describe, write_list
 from loretta.record import RunRecord
+from loretta.training import run
 from loretta.training.predict import load_run
 from loretta.training.run import train
 
@@ -25,23 +28,24 @@ from loretta.training.run import train
 def test_a_killed_run_resumes_to_the_same_end(bert, reviews, tmp_path):
     whole = train(config_for(bert, reviews, tmp_path / "whole", epochs=3))
     config = config_for(bert, reviews, tmp_path / "cut", epochs=3)
-    # killed by a signal after its first epoch's checkpoint
-    script = (
-        "import os, signal, sys\n"
-        "from transformers import TrainerCallback\n"
-        "import loretta.training.run as run\n"
-        "from loretta.training.config import RunConfig\n"
-        "class Kill(TrainerCallback):\n"
-        "    def on_epoch_begin(self, args, state, control, **kwargs):\n"
-        "        if state.epoch and state.epoch >= 1: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "make = run.make_trainer\n"
-        "def killing(*args):\n"
-        "    trainer = make(*args); trainer.add_callback(Kill()); return trainer\n"
-        "run.make_trainer = killing\n"
-        "run.train(RunConfig.model_validate_json(sys.argv[1]))\n"
-    )
-    killed = subprocess.run([sys.executable, "-c", script, config.model_dump_json()], capture_output=True)
-    assert killed.returncode == -9
+
+    class Kill(TrainerCallback):
+        """After the checkpoint of the first epoch."""
+
+        def on_epoch_begin(self, args, state, control, **kwargs):
+            if state.epoch and state.epoch >= 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def killed():
+        make = run.make_trainer
+        run.make_trainer = lambda *args: add_to(make(*args))
+        train(config)
+
+    def add_to(trainer):
+        trainer.add_callback(Kill())
+        return trainer
+
+    assert status_of(killed) == -signal.SIGKILL
     assert not (tmp_path / "cut" / "run.json").exists()
     (state,) = (tmp_path / "cut").rglob("trainer_state.json")
     saved = json.loads(state.read_text())

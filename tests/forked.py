@@ -1,0 +1,81 @@
+"""Processes that begin as a copy of this one: a new one takes eight seconds of a core to import torch and PEFT."""
+
+import contextlib
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from types import SimpleNamespace
+
+from loretta.studies import unit
+
+
+class ForkedPopen(subprocess.Popen):
+    """``python -m MODULE ARGUMENTS`` in a fork of this process. Pipes, signals and statuses are Popen's own."""
+
+    def _execute_child(  # type: ignore[override]
+        self, args, executable, preexec_fn, close_fds, pass_fds, cwd, env, startupinfo, creationflags, shell,
+        p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite, *more,
+    ):  # fmt: skip
+        python, flag, *command = args
+        assert (python, flag) == (sys.executable, "-m")
+        self.pid = os.fork()
+        if self.pid:
+            self._child_created = True
+            self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
+            return
+        with _ending():
+            os.setsid()
+            for target, source in enumerate((p2cread, c2pwrite, errwrite)):
+                if source != -1:
+                    os.dup2(source, target)
+            sys.stdin, sys.stdout, sys.stderr = (
+                os.fdopen(number, mode, buffering=1, closefd=False) for number, mode in enumerate("rww")
+            )
+            for number in map(int, os.listdir("/proc/self/fd")):  # as exec does, which closes its pipes to others
+                with contextlib.suppress(OSError):
+                    if not os.get_inheritable(number):
+                        os.close(number)
+            os.environ.update(env or {})
+            os.chdir(cwd or ".")
+            sys.argv = command
+            warnings.resetwarnings()  # pytest makes errors of them
+            runpy.run_module(command[0], run_name="__main__", alter_sys=True)
+
+
+class _ending:
+    """The rest of a fork: without the files and signal handlers of this process, and it ends with a status."""
+
+    def __enter__(self) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def __exit__(self, kind, error, where) -> None:
+        status = 0
+        if isinstance(error, SystemExit):
+            status = error.code if isinstance(error.code, int) else int(error.code is not None)
+        elif error is not None:
+            traceback.print_exception(error)
+            status = 1
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        os._exit(status)
+
+
+def status_of(work: Callable[[], object]) -> int:
+    """Do some work in a fork. Returns its exit status, -9 where SIGKILL ended it."""
+    if pid := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    with _ending():
+        work()
+    raise AssertionError("a fork has ended")
+
+
+def fork_units(monkeypatch) -> None:
+    """Have the runner of studies fork this process for each unit."""
+    names = {name: getattr(subprocess, name) for name in ("PIPE", "STDOUT", "TimeoutExpired")}
+    monkeypatch.setattr(unit, "subprocess", SimpleNamespace(Popen=ForkedPopen, **names))
