@@ -1,21 +1,28 @@
 """A command line in this process: what it prints, and what it says when it refuses."""
 
+import functools
 import sys
 
+import pytest
+import typer.main
+
 from loretta.cli import main as cli
+
+# typer otherwise reads the options of all verbs off their signatures in each call
+get_command = functools.cache(typer.main.get_command)
 
 
 def call(capsys, *arguments) -> tuple[int, str, str]:
     """Exit status, standard output and standard error of one command."""
     capsys.readouterr()
-    old, sys.argv = sys.argv, ["loretta", *map(str, arguments)]
-    try:
-        cli.main()
-        status = 0
-    except SystemExit as stop:
-        status = stop.code or 0
-    finally:
-        sys.argv = old
+    status = 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["loretta", *map(str, arguments)])
+        patch.setattr(typer.main, "get_command", get_command)
+        try:
+            cli.main()
+        except SystemExit as stop:
+            status = stop.code or 0
     captured = capsys.readouterr()
     return status, captured.out, captured.err
 

@@ -5,13 +5,11 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # nothing here may reach for the network
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import functools
 import gc
 import socket
 
 import pytest
 import torch
-import typer.main
 from draws import seed_torch
 from run_matrix import NUMERIC, TESTS
 from sampling import sampled
@@ -34,10 +32,6 @@ def _connect_here(self: socket.socket, address: object) -> None:
 socket.socket.connect = _connect_here  # type: ignore[method-assign]
 
 pytest_plugins = ["tiny_models", "study_data", "pytester"]
-
-
-# typer reads the options of all verbs off their signatures at each call of a command line
-typer.main.get_command = functools.cache(typer.main.get_command)
 
 
 @pytest.fixture(autouse=True)

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer.main
+from commands import get_command
 from safetensors.torch import save_file
 from transformers import BertConfig
 from tuners.wrapped import every_method, wrap
@@ -34,7 +36,8 @@ def _fuzz():
         sys.path.remove(str(FUZZ.parent))
 
 
-def test_damaged_and_hostile_files_are_taken_or_refused_in_one_sentence():
+def test_damaged_and_hostile_files_are_taken_or_refused_in_one_sentence(monkeypatch):
+    monkeypatch.setattr(typer.main, "get_command", get_command)
     fuzz = _fuzz()
     found = fuzz.fuzz(2_000)
     assert found["failures"] == []
