@@ -154,10 +154,10 @@ def test_only_the_named_adapter_is_merged():
     assert_near("logits", logits(model.merge_and_unload(adapter_names=["default"]), inputs), expected)
 
 
-def two_adapters() -> tuple[PeftModel, dict[str, Tensor], dict[tuple[str, ...], Tensor]]:
+def two_adapters(**other) -> tuple[PeftModel, dict[str, Tensor], dict[tuple[str, ...], Tensor]]:
     """A model with the norms of two adapters too, and its logits with each and with both; "default" is active."""
     model, inputs = wrap("llama", "rep")
-    model.add_adapter("other", config_for("rep", task_type="CAUSAL_LM", tensor_rank=2))
+    model.add_adapter("other", config_for("rep", task_type="CAUSAL_LM", tensor_rank=2, **other))
     model.base_model.set_adapter(["default", "other"])
     trained(model)
     expected = {}
@@ -167,9 +167,11 @@ def two_adapters() -> tuple[PeftModel, dict[str, Tensor], dict[tuple[str, ...], 
     return model, inputs, expected
 
 
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["v_proj", "down_proj"]], ids=str)
 @pytest.mark.parametrize("names", [("default",), ("other",), ("default", "other")], ids=str)
-def test_norms_follow_what_is_merged_and_not_what_is_active(names):
-    model, inputs, expected = two_adapters()
+def test_what_is_merged_computes_and_not_what_is_active(names, targets):
+    """Nor where a merged adapter has no place, and an active one has."""
+    model, inputs, expected = two_adapters(target_modules=targets)
     model.merge_adapter(list(names))
     assert_near("merged", logits(model, inputs), expected[names])
     assert model.get_model_status().merged_adapters == list(names)
@@ -231,6 +233,15 @@ def test_adp_says_why_it_cannot_merge_and_touches_nothing(family, how):
         layer.merge()
     model.unmerge_adapter()  # nothing to undo, and nothing wrong
     assert torch.equal(logits(model, inputs), expected)
+
+
+def test_what_could_not_be_told_from_a_merge_is_refused():
+    model, inputs, expected = two_adapters()
+    with pytest.raises(InputError, match=r"cannot merge \['typo'\]: loaded are default, other"):
+        model.merge_adapter(["typo"])
+    with model.disable_adapter(), pytest.raises(InputError, match="while the adapters are disabled"):
+        model.merge_adapter(["other"])
+    assert torch.equal(logits(model, inputs), expected["default",])
 
 
 def test_merging_some_of_the_active_adapters_is_refused():

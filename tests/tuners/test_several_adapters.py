@@ -242,3 +242,29 @@ def test_a_model_that_is_wrapped_again_starts_anew(family, again, method):
     assert second.state_dict().keys() == fresh.state_dict().keys()
     loss_of(second.train(), inputs).backward()
     assert all(parameter.grad is not None for parameter in trainable(second).values())
+
+
+@every_method
+def test_an_adapter_that_is_added_while_all_are_off_is_off(method):
+    model, inputs = pair("llama", method)
+    base, active = logits(build("llama")[0], inputs), logits(model, inputs)
+    with model.disable_adapter():
+        options = {"task_type": "CAUSAL_LM", "init_weights": "gaussian", "target_modules": ["up_proj"]}
+        model.add_adapter("third", config_for(method, **options))
+        assert torch.equal(logits(model, inputs), base)
+        model.set_adapter("third")
+        assert torch.equal(logits(model, inputs), base)
+    assert not torch.equal(logits(model, inputs), base)
+    model.set_adapter("default")
+    assert torch.equal(logits(model, inputs), active)
+
+
+@deletes_the_active
+@every_method
+def test_the_next_adapter_may_have_no_place_in_the_first_layer(method):
+    """PEFT asks the first layer what is active after a deletion. The head of the next adapter is, too."""
+    model, inputs = pair("bert", method, second={"target_modules": ["value", "layer.1.output.dense"]})
+    expected = alone(model, inputs, "other")
+    model.delete_adapter("default")
+    assert model.active_adapters == ["other"]
+    assert torch.equal(logits(model, inputs), expected)

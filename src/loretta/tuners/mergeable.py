@@ -1,6 +1,7 @@
 """Base weights that no update can be merged into without changing what the model computes."""
 
 from collections import Counter
+from collections.abc import Collection, Sequence
 
 from torch import nn
 
@@ -9,6 +10,20 @@ from loretta.tuners.bypassed import places_by_module
 from loretta.tuners.layer import LorettaLayer
 from loretta.tuners.norms import TrainedNorm
 from loretta.tuners.placement import is_linear_map
+
+
+def check_mergeable_names(merged: Sequence[str], active: Sequence[str], loaded: Collection[str]) -> None:
+    """Refuse names that are not loaded, and some of the active adapters without the others, which would fall silent.
+
+    Raises InputError.
+    """
+    if unknown := [name for name in merged if name not in loaded]:
+        raise InputError(f"cannot merge {unknown}: loaded are {', '.join(loaded)}")
+    if silent := [name for name in active if not set(active).isdisjoint(merged) and name not in merged]:
+        raise InputError(
+            f"cannot merge {list(merged)} alone while {list(active)} are active, for {silent} would stop having an "
+            f"effect: merge them all, or first make {list(merged)} the active ones with set_adapter"
+        )
 
 
 def check_mergeable(model: nn.Module, layer_cls: type[LorettaLayer]) -> None:

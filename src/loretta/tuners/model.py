@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from loretta.errors import InputError
 from loretta.tuners.bypassed import check_called, under_other_names
 from loretta.tuners.config import LorettaConfig
-from loretta.tuners.contraction import Contraction
+from loretta.tuners.contraction import Contraction, note_change
 from loretta.tuners.copies import AdapterCopy, check_copies_are_here, rename_copy
 from loretta.tuners.heads import agree_on_origins, copy_cost, head_names, install_head
 from loretta.tuners.labels import fit_final_layer, note_labels
 from loretta.tuners.layer import LorettaLayer, at_least_float32, is_offloaded, keep_differentiable
-from loretta.tuners.mergeable import check_mergeable
+from loretta.tuners.mergeable import check_mergeable, check_mergeable_names
 from loretta.tuners.mixed import check_rows_first, naming, passing
 from loretta.tuners.names import check_adapter_name, check_endings
 from loretta.tuners.norms import TrainedNorm, is_norm, norms_of, values_as_changes
@@ -38,6 +38,7 @@ from loretta.tuners.placement import (
     unused_options,
 )
 from loretta.tuners.taken import take_over
+from loretta.tuners.targets import chosen_targets
 from loretta.tuners.tensors import check_not_merged, check_tensors, names_alone, renamed
 from loretta.tuners.watch import Watch
 
@@ -101,6 +102,7 @@ class LorettaModel(BaseTuner):
                 warnings.warn(sentence, stacklevel=2)
         check_copies_are_here(model, bool(config.train_norms or config.modules_to_save or head_names(model, config)))
         check_endings(adapter_name, [*(config.modules_to_save or []), *head_names(model, config)])
+        is_disabled = self._is_disabled()
         copy_cost(model, config)
         self._forget(adapter_name)
         names = install_head(model, config, adapter_name)
@@ -128,6 +130,8 @@ class LorettaModel(BaseTuner):
         followers = self._layers(AuxiliaryTrainingWrapper)
         for layer in layers:
             layer.followers = followers
+        if is_disabled:
+            self.disable_adapter_layers()  # the new layers, too
         Contraction.attach(model)
         Watch.attach(model)
 
@@ -173,14 +177,14 @@ class LorettaModel(BaseTuner):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """As PEFT's. Heads follow: those of the merged adapters compute until they are unmerged.
 
-        Raises InputError when some of the active adapters are named and others are not: they would fall silent.
+        Raises InputError for a name that is not loaded, while the adapters are disabled, and when some of the active
+        adapters are named and others are not: they would fall silent.
         """
-        merged, active = {*self._merged(), *(adapter_names or self.active_adapters)}, self.active_adapters
-        if silent := [name for name in active if merged & set(active) and name not in merged]:
-            raise InputError(
-                f"cannot merge {adapter_names} alone while {active} are active, for {silent} would stop having an "
-                f"effect: merge them all, or first make {adapter_names} the active ones with set_adapter"
-            )
+        check_mergeable_names(
+            [*self._merged(), *(adapter_names or self.active_adapters)], self.active_adapters, self.peft_config
+        )
+        if self._is_disabled():
+            raise InputError("cannot merge while the adapters are disabled: call enable_adapter_layers() first")
         super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
         self._follow_merge()
 
@@ -193,9 +197,29 @@ class LorettaModel(BaseTuner):
         return list(dict.fromkeys(name for layer in self._layers(self.layer_cls) for name in layer.merged_adapters))
 
     def _follow_merge(self) -> None:
+        """Have what a merged adapter does not act on stop with the active ones, and copies compute with its own."""
         merged = self._merged()
+        for layer in self._layers(self.layer_cls):
+            layer.merged_adapters += [name for name in merged if name not in layer.merged_adapters]
+        note_change(activity_alone=True)
         for copied in self._layers(AdapterCopy):
             copied.follow_merge(merged)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """As PEFT's, which asks the first layer alone what is active next: the others may have no place there."""
+        left = sorted(self.peft_config.keys() - {adapter_name})
+        if adapter_name in self.active_adapters and left and adapter_name not in self._merged():
+            others = [name for name in self.active_adapters if name != adapter_name]
+            if not others:
+                warnings.warn(
+                    f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.",
+                    stacklevel=2,
+                )
+            self.set_adapter(others or left[0])
+        super().delete_adapter(adapter_name)
+
+    def _is_disabled(self) -> bool:
+        return any(layer.disable_adapters for layer in (*self._layers(self.layer_cls), *self._layers(TrainedNorm)))
 
     def disable_adapter_layers(self) -> None:
         """As PEFT's."""
@@ -223,29 +247,8 @@ class LorettaModel(BaseTuner):
 
     @classmethod
     def default_targets(cls, config: LorettaConfig, model_config: dict) -> Any:
-        """``config.target_modules``, or the method's default for the model's type.
-
-        Raises InputError when there is neither, or layers are to be picked of a default that picks them itself.
-        """
-        if config.target_modules is not None:
-            return config.target_modules
-        model_type = model_config.get("model_type")
-        if model_type not in cls.target_module_mapping:
-            if config.target_parameters:
-                return set()
-            raise InputError(
-                f"no default target modules are known for model type {model_type!r}: "
-                "give target_modules=['name', ...] or target_modules='all-linear'"
-            )
-        targets = cls.target_module_mapping[model_type]
-        if not isinstance(targets, str):
-            return set(targets)
-        if config.layers_to_transform is not None or config.layers_pattern is not None:
-            raise InputError(
-                f"the default target modules for model type {model_type!r} are the expression {targets!r}, of which "
-                "layers_to_transform and layers_pattern cannot pick: give target_modules=['name', ...]"
-            )
-        return targets
+        """What the config names, or the method's default for the model's type. Raises InputError without one."""
+        return chosen_targets(config, model_config.get("model_type"), cls.target_module_mapping)
 
     def _prepare_adapter_config(self, peft_config: LorettaConfig, model_config: dict) -> LorettaConfig:
         if peft_config.target_modules is None:

@@ -4,9 +4,13 @@ Entries are matched as PEFT matches ``target_modules``: a list by the end of the
 regular expression.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+from loretta.errors import InputError
+from loretta.tuners.config import LorettaConfig
 
 # rep: the query and value projections (LoRETTA section 4), or the fused one that holds them
 REP_TARGETS: dict[str, Sequence[str]] = {
@@ -65,3 +69,28 @@ ADP_TARGETS: dict[str, Sequence[str]] = {
     "vit": ["output.dense", "o_proj", "fc2"],  # older and newer transformers
     "xlm-roberta": _BERT_LIKE,
 }
+
+
+def chosen_targets(config: LorettaConfig, model_type: str | None, defaults: Mapping[str, Sequence[str]]) -> Any:
+    """``config.target_modules``, or the default among a method's ``defaults`` for the model's type.
+
+    Raises InputError when there is neither, or layers are to be picked of a default that picks them itself.
+    """
+    if config.target_modules is not None:
+        return config.target_modules
+    if model_type is None or model_type not in defaults:
+        if config.target_parameters:
+            return set()
+        raise InputError(
+            f"no default target modules are known for model type {model_type!r}: "
+            "give target_modules=['name', ...] or target_modules='all-linear'"
+        )
+    targets = defaults[model_type]
+    if not isinstance(targets, str):
+        return set(targets)
+    if config.layers_to_transform is not None or config.layers_pattern is not None:
+        raise InputError(
+            f"the default target modules for model type {model_type!r} are the expression {targets!r}, of which "
+            "layers_to_transform and layers_pattern cannot pick: give target_modules=['name', ...]"
+        )
+    return targets
