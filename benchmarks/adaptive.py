@@ -36,6 +36,7 @@ METHODS: dict[str, tuple[str, dict[str, Any], str]] = {
     "one mode, rank 2": ("rep", ONE_MODE, "constant"),
     "one mode, adaptive from 4": ("rep", {**ONE_MODE, "r": 4, "tensor_rank": 4, "lora_alpha": 8}, "adaptive"),
     "compact, rank 5": ("rep", COMPACT, "constant"),
+    "compact, rank 10": ("rep", WIDE, "constant"),  # what the adaptive ones begin with, of more parameters
     "compact, adaptive from 10": ("rep", WIDE, "adaptive"),
     "compact, adaptive, moments kept": ("rep", WIDE, "adaptive, moments kept"),
 }
