@@ -1,8 +1,8 @@
 """Modules whose weight a model reads without calling them: an adapter there would do nothing.
 
 Mamba multiplies with ``self.dt_proj.weight``, fused kernels take ``self.out_proj.weight`` as an argument, and torch's
-attention hands its weights to a function. The code of a class shows such modules before anything is
-replaced; those that depend on kernels, devices and inputs show when the model first runs (:mod:`loretta.tuners.watch`).
+attention passes its weights to a function. The code of a class shows such modules before anything is replaced; cases
+that depend on kernels, devices and inputs show when the model first runs (:mod:`loretta.tuners.watch`).
 """
 
 import dis
@@ -18,7 +18,7 @@ from torch import nn
 
 from loretta.errors import InputError
 
-# attributes that describe a weight and do not give its values
+# attributes of a weight that do not depend on its values
 _ABOUT = {"dtype", "device", "shape", "size", "dim", "ndim", "numel", "requires_grad", "is_meta", "element_size"}
 
 
@@ -44,12 +44,12 @@ def check_called(model: nn.Module, targets: Iterable[str]) -> None:
 
 
 def places_by_module(model: nn.Module) -> Counter[nn.Module]:
-    """How many modules hold each module of ``model`` as their own part. An adapter goes to one of these places."""
+    """Module of ``model`` -> how many modules have it as a child. An adapter goes to one of these places only."""
     return Counter(part for module in model.modules() for part in module._modules.values() if part is not None)
 
 
 def under_other_names(model: nn.Module, targets: Iterable[str]) -> list[str]:
-    """A sentence on targets that other parts of ``model`` hold too: PEFT puts a layer into the first place alone."""
+    """A sentence on targets that ``model`` has in several places: PEFT replaces a layer in the first place only."""
     places = places_by_module(model)
     if not (found := [name for name in targets if places[model.get_submodule(name)] > 1]):
         return []
@@ -70,10 +70,10 @@ def read_only(model: nn.Module) -> set[str]:
 
 @functools.cache
 def read_only_children(cls: type[nn.Module]) -> frozenset[str]:
-    """The attributes whose ``weight`` the methods of a class compute with, and which they use in no other way.
+    """The attributes of a class that its methods use only to compute with their ``weight``.
 
-    The bytecode tells: classes without a source file have it too. An attribute that any branch calls, or hands to a
-    function, is not among them.
+    They are found in the bytecode, which classes without a source file have too. An attribute that any branch calls or
+    passes to a function is not among them.
     """
     codes = [
         (name, code)

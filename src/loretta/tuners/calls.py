@@ -1,7 +1,7 @@
-"""The calls of models that are running, and what they hold for the layers below them.
+"""The calls of models that are running, and the factors that they hold for the layers below them.
 
-A call belongs to the thread that makes it, and ends with the frame that made it: neither another thread, nor an
-error or Ctrl-C in its middle, can leave factors behind that a later call would take for its own.
+A call belongs to the thread and to the frame that made it. So a later call never takes over factors that another thread
+left, or an error or Ctrl-C in the middle of a call.
 """
 
 import sys
@@ -46,8 +46,8 @@ _traced: list[Call] = []
 def traced_as_a_part(hook: Any) -> Any:
     """Have Dynamo trace ``hook`` within its model's graph, and not on its own.
 
-    Otherwise a graph break in the middle of a model makes Dynamo compile each hook by itself, and other threads find
-    the traced call that the first hook leaves behind.
+    Otherwise Dynamo compiles each hook by itself after a graph break in the model, and other threads would find the
+    traced call that the first hook left.
     """
     set_code_exec_strategy(hook.__code__, FrameExecStrategy(FrameAction.SKIP, FrameAction.SKIP))
     return hook
@@ -79,10 +79,10 @@ def leave() -> None:
 
 
 def factors_in_call(layer: Any, adapter_name: str, pair: int) -> Factors | None:
-    """What the running call holds for one pair of trains of ``layer``; None where the layer has to contract them.
+    """The running call's factors for one pair of trains of ``layer``; None where the layer must contract them itself.
 
-    It has to where gradients are needed within a call that began without them, and where a checkpointed block is
-    computed again.
+    It must where gradients are needed within a call that began without them, and where a checkpointed block is computed
+    again.
     """
     traced = torch.compiler.is_dynamo_compiling()
     running = _traced if traced else _thread.calls
@@ -92,7 +92,7 @@ def factors_in_call(layer: Any, adapter_name: str, pair: int) -> Factors | None:
     if torch.is_grad_enabled() and not call.has_graph:
         return None
     if not traced:
-        # every layer of every call comes here, so what it asks is asked without a function of our own
+        # inlined, because every layer of every call comes here
         if call.backward != torch._C._current_graph_task_id():
             return None
         try:
@@ -127,7 +127,7 @@ def is_recomputed() -> bool:
 
 
 def is_recorded() -> bool:
-    """Whether operations are being recorded, to be repeated with other numbers: contractions must be among them."""
+    """Whether operations are being recorded for replays with other numbers: a recording must contain contractions."""
     return (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
@@ -138,9 +138,9 @@ def is_recorded() -> bool:
 
 
 def hidden_from_checkpoints() -> AbstractContextManager:
-    """Tensors that autograd saves within stay saved, and a checkpoint around does not count them.
+    """Within it, autograd saves tensors past a surrounding checkpoint, which does not count them.
 
-    So a checkpointed block may contract its trains in one pass and find the factors in the other.
+    So a checkpointed block may contract its trains in one of its two passes and find the factors in the other.
     """
     if torch.compiler.is_dynamo_compiling():
         return nullcontext()

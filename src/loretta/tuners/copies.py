@@ -1,4 +1,4 @@
-"""Copies of whole modules: trained and saved with an adapter, with a train in place of a dense layer, or frozen."""
+"""Copies of whole modules that belong to an adapter: trained, tensorised, or frozen and only saved with it."""
 
 import copy
 from collections.abc import Mapping, Sequence

@@ -1,8 +1,8 @@
-"""The cores of a model whose weights FSDP2 has shared out, brought together by one collective for all of them.
+"""Gather the cores that FSDP2 has sharded, with one collective for the whole model.
 
-FSDP brings the weights of a block when the block runs, and the trains of one block are too few to be contracted
-together. So the joint contraction takes what each process has and gathers it when the model is called; backward, one
-collective sums the gradients and leaves each process its part, averaged as FSDP averages.
+FSDP gathers the weights of a block when the block runs, and the trains of one block are too few to be contracted
+together. So the joint contraction gathers all shards itself when the model is called. In the backward pass one
+collective sums the gradients and leaves each process its shard, averaged as FSDP averages.
 """
 
 import math
@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 
 
 def is_sharded(tensor: Tensor | None) -> bool:
-    """Whether the processes of one mesh have each some rows of ``tensor``, where they compute."""
+    """Whether each process of a mesh holds some rows of ``tensor``, on the device that computes."""
     return (
         isinstance(tensor, DTensor)
         and tensor.placements == (Shard(0),)
@@ -29,7 +29,7 @@ def is_sharded(tensor: Tensor | None) -> bool:
 
 
 def whole_stacks(columns: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-    """The tensors of each column, whole and side by side: (M, ...). All of a column are equal, and sharded."""
+    """The sharded tensors of each column, gathered and stacked: (M, ...). Those of a column have one shape."""
     alike: dict[tuple[DeviceMesh, torch.dtype], list[int]] = defaultdict(list)
     for k, column in enumerate(columns):
         first = column[0]
@@ -84,15 +84,15 @@ class _Whole(torch.autograd.Function):
 
 
 def _rows(column: Sequence[Tensor], world: int) -> int:
-    """How many rows a process has, but the last ones, which may have fewer."""
+    """How many rows a process has; the last processes may have fewer."""
     return math.ceil(len(column[0]) / world)
 
 
 def _size(column: Sequence[Tensor], world: int) -> int:
-    """How many numbers of a column go from one process to the others."""
+    """How many numbers of a column each process sends."""
     return len(column) * _rows(column, world) * math.prod(column[0].shape[1:])
 
 
 def _padded(stack: Tensor, rows: int) -> Tensor:
-    """``stack`` (M, n, ...) with zeros behind up to as many rows."""
+    """``stack`` (M, n, ...) padded with zeros to (M, rows, ...)."""
     return pad(stack, (*(0, 0) * (stack.dim() - 2), 0, rows - stack.shape[1]))

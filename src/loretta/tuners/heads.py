@@ -1,4 +1,4 @@
-"""The classification head: what happens to each of its modules (LoRETTA section B), and what it and norms cost."""
+"""The classification head: what happens to each of its modules (LoRETTA section B), and the cost of head and norms."""
 
 import logging
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Factors that are kept from call to call, where the cores are not to be written to."""
+"""Factors that are kept from call to call, while nobody may write to the cores."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ _Stamp = tuple[Any, ...]
 @dataclass(frozen=True, slots=True)
 class _Entry:
     pairs: tuple[Pair, ...]
-    tensors: Sequence[Tensor]  # held, so that no other tensor gets their identity or their memory
+    tensors: Sequence[Tensor]  # kept alive, so that no other tensor gets their id or their memory
     stamp: _Stamp
     copies: Sequence[Tensor]
     factors: Sequence[Factors]
@@ -26,8 +26,8 @@ class Kept:
     """Contracts each group of trains once, and again when torch counts a write to its cores.
 
     Args:
-        refuses_writes: Raise InputError at a write instead, and compare the values themselves in :meth:`check`: not
-            every write is counted.
+        refuses_writes: raise InputError at a write instead. Torch does not count every write, so :meth:`check` also
+            compares the values.
     """
 
     def __init__(self, *, refuses_writes: bool) -> None:
@@ -42,9 +42,9 @@ class Kept:
         scales: tuple[float, ...],
         contract: Callable[[], Sequence[Factors]],
     ) -> Sequence[Factors]:
-        """The factors of ``pairs``: those that ``contract`` returns, or returned for the same ``tensors``.
+        """The factors of ``pairs``: those that are kept for the same ``tensors``, or else those of ``contract``.
 
-        Raises InputError where a write is refused and torch has counted one.
+        Raises InputError where torch has counted a write and writes are refused.
         """
         entry = self._entries.get((pairs, dtype))
         stamp = (*scales, *((id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors))

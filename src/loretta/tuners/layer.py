@@ -1,4 +1,4 @@
-"""What the layers of all methods share: the calling rules of a PEFT layer."""
+"""What the layers of all methods share: their trains, and the rules of a PEFT layer."""
 
 import copy
 import math
@@ -26,14 +26,14 @@ from loretta.tuners.scales import Scales
 class LorettaLayer(JointLayer, BaseTunerLayer):
     """A module wrapped by pairs of tensor trains, one pair per adapter.
 
-    The trains lie in dictionaries by adapter, whose names begin with the method's ``prefix`` as PEFT demands:
-    ``down`` and ``up``, and ``start_down`` and ``start_up`` for the frozen start that "denoised" subtracts.
+    The trains lie in dictionaries by adapter: ``down`` and ``up``, and ``start_down`` and ``start_up`` for the frozen
+    start that "denoised" subtracts. PEFT demands that the names of these begin with the method's ``prefix``.
     """
 
     prefix: str
-    parameter_name = "weight"  # of the base layer, that which is adapted
+    parameter_name = "weight"  # the parameter of the base layer that is adapted
     trains: tuple[str, ...] = ("down", "up", "start_down", "start_up")  # names of the dictionaries
-    cast_input_dtype_enabled = True  # for PEFT's disable_input_dtype_casting: there is no such casting here
+    cast_input_dtype_enabled = True  # PEFT's disable_input_dtype_casting sets it; these layers never cast their input
 
     def __init__(self, base_layer: nn.Module, *, name: str, **quantization_kwargs) -> None:
         super().__init__()
@@ -50,9 +50,11 @@ class LorettaLayer(JointLayer, BaseTunerLayer):
             self.add_module(self.prefix + part, nn.ModuleDict())
         self.scaling = Scales()
         self.placements: dict[str, Placement] = {}
-        self.narrow: set[str] = set()  # adapters that are held in the dtype of the base because that was asked for
-        self.followers: list[Any] = []  # copied modules: transformers switches them off with the layers, but not on
-        # plain dictionaries beside the modules, whose attributes torch is slow to look up
+        self.narrow: set[str] = set()  # adapters that were asked to be held in the dtype of the base
+        self.followers: list[
+            Any
+        ] = []  # copied modules: transformers disables them with the layers, but never enables them
+        # plain dictionaries, because torch is slow to look up attributes of modules
         self.n_pairs: dict[str, int] = {}
         self.drops: dict[str, bool] = {}
         self.on_read: Callable[[LorettaLayer], None] | None = None  # called when others read the weight
@@ -64,7 +66,7 @@ class LorettaLayer(JointLayer, BaseTunerLayer):
 
     @property
     def weight(self) -> Tensor:
-        """The base layer's weight, without any update: models read its dtype, and some compute with it."""
+        """The base layer's weight without any update, for models that read its dtype or compute with it."""
         if self.on_read is not None:
             self.on_read(self)
         base_layer: Any = self.get_base_layer()
@@ -101,9 +103,9 @@ class LorettaLayer(JointLayer, BaseTunerLayer):
         return dtype if dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64) else torch.float32
 
     def contracted(self, adapter_name: str) -> list[Factors]:
-        """The factors of each pair of trains of one adapter: those that the model's call has contracted jointly.
+        """The factors of each pair of trains of one adapter, as the model's call has contracted them for all layers.
 
-        A layer that is called on its own, or whose cores are sharded or elsewhere, contracts them itself.
+        A layer that is called on its own, or whose cores are sharded or on another device, contracts them itself.
         """
         if (pairs := self.n_pairs[adapter_name]) == 1:
             return [find_factors(self, adapter_name, 0) or self._contract_alone(adapter_name, 0)]
@@ -116,7 +118,7 @@ class LorettaLayer(JointLayer, BaseTunerLayer):
         places = self.stacked_parameters(adapter_name, pair)[2:]
         biases = [parameter_of(modules[name], parameter) for modules, name, parameter in places]
         with hidden_from_checkpoints():
-            # called as modules: hooks that bring offloaded parameters here run
+            # called as modules, so that hooks run which bring offloaded parameters here
             factors = self.to_factors(adapter_name, down(), up(), biases)
             return finish(factors, self.scaling.of(adapter_name, factors[-1]), self.working_dtype())
 
@@ -153,14 +155,14 @@ class LorettaLayer(JointLayer, BaseTunerLayer):
         self.scaling.move(self._base_weight().device)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[Any, Any]:
-        """As PEFT's, but the device it computes on where accelerate offloads the layer: its weight is nowhere now."""
+        """As PEFT's. Of a layer that accelerate offloads, the device that computes: its weight lies on none now."""
         device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
         return (
             torch.device(cast(Any, base_layer)._hf_hook.execution_device) if is_offloaded(base_layer) else device
         ), dtype
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """To the device alone. PEFT calls this after a load, and PEFT's own would round tensors saved in float32."""
+        """Move the device and not the dtype: PEFT's own, which it calls after a load, would round float32 tensors."""
         target = self._get_base_layer_device_and_dtype(self.get_base_layer())[0] if device is None else device
         for part in (*self.adapter_layer_names, *self.other_param_names):
             modules = getattr(self, part)
@@ -170,7 +172,7 @@ class LorettaLayer(JointLayer, BaseTunerLayer):
                     module.to(target)
 
     def to_base_dtype(self, adapter_name: str) -> None:
-        """Hold one adapter in the dtype in which its base computes."""
+        """Cast one adapter to the dtype in which its base computes."""
         dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())[1]
         if dtype is not None and dtype.is_floating_point:
             self._cast(adapter_name, dtype)
@@ -205,7 +207,7 @@ class LorettaLayer(JointLayer, BaseTunerLayer):
                     start.to(cast(Cores, self._part(part.removeprefix("start_"))[name]).values.dtype)
 
     def set_scaling(self, adapter_name: str, config: Any) -> None:
-        """Take over the factor on one adapter's effect from its config."""
+        """Take the factor on one adapter's effect from its config."""
         raise NotImplementedError
 
     def rename_adapter(self, old: str, new: str) -> None:
@@ -219,7 +221,7 @@ class LorettaLayer(JointLayer, BaseTunerLayer):
         note_change()
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """As PEFT's, where a name that is given twice acts once, as it is merged once."""
+        """As PEFT's, but a name that is given twice acts once, just as it is merged once."""
         names = [adapter_names] if isinstance(adapter_names, str) else list(dict.fromkeys(adapter_names))
         super().set_adapter(names, inference_mode=inference_mode)
         note_change(activity_alone=True)
@@ -241,7 +243,7 @@ class LorettaLayer(JointLayer, BaseTunerLayer):
 
     def _apply(self, *args: Any, **kwargs: Any) -> "LorettaLayer":
         super()._apply(*args, **kwargs)
-        self.scaling.move(self._base_weight().device)  # to the device alone: its number is not to be rounded
+        self.scaling.move(self._base_weight().device)  # not to another dtype, which would round the scale
         note_change()
         return self
 
@@ -261,7 +263,7 @@ class LorettaLayer(JointLayer, BaseTunerLayer):
             )
 
     def _factors_by_row(self, adapter_names: Sequence[str], known: Sequence[str], dtype: torch.dtype) -> Factors | None:
-        """The factors of every row of a mixed batch, (rows, ...) each; None where the rows have to be taken apart."""
+        """The factors of every row of a mixed batch, (rows, ...) each; None where adapters must be computed in turn."""
         names = set(adapter_names) & set(known)
         if self.training or not names or any(self.n_pairs[name] != 1 for name in names):
             return None
@@ -269,16 +271,16 @@ class LorettaLayer(JointLayer, BaseTunerLayer):
 
     @staticmethod
     def _rows_by_adapter(adapter_names: Sequence[str], known: Sequence[str]) -> Iterator[tuple[str, list[int]]]:
-        """(adapter, row indices) for every adapter of a mixed batch that this layer has; "__base__" has none."""
+        """(adapter, its rows) for every adapter of a mixed batch that this layer has; "__base__" is none of them."""
         for name in sorted(set(adapter_names) & set(known)):
             yield name, [row for row, wanted in enumerate(adapter_names) if wanted == name]
 
 
 def is_bare_linear(module: nn.Module) -> bool:
-    """Whether a module is torch's linear layer, called as it is, and its weight is whole.
+    """Whether a module is torch's linear layer without hooks, with its own forward and a whole weight.
 
-    With hooks others may change its input or see its output; accelerate puts a forward of its own on the instance, and
-    profilers hook all modules at once.
+    Hooks may change the input or look at the output, accelerate replaces the forward of the instance, and profilers
+    hook all modules at once.
     """
     return (
         type(module) is nn.Linear
@@ -290,20 +292,20 @@ def is_bare_linear(module: nn.Module) -> bool:
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Whether accelerate brings the parameters of a module here for the length of a call, and away afterwards."""
+    """Whether accelerate keeps the parameters of a module elsewhere, and brings them here for each call."""
     hook = getattr(module, "_hf_hook", None)
-    hooks = getattr(hook, "hooks", (hook,))  # or several of them in a row
+    hooks = getattr(hook, "hooks", (hook,))  # of a SequentialHook
     return any(getattr(each, "offload", False) for each in hooks)
 
 
 def parameter_of(module: nn.Module, name: str) -> Tensor:
-    """A parameter of a module that nobody calls, brought here where accelerate keeps it away between calls."""
+    """A parameter of a module that is not called, brought here where accelerate offloads it."""
     with align_module_device(module) if is_offloaded(module) else nullcontext():
         return getattr(module, name)
 
 
 def lies_in_rows(x: Tensor) -> bool:
-    """Whether torch's linear layer takes ``x`` for one matrix of rows. Otherwise it adds the bias in another order."""
+    """Whether torch's linear layer treats ``x`` as one matrix of rows. If not, it adds the bias in another order."""
     return x.dim() == 2 or x.is_contiguous()
 
 
@@ -320,7 +322,7 @@ def fitting(factor: Tensor, x: Tensor) -> Tensor:
 
 @contextmanager
 def at_least_float32() -> Iterator[None]:
-    """Where torch's default dtype is half precision, trains are made in float32 all the same: they train in it."""
+    """Make trains in float32, in which they train, also where torch's default dtype is half precision."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.promote_types(before, torch.float32))
     try:
@@ -330,10 +332,10 @@ def at_least_float32() -> Iterator[None]:
 
 
 def keep_differentiable(model: nn.Module) -> None:
-    """Hold bitsandbytes' 4-bit weights within ``model`` in the layout that backward passes and merging read.
+    """Keep bitsandbytes' 4-bit weights within ``model`` in the layout that backward passes and merging read.
 
-    On a CPU with bf16 instructions the first evaluation packs them into another one. From then on no gradient passes
-    the layer, without an error, and dequantising it gives noise (bitsandbytes 0.50).
+    On a CPU with bf16 instructions the first evaluation packs them into another layout. From then on the layer passes
+    no gradient, without an error, and dequantising gives noise (bitsandbytes 0.50).
     """
     layers: Iterator[Any] = model.modules()
     for layer in layers:

@@ -27,10 +27,11 @@ def check_mergeable_names(merged: Sequence[str], active: Sequence[str], loaded: 
 
 
 def check_mergeable(model: nn.Module, layer_cls: type[LorettaLayer]) -> None:
-    """Refuse weights that more than the adapted module computes with, and those that are no plain factor of a product.
+    """Refuse weights that other modules use too, that are computed from parameters, or that do more than multiply.
 
-    An update of a tied output layer would change the input too, one of a weight that is computed from other parameters
-    would be lost at the next call, and one inside a layer that goes on computing is not one beside it.
+    An update of a tied output layer would change the input embedding too. An update of a weight that is computed from
+    other parameters would be lost at the next call. In a layer that does more than multiply with its weight, an update
+    of the weight has not the effect of one beside the layer.
 
     Raises InputError that names the first such module.
     """

@@ -36,15 +36,15 @@ def naming(model: nn.Module, adapter_names: Collection[str]) -> Iterator[None]:
         _named.adapters = before
 
 
-# Modules of transformers whose layers see positions (or queries) before rows, by the ends of their files' names
+# Models of transformers whose layers get positions (or queries) in the first dimension, by the ends of file names
 _POSITIONS_FIRST = {"bridgetower", "bros", "fsmt", "led", "longformer", "mask2former", "mlcd", "oneformer", "xlnet"}
 
 
 def check_rows_first(model: nn.Module) -> None:
-    """Refuse a model whose layers do not see the rows of a batch in the first dimension of their inputs.
+    """Refuse a model whose layers do not get the rows of a batch in the first dimension of their inputs.
 
-    With as many positions as rows they would take the one for the other, and so would an expert that gets as many
-    tokens as there are rows. Raises InputError.
+    Where there are as many positions as rows, a layer would mistake positions for rows; so would an expert that gets as
+    many tokens as there are rows. Raises InputError.
     """
     blocks = [m for m in model.modules() if isinstance(m, nn.TransformerEncoderLayer | nn.TransformerDecoderLayer)]
     files = {type(m).__module__.rpartition(".modeling_")[2] for m in model.modules()}

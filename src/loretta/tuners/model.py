@@ -46,10 +46,9 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class LorettaModel(BaseTuner):
-    """Base of the two tuners. A method adds where its trains go (``place``) and its layer class."""
+    """Base of the tuners. A method adds where its trains go (``place``) and its layer class."""
 
-    # more than LorettaLayer promises: both layers have update_layer(adapter_name, placement, config)
-    layer_cls: type[Any]
+    layer_cls: type[Any]  # a LorettaLayer with update_layer(adapter_name, placement, config)
 
     @staticmethod
     def place(config: LorettaConfig, name: str, module: nn.Module) -> Placement:
@@ -95,7 +94,7 @@ class LorettaModel(BaseTuner):
             names = [placement.name for placement in placements]
             check_called(model, names)
             placements += experts
-            # defaults name modules of several versions, and a saved adapter was told when it was made
+            # no warning for defaults, which name modules of several versions, nor for saved adapters, which had it once
             asked = None if getattr(config, "_targets_by_default", False) or config.base_signature else asked
             names += norms_of(model) if config.train_norms else []
             for sentence in unused_options(config, asked, placements, model) + under_other_names(model, names):
@@ -107,7 +106,7 @@ class LorettaModel(BaseTuner):
         self._forget(adapter_name)
         names = install_head(model, config, adapter_name)
         given = list(dict.fromkeys(config.modules_to_save or [])) or None
-        # for PEFT alone: our config derives it from its other options
+        # set for PEFT alone: the config itself keeps what the user gave
         config.modules_to_save = list(dict.fromkeys([*(given or []), *names])) or None
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
@@ -136,7 +135,7 @@ class LorettaModel(BaseTuner):
         Watch.attach(model)
 
     def _forget(self, adapter_name: str) -> None:
-        """Remove what an earlier tuner left in the model under this name: PEFT would go on with parts of it."""
+        """Remove what an earlier tuner left in the model under this name: PEFT would reuse parts of it."""
         for name, module in reversed(list(self.model.named_modules())):  # the inner ones first
             if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
                 module.delete_adapter(adapter_name, [n for n in module.active_adapters if n != adapter_name])
@@ -152,7 +151,7 @@ class LorettaModel(BaseTuner):
                 self.model.set_submodule(name, base)
 
     def _train_norm(self, name: str, adapter_name: str, *, inference_mode: bool) -> None:
-        """Add one adapter's changes to a norm. The base's bias does not train beside them, whatever ``bias`` says."""
+        """Add one adapter's changes to a norm. Whatever ``bias`` says, the norm's own bias does not train too."""
         module = self.model.get_submodule(name)
         if not isinstance(module, TrainedNorm):
             norm = TrainedNorm(module)
@@ -175,10 +174,10 @@ class LorettaModel(BaseTuner):
             layer.to_base_dtype(adapter_name)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """As PEFT's. Heads follow: those of the merged adapters compute until they are unmerged.
+        """As PEFT's. The heads of the merged adapters compute until these are unmerged.
 
-        Raises InputError for a name that is not loaded, while the adapters are disabled, and when some of the active
-        adapters are named and others are not: they would fall silent.
+        Raises InputError for a name that is not loaded, while the adapters are disabled, and when only some of the
+        active adapters are named: the others would lose their effect.
         """
         check_mergeable_names(
             [*self._merged(), *(adapter_names or self.active_adapters)], self.active_adapters, self.peft_config
@@ -224,13 +223,13 @@ class LorettaModel(BaseTuner):
     def disable_adapter_layers(self) -> None:
         """As PEFT's."""
         if self._merged():
-            self.unmerge_adapter()  # the layers would at their next call, and leave the heads behind
+            self.unmerge_adapter()  # at their next call the layers would unmerge, but not the heads
         super().disable_adapter_layers()
 
     def merge_and_unload(
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> Any:
-        """As PEFT's, where what is merged already stays in the weights: its norms and head stay with it."""
+        """As PEFT's. What is merged already stays in the weights, together with its norms and head."""
         if merged := self._merged():
             adapter_names = list(dict.fromkeys([*merged, *(adapter_names or self.active_adapters)]))
         return self._bare(super().merge_and_unload(progressbar, safe_merge, adapter_names))
@@ -278,8 +277,8 @@ class LorettaModel(BaseTuner):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         if isinstance(child, AdapterCopy) or is_offloaded(_base_of(child)):
-            # PEFT would hand the weights of the copy over to the module that takes its place, and send trains to where
-            # an offloaded weight is between calls, which is nowhere
+            # PEFT would give the copy's weights to the module that replaces it, and send trains to the meta device,
+            # where an offloaded weight is between calls
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)

@@ -28,7 +28,7 @@ _OURS = (
 
 
 def check_adapter_name(model: nn.Module, name: str) -> None:
-    """Refuse a name that torch accepts for no module, or that PEFT cannot tell from a part of another name.
+    """Refuse a name that torch does not accept for a module, or that PEFT would confuse with a part of another name.
 
     PEFT finds the tensors of an adapter by its name, which may stand anywhere in a key: an adapter called ``layers``
     would take all tensors of all other adapters with it when they are saved.

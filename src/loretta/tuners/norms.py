@@ -63,10 +63,10 @@ def norm_names(model: nn.Module) -> list[str]:
 class TrainedNorm(nn.Module, BaseTunerLayer):
     """A norm that computes with its base's parameters plus the changes of the active adapters.
 
-    The changes lie in dictionaries by adapter, one for each parameter of the base: ``loretta_rep_norm_weight`` and so
-    on, after the prefix of the adapter's method. They are held in float32 at least and start as zeros: the norm then
-    computes what its base does to the last bit. A change lies near zero, where every format has numbers close together;
-    a weight lies near 1, where the numbers of bfloat16 are 0.008 apart.
+    The changes lie in dictionaries by adapter, one for each parameter of the base, named after the prefix of the
+    adapter's method: ``loretta_rep_norm_weight`` and so on. They have at least float32 and start as zeros, with which
+    the norm computes what its base does to the last bit. Changes are held and not weights: a change lies near zero,
+    where every format has numbers close together, and a weight near 1, where the numbers of bfloat16 are 0.008 apart.
     """
 
     cast_input_dtype_enabled = True  # for PEFT's disable_input_dtype_casting: there is no such casting here

@@ -1,4 +1,4 @@
-"""Where an adapter goes and what it costs: decided from names and sizes before any module is replaced."""
+"""Where an adapter's trains go and what they cost, decided from names and sizes before any module is replaced."""
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence

@@ -1,8 +1,8 @@
-"""Ranks that move to where they earn: the trains of a rep adapter are cut together, under one number of parameters.
+"""Adaptive ranks: the trains of a rep adapter share one budget of parameters, and lose rank where it matters least.
 
-While it trains, a train keeps its size. What is cut is zero on both sides of each cut, so no gradient reaches it and it
-stays zero: the optimizer, recorded steps and compiled code go on with the tensors that they know. At the end
-:meth:`RankedTrains.shrink` leaves an ordinary adapter of the final ranks, by ``rank_pattern``.
+During training a train keeps its size. The part that is cut is zero on both sides of each cut, so that no gradient
+reaches it and it stays zero: the optimizer, recorded steps and compiled code keep the tensors that they know. At the
+end :meth:`RankedTrains.shrink` leaves an ordinary adapter with the final ranks in its ``rank_pattern``.
 """
 
 import heapq

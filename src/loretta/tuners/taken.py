@@ -1,4 +1,4 @@
-"""Values that take the place of those of a loaded adapter: what may differ, and the scale that comes with them."""
+"""Values that replace those of a loaded adapter: which options may differ, and the scale that comes with them."""
 
 import dataclasses
 import sys

@@ -1,4 +1,4 @@
-"""What an adapter's file may hold: finite numbers, under the keys of the adapter."""
+"""Checks of an adapter's file: it may hold finite numbers only, under the keys of the adapter only."""
 
 from collections.abc import Collection, Mapping
 
@@ -62,9 +62,9 @@ def check_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[str, Ten
 
 
 def names_alone(model: nn.Module, prefix: str) -> dict[str, str]:
-    """Names of the parts of a method's layers, by ``prefix``, around which another method has put its own layers since.
+    """Parts of a method's layers (by ``prefix``) that layers of other methods now wrap: name -> name without these.
 
-    Each with the name that it has without those layers: an adapter is saved and loaded under it.
+    An adapter is saved and loaded under the name without other methods' layers.
     """
     layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     # the inner ones first, whose names hold those of the outer ones
@@ -82,7 +82,7 @@ def names_alone(model: nn.Module, prefix: str) -> dict[str, str]:
 
 
 def renamed(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
-    """Tensors whose keys begin with one of ``names``, after PEFT's own beginning or without it, under the new one."""
+    """All tensors. Keys that begin with one of ``names``, perhaps after PEFT's prefix, begin with its new name."""
     found = {}
     for key, tensor in tensors.items():
         start = PEFTS if key.startswith(PEFTS) and not any(name.startswith(PEFTS) for name in names) else ""
@@ -115,7 +115,7 @@ def _embeddings(model: nn.Module) -> tuple[str, ...]:
 
 
 def _keeps_rows(now: Tensor, given: Tensor, rows: int | None) -> bool:
-    """Whether a tensor leaves as they are all rows, or those of the checkpoint where it is known how many these are."""
+    """Whether a tensor changes none of the first ``rows``, those of the checkpoint; None: none at all."""
     if now.is_meta or now.shape != given.shape:  # nothing to overwrite; PEFT refuses another shape
         return True
     return torch.equal(now[:rows], given[:rows].to(now))

@@ -1,4 +1,4 @@
-"""The first calls of a model show which adapters it goes past; see :mod:`loretta.tuners.bypassed`."""
+"""The first calls of a model show which adapters it bypasses; see :mod:`loretta.tuners.bypassed`."""
 
 import threading
 import warnings
