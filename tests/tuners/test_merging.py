@@ -235,6 +235,18 @@ def test_adp_says_why_it_cannot_merge_and_touches_nothing(family, how):
     assert torch.equal(logits(model, inputs), expected)
 
 
+@pytest.mark.filterwarnings("ignore:Adapter third was active which is now deleted:UserWarning")
+def test_deleting_the_active_adapter_leaves_what_is_merged():
+    model, inputs, expected = two_adapters(target_modules=["v_proj", "down_proj"])
+    model.add_adapter("third", config_for("rep", task_type="CAUSAL_LM", target_modules=["o_proj"]))
+    model.set_adapter("third")
+    model.merge_adapter(["default", "other"])
+    model.delete_adapter("third")
+    assert_near("merged", logits(model, inputs), expected["default", "other"])
+    model.unmerge_adapter()
+    assert_near("unmerged", logits(model, inputs), expected["default",])
+
+
 def test_what_could_not_be_told_from_a_merge_is_refused():
     model, inputs, expected = two_adapters()
     with pytest.raises(InputError, match=r"cannot merge \['typo'\]: loaded are default, other"):

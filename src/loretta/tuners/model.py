@@ -214,7 +214,8 @@ class LorettaModel(BaseTuner):
                     f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.",
                     stacklevel=2,
                 )
-            self.set_adapter(others or left[0])
+            for layer in (*self._layers(self.layer_cls), *self._layers(TrainedNorm)):
+                layer.set_adapter(others or left[:1])  # what is merged goes on computing
         super().delete_adapter(adapter_name)
 
     def _is_disabled(self) -> bool:
