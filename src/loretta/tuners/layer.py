@@ -23,7 +23,39 @@ from loretta.tuners.placement import Placement, require_linear
 from loretta.tuners.scales import Scales
 
 
-class LorettaLayer(JointLayer, BaseTunerLayer):
+class AdaptedModule(BaseTunerLayer):
+    """What trained norms and layers with trains share: new names of adapters, switching, and mixed batches."""
+
+    # copied modules: transformers disables them with the tuner layers, but never enables them
+    followers: list[Any]
+
+    def rename_adapter(self, old: str, new: str) -> None:
+        """Give one adapter another name; nothing happens when this module does not have it."""
+        for part in (*self.adapter_layer_names, *self.other_param_names):
+            by_adapter = getattr(self, part)
+            if old in by_adapter:
+                by_adapter[new] = by_adapter.pop(old)
+        self.merged_adapters = [new if name == old else name for name in self.merged_adapters]
+        self._active_adapter = [new if name == old else name for name in self.active_adapters]
+
+    def enable_adapters(self, enabled: bool) -> None:
+        super().enable_adapters(enabled)
+        for copied in self.followers:
+            copied.enable_adapters(enabled)
+
+    def _check_mixed_batch(self, x: Tensor, adapter_names: Sequence[str]) -> None:
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+
+
+class LorettaLayer(JointLayer, AdaptedModule):
     """A module wrapped by pairs of tensor trains, one pair per adapter.
 
     The trains lie in dictionaries by adapter: ``down`` and ``up``, and ``start_down`` and ``start_up`` for the frozen
@@ -51,9 +83,7 @@ class LorettaLayer(JointLayer, BaseTunerLayer):
         self.scaling = Scales()
         self.placements: dict[str, Placement] = {}
         self.narrow: set[str] = set()  # adapters that were asked to be held in the dtype of the base
-        self.followers: list[
-            Any
-        ] = []  # copied modules: transformers disables them with the layers, but never enables them
+        self.followers = []
         # plain dictionaries, because torch is slow to look up attributes of modules
         self.n_pairs: dict[str, int] = {}
         self.drops: dict[str, bool] = {}
@@ -211,13 +241,7 @@ class LorettaLayer(JointLayer, BaseTunerLayer):
         raise NotImplementedError
 
     def rename_adapter(self, old: str, new: str) -> None:
-        """Give one adapter another name; nothing happens when this layer does not have it."""
-        for part in (*self.adapter_layer_names, *self.other_param_names):
-            by_adapter = getattr(self, part)
-            if old in by_adapter:
-                by_adapter[new] = by_adapter.pop(old)
-        self.merged_adapters = [new if name == old else name for name in self.merged_adapters]
-        self._active_adapter = [new if name == old else name for name in self.active_adapters]
+        super().rename_adapter(old, new)
         note_change()
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -228,8 +252,6 @@ class LorettaLayer(JointLayer, BaseTunerLayer):
 
     def enable_adapters(self, enabled: bool) -> None:
         super().enable_adapters(enabled)
-        for copied in self.followers:
-            copied.enable_adapters(enabled)
         note_change(activity_alone=True)
 
     @property
@@ -250,17 +272,6 @@ class LorettaLayer(JointLayer, BaseTunerLayer):
     def dropout(self, adapter_name: str, x: Tensor) -> Tensor:
         """One adapter's dropout."""
         return self._part("dropout")[adapter_name](x) if self.drops[adapter_name] else x
-
-    def _check_mixed_batch(self, x: Tensor, adapter_names: Sequence[str]) -> None:
-        if len(x) != len(adapter_names):
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(x)} respectively."
-            )
-        if self.merged:
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
 
     def _factors_by_row(self, adapter_names: Sequence[str], known: Sequence[str], dtype: torch.dtype) -> Factors | None:
         """The factors of every row of a mixed batch, (rows, ...) each; None where adapters must be computed in turn."""

@@ -8,13 +8,13 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import align_module_device
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from loretta.errors import InputError
-from loretta.tuners.layer import is_offloaded
+from loretta.tuners.layer import AdaptedModule, is_offloaded
 
 _NORM_CLASS = re.compile(r"(Layer|RMS|Group)Norm")
 
@@ -60,7 +60,7 @@ def norm_names(model: nn.Module) -> list[str]:
     return list(chosen)
 
 
-class TrainedNorm(nn.Module, BaseTunerLayer):
+class TrainedNorm(nn.Module, AdaptedModule):
     """A norm that computes with its base's parameters plus the changes of the active adapters.
 
     The changes lie in dictionaries by adapter, one for each parameter of the base, named after the prefix of the
@@ -86,7 +86,7 @@ class TrainedNorm(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._unmerged: dict[str, Tensor] = {}  # the base's own values, while adapters are merged into them
         self.expects_values_of: str | None = None
-        self.followers: list[Any] = []  # as those of LorettaLayer
+        self.followers = []
 
     def update_layer(self, adapter_name: str, prefix: str) -> None:
         """Add one adapter, of the method with this ``prefix``, whose changes are zeros."""
@@ -155,11 +155,7 @@ class TrainedNorm(nn.Module, BaseTunerLayer):
 
     def _mixed(self, adapter_names: Sequence[str], x: Tensor, args: Any, kwargs: Any) -> Tensor:
         """One adapter for each row of ``x``."""
-        if self.merged:
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
-        if isinstance(x, nn.Parameter):
+        if isinstance(x, nn.Parameter) and not self.merged:
             # DeBERTa norms its embeddings of distances, which all rows share
             warnings.warn(
                 f"a norm of {tuple(x.shape)} weights, which belong to no row of the batch, computes without adapters "
@@ -167,11 +163,7 @@ class TrainedNorm(nn.Module, BaseTunerLayer):
                 stacklevel=2,
             )
             return self.base_layer(x, *args, **kwargs)
-        if len(x) != len(adapter_names):
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(x)} respectively."
-            )
+        self._check_mixed_batch(x, adapter_names)
         result = None
         for name in sorted(set(adapter_names)):
             rows = [row for row, wanted in enumerate(adapter_names) if wanted == name]
@@ -237,15 +229,6 @@ class TrainedNorm(nn.Module, BaseTunerLayer):
             "trained: call loretta.export_lora, or load the adapter on a base model of its own"
         )
 
-    def rename_adapter(self, old: str, new: str) -> None:
-        """Give one adapter another name."""
-        for attribute in (*self.adapter_layer_names, *self.other_param_names):
-            by_adapter = getattr(self, attribute)
-            if old in by_adapter:
-                by_adapter[new] = by_adapter.pop(old)
-        self.merged_adapters = [new if name == old else name for name in self.merged_adapters]
-        self._active_adapter = [new if name == old else name for name in self.active_adapters]
-
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """To the device alone. PEFT calls this after a load, and PEFT's own would round the changes."""
         for attribute in self.adapter_layer_names:
@@ -253,11 +236,6 @@ class TrainedNorm(nn.Module, BaseTunerLayer):
             if adapter_name in changes and not changes[adapter_name].is_meta:
                 target = self._own(attribute.partition("_norm_")[2]).device if device is None else device
                 changes[adapter_name].data = changes[adapter_name].data.to(target)
-
-    def enable_adapters(self, enabled: bool) -> None:
-        super().enable_adapters(enabled)
-        for copied in self.followers:
-            copied.enable_adapters(enabled)
 
     def to_base_dtype(self, adapter_name: str) -> None:
         """Hold one adapter's changes in the dtype of the base."""
