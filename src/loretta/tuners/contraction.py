@@ -1,11 +1,11 @@
 """All trains of one shape are contracted together, once per call of the model that holds them.
 
-A wrapped model has hundreds of small trains, and contracting each where it is used launches thousands of tiny
-kernels. Here the cores of equal trains are stacked, multiplied as one batch when the model is called, and the layers
-find the results in the call (:mod:`loretta.tuners.calls`). The parameters stay where PEFT put them.
+A wrapped model has hundreds of small trains, and contracting each where it is used would launch thousands of tiny
+kernels. Instead the cores of equal trains are stacked and multiplied as one batch when the model is called, and the
+layers look up the results in that call (:mod:`loretta.tuners.calls`). The parameters stay where PEFT put them.
 
-What a call has contracted ends with the call, so it cannot be out of date. Factors are kept from call to call only
-within one ``generate``, which is one call to its caller, and within :func:`serving`.
+Factors are dropped at the end of the call, so they are never out of date. They are kept from call to call only within
+one ``generate``, which is one call to its caller, and within :func:`serving`.
 """
 
 import threading
@@ -31,8 +31,8 @@ from loretta.tuners.kept import Kept
 from loretta.tuners.recorded import Recordings
 from loretta.tuners.scales import Scales
 
-# These count changes in any model: of the adapters or of which are active, after which all groups are made anew, and of
-# the adapters alone
+# Counts of changes in any model: of adapters or of which are active (all groups are then made anew), and of adapters
+# alone
 _changes = 0
 _changes_of_adapters = 0
 
@@ -50,7 +50,7 @@ _seating = threading.Lock()
 
 @dataclass(slots=True)
 class _Seat:
-    """Where the pairs of trains of one adapter on one layer belong: those of a number are equal."""
+    """The groups of one adapter's pairs of trains on one layer: pairs with the same number are equal."""
 
     numbers: tuple[int, ...]
     scale: Tensor | None = None  # of all layers with these numbers
@@ -122,7 +122,7 @@ class Contraction:
     def begin(self, module: nn.Module, args: Any) -> None:
         """Before the model runs: contract the active pairs."""
         if module is not self.model:
-            return  # a replica of DataParallel, on another device
+            return  # the hook of a replica of DataParallel, on another device
         has_graph = torch.is_grad_enabled()
         self.recomputed = None
         kept = None if has_graph or calls.is_recorded() else self.served or _generating.kept.get(self)
@@ -130,7 +130,7 @@ class Contraction:
 
     @calls.traced_as_a_part
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
-        """After it: a layer that is called on its own contracts its own trains."""
+        """After the model ran: a layer that is called on its own contracts its own trains again."""
         if module is self.model:
             calls.leave()
 
@@ -172,7 +172,7 @@ class Contraction:
                 try:
                     found = [(group, group.parameters()) for group in groups]
                 except (KeyError, AttributeError):
-                    self.seated = -1  # somebody has changed adapters and not noted it
+                    self.seated = -1  # somebody has changed adapters without note_change()
                 else:
                     if all(_is_as_grouped(group, column) for group, columns in found for column in columns):
                         return found
@@ -203,15 +203,15 @@ class Contraction:
         if not torch.compiler.is_dynamo_compiling():
             for stacked, _, _ in (pair for group in groups for pair in group.pairs):
                 _contraction_of[stacked] = ref(self)
-            # those of one mixed batch, and of one that is computed again: FSDP has then brought a part of the cores
+            # kept for one mixed batch, and for one that is computed again, when FSDP has gathered a part of the cores
             self.grouped = {key: value for key, value in self.grouped.items() if key[0] is None}
             self.grouped[self._grouped_for()] = changes, groups
         return [(group, group.parameters()) for group in groups]
 
     def seat(self, *, joins: bool, anew: bool = False) -> None:
-        """Number the layers' pairs of trains, equal ones alike, unless that has been done since the last change.
+        """Number the layers' pairs of trains, equal pairs alike, unless this was done after the last change.
 
-        A number once given is not given to others, so a graph that was compiled for it can compare it alone.
+        A number is never given to other pairs later, so a compiled graph needs to compare nothing but numbers.
 
         Args:
             joins: whether to keep the scales of equal pairs as one tensor: none can be made while a graph is recorded.
@@ -243,10 +243,10 @@ class Contraction:
         self.seated = changes if joins else -1
 
     def recompute(self) -> Mapping[Pair, Factors]:
-        """The factors for the second pass of checkpointed blocks, contracted once in a backward pass.
+        """The factors for the second pass of checkpointed blocks, contracted once in each backward pass.
 
         Autograd goes back through the graph of the first pass and takes only numbers from the second. So these factors
-        have no graph; they want gradients where those of the first pass did, so that the same tensors are saved.
+        have no graph. They require gradients where those of the first pass did, so that the same tensors are saved.
         """
         backward, found = calls.current_backward(), self.recomputed
         if found is None or found[0] != backward:
@@ -277,9 +277,9 @@ _contraction_of: "WeakKeyDictionary[nn.Module, ref[Contraction]]" = WeakKeyDicti
 
 
 def find_factors(layer: JointLayer, adapter_name: str, pair: int) -> Factors | None:
-    """The factors of one pair of trains of ``layer``, or None where it has to contract them itself.
+    """The factors of one pair of trains of ``layer``, or None where the layer must contract them itself.
 
-    They come from the call of the model that is running in this thread, or from the backward pass that computes a
+    They come from the call of the model that runs in this thread, or from the backward pass that computes a
     checkpointed block again.
     """
     found = calls.factors_in_call(layer, adapter_name, pair)

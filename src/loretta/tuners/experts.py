@@ -1,4 +1,4 @@
-"""The matrices of experts that lie in one parameter of three dimensions: which there are, and the trains for them."""
+"""Matrices of experts that lie in one parameter of three dimensions: finding them, and planning trains for them."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Equal pairs of trains, and all groups of them that one call contracts."""
+"""Groups of equal pairs of trains, and the contraction of all groups in one call."""
 
 from collections.abc import Sequence
 from itertools import islice
@@ -17,8 +17,8 @@ class Group:
     """Equal pairs of trains.
 
     Args:
-        scale: the factors of all as one tensor, where they are kept so.
-        is_sharded: whether FSDP2 has shared out their parameters.
+        scale: the scales of all pairs as one tensor, where they are kept as one.
+        is_sharded: whether FSDP2 has sharded their parameters.
     """
 
     def __init__(self, pairs: Sequence[Pair], scale: Tensor | None, *, is_sharded: bool = False) -> None:

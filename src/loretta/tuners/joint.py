@@ -1,4 +1,4 @@
-"""The layers whose trains are contracted together: what such a layer says of itself, and what is made of equal ones."""
+"""The interface of layers whose trains are contracted together, and the contraction of stacked trains."""
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from typing import Any
@@ -13,8 +13,8 @@ from loretta.tuners.placement import Placement
 from loretta.tuners.scales import Scales
 
 Halves = tuple[Tensor, Tensor]
-# Where a parameter lies: a dictionary of modules, its key, and the parameter's name in that module. It is looked up
-# in every call, for functional_call, FSDP and others put another there.
+# Where a parameter lies: a dictionary of modules, a key, and the parameter's name in that module. It is looked up in
+# every call, because functional_call, FSDP and others replace parameters.
 Place = tuple[nn.ModuleDict, str, str]
 
 
@@ -99,7 +99,7 @@ def look_up(places: Iterable[Place]) -> list[Any]:
     found = []
     for modules, name, parameter in places:
         module = modules._modules[name]
-        # a module is slow to ask for its parameters, and FSDP, a parametrization and functional_call put others there
+        # asked directly, since attributes of modules are slow; FSDP, parametrizations and functional_call replace it
         tensor = module._parameters.get(parameter)
         if tensor is None and not module._forward_pre_hooks:  # pruning and weight_norm have such hooks
             tensor = getattr(module, parameter)

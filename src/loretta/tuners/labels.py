@@ -1,4 +1,4 @@
-"""The label names that adapters carry: a classifier answers with those of the adapter that computes."""
+"""The label names of adapters: a classifier answers with those of the adapter that is active."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -13,8 +13,8 @@ from loretta.tuners import calls
 class Scales(UserDict[str, float]):
     """The factor on the effect of each adapter: a number, and the same as a tensor.
 
-    Recordings (compiled or CUDA graphs) read the tensor, which is filled in place: another number needs no other
-    recording. The tensors of equal layers are elements of one (:meth:`join`): a recording has one input for all.
+    Recordings (compiled or CUDA graphs) read the tensor. It is filled in place, so that another number needs no other
+    recording. The tensors of equal layers are elements of one (:meth:`join`), which is one input of a recording.
     """
 
     def __init__(self) -> None:

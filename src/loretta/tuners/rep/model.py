@@ -103,8 +103,8 @@ class LorettaRepModel(LorettaModel):
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
                 self._adapt_experts(peft_config, adapter_name, name, parameter)
         names = [name for name, _, _ in places]
-        # every layer has its rank by now; PEFT, which looks for patterns in the names of modules alone, would say that
-        # those of experts were ignored
+        # every layer has its rank by now. PEFT looks for patterns in names of modules alone, and would warn that those
+        # for experts match nothing
         for option in ("rank_pattern", "alpha_pattern"):
             pattern = getattr(peft_config, option)
             left = [key for key in pattern if not any(re.match(rf"(.*\.)?({key})$", name) for name in names)]

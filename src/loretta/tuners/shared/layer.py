@@ -24,8 +24,8 @@ from loretta.tuners.shared.config import LorettaSharedConfig
 class SharedLinear(RepLinear):
     """``base(x) + scaling * (x A) B`` summed over the active adapters, as rep: A and B come from a shared train.
 
-    The first layer of an adapter holds its cores, and the others know that layer. So PEFT switches, moves, saves and
-    deletes one module, under one name.
+    The first layer of an adapter holds its cores, and the others refer to that layer. So PEFT switches, moves, saves
+    and deletes the cores as one module, under one name.
     """
 
     prefix = "loretta_shared_"
@@ -87,7 +87,7 @@ class SharedLinear(RepLinear):
     @classmethod
     def unstack(cls, stacked: Factors, count: int) -> list[Factors]:
         a_IR, b_MRO = stacked
-        # A is the same for all, and unbound all the same: one kernel then sums its gradients
+        # A is the same for all layers; expanded and unbound, one kernel sums its gradients
         traced = torch.compiler.is_dynamo_compiling()
         if traced:
             (a_IR,) = apart(a_IR[None])  # computed once
