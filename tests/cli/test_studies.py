@@ -287,3 +287,7 @@ def test_a_dry_run_counts_the_head_that_the_users_data_need(kind, bert, llama, c
     assert status == 0
     (cell,) = json.loads(out)["cells"]
     assert planned["parameters"] == cell["parameters"]
+    # what ran with other options is refused by the plan as by the run
+    status, _, err = call(capsys, "compare", *own, *sets, "--set", "weight_decay=0.5", "--dry-run")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "weight_decay was" in err

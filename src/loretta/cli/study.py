@@ -209,11 +209,13 @@ def carry_out(
 def _dry_run(study: "Study", options: "Options", root: Path, *, as_json: bool) -> None:
     from loretta.studies.expansion import expand
     from loretta.studies.results import find_row
+    from loretta.studies.runner import refuse_other_options
     from loretta.studies.show import duration, estimate_table, total
     from loretta.studies.sizes import estimate
     from loretta.studies.state import state_of
 
     expansion = expand(study, options, root)
+    refuse_other_options(root, expansion.runs)
     estimates, basis = estimate(root, expansion.runs)
     finished = sum(state_of(root, run)[0] == "finished" for run in expansion.runs)
     steps, seconds = (total(getattr(item, name) for item in estimates) for name in ("steps", "seconds"))

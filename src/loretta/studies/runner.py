@@ -76,7 +76,7 @@ def run_study(
     the next call goes on from there.
     """
     expansion = expand(study, options, root)
-    _refuse_other_options(root, expansion.runs)
+    refuse_other_options(root, expansion.runs)
     _refuse_missing_weights(root, study, expansion)
     _refuse_prompts_for_encoders(study, expansion.runs)
     if root.exists() and not root.is_dir():
@@ -167,7 +167,8 @@ def _outcome(root: Path, run: Planned, tried: dict[str, Outcome], runs: dict[str
     return Outcome(folder=run.folder, state=state, reason=reason)
 
 
-def _refuse_other_options(root: Path, runs: Sequence[Planned]) -> None:
+def refuse_other_options(root: Path, runs: Sequence[Planned]) -> None:
+    """Raises InputError for a folder that holds a run with other options than the planned one."""
     for run in runs:
         if changed := differences(root, run):
             raise InputError(
