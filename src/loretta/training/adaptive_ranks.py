@@ -109,10 +109,16 @@ class AdaptiveRanks(TrainerCallback, ExportableState):
             return []
         ranks = sorted(self.trains.ranks.values())
         middle = ranks[len(ranks) // 2]
-        return [
+        found = [
             f"ranks adapted to {self.budget}: from {ranks[0]} to {ranks[-1]}, in the middle {middle}; the trains have "
             f"{self.trains.n_params():,} parameters, and had {self.widest:,}"
         ]
+        if any(len(down.modes) > 1 for shapes in self.trains.shapes.values() for down, _ in shapes):
+            found.append(
+                "trains of several modes a side scored lower with adaptive ranks than with constant ones where both "
+                "were measured (docs/choosing.md): compare the two"
+            )
+        return found
 
     def _look(self) -> None:
         """Take the singular values of now into the running mean."""

@@ -57,7 +57,8 @@ class RunConfig(BaseModel):
     adaptive_ranks: bool = Field(
         default=False,
         description="Start with higher ranks than the budget allows, and end within it with ranks where they earn most "
-        "(rep and compact). An option of the method.",
+        "(rep and compact). Measured as no gain yet, and for compact as a loss (docs/choosing.md). An option of the "
+        "method.",
     )
     head_policy: HeadPolicy = Field(
         default="method",
