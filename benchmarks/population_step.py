@@ -5,7 +5,8 @@ one CUDA graph. The floor is the frozen base by itself, forward and backward wit
 
     python benchmarks/population_step.py --model FOLDER --data-dir FOLDER --out benchmarks/results/population_step.json
 
---data-dir has cola/. With --device cpu, few --members and a --limit it is tried without a GPU, in float32.
+--data-dir has cola/, or the folder of another --task, whose rows may be longer. With --device cpu, few --members and a
+--limit it is tried without a GPU, in float32.
 """
 
 import argparse
@@ -128,27 +129,31 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--members", type=int, default=64)
+    parser.add_argument("--task", default="cola")
     parser.add_argument("--tokens", nargs="*", type=int, default=[16, 12])
     parser.add_argument("--limit", type=int, default=None)
+    parser.add_argument("--cases", nargs="*", default=[*VARIANTS, *(f"floor, {name}" for name in KERNELS)])
     args = parser.parse_args()
     args.epochs, rows = 3, []
 
     def save(row: dict[str, Any]) -> None:
-        rows.append({"members": args.members, "method": "rep", "task": "cola", **row})
+        rows.append({"members": args.members, "method": "rep", "task": args.task, **row})
         print(rows[-1], flush=True)
         args.out.write_text(json.dumps({**about(args.device, "bfloat16"), "rows": rows}, indent=1) + "\n")
 
     with tempfile.TemporaryDirectory() as folder:
-        runs = [config(args, folder, "rep", "cola", k, 3, cuda_graph=True) for k in range(args.members)]
+        runs = [config(args, folder, "rep", args.task, k, 3, cuda_graph=True) for k in range(args.members)]
         loop = prepare(runs, Path(folder))
     loop.population.train()
     for tokens in args.tokens:
         part = batch(loop, tokens)
         for name, (ours, modes) in VARIANTS.items():
-            save({"tokens": tokens, "case": name, **step(loop, part, ours, modes, args.device)})
+            if name in args.cases:
+                save({"tokens": tokens, "case": name, **step(loop, part, ours, modes, args.device)})
         for name, modes in KERNELS.items():
-            row = floor(loop.population, part, modes, args.device)
-            save({"tokens": tokens, "case": f"floor, {name}", **row})
+            if f"floor, {name}" in args.cases:
+                row = floor(loop.population, part, modes, args.device)
+                save({"tokens": tokens, "case": f"floor, {name}", **row})
 
 
 if __name__ == "__main__":

@@ -1,8 +1,12 @@
 """Memory that is too small, in one sentence with what helps."""
 
 import errno
+import gc
+import resource
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
@@ -23,6 +27,30 @@ def is_out_of_memory(error: BaseException) -> bool:
         and isinstance(next(iter(error.args), None), str)
         and should_reduce_batch_size(error)
     )
+
+
+def free_memory() -> int:
+    """Release what nothing refers to, and begin a new peak. Returns the accelerator's bytes that are still in use."""
+    gc.collect()
+    with suppress(OSError):  # where the system has it, as Linux does
+        Path("/proc/self/clear_refs").write_text("5")
+    if not torch.cuda.is_available():
+        return 0
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    return torch.cuda.memory_allocated()
+
+
+def peak_memory() -> int:
+    """Peak bytes so far: of the accelerator's allocator where there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    with suppress(OSError, IndexError):
+        # getrusage's peak counts that of the process that started this one, and cannot begin anew
+        return 1024 * int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+    # kilobytes on Linux, bytes on macOS
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, set_seed
 
 from loretta.errors import InputError
+from loretta.population import attention
 from loretta.population.attention import PackedAttention
 from loretta.population.optimizer import MemberAdamW
 from loretta.population.population import Population, Start
@@ -222,8 +223,10 @@ def test_a_released_member_is_the_ordinary_model(method):
     assert_near("afterwards", again, alone[0](input_ids=ids[:ROWS], attention_mask=mask[:ROWS]).logits)
 
 
-def test_short_rows_are_laid_beside_each_other_in_attention():
-    """Of a member's 4 rows of 7 tokens all fit into 64 tokens: the same logits and gradients, in another shape."""
+@pytest.mark.parametrize(("at_once", "tokens"), [(64, 28), (8, 7)])
+def test_short_rows_are_laid_beside_each_other_in_attention(at_once, tokens, monkeypatch):
+    """Of a member's 4 rows of 7 tokens all fit into 64 tokens, and one into 8: the same logits and gradients."""
+    monkeypatch.setattr(attention, "AT_ONCE", at_once)
     together, _ = population(bert, "rep", [{}] * SIZE)
     ids, mask, labels = batch(0, causal=False)
     found, shapes = [], []
@@ -234,7 +237,7 @@ def test_short_rows_are_laid_beside_each_other_in_attention():
         together.backward(losses(logits, ids, labels, False))
         found.append((logits, together.gradient.clone()))
         shapes.append({shape[-2] for name, shape in seen.results if "attention" in name and len(shape) == 4})
-    assert shapes == [{7}, {28}]
+    assert shapes == [{7}, {tokens}]
     for name, got, expected in zip(("logits", "gradient"), found[1], found[0], strict=True):
         assert_near(name, got, expected)
 

@@ -15,7 +15,7 @@ from training_data import sentences
 
 from loretta.errors import InputError, OutOfMemory, Stopped
 from loretta.owned import find_foreign
-from loretta.population import checkpoints, loop, memory, training
+from loretta.population import checkpoints, loop, training
 from loretta.population.loop import Loop
 from loretta.population.rows import mean_of_batches, row_losses
 from loretta.population.training import population_key, train_together
@@ -351,23 +351,26 @@ def test_a_batch_in_parts_is_the_batch(options, tmp_path):
         assert torch.allclose(got, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_as_many_are_trained_at_once_as_the_memory_holds(options, tmp_path, monkeypatch):
-    """What two need foretells what four need, and a group for which the memory is too small is split."""
-    configs = [RunConfig(**options | {"seed": seed, "output": f"{tmp_path}/{seed}"}) for seed in range(4)]
-    two, four = memory.measure(configs[:2], 4), memory.measure(configs, 4)
-    assert two.base == four.base > 0
-    assert 4 * two.member == pytest.approx(4 * four.member, rel=0.1)
-    assert not list(tmp_path.iterdir())
+def test_the_largest_part_is_tried_and_forgotten(options, tmp_path, monkeypatch):
+    """As on a GPU before the first step: it is that of the longest rows, and the training is the same without it."""
+    config = RunConfig(**options | {"output": str(tmp_path / "without")})
+    other = config.model_copy(update={"seed": 1, "output": str(tmp_path / "other")})
+    without = train_together([config, other])
+    losses, tried = Loop.losses, []
 
-    monkeypatch.setattr(memory, "measure", lambda configs, planned: two)
+    def note(self, part):
+        tried.append(part["input_ids"].shape)
+        return losses(self, part)
 
-    def free(members):
-        room = int((two.base + members * two.member) / memory.USED)
-        monkeypatch.setattr(memory, "free_bytes", lambda on_gpu: (room, 2 * room))
+    def trying(configs, scratch):
+        loop = prepare(configs, scratch)
+        loop.try_largest()
+        return loop
 
-    for members, expected in ((3.5, 3), (100, 4), (0.1, 1), (-1, 1)):
-        free(members)
-        assert memory.members_that_fit(configs) == expected
-    free(3.5)
-    assert memory.members_that_fit(configs, share=0.5) == 3, "of the whole memory, which is twice as much"
-    assert memory.members_that_fit(configs, share=1e-9) == 1
+    prepare = training.prepare
+    monkeypatch.setattr(Loop, "losses", note)
+    monkeypatch.setattr(training, "prepare", trying)
+    runs = [c.model_copy(update={"output": f"{c.output}-tried"}) for c in (config, other)]
+    for got, expected in zip(train_together(runs), without, strict=True):
+        assert got.history == expected.history
+    assert tried[0].numel() == max(shape.numel() for shape in tried)

@@ -8,13 +8,11 @@ import pytest
 from study_data import options_for, states
 
 from loretta.errors import InputError, OutOfMemory
-from loretta.population import training
 from loretta.record import RunRecord
-from loretta.studies import execution, runner
+from loretta.studies import execution
 from loretta.studies.configs import Options
 from loretta.studies.results import collect
 from loretta.studies.runner import run_study
-from loretta.studies.state import beside
 from loretta.studies.study import load_study
 from loretta.studies.workers import Processes, threads_each, visible_gpus
 
@@ -129,9 +127,9 @@ def test_gpus_are_those_that_are_visible(monkeypatch):
     assert visible_gpus() == ["2", "GPU-abc"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert visible_gpus() == []
-    assert Processes(Path("runs"), 2).free == [None, None]
+    assert Processes(Path("runs"), 2).free == [(None, None)] * 2
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    assert Processes(Path("runs"), 3).free == ["0", "1", "0"]
+    assert Processes(Path("runs"), 3).free == [("0", None), ("1", None), ("0", None)]
 
 
 def test_processes_share_the_threads(monkeypatch):
@@ -177,26 +175,3 @@ def test_what_fails_together_goes_on_one_by_one(bert, data_dir, tmp_path, monkey
     assert together == [4, 2, 2]
     records = [RunRecord.load(tmp_path / outcome.folder / "run.json") for outcome in summary.outcomes]
     assert [record.population for record in records] == [None] * 4
-
-
-def test_a_group_that_is_too_large_for_the_memory_is_split(bert, data_dir, tmp_path, monkeypatch):
-    """Three of four fit, as a stand-in for the free memory says; nobody asks where the size is given."""
-    asked, together = [], []
-
-    def fits(configs, share):
-        asked.append((len(configs), share))
-        return 3
-
-    monkeypatch.setattr("loretta.population.memory.members_that_fit", fits)
-    monkeypatch.setattr(runner, "visible_gpus", lambda: ["0"])
-    train_together = training.train_together
-    monkeypatch.setattr(
-        training, "train_together", lambda c, **kwargs: (together.append(len(c)), train_together(c, **kwargs))[1]
-    )
-    options = options_for(bert, data_dir, tasks=("mrpc",), methods=("bitfit",), seeds=4)
-    summary = run_study(load_study("table1"), options, tmp_path, jobs=0, population=None)
-    assert summary.complete
-    assert (asked, together) == ([(4, 1.0)], [3])
-    records = [RunRecord.load(tmp_path / outcome.folder / "run.json") for outcome in summary.outcomes]
-    assert [record.population for record in records] == [3, 3, 3, None]
-    assert "the memory holds 3 of 4 runs at once" in beside(tmp_path / summary.outcomes[0].folder, ".log").read_text()

@@ -13,6 +13,7 @@ from forked import ForkedPopen, fork_units
 from study_data import QUICK, options_for, states
 
 from loretta.errors import InputError, Stopped
+from loretta.record import RunRecord
 from loretta.studies import execution, workers
 from loretta.studies.execution import carry_out, hold
 from loretta.studies.expansion import expand
@@ -21,6 +22,8 @@ from loretta.studies.runner import run_study
 from loretta.studies.state import beside, folder_state, held_by
 from loretta.studies.study import load_study
 from loretta.studies.unit import UnitProcess
+from loretta.training.config import RunConfig
+from loretta.training.run import train
 
 
 def test_two_runners_never_work_on_the_same_run(bert, data_dir, tmp_path):
@@ -139,26 +142,62 @@ def test_a_signal_stops_the_processes_behind_a_checkpoint(number, together, bert
     assert "stopped by SIGTERM" in beside(folder, ".log").read_text()
 
 
-def test_a_process_that_dies_fails_its_run_and_no_other(bert, data_dir, tmp_path, monkeypatch):
-    """The first of two is killed, as by a system without memory; it is tried again by the next call."""
-    started = []
+@pytest.fixture
+def given(monkeypatch):
+    """The units that each process of a runner was given, as lists of folders."""
+    processes = []
 
-    class Killed(UnitProcess):
+    class Noted(UnitProcess):
         def __init__(self, *args, **kwargs):
+            processes.append([])
             super().__init__(*args, **kwargs)
-            if not started:
-                self.process.kill()
-            assert os.getsid(self.process.pid) != os.getsid(0), "an interrupt at the terminal would end it at once"
-            started.append(kwargs["environment"]["OMP_NUM_THREADS"])
 
-    monkeypatch.setattr(workers, "UnitProcess", Killed)
-    options = options_for(bert, data_dir, tasks=("rte",), methods=("bitfit",), seeds=2)
+        def start(self, unit):
+            processes[-1].append(unit.runs[0].folder.removeprefix("tiny-bert/rte/"))
+            super().start(unit)
+
+    monkeypatch.setattr(workers, "UnitProcess", Noted)
+    return processes
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_process_that_dies_fails_its_run_and_no_other(seed, given, bert, data_dir, tmp_path, monkeypatch):
+    """It is killed, as by a system without memory, in its first unit or the next; a later call tries that again."""
+    if seed:
+        fork_units(monkeypatch)
+    start = workers.UnitProcess.start
+
+    def killed(self, unit):
+        start(self, unit)
+        own_session = seed or os.getsid(self.process.pid) != os.getsid(0)
+        assert own_session, "an interrupt at the terminal would end it at once"
+        if unit.runs[0].seed == seed:
+            self.process.kill()
+
+    monkeypatch.setattr(workers.UnitProcess, "start", killed)
+    options = options_for(bert, data_dir, tasks=("rte",), methods=("bitfit",), seeds=3)
     summary = run_study(load_study("table1"), options, tmp_path, jobs=1)
-    first, second = summary.outcomes
-    assert (first.state, second.state) == ("failed", "finished")
-    assert "ended by SIGKILL, as when the memory is used up" in first.reason
-    assert folder_state(tmp_path / first.folder) == ("failed", first.reason)
+    assert [outcome.state == "failed" for outcome in summary.outcomes] == [k == seed for k in range(3)]
+    dead = summary.outcomes[seed]
+    assert "ended by SIGKILL, as when the memory is used up" in dead.reason
+    assert folder_state(tmp_path / dead.folder) == ("failed", dead.reason)
+    assert given == [[f"bitfit/s{k}" for k in each] for each in ([*range(seed + 1)], [*range(seed + 1, 3)])]
     assert run_study(load_study("table1"), options, tmp_path, jobs=0).complete
+
+
+def test_a_process_goes_on_to_the_next_unit_until_a_run_fails(given, bert, data_dir, tmp_path, monkeypatch):
+    fork_units(monkeypatch)
+    sets = {"lora.target_modules": ["no_such_layer"]}
+    methods = ("bitfit", "lora-r8", "loretta_adp")
+    options = options_for(bert, data_dir, tasks=("rte",), methods=methods, seeds=2, sets=sets)
+    summary = run_study(load_study("table1"), options, tmp_path, jobs=1)
+    assert given == [["bitfit/s0", "bitfit/s1", "lora-r8/s0"], ["lora-r8/s1"], ["loretta_adp/s0", "loretta_adp/s1"]]
+    assert [outcome.folder.partition("rte/")[2] for outcome in summary.of("failed")] == ["lora-r8/s0", "lora-r8/s1"]
+    for outcome in summary.of("finished"):
+        assert beside(tmp_path / outcome.folder, ".log").read_text().count("step 2: validation loss") == 1
+        alone = RunConfig(**RunRecord.load(tmp_path / outcome.folder / "run.json").config)
+        alone = train(alone.model_copy(update={"output": str(tmp_path / "alone" / outcome.folder)}))
+        assert alone.history == RunRecord.load(tmp_path / outcome.folder / "run.json").history
 
 
 def test_a_run_that_stops_itself_is_a_failed_run(bert, data_dir, tmp_path, monkeypatch):

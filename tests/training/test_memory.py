@@ -1,6 +1,7 @@
 """A memory that is too small: one sentence, or smaller batches with the same updates."""
 
 import json
+import os
 import shutil
 import signal
 
@@ -12,7 +13,7 @@ from safetensors.torch import load_file
 from training_data import config_for
 
 from loretta.errors import Stopped
-from loretta.memory import is_out_of_memory
+from loretta.memory import free_memory, is_out_of_memory, peak_memory
 from loretta.training.run import train
 from loretta.training.trainer import TwoRateTrainer, next_smaller
 
@@ -117,3 +118,14 @@ def test_a_batch_is_some_whole_ones_of_the_next_smaller():
 )
 def test_what_says_that_memory_is_used_up(error, is_so):
     assert is_out_of_memory(error) is is_so
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="this system cannot begin a new peak")
+def test_a_process_begins_a_new_peak_for_its_next_run():
+    before = peak_memory()
+    used = torch.ones(2**26)
+    assert peak_memory() >= before + used.nbytes / 2
+    at_most = peak_memory() - used.nbytes / 2
+    del used
+    assert free_memory() == 0
+    assert peak_memory() < at_most

@@ -1,7 +1,8 @@
 """Attention for many rows of few tokens.
 
 A kernel works on blocks of 64 tokens of one row and one head, so with 16 tokens three quarters of its work is wasted.
-Here several rows are packed into one block, and a mask keeps each row to itself.
+Here several rows are packed into one block, and a mask keeps each row to itself. Longer rows share the kernels, and the
+mask that is made once for all layers.
 
 Axes: B rows, H heads, T tokens, D width of a head, G rows that are packed together.
 """
@@ -16,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 AT_ONCE = 64  # tokens in a kernel's block
 LINE = 8  # numbers to which the lines of a mask are aligned
-# without cuDNN, which plans each new shape for up to two seconds and is slower on short rows
+# without cuDNN, which plans each of a training's dozen shapes for up to two seconds, and is slower on short rows
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -50,7 +51,7 @@ class PackedAttention(TorchFunctionMode):
         count = next(n for n in range(max(1, AT_ONCE // n_tokens), 0, -1) if n_rows % (n * self.members) == 0)
         alike = query.dim() == 4 and query.shape == key.shape == value.shape
         whole = alike and attn_mask is not None and attn_mask.dim() == 4 and attn_mask.shape[:2] == (n_rows, 1)
-        if count == 1 or not whole or options.get("is_causal"):
+        if not whole or options.get("is_causal"):
             return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask, **options)
         assert attn_mask is not None
         mask = self._beside(attn_mask, count, query)

@@ -119,7 +119,6 @@ class Loop:
         rules: those of the members, collected before the population replaced the modules of their model.
         save: called with this loop after each evaluation.
         after_step: called with this loop after each step and the evaluation that may follow it.
-        size: of the population for which the parts of a batch are chosen, if not this one.
     """
 
     def __init__(
@@ -130,7 +129,6 @@ class Loop:
         *,
         save: Callable[["Loop"], None] = lambda loop: None,
         after_step: Callable[["Loop"], None] = lambda loop: None,
-        size: int | None = None,
     ) -> None:
         first = members[0]
         self.population, self.members, self.rules = population, members, rules
@@ -149,9 +147,7 @@ class Loop:
             n_rows = rules.steps * rules.batch_size * population.size
             self._of_rows["padded"] = near if n_rows * population.width >= MANY_ROWS else bucket
         self.rows = {split: self._rows_of(split) for split in ("train", "validation")}
-        # in tokens of this population, which may be a sample of a larger one
-        width = population.width * (size or population.size) / population.size
-        self.fixed, self.most = (each.get(self.device.type, each["cuda"]) / width for each in (FIXED, MOST))
+        self.fixed, self.most = (each.get(self.device.type, each["cuda"]) / population.width for each in (FIXED, MOST))
         tokens = population.size * rules.batch_size * self.rows["train"].longest
         self.parts = max(PIECES, math.ceil(tokens / self.most))
         self.optimizer = MemberAdamW(
@@ -178,6 +174,13 @@ class Loop:
     def in_parts(self, rows_Pb: Tensor) -> list[dict[str, Tensor]]:
         """The batch of each member's training examples ``rows_Pb``, in the parts that cost least."""
         return self.rows["train"].parts(rows_Pb, self.parts, fixed=self.fixed, most=self.most)
+
+    def try_largest(self) -> None:
+        """Compute the largest part that the training can have, and forget it: too little memory is found at once."""
+        rows, size = self.rows["train"], self.rules.size
+        longest = rows.lengths[:size].topk(min(self.rules.batch_size, size)).indices
+        self.population.train()
+        self.losses(max(self.in_parts(longest.expand(self.population.size, -1)), key=lambda p: p["input_ids"].numel()))
 
     def _rows_of(self, split: str) -> Rows:
         return Rows([member.encoded[split] for member in self.members], **self._of_rows)

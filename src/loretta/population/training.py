@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ from transformers import set_seed
 
 from loretta.errors import InputError, Stopped
 from loretta.locks import hold
-from loretta.memory import saying_what_helps
-from loretta.population.checkpoints import Checkpoints, remove, restore, save
+from loretta.memory import peak_memory, saying_what_helps
+from loretta.population.checkpoints import WRITERS, Checkpoints, for_all, remove, restore, save
 from loretta.population.loop import Loop, Member, Rules
 from loretta.population.population import Population, Start
 from loretta.record import RunRecord
@@ -27,7 +28,7 @@ from loretta.training.folder import RECORD, Place, find_place
 from loretta.training.methods import FULL, find_method, virtual_tokens
 from loretta.training.model import load_tokenizer
 from loretta.training.pause import Paused, paused_at, step_of
-from loretta.training.run import memory_words, peak_memory
+from loretta.training.run import memory_words
 from loretta.training.start import prepare_model
 from loretta.training.stop import StopAtSignal, stopping_at_signals
 from loretta.training.trainers import make_trainer
@@ -119,11 +120,17 @@ def _train(
     # in a scratch folder, because a Trainer makes its folder at once and a refused population must leave nothing
     with tempfile.TemporaryDirectory() as scratch:
         loop = prepare(configs, Path(scratch))
+    if loop.device.type == "cuda":
+        loop.try_largest()
     loop.save = Checkpoints()
-    for config, place in runs:
+
+    def begin(run: tuple[RunConfig, Place]) -> None:
+        config, place = run
         if overwrite:
             place.clear()
         place.begin(config)
+
+    for_all(begin, runs)
     set_seed(configs[0].seed)
     restore(loop)
     pause = None if until is None else step_of(until, loop.rules.steps)
@@ -150,23 +157,27 @@ def _train(
         save(loop)
     used = max(0, peak_memory() - memory)
     predict_at_once(loop)
-    records = []
-    for k, member in enumerate(loop.members):
-        if k in loop.not_finite:
-            continue
-        member.trainer.stopwatch.earlier = loop.seconds / len(configs)
-        with loop.population.released(k, loop.best if member.trainer.state.best_global_step else None):
-            records.append(
-                finish(
-                    runs[k][0],
-                    member.task,
-                    member.trainer,
-                    member.encoded,
-                    place=runs[k][1],
-                    peak_memory_bytes=used,
-                    population=len(configs),
+    records, published = [], []
+    with ThreadPoolExecutor(WRITERS) as pool:
+        for k, member in enumerate(loop.members):
+            if k in loop.not_finite:
+                continue
+            member.trainer.stopwatch.earlier = loop.seconds / len(configs)
+            with loop.population.released(k, loop.best if member.trainer.state.best_global_step else None):
+                records.append(
+                    finish(
+                        runs[k][0],
+                        member.task,
+                        member.trainer,
+                        member.encoded,
+                        place=runs[k][1],
+                        peak_memory_bytes=used,
+                        population=len(configs),
+                        publishing=lambda publish: published.append(pool.submit(publish)),
+                    )
                 )
-            )
+    for each in published:
+        each.result()
     remove([member for k, member in enumerate(loop.members) if k not in loop.not_finite])
     if loop.not_finite:
         where = ", ".join(f"'{runs[k][1].folder}' from step {step} on" for k, step in sorted(loop.not_finite.items()))
@@ -187,10 +198,10 @@ def predict_at_once(loop: Loop) -> None:
             member.trainer.known = {split: output}
 
 
-def prepare(configs: Sequence[RunConfig], scratch: Path, *, size: int | None = None) -> Loop:
+def prepare(configs: Sequence[RunConfig], scratch: Path) -> Loop:
     """Get some runs ready for their first step: each starts from the values from which it would start alone.
 
-    The Trainers of the members write nothing, but make their folder in ``scratch``. ``size`` as for :class:`Loop`.
+    The Trainers of the members write nothing, but make their folder in ``scratch``.
 
     Raises InputError where the runs do not fit together.
     """
@@ -224,7 +235,7 @@ def prepare(configs: Sequence[RunConfig], scratch: Path, *, size: int | None = N
         for c, t, e in members
     ]
     rules = Rules(whole)
-    loop = Loop(Population(skeleton, starts), whole, rules, size=size)
+    loop = Loop(Population(skeleton, starts), whole, rules)
     rows = torch.arange(min(2, rules.size)).expand(len(configs), -1)
     inputs = loop.rows["train"].batch(rows)
     inputs.pop("labels")

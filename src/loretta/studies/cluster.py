@@ -76,7 +76,6 @@ class RayWorkers:
         if self.gpus > there.get("GPU", 0.0):
             self.close()
             raise InputError(f"--ray-gpus {self.gpus:g}: the cluster has {there.get('GPU', 0):g} GPUs: give fewer")
-        self.share = min(1.0, self.gpus) if self.gpus else 1 / self.size
         self.root, self.tasks = root, dict[Any, Unit]()
         self.task = ray.remote(num_cpus=CPUS, num_gpus=self.gpus, max_retries=RETRIES)(carry_out_here)
 

@@ -1,6 +1,5 @@
 """Carry out planned runs in their folders, under a lock and from the last checkpoint. A failure is noted there."""
 
-import gc
 import os
 import socket
 import time
@@ -11,11 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
-import torch
 from filelock import FileLock, Timeout
 
 from loretta.errors import OutOfMemory, Stopped
 from loretta.files import write_json
+from loretta.memory import free_memory
 from loretta.studies import halving
 from loretta.studies.state import (
     EVALUATIONS,
@@ -86,9 +85,7 @@ def carry_out(root: Path, run: Planned, wait: float = 0.0) -> Outcome:
     return Outcome(folder=run.folder, state="finished", seconds=time.perf_counter() - start)
 
 
-def carry_out_together(
-    root: Path, runs: Sequence[Planned], wait: float = 0.0, fit: float | None = None
-) -> list[Outcome]:
+def carry_out_together(root: Path, runs: Sequence[Planned], wait: float = 0.0) -> list[Outcome]:
     """Train several runs at once, as one population, and finish each of them.
 
     Runs that cannot be trained together, or fail together, are carried out one by one; runs that do not fit into
@@ -96,17 +93,12 @@ def carry_out_together(
 
     Args:
         wait: seconds in which another process may still release a run.
-        fit: train only as many at once as this share of the device's memory holds.
     """
     if len(runs) == 1:
         return [carry_out(root, runs[0], wait)]
     from loretta.population.training import train_together
     from loretta.training.pause import Paused
 
-    if fit is not None and (size := _fitting(root, runs, fit)) < len(runs):
-        print(f"the memory holds {size} of {len(runs)} runs at once", flush=True)
-        parts = [runs[k : k + size] for k in range(0, len(runs), size)]
-        return [outcome for part in parts for outcome in carry_out_together(root, part, wait)]
     start, too_large, trained = time.perf_counter(), False, set()
     with ExitStack() as stack:
         mine = [run for run in runs if stack.enter_context(hold(root / run.folder, wait))]
@@ -129,25 +121,13 @@ def carry_out_together(
             print(f"{len(mine)} runs cannot be trained together, and go on one by one: {error}", flush=True)
     if too_large:
         # outside of the except block, whose exception keeps the tensors of the failed step alive
-        gc.collect()
-        torch.cuda.empty_cache()
+        free_memory()
         half = len(runs) // 2
         print(f"{half} of {len(runs)} runs at once", flush=True)
         return [*carry_out_together(root, runs[:half], wait), *carry_out_together(root, runs[half:], wait)]
     share = (time.perf_counter() - start) / max(1, len(trained))
     outcomes = [carry_out(root, run) for run in runs]
     return [replace(outcome, seconds=share) if outcome.folder in trained else outcome for outcome in outcomes]
-
-
-def _fitting(root: Path, runs: Sequence[Planned], share: float) -> int:
-    """How many of the runs the memory holds at once; all of them where they cannot be trained together."""
-    from loretta.population.memory import members_that_fit
-
-    left = [run for run in runs if state_of(root, run)[0] != "finished"]
-    try:
-        return members_that_fit([run.run_config() for run in left], share) if left else len(runs)
-    except Exception:
-        return len(runs)  # training them will say why they cannot be
 
 
 def open_log(root: Path, run: Planned) -> TextIO:

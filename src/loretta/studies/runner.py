@@ -99,8 +99,7 @@ def run_study(
                     break
                 for run in group:
                     watch(run.folder, None, _ended(root, runs, tried), len(runs))
-                fit = workers.share if population is None and len(group) > 1 else None
-                workers.start(Unit(runs=tuple(group), fit=fit))
+                workers.start(Unit(runs=tuple(group)))
             if not workers.busy:
                 break
             for outcome in workers.wait():

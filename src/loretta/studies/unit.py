@@ -1,12 +1,15 @@
-"""A unit of a study in a process of its own: one run, or the runs that are trained together.
+"""A process that carries out units of a study, one after the other: a unit is one run, or runs trained together.
 
-The process is ``python -m loretta.studies.unit ROOT``. It reads the unit as one line from its standard input, which
-the starter keeps open: when the starter dies, the process saves a checkpoint and ends. The folders of the runs say how
-they ended.
+The process is ``python -m loretta.studies.unit ROOT``. Its standard input is a socket, from which it reads a unit a
+line, and on which it answers a line when the unit has ended and the process is fit for another one. The folders of the
+runs say how they ended. When the other end of the socket closes, because the starter has died, the process saves a
+checkpoint and ends.
 """
 
 import os
+import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -14,18 +17,20 @@ import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from queue import SimpleQueue
 
 from loretta.studies.study import Frozen, Planned
 
 GRACE = 60.0  # seconds that a run has to save a checkpoint when it is told to end
+DONE = b"\n"
+MOST_LEFT = 2**28  # bytes on a GPU behind a unit: more is what it failed to release, and the process ends
 
 
 class Unit(Frozen):
-    """What one process carries out."""
+    """What a process carries out at a time."""
 
     runs: tuple[Planned, ...]
     wait: float = 0.0  # seconds in which another process may still release the folders
-    fit: float | None = None  # share of the device's memory for the runs; None: all of them fit
 
 
 class UnitProcess:
@@ -33,34 +38,49 @@ class UnitProcess:
 
     Args:
         root: the folder of all runs.
+        unit: the first one; :meth:`start` gives it the next ones.
         environment: variables of the process, on top of those of this one.
         working: its working folder, if not that of this process: paths of data and models may be relative.
     """
 
     def __init__(self, root: Path, unit: Unit, *, environment: Mapping[str, str], working: str | None = None) -> None:
-        from loretta.studies.execution import forget_failure, open_log
+        from loretta.studies.execution import open_log
 
-        self.root, self.unit, self.began = root, unit, time.perf_counter()
-        for run in unit.runs:
-            forget_failure(root / run.folder)
-        with open_log(root, unit.runs[0]) as log:
+        self.root = root
+        self.socket, its_end = socket.socketpair()
+        with open_log(root, unit.runs[0]) as log, its_end:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "loretta.studies.unit", str(root)],
-                stdin=subprocess.PIPE,
+                stdin=its_end.fileno(),
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **environment},
                 cwd=working,
                 start_new_session=True,  # an interrupt at the terminal reaches the runner alone, which ends the process
             )
-        assert self.process.stdin is not None
-        with suppress(BrokenPipeError):  # it has died already: its status says so
-            self.process.stdin.write(unit.model_dump_json().encode() + b"\n")
-            self.process.stdin.flush()
+        self.start(unit)
+
+    def start(self, unit: Unit) -> None:
+        """Have it carry out a unit. The one before must have ended, and left it :attr:`fit`."""
+        from loretta.studies.execution import forget_failure
+
+        self.unit, self.began, self.fit = unit, time.perf_counter(), False
+        for run in unit.runs:
+            forget_failure(self.root / run.folder)
+        with suppress(OSError):  # it has died already: its status says so
+            self.socket.sendall(unit.model_dump_json().encode() + b"\n")
 
     @property
     def ended(self) -> bool:
-        return self.process.poll() is not None
+        """Whether the unit has ended, or the process."""
+        if not self.fit and select.select([self.socket], [], [], 0)[0]:
+            with suppress(OSError):
+                self.fit = self.socket.recv(len(DONE)) == DONE
+        return self.fit or not self.alive
+
+    @property
+    def alive(self) -> bool:
+        return self.process.poll() is None
 
     @property
     def seconds(self) -> float:
@@ -70,7 +90,7 @@ class UnitProcess:
         """The reason by its exit status, with the last line that it wrote; "" where it ended as it should."""
         from loretta.studies.execution import last_line
 
-        status = self.process.wait()
+        status = 0 if self.fit else self.process.wait()
         if status == 0:
             return ""
         if status < 0:
@@ -89,14 +109,12 @@ class UnitProcess:
         except (subprocess.TimeoutExpired, KeyboardInterrupt):
             self.process.kill()
             self.process.wait()
-        assert self.process.stdin is not None
-        with suppress(BrokenPipeError):
-            self.process.stdin.close()
+        self.socket.close()
 
 
-def _end_with_the_runner() -> None:
-    while os.read(0, 1):
-        pass
+def _read_units(units: "SimpleQueue[str]") -> None:
+    for line in sys.stdin:
+        units.put(line)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(GRACE)
     os._exit(1)
@@ -104,17 +122,32 @@ def _end_with_the_runner() -> None:
 
 def main() -> None:
     """The process itself."""
-    line = sys.stdin.readline()  # before the imports, which take seconds: the starter waits while the pipe is full
-    threading.Thread(target=_end_with_the_runner, daemon=True).start()
+    units: SimpleQueue[str] = SimpleQueue()
+    # it reads before the imports, which take seconds: the starter waits while the socket is full
+    threading.Thread(target=_read_units, args=(units,), daemon=True).start()
+    line = units.get()
     from loretta.errors import Stopped
-    from loretta.studies.execution import carry_out_together
+    from loretta.memory import free_memory
+    from loretta.studies.execution import carry_out_together, open_log
 
-    try:
+    root = Path(sys.argv[1])
+    while True:
         unit = Unit.model_validate_json(line)
-        carry_out_together(Path(sys.argv[1]), unit.runs, wait=unit.wait, fit=unit.fit)
-    except Stopped as stopped:
-        print(stopped, flush=True)
-        sys.exit(stopped.exit_status)
+        with open_log(root, unit.runs[0]) as log:
+            for stream in (sys.stdout, sys.stderr):
+                os.dup2(log.fileno(), stream.fileno())
+        try:
+            outcomes = carry_out_together(root, unit.runs, wait=unit.wait)
+        except Stopped as stopped:
+            print(stopped, flush=True)
+            sys.exit(stopped.exit_status)
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        # what made a run fail may still be in the process
+        if any(outcome.state == "failed" for outcome in outcomes) or free_memory() > MOST_LEFT:
+            return
+        os.write(sys.stdin.fileno(), DONE)
+        line = units.get()
 
 
 if __name__ == "__main__":

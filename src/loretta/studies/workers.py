@@ -15,6 +15,7 @@ from loretta.studies.unit import Unit, UnitProcess
 
 # libraries read these when they are loaded; Rayon runs the threads of the tokenizers
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
+GPUS = "CUDA_VISIBLE_DEVICES"
 POLL = 0.1  # seconds between looks at the processes
 
 
@@ -24,10 +25,6 @@ class Workers(Protocol):
     @property
     def size(self) -> int:
         """How many units run at once."""
-
-    @property
-    def share(self) -> float:
-        """The share of a device's memory that a unit may take, from 0 to 1."""
 
     @property
     def busy(self) -> Sequence[Unit]:
@@ -49,7 +46,7 @@ class Workers(Protocol):
 class Here:
     """One unit after the other in this process."""
 
-    size, share = 1, 1.0
+    size = 1
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -65,55 +62,65 @@ class Here:
     def wait(self) -> list[Outcome]:
         unit = self.busy.pop()
         with open_log(self.root, unit.runs[0]) as log, redirect_stdout(log), redirect_stderr(log):
-            return carry_out_together(self.root, unit.runs, fit=unit.fit)
+            return carry_out_together(self.root, unit.runs)
 
     def close(self) -> None:
         self.busy.clear()
 
 
 class Processes:
-    """A process for each unit, on the GPUs in turn; all get equal shares of the CPU's threads."""
+    """Processes that carry out one unit after the other, on the GPUs in turn, with equal shares of the CPU's threads.
+
+    A process in which a run failed, or which died, is followed by a new one.
+    """
 
     def __init__(self, root: Path, jobs: int) -> None:
         gpus = visible_gpus()
         self.root, self.threads = root, threads_each(jobs)
-        self.free = [gpus[k % len(gpus)] if gpus else None for k in range(jobs)]
+        self.free: list[tuple[str | None, UnitProcess | None]] = [
+            (gpus[k % len(gpus)] if gpus else None, None) for k in range(jobs)
+        ]
         self.size = jobs
-        self.share = 1 / -(-jobs // max(1, len(gpus)))  # of a GPU's memory, or of this machine's
-        self.started: list[tuple[UnitProcess, str | None]] = []
+        self.started: list[tuple[str | None, UnitProcess]] = []
 
     @property
     def busy(self) -> list[Unit]:
-        return [process.unit for process, _ in self.started]
+        return [process.unit for _, process in self.started]
 
     @property
     def full(self) -> bool:
         return not self.free
 
     def start(self, unit: Unit) -> None:
-        gpu = self.free.pop(0)
-        environment = dict.fromkeys(THREADS, str(self.threads))
-        if gpu is not None:
-            environment["CUDA_VISIBLE_DEVICES"] = gpu
-        self.started.append((UnitProcess(self.root, unit, environment=environment), gpu))
+        gpu, process = self.free.pop(0)
+        if process is not None and process.alive:
+            process.start(unit)
+        else:
+            environment = dict.fromkeys(THREADS, str(self.threads)) | ({} if gpu is None else {GPUS: gpu})
+            process = UnitProcess(self.root, unit, environment=environment)
+        self.started.append((gpu, process))
 
     def wait(self) -> list[Outcome]:
-        while not (ended := [entry for entry in self.started if entry[0].ended]):
+        while not (ended := [entry for entry in self.started if entry[1].ended]):
             sleep(POLL)
         outcomes = []
-        for process, gpu in ended:
-            self.started.remove((process, gpu))
-            self.free.append(gpu)
+        for gpu, process in ended:
+            self.started.remove((gpu, process))
             outcomes += outcomes_of(self.root, process.unit, process.why_dead(), process.seconds)
-            process.close()
+            if not process.fit:
+                process.close()
+            # first in line: the next unit need not wait for imports
+            self.free.insert(0, (gpu, process if process.fit else None))
         return outcomes
 
     def close(self) -> None:
-        for process, _ in self.started:
+        processes = [process for _, process in (*self.started, *self.free) if process is not None]
+        for process in processes:
             process.end()
-        for process, _ in self.started:
+        for process in processes:
             process.close()
         self.started.clear()
+        self.free.clear()
 
 
 def outcomes_of(root: Path, unit: Unit, why_dead: str, seconds: float) -> list[Outcome]:
@@ -139,8 +146,8 @@ def threads_each(jobs: int) -> int:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that processes may take, as CUDA_VISIBLE_DEVICES names them."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    """The GPUs that processes may take, as its variable names them."""
+    given = os.environ.get(GPUS)
     if given is not None:
         return [name for name in given.split(",") if name and name != "-1"]
     return [str(k) for k in range(torch.cuda.device_count())]

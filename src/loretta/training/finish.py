@@ -4,7 +4,8 @@ import dataclasses
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -48,11 +49,12 @@ def finish(
     place: Place,
     peak_memory_bytes: int,
     population: int | None = None,
+    publishing: Callable[[Callable[[], None]], Any] = lambda publish: publish(),
 ) -> RunRecord:
     """Save the best adapter, score the test split, write the record, and return it.
 
     Of several processes all score and the first one writes. ``population`` is the number of runs that were trained
-    together, this one among them.
+    together, this one among them. ``publishing`` gets the call that moves the finished files into the run's folder.
     """
     scored = score(task, trainer, encoded)
     weights = trainer.whole_weights()
@@ -62,15 +64,32 @@ def finish(
                 new, config, task, trainer, encoded, scored, weights, peak_memory_bytes, population
             ),
             place,
+            publishing,
         )
     )
 
 
-def _write(build: Callable[[Path], RunRecord], place: Place) -> RunRecord:
-    try:
-        with temporary_folder(place.work) as new:
+def _write(
+    build: Callable[[Path], RunRecord], place: Place, publishing: Callable[[Callable[[], None]], Any]
+) -> RunRecord:
+    with ExitStack() as stack:
+        with _saying_why_not_written(place):
+            new = stack.enter_context(temporary_folder(place.work))
             record = build(new)
+        unpublished = stack.pop_all()
+
+    def publish() -> None:
+        with unpublished, _saying_why_not_written(place):
             place.finish(new)
+
+    publishing(publish)
+    return record
+
+
+@contextmanager
+def _saying_why_not_written(place: Place) -> Iterator[None]:
+    try:
+        yield
     except Exception as error:
         if (reason := why_not_written(error)) is None:
             raise
@@ -78,7 +97,6 @@ def _write(build: Callable[[Path], RunRecord], place: Place) -> RunRecord:
             f"cannot write the result to '{place.folder}' ({reason}): make room, and end the run with --resume",
             exit_status=DISK_STATUS,
         ) from None
-    return record
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -15,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from loretta import processes
 from loretta.errors import InputError
 from loretta.locks import hold
-from loretta.memory import saying_what_helps
+from loretta.memory import peak_memory, saying_what_helps
 from loretta.record import RunRecord
 from loretta.tasks.base import Task
 from loretta.tasks.prompted import PromptedTask
@@ -178,12 +177,3 @@ def need_tensorboard() -> None:
     """Raise InputError where the package is not installed."""
     if importlib.util.find_spec("tensorboard") is None:
         raise InputError("--tensorboard needs the package tensorboard: pip install 'loretta-peft[tensorboard]'")
-
-
-def peak_memory() -> int:
-    """Peak bytes so far: of the accelerator's allocator where there is one, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    # kilobytes on Linux, bytes on macOS
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -1,0 +1,97 @@
+"""A search over 64 candidates by successive halving beside the full grid: seconds, and who was stopped when.
+
+16 learning rates times 4 tensor ranks of rep, one seed. The full grid is trained in populations, as the search is, and
+one run after the other, which is estimated: the first candidate of each rank is trained alone.
+
+    python benchmarks/halving.py --model FOLDER --data CSV --out FILE
+
+The data is a CSV of texts and labels or, with --data-dir, a GLUE task. Without a GPU give --cpu. Each study is what
+`loretta compare --search halving` carries out, from its first process to its last file.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from timing import about
+
+from loretta.studies.compare import comparison
+from loretta.studies.configs import Options
+from loretta.studies.expansion import expand
+from loretta.studies.halving import cost
+from loretta.studies.results import collect
+from loretta.studies.runner import run_study
+from loretta.training.run import train
+
+RATES = tuple(1e-4 * 10 ** (k / 7.5) for k in range(16))  # to 1e-2
+RANKS = (2, 4, 8, 16)
+
+
+def studied(args: argparse.Namespace, root: Path, search: str) -> dict[str, Any]:
+    """The seconds of a search, its winner, and the words on each candidate that it stopped."""
+    study, options = asked(args, search)
+    begin = time.perf_counter()
+    summary = run_study(study, options, root, jobs=1, population=args.population)
+    seconds = time.perf_counter() - begin
+    assert summary.complete, [outcome for outcome in summary.outcomes if outcome.state == "failed"]
+    (cell,) = collect(root).cells
+    (score,) = cell.scores
+    stopped = {outcome.folder.rpartition("/")[2]: outcome.reason for outcome in summary.of("stopped")}
+    return {"how": search, "seconds": seconds, "winner": score.folder, "score": score.value, "stopped": stopped}
+
+
+def asked(args: argparse.Namespace, search: str) -> tuple[Any, Options]:
+    """The study of ``loretta compare --methods loretta_rep --search ... --rates ... --try rep.tensor_rank=...``."""
+    sets = {"epochs": args.epochs, "batch_size": args.batch, "bf16": not args.cpu}
+    options = Options(
+        models=(args.model,), seeds=1, limit=args.limit, data_dir=args.data_dir, cpu=args.cpu, sets=sets,
+        sweep=True, search=search, rates=RATES, tries={"rep.tensor_rank": RANKS},
+    )  # fmt: skip
+    return comparison(args.data, ["loretta_rep"], seeds=1, settings={}), options
+
+
+def alone(args: argparse.Namespace, root: Path) -> dict[str, Any]:
+    """Seconds of all candidates one after the other, from one of each rank after a first one that warms up."""
+    runs = expand(*asked(args, "grid"), root).runs
+    seconds = []
+    for run in (runs[0], *runs[: len(RANKS)]):
+        begin = time.perf_counter()
+        train(run.run_config(), overwrite=True)
+        seconds.append(time.perf_counter() - begin)
+    return {"how": "one by one, estimated", "seconds": len(RATES) * len(RANKS) * statistics.fmean(seconds[1:])}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--data-dir", default=None)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--limit", type=int, default=None)
+    parser.add_argument("--epochs", type=float, default=4)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--population", type=int, default=None, help="members at once; default: as the runner does")
+    args = parser.parse_args()
+    rows: list[dict[str, Any]] = []
+    given = {"task": Path(args.data).stem, "model": Path(args.model).name, "epochs": args.epochs, "batch": args.batch}
+    for work in (
+        lambda root: studied(args, root, "halving"),
+        lambda root: alone(args, root),
+        lambda root: studied(args, root, "grid"),
+    ):
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(work(Path(folder)))
+        print(json.dumps(rows[-1], indent=1), flush=True)
+        head = about("cpu" if args.cpu else "cuda", "float32" if args.cpu else "bfloat16")
+        share = cost(len(RATES) * len(RANKS)) / (len(RATES) * len(RANKS))
+        content = {**head, **given, "candidates": len(RATES) * len(RANKS), "share_of_steps": share, "rows": rows}
+        args.out.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
