@@ -32,11 +32,11 @@ from protocol import cell_of, read_rows
 from tables import RESULTS
 
 PLAN = Path(__file__).with_suffix(".toml")
-Job = tuple[str, Callable[[], dict[str, Any]]]
+Job = tuple[str, Callable[[], dict[str, Any]], float]  # its name, what makes its row, and the seconds that it needs
 
 
 def jobs_of(entry: dict[str, Any], args: argparse.Namespace, made: "Made") -> Iterator[Job]:
-    """What an entry of the plan wants and no file has: names FILE@NAME, and what makes the row."""
+    """What an entry of the plan wants and no file has: names FILE@NAME, what makes the row, and how long that takes."""
     out, model = entry["out"], Path(args.models) / entry["model"]
     known = [row for row in made.rows(out) if row["model"] == entry["model"]]
     options = argparse.Namespace(
@@ -46,6 +46,8 @@ def jobs_of(entry: dict[str, Any], args: argparse.Namespace, made: "Made") -> It
     )  # fmt: skip
     data = args.queue / "data" / entry["model"]
     kind = entry.get("kind", "forms")
+    needs, of_tasks = entry.get("needs", 0), entry.get("needs_of", {})
+    found: list[Any]
     if kind == "adaptive":
         found = adaptive.jobs(options, known, partial(_split, data, options))
     elif kind == "instruct":
@@ -62,9 +64,11 @@ def jobs_of(entry: dict[str, Any], args: argparse.Namespace, made: "Made") -> It
             cells = cells_beyond(some)
         else:
             cells = left(wanted, entry["model"], known)
-        found = [(cell.file, partial(_measure, cell, options, data, known)) for cell in cells]
-    for name, make in found:
-        yield f"{out}@{entry['model'][:10]}-{name}", make
+        found = [
+            (cell.file, partial(_measure, cell, options, data, known), of_tasks.get(cell.task, needs)) for cell in cells
+        ]
+    for name, make, *seconds in found:
+        yield f"{out}@{entry['model'][:10]}-{name}", make, *(seconds or [needs])
 
 
 def _measure(cell: Any, options: argparse.Namespace, data: Path, known: list[dict[str, Any]]) -> dict[str, Any]:
@@ -106,14 +110,10 @@ def work(entries: list[dict[str, Any]], args: argparse.Namespace) -> None:
     while time.time() < args.until:
         ready = [entry for entry in entries if (args.models / entry["model"] / "config.json").exists()]
         end = args.until + args.grace
-        jobs = (
-            job
-            for entry in ready
-            if time.time() < end - entry.get("needs", 0)
-            for job in jobs_of(entry, args, made)
-            if job[0] not in seen
-        )
-        for name, make in jobs:
+        jobs = (job for entry in ready for job in jobs_of(entry, args, made) if job[0] not in seen)
+        for name, make, needs in jobs:
+            if time.time() > end - needs:
+                continue
             seen.add(name)
             if taken(name, make, args.queue):
                 break
@@ -155,7 +155,7 @@ def main() -> None:
                 (args.queue / "before" / out.name).write_text(out.read_text())
         if args.list:
             for entry in entries:
-                names = [name for name, _ in jobs_of(entry, args, Made(args.queue))]
+                names = [name for name, *_ in jobs_of(entry, args, Made(args.queue))]
                 print(f"{len(names):3} {', '.join(name.partition('@')[2] for name in names)}")
             return
         workers = []

@@ -80,7 +80,8 @@ def centred(method: Method, part: str, task: str, known: Sequence[Row]) -> Metho
     other models. A long training has the best rate of the front.
     """
     of_part = {"front": "rates", "long": "front"}.get(part)
-    found = [row for row in known if row.get("part", "front") == of_part and row["method"] == method.name]
+    names = {method.name} if part == "long" else {method.name, method.like}
+    found = [row for row in known if row.get("part", "front") == of_part and row["method"] in names]
     found = [row for row in found if row["task"] == task] or ([] if part == "long" else found)
     if not found or (part == "front" and method.family != "PEFT"):
         return method

@@ -43,11 +43,11 @@ def rows() -> list[Row]:
     files = sorted((*RESULTS.glob("forms_*.json"), *RESULTS.glob("peers_*.json")))
     found = [row for row in read_rows(files) if row["model"] in MODELS]
     centres = {(row["model"], row["method"], best_rate(row)) for row in found if row.get("part") == "rates"}
-    peers = {method.name for method in PEERS}
+    peers = {method.name: method.like or method.name for method in PEERS}
 
     def searches(row: Row) -> bool:
         """Whether a row is of a peer whose best rate, of six, was not found or lies elsewhere: it compares nothing."""
-        around = {(row["model"], row["method"], rate) for rate in row["held_out"]}
+        around = {(row["model"], peers.get(row["method"]), rate) for rate in row["held_out"]}
         return row["method"] in peers and not centres & around
 
     return same_seeds([{**row, "part": "rates"} if searches(row) else row for row in found])

@@ -31,7 +31,7 @@ import transformers
 from cells import PER_RATE, Cell, cells_beyond, cells_of, command_of, joined, left, table
 from claims import Worker, oversee, take
 from encoders import graphable
-from methods import ALL, FROZEN, IA3, METHODS, NORMS, OURS, QV, UNTRAINED
+from methods import FROZEN, IA3, METHODS, NORMS, OURS, TARGETS, UNTRAINED, Method
 from prompts import give_head, option_tokens, perplexities, write_words
 from protocol import HEAD_RATE, OFFICIAL_LENGTH, TASKS, read_rows, split
 
@@ -106,10 +106,10 @@ def heads_alike(tokens: Sequence[int]) -> Iterator[None]:
 
 def configs_of(cell: Cell, args: argparse.Namespace, data: Path, scratch: Path) -> list[RunConfig]:
     method, plan = METHODS[cell.method], TASKS[cell.task]
-    kind = transformers.AutoConfig.from_pretrained(str(args.model)).model_type
-    options = dict(method.options)
-    if method.targets is not None:
-        options["target_modules"] = (QV if method.targets == "qv" else ALL)[kind]
+    base = transformers.AutoConfig.from_pretrained(str(args.model))
+    kind = base.model_type
+    options = method.placed(kind, base.num_hidden_layers)
+    if method.targets is not None and method.method != "norms":
         options["exclude_modules"] = ["pooler.dense", "classifier.dense"]
     elif method.method == "ia3":
         options |= IA3.get(kind, {})
@@ -138,6 +138,14 @@ def configs_of(cell: Cell, args: argparse.Namespace, data: Path, scratch: Path) 
     ]  # fmt: skip
 
 
+def targets_of(method: Method, args: argparse.Namespace) -> dict[str, Any]:
+    """The places of a form in the words of its config: none where these are its own."""
+    if method.targets in (None, "qv"):
+        return {}
+    kind = transformers.AutoConfig.from_pretrained(str(args.model)).model_type
+    return {"target_modules": "all-linear" if method.targets == "all" else TARGETS[method.targets][kind]}
+
+
 def measure(cell: Cell, args: argparse.Namespace, data: Path) -> dict[str, Any]:
     """The row of one cell. Members that do not fit into the memory together are trained in two halves."""
     begin = time.perf_counter()
@@ -159,10 +167,9 @@ def measure(cell: Cell, args: argparse.Namespace, data: Path) -> dict[str, Any]:
         "length": TASKS[cell.task].length,
     }  # fmt: skip
     if method.family == "LoRETTA":
-        options = {"tensor_rank": 5, "train_norms": method.norms, **method.options}
         row["config"] = {
             "method": method.method,
-            "options": {**options, "target_modules": "all-linear"} if method.targets == "all" else options,
+            "options": {"tensor_rank": 5, "train_norms": method.norms, **method.options, **targets_of(method, args)},
         }
     for key in (key for key in PER_RATE if key in found[0]):
         each = iter([member[key] for member in found])

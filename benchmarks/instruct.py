@@ -18,7 +18,7 @@ from typing import Any
 import peft
 import torch
 import transformers
-from methods import ALL, METHODS, OURS, QV, UNTRAINED
+from methods import METHODS, OURS, UNTRAINED
 from protocol import HELD_OUT, lines_of
 
 from loretta.record import RunRecord
@@ -89,9 +89,7 @@ def record_of(name: str, args: argparse.Namespace, **what: Any) -> RunRecord:
     """The record of one run of a decoder."""
     torch.backends.cuda.enable_cudnn_sdp(False)  # of torch 2.11: some gradients of masked rows are NaN
     method = METHODS[name]
-    options = dict(method.options)
-    if method.targets is not None:
-        options["target_modules"] = (QV if method.targets == "qv" else ALL)["llama"]
+    options = method.placed("llama", transformers.AutoConfig.from_pretrained(str(args.model)).num_hidden_layers)
     if method.method in OURS:
         options["train_norms"] = method.norms
     with tempfile.TemporaryDirectory() as scratch:

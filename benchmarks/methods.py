@@ -3,17 +3,28 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-QV = {"bert": ["query", "value"], "mpnet": ["attn.q", "attn.v"], "llama": ["q_proj", "v_proj"]}
-ALL = {
-    "bert": ["query", "key", "value", "dense"],
-    "mpnet": ["attn.q", "attn.k", "attn.v", "attn.o", "dense"],
-    "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+TARGETS = {
+    "qv": {"bert": ["query", "value"], "mpnet": ["attn.q", "attn.v"], "llama": ["q_proj", "v_proj"]},
+    "q": {"bert": ["query"], "mpnet": ["attn.q"], "llama": ["q_proj"]},
+    "v": {"bert": ["value"], "mpnet": ["attn.v"], "llama": ["v_proj"]},
+    "attention": {
+        "bert": ["query", "key", "value", "attention.output.dense"],
+        "mpnet": ["attn.q", "attn.k", "attn.v", "attn.o"],
+        "llama": ["q_proj", "k_proj", "v_proj", "o_proj"],
+    },
+    "all": {
+        "bert": ["query", "key", "value", "dense"],
+        "mpnet": ["attn.q", "attn.k", "attn.v", "attn.o", "dense"],
+        "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+    },
 }
 NORMS = {
     "bert": ["LayerNorm"],
     "mpnet": ["LayerNorm"],
     "llama": ["input_layernorm", "post_attention_layernorm", "model.norm"],
 }
+# of one layer, in an expression: the norm that belongs to attention, and every norm
+LAYER_NORMS = {"attention": r"(attention\..*LayerNorm|input_layernorm)", None: r".*(LayerNorm|layernorm)"}
 # what IA3 rescales on a family that PEFT has no targets for
 IA3 = {"mpnet": {"target_modules": ["attn.k", "attn.v", "output.dense"], "feedforward_modules": ["output.dense"]}}
 # what no method trains: hidden layers of heads, and of MPNet what has "bias" in its name and is none
@@ -32,7 +43,9 @@ OURS = ("rep", "adp", "shared", "adapters")
 class Method:
     """What a run is given.
 
-    ``middle`` is the middle of its grid of rates, and ``factors`` are on the rates of what has a word in its name.
+    ``targets`` is a name of ``TARGETS``, of which the ``last`` layers alone are adapted, or all (None). ``middle`` is
+    the middle of its grid of rates; where the best of six was searched for, of this method or of the one that it is
+    ``like``, that is. ``factors`` are on the rates of what has a word in its name.
     """
 
     name: str
@@ -40,15 +53,47 @@ class Method:
     method: str
     options: dict[str, Any] = field(default_factory=dict)
     targets: str | None = None
+    last: int | None = None
     norms: bool = False
     middle: float = 1.5e-3
+    like: str = ""
     factors: dict[str, float] = field(default_factory=dict)
 
+    def placed(self, kind: str, layers: int) -> dict[str, Any]:
+        """The options, with the modules of a model of that type and that many layers."""
+        chosen = range(layers - self.last, layers) if self.last else ()
+        if self.method == "norms" and (chosen or self.targets):
+            numbers = "|".join(map(str, chosen)) or r"\d+"
+            return {**self.options, "target_modules": rf".*\.({numbers})\.{LAYER_NORMS[self.targets]}"}
+        if self.targets is None:
+            return dict(self.options)
+        some = {"layers_to_transform": list(chosen)} if chosen else {}
+        return {**self.options, "target_modules": TARGETS[self.targets][kind], **some}
 
-def lora(rank: int, targets: str = "qv", *, norms: bool = False, **more: Any) -> Method:
-    name = f"LoRA r={rank}" + (" all linear" if targets == "all" else "") + (" + norms" if norms else "")
+
+PLACES = {"qv": "", "all": " all linear", "attention": " attention", "q": " q", "v": " v"}
+
+
+def placed_name(name: str, targets: str, last: int | None = None) -> str:
+    return name + PLACES[targets] + (f" last {last}" if last else "")
+
+
+def lora(rank: int, targets: str = "qv", *, last: int | None = None, norms: bool = False, **more: Any) -> Method:
+    name = placed_name(f"LoRA r={rank}", targets, last) + (" + norms" if norms else "")
     options = {"r": rank, "lora_alpha": 2 * rank}
-    return Method(name=name, family="LoRA", method="lora", options=options, targets=targets, norms=norms, **more)
+    return Method(
+        name=name, family="LoRA", method="lora", options=options, targets=targets, last=last, norms=norms, **more
+    )
+
+
+def small_lora(targets: str, last: int | None = None) -> Method:
+    """LoRA of rank 1 in fewer places; the rank on query and value likes the highest rate of its own grid."""
+    return lora(1, targets, last=last, middle=3e-3)
+
+
+def some_norms(last: int, targets: str | None = None) -> Method:
+    name = "norms" + (f" of {targets}" if targets else "") + f" last {last}"
+    return Method(name=name, family="base", method="norms", targets=targets, last=last, norms=True, middle=3e-3)
 
 
 def ours(name: str, method: str, options: dict[str, Any] | None = None, **more: Any) -> Method:
@@ -64,7 +109,7 @@ def compact(rank: int = 1, *, norms: bool, inner: int = 4) -> Method:
 
 
 def shared(rank: int, targets: str = "all", *, norms: bool) -> Method:
-    name = f"shared r={rank}" + (" q,v" if targets == "qv" else "")
+    name = f"shared r={rank}" + {"all": "", "qv": " q,v", "attention": " attention"}[targets]
     return ours(name, "shared", {"tensor_rank": rank, "lora_alpha": 2 * rank}, targets=targets, norms=norms)
 
 
@@ -92,7 +137,11 @@ METHODS: dict[str, Method] = {
         *(compact(norms=norms) for norms in (False, True)), *(compact(2, norms=norms) for norms in (False, True)),
         *(compact(rank, norms=False) for rank in (4, 16, 32)), compact(inner=2, norms=False),
         *(shared(rank, norms=norms) for rank in (2, 4, 8) for norms in (False, True)),
-        *(shared(rank, norms=False) for rank in (1, 16, 32)), shared(16, "qv", norms=False),
+        *(shared(rank, norms=False) for rank in (1, 16, 32)), shared(16, "qv", norms=False), shared(1, norms=True),
+        *(shared(rank, "attention", norms=False) for rank in (3, 6)),
+        small_lora("v"), small_lora("q"), *(small_lora("qv", last) for last in (2, 3, 5, 6, 10, 20)),
+        *(small_lora("v", last) for last in (3, 6)), *(some_norms(last) for last in (3, 4, 8, 16)),
+        some_norms(3, "attention"),
     )
 }  # fmt: skip
 SCALED = [
@@ -131,6 +180,19 @@ GROUPS: dict[str, list[str]] = {
     "decoder_lead": [
         "untrained", "LoRA r=1", "compact + norms", "LoRA r=8", "norms", "shared r=4 + norms", "compact", "adp + norms",
         "rep + norms", "rep",
+    ],
+    # the smallest forms, and what a user with as few numbers would do without them: fewer places, fewer norms
+    "small_encoder": [
+        "shared r=1", "LoRA r=1 v", "shared r=6 attention", "LoRA r=1 last 3", "norms last 3",
+    ],
+    "small_wide_encoder": [
+        "shared r=2", "LoRA r=1 v", "shared r=1", "LoRA r=1 last 3", "norms last 3", "shared r=3 attention",
+        "LoRA r=1 v last 3", "norms of attention last 3",
+    ],
+    "small_decoder": [
+        "shared r=1", "LoRA r=1 last 2", "norms last 4", "shared r=2", "LoRA r=1 last 5", "norms last 8", "shared r=4",
+        "LoRA r=1 last 10", "norms last 16", "shared r=1 + norms", "shared r=8", "LoRA r=1 q", "LoRA r=1 last 20",
+        "LoRA r=1 v last 6",
     ],
     "rates": [
         "LoRA r=1", "compact", "shared r=1", "LoRA r=8", "compact r=4", "shared r=4", "compact r=32", "shared r=32",

@@ -25,7 +25,7 @@ SLOW_BANK = {"vblora_vector_bank": 0.1}
 
 
 def peer(name: str, method: str, middle: float, targets: Sequence[str] = QUERIES + VALUES, **options: Any) -> Method:
-    more = {"factors": options.pop("factors", {}), "middle": middle}
+    more = {"factors": options.pop("factors", {}), "like": options.pop("like", ""), "middle": middle}
     options = {"target_modules": list(targets), **options}
     return Method(name=name, family="PEFT", method=f"peft:{method}", options=options, **more)
 
@@ -61,12 +61,14 @@ PEERS = [
     prompted("p-tuning 20", "p-tuning", 3e-3, encoder_hidden_size=128),
     # for width 768
     peer("VB-LoRA h=90, b=256", "vblora", 6e-2, r=4, num_vectors=90, vector_length=256, topk=2, factors=SLOW_BANK),
+    # the best of them on MiniLM, within 5,000 numbers
+    peer("Uni-LoRA d=5000", "unilora", 1e-2, r=4, theta_d_length=5000, like="Uni-LoRA d=5760"),
 ]
 PEER_GROUPS = {
     "best": [method.name for method in PEERS[:5]],
-    "more_peers": [method.name for method in PEERS[5:-1]],
+    "more_peers": [method.name for method in PEERS[5:-2]],
     "peer_rates": [method.name for method in PEERS[:5]],
-    "wide": [method.name for method in PEERS if not method.name.endswith(("d=5760", "b=128"))],
+    "wide": [method.name for method in PEERS if not method.name.endswith(("d=5760", "d=5000", "b=128"))],
 }
 
 

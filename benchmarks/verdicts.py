@@ -229,6 +229,22 @@ PREDICTED: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("compact + norms", "LoRA r=1 + norms", {"all-mpnet-base-v2": "better"}),
     ("compact", "LoRA r=1", {"SmolLM2-135M-Instruct": "within .02"}),
     ("compact + norms", "LoRA r=8", {"SmolLM2-135M-Instruct": "within .02"}),
+    # the fifth round
+    ("shared r=1", "LoRA r=1 v", {"all-MiniLM-L6-v2": "level"}),
+    ("shared r=6 attention", "shared r=1", {"all-MiniLM-L6-v2": "worse"}),
+    ("shared r=4", "LoRA r=1", {"all-MiniLM-L6-v2": "better"}),
+    ("shared r=4", "LoRA r=2", {"all-MiniLM-L6-v2": "level"}),
+    ("shared r=4 + norms", "LoRA r=4", {"all-MiniLM-L6-v2": "level"}),
+    ("shared r=4 + norms", "LoRA r=1 all linear", {"all-MiniLM-L6-v2": "level"}),
+    ("shared r=3 attention", "LoRA r=1 v last 3", {"all-mpnet-base-v2": "better"}),
+    ("shared r=1", "LoRA r=1 last 3", {"all-mpnet-base-v2": "better"}),
+    ("shared r=1", "norms last 3", {"all-mpnet-base-v2": "better"}),
+    ("shared r=2", "LoRA r=1 v", {"all-mpnet-base-v2": "better"}),
+    ("shared r=2", "LoRA r=1", {"all-mpnet-base-v2": "level"}),
+    ("shared r=1", "LoRA r=1 last 2", {"SmolLM2-135M-Instruct": "within .02"}),
+    ("shared r=2", "LoRA r=1 last 5", {"SmolLM2-135M-Instruct": "within .02"}),
+    ("shared r=4", "LoRA r=1 last 10", {"SmolLM2-135M-Instruct": "within .02"}),
+    ("shared r=1 + norms", "norms", {"SmolLM2-135M-Instruct": "level"}),
 )
 
 

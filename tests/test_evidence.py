@@ -13,12 +13,13 @@ import torch
 from draws import seed_torch, seeded
 from tolerances import assert_near
 from training_data import sentences
-from transformers import MPNetConfig, MPNetModel
+from transformers import MPNetConfig, MPNetForSequenceClassification, MPNetModel
 
 from loretta import InputError, LorettaSharedConfig, tt
 from loretta.population import members
 from loretta.population.population import Population
 from loretta.training.methods import METHODS
+from loretta.training.model import wrap
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
@@ -391,6 +392,26 @@ def test_each_run_is_there_once_and_says_how_it_came_about(name):
         assert row["device"] == "NVIDIA H200"
         assert row["command"].startswith("python benchmarks/")
         assert row["trained"] > 0 or row["method"] == methods.UNTRAINED
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        ("LoRA r=1 v", 12 * 2 * 768), ("LoRA r=1 last 3", 3 * 2 * 2 * 768), ("LoRA r=1 v last 3", 3 * 2 * 768),
+        ("norms last 3", 3 * 2 * 2 * 768), ("norms of attention last 3", 3 * 2 * 768),
+        # one input and one output side of each width, and a number for each layer and each projection
+        ("shared r=1", 2 * (768 + 3072) + 12 + 6), ("shared r=3 attention", 3 * 2 * 768 + 9 * (12 + 4)),
+    ],
+)  # fmt: skip
+def test_a_method_in_fewer_places_trains_what_its_name_says(name, count):
+    method = methods.METHODS[name]
+    config = MPNetConfig(vocab_size=32, hidden_size=768, num_hidden_layers=12, intermediate_size=3072)
+    with torch.device("meta"):
+        model = MPNetForSequenceClassification(config)
+        options = method.placed("mpnet", 12) | ({"train_norms": False} if method.method == "shared" else {})
+        model = wrap(model, method.method, "classification", options)
+    sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad and "classifier" not in name}
+    assert sum(sizes.values()) == count
 
 
 def test_the_picture_is_there():
