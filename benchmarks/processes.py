@@ -21,6 +21,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -177,16 +178,16 @@ def sharded(model: nn.Module) -> nn.Module:
     return model
 
 
-def seconds_per_step(model: nn.Module, trained: list[nn.Parameter], batch: int, tokens: int, times: int) -> list[float]:
-    """Forward, backward and AdamW, through to a gradient of the inputs: the floor has that too."""
+def step_of(model: nn.Module, trained: list[nn.Parameter], batch: int, tokens: int) -> Callable[[], float]:
+    """Forward, backward and AdamW, through to a gradient of the inputs: the floor has that too. It returns seconds."""
     config: Any = model.module.config if isinstance(model, DistributedDataParallel) else model.config
     optimizer = torch.optim.AdamW(trained, lr=1e-4) if trained else None
     generator = torch.Generator(device()).manual_seed(dist.get_rank() if dist.is_initialized() else 0)
     shape = (batch, tokens, config.hidden_size)
     embedded = torch.randn(shape, generator=generator, device=device(), dtype=torch.bfloat16) * 0.02
     labels = torch.randint(5, config.vocab_size, (batch, tokens), generator=generator, device=device())
-    found = []
-    for _ in range(WARM_UP + times):
+
+    def step() -> float:
         wait()
         begin = time.perf_counter()
         model(inputs_embeds=embedded.detach().requires_grad_(), labels=labels).loss.backward()
@@ -194,54 +195,82 @@ def seconds_per_step(model: nn.Module, trained: list[nn.Parameter], batch: int, 
             optimizer.step()
             optimizer.zero_grad()
         wait()
-        found.append(time.perf_counter() - begin)
-    return found[WARM_UP:]
+        return time.perf_counter() - begin
+
+    return step
 
 
-def timed(options: argparse.Namespace, shape: str, method: str, launch: str, part: str) -> Row:
-    gc.collect()  # a sharded model is a circle of references, and two of 70B have no room
-    if device() == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    begin = time.perf_counter()
-    model = adapted(shape, method, meta=part == "large", layers=options.layers)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    numbers = sum(parameter.numel() for parameter in trained)
-    if launch == "fsdp2":
-        model = sharded(model)
+@dataclass
+class Stepped:
+    """A method's step, ready to run, and what its row says."""
+
+    step: Callable[[], float]
+    row: Row
+    bytes: int  # that the model holds
+    seconds: list[float] = field(default_factory=list)
+
+    @classmethod
+    def built(cls, options: argparse.Namespace, shape: str, method: str, launch: str, part: str) -> "Stepped":
+        begin, before = time.perf_counter(), held()
+        model = adapted(shape, method, meta=part == "large", layers=options.layers)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    elif launch == "ddp" and trained:
-        model = DistributedDataParallel(model, find_unused_parameters=False)
-    batch, tokens = options.size or SHAPES[shape].sizes[0]
-    built = time.perf_counter() - begin
-    seconds = seconds_per_step(model, trained, batch, tokens, options.times)
-    peak = torch.cuda.max_memory_allocated() if device() == "cuda" else 0
-    return {
-        "part": part,
-        "shape": shape,
-        "launch": launch,
-        "method": method,
-        "batch": batch,
-        "tokens": tokens,
-        "trained": numbers,
-        "seconds_per_step": statistics.median(seconds),
-        "seconds": seconds,
-        "peak_bytes": peak,
-        "build_seconds": built,
-    }
+        numbers = sum(parameter.numel() for parameter in trained)
+        if launch == "fsdp2":
+            model = sharded(model)
+            trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        elif launch == "ddp" and trained:
+            model = DistributedDataParallel(model, find_unused_parameters=False)
+        batch, tokens = options.size or SHAPES[shape].sizes[0]
+        step = step_of(model, trained, batch, tokens)
+        row = {"part": part, "shape": shape, "launch": launch, "method": method, "batch": batch, "tokens": tokens}
+        row |= {"trained": numbers, "peak_bytes": 0, "build_seconds": time.perf_counter() - begin}
+        return cls(step, row, held() - before)
+
+    def run(self, times: int) -> None:
+        """One turn: some steps to warm up, then those that count."""
+        before = held()
+        if device() == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        for _ in range(WARM_UP):
+            self.step()
+        self.seconds += [self.step() for _ in range(times)]
+        # the models of other methods are not counted
+        peak = (torch.cuda.max_memory_allocated() if device() == "cuda" else 0) - before + self.bytes
+        self.row["peak_bytes"] = max(self.row["peak_bytes"], peak)
+
+    def result(self) -> Row:
+        return {**self.row, "seconds_per_step": statistics.median(self.seconds), "seconds": self.seconds}
+
+
+def held() -> int:
+    """The bytes that are allocated now."""
+    gc.collect()  # a sharded model is a circle of references, and two of 70B have no room
+    if device() != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_allocated()
 
 
 def steps(options: argparse.Namespace, keep: Callable[[Row], None]) -> None:
-    for launch in ("one",) if int(os.environ["WORLD_SIZE"]) == 1 else ("ddp", "fsdp2"):
-        for method in STEPPED:
-            with others_go_on():
-                keep(timed(options, options.small, method, launch, "steps"))
+    """All methods of a launch take turns, for the machine's speed moves."""
+    for launch in ("one",) if int(os.environ["WORLD_SIZE"]) == 1 else options.launches:
+        with others_go_on():
+            methods = [Stepped.built(options, options.small, method, launch, "steps") for method in STEPPED]
+            for number in range(options.rounds):
+                for each in methods[:: -1 if number % 2 else 1]:
+                    each.run(options.times)
+            for each in methods:
+                keep(each.result())
+            del methods, each
 
 
 def large(options: argparse.Namespace, keep: Callable[[Row], None]) -> None:
     for method in LARGE:
         with others_go_on():
-            keep(timed(options, options.large, method, "fsdp2", "large"))
+            alone = Stepped.built(options, options.large, method, "fsdp2", "large")
+            alone.run(options.times)
+            keep(alone.result())
+            del alone
 
 
 PARTS: dict[str, Callable[..., None]] = {
@@ -289,7 +318,7 @@ def start(options: argparse.Namespace, processes: int, parts: list[str], gpus: s
         for name in ("plain_model", "data", "data_dir", "work", "steps", "batch_size", "limit", "small", "large")
     }
     words = [word for name, value in own.items() if value is not None for word in (f"--{name}", str(value))]
-    words += ["--times", str(options.times)]
+    words += ["--times", str(options.times), "--rounds", str(options.rounds), "--launches", *options.launches]
     words += ["--layers", str(options.layers)] if options.layers else []
     words += ["--size", *map(str, options.size)] if options.size else []
     command = [
@@ -349,7 +378,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=90)
     parser.add_argument("--batch-size", "--batch_size", dest="batch_size", type=int, default=32)
     parser.add_argument("--limit", type=int)
-    parser.add_argument("--times", type=int, default=5, help="Steps that are timed.")
+    parser.add_argument("--times", type=int, default=5, help="Steps of a turn that are timed.")
+    parser.add_argument("--rounds", type=int, default=4, help='Turns of each method in "steps".')
+    parser.add_argument("--launches", nargs="+", default=["ddp", "fsdp2"], choices=("ddp", "fsdp2"))
     parser.add_argument("--small", default="llama-1b")
     parser.add_argument("--large", default="llama-70b")
     parser.add_argument("--layers", type=int)

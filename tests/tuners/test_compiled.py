@@ -14,6 +14,7 @@ from tuners.matrix import options_for, wrapped
 from tuners.wrapped import config_for, every_method, trainable, trained
 
 from loretta import PeftModel, get_peft_model, hotswap_adapter, serving
+from loretta.layers import fused, stacks
 from loretta.tuners import calls
 from loretta.tuners.layer import LorettaLayer
 
@@ -68,6 +69,19 @@ def test_one_graph_with_equal_gradients(family, method):
     model, inputs = small(family, method)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     assert_equal(step(compiled, model, inputs), step(model, model, inputs))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_each_train_as_one_matrix(bias, monkeypatch):
+    """As on a GPU, where a graph holds the ReLU and the gradient of the bias in functions of ours."""
+    monkeypatch.setattr(fused, "one_matrix_pays", lambda *_: True)
+    model, inputs = small("llama", "adp", train_bias=bias)
+    compiled, calls_of_it = torch.compile(model, fullgraph=True, backend="aot_eager"), []
+    apply = stacks._Bottleneck.apply
+    monkeypatch.setattr(stacks._Bottleneck, "apply", lambda *args: calls_of_it.append(args) or apply(*args))
+    got = step(compiled, model, inputs)
+    assert calls_of_it
+    assert_equal(got, step(model, model, inputs))
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:DeprecationWarning")  # inductor's own imports

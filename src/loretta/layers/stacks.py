@@ -1,4 +1,10 @@
-"""Putting matrices side by side and apart again, so that a compiler does either once and not once for each matrix."""
+"""What Dynamo's graphs do in fewer launches than a compiler makes of the plain operations.
+
+Putting matrices side by side and apart again is done once, and not once for each matrix. Each half of a bottleneck is
+one product with all that surrounds it.
+
+Axes: B rows, I input features, b bottleneck.
+"""
 
 from typing import Any
 
@@ -27,6 +33,12 @@ def apart(stacked: Tensor) -> tuple[Tensor, ...]:
     return _Apart.apply(stacked)
 
 
+@torch.compiler.allow_in_graph
+def bottleneck_of(rows_BI: Tensor, down_bI: Tensor, bias_b: Tensor) -> Tensor:
+    """``relu(x D^T + bias)``, for Dynamo's graphs. On a GPU it is one launch, and the gradient of the bias another."""
+    return _Bottleneck.apply(rows_BI, down_bI, bias_b)
+
+
 class _Together(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *parts: Tensor) -> Tensor:
@@ -48,3 +60,20 @@ class _Apart(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         return torch.ops.loretta.stack(list(grads))
+
+
+class _Bottleneck(torch.autograd.Function):
+    """A compiler would launch the ReLU and the sum over the rows as kernels of their own: one and two."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_BI: Tensor, down_bI: Tensor, bias_b: Tensor) -> Tensor:
+        hidden_Bb = torch._addmm_activation(bias_b, rows_BI, down_bI.mT)
+        ctx.save_for_backward(rows_BI, down_bI, hidden_Bb)
+        return hidden_Bb
+
+    @staticmethod
+    def backward(ctx: Any, grad_Bb: Tensor) -> tuple[Tensor, ...]:
+        rows_BI, down_bI, hidden_Bb = ctx.saved_tensors
+        grad_Bb = torch.ops.aten.threshold_backward(grad_Bb, hidden_Bb, 0)
+        grad_b = (grad_Bb.new_ones(1, len(grad_Bb)) @ grad_Bb)[0]
+        return grad_Bb @ down_bI, grad_Bb.mT @ rows_BI, grad_b

@@ -13,6 +13,7 @@ from transformers.activations import ACT2FN
 
 from loretta.errors import InputError
 from loretta.layers import fused
+from loretta.layers.stacks import bottleneck_of
 from loretta.layers.trains import arranged, fold_bias, one_matrix_each
 from loretta.tuners.adp.config import LorettaAdpConfig
 from loretta.tuners.calls import Factors
@@ -127,6 +128,8 @@ class AdpLinear(LorettaLayer):
             factors = tuple(factor.to(rows_BH.dtype) for factor in factors)
         if len(factors) == 3:
             bias_b, down_bH, up_bH = factors
+            if torch.compiler.is_dynamo_compiling() and rows_BH.dtype == down_bH.dtype:
+                return bottleneck_of(rows_BH, down_bH, bias_b), up_bH
             return linear(rows_BH, down_bH, bias_b).relu_(), up_bH
         if len(factors) == 6:
             one_C, left_HC, mid_Cb, one_D, mid_bD, up_DH = factors
