@@ -1,7 +1,8 @@
 """A search over 64 candidates by successive halving beside the full grid: seconds, and who was stopped when.
 
-16 learning rates times 4 tensor ranks of rep, one seed. The full grid is trained in populations, as the search is, and
-one run after the other, which is estimated: the first candidate of each rank is trained alone.
+16 learning rates times 4 values of another option of rep, one seed. The full grid is trained in populations, as the
+search is, and one run after the other, which is estimated: the first candidate of each value is trained alone. Ranks
+are of other shapes (--try rep.tensor_rank=2,4,8,16), so they are four populations; alphas are one.
 
     python benchmarks/halving.py --model FOLDER --data CSV --out FILE
 
@@ -19,6 +20,7 @@ from typing import Any
 
 from timing import about
 
+from loretta.cli.study import sweep_options
 from loretta.studies.compare import comparison
 from loretta.studies.configs import Options
 from loretta.studies.expansion import expand
@@ -28,7 +30,6 @@ from loretta.studies.runner import run_study
 from loretta.training.run import train
 
 RATES = tuple(1e-4 * 10 ** (k / 7.5) for k in range(16))  # to 1e-2
-RANKS = (2, 4, 8, 16)
 
 
 def studied(args: argparse.Namespace, root: Path, search: str) -> dict[str, Any]:
@@ -45,24 +46,24 @@ def studied(args: argparse.Namespace, root: Path, search: str) -> dict[str, Any]
 
 
 def asked(args: argparse.Namespace, search: str) -> tuple[Any, Options]:
-    """The study of ``loretta compare --methods loretta_rep --search ... --rates ... --try rep.tensor_rank=...``."""
+    """The study of ``loretta compare --methods loretta_rep --search ... --rates ... --try ...``."""
     sets = {"epochs": args.epochs, "batch_size": args.batch, "bf16": not args.cpu}
     options = Options(
         models=(args.model,), seeds=1, limit=args.limit, data_dir=args.data_dir, cpu=args.cpu, sets=sets,
-        sweep=True, search=search, rates=RATES, tries={"rep.tensor_rank": RANKS},
+        **sweep_options(True, search, ",".join(map(str, RATES)), [args.tries]),
     )  # fmt: skip
     return comparison(args.data, ["loretta_rep"], seeds=1, settings={}), options
 
 
 def alone(args: argparse.Namespace, root: Path) -> dict[str, Any]:
-    """Seconds of all candidates one after the other, from one of each rank after a first one that warms up."""
+    """Seconds of all candidates one after the other, from some of the first rate after one that warms up."""
     runs = expand(*asked(args, "grid"), root).runs
     seconds = []
-    for run in (runs[0], *runs[: len(RANKS)]):
+    for run in (runs[0], *runs[: len(runs) // len(RATES)]):
         begin = time.perf_counter()
         train(run.run_config(), overwrite=True)
         seconds.append(time.perf_counter() - begin)
-    return {"how": "one by one, estimated", "seconds": len(RATES) * len(RANKS) * statistics.fmean(seconds[1:])}
+    return {"how": "one by one, estimated", "seconds": len(runs) * statistics.fmean(seconds[1:]), "alone": seconds[1:]}
 
 
 def main() -> None:
@@ -75,10 +76,18 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=None)
     parser.add_argument("--epochs", type=float, default=4)
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--try", dest="tries", default="rep.lora_alpha=4,8,16,32", help="what is tried beside rates")
     parser.add_argument("--population", type=int, default=None, help="members at once; default: as the runner does")
     args = parser.parse_args()
+    args.candidates = len(RATES) * (1 + args.tries.count(","))
     rows: list[dict[str, Any]] = []
-    given = {"task": Path(args.data).stem, "model": Path(args.model).name, "epochs": args.epochs, "batch": args.batch}
+    given = {
+        "tries": args.tries,
+        "task": Path(args.data).stem,
+        "model": Path(args.model).name,
+        "epochs": args.epochs,
+        "batch": args.batch,
+    }
     for work in (
         lambda root: studied(args, root, "halving"),
         lambda root: alone(args, root),
@@ -88,8 +97,8 @@ def main() -> None:
             rows.append(work(Path(folder)))
         print(json.dumps(rows[-1], indent=1), flush=True)
         head = about("cpu" if args.cpu else "cuda", "float32" if args.cpu else "bfloat16")
-        share = cost(len(RATES) * len(RANKS)) / (len(RATES) * len(RANKS))
-        content = {**head, **given, "candidates": len(RATES) * len(RANKS), "share_of_steps": share, "rows": rows}
+        share = cost(args.candidates) / args.candidates
+        content = {**head, **given, "candidates": args.candidates, "share_of_steps": share, "rows": rows}
         args.out.write_text(json.dumps(content, indent=1) + "\n")
 
 
