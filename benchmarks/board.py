@@ -6,7 +6,7 @@ from itertools import pairwise
 from typing import Any
 
 import pandas as pd
-from protocol import SEEN, TASKS, chosen, interval, joined_by_seed, mean_by_seed
+from protocol import SEEN, TASKS, chosen, interval, joined_by_seed, mean_by_seed, same_seeds
 
 Row = Mapping[str, Any]
 Scores = pd.Series  # by seed
@@ -17,12 +17,13 @@ NEAR = 1.02  # counts so much apart are one
 class Board:
     """The methods on one model: their scores on the tasks that the most of them were run on, or on ``common``.
 
-    ``which`` are the rows that are scored, "held_out" or "official".
+    ``which`` are the rows that are scored, "held_out" or "official". Each method has its own seeds and its rate by
+    these; where methods are compared, both are of the seeds that all of them have.
     """
 
     def __init__(self, found: Sequence[Row], model: str, which: str, common: Sequence[str] | None = None) -> None:
         self.rows = [row for row in found if row["model"] == model and row.get("part", "front") == "front"]
-        self.which = which
+        self.model, self.which = model, which
         self.cells = {(row["method"], row["task"]): row for row in self.rows}
         self.methods = sorted({row["method"] for row in self.rows}, key=lambda name: (self.trained(name), name))
         counts = {task: sum((m, task) in self.cells for m in self.methods) for task in TASKS}
@@ -54,10 +55,30 @@ class Board:
         found = {method: self.mean_of(method) for method in self.methods}
         return {method: scores for method, scores in found.items() if scores is not None}
 
+    def among(self, methods: Collection[str]) -> "Board":
+        """These methods alone, on the seeds that all of them have."""
+        rows = same_seeds([row for row in self.rows if row["method"] in methods])
+        return Board(rows, self.model, self.which, self.common)
+
+    def gap(self, one: str, other: str) -> Scores | None:
+        """By how much the mean of one method is above that of another; None where a task of one was not run."""
+        both = self.among([one, other]).complete()
+        return paired(both[one], both[other]) if one in both and other in both else None
+
+    def gap_on(self, task: str, one: str, other: str) -> Scores:
+        both = self.among([one, other])
+        return paired(both.scores(one, task), both.scores(other, task))
+
+    def seeds(self, methods: Collection[str] | None = None) -> str:
+        """How many seeds the rows of methods have on the common tasks, "3 to 5"."""
+        some = [row for row in self.rows if methods is None or row["method"] in methods]
+        counts = sorted({len(row["seeds"]) for row in [row for row in some if row["task"] in self.common] or some})
+        return " to ".join(map(str, [counts[0], counts[-1]] if counts[1:] else counts))
+
     def best_within(self, size: int) -> tuple[str | None, str | None]:
         """The best form of LoRETTA and the best other method with about as many parameters at most, by their means."""
-        means = {method: scores.mean() for method, scores in self.complete().items()}
-        fit = [method for method in means if self.trained(method) <= ROOM * size]
+        fit = [method for method in self.complete() if self.trained(method) <= ROOM * size]
+        means = {method: scores.mean() for method, scores in (self.among(fit).complete() if fit else {}).items()}
         ours = [method for method in fit if self.family(method) == "LoRETTA"]
         others = [method for method in fit if self.family(method) != "LoRETTA"]
         return max(ours, key=means.__getitem__, default=None), max(others, key=means.__getitem__, default=None)

@@ -14,7 +14,7 @@ from pathlib import Path
 from board import Board, Row, markdown, paired, signed, verdict, words
 from methods import UNTRAINED
 from peers import PEERS
-from protocol import LEAKS, METRICS, at_edge, best_rate, interval, read_rows, same_seeds
+from protocol import LEAKS, METRICS, at_edge, best_rate, interval, read_rows
 from rates import one_rate_table, rates_table
 from retention import forgetting_rows, forgetting_table, overfitting_table, reading_table
 from runs import adaptive_table, answers_table, instruct_table
@@ -50,7 +50,7 @@ def rows() -> list[Row]:
         around = {(row["model"], peers.get(row["method"]), rate) for rate in row["held_out"]}
         return row["method"] in peers and not centres & around
 
-    return same_seeds([{**row, "part": "rates"} if searches(row) else row for row in found])
+    return [{**row, "part": "rates"} if searches(row) else row for row in found]
 
 
 def front_table(model: str, found: Sequence[Row]) -> str:
@@ -66,10 +66,9 @@ def front_table(model: str, found: Sequence[Row]) -> str:
             if (method, task) in board.cells and method != UNTRAINED
         ]
         name = f"**{method}**" if board.family(method) == "LoRETTA" else method
-        lines.append(
-            [name, f"{board.trained(method):,}", *scores, "" if means is None else words(means), " ".join(rates)]
-        )
-    columns = ["method", "trained", *board.tasks, f"mean of {len(board.common)}", "rates"]
+        mean_words = "" if means is None else words(means)
+        lines.append([name, f"{board.trained(method):,}", *scores, mean_words, board.seeds([method]), " ".join(rates)])
+    columns = ["method", "trained", *board.tasks, f"mean of {len(board.common)}", "seeds", "rates"]
     return (
         f"The mean is of {', '.join(board.common)}; ± is half a 95 % interval over the seeds; `*`: the best rate is at "
         f"the edge of its grid.\n\n{markdown(lines, columns)}"
@@ -79,17 +78,17 @@ def front_table(model: str, found: Sequence[Row]) -> str:
 def size_table(model: str, found: Sequence[Row], which: str) -> str:
     """At each size the best LoRETTA form and the best other method that fit, and how sure the difference is."""
     board = Board(found, model, which)
-    have = board.complete()
     lines = []
     for size in SIZES:
         best, other = board.best_within(size)
         if best is None or other is None:
             continue
-        difference = paired(have[best], have[other])
+        both = board.among([best, other]).complete()
+        difference = paired(both[best], both[other])
         lines.append(
             [
-                f"{size:,}", f"{best} ({board.trained(best):,})", words(have[best]),
-                f"{other} ({board.trained(other):,})", words(have[other]), signed(difference), verdict(difference),
+                f"{size:,}", f"{best} ({board.trained(best):,})", words(both[best]),
+                f"{other} ({board.trained(other):,})", words(both[other]), signed(difference), verdict(difference),
             ]
         )  # fmt: skip
     columns = ["at most", "best LoRETTA form", "score", "best other method", "score", "difference", ""]
@@ -107,12 +106,14 @@ def equal_table(model: str, found: Sequence[Row], which: str) -> str:
     for method in board.methods:
         if board.family(method) != "LoRETTA" or method not in have:
             continue
-        count = board.trained(method)
-        other = board.by_count(count, LADDERS[board.norms(method)])
+        count, ladder = board.trained(method), LADDERS[board.norms(method)]
+        beside = board.among([method, *ladder])
+        other = beside.by_count(count, ladder)
         if other is None:
             continue
-        difference = paired(have[method], other)
-        lines.append([method, f"{count:,}", words(have[method]), words(other), signed(difference), verdict(difference)])
+        own = beside.complete()[method]
+        difference = paired(own, other)
+        lines.append([method, f"{count:,}", words(own), words(other), signed(difference), verdict(difference)])
     return markdown(lines, ["form", "trained", "score", "LoRA at that count", "difference", ""]) if lines else ""
 
 
@@ -137,11 +138,13 @@ def peers_table(found: Sequence[Row]) -> str:
     board = Board(found, PEERS_ON, "held_out", PEERS_TASKS)
     have = board.complete()
     beside = [name for name in ("LoRA r=1", "norms", "shared r=2", "compact") if name in have]
-    lines = [
-        [name, f"{board.trained(name):,}", words(have[name]), *(signed(paired(have[name], have[o])) for o in beside)]
-        for name in have
-        if name in names
-    ]
+    lines = []
+    for name in have:
+        gaps = [board.gap(name, other) for other in beside if name in names]
+        if gaps:
+            lines.append(
+                [name, f"{board.trained(name):,}", words(have[name]), *(signed(g) for g in gaps if g is not None)]
+            )
     if not lines:
         return "Not measured yet.\n"
     columns = ["method", "trained", "held-out mean", *(f"to {name} ({board.trained(name):,})" for name in beside)]
@@ -152,17 +155,17 @@ def results_of(model: str, task: str, found: Sequence[Row]) -> str:
     """One task on the official rows: scores, and paired differences to LoRA r=8 and to the norms."""
     board = Board(found, model, "official")
     here = [method for method in board.methods if (method, task) in board.cells]
-    against = {name: board.scores(name, task) for name in ("LoRA r=8", "norms") if name in here}
     lines = []
     for method in here:
         row, scores = board.cells[method, task], board.scores(method, task)
         gaps = [
-            "" if method == name or name not in against else signed(paired(scores, against[name]))
+            "" if method == name or name not in here else signed(board.gap_on(task, method, name))
             for name in ("LoRA r=8", "norms")
         ]
-        lines.append([method, f"{row['trained']:,}", f"{row['trained'] + row['head']:,}", words(scores), *gaps])
+        counts = f"{row['trained']:,}", f"{row['trained'] + row['head']:,}"
+        lines.append([method, *counts, words(scores), *gaps, str(len(row["seeds"]))])
     metric = METRICS[board.cells[here[0], task]["metric"]]
-    return markdown(lines, ["method", "trained", "with head", metric, "to LoRA r=8", "to norms"])
+    return markdown(lines, ["method", "trained", "with head", metric, "to LoRA r=8", "to norms", "seeds"])
 
 
 def results_page(found: Sequence[Row]) -> dict[str, str]:
@@ -198,15 +201,7 @@ def source(some: Sequence[Row]) -> str:
     versions = sorted({" ".join(f"{name} {number}" for name, number in row["versions"].items()) for row in some})
     seeds = sorted({tuple(row["seeds"]) for row in some})
     numbers = " or ".join(", ".join(map(str, of_row)) for of_row in seeds)
-    said = f"{devices}; {'; '.join(versions)}; seeds {numbers}; {len(some)} cells."
-    more = sorted(
-        f"{row['method']} on {row['task']} ({', '.join(map(str, row['not_compared']))})"
-        for row in some
-        if row.get("not_compared")
-    )
-    return said + (
-        f" In the file and not compared, for the other methods lack them: {'; '.join(more)}." if more else ""
-    )
+    return f"{devices}; {'; '.join(versions)}; seeds {numbers}; {len(some)} cells."
 
 
 def choosing_sections(found: Sequence[Row]) -> dict[str, str]:
@@ -277,7 +272,7 @@ def draw(found: Sequence[Row], path: Path) -> None:
         axes.minorticks_off()
         axes.set_xlabel("trained parameters, without the head")
         axes.set_ylabel(f"mean of {', '.join(board.common)} (official validation)")
-        axes.set_title(f"{MODELS[model]}: {len(board.rows[0]['seeds'])} seeds, 95 % intervals", fontsize=9)
+        axes.set_title(f"{MODELS[model]}: {board.seeds(board.complete())} seeds, 95 % intervals", fontsize=9)
         axes.legend(frameon=False)
         figure.savefig(path, metadata={"Date": None})
 

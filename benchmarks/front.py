@@ -3,7 +3,8 @@
     python benchmarks/front.py
 
 A row of a LoRETTA form has the package's config that makes it, or a name of ``OPTIONS``. All other rows are what the
-forms are compared with. A form counts on a model where all tasks were run that half of the forms there were run on.
+forms are compared with. A form whose modules are named, as those of attention are, is for one family of models, and no
+choice. A form counts on a model where all tasks were run that half of the forms there were run on.
 """
 
 import json
@@ -92,6 +93,8 @@ def cells(rows: Sequence[Mapping[str, Any]]) -> list[Cell]:
         else:
             continue
         config = row.get("config")
+        if config and isinstance(config["options"].get("target_modules"), list):
+            continue
         options = (config["method"], config["options"]) if config else OPTIONS.get(name)
         if not math.isnan(score):
             found.append(Cell(row["model"], "form" not in row, row["task"], name, count, score, options))

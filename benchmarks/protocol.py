@@ -147,8 +147,7 @@ def mean_by_seed(some: Sequence[pd.Series]) -> pd.Series:
 def same_seeds(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The rows with those seeds alone that all rows of their part, model and task have.
 
-    So no method is chosen from more seeds, or compared on others. ``not_compared`` are the seeds that a row had beside.
-    Raises ValueError where rows have no seed in common.
+    So no method is chosen from more seeds, or compared on others. Raises ValueError where rows have no seed in common.
     """
     common: dict[tuple[Any, ...], set[int]] = {}
     for row in rows:
@@ -163,8 +162,7 @@ def same_seeds(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
             for key in PER_RATE
             if key in row
         }
-        rest = [seed for seed in row["seeds"] if seed not in common[_table(row)]]
-        found.append({**row, **scores, "seeds": [row["seeds"][k] for k in at], "not_compared": rest})
+        found.append({**row, **scores, "seeds": [row["seeds"][k] for k in at]})
     return found
 
 

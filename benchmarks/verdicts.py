@@ -38,16 +38,13 @@ TUNED = (
 def claims(found: Sequence[Row]) -> str:
     """Confirmed, refuted or open, for each claim and model."""
     boards = {model: Board(found, model, "official") for model in MODELS}
-    have = {model: board.complete() for model, board in boards.items()}
     lines = []
     for claim, one, other in CLAIMS:
         cells = []
-        for model in MODELS:
-            if one not in have[model] or other not in have[model]:
-                cells.append(OPEN)
-                continue
-            difference = paired(have[model][one], have[model][other])
-            cells.append(said(difference, 0.0 if "add" in claim else MARGIN, strictly="add" in claim))
+        for board in boards.values():
+            gap = board.gap(one, other)
+            strictly = "add" in claim
+            cells.append(OPEN if gap is None else said(gap, 0.0 if strictly else MARGIN, strictly=strictly))
         lines.append([claim, *cells])
     for claim, make in (
         ("adp and rep keep more of three tasks learned in turn than LoRA r=8 (Table 4)", _kept),
@@ -102,7 +99,8 @@ def _risen(found: Sequence[Row], model: str) -> str:
 def verdict_sentence(model: str, task: str, found: Sequence[Row]) -> str:
     """Which forms lose on a task, and whether one of them is the best of all; what is lost stands first."""
     board = Board(found, model, "official")
-    here = {method: board.scores(method, task) for method in board.methods if (method, task) in board.cells}
+    of_task = board.among([method for method in board.methods if (method, task) in board.cells])
+    here = {method: of_task.scores(method, task) for method in of_task.methods}
     sign = -1 if TASKS[task].metric == "loss" else 1
     here = {method: sign * scores for method, scores in here.items() if not scores.isna().any()}
     ours = [method for method in here if board.family(method) == "LoRETTA"]
@@ -110,7 +108,7 @@ def verdict_sentence(model: str, task: str, found: Sequence[Row]) -> str:
     if not ours or not others:
         return ""
     best, other = (max(group, key=lambda name: here[name].mean()) for group in (ours, others))
-    difference = paired(here[best], here[other])
+    difference = sign * board.gap_on(task, best, other)
     what = {"better": "LoRETTA wins", "worse": "LoRETTA loses", "level": "LoRETTA's best is level with the best"}
     of_best = (
         f"{what[verdict(difference)]} here: {best} ({board.trained(best):,}) has {sign * here[best].mean():.3f}, "
@@ -119,7 +117,9 @@ def verdict_sentence(model: str, task: str, found: Sequence[Row]) -> str:
     )
     lost = []
     for name, shown in (("LoRA r=8", "LoRA r=8"), ("norms", "the norms alone")):
-        below = [method for method in ours if name in here and verdict(paired(here[method], here[name])) == "worse"]
+        below = [
+            method for method in ours if name in here and verdict(sign * board.gap_on(task, method, name)) == "worse"
+        ]
         if below:
             lost.append(f"than {shown}: {', '.join(below)}")
     of_all = f"Worse by more than the interval {'; '.join(lost)}." if lost else ""
@@ -132,12 +132,12 @@ def verdict_sentence(model: str, task: str, found: Sequence[Row]) -> str:
 
 def sizes_sentence(board: Board) -> str:
     """At which sizes the best form of LoRETTA loses to the best other method, and at which it wins."""
-    have = board.complete()
     found: dict[str, list[str]] = {"worse": [], "better": [], "level": []}
     for size in SIZES:
         best, other = board.best_within(size)
-        if best is not None and other is not None:
-            found[verdict(paired(have[best], have[other]))].append(f"{size:,}")
+        gap = None if best is None or other is None else board.gap(best, other)
+        if gap is not None:
+            found[verdict(gap)].append(f"{size:,}")
     words = {"worse": "loses at", "better": "wins at", "level": "is level with the best at"}
     said = [f"{words[word]} {', '.join(sizes)}" for word, sizes in found.items() if sizes]
     return f"In the mean LoRETTA {' and '.join(said)} parameters." if said else ""
@@ -148,14 +148,14 @@ def bar(found: Sequence[Row]) -> str:
     lines, counts = [], dict.fromkeys(("better", "level", "worse", "not measured"), 0)
     for model, shown in MODELS.items():
         board = Board(found, model, "held_out")
-        have, cells = board.complete(), []
+        cells = []
         for size in SIZES:
             best, other = board.best_within(size)
-            if best is None or other is None:
+            gap = None if best is None or other is None else board.gap(best, other)
+            if gap is None:
                 counts["not measured"] += 1
                 cells.append("")
                 continue
-            gap = paired(have[best], have[other])
             counts[verdict(gap)] += 1
             cells.append(f"{verdict(gap)} ({signed(gap)})")
         lines.append([shown.partition(" ")[0], *cells])
@@ -176,11 +176,11 @@ def standing(found: Sequence[Row], which: str = "official") -> str:
             continue
         ours = [method for method in have if board.family(method) == "LoRETTA"]
         lines = [
-            f"**{shown}**, mean of {', '.join(board.common)}, {len(next(iter(have.values())))} seeds. "
+            f"**{shown}**, mean of {', '.join(board.common)}, {board.seeds(have)} seeds. "
             f"{sizes_sentence(board)}".strip()
         ]
         for other in (name for name in REFERENCES if name in have and ours):
-            gaps = {method: paired(have[method], have[other]) for method in ours}
+            gaps = {method: gap for method in ours if (gap := board.gap(method, other)) is not None}
             words = []
             for word, shown_as in (("worse", "below it"), ("level", "level"), ("better", "above it")):
                 some = [
@@ -197,18 +197,17 @@ def standing(found: Sequence[Row], which: str = "official") -> str:
 def in_short(found: Sequence[Row]) -> str:
     """What README says of its picture: the published form first, which loses, then the default."""
     board = Board(found, pictured(found), "official")
-    have, words = board.complete(), []
+    words = []
     for one, others in (("rep", ("LoRA r=1", "norms")), ("compact + norms", ("LoRA r=8", "norms"))):
         gaps = [
             f"{signed(gap)} to {other} ({board.trained(other):,}), {verdict(gap)}"
             for other in others
-            if one in have and other in have
-            for gap in [paired(have[one], have[other])]
+            if (gap := board.gap(one, other)) is not None
         ]
         if gaps:
             words.append(f"* {one} ({board.trained(one):,}): {'; '.join(gaps)}")
     row = board.rows[0]
-    said = f"{MODELS[row['model']]}, mean of {', '.join(board.common)}, {len(row['seeds'])} seeds"
+    said = f"{MODELS[row['model']]}, mean of {', '.join(board.common)}, {board.seeds(board.complete())} seeds"
     return f"{said}, paired differences with 95 % intervals:\n\n" + "\n".join(words) + "\n"
 
 
@@ -270,8 +269,7 @@ def predicted(found: Sequence[Row]) -> str:
     lines = []
     for one, other, of_models in PREDICTED:
         for model, expected in of_models.items():
-            have = Board(found, model, "held_out").complete()
-            gaps = paired(have[one], have[other]) if one in have and other in have else None
+            gaps = Board(found, model, "held_out").gap(one, other)
             came = ["not run", ""] if gaps is None else [signed(gaps), judged(gaps, expected)]
             lines.append([f"{one} to {other}", MODELS[model].partition(" ")[0], expected, *came])
     return markdown(lines, ["held-out means", "model", "predicted", "came", ""], left=3)
@@ -281,9 +279,9 @@ def default_rule(found: Sequence[Row]) -> str:
     """What the rule for the default of ``loretta train`` says, with the differences that it goes by."""
     gaps = {}
     for model, shown in MODELS.items():
-        have = Board(found, model, "held_out").complete()
-        if "shared r=4 + norms" in have and "compact + norms" in have:
-            gaps[shown.partition(" ")[0]] = paired(have["shared r=4 + norms"], have["compact + norms"])
+        gap = Board(found, model, "held_out").gap("shared r=4 + norms", "compact + norms")
+        if gap is not None:
+            gaps[shown.partition(" ")[0]] = gap
     higher = bool(gaps) and all(gap.mean() > 0 for gap in gaps.values())
     changes = higher and any(verdict(gap) == "better" for gap in gaps.values())
     said = ", ".join(f"{signed(gap)} on {name} ({verdict(gap)})" for name, gap in gaps.items())

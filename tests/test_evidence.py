@@ -157,16 +157,31 @@ def test_methods_are_compared_on_the_seeds_that_all_of_them_have_each_with_itsel
     short = [{**row, "seeds": [1, 2]} for row in BOARD if row["task"] == "mrpc"]
     short = [{**row, **{key: {"0.001": [0.4, 0.6]} for key in ("held_out", "official")}} for row in short]
     cola = protocol.same_seeds([BOARD[0], BOARD[2], long])
-    assert (cola[-1]["seeds"], cola[-1]["held_out"], cola[-1]["not_compared"]) == (
-        [1, 0, 2], {"0.001": [0.2, 0.1, 0.3]}, [4, 3],
-    )  # fmt: skip
-    made = board.Board([*cola, *short], "all-MiniLM-L6-v2", "held_out")
-    same = board.paired(made.scores("norms", "cola"), made.scores("LoRA r=1", "cola"))
-    assert dict(same.round(12)) == {0: 0, 1: 0, 2: 0}
+    assert (cola[-1]["seeds"], cola[-1]["held_out"]) == ([1, 0, 2], {"0.001": [0.2, 0.1, 0.3]})
+    made = board.Board([BOARD[0], BOARD[2], long, *short], "all-MiniLM-L6-v2", "held_out")
+    assert (made.seeds(["norms"]), made.seeds()) == ("5", "2 to 5")
+    assert dict(made.gap_on("cola", "norms", "LoRA r=1").round(12)) == {0: 0, 1: 0, 2: 0}
     assert dict(made.complete()["LoRA r=1"]) == pytest.approx({1: 0.3, 2: 0.45})
+    assert dict(made.gap("compact", "LoRA r=1").round(12)) == {1: -0.02, 2: -0.03}
+    assert made.gap("norms", "LoRA r=1") is None  # norms were not run on mrpc
     assert rates.one_rate_table([{**row, "held_out": {"0.0015": row["held_out"]["0.001"]}} for row in [*cola, *short]])
     with pytest.raises(ValueError, match="all-MiniLM-L6-v2, cola have no seed in common"):
         protocol.same_seeds([long, {**long, "seeds": [5, 6, 7, 8, 9]}])
+
+
+def test_the_best_within_a_size_is_chosen_on_the_seeds_that_all_who_fit_have():
+    """By the third seed, which "rep" lacks, "compact" would be the best; what is too large does not count."""
+    rows = [
+        row_of("compact", "LoRETTA", 2_000, [0.1, 0.2, 0.9]),
+        {**row_of("rep", "LoRETTA", 2_000, [0.2, 0.3]), "seeds": [0, 1]},
+        row_of("LoRA r=1", "LoRA", 1_000, [0.0, 0.1, 0.3]),
+        {**row_of("LoRA r=8", "LoRA", 9_000, [0.7]), "seeds": [0]},
+    ]
+    made = board.Board(rows, "all-MiniLM-L6-v2", "held_out")
+    assert made.best_within(2_000) == ("rep", "LoRA r=1")
+    assert dict(made.gap("compact", "LoRA r=1").round(12)) == {0: 0.1, 1: 0.1, 2: 0.6}
+    assert made.best_within(9_000) == ("rep", "LoRA r=8")
+    assert made.best_within(500) == (None, None)
 
 
 @pytest.mark.parametrize(
