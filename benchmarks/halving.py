@@ -12,6 +12,7 @@ The data is a CSV of texts and labels or, with --data-dir, a GLUE task. Without 
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -35,14 +36,15 @@ RATES = tuple(1e-4 * 10 ** (k / 7.5) for k in range(16))  # to 1e-2
 def studied(args: argparse.Namespace, root: Path, search: str) -> dict[str, Any]:
     """The seconds of a search, its winner, and the words on each candidate that it stopped."""
     study, options = asked(args, search)
-    begin = time.perf_counter()
+    begin, before = time.perf_counter(), sum(os.times()[:4])
     summary = run_study(study, options, root, jobs=1, population=args.population)
-    seconds = time.perf_counter() - begin
+    seconds, processor = time.perf_counter() - begin, sum(os.times()[:4]) - before
     assert summary.complete, [outcome for outcome in summary.outcomes if outcome.state == "failed"]
     (cell,) = collect(root).cells
     (score,) = cell.scores
     stopped = {outcome.folder.rpartition("/")[2]: outcome.reason for outcome in summary.of("stopped")}
-    return {"how": search, "seconds": seconds, "winner": score.folder, "score": score.value, "stopped": stopped}
+    row = {"how": search, "seconds": seconds, "processor_s": processor, "winner": score.folder, "score": score.value}
+    return row | {"stopped": stopped}
 
 
 def asked(args: argparse.Namespace, search: str) -> tuple[Any, Options]:
@@ -58,12 +60,13 @@ def asked(args: argparse.Namespace, search: str) -> tuple[Any, Options]:
 def alone(args: argparse.Namespace, root: Path) -> dict[str, Any]:
     """Seconds of all candidates one after the other, from some of the first rate after one that warms up."""
     runs = expand(*asked(args, "grid"), root).runs
-    seconds = []
+    times = []
     for run in (runs[0], *runs[: len(runs) // len(RATES)]):
-        begin = time.perf_counter()
+        begin, before = time.perf_counter(), time.process_time()
         train(run.run_config(), overwrite=True)
-        seconds.append(time.perf_counter() - begin)
-    return {"how": "one by one, estimated", "seconds": len(runs) * statistics.fmean(seconds[1:]), "alone": seconds[1:]}
+        times.append((time.perf_counter() - begin, time.process_time() - before))
+    seconds, processor = (len(runs) * statistics.fmean(each) for each in zip(*times[1:], strict=True))
+    return {"how": "one by one, estimated", "seconds": seconds, "processor_s": processor}
 
 
 def main() -> None:

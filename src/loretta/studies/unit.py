@@ -144,7 +144,10 @@ def main() -> None:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
         # what made a run fail may still be in the process
-        if any(outcome.state == "failed" for outcome in outcomes) or free_memory() > MOST_LEFT:
+        if any(outcome.state == "failed" for outcome in outcomes):
+            return
+        if (left := free_memory()) > MOST_LEFT:
+            print(f"this process ends, because {left:,} bytes on the GPU were not released")
             return
         os.write(sys.stdin.fileno(), DONE)
         line = units.get()
