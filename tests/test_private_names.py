@@ -98,6 +98,7 @@ BY_OWNER = {
         "peek_interpreter_stack": PRESENT,
     },
     "torch": {
+        "_addmm_activation": PRESENT,
         "_foreach_add_": PRESENT,
         "_foreach_copy_": PRESENT,
         "_foreach_zero_": PRESENT,
