@@ -38,13 +38,17 @@ def test_the_package_carries_what_the_results_say():
 
 @pytest.mark.parametrize(("n_forms", "n_tasks", "offers"), [(3, 3, True), (2, 3, False), (3, 2, False)])
 def test_a_model_with_fewer_than_three_forms_or_tasks_offers_no_choice(n_forms, n_tasks, offers):
-    named = [("LoRA r=1", None), *((f"form {rank}", ("rep", {"tensor_rank": rank})) for rank in range(n_forms))]
-    cells = [
-        generator.Cell("all-MiniLM-L6-v2", True, task, name, 900, 0.5, options)
+    config = {"method": "rep", "options": {"tensor_rank": 5, "train_norms": False}}
+    named = [("LoRA r=1", "LoRA", {}), *((f"form {rank}", "LoRETTA", {"config": config}) for rank in range(n_forms))]
+    rows = [
+        {
+            "model": "all-MiniLM-L6-v2", "task": task, "method": name, "family": family, "trained": 900, "seeds": [0],
+            "metric": "accuracy", "held_out": {"0.001": [0.5]}, **more,
+        }
         for task in ("cola", "mrpc", "stsb")[:n_tasks]
-        for name, options in named
-    ]
-    assert generator.front(cells).models.keys() == ({"all-MiniLM-L6-v2"} if offers else set())
+        for name, family, more in named
+    ]  # fmt: skip
+    assert generator.front(rows).models.keys() == ({"all-MiniLM-L6-v2"} if offers else set())
 
 
 def test_a_form_is_the_one_that_was_measured():
