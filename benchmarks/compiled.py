@@ -5,7 +5,7 @@ launches the kernels one by one. Two depths of one tiny model are compiled and t
 launches.py: what grows with the adapted modules is the cost of a module, the rest is that of a step.
 
 Kernels are those that inductor generates, for a CPU; they are written and not compiled, so the results are no numbers.
-Products are its calls of mm, bmm and addmm.
+Products are its calls of mm, bmm and addmm, with what they do besides.
 
     python benchmarks/compiled.py --when now --out benchmarks/results/compiled.json
 """
@@ -27,7 +27,8 @@ from loretta.layers import fused
 
 COUNTED = ("lora q,v", "rep q,v", f"adp{ON_GPU}", "shared")
 KINDS = ("guards", "inputs", "operations", "kernels", "products")
-PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm.default)
+aten = torch.ops.aten
+PRODUCTS = (aten.mm.default, aten.bmm.default, aten.addmm.default, aten._addmm_activation.default)
 
 
 def count(method: str, shape: str, layers: int, dtype: torch.dtype) -> tuple[Counter[str], int, int]:
