@@ -11,69 +11,47 @@ from loretta.registration import register_with_peft
 from loretta.version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from peft import PeftModel, TaskType, get_peft_model
+    from peft import PeftModel as PeftModel
+    from peft import TaskType as TaskType
+    from peft import get_peft_model as get_peft_model
 
-    from loretta.convert.compress import compress
-    from loretta.convert.lora import export_lora
-    from loretta.convert.merged import export_merged
-    from loretta.errors import InputError
-    from loretta.plan.auto import auto_config
-    from loretta.plan.plan import plan_model
-    from loretta.training.adaptive_ranks import AdaptiveRanks
-    from loretta.training.graphs import CudaGraphTrainer
-    from loretta.tuners.adp import LorettaAdpConfig, LorettaAdpModel
-    from loretta.tuners.contraction import serving
-    from loretta.tuners.in_place import hotswap_adapter, rename_adapter
-    from loretta.tuners.rep import LorettaRepConfig, LorettaRepModel
-    from loretta.tuners.shared import LorettaSharedConfig, LorettaSharedModel
+    from loretta.convert.compress import compress as compress
+    from loretta.convert.lora import export_lora as export_lora
+    from loretta.convert.merged import export_merged as export_merged
+    from loretta.errors import InputError as InputError
+    from loretta.plan.auto import auto_config as auto_config
+    from loretta.plan.plan import plan_model as plan_model
+    from loretta.training.adaptive_ranks import AdaptiveRanks as AdaptiveRanks
+    from loretta.training.graphs import CudaGraphTrainer as CudaGraphTrainer
+    from loretta.tuners.adp import LorettaAdpConfig as LorettaAdpConfig
+    from loretta.tuners.adp import LorettaAdpModel as LorettaAdpModel
+    from loretta.tuners.contraction import serving as serving
+    from loretta.tuners.in_place import hotswap_adapter as hotswap_adapter
+    from loretta.tuners.in_place import rename_adapter as rename_adapter
+    from loretta.tuners.rep import LorettaRepConfig as LorettaRepConfig
+    from loretta.tuners.rep import LorettaRepModel as LorettaRepModel
+    from loretta.tuners.shared import LorettaSharedConfig as LorettaSharedConfig
+    from loretta.tuners.shared import LorettaSharedModel as LorettaSharedModel
 
 # the imports above once more, for programs: those serve type checkers alone
 _HOMES = {
-    "AdaptiveRanks": "loretta.training.adaptive_ranks",
-    "CudaGraphTrainer": "loretta.training.graphs",
-    "InputError": "loretta.errors",
-    "LorettaAdpConfig": "loretta.tuners.adp",
-    "LorettaAdpModel": "loretta.tuners.adp",
-    "LorettaRepConfig": "loretta.tuners.rep",
-    "LorettaRepModel": "loretta.tuners.rep",
-    "LorettaSharedConfig": "loretta.tuners.shared",
-    "LorettaSharedModel": "loretta.tuners.shared",
-    "PeftModel": "peft",
-    "TaskType": "peft",
-    "auto_config": "loretta.plan.auto",
-    "compress": "loretta.convert.compress",
-    "export_lora": "loretta.convert.lora",
-    "export_merged": "loretta.convert.merged",
-    "get_peft_model": "peft",
-    "hotswap_adapter": "loretta.tuners.in_place",
-    "plan_model": "loretta.plan.plan",
-    "rename_adapter": "loretta.tuners.in_place",
-    "serving": "loretta.tuners.contraction",
+    "loretta.convert.compress": ("compress",),
+    "loretta.convert.lora": ("export_lora",),
+    "loretta.convert.merged": ("export_merged",),
+    "loretta.errors": ("InputError",),
+    "loretta.plan.auto": ("auto_config",),
+    "loretta.plan.plan": ("plan_model",),
+    "loretta.training.adaptive_ranks": ("AdaptiveRanks",),
+    "loretta.training.graphs": ("CudaGraphTrainer",),
+    "loretta.tuners.adp": ("LorettaAdpConfig", "LorettaAdpModel"),
+    "loretta.tuners.contraction": ("serving",),
+    "loretta.tuners.in_place": ("hotswap_adapter", "rename_adapter"),
+    "loretta.tuners.rep": ("LorettaRepConfig", "LorettaRepModel"),
+    "loretta.tuners.shared": ("LorettaSharedConfig", "LorettaSharedModel"),
+    "peft": ("PeftModel", "TaskType", "get_peft_model"),
 }
 
-__all__ = [
-    "AdaptiveRanks",
-    "CudaGraphTrainer",
-    "InputError",
-    "LorettaAdpConfig",
-    "LorettaAdpModel",
-    "LorettaRepConfig",
-    "LorettaRepModel",
-    "LorettaSharedConfig",
-    "LorettaSharedModel",
-    "PeftModel",
-    "TaskType",
-    "auto_config",
-    "compress",
-    "explain",
-    "export_lora",
-    "export_merged",
-    "get_peft_model",
-    "hotswap_adapter",
-    "plan_model",
-    "rename_adapter",
-    "serving",
-]
+__all__ = ["explain", *(name for names in _HOMES.values() for name in names)]
 
 if not TYPE_CHECKING:  # a type checker would accept any name
     __getattr__ = lazy_attributes(__name__, _HOMES)

@@ -1,20 +1,21 @@
 """Names of a package that are imported from their modules at first use (PEP 562)."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
 from typing import Any
 
 
-def lazy_attributes(package: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """The ``__getattr__`` of ``package``: ``homes`` says for each name the module that defines it.
+def lazy_attributes(package: str, homes: Mapping[str, Iterable[str]]) -> Callable[[str], Any]:
+    """The ``__getattr__`` of ``package``: ``homes`` says for each module the names that it defines.
 
     Submodules are found too, as if they had been imported.
     """
+    home = {name: module for module, names in homes.items() for name in names}
 
     def __getattr__(name: str) -> Any:
-        if name in homes:
-            value = getattr(import_module(homes[name]), name)
+        if name in home:
+            value = getattr(import_module(home[name]), name)
             setattr(sys.modules[package], name, value)  # once
             return value
         if not name.startswith("_"):

@@ -17,50 +17,23 @@ if TYPE_CHECKING:
     from loretta.plan.presets import PRESETS, Preset, find_preset, list_presets, preset_table
     from loretta.plan.request import PlanResult, make_plan
     from loretta.plan.words import Explanation, explain_plan
-else:
-    __getattr__ = lazy_attributes(
-        __name__,
-        {
-            **dict.fromkeys(("auto_config", "choose_form"), "loretta.plan.auto"),
-            **dict.fromkeys(("FAMILIES", "default_task_type", "find_config", "meta_model"), "loretta.plan.base_models"),
-            **dict.fromkeys(("Budget", "choose"), "loretta.plan.budget"),
-            **dict.fromkeys(("KINDS", "trainable_by_kind"), "loretta.plan.counts"),
-            "train_svg": "loretta.plan.picture",
-            **dict.fromkeys(("Plan", "count_baseline", "plan_model", "read_plan"), "loretta.plan.plan"),
-            **dict.fromkeys(
-                ("PRESETS", "Preset", "find_preset", "list_presets", "preset_table"), "loretta.plan.presets"
-            ),
-            **dict.fromkeys(("PlanResult", "make_plan"), "loretta.plan.request"),
-            **dict.fromkeys(("Explanation", "explain_plan"), "loretta.plan.words"),
-        },
-    )
 
-__all__ = [
-    "FAMILIES",
-    "KINDS",
-    "PRESETS",
-    "Budget",
-    "Explanation",
-    "Plan",
-    "PlanResult",
-    "Preset",
-    "auto_config",
-    "choose",
-    "choose_form",
-    "count_baseline",
-    "default_task_type",
-    "explain_plan",
-    "find_config",
-    "find_preset",
-    "list_presets",
-    "make_plan",
-    "meta_model",
-    "plan_model",
-    "preset_table",
-    "read_plan",
-    "train_svg",
-    "trainable_by_kind",
-]
+_HOMES = {
+    "loretta.plan.auto": ("auto_config", "choose_form"),
+    "loretta.plan.base_models": ("FAMILIES", "default_task_type", "find_config", "meta_model"),
+    "loretta.plan.budget": ("Budget", "choose"),
+    "loretta.plan.counts": ("KINDS", "trainable_by_kind"),
+    "loretta.plan.picture": ("train_svg",),
+    "loretta.plan.plan": ("Plan", "count_baseline", "plan_model", "read_plan"),
+    "loretta.plan.presets": ("PRESETS", "Preset", "find_preset", "list_presets", "preset_table"),
+    "loretta.plan.request": ("PlanResult", "make_plan"),
+    "loretta.plan.words": ("Explanation", "explain_plan"),
+}
+
+__all__ = [name for names in _HOMES.values() for name in names]
+
+if not TYPE_CHECKING:  # a type checker would accept any name
+    __getattr__ = lazy_attributes(__name__, _HOMES)
 
 
 def __dir__() -> list[str]:

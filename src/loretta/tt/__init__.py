@@ -13,53 +13,22 @@ from loretta.tt.shape import TTShape, constant_ranks, shape_from_modes
 if TYPE_CHECKING:
     from loretta.tt.init import gaussian
     from loretta.tt.lowrank import discarded_mass, fit_product, product_error, product_norm, product_singular_values
-    from loretta.tt.ops import (
-        balance,
-        contract,
-        halves,
-        matrix,
-        matrix_naive,
-        pad_ranks,
-        split_cores,
-        tt_svd,
-    )
-else:
-    __getattr__ = lazy_attributes(
-        __name__,
-        {
-            "gaussian": "loretta.tt.init",
-            **dict.fromkeys(
-                ("discarded_mass", "fit_product", "product_error", "product_norm", "product_singular_values"),
-                "loretta.tt.lowrank",
-            ),
-            **dict.fromkeys(
-                ("balance", "contract", "halves", "matrix", "matrix_naive", "pad_ranks", "split_cores", "tt_svd"),
-                "loretta.tt.ops",
-            ),
-        },
-    )  # fmt: skip
+    from loretta.tt.ops import balance, contract, halves, matrix, matrix_naive, pad_ranks, split_cores, tt_svd
+
+_HOMES = {
+    "loretta.tt.init": ("gaussian",),
+    "loretta.tt.lowrank": (
+        "discarded_mass", "fit_product", "product_error", "product_norm", "product_singular_values",
+    ),
+    "loretta.tt.ops": (
+        "balance", "contract", "halves", "matrix", "matrix_naive", "pad_ranks", "split_cores", "tt_svd",
+    ),
+}  # fmt: skip
 
 __all__ = [
-    "PAPER_MODES",
-    "TTShape",
-    "balance",
-    "balanced_modes",
-    "constant_ranks",
-    "contract",
-    "discarded_mass",
-    "fit_product",
-    "gaussian",
-    "halves",
-    "matrix",
-    "matrix_naive",
-    "pad_ranks",
-    "plan_shape",
-    "plan_sides",
-    "product_error",
-    "product_norm",
-    "product_singular_values",
-    "shape_from_modes",
-    "split_cores",
-    "stacked",
-    "tt_svd",
-]
+    "PAPER_MODES", "TTShape", "balanced_modes", "constant_ranks", "plan_shape", "plan_sides", "shape_from_modes",
+    "stacked", *(name for names in _HOMES.values() for name in names),
+]  # fmt: skip
+
+if not TYPE_CHECKING:  # a type checker would accept any name
+    __getattr__ = lazy_attributes(__name__, _HOMES)
