@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from statistics import mean
@@ -56,10 +57,9 @@ LONGEST_PROMPT = 1024  # tokens, of the official rows
 
 @cache
 def encoded_once(config: str) -> Any:
-    """The task of a config and its splits as token ids; all cells of a process that have the same data share them."""
+    """The data of a config as token ids; all cells of a process that have the same data share it."""
     options = RunConfig.model_validate_json(config)
-    task = load_config_task(options)
-    return task, encode_splits(options, task, load_tokenizer(options.model))  # type: ignore[arg-type]
+    return encode_splits(options, load_config_task(options), load_tokenizer(options.model))
 
 
 def data_options(config: RunConfig) -> str:
@@ -91,14 +91,16 @@ def heads_alike(tokens: Sequence[int]) -> Iterator[None]:
     with (
         mock.patch.object(population_training, "prepare_model", frozen),
         mock.patch.object(
-            population_training, "load_config_task", lambda config: encoded_once(data_options(config))[0]
+            population_training, "load_config_task", lambda config: encoded_once(data_options(config)).task
         ),
         mock.patch.object(
             # a dictionary of its own: show_official puts other rows into it, and later cells of the process would be
             # scored on these
             population_training,
             "encode_splits",
-            lambda config, *_: copy(encoded_once(data_options(config))[1]),
+            lambda config, *_: replace(
+                data := encoded_once(data_options(config)), config=config, splits=copy(data.splits)
+            ),
         ),
     ):
         yield
@@ -292,7 +294,7 @@ def show_official(loop: Loop, task: str, args: argparse.Namespace) -> int:
     else:
         where = {"validation": str(Path(first.config.data).with_name("official.jsonl.gz"))}
     config = first.config.model_copy(update={**where, "max_length": length})
-    encoded: Any = encoded_once(data_options(config))[1]["validation"]
+    encoded: Any = encoded_once(data_options(config)).splits["validation"]
     tokenizer = load_tokenizer(config.model)
     collator: Any = first.trainer.data_collator
     split_of_each = [encoded] * len(loop.members)

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+from dataclasses import replace
 
 import pytest
 import torch
@@ -292,8 +293,9 @@ def test_splits_of_other_sizes_are_not_trained_together(options, tmp_path, monke
     encode = training.encode_splits
 
     def shorter(config, task, tokenizer):
-        splits = encode(config, task, tokenizer)
-        return splits | {"validation": splits["validation"].select(range(10 + config.seed))}
+        data = encode(config, task, tokenizer)
+        fewer = data.splits["validation"].select(range(10 + config.seed))
+        return replace(data, splits={**data.splits, "validation": fewer})
 
     monkeypatch.setattr(training, "encode_splits", shorter)
     runs = [RunConfig(**options | {"seed": seed, "output": f"{tmp_path}/{seed}"}) for seed in (0, 1)]

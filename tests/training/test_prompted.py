@@ -116,7 +116,7 @@ def test_a_step_goes_down_the_gradient_of_the_stated_loss(task, train_as, spelle
     config = config_for(speller, task, prompted, tmp_path, train_as=train_as)
     loaded, tokenizer = load_config_task(config), load_tokenizer(speller)
     model = model_for(speller)
-    trainer = make_trainer(config, loaded, model, tokenizer, encode_splits(config, loaded, tokenizer), tmp_path)
+    trainer = make_trainer(encode_splits(config, loaded, tokenizer), model, tmp_path)
     examples = loaded.train[:3]
     batch = trainer.data_collator(trainer.train_dataset[:3])
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -275,7 +275,7 @@ def test_a_run_of_labels_is_not_scored_on_prompts(bert, reviews, speller, prompt
 def test_the_gold_completion_alone_is_trained_in_language_modelling(speller, prompted, tmp_path):
     config = config_for(speller, "copa", prompted, tmp_path)
     task, tokenizer = load_config_task(config), load_tokenizer(speller)
-    encoded = encode_splits(config, task, tokenizer)
+    encoded = encode_splits(config, task, tokenizer).splits
     assert {len(texts.options) for texts in encoded["train"]} == {1}
     assert {len(texts.options) for texts in encoded["validation"]} == {2}
     for example, texts in zip(task.train, encoded["train"], strict=True):
@@ -291,7 +291,7 @@ def test_a_model_that_diverged_has_no_score(task, speller, prompted, tmp_path):
     loaded, tokenizer, model = load_config_task(config), load_tokenizer(speller), load_base(speller, "choice")
     with torch.no_grad():
         next(model.lm_head.parameters()).fill_(math.nan)
-    texts = encode_splits(config, loaded, tokenizer)["test"]
+    texts = encode_splits(config, loaded, tokenizer).splits["test"]
     values = judge(model, tokenizer, loaded, loaded.test, texts, config).values
     assert set(values) == {"loss", *loaded.metrics}
     assert all(math.isnan(value) for value in values.values())
@@ -311,7 +311,7 @@ def test_an_answer_has_room_behind_a_long_prompt(method, speller, prompted, tmp_
     config = config_for(speller, "squad", prompted, tmp_path, **changes, max_length=45)
     loaded, tokenizer = load_config_task(config), load_tokenizer(speller)
     assert all(len(example.prompt) > 48 for example in loaded.test)
-    encoded = encode_splits(config, loaded, tokenizer)
+    encoded = encode_splits(config, loaded, tokenizer).splits
     judged = judge(wrapped, tokenizer, loaded, loaded.test, encoded["test"], config)
     assert len(judged.answers) == len(loaded.test)
     n_test = len(loaded.test)
@@ -326,5 +326,5 @@ def test_an_answer_has_room_behind_a_long_prompt(method, speller, prompted, tmp_
 
 def test_prompts_that_fit_need_no_note(speller, prompted, tmp_path):
     config = config_for(speller, "sst2", prompted, tmp_path, max_length=200)
-    encoded = encode_splits(config, load_config_task(config), load_tokenizer(speller))
+    encoded = encode_splits(config, load_config_task(config), load_tokenizer(speller)).splits
     assert notes_on_length(encoded, config) == []

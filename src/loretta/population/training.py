@@ -1,9 +1,10 @@
 """Train runs together, from their options to their folders: each folder is as if its run had been trained alone."""
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from loretta.training.data import encode_splits, load_config_task
 from loretta.training.finish import finish
 from loretta.training.finite import MEND, STATUS
 from loretta.training.folder import RECORD, Place, find_place
+from loretta.training.forms import Data
 from loretta.training.methods import FULL, find_method, virtual_tokens
 from loretta.training.model import load_tokenizer
 from loretta.training.pause import Paused, paused_at, step_of
@@ -166,10 +168,13 @@ def _train(
             with loop.population.released(k, loop.best if member.trainer.state.best_global_step else None):
                 records.append(
                     finish(
-                        runs[k][0],
-                        member.task,
+                        Data(
+                            config=runs[k][0],
+                            task=member.task,
+                            tokenizer=member.trainer.processing_class,
+                            splits=member.encoded,
+                        ),
                         member.trainer,
-                        member.encoded,
                         place=runs[k][1],
                         peak_memory_bytes=used,
                         population=len(configs),
@@ -206,33 +211,32 @@ def prepare(configs: Sequence[RunConfig], scratch: Path) -> Loop:
     Raises InputError where the runs do not fit together.
     """
     tokenizer = load_tokenizer(configs[0].model)
-    data: dict[Any, tuple[Task, Mapping[str, Any]]] = {}
+    known: dict[Any, Data] = {}
     models: dict[str, Start] = {}
     skeleton: Any = None
     members, starts = [], []
     for config in configs:
         # the seed chooses the rows held out of a table; GLUE tasks have splits of their own
         key = None if config.data in GLUE else config.seed
-        if key not in data:
+        if key not in known:
             task = load_config_task(config)
             if not isinstance(task, Task) or task.kind not in TOGETHER:
                 raise InputError(f"'{config.data}' is of the kind {task.kind}, which is trained one run at a time")
             if task.kind == "language_modeling" and virtual_tokens(config.method, config.method_args):
                 raise InputError("the texts behind a prompt are trained one run at a time: their losses are PEFT's own")
-            data[key] = task, encode_splits(config, task, tokenizer)
-        task, encoded = data[key]
+            known[key] = encode_splits(config, task, tokenizer)
         same = repr((config.seed, config.method_args, config.start_from))
         if same not in models:
             set_seed(config.seed)
-            model, _ = prepare_model(config, task, tokenizer)
+            model, _ = prepare_model(config, known[key].task, tokenizer)
             assert isinstance(model, PeftModel)
             skeleton = model if skeleton is None else skeleton
             models[same] = Start.of(model, skeleton)
         starts.append(models[same])
-        members.append((config, task, encoded))
+        # a member's Trainer only scores the test split, so it need not record steps
+        members.append((config, replace(known[key], config=config.model_copy(update={"cuda_graph": False}))))
     whole = [
-        Member(config=c, task=t, encoded=e, trainer=make_trainer(_alone(c), t, skeleton, tokenizer, e, scratch))
-        for c, t, e in members
+        Member(config=c, task=d.task, encoded=d.splits, trainer=make_trainer(d, skeleton, scratch)) for c, d in members
     ]
     rules = Rules(whole)
     loop = Loop(Population(skeleton, starts), whole, rules)
@@ -241,8 +245,3 @@ def prepare(configs: Sequence[RunConfig], scratch: Path) -> Loop:
     inputs.pop("labels")
     loop.population.check(inputs)
     return loop
-
-
-def _alone(config: RunConfig) -> RunConfig:
-    """The options of a member's Trainer: it only scores the test split, so it need not record steps."""
-    return config.model_copy(update={"cuda_graph": False})

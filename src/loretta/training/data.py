@@ -1,7 +1,6 @@
 """The data of a run: the task that its options name, and the splits of the task as token ids."""
 
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -12,7 +11,7 @@ from loretta.tasks.base import Task
 from loretta.tasks.glue import GLUE
 from loretta.tasks.prompted import PROMPTED, PromptedTask, Sample, load_prompted
 from loretta.training.config import RunConfig
-from loretta.training.forms import form_of
+from loretta.training.forms import Data, form_of
 from loretta.training.model import TASK_TYPES
 
 NAMED = {*GLUE, *PROMPTED, STDLIB}  # tasks with splits of their own
@@ -99,8 +98,9 @@ def _kind(task: Task | PromptedTask) -> str:
     return task.kind.replace("_", " ")
 
 
-def encode_splits(config: RunConfig, task: Task | PromptedTask, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The splits of the data, encoded by the form of the task. Raises the InputError of the form."""
+def encode_splits(config: RunConfig, task: Task | PromptedTask, tokenizer: PreTrainedTokenizerBase) -> Data:
+    """The data, with its splits encoded by the form of the task. Raises the InputError of the form."""
     form = form_of(task.kind)
-    splits = [split for split in ("train", "validation", "test") if getattr(task, split) is not None]
-    return {split: form.encode(config, task, tokenizer, split) for split in splits}
+    names = [split for split in ("train", "validation", "test") if getattr(task, split) is not None]
+    splits = {split: form.encode(config, task, tokenizer, split) for split in names}
+    return Data(config=config, task=task, tokenizer=tokenizer, splits=splits)

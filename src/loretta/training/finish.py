@@ -26,7 +26,7 @@ from loretta.tasks.prompted import PromptedTask
 from loretta.training.checkpoints import DISK_STATUS
 from loretta.training.config import RunConfig
 from loretta.training.folder import ADAPTER, LABELS, PREDICTIONS, RECORD, Place
-from loretta.training.forms import form_of
+from loretta.training.forms import Data, form_of
 from loretta.training.model import TASK_TYPES, Trained
 from loretta.training.prompted import PromptedTrainer
 from loretta.training.scores import named_values
@@ -41,10 +41,8 @@ PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "numpy")
 
 
 def finish(
-    config: RunConfig,
-    task: Task | PromptedTask,
+    data: Data,
     trainer: TwoRateTrainer,
-    encoded: Mapping[str, Any],
     *,
     place: Place,
     peak_memory_bytes: int,
@@ -56,26 +54,17 @@ def finish(
     Of several processes all score and the first one writes. ``population`` is the number of runs that were trained
     together, this one among them. ``publishing`` gets the call that moves the finished files into the run's folder.
     """
-    scored = score(task, trainer, encoded)
+    scored = score(data, trainer)
     weights = trainer.whole_weights()
-    return processes.by_first(
-        lambda: _write(
-            lambda new: write_result(
-                new, config, task, trainer, encoded, scored, weights, peak_memory_bytes, population
-            ),
-            place,
-            publishing,
-        )
-    )
+    costs = {"peak_memory_bytes": peak_memory_bytes, "population": population}
+    return processes.by_first(lambda: _write(place, publishing, data, trainer, scored, weights, costs))
 
 
-def _write(
-    build: Callable[[Path], RunRecord], place: Place, publishing: Callable[[Callable[[], None]], Any]
-) -> RunRecord:
+def _write(place: Place, publishing: Callable[[Callable[[], None]], Any], *result: Any) -> RunRecord:
     with ExitStack() as stack:
         with _saying_why_not_written(place):
             new = stack.enter_context(temporary_folder(place.work))
-            record = build(new)
+            record = write_result(new, *result)
         unpublished = stack.pop_all()
 
     def publish() -> None:
@@ -112,13 +101,13 @@ class Scored:
     validation: dict[str, float]
 
 
-def score(task: Task | PromptedTask, trainer: TwoRateTrainer, encoded: Mapping[str, Any]) -> Scored:
+def score(data: Data, trainer: TwoRateTrainer) -> Scored:
     """Ask the trained model, on all processes together."""
-    split = "test" if encoded.get("test") is not None else "validation"
-    form = form_of(task.kind)
-    values, rows = form.answer(task, trainer, encoded, split)
-    answers = form.describe(task, trainer, encoded, split, rows)
-    history = read_history(trainer.state.log_history, task)
+    split = "test" if data.splits.get("test") is not None else "validation"
+    form = form_of(data.task.kind)
+    values, rows = form.answer(data, trainer, split)
+    answers = form.describe(data, trainer, split, rows)
+    history = read_history(trainer.state.log_history, data.task)
     best_step = trainer.state.best_global_step or trainer.state.global_step
     return Scored(
         split=split,
@@ -127,22 +116,20 @@ def score(task: Task | PromptedTask, trainer: TwoRateTrainer, encoded: Mapping[s
         answers=answers,
         history=history,
         best_step=best_step,
-        validation=validation_scores(task, trainer, encoded, history, best_step),
+        validation=validation_scores(data, trainer, history, best_step),
     )
 
 
 def write_result(
     folder: Path,
-    config: RunConfig,
-    task: Task | PromptedTask,
+    data: Data,
     trainer: TwoRateTrainer,
-    encoded: Mapping[str, Any],
     scored: Scored,
     weights: dict[str, torch.Tensor] | None,
-    peak_memory_bytes: int,
-    population: int | None,
+    costs: Mapping[str, Any],
 ) -> RunRecord:
     """Write the files of a finished run into an empty folder."""
+    config, task = data.config, data.task
     model, form = cast(Trained, trainer.model), form_of(task.kind)
     if (own := loretta_config(model)) is not None and TASK_TYPES[task.kind] != "CAUSAL_LM":
         own.label_names = list(task.label_names)
@@ -164,12 +151,8 @@ def write_result(
         kind=task.kind,
         seed=config.seed,
         device=torch.cuda.get_device_name() if trainer.args.device.type == "cuda" else trainer.args.device.type,
-        sizes={split: len(data) for split, data in encoded.items()},
-        notes=[
-            *task.notes,
-            *trainer.notes(),
-            *form.notes(config, encoded),
-        ],
+        sizes={split: len(rows) for split, rows in data.splits.items()},
+        notes=[*task.notes, *trainer.notes(), *form.notes(data)],
         label_names=list(task.label_names),
         label_counts=form.counts(task),
         answers=scored.answers,
@@ -180,9 +163,8 @@ def write_result(
         parameters=ParameterCounts(**trainable_by_kind(model), total=count_all(model)),
         trains=list_trains(model),
         adapter_bytes=sum(path.stat().st_size for path in (folder / ADAPTER).glob("*.safetensors")),
-        population=population,
         train_seconds=trainer.stopwatch.seconds,
-        peak_memory_bytes=peak_memory_bytes,
+        **costs,
         history=scored.history,
         best_step=scored.best_step,
         validation=scored.validation,
@@ -213,18 +195,12 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), "loretta": __version__, **packages}
 
 
-def validation_scores(
-    task: Task | PromptedTask,
-    trainer: TwoRateTrainer,
-    encoded: Mapping[str, Any],
-    history: list[Point],
-    best_step: int,
-) -> dict[str, float]:
+def validation_scores(data: Data, trainer: TwoRateTrainer, history: list[Point], best_step: int) -> dict[str, float]:
     """The scores on validation at the best step."""
     scores = next((point.values for point in history if point.split == "validation" and point.step == best_step), {})
-    if isinstance(trainer, PromptedTrainer) and task.metrics[0] not in scores:
+    if isinstance(trainer, PromptedTrainer) and data.task.metrics[0] not in scores:
         # the training chose by the loss and generated no answers
-        return trainer.judge("validation", encoded["validation"]).values
+        return trainer.judge("validation", data.splits["validation"]).values
     return scores
 
 

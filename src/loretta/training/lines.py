@@ -2,10 +2,7 @@
 
 import math
 import shlex
-from collections.abc import Mapping
 from typing import Any
-
-from transformers import PreTrainedTokenizerBase
 
 from loretta.plan import trainable_by_kind
 from loretta.record import RunRecord
@@ -15,7 +12,7 @@ from loretta.training.answers import CHANCE, beats_baseline, chance_of
 from loretta.training.config import RunConfig
 from loretta.training.data import NAMED
 from loretta.training.finish import count_all
-from loretta.training.forms import form_of
+from loretta.training.forms import Data, form_of
 from loretta.training.methods import find_method
 from loretta.training.trainer import TwoRateTrainer
 from loretta.wording import quoted
@@ -24,19 +21,14 @@ MOST_LABELS = 12  # named at the start, the most frequent ones
 FURTHER = 3.0  # factor between a learning rate that failed and the one to try
 
 
-def first_lines(
-    config: RunConfig,
-    task: Task | PromptedTask,
-    encoded: Mapping[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
-    trainer: TwoRateTrainer,
-) -> list[str]:
+def first_lines(data: Data, trainer: TwoRateTrainer) -> list[str]:
     """The data, what is odd about them, what is trained, and for how long."""
+    config, task = data.config, data.task
     return [
         _of_task(config, task),
-        _of_splits(config, task, encoded),
+        _of_splits(data),
         *(f"note: {note}" for note in task.notes),
-        *form_of(task.kind).lengths(config, task, encoded, tokenizer),
+        *form_of(task.kind).lengths(data),
         *_of_shared_texts(task),
         _of_method(config, trainer),
         *_of_choice(trainer),
@@ -61,17 +53,17 @@ def _of_task(config: RunConfig, task: Task | PromptedTask) -> str:
     return words
 
 
-def _of_splits(config: RunConfig, task: Task | PromptedTask, encoded: Mapping[str, Any]) -> str:
-    unit = form_of(task.kind).unit
+def _of_splits(data: Data) -> str:
+    unit, config = form_of(data.task.kind).unit, data.config
     files = {
         "train": None if config.data in NAMED else config.data,
         **config.model_dump(include={"validation", "test"}),
     }
     words = [
-        f"{split} {len(data):,} {unit}" + (f" ('{files[split]}')" if files[split] else "")
-        for split, data in encoded.items()
+        f"{split} {len(rows):,} {unit}" + (f" ('{files[split]}')" if files[split] else "")
+        for split, rows in data.splits.items()
     ]
-    return ", ".join([*words, *([] if "test" in encoded else ["no test"])])
+    return ", ".join([*words, *([] if "test" in data.splits else ["no test"])])
 
 
 def _of_shared_texts(task: Task | PromptedTask) -> list[str]:

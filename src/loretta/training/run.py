@@ -3,26 +3,26 @@
 import importlib.util
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import set_seed
 
 from loretta import processes
 from loretta.errors import InputError
 from loretta.locks import hold
 from loretta.memory import peak_memory, saying_what_helps
 from loretta.record import RunRecord
-from loretta.tasks.base import Task
-from loretta.tasks.prompted import PromptedTask
 from loretta.training.batches import stop_workers
 from loretta.training.config import RunConfig
 from loretta.training.data import check_loss, encode_splits, load_config_task
 from loretta.training.finish import finish
 from loretta.training.folder import ADAPTER, RECORD, Place, find_place, noting_failure
+from loretta.training.forms import Data
 from loretta.training.hub import check_hub, push
 from loretta.training.lines import first_lines
 from loretta.training.model import TASK_TYPES, Trained, load_tokenizer
@@ -95,18 +95,19 @@ def _train(
         return processes.by_first(lambda: _finished(place))
     helping = partial(saying_what_helps, *memory_words(config))
     with helping():
-        task, tokenizer, encoded, model, bf16 = processes.together(lambda: _prepare(config))
+        data, model, bf16 = processes.together(lambda: _prepare(config))
     processes.by_first(lambda: _begin(place, config, overwrite=overwrite))
     if not processes.is_first():
         say = lambda line: None  # noqa: E731
     if resume and place.goes_on:
         say(f"going on from the end of '{place.folder}': the learning rate follows the schedule of the longer run")
     with noting_failure(place.work) if processes.is_first() else nullcontext(), helping():
-        trainer = make_trainer(config.model_copy(update={"bf16": bf16}), task, model, tokenizer, encoded, place.work)
+        computed = replace(data, config=config.model_copy(update={"bf16": bf16}))
+        trainer = make_trainer(computed, model, place.work)
         trainer.add_callback(stop)
         if pause is not None:
             trainer.add_callback(pause)
-        for line in first_lines(config, task, encoded, tokenizer, trainer):
+        for line in first_lines(data, trainer):
             say(line)
         if not sys.stderr.isatty():
             say_lines(trainer, say)
@@ -116,9 +117,9 @@ def _train(
             trainer.train(resume_from_checkpoint=processes.by_first(place.checkpoint) if resume else None)
             state = trainer.state
             if pause is not None and state.global_step == step_of(pause.share, state.max_steps) < state.max_steps:
-                return paused_at(state.log_history, task, state.global_step, state.max_steps)
+                return paused_at(state.log_history, data.task, state.global_step, state.max_steps)
             (memory,) = processes.largest(max(0, peak_memory() - before))
-            record = finish(config, task, trainer, encoded, place=place, peak_memory_bytes=memory)
+            record = finish(data, trainer, place=place, peak_memory_bytes=memory)
         finally:
             stop_workers(trainer)
     if config.push_to_hub is not None and processes.is_first():
@@ -140,10 +141,8 @@ def _finished(place: Place) -> RunRecord:
     return RunRecord.load(place.folder / RECORD)
 
 
-def _prepare(
-    config: RunConfig,
-) -> tuple[Task | PromptedTask, PreTrainedTokenizerBase, Mapping[str, Any], Trained, bool]:
-    """The task, its tokenizer and its splits as token ids, the model before its first step, and whether in bfloat16.
+def _prepare(config: RunConfig) -> tuple[Data, Trained, bool]:
+    """The data, the model before its first step, and whether in bfloat16.
 
     Everything that a user can get wrong is found here.
     """
@@ -158,13 +157,13 @@ def _prepare(
     task = load_config_task(config)
     check_loss(config, task)
     tokenizer = load_tokenizer(config.model)
-    encoded = encode_splits(config, task, tokenizer)
+    data = encode_splits(config, task, tokenizer)
     if TASK_TYPES[task.kind] != "CAUSAL_LM":  # a head keeps what it started from
         processes.load_in_each()
     set_seed(config.seed)
     model, bf16 = prepare_model(config, task, tokenizer)
-    check_positions(config, model, encoded)
-    return task, tokenizer, encoded, model, bf16
+    check_positions(config, model, data.splits)
+    return data, model, bf16
 
 
 def _begin(place: Place, config: RunConfig, *, overwrite: bool) -> None:

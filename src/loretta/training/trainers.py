@@ -1,14 +1,14 @@
 """Which trainer a run has, and what it is told."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft.config import PromptLearningConfig
-from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase
+from transformers import EarlyStoppingCallback
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.training_args import OptimizerNames
 
@@ -20,7 +20,7 @@ from loretta.tasks.prompted import PromptedTask
 from loretta.training.adaptive_ranks import AdaptiveRanks
 from loretta.training.config import RunConfig
 from loretta.training.folder import CHECKPOINTS, TENSORBOARD
-from loretta.training.forms import form_of
+from loretta.training.forms import Data, form_of
 from loretta.training.graphs import CudaGraphTrainer
 from loretta.training.methods import METHODS, find_method, starting_rate
 from loretta.training.model import Trained
@@ -35,19 +35,13 @@ def with_graphs(trainer: type[TwoRateTrainer]) -> type[TwoRateTrainer]:
     return type(f"{trainer.__name__}WithGraphs", (CudaGraphTrainer, trainer), {})
 
 
-def make_trainer(
-    config: RunConfig,
-    task: Task | PromptedTask,
-    model: Trained,
-    tokenizer: PreTrainedTokenizerBase,
-    encoded: Mapping[str, Any],
-    folder: Path,
-) -> TwoRateTrainer:
+def make_trainer(data: Data, model: Trained, folder: Path) -> TwoRateTrainer:
     """The Trainer of a run: AdamW, best checkpoint on validation, one line of progress with an ETA.
 
     Args:
         folder: of the run, below which it writes its checkpoints.
     """
+    config, task = data.config, data.task
     if "tensorboard" in reporters(config):
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / TENSORBOARD)
     if config.on_nan == "skip" and config.cuda_graph:
@@ -56,9 +50,9 @@ def make_trainer(
         "on_nan": config.on_nan,
         "auto_batch": config.auto_batch,
         "model": model,
-        "train_dataset": encoded["train"],
-        "eval_dataset": encoded["validation"],
-        "processing_class": tokenizer,
+        "train_dataset": data.splits["train"],
+        "eval_dataset": data.splits["validation"],
+        "processing_class": data.tokenizer,
         "head_learning_rate": config.head_learning_rate,
         "order_by": config.batch_size,
         "callbacks": [
@@ -68,7 +62,7 @@ def make_trainer(
     }
     chosen_by = choosing_metric(config, task)
     chosen_well = chosen_by != "loss" and higher_is_better(task)
-    recipe = form_of(task.kind).recipe(config, task, tokenizer, encoded)
+    recipe = form_of(task.kind).recipe(data)
     arguments = recipe.arguments(
         **training_options(config, folder / CHECKPOINTS, best_by=chosen_by, greater_is_better=chosen_well),
         learning_rate=config.learning_rate or starting_rate(config.method, model),

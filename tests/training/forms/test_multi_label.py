@@ -25,7 +25,7 @@ def test_the_loss_is_binary_and_a_row_counts_the_same_in_every_batch(method, ber
     config = RunConfig(model=bert, data=str(DATA), label="labels", method=method, cpu=True, output=str(tmp_path))
     task, tokenizer = load_config_task(config), load_tokenizer(bert)
     model = wrap(load_base(bert, task.kind, label_names=task.label_names), method, task.kind, {}).double().eval()
-    trainer = make_trainer(config, task, model, tokenizer, encode_splits(config, task, tokenizer), tmp_path)
+    trainer = make_trainer(encode_splits(config, task, tokenizer), model, tmp_path)
     expected = []
     for text, labels in zip(task.train["text"], task.train["label"], strict=True):
         p = model(**tokenizer(text, return_tensors="pt")).logits[0].sigmoid()

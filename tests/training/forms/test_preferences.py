@@ -38,7 +38,7 @@ def test_the_loss_is_that_of_the_paper_against_the_base_model(method, speller, t
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn_like(parameter))
-    trainer = make_trainer(config, task, model, tokenizer, encode_splits(config, task, tokenizer), tmp_path)
+    trainer = make_trainer(encode_splits(config, task, tokenizer), model, tmp_path)
     assert list(model.peft_config) == ["default"]
     assert model.active_adapter == "default"
 

@@ -82,8 +82,7 @@ def test_the_loss_is_that_of_first_pieces_alone(method, bert, tmp_path):
     base = load_base(bert, task.kind, label_names=task.label_names)
     model = wrap(base, method, task.kind, {}).double().eval()
     assert any("classifier" in name for name, p in model.named_parameters() if p.requires_grad)
-    encoded = encode_splits(config, task, tokenizer)
-    trainer = make_trainer(config, task, model, tokenizer, encoded, tmp_path)
+    trainer = make_trainer(encode_splits(config, task, tokenizer), model, tmp_path)
     losses = []
     for tokens, tags in zip(task.train["tokens"], task.train["tags"], strict=True):
         logits = model(input_ids=torch.tensor([[2, *tokenizer.convert_tokens_to_ids(tokens), 3]])).logits[0, 1:-1]

@@ -40,7 +40,7 @@ def trainer_for(config):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn_like(parameter))
-    return task, tokenizer, make_trainer(config, task, model, tokenizer, encoded, Path(config.folder))
+    return task, tokenizer, make_trainer(encoded, model, Path(config.folder))
 
 
 def spelled_out(row, template: str) -> tuple[str, list[bool]]:
@@ -63,7 +63,7 @@ def test_answers_are_found_where_the_tokenizer_drops_blanks(llama, tmp_path):
     config, tokenizer = config_for(llama, "chat.jsonl", tmp_path, method="rep"), load_tokenizer(llama)
     tokenizer.add_special_tokens({"eos_token": "[SEP]"})
     task, model = load_config_task(config), wrap(load_base(llama, "chat"), "rep", "chat", {})
-    trainer = make_trainer(config, task, model, tokenizer, encode_splits(config, task, tokenizer), tmp_path)
+    trainer = make_trainer(encode_splits(config, task, tokenizer), model, tmp_path)
     row = trainer.train_dataset[0]
     trained = [label for label in row["labels"] if label != -100]
     assert trained.count(tokenizer.eos_token_id) == sum(m["role"] == "assistant" for m in row["messages"])
@@ -147,7 +147,7 @@ def test_a_template_without_marks_trains_one_answer_a_row(speller, tmp_path):
     tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}" + (
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
-    encoded = encode_splits(config, task, tokenizer)["train"]
+    encoded = encode_splits(config, task, tokenizer).splits["train"]
     assert "each answer is a row" in encoded.notes[0]
     answers = [m["content"] for row in task.train["messages"] for m in row if m["role"] == "assistant"]
     assert [row["completion"][0]["content"] for row in encoded.data] == answers
@@ -182,7 +182,7 @@ def test_what_cannot_be_trained_is_refused(speller, bert, capsys, monkeypatch, t
     task, model = load_config_task(config), wrap(load_base(speller, "chat"), "rep", "chat", {})
     encoded = encode_splits(config, task, tokenizer)
     with pytest.raises(InputError, match="marks no answer in at least one chat"):
-        make_trainer(config, task, model, tokenizer, encoded, tmp_path)
+        make_trainer(encoded, model, tmp_path)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     status, _, err = call(capsys, "train", "--model", speller, *data)
     assert_refused(status, err, ["not installed: pip install 'loretta-peft[trl]'"])

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from loretta.training.forms.base import Form, Recipe
+from loretta.training.forms.base import Data, Form, Recipe
 from loretta.training.forms.labels import Labels
 from loretta.training.forms.multi_label import MultiLabel
 from loretta.training.forms.preferences import Preferences
@@ -12,7 +12,7 @@ from loretta.training.forms.text import Text
 from loretta.training.forms.tokens import Tokens
 from loretta.training.forms.turns import Turns
 
-__all__ = ["FORMS", "Form", "Recipe", "form_of"]
+__all__ = ["FORMS", "Data", "Form", "Recipe", "form_of"]
 
 FORMS: Mapping[str, Form] = MappingProxyType(
     {

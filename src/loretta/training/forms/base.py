@@ -33,8 +33,20 @@ class Recipe:
     arguments: Callable[..., TrainingArguments] = TrainingArguments
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Data:
+    """What a run learns from: its task, and the splits of it as the trainer takes them."""
+
+    config: RunConfig
+    task: Any  # a Task, or a PromptedTask
+    tokenizer: PreTrainedTokenizerBase
+    splits: Mapping[str, Any]
+
+
+Row = dict[str, Any]
+Asked = Sequence[Sequence[Any]]  # the columns that a model answers
 # loretta.training.trainers.make_trainer, which itself asks the forms for their recipes
-MakeTrainer = Callable[..., TwoRateTrainer]
+MakeTrainer = Callable[[Data, Any, Path], TwoRateTrainer]
 
 
 class Form(Protocol):
@@ -46,18 +58,14 @@ class Form(Protocol):
     def encode(self, config: RunConfig, task: Any, tokenizer: PreTrainedTokenizerBase, split: str) -> Any:
         """A split as the trainer takes it. Raises InputError for rows that do not fit the tokenizer or the length."""
 
-    def lengths(
-        self, config: RunConfig, task: Any, encoded: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
-    ) -> list[str]:
+    def lengths(self, data: Data) -> list[str]:
         """Sentences on how many examples are too long, and what these lose."""
 
-    def notes(self, config: RunConfig, encoded: Mapping[str, Any]) -> list[str]:
+    def notes(self, data: Data) -> list[str]:
         """Sentences on the examples for a reader of the results; by default none."""
         return []
 
-    def recipe(
-        self, config: RunConfig, task: Any, tokenizer: PreTrainedTokenizerBase, encoded: Mapping[str, Any]
-    ) -> Recipe:
+    def recipe(self, data: Data) -> Recipe:
         """How to train. Raises InputError for options of the run that do not fit this kind of task."""
 
     def counts(self, task: Any) -> dict[str, list[int]]:
@@ -69,17 +77,13 @@ class Form(Protocol):
         data = getattr(task, split)
         return [text_key(words) for words in zip(*(data[column][:] for column in task.columns), strict=True)]
 
-    def answer(
-        self, task: Any, trainer: TwoRateTrainer, encoded: Mapping[str, Any], split: str
-    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    def answer(self, data: Data, trainer: TwoRateTrainer, split: str) -> tuple[dict[str, float], list[Row]]:
         """The scores of the trained model on a split, and a row of ``predictions.jsonl`` for each example, or no rows.
 
         A row holds the question ("text", of a pair also "text_pair"), the "gold" answer and the model's.
         """
 
-    def describe(
-        self, task: Any, trainer: TwoRateTrainer, encoded: Mapping[str, Any], split: str, rows: list[dict[str, Any]]
-    ) -> Answers | None:
+    def describe(self, data: Data, trainer: TwoRateTrainer, split: str, rows: list[Row]) -> Answers | None:
         """The answers, with the best constant answer; None where no constant answer can be compared."""
 
     def evaluate(self, run: LoadedRun, task: Any, split: str, make_trainer: MakeTrainer) -> dict[str, float]:
@@ -92,9 +96,7 @@ class Form(Protocol):
         """
         return asked_texts(text_columns(config), columns, file)
 
-    def predict(
-        self, run: LoadedRun, asked: Sequence[Sequence[Any]], *, all_probabilities: bool, go_on: Any
-    ) -> list[dict[str, Any]]:
+    def predict(self, run: LoadedRun, asked: Asked, *, all_probabilities: bool, go_on: Any) -> list[Row]:
         """An answer for each example of :meth:`asked`; by default the model's continuation."""
         return [{"continuation": go_on(run, example)} for example in asked[0]]
 
@@ -120,9 +122,8 @@ def evaluate_again(form: Form, run: LoadedRun, task: Any, split: str, make_train
     rows = form.encode(run.config, task, run.tokenizer, split)
     of_training = {"cpu": run.model.device.type == "cpu", "tensorboard": False, "report_to": None, "packing": False}
     config = run.config.model_copy(update=of_training)
+    data = Data(config=config, task=task, tokenizer=run.tokenizer, splits={"train": rows, "validation": rows})
     with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(
-            config, task, run.model, run.tokenizer, {"train": rows, "validation": rows}, Path(folder)
-        )
+        trainer = make_trainer(data, run.model, Path(folder))
         trainer.remove_callback(ProgressCallback)
         return trainer.evaluate()

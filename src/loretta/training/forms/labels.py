@@ -19,7 +19,7 @@ from loretta.record import Answers, Mistake
 from loretta.tasks import metrics
 from loretta.tasks.base import Task
 from loretta.training.config import RunConfig
-from loretta.training.forms.base import Form, MakeTrainer, Recipe, text_columns
+from loretta.training.forms.base import Asked, Data, Form, MakeTrainer, Recipe, Row, text_columns
 from loretta.training.loaded import LoadedRun
 from loretta.training.scores import logits_of, named_values, prediction_rows, score_logits
 from loretta.training.trainer import TwoRateTrainer
@@ -39,47 +39,44 @@ class Labels(Form):
         tokens = tokenizer(*columns, truncation=True, max_length=config.max_length)
         return Dataset.from_dict({**tokens, "labels": list(data["label"])})
 
-    def lengths(
-        self, config: RunConfig, task: Task, encoded: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
-    ) -> list[str]:
-        def whole(data: Dataset) -> list[list[int]]:
-            return tokenizer(*(list(data[column]) for column in task.columns), verbose=False)["input_ids"]
+    def lengths(self, data: Data) -> list[str]:
+        def whole(rows: Dataset) -> list[list[int]]:
+            return data.tokenizer(*(list(rows[column]) for column in data.task.columns), verbose=False)["input_ids"]
 
-        return cut_words(config, task, encoded, whole)
+        return cut_words(data, whole)
 
-    def recipe(
-        self, config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, encoded: Mapping[str, Any]
-    ) -> Recipe:
-        return scored_recipe(DataCollatorWithPadding(tokenizer), partial(score_logits, task), encoded)
+    def recipe(self, data: Data) -> Recipe:
+        return scored_recipe(data, DataCollatorWithPadding(data.tokenizer), partial(score_logits, data.task))
 
     def counts(self, task: Task) -> dict[str, list[int]]:
         return count_classes(task, lambda data: data["label"][:])
 
-    def answer(
-        self, task: Task, trainer: TwoRateTrainer, encoded: Mapping[str, Any], split: str
-    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        output = trainer.predict(encoded[split], metric_key_prefix=split)
-        rows = prediction_rows(torch.as_tensor(logits_of(output.predictions)), task.label_names)
-        data = getattr(task, split)
-        golds = [task.label_names[k] for k in data["label"][:]] if task.label_names else list(data["label"][:])
-        answered = [
-            {**a, "gold": gold, **row} for a, gold, row in zip(asked_rows(task, data), golds, rows, strict=True)
-        ]
+    def answer(self, data: Data, trainer: TwoRateTrainer, split: str) -> tuple[dict[str, float], list[Row]]:
+        output, task = trainer.predict(data.splits[split], metric_key_prefix=split), data.task
+        rows = self.rows_of(torch.as_tensor(logits_of(output.predictions)), task.label_names)
+        asked, golds = asked_rows(task, getattr(task, split)), self.golds_of(task, split)
+        answered = [{**a, "gold": gold, **row} for a, gold, row in zip(asked, golds, rows, strict=True)]
         return named_values(output.metrics or {}, task, f"{split}_"), answered
 
-    def describe(
-        self, task: Task, trainer: TwoRateTrainer, encoded: Mapping[str, Any], split: str, rows: list[dict[str, Any]]
-    ) -> Answers | None:
-        return _of_scores(task, split, rows) if task.kind == "regression" else _of_classes(task, split, rows)
+    def rows_of(self, logits: Tensor, names: Sequence[str], *, all_of_them: bool = False) -> list[Row]:
+        """(B, labels) logits as answers; ``all_of_them`` adds the probability of every class."""
+        return prediction_rows(logits, names, all_of_them=all_of_them)
+
+    def golds_of(self, task: Task, split: str) -> list[Any]:
+        """The right answers of a split, in words."""
+        labels = getattr(task, split)["label"][:]
+        return [task.label_names[k] for k in labels] if task.label_names else list(labels)
+
+    def describe(self, data: Data, trainer: TwoRateTrainer, split: str, rows: list[Row]) -> Answers | None:
+        describe = _of_scores if data.task.kind == "regression" else _of_classes
+        return describe(data.task, split, rows)
 
     def evaluate(self, run: LoadedRun, task: Task, split: str, make_trainer: MakeTrainer) -> dict[str, float]:
         data = getattr(task, split)
         texts = [list(data[column]) for column in task.columns]
         return score_logits(task, torch.cat(list(logits_of_texts(run, texts))).numpy(), list(data["label"]))
 
-    def predict(
-        self, run: LoadedRun, asked: Sequence[Sequence[Any]], *, all_probabilities: bool, go_on: Any
-    ) -> list[dict[str, Any]]:
+    def predict(self, run: LoadedRun, asked: Asked, *, all_probabilities: bool, go_on: Any) -> list[Row]:
         refuse_other_columns(run, asked)
         names = run.record.label_names
         if all_probabilities and not names:
@@ -87,19 +84,17 @@ class Labels(Form):
         return [
             row
             for logits in logits_of_texts(run, asked)
-            for row in prediction_rows(logits, names, all_of_them=all_probabilities)
+            for row in self.rows_of(logits, names, all_of_them=all_probabilities)
         ]
 
 
-def scored_recipe(
-    collator: Any, score: Callable[[np.ndarray, np.ndarray], dict[str, float]], encoded: Mapping[str, Any]
-) -> Recipe:
+def scored_recipe(data: Data, collator: Any, score: Callable[[np.ndarray, np.ndarray], dict[str, float]]) -> Recipe:
     """How to train what is scored by logits and labels."""
 
     def compute(prediction: Any) -> dict[str, float]:
         return score(logits_of(prediction.predictions), prediction.label_ids)
 
-    tokens = encoded["train"].with_format("arrow")["input_ids"][:]
+    tokens = data.splits["train"].with_format("arrow")["input_ids"][:]
     options = {
         "data_collator": collator,
         "compute_metrics": compute,
@@ -109,19 +104,18 @@ def scored_recipe(
     return Recipe(trainer=TwoRateTrainer, options=options)
 
 
-def cut_words(
-    config: RunConfig, task: Task, encoded: Mapping[str, Any], whole: Callable[[Dataset], Sequence[Sequence[int]]]
-) -> list[str]:
+def cut_words(data: Data, whole: Callable[[Dataset], Sequence[Sequence[int]]]) -> list[str]:
     """How many of the texts are cut, in a sentence; ``whole`` gives the tokens of rows that are not cut."""
     cut = total = 0
-    for split, examples in encoded.items():
+    most = data.config.max_length
+    for split, examples in data.splits.items():
         total += len(examples)
-        full = [row for row, ids in enumerate(examples["input_ids"][:]) if len(ids) >= config.max_length]
+        full = [row for row, ids in enumerate(examples["input_ids"][:]) if len(ids) >= most]
         if full:
-            cut += sum(len(ids) > config.max_length for ids in whole(getattr(task, split).select(full)))
+            cut += sum(len(ids) > most for ids in whole(getattr(data.task, split).select(full)))
     if not cut:
-        return [f"no text is longer than max_length={config.max_length} tokens"]
-    return [f"{cut:,} of the {total:,} texts are longer than max_length={config.max_length} tokens and lose their end"]
+        return [f"no text is longer than max_length={most} tokens"]
+    return [f"{cut:,} of the {total:,} texts are longer than max_length={most} tokens and lose their end"]
 
 
 def count_classes(task: Task, classes: Any) -> dict[str, list[int]]:
@@ -136,7 +130,7 @@ def count_classes(task: Task, classes: Any) -> dict[str, list[int]]:
     }
 
 
-def asked_rows(task: Task, data: Dataset) -> list[dict[str, Any]]:
+def asked_rows(task: Task, data: Dataset) -> list[Row]:
     words = zip(*(data[column][:] for column in task.columns), strict=True)
     return [dict(zip(task.columns, row, strict=True)) for row in words]
 

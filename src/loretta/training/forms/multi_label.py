@@ -5,22 +5,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from loretta.record import Answers, Mistake
 from loretta.tasks import metrics
 from loretta.tasks.base import Task
-from loretta.training.forms.labels import (
-    MISTAKES,
-    Labels,
-    asked_rows,
-    finite,
-    logits_of_texts,
-    refuse_other_columns,
-    shown_texts,
-)
-from loretta.training.loaded import LoadedRun
-from loretta.training.scores import logits_of, named_values
+from loretta.training.forms.base import Data, Row
+from loretta.training.forms.labels import MISTAKES, Labels, finite, shown_texts
 from loretta.training.trainer import TwoRateTrainer
 
 
@@ -33,21 +24,23 @@ class MultiLabel(Labels):
         }
         return {split: np.array(data["label"]).sum(0).astype(int).tolist() for split, data in splits.items()}
 
-    def answer(
-        self, task: Task, trainer: TwoRateTrainer, encoded: Mapping[str, Any], split: str
-    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        output = trainer.predict(encoded[split], metric_key_prefix=split)
-        rows = set_rows(torch.as_tensor(logits_of(output.predictions)), task.label_names, all_of_them=True)
-        data = getattr(task, split)
-        golds = [[name for name, there in zip(task.label_names, row, strict=True) if there] for row in data["label"]]
-        answered = [
-            {**a, "gold": gold, **row} for a, gold, row in zip(asked_rows(task, data), golds, rows, strict=True)
+    def rows_of(self, logits: Tensor, names: Sequence[str], *, all_of_them: bool = True) -> list[Row]:
+        """(B, labels) logits -> the "labels" above one half; ``all_of_them`` adds "probability_NAME" of every label."""
+        return [
+            {
+                "labels": [name for name, p in zip(names, row, strict=True) if p > 0.5],
+                **({f"probability_{name}": p for name, p in zip(names, row, strict=True)} if all_of_them else {}),
+            }
+            for row in logits.float().sigmoid().tolist()
         ]
-        return named_values(output.metrics or {}, task, f"{split}_"), answered
 
-    def describe(
-        self, task: Task, trainer: TwoRateTrainer, encoded: Mapping[str, Any], split: str, rows: list[dict[str, Any]]
-    ) -> Answers | None:
+    def golds_of(self, task: Task, split: str) -> list[Any]:
+        names = task.label_names
+        labels = getattr(task, split)["label"]
+        return [[name for name, there in zip(names, row, strict=True) if there] for row in labels]
+
+    def describe(self, data: Data, trainer: TwoRateTrainer, split: str, rows: list[Row]) -> Answers | None:
+        task = data.task
         names, texts = task.label_names, shown_texts(task, split)
         # the labels that a constant answer scores best with, on the rows that are known
         train, golds = np.array(task.train["label"]), np.array(getattr(task, split)["label"])
@@ -70,27 +63,6 @@ class MultiLabel(Labels):
                 if wrong[k] > 0
             ],
         )
-
-    def predict(
-        self, run: LoadedRun, asked: Sequence[Sequence[Any]], *, all_probabilities: bool, go_on: Any
-    ) -> list[dict[str, Any]]:
-        refuse_other_columns(run, asked)
-        return [
-            row
-            for logits in logits_of_texts(run, asked)
-            for row in set_rows(logits, run.record.label_names, all_of_them=all_probabilities)
-        ]
-
-
-def set_rows(logits: torch.Tensor, names: Sequence[str], *, all_of_them: bool) -> list[dict[str, Any]]:
-    """(B, labels) logits -> the "labels" above one half; ``all_of_them`` adds "probability_NAME" of every label."""
-    return [
-        {
-            "labels": [name for name, p in zip(names, row, strict=True) if p > 0.5],
-            **({f"probability_{name}": p for name, p in zip(names, row, strict=True)} if all_of_them else {}),
-        }
-        for row in logits.float().sigmoid().tolist()
-    ]
 
 
 def _score(task: Task, labels: Any, golds: np.ndarray) -> dict[str, float]:

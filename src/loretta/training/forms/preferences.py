@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,8 @@ from loretta.record import Answers
 from loretta.tasks.base import Task
 from loretta.training.config import RunConfig
 from loretta.training.folder import ADAPTER
-from loretta.training.forms.base import Recipe
-from loretta.training.forms.turns import CHECKPOINTING, Rows, Turns, count_tokens, prepare, refuse_for_trl, with_trl
+from loretta.training.forms.base import Data, Recipe, Row
+from loretta.training.forms.turns import CHECKPOINTING, Rows, Turns, count_tokens, prepare, trl_data, with_trl
 from loretta.training.methods import virtual_tokens
 from loretta.training.model import load_base, start_from
 from loretta.training.trainer import TwoRateTrainer
@@ -33,12 +32,10 @@ class Preferences(Turns):
         tokens = [max(count_tokens(tokenizer, row, task, config, answer) for answer in answers) for row in data]
         return Rows(data=data, tokens=tokens, notes=tuple(notes))
 
-    def recipe(
-        self, config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, encoded: Mapping[str, Any]
-    ) -> Recipe:
+    def recipe(self, data: Data) -> Recipe:
+        config = data.config
         from trl import DPOConfig, DPOTrainer
 
-        refuse_for_trl(config)
         if config.start_from is not None and virtual_tokens(config.method, config.method_args):
             raise InputError(
                 f"start_from: method {config.method!r} puts its tokens in front of a text, and TRL's reference model "
@@ -51,16 +48,13 @@ class Preferences(Turns):
             "max_length": config.max_length,
             "beta": config.beta,
         }
-        data = {"train_dataset": encoded["train"].data, "eval_dataset": encoded["validation"].data}
-        more = {**data, "reference": partial(_reference, config)}
+        more = {**trl_data(data), "reference": partial(_reference, config)}
         return Recipe(trainer=with_trl(DPOTrainer), options=more, arguments=partial(DPOConfig, **options))
 
-    def describe(
-        self, task: Task, trainer: TwoRateTrainer, encoded: Mapping[str, Any], split: str, rows: list[dict[str, Any]]
-    ) -> Answers | None:
+    def describe(self, data: Data, trainer: TwoRateTrainer, split: str, rows: list[Row]) -> Answers | None:
         return Answers(
             split=split,
-            rows=len(getattr(task, split)),
+            rows=len(getattr(data.task, split)),
             constant="the model before its first step, which prefers neither of two answers,",
             baseline={"loss": math.log(2), "rewards/accuracies": 0.5, "rewards/margins": 0.0},
         )

@@ -1,7 +1,7 @@
 """Tasks that are prompts: the answer is the most probable option, or generated text."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,17 +11,10 @@ from loretta.record import Answers, Mistake
 from loretta.tasks.prompted import PromptedTask
 from loretta.tasks.split import text_key
 from loretta.training.config import RunConfig
-from loretta.training.forms.base import Form, MakeTrainer, Recipe
+from loretta.training.forms.base import Data, Form, MakeTrainer, Recipe, Row
 from loretta.training.forms.labels import LONGEST, MISTAKES, count_classes, finite
 from loretta.training.loaded import LoadedRun
-from loretta.training.prompted import (
-    PromptedTrainer,
-    Texts,
-    encode_examples,
-    encode_split,
-    judge,
-    notes_on_length,
-)
+from loretta.training.prompted import PromptedTrainer, Texts, encode_examples, encode_split, judge, notes_on_length
 from loretta.training.trainer import TwoRateTrainer
 
 
@@ -35,19 +28,15 @@ class Prompts(Form):
     ) -> list[Texts]:
         return encode_split(task, tokenizer, config, split)
 
-    def lengths(
-        self, config: RunConfig, task: PromptedTask, encoded: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
-    ) -> list[str]:
-        return notes_on_length(encoded, config) or [f"no prompt is longer than max_length={config.max_length} allows"]
+    def lengths(self, data: Data) -> list[str]:
+        return self.notes(data) or [f"no prompt is longer than max_length={data.config.max_length} allows"]
 
-    def notes(self, config: RunConfig, encoded: Mapping[str, Any]) -> list[str]:
-        return notes_on_length(encoded, config)
+    def notes(self, data: Data) -> list[str]:
+        return notes_on_length(data.splits, data.config)
 
-    def recipe(
-        self, config: RunConfig, task: PromptedTask, tokenizer: PreTrainedTokenizerBase, encoded: Mapping[str, Any]
-    ) -> Recipe:
-        lengths = [len(texts) for texts in encoded["train"]]
-        options = {"config": config, "task": task, "tokenizer": tokenizer, "lengths": lengths}
+    def recipe(self, data: Data) -> Recipe:
+        lengths = [len(texts) for texts in data.splits["train"]]
+        options = {"config": data.config, "task": data.task, "tokenizer": data.tokenizer, "lengths": lengths}
         return Recipe(trainer=PromptedTrainer, options=options)
 
     def counts(self, task: PromptedTask) -> dict[str, list[int]]:
@@ -56,24 +45,16 @@ class Prompts(Form):
     def texts(self, task: PromptedTask, split: str) -> list[tuple[str, ...]]:
         return [text_key((example.prompt,)) for example in getattr(task, split)]
 
-    def answer(
-        self, task: PromptedTask, trainer: TwoRateTrainer, encoded: Mapping[str, Any], split: str
-    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    def answer(self, data: Data, trainer: TwoRateTrainer, split: str) -> tuple[dict[str, float], list[Row]]:
         assert isinstance(trainer, PromptedTrainer)
-        judged = trainer.judge(split, encoded[split])
+        judged = trainer.judge(split, data.splits[split])
         return judged.values, [
             {"text": example.prompt, "gold": example.completion.strip(), **row}
-            for example, row in zip(getattr(task, split), judged.answers, strict=True)
+            for example, row in zip(getattr(data.task, split), judged.answers, strict=True)
         ]
 
-    def describe(
-        self,
-        task: PromptedTask,
-        trainer: TwoRateTrainer,
-        encoded: Mapping[str, Any],
-        split: str,
-        rows: list[dict[str, Any]],
-    ) -> Answers | None:
+    def describe(self, data: Data, trainer: TwoRateTrainer, split: str, rows: list[Row]) -> Answers | None:
+        task: PromptedTask = data.task
         examples = getattr(task, split)
         if task.kind != "choice":
             return None

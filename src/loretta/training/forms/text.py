@@ -1,7 +1,6 @@
 """Language modelling: documents one after the other, cut into blocks of tokens."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from datasets import Dataset
@@ -12,7 +11,7 @@ from loretta.errors import InputError
 from loretta.record import Answers
 from loretta.tasks.base import Task
 from loretta.training.config import RunConfig
-from loretta.training.forms.base import Form, MakeTrainer, Recipe
+from loretta.training.forms.base import Data, Form, MakeTrainer, Recipe, Row
 from loretta.training.loaded import LoadedRun
 from loretta.training.scores import named_values
 from loretta.training.trainer import TwoRateTrainer
@@ -26,34 +25,26 @@ class Text(Form):
     def encode(self, config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, split: str) -> Dataset:
         return blocks(getattr(task, split), task.name, tokenizer, config.max_length)
 
-    def lengths(
-        self, config: RunConfig, task: Task, encoded: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
-    ) -> list[str]:
-        return [f"a block is max_length={config.max_length} tokens of texts that follow each other"]
+    def lengths(self, data: Data) -> list[str]:
+        return [f"a block is max_length={data.config.max_length} tokens of texts that follow each other"]
 
-    def recipe(
-        self, config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, encoded: Mapping[str, Any]
-    ) -> Recipe:
-        collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    def recipe(self, data: Data) -> Recipe:
+        collator = DataCollatorForLanguageModeling(data.tokenizer, mlm=False)
         return Recipe(trainer=TwoRateTrainer, options={"data_collator": collator})
 
-    def answer(
-        self, task: Task, trainer: TwoRateTrainer, encoded: Mapping[str, Any], split: str
-    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    def answer(self, data: Data, trainer: TwoRateTrainer, split: str) -> tuple[dict[str, float], list[Row]]:
         if split == "validation":
             return {}, []  # the history has its scores
-        output = trainer.predict(encoded[split], metric_key_prefix=split)
-        return named_values(output.metrics or {}, task, f"{split}_"), []
+        output = trainer.predict(data.splits[split], metric_key_prefix=split)
+        return named_values(output.metrics or {}, data.task, f"{split}_"), []
 
-    def describe(
-        self, task: Task, trainer: TwoRateTrainer, encoded: Mapping[str, Any], split: str, rows: list[dict[str, Any]]
-    ) -> Answers | None:
+    def describe(self, data: Data, trainer: TwoRateTrainer, split: str, rows: list[Row]) -> Answers | None:
         def score() -> Mapping[str, float]:
-            loader = trainer.get_eval_dataloader(encoded[split])
+            loader = trainer.get_eval_dataloader(data.splits[split])
             output = trainer.evaluation_loop(loader, "Base model", prediction_loss_only=True, metric_key_prefix="base")
             return output.metrics or {}
 
-        return base_scores(trainer, task, split, score)
+        return base_scores(trainer, data.task, split, score)
 
     @torch.inference_mode()
     def evaluate(self, run: LoadedRun, task: Task, split: str, make_trainer: MakeTrainer) -> dict[str, float]:
@@ -96,8 +87,5 @@ def base_scores(
     with model.disable_adapter():
         values = named_values(score(), task, "base_")
     return Answers(
-        split=split,
-        rows=len(getattr(task, split)),
-        constant="the base model without the adapter",
-        baseline=values,
+        split=split, rows=len(getattr(task, split)), constant="the base model without the adapter", baseline=values
     )

@@ -20,7 +20,7 @@ from loretta.tasks.base import Task
 from loretta.tasks.split import text_key
 from loretta.tasks.tokens import ENTITY_METRICS
 from loretta.training.config import RunConfig
-from loretta.training.forms.base import Form, MakeTrainer, Recipe, evaluate_again
+from loretta.training.forms.base import Asked, Data, Form, MakeTrainer, Recipe, Row, evaluate_again
 from loretta.training.forms.labels import LONGEST, MISTAKES, confusion, count_classes, cut_words, scored_recipe
 from loretta.training.loaded import LoadedRun
 from loretta.training.scores import logits_of, named_values
@@ -49,18 +49,15 @@ class Tokens(Form):
         # the Trainer leaves "words" out of a batch
         return Dataset.from_dict({**found, "labels": labels, "words": words})
 
-    def lengths(
-        self, config: RunConfig, task: Task, encoded: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
-    ) -> list[str]:
-        def whole(data: Dataset) -> list[list[int]]:
-            return tokenize(tokenizer, data["tokens"][:], None)["input_ids"]
+    def lengths(self, data: Data) -> list[str]:
+        def whole(rows: Dataset) -> list[list[int]]:
+            return tokenize(data.tokenizer, rows["tokens"][:], None)["input_ids"]
 
-        return cut_words(config, task, encoded, whole)
+        return cut_words(data, whole)
 
-    def recipe(
-        self, config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, encoded: Mapping[str, Any]
-    ) -> Recipe:
-        return scored_recipe(DataCollatorForTokenClassification(tokenizer), partial(score_tags, task), encoded)
+    def recipe(self, data: Data) -> Recipe:
+        collator = DataCollatorForTokenClassification(data.tokenizer)
+        return scored_recipe(data, collator, partial(score_tags, data.task))
 
     def counts(self, task: Task) -> dict[str, list[int]]:
         return count_classes(task, lambda data: [tag for row in data["tags"] for tag in row])
@@ -68,11 +65,9 @@ class Tokens(Form):
     def texts(self, task: Task, split: str) -> list[tuple[str, ...]]:
         return [text_key(tuple(words)) for words in getattr(task, split)["tokens"]]
 
-    def answer(
-        self, task: Task, trainer: TwoRateTrainer, encoded: Mapping[str, Any], split: str
-    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        output = trainer.predict(encoded[split], metric_key_prefix=split)
-        data, names = getattr(task, split), task.label_names
+    def answer(self, data: Data, trainer: TwoRateTrainer, split: str) -> tuple[dict[str, float], list[Row]]:
+        output = trainer.predict(data.splits[split], metric_key_prefix=split)
+        asked, names, pieces = getattr(data.task, split), data.task.label_names, data.splits[split]["words"]
         best = logits_of(output.predictions).argmax(-1)
         rows = [
             {
@@ -80,18 +75,14 @@ class Tokens(Form):
                 "gold": [names[tag] for tag in gold],
                 "tags": tags_of_words(words, tags, len(tokens), names),
             }
-            for tokens, gold, words, tags in zip(
-                data["tokens"], data["tags"], encoded[split]["words"], best, strict=True
-            )
+            for tokens, gold, words, tags in zip(asked["tokens"], asked["tags"], pieces, best, strict=True)
         ]
-        return named_values(output.metrics or {}, task, f"{split}_"), rows
+        return named_values(output.metrics or {}, data.task, f"{split}_"), rows
 
-    def describe(
-        self, task: Task, trainer: TwoRateTrainer, encoded: Mapping[str, Any], split: str, rows: list[dict[str, Any]]
-    ) -> Answers | None:
-        names = task.label_names
+    def describe(self, data: Data, trainer: TwoRateTrainer, split: str, rows: list[Row]) -> Answers | None:
+        task, names = data.task, data.task.label_names
         most = Counter(tag for row in task.train["tags"] for tag in row).most_common(1)[0][0]
-        golds = [[tag for tag in row if tag != IGNORED] for row in encoded[split]["labels"]]
+        golds = [[tag for tag in row if tag != IGNORED] for row in data.splits[split]["labels"]]
         pairs = [
             [(gold, tag) for gold, tag in zip(row["gold"], row["tags"], strict=True) if tag is not None] for row in rows
         ]
@@ -131,9 +122,7 @@ class Tokens(Form):
         return [columns[name]]
 
     @torch.inference_mode()
-    def predict(
-        self, run: LoadedRun, asked: Sequence[Sequence[Any]], *, all_probabilities: bool, go_on: Any
-    ) -> list[dict[str, Any]]:
+    def predict(self, run: LoadedRun, asked: Asked, *, all_probabilities: bool, go_on: Any) -> list[Row]:
         if all_probabilities:
             raise InputError("the run gives one tag for each token: leave --probabilities out")
         rows, size = [], run.config.eval_batch_size

@@ -16,7 +16,7 @@ from loretta.record import Answers
 from loretta.tasks.base import Task
 from loretta.tasks.turns import asked_of, key_of
 from loretta.training.config import RunConfig
-from loretta.training.forms.base import Form, MakeTrainer, Recipe, evaluate_again
+from loretta.training.forms.base import Data, Form, MakeTrainer, Recipe, Row, evaluate_again
 from loretta.training.forms.text import base_scores
 from loretta.training.loaded import LoadedRun
 from loretta.training.methods import virtual_tokens
@@ -70,31 +70,28 @@ class Turns(Form):
             data = Dataset.from_list([row for messages in data["messages"] for row in one_answer_each(messages)])
         return Rows(data=data, tokens=[count_tokens(tokenizer, row, task, config) for row in data], notes=tuple(notes))
 
-    def lengths(
-        self, config: RunConfig, task: Task, encoded: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
-    ) -> list[str]:
-        fit = [] if self._cut(config, encoded) else [f"no row is longer than max_length={config.max_length} tokens"]
-        return [*self.notes(config, encoded), *fit]
+    def lengths(self, data: Data) -> list[str]:
+        fit = [] if self._cut(data) else [f"no row is longer than max_length={data.config.max_length} tokens"]
+        return [*self.notes(data), *fit]
 
-    def notes(self, config: RunConfig, encoded: Mapping[str, Any]) -> list[str]:
-        return [*encoded["train"].notes, *self._cut(config, encoded)]
+    def notes(self, data: Data) -> list[str]:
+        return [*data.splits["train"].notes, *self._cut(data)]
 
-    def _cut(self, config: RunConfig, encoded: Mapping[str, Rows]) -> list[str]:
-        tokens = [count for rows in encoded.values() for count in rows.tokens]
-        cut = sum(count > config.max_length for count in tokens)
+    def _cut(self, data: Data) -> list[str]:
+        tokens = [count for rows in data.splits.values() for count in rows.tokens]
+        most = data.config.max_length
+        cut = sum(count > most for count in tokens)
         if not cut:
             return []
         return [
-            f"{cut:,} of the {len(tokens):,} rows are longer than max_length={config.max_length} tokens (the longest "
+            f"{cut:,} of the {len(tokens):,} rows are longer than max_length={most} tokens (the longest "
             f"has {max(tokens):,}): they lose their end, and without a part of an answer they are left out"
         ]
 
-    def recipe(
-        self, config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, encoded: Mapping[str, Any]
-    ) -> Recipe:
+    def recipe(self, data: Data) -> Recipe:
         from trl import SFTConfig, SFTTrainer
 
-        refuse_for_trl(config)
+        config, datasets = data.config, trl_data(data)
         if config.packing and virtual_tokens(config.method, config.method_args):
             raise InputError(f"packing: method {config.method!r} puts its tokens in front of a whole row: leave it out")
         options: dict[str, Any] = {
@@ -102,25 +99,20 @@ class Turns(Form):
             "max_length": config.max_length,
             "packing": config.packing,
             "eval_packing": False,
-            "assistant_only_loss": "messages" in encoded["train"].data.column_names,
+            "assistant_only_loss": "messages" in datasets["train_dataset"].column_names,
         }
-        data = {"train_dataset": encoded["train"].data, "eval_dataset": encoded["validation"].data}
-        return Recipe(trainer=with_trl(SFTTrainer), options=data, arguments=partial(SFTConfig, **options))
+        return Recipe(trainer=with_trl(SFTTrainer), options=datasets, arguments=partial(SFTConfig, **options))
 
     def texts(self, task: Task, split: str) -> list[tuple[str, ...]]:
         return [key_of(row) for row in getattr(task, split)]
 
-    def answer(
-        self, task: Task, trainer: TwoRateTrainer, encoded: Mapping[str, Any], split: str
-    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    def answer(self, data: Data, trainer: TwoRateTrainer, split: str) -> tuple[dict[str, float], list[Row]]:
         if split == "validation":
             return {}, []  # the history has its scores
-        return named_values(score_after(trainer, encoded[split].data, split), task, f"{split}_"), []
+        return named_values(score_after(trainer, data.splits[split].data, split), data.task, f"{split}_"), []
 
-    def describe(
-        self, task: Task, trainer: TwoRateTrainer, encoded: Mapping[str, Any], split: str, rows: list[dict[str, Any]]
-    ) -> Answers | None:
-        return base_scores(trainer, task, split, lambda: score_after(trainer, encoded[split].data, "base"))
+    def describe(self, data: Data, trainer: TwoRateTrainer, split: str, rows: list[Row]) -> Answers | None:
+        return base_scores(trainer, data.task, split, lambda: score_after(trainer, data.splits[split].data, "base"))
 
     def evaluate(self, run: LoadedRun, task: Task, split: str, make_trainer: MakeTrainer) -> dict[str, float]:
         return named_values(evaluate_again(self, run, task, split, make_trainer), task, "eval_")
@@ -157,10 +149,11 @@ def need_trl(what: str) -> None:
         raise InputError(f"{what} is trained through TRL, which is not installed: pip install 'loretta-peft[trl]'")
 
 
-def refuse_for_trl(config: RunConfig) -> None:
-    """Raise InputError for options of a run that TRL's trainers do not go together with."""
-    if config.cuda_graph:
+def trl_data(data: Data) -> dict[str, Dataset]:
+    """The rows as TRL's trainers take them. Raises InputError for options of a run that do not go with these."""
+    if data.config.cuda_graph:
         raise InputError("cuda_graph: TRL's trainers look at each loss, which no recorded step can: leave it out")
+    return {"train_dataset": data.splits["train"].data, "eval_dataset": data.splits["validation"].data}
 
 
 @cache
