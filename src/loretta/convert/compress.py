@@ -21,19 +21,20 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from loretta import tt
-from loretta.convert.load import CONFIG, PREFIX, WEIGHTS, SavedAdapter, find_adapter
+from loretta.convert.load import CONFIG, WEIGHTS, SavedAdapter, find_adapter
 from loretta.convert.low_rank import is_base_weight, read_updates
 from loretta.convert.outputs import Comparison, Difference, read_texts
+from loretta.convert.written import check_place, holding, writing
 from loretta.errors import InputError
 from loretta.files import write_whole
 from loretta.layers.fit import EXACT, Fit, Update, fit_update, smallest_fit
-from loretta.locks import hold, refuse_held
-from loretta.owned import building, is_free, refuse_to_replace
+from loretta.locks import refuse_held
 from loretta.plan import find_config, meta_model
 from loretta.tuners.card import README, write_card
 from loretta.tuners.placement import sign
 from loretta.tuners.rep import LorettaRepConfig, LorettaRepModel
 from loretta.tuners.task_types import FINAL_LAYERS
+from loretta.tuners.tensors import PREFIX
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,61 +111,56 @@ def compress(
     refuse_held(adapter)
     saved = find_adapter(adapter, model)
     out = out or adapter.resolve().with_name(adapter.resolve().name + "-loretta")
-    _check_output(out, saved, overwrite=overwrite)
-    with hold(out):
-        _check_output(out, saved, overwrite=overwrite)  # another process may have written it since
-        return _compress(saved, out, rank, error, text, watch)
-
-
-def _compress(
-    saved: SavedAdapter,
-    out: Path,
-    rank: int | None,
-    error: float | None,
-    text: str | None,
-    watch: Callable[[Sequence[str]], Iterable[str]],
-) -> Compression:
-    start = time.perf_counter()
-    given, purpose = read_updates(saved), _purpose(saved)
-    # first, because a base model that cannot be loaded should cost no work
-    comparison = Comparison(saved, read_texts(text)) if text is not None else None
-
-    given_rank = max(a_IR.shape[1] for a_IR, _ in given.by_module.values())
-    # the tensor rank bounds how many directions pass the bottleneck
-    bottleneck = given_rank if rank is None else min(rank, given_rank)
-    fits = {}
-    for name in watch(list(given.by_module)):
-        update = given.by_module[name]
-        fits[name] = (
-            fit_update(update, bottleneck, rank) if rank else smallest_fit(update, bottleneck, cast(float, error))
-        )
-    config = _config(saved, purpose, {name: fit.rank for name, fit in fits.items()}, bottleneck)
-    norms = [tt.product_norm(*update) for update in given.by_module.values()]
-    modules = tuple(_module(name, given.by_module[name], fit) for name, fit in fits.items())
-    beside = sum(tensor.numel() for key, tensor in given.beside.items() if not is_base_weight(key))
-    with building(out, last=[CONFIG], option="another folder with -o") as new:
-        _write(new, config, {**_tensors(config, fits), **given.beside})
-        result = Compression(
-            path=str(out),
-            method=saved.method,
-            bottleneck=bottleneck,
-            modules=modules,
-            whole=tuple(dict.fromkeys(key.removeprefix(PREFIX).rpartition(".")[0] for key in given.beside)),
-            error=_together([module.error for module in modules], norms),
-            cut_error=_together([_cut_error(given.by_module[m.name], m.parameters) for m in modules], norms),
-            parameters_before=given.n_trained,
-            parameters=sum(module.parameters for module in modules) + beside,
-            bytes_before=(saved.folder / WEIGHTS).stat().st_size,
-            bytes=(new / WEIGHTS).stat().st_size,
-            seconds=time.perf_counter() - start,
-            difference=comparison.with_adapter(new) if comparison else None,
-            given_difference=comparison.of_adapter if comparison else None,
-        )
-        _note_origin(new / README, result)
+    if out.resolve() == saved.folder.resolve():
+        raise InputError(f"'{out}' is what is to be compressed: give another folder with -o")
+    place: dict[str, Any] = {"file": False, "overwrite": overwrite, "keep": (saved.folder, saved.base), "kind": CONFIG}
+    check_place(out, **place)
+    with holding(out, file=False):
+        start = time.perf_counter()
+        given, purpose = read_updates(saved), _purpose(saved)
+        # first, because a base model that cannot be loaded should cost no work
+        comparison = Comparison(saved, read_texts(text)) if text is not None else None
+        bottleneck, fits = _fit_all(given.by_module, rank, error, watch)
+        config = _config(saved, purpose, {name: fit.rank for name, fit in fits.items()}, bottleneck)
+        norms = [tt.product_norm(*update) for update in given.by_module.values()]
+        modules = tuple(_module(name, given.by_module[name], fit) for name, fit in fits.items())
+        beside = sum(tensor.numel() for key, tensor in given.beside.items() if not is_base_weight(key))
+        with writing(out, **place) as new:
+            _write(new, config, {**_tensors(config, fits), **given.beside})
+            result = Compression(
+                path=str(out),
+                method=saved.method,
+                bottleneck=bottleneck,
+                modules=modules,
+                whole=tuple(dict.fromkeys(key.removeprefix(PREFIX).rpartition(".")[0] for key in given.beside)),
+                error=_together([module.error for module in modules], norms),
+                cut_error=_together([_cut_error(given.by_module[m.name], m.parameters) for m in modules], norms),
+                parameters_before=given.n_trained,
+                parameters=sum(module.parameters for module in modules) + beside,
+                bytes_before=(saved.folder / WEIGHTS).stat().st_size,
+                bytes=(new / WEIGHTS).stat().st_size,
+                seconds=time.perf_counter() - start,
+                difference=comparison.with_adapter(new) if comparison else None,
+                given_difference=comparison.of_adapter if comparison else None,
+            )
+            _note_origin(new / README, result)
     return result
 
 
-# Checks at the door
+def _fit_all(
+    updates: Mapping[str, Update], rank: int | None, error: float | None, watch: Callable[..., Iterable[str]]
+) -> tuple[int, dict[str, Fit]]:
+    """The bottleneck, and the trains of each module."""
+    given = max(a_IR.shape[1] for a_IR, _ in updates.values())
+    # the tensor rank bounds how many directions pass the bottleneck
+    bottleneck = given if rank is None else min(rank, given)
+    fits = {}
+    for name in watch(list(updates)):
+        update = updates[name]
+        fits[name] = (
+            fit_update(update, bottleneck, rank) if rank else smallest_fit(update, bottleneck, cast(float, error))
+        )
+    return bottleneck, fits
 
 
 def _check_budget(rank: int | None, error: float | None) -> None:
@@ -175,18 +171,6 @@ def _check_budget(rank: int | None, error: float | None) -> None:
         raise InputError(f"--rank {rank} must be a whole number of at least 1")
     if error is not None and not 0 <= error < 1:
         raise InputError(f"--error {error:g} must be a relative error from 0 to below 1, such as 0.1")
-
-
-def _check_output(out: Path, saved: SavedAdapter, *, overwrite: bool) -> None:
-    if out.resolve() == saved.folder.resolve():
-        raise InputError(f"'{out}' is what is to be compressed: give another folder with -o")
-    if out.is_file():
-        raise InputError(f"'{out}' is a file: give a folder with -o")
-    if is_free(out):
-        return
-    if not overwrite:
-        raise InputError(f"'{out}' is not empty: give another folder with -o, or replace it with --overwrite")
-    refuse_to_replace(out, option="another folder with -o", keep=(saved.folder, saved.base), kind=CONFIG)
 
 
 def _size(update: Update) -> tuple[int, int]:
@@ -218,9 +202,6 @@ def _together(errors: Iterable[float], norms: Iterable[float]) -> float:
     norms = list(norms)
     lost = math.hypot(*(error * norm for error, norm in zip(errors, norms, strict=True)))
     return lost / total if (total := math.hypot(*norms)) else 0.0
-
-
-# Writing
 
 
 def _purpose(saved: SavedAdapter) -> dict[str, Any]:
@@ -302,9 +283,6 @@ def _note_origin(readme: Path, result: Compression) -> None:
         f"The relative error of its updates is {_percent(result.error)}."
     )
     write_whole(readme, f"{text}\n\n{origin}\n")
-
-
-# Showing
 
 
 def show(result: Compression, console: Console) -> None:

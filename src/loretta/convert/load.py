@@ -20,12 +20,13 @@ from loretta.files import read_json
 from loretta.memory import is_out_of_memory
 from loretta.pretrained import NotLoaded, from_pretrained
 from loretta.tuners.card import saved_shapes
+from loretta.tuners.labels import both_ways
 from loretta.tuners.task_types import base_class, count_labels
+from loretta.tuners.tensors import PREFIX, check_finite
 from loretta.wording import one_line, quoted
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _A_CORE = re.compile(r"\.(loretta_(rep|adp)_(down|up)|cores)\.0$")
-PREFIX = "base_model.model."  # begins each key of PEFT's files that belongs to a module of the base model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,8 +52,7 @@ class SavedAdapter:
         if n_labels := count_labels(_shapes(self.folder)):
             wanted["num_labels"] = n_labels
             if len(self.label_names) == n_labels:
-                names = dict(enumerate(self.label_names))
-                wanted |= {"id2label": names, "label2id": {name: k for k, name in names.items()}}
+                wanted |= both_ways(self.label_names)
         auto = getattr(transformers, base_class(self.config) or "AutoModel", transformers.AutoModel)
         try:
             with quiet_transformers():
@@ -106,7 +106,8 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     Raises InputError for a missing or damaged file, and for an adapter of another base model.
     """
     weights = readable_weights(folder)
-    _check_finite(weights)
+    with safe_open(weights, framework="pt") as file:
+        check_finite(((key, file.get_tensor(key)) for key in file.keys()), f"'{weights}'")  # noqa: SIM118 (no mapping)
     _check_own(base, folder)
     try:
         return PeftModel.from_pretrained(base, str(folder)).eval()
@@ -131,17 +132,6 @@ def readable_weights(folder: Path) -> Path:
             "which this version does not read: train the adapter again"
         )
     return folder / WEIGHTS
-
-
-def _check_finite(weights: Path) -> None:
-    with safe_open(weights, framework="pt") as file:
-        for key in file.keys():  # noqa: SIM118 (the file is no mapping)
-            tensor = file.get_tensor(key)
-            if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float()).all()):
-                raise InputError(
-                    f"'{weights}' holds NaN or infinity in {quoted(key)}, so the training that wrote it failed or the "
-                    "file is damaged: take an earlier checkpoint"
-                )
 
 
 def _check_own(base: nn.Module, folder: Path) -> None:

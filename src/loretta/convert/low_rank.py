@@ -20,9 +20,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from loretta.convert.load import PREFIX, WEIGHTS, SavedAdapter, base_name, is_trained_whole
+from loretta.convert.load import WEIGHTS, SavedAdapter, base_name, is_trained_whole
 from loretta.errors import InputError
 from loretta.layers.fit import Update
+from loretta.tuners.tensors import PREFIX, check_finite
 from loretta.wording import quoted
 
 # With one of these options LoRA does not just add the product of A and B
@@ -63,12 +64,7 @@ def read_updates(saved: SavedAdapter) -> Updates:
     for name, factors in by_module.items():
         if not all(bool(torch.isfinite(factor).all()) for factor in factors):
             raise InputError(f"the update of '{name}' in '{saved.folder}' holds values that are not finite")
-    for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise InputError(
-                f"'{saved.folder / WEIGHTS}' holds NaN or infinity in {quoted(key)}, so the training that wrote it "
-                "failed or the file is damaged: take an earlier checkpoint"
-            )
+    check_finite(tensors.items(), f"'{saved.folder / WEIGHTS}'")
     # VeRA's projections lie outside the base model: all modules share them, and nobody trains them
     inside = {key: tensor for key, tensor in tensors.items() if key.startswith(PREFIX)}
     own = "." + PEFT_TYPE_TO_PREFIX_MAPPING[PeftType(saved.method)]

@@ -6,7 +6,6 @@ Axes: I input features, O output features, R rank of the update.
 from collections.abc import Mapping
 from typing import Any, cast
 
-import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor
@@ -17,6 +16,7 @@ from loretta.tuners.copies import AdapterCopy
 from loretta.tuners.norms import TrainedNorm, is_norm
 from loretta.tuners.rep import LorettaRepConfig, RepExperts, RepLinear
 from loretta.tuners.shared import LorettaSharedConfig
+from loretta.tuners.tensors import check_finite
 
 
 def read_adapter(
@@ -35,12 +35,8 @@ def read_adapter(
             layers[name] = module
         elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
             copies[name] = module
-    for key, tensor in get_peft_model_state_dict(model, adapter_name=adapter_name).items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise InputError(
-                f"the adapter {adapter_name!r} holds NaN or infinity in '{key}', so its training failed: export "
-                "an earlier checkpoint"
-            )
+    tensors = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    check_finite(tensors.items(), f"the adapter {adapter_name!r}")
     if not layers:
         raise InputError(f"the adapter {adapter_name!r} changes no linear layer: there is nothing to export")
     return config, layers, copies

@@ -62,22 +62,21 @@ class _Spelling(TextStreamer):
 
 
 @torch.inference_mode()
-def continue_text(run: LoadedRun, text: str, sampling: Sampling) -> str:
-    """The continuation of one text."""
-    inputs = run.tokenizer(text, return_tensors="pt").to(run.model.device)
+def _go_on(run: LoadedRun, given: Any, sampling: Sampling, streamer: TextStreamer | None = None) -> str:
+    """The continuation of one text as token ids."""
+    inputs = given.to(run.model.device)
     inputs.pop("token_type_ids", None)
-    out = run.model.generate(**inputs, **sampling.options(run))
+    out = run.model.generate(**inputs, **sampling.options(run), streamer=streamer)
     return run.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
 def reply(run: LoadedRun, asked: str | Sequence[Mapping[str, str]], sampling: Sampling) -> str:
     """The continuation of a text, or the answer to messages; to a run that was trained on chats all is a message."""
     if isinstance(asked, str) and run.kind != "chat":
-        return continue_text(run, asked, sampling)
+        return _go_on(run, run.tokenizer(asked, return_tensors="pt"), sampling)
     return answer_chat(run, [{"role": "user", "content": asked}] if isinstance(asked, str) else asked, sampling)
 
 
-@torch.inference_mode()
 def answer_chat(
     run: LoadedRun, messages: Sequence[Mapping[str, str]], sampling: Sampling, *, show: bool = False
 ) -> str:
@@ -91,8 +90,5 @@ def answer_chat(
         )
     else:
         inputs = run.tokenizer(messages[-1]["content"], return_tensors="pt")
-    inputs = inputs.to(run.model.device)
-    inputs.pop("token_type_ids", None)
     streamer = _Spelling(run.tokenizer, skip_prompt=True, skip_special_tokens=True) if show else None
-    out = run.model.generate(**inputs, **sampling.options(run), streamer=streamer)
-    return run.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return _go_on(run, inputs, sampling, streamer)

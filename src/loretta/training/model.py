@@ -17,6 +17,7 @@ from loretta.pretrained import NotLoaded, from_pretrained
 from loretta.training.config import HeadPolicy
 from loretta.training.methods import FULL, find_method, frozen_head, peft_config
 from loretta.training.quantization import prepare_quantized, quantized_loading, require_quantized
+from loretta.tuners.labels import both_ways
 from loretta.tuners.task_types import AUTO_CLASSES
 from loretta.wording import one_line, quoted
 
@@ -75,8 +76,7 @@ def load_base(
         else:
             if kind == "multi_label":
                 wanted["problem_type"] = "multi_label_classification"
-            wanted["id2label"] = dict(enumerate(label_names))
-            wanted["label2id"] = {name: k for k, name in enumerate(label_names)}
+            wanted |= both_ways(label_names)
     try:
         with quiet_transformers():
             base: PreTrainedModel = from_pretrained(

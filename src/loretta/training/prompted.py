@@ -20,14 +20,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from loretta import processes
 from loretta.errors import InputError
 from loretta.tasks.prompted import STOP, Example, PromptedTask
-from loretta.tasks.prompted.encoding import (
-    IGNORED,
-    Encoded,
-    encode_example,
-    encode_options,
-    encode_prompt,
-    padded,
-)
+from loretta.tasks.prompted.encoding import IGNORED, Encoded, encode_example, encode_options, encode_prompt, padded
 from loretta.training.config import RunConfig
 from loretta.training.methods import virtual_tokens
 from loretta.training.model import Trained
@@ -61,15 +54,6 @@ def loss_of(config: RunConfig, task: PromptedTask) -> str:
     return task.train_as if config.train_as == "auto" else config.train_as
 
 
-def encode_split(task: PromptedTask, tokenizer: PreTrainedTokenizerBase, config: RunConfig, split: str) -> list[Texts]:
-    """A split as token ids. Training as language modelling reads the gold completion alone.
-
-    Raises InputError when an option does not fit into ``config.max_length``.
-    """
-    gold_alone = split == "train" and loss_of(config, task) == "language_modeling"
-    return encode_examples(getattr(task, split), tokenizer, config, gold_alone=gold_alone)
-
-
 def notes_on_length(splits: Mapping[str, Sequence[Texts]], config: RunConfig) -> list[str]:
     """How many prompts of each split are too long, in a sentence each: what is cut off may hold the answer."""
     return [
@@ -83,7 +67,10 @@ def notes_on_length(splits: Mapping[str, Sequence[Texts]], config: RunConfig) ->
 def encode_examples(
     examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, config: RunConfig, *, gold_alone: bool = False
 ) -> list[Texts]:
-    """Token ids of each example with all its options, or with its completion alone. Raises InputError as above."""
+    """Token ids of each example with all its options, or with its completion alone.
+
+    Raises InputError when an option does not fit into ``config.max_length``.
+    """
     encoded = []
     for example in examples:
         if gold_alone or not example.options:
@@ -190,7 +177,7 @@ def judge(
     """Score a split: the training's loss, and the metrics of the likeliest options or of generated answers.
 
     Args:
-        texts: the examples as :func:`encode_split` gives them, with all options.
+        texts: the examples as :func:`encode_examples` gives them, with all options.
         answer: False leaves out the metrics of generated answers.
         progress: words in front of a progress bar, which a terminal shows.
     """

@@ -1,6 +1,8 @@
 """The model of a run as it is before its first step."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -55,26 +57,20 @@ def find_start(config: RunConfig, task: Task | PromptedTask) -> Path:
     folder = Path(str(config.start_from))
     record = RunRecord.load(folder / RECORD)
     earlier = recorded_config(record.config, folder / RECORD)
-    labels = len(record.label_names), len(task.label_names)
-    different = [
-        f"{what} was {then!r} and is {now!r}"
-        for what, then, now, same in (
-            ("model", earlier.model, config.model, earlier.model == config.model),
-            ("method", earlier.method, config.method, find_method(earlier.method) == find_method(config.method)),
-            ("method_args", earlier.method_args, config.method_args, earlier.method_args == config.method_args),
-            ("head_policy", earlier.head_policy, config.head_policy, earlier.head_policy == config.head_policy),
-            (
-                "the kind of model",
-                TASK_TYPES[record.kind],
-                TASK_TYPES[task.kind],
-                TASK_TYPES[record.kind] == TASK_TYPES[task.kind],
-            ),
-            ("the number of labels", *labels, TASK_TYPES[task.kind] == "CAUSAL_LM" or labels[0] == labels[1]),
-        )
-        if not same
-    ]
-    if different:
+    if find_method(earlier.method) == find_method(config.method):  # rep and loretta_rep
+        earlier = earlier.model_copy(update={"method": config.method})
+    then, now = _compared(earlier, record.kind, record.label_names), _compared(config, task.kind, task.label_names)
+    if different := [
+        f"{what} was {then.get(what)!r} and is {now[what]!r}" for what in now if then.get(what) != now[what]
+    ]:
         raise InputError(
             f"cannot start from '{folder}' ({'; '.join(different)}): give a run that differs in its data alone"
         )
     return folder / ADAPTER
+
+
+def _compared(config: RunConfig, kind: str, label_names: Sequence[str]) -> dict[str, Any]:
+    """What two runs must share for one to start from the other."""
+    own = config.model_dump(include={"model", "method", "method_args", "head_policy"})
+    labels = {} if TASK_TYPES[kind] == "CAUSAL_LM" else {"the number of labels": len(label_names)}
+    return {**own, "the kind of model": TASK_TYPES[kind], **labels}

@@ -13,6 +13,11 @@ from loretta.tuners.task_types import is_final, is_final_layer
 from loretta.wording import quoted
 
 
+def both_ways(names: Sequence[str]) -> dict[str, Any]:
+    """The names of the classes as the config of a model holds them."""
+    return {"id2label": dict(enumerate(names)), "label2id": {name: k for k, name in enumerate(names)}}
+
+
 class Labels:
     """The names of each adapter's classes. The config of the model, which pipelines read, holds one set at a time."""
 
@@ -61,8 +66,7 @@ def fit_final_layer(model: nn.Module, config: LorettaConfig) -> None:
         wider = nn.Linear(module.in_features, len(names), module.bias is not None)
         model.set_submodule(path, wider.to(module.weight.device, module.weight.dtype))
     setattr(model, "num_labels", len(names))  # noqa: B010
-    model.config.id2label = dict(enumerate(names))  # type: ignore[union-attr]
-    model.config.label2id = {name: k for k, name in enumerate(names)}  # type: ignore[union-attr]
+    model.config.update(both_ways(names))  # type: ignore[union-attr, operator]
 
 
 def note_labels(model: nn.Module, config: LorettaConfig, adapter_name: str) -> None:

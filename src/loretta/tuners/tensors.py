@@ -1,6 +1,6 @@
 """Checks of an adapter's file: it may hold finite numbers only, under the keys of the adapter only."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from loretta.errors import InputError
 from loretta.wording import quoted
 
-PEFTS = "base_model.model."  # begins the keys of the files that PeftModel writes
+PREFIX = "base_model.model."  # begins the keys of the files that PeftModel writes
 
 
 def check_not_merged(model: nn.Module, adapter_name: str) -> None:
@@ -26,6 +26,18 @@ def check_not_merged(model: nn.Module, adapter_name: str) -> None:
         )
 
 
+def check_finite(tensors: Iterable[tuple[str, Tensor]], whose: str) -> None:
+    """Raise InputError that names the first of an adapter's tensors with NaN or infinity; ``whose`` are they?"""
+    for key, tensor in tensors:
+        if tensor.is_meta or not tensor.is_floating_point():
+            continue
+        if not bool(torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float()).all()):
+            raise InputError(
+                f"{whose} holds NaN or infinity in {quoted(key)}, so the training that wrote it failed or the file is "
+                "damaged: take an earlier checkpoint"
+            )
+
+
 def check_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor], own: Collection[str]) -> None:
     """Refuse tensors that are not finite, and those that would overwrite the base model.
 
@@ -34,24 +46,19 @@ def check_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[str, Ten
 
     Raises InputError that names the first key.
     """
-    for key, tensor in tensors.items():
-        if not tensor.is_meta and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise InputError(
-                f"the adapter's {quoted(key)} holds NaN or infinity, so the training that wrote it failed or the file "
-                "is damaged: take an earlier checkpoint"
-            )
+    check_finite(tensors.items(), "the adapter's file")
     allowed = tuple(f"{name}." for name in _homes(model, adapter_name))
     base = model.state_dict() if len(tensors) > len(own) else {}
     resizable = _embeddings(model) if base else ()
     for given in tensors.keys() - own:
-        of_a_head = ".cores." in given and not any(n.startswith(allowed) for n in (given, given.removeprefix(PEFTS)))
+        of_a_head = ".cores." in given and not any(n.startswith(allowed) for n in (given, given.removeprefix(PREFIX)))
         if of_a_head or any(part.startswith("loretta_") for part in given.split(".")):
             raise InputError(
                 f"the adapter's file also holds {quoted(given)}, for which the adapter {adapter_name!r} has no place: "
                 "it was made with other options; load it under a name that is free, with the config beside it"
             )
         # PEFT passes over tensors of modules that this model lacks
-        key = given if given in base else given.removeprefix(PEFTS)
+        key = given if given in base else given.removeprefix(PREFIX)
         if key not in base or key.endswith(".bias") or key.startswith(allowed):
             continue
         if not (key.startswith(resizable) and _keeps_rows(base[key], tensors[given], _rows_of_checkpoint(model))):
@@ -85,7 +92,7 @@ def renamed(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str
     """All tensors. Keys that begin with one of ``names``, perhaps after PEFT's prefix, begin with its new name."""
     found = {}
     for key, tensor in tensors.items():
-        start = PEFTS if key.startswith(PEFTS) and not any(name.startswith(PEFTS) for name in names) else ""
+        start = PREFIX if key.startswith(PREFIX) and not any(name.startswith(PREFIX) for name in names) else ""
         rest = key.removeprefix(start)
         name = next((name for name in names if rest.startswith(name)), "")
         found[start + names.get(name, "") + rest.removeprefix(name)] = tensor

@@ -14,7 +14,7 @@ from loretta.training.config import RunConfig
 from loretta.training.forms.base import Data, Form, MakeTrainer, Recipe, Row
 from loretta.training.forms.labels import LONGEST, MISTAKES, count_classes, finite
 from loretta.training.loaded import LoadedRun
-from loretta.training.prompted import PromptedTrainer, Texts, encode_examples, encode_split, judge, notes_on_length
+from loretta.training.prompted import PromptedTrainer, Texts, encode_examples, judge, loss_of, notes_on_length
 from loretta.training.trainer import TwoRateTrainer
 
 
@@ -26,7 +26,9 @@ class Prompts(Form):
     def encode(
         self, config: RunConfig, task: PromptedTask, tokenizer: PreTrainedTokenizerBase, split: str
     ) -> list[Texts]:
-        return encode_split(task, tokenizer, config, split)
+        # training as language modelling reads the gold completion alone
+        gold_alone = split == "train" and loss_of(config, task) == "language_modeling"
+        return encode_examples(getattr(task, split), tokenizer, config, gold_alone=gold_alone)
 
     def lengths(self, data: Data) -> list[str]:
         return self.notes(data) or [f"no prompt is longer than max_length={data.config.max_length} allows"]
