@@ -68,10 +68,6 @@ BY_OWNER = {
         "_member_names_": PRESENT,
         "_value2member_map_": PRESENT,
     },
-    "re": {
-        "_constants": PRESENT,
-        "_parser": PRESENT,
-    },
     "torch.Tensor": {
         "_base": PRESENT,
         "_version": PRESENT,

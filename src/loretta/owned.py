@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path, PurePosixPath
 from typing import TypeAlias
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from loretta.errors import InputError
 from loretta.files import read_plain, write_whole
@@ -33,10 +33,8 @@ WHOLE = {"run.json", "config.json", "adapter_config.json", "trainer_state.json",
 MAX_NAMES = 8  # of files that an error message lists
 
 
-class Written(BaseModel):
+class Written(BaseModel, frozen=True, extra="forbid"):
     """One file as it was when it was written."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     bytes: int = Field(ge=0)
     sha256: str
@@ -46,10 +44,8 @@ class Written(BaseModel):
 Listed: TypeAlias = dict[str, tuple[Written, ...]]
 
 
-class FileList(BaseModel):
+class FileList(BaseModel, frozen=True, extra="forbid"):
     """The files of one folder, by their paths in it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     note: str = "Written by loretta: --overwrite removes the files listed here, as long as they are unchanged."
     files: Listed = {}

@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, Field, model_validator
 
 from loretta.errors import InputError
 from loretta.files import read_json, read_plain
@@ -16,10 +16,8 @@ from loretta.wording import nearest
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 
 
-class ParameterCounts(BaseModel):
+class ParameterCounts(BaseModel, frozen=True):
     """Trainable parameters by what they are, and the size of the whole model, as numbers of scalars."""
-
-    model_config = ConfigDict(frozen=True)
 
     cores: Count
     biases: Count
@@ -33,10 +31,8 @@ class ParameterCounts(BaseModel):
         return self.cores + self.biases + self.norms + self.head + self.other
 
 
-class Train(BaseModel):
+class Train(BaseModel, frozen=True):
     """One kind of tensor train in the model and how many there are; the fields of ``loretta.tt.TTShape``."""
-
-    model_config = ConfigDict(frozen=True)
 
     at: str  # ending of the modules' names, and whether the train goes down to the bottleneck or up from it
     count: int
@@ -57,10 +53,8 @@ class Train(BaseModel):
         return TTShape(**self.model_dump(exclude={"at", "count"}))
 
 
-class Point(BaseModel):
+class Point(BaseModel, frozen=True):
     """One logged moment of a run."""
-
-    model_config = ConfigDict(frozen=True)
 
     step: int
     epoch: float
@@ -68,10 +62,8 @@ class Point(BaseModel):
     values: dict[str, float]  # "loss", and on validation the metrics by name; on train "learning_rate", "grad_norm"
 
 
-class Mistake(BaseModel):
+class Mistake(BaseModel, frozen=True):
     """A wrong answer: of a class with its probability, of a score with the distance to it."""
-
-    model_config = ConfigDict(frozen=True)
 
     text: str
     gold: str
@@ -79,10 +71,8 @@ class Mistake(BaseModel):
     size: float  # probability of the wrong class, or distance of the score
 
 
-class Answers(BaseModel):
+class Answers(BaseModel, frozen=True, ser_json_inf_nan="constants"):
     """A run's answers on the split that scores it, and the score of the best answer that reads no text."""
-
-    model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
 
     split: str  # "test", or "validation" where there is none
     rows: int
@@ -93,10 +83,8 @@ class Answers(BaseModel):
     mistakes: list[Mistake] = []  # the worst ones first
 
 
-class RunRecord(BaseModel):
+class RunRecord(BaseModel, frozen=True, ser_json_inf_nan="constants"):
     """One finished training run. Seconds and bytes are plain; memory is the peak above the process's start."""
-
-    model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
 
     config: dict[str, Any]
     command: str

@@ -49,7 +49,10 @@ def export_gguf_lora(
             f"the adapter changes '{tied}', which is no tensor of its own in a GGUF file of this model, because it is "
             "tied to the input embeddings: export with --to lora"
         )
-    gguf = _import_gguf()
+    try:
+        gguf: Any = importlib.import_module("gguf")
+    except ModuleNotFoundError:
+        raise InputError("--to gguf-lora needs the package gguf: pip install 'loretta-peft[gguf]'") from None
     arch = gguf.MODEL_ARCH.LLAMA
     gguf_names = gguf.get_tensor_name_map(arch, base_config.num_hidden_layers)
     rotated = {"q_proj": base_config.num_attention_heads, "k_proj": base_config.num_key_value_heads}
@@ -62,7 +65,8 @@ def export_gguf_lora(
         if target is None:
             raise InputError(f"the adapter changes '{name}', which llama.cpp does not know: export with --to lora")
         if heads := rotated.get(name.rpartition(".")[2]):
-            b_OR = b_OR[_as_neighbours(b_OR.shape[0], heads)]
+            # rotary embeddings turn rows k and k + half of a head in transformers, which are neighbours in llama.cpp
+            b_OR = b_OR.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
         # llama.cpp has one alpha, and divides it by each tensor's own rank
         b_OR = b_OR * (ranks[name] / alpha)
         tensors |= {f"{target}.weight.lora_a": a_RI.float(), f"{target}.weight.lora_b": b_OR.float()}
@@ -79,18 +83,3 @@ def export_gguf_lora(
         writer.close()
     before = get_peft_model_state_dict(model, adapter_name=adapter_name)
     return report_of("gguf-lora", file, ranks, copies, torch.float32, before.values(), tensors.values())
-
-
-def _import_gguf() -> Any:
-    try:
-        return importlib.import_module("gguf")
-    except ModuleNotFoundError:
-        raise InputError("--to gguf-lora needs the package gguf: pip install 'loretta-peft[gguf]'") from None
-
-
-def _as_neighbours(rows: int, heads: int) -> Tensor:
-    """Which output row of a query or key projection stands where in llama.cpp.
-
-    Rotary embeddings turn rows in pairs: row k and k + half of a head in transformers, neighbours in llama.cpp.
-    """
-    return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).flatten()

@@ -71,7 +71,9 @@ def read_updates(saved: SavedAdapter) -> Updates:
     beside = {key: tensor for key, tensor in inside.items() if own not in key}
     for key in beside:
         name = base_name(key)
-        if not (is_trained_whole(name, saved.config) or is_base_weight(key) or _is_embedding(name)):
+        # PEFT saves embeddings beside an adapted lm_head, or because the vocabulary grew
+        is_embedding = name.split(".")[-2:-1] in ([each] for each in EMBEDDING_LAYER_NAMES)
+        if not (is_trained_whole(name, saved.config) or is_base_weight(key) or is_embedding):
             raise InputError(
                 f"the adapter in '{saved.folder}' also holds {quoted(key)}, which its config does not name as trained "
                 "and which would overwrite the base model: remove that tensor"
@@ -86,11 +88,6 @@ def read_updates(saved: SavedAdapter) -> Updates:
 def is_base_weight(key: str) -> bool:
     """Whether a tensor in an adapter's file is one of the base model's, which PEFT saves beside an adapted lm_head."""
     return key.endswith(".base_layer.weight")
-
-
-def _is_embedding(name: str) -> bool:
-    """Whether PEFT saves a tensor beside an adapted lm_head, or because the vocabulary grew."""
-    return name.split(".")[-2:-1] in ([each] for each in EMBEDDING_LAYER_NAMES)
 
 
 def _lora_updates(saved: SavedAdapter, tensors: dict[str, Tensor]) -> dict[str, Update]:

@@ -4,11 +4,10 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from peft import PeftType
 from torch import nn
 
 from loretta.errors import InputError
-from loretta.plan.plan import Plan, plan_model
+from loretta.plan.plan import Plan, method_name, plan_model
 from loretta.tuners.adp import LorettaAdpConfig
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.rep import LorettaRepConfig
@@ -73,7 +72,7 @@ def choose(model: nn.Module, config: LorettaConfig, budget: Budget) -> tuple[Lor
         best, best_plan, words = highest_rank(with_rank(start, 1), smallest, model, budget)
         return best, best_plan, [*reasons, *words]
     raise InputError(
-        f"no {_method(config)} adapter fits {budget}: the smallest takes {budget.used(smallest):,} {budget.unit}; "
+        f"no {method_name(config)} adapter fits {budget}: the smallest takes {budget.used(smallest):,} {budget.unit}; "
         "raise the budget"
     )
 
@@ -113,10 +112,6 @@ def highest_rank(
             f"{fixed:,} of the {plan.trainable:,} parameters are norms, head and biases",
         ],
     )
-
-
-def _method(config: LorettaConfig) -> str:
-    return str(PeftType(config.peft_type).value).lower().removeprefix("loretta_")
 
 
 def _reductions(config: LorettaConfig, model: nn.Module) -> Iterator[tuple[LorettaConfig, str]]:

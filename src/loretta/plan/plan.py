@@ -92,7 +92,9 @@ class Plan:
         """FLOPs that contract all cores, once per step."""
         if (shared := self.shared) is not None:
             return shared.fold_flops + sum(p.seat.fold_flops for p in self.placements if p.seat)
-        return sum(p.down.fold_flops + p.up.fold_flops + _update_flops(p) for p in self.placements)
+        trains = sum(p.down.fold_flops + p.up.fold_flops for p in self.placements)
+        # the updates of experts are built, for they are added to the parameter itself
+        return trains + sum(2 * _rank(p) * p.down.in_features * p.up.out_features for p in self.placements if p.experts)
 
     def groups(self) -> list[tuple[Placement, int]]:
         """One placement for each kind (ending of the name, sizes, shapes), with how many there are."""
@@ -154,11 +156,9 @@ def _row(placement: Placement) -> dict[str, Any]:
     return {**row, "biases": placement.bias_params, "parameters": placement.n_params}
 
 
-def _update_flops(placement: Placement) -> int:
-    """FLOPs that build the updates of experts, once per step: they are added to the parameter itself."""
-    down, up = placement.down, placement.up
-    rank = min(down.cut_rank, down.out_features, up.cut_rank)
-    return 2 * rank * down.in_features * up.out_features if placement.experts else 0
+def _rank(placement: Placement) -> int:
+    """The rank of an update."""
+    return min(placement.down.cut_rank, placement.down.out_features, placement.up.cut_rank)
 
 
 def flops_per_token(placement: Placement) -> int:
@@ -167,8 +167,7 @@ def flops_per_token(placement: Placement) -> int:
     if placement.experts:
         return 0
     if placement.where == "update":
-        rank = min(down.cut_rank, down.out_features, up.cut_rank)
-        return 2 * rank * (down.in_features + up.out_features)
+        return 2 * _rank(placement) * (down.in_features + up.out_features)
     # a bias is one more row of each second factor
     biases = 2 * (down.in_features + down.out_features + up.in_features + up.out_features)
     return down.apply_flops() + up.apply_flops() + (biases if placement.bias_params else 0)
@@ -180,8 +179,13 @@ def kept_per_token(placement: Placement) -> int:
     if placement.experts:
         return 0
     if placement.where == "update":
-        return down.in_features + min(down.cut_rank, down.out_features, up.cut_rank)
+        return down.in_features + _rank(placement)
     return down.in_features + down.cut_rank + 2 * down.out_features + up.cut_rank
+
+
+def method_name(config: LorettaConfig) -> str:
+    """As ``loretta plan`` calls it: "rep", "adp" or "shared"."""
+    return str(PeftType(config.peft_type).value).lower().removeprefix("loretta_")
 
 
 def plan_model(model: nn.Module, config: LorettaConfig) -> Plan:
@@ -200,7 +204,7 @@ def plan_model(model: nn.Module, config: LorettaConfig) -> Plan:
     modules = matched_modules(config, model, required=not config.target_parameters)
     placements = (*tuner.place_all(config, modules), *tuner.place_parameters(config, model))
     plan = Plan(
-        method=str(PeftType(config.peft_type).value).lower().removeprefix("loretta_"),
+        method=method_name(config),
         model_type=model_config.get("model_type", "custom"),
         placements=placements,
         copies=copies,
@@ -238,7 +242,7 @@ def read_plan(model: PeftModel, adapter_name: str = "default") -> Plan:
     placements = tuple(layer.placements[adapter_name] for _, layer in layers)
     base_config = BaseTuner.get_model_config(model.get_base_model())
     return Plan(
-        method=str(PeftType(config.peft_type).value).lower().removeprefix("loretta_"),
+        method=method_name(config),
         model_type=base_config.get("model_type", "custom"),
         placements=placements,
         copies=CopyCost(norms=counts["norms"], head=counts["head"], frozen=0),

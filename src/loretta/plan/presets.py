@@ -74,35 +74,15 @@ def loretta_configs() -> dict[str, type["LorettaConfig"]]:
 
 def _glue(table: str, method: str, count: int, printed: str, *, model: str = "deberta-base", note: str = "", **options):
     # in the rows with a tensorised head, rep leaves the final layer frozen
-    if method == "rep":
-        options.setdefault("train_head", "tensorized_only")
-    return Preset(
-        table=table,
-        model=model,
-        task_type="SEQ_CLS",
-        method=method,
-        options=options,
-        protocol=_GLUE,
-        count=count,
-        printed=printed,
-        note=note,
-    )
+    options = {"train_head": "tensorized_only", **options} if method == "rep" else options
+    given: dict[str, Any] = {"options": options, "protocol": _GLUE, "count": count, "printed": printed, "note": note}
+    return Preset(table=table, model=model, task_type="SEQ_CLS", method=method, **given)
 
 
 def _llama(table: str, size: str, method: str, count: int, printed: str, *, note: str = "", **options) -> Preset:
-    if method in ("adp", "adapters"):
-        options.setdefault("placement", "mlp")
-    return Preset(
-        table=table,
-        model=f"llama-2-{size}",
-        task_type="CAUSAL_LM",
-        method=method,
-        options=options,
-        protocol=_LLAMA,
-        count=count,
-        printed=printed,
-        note=note,
-    )
+    options = {"placement": "mlp", **options} if method in ("adp", "adapters") else options
+    given: dict[str, Any] = {"options": options, "protocol": _LLAMA, "count": count, "printed": printed, "note": note}
+    return Preset(table=table, model=f"llama-2-{size}", task_type="CAUSAL_LM", method=method, **given)
 
 
 _SHAPES_13B_ADP = {"5120x64": [5, 8, 8, 16, 8, 8], "64x5120": [8, 8, 16, 8, 8, 5]}

@@ -135,7 +135,9 @@ def svg(chart: Chart | Bars, *, prefix: str) -> "Markup":
                 **dict.fromkeys(("xtick.color", "ytick.color"), AXIS),
             }
         )
-        figure = Figure(figsize=(FIGURE_WIDTH, _height(chart)), layout="constrained")
+        rows = BAR_ROW * len(chart.bars) if isinstance(chart, Bars) else LEGEND_ROW * len(_legend(chart))
+        height = rows + (0.6 if isinstance(chart, Bars) else AXES_HEIGHT)
+        figure = Figure(figsize=(FIGURE_WIDTH, height), layout="constrained")
         axes = figure.add_subplot()
         axes.set_title(_short(chart.title), loc="left", fontsize=11, fontweight="bold")
         if isinstance(chart, Bars):
@@ -146,12 +148,6 @@ def svg(chart: Chart | Bars, *, prefix: str) -> "Markup":
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     name = chart.title if isinstance(chart, Bars) else f"{chart.title} by {chart.x_label}"
     return _inline(buffer.getvalue(), prefix=prefix, name=name, description=describe(chart))
-
-
-def _height(chart: Chart | Bars) -> float:
-    if isinstance(chart, Bars):
-        return 0.6 + BAR_ROW * len(chart.bars)
-    return AXES_HEIGHT + LEGEND_ROW * len(_legend(chart))
 
 
 def describe(chart: Chart | Bars) -> str:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loretta.record import Point
 from loretta.report.figures import QUIET, Bar, Bars, Chart, Line, Look, drawable
 from loretta.report.study_tables import QUANTITIES, by_row, record_of
 from loretta.report.tables import size
@@ -282,7 +281,8 @@ def _curves(results: Results, root: Path, looks: Mapping[str, Look]) -> list[Cha
     for run in results.planned:
         record = record_of(root, run) if run.kind == "train" and not run.candidate else None
         if record is not None:
-            losses = [(point.step, drawable(point.values["loss"])) for point in record.history if _has_loss(point)]
+            points = [p for p in record.history if p.split == "validation" and "loss" in p.values]
+            losses = [(p.step, drawable(p.values["loss"])) for p in points]
             rows = found.setdefault((run.model, run.task), {})
             rows.setdefault(run.row, []).append([(step, loss) for step, loss in losses if not math.isnan(loss)])
             labels[run.row] = run.label
@@ -313,10 +313,6 @@ def _curves(results: Results, root: Path, looks: Mapping[str, Look]) -> list[Cha
                 )
             )
     return charts
-
-
-def _has_loss(point: Point) -> bool:
-    return point.split == "validation" and "loss" in point.values
 
 
 def _span(windows: set[int]) -> str:

@@ -29,6 +29,11 @@ class Column(NamedTuple):
     hint: str = ""
     detail: str = ""  # a second line of the heading: the metric
 
+    @property
+    def heading(self) -> str:
+        """Both lines in one."""
+        return f"{self.name} ({self.detail})" if self.detail else self.name
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:

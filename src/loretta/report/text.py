@@ -10,7 +10,7 @@ import pandas as pd
 from loretta.record import RunRecord
 from loretta.report.runs import facts_of, labels_of, table_of, title_of
 from loretta.report.study import Section
-from loretta.report.tables import Cell, Column, Table
+from loretta.report.tables import Cell, Table
 from loretta.studies.results import Results
 from loretta.wording import OBEYED, as_json, printable
 
@@ -73,18 +73,13 @@ def _fenced(commands: Sequence[str]) -> str:
 
 
 def _md_table(table: Table) -> str:
-    heads = [*table.stubs, *map(_heading, table.columns)]
+    heads = [*table.stubs, *(f"{c.group}: {c.heading}" if c.group else c.heading for c in table.columns)]
     rows = [[*map(_md, [*row.heads, *map(_words, row.cells)])] for row in table.rows]
     return pd.DataFrame(rows, columns=[*map(_md, heads)]).to_markdown(
         index=False,
         disable_numparse=True,  # the cells are words: they stay as they are
         colalign=["left" if k < len(table.stubs) or table.of_words else "right" for k in range(len(heads))],
     )
-
-
-def _heading(column: Column) -> str:
-    name = f"{column.name} ({column.detail})" if column.detail else column.name
-    return f"{column.group}: {name}" if column.group else name
 
 
 def _words(cell: Cell) -> str:
@@ -94,16 +89,12 @@ def _words(cell: Cell) -> str:
 
 def latex(tables: Iterable[tuple[Table, Sequence[str]]]) -> str:
     """A ``table`` environment of the package booktabs for each table, under comments that say where it is from."""
-    return (
-        "\n".join(["% needs \\usepackage{booktabs}", *(_tex_table(table, comments) for table, comments in tables)])
-        + "\n"
-    )
+    return "\n".join(["% needs \\usepackage{booktabs}", *(_tex_table(*each) for each in tables), ""])
 
 
 def _tex_table(table: Table, comments: Sequence[str]) -> str:
     grouped = any(name for name, _ in table.groups)
-    names = [f"{column.name} ({column.detail})" if column.detail else column.name for column in table.columns]
-    heads = [*map(_tex, [*table.stubs, *names])]
+    heads = [*map(_tex, [*table.stubs, *(column.heading for column in table.columns)])]
     groups = [*("" for _ in table.stubs), *(_tex(column.group) for column in table.columns)]
     text = (
         pd.DataFrame(
@@ -228,16 +219,8 @@ def runs_csv(records: Sequence[RunRecord]) -> str:
     """One line for each run, in full precision."""
     kinds = ("cores", "biases", "norms", "head", "other", "trainable", "total")
     plain = (
-        "model",
-        "task",
-        "method",
-        "seed",
-        "metric",
-        "adapter_bytes",
-        "train_seconds",
-        "peak_memory_bytes",
-        "best_step",
-    )
+        "model", "task", "method", "seed", "metric", "adapter_bytes", "train_seconds", "peak_memory_bytes", "best_step",
+    )  # fmt: skip
     return _csv(
         {
             "label": label,

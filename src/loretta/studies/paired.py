@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 
 from loretta.errors import InputError
 from loretta.studies.results import CONFIDENCE, Cell, Results
@@ -21,10 +21,8 @@ RESAMPLES = {True: 4000, False: 300}  # key: whether the metric is a mean over r
 Rows = list[dict[str, Any]]
 
 
-class Difference(BaseModel):
+class Difference(BaseModel, frozen=True):
     """The best method minus another one, in the metric's unit, with a bootstrap interval at 95%."""
-
-    model_config = ConfigDict(frozen=True)
 
     best: str
     other: str

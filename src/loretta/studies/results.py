@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel
 from scipy import stats
 
 from loretta.errors import InputError
@@ -22,10 +22,8 @@ CONFIDENCE = 0.95
 AVERAGE = "average"
 
 
-class Score(BaseModel):
+class Score(BaseModel, frozen=True):
     """One seed's number, and where it comes from."""
-
-    model_config = ConfigDict(frozen=True)
 
     seed: int
     value: float  # of the cell's metric, as the record has it (a fraction, not percent)
@@ -39,10 +37,8 @@ class Score(BaseModel):
     chance: float | None = None  # the probability that such an answer is as good (loretta.training.answers)
 
 
-class Missing(BaseModel):
+class Missing(BaseModel, frozen=True):
     """A seed without a number."""
-
-    model_config = ConfigDict(frozen=True)
 
     seed: int
     folder: str
@@ -50,14 +46,12 @@ class Missing(BaseModel):
     reason: str
 
 
-class Cell(BaseModel):
+class Cell(BaseModel, frozen=True):
     """One number of a table: a method on a task, over seeds.
 
     ``mean``, ``low`` and ``high`` are in the record's unit; times the study's ``scale`` they compare with ``printed``.
     The interval is Student's t at 95%, None for fewer than two seeds.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     model: str
     task: str  # a task of the study, "average", or a quantity ("memcpy_us", "flops", "bytes")
@@ -93,10 +87,8 @@ class Cell(BaseModel):
         return f"{count} seed{'s' if self.asked != 1 else ''}"
 
 
-class Results(BaseModel):
+class Results(BaseModel, frozen=True):
     """Everything that was run for one study."""
-
-    model_config = ConfigDict(frozen=True)
 
     study: Study
     options: dict[str, Any]  # of the command: models, tasks, seeds, limit, ...

@@ -20,7 +20,7 @@ OF_EACH_RUN = ("model", "data", "method", "method_args", "seed", "output", "star
 
 
 class Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class PaperModel(Frozen):

@@ -1,6 +1,5 @@
 """Tables and plain text of the user -> Task."""
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -91,7 +90,7 @@ def load_table(
             f"column {quoted(double)} is given twice: the text, its pair and the label are different columns"
         )
 
-    several = kind == "multi_label" or len(labels) > 1 or _holds_lists(path, label)
+    several = kind == "multi_label" or len(labels) > 1 or isinstance(read_columns(path, labels)[label][0], list)
     if several and kind not in (None, "multi_label"):
         raise InputError(f"{quoted(label)} of '{path}' holds several labels a row, and kind is {kind!r}: leave it out")
     texts, cells = _read_rows(path, text_columns, labels, several)
@@ -205,10 +204,6 @@ def _labelled(
     return [Row(*pair) for pair in zip(texts, scheme.encode(cells, path), strict=True)]
 
 
-def _holds_lists(path: Source, label: str) -> bool:
-    return isinstance(read_columns(path, (label,))[label][0], list)
-
-
 def _read_rows(
     path: Source, text_columns: Sequence[str], labels: Sequence[str], several: bool
 ) -> tuple[list[tuple[str, ...]], list[Any]]:
@@ -235,7 +230,8 @@ def _texts(cells: list[Any], name: str, path: Source) -> list[str]:
 
 def refuse_missing(cells: Sequence[Any], name: str, path: Source) -> None:
     """Raise InputError where a cell of a column is empty."""
-    missing = [at for at, cell in enumerate(cells) if _is_missing(cell)]
+    # NaN alone differs from itself
+    missing = [at for at, cell in enumerate(cells) if cell is None or cell != cell or not str(cell).strip()]
     if missing:
         file, row = place(path, missing[0])
         where = "" if file is path else f" of '{file}'"
@@ -243,9 +239,3 @@ def refuse_missing(cells: Sequence[Any], name: str, path: Source) -> None:
             f"column {quoted(name)} of '{path}' is empty in {len(missing)} of {len(cells)} rows, first in "
             f"row {row}{where} (the header does not count): fill these cells or remove the rows"
         )
-
-
-def _is_missing(cell: Any) -> bool:
-    return (
-        cell is None or (isinstance(cell, float) and math.isnan(cell)) or (isinstance(cell, str) and not cell.strip())
-    )

@@ -4,6 +4,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -79,31 +80,22 @@ def metric_range(name: str) -> tuple[float, float]:
     }.get(name, (0.0, 1.0))
 
 
-def _accuracy(predicted: NDArray, expected: NDArray) -> float:
-    from sklearn.metrics import accuracy_score
+def _of_classes(function: str, predicted: NDArray, expected: NDArray, **options: Any) -> float:
+    """``function`` of sklearn.metrics."""
+    from sklearn import metrics
 
-    return accuracy_score(expected, predicted)
+    return getattr(metrics, function)(expected, predicted, **options)
 
 
 def _f1(predicted: NDArray, expected: NDArray) -> float:
-    from sklearn.metrics import f1_score
-
     beyond = sorted(set(np.union1d(predicted, expected).tolist()) - {0, 1})
     if beyond:
         raise InputError(f"metric 'f1' is for the classes 0 and 1, got class {beyond[0]}: take 'macro_f1'")
-    return f1_score(expected, predicted, pos_label=1, zero_division=0.0)
-
-
-def _averaged_f1(average: str, predicted: NDArray, expected: NDArray) -> float:
-    from sklearn.metrics import f1_score
-
-    return f1_score(expected, predicted, average=average, zero_division=0.0)
+    return _of_classes("f1_score", predicted, expected, zero_division=0.0)
 
 
 def _mcc(predicted: NDArray, expected: NDArray) -> float:
-    from sklearn.metrics import matthews_corrcoef
-
-    return 0.0 if _constant(predicted, expected) else matthews_corrcoef(expected, predicted)
+    return 0.0 if _constant(predicted, expected) else _of_classes("matthews_corrcoef", predicted, expected)
 
 
 def _mse(predicted: NDArray, expected: NDArray) -> float:
@@ -133,10 +125,10 @@ def _constant(*arrays: NDArray) -> bool:
 
 
 _COMPUTE: dict[str, Callable[[NDArray, NDArray], float]] = {
-    "accuracy": _accuracy,
+    "accuracy": partial(_of_classes, "accuracy_score"),
     "f1": _f1,
-    "macro_f1": partial(_averaged_f1, "macro"),
-    "micro_f1": partial(_averaged_f1, "micro"),
+    "macro_f1": partial(_of_classes, "f1_score", average="macro", zero_division=0.0),
+    "micro_f1": partial(_of_classes, "f1_score", average="micro", zero_division=0.0),
     "mcc": _mcc,
     "spearman": partial(_correlation, "spearmanr"),
     "pearson": partial(_correlation, "pearsonr"),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
 from loretta.errors import InputError
 from loretta.files import read_plain
@@ -29,14 +29,12 @@ def read_sample(given: object) -> object:
     return {key: int(number) if number.isdecimal() else number for key, _, number in pairs}
 
 
-class RunConfig(BaseModel):
+class RunConfig(BaseModel, extra="forbid", frozen=True):
     """One training run.
 
     Every key is an option of ``loretta train`` and may stand in the YAML file of ``--config`` and after ``--set``.
     A key there that is none of these is an option of the method, as if it stood in ``method_args``.
     """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str = Field(description="Hub id or folder of the base model.")
     data: str = Field(

@@ -137,7 +137,7 @@ def find_place(config: RunConfig, *, resume: bool, overwrite: bool) -> Place:
         return Place(folder, folder)
     if RECORD in read_list(folder / NEXT) and (folder / NEXT / RECORD).is_file():
         Place(folder, folder / NEXT).replace()  # a kill came between the end of the run and this
-    if not is_run(folder):
+    if RECORD not in read_list(folder) and not is_started(folder):  # a model has a config.json too
         raise InputError(f"the output folder '{folder}' holds other files: give an empty or new one with --output")
     if overwrite:
         keep = (config.model, config.data, config.validation, config.test, config.data_dir, config.start_from)
@@ -174,11 +174,6 @@ def _goes_on(folder: Path, config: RunConfig) -> bool:
             f"adapter with --start-from {folder}"
         )
     return True
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a folder holds a run and not, say, a model, which has a ``config.json`` too."""
-    return RECORD in read_list(folder) or is_started(folder)
 
 
 def changed_options(folder: Path, config: RunConfig) -> list[str]:

@@ -23,7 +23,7 @@ FURTHER = 3.0  # factor between a learning rate that failed and the one to try
 
 def first_lines(data: Data, trainer: TwoRateTrainer) -> list[str]:
     """The data, what is odd about them, what is trained, and for how long."""
-    config, task = data.config, data.task
+    config, task, adapters = data.config, data.task, getattr(trainer.model, "peft_config", {})
     return [
         _of_task(config, task),
         _of_splits(data),
@@ -31,7 +31,7 @@ def first_lines(data: Data, trainer: TwoRateTrainer) -> list[str]:
         *form_of(task.kind).lengths(data),
         *_of_shared_texts(task),
         _of_method(config, trainer),
-        *_of_choice(trainer),
+        *(f"by the budget: {why}" for config in adapters.values() if (why := getattr(config, "why", ""))),
         _of_steps(config, trainer),
     ]
 
@@ -95,12 +95,6 @@ def _of_method(config: RunConfig, trainer: TwoRateTrainer) -> str:
         f"{config.method} on {config.model}{device}: {trained:,} of {total:,} parameters are trained "
         f"({100 * trained / total:.2g}%: {parts}), {rate}{head}"
     )
-
-
-def _of_choice(trainer: TwoRateTrainer) -> list[str]:
-    """Why a budget chose this form."""
-    adapters = getattr(trainer.model, "peft_config", {})
-    return [f"by the budget: {why}" for config in adapters.values() if (why := getattr(config, "why", ""))]
 
 
 def _of_steps(config: RunConfig, trainer: TwoRateTrainer) -> str:

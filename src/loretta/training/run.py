@@ -146,8 +146,8 @@ def _prepare(config: RunConfig) -> tuple[Data, Trained, bool]:
 
     Everything that a user can get wrong is found here.
     """
-    if config.tensorboard:
-        need_tensorboard()
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise InputError("--tensorboard needs the package tensorboard: pip install 'loretta-peft[tensorboard]'")
     reporters(config)
     if config.optimizer is not None:
         known_optimizer(config.optimizer)
@@ -170,9 +170,3 @@ def _begin(place: Place, config: RunConfig, *, overwrite: bool) -> None:
     if overwrite:
         place.clear()
     place.begin(config)
-
-
-def need_tensorboard() -> None:
-    """Raise InputError where the package is not installed."""
-    if importlib.util.find_spec("tensorboard") is None:
-        raise InputError("--tensorboard needs the package tensorboard: pip install 'loretta-peft[tensorboard]'")

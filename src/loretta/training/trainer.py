@@ -88,11 +88,6 @@ def next_smaller(size: int) -> int | None:
     return next((k for k in range(size // 2, 0, -1) if size % k == 0), None)
 
 
-def trained_batch_size(checkpoint: str) -> int:
-    """The examples of one batch of the training that wrote a checkpoint."""
-    return int(json.loads((Path(checkpoint) / TRAINER_STATE_NAME).read_bytes())["train_batch_size"])
-
-
 class TwoRateTrainer(WholeCheckpointsTrainer):
     """A Trainer whose final layer may learn at a rate of its own: it starts from nothing, the rest does not.
 
@@ -151,7 +146,8 @@ class TwoRateTrainer(WholeCheckpointsTrainer):
         random = torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         while True:
             if self.auto_batch and resume_from_checkpoint is not None:
-                self._take_batches_of(trained_batch_size(resume_from_checkpoint))
+                before = json.loads((Path(resume_from_checkpoint) / TRAINER_STATE_NAME).read_bytes())
+                self._take_batches_of(int(before["train_batch_size"]))
             try:
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
             except RollBack:

@@ -30,11 +30,6 @@ from loretta.tuners.shared import LorettaSharedConfig
 from loretta.wording import nearest, one_line, quoted
 
 
-def with_graphs(trainer: type[TwoRateTrainer]) -> type[TwoRateTrainer]:
-    """The same trainer with CUDA graphs; where its batches are no plain tensors it says so, and trains eagerly."""
-    return type(f"{trainer.__name__}WithGraphs", (CudaGraphTrainer, trainer), {})
-
-
 def make_trainer(data: Data, model: Trained, folder: Path) -> TwoRateTrainer:
     """The Trainer of a run: AdamW, best checkpoint on validation, one line of progress with an ETA.
 
@@ -72,21 +67,19 @@ def make_trainer(data: Data, model: Trained, folder: Path) -> TwoRateTrainer:
     if config.cuda_graph and arguments.device.type == "cuda" and isinstance(task, Task):
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # otherwise it warns of the workers
         arguments.dataloader_num_workers, arguments.dataloader_persistent_workers = 2, True
-    trainer = with_graphs(recipe.trainer) if config.cuda_graph else recipe.trainer
+    trainer = recipe.trainer
+    if config.cuda_graph:  # where batches are no plain tensors it says so, and trains eagerly
+        trainer = type(f"{trainer.__name__}WithGraphs", (CudaGraphTrainer, trainer), {})
     made = trainer(**{**common, **recipe.options}, args=arguments)
     for name in reporters(config):
-        _refuse_if_it_cannot_start(name, made)
+        for callback in made.callback_handler.callbacks:
+            if isinstance(callback, INTEGRATION_TO_CALLBACK[name]):
+                callback.on_train_begin = partial(_begin, name, callback.on_train_begin)
     return made
 
 
-def _refuse_if_it_cannot_start(name: str, trainer: TwoRateTrainer) -> None:
-    """Have a reporter that fails before the first step, as where nobody is logged in, say so in a sentence."""
-    for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, INTEGRATION_TO_CALLBACK[name]):
-            callback.on_train_begin = partial(_begin, name, callback.on_train_begin)
-
-
 def _begin(name: str, on_train_begin: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Have a reporter that fails before the first step, as where nobody is logged in, say so in a sentence."""
     try:
         return on_train_begin(*args, **kwargs)
     except Exception as error:

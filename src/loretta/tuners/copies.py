@@ -102,7 +102,8 @@ class AdapterCopy(ModulesToSaveWrapper):
         copied = self.modules_to_save[adapter_name]
         dense = cast(nn.Linear, copied.get_submodule(path))
         shape = tt.plan_shape(dense.in_features, dense.out_features, rank=policy.rank, overrides=policy.shapes)
-        train = ChangedLinear.from_dense(dense, shape) if policy.as_change else _stand_in(dense, shape)
+        kind: type[TTLinear] = ChangedLinear if policy.as_change else TTLinear
+        train = kind.from_dense(_widened(dense), shape, as_change=policy.as_change)
         # an adapter that is added beside the active one is not trained yet
         train.requires_grad_(dense.weight.requires_grad)
         if path:
@@ -257,10 +258,6 @@ class AdapterCopy(ModulesToSaveWrapper):
                     return dense
                 module.set_submodule(path, dense)
         return module
-
-
-def _stand_in(dense: nn.Linear, shape: tt.TTShape) -> TTLinear:
-    return TTLinear.from_dense(_widened(dense), shape)
 
 
 def _key(prefix: str, *parts: str) -> str:

@@ -1,7 +1,6 @@
 """The classification head: what happens to each of its modules (LoRETTA section B), and the cost of head and norms."""
 
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -166,7 +165,8 @@ class Head:
 
     def _add_other(self, name: str) -> None:
         module, how = self._modules[name], self._config.train_head
-        is_hidden = isinstance(module, nn.Linear) and module.out_features != self._n_labels()
+        n_labels = getattr(getattr(self._model, "config", None), "num_labels", None)
+        is_hidden = isinstance(module, nn.Linear) and module.out_features != n_labels
         has_train = is_hidden and how.startswith("tensorized")
         frozen = how == "frozen" or (how == "tensorized_only" and not has_train)
         if is_norm(module):
@@ -185,9 +185,6 @@ class Head:
             rank=self._config.tensor_rank,
             shapes=self._config.shapes,
         )
-
-    def _n_labels(self) -> int | None:
-        return getattr(getattr(self._model, "config", None), "num_labels", None)
 
     def _others(self) -> list[str]:
         """Modules of the head beside the final ones: around the base model, and fresh layers within it."""
@@ -235,12 +232,8 @@ class Head:
     def _origin(self, name: str, module: nn.Module) -> str:
         """As recorded in the adapter's file, else as the parameters tell."""
         if self._config.head_origins is not None and name in self._config.head_origins:
-            origin = self._config.head_origins[name]
-            if (
-                origin == "loaded"
-                and self._origin_of(name, module) == "fresh"
-                and not next(module.parameters()).is_meta
-            ):
+            origin, is_plan = self._config.head_origins[name], next(module.parameters()).is_meta
+            if origin == "loaded" and not is_plan and self._origin_of(name, module) == "fresh":
                 raise InputError(
                     f"this adapter was trained for a base model that brings '{name}', which is random here: load it "
                     f"with '{self._config.base_model_name_or_path or 'the model it was trained on'}'"
@@ -263,7 +256,8 @@ class Head:
             return "loaded" if in_base else "unknown"
         # values that came with load_state_dict show in biases alone, and in norms, which start alike everywhere
         as_made = is_norm(module) and (is_plan or all(bool(p.min() == p.max()) for p in parameters))
-        return "fresh" if as_made or _have_a_bias(parts) else "unknown"
+        has_bias = any(name == "bias" for part in parts for name, _ in part.named_parameters(recurse=False))
+        return "fresh" if as_made or has_bias else "unknown"
 
     def _lies_in_base(self, name: str) -> bool:
         prefix = getattr(self._model, "base_model_prefix", "")
@@ -295,10 +289,6 @@ def _has_moved(module: nn.Module) -> bool:
         if not 1 <= parameter._version <= 7 or (name == "bias" and bool(parameter.any())):
             return True
     return False
-
-
-def _have_a_bias(parts: Sequence[nn.Module]) -> bool:
-    return any(name == "bias" for part in parts for name, _ in part.named_parameters(recurse=False))
 
 
 def is_fresh_layer(module: nn.Module) -> bool:

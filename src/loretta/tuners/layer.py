@@ -55,6 +55,9 @@ class AdaptedModule(BaseTunerLayer):
             )
 
 
+BY_ADAPTER = ("scaling", "placements", "n_pairs", "drops")  # what every layer keeps beside its modules
+
+
 class LorettaLayer(JointLayer, AdaptedModule):
     """A module wrapped by pairs of tensor trains, one pair per adapter.
 

@@ -56,11 +56,9 @@ class RankedTrains:
         self.layers = {layer.placements[adapter_name].name: layer for layer in found}
         self.shapes = {name: self._plan(layer) for name, layer in self.layers.items()}
         self.ranks = {name: len(shapes) for name, shapes in self.shapes.items()}
-        if any(type(values) is not nn.Parameter or values.is_meta for pair in self._cores() for values in pair):
+        cores = [train.values for layer in found for train in self._trains(layer)]
+        if any(type(values) is not nn.Parameter or values.is_meta for values in cores):
             raise InputError("ranks adapt where each process has whole cores, not with FSDP or DeepSpeed's ZeRO 3")
-
-    def _cores(self) -> list[tuple[Tensor, Tensor]]:
-        return [(down.values, up.values) for layer in self.layers.values() for down, up in [self._trains(layer)]]
 
     def _trains(self, layer: RepLinear) -> tuple[Cores, Cores]:
         return layer._trains(self.adapter_name)[0]

@@ -4,10 +4,9 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from functools import cache
-from re import _constants, _parser  # type: ignore[attr-defined]
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -140,43 +139,13 @@ def check_expressions(config: Any, model: nn.Module) -> None:
             )
 
 
-@cache
+# a repeated group, a reference to a group, or (?x), with which an expression may look like anything
+_SUSPICIOUS = re.compile(r"\)\s*[*+{]|\\\d|\(\?P=|\(\?\(|\(\?[a-z]*x")
+
+
 def _may_backtrack(expression: str) -> bool:
-    """Whether an expression has repeats within repeats, or more than three of them in a row."""
-    repeats, nested = _repeats(_parser.parse(expression))
-    return nested or repeats > 3
-
-
-def _repeats(parsed: Iterable[tuple[Any, Any]]) -> tuple[int, bool]:
-    """(repeats that follow each other, whether any holds something of more than one length) of a parsed expression."""
-    total, nested = 0, False
-    for operator, argument in parsed:
-        if operator in (_constants.MAX_REPEAT, _constants.MIN_REPEAT, _constants.POSSESSIVE_REPEAT):
-            _, most, body = argument
-            inside, deep = _repeats(body)
-            nested |= deep or (most > 1 and (inside > 0 or _holds_branch(body)))
-            total += inside + (most > 1)
-        elif operator is _constants.BRANCH:
-            branches = [_repeats(branch) for branch in argument[1]]
-            total += max(count for count, _ in branches)
-            nested |= any(deep for _, deep in branches)
-        else:
-            for part in argument if isinstance(argument, tuple | list) else ():
-                if isinstance(part, _parser.SubPattern):
-                    count, deep = _repeats(part)
-                    total, nested = total + count, nested or deep
-            nested |= operator in (_constants.GROUPREF, _constants.GROUPREF_EXISTS)
-    return total, nested
-
-
-def _holds_branch(parsed: Iterable[tuple[Any, Any]]) -> bool:
-    for operator, argument in parsed:
-        parts = argument if isinstance(argument, tuple | list) else ()
-        if operator is _constants.BRANCH or any(
-            isinstance(part, _parser.SubPattern) and _holds_branch(part) for part in parts
-        ):
-            return True
-    return False
+    """Whether an expression may have repeats within repeats, or more than three of them in a row."""
+    return _SUSPICIOUS.search(expression) is not None or len(re.findall(r"[*+{]", expression)) > 3
 
 
 _TRIAL = (

@@ -121,7 +121,8 @@ class Watch:
                 "(bf16=True of the Trainer)"
             )
         now = _buffers_of_base(model)
-        names = [name for name, (before, count) in self.buffers.items() if _differs(now.get(name), before, count)]
+        kept = {name: before for name, before in self.buffers.items() if name in now}
+        names = [n for n, (before, count) in kept.items() if now[n][0] is not before or now[n][1] != count]
         if modules := sorted({name.rpartition(".")[0] for name in names}):
             yield (
                 f"{len(modules)} modules of the base model (such as '{modules[0]}') write to their own buffers in "
@@ -183,7 +184,3 @@ def _buffers_of_base(model: nn.Module) -> dict[str, tuple[Tensor, int]]:
             if name not in module._non_persistent_buffers_set and not buffer.is_inference():
                 found[f"{at}.{name}"] = buffer, buffer._version
     return found
-
-
-def _differs(now: tuple[Tensor, int] | None, tensor: Tensor, version: int) -> bool:
-    return now is not None and (now[0] is not tensor or now[1] != version)

@@ -54,8 +54,11 @@ class Labels(Form):
     def answer(self, data: Data, trainer: TwoRateTrainer, split: str) -> tuple[dict[str, float], list[Row]]:
         output, task = trainer.predict(data.splits[split], metric_key_prefix=split), data.task
         rows = self.rows_of(torch.as_tensor(logits_of(output.predictions)), task.label_names)
-        asked, golds = asked_rows(task, getattr(task, split)), self.golds_of(task, split)
-        answered = [{**a, "gold": gold, **row} for a, gold, row in zip(asked, golds, rows, strict=True)]
+        asked = zip(*(getattr(task, split)[column][:] for column in task.columns), strict=True)
+        answered = [
+            {**dict(zip(task.columns, words, strict=True)), "gold": gold, **row}
+            for words, gold, row in zip(asked, self.golds_of(task, split), rows, strict=True)
+        ]
         return named_values(output.metrics or {}, task, f"{split}_"), answered
 
     def rows_of(self, logits: Tensor, names: Sequence[str], *, all_of_them: bool = False) -> list[Row]:
@@ -128,11 +131,6 @@ def count_classes(task: Task, classes: Any) -> dict[str, list[int]]:
         if (data := getattr(task, split)) is not None
         for found in [Counter(classes(data))]
     }
-
-
-def asked_rows(task: Task, data: Dataset) -> list[Row]:
-    words = zip(*(data[column][:] for column in task.columns), strict=True)
-    return [dict(zip(task.columns, row, strict=True)) for row in words]
 
 
 def refuse_other_columns(run: LoadedRun, asked: Sequence[Sequence[Any]]) -> None:

@@ -126,27 +126,20 @@ def prepare(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase) -
 
     Raises InputError without TRL, and for a tokenizer without an end of the text.
     """
-    need_trl(f"'{task.name}' ({task.kind})")
+    if importlib.util.find_spec("trl") is None:
+        what = f"'{task.name}' ({task.kind})"
+        raise InputError(f"{what} is trained through TRL, which is not installed: pip install 'loretta-peft[trl]'")
     if tokenizer.eos_token is None:
         raise InputError(f"the tokenizer of '{config.model}' has no end of text, which every answer needs: give it one")
     if isinstance(task.train[0].get("prompt"), str):
         return []
     if not tokenizer.chat_template:
-        tokenizer.chat_template = PLAIN_TEMPLATE if _keeps_blanks(tokenizer) else TEMPLATE_WITHOUT_BLANKS
+        found = tokenizer("a: a", add_special_tokens=False)
+        keeps_blanks = not tokenizer.is_fast or found.char_to_token(2) is not None
+        tokenizer.chat_template = PLAIN_TEMPLATE if keeps_blanks else TEMPLATE_WITHOUT_BLANKS
     if tokenizer.chat_template not in (PLAIN_TEMPLATE, TEMPLATE_WITHOUT_BLANKS):
         return []
     return [f"'{config.model}' has no chat template: a plain one is used ('User: ...', 'Assistant: ...')"]
-
-
-def _keeps_blanks(tokenizer: PreTrainedTokenizerBase) -> bool:
-    found = tokenizer("a: a", add_special_tokens=False)
-    return not tokenizer.is_fast or found.char_to_token(2) is not None
-
-
-def need_trl(what: str) -> None:
-    """Raise InputError where TRL, an optional package, is not installed."""
-    if importlib.util.find_spec("trl") is None:
-        raise InputError(f"{what} is trained through TRL, which is not installed: pip install 'loretta-peft[trl]'")
 
 
 def trl_data(data: Data) -> dict[str, Dataset]:

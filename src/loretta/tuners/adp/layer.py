@@ -18,7 +18,7 @@ from loretta.layers.trains import arranged, fold_bias, one_matrix_each
 from loretta.tuners.adp.config import LorettaAdpConfig
 from loretta.tuners.calls import Factors
 from loretta.tuners.joint import Halves, Place
-from loretta.tuners.layer import LorettaLayer, is_bare_linear, lies_in_rows, parameter_of, works_in
+from loretta.tuners.layer import BY_ADAPTER, LorettaLayer, is_bare_linear, lies_in_rows, parameter_of, works_in
 from loretta.tuners.placement import Placement
 
 
@@ -31,14 +31,8 @@ class AdpLinear(LorettaLayer):
     prefix = "loretta_adp_"
     adapter_layer_names = ("loretta_adp_down", "loretta_adp_up", "loretta_adp_bias")
     other_param_names = (
-        "loretta_adp_start_down",
-        "loretta_adp_start_up",
-        "loretta_adp_act",
-        "loretta_adp_dropout",
-        "scaling",
-        "placements",
-        "n_pairs",
-        "drops",
+        *(f"loretta_adp_{part}" for part in ("start_down", "start_up", "act", "dropout")),
+        *BY_ADAPTER,
     )
 
     def __init__(self, base_layer: nn.Module, *, name: str, **quantization_kwargs) -> None:

@@ -21,7 +21,7 @@ from loretta.layers.trains import add_update, arranged, update_factors
 from loretta.tuners.calls import Factors
 from loretta.tuners.contraction import note_change
 from loretta.tuners.joint import Halves
-from loretta.tuners.layer import LorettaLayer, fitting, is_bare_linear, lies_in_rows, works_in
+from loretta.tuners.layer import BY_ADAPTER, LorettaLayer, fitting, is_bare_linear, lies_in_rows, works_in
 from loretta.tuners.placement import Placement, rank_for
 from loretta.tuners.rep.config import LorettaRepConfig
 
@@ -32,14 +32,8 @@ class RepLinear(LorettaLayer):
     prefix = "loretta_rep_"
     adapter_layer_names: tuple[str, ...] = ("loretta_rep_down", "loretta_rep_up")
     other_param_names: tuple[str, ...] = (
-        "loretta_rep_start_down",
-        "loretta_rep_start_up",
-        "loretta_rep_dropout",
-        "beside",
-        "scaling",
-        "placements",
-        "n_pairs",
-        "drops",
+        *(f"loretta_rep_{part}" for part in ("start_down", "start_up", "dropout")),
+        *("beside", *BY_ADAPTER),
     )
 
     def __init__(self, base_layer: nn.Module, *, name: str, **quantization_kwargs) -> None:

@@ -16,6 +16,7 @@ from loretta.layers.trains import arranged
 from loretta.tuners.calls import Factors, Pair, hidden_from_checkpoints
 from loretta.tuners.contraction import note_change
 from loretta.tuners.joint import Place, finish
+from loretta.tuners.layer import BY_ADAPTER
 from loretta.tuners.placement import Placement
 from loretta.tuners.rep.layer import RepLinear
 from loretta.tuners.shared.config import LorettaSharedConfig
@@ -31,16 +32,7 @@ class SharedLinear(RepLinear):
     prefix = "loretta_shared_"
     has_own_trains = False
     adapter_layer_names = ("loretta_shared_train",)
-    other_param_names = (
-        "loretta_shared_start_train",
-        "loretta_shared_dropout",
-        "beside",
-        "holders",
-        "scaling",
-        "placements",
-        "n_pairs",
-        "drops",
-    )
+    other_param_names = ("loretta_shared_start_train", "loretta_shared_dropout", "beside", "holders", *BY_ADAPTER)
     trains = ("train", "start_train")
 
     def __init__(self, base_layer: nn.Module, *, name: str, **quantization_kwargs) -> None:
