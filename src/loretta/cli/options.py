@@ -33,15 +33,18 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an ea
 
 
 def run_options(
-    *, but: Collection[str] = (), defaults: bool = True
+    *, but: Collection[str] = (), beside: Callable[..., None] | None = None, defaults: bool = True
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Replace the ``**given`` of a verb by an option for each field of RunConfig except ``but``.
 
-    An option that is not given is None. With ``defaults`` the help shows RunConfig's, if the verb takes these.
+    An option that is not given is None. With ``defaults`` the help shows RunConfig's, if the verb takes these. The
+    options among the parameters of ``beside`` come before those fields.
     """
 
     def with_options(verb: Callable[..., None]) -> Callable[..., None]:
         own = list(inspect.signature(verb).parameters.values())[:-1]
+        shared = inspect.signature(beside).parameters.values() if beside is not None else ()
+        own += [parameter for parameter in shared if get_origin(parameter.annotation) is Annotated]
         names = {name: group for group, members in GROUPS.items() for name in members if name not in but}
         fields = [_parameter(name, RunConfig.model_fields[name], group, defaults) for name, group in names.items()]
         verb.__signature__ = inspect.Signature([*own, *fields])  # type: ignore[attr-defined]

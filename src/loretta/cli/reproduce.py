@@ -6,12 +6,12 @@ from typing import Annotated, Any
 import typer
 
 from loretta.cli import study as of_study
-from loretta.cli.options import Json, run_options
+from loretta.cli.options import run_options
 from loretta.cli.output import print_json, say
 from loretta.studies.study import OF_EACH_RUN
 
 
-@run_options(but=[*OF_EACH_RUN, *of_study.OF_THE_DATA], defaults=False)
+@run_options(but=[*OF_EACH_RUN, *of_study.OF_THE_DATA], beside=of_study.carry_out, defaults=False)
 def reproduce(
     target: Annotated[str | None, typer.Argument(help="table1, figure4, ...; without it they are listed.")] = None,
     model: Annotated[
@@ -21,19 +21,8 @@ def reproduce(
     methods: Annotated[str | None, typer.Option(help="Rows of the study or any method: loretta_adp,lora.")] = None,
     seeds: of_study.Seeds = None,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the runs.")] = Path("runs"),
-    jobs: of_study.Jobs = 1,
-    population: of_study.PopulationSize = "auto",
-    ray: of_study.Ray = None,
-    ray_gpus: of_study.RayGpus = None,
-    sweep: of_study.Sweep = False,
-    search: of_study.Search = None,
-    tries: of_study.Tries = None,
     batches: Annotated[bool, typer.Option("--sweep-batches", help="Sweep over the grid's batch sizes too.")] = False,
-    rates: of_study.Rates = None,
     orders: Annotated[bool, typer.Option("--orders", help="Train a sequence (table4) in every order.")] = False,
-    dry_run: of_study.DryRun = False,
-    sets: of_study.Sets = None,
-    as_json: Json = False,
     **given: Any,
 ) -> None:
     """Run a table or figure of the paper: what is finished stays, what was stopped goes on.
@@ -44,25 +33,11 @@ def reproduce(
 
     if target is None:
         studies = [load_study(name) for name in study_names()]
-        if as_json:
+        if given["as_json"]:
             print_json([{"target": study.name, "title": study.title, "source": study.source} for study in studies])
         else:
             say("\n".join(f"{study.name:<8}  {study.title}" for study in studies))
         return
-    from loretta.studies.configs import Options
-
-    options = Options(
-        models=tuple(model or ()),
-        tasks=of_study.words("--tasks", tasks),
-        methods=of_study.words("--methods", methods),
-        seeds=seeds,
-        limit=given.pop("limit"),
-        data_dir=given.pop("data_dir"),
-        cpu=bool(given.pop("cpu")),
-        **of_study.sweep_options(sweep, search, rates, tries),
-        batches=batches,
-        orders=orders,
-        sets=of_study.run_settings(given, sets),
-    )
-    where: Any = {"jobs": jobs, "population": population, "ray": ray, "ray_gpus": ray_gpus}
-    of_study.carry_out(load_study(target), options, output, dry_run=dry_run, as_json=as_json, **where)
+    chosen = {"tasks": of_study.words("--tasks", tasks), "methods": of_study.words("--methods", methods)}
+    narrowed = {"models": tuple(model or ()), **chosen, "seeds": seeds, "batches": batches, "orders": orders}
+    of_study.carry_out(load_study(target), output, narrowed, **given)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from loretta.cli.following import following
+from loretta.cli.options import Json
 from loretta.cli.output import console, print_json, say
 from loretta.errors import InputError
 from loretta.options import parse_option
@@ -145,22 +146,40 @@ def ranks_of(given: str | None) -> list[int]:
 
 def carry_out(
     study: "Study",
-    options: "Options",
     root: Path,
+    narrowed: Mapping[str, Any],
     *,
-    jobs: int,
-    population: str,
-    ray: str | None,
-    ray_gpus: float | None,
-    dry_run: bool,
-    as_json: bool,
+    jobs: Jobs = 1,
+    population: PopulationSize = "auto",
+    ray: Ray = None,
+    ray_gpus: RayGpus = None,
+    sweep: Sweep = False,
+    search: Search = None,
+    tries: Tries = None,
+    rates: Rates = None,
+    dry_run: DryRun = False,
+    sets: Sets = None,
+    as_json: Json = False,
+    **given: Any,
 ) -> None:
-    """Run a study and print its results; with ``dry_run`` print what would run."""
-    together = population_size(population)
+    """Run a study and print its results; with ``dry_run`` print what would run.
+
+    Args:
+        narrowed: the models, tasks, ... that are asked for, by the names of Options.
+        given: options of every run, by their names.
+    """
+    from loretta.studies.compare import baseline_of, check_data, verdict
+    from loretta.studies.configs import Options
+
+    together, is_comparison = population_size(population), study.view == "compare"
+    whole = {"limit": given.pop("limit"), "data_dir": given.pop("data_dir"), "cpu": bool(given.pop("cpu"))}
+    swept = sweep_options(sweep, search, rates, tries)
+    options = Options(**narrowed, **whole, **swept, sets=run_settings(given, sets))
+    if is_comparison:
+        check_data(study, options, root)
     if dry_run:
         _dry_run(study, options, root, as_json=as_json)
         return
-    from loretta.studies.compare import baseline_of, verdict
     from loretta.studies.paired import differences
     from loretta.studies.results import collect
     from loretta.studies.runner import run_study
@@ -171,7 +190,6 @@ def carry_out(
         where: Any = {"jobs": jobs, "ray": ray, "ray_gpus": ray_gpus, "say": partial(say, err=True)}
         summary = run_study(study, options, root, population=together, command=command, watch=watch, **where)
     results = collect(root, study.name)
-    is_comparison = study.view == "compare"
     pairs = differences(results, root) if is_comparison else []
     found = verdict(results, pairs) if is_comparison else None
     words = found.words if found else None

@@ -21,8 +21,7 @@ def render(records: Sequence[RunRecord], *, title: str | None = None, notes: Seq
     ``title`` is by default the task, the model and the methods; ``notes`` are sentences for the reader. All text is
     shown literally: markup in it has no effect.
 
-    Raises:
-        InputError: no records.
+    Raises InputError: no records.
     """
     labels = labels_of(records)
     looks = [Look.of(index) for index in range(len(records))]
@@ -51,8 +50,7 @@ def title_of(records: Sequence[RunRecord]) -> str:
 def table_of(records: Sequence[RunRecord]) -> Table:
     """A row per run: scores, trained parameters, cost.
 
-    Raises:
-        InputError: no records.
+    Raises InputError: no records.
     """
     if not records:
         raise InputError("a report needs at least one run, got none: give the folder of a finished run")

@@ -43,8 +43,7 @@ def load_task(
     ``text``, ``text_pair`` and ``label`` name columns of a table ("text" and "label" by default); ``validation`` and
     ``test`` are further files of the same form; ``data_dir`` holds GLUE's files.
 
-    Raises:
-        InputError: for data that cannot be found or read, and for options that do not fit the data.
+    Raises InputError for data that cannot be found or read, and for options that do not fit the data.
     """
     data = os.fspath(data)
     options = {

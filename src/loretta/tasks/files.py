@@ -76,9 +76,8 @@ def load_table(
     Without a validation file, 20% of the rows are held out by ``seed``, in each class alike; rows with the same texts
     stay on one side.
 
-    Raises:
-        InputError: a file that cannot be read as its ending says, a column that it lacks, a missing cell, labels whose
-            kind cannot be told or that training lacks, or too few rows to split.
+    Raises InputError: a file that cannot be read as its ending says, a column that it lacks, a missing cell, labels
+    whose kind cannot be told or that training lacks, or too few rows to split.
     """
     if kind == "language_modeling":
         raise InputError(f"kind 'language_modeling' has no labels, got the column {quoted(label)}: drop one of the two")
@@ -168,9 +167,8 @@ def load_text(
     ``text`` names the column ("text" by default). Without a validation file, 10% of the documents are held out by
     ``seed``; equal documents stay on one side.
 
-    Raises:
-        InputError: a file that cannot be read as its ending says, a column that it lacks, a missing cell, or too few
-            documents to split.
+    Raises InputError: a file that cannot be read as its ending says, a column that it lacks, a missing cell, or too few
+    documents to split.
     """
     splits = split_rows(
         path,

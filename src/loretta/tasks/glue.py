@@ -99,8 +99,7 @@ def load(name: str, *, data_dir: Path | None = None) -> Task:
     (MNLI: ``validation_matched.jsonl.gz``), with the Hub's field names and label ids. Sizes that differ from
     the official ones are noted in the task, not refused.
 
-    Raises:
-        InputError: an unknown name, a missing or broken file, or a Hub that cannot be reached.
+    Raises InputError: an unknown name, a missing or broken file, or a Hub that cannot be reached.
     """
     if name not in GLUE:
         raise InputError(f"unknown GLUE task {quoted(name)}{nearest(name, tuple(GLUE))}: give one of {listed(GLUE)}")

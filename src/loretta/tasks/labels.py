@@ -41,8 +41,7 @@ class LabelScheme:
     def encode(self, cells: Sequence[Any], path: Source) -> list[int] | list[float]:
         """Class ids, or scores for regression.
 
-        Raises:
-            InputError: a class that the training file lacks, or for regression a cell that is not a number.
+        Raises InputError: a class that the training file lacks, or for regression a cell that is not a number.
         """
         if self.kind == "regression":
             return [float(number) for number in _all_numbers(cells, self.column, path)]
@@ -102,8 +101,7 @@ def decide(cells: Sequence[Any], *, kind: Kind | None, column: str, path: Source
     are scores. Class ids follow the sorted labels, numbers by size; space around a label does not count, and
     1, "1" and 1.0 are the same label, unless there are codes such as 007 among them.
 
-    Raises:
-        InputError: the kind cannot be told, a score is no number, or there is only one class or score.
+    Raises InputError: the kind cannot be told, a score is no number, or there is only one class or score.
     """
     numbers = [_number(cell) for cell in cells]
     strays = [at for at, number in enumerate(numbers) if number is None]

@@ -28,8 +28,7 @@ def compute(names: Sequence[str], predictions: ArrayLike, references: ArrayLike)
     those of a single row, ``mcc``, and ``f1`` without any positive. Predictions that are not finite make every metric
     of scores NaN, so that a diverged run never looks good.
 
-    Raises:
-        InputError: an unknown metric, shapes that differ, no rows, or class ids beyond 1 for ``f1``.
+    Raises InputError: an unknown metric, shapes that differ, no rows, or class ids beyond 1 for ``f1``.
 
     Source: scikit-learn for the classes and the mean squared error, SciPy for the correlations.
     """

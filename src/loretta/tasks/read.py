@@ -48,9 +48,8 @@ def read_columns(path: Path, names: Sequence[str], separator: str | None = None)
     ``separator`` replaces the comma of CSV and the tab of TSV. Cells of CSV and TSV are str; those of the other formats
     are what the file holds, or None where a line of JSON lacks the key.
 
-    Raises:
-        InputError: a file that does not exist, a folder, an empty file, an ending that is not a table's, content that
-            is not what the ending says, rows of unequal length, or a column that the file lacks.
+    Raises InputError: a file that does not exist, a folder, an empty file, an ending that is not a table's, content
+    that is not what the ending says, rows of unequal length, or a column that the file lacks.
     """
     if _format(path, TABLE_ENDINGS) == ".parquet":
         return _read_parquet(path, names)
@@ -62,9 +61,8 @@ def read_columns(path: Path, names: Sequence[str], separator: str | None = None)
 def read_documents(path: Path) -> list[str]:
     """The paragraphs of a plain text file, cut at blank lines, without the space around them.
 
-    Raises:
-        InputError: a file that does not exist, a folder, an empty file, an ending that is not plain text's, or content
-            that is not UTF-8 text.
+    Raises InputError: a file that does not exist, a folder, an empty file, an ending that is not plain text's, or
+    content that is not UTF-8 text.
     """
     _format(path, TEXT_ENDINGS)
     text = text_of(path).replace("\r\n", "\n").replace("\r", "\n")

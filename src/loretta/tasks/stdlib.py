@@ -51,8 +51,7 @@ def load(root: Path | None = None) -> Task:
     sentences, at most 400 of each. Of every part 70% / 10% / 20% are train / validation / test, by the SHA-256 of the
     sentence. The text is left as it is: some sentences name their module.
 
-    Raises:
-        InputError: fewer than 2 parts or 200 sentences, as with a Python that ships without sources.
+    Raises InputError: fewer than 2 parts or 200 sentences, as with a Python that ships without sources.
     """
     root = Path(sysconfig.get_paths()["stdlib"]) if root is None else root
     found = sentences_by_part(root)

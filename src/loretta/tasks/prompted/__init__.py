@@ -53,8 +53,7 @@ def load_prompted(
     With ``data_dir`` the rows come from ``<data_dir>/<name>/train.jsonl.gz`` and ``validation.jsonl.gz``, with the
     Hub's field names and label ids. What differs from the official sizes or from ``sample`` is noted in the task.
 
-    Raises:
-        InputError: an unknown name, a missing or broken file, too few rows, or a Hub that cannot be reached.
+    Raises InputError: an unknown name, a missing or broken file, too few rows, or a Hub that cannot be reached.
     """
     if name not in PROMPTED:
         raise InputError(

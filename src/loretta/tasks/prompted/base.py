@@ -72,8 +72,7 @@ class PromptedTask:
 
         Generated text counts up to :data:`STOP`, without the space around it.
 
-        Raises:
-            InputError: no examples, or not as many predictions as examples.
+        Raises InputError: no examples, or not as many predictions as examples.
         """
         if len(predictions) != len(examples) or not len(examples):
             raise InputError(

@@ -39,8 +39,7 @@ def encode_pair(
     them too; those that it puts after a text (an EOS, a [SEP]) are left out. A text that is too long loses the left end
     of its prompt, never the BOS or a part of the completion.
 
-    Raises:
-        InputError: a completion without a token of its own, or one that leaves no room for a token in front of it.
+    Raises InputError: a completion without a token of its own, or one that leaves no room for a token in front of it.
     """
     (pair,) = _encode_all(tokenizer, prompt, (completion,), max_length)
     return pair.ids, pair.n_prompt
@@ -49,8 +48,7 @@ def encode_pair(
 def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str, max_length: int) -> list[int]:
     """Ids of a prompt for a model to continue: at most ``max_length``, cut as in :func:`encode_pair`.
 
-    Raises:
-        InputError: a prompt without tokens, or a maximum length without room for one.
+    Raises InputError: a prompt without tokens, or a maximum length without room for one.
     """
     lead = _lead(tokenizer, prompt)
     ids = _ids(tokenizer, prompt, lead)

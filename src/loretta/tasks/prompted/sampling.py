@@ -37,8 +37,7 @@ def draw(spec: PromptedSpec, train: Split, validation: Split, *, sample: Sample,
     prompts or on a random generator's version, and a larger draw contains the smaller one. Where the train split has
     fewer rows than are asked for, at most half of them validate. Rows without a usable gold answer are passed over.
 
-    Raises:
-        InputError: a row that is not as the Hub's, or fewer usable rows than 2 in train and 1 in validation.
+    Raises InputError: a row that is not as the Hub's, or fewer usable rows than 2 in train and 1 in validation.
     """
     pool, test_pool = _usable(spec, train, seed, at_least=2), _usable(spec, validation, seed, at_least=1)
     n_validation = validation_rows(spec, len(pool), sample)
