@@ -11,6 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from loretta.errors import Stopped
 from loretta.files import TEMPORARY
 from loretta.wording import one_line
 
@@ -69,6 +70,18 @@ def why_not_written(error: BaseException) -> str | None:
     # torch.save, which tells no more
     is_torchs = isinstance(error, RuntimeError) and ("PytorchStreamWriter" in words or "inline_container" in words)
     return "the disk did not take all of it" if is_torchs else None
+
+
+@contextmanager
+def stopping_if_not_written(what: str, mend: str) -> Iterator[None]:
+    """Raise Stopped, which ends in ``mend``, in place of an error that means that a disk did not take ``what``."""
+    try:
+        yield
+    except Exception as error:
+        if (reason := why_not_written(error)) is None:
+            raise
+        words = f"cannot write {what} ({reason}): make room, and {mend}"
+        raise Stopped(words, exit_status=74) from None  # EX_IOERR of sysexits.h
 
 
 def sync(folder: Path) -> None:

@@ -146,7 +146,7 @@ def refuse_to_replace(
         )
 
 
-def refuse_to_replace_file(file: Path, *, option: str, overwrite: bool) -> None:
+def refuse_to_replace_file(file: Path, *, overwrite: bool) -> None:
     """Raise InputError where a file stands that LoRETTA did not write as one of its own, such as a part of a run.
 
     With ``overwrite`` it may have changed since.
@@ -156,9 +156,9 @@ def refuse_to_replace_file(file: Path, *, option: str, overwrite: bool) -> None:
     listed = read_list(file.parent)
     is_part = file.name not in PAGES and not WHOLE.isdisjoint(listed)
     if file.name not in listed or is_part or not file.is_file():
-        raise InputError(f"'{file}' was not written by this command, and is not replaced: give {option}")
+        raise InputError(f"'{file}' was not written by this command, and is not replaced: give another with --output")
     if not overwrite and find_foreign(file):
-        raise InputError(f"'{file}' is not as loretta wrote it: give {option}, or replace it with --overwrite")
+        raise InputError(f"'{file}' is not as loretta wrote it: give another with --output, or --overwrite it")
 
 
 @contextmanager

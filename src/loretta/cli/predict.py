@@ -127,7 +127,7 @@ def _check_output(output: Path, file: Path | None, *, overwrite: bool) -> None:
         raise InputError(f"--output '{output}' is the file to predict: give another")
     if output.exists() and not overwrite:
         raise InputError(f"--output '{output}' exists: replace it with --overwrite, or give another file")
-    refuse_to_replace_file(Path(os.path.realpath(output)), option="another file with --output", overwrite=overwrite)
+    refuse_to_replace_file(Path(os.path.realpath(output)), overwrite=overwrite)
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:

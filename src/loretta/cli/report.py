@@ -48,7 +48,7 @@ def report(
         raise InputError(f"--output '{given}' has the name of a file of a run: give another")
     if file.is_dir():
         raise InputError(f"--output '{given}' is a folder: give a file")
-    refuse_to_replace_file(file, option="another file with --output", overwrite=overwrite)
+    refuse_to_replace_file(file, overwrite=overwrite)
     content = report_on(runs, form)
     try:
         # replace: half a surrogate pair in a config must not cost the user the page

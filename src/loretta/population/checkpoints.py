@@ -17,11 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from loretta.errors import InputError, Stopped
-from loretta.folders import set_aside, temporary_folder, why_not_written
+from loretta.errors import InputError
+from loretta.folders import set_aside, stopping_if_not_written, temporary_folder
 from loretta.owned import find_foreign, forget, has_list, publish
 from loretta.population.loop import Loop, Member
-from loretta.training.checkpoints import DISK_STATUS
+from loretta.training.checkpoints import GO_ON
 from loretta.training.folder import CHECKPOINTS
 
 logger = logging.getLogger(__name__)
@@ -100,18 +100,11 @@ def _random_states(loop: Loop) -> dict[str, Tensor]:
 
 
 def _write(file: Path, tensors: dict[str, Tensor], words: dict[str, Any]) -> None:
-    try:
+    with stopping_if_not_written(f"the checkpoint '{file}'", GO_ON):
         file.parent.mkdir(exist_ok=True)
         with temporary_folder(file.parent) as new:
             save_file(tensors, new / file.name, metadata={"state": json.dumps(words)})
             publish(new, file.parent, last=file.name, keep=True)
-    except Exception as error:
-        if (reason := why_not_written(error)) is None:
-            raise
-        raise Stopped(
-            f"cannot write the checkpoint '{file}' ({reason}): make room, and go on from the last one with --resume",
-            exit_status=DISK_STATUS,
-        ) from None
 
 
 def restore(loop: Loop) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 from loretta.errors import InputError
 from loretta.tasks.base import Kind, Task
+from loretta.tasks.read import require
 from loretta.tasks.sources import Source, column_names, place, read_columns
 from loretta.tasks.split import split_rows, text_key
 from loretta.wording import listed, quoted
@@ -239,8 +240,7 @@ def _asked(row: Cells, column: str) -> Any:
         return row.text("prompt") if isinstance(row.values["prompt"], str) else row.messages("prompt")
     if "instruction" in row.values:
         return _alpaca(Cells(row.path, row.number, {**row.values, "output": "-"}))["messages"][:-1]
-    if column not in row.values:
-        raise InputError(f"'{row.path}' has no column {quoted(column)}: its columns are {listed(row.values)}")
+    require(row.path, (column,), tuple(row.values))
     return row.text(column)
 
 

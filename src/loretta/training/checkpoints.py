@@ -20,8 +20,7 @@ from transformers.trainer_callback import ExportableState
 
 from loretta import processes
 from loretta.convert.load import readable_weights
-from loretta.errors import Stopped
-from loretta.folders import set_aside, sync, temporary_folder, why_not_written
+from loretta.folders import set_aside, stopping_if_not_written, sync, temporary_folder
 from loretta.owned import describe, find_foreign, has_list, is_whole, remove_listed, write_list
 from loretta.training.sharded import load_adapter, load_optimizer, share_blocks, whole_optimizer, whole_weights
 
@@ -29,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 NAME = "checkpoint-"
 PATIENCE = "early_stopping_patience_counter"
-DISK_STATUS = 74  # EX_IOERR of sysexits.h
+GO_ON = "go on from the last one with --resume"
 
 
 def find_checkpoint(folder: Path) -> Path | None:
@@ -149,21 +148,14 @@ class WholeCheckpointsTrainer(Trainer):
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         folder = Path(self.args.output_dir)
         self.window.take()
+        what = f"a checkpoint at step {self.state.global_step} to '{folder}'"
         try:
-            with ExitStack() as stack:
+            with stopping_if_not_written(what, GO_ON), ExitStack() as stack:
                 self._built_in = processes.by_first(lambda: stack.enter_context(_new_folder(folder)))
                 super()._save_checkpoint(model, trial)
                 self.state.best_model_checkpoint = self._best_checkpoint(folder)
                 processes.gather(None)  # all have written their random numbers
                 processes.by_first(lambda: self._put_into(folder))
-        except Exception as error:
-            if (reason := why_not_written(error)) is None:
-                raise
-            raise Stopped(
-                f"cannot write a checkpoint at step {self.state.global_step} to '{folder}' ({reason}): "
-                "make room, and go on from the last one with --resume",
-                exit_status=DISK_STATUS,
-            ) from None
         finally:
             self._built_in = None
 

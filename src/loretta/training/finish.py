@@ -4,9 +4,10 @@ import dataclasses
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -16,14 +17,12 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from loretta import processes
-from loretta.errors import Stopped
 from loretta.files import write_json
-from loretta.folders import temporary_folder, why_not_written
+from loretta.folders import stopping_if_not_written, temporary_folder
 from loretta.plan import read_plan, trainable_by_kind
 from loretta.record import Answers, ParameterCounts, Point, RunRecord, Train
 from loretta.tasks.base import Task
 from loretta.tasks.prompted import PromptedTask
-from loretta.training.checkpoints import DISK_STATUS
 from loretta.training.config import RunConfig
 from loretta.training.folder import ADAPTER, LABELS, PREDICTIONS, RECORD, Place
 from loretta.training.forms import Data, form_of
@@ -61,31 +60,19 @@ def finish(
 
 
 def _write(place: Place, publishing: Callable[[Callable[[], None]], Any], *result: Any) -> RunRecord:
+    failing = partial(stopping_if_not_written, f"the result to '{place.folder}'", "end the run with --resume")
     with ExitStack() as stack:
-        with _saying_why_not_written(place):
+        with failing():
             new = stack.enter_context(temporary_folder(place.work))
             record = write_result(new, *result)
         unpublished = stack.pop_all()
 
     def publish() -> None:
-        with unpublished, _saying_why_not_written(place):
+        with unpublished, failing():
             place.finish(new)
 
     publishing(publish)
     return record
-
-
-@contextmanager
-def _saying_why_not_written(place: Place) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        if (reason := why_not_written(error)) is None:
-            raise
-        raise Stopped(
-            f"cannot write the result to '{place.folder}' ({reason}): make room, and end the run with --resume",
-            exit_status=DISK_STATUS,
-        ) from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

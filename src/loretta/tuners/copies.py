@@ -102,8 +102,8 @@ class AdapterCopy(ModulesToSaveWrapper):
         copied = self.modules_to_save[adapter_name]
         dense = cast(nn.Linear, copied.get_submodule(path))
         shape = tt.plan_shape(dense.in_features, dense.out_features, rank=policy.rank, overrides=policy.shapes)
-        kind: type[TTLinear] = ChangedLinear if policy.as_change else TTLinear
-        train = kind.from_dense(_widened(dense), shape, as_change=policy.as_change)
+        as_change = policy.as_change
+        train = ChangedLinear.from_dense(dense, shape) if as_change else TTLinear.from_dense(_widened(dense), shape)
         # an adapter that is added beside the active one is not trained yet
         train.requires_grad_(dense.weight.requires_grad)
         if path:

@@ -8,15 +8,14 @@ from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase, ProgressCallback, TrainingArguments
 
-from loretta.errors import InputError
 from loretta.record import Answers
 from loretta.tasks.files import refuse_missing
 from loretta.tasks.glue import GLUE
+from loretta.tasks.read import require
 from loretta.tasks.split import text_key
 from loretta.training.config import RunConfig
 from loretta.training.loaded import LoadedRun
 from loretta.training.trainer import TwoRateTrainer
-from loretta.wording import listed, quoted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,9 +109,8 @@ def text_columns(config: RunConfig) -> tuple[str, ...]:
 
 def asked_texts(names: Sequence[str], columns: Mapping[str, list[Any]], file: Path) -> list[list[str]]:
     """Named columns of a file as text. Raises InputError for a column that is missing or has an empty cell."""
+    require(file, names, tuple(columns))
     for name in names:
-        if name not in columns:
-            raise InputError(f"'{file}' has no column {quoted(name)}: its columns are {listed(columns)}")
         refuse_missing(columns[name], name, file)
     return [[str(value) for value in columns[name]] for name in names]
 

@@ -17,6 +17,7 @@ from loretta.errors import InputError
 from loretta.record import Answers, Mistake
 from loretta.tasks import metrics
 from loretta.tasks.base import Task
+from loretta.tasks.read import require
 from loretta.tasks.split import text_key
 from loretta.tasks.tokens import ENTITY_METRICS
 from loretta.training.config import RunConfig
@@ -25,7 +26,7 @@ from loretta.training.forms.labels import LONGEST, MISTAKES, confusion, count_cl
 from loretta.training.loaded import LoadedRun
 from loretta.training.scores import logits_of, named_values
 from loretta.training.trainer import TwoRateTrainer
-from loretta.wording import listed, quoted
+from loretta.wording import quoted
 
 IGNORED = -100
 MOST_IN_CONFUSION = 40  # tags: a larger matrix cannot be read
@@ -114,8 +115,7 @@ class Tokens(Form):
 
     def asked(self, config: RunConfig, columns: Mapping[str, list[Any]], file: Path) -> list[list[Any]]:
         name = config.text or "tokens"
-        if name not in columns:
-            raise InputError(f"'{file}' has no column {quoted(name)}: its columns are {listed(columns)}")
+        require(file, (name,), tuple(columns))
         for row, cell in enumerate(columns[name], start=1):
             if not cell or not (isinstance(cell, str) or all(isinstance(word, str) for word in cell)):
                 raise InputError(f"row {row} of '{file}', column {quoted(name)}: {quoted(cell)} is no list of tokens")
