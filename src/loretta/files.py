@@ -17,9 +17,8 @@ LARGEST = 1 << 26  # bytes of a file of JSON or YAML: the log of a run with 300,
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file in one step: after a crash the old one or the new one is there, never half of it.
 
-    Text is written in UTF-8. A link goes on leading to the file, and the file keeps its permissions.
-
-    Raises OSError when the folder does not exist or cannot be written to; ``path`` is then as it was.
+    Text is written in UTF-8. A link goes on leading to the file, and the file keeps its permissions. Where it cannot be
+    written, OSError is raised and ``path`` stays as it was.
     """
     path = Path(os.path.realpath(path))
     data = content.encode("utf-8") if isinstance(content, str) else content

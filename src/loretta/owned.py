@@ -165,12 +165,8 @@ def refuse_to_replace_file(file: Path, *, overwrite: bool) -> None:
 def building(folder: Path, *, last: Sequence[str], option: str, keep: bool = False) -> Iterator[Path]:
     """An empty folder to write to, whose files are then :func:`publish`\\ed in ``folder``; until then nothing changes.
 
-    Args:
-        last: the names that the last file may have; the first of them that was written is taken.
-        option: what to give in place of a folder that cannot be written to.
-        keep: leave the other files of the list.
-
-    Raises InputError where that is so.
+    The last file is the first of ``last`` that was written. Raises InputError where the folder cannot be written to,
+    and asks for ``option``.
     """
     is_new = not folder.exists()
     try:
@@ -192,17 +188,15 @@ def publish(new: Path, folder: Path, *, last: str, keep: bool = False) -> None:
 
     A reader takes ``last`` for the sign that the folder is whole: it goes first and comes last. A call that fails
     leaves ``folder`` as it was. One that is killed leaves every file on the list, and goes on when it is called again.
-
-    Args:
-        keep: leave the other files of the list; else they are removed.
+    The other files of the list are removed, unless ``keep``.
 
     Raises InputError where a file that is not LoRETTA's is in the way.
     """
     with hold_file(folder / LIST, wait=WAIT):
-        _publish(new, folder, last=last, keep=keep)
+        _move(new, folder, last=last, keep=keep)
 
 
-def _publish(new: Path, folder: Path, *, last: str, keep: bool) -> None:
+def _move(new: Path, folder: Path, *, last: str, keep: bool) -> None:
     old, ours = read_list(folder), _ours(folder)
     # what a killed call has moved already is on the list of ``new`` alone
     found = {**read_list(new), **describe(new)}

@@ -120,10 +120,7 @@ def run_demo(folder: Path, *, quick: bool = False, show: bool = True) -> dict[st
 
 
 def _claim(folder: Path) -> None:
-    """Make the folder, or take over that of an earlier demo, whose runs stay until each is replaced.
-
-    Raises InputError where the folder holds anything else.
-    """
+    """Make the folder, or take over that of an earlier demo, whose runs stay until each is replaced."""
     if not is_free(folder):
         if DEMO not in read_list(folder):
             raise InputError(f"'{folder}' holds other files: give an empty or new folder with --output")

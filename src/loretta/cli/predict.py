@@ -81,7 +81,6 @@ def predict(
 
 
 def _all_columns(file: Path, separator: str | None) -> dict[str, list[Any]]:
-    """All columns of a table; a CSV or TSV is read with the ``separator`` of the run's own data."""
     from loretta.tasks.read import SEPARATORS, ending
     from loretta.tasks.sources import column_names, find_files, read_columns
 

@@ -164,9 +164,7 @@ def carry_out(
 ) -> None:
     """Run a study and print its results; with ``dry_run`` print what would run.
 
-    Args:
-        narrowed: the models, tasks, ... that are asked for, by the names of Options.
-        given: options of every run, by their names.
+    ``narrowed`` are the models, tasks, ... that are asked for, ``given`` the options of every run, both by name.
     """
     from loretta.studies.compare import baseline_of, check_data, verdict
     from loretta.studies.configs import Options

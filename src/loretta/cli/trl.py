@@ -78,7 +78,6 @@ def trl(
 
 
 def _adapted(given: "ModelConfig", *, kind: str, method: str, options: dict[str, Any]) -> Any:
-    """The model that TRL would load, with an adapter."""
     import transformers
     from trl import get_quantization_config
 

@@ -104,8 +104,8 @@ def compress(
         overwrite: replace an earlier adapter at ``out``.
         watch: wraps the names of the modules on their way, to show progress.
 
-    Raises InputError when the adapter has no plain low-rank updates, ``out`` is taken, or the base model is needed
-    and cannot be loaded (for an adapter with a head, its configuration is).
+    Raises InputError when the adapter has no plain low-rank updates, ``out`` is taken, or a base model that is needed
+    cannot be loaded.
     """
     _check_budget(rank, error)
     refuse_held(adapter)
@@ -150,7 +150,6 @@ def compress(
 def _fit_all(
     updates: Mapping[str, Update], rank: int | None, error: float | None, watch: Callable[..., Iterable[str]]
 ) -> tuple[int, dict[str, Fit]]:
-    """The bottleneck, and the trains of each module."""
     given = max(a_IR.shape[1] for a_IR, _ in updates.values())
     # the tensor rank bounds how many directions pass the bottleneck
     bottleneck = given if rank is None else min(rank, given)

@@ -58,11 +58,8 @@ def read_texts(text: str) -> list[str]:
 class Comparison:
     """The outputs of a saved adapter on some texts, to compare another one on the same base model with.
 
-    Attributes:
-        of_adapter: the difference between the base model alone and the adapter. None where the adapter brings a head
-            or biases, because the base model alone then says nothing.
-
-    Raises InputError when the base model or its tokenizer cannot be loaded.
+    ``of_adapter`` is the difference between the base model alone and the adapter; None where the adapter brings a head
+    or biases, because the base model alone then says nothing. Raises InputError when the base model cannot be loaded.
     """
 
     def __init__(self, saved: SavedAdapter, texts: Sequence[str]) -> None:

@@ -157,7 +157,6 @@ def _row(placement: Placement) -> dict[str, Any]:
 
 
 def _rank(placement: Placement) -> int:
-    """The rank of an update."""
     return min(placement.down.cut_rank, placement.down.out_features, placement.up.cut_rank)
 
 

@@ -137,7 +137,6 @@ def _config(cls: type[LorettaConfig], options: Mapping[str, Any], task_type: str
 
 
 def _shown(method: str) -> set[str]:
-    """The options of LoRETTA itself, without PEFT's bookkeeping."""
     inherited = {field.name for field in dataclasses.fields(LorettaConfig.__mro__[1])}
     return {field.name for field in dataclasses.fields(loretta_configs()[method])} - inherited
 

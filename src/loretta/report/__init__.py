@@ -11,9 +11,7 @@ from loretta.report.runs import render
 def write(records: Sequence[RunRecord], path: Path, *, title: str | None = None, notes: Sequence[str] = ()) -> None:
     """Write :func:`render`'s page to ``path``. An error leaves an older file there as it was.
 
-    Raises:
-        InputError: no records.
-        OSError: the folder does not exist or cannot be written to.
+    Raises InputError for no records, and OSError where the folder cannot be written to.
     """
     # replace: half a surrogate pair in a config must not cost the user the page
     write_whole(path, render(records, title=title, notes=notes).encode("utf-8", errors="replace"))

@@ -204,15 +204,8 @@ def _draw_lines(figure: Any, axes: Any, chart: Chart) -> None:
         axes.text(0.5, 0.5, "no finite values", transform=axes.transAxes, ha="center", va="center")
         axes.set(xticks=[], yticks=[])
     shown = _legend(chart)
-    legend = figure.legend(
-        [_key(line) for line in shown],
-        ["run"] * len(shown),
-        loc="outside lower left",
-        frameon=False,
-        fontsize=9.5,
-        labelspacing=0.3,
-        handlelength=2.6,
-    )
+    looks_of = {"frameon": False, "fontsize": 9.5, "labelspacing": 0.3, "handlelength": 2.6}
+    legend = figure.legend(list(map(_key, shown)), ["run"] * len(shown), loc="outside lower left", **looks_of)
     # set afterwards: matplotlib leaves out a label that begins with an underscore when it gets it as an argument
     for text, line in zip(legend.get_texts(), shown, strict=True):
         text.set_text(_short(line.label))
@@ -295,8 +288,7 @@ def _short(name: str) -> str:
     if sum(map(_width, line)) <= LONGEST_LEGEND_ENTRY:
         return line
     half = (LONGEST_LEGEND_ENTRY - 1) // 2
-    head, tail = _fitting(line, half), _fitting(line[::-1], half)[::-1]
-    return f"{head}…{tail}"
+    return f"{_fitting(line, half)}…{_fitting(line[::-1], half)[::-1]}"
 
 
 def _width(character: str) -> int:

@@ -14,14 +14,21 @@ from loretta.report.tables import Cell, Column, Row, Table
 from loretta.tt import TTShape
 from loretta.wording import MISSING, distinct, flat
 
+# of trainable parameters, with what the heading says of them
+KINDS = {
+    "cores": "entries of the tensor-train cores",
+    "biases": "",
+    "norms": "weights and biases of normalisation layers",
+    "head": "the task's own output layer",
+    "other": "what the method trains beside these",
+}
+
 
 def render(records: Sequence[RunRecord], *, title: str | None = None, notes: Sequence[str] = ()) -> str:
     """The page as HTML text, which needs no other file. The same records give the same text.
 
     ``title`` is by default the task, the model and the methods; ``notes`` are sentences for the reader. All text is
     shown literally: markup in it has no effect.
-
-    Raises InputError: no records.
     """
     labels = labels_of(records)
     looks = [Look.of(index) for index in range(len(records))]
@@ -48,10 +55,7 @@ def title_of(records: Sequence[RunRecord]) -> str:
 
 
 def table_of(records: Sequence[RunRecord]) -> Table:
-    """A row per run: scores, trained parameters, cost.
-
-    Raises InputError: no records.
-    """
+    """A row per run: scores, trained parameters, cost. Raises InputError for no records."""
     if not records:
         raise InputError("a report needs at least one run, got none: give the folder of a finished run")
     filled = _columns(records)
@@ -87,29 +91,18 @@ def answer_tables(record: RunRecord) -> list[Table]:
             for name, counts in zip(record.label_names, answers.confusion, strict=True)
         ]
         scores = ", ".join(f"{name} {value:.4f}" for name, value in answers.baseline.items())
-        tables_of.append(
-            Table(
-                title=f"Confusion matrix ({answers.split})",
-                stubs=("Class",),
-                columns=[Column("Answer", name) for name in record.label_names],
-                rows=rows,
-                caption=f"For comparison: {answers.constant} scores {scores}.",
-            )
-        )
+        title, caption = f"Confusion matrix ({answers.split})", f"For comparison: {answers.constant} scores {scores}."
+        columns = [Column("Answer", name) for name in record.label_names]
+        tables_of.append(Table(title=title, stubs=("Class",), columns=columns, rows=rows, caption=caption))
     if answers.mistakes:
         size = {"regression": "distance", "token_classification": "share wrong"}.get(record.kind, "probability")
-        rows = [
-            Row(heads=(mistake.text,), cells=[Cell(mistake.gold), Cell(mistake.answer), Cell(f"{mistake.size:.4f}")])
-            for mistake in answers.mistakes
-        ]
-        columns = [Column("", "right answer"), Column("", "answer"), Column("", size)]
+        words = [(each.text, each.gold, each.answer, f"{each.size:.4f}") for each in answers.mistakes]
         title = f"Worst mistakes ({answers.split})"
-        tables_of.append(Table(title=title, stubs=("Text",), columns=columns, rows=rows, of_words=True))
+        tables_of.append(tables.words_table(title, "Text", ("right answer", "answer", size), words))
     return tables_of
 
 
 def _trains(records: Sequence[RunRecord], labels: Sequence[str]) -> list[dict[str, Any]]:
-    """A picture for each distinct shape of a train, with the places where it stands."""
     from markupsafe import Markup
 
     places: dict[TTShape, list[str]] = {}
@@ -133,16 +126,7 @@ def _columns(records: Sequence[RunRecord]) -> list[tuple[Column, Callable[[RunRe
     return [
         *((Column("Validation at the best step", name), score("validation", name)) for name in validation),
         *((Column("Test", name), score("test", name)) for name in test),
-        *(
-            (Column("Trainable parameters", kind, hint), parameters(kind))
-            for kind, hint in (
-                ("cores", "entries of the tensor-train cores"),
-                ("biases", ""),
-                ("norms", "weights and biases of normalisation layers"),
-                ("head", "the task's own output layer"),
-                ("other", "what the method trains beside these"),
-            )
-        ),
+        *((Column("Trainable parameters", kind, hint), parameters(kind)) for kind, hint in KINDS.items()),
         (Column("Trainable parameters", "total"), parameters("trainable")),
         (Column("Trainable parameters", "of model", "share of all parameters of the model"), _share),
         (Column("Cost", "adapter", "size of the saved adapter on disk"), lambda r: tables.size(r.adapter_bytes)),

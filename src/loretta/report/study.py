@@ -11,7 +11,7 @@ from loretta.report import page
 from loretta.report.figures import Look
 from loretta.report.study_figures import Group, figures_of
 from loretta.report.study_tables import QUANTITIES, Anchors, key_of, printed_models, record_of, tables_of
-from loretta.report.tables import Cell, Column, Row, Table
+from loretta.report.tables import Table, words_table
 from loretta.studies.results import AVERAGE, Results, Score, find_row
 from loretta.studies.results import Cell as Measured
 from loretta.studies.show import with_half
@@ -192,10 +192,9 @@ def _missing(cells: Sequence[Measured]) -> Table | None:
     for (label, model, numbers, state, reason), of_task in alike.items():
         # a waiting run has no folder to look into
         shown = [folder for names in of_task.values() for folder in names if state != "waiting"]
-        words = [model, ", ".join(of_task), numbers, state, reason, ", ".join(shown) or MISSING]
-        rows.append(Row(heads=(label,), cells=[Cell(word) for word in words]))
-    columns = [Column("", name) for name in ("model", "task", "seed", "state", "reason", "folder")]
-    return Table(title="Runs without a number", stubs=("Method",), columns=columns, rows=rows, of_words=True)
+        rows.append((label, model, ", ".join(of_task), numbers, state, reason, ", ".join(shown) or MISSING))
+    names = ("model", "task", "seed", "state", "reason", "folder")
+    return words_table("Runs without a number", "Method", names, rows)
 
 
 def _numbers(cells: Iterable[Measured], anchors: Anchors, scale: float) -> dict[str, list[Number]]:

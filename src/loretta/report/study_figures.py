@@ -46,9 +46,8 @@ def figures_of(results: Results, root: Path, looks: Mapping[str, Look]) -> list[
     elif view == "cost":
         groups.append(Group(title="Cost of one training step", charts=_bars(results, looks, QUANTITIES)))
     elif view == "bytes":
-        groups.append(
-            Group(title="Bytes of the trained parameters", charts=_bars(results, looks, {"bytes": "bytes as float32"}))
-        )
+        charts = _bars(results, looks, {"bytes": "bytes as float32"})
+        groups.append(Group(title="Bytes of the trained parameters", charts=charts))
     if results.study.kind == "train":
         title = "Validation loss during training"
         groups.append(Group(title=title, charts=_curves(results, root, looks), opened=view == "curves"))
@@ -139,8 +138,6 @@ def count_of(printed: str | None) -> float | None:
 
 
 def _line(label: str, look: Look, points: Sequence[tuple[float, Cell]], scale: float, *, joined: bool = False) -> Line:
-    """The means of cells at their x, with their intervals."""
-
     def scaled(values: Iterable[float | None]) -> list[float]:
         return [math.nan if value is None else drawable(scale * value) for value in values]
 
@@ -188,8 +185,7 @@ def _note(cells: Iterable[Cell], lines: Iterable[Line]) -> str:
     bars = "Bars: 95% interval over seeds" if known else "One seed each, so no intervals"
     if any(_drawn_interval(cell) != (cell.low, cell.high) for cell in known):
         bars += ", cut off where no score can be"
-    bars += "."
-    return " ".join(filter(None, [bars, HOLLOW if any(line.hollow for line in lines) else ""]))
+    return f"{bars}. {HOLLOW}" if any(line.hollow for line in lines) else f"{bars}."
 
 
 def _ranks(results: Results) -> list[Chart]:
@@ -239,7 +235,6 @@ def _shapes(results: Results) -> list[Chart]:
 
 
 def _steps(results: Results, looks: Mapping[str, Look]) -> list[Chart]:
-    """The score on each task after each step of a sequence."""
     found: dict[tuple[str, tuple[str, ...], str], dict[str, list[tuple[float, Cell]]]] = {}
     for cell in results.cells:
         if cell.stage is not None and cell.mean is not None and cell.task != AVERAGE:
@@ -275,7 +270,6 @@ def _bars(results: Results, looks: Mapping[str, Look], quantities: Mapping[str, 
 
 
 def _curves(results: Results, root: Path, looks: Mapping[str, Look]) -> list[Chart]:
-    """Validation loss by step for each model and task, over the seeds of each method."""
     found: dict[tuple[str, str], dict[str, list[list[tuple[int, float]]]]] = {}
     labels = {}
     for run in results.planned:
@@ -304,22 +298,15 @@ def _curves(results: Results, root: Path, looks: Mapping[str, Look]) -> list[Cha
         ]
         windows = {window for _, window in curves.values()}
         if lines:
-            charts.append(
-                Chart(
-                    title=_titled(results, model, task),
-                    y_label="validation loss",
-                    lines=lines,
-                    note=f"Line and band: mean and standard deviation of all seeds over {_span(windows)}.",
-                )
-            )
+            note = f"Line and band: mean and standard deviation of all seeds over {_span(windows)}."
+            charts.append(Chart(title=_titled(results, model, task), y_label="validation loss", lines=lines, note=note))
     return charts
 
 
 def _span(windows: set[int]) -> str:
     if windows == {1}:
         return "each evaluation, too few to smooth"
-    ends = sorted({min(windows), max(windows)})
-    return f"{' to '.join(map(str, ends))} neighbouring evaluations"
+    return f"{' to '.join(map(str, sorted({min(windows), max(windows)})))} neighbouring evaluations"
 
 
 def smooth(seeds: Sequence[Sequence[tuple[int, float]]]) -> tuple[list[tuple[int, float, float]], int]:

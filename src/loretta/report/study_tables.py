@@ -8,8 +8,8 @@ from pathlib import Path
 from loretta.errors import InputError
 from loretta.record import RunRecord
 from loretta.report.figures import Look
-from loretta.report.tables import Cell, Column, Row, Table, count, number, seconds, size
-from loretta.studies.results import AVERAGE, Results, Score, find_row, interval
+from loretta.report.tables import Cell, Column, Row, Table, number, seconds, size, words_table
+from loretta.studies.results import AVERAGE, Results, find_row, interval
 from loretta.studies.results import Cell as Measured
 from loretta.studies.show import figure, with_half
 from loretta.studies.study import Planned
@@ -97,7 +97,6 @@ def _parameters(cells: Iterable[Measured]) -> Cell:
 
 
 def _scores(results: Results, model: str, anchors: Anchors, looks: Mapping[str, Look]) -> Table:
-    """A row per method (and order), a column per task."""
     study = results.study
     cells = [cell for cell in results.final() if cell.model == model]
     tasks = list(dict.fromkeys(cell.task for cell in cells))
@@ -190,14 +189,10 @@ def _lost(found: Mapping[tuple[int, str], Measured], task: str, order: tuple[str
     own, last = found.get((order.index(task) + 1, task)), found.get((len(order), task))
     if own is None or last is None:
         return Cell(MISSING)
-    before, after = _by_seed(own.scores), _by_seed(last.scores)
+    before, after = ({score.seed: score.value for score in cell.scores} for cell in (own, last))
     lost = [before[seed] - after[seed] for seed in sorted(before.keys() & after.keys())]
     mean, _, high = interval(lost)
     return Cell(with_half(mean, high, scale), note=own.seeds if len(lost) < own.asked else "")
-
-
-def _by_seed(scores: Iterable[Score]) -> dict[int, float]:
-    return {score.seed: score.value for score in scores}
 
 
 def _factors(results: Results, model: str, anchors: Anchors) -> Table:
@@ -214,24 +209,19 @@ def _factors(results: Results, model: str, anchors: Anchors) -> Table:
         norms = options.get("train_norms", LorettaConfig.train_norms)
         name = cell.label.partition(",")[0]
         found.setdefault((name, HEADS.get(head, head)), {})[cell.task, norms] = cell
+    states = [(task, norms) for task in tasks for norms in (False, True)]
     return Table(
         title=f"Norms × classifier, {model}",
         stubs=("Method", "Classifier"),
-        columns=[Column(task, f"norms {norms}") for task in tasks for norms in ("frozen", "trained")],
+        columns=[Column(task, "norms trained" if norms else "norms frozen") for task, norms in states],
         rows=[
-            Row(
-                heads=heads,
-                cells=[
-                    measured(of.get((task, norms)), study.scale, anchors) for task in tasks for norms in (False, True)
-                ],
-            )
+            Row(heads=heads, cells=[measured(of.get(at), study.scale, anchors) for at in states])
             for heads, of in found.items()
         ],
     )
 
 
 def _trains(results: Results, model: str, root: Path) -> Table:
-    """The modes and ranks of each row's trains, from its first record."""
     rows = []
     seen = set()
     for cell in results.final():
@@ -241,25 +231,17 @@ def _trains(results: Results, model: str, root: Path) -> Table:
         for train in RunRecord.load(root / cell.scores[0].folder / "run.json").trains:
             modes, ranks = (" × ".join(map(str, numbers)) for numbers in (train.modes, train.ranks))
             sizes = f"{train.in_features} × {train.out_features}"
-            words = [f"{train.count} × {train.at}", sizes, modes, ranks.replace(" × ", ", ")]
-            rows.append(Row(heads=(cell.label,), cells=[*map(Cell, words), count(train.shape().n_params)]))
+            at, entries = f"{train.count} × {train.at}", f"{train.shape().n_params:,}"
+            rows.append((cell.label, at, sizes, modes, ranks.replace(" × ", ", "), entries))
     names = ("where", "matrix", "modes", "ranks", "entries of one")
-    return Table(
-        title=f"Tensor trains, {model}",
-        stubs=("Method",),
-        columns=[Column("", name) for name in names],
-        rows=rows,
-        of_words=True,
-    )
+    return words_table(f"Tensor trains, {model}", "Method", names, rows)
 
 
 def _tried(results: Results, root: Path) -> Table:
     """The settings that a sweep tried, each with its validation score, and which one it chose."""
-    chosen_on = "Chosen on the validation split with one seed"
-    if any(cell.split == "validation" for cell in results.cells):
-        caption = f"{chosen_on}: scores of that split favour what was chosen."
-    else:
-        caption = f"{chosen_on}; the test split was not looked at."
+    is_scored = any(cell.split == "validation" for cell in results.cells)
+    meaning = ": scores of that split favour what was chosen" if is_scored else "; the test split was not looked at"
+    caption = f"Chosen on the validation split with one seed{meaning}."
     cells: dict[tuple[str, str, str], list[Planned]] = {}
     for run in results.planned:
         cells.setdefault((run.label, run.model, run.task), []).append(run)
@@ -268,15 +250,9 @@ def _tried(results: Results, root: Path) -> Table:
         if any(run.candidate for run in runs):
             first = runs[0].seed
             tried = [_one_try(results, root, run) for run in runs if run.seed == first]
-            rows.append(Row(heads=(label,), cells=[Cell(model), Cell(task), Cell("; ".join(tried))]))
-    return Table(
-        title="Settings tried",
-        stubs=("Method",),
-        columns=[Column("", name) for name in ("model", "task", "learning rate and batch size: validation score")],
-        rows=rows,
-        caption=caption,
-        of_words=True,
-    )
+            rows.append((label, model, task, "; ".join(tried)))
+    names = ("model", "task", "learning rate and batch size: validation score")
+    return words_table("Settings tried", "Method", names, rows, caption)
 
 
 def _one_try(results: Results, root: Path, run: Planned) -> str:
@@ -336,7 +312,6 @@ def _ratio(value: float | None, reference: float | None) -> Cell:
 
 
 def _counts(results: Results, model: str, anchors: Anchors, looks: Mapping[str, Look]) -> Table:
-    """Trained parameters and their bytes, with the factor to the smallest."""
     rows = by_row(cell for cell in results.cells if cell.model == model)
     values = {key: cells["bytes"].mean for key, cells in rows.items() if "bytes" in cells}
     smallest = min((value for value in values.values() if value), default=None)

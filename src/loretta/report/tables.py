@@ -1,7 +1,7 @@
 """Tables of text, which every format of the report shows, and how numbers become their text."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
@@ -57,6 +57,18 @@ class Table:
     def groups(self) -> list[tuple[str, int]]:
         """Neighbouring columns of one heading: its text and their number."""
         return [(name, len(list(group))) for name, group in groupby(self.columns, key=lambda column: column.group)]
+
+
+def words_table(title: str, stub: str, names: Iterable[str], rows: Iterable[Sequence[str]], caption: str = "") -> Table:
+    """A table whose cells are words; the first of each row is its heading."""
+    return Table(
+        title=title,
+        stubs=(stub,),
+        columns=[Column("", name) for name in names],
+        rows=[Row(heads=(head,), cells=[Cell(word) for word in words]) for head, *words in rows],
+        caption=caption,
+        of_words=True,
+    )
 
 
 def number(value: float | None) -> Cell:

@@ -76,8 +76,8 @@ def load_table(
     Without a validation file, 20% of the rows are held out by ``seed``, in each class alike; rows with the same texts
     stay on one side.
 
-    Raises InputError: a file that cannot be read as its ending says, a column that it lacks, a missing cell, labels
-    whose kind cannot be told or that training lacks, or too few rows to split.
+    Raises InputError: a file or column that cannot be read, a missing cell, labels whose kind cannot be told or that
+    training lacks, or too few rows to split.
     """
     if kind == "language_modeling":
         raise InputError(f"kind 'language_modeling' has no labels, got the column {quoted(label)}: drop one of the two")
@@ -121,7 +121,6 @@ def load_table(
 
 
 def _doubts_of_texts(rows: Sequence[Row], column: str) -> list[str]:
-    """A sentence on each likely mistake in the texts beside their labels."""
     labels: dict[tuple[str, ...], set[str]] = {}
     for row in rows:
         labels.setdefault(text_key(row.texts), set()).add(str(row.label))
@@ -167,8 +166,7 @@ def load_text(
     ``text`` names the column ("text" by default). Without a validation file, 10% of the documents are held out by
     ``seed``; equal documents stay on one side.
 
-    Raises InputError: a file that cannot be read as its ending says, a column that it lacks, a missing cell, or too few
-    documents to split.
+    Raises InputError: a file or column that cannot be read, a missing cell, or too few documents to split.
     """
     splits = split_rows(
         path,

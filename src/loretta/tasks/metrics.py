@@ -80,7 +80,6 @@ def metric_range(name: str) -> tuple[float, float]:
 
 
 def _of_classes(function: str, predicted: NDArray, expected: NDArray, **options: Any) -> float:
-    """``function`` of sklearn.metrics."""
     from sklearn import metrics
 
     return getattr(metrics, function)(expected, predicted, **options)
@@ -106,7 +105,6 @@ def _mse(predicted: NDArray, expected: NDArray) -> float:
 
 
 def _correlation(function: str, predicted: NDArray, expected: NDArray) -> float:
-    """``function`` of scipy.stats."""
     from scipy import stats
 
     if not np.isfinite(predicted).all():

@@ -48,8 +48,7 @@ def read_columns(path: Path, names: Sequence[str], separator: str | None = None)
     ``separator`` replaces the comma of CSV and the tab of TSV. Cells of CSV and TSV are str; those of the other formats
     are what the file holds, or None where a line of JSON lacks the key.
 
-    Raises InputError: a file that does not exist, a folder, an empty file, an ending that is not a table's, content
-    that is not what the ending says, rows of unequal length, or a column that the file lacks.
+    Raises InputError: no readable file of rows as its ending says, or a column that it lacks.
     """
     if _format(path, TABLE_ENDINGS) == ".parquet":
         return _read_parquet(path, names)
@@ -59,11 +58,7 @@ def read_columns(path: Path, names: Sequence[str], separator: str | None = None)
 
 
 def read_documents(path: Path) -> list[str]:
-    """The paragraphs of a plain text file, cut at blank lines, without the space around them.
-
-    Raises InputError: a file that does not exist, a folder, an empty file, an ending that is not plain text's, or
-    content that is not UTF-8 text.
-    """
+    """The paragraphs of a plain text file, cut at blank lines, stripped. Raises InputError for any other file."""
     _format(path, TEXT_ENDINGS)
     text = text_of(path).replace("\r\n", "\n").replace("\r", "\n")
     documents = [part.strip() for part in re.split(r"\n[ \t]*\n", text) if part.strip()]
@@ -183,6 +178,7 @@ def _parse_jsonl(path: Path) -> Columns:
     text = text_of(path)
     if text.lstrip().startswith("[") and (listed_rows := _parse_list(path, text)) is not None:
         return listed_rows
+    has_escapes = "\\ud" in text.lower()
     # not splitlines(): JSON strings may hold U+2028, which it would take for a line end
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -194,17 +190,7 @@ def _parse_jsonl(path: Path) -> Columns:
             raise InputError(
                 f"'{path}' line {number} is {whole} ({quoted(line.strip())}): write one JSON object per line"
             ) from None
-        if not isinstance(row, dict):
-            raise InputError(
-                f"'{path}' line {number} is a JSON {type(row).__name__}, not an object "
-                f"({quoted(line.strip())}): write one JSON object per line"
-            )
-        if "\\ud" in line.lower() and not _is_unicode(row):
-            raise InputError(
-                f"'{path}' line {number} holds half a character, a lone surrogate ({quoted(line.strip())}): "
-                f"write characters beyond U+FFFF as two escapes or as UTF-8"
-            )
-        rows.append(row)
+        rows.append(_object(row, f"'{path}' line {number}", has_escapes=has_escapes))
     if not rows:
         raise InputError(f"'{path}' holds nothing but blank lines: give a file with rows in it")
     return _by_columns(rows)
@@ -218,18 +204,22 @@ def _parse_list(path: Path, text: str) -> Columns | None:
         return None
     if not rows:
         raise InputError(f"'{path}' is an empty JSON list: give a file with rows in it")
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            shown = quoted(json.dumps(row)[:100])
-            raise InputError(
-                f"'{path}' item {number} of the list is no JSON object ({shown}): write one object for each row"
-            )
-        if "\\ud" in text.lower() and not _is_unicode(row):
-            raise InputError(
-                f"'{path}' item {number} of the list holds half a character, a lone surrogate: write characters beyond "
-                "U+FFFF as two escapes or as UTF-8"
-            )
-    return _by_columns(rows)
+    escapes = "\\ud" in text.lower()
+    items = (_object(row, f"'{path}' item {n} of the list", has_escapes=escapes) for n, row in enumerate(rows, start=1))
+    return _by_columns(list(items))
+
+
+def _object(row: Any, where: str, *, has_escapes: bool) -> dict[str, Any]:
+    """``row``. Raises InputError unless it is an object of whole characters."""
+    if not isinstance(row, dict):
+        shown = quoted(json.dumps(row)[:100])
+        raise InputError(f"{where} is no JSON object ({shown}): write one JSON object for each row")
+    if has_escapes and not _is_unicode(row):
+        raise InputError(
+            f"{where} holds half a character, a lone surrogate ({quoted(json.dumps(row)[:100])}): write characters "
+            "beyond U+FFFF as two escapes or as UTF-8"
+        )
+    return row
 
 
 def _by_columns(rows: Sequence[dict[str, Any]]) -> Columns:
@@ -292,7 +282,6 @@ def _parquet_texts(path: Path, names: Sequence[str]) -> list[str]:
 
 
 def _unfolded(array: Any) -> int:
-    """The bytes of an Arrow array with each text written out."""
     import numpy as np
     import pyarrow as pa
     import pyarrow.compute as pc

@@ -74,8 +74,7 @@ Source = Path | Separated | HubSplit | Several
 def find_files(given: str, separator: str | None = None) -> Source:
     """A file, or several: with commas between them, by a pattern (``data/*.csv``), or all data files of a folder.
 
-    Raises InputError: a pattern or a folder without data files, files of different kinds, and a ``separator`` for a
-    file that is neither CSV nor TSV.
+    Raises InputError for none, for files of different kinds, and for a ``separator`` where none is CSV or TSV.
     """
     parts = [given] if "," not in given or os.path.exists(given) else [part.strip() for part in given.split(",")]
     files = [file for part in parts for file in _expand(part)]

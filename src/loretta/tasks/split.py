@@ -40,12 +40,9 @@ def split_rows(
 ) -> Splits[Row]:
     """Training rows and those of further files; without a file for validation some ``rows`` are held out for it.
 
-    Args:
-        source: the file of ``rows``.
-        read: reads the rows of another file.
-        key: the texts of a row. Rows with equal texts stay on one side.
-        label: the class of a row, where each class is to be held out alike.
-        called, alike, add: words for the rows, for those that stay together, and for what a user may add.
+    Rows with the same ``key`` stay on one side; of each ``label`` the same share is held out. ``source`` is the file of
+    ``rows``, ``read`` reads another one; ``called``, ``alike`` and ``add`` are words for the rows, for those that stay
+    together, and for what a user may add.
 
     Raises InputError where too few texts differ to hold any out.
     """
@@ -99,7 +96,6 @@ def text_key(text: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _take(groups: list[list[int]], share: float, rng: random.Random) -> list[int]:
-    """Rows of whole groups, at most ``share`` of all rows if that is possible."""
     if len(groups) < 2:
         return []
     order = list(groups)

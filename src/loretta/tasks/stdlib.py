@@ -49,9 +49,8 @@ def load(root: Path | None = None) -> Task:
     The sentences are taken from the docstrings in the running Python's sources (or those under ``root``), which are
     parsed and never imported; the same sources give the same task. The classes are the 16 parts with the most
     sentences, at most 400 of each. Of every part 70% / 10% / 20% are train / validation / test, by the SHA-256 of the
-    sentence. The text is left as it is: some sentences name their module.
-
-    Raises InputError: fewer than 2 parts or 200 sentences, as with a Python that ships without sources.
+    sentence. The text is left as it is: some sentences name their module. Raises InputError
+    where a Python ships without sources.
     """
     root = Path(sysconfig.get_paths()["stdlib"]) if root is None else root
     found = sentences_by_part(root)

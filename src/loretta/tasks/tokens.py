@@ -38,8 +38,8 @@ def load_tokens(
     The columns are "tokens" and "tags" or "ner_tags" where they are not given. Tags as B-PER, I-PER and O are scored by
     entity, others by token. Without a validation file 10% of the rows are held out by ``seed``.
 
-    Raises InputError: a file or column that cannot be read, lists of unequal length or cells that are not text (with
-    row and column), a tag that the training file lacks, and too few rows to split.
+    Raises InputError: a file or column that cannot be read, lists that do not match, a tag that the training file
+    lacks, or too few rows to split.
     """
     names = column_names(path)
     tokens, tags = tokens or TOKENS, tags or tags_of(names) or TAGS[0]

@@ -41,8 +41,8 @@ def load_turns(
     pairs of answers, and "chat" for the others; ``kind="chat"`` also turns prompts and completions into conversations.
     Without a validation file, 10% of the rows are held out by ``seed``; rows that ask the same stay on one side.
 
-    Raises InputError: a file that cannot be read, a row that cannot be trained (a message without text, an unknown
-    role, no answer of the assistant), files of different forms, or too few rows to split.
+    Raises InputError: a file that cannot be read, a row that cannot be trained, files of different forms, or too few
+    rows to split.
     """
     splits = split_rows(
         path,
@@ -80,8 +80,7 @@ def load_turns(
 def read_turns(path: Source, kind: Kind | None = None) -> list[Row]:
     """The rows of a file: "messages", or "prompt" with "completion" or with "chosen" and "rejected".
 
-    Prompts and answers are text, or lists of messages.
-    Raises InputError as :func:`load_turns` does.
+    Prompts and answers are text, or lists of messages. Raises InputError as :func:`load_turns` does.
     """
     found = column_names(path)
     names = turns_of(found)

@@ -26,11 +26,9 @@ class AdaptiveRanks(TrainerCallback, ExportableState):
     ends, the model holds an ordinary adapter of the final ranks (``rank_pattern``) within the budget.
 
     Args:
-        budget: "20k" (parameters), "80kB" (bytes of the saved adapter in float32), or a number of parameters: all that
-            is trained, as for ``loretta plan``.
+        budget: of all that is trained, as for ``loretta plan``: "20k" (parameters), "80kB" (bytes in float32), or a
+            number of parameters.
         begin, end: shares of the steps.
-        cuts: how many times ranks are lowered.
-        adapter_name: of the adapter.
 
     Raises InputError at the start of the training for an adapter that is not rep, and a budget too small for rank 1.
     """

@@ -92,7 +92,6 @@ def _step(path: Path) -> int:
 
 
 def _best(path: Path) -> Path | None:
-    """The checkpoint that was the best one when this one was written."""
     step = json.loads((path / TRAINER_STATE_NAME).read_bytes()).get("best_global_step")
     return path.with_name(f"{NAME}{step}") if step else None
 

@@ -259,7 +259,6 @@ def recorded_config(options: Mapping[str, Any], file: Path) -> RunConfig:
 
 
 def _put(raw: dict[str, Any], key: str, value: Any) -> None:
-    """File an option under the run, or under its method."""
     key = ALIASES.get(key, key)
     if key == "method_args" and isinstance(value or {}, dict):
         raw["method_args"] = {**raw["method_args"], **(value or {})}

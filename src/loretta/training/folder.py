@@ -156,10 +156,7 @@ def find_place(config: RunConfig, *, resume: bool, overwrite: bool) -> Place:
 
 
 def _goes_on(folder: Path, config: RunConfig) -> bool:
-    """Whether the run is longer than the finished one in the folder.
-
-    Raises InputError where there is no checkpoint of that to go on from.
-    """
+    """Whether the run is longer than the finished one in the folder. Raises InputError without checkpoints of that."""
     if not (folder / RECORD).is_file():
         return False
     record = RunRecord.load(folder / RECORD)
@@ -177,10 +174,7 @@ def _goes_on(folder: Path, config: RunConfig) -> bool:
 
 
 def changed_options(folder: Path, config: RunConfig) -> list[str]:
-    """The options that are not as in the run that ``folder`` holds, a few words each.
-
-    Raises InputError when the options in it cannot be read.
-    """
+    """The options that are not as in the run in ``folder``, a few words each. Raises InputError for unreadable ones."""
     try:
         # a run of an earlier version lacks the options that came later, and the model knows their defaults
         before = RunConfig.model_validate_json(read_plain(folder / CONFIG)).model_dump()

@@ -63,7 +63,6 @@ class _Spelling(TextStreamer):
 
 @torch.inference_mode()
 def _go_on(run: LoadedRun, given: Any, sampling: Sampling, streamer: TextStreamer | None = None) -> str:
-    """The continuation of one text as token ids."""
     inputs = given.to(run.model.device)
     inputs.pop("token_type_ids", None)
     out = run.model.generate(**inputs, **sampling.options(run), streamer=streamer)

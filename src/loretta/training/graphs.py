@@ -258,7 +258,6 @@ class CudaGraphTrainer(Trainer):
             _, self._norm = graphs.update()
 
     def _optimizer(self) -> torch.optim.Optimizer:
-        """The optimizer itself, without Accelerate's wrapper."""
         return getattr(self.optimizer, "optimizer", self.optimizer)
 
     def _can_record_update(self) -> bool:

@@ -62,9 +62,7 @@ def load_base(
     """The base model with the head that the kind of task needs; a new head is random, so set the seed before.
 
     ``quantize`` names the form of the weights of its linear layers (:mod:`loretta.training.quantization`); such a
-    base comes on the accelerator unless ``cpu``, any other on the CPU.
-
-    Raises InputError when it cannot be loaded.
+    base comes on the accelerator unless ``cpu``, any other on the CPU. Raises InputError when it cannot be loaded.
     """
     wanted: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     if quantize is not None:

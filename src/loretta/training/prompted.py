@@ -176,10 +176,8 @@ def judge(
 ) -> Judged:
     """Score a split: the training's loss, and the metrics of the likeliest options or of generated answers.
 
-    Args:
-        texts: the examples as :func:`encode_examples` gives them, with all options.
-        answer: False leaves out the metrics of generated answers.
-        progress: words in front of a progress bar, which a terminal shows.
+    ``texts`` are the examples as :func:`encode_examples` gives them, with all options; without ``answer`` nothing is
+    generated; ``progress`` is the words in front of a progress bar.
     """
     with _evaluating(model, config):
         scores = option_scores(model, texts, pad_id(tokenizer), config.eval_batch_size, progress=progress)

@@ -25,7 +25,6 @@ def quantized_loading(name: str, *, task_type: str, dtype: str = "float32", cpu:
     """Options for ``from_pretrained`` with which it quantises the linear layers of a base while loading it.
 
     The base lands on the accelerator where there is one, unless ``cpu``: many quantised weights cannot be moved later.
-
     Raises InputError for an unknown name and for a missing package.
     """
     if name not in _PACKAGES:

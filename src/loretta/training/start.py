@@ -23,10 +23,8 @@ def prepare_model(
 ) -> tuple[Trained, bool]:
     """The base model with the method on it, and whether it has to compute in bfloat16.
 
-    A new head and a new adapter are random: set the seed before.
-
-    Raises InputError for a method that is none or does not fit, a model that cannot be loaded, and a ``start_from``
-    that is no run of the same kind.
+    A new head and a new adapter are random: set the seed before. Raises InputError for a method that does not fit, a
+    model that cannot be loaded, and a ``start_from`` that is no run of the same kind.
     """
     whole = find_method(config.method) is FULL
     before = None if config.start_from is None else find_start(config, task)

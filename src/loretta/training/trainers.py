@@ -31,11 +31,7 @@ from loretta.wording import nearest, one_line, quoted
 
 
 def make_trainer(data: Data, model: Trained, folder: Path) -> TwoRateTrainer:
-    """The Trainer of a run: AdamW, best checkpoint on validation, one line of progress with an ETA.
-
-    Args:
-        folder: of the run, below which it writes its checkpoints.
-    """
+    """The Trainer of a run: AdamW, best checkpoint on validation, one line of progress with an ETA."""
     config, task = data.config, data.task
     if "tensorboard" in reporters(config):
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / TENSORBOARD)

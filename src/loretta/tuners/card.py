@@ -84,7 +84,6 @@ def leave_out_local_base(folder: Path) -> None:
 
 
 def _describe(card: ModelCard, config: Mapping[str, Any], base: str | None) -> None:
-    """Fill in the metadata."""
     card.data["library_name"] = "peft"
     card.data["tags"] = [*(card.data.get("tags") or []), *_TAGS]
     _name_base(card, base)
@@ -172,7 +171,6 @@ def _insert(text: str, ours: str, title: str) -> str:
 
 @cache
 def _placeholders() -> str:
-    """What the Hub's library writes where nobody has described an adapter."""
     return ModelCard.from_template(ModelCardData()).text
 
 

@@ -87,7 +87,6 @@ def _rows(column: Sequence[Tensor], world: int) -> int:
 
 
 def _size(column: Sequence[Tensor], world: int) -> int:
-    """How many numbers of a column each process sends."""
     return len(column) * _rows(column, world) * math.prod(column[0].shape[1:])
 
 

@@ -14,12 +14,7 @@ from loretta.tuners.recorded import Recordings, serves
 
 
 class Group:
-    """Equal pairs of trains.
-
-    Args:
-        scale: the scales of all pairs as one tensor, where they are kept as one.
-        is_sharded: whether FSDP2 has sharded their parameters.
-    """
+    """Equal pairs of trains. ``scale`` holds those of all pairs, where they are kept as one tensor."""
 
     def __init__(self, pairs: Sequence[Pair], scale: Tensor | None, *, is_sharded: bool = False) -> None:
         self.is_sharded = is_sharded

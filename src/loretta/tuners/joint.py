@@ -71,12 +71,7 @@ class JointLayer(nn.Module):
     def contract_stacks(
         cls, pairs: Sequence[Pair], stacks: Sequence[Tensor], scale: float | Tensor, dtype: torch.dtype
     ) -> Factors:
-        """The finished factors of equal pairs, side by side.
-
-        Args:
-            stacks: what :meth:`stack` returns.
-            scale: of each pair, (M, 1, 1), or of all.
-        """
+        """The finished factors of equal pairs, of what :meth:`stack` returns; ``scale`` is (M, 1, 1) or for all."""
         layer, name, _ = next(typed(pairs))
         placement = layer.placements[name]
         down, up, *biases = stacks

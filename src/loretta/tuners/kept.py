@@ -25,9 +25,8 @@ class _Entry:
 class Kept:
     """Contracts each group of trains once, and again when torch counts a write to its cores.
 
-    Args:
-        refuses_writes: raise InputError at a write instead. Torch does not count every write, so :meth:`check` also
-            compares the values.
+    With ``refuses_writes`` a write is an InputError instead. Torch does not count every write, so :meth:`check` also
+    compares the values.
     """
 
     def __init__(self, *, refuses_writes: bool) -> None:

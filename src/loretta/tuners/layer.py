@@ -180,7 +180,6 @@ class LorettaLayer(JointLayer, AdaptedModule):
         note_change()
 
     def _finish_adding(self, adapter_name: str, dropout: float) -> None:
-        """Beside new trains: their dropout, device and dtype."""
         self._part("dropout")[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
         self.drops[adapter_name] = bool(dropout)
         self._cast(adapter_name, torch.promote_types(self.working_dtype(), torch.float32))

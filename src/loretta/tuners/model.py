@@ -273,7 +273,6 @@ class LorettaModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
     def _update_layer(self, layer: Any, adapter_name: str, config: Any, name: str, module: nn.Module) -> None:
-        """Add one adapter's trains to a layer."""
         layer.update_layer(adapter_name, self.place(config, name, module), config)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:

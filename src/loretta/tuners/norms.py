@@ -143,7 +143,6 @@ class TrainedNorm(nn.Module, AdaptedModule):
         return self._call_base(self._running(), (x, *args), kwargs)
 
     def _call_base(self, weights: Mapping[str, float], args: Any, kwargs: Any) -> Tensor:
-        """The base with the weighted sum of the changes of some adapters."""
         parts = (self.base_layer, *(getattr(self, attribute) for attribute in self.adapter_layer_names))
         if not any(map(is_offloaded, parts)):
             return _call(self.base_layer, self.with_changes(weights), args, kwargs)
@@ -154,7 +153,6 @@ class TrainedNorm(nn.Module, AdaptedModule):
             return _call(self.base_layer, self.with_changes(weights), args, kwargs, own_forward=True)
 
     def _mixed(self, adapter_names: Sequence[str], x: Tensor, args: Any, kwargs: Any) -> Tensor:
-        """One adapter for each row of ``x``."""
         if isinstance(x, nn.Parameter) and not self.merged:
             # DeBERTa norms its embeddings of distances, which all rows share
             warnings.warn(

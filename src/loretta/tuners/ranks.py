@@ -26,10 +26,6 @@ Shapes = tuple[tt.TTShape, tt.TTShape]
 class RankedTrains:
     """The trains of one rep adapter. Each module's pair has one rank, which can be lowered.
 
-    Args:
-        model: that PEFT has wrapped.
-        adapter_name: the adapter; its ranks now are the highest ones.
-
     Raises InputError for an adapter that is not rep, that subtracts its start, or that is sharded or elsewhere.
     """
 
@@ -141,11 +137,8 @@ class RankedTrains:
 def allot(masses: Mapping[str, Sequence[float]], sizes: Mapping[str, Sequence[int]], budget: int) -> dict[str, int]:
     """The rank of each module, from 1 up to ``len(sizes[name])``, so that all take at most ``budget`` parameters.
 
-    From the highest ranks down, the next rank to go is the one that loses the least mass for each parameter it frees.
-
-    Args:
-        masses: what a module loses at ranks 1, 2, ...; it falls with the rank.
-        sizes: its parameters at these ranks.
+    From the highest ranks down, the next rank to go is the one that loses the least mass for each parameter it frees:
+    ``masses`` are what a module loses at ranks 1, 2, ..., ``sizes`` its parameters there.
 
     Raises InputError where rank 1 everywhere takes more.
     """
@@ -176,5 +169,4 @@ def _leading(cores: Cores, shape: tt.TTShape) -> list[Tensor]:
 
 
 def _exactly(name: str) -> str:
-    """A key of a pattern that this module alone has."""
     return f"^{re.escape(name)}"

@@ -102,12 +102,7 @@ class Graph:
 
 
 class Recording:
-    """A differentiable function of a few tensors, recorded.
-
-    Args:
-        function: of tensors like ``inputs``; the same operations in each call.
-        trains: whether gradients are to be had, of those ``inputs`` that require them.
-    """
+    """A differentiable function of tensors like ``inputs``, recorded; with ``trains`` it has gradients."""
 
     def __init__(self, function: Function, inputs: Sequence[Tensor], *, trains: bool) -> None:
         self.function = function

@@ -68,9 +68,7 @@ class PromptedTask:
     scorer: Scorer = field(repr=False)
 
     def score(self, predictions: Sequence[Any], examples: Sequence[Example]) -> dict[str, float]:
-        """Metric -> fraction from 0 to 1. A prediction is the index of an option, or generated text.
-
-        Generated text counts up to :data:`STOP`, without the space around it.
+        """Metric -> fraction from 0 to 1. A prediction is the index of an option, or generated text up to :data:`STOP`.
 
         Raises InputError: no examples, or not as many predictions as examples.
         """

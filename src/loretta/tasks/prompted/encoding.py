@@ -119,7 +119,6 @@ def _encode_all(
 
 
 def _lead(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:
-    """The tokens that the tokenizer puts in front of the text, which is not empty."""
     plain, whole = (_tokenize(tokenizer, text, add_special_tokens=add) for add in (False, True))
     n_added = len(whole) - len(plain)
     return whole[: next((n for n in range(n_added + 1) if whole[n : n + len(plain)] == plain), 0)]

@@ -20,12 +20,7 @@ from loretta.training.trainer import TwoRateTrainer
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """The trainer of a kind of task.
-
-    Args:
-        options: of the trainer, beside those that every run has.
-        arguments: makes the Trainer's options out of those that every run has.
-    """
+    """The trainer of a kind of task, its options beside those of every run, and what holds the arguments of both."""
 
     trainer: type[TwoRateTrainer]
     options: Mapping[str, Any]

@@ -93,11 +93,9 @@ class Prompts(Form):
 
 
 def _golds(examples: Any) -> list[int]:
-    """The place of the right option of each example."""
     return [example.correct[0] for example in examples if example.correct]
 
 
 def _probability(log_probabilities: Sequence[float]) -> float:
-    """Of the likeliest option among all of them."""
     values = np.array(log_probabilities)
     return finite(float(np.exp(values.max() - np.logaddexp.reduce(values))))

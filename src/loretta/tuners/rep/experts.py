@@ -80,14 +80,12 @@ class RepExperts(RepLinear):
             return functional_call(self.base_layer, {self._path(): self._updated(names)}, args, kwargs)
 
     def _path(self) -> str:
-        """The parameter's name below ``base_layer``."""
         path, layer = self.parameter_name, self.base_layer
         while isinstance(layer, RepExperts):
             path, layer = f"base_layer.{path}", layer.base_layer
         return path
 
     def _updated(self, names: Sequence[str]) -> Tensor:
-        """The parameter with the updates of some adapters added."""
         weight = self._base_weight()
         with own_precision(weight):
             for name in names:
