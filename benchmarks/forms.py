@@ -248,7 +248,7 @@ def trained(configs: Sequence[RunConfig], cell: Cell, args: argparse.Namespace, 
     else:
         loop.train()
     name = "eval_" + str(loop.args.metric_for_best_model).removeprefix("eval_")
-    held_out = len(loop.members[0].encoded["validation"])
+    held_out = len(loop.members[0].splits["validation"])
     official, count = official_scores(loop, cell, args)
     wiki = perplexities(loop, words, args.data_dir) if words is not None else []
     same = {
@@ -302,7 +302,7 @@ def show_official(loop: Loop, task: str, args: argparse.Namespace) -> int:
         split_of_each, collator, loop.device, on_left=tokenizer.padding_side == "left", kind=loop.kind
     )
     for member in loop.members:
-        member.encoded["validation"] = encoded  # type: ignore[index]
+        member.splits["validation"] = encoded  # type: ignore[index]
     return len(encoded)
 
 

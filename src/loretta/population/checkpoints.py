@@ -57,11 +57,10 @@ def _files(member: Member) -> dict[int, Path]:
 
 
 def save(loop: Loop) -> None:
-    """Write the state of each member; older files go when all have the new one.
-
-    Raises Stopped where the disk is full.
-    """
-    random = _random_states(loop)
+    """Write the state of each member; older files go when all have the new one. Raises Stopped for a full disk."""
+    random = {RANDOM: torch.get_rng_state()}  # what dropout draws from, for all members at once
+    if loop.device.type == "cuda":
+        random[RANDOM_CUDA] = torch.cuda.get_rng_state(loop.device)
 
     def write(k: int) -> None:
         member = loop.members[k]
@@ -91,12 +90,6 @@ def for_all(work: Callable[[T], Any], each: Iterable[T]) -> None:
     """Write to the folders of several members at once: a disk takes many files as fast as one."""
     with ThreadPoolExecutor(WRITERS) as pool:
         list(pool.map(work, each))
-
-
-def _random_states(loop: Loop) -> dict[str, Tensor]:
-    """What dropout draws from, for all members at once."""
-    of_device = {RANDOM_CUDA: torch.cuda.get_rng_state(loop.device)} if loop.device.type == "cuda" else {}
-    return {RANDOM: torch.get_rng_state(), **of_device}
 
 
 def _write(file: Path, tensors: dict[str, Tensor], words: dict[str, Any]) -> None:

@@ -28,9 +28,8 @@ from loretta.population.graphs import Graphs
 from loretta.population.optimizer import MemberAdamW
 from loretta.population.population import Population
 from loretta.population.rows import Rows, mean_of_batches, near, row_losses
-from loretta.tasks.base import Task
 from loretta.training.batches import bucket
-from loretta.training.config import RunConfig
+from loretta.training.forms import Data
 from loretta.training.recordings import Recorder
 from loretta.training.trainer import TwoRateTrainer
 
@@ -48,12 +47,9 @@ MANY_ROWS = 2**28
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Member:
+class Member(Data):
     """One run of a population, with the Trainer that it would have alone."""
 
-    config: RunConfig
-    task: Task
-    encoded: Mapping[str, Any]
     trainer: TwoRateTrainer
 
 
@@ -61,7 +57,7 @@ class Rules:
     """The decisions of the members' own Trainers, collected while their model is still the ordinary one."""
 
     def __init__(self, members: Sequence[Member]) -> None:
-        sizes = {tuple(len(member.encoded[split]) for split in ("train", "validation")) for member in members}
+        sizes = {tuple(len(member.splits[split]) for split in ("train", "validation")) for member in members}
         if len(sizes) > 1:
             # seeds hold out different numbers of rows where texts of a table occur twice
             raise InputError(
@@ -88,9 +84,9 @@ class Rules:
         self.factors = torch.tensor(factors, dtype=torch.float64)  # (P, steps + 1)
         # members of one seed see the same data in the same order
         self.orders = {
-            (member.config.seed, id(member.encoded["train"])): member.trainer._get_train_sampler() for member in members
+            (member.config.seed, id(member.splits["train"])): member.trainer._get_train_sampler() for member in members
         }
-        self.order_of = [(member.config.seed, id(member.encoded["train"])) for member in members]
+        self.order_of = [(member.config.seed, id(member.splits["train"])) for member in members]
 
     def order(self, epoch: int) -> Tensor:
         """(P, examples): each member's examples in the order of an epoch."""
@@ -117,22 +113,14 @@ class Loop:
 
     Args:
         rules: those of the members, collected before the population replaced the modules of their model.
-        save: called with this loop after each evaluation.
-        after_step: called with this loop after each step and the evaluation that may follow it.
     """
 
-    def __init__(
-        self,
-        population: Population,
-        members: Sequence[Member],
-        rules: Rules,
-        *,
-        save: Callable[["Loop"], None] = lambda loop: None,
-        after_step: Callable[["Loop"], None] = lambda loop: None,
-    ) -> None:
+    def __init__(self, population: Population, members: Sequence[Member], rules: Rules) -> None:
         first = members[0]
         self.population, self.members, self.rules = population, members, rules
-        self.save, self.after_step = save, after_step
+        # called with this loop after each evaluation, and after each step and the evaluation that may follow it
+        self.save: Callable[[Loop], None] = lambda loop: None
+        self.after_step: Callable[[Loop], None] = lambda loop: None
         self.args, self.kind = first.trainer.args, first.task.kind
         self.device = population.values.device
         tokenizer: Any = first.trainer.processing_class
@@ -183,7 +171,7 @@ class Loop:
         self.losses(max(self.in_parts(longest.expand(self.population.size, -1)), key=lambda p: p["input_ids"].numel()))
 
     def _rows_of(self, split: str) -> Rows:
-        return Rows([member.encoded[split] for member in self.members], **self._of_rows)
+        return Rows([member.splits[split] for member in self.members], **self._of_rows)
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors that training changes, with a row for each member."""
@@ -273,7 +261,7 @@ class Loop:
         for k, (member, values) in enumerate(zip(self.members, scores, strict=True)):
             if not self.stopped[k]:
                 _append(member, values)
-                better[k] = self._is_best(member, values)
+                better[k] = member.trainer._determine_best_metric(values, None)
                 self.stopped[k] = self._has_stopped(member)
         keep = torch.tensor(better, device=self.device)[:, None]
         torch.where(keep, self.population.values, self.best, out=self.best)
@@ -283,17 +271,6 @@ class Loop:
     def _give_up(self, k: int) -> None:
         self.stopped[k], self.not_finite[k] = True, self.step
         logger.warning("'%s' is not finite at step %d, and stops", self.members[k].config.folder, self.step)
-
-    def _is_best(self, member: Member, values: Mapping[str, float]) -> bool:
-        """Whether the score is the member's best so far, as its Trainer decides; its state then notes the score."""
-        state, name = member.trainer.state, str(self.args.metric_for_best_model)
-        value = values[name if name.startswith("eval_") else f"eval_{name}"]
-        sign = 1 if self.args.greater_is_better else -1
-        best = -math.inf if state.best_metric is None else sign * state.best_metric
-        if not sign * value > best:  # NaN is never the best
-            return False
-        state.best_metric, state.best_global_step = value, state.global_step
-        return True
 
     def _has_stopped(self, member: Member) -> bool:
         """Whether as many evaluations in a row as the run allows were no better than the best."""
@@ -326,7 +303,7 @@ class Loop:
     def _score(self, split: str, rows: Rows, prefix: str) -> list[PredictionOutput]:
         """The scores of each member, by names that begin with ``prefix``, and its logits but in language modelling."""
         size = self.population.size
-        n = len(self.members[0].encoded[split])
+        n = len(self.members[0].splits[split])
         logits, losses = [], []
         self.population.eval()
         # rows of similar length together, and no more of them at once than in a step, for which there is memory
@@ -346,22 +323,19 @@ class Loop:
         together = torch.cat(logits, 1)[:, back].cpu().numpy() if logits else None
         outputs = []
         # whole columns: reading a Dataset row by row takes longer than the scores
-        golds = {id(data): np.asarray(data["labels"][:]) for data in self._distinct(split)} if logits else {}
+        distinct = {id(member.splits[split]): member.splits[split] for member in self.members} if logits else {}
+        golds = {key: np.asarray(data["labels"][:]) for key, data in distinct.items()}
         for k, member in enumerate(self.members):
             scores: dict[str, float] = {f"{prefix}_loss": means[k]}
             predictions: Any = None
             gold: Any = None
             if together is not None:
                 compute: Any = member.trainer.compute_metrics
-                predictions, gold = together[k], golds[id(member.encoded[split])]
+                predictions, gold = together[k], golds[id(member.splits[split])]
                 found = compute(EvalPrediction(predictions=predictions, label_ids=gold))
                 scores |= {f"{prefix}_{name}": float(value) for name, value in found.items()}
             outputs.append(PredictionOutput(predictions=predictions, label_ids=gold, metrics=scores))
         return outputs
-
-    def _distinct(self, split: str) -> list[Any]:
-        """The data of a split, once where members share it."""
-        return list({id(member.encoded[split]): member.encoded[split] for member in self.members}.values())
 
     def _logits(self, inputs: Mapping[str, Tensor]) -> Tensor:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.args.bf16):

@@ -166,21 +166,15 @@ def _train(
                 continue
             member.trainer.stopwatch.earlier = loop.seconds / len(configs)
             with loop.population.released(k, loop.best if member.trainer.state.best_global_step else None):
-                records.append(
-                    finish(
-                        Data(
-                            config=runs[k][0],
-                            task=member.task,
-                            tokenizer=member.trainer.processing_class,
-                            splits=member.encoded,
-                        ),
-                        member.trainer,
-                        place=runs[k][1],
-                        peak_memory_bytes=used,
-                        population=len(configs),
-                        publishing=lambda publish: published.append(pool.submit(publish)),
-                    )
+                record = finish(
+                    replace(member, config=runs[k][0]),
+                    member.trainer,
+                    place=runs[k][1],
+                    peak_memory_bytes=used,
+                    population=len(configs),
+                    publishing=lambda publish: published.append(pool.submit(publish)),
                 )
+            records.append(record)
     for each in published:
         each.result()
     remove([member for k, member in enumerate(loop.members) if k not in loop.not_finite])
@@ -195,10 +189,10 @@ def _train(
 
 def predict_at_once(loop: Loop) -> None:
     """Predict for all members at once, where their splits have one length, and give the answers to their Trainers."""
-    split = "test" if loop.members[0].encoded.get("test") is not None else "validation"
+    split = "test" if loop.members[0].splits.get("test") is not None else "validation"
     if loop.kind == "language_modeling" and split == "validation":
         return  # its scores are those of the training
-    if len({len(member.encoded[split]) for member in loop.members}) == 1:
+    if len({len(member.splits[split]) for member in loop.members}) == 1:
         for member, output in zip(loop.members, loop.answers(split), strict=True):
             member.trainer.known = {split: output}
 
@@ -214,7 +208,7 @@ def prepare(configs: Sequence[RunConfig], scratch: Path) -> Loop:
     known: dict[Any, Data] = {}
     models: dict[str, Start] = {}
     skeleton: Any = None
-    members, starts = [], []
+    data, starts = [], []
     for config in configs:
         # the seed chooses the rows held out of a table; GLUE tasks have splits of their own
         key = None if config.data in GLUE else config.seed
@@ -233,13 +227,16 @@ def prepare(configs: Sequence[RunConfig], scratch: Path) -> Loop:
             skeleton = model if skeleton is None else skeleton
             models[same] = Start.of(model, skeleton)
         starts.append(models[same])
-        # a member's Trainer only scores the test split, so it need not record steps
-        members.append((config, replace(known[key], config=config.model_copy(update={"cuda_graph": False}))))
-    whole = [
-        Member(config=c, task=d.task, encoded=d.splits, trainer=make_trainer(d, skeleton, scratch)) for c, d in members
+        data.append(replace(known[key], config=config))
+    # a member's Trainer only scores the test split, so it need not record steps
+    alone = [replace(each, config=each.config.model_copy(update={"cuda_graph": False})) for each in data]
+    trainers = [make_trainer(each, skeleton, scratch) for each in alone]
+    members = [
+        Member(config=each.config, task=each.task, tokenizer=tokenizer, splits=each.splits, trainer=trainer)
+        for each, trainer in zip(data, trainers, strict=True)
     ]
-    rules = Rules(whole)
-    loop = Loop(Population(skeleton, starts), whole, rules)
+    rules = Rules(members)
+    loop = Loop(Population(skeleton, starts), members, rules)
     rows = torch.arange(min(2, rules.size)).expand(len(configs), -1)
     inputs = loop.rows["train"].batch(rows)
     inputs.pop("labels")
