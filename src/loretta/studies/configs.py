@@ -134,13 +134,10 @@ def _is_of_method(key: str, row: Row) -> bool:
 def shapes(width: int, bottleneck: int, count: int) -> dict[str, list[int]]:
     """``count`` modes for each of an adapter's two trains, as in Table 7: the larger half on the wide side."""
     n_out = count // 2
-    wide, narrow = _factors(width, count - n_out), _factors(bottleneck, n_out)
+    # ascending, as equal as possible; 1 where there are too few factors
+    factors = most_balanced(width, count - n_out, least=1), most_balanced(bottleneck, n_out, least=1)
+    wide, narrow = (list(each or ()) for each in factors)
     return {f"{width}x{bottleneck}": wide[::-1] + narrow, f"{bottleneck}x{width}": narrow[::-1] + wide}
-
-
-def _factors(size: int, count: int) -> list[int]:
-    """``count`` ascending factors of ``size``, as equal as possible; 1 where it has too few."""
-    return list(most_balanced(size, count, least=1) or ())
 
 
 def _fit(raw: dict[str, Any], sets: Mapping[str, Any], notes: dict[str, None]) -> None:

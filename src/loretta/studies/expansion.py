@@ -66,7 +66,21 @@ def expand(study: Study, options: Options, root: Path) -> Expansion:
 def _bases(study: Study, options: Options) -> tuple[Base, ...]:
     """The models, each once."""
     bases: dict[str, Base] = {}
-    for base in _given_bases(study, options):
+    hubs = {model.hub: key for key, model in study.models.items()}
+    for given in options.models or study.models:
+        key = given if given in study.models else hubs.get(given)
+        if key is not None:
+            paper = study.models[key]
+            known = key if key in FAMILIES else paper.hub
+            base = Base(folder=key, weights=paper.hub, key=key, sizes=known, paper=paper)
+        else:
+            try:
+                find_config(given)
+            except InputError as error:
+                raise InputError(f"--model '{given}': {error}") from None
+            # a folder such as "." gets the name of the folder it leads to
+            name = Path(given).resolve().name if Path(given).is_dir() else Path(given).name
+            base = Base(folder=name, weights=given, key=None, sizes=given, paper=None)
         other = bases.setdefault(base.folder, base)
         if other.weights != base.weights:
             raise InputError(
@@ -76,31 +90,17 @@ def _bases(study: Study, options: Options) -> tuple[Base, ...]:
     return tuple(bases.values())
 
 
-def _given_bases(study: Study, options: Options) -> Iterator[Base]:
-    hubs = {model.hub: key for key, model in study.models.items()}
-    for given in options.models or study.models:
-        key = given if given in study.models else hubs.get(given)
-        if key is not None:
-            paper = study.models[key]
-            known = key if key in FAMILIES else paper.hub
-            yield Base(folder=key, weights=paper.hub, key=key, sizes=known, paper=paper)
-        else:
-            try:
-                find_config(given)
-            except InputError as error:
-                raise InputError(f"--model '{given}': {error}") from None
-            # a folder such as "." gets the name of the folder it leads to
-            name = Path(given).resolve().name if Path(given).is_dir() else Path(given).name
-            yield Base(folder=name, weights=given, key=None, sizes=given, paper=None)
-
-
 def _rows(study: Study, options: Options, base: Base) -> list[Row]:
     """The study's rows for a model, narrowed to the methods that were asked for.
 
     A model of the user's takes the rows of the study's models of its kind (encoder or decoder), or of all models where
     there are none of its kind. Of two rows with one name it takes the first.
     """
-    models = {base.key} if base.key is not None else _alike(study, base)
+    models = {base.key}
+    if base.key is None:
+        kinds = {key: default_task_type(find_config(key)) for key in study.models}
+        kind = default_task_type(find_config(base.sizes))
+        models = {key for key in kinds if kinds[key] == kind} or set(kinds)
     rows: dict[str, Row] = {}
     for row in study.rows:
         if row.model is None or row.model in models:
@@ -114,12 +114,6 @@ def _rows(study: Study, options: Options, base: Base) -> list[Row]:
         for row in exact or [row for row in rows.values() if row.method == named] or [_other(named, study)]:
             chosen[row.name] = row
     return list(chosen.values())
-
-
-def _alike(study: Study, base: Base) -> set[str]:
-    kind = default_task_type(find_config(base.sizes))
-    models = {key for key in study.models if default_task_type(find_config(key)) == kind}
-    return models or set(study.models)
 
 
 def _other(method: str, study: Study) -> Row:
@@ -279,14 +273,12 @@ def _candidates(study: Study, options: Options, row: Row) -> list[dict[str, Any]
     if options.batches and grid and grid.batch_size and "batch_size" not in options.sets:
         axes["batch_size"] = grid.batch_size
     axes |= tries
-    return [_settings(dict(zip(axes, values, strict=True))) for values in itertools.product(*axes.values())]
-
-
-def _settings(chosen: Mapping[str, Any]) -> dict[str, Any]:
-    """Run options, and those of the method ("METHOD.option") as ``method_args``."""
-    of_run = {key: value for key, value in chosen.items() if "." not in key}
-    of_method = {key.partition(".")[2]: value for key, value in chosen.items() if "." in key}
-    return of_run | ({"method_args": of_method} if of_method else {})
+    found: list[dict[str, Any]] = []
+    for values in itertools.product(*axes.values()):
+        chosen = dict(zip(axes, values, strict=True))
+        of_method = {key.partition(".")[2]: chosen.pop(key) for key in axes if "." in key}
+        found.append(chosen | ({"method_args": of_method} if of_method else {}))
+    return found
 
 
 def choose(root: Path, candidates: Sequence[Planned], *, metric: str | None = None) -> int | None:

@@ -264,26 +264,14 @@ def _measured(root: Path, study: Study, runs: list[Planned], file: str, name: st
     )
 
 
-def _score(
-    root: Path,
-    run: Planned,
-    value: float,
-    values: dict[str, float],
-    record: RunRecord | None,
-) -> Score:
+def _score(root: Path, run: Planned, value: float, values: dict[str, float], record: RunRecord | None) -> Score:
+    score = Score(seed=run.seed, value=value, values=values, folder=run.folder, learning_rate=run.learning_rate)
+    if record is None:
+        return score
     folder = root / run.folder
-    return Score(
-        seed=run.seed,
-        value=value,
-        values=values,
-        folder=run.folder,
-        learning_rate=run.learning_rate or (record.learning_rate if record else None),
-        seconds=record.train_seconds if record else None,
-        command=record.command if record else "",
-        repeat=shlex.join(["loretta", "train", "--config", str(folder / "config.json"), "--output", f"{folder}-again"])
-        if record
-        else "",
-    )
+    again = ["loretta", "train", "--config", str(folder / "config.json"), "--output", f"{folder}-again"]
+    of_record = {"seconds": record.train_seconds, "command": record.command, "repeat": shlex.join(again)}
+    return score.model_copy(update={"learning_rate": run.learning_rate or record.learning_rate, **of_record})
 
 
 def _cell(study: Study, run: Planned | Cell, *, task: str, scores: Sequence[Score], **known: Any) -> Cell:

@@ -65,7 +65,8 @@ def estimate(root: Path, runs: Iterable[Planned]) -> tuple[list[Estimate], list[
             rates[run.model], words = _rate(root, [other for other in runs if other.model == run.model])
             basis[words] = None
         # a run whose rate a sweep has still to choose is as long as the others of its row
-        config = _config_of(run, runs)
+        alike = (other.config for other in runs if (other.model, other.row) == (run.model, run.row))
+        config = RunConfig(**(run.config or next(filter(None, alike))))
         try:
             size = size_of(config, run.sizes)
         except ValueError as error:
@@ -87,13 +88,6 @@ def estimate(root: Path, runs: Iterable[Planned]) -> tuple[list[Estimate], list[
         f"{KEPT_PER_UNIT} numbers per token, layer and unit of width: a rough guide"
     ] = None
     return estimates, list(basis)
-
-
-def _config_of(run: Planned, runs: Iterable[Planned]) -> RunConfig:
-    config = run.config or next(
-        other.config for other in runs if other.config and (other.model, other.row) == (run.model, run.row)
-    )
-    return RunConfig(**config)
 
 
 def _rate(root: Path, runs: Sequence[Planned]) -> tuple[float, str]:
