@@ -41,18 +41,15 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
-def read_plain(path: Path, most: int = LARGEST) -> bytes:
-    """The bytes of a plain file. Pipes and devices, which may have no end, are refused.
-
-    Raises OSError for these, for a file of more than ``most`` bytes, and where there is none.
-    """
+def read_plain(path: Path) -> bytes:
+    """The bytes of a plain file. Raises OSError where there is none, for pipes and devices, and for one too large."""
     with open(path, "rb", opener=_open_at_once) as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.EINVAL, "it is no plain file", str(path))
-        if found.st_size > most:
-            raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", str(path))
-        return file.read(most)
+        if found.st_size > LARGEST:
+            raise OSError(errno.EFBIG, f"it has more than {LARGEST:,} bytes", str(path))
+        return file.read(LARGEST)
 
 
 def _open_at_once(path: str, flags: int) -> int:
@@ -66,3 +63,12 @@ def read_json(path: Path) -> Any:
         return json.loads(read_plain(path))
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def read_object(path: Path) -> dict[str, Any] | None:
+    """The object of JSON in a file; None where there is none, or it holds anything else."""
+    try:
+        content = read_json(path)
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, Field, model_validator
 
 from loretta.errors import InputError
-from loretta.files import read_json, read_plain
+from loretta.files import read_object, read_plain
 from loretta.tt import TTShape
 from loretta.wording import nearest
 
@@ -140,11 +140,7 @@ class RunRecord(BaseModel, frozen=True, ser_json_inf_nan="constants"):
 
 def is_started(folder: Path) -> bool:
     """Whether the ``config.json`` in a folder is of a run, though it be one of a later version."""
-    try:
-        content = read_json(folder / "config.json")
-    except (OSError, ValueError):
-        return False
-    return isinstance(content, dict) and content.keys() >= {"model", "data", "method"}
+    return (read_object(folder / "config.json") or {}).keys() >= {"model", "data", "method"}
 
 
 def _why_no_record(folder: Path) -> str:

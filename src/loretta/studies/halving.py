@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loretta.files import read_json, write_json
+from loretta.files import read_object, write_json
 from loretta.record import RunRecord
 
 QUARTER = 4
@@ -80,11 +80,8 @@ def words(folder: Path) -> tuple[bool, str]:
 
 
 def _read(folder: Path) -> dict[str, Any]:
-    empty: dict[str, Any] = {"reached": {}, "stopped": ""}
-    try:
-        return empty | dict(read_json(folder / RUNGS))
-    except (OSError, ValueError, TypeError):
-        return empty  # without a file, or with a damaged one, the run is trained to its pauses again
+    # without a file, or with a damaged one, the run is trained to its pauses again
+    return {"reached": {}, "stopped": "", **(read_object(folder / RUNGS) or {})}
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,12 +5,11 @@ from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers import AutoConfig
 
 from loretta.errors import InputError
-from loretta.files import read_json, write_json
+from loretta.files import read_object, write_json
 from loretta.folders import set_aside
 from loretta.pretrained import NotLoaded, from_pretrained
 from loretta.studies import halving
@@ -208,14 +207,10 @@ def write_study(root: Path, study: Study, options: Options, runs: Sequence[Plann
     A comparison is of one model: cells of another one leave it, and their runs stay.
     """
     file = study_file(root, study.name)
-    before: dict[str, Any] = {}
-    if file.is_file():
-        try:
-            before = read_json(file)
-            before["study"], before["planned"]
-        except (OSError, ValueError, KeyError, TypeError):
-            before = {}
-            print(f"'{file}' is no study that can be read: set aside as '{set_aside(file).name}'", file=sys.stderr)
+    before = read_object(file) or {}
+    if file.is_file() and not {"study", "planned"} <= before.keys():
+        before = {}
+        print(f"'{file}' is no study that can be read: set aside as '{set_aside(file).name}'", file=sys.stderr)
     cells = {(run.model, run.task, run.row, "-".join(run.order)) for run in runs}
     kept = [
         run
@@ -235,9 +230,6 @@ def write_study(root: Path, study: Study, options: Options, runs: Sequence[Plann
 
 def study_file(root: Path, name: str) -> Path:
     """The file of a study: study.json, or one with the study's name where another study has that."""
-    file = root / STUDY
-    try:
-        taken = read_json(file)["study"]["name"] != name
-    except (OSError, ValueError, KeyError, TypeError):
-        taken = False
-    return root / f"study-{name}.json" if taken else file
+    study = (read_object(root / STUDY) or {}).get("study")
+    taken = isinstance(study, dict) and study.get("name", name) != name
+    return root / (f"study-{name}.json" if taken else STUDY)

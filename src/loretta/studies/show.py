@@ -1,6 +1,5 @@
 """Studies, estimates and run folders as tables for a terminal."""
 
-import json
 import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +11,7 @@ from rich import box
 from rich.table import Table
 
 from loretta.errors import InputError
+from loretta.files import read_object
 from loretta.record import RunRecord, is_started
 from loretta.studies.state import State
 from loretta.wording import MISSING, flat, size_words
@@ -229,15 +229,11 @@ def next_command(root: Path, folder: Path, state: State) -> str | None:
 
 def _commands(file: Path, root: Path, folder: Path) -> list[str]:
     """The commands of the study in ``file``, as they were typed, where it planned the run."""
+    content = read_object(file) or {}
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        planned = {run["folder"] for run in content["planned"]}
-        return (
-            list(content["commands"])
-            if folder.is_relative_to(root) and str(folder.relative_to(root)) in planned
-            else []
-        )
-    except (OSError, ValueError, KeyError, TypeError):
+        planned = {root / run["folder"] for run in content["planned"]}
+        return list(content["commands"]) if folder in planned else []
+    except (KeyError, TypeError):
         return []
 
 

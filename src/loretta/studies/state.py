@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from loretta.errors import InputError
-from loretta.files import read_json
+from loretta.files import read_object
 from loretta.locks import is_held
 from loretta.record import is_started
 from loretta.studies import halving
@@ -76,38 +76,25 @@ def folder_state(folder: Path, result: str = "run.json") -> tuple[State, str]:
 @lru_cache(maxsize=10_000)
 def _is_json(file: Path, changed: int) -> bool:
     """Whether a file holds an object of JSON. ``changed``, its time in ns, lets a changed file be read again."""
-    try:
-        return isinstance(read_json(file), dict)
-    except (OSError, ValueError):
-        return False
+    return read_object(file) is not None
 
 
 def read_error(folder: Path) -> str:
     """The last words of a failed run."""
-    try:
-        return str(read_json(folder / ERROR)["error"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"unknown: '{folder / ERROR}' is damaged"
+    return str((read_object(folder / ERROR) or {}).get("error", f"unknown: '{folder / ERROR}' is damaged"))
 
 
 def evaluations(folder: Path) -> dict[str, dict[str, float]]:
     """The scores of a finished adapter: task -> metric -> value. A damaged file counts as none."""
-    try:
-        content = read_json(folder / EVALUATIONS)
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
+    return read_object(folder / EVALUATIONS) or {}
 
 
 def measured(file: Path) -> dict[str, Any]:
     """The content of cost.json or count.json. Raises InputError for a damaged file."""
-    try:
-        content = read_json(file)
-        if {"notes", "parameters", "bytes"} <= content.keys():
-            return content
-    except (OSError, ValueError, AttributeError):
-        pass
-    raise InputError(f"'{file}' is damaged: remove it to do the run again")
+    content = read_object(file) or {}
+    if not {"notes", "parameters", "bytes"} <= content.keys():
+        raise InputError(f"'{file}' is damaged: remove it to do the run again")
+    return content
 
 
 def result_of(folder: Path) -> str:
@@ -132,16 +119,16 @@ class Holder:
         except ProcessLookupError:
             return False
         except PermissionError:
-            return True
+            pass
         return True
 
 
 def held_by(folder: Path) -> Holder | None:
     """The process that works on a run; None where there is none, or it died."""
     try:
-        content = read_json(beside(folder, HOLDER))
+        content = read_object(beside(folder, HOLDER)) or {}
         holder = Holder(pid=int(content["pid"]), host=str(content["host"]))
-    except (OSError, ValueError, KeyError, TypeError, OverflowError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return None
     return holder if 0 < holder.pid <= LARGEST_PID and holder.alive else None
 
