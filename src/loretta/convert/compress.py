@@ -143,7 +143,12 @@ def compress(
                 difference=comparison.with_adapter(new) if comparison else None,
                 given_difference=comparison.of_adapter if comparison else None,
             )
-            _note_origin(new / README, result)
+            text = (new / README).read_text(encoding="utf-8").rstrip()
+            origin = (
+                f"Not trained as such: `loretta compress` made it from an adapter of the method {result.method}. "
+                f"The relative error of its updates is {_percent(result.error)}."
+            )
+            write_whole(new / README, f"{text}\n\n{origin}\n")
     return result
 
 
@@ -273,15 +278,6 @@ def _write(out: Path, config: LorettaRepConfig, tensors: Mapping[str, Tensor]) -
         raise OSError(str(error)) from None
     config.save_pretrained(str(out))
     write_card(out)
-
-
-def _note_origin(readme: Path, result: Compression) -> None:
-    text = readme.read_text(encoding="utf-8").rstrip()
-    origin = (
-        f"Not trained as such: `loretta compress` made it from an adapter of the method {result.method}. "
-        f"The relative error of its updates is {_percent(result.error)}."
-    )
-    write_whole(readme, f"{text}\n\n{origin}\n")
 
 
 def show(result: Compression, console: Console) -> None:

@@ -62,13 +62,10 @@ class Start:
             for name, tensor in mine.items()
             if tensor.requires_grad or not torch.equal(tensor, theirs[name].to(tensor.device))
         }
-        return cls(values=values, scales=_scales(model), config=model.peft_config[ADAPTER])
-
-
-def _scales(model: nn.Module) -> dict[str, float]:
-    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
-    found = {name: getattr(layer, "scaling", None) for name, layer in layers}
-    return {name: float(scaling[ADAPTER]) for name, scaling in found.items() if scaling and ADAPTER in scaling}
+        layers = [(name, m) for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
+        found = {name: getattr(layer, "scaling", None) for name, layer in layers}
+        scales = {name: float(scaling[ADAPTER]) for name, scaling in found.items() if scaling and ADAPTER in scaling}
+        return cls(values=values, scales=scales, config=model.peft_config[ADAPTER])
 
 
 class Population(nn.Module):
@@ -183,7 +180,9 @@ class Population(nn.Module):
         if len(set(scales)) > 1 and not layer:
             raise InputError(f"the members differ in the scale of '{site}': train them one by one")
         if type(module) is nn.Linear and values.keys() <= {"weight", "bias"}:
-            return MemberLinear(module, values, None if len(set(scales)) == 1 else _ratios(scales, values))
+            # the shared layer scales the effect of all as it would that of the first
+            ratios = self.values.new_tensor([scale / scales[0] for scale in scales])
+            return MemberLinear(module, values, None if len(set(scales)) == 1 else ratios)
         norm = module.base_layer if isinstance(module, TrainedNorm) else module
         in_base = any(name.startswith("base_layer.") for name in values)
         if type(norm) is nn.LayerNorm and norm.weight is not None and norm.bias is not None and not in_base:
@@ -311,9 +310,3 @@ class Population(nn.Module):
             for parent, name, members in inside:
                 parent._modules[name] = members
             self._prompts(of_members=True)
-
-
-def _ratios(scales: Sequence[float], values: Mapping[str, Tensor]) -> Tensor:
-    """Each member's scale divided by that of the first, with which the shared layer scales the effect of all."""
-    like = next(iter(values.values()))
-    return like.new_tensor([scale / scales[0] for scale in scales])

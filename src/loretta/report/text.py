@@ -48,7 +48,10 @@ def markdown(
         for table in tables:
             blocks += [f"### {_md(table.title)}", _md_table(table), _md(table.caption)]
         blocks.append("\n".join(f"- {_md(note)}" for note in notes))
-        blocks.append(_fenced(commands))
+        if commands:
+            text = "\n".join(map(_inert, commands))
+            fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
+            blocks.append(f"{fence}sh\n{text}\n{fence}")
     return "\n\n".join(block for block in blocks if block) + "\n"
 
 
@@ -64,12 +67,6 @@ def _line(text: str) -> str:
 def _inert(text: str) -> str:
     """The text with control and hidden characters spelled out, and its line ends kept."""
     return OBEYED.sub(lambda found: printable(found[0]), text)
-
-
-def _fenced(commands: Sequence[str]) -> str:
-    text = "\n".join(map(_inert, commands))
-    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`+", text))])
-    return f"{fence}sh\n{text}\n{fence}" if commands else ""
 
 
 def _md_table(table: Table) -> str:

@@ -96,6 +96,11 @@ def score(data: Data, trainer: TwoRateTrainer) -> Scored:
     answers = form.describe(data, trainer, split, rows)
     history = read_history(trainer.state.log_history, data.task)
     best_step = trainer.state.best_global_step or trainer.state.global_step
+    at_best = (point.values for point in history if point.split == "validation" and point.step == best_step)
+    validation = next(at_best, {})
+    if isinstance(trainer, PromptedTrainer) and data.task.metrics[0] not in validation:
+        # the training chose by the loss and generated no answers
+        validation = trainer.judge("validation", data.splits["validation"]).values
     return Scored(
         split=split,
         values=values,
@@ -103,7 +108,7 @@ def score(data: Data, trainer: TwoRateTrainer) -> Scored:
         answers=answers,
         history=history,
         best_step=best_step,
-        validation=validation_scores(data, trainer, history, best_step),
+        validation=validation,
     )
 
 
@@ -180,15 +185,6 @@ def versions() -> dict[str, str]:
     """The versions of what computes a run."""
     packages = {name: version(name) for name in PACKAGES}
     return {"python": platform.python_version(), "loretta": __version__, **packages}
-
-
-def validation_scores(data: Data, trainer: TwoRateTrainer, history: list[Point], best_step: int) -> dict[str, float]:
-    """The scores on validation at the best step."""
-    scores = next((point.values for point in history if point.split == "validation" and point.step == best_step), {})
-    if isinstance(trainer, PromptedTrainer) and data.task.metrics[0] not in scores:
-        # the training chose by the loss and generated no answers
-        return trainer.judge("validation", data.splits["validation"]).values
-    return scores
 
 
 def read_history(entries: list[dict[str, Any]], task: Task | PromptedTask) -> list[Point]:

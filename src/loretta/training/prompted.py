@@ -248,7 +248,9 @@ def generate(
     At most ``config.max_new_tokens`` tokens each, ``config.eval_batch_size`` prompts at a time.
     """
     pad = pad_id(tokenizer)
-    ends = {tokenizer.eos_token_id, *_with_line_end(tokenizer)} - {None}
+    # every token that ends a line, in whichever way the vocabulary has merged line ends
+    texts = enumerate(tokenizer.batch_decode([[k] for k in range(len(tokenizer))]))
+    ends = {tokenizer.eos_token_id, *(k for k, text in texts if STOP in text)} - {None}
     settings = GenerationConfig(
         max_new_tokens=config.max_new_tokens, do_sample=False, pad_token_id=pad, eos_token_id=sorted(ends) or None
     )
@@ -272,12 +274,6 @@ def generate(
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """What fills a batch up; masked, so that any token will do."""
     return 0 if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-
-
-def _with_line_end(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Every token that ends a line, in whichever way the vocabulary has merged line ends."""
-    ids = range(len(tokenizer))
-    return {k for k, text in zip(ids, tokenizer.batch_decode([[k] for k in ids]), strict=True) if STOP in text}
 
 
 def _batches(lengths: Sequence[int], size: int, *, alike: bool = False) -> Iterator[list[int]]:

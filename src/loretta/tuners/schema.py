@@ -112,17 +112,13 @@ def bad_expressions(config: Any) -> list[str]:
     for option, expression in expressions_of(config):
         if len(expression) > LONGEST_EXPRESSION:
             problems.append(f"{option} is an expression of {len(expression):,} characters: give a list of names")
-        elif (reason := _reason(expression)) is not None:
+            continue
+        try:
+            re.compile(expression)
+        except (re.error, OverflowError, RecursionError, MemoryError) as error:
+            reason = str(error) or type(error).__name__
             problems.append(f"{option}: {quoted(expression)} is no regular expression ({reason})")
     return problems
-
-
-def _reason(expression: str) -> str | None:
-    try:
-        re.compile(expression)
-    except (re.error, OverflowError, RecursionError, MemoryError) as error:
-        return str(error) or type(error).__name__
-    return None
 
 
 def check_expressions(config: Any, model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
 from loretta.errors import InputError
@@ -104,7 +105,7 @@ def _encode_all(
     pairs = []
     for completion in completions:
         ids = _ids(tokenizer, prompt + completion, lead)
-        n_prompt = _shared(ids, prompt_ids)
+        n_prompt = len(list(takewhile(lambda both: both[0] == both[1], zip(ids, prompt_ids, strict=False))))
         n_completion = len(ids) - n_prompt
         if not n_completion:
             raise InputError(f"the completion {quoted(completion)} has no tokens of its own: give it some text")
@@ -133,12 +134,3 @@ def _ids(tokenizer: "PreTrainedTokenizerBase", text: str, lead: Sequence[int]) -
 def _tokenize(tokenizer: "PreTrainedTokenizerBase", text: str, *, add_special_tokens: bool) -> list[int]:
     # verbose=False: texts beyond the model's length are cut here, so no warning about them
     return list(tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
-
-
-def _shared(first: Sequence[int], second: Sequence[int]) -> int:
-    n = 0
-    for one, other in zip(first, second, strict=False):
-        if one != other:
-            break
-        n += 1
-    return n

@@ -84,11 +84,12 @@ class Form(Protocol):
         """The scores on a split of a run that was loaded again."""
 
     def asked(self, config: RunConfig, columns: Mapping[str, list[Any]], file: Path) -> list[list[Any]]:
-        """The columns of a file that a run answers; by default those of text that it was trained on.
-
-        Raises InputError for a column or a cell that is missing.
-        """
-        return asked_texts(text_columns(config), columns, file)
+        """The columns of a file that a run answers, by default as text. Raises InputError where one is missing."""
+        names = text_columns(config)
+        require(file, names, tuple(columns))
+        for name in names:
+            refuse_missing(columns[name], name, file)
+        return [[str(value) for value in columns[name]] for name in names]
 
     def predict(self, run: LoadedRun, asked: Asked, *, all_probabilities: bool, go_on: Any) -> list[Row]:
         """An answer for each example of :meth:`asked`; by default the model's continuation."""
@@ -100,14 +101,6 @@ def text_columns(config: RunConfig) -> tuple[str, ...]:
     if config.data in GLUE:
         return GLUE[config.data].columns
     return (config.text or "text", *((config.text_pair,) if config.text_pair else ()))
-
-
-def asked_texts(names: Sequence[str], columns: Mapping[str, list[Any]], file: Path) -> list[list[str]]:
-    """Named columns of a file as text. Raises InputError for a column that is missing or has an empty cell."""
-    require(file, names, tuple(columns))
-    for name in names:
-        refuse_missing(columns[name], name, file)
-    return [[str(value) for value in columns[name]] for name in names]
 
 
 def evaluate_again(form: Form, run: LoadedRun, task: Any, split: str, make_trainer: MakeTrainer) -> dict[str, float]:

@@ -148,8 +148,12 @@ def logits_of_texts(run: LoadedRun, texts: Sequence[Sequence[str]]) -> Iterator[
     """(B, labels) logits in float32 on the CPU, batch by batch and in order; what does not fit is halved."""
     size, start = run.config.eval_batch_size, 0
     while start < len(texts[0]):
+        columns = [list(column[start : start + size]) for column in texts]
         try:
-            logits = _logits_of(run, [list(column[start : start + size]) for column in texts])
+            batch: Mapping[str, Tensor] = run.tokenizer(
+                *columns, truncation=True, max_length=run.config.max_length, padding=True, return_tensors="pt"
+            ).to(run.model.device)
+            logits: Tensor = run.model(**batch).logits.float().cpu()
         except Exception as error:
             if size == 1 or not is_out_of_memory(error):
                 raise
@@ -157,14 +161,6 @@ def logits_of_texts(run: LoadedRun, texts: Sequence[Sequence[str]]) -> Iterator[
             continue
         yield logits
         start += size
-
-
-def _logits_of(run: LoadedRun, columns: Sequence[list[str]]) -> Tensor:
-    batch: Mapping[str, Tensor] = run.tokenizer(
-        *columns, truncation=True, max_length=run.config.max_length, padding=True, return_tensors="pt"
-    ).to(run.model.device)
-    logits: Tensor = run.model(**batch).logits
-    return logits.float().cpu()
 
 
 def shown_texts(task: Task, split: str) -> list[str]:

@@ -183,7 +183,10 @@ class LorettaRepModel(LorettaModel):
             # trains whose shapes were given do not add up at the ranks of the planned ones
             if error is not None or (rank is None and fits[name].error > EXACT):
                 fits[name] = smallest_fit(update, bottleneck, error or 0.0)
-        first = cast(LorettaRepConfig, self.peft_config[self._with_head(adapters)])
+        # the sum takes over the modules trained whole of the adapter that has some
+        heads = self._layers(ModulesToSaveWrapper)
+        with_head = (a for a in adapters if any(a in head.modules_to_save for head in heads))
+        first = cast(LorettaRepConfig, self.peft_config[next(with_head, adapters[0])])
         norms = any(config.train_norms for config in configs)
         self.peft_config[adapter_name] = _config_of_sum(first, fits, bottleneck, train_norms=norms)
         self.inject_adapter(self.model, adapter_name)
@@ -195,11 +198,6 @@ class LorettaRepModel(LorettaModel):
             down.assign(list(fit.down))
             up.assign(list(fit.up))
         self._combine_norms_and_heads(adapters, weights, adapter_name)
-
-    def _with_head(self, adapters: Sequence[str]) -> str:
-        """The adapter whose trained whole modules the sum takes over, or the first one."""
-        heads = self._layers(ModulesToSaveWrapper)
-        return next((a for a in adapters if any(a in head.modules_to_save for head in heads)), adapters[0])
 
     @torch.no_grad()
     def _combine_norms_and_heads(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
