@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -291,8 +292,7 @@ def test_a_model_that_diverged_has_no_score(task, speller, prompted, tmp_path):
     loaded, tokenizer, model = load_config_task(config), load_tokenizer(speller), load_base(speller, "choice")
     with torch.no_grad():
         next(model.lm_head.parameters()).fill_(math.nan)
-    texts = encode_splits(config, loaded, tokenizer).splits["test"]
-    values = judge(model, tokenizer, loaded, loaded.test, texts, config).values
+    values = judge(model, encode_splits(config, loaded, tokenizer), "test").values
     assert set(values) == {"loss", *loaded.metrics}
     assert all(math.isnan(value) for value in values.values())
 
@@ -311,17 +311,15 @@ def test_an_answer_has_room_behind_a_long_prompt(method, speller, prompted, tmp_
     config = config_for(speller, "squad", prompted, tmp_path, **changes, max_length=45)
     loaded, tokenizer = load_config_task(config), load_tokenizer(speller)
     assert all(len(example.prompt) > 48 for example in loaded.test)
-    encoded = encode_splits(config, loaded, tokenizer).splits
-    judged = judge(wrapped, tokenizer, loaded, loaded.test, encoded["test"], config)
+    data = encode_splits(config, loaded, tokenizer)
+    judged = judge(wrapped, data, "test")
     assert len(judged.answers) == len(loaded.test)
     n_test = len(loaded.test)
     assert f"{n_test} of the {n_test} test prompts are longer than max_length=45 allows" in " ".join(
-        notes_on_length(encoded, config)
+        notes_on_length(data.splits, config)
     )
     with pytest.raises(InputError, match="max_new_tokens=60 leaves no room"):
-        judge(
-            wrapped, tokenizer, loaded, loaded.test, encoded["test"], config.model_copy(update={"max_new_tokens": 60})
-        )
+        judge(wrapped, replace(data, config=config.model_copy(update={"max_new_tokens": 60})), "test")
 
 
 def test_prompts_that_fit_need_no_note(speller, prompted, tmp_path):

@@ -27,7 +27,7 @@ from loretta.training.config import RunConfig
 from loretta.training.folder import ADAPTER, LABELS, PREDICTIONS, RECORD, Place
 from loretta.training.forms import Data, form_of
 from loretta.training.model import TASK_TYPES, Trained
-from loretta.training.prompted import PromptedTrainer
+from loretta.training.prompted import judge
 from loretta.training.scores import named_values
 from loretta.training.trainer import TwoRateTrainer
 from loretta.training.trainers import choosing_metric, higher_is_better
@@ -98,9 +98,9 @@ def score(data: Data, trainer: TwoRateTrainer) -> Scored:
     best_step = trainer.state.best_global_step or trainer.state.global_step
     at_best = (point.values for point in history if point.split == "validation" and point.step == best_step)
     validation = next(at_best, {})
-    if isinstance(trainer, PromptedTrainer) and data.task.metrics[0] not in validation:
+    if isinstance(data.task, PromptedTask) and data.task.metrics[0] not in validation:
         # the training chose by the loss and generated no answers
-        validation = trainer.judge("validation", data.splits["validation"]).values
+        validation = judge(cast(Trained, trainer.model), data, "validation").values
     return Scored(
         split=split,
         values=values,

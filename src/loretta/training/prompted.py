@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from peft import PeftModel
@@ -25,6 +25,9 @@ from loretta.training.config import RunConfig
 from loretta.training.methods import virtual_tokens
 from loretta.training.model import Trained
 from loretta.training.trainer import TwoRateTrainer
+
+if TYPE_CHECKING:
+    from loretta.training.forms import Data  # whose forms need this module
 
 T = TypeVar("T")
 
@@ -113,15 +116,15 @@ def example_loss(scores: Tensor, correct: Sequence[int], train_as: str) -> Tenso
 class PromptedTrainer(TwoRateTrainer):
     """The trainer of all runs, with the losses of prompted tasks: means over examples, whatever their lengths."""
 
-    def __init__(self, *args: Any, config: RunConfig, task: PromptedTask, tokenizer: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, data: "Data", **kwargs: Any) -> None:
         super().__init__(*args, **kwargs, data_collator=self._collate)
         self.model_accepts_loss_kwargs = False  # the loss is a mean already
-        self.config, self.task, self.tokenizer = config, task, tokenizer
+        self.data = data
         self.control: Any
 
     def _collate(self, examples: Sequence[Texts]) -> dict[str, Any]:
         texts = [option for example in examples for option in example.options]
-        return {**padded(texts, pad_id(self.tokenizer)), "examples": list(examples)}
+        return {**padded(texts, pad_id(self.data.tokenizer)), "examples": list(examples)}
 
     def compute_loss(
         self,
@@ -132,7 +135,7 @@ class PromptedTrainer(TwoRateTrainer):
     ) -> Any:
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
         scores = mean_log_probabilities(outputs.logits, inputs["labels"])
-        train_as, examples = loss_of(self.config, self.task), inputs["examples"]
+        train_as, examples = loss_of(self.data.config, self.data.task), inputs["examples"]
         each = scores.split([len(example.options) for example in examples])
         losses = [example_loss(s, example.correct, train_as) for s, example in zip(each, examples, strict=True)]
         loss = torch.stack(losses).mean()
@@ -142,43 +145,22 @@ class PromptedTrainer(TwoRateTrainer):
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Score the validation split: the loss and, unless answers would be generated for nothing, the metrics."""
-        needed = self.task.kind == "choice" or self.config.select_by == "metric"
-        judged = self.judge("validation", self.eval_dataset, answer=needed, show=False)
+        needed = self.data.task.kind == "choice" or self.data.config.select_by == "metric"
+        judged = judge(self.model, self.data, "validation", answer=needed, show=False)
         values = {f"{metric_key_prefix}_{name}": value for name, value in judged.values.items()}
         self.log(values)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, values)
         return values
 
-    def judge(self, split: str, texts: Any, *, answer: bool = True, show: bool = True) -> Judged:
-        """:func:`judge` of one split of the task by the model as it is now."""
-        return judge(
-            self.model,
-            self.tokenizer,
-            self.task,
-            getattr(self.task, split),
-            texts,
-            self.config,
-            answer=answer,
-            progress=split if show else None,
-        )
 
-
-def judge(
-    model: Trained,
-    tokenizer: PreTrainedTokenizerBase,
-    task: PromptedTask,
-    examples: Sequence[Example],
-    texts: Sequence[Texts],
-    config: RunConfig,
-    *,
-    answer: bool = True,
-    progress: str | None = None,
-) -> Judged:
+def judge(model: Trained, data: "Data", split: str, *, answer: bool = True, show: bool = True) -> Judged:
     """Score a split: the training's loss, and the metrics of the likeliest options or of generated answers.
 
-    ``texts`` are the examples as :func:`encode_examples` gives them, with all options; without ``answer`` nothing is
-    generated; ``progress`` is the words in front of a progress bar.
+    Without ``answer`` nothing is generated; with ``show`` a terminal shows how far it is.
     """
+    config, tokenizer, texts = data.config, data.tokenizer, data.splits[split]
+    task: PromptedTask = data.task
+    examples, progress = getattr(task, split), split if show else None
     with _evaluating(model, config):
         scores = option_scores(model, texts, pad_id(tokenizer), config.eval_batch_size, progress=progress)
         train_as = loss_of(config, task)

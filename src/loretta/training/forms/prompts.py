@@ -38,8 +38,7 @@ class Prompts(Form):
 
     def recipe(self, data: Data) -> Recipe:
         lengths = [len(texts) for texts in data.splits["train"]]
-        options = {"config": data.config, "task": data.task, "tokenizer": data.tokenizer, "lengths": lengths}
-        return Recipe(trainer=PromptedTrainer, options=options)
+        return Recipe(trainer=PromptedTrainer, options={"data": data, "lengths": lengths})
 
     def counts(self, task: PromptedTask) -> dict[str, list[int]]:
         return count_classes(task, _golds)  # type: ignore[arg-type]
@@ -48,8 +47,7 @@ class Prompts(Form):
         return [text_key((example.prompt,)) for example in getattr(task, split)]
 
     def answer(self, data: Data, trainer: TwoRateTrainer, split: str) -> tuple[dict[str, float], list[Row]]:
-        assert isinstance(trainer, PromptedTrainer)
-        judged = trainer.judge(split, data.splits[split])
+        judged = judge(trainer.model, data, split)
         return judged.values, [
             {"text": example.prompt, "gold": example.completion.strip(), **row}
             for example, row in zip(getattr(data.task, split), judged.answers, strict=True)
@@ -87,9 +85,9 @@ class Prompts(Form):
         )
 
     def evaluate(self, run: LoadedRun, task: PromptedTask, split: str, make_trainer: MakeTrainer) -> dict[str, float]:
-        examples = getattr(task, split)
-        texts = encode_examples(examples, run.tokenizer, run.config)
-        return judge(run.model, run.tokenizer, task, examples, texts, run.config, progress=split).values
+        texts = {split: encode_examples(getattr(task, split), run.tokenizer, run.config)}
+        data = Data(config=run.config, task=task, tokenizer=run.tokenizer, splits=texts)
+        return judge(run.model, data, split).values
 
 
 def _golds(examples: Any) -> list[int]:
