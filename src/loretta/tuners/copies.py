@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from loretta import tt
 from loretta.errors import InputError
 from loretta.layers.trains import TTLinear
-from loretta.tuners.layer import is_offloaded
+from loretta.tuners.layer import in_turn, is_offloaded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,11 +46,6 @@ class ChangedLinear(TTLinear):
 
     def forward(self, x_BI: Tensor) -> Tensor:
         return nn.functional.linear(x_BI, self.base_weight, self.base_bias) + super().forward(x_BI)
-
-    def round_start(self) -> None:
-        """Round the start as the cores have been rounded, as by TRL: they were equal."""
-        if self.start is not None:
-            self.start.to(self.cores.values.dtype)
 
     @torch.no_grad()
     def to_dense(self, pretrained: nn.Linear | None = None) -> nn.Linear:
@@ -119,8 +114,9 @@ class AdapterCopy(ModulesToSaveWrapper):
             copied = self.modules_to_save[adapter_name]
             for path in policy.tensorized if policy.as_change else ():
                 train = copied.get_submodule(path)
-                if isinstance(train, ChangedLinear):
-                    train.round_start()
+                if isinstance(train, ChangedLinear) and train.start is not None:
+                    # rounded as the cores have been, as by TRL: they were equal
+                    train.start.to(train.cores.values.dtype)
             trained = tuple(path + "." for path in policy.tensorized)
             for name, parameter in copied.named_parameters():
                 if policy.frozen and not name.startswith(trained):
@@ -182,22 +178,13 @@ class AdapterCopy(ModulesToSaveWrapper):
 
     def _mixed_batch_forward(self, input: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         """As PEFT's, for any module that maps rows to rows: whole heads, not only linear layers."""
-        result = None
-        for name in sorted(set(adapter_names)):
-            rows = [row for row, wanted in enumerate(adapter_names) if wanted == name]
-            if name in self.modules_to_save:
-                part = self.modules_to_save[name](input[rows], *args, **kwargs)
-            else:
-                part = self.original_module(input[rows], *args, **kwargs)
-            if result is None:
-                result = part.new_empty(len(input), *part.shape[1:])
-            elif result.shape[1:] != part.shape[1:]:  # a single column would be spread over all
-                raise InputError(
-                    f"adapter_names: the heads of a batch give {result.shape[-1]} and {part.shape[-1]} numbers for a "
-                    "row: call the model once for each adapter"
-                )
-            result[rows] = part
-        return cast(Tensor, result)
+
+        def compute(name: str, rows: list[int]) -> Tensor:
+            has_copy = name in self.modules_to_save
+            module = self.modules_to_save[name] if has_copy else self.original_module
+            return module(input[rows], *args, **kwargs)
+
+        return in_turn(adapter_names, compute)
 
     def is_frozen(self, adapter_name: str) -> bool:
         """Whether one adapter saves the module and trains nothing of it."""

@@ -4,7 +4,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, cast
+from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from loretta.errors import InputError
-from loretta.tuners.layer import AdaptedModule, is_offloaded
+from loretta.tuners.layer import AdaptedModule, in_turn, is_offloaded
 
 _NORM_CLASS = re.compile(r"(Layer|RMS|Group)Norm")
 
@@ -162,16 +162,13 @@ class TrainedNorm(nn.Module, AdaptedModule):
             )
             return self.base_layer(x, *args, **kwargs)
         self._check_mixed_batch(x, adapter_names)
-        result = None
-        for name in sorted(set(adapter_names)):
-            rows = [row for row, wanted in enumerate(adapter_names) if wanted == name]
+
+        def compute(name: str, rows: list[int]) -> Tensor:
             own = [value[rows] if _has_rows_of(value, x) else value for value in (x, *args)]
             named = {key: value[rows] if _has_rows_of(value, x) else value for key, value in kwargs.items()}
-            part = self._call_base({name: 1.0}, own, named)
-            if result is None:
-                result = part.new_empty(len(x), *part.shape[1:])
-            result[rows] = part
-        return cast(Tensor, result)
+            return self._call_base({name: 1.0}, own, named)
+
+        return in_turn(adapter_names, compute)
 
     def take_values(self, adapter_name: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Turn whole parameters, as adapters once held them, into changes: attribute name -> change of the base."""

@@ -33,7 +33,7 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], whose: str) -> None:
             continue
         if not bool(torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float()).all()):
             raise InputError(
-                f"{whose} holds NaN or infinity in {quoted(key)}, so the training that wrote it failed or the file is "
+                f"{whose} holds NaN or infinity in {key[:200]!r}, so the training that wrote it failed or the file is "
                 "damaged: take an earlier checkpoint"
             )
 
