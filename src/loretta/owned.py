@@ -153,12 +153,12 @@ def refuse_to_replace_file(file: Path, *, overwrite: bool) -> None:
     """
     if not os.path.lexists(file):
         return
-    listed = read_list(file.parent)
+    listed, another = read_list(file.parent), "give another file with --output"
     is_part = file.name not in PAGES and not WHOLE.isdisjoint(listed)
     if file.name not in listed or is_part or not file.is_file():
-        raise InputError(f"'{file}' was not written by this command, and is not replaced: give another with --output")
+        raise InputError(f"'{file}' was not written by this command, and is not replaced: {another}")
     if not overwrite and find_foreign(file):
-        raise InputError(f"'{file}' is not as loretta wrote it: give another with --output, or --overwrite it")
+        raise InputError(f"'{file}' is not as loretta wrote it: {another}, or replace it with --overwrite")
 
 
 @contextmanager

@@ -11,7 +11,7 @@ from torch import nn
 from loretta.errors import InputError
 from loretta.plan.base_models import default_task_type, find_config, meta_model
 from loretta.plan.budget import Budget, highest_rank, with_rank
-from loretta.plan.front import Form, Kind, read_front
+from loretta.plan.front import Kind, read_front
 from loretta.plan.plan import Plan, plan_model
 from loretta.plan.presets import loretta_configs
 from loretta.tuners.config import LorettaConfig
@@ -76,7 +76,7 @@ def choose_form(
     refusal: InputError | None = None
     for at_rank_1 in (False, True):
         for form in forms:
-            config = _config(form, task_type, options)
+            config = loretta_configs()[form.method](task_type=task_type, **{**form.options, **options})
             config = with_rank(config, 1) if at_rank_1 else config
             try:
                 plan = plan_model(model, config)
@@ -99,10 +99,6 @@ def choose_form(
         f"no adapter fits {budget}: the smallest takes {budget.used(smallest):,} {budget.unit}; raise the budget, or "
         "train less of the head with train_head=frozen"
     )
-
-
-def _config(form: Form, task_type: str | None, options: Mapping[str, Any]) -> LorettaConfig:
-    return loretta_configs()[form.method](task_type=task_type, **{**form.options, **options})
 
 
 def _kind_and_width(model: nn.Module) -> tuple[Kind, int | None]:

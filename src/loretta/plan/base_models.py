@@ -57,36 +57,28 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 # Hub ids of these sizes, for machines that cannot reach the Hub; fine-tuned and uncased ones differ in no size
-HUB_IDS: dict[str, str] = {
-    "google-bert/bert-base-uncased": "bert-base",
-    "bert-base-uncased": "bert-base",
-    "microsoft/deberta-base": "deberta-base",
-    "google/gemma-2-2b": "gemma-2-2b",
-    "google/gemma-2-2b-it": "gemma-2-2b",
-    "openai-community/gpt2": "gpt2",
-    "openai-community/gpt2-medium": "gpt2-medium",
-    "openai-community/gpt2-large": "gpt2-large",
-    "openai-community/gpt2-xl": "gpt2-xl",
-    "meta-llama/Llama-2-7b-hf": "llama-2-7b",
-    "meta-llama/Llama-2-7b-chat-hf": "llama-2-7b",
-    "meta-llama/Llama-2-13b-hf": "llama-2-13b",
-    "meta-llama/Llama-2-13b-chat-hf": "llama-2-13b",
-    "meta-llama/Llama-2-70b-hf": "llama-2-70b",
-    "meta-llama/Llama-2-70b-chat-hf": "llama-2-70b",
-    "meta-llama/Meta-Llama-3-8B": "llama-3-8b",
-    "meta-llama/Meta-Llama-3-8B-Instruct": "llama-3-8b",
-    "meta-llama/Llama-3.1-8B": "llama-3-8b",
-    "meta-llama/Llama-3.1-8B-Instruct": "llama-3-8b",
-    "meta-llama/Meta-Llama-3-70B": "llama-3-70b",
-    "meta-llama/Meta-Llama-3-70B-Instruct": "llama-3-70b",
-    "mistralai/Mistral-7B-v0.1": "mistral-7b",
-    "mistralai/Mistral-7B-Instruct-v0.1": "mistral-7b",
-    "Qwen/Qwen2.5-7B": "qwen2.5-7b",
-    "Qwen/Qwen2.5-7B-Instruct": "qwen2.5-7b",
-    "Qwen/Qwen3-0.6B": "qwen3-0.6b",
-    "Qwen/Qwen3-8B": "qwen3-8b",
-    "FacebookAI/roberta-base": "roberta-base",
+_IDS = {
+    "bert-base": ("google-bert/bert-base-uncased", "bert-base-uncased"),
+    "deberta-base": ("microsoft/deberta-base",),
+    "gemma-2-2b": ("google/gemma-2-2b", "google/gemma-2-2b-it"),
+    **{size: (f"openai-community/{size}",) for size in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")},
+    "llama-2-7b": ("meta-llama/Llama-2-7b-hf", "meta-llama/Llama-2-7b-chat-hf"),
+    "llama-2-13b": ("meta-llama/Llama-2-13b-hf", "meta-llama/Llama-2-13b-chat-hf"),
+    "llama-2-70b": ("meta-llama/Llama-2-70b-hf", "meta-llama/Llama-2-70b-chat-hf"),
+    "llama-3-8b": (
+        "meta-llama/Meta-Llama-3-8B",
+        "meta-llama/Meta-Llama-3-8B-Instruct",
+        "meta-llama/Llama-3.1-8B",
+        "meta-llama/Llama-3.1-8B-Instruct",
+    ),
+    "llama-3-70b": ("meta-llama/Meta-Llama-3-70B", "meta-llama/Meta-Llama-3-70B-Instruct"),
+    "mistral-7b": ("mistralai/Mistral-7B-v0.1", "mistralai/Mistral-7B-Instruct-v0.1"),
+    "qwen2.5-7b": ("Qwen/Qwen2.5-7B", "Qwen/Qwen2.5-7B-Instruct"),
+    "qwen3-0.6b": ("Qwen/Qwen3-0.6B",),
+    "qwen3-8b": ("Qwen/Qwen3-8B",),
+    "roberta-base": ("FacebookAI/roberta-base",),
 }
+HUB_IDS: dict[str, str] = {name: family for family, names in _IDS.items() for name in names}
 
 
 def find_config(name: str) -> PreTrainedConfig:

@@ -212,8 +212,8 @@ def _parse_list(path: Path, text: str) -> Columns | None:
 def _object(row: Any, where: str, *, has_escapes: bool) -> dict[str, Any]:
     """``row``. Raises InputError unless it is an object of whole characters."""
     if not isinstance(row, dict):
-        shown = quoted(json.dumps(row)[:100])
-        raise InputError(f"{where} is no JSON object ({shown}): write one JSON object for each row")
+        what = f"a JSON {type(row).__name__} and no JSON object ({quoted(json.dumps(row)[:100])})"
+        raise InputError(f"{where} is {what}: write one JSON object per line, or a list of them")
     if has_escapes and not _is_unicode(row):
         raise InputError(
             f"{where} holds half a character, a lone surrogate ({quoted(json.dumps(row)[:100])}): write characters "

@@ -284,10 +284,7 @@ class LorettaModel(BaseTuner):
             super()._replace_module(parent, child_name, new_module, child)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """As PEFT's.
-
-        Raises ValueError, before anything is switched, for adapters of which more than one has a head.
-        """
+        """As PEFT's. Raises ValueError, before anything is switched, for adapters of which more than one has a head."""
         for copied in self._layers(AuxiliaryTrainingWrapper):
             copied.check_set_adapter(adapter_name)
         super().set_adapter(adapter_name, inference_mode=inference_mode)
