@@ -136,6 +136,7 @@ BY_OWNER = {
     },
     "transformers.trainer.Trainer": {
         "_clip_grad_norm": "(self, model)",
+        "_determine_best_metric": "(self, metrics, trial)",
         "_eval_dataloaders": PRESENT,
         "_get_eval_sampler": "(self, eval_dataset)",
         "_get_grad_norm": "(self, model, grad_norm=None)",
@@ -173,6 +174,7 @@ OWNERS = {
     "_backward_hooks": "torch.nn.modules.module.Module",
     "_backward_pre_hooks": "torch.nn.modules.module.Module",
     "_base": "torch.Tensor",
+    "_determine_best_metric": "transformers.trainer.Trainer",
     "_eval_dataloaders": "transformers.trainer.Trainer",
     "_modules": "torch.nn.modules.module.Module",
     "_parameters": "torch.nn.modules.module.Module",

@@ -27,7 +27,7 @@ from loretta.training.model import Trained
 from loretta.training.trainer import TwoRateTrainer
 
 if TYPE_CHECKING:
-    from loretta.training.forms import Data  # whose forms need this module
+    from loretta.training.forms.base import Data  # whose forms need this module
 
 T = TypeVar("T")
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from loretta import tt
 from loretta.errors import InputError
 from loretta.layers.trains import TTLinear
-from loretta.tuners.layer import in_turn, is_offloaded
+from loretta.tuners.layer import is_offloaded
+from loretta.tuners.mixed import in_turn
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

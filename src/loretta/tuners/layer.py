@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from loretta import quantizer_logs, tt
-from loretta.errors import InputError
 from loretta.layers.trains import Cores
 from loretta.tuners.calls import Factors, hidden_from_checkpoints
 from loretta.tuners.contraction import find_factors, note_change
@@ -288,23 +287,6 @@ class LorettaLayer(JointLayer, AdaptedModule):
         """(adapter, its rows) for every adapter of a mixed batch that this layer has; "__base__" is none of them."""
         for name in sorted(set(adapter_names) & set(known)):
             yield name, [row for row, wanted in enumerate(adapter_names) if wanted == name]
-
-
-def in_turn(adapter_names: Sequence[str], compute: Callable[[str, list[int]], Tensor]) -> Tensor:
-    """The outputs of a mixed batch, put together of what ``compute`` returns for an adapter and its rows."""
-    result: Tensor | None = None
-    for name in sorted(set(adapter_names)):
-        rows = [row for row, wanted in enumerate(adapter_names) if wanted == name]
-        part = compute(name, rows)
-        if result is None:
-            result = part.new_empty(len(adapter_names), *part.shape[1:])
-        elif result.shape[1:] != part.shape[1:]:  # a single column would be spread over all
-            raise InputError(
-                f"adapter_names: the heads of a batch give {result.shape[-1]} and {part.shape[-1]} numbers for a row: "
-                "call the model once for each adapter"
-            )
-        result[rows] = part
-    return cast(Tensor, result)
 
 
 def is_bare_linear(module: nn.Module) -> bool:

@@ -4,14 +4,14 @@ The cost of a batch does not grow with the number of adapters in it, beyond that
 """
 
 import threading
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from loretta.errors import InputError
 from loretta.tuners.calls import Factors
@@ -113,3 +113,20 @@ def side_by_side(adapter_names: Sequence[str], factors: Mapping[str, Factors], d
     nothing = tuple(torch.zeros_like(factor) for factor in next(iter(factors.values())))
     rows = [factors.get(name, nothing) for name in adapter_names]
     return tuple(torch.stack(column) for column in zip(*rows, strict=True))
+
+
+def in_turn(adapter_names: Sequence[str], compute: Callable[[str, list[int]], Tensor]) -> Tensor:
+    """The outputs of a mixed batch, put together of what ``compute`` returns for an adapter and its rows."""
+    result: Tensor | None = None
+    for name in sorted(set(adapter_names)):
+        rows = [row for row, wanted in enumerate(adapter_names) if wanted == name]
+        part = compute(name, rows)
+        if result is None:
+            result = part.new_empty(len(adapter_names), *part.shape[1:])
+        elif result.shape[1:] != part.shape[1:]:  # a single column would be spread over all
+            raise InputError(
+                f"adapter_names: the heads of a batch give {result.shape[-1]} and {part.shape[-1]} numbers for a row: "
+                "call the model once for each adapter"
+            )
+        result[rows] = part
+    return cast(Tensor, result)

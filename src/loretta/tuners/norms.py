@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from loretta.errors import InputError
-from loretta.tuners.layer import AdaptedModule, in_turn, is_offloaded
+from loretta.tuners.layer import AdaptedModule, is_offloaded
+from loretta.tuners.mixed import in_turn
 
 _NORM_CLASS = re.compile(r"(Layer|RMS|Group)Norm")
 
