@@ -29,7 +29,7 @@ def read_sample(given: object) -> object:
     return {key: int(number) if number.isdecimal() else number for key, _, number in pairs}
 
 
-class RunConfig(BaseModel, extra="forbid", frozen=True):
+class RunConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     """One training run.
 
     Every key is an option of ``loretta train`` and may stand in the YAML file of ``--config`` and after ``--set``.
@@ -101,7 +101,7 @@ class RunConfig(BaseModel, extra="forbid", frozen=True):
     )
     max_new_tokens: int = Field(default=50, ge=1, description="Of an answer that is generated.")
 
-    epochs: float = Field(default=3.0, gt=0, allow_inf_nan=False, description="Passes over the training data.")
+    epochs: float = Field(default=3.0, gt=0, description="Passes over the training data.")
     max_steps: int | None = Field(default=None, ge=1, description="Steps to train, in place of epochs.")
     batch_size: int = Field(
         default=16, ge=1, description="Examples in a training step, of all processes of a launcher together."
@@ -117,19 +117,14 @@ class RunConfig(BaseModel, extra="forbid", frozen=True):
         "to the last checkpoint and on at half the learning rate, at most three times.",
     )
     eval_batch_size: int = Field(default=64, ge=1, description="Examples scored at once.")
-    learning_rate: float | None = Field(
-        default=None, gt=0, allow_inf_nan=False, description="Default: the method's own."
-    )
+    learning_rate: float | None = Field(default=None, gt=0, description="Default: the method's own.")
     head_learning_rate: float | None = Field(
-        default=None,
-        gt=0,
-        allow_inf_nan=False,
-        description="Of the final layer, which starts from nothing; default: the learning rate.",
+        default=None, gt=0, description="Of the final layer, which starts from nothing; default: the learning rate."
     )
     optimizer: str | None = Field(
         default=None, description="Any of the Trainer's: adamw_torch, sgd, adafactor, lion_8bit, ...; default: AdamW."
     )
-    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False, description="Of the optimizer.")
+    weight_decay: float = Field(default=0.0, ge=0, description="Of the optimizer.")
     warmup: float = Field(default=0.06, ge=0, lt=1, description="Share of the steps in which the rate rises.")
     warmup_steps: int | None = Field(
         default=None, ge=0, description="Steps in which the rate rises, in place of warmup."
@@ -137,9 +132,7 @@ class RunConfig(BaseModel, extra="forbid", frozen=True):
     schedule: Literal["linear", "cosine", "constant_with_warmup"] = Field(
         default="linear", description="How the rate falls after the warm-up."
     )
-    beta: float = Field(
-        default=0.1, gt=0, allow_inf_nan=False, description="Of DPO: how strongly pairs are held to the base model."
-    )
+    beta: float = Field(default=0.1, gt=0, description="Of DPO: how strongly pairs are held to the base model.")
     packing: bool = Field(
         default=False, description="Put several chats or completions into one row, each seeing itself alone."
     )
