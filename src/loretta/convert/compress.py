@@ -5,9 +5,7 @@ Axes: I input features, O output features, R rank of the given update.
 
 import math
 import posixpath
-import re
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +31,7 @@ from loretta.plan import find_config, meta_model
 from loretta.tuners.card import README, write_card
 from loretta.tuners.placement import sign
 from loretta.tuners.rep import LorettaRepConfig, LorettaRepModel
+from loretta.tuners.rep.config import of_ranks
 from loretta.tuners.task_types import FINAL_LAYERS
 from loretta.tuners.tensors import PREFIX
 
@@ -232,15 +231,10 @@ def _config(
 ) -> LorettaRepConfig:
     """The config of a rep adapter on the same modules, with a scaling of 1 everywhere."""
     given = saved.config
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    others = {f"^{re.escape(name)}": other for name, other in ranks.items() if other != rank}
     bias = given.get("bias", "none")
     return LorettaRepConfig(
         r=bottleneck,
-        tensor_rank=rank,
-        lora_alpha=rank,
-        rank_pattern=others,
-        alpha_pattern=dict(others),
+        **of_ranks(ranks),
         lora_dropout=given.get("lora_dropout", 0.0),
         target_modules=given.get("target_modules") or list(ranks),
         exclude_modules=given.get("exclude_modules"),

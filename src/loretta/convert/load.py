@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from loretta.errors import InputError
-from loretta.files import read_json
+from loretta.files import read_json, read_object
 from loretta.memory import is_out_of_memory
 from loretta.pretrained import NotLoaded, from_pretrained
 from loretta.tuners.card import saved_shapes
@@ -83,21 +83,19 @@ def find_adapter(path: Path, model: str | None = None) -> SavedAdapter:
     """
     folder = path / "adapter" if (path / "adapter" / CONFIG).is_file() else path
     require_adapter(folder)
-    try:
-        config = read_json(folder / CONFIG)
-        config["peft_type"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"'{folder / CONFIG}' is damaged or not an adapter's: copy it again") from None
-    base = config.get("base_model_name_or_path")
+    config = read_object(folder / CONFIG)
+    if config is None or "peft_type" not in config:
+        raise InputError(f"'{folder / CONFIG}' is damaged or not an adapter's: copy it again")
+    base = model or config.get("base_model_name_or_path")
     label_names: tuple[str, ...] = ()
     if (run := folder.parent / "run.json").is_file():
         from loretta.record import RunRecord  # only here: `import loretta` does without pydantic
 
         record = RunRecord.load(run)
-        base, label_names = record.model, tuple(record.label_names)
-    if not (model or base):
+        base, label_names = model or record.model, tuple(record.label_names)
+    if not base:
         raise InputError(f"the adapter in '{folder}' does not say which base model it is for: give --model")
-    return SavedAdapter(folder=folder, config=config, base=model or base, label_names=label_names)
+    return SavedAdapter(folder=folder, config=config, base=base, label_names=label_names)
 
 
 def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:

@@ -15,12 +15,11 @@ from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from loretta.convert.load import WEIGHTS, SavedAdapter, base_name, is_trained_whole
+from loretta.convert.load import WEIGHTS, SavedAdapter, base_name, is_trained_whole, readable_weights
 from loretta.errors import InputError
 from loretta.layers.fit import Update
 from loretta.tuners.tensors import PREFIX, check_finite
@@ -54,10 +53,7 @@ def read_updates(saved: SavedAdapter) -> Updates:
     """
     if saved.method.startswith("LORETTA"):
         raise InputError(f"'{saved.folder}' is a LoRETTA adapter already: use it as it is")
-    try:
-        tensors = load_file(saved.folder / WEIGHTS)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"'{saved.folder / WEIGHTS}' is damaged or truncated ({error}): copy it again") from None
+    tensors = load_file(readable_weights(saved.folder))
     by_module = _lora_updates(saved, tensors) if saved.method == "LORA" else _dense_updates(saved)
     if not by_module:
         raise InputError(f"the adapter in '{saved.folder}' changes no linear layer: there is nothing to compress")

@@ -1,5 +1,8 @@
 """Options of rep: the weight update."""
 
+import re
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -52,3 +55,10 @@ class LorettaRepConfig(LorettaUpdateConfig):
                 "names: set it to 0"
             )
         return problems
+
+
+def of_ranks(ranks: Mapping[str, int]) -> dict[str, Any]:
+    """The options that give each module its rank, and all of them a scaling of 1."""
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    others = {f"^{re.escape(name)}": other for name, other in ranks.items() if other != rank}
+    return {"tensor_rank": rank, "lora_alpha": rank, "rank_pattern": others, "alpha_pattern": dict(others)}

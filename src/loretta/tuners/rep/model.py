@@ -1,8 +1,7 @@
 """The rep tuner."""
 
 import re
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, cast
@@ -14,14 +13,14 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from loretta.errors import InputError
-from loretta.layers.fit import EXACT, Fit, Update, fit_update, smallest_fit
+from loretta.layers.fit import EXACT, Update, fit_update, smallest_fit
 from loretta.tuners.experts import matched_parameters, plan_experts
 from loretta.tuners.layer import is_offloaded
 from loretta.tuners.model import LorettaModel
 from loretta.tuners.names import check_adapter_name
 from loretta.tuners.norms import TrainedNorm
 from loretta.tuners.placement import Placement, plan_trains, planner, rank_for, require_linear
-from loretta.tuners.rep.config import LorettaRepConfig
+from loretta.tuners.rep.config import LorettaRepConfig, of_ranks
 from loretta.tuners.rep.experts import RepExperts
 from loretta.tuners.rep.layer import RepLinear
 from loretta.tuners.targets import REP_TARGETS
@@ -188,7 +187,22 @@ class LorettaRepModel(LorettaModel):
         with_head = (a for a in adapters if any(a in head.modules_to_save for head in heads))
         first = cast(LorettaRepConfig, self.peft_config[next(with_head, adapters[0])])
         norms = any(config.train_norms for config in configs)
-        self.peft_config[adapter_name] = _config_of_sum(first, fits, bottleneck, train_norms=norms)
+        # the config of one of the adapters, for the modules of all of them
+        self.peft_config[adapter_name] = replace(
+            first,
+            r=bottleneck,
+            **of_ranks({name: fit.rank for name, fit in fits.items()}),
+            use_rslora=False,
+            shapes={},
+            modes_per_side=None,
+            init_weights="zero",
+            train_norms=norms,
+            target_modules=list(fits),
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+            base_signature=None,
+        )
         self.inject_adapter(self.model, adapter_name)
         # PeftModel does this for the adapters that it adds; a sum in the dtype of the base would be rounded
         dtypes = {layer.factors(a)[0].dtype for layer in layers.values() for a in adapters if a in layer.n_pairs}
@@ -260,29 +274,3 @@ class LorettaRepModel(LorettaModel):
         rank = rank_for(config, name)
         down, up = plan_trains(name, size, size, config.r, rank=rank, **planner(config))
         return Placement(name=name, where="update", down=down, up=up)
-
-
-def _config_of_sum(
-    first: LorettaRepConfig, fits: Mapping[str, Fit], bottleneck: int, *, train_norms: bool
-) -> LorettaRepConfig:
-    """The config of one of the adapters, for the modules of all of them and with a scaling of 1."""
-    rank = Counter(fit.rank for fit in fits.values()).most_common(1)[0][0]
-    others = {f"^{re.escape(name)}": fit.rank for name, fit in fits.items() if fit.rank != rank}
-    return replace(
-        first,
-        r=bottleneck,
-        tensor_rank=rank,
-        lora_alpha=rank,
-        use_rslora=False,
-        rank_pattern=others,
-        alpha_pattern=dict(others),
-        shapes={},
-        modes_per_side=None,
-        init_weights="zero",
-        train_norms=train_norms,
-        target_modules=list(fits),
-        exclude_modules=None,
-        layers_to_transform=None,
-        layers_pattern=None,
-        base_signature=None,
-    )
