@@ -41,15 +41,15 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     write_whole(path, json.dumps(content, indent=2) + "\n")
 
 
-def read_plain(path: Path) -> bytes:
-    """The bytes of a plain file. Raises OSError where there is none, for pipes and devices, and for one too large."""
+def read_plain(path: Path, most: int = LARGEST) -> bytes:
+    """The bytes of a plain file. Raises OSError for none, for pipes and devices, and for more than ``most`` bytes."""
     with open(path, "rb", opener=_open_at_once) as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.EINVAL, "it is no plain file", str(path))
-        if found.st_size > LARGEST:
-            raise OSError(errno.EFBIG, f"it has more than {LARGEST:,} bytes", str(path))
-        return file.read(LARGEST)
+        if found.st_size > most:
+            raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", str(path))
+        return file.read(most)
 
 
 def _open_at_once(path: str, flags: int) -> int:

@@ -8,6 +8,7 @@ import typer
 from loretta.cli import study as of_study
 from loretta.cli.options import run_options
 from loretta.studies.study import OF_EACH_RUN
+from loretta.training.config import OF_A_TABLE
 
 
 @run_options(but=OF_EACH_RUN, beside=of_study.carry_out)
@@ -24,7 +25,7 @@ def compare(
     from loretta.cli.demo import encoder_folder
     from loretta.studies.compare import comparison
 
-    columns = {name: given.pop(name) for name in of_study.OF_THE_DATA}
+    columns = {name: given.pop(name) for name in OF_A_TABLE}
     study = comparison(
         data,
         of_study.words("--methods", methods),

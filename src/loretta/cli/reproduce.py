@@ -9,9 +9,10 @@ from loretta.cli import study as of_study
 from loretta.cli.options import run_options
 from loretta.cli.output import print_json, say
 from loretta.studies.study import OF_EACH_RUN
+from loretta.training.config import OF_A_TABLE
 
 
-@run_options(but=[*OF_EACH_RUN, *of_study.OF_THE_DATA], beside=of_study.carry_out, defaults=False)
+@run_options(but=[*OF_EACH_RUN, *OF_A_TABLE], beside=of_study.carry_out, defaults=False)
 def reproduce(
     target: Annotated[str | None, typer.Argument(help="table1, figure4, ...; without it they are listed.")] = None,
     model: Annotated[

@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from loretta.studies.runner import Summary
     from loretta.studies.study import Study
 
-# options that say which rows and columns of a user's own data are read
-OF_THE_DATA = ("text", "text_pair", "label", "kind", "validation", "test", "separator", "split")
-
 Seeds = Annotated[int | None, typer.Option(min=1, help="How many seeds, from 0 on.")]
 Jobs = Annotated[
     int,

@@ -17,6 +17,8 @@ from loretta.wording import one_line
 Quantization = Literal["nf4", "fp4", "int8", "torchao-int8", "fp8"]
 HeadPolicy = Literal["method", "full", "frozen"]
 
+# options that say which rows and columns of a user's own data are read
+OF_A_TABLE = ("text", "text_pair", "label", "kind", "validation", "test", "separator", "split")
 # other words for an option, wherever an option may stand
 ALIASES = {"lr": "learning_rate", "epoch": "epochs", "eval": "validation", "batch": "batch_size"}
 

@@ -1,6 +1,7 @@
 """The data of a run: the task that its options name, and the splits of the task as token ids."""
 
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -10,7 +11,7 @@ from loretta.tasks import STDLIB, load_task
 from loretta.tasks.base import Task
 from loretta.tasks.glue import GLUE
 from loretta.tasks.prompted import PROMPTED, PromptedTask, Sample, load_prompted
-from loretta.training.config import RunConfig
+from loretta.training.config import OF_A_TABLE, RunConfig
 from loretta.training.forms import Data, form_of
 from loretta.training.model import TASK_TYPES
 
@@ -23,10 +24,10 @@ def load_config_task(config: RunConfig) -> Task | PromptedTask:
     Raises InputError as ``load_task`` and ``load_prompted`` do, and for options that are of the other form.
     """
     data_dir = Path(config.data_dir) if config.data_dir else None
+    of_table: dict[str, Any] = {key: getattr(config, key) for key in OF_A_TABLE}
     task: Task | PromptedTask
     if is_prompted(config):
-        of_tables = ("text", "text_pair", "label", "kind", "validation", "test", "separator", "split")
-        if given := [f"{key}={getattr(config, key)!r}" for key in of_tables if getattr(config, key) is not None]:
+        if given := [f"{key}={value!r}" for key, value in of_table.items() if value is not None]:
             raise InputError(f"'{config.data}' is put in words and has its own splits: leave out {', '.join(given)}")
         task = load_prompted(config.data, data_dir=data_dir, sample=Sample(**config.sample), seed=config.seed)
     else:
@@ -35,32 +36,15 @@ def load_config_task(config: RunConfig) -> Task | PromptedTask:
                 f"sample and train_as are for prompted tasks ({', '.join(PROMPTED)}) on a causal language model, and "
                 f"'{config.data}' on '{config.model}' is none: leave them out"
             )
-        task = load_task(
-            config.data,
-            text=config.text,
-            text_pair=config.text_pair,
-            label=config.label,
-            kind=config.kind,
-            data_dir=data_dir,
-            validation=config.validation,
-            test=config.test,
-            separator=config.separator,
-            split=config.split,
-            seed=config.seed,
-        )
-    if TASK_TYPES[task.kind] == "CAUSAL_LM":
-        refuse_encoder(config.model)
-    return task if config.limit is None else task.limited(config.limit)
-
-
-def refuse_encoder(model: str) -> None:
-    """Raise InputError for a model that sees the next token: its loss on that token says nothing."""
-    found = find_config(model)
-    if default_task_type(found) == "SEQ_CLS" and not getattr(found, "is_decoder", False):
+        task = load_task(config.data, data_dir=data_dir, seed=config.seed, **of_table)
+    found = find_config(config.model) if TASK_TYPES[task.kind] == "CAUSAL_LM" else None
+    if found is not None and default_task_type(found) == "SEQ_CLS" and not getattr(found, "is_decoder", False):
+        # it sees the next token, and its loss on that says nothing
         raise InputError(
-            f"'{model}' ({found.model_type}) is an encoder, which reads a text from both sides and cannot be trained "
-            "to go on with it: give a decoder, or --label COLUMN to classify"
+            f"'{config.model}' ({found.model_type}) is an encoder, which reads a text from both sides and cannot be "
+            "trained to go on with it: give a decoder, or --label COLUMN to classify"
         )
+    return task if config.limit is None else task.limited(config.limit)
 
 
 def is_prompted(config: RunConfig) -> bool:
