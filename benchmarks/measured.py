@@ -45,5 +45,6 @@ def sources(rows: Iterable[Row]) -> str:
     return "".join(dict.fromkeys(source(row) for row in rows))
 
 
-def verdict(hit: bool) -> str:
-    return "hit" if hit else "**missed**"
+def verdict(hit: bool, *, is_open: bool = False) -> str:
+    """``is_open``: what was measured allows both."""
+    return "open" if is_open else "hit" if hit else "**missed**"

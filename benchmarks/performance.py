@@ -17,8 +17,8 @@ from targets import (
     LORA,
     OURS,
     cells_table,
-    hits_of,
     lora_of,
+    marks_of,
     processes_table,
     size_of,
     steps,
@@ -90,7 +90,7 @@ def _step_line(row: Row) -> list[str]:
     cells = [row["mode"], size_of(row), row["method"], f"{row['ms']:.2f}", f"{row['min']:.2f}, {row['max']:.2f}"]
     cells += [f"{row['ratio']:.3f}", f"{to_lora:.3f}" if to_lora else "", f"{row['peak_gib']:.2f}"]
     judged = row["method"] in OURS and row["lora"] is not None
-    marks = [verdict(hit) for hit in hits_of(row)] if judged else ["", "", ""]
+    marks = marks_of(row) if judged else ["", "", ""]
     return [*cells, *marks]
 
 

@@ -5,6 +5,9 @@ moves. So the processes of a cell, or of a few cells, build and warm up together
 while the others sleep, and the methods follow each other in several rounds, whose times are put together. Then these
 processes end, and those of the next cells begin. The rows are those of speed.py.
 
+Processes differ, and stay different: with --again the medians of a cell's earlier runs stay beside the new ones in its
+file, and targets.py tells from them how far to trust a ratio.
+
 A cell is MODE:SHAPE:BATCHxTOKENS, with :LAYERS behind it where the model is to be cut.
 
     python benchmarks/turns.py --cells eager:minilm:16x64 compile:roberta-base:16x128:4 --out-dir benchmarks/results
@@ -172,6 +175,9 @@ def write(cell: Cell, rows: list[Row], args: argparse.Namespace) -> None:
     size = cell.batch, cell.tokens
     head = {"shape": cell.shape, "layers": rows[0]["layers"], "steps": args.steps, "rounds": args.rounds}
     kept = [row for row in known if (row["batch"], row["tokens"]) != size]
+    for row in rows if args.again else []:
+        before = next((o for o in known if o not in kept and o["method"] == row["method"]), {"ms": None})
+        row["runs"] = [*before.get("runs", [before["ms"]]), row["ms"]]
     content = {**head, **about(args.device, args.dtype), "rows": kept + rows}
     path.write_text(json.dumps(content, indent=1) + "\n")
     for row in rows:
@@ -190,6 +196,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=15, help="of each turn")
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--wait", type=float, default=240, help="seconds in which those have to be ready")
+    parser.add_argument("--again", action="store_true", help="Keep the medians of earlier runs of the same code.")
     parser.add_argument("--after", type=Path, help="a file: nothing is timed before it is there")
     parser.add_argument("--at-once", type=int, default=1, help="cells whose processes live at the same time")
     parser.add_argument("--budget", type=float, default=3600, help="seconds after which no further cells are begun")

@@ -1,5 +1,6 @@
 """Numbers in docs/performance.md are those of the result files, whose rows say where they come from."""
 
+import math
 import pathlib
 import sys
 
@@ -9,6 +10,7 @@ BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 import performance  # noqa: E402
+import targets  # noqa: E402
 from floors import adapter_cost, base_cost  # noqa: E402
 from tables import filled  # noqa: E402
 
@@ -50,6 +52,37 @@ def test_every_row_says_where_it_comes_from(pattern, sizes, time):
 @pytest.mark.parametrize("row", STEPS, ids=lambda row: f"{row['file']}-{row['mode']}-{row['method']}-{row['batch']}")
 def test_a_ratio_is_that_of_two_medians_of_one_run(row):
     assert row["ratio"] == pytest.approx(row["ms"] / row["floor"]["ms"])
+
+
+def row_of(*runs: float, gpu_ms: float) -> dict:
+    return {"ms": runs[-1], "runs": list(runs), "gpu_ms": gpu_ms}
+
+
+@pytest.mark.parametrize(
+    ("runs", "gpu_ms", "expected"),
+    [
+        # by hand: t(0.975, 10) = 2.228, so half an interval is 0.2228 for one run, and 0.1576 for the mean of two
+        ((12.4,), 5.0, ("1.240 (0.99 to 1.55)", "open")),
+        ((12.6,), 5.0, ("1.260 (1.01 to 1.57)", "**missed**")),
+        ((7.9,), 5.0, ("0.790 (0.63 to 0.99)", "hit")),
+        ((7.9, 9.0), 5.0, ("0.843 (0.72 to 0.99)", "hit")),
+        ((None, 12.4), 5.0, ("1.240 (0.99 to 1.55)", "open")),
+        ((9.0, 10.1), 9.5, ("1.010", "**missed**")),  # the GPU is busy: the last run counts
+    ],
+)
+def test_a_step_that_waits_for_the_cpu_is_judged_by_the_scatter_between_runs(runs, gpu_ms, expected, monkeypatch):
+    monkeypatch.setattr(targets, "scatter", lambda reference: (0.1, 10))
+    lora = row_of(*[10.0 for _ in runs], gpu_ms=5.0)
+    assert targets.judged(row_of(*runs, gpu_ms=gpu_ms), lora, 1)[1:] == expected
+
+
+def test_the_scatter_is_that_of_two_cells_by_hand(monkeypatch):
+    # log ratios 0 and log 1.21 in one cell, twice log 1.1 in the other: squares of log 1.1 around the means, twice
+    lora = row_of(10.0, 10.0, gpu_ms=5.0)
+    ours = [row_of(10.0, 12.1, gpu_ms=5.0), row_of(11.0, 11.0, gpu_ms=5.0), row_of(30.0, 10.0, gpu_ms=9.9)]
+    monkeypatch.setattr(targets, "steps", lambda: [{**row, "method": "adp", "lora": lora} for row in ours])
+    deviation, freedom = targets.scatter.__wrapped__("lora")
+    assert (deviation, freedom) == (pytest.approx(math.log(1.1)), 2)
 
 
 def test_the_costs_are_those_of_a_count_by_hand():
