@@ -70,7 +70,7 @@ def population_split_table(name: str) -> str:
 
 def population_step_table() -> str:
     """What a step of a population has the device do, and the floor."""
-    rows = results("population_step")
+    rows = results("population_step*")
     lines = []
     for row in rows:
         first = next(other for other in rows if other["tokens"] == row["tokens"])
@@ -79,7 +79,7 @@ def population_step_table() -> str:
             [row["case"], row["tokens"], f"{row['ms']:.2f}", f"{first['ms'] / row['ms']:.2f}", *kinds, row["kernels"]]
         )
     head = "case | tokens | step, ms | times as fast | attention | products | norms | dropout | casts | other | kernels"
-    return source(rows[0]) + table(head, lines, numbers_from=1) if rows else NOT_MEASURED
+    return sources(rows) + table(head, lines, numbers_from=1) if rows else NOT_MEASURED
 
 
 def population_cpu_table() -> str:
@@ -98,6 +98,50 @@ def population_cpu_table() -> str:
     return source(rows[0]) + table(head, lines, numbers_from=2) if rows else NOT_MEASURED
 
 
+def compare_table() -> str:
+    """A whole `loretta compare`, with code of two commits."""
+    rows = results("compare")
+    lines = [
+        [row["code"], row["commit"], f"{row['runs']} of {row['of']}", f"{row['seconds']:.0f}", row["exit"]]
+        for row in rows
+    ]
+    head = "what is a process | commit | runs finished | seconds | ended by"
+    return sources(rows) + table(head, lines, numbers_from=2) if rows else NOT_MEASURED
+
+
+def halving_table() -> str:
+    """A search by successive halving beside the full grid, together and one by one."""
+    rows = results("halving*")
+    lines = []
+    for row in rows:
+        alike = [other for other in rows if other["file"] == row["file"]]
+        one, grid = (next(o for o in alike if o["how"] == how) for how in ("one by one, estimated", "grid"))
+        case = f"{row['model']}, {row['task']}, {row['epochs']:g} epochs"
+        how = {"grid": "grid, in populations", "halving": "halving, in populations"}.get(row["how"], row["how"])
+        parts = [f"{row['seconds'] / other['seconds']:.2f}" for other in (one, grid)]
+        score = f"{row['score']:.3f}" if "score" in row else ""
+        lines.append([case, how, f"{row['seconds']:.0f}", f"{row['processor_s']:.0f}", *parts, score])
+    head = "case | 64 candidates | seconds | of processors | of one by one | of the grid | best validation score"
+    return sources(rows) + table(head, lines, numbers_from=2) if rows else NOT_MEASURED
+
+
+def stopped_table() -> str:
+    """When a search by halving stopped its candidates, and the first and the last of those it stopped there."""
+    lines = []
+    for row in results("halving*"):
+        steps: dict[str, list[str]] = {}
+        for folder, words in row.get("stopped", {}).items():
+            place, _, at = words.partition(" at ")
+            step, _, score = at.partition(", ")
+            steps.setdefault(f"{place.partition(' of ')[2]}|{step}", []).append(f"{score} ({folder})")
+        for key, found in sorted(steps.items(), key=lambda item: -int(item[0].partition("|")[0])):
+            at_work, _, step = key.partition("|")
+            values = sorted(found, key=lambda words: float(words.split()[1]))
+            lines.append([row["model"], row["task"], step, at_work, len(found), values[-1]])
+    head = "model | task | at | candidates | stopped | the best of the stopped"
+    return table(head, lines, numbers_from=3) if lines else NOT_MEASURED
+
+
 def _compared(row: Row) -> tuple:
     return tuple(row.get(name) for name in ("part", "task", "model", "layers", "method", "graph"))
 
@@ -108,4 +152,7 @@ POPULATION_SECTIONS: dict[str, Callable[[], str]] = {
     "population split": partial(population_split_table, "population_h200*"),
     "population steps": population_step_table,
     "population on a cpu": population_cpu_table,
+    "compare": compare_table,
+    "halving": halving_table,
+    "stopped": stopped_table,
 }
