@@ -105,7 +105,7 @@ def compare_table() -> str:
         [row["code"], row["commit"], f"{row['runs']} of {row['of']}", f"{row['seconds']:.0f}", row["exit"]]
         for row in rows
     ]
-    head = "what is a process | commit | runs finished | seconds | ended by"
+    head = "a process for | commit | runs finished | seconds | ended by"
     return sources(rows) + table(head, lines, numbers_from=2) if rows else NOT_MEASURED
 
 
@@ -118,10 +118,10 @@ def halving_table() -> str:
         one, grid = (next(o for o in alike if o["how"] == how) for how in ("one by one, estimated", "grid"))
         case = f"{row['model']}, {row['task']}, {row['epochs']:g} epochs"
         how = {"grid": "grid, in populations", "halving": "halving, in populations"}.get(row["how"], row["how"])
-        parts = [f"{row['seconds'] / other['seconds']:.2f}" for other in (one, grid)]
+        parts = [f"{row['processor_s'] / other['processor_s']:.2f}" for other in (one, grid)]
         score = f"{row['score']:.3f}" if "score" in row else ""
         lines.append([case, how, f"{row['seconds']:.0f}", f"{row['processor_s']:.0f}", *parts, score])
-    head = "case | 64 candidates | seconds | of processors | of one by one | of the grid | best validation score"
+    head = "case | 64 candidates | seconds | processor, s | / one by one | / grid | best validation score"
     return sources(rows) + table(head, lines, numbers_from=2) if rows else NOT_MEASURED
 
 
@@ -149,7 +149,9 @@ def _compared(row: Row) -> tuple:
 POPULATION_SECTIONS: dict[str, Callable[[], str]] = {
     "population": population_table,
     "population on an h200": partial(population_table, "population_h200*"),
+    "population on rte again": partial(population_table, "population_rte_again"),
     "population split": partial(population_split_table, "population_h200*"),
+    "population split again": partial(population_split_table, "population_rte_again"),
     "population steps": population_step_table,
     "population on a cpu": population_cpu_table,
     "compare": compare_table,

@@ -12,6 +12,10 @@ class InputError(ValueError):
     """
 
 
+class NotRecorded(InputError):
+    """A step that spoiled its recording as a CUDA graph, so that the training has to begin again without."""
+
+
 class Stopped(KeyboardInterrupt):
     """A run that ended before its end and can go on.
 

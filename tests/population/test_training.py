@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from tiny_models import save_bert
 from training_data import sentences
 
-from loretta.errors import InputError, OutOfMemory, Stopped
+from loretta.errors import InputError, NotRecorded, OutOfMemory, Stopped
 from loretta.owned import find_foreign
 from loretta.population import checkpoints, loop, training
 from loretta.population.loop import Loop
@@ -376,3 +376,23 @@ def test_the_largest_part_is_tried_and_forgotten(options, tmp_path, monkeypatch)
     for got, expected in zip(train_together(runs), without, strict=True):
         assert got.history == expected.history
     assert tried[0].numel() == max(shape.numel() for shape in tried)
+
+
+def test_a_step_that_spoils_its_recording_is_trained_without(options, tmp_path, monkeypatch, capsys):
+    """As on a GPU, in the middle of the training; each folder says nothing of it, and has the run without graphs."""
+    configs = [RunConfig(**options | {"seed": seed, "output": f"{tmp_path}/{seed}"}) for seed in (0, 1)]
+    expected = train_together([c.model_copy(update={"output": f"{c.output}-without"}) for c in configs])
+    losses, asked = Loop.losses, []
+
+    def spoiled(self, part):
+        asked.append(self.members[0].config.cuda_graph)
+        if asked[-1] and self.step == 2:
+            raise NotRecorded("a step of this model waits for the GPU and spoils its recording")
+        return losses(self, part)
+
+    monkeypatch.setattr(Loop, "losses", spoiled)
+    for got, each in zip(train_together(configs), expected, strict=True):
+        assert got.history == each.history
+        assert not got.config["cuda_graph"]
+    assert (asked[0], asked[-1]) == (True, False)
+    assert "without CUDA graphs: a step of this model waits" in capsys.readouterr().out

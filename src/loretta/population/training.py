@@ -12,9 +12,9 @@ import torch
 from peft import PeftModel
 from transformers import set_seed
 
-from loretta.errors import InputError, Stopped
+from loretta.errors import InputError, NotRecorded, Stopped
 from loretta.locks import hold
-from loretta.memory import peak_memory, saying_what_helps
+from loretta.memory import free_memory, peak_memory, saying_what_helps
 from loretta.population.checkpoints import WRITERS, Checkpoints, for_all, remove, restore, save
 from loretta.population.loop import Loop, Member, Rules
 from loretta.population.population import Population, Start
@@ -77,9 +77,9 @@ def train_together(
 ) -> list[RunRecord | Paused]:
     """Train several runs on one base at once and write the folder of each, as ``loretta.training.run.train`` does.
 
-    A finished run stays as it is. ``run.json`` says how many runs were trained together; its seconds are the run's
-    share, its memory is that of all. With ``until`` the runs pause after that share of their steps; with ``resume``
-    they go on from there, together or with others.
+    On a GPU steps are recorded as CUDA graphs where they can be. A finished run stays as it is. ``run.json`` says how
+    many runs were trained together; its seconds are the run's share, its memory is that of all. With ``until`` the runs
+    pause after that share of their steps; with ``resume`` they go on from there, together or with others.
 
     Raises InputError for runs that do not fit together, OutOfMemory for too many, and whatever ``train`` raises; a
     signal saves a checkpoint of each. A run with values that are not finite ends alone: Stopped is raised after the
@@ -95,15 +95,26 @@ def train_together(
     with stopping_at_signals() as stop, ExitStack() as folders, saying_what_helps(needed, mend):
         for config in configs:
             folders.enter_context(hold(config.folder))
-        return _train_all(configs, stop, resume=resume, overwrite=overwrite, until=until)
+        try:
+            return _train_all(configs, stop, resume=resume, overwrite=overwrite, until=until, graphs=True)
+        except NotRecorded as error:
+            print(f"without CUDA graphs: {error}", flush=True)
+        free_memory()  # outside of the exception, which holds on to what the step had allocated
+        return _train_all(configs, stop, resume=True, overwrite=False, until=until, graphs=False)
 
 
 def _train_all(
-    configs: Sequence[RunConfig], stop: StopAtSignal, *, resume: bool, overwrite: bool, until: float | None
+    configs: Sequence[RunConfig],
+    stop: StopAtSignal,
+    *,
+    resume: bool,
+    overwrite: bool,
+    until: float | None,
+    graphs: bool,
 ) -> list[RunRecord | Paused]:
     places = [find_place(config, resume=resume, overwrite=overwrite) for config in configs]
     left = [(config, place) for config, place in zip(configs, places, strict=True) if not (resume and place.finished)]
-    records = iter(_train(left, stop, overwrite=overwrite, until=until) if left else [])
+    records = iter(_train(left, stop, overwrite=overwrite, until=until, graphs=graphs) if left else [])
     ended: list[RunRecord | Paused] = []
     for place in places:
         if resume and place.finished:
@@ -115,9 +126,9 @@ def _train_all(
 
 
 def _train(
-    runs: Sequence[tuple[RunConfig, Place]], stop: StopAtSignal, *, overwrite: bool, until: float | None
+    runs: Sequence[tuple[RunConfig, Place]], stop: StopAtSignal, *, overwrite: bool, until: float | None, graphs: bool
 ) -> Sequence[RunRecord | Paused]:
-    configs = [config.model_copy(update={"output": str(place.work)}) for config, place in runs]
+    configs = [config.model_copy(update={"output": str(place.work), "cuda_graph": graphs}) for config, place in runs]
     memory = 0 if torch.cuda.is_available() and not configs[0].cpu else peak_memory()
     # in a scratch folder, because a Trainer makes its folder at once and a refused population must leave nothing
     with tempfile.TemporaryDirectory() as scratch:

@@ -164,7 +164,7 @@ class RunConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     cuda_graph: bool = Field(
         default=False,
         description="Replay training steps as CUDA graphs, one for each length of batch: faster where the GPU waits "
-        "for the CPU; where that cannot be, a line says why.",
+        "for the CPU; where that cannot be, a line says why. Runs that are trained together always are.",
     )
     fsdp: bool = Field(
         default=False,

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -181,6 +181,7 @@ def save_tokenizer(trainer: TwoRateTrainer, config: RunConfig, folder: Path) -> 
         tokenizer.model_max_length = length
 
 
+@cache
 def versions() -> dict[str, str]:
     """The versions of what computes a run."""
     packages = {name: version(name) for name in PACKAGES}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from loretta.errors import InputError
+from loretta.errors import NotRecorded
 from loretta.tuners.recorded import uncollected
 from loretta.wording import one_line
 
@@ -40,7 +40,7 @@ class Recorder:
     def record(self, work: Work) -> Work:
         """Record ``work`` and compute nothing. Returns the function that computes, which fills the tensors of ``work``.
 
-        Raises RuntimeError for work that needs a number from the GPU to go on, and InputError for work that waits for
+        Raises RuntimeError for work that needs a number from the GPU to go on, and NotRecorded for work that waits for
         the GPU without asking for one: the attempt to record that leaves no state to go on from.
         """
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
@@ -61,7 +61,7 @@ class Recorder:
         except RuntimeError as error:
             generator.graphsafe_set_state(random)  # the state of an unfinished recording refuses to go on
             if "captur" in str(error):
-                raise InputError(
+                raise NotRecorded(
                     f"a step of this model waits for the GPU and spoils its recording ({short(error)}): "
                     "train it without CUDA graphs"
                 ) from error
