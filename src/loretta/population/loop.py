@@ -111,8 +111,7 @@ class Rules:
 class Loop:
     """Trains a population; :attr:`best` (P, N) holds the values of each member at its best step.
 
-    Args:
-        rules: those of the members, collected before the population replaced the modules of their model.
+    The ``rules`` of the members were collected before the population replaced the modules of their model.
     """
 
     def __init__(self, population: Population, members: Sequence[Member], rules: Rules) -> None:

@@ -24,10 +24,7 @@ class Members(nn.Module):
 
     It runs the module's own forward pass under :func:`torch.func.vmap`, which is right for any module whose output rows
     depend only on their own input rows. Subclasses compute the same faster for the modules that take most of the time.
-
-    Args:
-        module: the module of one run. The members share all that it holds beside their values.
-        values: name in the module -> (P, ...) values of all members, trained or not.
+    ``values`` are those of all members, (P, ...), by their names in the module; all else in it is shared.
     """
 
     def __init__(self, module: nn.Module, values: Mapping[str, Tensor]) -> None:
@@ -75,12 +72,9 @@ class Members(nn.Module):
 
 
 class OwnZeros(TorchFunctionMode):
-    """Under vmap, makes ``torch.zeros`` give each member zeros of its own.
+    """Under vmap, makes ``torch.zeros`` give each member zeros of its own, by any tensor of the members.
 
     Some methods write trained numbers into zeros, and vmap refuses to write them into a tensor that members share.
-
-    Args:
-        like: any tensor of the members.
     """
 
     def __init__(self, like: Tensor) -> None:
@@ -104,11 +98,7 @@ class MemberVBLoRA(Members):
 
 
 class MemberLinear(Members):
-    """A linear layer with a bias, or a weight and a bias, for each member.
-
-    Args:
-        scales: (P), a factor on each member's values.
-    """
+    """A linear layer with a bias, or a weight and a bias, for each member; ``scales`` (P) are factors on these."""
 
     module: nn.Linear
 

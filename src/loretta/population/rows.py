@@ -17,15 +17,8 @@ from loretta.training.batches import IGNORED
 class Rows:
     """One split of each member, padded once and kept where the model is.
 
-    Members with the same data share one copy.
-
-    Args:
-        splits: one of each member, with token ids.
-        collator: that of a run alone.
-        on_left: whether the collator pads on the left.
-        kind: of the task, which decides how many losses a row has.
-        padded: maps the tokens of a batch's longest row to the length of the batch. With few lengths a recorded step
-            serves more batches.
+    Members with the same data share one copy. The collator is that of a run alone; ``padded`` maps the tokens of a
+    batch's longest row to the length of the batch: with few lengths a recorded step serves more batches.
     """
 
     def __init__(

@@ -161,13 +161,7 @@ class TrainGroup:
 
 
 class SharedGroup(TrainGroup):
-    """The layers of shared, which have one train for all of them.
-
-    Args:
-        sites: the M layers.
-        parts: "train", and where there is "start_train": the values of all members, (P, 1, N).
-        scales: (M, P), the factor of each layer on the update of each member.
-    """
+    """The layers of shared, which have one train for all: "train", and where there is "start_train", (P, 1, N)."""
 
     def __init__(self, sites: Sequence[MemberTrains], parts: Mapping[str, Tensor], scales: Tensor) -> None:
         self.sites, self.parts = sites, parts

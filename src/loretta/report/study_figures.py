@@ -310,13 +310,10 @@ def _span(windows: set[int]) -> str:
 
 
 def smooth(seeds: Sequence[Sequence[tuple[int, float]]]) -> tuple[list[tuple[int, float, float]], int]:
-    """Average the curves of all seeds in a window around each step.
+    """Average the curves of all seeds, (step, value), in a window around each step.
 
-    ``seeds`` are curves of (step, value). The window holds 20 evaluations, or a tenth of them where there are fewer
-    than 200, so that a short curve keeps its shape.
-
-    Returns (step, mean, standard deviation) for each step, and the width of the window. The standard deviation of a
-    single value is 0.
+    The window holds 20 evaluations, or a tenth of them where there are fewer than 200, so that a short curve keeps its
+    shape. Returns (step, mean, standard deviation) for each step, and the width of the window.
     """
     by_step: dict[int, list[float]] = {}
     for curve in seeds:

@@ -111,7 +111,7 @@ def learned(cell: Cell) -> bool:
 def verdict(results: Results, pairs: Sequence[Difference] = ()) -> Verdict:
     """Whether anything was learned, the method of the best mean, and careful advice.
 
-    ``pairs`` are the differences between that method and the others on the same rows. Without them the advice names
+    ``pairs`` are the differences between that method and the others on the same rows; without them the advice names
     the smallest method whose interval over seeds reaches the best mean.
     """
     found = [cell for cell in results.final() if cell.mean is not None and cell.task in results.study.tasks]

@@ -89,10 +89,7 @@ def carry_out_together(root: Path, runs: Sequence[Planned], wait: float = 0.0) -
     """Train several runs at once, as one population, and finish each of them.
 
     Runs that cannot be trained together, or fail together, are carried out one by one; runs that do not fit into
-    memory in halves.
-
-    Args:
-        wait: seconds in which another process may still release a run.
+    memory in halves. ``wait`` are seconds in which another process may still release a run.
     """
     if len(runs) == 1:
         return [carry_out(root, runs[0], wait)]

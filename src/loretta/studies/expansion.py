@@ -224,12 +224,9 @@ class _RowOnModel:
         order: tuple[str, ...] = (),
         before: Planned | None = None,
     ) -> Planned:
-        """One run.
+        """One run, with the ``settings`` that the sweep chose; None while it has not.
 
-        Args:
-            settings: What the sweep chose; None while it has not.
-            order: The tasks of the sequence that the run belongs to.
-            before: The run of that sequence whose adapter this one goes on with.
+        ``order`` are the tasks of the sequence that it belongs to, ``before`` the run whose adapter it goes on with.
         """
         study, base, row = self.study, self.base, self.row
         name = "-".join(order[: order.index(task) + 1]) if order else task

@@ -95,11 +95,9 @@ class Stand:
 def search(
     folders: Sequence[Path], failed: Sequence[bool], merit: Callable[[dict[str, Any]], tuple[float, ...]]
 ) -> list[Stand]:
-    """Where each candidate stands, read off the folders of all.
+    """Where each candidate stands, read off the folders of all; those that ``failed`` are not waited for.
 
-    Args:
-        failed: which candidates ended with an error: the others do not wait for them.
-        merit: a key for what :func:`reached` returns; larger is better.
+    ``merit`` is a key for what :func:`reached` returns; larger is better.
     """
     alive = list(range(len(folders)))
     stands = [Stand(None) for _ in folders]

@@ -34,13 +34,9 @@ class Unit(Frozen):
 
 
 class UnitProcess:
-    """The process as its starter sees it.
+    """The process as its starter sees it; :meth:`start` gives it the units that follow the first.
 
-    Args:
-        root: the folder of all runs.
-        unit: the first one; :meth:`start` gives it the next ones.
-        environment: variables of the process, on top of those of this one.
-        working: its working folder, if not that of this process: paths of data and models may be relative.
+    ``environment`` comes on top of that of this process, ``working`` is a working folder in place of its own.
     """
 
     def __init__(self, root: Path, unit: Unit, *, environment: Mapping[str, str], working: str | None = None) -> None:

@@ -92,10 +92,9 @@ class TwoRateTrainer(WholeCheckpointsTrainer):
     """A Trainer whose final layer may learn at a rate of its own: it starts from nothing, the rest does not.
 
     Args:
-        lengths: of the training examples. Examples of similar lengths then come together.
+        lengths: of the training examples. Those of similar lengths then come together, by batches of ``order_by``.
         on_nan, auto_batch: as in :class:`~loretta.training.config.RunConfig`.
         loss_is_mean: the model gives the mean over the examples of a batch, as those with labels for a text do.
-        order_by: the batch by whose size examples of similar lengths come together; default: that of this process.
     """
 
     def __init__(

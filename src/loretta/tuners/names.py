@@ -32,8 +32,6 @@ def check_adapter_name(model: nn.Module, name: str) -> None:
 
     PEFT finds the tensors of an adapter by its name, which may stand anywhere in a key: an adapter called ``layers``
     would take all tensors of all other adapters with it when they are saved.
-
-    Raises InputError.
     """
     if not isinstance(name, str) or not name or "." in name or hasattr(nn.ModuleDict(), name):
         raise InputError(f"an adapter cannot be called {name!r}: torch takes no such name for a module; choose another")

@@ -167,10 +167,7 @@ _ROOM = 1 << 18
 
 
 def check_size(name: str, what: str, numbers: int, base_numbers: int) -> None:
-    """Refuse a train far larger than the matrix of the base model that it is to change, before it is made.
-
-    Raises InputError.
-    """
+    """Raise InputError for a train far larger than the matrix of the base model that it is to change."""
     if numbers > 4 * base_numbers + _ROOM:
         raise InputError(
             f"'{name}': {what} needs {quoted(numbers)} numbers beside a matrix of {base_numbers:,}: give a smaller one"
