@@ -24,11 +24,9 @@ BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBacke
 class PackedAttention(TorchFunctionMode):
     """Within it, :func:`torch.nn.functional.scaled_dot_product_attention` packs short rows together.
 
-    The result differs by rounding only, and dropout draws other numbers.
-
-    Args:
-        members: how many there are; each has an equal share of the rows. Only rows of one member are packed together:
-            the mask's zero times a value that is not finite would be NaN for the others.
+    The result differs by rounding only, and dropout draws other numbers. Each of the ``members`` has an equal share of
+    the rows, and only rows of one member are packed together: the mask's zero times a value that is not finite would be
+    NaN for the others.
     """
 
     def __init__(self, members: int) -> None:

@@ -72,11 +72,8 @@ class Population(nn.Module):
     """P members on one base. A call takes the rows of all members, grouped by member, and returns their logits.
 
     All trained numbers lie in one matrix, ``values`` (P, N), with a row for each member, and their gradients in
-    another. So clipping, updating, keeping and saving take one operation each, however many modules there are.
-
-    Args:
-        model: one wrapped model. The population replaces its modules; :meth:`released` puts them back.
-        starts: one for each member. All members have the same parameters.
+    another. So clipping, updating, keeping and saving take one operation each, however many modules there are. The
+    population replaces the modules of the one wrapped ``model``; :meth:`released` puts them back.
     """
 
     # by the number of members, what replaces torch's functions during a pass on a GPU
@@ -244,10 +241,7 @@ class Population(nn.Module):
         """Compare the first and the last member, both changed at random, with the ordinary model.
 
         Without this check a module whose weights are read without calling it, or a method that looks across rows,
-        would compute wrong numbers and raise no error.
-
-        Args:
-            rows: a batch, grouped by member.
+        would compute wrong numbers and raise no error. ``rows`` are a batch, grouped by member.
 
         Raises InputError where the method cannot be trained in a population.
         """

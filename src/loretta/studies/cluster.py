@@ -44,11 +44,7 @@ def carry_out_here(root: str, working: str, unit: str) -> tuple[str, float]:
 
 
 class RayWorkers:
-    """A task of Ray for each unit.
-
-    Args:
-        address: of the cluster; "auto" for that of this machine.
-        gpus: how many each unit takes, also a fraction; None: one where the cluster has GPUs.
+    """A task of Ray for each unit, which takes so many GPUs, also a fraction; None: one where the cluster has any.
 
     Raises InputError without Ray, without a cluster, and for GPUs that it does not have.
     """

@@ -56,10 +56,8 @@ def write_card(folder: Path, run: "RunRecord | None" = None, *, learning_rate: f
     """Describe the LoRETTA adapter saved in ``folder`` in its README.md; ``run`` adds the data and the results.
 
     An existing README loses only PEFT's placeholders. The description stands between two marks, and is written anew as
-    long as nobody has edited it.
-
-    Args:
-        learning_rate: that of ``run``, whose options name none where it was the method's default.
+    long as nobody has edited it. ``learning_rate`` is that of ``run``, whose options name none where it was the
+    method's default.
 
     Raises FileNotFoundError when the folder holds no adapter.
     """

@@ -62,11 +62,7 @@ class Group:
 
 
 class Joint:
-    """What one call contracts: a function from the stacked parameters of some groups to their stacked factors.
-
-    Args:
-        columns: the parameters of each group.
-    """
+    """What one call contracts: a function from the stacked parameters of some groups to their stacked factors."""
 
     def __init__(self, groups: Sequence[Group], columns: Sequence[Sequence[Sequence[Tensor]]]) -> None:
         self.groups = tuple(groups)

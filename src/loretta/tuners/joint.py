@@ -34,11 +34,7 @@ class JointLayer(nn.Module):
     depth = 0  # of the frames between a call of the model and this layer, the last time
 
     def active_pairs(self, adapter_names: Sequence[str] | None = None) -> Iterator[tuple[str, int]]:
-        """(adapter, number of the pair of trains) for each pair that the next forward pass will use.
-
-        Args:
-            adapter_names: those whose rows are in the batch; the active ones by default.
-        """
+        """(adapter, number of the pair of trains) for each pair of these, or the active, adapters that is used next."""
         raise NotImplementedError
 
     def stacked_parameters(self, adapter_name: str, pair: int) -> tuple[Place, ...]:
@@ -58,11 +54,7 @@ class JointLayer(nn.Module):
 
     @classmethod
     def stack(cls, columns: Sequence[Sequence[Tensor]]) -> list[Tensor]:
-        """The parameters of equal pairs, side by side.
-
-        Args:
-            columns: the parameters that lie at :meth:`stacked_parameters`: all of the first, all of the second, ...
-        """
+        """The parameters of equal pairs, side by side: all of the first of :meth:`stacked_parameters`, and so on."""
         if torch.compiler.is_dynamo_compiling():
             return [together(*column) for column in columns]
         return [torch.stack(list(column)) for column in columns]

@@ -200,11 +200,7 @@ def matched_modules(
 def unused_options(
     config: LorettaConfig, given: Collection[str] | str | None, placements: Sequence[Placement], model: nn.Module
 ) -> list[str]:
-    """What was asked for and has no effect on this model, a sentence each.
-
-    Args:
-        given: ``target_modules`` as the user gave them, before a default or "all-linear" took their place.
-    """
+    """What was asked for and has no effect on this model, a sentence each; ``given`` are the user's target_modules."""
     names = [name for name, _ in model.named_modules()]
     found = []
     if given is not None and not isinstance(given, str) and not config.layers_to_transform:

@@ -170,8 +170,7 @@ class Recordings:
     def of(self, key: tuple[Any, ...], function: Function, inputs: Sequence[Tensor]) -> Recording | None:
         """The one with this key; None in the first calls, and where it failed.
 
-        Args:
-            key: all that the function depends on besides its inputs; the first part holds the groups of the model.
+        The key is all that the function depends on besides its inputs; its first part holds the groups of the model.
         """
         trains = torch.is_grad_enabled()
         kinds = tuple((each.shape, each.dtype, each.device, each.requires_grad) for each in inputs)

@@ -27,10 +27,9 @@ def add_peft_type(name: str) -> PeftType:
 
 
 def register(name: str, config_cls: type, model_cls: type[BaseTuner]) -> None:
-    """Register a method with PEFT. A second call (re-import, ``importlib.reload``) replaces the classes.
+    """Register a method with PEFT, by its name in lower case, as in ``loretta_rep``, with which its parameters begin.
 
-    Args:
-        name: in lower case, as in ``loretta_rep``; the prefix of its parameters is ``name + "_"``.
+    A second call (re-import, ``importlib.reload``) replaces the classes.
     """
     peft_type = add_peft_type(name.upper())
     if peft_type in PEFT_TYPE_TO_CONFIG_MAPPING:
