@@ -261,7 +261,10 @@ class Loop:
             if not self.stopped[k]:
                 _append(member, values)
                 better[k] = member.trainer._determine_best_metric(values, None)
-                self.stopped[k] = self._has_stopped(member)
+                # as many evaluations in a row as the run allows were no better than the best
+                state, patience = member.trainer.state, member.config.patience
+                since = [e for e in state.log_history if "eval_loss" in e and e["step"] > (state.best_global_step or 0)]
+                self.stopped[k] = patience is not None and len(since) >= patience
         keep = torch.tensor(better, device=self.device)[:, None]
         torch.where(keep, self.population.values, self.best, out=self.best)
         self._say(scores)
@@ -270,12 +273,6 @@ class Loop:
     def _give_up(self, k: int) -> None:
         self.stopped[k], self.not_finite[k] = True, self.step
         logger.warning("'%s' is not finite at step %d, and stops", self.members[k].config.folder, self.step)
-
-    def _has_stopped(self, member: Member) -> bool:
-        """Whether as many evaluations in a row as the run allows were no better than the best."""
-        state, patience = member.trainer.state, member.config.patience
-        since = [e for e in state.log_history if "eval_loss" in e and e["step"] > (state.best_global_step or 0)]
-        return patience is not None and len(since) >= patience
 
     def evaluate(self) -> list[dict[str, float]]:
         """The scores of each member on its validation split, by the Trainer's names."""

@@ -138,7 +138,9 @@ def verdict(results: Results, pairs: Sequence[Difference] = ()) -> Verdict:
             words=f"{words} With fewer than two finished seeds for a method there is no interval, so this says little "
             "about which method is better: give --seeds 5 or more.",
         )
-    reach = [cell for cell in cells if cell is best or _reaches(cell, _mean(best), sign)]
+    # of each interval the end on the better side
+    ends = [(cell, (cell.high if sign > 0 else cell.low) or 0.0) for cell in cells]
+    reach = [cell for cell, end in ends if cell is best or sign * end >= sign * _mean(best)]
     smallest = min(reach, key=lambda cell: cell.parameters or 0)
     if len(cells) == 1:
         return Verdict(best=best.row, smallest=None, words=f"{words} There is no other method to compare it with.")
@@ -188,12 +190,6 @@ def _by_rows(best: Cell, cells: Sequence[Cell], pairs: Mapping[str, Difference],
             f"{pair.low:+.4f} to {pair.high:+.4f}), may be chance on {on}."
         )
     return Verdict(best=best.row, smallest=smallest.row, words=f"{words} Advice: {advice}")
-
-
-def _reaches(cell: Cell, mean: float, sign: int) -> bool:
-    assert cell.low is not None
-    assert cell.high is not None
-    return cell.high >= mean if sign > 0 else cell.low <= mean
 
 
 def _mean(cell: Cell) -> float:

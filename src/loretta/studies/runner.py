@@ -22,6 +22,7 @@ from loretta.studies.study import Planned, Study
 from loretta.studies.together import MOST_TOGETHER, units, words_before
 from loretta.studies.unit import Unit
 from loretta.studies.workers import Here, Processes, Workers, visible_gpus
+from loretta.training.data import is_prompted
 from loretta.training.stop import stopping_at_signals
 from loretta.wording import one_line
 
@@ -77,7 +78,9 @@ def run_study(
     expansion = expand(study, options, root)
     refuse_other_options(root, expansion.runs)
     _refuse_missing_weights(root, study, expansion)
-    _refuse_prompts_for_encoders(study, expansion.runs)
+    for run in expansion.runs:
+        if study.kind == "train" and run.config is not None:
+            is_prompted(run.run_config())  # refuses what every seed and method of the task would refuse later
     if root.exists() and not root.is_dir():
         raise InputError(f"the output '{root}' is a file: give a folder with --output")
     root.mkdir(parents=True, exist_ok=True)
@@ -190,15 +193,6 @@ def _refuse_missing_weights(root: Path, study: Study, expansion: Expansion) -> N
                     f"the model '{base.weights}' cannot be loaded ({reason}): give --model a Hub id that can be "
                     "reached or a model's folder, or --dry-run to see the plan"
                 ) from None
-
-
-def _refuse_prompts_for_encoders(study: Study, runs: Sequence[Planned]) -> None:
-    """Refuse now what every seed and method of a task would refuse later."""
-    from loretta.training.data import is_prompted
-
-    for run in runs:
-        if study.kind == "train" and run.config is not None:
-            is_prompted(run.run_config())
 
 
 def write_study(root: Path, study: Study, options: Options, runs: Sequence[Planned], command: str) -> None:

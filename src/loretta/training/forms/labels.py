@@ -80,7 +80,10 @@ class Labels(Form):
         return score_logits(task, torch.cat(list(logits_of_texts(run, texts))).numpy(), list(data["label"]))
 
     def predict(self, run: LoadedRun, asked: Asked, *, all_probabilities: bool, go_on: Any) -> list[Row]:
-        refuse_other_columns(run, asked)
+        columns = text_columns(run.config)
+        if len(asked) != len(columns):
+            given = f"each example of the run has {' and '.join(map(repr, columns))}, got {len(asked)} texts of each"
+            raise InputError(f"{given}: {'give the pair too' if len(asked) < len(columns) else 'leave the pair out'}")
         names = run.record.label_names
         if all_probabilities and not names:
             raise InputError(f"the run was trained on a {run.kind} task, which has scores and no probabilities")
@@ -131,16 +134,6 @@ def count_classes(task: Task, classes: Any) -> dict[str, list[int]]:
         if (data := getattr(task, split)) is not None
         for found in [Counter(classes(data))]
     }
-
-
-def refuse_other_columns(run: LoadedRun, asked: Sequence[Sequence[Any]]) -> None:
-    """Raise InputError for one text where the run was trained on pairs, and the other way round."""
-    columns = text_columns(run.config)
-    if len(asked) != len(columns):
-        advice = "give the pair too" if len(asked) < len(columns) else "leave the pair out"
-        raise InputError(
-            f"each example of the run has {' and '.join(map(repr, columns))}, got {len(asked)} texts of each: {advice}"
-        )
 
 
 @torch.inference_mode()
