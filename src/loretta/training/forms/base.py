@@ -15,6 +15,7 @@ from loretta.tasks.read import require
 from loretta.tasks.split import text_key
 from loretta.training.config import RunConfig
 from loretta.training.loaded import LoadedRun
+from loretta.training.scores import named_values
 from loretta.training.trainer import TwoRateTrainer
 
 
@@ -81,7 +82,15 @@ class Form(Protocol):
         """The answers, with the best constant answer; None where no constant answer can be compared."""
 
     def evaluate(self, run: LoadedRun, task: Any, split: str, make_trainer: MakeTrainer) -> dict[str, float]:
-        """The scores on a split of a run that was loaded again."""
+        """The scores on a split of a run that was loaded again; by default those of the form's trainer."""
+        rows = self.encode(run.config, task, run.tokenizer, split)
+        other = {"cpu": run.model.device.type == "cpu", "tensorboard": False, "report_to": None, "packing": False}
+        config = run.config.model_copy(update=other)
+        data = Data(config=config, task=task, tokenizer=run.tokenizer, splits={"train": rows, "validation": rows})
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = make_trainer(data, run.model, Path(folder))
+            trainer.remove_callback(ProgressCallback)
+            return named_values(trainer.evaluate(), task, "eval_")
 
     def asked(self, config: RunConfig, columns: Mapping[str, list[Any]], file: Path) -> list[list[Any]]:
         """The columns of a file that a run answers, by default as text. Raises InputError where one is missing."""
@@ -101,15 +110,3 @@ def text_columns(config: RunConfig) -> tuple[str, ...]:
     if config.data in GLUE:
         return GLUE[config.data].columns
     return (config.text or "text", *((config.text_pair,) if config.text_pair else ()))
-
-
-def evaluate_again(form: Form, run: LoadedRun, task: Any, split: str, make_trainer: MakeTrainer) -> dict[str, float]:
-    """The scores that a form's trainer gives to a split, with a run that was loaded again."""
-    rows = form.encode(run.config, task, run.tokenizer, split)
-    of_training = {"cpu": run.model.device.type == "cpu", "tensorboard": False, "report_to": None, "packing": False}
-    config = run.config.model_copy(update=of_training)
-    data = Data(config=config, task=task, tokenizer=run.tokenizer, splits={"train": rows, "validation": rows})
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = make_trainer(data, run.model, Path(folder))
-        trainer.remove_callback(ProgressCallback)
-        return trainer.evaluate()

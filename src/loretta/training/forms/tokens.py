@@ -21,7 +21,7 @@ from loretta.tasks.read import require
 from loretta.tasks.split import text_key
 from loretta.tasks.tokens import ENTITY_METRICS
 from loretta.training.config import RunConfig
-from loretta.training.forms.base import Asked, Data, Form, MakeTrainer, Recipe, Row, evaluate_again
+from loretta.training.forms.base import Asked, Data, Form, Recipe, Row
 from loretta.training.forms.labels import LONGEST, MISTAKES, confusion, count_classes, cut_words, scored_recipe
 from loretta.training.loaded import LoadedRun
 from loretta.training.scores import logits_of, named_values
@@ -109,9 +109,6 @@ class Tokens(Form):
                 if wrong[k] > 0
             ],
         )
-
-    def evaluate(self, run: LoadedRun, task: Task, split: str, make_trainer: MakeTrainer) -> dict[str, float]:
-        return named_values(evaluate_again(self, run, task, split, make_trainer), task, "eval_")
 
     def asked(self, config: RunConfig, columns: Mapping[str, list[Any]], file: Path) -> list[list[Any]]:
         name = config.text or "tokens"

@@ -16,9 +16,8 @@ from loretta.record import Answers
 from loretta.tasks.base import Task
 from loretta.tasks.turns import asked_of, key_of
 from loretta.training.config import RunConfig
-from loretta.training.forms.base import Data, Form, MakeTrainer, Recipe, Row, evaluate_again
+from loretta.training.forms.base import Data, Form, Recipe, Row
 from loretta.training.forms.text import base_scores
-from loretta.training.loaded import LoadedRun
 from loretta.training.methods import virtual_tokens
 from loretta.training.scores import named_values
 from loretta.training.trainer import TwoRateTrainer
@@ -113,9 +112,6 @@ class Turns(Form):
 
     def describe(self, data: Data, trainer: TwoRateTrainer, split: str, rows: list[Row]) -> Answers | None:
         return base_scores(trainer, data.task, split, lambda: score_after(trainer, data.splits[split].data, "base"))
-
-    def evaluate(self, run: LoadedRun, task: Task, split: str, make_trainer: MakeTrainer) -> dict[str, float]:
-        return named_values(evaluate_again(self, run, task, split, make_trainer), task, "eval_")
 
     def asked(self, config: RunConfig, columns: Mapping[str, list[Any]], file: Path) -> list[list[Any]]:
         return [asked_of(columns, file, column=config.text or "text")]
