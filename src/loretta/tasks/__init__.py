@@ -112,14 +112,7 @@ def load_task(
     # where there is one column only, load_table says that the separator may be wrong
     if text is None and "text" not in columns and len(columns) > 1:
         raise InputError(f"'{data}' has no column 'text': give --text COLUMN, one of {listed(columns)}")
-    return load_table(
-        path,
-        text=text or "text",
-        text_pair=text_pair,
-        label=label,
-        kind=kind,
-        **more,
-    )
+    return load_table(path, text=text or "text", text_pair=text_pair, label=label, kind=kind, **more)
 
 
 def _find(given: Path | str, separator: str | None) -> Source:

@@ -223,13 +223,7 @@ def _kinds(config: Mapping[str, Any], shapes: Shapes) -> list[tuple[str, int, st
         norms: "all" if config["train_norms"] else _beside_a_frozen_head("none", norms, config, shapes),
         whole: _beside_a_frozen_head(_FROZEN_HEADS.get(config["train_head"], "all"), whole, config, shapes),
     }
-    kinds = (
-        cores,
-        "biases",
-        norms,
-        whole,
-        "starting values and copies",
-    )
+    kinds = (cores, "biases", norms, whole, "starting values and copies")
     return [(kind, counts[kind], trained.get(kind, "all")) for kind in kinds if counts[kind]]
 
 

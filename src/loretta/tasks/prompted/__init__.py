@@ -38,11 +38,7 @@ PROMPTED: Mapping[str, PromptedSpec] = MappingProxyType(
 
 
 def load_prompted(
-    name: str,
-    *,
-    data_dir: Path | str | None = None,
-    sample: Sample | None = None,
-    seed: int = 0,
+    name: str, *, data_dir: Path | str | None = None, sample: Sample | None = None, seed: int = 0
 ) -> PromptedTask:
     """One task in the low-data form of the LoRETTA paper.
 
