@@ -6,7 +6,6 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +19,7 @@ from loretta import processes
 from loretta.files import write_json
 from loretta.folders import stopping_if_not_written, temporary_folder
 from loretta.plan import read_plan, trainable_by_kind
-from loretta.record import Answers, ParameterCounts, Point, RunRecord, Train
+from loretta.record import ParameterCounts, Point, RunRecord, Train
 from loretta.tasks.base import Task
 from loretta.tasks.prompted import PromptedTask
 from loretta.training.config import RunConfig
@@ -53,10 +52,10 @@ def finish(
     Of several processes all score and the first one writes. ``population`` is the number of runs that were trained
     together, this one among them. ``publishing`` gets the call that moves the finished files into the run's folder.
     """
-    scored = score(data, trainer)
+    rows, found = score(data, trainer)
     weights = trainer.whole_weights()
-    costs = {"peak_memory_bytes": peak_memory_bytes, "population": population}
-    return processes.by_first(lambda: _write(place, publishing, data, trainer, scored, weights, costs))
+    found |= {"peak_memory_bytes": peak_memory_bytes, "population": population}
+    return processes.by_first(lambda: _write(place, publishing, data, trainer, rows, weights, found))
 
 
 def _write(place: Place, publishing: Callable[[Callable[[], None]], Any], *result: Any) -> RunRecord:
@@ -75,25 +74,12 @@ def _write(place: Place, publishing: Callable[[Callable[[], None]], Any], *resul
     return record
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Scored:
-    """What the best adapter answers: on ``split``, "test" where there is one, and its scores on validation."""
-
-    split: str
-    values: dict[str, float]
-    rows: list[dict[str, Any]]
-    answers: Answers | None
-    history: list[Point]
-    best_step: int
-    validation: dict[str, float]
-
-
-def score(data: Data, trainer: TwoRateTrainer) -> Scored:
-    """Ask the trained model, on all processes together."""
+def score(data: Data, trainer: TwoRateTrainer) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Ask the trained model, on all processes together. Returns its answers row by row, and fields of the record."""
     split = "test" if data.splits.get("test") is not None else "validation"
     form = form_of(data.task.kind)
     values, rows = form.answer(data, trainer, split)
-    answers = form.describe(data, trainer, split, rows)
+    test, answers = values if split == "test" else None, form.describe(data, trainer, split, rows)
     history = read_history(trainer.state.log_history, data.task)
     best_step = trainer.state.best_global_step or trainer.state.global_step
     at_best = (point.values for point in history if point.split == "validation" and point.step == best_step)
@@ -101,26 +87,19 @@ def score(data: Data, trainer: TwoRateTrainer) -> Scored:
     if isinstance(data.task, PromptedTask) and data.task.metrics[0] not in validation:
         # the training chose by the loss and generated no answers
         validation = judge(cast(Trained, trainer.model), data, "validation").values
-    return Scored(
-        split=split,
-        values=values,
-        rows=rows,
-        answers=answers,
-        history=history,
-        best_step=best_step,
-        validation=validation,
-    )
+    scores = {"validation": validation, "test": test, "answers": answers}
+    return rows, {**scores, "history": history, "best_step": best_step}
 
 
 def write_result(
     folder: Path,
     data: Data,
     trainer: TwoRateTrainer,
-    scored: Scored,
+    rows: list[dict[str, Any]],
     weights: dict[str, torch.Tensor] | None,
-    costs: Mapping[str, Any],
+    found: Mapping[str, Any],
 ) -> RunRecord:
-    """Write the files of a finished run into an empty folder."""
+    """Write the files of a finished run into an empty folder; ``found`` are fields of the record."""
     config, task = data.config, data.task
     model, form = cast(Trained, trainer.model), form_of(task.kind)
     if (own := loretta_config(model)) is not None and TASK_TYPES[task.kind] != "CAUSAL_LM":
@@ -131,8 +110,8 @@ def write_result(
         # PEFT's files have no place for names of labels, and pipelines read the base's config: this one says all of it
         base: Any = model.get_base_model()
         base.config.save_pretrained(str(folder / ADAPTER / LABELS))
-    if scored.rows:
-        (folder / PREDICTIONS).write_text(as_json_lines(scored.rows), encoding="utf-8")
+    if rows:
+        (folder / PREDICTIONS).write_text(as_json_lines(rows), encoding="utf-8")
     record = RunRecord(
         config=config.model_dump(),
         command=shlex.join(["loretta", *sys.argv[1:]]),
@@ -147,7 +126,6 @@ def write_result(
         notes=[*task.notes, *trainer.notes(), *form.notes(data)],
         label_names=list(task.label_names),
         label_counts=form.counts(task),
-        answers=scored.answers,
         metric=task.metrics[0],
         higher_is_better=higher_is_better(task),
         selected_by="loss" if choosing_metric(config, task) == "loss" else "metric",
@@ -156,11 +134,7 @@ def write_result(
         trains=list_trains(model),
         adapter_bytes=sum(path.stat().st_size for path in (folder / ADAPTER).glob("*.safetensors")),
         train_seconds=trainer.stopwatch.seconds,
-        **costs,
-        history=scored.history,
-        best_step=scored.best_step,
-        validation=scored.validation,
-        test=scored.values if scored.split == "test" else None,
+        **found,
     )
     write_json(folder / RECORD, record.model_dump())
     if loretta_config(model) is not None:
