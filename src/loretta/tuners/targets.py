@@ -19,55 +19,35 @@ REP_TARGETS: dict[str, Sequence[str]] = {
     "distilbert": ["q_lin", "v_lin"],
     "gemma3": r".*language_model\..*\.(q_proj|v_proj)",
     "mamba": ["in_proj"],  # the fused kernels read the other projections' weights and go past their adapters
-    "mbart": ["q_proj", "v_proj"],
     "modernbert": ["Wqkv"],
     "mpnet": ["attn.q", "attn.v"],
-    "olmo2": ["q_proj", "v_proj"],
     "phi3": ["qkv_proj"],
-    "qwen2_moe": ["q_proj", "v_proj"],
-    "qwen3_moe": ["q_proj", "v_proj"],
+    **dict.fromkeys(("mbart", "olmo2", "qwen2_moe", "qwen3_moe"), ("q_proj", "v_proj")),
     "vit": ["attention.query", "attention.value", "q_proj", "v_proj"],  # older and newer transformers
 }
 
 # adp: the projections that end the attention and the feed-forward block (LoRETTA section 3.2)
-_BERT_LIKE = ["output.dense"]  # attention.output.dense and output.dense
-_LLAMA_LIKE = ["o_proj", "down_proj"]
+_BERT_LIKE = ("bert", "camembert", "deberta", "deberta-v2", "electra", "roberta", "xlm-roberta")
+_LLAMA_LIKE = ("gemma", "gemma2", "gemma3_text", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3")
 ADP_TARGETS: dict[str, Sequence[str]] = {
-    "bart": ["self_attn.out_proj", "encoder_attn.out_proj", "fc2"],
-    "bert": _BERT_LIKE,
-    "bloom": ["self_attention.dense", "dense_4h_to_h"],
-    "camembert": _BERT_LIKE,
-    "deberta": _BERT_LIKE,
-    "deberta-v2": _BERT_LIKE,
+    **dict.fromkeys(_BERT_LIKE, ("output.dense",)),  # attention.output.dense and output.dense
+    **dict.fromkeys(_LLAMA_LIKE, ("o_proj", "down_proj")),
+    **dict.fromkeys(("bart", "mbart"), ("self_attn.out_proj", "encoder_attn.out_proj", "fc2")),
+    **dict.fromkeys(("bloom", "falcon"), ("self_attention.dense", "dense_4h_to_h")),
     "distilbert": ["out_lin", "lin2"],
-    "electra": _BERT_LIKE,
-    "falcon": ["self_attention.dense", "dense_4h_to_h"],
-    "gemma": _LLAMA_LIKE,
-    "gemma2": _LLAMA_LIKE,
     "gemma3": r".*language_model\..*\.(o_proj|down_proj)",
-    "gemma3_text": _LLAMA_LIKE,
     "gpt2": ["attn.c_proj", "mlp.c_proj"],
     "gpt_neo": ["out_proj", "mlp.c_proj"],
     "gpt_neox": ["attention.dense", "dense_4h_to_h"],
     "gptj": ["out_proj", "fc_out"],
-    "llama": _LLAMA_LIKE,
-    "mbart": ["self_attn.out_proj", "encoder_attn.out_proj", "fc2"],
-    "mistral": _LLAMA_LIKE,
     "mixtral": ["o_proj"],  # its experts are not linear layers
     "modernbert": ["attn.Wo", "mlp.Wo"],
     "mpnet": ["attn.o", "output.dense"],
-    "mt5": ["o", "wo"],
-    "olmo2": _LLAMA_LIKE,
     "opt": ["out_proj", "fc2"],
     "phi": ["self_attn.dense", "fc2"],
-    "phi3": _LLAMA_LIKE,
-    "qwen2": _LLAMA_LIKE,
     "qwen2_moe": ["o_proj", "shared_expert.down_proj"],
-    "qwen3": _LLAMA_LIKE,
-    "roberta": _BERT_LIKE,
-    "t5": ["o", "wo"],
+    **dict.fromkeys(("t5", "mt5"), ("o", "wo")),
     "vit": ["output.dense", "o_proj", "fc2"],  # older and newer transformers
-    "xlm-roberta": _BERT_LIKE,
 }
 
 
