@@ -23,16 +23,9 @@ from loretta.wording import one_line, quoted
 
 Trained: TypeAlias = PreTrainedModel | PeftModel  # the former under full fine-tuning
 TASK_TYPES = {
-    "classification": "SEQ_CLS",
-    "regression": "SEQ_CLS",
-    "language_modeling": "CAUSAL_LM",
-    "choice": "CAUSAL_LM",
-    "generation": "CAUSAL_LM",
-    "multi_label": "SEQ_CLS",
+    **dict.fromkeys(("classification", "regression", "multi_label"), "SEQ_CLS"),
     "token_classification": "TOKEN_CLS",
-    "chat": "CAUSAL_LM",
-    "completion": "CAUSAL_LM",
-    "preference": "CAUSAL_LM",
+    **dict.fromkeys(("language_modeling", "choice", "generation", "chat", "completion", "preference"), "CAUSAL_LM"),
 }
 
 
