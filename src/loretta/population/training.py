@@ -136,14 +136,7 @@ def _train(
     if loop.device.type == "cuda":
         loop.try_largest()
     loop.save = Checkpoints()
-
-    def begin(run: tuple[RunConfig, Place]) -> None:
-        config, place = run
-        if overwrite:
-            place.clear()
-        place.begin(config)
-
-    for_all(begin, runs)
+    for_all(lambda run: run[1].begin(run[0], overwrite=overwrite), runs)
     set_seed(configs[0].seed)
     restore(loop)
     pause = None if until is None else step_of(until, loop.rules.steps)

@@ -36,12 +36,6 @@ class Place:
     def finished(self) -> bool:
         return (self.work / RECORD).is_file() and not self.goes_on
 
-    def clear(self) -> None:
-        """Make way for a run from its beginning."""
-        if self.work.is_dir():
-            remove_temporaries(self.work)
-            remove_listed(self.work)
-
     def checkpoint(self) -> str | None:
         """The checkpoint to go on from."""
         from loretta.training.checkpoints import find_checkpoint  # torch, which --help does without
@@ -49,8 +43,11 @@ class Place:
         found = find_checkpoint(self.work / CHECKPOINTS)
         return None if found is None else str(found)
 
-    def begin(self, config: RunConfig) -> None:
-        """Make the folder and note the options in it."""
+    def begin(self, config: RunConfig, *, overwrite: bool) -> None:
+        """Make the folder, empty where it is to be overwritten, and note the options in it."""
+        if overwrite and self.work.is_dir():
+            remove_temporaries(self.work)
+            remove_listed(self.work)
         self.work.mkdir(parents=True, exist_ok=True)
         forget_failure(self.work)
         for folder in (self.work, self.work / CHECKPOINTS):

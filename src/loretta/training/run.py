@@ -96,7 +96,7 @@ def _train(
     helping = partial(saying_what_helps, *memory_words(config))
     with helping():
         data, model, bf16 = processes.together(lambda: _prepare(config))
-    processes.by_first(lambda: _begin(place, config, overwrite=overwrite))
+    processes.by_first(lambda: place.begin(config, overwrite=overwrite))
     if not processes.is_first():
         say = lambda line: None  # noqa: E731
     if resume and place.goes_on:
@@ -164,9 +164,3 @@ def _prepare(config: RunConfig) -> tuple[Data, Trained, bool]:
     model, bf16 = prepare_model(config, task, tokenizer)
     check_positions(config, model, data.splits)
     return data, model, bf16
-
-
-def _begin(place: Place, config: RunConfig, *, overwrite: bool) -> None:
-    if overwrite:
-        place.clear()
-    place.begin(config)
