@@ -229,7 +229,6 @@ def _purpose(saved: SavedAdapter) -> dict[str, Any]:
 def _config(
     saved: SavedAdapter, purpose: Mapping[str, Any], ranks: Mapping[str, int], bottleneck: int
 ) -> LorettaRepConfig:
-    """The config of a rep adapter on the same modules, with a scaling of 1 everywhere."""
     given = saved.config
     bias = given.get("bias", "none")
     return LorettaRepConfig(

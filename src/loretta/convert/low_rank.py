@@ -119,7 +119,6 @@ def _lora_updates(saved: SavedAdapter, tensors: dict[str, Tensor]) -> dict[str, 
 
 @torch.no_grad()
 def _dense_updates(saved: SavedAdapter) -> dict[str, Update]:
-    """Load the adapter, and take the SVD of what each layer adds to its weight."""
     layers = {
         name: cast(Any, module)
         for name, module in saved.load().get_base_model().named_modules()

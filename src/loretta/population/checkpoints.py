@@ -51,7 +51,6 @@ def has_checkpoint(folder: Path) -> bool:
 
 
 def _files(member: Member) -> dict[int, Path]:
-    """Step -> file, in the order of steps."""
     found = (member.config.folder / CHECKPOINTS).glob("population-*.safetensors")
     return dict(sorted((int(file.stem.rpartition("-")[2]), file) for file in found))
 

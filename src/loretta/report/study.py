@@ -115,7 +115,6 @@ def _facts(results: Results, root: Path) -> dict[str, str]:
 
 
 def _timed_on(root: Path, run: Planned) -> str:
-    """The device on which a cost run was timed; "" where nothing was timed."""
     try:
         return measured(root / run.folder / "cost.json").get("device") or ""
     except InputError:

@@ -209,7 +209,6 @@ def _ranks(results: Results) -> list[Chart]:
 
 
 def _rank_of_rows(results: Results) -> dict[str, int]:
-    """The rank of each row whose method has one, by the options of its runs."""
     ranks = {}
     for run in results.planned:
         options = (run.config or {}).get("method_args", {})

@@ -238,7 +238,6 @@ def _trains(results: Results, model: str, root: Path) -> Table:
 
 
 def _tried(results: Results, root: Path) -> Table:
-    """The settings that a sweep tried, each with its validation score, and which one it chose."""
     is_scored = any(cell.split == "validation" for cell in results.cells)
     meaning = ": scores of that split favour what was chosen" if is_scored else "; the test split was not looked at"
     caption = f"Chosen on the validation split with one seed{meaning}."

@@ -173,7 +173,6 @@ def _nothing_learned(results: Results, cells: Sequence[Cell]) -> str:
 
 
 def _by_rows(best: Cell, cells: Sequence[Cell], pairs: Mapping[str, Difference], words: str) -> Verdict:
-    """The verdict by differences on the same rows."""
     level = [best, *(cell for cell in cells if cell is not best and not pairs[cell.row].clear)]
     smallest = min(level, key=lambda cell: cell.parameters or 0)
     any_pair = next(iter(pairs.values()))

@@ -169,7 +169,6 @@ def _train(folder: Path, run: Planned) -> None:
 
 
 def _evaluate(folder: Path, config: RunConfig, tasks: list[str]) -> None:
-    """Score a finished adapter on the validation splits of several tasks, one after the other."""
     from loretta.training.data import load_config_task
     from loretta.training.predict import evaluate, load_run
 

@@ -64,7 +64,6 @@ def expand(study: Study, options: Options, root: Path) -> Expansion:
 
 
 def _bases(study: Study, options: Options) -> tuple[Base, ...]:
-    """The models, each once."""
     bases: dict[str, Base] = {}
     hubs = {model.hub: key for key, model in study.models.items()}
     for given in options.models or study.models:

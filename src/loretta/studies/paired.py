@@ -56,7 +56,6 @@ def differences(results: Results, root: Path) -> list[Difference]:
 
 
 def _answers_of(cell: Cell, root: Path) -> dict[int, Rows]:
-    """Seed -> the rows of its predictions."""
     found = {}
     for score in cell.scores:
         try:

@@ -119,7 +119,6 @@ class AdaptiveRanks(TrainerCallback, ExportableState):
         return found
 
     def _look(self) -> None:
-        """Take the singular values of now into the running mean."""
         assert self.trains is not None
         # of several processes all lower the same ranks, though their last bits may differ
         for name, now in processes.by_first(self.trains.masses).items():

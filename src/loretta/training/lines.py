@@ -67,7 +67,6 @@ def _of_splits(data: Data) -> str:
 
 
 def _of_shared_texts(task: Task | PromptedTask) -> list[str]:
-    """Rows of validation and test whose text is in train too."""
     form = form_of(task.kind)
     known = set(form.texts(task, "train"))
     others = {split: form.texts(task, split) for split in ("validation", "test") if getattr(task, split) is not None}

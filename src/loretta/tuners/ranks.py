@@ -60,7 +60,6 @@ class RankedTrains:
         return layer._trains(self.adapter_name)[0]
 
     def _plan(self, layer: RepLinear) -> list[Shapes]:
-        """The shapes of a module's pair at each rank, from 1 up to that of now."""
         placement = layer.placements[self.adapter_name]
         size, shapes = (layer.in_features, layer.out_features), []
         for rank in range(1, rank_for(self.config, placement.name) + 1):
