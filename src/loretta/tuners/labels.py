@@ -79,8 +79,7 @@ def note_labels(model: nn.Module, config: LorettaConfig, adapter_name: str) -> N
     ]
     if not copies:
         return
-    labels = copies[0].labels
     if found is not None:
-        labels = copies[0].labels = labels or Labels(model.config)
+        labels = copies[0].labels = copies[0].labels or Labels(model.config)
         labels.by_adapter[adapter_name] = found[0]
     copies[0].show_labels()

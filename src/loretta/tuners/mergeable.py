@@ -13,10 +13,7 @@ from loretta.tuners.placement import is_linear_map
 
 
 def check_mergeable_names(merged: Sequence[str], active: Sequence[str], loaded: Collection[str]) -> None:
-    """Refuse names that are not loaded, and some of the active adapters without the others, which would fall silent.
-
-    Raises InputError.
-    """
+    """Refuse names that are not loaded, and some of the active adapters without the others, which would fall silent."""
     if unknown := [name for name in merged if name not in loaded]:
         raise InputError(f"cannot merge {unknown}: loaded are {', '.join(loaded)}")
     if silent := [name for name in active if not set(active).isdisjoint(merged) and name not in merged]:

@@ -53,10 +53,7 @@ def check_adapter_name(model: nn.Module, name: str) -> None:
 
 
 def check_endings(name: str, modules_to_save: Iterable[str]) -> None:
-    """Refuse a name that ends like a module to train whole, which PEFT looks for by the ends of names.
-
-    Raises InputError.
-    """
+    """Refuse a name that ends like a module to train whole, which PEFT looks for by the ends of names."""
     for module in modules_to_save:
         if f".{name}".endswith(module):
             raise InputError(

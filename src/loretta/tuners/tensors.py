@@ -15,10 +15,7 @@ PREFIX = "base_model.model."  # begins the keys of the files that PeftModel writ
 
 
 def check_not_merged(model: nn.Module, adapter_name: str) -> None:
-    """Refuse to give other values to an adapter that is merged: unmerging would subtract them from the base weights.
-
-    Raises InputError.
-    """
+    """Refuse to give other values to an adapter that is merged: unmerging would subtract them from the base weights."""
     if any(adapter_name in m.merged_adapters for m in model.modules() if isinstance(m, BaseTunerLayer)):
         raise InputError(
             f"cannot load other values into the adapter {adapter_name!r} while it is merged: call unmerge_adapter() "
