@@ -36,7 +36,7 @@ from verdicts import (
 
 CHOOSING, PAGE, PICTURE = ROOT / "docs" / "choosing.md", ROOT / "RESULTS.md", ROOT / "docs" / "front.svg"
 README = ROOT / "README.md"
-CLOSE = 1.25  # counts so near that the smaller one has its name on the left
+CLOSE, LEVEL = 1.25, 0.012  # counts and scores so near that the smaller one has its name on the left
 
 
 def rows() -> list[Row]:
@@ -237,8 +237,9 @@ def draw(found: Sequence[Row], path: Path) -> None:
 
     model = pictured(found)
     board = Board(found, model, "official")
-    counts = [board.trained(method) for method in board.complete()]
-    counts = [count for count in counts if count]
+    points = [(board.trained(method), scores.mean()) for method, scores in board.complete().items()]
+    points = [(count, score) for count, score in points if count]
+    counts = [count for count, _ in points]
     marks = {
         "LoRETTA": ("o", "tab:red"),
         "LoRA": ("s", "tab:blue"),
@@ -258,7 +259,9 @@ def draw(found: Sequence[Row], path: Path) -> None:
                     board.trained(method), middle, yerr=0 if math.isnan(half) else half, marker=marker, color=color,
                     linestyle="", capsize=2, linewidth=0.8, label=label,
                 )  # fmt: skip
-                crowded = any(1 < other / board.trained(method) < CLOSE for other in counts)
+                crowded = any(
+                    1 < other / board.trained(method) < CLOSE and abs(score - middle) < LEVEL for other, score in points
+                )
                 axes.annotate(
                     method, (board.trained(method), middle), (-5 if crowded else 5, 0), textcoords="offset points",
                     fontsize=7, va="center", ha="right" if crowded else "left",

@@ -2,9 +2,9 @@
 
     python benchmarks/front.py
 
-A row of a LoRETTA form has the package's config that makes it. All other rows are what the forms are compared with;
-LoRA of rank 1 is a form as well, rep of one mode a side. A form whose modules are named, as those of attention are, is
-for one family of models, and no choice.
+A row of a LoRETTA form has the package's config that makes it, where the modules of attention have the names of one
+family of models. All other rows are what the forms are compared with; LoRA of rank 1 is a form as well, rep of one mode
+a side.
 """
 
 import json
@@ -14,12 +14,13 @@ from typing import Any
 
 import evidence
 from board import Board, Row
+from methods import TARGETS
 
-from loretta.plan.front import FRONT, Form, Front, Measured, Other, Score
+from loretta.plan.front import ATTENTION, FRONT, Form, Front, Measured, Other, Score
 
 LEAST = 3  # forms of a model, and tasks; fewer are no choice
 REFERENCE = "LoRA r=1"  # on query and value; what a form gains is counted from there
-TASKS = {"cola": "CoLA", "mrpc": "MRPC", "rte": "RTE", "sst2": "SST-2", "stsb": "STS-B"}
+NAMES = {"cola": "CoLA", "mrpc": "MRPC", "rte": "RTE", "sst2": "SST-2", "stsb": "STS-B"}
 ENCODERS = {"all-MiniLM-L6-v2": 384, "all-mpnet-base-v2": 768}
 DECODERS = {"SmolLM2-135M-Instruct": 576}
 ONE_MODE = {"r": 1, "tensor_rank": 1, "modes_per_side": 1, "lora_alpha": 2}
@@ -31,13 +32,16 @@ AS_REP: dict[str, dict[str, Any]] = {
 
 
 def options_of(row: Row) -> tuple[str, dict[str, Any]] | None:
-    """The method of the package and its options, where a row is of a form that any model can have."""
+    """The method of the package and its options on any model, where a row is of a form."""
     if row["method"] in AS_REP:
         return "rep", AS_REP[row["method"]]
     config = row.get("config")
-    if config is None or isinstance(config["options"].get("target_modules"), list):
+    if config is None:
         return None
-    return config["method"], config["options"]
+    options = dict(config["options"])
+    if options.get("target_modules") in TARGETS["attention"].values():
+        options["target_modules"] = ATTENTION
+    return config["method"], options
 
 
 def front(found: Sequence[Row]) -> Front:
@@ -55,7 +59,7 @@ def front(found: Sequence[Row]) -> Front:
         models[model] = Measured(
             kind="decoder" if model in DECODERS else "encoder",
             width=width,
-            tasks=[TASKS.get(task, task) for task in sorted(board.common)],
+            tasks=[NAMES.get(task, task) for task in sorted(board.common)],
             others=[
                 Other(name=name, count=board.trained(name), mean=round(have[name], 4))
                 for name in sorted(have, key=board.trained)

@@ -28,11 +28,16 @@ def rates_table(found: Sequence[Row]) -> str:
 
 
 def peaks_sentence(some: Sequence[Row]) -> str:
-    """By what factor the best rate of each form moves over its ranks."""
+    """By what factor the best rate of each form moves over its ranks; at rank 1 every scale is that of the form."""
     peaks: dict[tuple[str, str], list[float]] = {}
     for row in some:
         name = row["method"].split(" r=")[0]
         peaks.setdefault((MODELS[row["model"]].partition(" ")[0], name), []).append(peak(row))
+    for row in some:
+        form, _, rank = row["method"].partition(" r=")
+        for (model, name), of in peaks.items():
+            if name.startswith(f"{form}^") and rank in ("", "1") and MODELS[row["model"]].startswith(f"{model} "):
+                of.append(peak(row))
     moved = [f"{max(of) / min(of):.1f} for {name} on {model}" for (model, name), of in sorted(peaks.items()) if of[1:]]
     return f"Over its ranks the peak moves by a factor of {', '.join(moved)}." if moved else ""
 

@@ -194,11 +194,17 @@ def standing(found: Sequence[Row], which: str = "official") -> str:
     return "\n\n".join(said) + "\n"
 
 
+SHOWN = {
+    "rep": ("LoRA r=1", "norms"), "compact + norms": ("LoRA r=8", "norms"),
+    "shared r=1": ("LoRA r=1", "LoRA r=1 last 3"),
+}  # fmt: skip
+
+
 def in_short(found: Sequence[Row]) -> str:
     """What README says of its picture: the published form first, which loses, then the default."""
     board = Board(found, pictured(found), "official")
     words = []
-    for one, others in (("rep", ("LoRA r=1", "norms")), ("compact + norms", ("LoRA r=8", "norms"))):
+    for one, others in SHOWN.items():
         gaps = [
             f"{signed(gap)} to {other} ({board.trained(other):,}), {verdict(gap)}"
             for other in others

@@ -119,6 +119,11 @@ def test_a_budget_starts_at_the_rate_of_the_form_that_it_chose(form):
     assert starting_rate("lora", wrapped) == find_method("lora").learning_rate
 
 
+def test_a_shared_train_of_rank_1_starts_at_a_rate_of_its_own():
+    wrapped = wrap(build("bert")[0], "shared", "classification", {"train_norms": False, "tensor_rank": 1})
+    assert starting_rate("auto", wrapped) == starting_rate("shared", wrapped) == 1.5e-3
+
+
 # Dense adapters
 
 

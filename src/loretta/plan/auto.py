@@ -29,7 +29,8 @@ def auto_config(
     """The config of the form that measured best (docs/choosing.md) among those that fit ``budget`` on ``model``.
 
     It is an ordinary config for ``get_peft_model``; its ``why`` names the measurement behind the choice. Of the forms
-    whose measured rank fits, the best one gets the highest rank that fits. Below the smallest of them a form gets a
+    that were run on the measured model most like this one in kind and width, and whose measured rank fits, the best one
+    gets the highest rank that fits. Below the smallest of them a form gets a
     lower rank than was measured. All that is trained counts: cores, norms, and what is trained of a head.
 
     Args:
@@ -71,7 +72,7 @@ def choose_form(
         )
     front, (kind, width) = read_front(), _kind_and_width(model)
     asked = options.get("train_norms")
-    forms = [form for form in front.ranked(kind) if asked in (None, form.options["train_norms"])]
+    forms = [form for form in front.ranked(kind, width) if asked in (None, form.options["train_norms"])]
     smallest: Plan | None = None
     refusal: InputError | None = None
     for at_rank_1 in (False, True):

@@ -13,6 +13,11 @@ from pydantic import BaseModel, ConfigDict
 FRONT = Path(__file__).with_name("front.json")
 Kind = Literal["encoder", "decoder"]
 _MODES = {1: "one mode", 2: "two modes", 3: "three modes"}
+# the linear layers of attention, as the families of transformers name them
+ATTENTION = (
+    r".*(attn|[aA]ttention)\.(.*\.)?(query|key|value|query_key_value|dense|[qkvo]|[qkvo]_proj|out_proj|qkv_proj|c_attn|c_proj"
+    r"|[qkv]_lin|out_lin|qkv|Wqkv|Wo)"
+)
 
 
 class _Plain(BaseModel):
@@ -57,8 +62,9 @@ class Form(_Plain):
         shape = f"of {_MODES.get(modes, f'{modes} modes')} a side and rank {rank}" if modes else f"of rank {rank}"
         shape += " (which is LoRA)" if modes == 1 else ""
         places = "after attention and feed-forward" if self.method == "adp" else "on query and value"
-        if self.options.get("target_modules") == "all-linear":
-            places = "on every linear layer"
+        places = {"all-linear": "on every linear layer", ATTENTION: "on every linear layer of attention"}.get(
+            self.options.get("target_modules", ""), places
+        )
         return f"{self.method} {shape} {places}" + (" with the norms" if self.options["train_norms"] else "")
 
 
@@ -69,27 +75,27 @@ class Front(_Plain):
     models: dict[str, Measured]
     forms: list[Form]
 
-    def ranked(self, kind: Kind) -> list[Form]:
-        """The forms from the best mean gain down, on models of one kind where any was measured, else on all."""
-        models = {name for name, model in self.models.items() if model.kind == kind} or set(self.models)
-        gains = {
-            k: [score.gain for model, score in form.scores.items() if model in models]
-            for k, form in enumerate(self.forms)
-        }
-        order = sorted((k for k in gains if gains[k]), key=lambda k: -sum(gains[k]) / len(gains[k]))
-        return [self.forms[k] for k in order]
-
-    def why(self, form: Form, kind: Kind, width: int | None) -> str:
-        """The score of a form on the measured model that is most like the given one, beside the nearest count there."""
-        name = min(
-            form.scores,
+    def nearest(self, kind: Kind, width: int | None) -> str:
+        """The measured model that is most like one of that kind and width."""
+        return min(
+            self.models,
             key=lambda name: (
                 self.models[name].kind != kind,
                 abs(math.log(self.models[name].width / width)) if width else 0.0,
             ),
         )
+
+    def ranked(self, kind: Kind, width: int | None) -> list[Form]:
+        """The forms that were measured on the model most like the given one, from the best gain down."""
+        name = self.nearest(kind, width)
+        some = [form for form in self.forms if name in form.scores]
+        return sorted(some, key=lambda form: -form.scores[name].gain)
+
+    def why(self, form: Form, kind: Kind, width: int | None) -> str:
+        """The score of a form on the measured model that is most like the given one, beside the nearest count there."""
+        name = self.nearest(kind, width)
         model, score = self.models[name], form.scores[name]
-        other = min(model.others, key=lambda other: abs(math.log(other.count / score.count)))
+        other = min(model.others, key=lambda other: (abs(math.log(other.count / score.count)), -other.mean))
         tasks = " and ".join([", ".join(model.tasks[:-1]), model.tasks[-1]] if model.tasks[1:] else model.tasks)
         return (
             f"{form.words}: {_short(score.mean)} with {score.count:,} parameters on {name} (mean of {tasks}), "

@@ -54,6 +54,7 @@ _REP = Method(config=LorettaRepConfig, learning_rate=1.5e-3)
 _COMPACT = Method(config=LorettaRepConfig, options=COMPACT, learning_rate=1.5e-3)
 _ADP = Method(config=LorettaAdpConfig, learning_rate=1.5e-3)
 _SHARED = Method(config=LorettaSharedConfig, learning_rate=7.5e-4)
+SHARED_RANK_1 = 1.5e-3  # the best rate of a shared train of rank 1, whose seeds do not fail at it
 OF_BUDGET = {"budget", "adaptive_ranks"}  # options of a LoRETTA method beside those of its config
 START = 2  # how much higher adaptive ranks start than constant ones within the same budget
 _TRAIN_HEAD: dict[HeadPolicy, TrainHead] = {"full": "dense", "frozen": "frozen"}
@@ -101,6 +102,8 @@ def find_method(name: str) -> Method:
 def starting_rate(name: str, model: nn.Module) -> float:
     """The learning rate of a method on its wrapped model: of "auto" that of the form which the budget chose."""
     configs = getattr(model, "peft_config", {})
+    if any(isinstance(config, LorettaSharedConfig) and config.tensor_rank == 1 for config in configs.values()):
+        return SHARED_RANK_1
     chosen = {type(config) for config in configs.values()} if name == "auto" else set()
     return next(
         (form.learning_rate for form in (_REP, _ADP, _SHARED) if form.config in chosen), find_method(name).learning_rate
