@@ -128,6 +128,16 @@ def class_id(row: Row, n_classes: int) -> int | None:
     return label
 
 
+def of_classes(prompt: Callable[[Row], str], options: tuple[str, ...]) -> Callable[[Row], Example | None]:
+    """Makes examples of rows with a label: an option for each class behind the ``prompt`` of the row's texts."""
+
+    def example(row: Row) -> Example | None:
+        label = class_id(row, len(options))
+        return None if label is None else Example(prompt=prompt(row), options=options, correct=(label,))
+
+    return example
+
+
 def strings(values: Any, field_name: str) -> tuple[str, ...]:
     """The texts of a list that are not blank, each once, in order. Raises ValueError for anything else."""
     if not isinstance(values, list) or not all(isinstance(value, str) for value in values):

@@ -1,15 +1,11 @@
 """BoolQ (Clark et al. 2019): is the answer to a question about a passage yes?"""
 
-from loretta.tasks.prompted.base import Example, PromptedSpec, Row, class_id
+from loretta.tasks.prompted.base import PromptedSpec, Row, of_classes
 
 
-def example(row: Row) -> Example | None:
-    if (label := class_id(row, 2)) is None:
-        return None
+def prompt(row: Row) -> str:
     question = row["question"].strip().removesuffix("?")
-    return Example(
-        prompt=f"{row['passage']} {question[:1].upper()}{question[1:]}?\n", options=("No", "Yes"), correct=(label,)
-    )
+    return f"{row['passage']} {question[:1].upper()}{question[1:]}?\n"
 
 
 SPEC = PromptedSpec(
@@ -19,5 +15,5 @@ SPEC = PromptedSpec(
     texts=("passage", "question"),
     train_rows=9_427,
     validation_rows=3_270,
-    example=example,
+    example=of_classes(prompt, ("No", "Yes")),
 )

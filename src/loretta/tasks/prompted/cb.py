@@ -1,17 +1,6 @@
 """CommitmentBank (de Marneffe et al. 2019): does a speaker's text entail a clause of it?"""
 
-from loretta.tasks.prompted.base import Example, PromptedSpec, Row, class_id
-
-
-def example(row: Row) -> Example | None:
-    if (label := class_id(row, 3)) is None:
-        return None
-    return Example(
-        prompt=f'Suppose {row["premise"]} Can we infer that "{row["hypothesis"]}"? Yes, No, or Maybe?\n',
-        options=("Yes", "No", "Maybe"),
-        correct=(label,),
-    )
-
+from loretta.tasks.prompted.base import PromptedSpec, of_classes
 
 SPEC = PromptedSpec(
     name="cb",
@@ -23,5 +12,8 @@ SPEC = PromptedSpec(
     train_rows=250,
     validation_rows=56,
     max_validation=100,
-    example=example,
+    example=of_classes(
+        lambda row: f'Suppose {row["premise"]} Can we infer that "{row["hypothesis"]}"? Yes, No, or Maybe?\n',
+        ("Yes", "No", "Maybe"),
+    ),
 )

@@ -1,17 +1,6 @@
 """RTE (Dagan et al. 2006 and later): does a text entail a sentence?"""
 
-from loretta.tasks.prompted.base import Example, PromptedSpec, Row, class_id
-
-
-def example(row: Row) -> Example | None:
-    if (label := class_id(row, 2)) is None:
-        return None
-    return Example(
-        prompt=f'{row["sentence1"]}\nDoes this mean that "{row["sentence2"]}" is true? Yes or No?\n',
-        options=("Yes", "No"),
-        correct=(label,),
-    )
-
+from loretta.tasks.prompted.base import PromptedSpec, of_classes
 
 SPEC = PromptedSpec(
     name="rte",
@@ -20,5 +9,8 @@ SPEC = PromptedSpec(
     texts=("sentence1", "sentence2"),
     train_rows=2_490,
     validation_rows=277,
-    example=example,
+    example=of_classes(
+        lambda row: f'{row["sentence1"]}\nDoes this mean that "{row["sentence2"]}" is true? Yes or No?\n',
+        ("Yes", "No"),
+    ),
 )

@@ -1,13 +1,6 @@
 """SST-2 (Socher et al. 2013): is a sentence about a film positive?"""
 
-from loretta.tasks.prompted.base import Example, PromptedSpec, Row, class_id
-
-
-def example(row: Row) -> Example | None:
-    if (label := class_id(row, 2)) is None:
-        return None
-    return Example(prompt=f"{row['sentence'].strip()} It was", options=(" terrible", " great"), correct=(label,))
-
+from loretta.tasks.prompted.base import PromptedSpec, of_classes
 
 SPEC = PromptedSpec(
     name="sst2",
@@ -16,5 +9,5 @@ SPEC = PromptedSpec(
     texts=("sentence",),
     train_rows=67_349,
     validation_rows=872,
-    example=example,
+    example=of_classes(lambda row: f"{row['sentence'].strip()} It was", (" terrible", " great")),
 )

@@ -1,17 +1,11 @@
 """WSC (Levesque et al. 2012): does a pronoun refer to a phrase?"""
 
-from loretta.tasks.prompted.base import Example, PromptedSpec, Row, class_id
+from loretta.tasks.prompted.base import PromptedSpec, Row, of_classes
 
 
-def example(row: Row) -> Example | None:
-    if (label := class_id(row, 2)) is None:
-        return None
+def prompt(row: Row) -> str:
     question = f'does the pronoun "{row["span2_text"].lower()}" refer to {row["span1_text"]}?'
-    return Example(
-        prompt=f"{row['text']}\nIn the previous sentence, {question} Yes or No?\n",
-        options=("No", "Yes"),
-        correct=(label,),
-    )
+    return f"{row['text']}\nIn the previous sentence, {question} Yes or No?\n"
 
 
 SPEC = PromptedSpec(
@@ -23,5 +17,5 @@ SPEC = PromptedSpec(
     texts=("text", "span1_text", "span2_text"),
     train_rows=554,
     validation_rows=104,
-    example=example,
+    example=of_classes(prompt, ("No", "Yes")),
 )
