@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,8 +17,9 @@ from training_data import sentences
 
 from loretta.errors import InputError, NotRecorded, OutOfMemory, Stopped
 from loretta.owned import find_foreign
-from loretta.population import checkpoints, loop, training
+from loretta.population import checkpoints, graphs, loop, training
 from loretta.population.loop import Loop
+from loretta.population.population import Population
 from loretta.population.rows import mean_of_batches, row_losses
 from loretta.population.training import population_key, train_together
 from loretta.record import RunRecord
@@ -396,3 +398,72 @@ def test_a_step_that_spoils_its_recording_is_trained_without(options, tmp_path, 
         assert not got.config["cuda_graph"]
     assert (asked[0], asked[-1]) == (True, False)
     assert "without CUDA graphs: a step of this model waits" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("texts", [True, False])
+def test_what_is_computed_at_once_is_bounded_and_the_scores_are_the_same(texts, options, llama, tmp_path, monkeypatch):
+    """Of steps and of evaluations alike, by tokens and, where each token has logits of a vocabulary, by these."""
+    if texts:
+        text = tmp_path / "text.txt"
+        text.write_text("\n\n".join(sentence for sentence, _ in sentences(60)))
+        options = {"model": llama, "data": str(text), "cpu": True, "max_steps": 4, "eval_steps": 2, "max_length": 16}
+        options |= {"batch_size": 8, "method": "norms", "logging_steps": 1}
+    configs = [
+        RunConfig(**options | {"seed": 3, "learning_rate": r, "output": f"{tmp_path}/{r}"}) for r in (1e-3, 1e-2)
+    ]
+    usual = train_together(configs)
+    forward, at_once = Population.forward, {True: [], False: []}
+
+    def counted(self, **inputs):
+        out = forward(self, **inputs)
+        at_once[torch.is_grad_enabled()].append((inputs["input_ids"].numel(), out.logits.numel()))
+        return out
+
+    loop_of_now = training.prepare(configs, tmp_path / "scratch")
+    row = 2 * loop_of_now.rows["train"].longest  # tokens of a row of each member
+    bound = row * (loop_of_now.population.vocabulary if texts else loop_of_now.population.width)
+    monkeypatch.setitem(loop.LOGITS if texts else loop.MOST, "cpu", bound)
+    monkeypatch.setattr(loop, "SCORED", 2)
+    monkeypatch.setattr(Population, "forward", counted)
+    monkeypatch.setattr(Population, "check", lambda self, rows: None)  # which has two rows of each
+    bounded = train_together([c.model_copy(update={"output": f"{c.output}-bounded"}) for c in configs])
+    for got, expected in zip(bounded, usual, strict=True):
+        assert_same_run(got, expected)
+    for trains, times in ((True, 1), (False, 1 if texts else 2)):
+        assert row / 2 < max(tokens for tokens, _ in at_once[trains]) <= times * row
+        if texts:
+            assert max(logits for _, logits in at_once[trains]) <= bound
+    # a row of each is more: in halves, as too little memory on a GPU
+    monkeypatch.setitem(loop.LOGITS if texts else loop.MOST, "cpu", bound - 1)
+    with pytest.raises(OutOfMemory, match=r"too small for 2 runs .*a row of each is"):
+        train_together([c.model_copy(update={"output": f"{c.output}-more"}) for c in configs])
+
+
+def test_members_whose_numbers_do_not_fit_into_the_free_memory_are_too_many(options, tmp_path, monkeypatch):
+    configs = [RunConfig(**options | {"seed": seed, "output": f"{tmp_path}/{seed}"}) for seed in (0, 1)]
+    free = SimpleNamespace(available=1000)
+    monkeypatch.setattr(training.psutil, "virtual_memory", lambda: free)
+    with pytest.raises(OutOfMemory, match=r"too small for 2 runs .*bytes of trained numbers, where 1,000 are free"):
+        train_together(configs)
+    assert not list(tmp_path.iterdir()), "nothing was begun"
+
+
+def test_a_recording_for_which_the_memory_is_too_small_is_trained_without(monkeypatch):
+    """The shapes that were recorded are replayed on; nothing new is recorded."""
+
+    class Small:
+        left = 1
+
+        def record(self, work):
+            Small.left -= 1
+            if Small.left < 0:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+            return work
+
+    monkeypatch.setattr(graphs, "Recorder", Small)
+    recorded = graphs.Graphs()
+    batches = [{"x": torch.full((n,), float(step))} for step in range(3) for n in (2, 3)]
+    found = [recorded.replay(batch, lambda inputs: inputs["x"].sum()).item() for batch in batches]
+    assert found == [batch["x"].sum().item() for batch in batches]
+    assert (len(recorded.steps), Small.left) == (1, -1)
+    assert "out of memory" in recorded.why_eager

@@ -5,14 +5,17 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from study_data import options_for, states
 
 from loretta.errors import InputError, OutOfMemory
+from loretta.population.loop import Loop
 from loretta.record import RunRecord
 from loretta.studies import execution
 from loretta.studies.configs import Options
 from loretta.studies.results import collect
 from loretta.studies.runner import run_study
+from loretta.studies.state import beside
 from loretta.studies.study import load_study
 from loretta.studies.workers import Processes, threads_each, visible_gpus
 
@@ -175,3 +178,20 @@ def test_what_fails_together_goes_on_one_by_one(bert, data_dir, tmp_path, monkey
     assert together == [4, 2, 2]
     records = [RunRecord.load(tmp_path / outcome.folder / "run.json") for outcome in summary.outcomes]
     assert [record.population for record in records] == [None] * 4
+
+
+def test_memory_that_is_used_up_in_the_middle_lets_a_group_go_on_in_halves(bert, data_dir, tmp_path, monkeypatch):
+    losses = Loop.losses
+
+    def small(self, part):
+        if self.population.size > 2 and self.step:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return losses(self, part)
+
+    monkeypatch.setattr(Loop, "losses", small)
+    options = options_for(bert, data_dir, tasks=("mrpc",), methods=("bitfit",), seeds=4)
+    summary = run_study(load_study("table1"), options, tmp_path, jobs=0, population=8)
+    assert summary.complete
+    records = [RunRecord.load(tmp_path / outcome.folder / "run.json") for outcome in summary.outcomes]
+    assert [record.population for record in records] == [2] * 4
+    assert "2 of 4 runs at once" in beside(tmp_path / summary.outcomes[0].folder, ".log").read_text()

@@ -42,6 +42,10 @@ PIECES = 4
 FIXED = {"cuda": 2**23, "cpu": 2**13}
 # largest part, in tokens times width: a larger one is no faster per token and takes more memory
 MOST = {"cuda": 2**25, "cpu": 2**22}
+# logits at once where each token has them: of a vocabulary of 49,152 a token of 576 numbers has 85 times as many
+LOGITS = {"cuda": 2**30, "cpu": 2**28}
+# rows that are scored keep no activations for a backward pass, so there may be as many times more tokens at once
+SCORED = 8
 # from this many rows times width on, padding a whole training costs more than recording twice as many shapes, a second
 MANY_ROWS = 2**28
 
@@ -134,9 +138,15 @@ class Loop:
             n_rows = rules.steps * rules.batch_size * population.size
             self._of_rows["padded"] = near if n_rows * population.width >= MANY_ROWS else bucket
         self.rows = {split: self._rows_of(split) for split in ("train", "validation")}
-        self.fixed, self.most = (each.get(self.device.type, each["cuda"]) / population.width for each in (FIXED, MOST))
-        tokens = population.size * rules.batch_size * self.rows["train"].longest
-        self.parts = max(PIECES, math.ceil(tokens / self.most))
+        of_device = [each.get(self.device.type, each["cuda"]) for each in (FIXED, MOST, LOGITS)]
+        self.fixed, most = (numbers / population.width for numbers in of_device[:2])
+        with_logits = of_device[2] / population.vocabulary if self.kind == "language_modeling" else math.inf
+        self.most, self.most_scored = min(most, with_logits), min(SCORED * most, with_logits)
+        tokens = population.size * self.rows["train"].longest  # of one row of each member
+        if self.device.type == "cpu" and population.size > 1 and tokens > self.most:
+            # a GPU refuses what is too large, but a system without memory kills; and more at once are no faster
+            raise MemoryError(f"a row of each is {tokens:,} tokens, of which {int(self.most):,} are computed at once")
+        self.parts = max(PIECES, math.ceil(tokens * rules.batch_size / self.most))
         self.optimizer = MemberAdamW(
             population.values,
             population.gradient,
@@ -304,7 +314,8 @@ class Loop:
         self.population.eval()
         # rows of similar length together, and no more of them at once than in a step, for which there is memory
         order = rows.by_length(n)
-        for chunk in order.split(min(self.rules.batch_size, self.args.per_device_eval_batch_size)):
+        fit = max(1, int(self.most_scored / (size * rows.longest)))
+        for chunk in order.split(min(self.rules.batch_size, self.args.per_device_eval_batch_size, fit)):
             inputs = rows.batch(chunk.expand(size, -1))
             labels = inputs.pop("labels")
             # cloned, because a recorded pass writes its result to the same place each time

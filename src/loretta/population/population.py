@@ -119,6 +119,11 @@ class Population(nn.Module):
         """Size of the base's hidden states."""
         return int(self.model.get_input_embeddings().weight.shape[1])
 
+    @property
+    def vocabulary(self) -> int:
+        """How many logits each token has in a language model."""
+        return int(self.model.get_output_embeddings().weight.shape[0])
+
     def _parameter(self, block: tuple[str, ...]) -> nn.Parameter:
         """(P, ...), or for trains (P, M, ...): a view of :attr:`values`."""
         return nn.Parameter(self._view(self.values, block))

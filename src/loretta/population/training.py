@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from peft import PeftModel
 from transformers import set_seed
@@ -40,6 +41,7 @@ OF_EACH_MEMBER = {
     "seed", "learning_rate", "head_learning_rate", "weight_decay", "warmup", "warmup_steps", "schedule", "output",
     "start_from",
 }  # fmt: skip
+OF_A_MEMBER = 6  # tensors of its trained numbers: values, gradient, two of AdamW, the best, and its start
 TOGETHER = ("classification", "regression", "language_modeling")
 SCALES = {"lora_alpha", "alpha_pattern", "use_rslora", "scaling"}
 
@@ -201,12 +203,20 @@ def predict_at_once(loop: Loop) -> None:
             member.trainer.known = {split: output}
 
 
+def refuse_too_many(needed: int, device: torch.device) -> None:
+    """Raise MemoryError where trained numbers need more bytes than are free: a CPU's system lends them, and kills."""
+    on_gpu = device.type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] if on_gpu else psutil.virtual_memory().available
+    if needed > free:
+        raise MemoryError(f"{needed:,} bytes of trained numbers, where {free:,} are free")
+
+
 def prepare(configs: Sequence[RunConfig], scratch: Path) -> Loop:
     """Get some runs ready for their first step: each starts from the values from which it would start alone.
 
     The Trainers of the members write nothing, but make their folder in ``scratch``.
 
-    Raises InputError where the runs do not fit together.
+    Raises InputError where the runs do not fit together, and MemoryError where they are too many.
     """
     tokenizer = load_tokenizer(configs[0].model)
     known: dict[Any, Data] = {}
@@ -240,6 +250,8 @@ def prepare(configs: Sequence[RunConfig], scratch: Path) -> Loop:
         for each, trainer in zip(data, trainers, strict=True)
     ]
     rules = Rules(members)
+    numbers = sum(value.nbytes for value in starts[0].values.values())
+    refuse_too_many(len(starts) * OF_A_MEMBER * numbers, next(skeleton.parameters()).device)
     loop = Loop(Population(skeleton, starts), members, rules)
     rows = torch.arange(min(2, rules.size)).expand(len(configs), -1)
     inputs = loop.rows["train"].batch(rows)
