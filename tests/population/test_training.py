@@ -6,20 +6,17 @@ import os
 import shutil
 import signal
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 from interrupts import held_by_another
-from safetensors.torch import load_file
-from tiny_models import save_bert
+from same_runs import NOISE, assert_same_run
 from training_data import sentences
 
-from loretta.errors import InputError, NotRecorded, OutOfMemory, Stopped
+from loretta.errors import InputError, OutOfMemory, Stopped
 from loretta.owned import find_foreign
-from loretta.population import checkpoints, graphs, loop, training
+from loretta.population import checkpoints, loop, training
 from loretta.population.loop import Loop
-from loretta.population.population import Population
 from loretta.population.rows import mean_of_batches, row_losses
 from loretta.population.training import population_key, train_together
 from loretta.record import RunRecord
@@ -27,56 +24,11 @@ from loretta.training.config import RunConfig
 from loretta.training.predict import load_run, predict
 from loretta.training.run import train
 
-NOISE = 2e-4  # float32 sums in another order, after some steps of Adam
-
 
 @pytest.fixture(autouse=True)
 def in_parts(monkeypatch):
     """Batches are trained in four parts, as those of larger models are."""
     monkeypatch.setitem(loop.FIXED, "cpu", 0)
-
-
-@pytest.fixture(scope="module")
-def steady_bert(tmp_path_factory):
-    """Without dropout, whose draws differ between runs as between devices."""
-    folder = save_bert(tmp_path_factory.mktemp("models") / "steady-bert", layers=2)
-    with open(f"{folder}/config.json", encoding="utf-8") as file:
-        config = json.load(file)
-    config["hidden_dropout_prob"] = config["attention_probs_dropout_prob"] = 0.0
-    with open(f"{folder}/config.json", "w", encoding="utf-8") as file:
-        json.dump(config, file)
-    return folder
-
-
-@pytest.fixture
-def options(steady_bert, reviews):
-    return {
-        "model": steady_bert,
-        "data": reviews,
-        "text": "review",
-        "label": "mood",
-        "cpu": True,
-        "epochs": 2,
-        "batch_size": 8,
-        "logging_steps": 3,
-        "method": "rep",
-    }
-
-
-def assert_same_run(together, alone):
-    """Two records and the adapters in their folders."""
-    assert [(p.split, p.step, p.epoch) for p in together.history] == [(p.split, p.step, p.epoch) for p in alone.history]
-    for got, expected in zip(together.history, alone.history, strict=True):
-        assert got.values == pytest.approx(expected.values, abs=NOISE, rel=NOISE)
-    same = {"model", "task", "method", "seed", "sizes", "metric", "parameters", "trains", "adapter_bytes", "best_step"}
-    assert together.model_dump(include=same) == alone.model_dump(include=same)
-    folders = [RunConfig(**record.config).folder for record in (together, alone)]
-    values = [load_file(folder / "adapter" / "adapter_model.safetensors") for folder in folders]
-    assert values[0].keys() == values[1].keys()
-    for name in values[0]:
-        if not name.endswith("key.bias"):  # whose gradient is rounding alone
-            assert torch.allclose(values[0][name], values[1][name], atol=1e-3), name
-    assert {path.name for path in folders[0].iterdir()} <= {path.name for path in folders[1].iterdir()}
 
 
 @pytest.mark.parametrize("method", ["rep", "shared", "lora"])
@@ -353,117 +305,3 @@ def test_a_batch_in_parts_is_the_batch(options, tmp_path):
         gradients.append((loss, whole.population.gradient.clone()))
     for got, expected in zip(*gradients, strict=True):
         assert torch.allclose(got, expected, rtol=1e-4, atol=1e-6)
-
-
-def test_the_largest_part_is_tried_and_forgotten(options, tmp_path, monkeypatch):
-    """As on a GPU before the first step: it is that of the longest rows, and the training is the same without it."""
-    config = RunConfig(**options | {"output": str(tmp_path / "without")})
-    other = config.model_copy(update={"seed": 1, "output": str(tmp_path / "other")})
-    without = train_together([config, other])
-    losses, tried = Loop.losses, []
-
-    def note(self, part):
-        tried.append(part["input_ids"].shape)
-        return losses(self, part)
-
-    def trying(configs, scratch):
-        loop = prepare(configs, scratch)
-        loop.try_largest()
-        return loop
-
-    prepare = training.prepare
-    monkeypatch.setattr(Loop, "losses", note)
-    monkeypatch.setattr(training, "prepare", trying)
-    runs = [c.model_copy(update={"output": f"{c.output}-tried"}) for c in (config, other)]
-    for got, expected in zip(train_together(runs), without, strict=True):
-        assert got.history == expected.history
-    assert tried[0].numel() == max(shape.numel() for shape in tried)
-
-
-def test_a_step_that_spoils_its_recording_is_trained_without(options, tmp_path, monkeypatch, capsys):
-    """As on a GPU, in the middle of the training; each folder says nothing of it, and has the run without graphs."""
-    configs = [RunConfig(**options | {"seed": seed, "output": f"{tmp_path}/{seed}"}) for seed in (0, 1)]
-    expected = train_together([c.model_copy(update={"output": f"{c.output}-without"}) for c in configs])
-    losses, asked = Loop.losses, []
-
-    def spoiled(self, part):
-        asked.append(self.members[0].config.cuda_graph)
-        if asked[-1] and self.step == 2:
-            raise NotRecorded("a step of this model waits for the GPU and spoils its recording")
-        return losses(self, part)
-
-    monkeypatch.setattr(Loop, "losses", spoiled)
-    for got, each in zip(train_together(configs), expected, strict=True):
-        assert got.history == each.history
-        assert not got.config["cuda_graph"]
-    assert (asked[0], asked[-1]) == (True, False)
-    assert "without CUDA graphs: a step of this model waits" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("texts", [True, False])
-def test_what_is_computed_at_once_is_bounded_and_the_scores_are_the_same(texts, options, llama, tmp_path, monkeypatch):
-    """Of steps and of evaluations alike, by tokens and, where each token has logits of a vocabulary, by these."""
-    if texts:
-        text = tmp_path / "text.txt"
-        text.write_text("\n\n".join(sentence for sentence, _ in sentences(60)))
-        options = {"model": llama, "data": str(text), "cpu": True, "max_steps": 4, "eval_steps": 2, "max_length": 16}
-        options |= {"batch_size": 8, "method": "norms", "logging_steps": 1}
-    configs = [
-        RunConfig(**options | {"seed": 3, "learning_rate": r, "output": f"{tmp_path}/{r}"}) for r in (1e-3, 1e-2)
-    ]
-    usual = train_together(configs)
-    forward, at_once = Population.forward, {True: [], False: []}
-
-    def counted(self, **inputs):
-        out = forward(self, **inputs)
-        at_once[torch.is_grad_enabled()].append((inputs["input_ids"].numel(), out.logits.numel()))
-        return out
-
-    loop_of_now = training.prepare(configs, tmp_path / "scratch")
-    row = 2 * loop_of_now.rows["train"].longest  # tokens of a row of each member
-    bound = row * (loop_of_now.population.vocabulary if texts else loop_of_now.population.width)
-    monkeypatch.setitem(loop.LOGITS if texts else loop.MOST, "cpu", bound)
-    monkeypatch.setattr(loop, "SCORED", 2)
-    monkeypatch.setattr(Population, "forward", counted)
-    monkeypatch.setattr(Population, "check", lambda self, rows: None)  # which has two rows of each
-    bounded = train_together([c.model_copy(update={"output": f"{c.output}-bounded"}) for c in configs])
-    for got, expected in zip(bounded, usual, strict=True):
-        assert_same_run(got, expected)
-    for trains, times in ((True, 1), (False, 1 if texts else 2)):
-        assert row / 2 < max(tokens for tokens, _ in at_once[trains]) <= times * row
-        if texts:
-            assert max(logits for _, logits in at_once[trains]) <= bound
-    # a row of each is more: in halves, as too little memory on a GPU
-    monkeypatch.setitem(loop.LOGITS if texts else loop.MOST, "cpu", bound - 1)
-    with pytest.raises(OutOfMemory, match=r"too small for 2 runs .*a row of each is"):
-        train_together([c.model_copy(update={"output": f"{c.output}-more"}) for c in configs])
-
-
-def test_members_whose_numbers_do_not_fit_into_the_free_memory_are_too_many(options, tmp_path, monkeypatch):
-    configs = [RunConfig(**options | {"seed": seed, "output": f"{tmp_path}/{seed}"}) for seed in (0, 1)]
-    free = SimpleNamespace(available=1000)
-    monkeypatch.setattr(training.psutil, "virtual_memory", lambda: free)
-    with pytest.raises(OutOfMemory, match=r"too small for 2 runs .*bytes of trained numbers, where 1,000 are free"):
-        train_together(configs)
-    assert not list(tmp_path.iterdir()), "nothing was begun"
-
-
-def test_a_recording_for_which_the_memory_is_too_small_is_trained_without(monkeypatch):
-    """The shapes that were recorded are replayed on; nothing new is recorded."""
-
-    class Small:
-        left = 1
-
-        def record(self, work):
-            Small.left -= 1
-            if Small.left < 0:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-            return work
-
-    monkeypatch.setattr(graphs, "Recorder", Small)
-    recorded = graphs.Graphs()
-    batches = [{"x": torch.full((n,), float(step))} for step in range(3) for n in (2, 3)]
-    found = [recorded.replay(batch, lambda inputs: inputs["x"].sum()).item() for batch in batches]
-    assert found == [batch["x"].sum().item() for batch in batches]
-    assert (len(recorded.steps), Small.left) == (1, -1)
-    assert "out of memory" in recorded.why_eager
