@@ -25,6 +25,7 @@ BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 import board  # noqa: E402
+import campaign  # noqa: E402
 import causes  # noqa: E402
 import cells  # noqa: E402
 import evidence  # noqa: E402
@@ -309,6 +310,16 @@ def test_a_method_in_fewer_places_trains_what_its_name_says(name, count):
         model = wrap(model, method.method, "classification", options)
     sizes = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad and "classifier" not in name}
     assert sum(sizes.values()) == count
+
+
+def test_a_plan_says_how_long_a_cell_needs_by_its_task_and_skips_what_a_file_has(tmp_path):
+    entry = {"model": "m", "out": "forms.json", "order": ["LoRA r=1:cola,rte"], "needs": 7, "needs_of": {"rte": 9}}
+    args = argparse.Namespace(models=tmp_path, data_dir=tmp_path, max_steps=None, limit=None, cpu=True, queue=tmp_path)
+    jobs = [(name, needs) for name, _, needs in campaign.jobs_of(entry, args, campaign.Made(tmp_path))]
+    assert jobs == [("forms.json@m-front-cola-LoRA-r=1", 7), ("forms.json@m-front-rte-LoRA-r=1", 9)]
+    row = {"part": "front", "model": "m", "task": "cola", "method": "LoRA r=1", "epochs": 5, "seeds": [0, 1, 2, 3, 4]}
+    (tmp_path / "forms.json@m-cola.json").write_text(json.dumps(row))
+    assert [name for name, *_ in campaign.jobs_of(entry, args, campaign.Made(tmp_path))] == [jobs[1][0]]
 
 
 def test_the_picture_is_there():

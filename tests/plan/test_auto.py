@@ -9,12 +9,14 @@ import sys
 import pytest
 import torch
 from transformers import AutoConfig
+from transformers.pytorch_utils import Conv1D
 from tuners.families import build
 
 from loretta import InputError, LorettaSharedConfig, PeftModel, auto_config, get_peft_model
-from loretta.plan import Budget, choose, find_config, make_plan, meta_model, plan_model
+from loretta.plan import FAMILIES, Budget, choose, find_config, make_plan, meta_model, plan_model
 from loretta.plan.auto import choose_form
-from loretta.plan.front import FRONT, read_front
+from loretta.plan.base_models import default_task_type
+from loretta.plan.front import ATTENTION, FRONT, read_front
 from loretta.plan.presets import loretta_configs
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -160,6 +162,33 @@ def test_a_plan_with_a_budget_and_no_method_is_auto():
     assert make_plan(model="gpt2", budget="50k", method="rep").options["modes_per_side"] is None
     with pytest.raises(InputError, match="leave out 'rep'"):
         make_plan(model="gpt2", budget="50k", preset="auto", method="rep")
+
+
+def test_below_all_forms_the_smallest_one_gets_a_lower_rank():
+    config = auto_config("bert-base", 2_000, train_head="frozen")
+    nearest = read_front().nearest("encoder", 768)
+    smallest = min(
+        (form for form in read_front().forms if nearest in form.scores), key=lambda form: form.scores[nearest].count
+    )
+    assert type(config) is loretta_configs()[smallest.method]
+    assert config.target_modules == smallest.options["target_modules"]
+    assert config.tensor_rank < smallest.options["tensor_rank"]
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_attention_is_every_linear_layer_of_attention_and_nothing_else(family):
+    config = find_config(family)
+    model = meta_model(config, default_task_type(config))
+    attention = re.compile(r"attn|attention", re.IGNORECASE)
+    expected = {
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D)
+        and attention.search(name.rpartition(".")[0])
+        and not name.rpartition(".")[2].startswith("pos_")
+    }
+    plan = plan_model(model, LorettaSharedConfig(target_modules=ATTENTION, train_head="frozen"))
+    assert {placement.name.removesuffix(".down").removesuffix(".up") for placement in plan.placements} == expected
 
 
 def test_a_rank_below_the_measured_one_is_said():

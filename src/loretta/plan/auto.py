@@ -30,8 +30,8 @@ def auto_config(
 
     It is an ordinary config for ``get_peft_model``; its ``why`` names the measurement behind the choice. Of the forms
     that were run on the measured model most like this one in kind and width, and whose measured rank fits, the best one
-    gets the highest rank that fits. Below the smallest of them a form gets a
-    lower rank than was measured. All that is trained counts: cores, norms, and what is trained of a head.
+    gets the highest rank that fits. Below them all the smallest one gets a lower rank than was measured. All that is
+    trained counts: cores, norms, and what is trained of a head.
 
     Args:
         model: a model that is not wrapped yet, or the name of one (a Hub id, a folder, or one of
@@ -75,8 +75,11 @@ def choose_form(
     forms = [form for form in front.ranked(kind, width) if asked in (None, form.options["train_norms"])]
     smallest: Plan | None = None
     refusal: InputError | None = None
+    nearest = front.nearest(kind, width)
+    # what has to be cut the least is the most like what was measured
+    smallest_first = sorted(forms, key=lambda form: form.scores[nearest].count)
     for at_rank_1 in (False, True):
-        for form in forms:
+        for form in smallest_first if at_rank_1 else forms:
             config = loretta_configs()[form.method](task_type=task_type, **{**form.options, **options})
             config = with_rank(config, 1) if at_rank_1 else config
             try:
