@@ -5,18 +5,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # nothing here may reach for the network
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import functools
 import gc
 import socket
 
+import jinja2
 import pytest
-import torch
-from draws import seed_torch
 from run_matrix import NUMERIC, TESTS
 from sampling import sampled
-
-# the kernels then run on the CPU; Triton asks once, when it is imported
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 _connect = socket.socket.connect
 
@@ -31,12 +27,29 @@ def _connect_here(self: socket.socket, address: object) -> None:
 
 socket.socket.connect = _connect_here  # type: ignore[method-assign]
 
-pytest_plugins = ["tiny_models", "study_data", "pytester"]
+# PEFT compiles the template of the model card anew at each save, which takes longer than the save
+jinja2.Environment.compile = functools.cache(jinja2.Environment.compile)  # type: ignore[method-assign]
+
+pytest_plugins = ["pytester"]
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput"):
+        return  # this process hands out tests and runs none: torch and transformers would take it eight seconds
+    import torch
+
+    # the kernels then run on the CPU; Triton asks once, when it is imported
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+    for plugin in ("tiny_models", "study_data"):
+        config.pluginmanager.import_plugin(plugin)
 
 
 @pytest.fixture(autouse=True)
 def seed():
     """The same numbers for a test alone as for all of them."""
+    from draws import seed_torch
+
     seed_torch(0)
 
 
@@ -54,6 +67,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_collection_finish() -> None:
     """Spare garbage collections the modules and tests: Accelerate asks for a collection in each run."""
     gc.freeze()
+    gc.set_threshold(50_000, 10, 20)  # a tenth of the time went into collections, of models that reference themselves
 
 
 def pytest_unconfigure() -> None:

@@ -12,7 +12,10 @@ _STRIDE = 100_003
 
 def seed_torch(seed: int) -> None:
     """torch.manual_seed, moved."""
-    torch.manual_seed(seed + SHIFT * _STRIDE)
+    if torch.cuda.is_available():
+        torch.manual_seed(seed + SHIFT * _STRIDE)
+    else:  # for devices that are not there torch.manual_seed formats and keeps the stack, three times a call
+        torch.default_generator.manual_seed(seed + SHIFT * _STRIDE)
 
 
 def seeded(seed: int) -> torch.Generator:
