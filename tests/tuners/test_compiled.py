@@ -28,14 +28,15 @@ SMALL = {
     "deberta-v2": {"num_hidden_layers": 1},
     "mlp": {},
 }
+# Dynamo meets each family; AOTAutograd sees of it nothing but the graph, so two families are enough there.
 CASES = [
-    ("gpt2", "rep"),
-    ("llama", "rep"),
-    ("llama", "adp"),
-    ("bert", "rep"),
-    ("t5", "adp"),
-    ("modernbert", "adp"),
-    ("deberta-v2", "rep"),
+    ("gpt2", "rep", "eager"),
+    ("llama", "rep", "aot_eager"),
+    ("llama", "adp", "aot_eager"),
+    ("bert", "rep", "eager"),
+    ("t5", "adp", "aot_eager"),
+    ("modernbert", "adp", "eager"),
+    ("deberta-v2", "rep", "eager"),
 ]
 
 
@@ -64,10 +65,10 @@ def assert_equal(got: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, 
     assert_gradients_near(got[1], expected[1])
 
 
-@pytest.mark.parametrize(("family", "method"), CASES)
-def test_one_graph_with_equal_gradients(family, method):
+@pytest.mark.parametrize(("family", "method", "backend"), CASES)
+def test_one_graph_with_equal_gradients(family, method, backend):
     model, inputs = small(family, method)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
     assert_equal(step(compiled, model, inputs), step(model, model, inputs))
 
 
@@ -90,20 +91,6 @@ def test_the_default_backend():
     model, inputs = small("mlp", "rep")
     compiled = torch.compile(model, fullgraph=True)
     assert_equal(step(compiled, model, inputs), step(model, model, inputs))
-
-
-@every_method
-def test_switching_adapters_is_seen(method):
-    model, inputs = small("mlp", method)
-    model.add_adapter("other", options_for("mlp", method, tensor_rank=2))
-    model.set_adapter("other")
-    trained(model, seed=2)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for name in ("other", "default"):
-        model.set_adapter(name)
-        assert_near(name, logits(compiled, inputs), logits(model, inputs))
-    with model.disable_adapter():
-        assert_near("base", logits(compiled, inputs), logits(model.get_base_model(), inputs))
 
 
 def test_merging_is_seen():
@@ -169,7 +156,7 @@ def assert_same(compiled: Counted, model: PeftModel, inputs: dict[str, Tensor], 
 def test_switching_compiles_once_for_each_adapter(method, trains):
     model, inputs = two_adapters(method)
     compiled = Counted(model)
-    for turn in range(16):
+    for turn in range(5):  # the third would compile again where nothing is kept
         model.set_adapter(["default", "other"][turn % 2])
         assert_same(compiled, model, inputs, trains=trains)
     assert compiled.graphs == 2
@@ -179,7 +166,7 @@ def test_switching_compiles_once_for_each_adapter(method, trains):
 def test_disabling_compiles_once_more(method):
     model, inputs = small("mlp", method)
     compiled = Counted(model)
-    for _ in range(10):
+    for _ in range(3):
         with model.disable_adapter():
             assert_near("base", logits(compiled, inputs), logits(model.get_base_model(), inputs))
         assert_near("adapted", logits(compiled, inputs), logits(model, inputs))
@@ -191,7 +178,7 @@ def test_disabling_compiles_once_more(method):
 def test_other_models_and_other_threads_compile_nothing(method, trains):
     model, inputs = small("mlp", method)
     compiled = Counted(model)
-    for _ in range(4):
+    for _ in range(2):
         assert_same(compiled, model, inputs, trains=trains)
         small("mlp", method)
         with ThreadPoolExecutor(1) as pool:
