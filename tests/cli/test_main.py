@@ -5,8 +5,6 @@ import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow
@@ -276,15 +274,3 @@ def test_a_folder_that_is_no_run_is_named(capsys, tmp_path):
 def test_usage_errors_have_status_2(capsys):
     assert call(capsys, "train", "--no-such-option")[0] == 2
     assert call(capsys, "fly")[0] == 2
-
-
-def test_importing_loretta_costs_little_beyond_peft():
-    # counted in modules, not in seconds: nothing of the command line's weight may come along
-    code = (
-        "import sys, peft; before = set(sys.modules); import loretta; "
-        "print(*sorted({name.split('.')[0] for name in set(sys.modules) - before}))"
-    )
-    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
-    heavy = {"datasets", "sklearn", "scipy", "pandas", "matplotlib", "typer", "jinja2", "pydantic"}
-    assert "loretta" in out
-    assert heavy.isdisjoint(out)
