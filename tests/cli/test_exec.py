@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from commands import call
 
 # says what it was given and whether PEFT is going to know the methods, as one line of JSON
 SAYS = """
@@ -94,8 +95,8 @@ def test_a_python_without_loretta_says_so(folder):
         (["./no-such-program"], "loretta: there is no program './no-such-program' in "),
     ],
 )
-def test_a_program_that_is_not_there_is_one_sentence(arguments, words, tmp_path):
-    status, out, err = loretta_exec(*arguments, folder=tmp_path)
+def test_a_program_that_is_not_there_is_one_sentence(arguments, words, capsys):
+    status, out, err = call(capsys, "exec", *arguments)
     assert (status, out) == (2, "")
     assert err.startswith(words)
     assert err.count("\n") == 1

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+from commands import call
 
 from loretta.cli import main as cli
 from loretta.cli.network import go_offline_without_network
@@ -71,8 +72,8 @@ def test_every_option_of_a_run_is_in_the_help_of_train():
         (["train", "--lora-r", "3"], "--set r=N)"),
     ],
 )
-def test_a_typo_gets_the_nearest_word(arguments, guess):
-    status, out, err = loretta(*arguments)
+def test_a_typo_gets_the_nearest_word(arguments, guess, capsys):
+    status, out, err = call(capsys, *arguments)
     assert (status, out) == (2, "")
     assert guess in err.splitlines()[-1]
 

@@ -25,6 +25,22 @@ SIZES = [
     (700, 40, 90, 24),
     (2100, 24, 40, 8),
 ]
+BOTTLENECKS = [
+    (1, 16, 1, 16),
+    (1, 2200, 5, 20),
+    (17, 70, 5, 20),
+    (130, 2200, 8, 64),
+    (700, 90, 24, 64),
+    (2100, 40, 7, 33),
+]
+
+
+def cases(sizes: list[tuple[int, ...]]) -> pytest.MarkDecorator:
+    """Every size in float32, and every other one in the other dtypes: the interpreter is slow on large ones."""
+    pairs = [
+        (size, dtype) for dtype in DTYPES for size in sizes[:: 1 if dtype == torch.float32 or DEVICE == "cuda" else 2]
+    ]
+    return pytest.mark.parametrize(("size", "dtype"), pairs, ids=str)
 
 
 @pytest.fixture(autouse=True)
@@ -94,8 +110,7 @@ def bottleneck(rows: int, width: int, inner: int, middle: int, dtype: torch.dtyp
     ]
 
 
-@every_dtype
-@pytest.mark.parametrize("size", SIZES, ids=str)
+@cases(SIZES)
 def test_a_linear_layer_with_an_update(size, dtype):
     arguments = update(*size, dtype, bias=size[0] != 17)
     assert_equal(fused.LinearWithUpdate.apply, fused.linear_with_update, arguments, [0, 3, 4])
@@ -107,12 +122,7 @@ def test_an_input_without_gradient(dtype):
     assert_equal(fused.LinearWithUpdate.apply, fused.linear_with_update, arguments, [3, 4])
 
 
-@every_dtype
-@pytest.mark.parametrize(
-    "size",
-    [(1, 16, 1, 16), (1, 2200, 5, 20), (17, 70, 5, 20), (130, 2200, 8, 64), (700, 90, 24, 64), (2100, 40, 7, 33)],
-    ids=str,
-)
+@cases(BOTTLENECKS)
 def test_an_adapter(size, dtype):
     arguments = bottleneck(*size, dtype)
     assert_equal(fused.AddBottleneck.apply, fused.add_bottleneck, arguments, [0, 2, 3, 5, 6])
