@@ -83,7 +83,7 @@ def test_a_call_contracts_each_kind_of_trains_once(method, contractions):
 def test_a_generation_contracts_once(family, method, contractions):
     model, inputs = adapted(family, method)
     options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": 10**6}
-    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    whole, inputs = inputs, {name: inputs[name] for name in ("input_ids", "attention_mask")}
     got = model.generate(**inputs, **options)
     once = contractions["together"]
     assert once == 2 * len({(p.down, p.up) for layer in layers_of(model) for p in layer.placements.values()})
@@ -92,6 +92,9 @@ def test_a_generation_contracts_once(family, method, contractions):
     assert contractions["alone"] == 2 * in_encoder
     assert torch.equal(model.generate(**inputs, **options), got)
     assert contractions["together"] == 2 * once
+    contractions.clear()
+    logits(model, whole)
+    assert contractions["together"] == once  # nothing that a generation kept outlives it
     with apart(model):
         assert torch.equal(model.generate(**inputs, **options), got)
 
