@@ -167,8 +167,8 @@ def _nothing_learned(results: Results, cells: Sequence[Cell]) -> str:
     beyond = "" if all(score.value == score.baseline for cell in cells for score in cell.scores) else " beyond chance"
     return (
         f"Nothing was learned{beyond}: the methods score {cells[0].metric} {found}, and an answer that needs no text "
-        f"{baseline_of(results):.4f}, so this says nothing about which method is better. Advice: give --sweep, a "
-        "higher --lr or more --epochs before you compare."
+        f"{baseline_of(results):.4f}, so this says nothing about which method is better. Advice: give more "
+        "--epochs, a higher --lr, or --sweep with other --rates before you compare."
     )
 
 
