@@ -7,6 +7,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import functools
 import gc
+import importlib
 import socket
 
 import jinja2
@@ -41,8 +42,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # the kernels then run on the CPU; Triton asks once, when it is imported
     if not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
-    for plugin in ("tiny_models", "study_data"):
-        config.pluginmanager.import_plugin(plugin)
+    for plugin in ("tiny_models", "study_data"):  # which the conftest.py of a folder may have imported before
+        config.pluginmanager.register(importlib.import_module(plugin), plugin)
 
 
 @pytest.fixture(autouse=True)
