@@ -9,11 +9,24 @@ import functools
 import gc
 import importlib
 import socket
+import sys
 
 import jinja2
 import pytest
 from run_matrix import NUMERIC, TESTS
 from sampling import sampled
+
+
+def interpret_kernels() -> None:
+    """Have Triton's kernels run on the CPU where there is no GPU. Triton asks once, when it is imported."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
+
+
+if "-n" not in sys.argv or "PYTEST_XDIST_WORKER" in os.environ:  # the conftest.py of a folder may import Triton
+    interpret_kernels()
 
 _connect = socket.socket.connect
 
@@ -37,11 +50,7 @@ pytest_plugins = ["pytester"]
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput"):
         return  # this process hands out tests and runs none: torch and transformers would take it eight seconds
-    import torch
-
-    # the kernels then run on the CPU; Triton asks once, when it is imported
-    if not torch.cuda.is_available():
-        os.environ["TRITON_INTERPRET"] = "1"
+    interpret_kernels()
     for plugin in ("tiny_models", "study_data"):  # which the conftest.py of a folder may have imported before
         config.pluginmanager.register(importlib.import_module(plugin), plugin)
 
