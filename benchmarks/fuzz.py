@@ -1,11 +1,11 @@
 """Feed what reads files of strangers with damaged and hostile ones: ``make fuzz``.
 
-Six kinds of files, each a valid one with a few parts replaced: adapter configs, the bytes of safetensors files,
-options of a run, run records, data files, and what describes a base model; and of these a part to whole commands, whose
-one line for a refusal must be fit for a terminal. Some are JSON or YAML as few write it (a number of 5,000 digits, the
-same key twice, lists in lists, aliases of aliases, other encodings), some unfold to a thousandfold, some are no plain
-files at all. What is read must be taken, or refused with an InputError, within five seconds; all of it within one GiB
-of memory.
+Six kinds of files, each a valid one, whole or with a few parts replaced: adapter configs, the bytes of safetensors
+files, options of a run, run records, data files, and what describes a base model; and of these a part to whole
+commands, whose one line for a refusal must be fit for a terminal. Some are JSON or YAML as few write it (a number of
+5,000 digits, the same key twice, lists in lists, aliases of aliases, other encodings), some unfold to a thousandfold,
+some are no plain files at all. What is read must be taken, or refused with an InputError, within five seconds; all of
+it within one GiB of memory.
 """
 
 import argparse
@@ -85,12 +85,16 @@ class Targets:
         options = {"model": "m", "data": "sst2", "method": "rep", "seed": 1, "method_args": {"r": 8}, "epochs": 2.0}
         return {
             "adapter configs": (
-                st.one_of(*map(changed, self.adapters.values()), strange(self.adapters["rep"])),
+                st.one_of(
+                    *map(changed, self.adapters.values()),
+                    strange(self.adapters["rep"]),
+                    st.sampled_from(list(self.adapters.values())),
+                ),
                 self.read_adapter,
             ),
-            "safetensors files": (damaged(self.tensors), self.read_tensors),
-            "run options": (changed(options) | strange(options), self.read_options),
-            "run records": (changed(record()) | strange(record()), self.read_record),
+            "safetensors files": (damaged(self.tensors) | st.just(self.tensors), self.read_tensors),
+            "run options": (changed(options) | strange(options) | st.just(options), self.read_options),
+            "run records": (changed(record()) | strange(record()) | st.just(record()), self.read_record),
             "data files": (
                 st.tuples(st.sampled_from(["csv", "tsv", "jsonl", "txt", "parquet"]), tables)
                 | st.tuples(st.sampled_from(["csv.gz", "jsonl.gz", "txt.gz"]), zipped)
