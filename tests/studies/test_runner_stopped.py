@@ -1,15 +1,19 @@
 """Studies that are killed, signalled or held by another process go on where they were."""
 
 import json
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
+from queue import SimpleQueue
+from types import SimpleNamespace
 
 import pytest
 from filelock import FileLock
-from forked import ForkedPopen, fork_units
+from forked import ForkedPopen, fork_units, status_of
 from study_data import QUICK, options_for, states
 
 from loretta.errors import InputError, Stopped
@@ -21,7 +25,9 @@ from loretta.studies.results import collect
 from loretta.studies.runner import run_study
 from loretta.studies.state import beside, folder_state, held_by
 from loretta.studies.study import load_study
-from loretta.studies.unit import UnitProcess
+from loretta.studies.unit import DONE, UnitProcess, _read_units
+from loretta.training import run as training_run
+from loretta.training import trainers
 from loretta.training.config import RunConfig
 from loretta.training.run import train
 
@@ -198,6 +204,54 @@ def test_a_process_goes_on_to_the_next_unit_until_a_run_fails(given, bert, data_
         alone = RunConfig(**RunRecord.load(tmp_path / outcome.folder / "run.json").config)
         alone = train(alone.model_copy(update={"output": str(tmp_path / "alone" / outcome.folder)}))
         assert alone.history == RunRecord.load(tmp_path / outcome.folder / "run.json").history
+
+
+def test_a_process_whose_run_was_reported_to_a_service_takes_no_other(given, bert, data_dir, tmp_path, monkeypatch):
+    """Else the next run would be written into the open run of wandb."""
+    fork_units(monkeypatch)
+    for module in (training_run, trainers):
+        monkeypatch.setattr(module, "reporters", lambda config: [])
+    options = options_for(bert, data_dir, tasks=("rte",), methods=("bitfit",), seeds=2, sets={"report_to": "wandb"})
+    assert run_study(load_study("table1"), options, tmp_path, jobs=1).complete
+    assert given == [["bitfit/s0"], ["bitfit/s1"]]
+
+
+def test_a_run_may_have_workers_that_are_forks(bert, data_dir, tmp_path, monkeypatch):
+    """As the loader of data has beside recorded steps: a fork begins by closing the input, which a thread reads."""
+    fork_units(monkeypatch)
+
+    def with_worker(folder, run):
+        worker = multiprocessing.get_context("fork").Process(target=int)
+        worker.start()
+        worker.join(20)
+        if worker.exitcode is None:
+            worker.kill()
+            raise RuntimeError("the worker hangs")
+        return execution._train(folder, run)
+
+    monkeypatch.setitem(execution._DO, "train", with_worker)
+    options = options_for(bert, data_dir, tasks=("rte",), methods=("bitfit",), seeds=1)
+    summary = run_study(load_study("table1"), options, tmp_path, jobs=1)
+    assert summary.complete, summary.outcomes
+
+
+def test_a_process_ends_with_a_starter_that_died_before_it_read_the_answer():
+    def work():
+        ours, its_end = socket.socketpair()
+        sys.stdin = its_end.makefile()
+        its_end.sendall(DONE)
+        ours.close()
+        _read_units(SimpleQueue())
+
+    assert status_of(work) == -signal.SIGTERM
+
+
+def test_a_process_that_died_while_it_waited_is_closed(tmp_path, monkeypatch):
+    runners, closed = workers.Processes(tmp_path, 1), []
+    runners.free = [(None, SimpleNamespace(alive=False, close=lambda: closed.append(True)))]
+    monkeypatch.setattr(workers, "UnitProcess", lambda root, unit, environment: unit)
+    runners.start("unit")
+    assert (closed, runners.started) == ([True], [(None, "unit")])
 
 
 def test_a_run_that_stops_itself_is_a_failed_run(bert, data_dir, tmp_path, monkeypatch):

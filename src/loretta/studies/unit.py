@@ -108,9 +108,14 @@ class UnitProcess:
         self.socket.close()
 
 
-def _read_units(units: "SimpleQueue[str]") -> None:
-    for line in sys.stdin:
-        units.put(line)
+def _read_units(units: "SimpleQueue[bytes]") -> None:
+    # a fork, such as a worker that loads data, closes sys.stdin, and would wait for ever for a thread that reads it
+    rest = b""
+    with suppress(ConnectionError):  # of a starter that died before it read the last answer
+        while found := os.read(sys.stdin.fileno(), 2**16):
+            *lines, rest = (rest + found).split(b"\n")
+            for line in lines:
+                units.put(line)
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(GRACE)
     os._exit(1)
@@ -118,7 +123,7 @@ def _read_units(units: "SimpleQueue[str]") -> None:
 
 def main() -> None:
     """The process itself."""
-    units: SimpleQueue[str] = SimpleQueue()
+    units: SimpleQueue[bytes] = SimpleQueue()
     # it reads before the imports, which take seconds: the starter waits while the socket is full
     threading.Thread(target=_read_units, args=(units,), daemon=True).start()
     line = units.get()
@@ -139,8 +144,9 @@ def main() -> None:
             sys.exit(stopped.exit_status)
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
-        # what made a run fail may still be in the process
-        if any(outcome.state == "failed" for outcome in outcomes):
+        # what made a run fail may still be in the process, and so may what a reporter opened: wandb has one run in it
+        reports = any((run.config or {}).get("report_to") for run in unit.runs)
+        if reports or any(outcome.state == "failed" for outcome in outcomes):
             return
         if (left := free_memory()) > MOST_LEFT:
             print(f"this process ends, because {left:,} bytes on the GPU were not released")

@@ -71,7 +71,7 @@ class Here:
 class Processes:
     """Processes that carry out one unit after the other, on the GPUs in turn, with equal shares of the CPU's threads.
 
-    A process in which a run failed, or which died, is followed by a new one.
+    A process in which a run failed or was reported to a service, or which died, is followed by a new one.
     """
 
     def __init__(self, root: Path, jobs: int) -> None:
@@ -96,6 +96,8 @@ class Processes:
         if process is not None and process.alive:
             process.start(unit)
         else:
+            if process is not None:  # it died while it waited
+                process.close()
             environment = dict.fromkeys(THREADS, str(self.threads)) | ({} if gpu is None else {GPUS: gpu})
             process = UnitProcess(self.root, unit, environment=environment)
         self.started.append((gpu, process))
