@@ -1,5 +1,6 @@
 """Memory that is too small, in one sentence with what helps."""
 
+import ctypes
 import errno
 import gc
 import resource
@@ -32,9 +33,11 @@ def is_out_of_memory(error: BaseException) -> bool:
 def free_memory() -> int:
     """Release what nothing refers to, and begin a new peak. Returns the accelerator's bytes that are still in use."""
     gc.collect()
+    with suppress(OSError, AttributeError):  # glibc keeps what was freed, and the next peak would begin with it
+        ctypes.CDLL(None).malloc_trim(0)
     with suppress(OSError):  # where the system has it, as Linux does
         Path("/proc/self/clear_refs").write_text("5")
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_initialized():  # runs on the CPU need not take memory of a GPU for its context
         return 0
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()

@@ -120,6 +120,13 @@ def test_what_says_that_memory_is_used_up(error, is_so):
     assert is_out_of_memory(error) is is_so
 
 
+def test_a_run_on_the_cpu_takes_nothing_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    for name in ("empty_cache", "reset_peak_memory_stats"):  # the latter makes a context
+        monkeypatch.setattr(torch.cuda, name, lambda: pytest.fail("the GPU was asked for"))
+    assert free_memory() == 0
+
+
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="this system cannot begin a new peak")
 def test_a_process_begins_a_new_peak_for_its_next_run():
     free_memory()  # what tests before this one held at most may be more than this one holds
@@ -130,3 +137,15 @@ def test_a_process_begins_a_new_peak_for_its_next_run():
     del used
     assert free_memory() == 0
     assert peak_memory() < at_most
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="this system cannot begin a new peak")
+def test_what_a_run_has_freed_does_not_hide_what_the_next_one_takes():
+    """Small pieces, which the C library keeps for later, below one that is still in use."""
+    free_memory()
+    before = peak_memory()
+    pieces = [bytes(2000) for _ in range(2**16)]
+    last = bytes(2000)
+    del pieces
+    free_memory()
+    assert peak_memory() < before + 2**26, len(last)
