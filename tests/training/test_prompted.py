@@ -14,6 +14,7 @@ from loretta.errors import InputError
 from loretta.record import RunRecord
 from loretta.tasks.prompted import Example
 from loretta.tasks.prompted.encoding import IGNORED, Encoded, encode_options, encode_prompt
+from loretta.training import prompted as prompting
 from loretta.training import run as running
 from loretta.training.config import RunConfig
 from loretta.training.data import encode_splits, load_config_task
@@ -189,6 +190,20 @@ def test_a_prompted_run_comes_back_as_it_was(task, kind, metric, speller, prompt
     for split, values in (("validation", record.validation), ("test", record.test)):
         assert evaluate(loaded, load_config_task(loaded.config), split) == pytest.approx(values, rel=1e-5)
     assert set(predict(loaded, [["It is"]])[0]) == {"continuation"}
+
+
+def test_all_splits_are_scored_in_the_precision_of_the_training(speller, prompted, tmp_path, monkeypatch):
+    """Full fine-tuning of weights in bfloat16 computes in it, without being asked: the validation and the test."""
+    seen, scores = [], prompting.option_scores
+
+    def note(*args, **kwargs):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return scores(*args, **kwargs)
+
+    monkeypatch.setattr(prompting, "option_scores", note)
+    record = train(config_for(speller, "sst2", prompted, tmp_path, method="ft", dtype="bfloat16", epochs=1))
+    assert seen == [True, True]
+    assert not record.config["bf16"]
 
 
 def test_training_lowers_the_loss(speller, prompted, tmp_path):

@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -52,7 +53,9 @@ def finish(
     Of several processes all score and the first one writes. ``population`` is the number of runs that were trained
     together, this one among them. ``publishing`` gets the call that moves the finished files into the run's folder.
     """
-    rows, found = score(data, trainer)
+    # in the precision of the training, which need not be the one that was asked for
+    precision = data.config.model_copy(update={"bf16": trainer.args.bf16})
+    rows, found = score(replace(data, config=precision), trainer)
     weights = trainer.whole_weights()
     found |= {"peak_memory_bytes": peak_memory_bytes, "population": population}
     return processes.by_first(lambda: _write(place, publishing, data, trainer, rows, weights, found))
