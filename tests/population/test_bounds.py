@@ -99,6 +99,19 @@ def test_what_is_computed_at_once_is_bounded_and_the_scores_are_the_same(texts, 
         train_together([c.model_copy(update={"output": f"{c.output}-more"}) for c in configs])
 
 
+@pytest.mark.parametrize("rows", [1.4, 1.9, 2.7])
+def test_no_part_of_a_step_is_larger_than_what_is_computed_at_once(rows, options, tmp_path, monkeypatch):
+    """Also where that is no whole number of rows of each member."""
+    configs = [RunConfig(**options | {"seed": 3, "learning_rate": r, "output": f"{tmp_path}/{r}"}) for r in (0.1, 0.2)]
+    usual = training.prepare(configs, tmp_path / "scratch")
+    row = 2 * usual.rows["train"].longest
+    monkeypatch.setitem(loop.MOST, "cpu", int(rows * row * usual.population.width))
+    bounded = training.prepare(configs, tmp_path / "scratch")
+    longest = bounded.rows["train"].lengths[: bounded.rules.size].topk(8).indices
+    tokens = [part["input_ids"].numel() for part in bounded.in_parts(longest.expand(2, -1))]
+    assert row <= max(tokens) <= rows * row
+
+
 def test_members_whose_numbers_do_not_fit_into_the_free_memory_are_too_many(options, tmp_path, monkeypatch):
     configs = [RunConfig(**options | {"seed": seed, "output": f"{tmp_path}/{seed}"}) for seed in (0, 1)]
     free = SimpleNamespace(available=1000)

@@ -60,6 +60,7 @@ def save(loop: Loop) -> None:
     random = {RANDOM: torch.get_rng_state()}  # what dropout draws from, for all members at once
     if loop.device.type == "cuda":
         random[RANDOM_CUDA] = torch.cuda.get_rng_state(loop.device)
+        torch.cuda.synchronize(loop.device)  # a thread copies on another stream, which would not wait for this one
 
     def write(k: int) -> None:
         member = loop.members[k]

@@ -146,7 +146,7 @@ class Loop:
         if self.device.type == "cpu" and population.size > 1 and tokens > self.most:
             # a GPU refuses what is too large, but a system without memory kills; and more at once are no faster
             raise MemoryError(f"a row of each is {tokens:,} tokens, of which {int(self.most):,} are computed at once")
-        self.parts = max(PIECES, math.ceil(tokens * rules.batch_size / self.most))
+        self.parts = max(PIECES, math.ceil(rules.batch_size / max(1, int(self.most / tokens))))
         self.optimizer = MemberAdamW(
             population.values,
             population.gradient,
