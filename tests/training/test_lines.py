@@ -122,6 +122,9 @@ def test_the_advice_follows_from_the_numbers():
     assert "raise the rate, --lr 0.0015" in next_step(majority)
     assert "lower the rate, --lr 0.00033" in next_step(record_of(confusion=[[30, 0], [20, 0]], losses=(0.7, 3.0)))
     assert "not finite" in next_step(record_of(confusion=[[30, 0], [20, 0]], losses=(0.7, math.nan)))
+    # shared of rank 1 starts above its method's 7.5e-4
+    of_rank = {"config": {"model": "m", "data": "d.csv", "method": "shared"}, "learning_rate": 1.5e-3}
+    assert "raise the rate, --lr 0.0045" in next_step(majority.model_copy(update=of_rank))
     # 3 rows won, 1 lost: the probability of at least 3 heads of 4
     little = record_of(confusion=[[29, 1], [17, 3]])
     assert chance_of(little) == pytest.approx(5 / 16)

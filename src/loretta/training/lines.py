@@ -122,7 +122,8 @@ def next_step(record: RunRecord) -> str:
     """What to try after this run, in a sentence that follows from its scores and losses."""
     config = RunConfig(**record.config)
     own_rate = find_method(config.method).learning_rate
-    rate = config.learning_rate or own_rate
+    # without one in its options a run has its method's, or that of its rank or of the form that a budget chose
+    rate = config.learning_rate or record.learning_rate or own_rate
     higher = own_rate if rate < own_rate else rate * FURTHER
     longer = f"--max-steps {2 * config.max_steps}" if config.max_steps else f"--epochs {2 * config.epochs:g}"
     losses = [point.values["loss"] for point in record.history if point.split == "train" and "loss" in point.values]
