@@ -11,7 +11,12 @@ import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
 
+import torch
+
 from loretta.studies import unit
+
+# a fork has none of the threads that OpenMP knows of, and ends with SIGSEGV where it calls them
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(1))
 
 
 class ForkedPopen(subprocess.Popen):

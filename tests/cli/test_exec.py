@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 from commands import call
 
-# says what it was given and whether PEFT is going to know the methods, as one line of JSON
+# says what it was given and whether PEFT is going to know the methods, as one line of JSON; in one call, since torchrun
+# runs Python without buffers, where print would write its newline behind what another process says
 SAYS = """
 import json, os, sys
-print(json.dumps([sys.argv[1:], "loretta.registration" in sys.modules]), flush=True)
+sys.stdout.write(json.dumps([sys.argv[1:], "loretta.registration" in sys.modules]) + "\\n")
+sys.stdout.flush()
 """
 # asks PEFT itself, which takes seconds to import
 ASKS = """

@@ -25,6 +25,16 @@ from loretta.training.predict import load_run
 from loretta.training.run import train
 
 
+@pytest.fixture
+def one_thread():
+    """As many as a fork has: sums of two threads are in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_a_killed_run_resumes_to_the_same_end(bert, reviews, tmp_path):
     whole = train(config_for(bert, reviews, tmp_path / "whole", epochs=3))
     config = config_for(bert, reviews, tmp_path / "cut", epochs=3)
