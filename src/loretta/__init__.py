@@ -6,7 +6,7 @@ The names below are imported at first use: torch takes seconds, and ``loretta --
 from typing import TYPE_CHECKING
 
 from loretta import quantizer_logs
-from loretta.lazy import lazy_attributes
+from loretta.lazy import lazy_names
 from loretta.registration import register_with_peft
 from loretta.version import __version__ as __version__
 
@@ -32,33 +32,8 @@ if TYPE_CHECKING:
     from loretta.tuners.rep import LorettaRepModel as LorettaRepModel
     from loretta.tuners.shared import LorettaSharedConfig as LorettaSharedConfig
     from loretta.tuners.shared import LorettaSharedModel as LorettaSharedModel
-
-# the imports above once more, for programs: those serve type checkers alone
-_HOMES = {
-    "loretta.convert.compress": ("compress",),
-    "loretta.convert.lora": ("export_lora",),
-    "loretta.convert.merged": ("export_merged",),
-    "loretta.errors": ("InputError",),
-    "loretta.plan.auto": ("auto_config",),
-    "loretta.plan.plan": ("plan_model",),
-    "loretta.training.adaptive_ranks": ("AdaptiveRanks",),
-    "loretta.training.graphs": ("CudaGraphTrainer",),
-    "loretta.tuners.adp": ("LorettaAdpConfig", "LorettaAdpModel"),
-    "loretta.tuners.contraction": ("serving",),
-    "loretta.tuners.in_place": ("hotswap_adapter", "rename_adapter"),
-    "loretta.tuners.rep": ("LorettaRepConfig", "LorettaRepModel"),
-    "loretta.tuners.shared": ("LorettaSharedConfig", "LorettaSharedModel"),
-    "peft": ("PeftModel", "TaskType", "get_peft_model"),
-}
-
-__all__ = ["explain", *(name for names in _HOMES.values() for name in names)]
-
-if not TYPE_CHECKING:  # a type checker would accept any name
-    __getattr__ = lazy_attributes(__name__, _HOMES)
-
-
-def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+else:  # a type checker would accept any name
+    __getattr__, __dir__, __all__ = lazy_names(__name__, "explain")
 
 
 def explain(model: "PeftModel", adapter_name: str = "default") -> str:

@@ -5,7 +5,7 @@ All that other rooms use is named here, and imported at first use: pictures need
 
 from typing import TYPE_CHECKING
 
-from loretta.lazy import lazy_attributes
+from loretta.lazy import lazy_names
 
 if TYPE_CHECKING:
     from loretta.plan.auto import auto_config, choose_form
@@ -17,24 +17,5 @@ if TYPE_CHECKING:
     from loretta.plan.presets import PRESETS, Preset, find_preset, list_presets, preset_table
     from loretta.plan.request import PlanResult, make_plan
     from loretta.plan.words import Explanation, explain_plan
-
-_HOMES = {
-    "loretta.plan.auto": ("auto_config", "choose_form"),
-    "loretta.plan.base_models": ("FAMILIES", "default_task_type", "find_config", "meta_model"),
-    "loretta.plan.budget": ("Budget", "choose"),
-    "loretta.plan.counts": ("KINDS", "trainable_by_kind"),
-    "loretta.plan.picture": ("train_svg",),
-    "loretta.plan.plan": ("Plan", "count_baseline", "plan_model", "read_plan"),
-    "loretta.plan.presets": ("PRESETS", "Preset", "find_preset", "list_presets", "preset_table"),
-    "loretta.plan.request": ("PlanResult", "make_plan"),
-    "loretta.plan.words": ("Explanation", "explain_plan"),
-}
-
-__all__ = [name for names in _HOMES.values() for name in names]
-
-if not TYPE_CHECKING:  # a type checker would accept any name
-    __getattr__ = lazy_attributes(__name__, _HOMES)
-
-
-def __dir__() -> list[str]:
-    return [*globals(), *__all__]
+else:  # a type checker would accept any name
+    __getattr__, __dir__, __all__ = lazy_names(__name__)
