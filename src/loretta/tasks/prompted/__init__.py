@@ -9,9 +9,10 @@ from pathlib import Path
 from types import MappingProxyType
 
 from loretta.errors import InputError
-from loretta.tasks.prompted import boolq, cb, copa, drop, record, rte, squad, sst2, wsc
 from loretta.tasks.prompted.base import STOP, Example, PromptedSpec, PromptedTask, Sample
+from loretta.tasks.prompted.choices import CHOICES
 from loretta.tasks.prompted.encoding import Encoded, encode_example, encode_options, encode_pair, encode_prompt, padded
+from loretta.tasks.prompted.generation import QUESTIONS
 from loretta.tasks.prompted.rows import Split, read_splits
 from loretta.tasks.prompted.sampling import draw
 from loretta.wording import listed, nearest, quoted
@@ -32,9 +33,7 @@ __all__ = [
     "padded",
 ]
 
-PROMPTED: Mapping[str, PromptedSpec] = MappingProxyType(
-    {task.SPEC.name: task.SPEC for task in (boolq, cb, wsc, copa, record, squad, drop, sst2, rte)}
-)
+PROMPTED: Mapping[str, PromptedSpec] = MappingProxyType({spec.name: spec for spec in (*CHOICES, *QUESTIONS)})
 
 
 def load_prompted(
