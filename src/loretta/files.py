@@ -43,18 +43,14 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def read_plain(path: Path, most: int = LARGEST) -> bytes:
     """The bytes of a plain file. Raises OSError for none, for pipes and devices, and for more than ``most`` bytes."""
-    with open(path, "rb", opener=_open_at_once) as file:
+    at_once = getattr(os, "O_NONBLOCK", 0)  # without waiting for somebody to write to a pipe
+    with open(path, "rb", opener=lambda name, flags: os.open(name, flags | at_once)) as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.EINVAL, "it is no plain file", str(path))
         if found.st_size > most:
             raise OSError(errno.EFBIG, f"it has more than {most:,} bytes", str(path))
         return file.read(most)
-
-
-def _open_at_once(path: str, flags: int) -> int:
-    """Without waiting for somebody to write to a pipe."""
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def read_json(path: Path) -> Any:

@@ -1,5 +1,6 @@
 """``loretta compress``."""
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -46,6 +47,6 @@ def compress(
         watch=lambda names: track(names, "Fitting", console=progress, transient=True, disable=not progress.is_terminal),
     )
     if as_json:
-        print_json(result.as_dict())
+        print_json(dataclasses.asdict(result))
     else:
         show(result, console())

@@ -108,7 +108,7 @@ def run_demo(folder: Path, *, quick: bool = False, show: bool = True) -> dict[st
     rows = [_row(method, record, same[str(folder / method)]) for method, record in records.items()]
     result = {"finished": True, "quick": quick, "rows": rows}
     table = render_table(rows)
-    page = render(list(records.values()), title="LoRETTA demo").encode("utf-8", errors="replace")
+    page = render(list(records.values()), title="LoRETTA demo")
     for name, content in (("table.md", table), ("report.html", page), (DEMO, json.dumps(result, indent=2) + "\n")):
         write_listed(folder / name, content)
     console.print(table, markup=False, soft_wrap=True)

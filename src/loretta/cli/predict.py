@@ -48,10 +48,14 @@ def predict(
 
         sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
         loaded = load_run(run, model=model, cpu=cpu)
-        if sampling.is_given:
+        if sampling != Sampling():
             refuse_classifier(loaded, "leave --max-new-tokens, --temperature and --top-p out")
         if file is None:
-            texts = _of_pairs(text or [], text_pair)
+            if text_pair and len(text or ()) != len(text_pair):
+                raise InputError(
+                    f"{len(text or ())} --text and {len(text_pair)} --text-pair: give one pair for each text"
+                )
+            texts = [text or [], *([text_pair] if text_pair else [])]
             given = [dict(zip(("text", "text_pair"), words, strict=False)) for words in zip(*texts, strict=True)]
         else:
             columns = _all_columns(file, loaded.config.separator)
@@ -87,12 +91,6 @@ def _all_columns(file: Path, separator: str | None) -> dict[str, list[Any]]:
     separated = separator is not None and file.is_file() and ending(file) in SEPARATORS
     source = find_files(str(file), separator) if separated else file
     return read_columns(source, column_names(source))
-
-
-def _of_pairs(text: list[str], text_pair: list[str] | None) -> list[list[str]]:
-    if text_pair and len(text) != len(text_pair):
-        raise InputError(f"{len(text)} --text and {len(text_pair)} --text-pair: give one pair for each text")
-    return [text, *([text_pair] if text_pair else [])]
 
 
 @contextmanager

@@ -51,8 +51,7 @@ def report(
     refuse_to_replace_file(file, overwrite=overwrite)
     content = report_on(runs, form)
     try:
-        # replace: half a surrogate pair in a config must not cost the user the page
-        write_listed(file, content.encode("utf-8", errors="replace"), overwrite=overwrite)
+        write_listed(file, content, overwrite=overwrite)
     except OSError as error:
         raise InputError(f"--output '{given}' cannot be written ({error.strerror or error}): give another") from None
     say(f"written to {given}", err=True)

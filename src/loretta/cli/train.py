@@ -63,7 +63,7 @@ def train(
         return
     page = run_config.folder / REPORT
     try:
-        write_listed(page, report.render([record], notes=record.notes).encode("utf-8", errors="replace"))
+        write_listed(page, report.render([record], notes=record.notes))
     except InputError as error:  # the run itself is whole
         say(f"loretta: {error}, for a page of this run", err=True)
     if as_json:

@@ -7,7 +7,7 @@ import math
 import posixpath
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -71,10 +71,6 @@ class Compression:
     seconds: float
     difference: Difference | None  # between the outputs of the given adapter and the new one
     given_difference: Difference | None  # between those of the base model and the given adapter
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data for ``--json``."""
-        return asdict(self)
 
 
 def compress(

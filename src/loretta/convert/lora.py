@@ -84,7 +84,9 @@ def export_lora(
     for name, (a_RI, b_OR) in pairs.items():
         tensors |= {f"{PREFIX}{name}.lora_A.weight": a_RI, f"{PREFIX}{name}.lora_B.weight": b_OR}
     for name, wrapper in copies.items():
-        state = _dense_copy(wrapper, adapter_name).state_dict()
+        own = copy.deepcopy(wrapper)  # the model keeps its trains
+        own.set_adapter(adapter_name)
+        state = own.unload_and_optionally_merge_module(True, False, [adapter_name]).state_dict()
         tensors |= {f"{PREFIX}{name}.{key}": value for key, value in state.items()}
     keep = [getattr(base, "name_or_path", None)]
     with writing(Path(folder), file=False, overwrite=overwrite, keep=keep, kind=CONFIG) as new:
@@ -109,13 +111,6 @@ def _named_by_peft(layers: Collection[RepExperts], adapter_name: str) -> dict[st
         order = [name for name, _ in module.named_parameters(recurse=False) if name in by_parameter]
         named |= {at + ".base_layer" * depth: by_parameter[name] for depth, name in enumerate(reversed(order))}
     return named
-
-
-def _dense_copy(wrapper: ModulesToSaveWrapper, adapter_name: str) -> nn.Module:
-    """The adapter's copy with plain dense layers. The model keeps its trains."""
-    wrapper = copy.deepcopy(wrapper)
-    wrapper.set_adapter(adapter_name)
-    return wrapper.unload_and_optionally_merge_module(True, False, [adapter_name])
 
 
 def _target_modules(adapted: Collection[str], base: nn.Module, modules_to_save: list[str]) -> set[str] | str:

@@ -1,13 +1,13 @@
 """A folder of runs -> a report in any format: on its studies, or on its runs where it holds no study."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from loretta.errors import InputError
 from loretta.record import RunRecord
 from loretta.report import runs, study, text
 from loretta.report.study import section_of
-from loretta.studies.results import Results, collect_all
+from loretta.studies.results import collect_all
 from loretta.studies.state import find_runs
 
 FORMATS = ("html", "md", "csv", "json", "latex")
@@ -23,12 +23,9 @@ def report_on(root: Path, form: str) -> str:
         raise InputError(f"unknown format {form!r}: choose one of {', '.join(FORMATS)}")
     if not root.is_dir():
         raise InputError(f"there is no folder '{root}': give the --output of a study, or a folder with runs")
-    if any(root.glob("study*.json")):
-        return _of_studies(collect_all(root), root, form)
-    return _of_runs(root, form)
-
-
-def _of_studies(studies: Sequence[Results], root: Path, form: str) -> str:
+    if not any(root.glob("study*.json")):
+        return _of_runs(root, form)
+    studies = collect_all(root)
     if form == "csv":
         return text.studies_csv(studies)
     if form == "json":

@@ -59,17 +59,13 @@ def can_be_read(path: Path) -> bool:
         for file in weights:
             with safe_open(file, framework="pt"):  # compares the size with what the header promises
                 continue
-        # torch.save writes a zip, whose checksums tell damage without running what is pickled in it
-        return len(pickled) > 2 and bool(weights) and all(_opens(file) for file in pickled)
-    except (OSError, ValueError, SafetensorError):
-        return False
-
-
-def _opens(file: Path) -> bool:
-    try:
-        with zipfile.ZipFile(file) as content:
-            return content.testzip() is None
-    except (zipfile.BadZipFile, EOFError):
+        for file in pickled:
+            # torch.save writes a zip, whose checksums tell damage without running what is pickled in it
+            with zipfile.ZipFile(file) as content:
+                if content.testzip() is not None:
+                    return False
+        return len(pickled) > 2 and bool(weights)
+    except (OSError, ValueError, SafetensorError, zipfile.BadZipFile, EOFError):
         return False
 
 
@@ -222,16 +218,18 @@ class WholeCheckpointsTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if isinstance(self.model, PeftModel):
             readable_weights(Path(resume_from_checkpoint))
-        if self.is_fsdp_enabled:
-            load_adapter(cast(PeftModel, self.model), Path(resume_from_checkpoint))
-        else:
+        if not self.load_trained(Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_best_model(self) -> None:
-        if self.is_fsdp_enabled:
-            load_adapter(cast(PeftModel, self.model), Path(str(self.state.best_model_checkpoint)))
-        else:
+        if not self.load_trained(Path(str(self.state.best_model_checkpoint))):
             super()._load_best_model()
+
+    def load_trained(self, checkpoint: Path) -> bool:
+        """Take what is trained from a checkpoint; False leaves it to the Trainer."""
+        if self.is_fsdp_enabled:
+            load_adapter(cast(PeftModel, self.model), checkpoint)
+        return self.is_fsdp_enabled
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.is_fsdp_enabled:

@@ -32,10 +32,6 @@ class Sampling:
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise InputError(f"--top-p {self.top_p:g} must be above 0 and at most 1")
 
-    @property
-    def is_given(self) -> bool:
-        return any(value is not None for value in (self.max_new_tokens, self.temperature, self.top_p))
-
     def options(self, run: LoadedRun) -> dict[str, Any]:
         """Of ``generate``."""
         draws = self.temperature != 0 and (self.temperature is not None or self.top_p is not None)

@@ -17,7 +17,8 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from loretta.training.batches import AsArrays, PadToBucket, Shapes, as_tensors, shapes_of
-from loretta.training.recordings import Gradients, Rates, Recorder, Recording, Work, short
+from loretta.training.recordings import Gradients, Rates, Recorder, Recording, Work
+from loretta.wording import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -196,7 +197,7 @@ class CudaGraphTrainer(Trainer):
         try:
             recording.replay = self._record_step(model, recording, gathers=gathers)
         except RuntimeError as error:
-            self._go_on_eagerly(f"a step of this model cannot be recorded ({short(error)})")
+            self._go_on_eagerly(f"a step of this model cannot be recorded ({one_line(error, 200)})")
             return None
         graphs.steps[shapes] = recording
         return recording
@@ -252,7 +253,7 @@ class CudaGraphTrainer(Trainer):
                 with graphs.rates.as_inputs(self._optimizer()):
                     graphs.update = graphs.recorder.record(work)
             except RuntimeError as error:
-                self._go_on_eagerly(f"the update cannot be recorded ({short(error)})")
+                self._go_on_eagerly(f"the update cannot be recorded ({one_line(error, 200)})")
         if graphs.update is not None:
             graphs.load(self)
             _, self._norm = graphs.update()

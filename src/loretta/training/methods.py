@@ -244,7 +244,10 @@ def _misfit(config: PeftConfig, model: nn.Module) -> str | None:
     )
     if trains_biases_alone and not any(name.endswith("bias") for name, _ in model.named_parameters()):
         return "it has no biases to train"
-    if isinstance(config, PrefixTuningConfig) and not _takes_prefix(model):
+    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    if isinstance(config, PrefixTuningConfig) and not any(
+        "past_key_values" in inspect.signature(module.forward).parameters for module in models
+    ):
         return "its layers take no past keys and values, which a prefix is made of; try prompt"
     is_classifier = config.task_type == "SEQ_CLS" and hasattr(model, "score")
     if isinstance(config, PromptTuningConfig | PromptEncoderConfig) and is_classifier:
@@ -255,8 +258,3 @@ def _misfit(config: PeftConfig, model: nn.Module) -> str | None:
     if config.task_type == "TOKEN_CLS" and isinstance(config, PromptTuningConfig | PromptEncoderConfig):
         return "its head reads every token, which a prompt of embeddings moves to other places; try prefix"
     return None
-
-
-def _takes_prefix(model: nn.Module) -> bool:
-    models = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    return any("past_key_values" in inspect.signature(module.forward).parameters for module in models)

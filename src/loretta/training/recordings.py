@@ -62,7 +62,7 @@ class Recorder:
             generator.graphsafe_set_state(random)  # the state of an unfinished recording refuses to go on
             if "captur" in str(error):
                 raise NotRecorded(
-                    f"a step of this model waits for the GPU and spoils its recording ({short(error)}): "
+                    f"a step of this model waits for the GPU and spoils its recording ({one_line(error, 200)}): "
                     "train it without CUDA graphs"
                 ) from error
             raise
@@ -149,8 +149,3 @@ class Gradients:
 
     def set_to_zero(self) -> None:
         torch._foreach_zero_(list(self.of.values()))
-
-
-def short(error: Exception) -> str:
-    """An error on one line."""
-    return one_line(error, 200)

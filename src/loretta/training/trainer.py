@@ -301,28 +301,18 @@ class TwoRateTrainer(WholeCheckpointsTrainer):
             trained = {name: p.detach().contiguous() for name, p in self._parameters().items() if p.requires_grad}
             save_file(trained, Path(output_dir or self.args.output_dir) / TRAINED)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self._learns_prompt():
-            self._load_trained(resume_from_checkpoint)
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_best_model(self) -> None:
-        if self._learns_prompt():
-            assert self.state.best_model_checkpoint is not None
-            self._load_trained(self.state.best_model_checkpoint)
-        else:
-            super()._load_best_model()
+    @torch.no_grad()
+    def load_trained(self, checkpoint: Path) -> bool:
+        if not self._learns_prompt():
+            return super().load_trained(checkpoint)
+        parameters = self._parameters()
+        for name, tensor in load_file(checkpoint / TRAINED).items():
+            parameters[name].copy_(tensor)
+        return True
 
     def _learns_prompt(self) -> bool:
         """Whether PEFT saves the outputs of the trained parameters in their place: from these no training can go on."""
         return isinstance(self.model, PeftModel) and self.model.active_peft_config.is_prompt_learning
-
-    @torch.no_grad()
-    def _load_trained(self, checkpoint: str) -> None:
-        parameters = self._parameters()
-        for name, tensor in load_file(Path(checkpoint) / TRAINED).items():
-            parameters[name].copy_(tensor)
 
     def _parameters(self) -> dict[str, nn.Parameter]:
         assert self.model is not None

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 
-import torch
 from datasets import Dataset
 from peft import PeftModel
 from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
@@ -11,8 +10,7 @@ from loretta.errors import InputError
 from loretta.record import Answers
 from loretta.tasks.base import Task
 from loretta.training.config import RunConfig
-from loretta.training.forms.base import Data, Form, MakeTrainer, Recipe, Row
-from loretta.training.loaded import LoadedRun
+from loretta.training.forms.base import Data, Form, Recipe, Row
 from loretta.training.scores import named_values
 from loretta.training.trainer import TwoRateTrainer
 
@@ -45,17 +43,6 @@ class Text(Form):
             return output.metrics or {}
 
         return base_scores(trainer, data.task, split, score)
-
-    @torch.inference_mode()
-    def evaluate(self, run: LoadedRun, task: Task, split: str, make_trainer: MakeTrainer) -> dict[str, float]:
-        encoded = blocks(getattr(task, split), task.name, run.tokenizer, run.config.max_length)
-        losses = [
-            run.model(input_ids=ids, labels=ids).loss.double()
-            for row in encoded["input_ids"]
-            for ids in [torch.tensor([row], device=run.model.device)]
-        ]
-        loss = float(torch.stack(losses).mean())
-        return {"loss": loss, "perplexity": float(torch.tensor(loss).exp())}
 
 
 def blocks(data: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
