@@ -1,7 +1,8 @@
 """Populations beside runs one after the other: examples per second, memory, and where the time goes.
 
 all-MiniLM-L6-v2 on CoLA and RTE at batch 32, trained to the end with logging and evaluation, and the step of a
-LLaMA-2-7B shape with random weights on 1x256 tokens a member.
+LLaMA-2-7B shape with random weights on 1x256 tokens a member, beside the floor: the frozen base by itself on the tokens
+of 8 members, forward, loss and backward with the gradient of its input.
 
     python benchmarks/population.py --model FOLDER --data-dir FOLDER --out benchmarks/results/population.json
 
@@ -27,7 +28,7 @@ from unittest import mock
 
 import torch
 from cases import METHODS, build_base, perturbed, wrap
-from timing import about, captured, timed
+from timing import about, captured, kinds_of, timed
 from torch import Tensor, nn
 
 from loretta.population import loop
@@ -219,15 +220,21 @@ def random_starts(model: Any, size: int) -> list[Start]:
     return starts
 
 
-def llama_step(args: argparse.Namespace, method: str, size: int | None, *, graph: bool) -> dict[str, Any]:
-    """Milliseconds of a step, of one ordinary model (None) or of a population."""
+def llama_step(args: argparse.Namespace, method: str | None, size: int | None, *, graph: bool) -> dict[str, Any]:
+    """Milliseconds of a step, of one ordinary model (no size), of a population, or of the frozen base (no method)."""
     reset_memory(args.device)
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     base = build_base(args.llama, device=args.device, dtype=dtype, layers=args.layers)
     vocabulary = base.config.vocab_size
     tokens = TOKENS if args.device == "cuda" else 16
     ids = torch.randint(5, vocabulary, (size or 1, tokens), device=args.device)
-    if size is None:
+    if method is None:
+        embedded = base.get_input_embeddings()(ids).detach().requires_grad_()
+
+        def work() -> None:
+            sums, counts = row_losses(base(inputs_embeds=embedded).logits, ids, "language_modeling")
+            torch.autograd.grad((sums / counts).sum(), embedded)
+    elif size is None:
         model = wrap(base, method, "llama-7b")
         trained = [p for p in model.parameters() if p.requires_grad]
         ordinary = torch.optim.AdamW(trained, lr=1e-4, fused=args.device == "cuda", capturable=args.device == "cuda")
@@ -251,13 +258,18 @@ def llama_step(args: argparse.Namespace, method: str, size: int | None, *, graph
             population.backward(sums / counts)
             ours.step(factor)
 
-    times = timed(captured(work) if graph else work, args.steps, args.device)
-    return {"ms": statistics.median(times), "peak_bytes": peak(args.device)}
+    step = captured(work) if graph else work
+    found = {"ms": statistics.median(timed(step, args.steps, args.device)), "peak_bytes": peak(args.device)}
+    return found if args.device == "cpu" else {**found, **kinds_of(step)}
 
 
 def llama(args: argparse.Namespace, save: Any) -> None:
+    common = {"part": "step", "model": args.llama, "tokens": TOKENS, "layers": args.layers}
+    for graph in args.graphs:
+        row = {**common, "method": "frozen base", "members": 8, "how": "floor", "graph": graph}
+        save({**row, **llama_step(args, None, 8, graph=graph)})
     for method in args.llama_methods:
-        common = {"part": "step", "model": args.llama, "method": method, "tokens": TOKENS, "layers": args.layers}
+        common["method"] = method
         for graph in args.graphs:
             for size in (None, 8):
                 row = {**common, "members": size or 1, "how": "together" if size else "alone", "graph": graph}

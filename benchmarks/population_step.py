@@ -1,7 +1,8 @@
 """What a step of a population is made of on a GPU: kernels by kind, with torch's functions and ours, and the floor.
 
 64 members of rep on a MiniLM and CoLA under bfloat16 autocast, 2,048 rows of 16 tokens: forward, backward and update as
-one CUDA graph. The floor is the frozen base by itself, forward and backward with the gradient of its input.
+one CUDA graph. The floor is the frozen base by itself, forward and backward with the gradient of its input; "compiled"
+has what lies between its products and its attention compiled by inductor.
 
     python benchmarks/population_step.py --model FOLDER --data-dir FOLDER --out benchmarks/results/population_step.json
 
@@ -11,18 +12,17 @@ one CUDA graph. The floor is the frozen base by itself, forward and backward wit
 
 import argparse
 import json
-import re
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from population import KERNELS, config
-from timing import about, captured, timed
+from timing import about, captured, kinds_of, timed
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -41,26 +41,10 @@ VARIANTS: dict[str, tuple[bool, tuple[Callable[[int], Any], ...]]] = {
     "rows beside each other": (False, (PackedAttention,)),
     "all, rows beside each other": (True, KERNELS["packed"]),
 }
-KINDS = {
-    "attention": r"sdpa|fmha|attention|compute_dot_do_o|convert_dq",
-    "products": r"nvjet|gemm|cutlass|splitK",
-    "norms": r"layer_norm|_norm",
-    "dropout": r"dropout|masked_scale",
-    "casts": r"copy_kernel",
+FLOORS: dict[str, tuple[Callable[[int], Any], ...]] = {
+    **{f"floor, {name}": modes for name, modes in KERNELS.items()},
+    "floor, packed, compiled": (PackedAttention,),  # inductor casts once by itself
 }
-
-
-def kinds_of(replay: Callable[[], Any]) -> dict[str, Any]:
-    """The kernels of a step and their milliseconds by kind."""
-    times = dict.fromkeys((*KINDS, "other"), 0.0)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        replay()
-        torch.cuda.synchronize()
-    events = [event for event in profile.key_averages() if event.self_device_time_total > 0]
-    for event in events:
-        kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, event.key)), "other")
-        times[kind] += event.self_device_time_total / 1e3
-    return {"kernels": sum(event.count for event in events), "kinds_ms": times}
 
 
 def measured(work: Callable[[], Any], device: str) -> dict[str, Any]:
@@ -85,8 +69,22 @@ def frozen_base(population: Population) -> Iterator[Any]:
             parameter.requires_grad_(True)
 
 
-def floor(population: Population, part: dict[str, Tensor], modes: Any, device: str) -> dict[str, Any]:
-    with frozen_base(population) as base:
+@contextmanager
+def compiled_between(base: Any) -> Iterator[None]:
+    """Until the block ends, an encoder's layers are compiled, without their attention."""
+    layers = base.base_model.encoder.layer
+    modules = [module for layer in layers for module in (layer.attention.output, layer.intermediate, layer.output)]
+    for module in modules:
+        module.compile()
+    try:
+        yield
+    finally:
+        for module in modules:
+            module._compiled_call_impl = None
+
+
+def floor(population: Population, part: dict[str, Tensor], modes: Any, device: str, compiled: bool) -> dict[str, Any]:
+    with frozen_base(population) as base, compiled_between(base) if compiled else nullcontext():
         x = base.get_input_embeddings()(part["input_ids"]).detach().requires_grad_()
 
         def work() -> None:
@@ -129,31 +127,35 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--members", type=int, default=64)
+    parser.add_argument("--method", default="rep")
     parser.add_argument("--task", default="cola")
     parser.add_argument("--tokens", nargs="*", type=int, default=[16, 12])
     parser.add_argument("--limit", type=int, default=None)
-    parser.add_argument("--cases", nargs="*", default=[*VARIANTS, *(f"floor, {name}" for name in KERNELS)])
+    parser.add_argument("--cases", nargs="*", default=[*VARIANTS, *FLOORS])
     args = parser.parse_args()
     args.epochs, rows = 3, []
 
     def save(row: dict[str, Any]) -> None:
-        rows.append({"members": args.members, "method": "rep", "task": args.task, **row})
+        about_task = {"task": args.task, "tokens_an_example": mean_tokens}
+        n_rows = args.members * loop.rules.batch_size
+        rows.append({"members": args.members, "method": args.method, "rows": n_rows, **about_task, **row})
         print(rows[-1], flush=True)
         args.out.write_text(json.dumps({**about(args.device, "bfloat16"), "rows": rows}, indent=1) + "\n")
 
     with tempfile.TemporaryDirectory() as folder:
-        runs = [config(args, folder, "rep", args.task, k, 3, cuda_graph=True) for k in range(args.members)]
+        runs = [config(args, folder, args.method, args.task, k, 3, cuda_graph=True) for k in range(args.members)]
         loop = prepare(runs, Path(folder))
+    mean_tokens = float(loop.rows["train"].lengths[: loop.rules.size].double().mean())
     loop.population.train()
     for tokens in args.tokens:
         part = batch(loop, tokens)
         for name, (ours, modes) in VARIANTS.items():
             if name in args.cases:
                 save({"tokens": tokens, "case": name, **step(loop, part, ours, modes, args.device)})
-        for name, modes in KERNELS.items():
-            if f"floor, {name}" in args.cases:
-                row = floor(loop.population, part, modes, args.device)
-                save({"tokens": tokens, "case": f"floor, {name}", **row})
+    for case, modes in FLOORS.items():
+        for tokens in args.tokens if case in args.cases else ():
+            row = floor(loop.population, batch(loop, tokens), modes, args.device, "compiled" in case)
+            save({"tokens": tokens, "case": case, **row})
 
 
 if __name__ == "__main__":

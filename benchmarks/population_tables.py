@@ -13,7 +13,7 @@ def population_table(name: str = "population") -> str:
     rows = results(name)
     lines = []
     for row in rows:
-        if row["how"] == "alone":
+        if row["how"] in ("alone", "floor"):
             continue
         one = next(o for o in rows if o["how"] == "alone" and _compared(o) == _compared(row))
         if row["part"] == "training":

@@ -3,6 +3,7 @@
 import argparse
 import os
 import platform
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,14 @@ import transformers
 import loretta
 
 WARM_UP = 4
+# of kernels, by their names
+KINDS = {
+    "attention": r"sdpa|fmha|attention|compute_dot_do_o|convert_dq",
+    "products": r"nvjet|gemm|cutlass|splitK",
+    "norms": r"layer_norm|_norm",
+    "dropout": r"dropout|masked_scale",
+    "casts": r"copy_kernel",
+}
 
 
 def captured(work: Callable[[], Any]) -> Callable[[], None]:
@@ -62,6 +71,19 @@ def kernels(work: Callable[[], Any]) -> dict[str, Any]:
         return {"kernels": None, "gpu_ms": None}
     found = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
     return {"kernels": len(found), "gpu_ms": sum(event.self_device_time_total for event in found) / 1e3}
+
+
+def kinds_of(replay: Callable[[], Any]) -> dict[str, Any]:
+    """The kernels of a step and their milliseconds by kind."""
+    times = dict.fromkeys((*KINDS, "other"), 0.0)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        replay()
+        torch.cuda.synchronize()
+    events = [event for event in profile.key_averages() if event.self_device_time_total > 0]
+    for event in events:
+        kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, event.key)), "other")
+        times[kind] += event.self_device_time_total / 1e3
+    return {"kernels": sum(event.count for event in events), "kinds_ms": times}
 
 
 def add_options(parser: argparse.ArgumentParser, *, budget: float) -> None:
