@@ -36,3 +36,17 @@ def test_the_mask_hides_times_and_fractions_and_nothing_else(quickstart):
     assert masked("loss 0.6931, 12 rows, 3 s") == masked("loss 0.7, 12 rows, 45 s")
     assert masked("12 rows") != masked("13 rows")
     assert masked("accuracy 0.5") != masked("macro_f1 0.5")
+
+
+def test_new_times_alone_change_no_file_and_anything_else_does(quickstart, tmp_path, monkeypatch):
+    page, seconds = tmp_path / "page.md", tmp_path / "seconds.json"
+    monkeypatch.setattr(quickstart, "SECONDS", seconds)
+    text = "loss 0.69, 0.7869673371315002, 3 s\nfirst  finished  0.52   3   1e-06\n| `loretta --help` | 0.38 |\n"
+    later = "loss 0.69, 0.7869672179222107, 12 s\nfirst  finished  0.52  12   1e-06\n| `loretta --help` | 0.41 |\n"
+    quickstart.write(page, text, "[3]")
+    quickstart.write(page, later, "[12]")
+    assert (page.read_text(), seconds.read_text()) == (text, "[3]")
+    for old, new in (("0.69", "0.68"), ("0.52", "0.53"), ("--help", "--halp"), ("1e-06", "1e-05")):
+        quickstart.write(page, later.replace(old, new), "[12]")
+        assert (page.read_text(), seconds.read_text()) == (later.replace(old, new), "[12]")
+        quickstart.write(page, text + "x", "[3]")
