@@ -8,15 +8,13 @@ import sys
 
 import pytest
 import torch
-from transformers import AutoConfig
-from transformers.pytorch_utils import Conv1D
+from transformers import AutoConfig, AutoModel
 from tuners.families import build
 
 from loretta import InputError, LorettaSharedConfig, PeftModel, auto_config, get_peft_model
-from loretta.plan import FAMILIES, Budget, choose, find_config, make_plan, meta_model, plan_model
-from loretta.plan.auto import choose_form
-from loretta.plan.base_models import default_task_type
-from loretta.plan.front import ATTENTION, FRONT, read_front
+from loretta.plan import Budget, choose, find_config, make_plan, meta_model, plan_model
+from loretta.plan.auto import attention_layers, choose_form, options_on
+from loretta.plan.front import FRONT, read_front
 from loretta.plan.presets import loretta_configs
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -60,7 +58,7 @@ def test_a_form_is_the_one_that_was_measured():
     assert len(measured) > 5
     for form in measured:
         no_head = {"train_head": "frozen", "exclude_modules": ["pooler.dense"]}
-        config = loretta_configs()[form.method](task_type="SEQ_CLS", **no_head, **form.options)
+        config = loretta_configs()[form.method](task_type="SEQ_CLS", **no_head, **options_on(model, form))
         # the runs had a number more in each train of a bottleneck of 1, and shared ones a train for each pair of widths
         apart = 0.2 if form.method == "shared" else 0.02
         assert plan_model(model, config).trainable == pytest.approx(form.scores["all-MiniLM-L6-v2"].count, rel=apart)
@@ -82,7 +80,9 @@ def test_it_is_the_best_form_that_fits_at_the_highest_rank_that_fits(family, wor
         form
         for form in read_front().forms
         if not math.isnan(gain(form, NEAREST[family]))
-        and budget.fits(plan_model(model, loretta_configs()[form.method](task_type=task_type, **form.options)))
+        and budget.fits(
+            plan_model(model, loretta_configs()[form.method](task_type=task_type, **options_on(model, form)))
+        )
     ]
     if fitting:  # else a form of a lower rank than was measured
         best = max(fitting, key=lambda form: gain(form, NEAREST[family]))
@@ -166,29 +166,107 @@ def test_a_plan_with_a_budget_and_no_method_is_auto():
 
 def test_below_all_forms_the_smallest_one_gets_a_lower_rank():
     config = auto_config("bert-base", 2_000, train_head="frozen")
+    model = meta_model(find_config("bert-base"), "SEQ_CLS")
     nearest = read_front().nearest("encoder", 768)
     smallest = min(
         (form for form in read_front().forms if nearest in form.scores), key=lambda form: form.scores[nearest].count
     )
     assert type(config) is loretta_configs()[smallest.method]
-    assert config.target_modules == smallest.options["target_modules"]
+    assert config.target_modules == set(options_on(model, smallest)["target_modules"])
     assert config.tensor_rank < smallest.options["tensor_rank"]
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+# the linear layers of attention by family, and what each layer of a model has of them, spelled by hand
+_BERT = ("attention.self.query", "attention.self.key", "attention.self.value", "attention.output.dense")
+_LLAMA = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
+_BART = tuple(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj"))
+_MLA = tuple(f"self_attn.{name}" for name in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"))
+_XLM = tuple(rf"attentions.{{}}.{name}" for name in ("q_lin", "k_lin", "v_lin", "out_lin"))
+ATTENTION_OF = {
+    "bert": [f"encoder.layer.{{}}.{name}" for name in _BERT],
+    "roberta": [f"encoder.layer.{{}}.{name}" for name in _BERT],
+    "deberta-v2": [
+        *(f"encoder.layer.{{}}.attention.self.{name}_proj" for name in ("query", "key", "value")),
+        "encoder.layer.{}.attention.output.dense",
+    ],
+    "mpnet": [f"encoder.layer.{{}}.attention.attn.{name}" for name in "qkvo"],
+    "distilbert": [f"transformer.layer.{{}}.attention.{name}" for name in ("q_lin", "k_lin", "v_lin", "out_lin")],
+    "modernbert": ["layers.{}.attn.Wqkv", "layers.{}.attn.Wo"],
+    "longformer": [
+        *(f"encoder.layer.{{}}.{name}" for name in _BERT),
+        *(f"encoder.layer.{{}}.attention.self.{name}_global" for name in ("query", "key", "value")),
+    ],
+    "xlm": _XLM,
+    "flaubert": _XLM,
+    "gpt2": [f"h.{{}}.{a}" for a in ("attn.c_attn", "attn.c_proj")],
+    "gptj": [f"h.{{}}.attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "out_proj")],
+    "gpt_neox": ["layers.{}.attention.query_key_value", "layers.{}.attention.dense"],
+    "falcon": ["h.{}.self_attention.query_key_value", "h.{}.self_attention.dense"],
+    "bloom": ["h.{}.self_attention.query_key_value", "h.{}.self_attention.dense"],
+    "mpt": ["blocks.{}.attn.Wqkv", "blocks.{}.attn.out_proj"],
+    "opt": [f"decoder.layers.{{}}.{name}" for name in _BART],
+    "ctrl": [f"h.{{}}.multi_head_attention.{name}" for name in ("Wq", "Wk", "Wv", "dense")],
+    "llama": [f"layers.{{}}.{name}" for name in _LLAMA],
+    "gemma2": [f"layers.{{}}.{name}" for name in _LLAMA],
+    "qwen2_moe": [f"layers.{{}}.{name}" for name in _LLAMA],
+    "phi3": ["layers.{}.self_attn.qkv_proj", "layers.{}.self_attn.o_proj"],
+    "deepseek_v3": [f"layers.{{}}.{name}" for name in _MLA],
+    # by what the indexer picks nothing is multiplied, so that it has no gradient
+    "deepseek_v32": [f"layers.{{}}.{name}" for name in _MLA],
+    "t5": [
+        *(f"{stack}.block.{{}}.layer.0.SelfAttention.{name}" for name in "qkvo" for stack in ("encoder", "decoder")),
+        *(f"decoder.block.{{}}.layer.1.EncDecAttention.{name}" for name in "qkvo"),
+    ],
+    "bart": [
+        *(f"{stack}.layers.{{}}.{name}" for name in _BART for stack in ("encoder", "decoder")),
+        *(f"decoder.layers.{{}}.{name.replace('self', 'encoder')}" for name in _BART),
+    ],
+    "whisper": [
+        *(f"{stack}.layers.{{}}.{name}" for name in _BART for stack in ("encoder", "decoder")),
+        *(f"decoder.layers.{{}}.{name.replace('self', 'encoder')}" for name in _BART),
+    ],
+    "wav2vec2-conformer": [f"encoder.layers.{{}}.self_attn.linear_{name}" for name in ("q", "k", "v", "out")],
+}
+_TWO_LAYERS = {
+    "n_layer": 2, "n_layers": 2, "num_layers": 2, "num_hidden_layers": 2, "num_decoder_layers": 2,
+    "encoder_layers": 2, "decoder_layers": 2,
+}  # fmt: skip
+
+
+def of_two_layers(family, **changes):
+    """The model without a head, on the meta device."""
+    config = AutoConfig.for_model(family)
+    for name, value in {**_TWO_LAYERS, **changes}.items():
+        if name in changes or hasattr(config, name):
+            setattr(config, name, value)
+    with torch.device("meta"):
+        return AutoModel.from_config(config)
+
+
+def adapted(model):
+    plan = plan_model(model, LorettaSharedConfig(target_modules=attention_layers(model), train_head="frozen"))
+    return {placement.name for placement in plan.placements}
+
+
+@pytest.mark.parametrize("family", ATTENTION_OF)
 def test_attention_is_every_linear_layer_of_attention_and_nothing_else(family):
-    config = find_config(family)
-    model = meta_model(config, default_task_type(config))
-    attention = re.compile(r"attn|attention", re.IGNORECASE)
-    expected = {
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear | Conv1D)
-        and attention.search(name.rpartition(".")[0])
-        and not name.rpartition(".")[2].startswith("pos_")
-    }
-    plan = plan_model(model, LorettaSharedConfig(target_modules=ATTENTION, train_head="frozen"))
-    assert {placement.name.removesuffix(".down").removesuffix(".up") for placement in plan.placements} == expected
+    expected = {name.format(layer) for name in ATTENTION_OF[family] for layer in (0, 1)}
+    assert adapted(of_two_layers(family)) == expected
+
+
+def test_cross_attention_is_attention():
+    names = ["attn.c_attn", "attn.c_proj", "crossattention.c_attn", "crossattention.c_proj", "crossattention.q_attn"]
+    assert adapted(of_two_layers("gpt2", add_cross_attention=True)) == {f"h.{k}.{n}" for n in names for k in (0, 1)}
+
+
+@pytest.mark.parametrize("budget", ["25k", "100k"])
+def test_places_that_are_given_are_the_ones_that_the_sentence_names(budget):
+    asked = {"target_modules": ["key"], "layers_to_transform": [0, 1]}
+    own = auto_config("bert-base", budget, train_head="frozen", **asked)
+    assert own.target_modules == {"key"}
+    assert own.why.count("here it has layers_to_transform=[0, 1], target_modules=['key'] instead, which was not") == 1
+    for same in ({}, {"train_norms": False}):
+        assert "instead" not in auto_config("bert-base", budget, train_head="frozen", **same).why
 
 
 def test_a_rank_below_the_measured_one_is_said():

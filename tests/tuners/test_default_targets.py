@@ -100,6 +100,15 @@ def test_defaults(family, method):
 
 
 @every_method
+def test_cross_attention_is_adapted_as_attention(method):
+    """GPT-2's has its query in a layer of its own."""
+    rep = both("h.{}.attn.c_attn", "h.{}.crossattention.c_attn", "h.{}.crossattention.q_attn")
+    adp = both("h.{}.attn.c_proj", "h.{}.crossattention.c_proj", "h.{}.mlp.c_proj")
+    model, _ = build("gpt2", add_cross_attention=True)
+    assert adapted(get_peft_model(model, config_for(method))) == (adp if method == "adp" else rep)
+
+
+@every_method
 @pytest.mark.parametrize("family", [family for family in OPTIONS if natural_task(family) != "SEQ_CLS"])
 def test_defaults_are_the_same_under_a_classification_head(family, method):
     model, _ = wrap(family, method, "SEQ_CLS")

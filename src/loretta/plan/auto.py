@@ -1,6 +1,7 @@
 """The form of an adapter that measured best among those that fit a budget."""
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,15 +12,28 @@ from torch import nn
 from loretta.errors import InputError
 from loretta.plan.base_models import default_task_type, find_config, meta_model
 from loretta.plan.budget import Budget, highest_rank, with_rank
-from loretta.plan.front import Kind, read_front
+from loretta.plan.front import ATTENTION, Form, Kind, read_front
 from loretta.plan.plan import Plan, plan_model
 from loretta.plan.presets import loretta_configs
+from loretta.tuners.bypassed import read_only
 from loretta.tuners.config import LorettaConfig
+from loretta.tuners.placement import linear_size
 from loretta.tuners.rep import LorettaRepConfig
+from loretta.wording import quoted
 
 # the form decides these options; the other shared ones may be given beside a budget
 _OF_FORMS = {"tensor_rank", "modes_per_side", "shapes", "rank_pattern"}
 AUTO_OPTIONS = {field.name for field in dataclasses.fields(LorettaConfig)} - _OF_FORMS
+# beside a form, these make an adapter that was not measured
+_OF_THE_MEASUREMENT = {
+    "target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern", "init_weights",
+    "bias", "modules_to_save",
+}  # fmt: skip
+_ATTENTION = re.compile(r"attn|attention|(^|_)att$", re.IGNORECASE)
+_ATTENTION_CLASS = re.compile(r"(Attention|Attn)(?!.*(Layer|Block|Stage|Encoder|Decoder|Model)$)")
+# lie within attention in some families, and are none of its projections of tokens; what the indexers of DeepSeek choose
+# has no gradient
+_BESIDE_ATTENTION = re.compile(r"mlp|feed_?forward|ffn|^fc\d|expert|router|indexer|(^|_)pos(_|$)|position")
 NO_BUDGET = "compact is the form that measured best for its size; with a budget the form follows from that"
 
 
@@ -80,7 +94,7 @@ def choose_form(
     smallest_first = sorted(forms, key=lambda form: form.scores[nearest].count)
     for at_rank_1 in (False, True):
         for form in smallest_first if at_rank_1 else forms:
-            config = loretta_configs()[form.method](task_type=task_type, **{**form.options, **options})
+            config = loretta_configs()[form.method](task_type=task_type, **{**options_on(model, form), **options})
             config = with_rank(config, 1) if at_rank_1 else config
             try:
                 plan = plan_model(model, config)
@@ -93,6 +107,10 @@ def choose_form(
                 continue
             best, best_plan, words = highest_rank(config, plan, model, budget)
             why = front.why(form, kind, width)
+            changed = [n for n in _OF_THE_MEASUREMENT & options.keys() if options[n] != form.options.get(n)]
+            if changed:
+                own = ", ".join(f"{name}={quoted(options[name])}" for name in sorted(changed))
+                why += f"; here it has {own} instead, which was not measured"
             if best.tensor_rank < form.options["tensor_rank"]:
                 why += f"; only rank {best.tensor_rank} of it fits here, which was not measured"
             best.__dict__["_why"] = "; ".join([why, words[0]])
@@ -112,3 +130,32 @@ def _kind_and_width(model: nn.Module) -> tuple[Kind, int | None]:
     width = sizes.get("hidden_size") or sizes.get("d_model") or sizes.get("n_embd")
     reads = config is None or default_task_type(config) in ("SEQ_CLS", "IMAGE_CLS")
     return "encoder" if reads else "decoder", width
+
+
+def options_on(model: nn.Module, form: Form) -> dict[str, Any]:
+    """The options of a form, with what its places are called in ``model``."""
+    places = {"target_modules": attention_layers(model)} if form.options.get("target_modules") == ATTENTION else {}
+    return {**form.options, **places}
+
+
+def attention_layers(model: nn.Module) -> list[str]:
+    """The linear layers of attention that an adapter can be put on, by the shortest ends that name no other module."""
+    left_out, modules = read_only(model), dict(model.named_modules())
+    chosen = set()
+    for name, module in modules.items():
+        parts = name.split(".")
+        kinds = [type(modules[".".join(parts[:depth])]).__name__ for depth in range(1, len(parts))]
+        within = [k for k, kind in enumerate(kinds) if _ATTENTION.search(parts[k]) or _ATTENTION_CLASS.search(kind)]
+        beside = any(map(_BESIDE_ATTENTION.search, parts[within[0] + 1 :])) if within else True
+        if not beside and name not in left_out and linear_size(module) is not None:
+            chosen.add(name)
+    others: set[str] = set()
+    for name in modules.keys() - chosen:
+        others |= set(_ends(name))
+    return sorted({next((end for end in _ends(name) if end not in others), name) for name in chosen})
+
+
+def _ends(name: str) -> list[str]:
+    """The ends of a name at its dots, from the shortest."""
+    parts = name.split(".")
+    return [".".join(parts[-length:]) for length in range(1, len(parts) + 1)]

@@ -13,11 +13,8 @@ from pydantic import BaseModel, ConfigDict
 FRONT = Path(__file__).with_name("front.json")
 Kind = Literal["encoder", "decoder"]
 _MODES = {1: "one mode", 2: "two modes", 3: "three modes"}
-# the linear layers of attention, as the families of transformers name them, but DeBERTa's of positions
-ATTENTION = (
-    r".*(attn|[aA]ttention)\.(.*\.)?"
-    r"(query|key|value|query_key_value|dense|[qkvo]|(?!pos_)\w+_proj|c_attn|[qkv]_lin|out_lin|qkv|Wqkv|Wo)"
-)
+# stands among a form's options for the names that loretta.plan.auto finds in a model
+ATTENTION = "linear layers of attention"
 
 
 class _Plain(BaseModel):

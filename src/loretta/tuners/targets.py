@@ -19,6 +19,7 @@ REP_TARGETS: dict[str, Sequence[str]] = {
     "distilbert": ["q_lin", "v_lin"],
     "gemma3": r".*language_model\..*\.(q_proj|v_proj)",
     "mamba": ["in_proj"],  # the fused kernels read the other projections' weights and go past their adapters
+    "gpt2": ["c_attn", "q_attn"],  # in cross-attention c_attn has no query
     "modernbert": ["Wqkv"],
     "mpnet": ["attn.q", "attn.v"],
     "phi3": ["qkv_proj"],
@@ -36,7 +37,7 @@ ADP_TARGETS: dict[str, Sequence[str]] = {
     **dict.fromkeys(("bloom", "falcon"), ("self_attention.dense", "dense_4h_to_h")),
     "distilbert": ["out_lin", "lin2"],
     "gemma3": r".*language_model\..*\.(o_proj|down_proj)",
-    "gpt2": ["attn.c_proj", "mlp.c_proj"],
+    "gpt2": ["attn.c_proj", "crossattention.c_proj", "mlp.c_proj"],
     "gpt_neo": ["out_proj", "mlp.c_proj"],
     "gpt_neox": ["attention.dense", "dense_4h_to_h"],
     "gptj": ["out_proj", "fc_out"],
