@@ -85,7 +85,6 @@ def test_what_is_computed_at_once_is_bounded_and_the_scores_are_the_same(texts, 
     monkeypatch.setitem(loop.LOGITS if texts else loop.MOST, "cpu", bound)
     monkeypatch.setattr(loop, "SCORED", 2)
     monkeypatch.setattr(Population, "forward", counted)
-    monkeypatch.setattr(Population, "check", lambda self, rows: None)  # which has two rows of each
     bounded = train_together([c.model_copy(update={"output": f"{c.output}-bounded"}) for c in configs])
     for got, expected in zip(bounded, usual, strict=True):
         assert_same_run(got, expected)
@@ -110,6 +109,20 @@ def test_no_part_of_a_step_is_larger_than_what_is_computed_at_once(rows, options
     longest = bounded.rows["train"].lengths[: bounded.rules.size].topk(8).indices
     tokens = [part["input_ids"].numel() for part in bounded.in_parts(longest.expand(2, -1))]
     assert row <= max(tokens) <= rows * row
+
+
+@pytest.mark.parametrize(
+    ("memory", "layers", "width", "tokens"),
+    [
+        # by hand: 128 bytes for each token, number and layer; 2**25 / width tokens at least, 2**27 / width at most
+        (16e9, 6, 384, 87_381),
+        (80e9, 12, 768, 67_816),
+        (141e9, 6, 384, 349_525),
+        (141e9, 32, 4096, 8_404),
+    ],
+)
+def test_a_large_gpu_computes_more_at_once(memory, layers, width, tokens):
+    assert loop.largest_part(int(memory), layers) // width == tokens
 
 
 def test_members_whose_numbers_do_not_fit_into_the_free_memory_are_too_many(options, tmp_path, monkeypatch):

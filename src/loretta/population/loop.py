@@ -40,8 +40,12 @@ PIECES = 4
 # cost of a part whatever its size, in tokens times width: on a CPU its calls; on a GPU the launches of some 700 kernels
 # and, above all, its share of recording another shape
 FIXED = {"cuda": 2**23, "cpu": 2**13}
-# largest part, in tokens times width: a larger one is no faster per token and takes more memory
+# largest part, in tokens times width, where memory is small: a larger one is no faster per token and takes more of it
 MOST = {"cuda": 2**25, "cpu": 2**22}
+# that of a large GPU, where fewer parts are fewer launches and fewer shapes to record
+MOST_ON_LARGE = 2**27
+# memory of a part for each of its tokens, numbers of their width, and layers; measured were 33, and more with graphs
+BYTES = 128
 # logits at once where each token has them: of a vocabulary of 49,152 a token of 576 numbers has 85 times as many
 LOGITS = {"cuda": 2**30, "cpu": 2**28}
 # rows that are scored keep no activations for a backward pass, so there may be as many times more tokens at once
@@ -138,9 +142,11 @@ class Loop:
             n_rows = rules.steps * rules.batch_size * population.size
             self._of_rows["padded"] = near if n_rows * population.width >= MANY_ROWS else bucket
         self.rows = {split: self._rows_of(split) for split in ("train", "validation")}
-        of_device = [each.get(self.device.type, each["cuda"]) for each in (FIXED, MOST, LOGITS)]
-        self.fixed, most = (numbers / population.width for numbers in of_device[:2])
-        with_logits = of_device[2] / population.vocabulary if self.kind == "language_modeling" else math.inf
+        fixed, most, logits = (each.get(self.device.type, each["cuda"]) for each in (FIXED, MOST, LOGITS))
+        if self.device.type == "cuda":
+            most = largest_part(torch.cuda.get_device_properties(self.device).total_memory, population.layers)
+        self.fixed, most = fixed / population.width, most / population.width
+        with_logits = logits / population.vocabulary if self.kind == "language_modeling" else math.inf
         self.most, self.most_scored = min(most, with_logits), min(SCORED * most, with_logits)
         tokens = population.size * self.rows["train"].longest  # of one row of each member
         if self.device.type == "cpu" and population.size > 1 and tokens > self.most:
@@ -171,6 +177,13 @@ class Loop:
     def in_parts(self, rows_Pb: Tensor) -> list[dict[str, Tensor]]:
         """The batch of each member's training examples ``rows_Pb``, in the parts that cost least."""
         return self.rows["train"].parts(rows_Pb, self.parts, fixed=self.fixed, most=self.most)
+
+    def sample(self) -> dict[str, Tensor]:
+        """The inputs of two rows of each member, cut to what is computed at once: for a look at the logits."""
+        rows = torch.arange(min(2, self.rules.size)).expand(self.population.size, -1)
+        inputs = self.rows["train"].batch(rows, most=max(1, int(self.most / rows.numel())))
+        inputs.pop("labels")
+        return inputs
 
     def try_largest(self) -> None:
         """Compute the largest part that the training can have, and forget it: too little memory is found at once."""
@@ -357,6 +370,13 @@ class Loop:
             f"{values[-1]:.4f}, {left:.0f} s left",
             flush=True,
         )
+
+
+def largest_part(memory: int, layers: int) -> int:
+    """Tokens times width that a GPU with so many bytes computes at once. Its size decides, and not what is free now:
+    parts are added up in another order where they are cut differently.
+    """
+    return max(MOST["cuda"], min(MOST_ON_LARGE, memory // (BYTES * layers)))
 
 
 def _append(member: Member, values: Mapping[str, float]) -> None:

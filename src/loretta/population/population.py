@@ -120,6 +120,11 @@ class Population(nn.Module):
         return int(self.model.get_input_embeddings().weight.shape[1])
 
     @property
+    def layers(self) -> int:
+        """How deep the base is."""
+        return int(self.model.get_base_model().config.get_text_config().num_hidden_layers)
+
+    @property
     def vocabulary(self) -> int:
         """How many logits each token has in a language model."""
         return int(self.model.get_output_embeddings().weight.shape[0])

@@ -73,10 +73,11 @@ class Rows:
         start = int(self.first[0])
         return self.lengths[start : start + count].argsort(stable=True) if same else torch.arange(count)
 
-    def batch(self, rows_Pb: Tensor) -> dict[str, Tensor]:
-        """The tensors (P * b, T) of each member's examples ``rows_Pb``, grouped by member."""
+    def batch(self, rows_Pb: Tensor, *, most: int | None = None) -> dict[str, Tensor]:
+        """The tensors (P * b, T) of each member's examples ``rows_Pb``, grouped by member; at most ``most`` tokens."""
         rows = (rows_Pb + self.first[:, None]).flatten()
         length = self._padded(int(self.lengths[rows].max()))
+        length = length if most is None else min(length, most)
         rows = rows.to(self.device, non_blocking=True)
         return {name: self._cropped(tensor[rows], length) for name, tensor in self.tensors.items()}
 

@@ -253,8 +253,5 @@ def prepare(configs: Sequence[RunConfig], scratch: Path) -> Loop:
     numbers = sum(value.nbytes for value in starts[0].values.values())
     refuse_too_many(len(starts) * OF_A_MEMBER * numbers, next(skeleton.parameters()).device)
     loop = Loop(Population(skeleton, starts), members, rules)
-    rows = torch.arange(min(2, rules.size)).expand(len(configs), -1)
-    inputs = loop.rows["train"].batch(rows)
-    inputs.pop("labels")
-    loop.population.check(inputs)
+    loop.population.check(loop.sample())
     return loop
