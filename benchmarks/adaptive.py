@@ -96,7 +96,11 @@ def run(name: str, task: str, rate: float, seed: int, args: argparse.Namespace, 
         pattern = model.peft_config["default"].rank_pattern
         sizes = {n: m.in_features + m.out_features + 1 for n, m in model.named_modules() if hasattr(m, "lora_E")}
         kept = {key.partition(".lora_E")[0]: sum(flags) for key, flags in pattern.items()}
-        count = sum(size * next(k for n, k in kept.items() if name.endswith(n)) for name, size in sizes.items())
+        # without a pattern, of a run too short for its first cut, all have the rank that they began with
+        begun = model.peft_config["default"].init_r
+        of_each = {name: next((k for n, k in kept.items() if name.endswith(n)), begun) for name in sizes}
+        kept = kept or of_each
+        count = sum(size * of_each[name] for name, size in sizes.items())
         used = sorted(kept.values())
     else:
         count = record.parameters.trainable - _head(model)

@@ -61,7 +61,7 @@ def jobs_of(entry: dict[str, Any], args: argparse.Namespace, made: "Made") -> It
         names = {(cell.part, cell.task, cell.method) for cell in wanted}
         if kind == "beyond":
             some = [row for row in known if (row["part"], row["task"], row["method"]) in names]
-            cells = cells_beyond(some)
+            cells = cells_beyond(some, options.seeds)
         else:
             cells = left(wanted, entry["model"], known)
         found = [

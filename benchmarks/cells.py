@@ -26,10 +26,13 @@ class Part:
 PARTS = {
     "rates": Part(name="rates", rates=6, seeds=2),
     "scales": Part(name="rates", rates=6, seeds=2),
+    "bonds": Part(name="rates", rates=6, seeds=3),
+    "wide_bonds": Part(name="rates", rates=6, seeds=3),
     "few_rates": Part(name="rates", rates=6, seeds=2),
     "peer_rates": Part(name="rates", rates=6, seeds=2),
     # the paper's Figure 4: at the rate that is the best on the front
     "long": Part(name="long", rates=1, seeds=5, epochs=30),
+    "claimed_long": Part(name="long", rates=1, seeds=5, epochs=30),
 }
 
 
@@ -102,10 +105,15 @@ def left(cells: Sequence[Cell], model: str, known: Sequence[Row]) -> list[Cell]:
     return found
 
 
-def cells_beyond(rows: Sequence[Row]) -> list[Cell]:
-    """For every row whose best rate is at the edge of its grid, the same with the next rate beyond."""
+def cells_beyond(rows: Sequence[Row], seeds: int = 0) -> list[Cell]:
+    """For every row of ``seeds`` or more whose best rate is at the edge of its grid, the same with the next rate.
+
+    A row with fewer waits for its seeds, which are measured at the rates that it has.
+    """
     found = []
     for row in rows:
+        if len(row["seeds"]) < seeds:
+            continue
         if row["part"] == "front" and row["method"] in METHODS and at_edge(row):
             rate, rates = float(best_rate(row)), [float(rate) for rate in row["held_out"]]
             rate = float(f"{rate * 2 if rate == max(rates) else rate / 2:.3g}")

@@ -13,10 +13,11 @@ RESULTS.md.
 import argparse
 import contextlib
 import gc
+import math
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import replace
 from functools import cache, partial
@@ -32,11 +33,12 @@ import transformers
 from cells import PER_RATE, Cell, cells_beyond, cells_of, command_of, joined, left, table
 from claims import Worker, oversee, take
 from encoders import graphable
-from methods import FROZEN, IA3, METHODS, NORMS, OURS, TARGETS, UNTRAINED, Method
+from methods import FROZEN, IA3, INNER, METHODS, NORMS, OURS, TARGETS, UNTRAINED, Method
 from prompts import give_head, option_tokens, perplexities, write_words
 from protocol import HEAD_RATE, OFFICIAL_LENGTH, TASKS, read_rows, split
 
 from loretta.errors import InputError
+from loretta.layers.trains import Cores
 from loretta.population import training as population_training
 from loretta.population.loop import Loop
 from loretta.population.rows import Rows
@@ -189,7 +191,7 @@ def in_halves(
 ) -> list[dict[str, Any]]:
     try:
         return trained(configs, cell, args, scratch)
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, MemoryError):
         if len(configs) == 1:
             raise
     gc.collect()
@@ -198,12 +200,27 @@ def in_halves(
     return [*in_halves(configs[:half], cell, args, scratch), *in_halves(configs[half:], cell, args, scratch)]
 
 
-def set_factors(loop: Loop, factors: Mapping[str, float]) -> None:
-    for word, factor in factors.items():
-        rates = loop.optimizer.rates = loop.optimizer.rates.expand_as(loop.population.values).clone()
-        for name, where in loop.population.slices.items():
+def set_factors(loop: Loop, method: Method) -> None:
+    """Put a method's factors on the rates of parameters, and of the cores of its trains."""
+    if not method.factors and not method.bonds:
+        return
+    rates = loop.optimizer.rates = loop.optimizer.rates.expand_as(loop.population.values).clone()
+    skeleton: Any = loop.population.model
+    with loop.population.released(0):
+        trains = {f"{name}.values": m for name, m in skeleton.named_modules() if isinstance(m, Cores)}
+    for name, where in loop.population.slices.items():
+        for word, factor in method.factors.items():
             if word in name:
                 rates[:, where] *= factor
+        if method.bonds and name in trains:
+            shape: Any = trains[name].shape
+            factors = [
+                ((INNER if left > 1 else 1) / (left if left > 1 or not cut else mode)) ** method.bonds
+                for k, (left, mode, _) in enumerate(shape.cores)
+                for cut in ["_up." in name and k == 0 and method.options["r"] > 1]
+            ]
+            each = torch.tensor(factors).repeat_interleave(torch.tensor([math.prod(core) for core in shape.cores]))
+            rates[:, where] *= each.to(rates)
 
 
 def is_large(loop: Loop) -> bool:
@@ -237,7 +254,7 @@ def trained(configs: Sequence[RunConfig], cell: Cell, args: argparse.Namespace, 
     words = load_tokenizer(str(args.model)) if plan.kind == "words" else None
     with heads_alike([] if words is None else option_tokens(cell.task, words, args.data_dir)):
         loop = prepare(configs, scratch)
-    set_factors(loop, METHODS[cell.method].factors)
+    set_factors(loop, METHODS[cell.method])
     sizes = {name: where.stop - where.start for name, where in loop.population.slices.items()}
     head = sum(size for name, size in sizes.items() if "classifier" in name or "score" in name)
     loop.parts, loop.most = parts_of(loop), LARGE_PART if is_large(loop) else loop.most
@@ -290,7 +307,7 @@ def show_official(loop: Loop, task: str, args: argparse.Namespace) -> int:
     first, plan = loop.members[0], TASKS[task]
     length = {"glue": OFFICIAL_LENGTH, "words": LONGEST_PROMPT}.get(plan.kind, first.config.max_length)
     if plan.kind == "glue":
-        where = {"data": task, "data_dir": str(args.data_dir)}
+        where = {"data": task, "data_dir": str(args.data_dir), "limit": args.limit or plan.official}
     else:
         where = {"validation": str(Path(first.config.data).with_name("official.jsonl.gz"))}
     config = first.config.model_copy(update={**where, "max_length": length})

@@ -39,6 +39,8 @@ def options_of(row: Row) -> tuple[str, dict[str, Any]] | None:
     if config is None:
         return None
     options = dict(config["options"])
+    if isinstance(options.get("target_modules"), str) and options["target_modules"] != "all-linear":
+        return None  # an expression is of one family's names
     if options.get("target_modules") in TARGETS["attention"].values():
         options["target_modules"] = ATTENTION
     return config["method"], options

@@ -3,10 +3,19 @@
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-TARGETS = {
+from peft.utils.constants import DUMMY_TARGET_MODULES
+
+from loretta.studies.configs import shapes
+
+TARGETS: dict[str, dict[str, Any]] = {
     "qv": {"bert": ["query", "value"], "mpnet": ["attn.q", "attn.v"], "llama": ["q_proj", "v_proj"]},
     "q": {"bert": ["query"], "mpnet": ["attn.q"], "llama": ["q_proj"]},
     "v": {"bert": ["value"], "mpnet": ["attn.v"], "llama": ["v_proj"]},
+    "v, MLP": {
+        "bert": r".*(self\.value|intermediate\.dense|\d\.output\.dense)",
+        "mpnet": r".*(attn\.v|intermediate\.dense|\d\.output\.dense)",
+        "llama": ["v_proj", "gate_proj", "up_proj", "down_proj"],
+    },
     "attention": {
         "bert": ["query", "key", "value", "attention.output.dense"],
         "mpnet": ["attn.q", "attn.k", "attn.v", "attn.o"],
@@ -37,6 +46,7 @@ FROZEN = (
 )
 UNTRAINED = "untrained"  # scored before its first step
 OURS = ("rep", "adp", "shared", "adapters")
+INNER = 4  # the rank within each side of compact
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +55,9 @@ class Method:
 
     ``targets`` is a name of ``TARGETS``, of which the ``last`` layers alone are adapted, or all (None). ``middle`` is
     the middle of its grid of rates; where the best of six was searched for, of this method or of the one that it is
-    ``like``, that is. ``factors`` are on the rates of what has a word in its name.
+    ``like``, that is. ``factors`` are on the rates of what has a word in its name. ``bonds`` is a power: the rate of
+    each core of rep is divided by that power of how many numbers are summed when it meets the ones before it, beside
+    those of compact's rank of 1.
     """
 
     name: str
@@ -58,6 +70,7 @@ class Method:
     middle: float = 1.5e-3
     like: str = ""
     factors: dict[str, float] = field(default_factory=dict)
+    bonds: float = 0.0
 
     def placed(self, kind: str, layers: int) -> dict[str, Any]:
         """The options, with the modules of a model of that type and that many layers."""
@@ -101,11 +114,11 @@ def ours(name: str, method: str, options: dict[str, Any] | None = None, **more: 
     return Method(name=name, family="LoRETTA", method=method, options=options or {}, **more)
 
 
-def compact(rank: int = 1, *, norms: bool, inner: int = 4) -> Method:
-    name = "compact" + (f" r={rank}" if rank > 1 else "") + (f" inner {inner}" if inner != 4 else "")
+def compact(rank: int = 1, *, norms: bool, inner: int = INNER, targets: str = "all") -> Method:
+    name = "compact" + (f" r={rank}" if rank > 1 else "") + (f" inner {inner}" if inner != INNER else "")
     inner = max(inner, rank)
     options = {"r": rank, "tensor_rank": inner, "modes_per_side": 2, "lora_alpha": 2 * inner}
-    return ours(name, "rep", options, targets="all", norms=norms)
+    return ours(name + (" v, MLP" if targets == "v, MLP" else ""), "rep", options, targets=targets, norms=norms)
 
 
 def shared(rank: int, targets: str = "all", *, norms: bool) -> Method:
@@ -126,6 +139,11 @@ METHODS: dict[str, Method] = {
         Method(name=UNTRAINED, family="base", method="lora", options={"r": 1}, targets="qv"),
         Method(name="head only", family="base", method="head", middle=1e-2),
         Method(name="norms", family="base", method="norms", norms=True, middle=3e-3),
+        # of an encoder: the words' embeddings and every layer, in a copy for each member
+        Method(
+            name="full fine-tuning", family="base", method="peft:lora", middle=5e-5,
+            options={"target_modules": DUMMY_TARGET_MODULES, "modules_to_save": ["encoder", "word_embeddings"]},
+        ),
         Method(name="BitFit", family="base", method="bitfit", middle=3e-3),
         Method(name="IA3", family="PEFT", method="ia3", middle=5e-3),
         *(lora(rank) for rank in (1, 2, 4, 8, 16, 32)),
@@ -136,6 +154,7 @@ METHODS: dict[str, Method] = {
         ours("adp", "adp"), ours("adp", "adp", norms=True),
         *(compact(norms=norms) for norms in (False, True)), *(compact(2, norms=norms) for norms in (False, True)),
         *(compact(rank, norms=False) for rank in (4, 16, 32)), compact(inner=2, norms=False),
+        *(compact(inner=8, norms=norms) for norms in (False, True)), compact(targets="v, MLP", norms=False),
         *(shared(rank, norms=norms) for rank in (2, 4, 8) for norms in (False, True)),
         *(shared(rank, norms=False) for rank in (1, 16, 32)), shared(16, "qv", norms=False), shared(1, norms=True),
         *(shared(rank, "attention", norms=False) for rank in (3, 6)),
@@ -150,7 +169,18 @@ SCALED = [
     for form in ("LoRA", "shared", "compact")
     for rank in (32, 4 if form == "compact" else 8)
 ]
-METHODS |= {method.name: method for method in SCALED}
+# the same scale at every rank, and rates of single cores
+BONDS = [
+    replace(METHODS[f"compact r={rank}"], name=f"compact cores^{power:g} r={rank}", bonds=power)
+    for rank in (32, 4, 16)
+    for power in (0.5, 0.75, 1.0)
+]
+# the paper's Table 7 on width 384, where adp has 4 modes a train by itself
+SHAPES = [
+    replace(METHODS["adp + norms"], name=f"adp + norms, {n} modes", options={"shapes": shapes(384, 64, n)})
+    for n in (3, 5, 7)
+]
+METHODS |= {method.name: method for method in SCALED + BONDS + SHAPES}
 
 
 # in the order of their value; which tasks and in which order is for the command
@@ -199,8 +229,14 @@ GROUPS: dict[str, list[str]] = {
         "LoRA r=32", "compact r=16", "shared r=16",
     ],
     "scales": [method.name for method in SCALED],
+    "bonds": [method.name for method in BONDS],
+    "wide_bonds": [method.name for method in BONDS if method.name.endswith("r=32")],
     # the ends of the ranks, for a model whose cells take longer
     "few_rates": ["LoRA r=1", "compact", "shared r=1", "LoRA r=32", "compact r=32", "shared r=32"],
+    "shapes": [method.name for method in SHAPES],
+    # what the claims are of
+    "claimed": ["LoRA r=8", "compact + norms", "norms", "rep + norms", "adp + norms"],
+    "claimed_long": ["LoRA r=8", "adp + norms", "rep + norms", "compact + norms"],
     "long": [
         "LoRA r=8", "compact + norms", "adapters b=64", "rep + norms", "adp + norms", "shared r=4 + norms", "LoRA r=1",
         "norms",

@@ -22,6 +22,7 @@ OTHERS = ["key", "attn.k", "attn.o", "intermediate.dense", "output.dense"]
 OTHERS += ["k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 ALL = QUERIES + VALUES + OTHERS
 SLOW_BANK = {"vblora_vector_bank": 0.1}
+SIZES = (10_000, 20_000)
 
 
 def peer(name: str, method: str, middle: float, targets: Sequence[str] = QUERIES + VALUES, **options: Any) -> Method:
@@ -63,12 +64,17 @@ PEERS = [
     peer("VB-LoRA h=90, b=256", "vblora", 6e-2, r=4, num_vectors=90, vector_length=256, topk=2, factors=SLOW_BANK),
     # the best of them on MiniLM, within 5,000 numbers
     peer("Uni-LoRA d=5000", "unilora", 1e-2, r=4, theta_d_length=5000, like="Uni-LoRA d=5760"),
+    # and for the other sizes of the bar
+    *(peer(f"Uni-LoRA d={d}", "unilora", 1e-2, r=4, theta_d_length=d, like="Uni-LoRA d=5760") for d in SIZES),
 ]
 PEER_GROUPS = {
     "best": [method.name for method in PEERS[:5]],
-    "more_peers": [method.name for method in PEERS[5:-2]],
+    "more_peers": [method.name for method in PEERS[5:-4]],
+    "sizes": [f"Uni-LoRA d={d}" for d in (5000, *SIZES)],
     "peer_rates": [method.name for method in PEERS[:5]],
-    "wide": [method.name for method in PEERS if not method.name.endswith(("d=5760", "d=5000", "b=128"))],
+    "wide": [
+        method.name for method in PEERS if not method.name.endswith(("d=5760", "d=5000", "d=10000", "d=20000", "b=128"))
+    ],
 }
 
 

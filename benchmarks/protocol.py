@@ -36,6 +36,7 @@ class TaskPlan:
     length: int
     epochs: int
     rows: int | None = None  # of the training data, drawn
+    official: int | None = None  # of the official validation data, drawn; else all
     metric: str = "accuracy"
     batch: int = BATCH
     kind: str = "glue"  # or "words", a prompted task (prompts.py), or "text", for the perplexity
@@ -49,7 +50,7 @@ TASKS: dict[str, TaskPlan] = {
     "sst2": TaskPlan(length=40, epochs=2, rows=12_000),
     "qnli": TaskPlan(length=96, epochs=2),
     "mnli": TaskPlan(length=80, epochs=2),
-    "qqp": TaskPlan(length=64, epochs=2, metric="f1"),
+    "qqp": TaskPlan(length=64, epochs=2, metric="f1", official=10_000),
     "sst2-words": TaskPlan(length=48, epochs=5, kind="words"),
     "cb-words": TaskPlan(length=160, epochs=10, kind="words"),
     "boolq-words": TaskPlan(length=192, epochs=3, kind="words"),

@@ -36,7 +36,11 @@ def peaks_sentence(some: Sequence[Row]) -> str:
     for row in some:
         form, _, rank = row["method"].partition(" r=")
         for (model, name), of in peaks.items():
-            if name.startswith(f"{form}^") and rank in ("", "1") and MODELS[row["model"]].startswith(f"{model} "):
+            if (
+                name.startswith((f"{form}^", f"{form} cores^"))
+                and rank in ("", "1")
+                and MODELS[row["model"]].startswith(f"{model} ")
+            ):
                 of.append(peak(row))
     moved = [f"{max(of) / min(of):.1f} for {name} on {model}" for (model, name), of in sorted(peaks.items()) if of[1:]]
     return f"Over its ranks the peak moves by a factor of {', '.join(moved)}." if moved else ""

@@ -250,6 +250,24 @@ PREDICTED: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("shared r=2", "LoRA r=1 last 5", {"SmolLM2-135M-Instruct": "within .02"}),
     ("shared r=4", "LoRA r=1 last 10", {"SmolLM2-135M-Instruct": "within .02"}),
     ("shared r=1 + norms", "norms", {"SmolLM2-135M-Instruct": "level"}),
+    # the sixth round
+    ("compact v, MLP", "LoRA r=1 v", {"all-mpnet-base-v2": "level", "all-MiniLM-L6-v2": "better"}),
+    ("compact v, MLP", "shared r=2", {"all-mpnet-base-v2": "better"}),
+    ("compact v, MLP", "LoRA r=1", {"all-MiniLM-L6-v2": "level"}),
+    ("compact inner 8 + norms", "LoRA r=1 all linear", {"all-MiniLM-L6-v2": "level"}),
+    ("compact inner 8 + norms", "shared r=4 + norms", {"all-MiniLM-L6-v2": "level"}),
+    ("shared r=1", "Uni-LoRA d=5000", {"all-mpnet-base-v2": "better", "SmolLM2-135M-Instruct": "level"}),
+    ("shared r=2", "Uni-LoRA d=20000", {"all-mpnet-base-v2": "level"}),
+    ("shared r=1", "norms last 4", {"SmolLM2-135M-Instruct": "better"}),
+    ("shared r=1", "norms last 8", {"SmolLM2-135M-Instruct": "better"}),
+    ("LoRA r=8", "full fine-tuning", {"all-mpnet-base-v2": "worse", "all-MiniLM-L6-v2": "worse"}),
+    ("compact + norms", "full fine-tuning", {"all-mpnet-base-v2": "worse", "all-MiniLM-L6-v2": "worse"}),
+    ("compact + norms", "adapters b=64", {"all-mpnet-base-v2": "level", "all-MiniLM-L6-v2": "level"}),
+    ("compact + norms", "BitFit", {"all-mpnet-base-v2": "better", "all-MiniLM-L6-v2": "better"}),
+    ("compact + norms", "IA3", {"all-mpnet-base-v2": "better", "all-MiniLM-L6-v2": "better"}),
+    ("compact + norms", "prompt 20", {"all-mpnet-base-v2": "better", "all-MiniLM-L6-v2": "better"}),
+    ("compact + norms", "prefix 20", {"all-MiniLM-L6-v2": "better"}),
+    ("compact + norms", "p-tuning 20", {"all-mpnet-base-v2": "better", "all-MiniLM-L6-v2": "better"}),
 )
 
 
