@@ -91,10 +91,10 @@ def test_a_sequence_is_scored_on_every_task_after_every_step(bert, data_dir, tmp
 
 
 def test_what_needs_a_failed_run_says_so(bert, data_dir, tmp_path, monkeypatch):
-    def fail_on_mrpc(folder, run):
+    def fail_on_mrpc(folder, run, graphs):
         if run.config["data"] == "mrpc":
             raise MemoryError("too much")
-        return execution._train(folder, run)
+        return execution._train(folder, run, graphs)
 
     monkeypatch.setitem(execution._DO, "train", fail_on_mrpc)
     options = options_for(bert, data_dir, methods=("lora",), seeds=1)

@@ -16,7 +16,9 @@ from filelock import FileLock
 from forked import ForkedPopen, fork_units, status_of
 from study_data import QUICK, options_for, states
 
-from loretta.errors import InputError, Stopped
+from loretta.errors import InputError, NotRecorded, Stopped
+from loretta.population.loop import Loop
+from loretta.population.training import train_together
 from loretta.record import RunRecord
 from loretta.studies import execution, workers
 from loretta.studies.execution import carry_out, hold
@@ -206,6 +208,37 @@ def test_a_process_goes_on_to_the_next_unit_until_a_run_fails(given, bert, data_
         assert alone.history == RunRecord.load(tmp_path / outcome.folder / "run.json").history
 
 
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_a_process_that_spoils_a_recording_is_followed_by_one_without(
+    seeds, given, bert, data_dir, tmp_path, monkeypatch
+):
+    """As on a GPU: a population goes on from its checkpoint, and so does a run that is the last one of its own."""
+    fork_units(monkeypatch)
+    sets = {"epochs": 2, "batch_size": 4, "eval_steps": 2}
+    options = options_for(bert, data_dir, tasks=("rte",), methods=("bitfit",), seeds=seeds, sets=sets)
+    study, root, whole = load_study("table1"), tmp_path / "spoiled", tmp_path / "whole"
+    for folder in (root, whole):
+        train_together([run.run_config() for run in expand(study, options, folder).runs], until=0.5)
+    assert run_study(study, options, whole, jobs=0, population=2).complete
+    losses = Loop.losses
+
+    def spoiled(self, part):
+        if self.members[0].config.cuda_graph and self.step == 9:
+            raise NotRecorded("a step of this model waits for the GPU and spoils its recording")
+        return losses(self, part)
+
+    monkeypatch.setattr(Loop, "losses", spoiled)
+    assert run_study(study, options, root, jobs=1, population=2).complete
+    assert given == [["bitfit/s0-b4"] * 2], "one place for processes, and two of them"
+    log = beside(root / "tiny-bert/rte/bitfit/s0-b4", ".log").read_text()
+    assert "this process ends, and a new one goes on without CUDA graphs: a step of this model waits" in log
+    for seed in range(seeds):
+        got, expected = (
+            RunRecord.load(folder / f"tiny-bert/rte/bitfit/s{seed}-b4/run.json") for folder in (root, whole)
+        )
+        assert got.history == expected.history
+
+
 def test_a_process_whose_run_was_reported_to_a_service_takes_no_other(given, bert, data_dir, tmp_path, monkeypatch):
     """Else the next run would be written into the open run of wandb."""
     fork_units(monkeypatch)
@@ -220,14 +253,14 @@ def test_a_run_may_have_workers_that_are_forks(bert, data_dir, tmp_path, monkeyp
     """As the loader of data has beside recorded steps: a fork begins by closing the input, which a thread reads."""
     fork_units(monkeypatch)
 
-    def with_worker(folder, run):
+    def with_worker(folder, run, graphs):
         worker = multiprocessing.get_context("fork").Process(target=int)
         worker.start()
         worker.join(20)
         if worker.exitcode is None:
             worker.kill()
             raise RuntimeError("the worker hangs")
-        return execution._train(folder, run)
+        return execution._train(folder, run, graphs)
 
     monkeypatch.setitem(execution._DO, "train", with_worker)
     options = options_for(bert, data_dir, tasks=("rte",), methods=("bitfit",), seeds=1)
@@ -257,10 +290,10 @@ def test_a_process_that_died_while_it_waited_is_closed(tmp_path, monkeypatch):
 def test_a_run_that_stops_itself_is_a_failed_run(bert, data_dir, tmp_path, monkeypatch):
     """A loss that is not finite ends one run, and none of the others."""
 
-    def diverge(folder, run):
+    def diverge(folder, run, graphs):
         if run.seed == 0:
             raise Stopped("the loss is not finite at step 3", exit_status=3)
-        return execution._train(folder, run)
+        return execution._train(folder, run, graphs)
 
     monkeypatch.setitem(execution._DO, "train", diverge)
     options = options_for(bert, data_dir, tasks=("rte",), methods=("bitfit",), seeds=2)

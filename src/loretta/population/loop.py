@@ -145,9 +145,9 @@ class Loop:
         fixed, most, logits = (each.get(self.device.type, each["cuda"]) for each in (FIXED, MOST, LOGITS))
         if self.device.type == "cuda":
             most = largest_part(torch.cuda.get_device_properties(self.device).total_memory, population.layers)
-        self.fixed, most = fixed / population.width, most / population.width
+        self.fixed, tokens = fixed / population.width, most / population.width
         with_logits = logits / population.vocabulary if self.kind == "language_modeling" else math.inf
-        self.most, self.most_scored = min(most, with_logits), min(SCORED * most, with_logits)
+        self.most, self.most_scored = min(tokens, with_logits), min(SCORED * tokens, with_logits)
         tokens = population.size * self.rows["train"].longest  # of one row of each member
         if self.device.type == "cpu" and population.size > 1 and tokens > self.most:
             # a GPU refuses what is too large, but a system without memory kills; and more at once are no faster

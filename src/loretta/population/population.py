@@ -122,7 +122,8 @@ class Population(nn.Module):
     @property
     def layers(self) -> int:
         """How deep the base is."""
-        return int(self.model.get_base_model().config.get_text_config().num_hidden_layers)
+        config: Any = self.model.get_base_model().config
+        return int(config.get_text_config().num_hidden_layers)
 
     @property
     def vocabulary(self) -> int:

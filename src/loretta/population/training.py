@@ -75,13 +75,20 @@ def population_key(config: RunConfig) -> tuple[Any, ...] | None:
 
 
 def train_together(
-    configs: Sequence[RunConfig], *, resume: bool = False, overwrite: bool = False, until: float | None = None
+    configs: Sequence[RunConfig],
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    until: float | None = None,
+    graphs: bool | None = None,
 ) -> list[RunRecord | Paused]:
     """Train several runs on one base at once and write the folder of each, as ``loretta.training.run.train`` does.
 
-    On a GPU steps are recorded as CUDA graphs where they can be. A finished run stays as it is. ``run.json`` says how
-    many runs were trained together; its seconds are the run's share, its memory is that of all. With ``until`` the runs
-    pause after that share of their steps; with ``resume`` they go on from there, together or with others.
+    On a GPU steps are recorded as CUDA graphs where they can be, unless ``graphs`` is False. A step that spoils its
+    recording is trained without, from the last checkpoint on; with True it raises NotRecorded. A finished run stays as
+    it is. ``run.json`` says how many runs were trained together; its seconds are the run's share, its memory is that of
+    all. With ``until`` the runs pause after that share of their steps; with ``resume`` they go on from there, together
+    or with others.
 
     Raises InputError for runs that do not fit together, OutOfMemory for too many, and whatever ``train`` raises; a
     signal saves a checkpoint of each. A run with values that are not finite ends alone: Stopped is raised after the
@@ -98,8 +105,12 @@ def train_together(
         for config in configs:
             folders.enter_context(hold(config.folder))
         try:
-            return _train_all(configs, stop, resume=resume, overwrite=overwrite, until=until, graphs=True)
+            return _train_all(
+                configs, stop, resume=resume, overwrite=overwrite, until=until, graphs=graphs is not False
+            )
         except NotRecorded as error:
+            if graphs:
+                raise
             print(f"without CUDA graphs: {error}", flush=True)
         free_memory()  # outside of the exception, which holds on to what the step had allocated
         return _train_all(configs, stop, resume=True, overwrite=False, until=until, graphs=False)

@@ -12,7 +12,7 @@ from typing import TextIO
 
 from filelock import FileLock, Timeout
 
-from loretta.errors import OutOfMemory, Stopped
+from loretta.errors import NotRecorded, OutOfMemory, Stopped
 from loretta.files import write_json
 from loretta.memory import free_memory
 from loretta.studies import halving
@@ -63,8 +63,11 @@ def hold(folder: Path, wait: float = 0.0) -> Iterator[bool]:
         lock.release()
 
 
-def carry_out(root: Path, run: Planned, wait: float = 0.0) -> Outcome:
-    """Finish a run from the state in which its folder is. An error of the run itself is noted there, not raised."""
+def carry_out(root: Path, run: Planned, wait: float = 0.0, graphs: bool | None = None) -> Outcome:
+    """Finish a run from the state in which its folder is. An error of the run itself is noted there, not raised.
+
+    But for NotRecorded where ``graphs`` is True, which is as for :func:`loretta.population.training.train_together`.
+    """
     folder, start = root / run.folder, time.perf_counter()
     with hold(folder, wait) as mine:
         if not mine:
@@ -74,9 +77,9 @@ def carry_out(root: Path, run: Planned, wait: float = 0.0) -> Outcome:
         if state_of(root, run)[0] == "finished":
             return Outcome(folder=run.folder, state="finished")
         try:
-            _DO[run.kind](folder, run)
+            _DO[run.kind](folder, run, graphs)
         except (Exception, Stopped) as error:
-            if by_signal(error):  # it ends all runs
+            if _ends_the_process(error, graphs):
                 raise
             reason = reason_of(error)
             record_failure(folder, reason, traceback.format_exc())
@@ -85,14 +88,22 @@ def carry_out(root: Path, run: Planned, wait: float = 0.0) -> Outcome:
     return Outcome(folder=run.folder, state="finished", seconds=time.perf_counter() - start)
 
 
-def carry_out_together(root: Path, runs: Sequence[Planned], wait: float = 0.0) -> list[Outcome]:
+def _ends_the_process(error: BaseException, graphs: bool | None) -> bool:
+    """Whether it is no error of a run: a signal ends all of them, and a spoiled recording may have spoiled CUDA."""
+    return by_signal(error) or (bool(graphs) and isinstance(error, NotRecorded))
+
+
+def carry_out_together(
+    root: Path, runs: Sequence[Planned], wait: float = 0.0, graphs: bool | None = None
+) -> list[Outcome]:
     """Train several runs at once, as one population, and finish each of them.
 
     Runs that cannot be trained together, or fail together, are carried out one by one; runs that do not fit into
-    memory in halves. ``wait`` are seconds in which another process may still release a run.
+    memory in halves. ``wait`` are seconds in which another process may still release a run, ``graphs`` as for
+    :func:`carry_out`.
     """
     if len(runs) == 1:
-        return [carry_out(root, runs[0], wait)]
+        return [carry_out(root, runs[0], wait, graphs)]
     from loretta.population.training import train_together
     from loretta.training.pause import Paused
 
@@ -104,7 +115,7 @@ def carry_out_together(root: Path, runs: Sequence[Planned], wait: float = 0.0) -
         try:
             if len(mine) > 1:
                 configs = [run.run_config() for run in mine]
-                ended = train_together(configs, resume=True, until=mine[0].until)
+                ended = train_together(configs, resume=True, until=mine[0].until, graphs=graphs)
                 trained = {run.folder for run in mine}
                 for run, end in zip(mine, ended, strict=True):
                     if isinstance(end, Paused):
@@ -113,7 +124,7 @@ def carry_out_together(root: Path, runs: Sequence[Planned], wait: float = 0.0) -
             print(error, flush=True)
             too_large = True
         except (Exception, Stopped) as error:
-            if by_signal(error):  # it ends all runs
+            if _ends_the_process(error, graphs):
                 raise
             print(f"{len(mine)} runs cannot be trained together, and go on one by one: {error}", flush=True)
     if too_large:
@@ -121,9 +132,10 @@ def carry_out_together(root: Path, runs: Sequence[Planned], wait: float = 0.0) -
         free_memory()
         half = len(runs) // 2
         print(f"{half} of {len(runs)} runs at once", flush=True)
-        return [*carry_out_together(root, runs[:half], wait), *carry_out_together(root, runs[half:], wait)]
+        halves = runs[:half], runs[half:]
+        return [outcome for some in halves for outcome in carry_out_together(root, some, wait, graphs)]
     share = (time.perf_counter() - start) / max(1, len(trained))
-    outcomes = [carry_out(root, run) for run in runs]
+    outcomes = [carry_out(root, run, graphs=graphs) for run in runs]
     return [replace(outcome, seconds=share) if outcome.folder in trained else outcome for outcome in outcomes]
 
 
@@ -141,7 +153,7 @@ def last_line(root: Path, run: Planned) -> str:
     return next((line.strip() for line in reversed(lines) if line.strip()), f"'{path}' says nothing")
 
 
-def _train(folder: Path, run: Planned) -> None:
+def _train(folder: Path, run: Planned, graphs: bool | None) -> None:
     from loretta.population.checkpoints import has_checkpoint
     from loretta.population.training import train_together
     from loretta.training.checkpoints import remove_checkpoints
@@ -155,7 +167,7 @@ def _train(folder: Path, run: Planned) -> None:
             os.replace(folder / RECORD, folder / f"broken-{RECORD}")
         forget_failure(folder)
         if has_checkpoint(folder):  # it began as a member of a population
-            (ended,) = train_together([config], resume=True, until=run.until)
+            (ended,) = train_together([config], resume=True, until=run.until, graphs=graphs)
         else:
             ended = train(config, resume=True) if run.until is None else train_until(config, run.until)
         if isinstance(ended, Paused):
@@ -181,13 +193,13 @@ def _evaluate(folder: Path, config: RunConfig, tasks: list[str]) -> None:
     write_json(folder / EVALUATIONS, scores)
 
 
-def _cost(folder: Path, run: Planned) -> None:
+def _cost(folder: Path, run: Planned, graphs: bool | None) -> None:
     from loretta.studies.cost import measure
 
     measure(run.run_config(), folder, run.sizes)
 
 
-def _count(folder: Path, run: Planned) -> None:
+def _count(folder: Path, run: Planned, graphs: bool | None) -> None:
     from loretta.studies.sizes import count
 
     count(run.run_config(), folder, run.sizes)

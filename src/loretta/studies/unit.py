@@ -23,6 +23,7 @@ from loretta.studies.study import Frozen, Planned
 
 GRACE = 60.0  # seconds that a run has to save a checkpoint when it is told to end
 DONE = b"\n"
+SPOILED = 75  # EX_TEMPFAIL of sysexits.h: the unit is to begin again, in a new process and without CUDA graphs
 MOST_LEFT = 2**28  # bytes on a GPU behind a unit: more is what it failed to release, and the process ends
 
 
@@ -31,6 +32,7 @@ class Unit(Frozen):
 
     runs: tuple[Planned, ...]
     wait: float = 0.0  # seconds in which another process may still release the folders
+    graphs: bool = True  # whether the steps of populations are recorded as CUDA graphs where they can be
 
 
 class UnitProcess:
@@ -40,18 +42,21 @@ class UnitProcess:
     """
 
     def __init__(self, root: Path, unit: Unit, *, environment: Mapping[str, str], working: str | None = None) -> None:
+        self.root, self.environment, self.working = root, environment, working
+        self._begin(unit)
+
+    def _begin(self, unit: Unit) -> None:
         from loretta.studies.execution import open_log
 
-        self.root = root
         self.socket, its_end = socket.socketpair()
-        with open_log(root, unit.runs[0]) as log, its_end:
+        with open_log(self.root, unit.runs[0]) as log, its_end:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "loretta.studies.unit", str(root)],
+                [sys.executable, "-m", "loretta.studies.unit", str(self.root)],
                 stdin=its_end.fileno(),
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **environment},
-                cwd=working,
+                env={**os.environ, **self.environment},
+                cwd=self.working,
                 start_new_session=True,  # an interrupt at the terminal reaches the runner alone, which ends the process
             )
         self.start(unit)
@@ -68,10 +73,13 @@ class UnitProcess:
 
     @property
     def ended(self) -> bool:
-        """Whether the unit has ended, or the process."""
+        """Whether the unit has ended, or its process. One that spoiled a recording is followed by a new one."""
         if not self.fit and select.select([self.socket], [], [], 0)[0]:
             with suppress(OSError):
                 self.fit = self.socket.recv(len(DONE)) == DONE
+        if self.unit.graphs and self.process.poll() == SPOILED:
+            self.socket.close()
+            self._begin(self.unit.model_copy(update={"graphs": False}))
         return self.fit or not self.alive
 
     @property
@@ -127,7 +135,7 @@ def main() -> None:
     # it reads before the imports, which take seconds: the starter waits while the socket is full
     threading.Thread(target=_read_units, args=(units,), daemon=True).start()
     line = units.get()
-    from loretta.errors import Stopped
+    from loretta.errors import NotRecorded, Stopped
     from loretta.memory import free_memory
     from loretta.studies.execution import carry_out_together, open_log
 
@@ -138,7 +146,10 @@ def main() -> None:
             for stream in (sys.stdout, sys.stderr):
                 os.dup2(log.fileno(), stream.fileno())
         try:
-            outcomes = carry_out_together(root, unit.runs, wait=unit.wait)
+            outcomes = carry_out_together(root, unit.runs, wait=unit.wait, graphs=unit.graphs)
+        except NotRecorded as error:
+            print(f"this process ends, and a new one goes on without CUDA graphs: {error}", flush=True)
+            sys.exit(SPOILED)
         except Stopped as stopped:
             print(stopped, flush=True)
             sys.exit(stopped.exit_status)
