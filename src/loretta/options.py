@@ -28,7 +28,14 @@ def parse_option(word: str) -> tuple[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's YAML 1.1, in which 5e-3 is a number: PyYAML itself takes it for a word."""
+    """PyYAML's YAML 1.1, but 5e-3 is a number, which it takes for a word, and a key stands once: it takes the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)  # before `<<` has brought in keys that may be given again
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if double := next((key for at, key in enumerate(keys) if key in keys[:at]), None):
+            raise yaml.YAMLError(f"the key {double!r} is given twice")
+        return node
 
 
 _Loader.add_implicit_resolver(

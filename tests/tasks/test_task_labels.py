@@ -24,6 +24,11 @@ def scheme_of(cells, kind=None):
         ([True, False, True], ("False", "True"), [1, 0, 1]),
         (["a", 1, "a"], ("1", "a"), [1, 0, 1]),
         (["007", "10", "007"], ("007", "10"), [0, 1, 0]),
+        # ids of other programs, which are one number in float64
+        (["1000000000000000001", "1000000000000000000"], ("1000000000000000000", "1000000000000000001"), [1, 0]),
+        ([2**63 + 1, 2**63, 2**63 + 1], ("9223372036854775808", "9223372036854775809"), [1, 0, 1]),
+        ([Decimal(10**20 + 1), Decimal(10**20)], ("100000000000000000000", "100000000000000000001"), [1, 0]),
+        ([Decimal("NaN"), "a"], ("NaN", "a"), [0, 1]),
     ],
 )
 def test_classes_are_sorted_and_numbered(cells, names, ids):
@@ -78,6 +83,11 @@ def test_labels_that_training_has_not(refused):
 
 def test_a_word_among_number_classes_is_unseen(refused):
     refused(lambda: scheme_of(["0", "1"]).encode(["0", "two"], OTHER), "'two' in 1 row", "'val.csv'")
+
+
+def test_an_id_that_differs_in_the_last_of_its_digits_is_unseen(refused):
+    scheme = scheme_of(["1000000000000000001", "2"])
+    refused(lambda: scheme.encode(["1000000000000000000"], OTHER), "1000000000000000000")
 
 
 def test_many_unseen_labels_are_counted(refused):

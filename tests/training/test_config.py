@@ -6,7 +6,7 @@ import pytest
 from tuners.families import build
 
 from loretta.errors import InputError
-from loretta.options import with_lists
+from loretta.options import read_yaml, with_lists
 from loretta.plan import plan_model
 from loretta.training.config import ALIASES, GROUPS, RunConfig, read_config
 from loretta.training.methods import METHODS, find_method, peft_config, refuse_unknown_options
@@ -69,7 +69,8 @@ def test_what_is_neither_of_the_run_nor_of_the_method_is_refused_with_the_neares
 
 
 def test_words_with_commas_are_a_list_where_the_method_takes_one():
-    config = peft_config("rep", None, "CAUSAL_LM", {"target_modules": "query, value", "layers_to_transform": "0,1"})
+    model, _ = build("llama")
+    config = peft_config("rep", model, "CAUSAL_LM", {"target_modules": "query, value", "layers_to_transform": "0,1"})
     assert config.target_modules == {"query", "value"}
     assert config.layers_to_transform == [0, 1]
     expression = r".*layers\.\d{1,2}\.(q|v)_proj"
@@ -113,6 +114,20 @@ def test_yaml_that_is_a_trap_is_refused_at_once(text, tmp_path):
     with pytest.raises(InputError, match="is not YAML") as error:
         read_config(tmp_path / "run.yaml", {}, [])
     assert len(str(error.value)) < 1_000
+
+
+@pytest.mark.parametrize(
+    "text", ["model: a\nepochs: 3\nepochs: 30\n", "model: a\nmethod_args: {r: 1, bias: none, r: 2}\n"]
+)
+def test_a_key_that_is_given_twice_is_refused(text, tmp_path):
+    """PyYAML takes the last one without a word."""
+    (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(InputError, match=r"the key '(epochs|r)' is given twice"):
+        read_config(tmp_path / "run.yaml", {}, [])
+
+
+def test_a_merged_key_may_be_given_again():
+    assert read_yaml("a: &a {r: 1}\nb: &b {<<: *a, r: 2}\nc: {<<: *b, r: 3}\n")["c"] == {"r": 3}
 
 
 def test_aliases_of_a_few_values_are_fine(tmp_path):

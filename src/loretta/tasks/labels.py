@@ -16,7 +16,7 @@ from loretta.wording import OBEYED, listed, quoted
 
 MAX_GUESSED_CLASSES = 50
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
-WHOLE = re.compile(r"[+-]?\d{1,18}", re.ASCII)
+WHOLE = re.compile(r"[+-]?\d{1,300}", re.ASCII)  # more digits are beyond any float
 PADDED = re.compile(r"0\d+", re.ASCII)
 MAX_UNSEEN_QUOTED = 5
 MISSING_WORDS = {"nan", "none", "null", "na", "n/a", "#n/a", "nat", "undefined", "unknown", "?", "-", "."}
@@ -160,7 +160,10 @@ def _value(cell: Any, numeric: bool) -> Value:
 
 
 def _number(cell: Any) -> int | float | None:
-    """The finite number in a cell, as an int when it is whole; None for anything else, also for a bool."""
+    """The finite number in a cell, as an int when it is whole; None for anything else, also for a bool.
+
+    Whole numbers stay exact: ids of 19 digits that differ in the last one would be one float.
+    """
     if isinstance(cell, str):
         cell = cell.strip()
         if WHOLE.fullmatch(cell):
@@ -169,12 +172,12 @@ def _number(cell: Any) -> int | float | None:
             return None
     elif isinstance(cell, bool) or not isinstance(cell, int | float | Decimal):
         return None
-    elif isinstance(cell, int) and abs(cell) < 10**18:
-        return cell
     try:
         number = float(cell)
     except OverflowError:
         return None
     if not math.isfinite(number):
         return None
+    if isinstance(cell, int | Decimal) and cell == int(cell):
+        return int(cell)
     return int(number) if number.is_integer() else number

@@ -184,7 +184,9 @@ def _parse_jsonl(path: Path) -> Columns:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = json.loads(line, object_pairs_hook=_once)
+        except _DoubleError as error:
+            raise InputError(f"'{path}' line {number} {error}") from None
         except (ValueError, RecursionError):
             whole = "a JSON list over several lines" if line.lstrip().startswith("[") else "not JSON"
             raise InputError(
@@ -199,7 +201,9 @@ def _parse_jsonl(path: Path) -> Columns:
 def _parse_list(path: Path, text: str) -> Columns | None:
     """The columns of a file that is one JSON list of objects; None where it is no JSON."""
     try:
-        rows = json.loads(text)
+        rows = json.loads(text, object_pairs_hook=_once)
+    except _DoubleError as error:
+        raise InputError(f"'{path}' {error}") from None
     except (ValueError, RecursionError):
         return None
     if not rows:
@@ -207,6 +211,18 @@ def _parse_list(path: Path, text: str) -> Columns | None:
     escapes = "\\ud" in text.lower()
     items = (_object(row, f"'{path}' item {n} of the list", has_escapes=escapes) for n, row in enumerate(rows, start=1))
     return _by_columns(list(items))
+
+
+class _DoubleError(ValueError):
+    """An object of JSON has a key twice, of which Python would take the last."""
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        double = next(name for name in found if sum(name == other for other, _ in pairs) > 1)
+        raise _DoubleError(f"has the key {quoted(double)} twice in one object: remove one of them")
+    return found
 
 
 def _object(row: Any, where: str, *, has_escapes: bool) -> dict[str, Any]:
