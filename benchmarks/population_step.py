@@ -120,6 +120,13 @@ def batch(loop: Loop, tokens: int) -> dict[str, Tensor]:
     raise SystemExit(f"no batch has a row of {tokens} tokens")
 
 
+def padded(loop: Loop) -> float:
+    """The tokens that an epoch has for each of its examples, as its steps are cut and padded."""
+    order = loop.rules.order(0)
+    parts = (part for rows in order.split(loop.rules.batch_size, 1) for part in loop.in_parts(rows))
+    return sum(part["input_ids"].numel() for part in parts) / order.numel()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
@@ -136,7 +143,7 @@ def main() -> None:
     args.epochs, rows = 3, []
 
     def save(row: dict[str, Any]) -> None:
-        about_task = {"task": args.task, "tokens_an_example": mean_tokens}
+        about_task = {"task": args.task, "tokens_an_example": mean_tokens, "padded_tokens_an_example": padded_tokens}
         n_rows = args.members * loop.rules.batch_size
         rows.append({"members": args.members, "method": args.method, "rows": n_rows, **about_task, **row})
         print(rows[-1], flush=True)
@@ -146,6 +153,7 @@ def main() -> None:
         runs = [config(args, folder, args.method, args.task, k, 3, cuda_graph=True) for k in range(args.members)]
         loop = prepare(runs, Path(folder))
     mean_tokens = float(loop.rows["train"].lengths[: loop.rules.size].double().mean())
+    padded_tokens = padded(loop)
     loop.population.train()
     for tokens in args.tokens:
         part = batch(loop, tokens)
