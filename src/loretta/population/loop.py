@@ -43,7 +43,7 @@ FIXED = {"cuda": 2**23, "cpu": 2**13}
 # largest part, in tokens times width, where memory is small: a larger one is no faster per token and takes more of it
 MOST = {"cuda": 2**25, "cpu": 2**22}
 # that of a large GPU, where fewer parts are fewer launches and fewer shapes to record
-MOST_ON_LARGE = 2**27
+MOST_ON_LARGE = 2**26
 # memory of a part for each of its tokens, numbers of their width, and layers; measured were 33, and more with graphs
 BYTES = 128
 # logits at once where each token has them: of a vocabulary of 49,152 a token of 576 numbers has 85 times as many
