@@ -4,8 +4,14 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from loretta.tasks.prompted import Example, encode_example, encode_options, encode_pair, encode_prompt, padded
+from loretta.tasks.prompted import Example, encode_completions, encode_prompt, padded
 from loretta.tasks.prompted.encoding import IGNORED, Encoded
+
+
+def encode_pair(tokenizer, prompt, completion, max_length):
+    (pair,) = encode_completions(tokenizer, prompt, (completion,), max_length)
+    return pair.ids, pair.n_prompt
+
 
 CORPUS = [
     "It was great. It was terrible. It was not great at all, was it? Yes or No?\nYes",
@@ -156,15 +162,16 @@ def test_prompts_are_cut_on_the_left_too(tokenizer, refused):
 
 def test_options_of_an_example(tokenizer):
     example = Example(prompt="It was", options=(" great", " terrible at all"), correct=(1,))
-    great, terrible = encode_options(tokenizer, example, 64)
+    great, terrible = encode_completions(tokenizer, example.prompt, example.options, 64)
     assert (great.ids, great.n_prompt) == encode_pair(tokenizer, "It was", " great", 64)
     assert (terrible.ids, terrible.n_prompt) == encode_pair(tokenizer, "It was", " terrible at all", 64)
-    assert encode_example(tokenizer, example, 64) == terrible
+    assert encode_completions(tokenizer, example.prompt, (example.completion,), 64) == [terrible]
 
 
 def test_a_generated_answer_is_trained_with_its_end():
     tokenizer = byte_bpe(["<s>"])
-    encoded = encode_example(tokenizer, Example(prompt="who ran?\nAnswer:", answers=("the fox", "fox")), 64)
+    example = Example(prompt="who ran?\nAnswer:", answers=("the fox", "fox"))
+    (encoded,) = encode_completions(tokenizer, example.prompt, (example.completion,), 64)
     assert tokenizer.decode(encoded.ids[encoded.n_prompt :]) == " the fox\n"
     assert encoded.labels == [IGNORED] * encoded.n_prompt + encoded.ids[encoded.n_prompt :]
 
@@ -196,7 +203,7 @@ def test_a_real_model_scores_options_alike_alone_and_in_a_batch():
     example = Example(
         prompt="Once upon a time, there was a little", options=(" girl", " of the", " cat."), correct=(0,)
     )
-    options = encode_options(tokenizer, example, 64)
+    options = encode_completions(tokenizer, example.prompt, example.options, 64)
     assert all(
         option.ids == tokenizer(example.prompt + text)["input_ids"]
         for option, text in zip(options, example.options, strict=True)

@@ -13,7 +13,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
 from loretta.errors import InputError
 from loretta.record import RunRecord
 from loretta.tasks.prompted import Example
-from loretta.tasks.prompted.encoding import IGNORED, Encoded, encode_options, encode_prompt
+from loretta.tasks.prompted.encoding import IGNORED, Encoded, encode_completions, encode_prompt
 from loretta.training import prompted as prompting
 from loretta.training import run as running
 from loretta.training.config import RunConfig
@@ -93,7 +93,7 @@ def test_options_are_scored_alike_in_every_batch(method, speller):
     options = {"num_virtual_tokens": 3} if method in ("prefix", "prompt", "p-tuning") else {}
     model, tokenizer = model_for(speller, method, **options), load_tokenizer(speller)
     examples = [Example(prompt="It " * k, options=(" was", " had been", " is"), correct=(1,)) for k in (1, 4, 2)]
-    encoded = [encode_options(tokenizer, example, 24) for example in examples]
+    encoded = [encode_completions(tokenizer, example.prompt, example.options, 24) for example in examples]
     texts = [Texts(options=tuple(options), correct=(1,)) for options in encoded]
     expected = torch.tensor([[by_hand(model, text) for text in options] for options in encoded], dtype=torch.float64)
     for batch_size in (1, 4, 64):
@@ -127,7 +127,7 @@ def test_a_step_goes_down_the_gradient_of_the_stated_loss(task, train_as, spelle
     losses = []
     for example in examples:
         scores = []
-        for text in encode_options(tokenizer, example, config.max_length):
+        for text in encode_completions(tokenizer, example.prompt, example.options, config.max_length):
             logits = model(input_ids=torch.tensor([text.ids])).logits[0]
             places = range(text.n_prompt, len(text.ids))
             scores.append(sum(logits[k - 1].log_softmax(0)[text.ids[k]] for k in places) / len(places))

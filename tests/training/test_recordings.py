@@ -3,11 +3,10 @@
 import gc
 import weakref
 
-import pytest
 import torch
 from torch import nn
 
-from loretta.training.recordings import Gradients, Rates, Recording, short
+from loretta.training.recordings import Gradients, Rates, Recording
 from loretta.tuners.recorded import uncollected
 
 
@@ -54,11 +53,6 @@ def test_gradients_come_back_as_zeros_in_the_same_tensors():
     model(torch.ones(1, 2)).sum().backward()
     gradients.attach()  # within an update nothing is lost
     assert torch.equal(model.weight.grad, torch.ones(1, 2))
-
-
-@pytest.mark.parametrize(("words", "line"), [("a\n  b", "a b"), ("x" * 300, "x" * 200 + "...")])
-def test_an_error_on_one_line(words, line):
-    assert short(RuntimeError(words)) == line
 
 
 def test_an_old_recording_in_a_cycle_outlives_the_making_of_a_new_one():

@@ -20,7 +20,6 @@ from loretta.errors import InputError
 from loretta.owned import is_free, read_list, refuse_to_replace, write_listed
 from loretta.record import RunRecord
 from loretta.training.config import RunConfig
-from loretta.wording import as_text
 
 DEMO = "demo.json"  # the last file to be written
 
@@ -171,23 +170,20 @@ def _row(method: str, record: RunRecord, same: bool) -> dict[str, Any]:
 
 def render_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows as a Markdown table."""
-    from rich import box
-    from rich.table import Table
+    import pandas as pd
 
-    table = Table(box=box.MARKDOWN, title=None)
-    for name in ("method", "test accuracy", "trained parameters", "in the head", "adapter bytes", "seconds", "lr"):
-        table.add_column(name, justify="left" if name == "method" else "right")
-    table.add_column("reloaded")
-    for row in rows:
-        table.add_row(
-            row["method"],
-            f"{row['accuracy']:.3f}",
-            f"{row['parameters']:,}",
-            f"{row['of_which_head']:,}",
-            f"{row['bytes']:,}",
-            f"{row['seconds']:.0f}",
-            f"{row['learning_rate']:g}",
-            "same" if row["reloaded_same"] else "DIFFERENT",
-        )
-    lines = as_text(table).splitlines()
-    return "\n".join(line.strip() for line in lines if line.strip()) + "\n"
+    shown = [
+        {
+            "method": row["method"],
+            "test accuracy": f"{row['accuracy']:.3f}",
+            "trained parameters": f"{row['parameters']:,}",
+            "in the head": f"{row['of_which_head']:,}",
+            "adapter bytes": f"{row['bytes']:,}",
+            "seconds": f"{row['seconds']:.0f}",
+            "lr": f"{row['learning_rate']:g}",
+            "reloaded": "same" if row["reloaded_same"] else "DIFFERENT",
+        }
+        for row in rows
+    ]
+    sides = ["left", *["right"] * 6, "left"]
+    return pd.DataFrame(shown).to_markdown(index=False, disable_numparse=True, colalign=sides) + "\n"

@@ -81,23 +81,22 @@ def _adapted(given: "ModelConfig", *, kind: str, method: str, options: dict[str,
     import transformers
     from trl import get_quantization_config
 
-    from loretta.pretrained import NotLoaded, from_pretrained
-    from loretta.training.model import TASK_TYPES, not_loaded, wrap
+    from loretta.pretrained import from_pretrained
+    from loretta.training.model import TASK_TYPES, loading, wrap
     from loretta.tuners.task_types import AUTO_CLASSES
 
     more = {"num_labels": 1} if kind == "regression" else {}
     quantization = get_quantization_config(given)
     if quantization is not None:
         more["quantization_config"] = quantization
-    try:
+    model = str(given.model_name_or_path)
+    with loading("model", model):
         base = from_pretrained(
             getattr(transformers, AUTO_CLASSES[TASK_TYPES[kind]]),
-            str(given.model_name_or_path),
+            model,
             revision=given.model_revision,
             attn_implementation=given.attn_implementation,
             dtype=given.dtype,
             **more,
         )
-    except NotLoaded as error:
-        raise InputError(not_loaded(str(given.model_name_or_path), "model", error)) from None
     return wrap(base, method, kind, options)

@@ -193,16 +193,10 @@ def _evaluate(folder: Path, config: RunConfig, tasks: list[str]) -> None:
     write_json(folder / EVALUATIONS, scores)
 
 
-def _cost(folder: Path, run: Planned, graphs: bool | None) -> None:
-    from loretta.studies.cost import measure
+def _measure(folder: Path, run: Planned, graphs: bool | None) -> None:
+    from loretta.studies import cost, sizes
 
-    measure(run.run_config(), folder, run.sizes)
-
-
-def _count(folder: Path, run: Planned, graphs: bool | None) -> None:
-    from loretta.studies.sizes import count
-
-    count(run.run_config(), folder, run.sizes)
+    (cost.measure if run.kind == "cost" else sizes.count)(run.run_config(), folder, run.sizes)
 
 
-_DO = {"train": _train, "cost": _cost, "count": _count}
+_DO = {"train": _train, "cost": _measure, "count": _measure}

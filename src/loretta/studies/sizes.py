@@ -154,17 +154,13 @@ def task_type_of(config: RunConfig, sizes: str) -> tuple[str, int]:
 
     Raises InputError for a prompted task on a model that is not causal, and for a file that cannot be read.
     """
-    kind, n_labels = _kind_and_labels(config, sizes)
+    kind, n_labels = kind_and_labels(config, sizes)
     task_type = TASK_TYPES[kind]
     return task_type, 0 if task_type == "CAUSAL_LM" else max(1, n_labels)
 
 
-def kind_of(config: RunConfig, sizes: str) -> str:
-    """The kind of a run's task. A user's file is read once. Raises InputError as :func:`task_type_of` does."""
-    return _kind_and_labels(config, sizes)[0]
-
-
-def _kind_and_labels(config: RunConfig, sizes: str) -> tuple[str, int]:
+def kind_and_labels(config: RunConfig, sizes: str) -> tuple[str, int]:
+    """The kind of a run's task, and its labels. A user's file is read once. Raises as :func:`task_type_of` does."""
     if is_prompted(config.model_copy(update={"model": sizes})):
         return "generation", 0
     if config.data in GLUE:

@@ -64,7 +64,9 @@ def folder_state(folder: Path, result: str = "run.json") -> tuple[State, str]:
     if damaged:
         return "failed", f"'{result}' is damaged; the next start does the run again"
     if (folder / ERROR).is_file():
-        return "failed", read_error(folder)
+        return "failed", str(
+            (read_object(folder / ERROR) or {}).get("error", f"unknown: '{folder / ERROR}' is damaged")
+        )
     stopped, words = halving.words(folder)
     if words:
         return ("stopped" if stopped else "waiting"), words
@@ -77,11 +79,6 @@ def folder_state(folder: Path, result: str = "run.json") -> tuple[State, str]:
 def _is_json(file: Path, changed: int) -> bool:
     """Whether a file holds an object of JSON. ``changed``, its time in ns, lets a changed file be read again."""
     return read_object(file) is not None
-
-
-def read_error(folder: Path) -> str:
-    """The last words of a failed run."""
-    return str((read_object(folder / ERROR) or {}).get("error", f"unknown: '{folder / ERROR}' is damaged"))
 
 
 def evaluations(folder: Path) -> dict[str, dict[str, float]]:

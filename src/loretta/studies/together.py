@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from loretta.errors import InputError
-from loretta.studies.sizes import estimate, kind_of
+from loretta.studies.sizes import estimate, kind_and_labels
 from loretta.studies.state import state_of
 from loretta.studies.study import Planned
 from loretta.training.config import RunConfig
@@ -43,7 +43,7 @@ def why_alone(config: RunConfig) -> str | None:
     if (option := training.why_alone(config)) is not None:
         return option
     try:
-        kind = kind_of(config, config.model)
+        kind, _ = kind_and_labels(config, config.model)
     except InputError:  # which the run will say itself
         return None
     return None if kind in training.TOGETHER else f"'{config.data}' ({kind.replace('_', ' ')})"

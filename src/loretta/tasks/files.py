@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Unpack
 
 from loretta.errors import InputError
 from loretta.tasks.base import Kind, Task
@@ -20,7 +20,7 @@ from loretta.tasks.sources import (
     read_documents,
     wrong_cell,
 )
-from loretta.tasks.split import Splits, split_rows, text_key
+from loretta.tasks.split import OtherFiles, Splits, split_rows, text_key
 from loretta.wording import listed, quoted
 
 if TYPE_CHECKING:
@@ -64,9 +64,7 @@ def load_table(
     label: str,
     text_pair: str | None = None,
     kind: Kind | None = None,
-    validation_path: Source | None = None,
-    test_path: Source | None = None,
-    seed: int = 0,
+    **files: Unpack[OtherFiles],
 ) -> Task:
     """A task from a table with labels: a CSV, TSV, JSON Lines (each also gzipped) or Parquet file.
 
@@ -102,15 +100,13 @@ def load_table(
         path,
         rows,
         lambda other: _labelled(other, text_columns, labels, scheme),
-        validation=validation_path,
-        test=test_path,
         key=_texts_of,
         label=(lambda row: row.label) if scheme.classes else None,
         share=TABLE_SHARE,
-        seed=seed,
+        **files,
     )
     notes = []
-    if validation_path is None and scheme.classes:
+    if files.get("validation_path") is None and scheme.classes:
         lost = {row.label for row in splits.train} - {row.label for row in splits.validation}
         if lost:
             shown = listed(scheme.names[int(at)] for at in sorted(lost))
@@ -157,9 +153,7 @@ def load_text(
     path: Source,
     *,
     text: str | None = None,
-    validation_path: Source | None = None,
-    test_path: Source | None = None,
-    seed: int = 0,
+    **files: Unpack[OtherFiles],
 ) -> Task:
     """A task of language modelling: its documents are the paragraphs of a .txt or .md file, or a column of a table.
 
@@ -172,11 +166,9 @@ def load_text(
         path,
         _documents(path, text),
         lambda other: _documents(other, text),
-        validation=validation_path,
-        test=test_path,
         key=_texts_of,
         share=TEXT_SHARE,
-        seed=seed,
+        **files,
         called="documents",
         alike="equal documents",
         add="documents (paragraphs between blank lines, or table rows)",

@@ -73,9 +73,11 @@ def doubts(names: Sequence[str], counts: Sequence[int]) -> list[str]:
         shown = OBEYED.sub("", unicodedata.normalize("NFKC", name)).casefold()
         alike.setdefault(re.sub(r"(?<=\w)[\s_-]+(?=\w)", " ", shown).strip(".,;:!?'\" "), []).append(name)
     found = [
-        f"the classes {' and '.join(map(quoted if _distinct(same) else ascii, same))} read alike: are they one?"
+        f"the classes {' and '.join(map(quoted if distinct else ascii, same))} read alike: are they one?"
         for key, same in alike.items()
         if key and len(same) > 1
+        # a reader sees no difference between a letter with its accent as one character and as two
+        for distinct in [len({unicodedata.normalize("NFC", name) for name in same}) == len(same)]
     ]
     by_name = dict(zip(names, counts, strict=True))
     found += [
@@ -87,11 +89,6 @@ def doubts(names: Sequence[str], counts: Sequence[int]) -> list[str]:
         is_are = "class has" if len(alone) == 1 else "classes have"
         found.append(f"{len(alone)} {is_are} a single row, which cannot be both trained and validated: {listed(alone)}")
     return found
-
-
-def _distinct(names: Sequence[str]) -> bool:
-    """Whether a reader sees that the names differ: a letter and its accent may be one character or two."""
-    return len({unicodedata.normalize("NFC", name) for name in names}) == len(names)
 
 
 def decide(cells: Sequence[Any], *, kind: Kind | None, column: str, path: Source) -> LabelScheme:

@@ -24,6 +24,7 @@ ENDINGS_IN_WORDS = (
 # a file that unfolds to more than this is refused: gzip makes text some 4 times smaller, and zeros 1,000 times
 MOST_RATIO, SMALL = 200, 1 << 26
 BATCH = 1024  # rows of Parquet that are decoded at once
+NO_JSON: Any = object()  # in the place of what a text that is no JSON would stand for
 
 Columns = dict[str, list[Any]]
 
@@ -134,12 +135,15 @@ def _other(path: Path, reason: str) -> InputError:
 
 def _parse(path: Path, separator: str | None) -> Columns:
     found = ending(path)
-    return _parse_csv(path, separator or SEPARATORS[found]) if found in SEPARATORS else _parse_jsonl(path)
+    return _parse_csv(path, separator or SEPARATORS[found]) if found in SEPARATORS else _parse_json(path)
 
 
 def _parse_csv(path: Path, separator: str) -> Columns:
     text = text_of(path)
-    if text.lstrip().startswith(("{", "[")) and _is_json(text.lstrip().split("\n", 1)[0]):
+    if (
+        text.lstrip().startswith(("{", "["))
+        and _loads(text.lstrip().split("\n", 1)[0], f"'{path}' line 1") is not NO_JSON
+    ):
         raise InputError(f"'{path}' holds JSON, not {ending(path)}: name it .jsonl, one object per line")
     begin = 1  # the line where the row begins: csv notices an open quote only at the end of the file
     usual_limit = csv.field_size_limit(2**31 - 1)  # a document may exceed the usual 128 KiB
@@ -173,44 +177,37 @@ def _parse_csv(path: Path, separator: str) -> Columns:
     return {name: [row[at] for row in rows] for at, name in enumerate(header) if name}
 
 
-def _parse_jsonl(path: Path) -> Columns:
-    rows: list[dict[str, Any]] = []
+def _parse_json(path: Path) -> Columns:
     text = text_of(path)
-    if text.lstrip().startswith("[") and (listed_rows := _parse_list(path, text)) is not None:
-        return listed_rows
     has_escapes = "\\ud" in text.lower()
-    # not splitlines(): JSON strings may hold U+2028, which it would take for a line end
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line, object_pairs_hook=_once)
-        except _DoubleError as error:
-            raise InputError(f"'{path}' line {number} {error}") from None
-        except (ValueError, RecursionError):
-            whole = "a JSON list over several lines" if line.lstrip().startswith("[") else "not JSON"
-            raise InputError(
-                f"'{path}' line {number} is {whole} ({quoted(line.strip())}): write one JSON object per line"
-            ) from None
-        rows.append(_object(row, f"'{path}' line {number}", has_escapes=has_escapes))
-    if not rows:
-        raise InputError(f"'{path}' holds nothing but blank lines: give a file with rows in it")
-    return _by_columns(rows)
-
-
-def _parse_list(path: Path, text: str) -> Columns | None:
-    """The columns of a file that is one JSON list of objects; None where it is no JSON."""
-    try:
-        rows = json.loads(text, object_pairs_hook=_once)
-    except _DoubleError as error:
-        raise InputError(f"'{path}' {error}") from None
-    except (ValueError, RecursionError):
-        return None
-    if not rows:
+    whole = _loads(text, f"'{path}'") if text.lstrip().startswith("[") else NO_JSON
+    if whole == []:
         raise InputError(f"'{path}' is an empty JSON list: give a file with rows in it")
-    escapes = "\\ud" in text.lower()
-    items = (_object(row, f"'{path}' item {n} of the list", has_escapes=escapes) for n, row in enumerate(rows, start=1))
-    return _by_columns(list(items))
+    at, found = "item {} of the list", list(enumerate([] if whole is NO_JSON else whole, start=1))
+    if whole is NO_JSON:
+        at = "line {}"
+        # not splitlines(): JSON strings may hold U+2028, which it would take for a line end
+        for number, line in enumerate(text.split("\n"), start=1):
+            if not line.strip():
+                continue
+            where = f"'{path}' line {number}"
+            if (row := _loads(line, where)) is NO_JSON:
+                what = "a JSON list over several lines" if line.lstrip().startswith("[") else "not JSON"
+                raise InputError(f"{where} is {what} ({quoted(line.strip())}): write one JSON object per line")
+            found.append((number, row))
+    if not found:
+        raise InputError(f"'{path}' holds nothing but blank lines: give a file with rows in it")
+    rows = [_object(row, f"'{path}' {at.format(number)}", has_escapes=has_escapes) for number, row in found]
+    return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
+
+
+def _loads(text: str, where: str) -> Any:
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except _DoubleError as error:
+        raise InputError(f"{where} {error}") from None
+    except (ValueError, RecursionError):
+        return NO_JSON
 
 
 class _DoubleError(ValueError):
@@ -236,11 +233,6 @@ def _object(row: Any, where: str, *, has_escapes: bool) -> dict[str, Any]:
             "beyond U+FFFF as two escapes or as UTF-8"
         )
     return row
-
-
-def _by_columns(rows: Sequence[dict[str, Any]]) -> Columns:
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {name: [row.get(name) for row in rows] for name in names}
 
 
 def _parquet_names(path: Path) -> tuple[str, ...]:
@@ -337,14 +329,6 @@ def _refuse_doubles(path: Path, names: Sequence[str]) -> None:
     double = next((name for at, name in enumerate(names) if name and name in names[:at]), None)
     if double is not None:
         raise InputError(f"'{path}' has two columns named {quoted(double)}: rename one of them")
-
-
-def _is_json(line: str) -> bool:
-    try:
-        json.loads(line)
-    except (ValueError, RecursionError):
-        return False
-    return True
 
 
 def _is_unicode(row: dict[str, Any]) -> bool:

@@ -22,21 +22,6 @@ SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev
 
 
 @dataclass(frozen=True, slots=True)
-class Separated:
-    """A table whose cells are separated by another character than its ending says."""
-
-    path: Path
-    separator: str
-
-    @property
-    def name(self) -> str:
-        return self.path.name
-
-    def __str__(self) -> str:
-        return str(self.path)
-
-
-@dataclass(frozen=True, slots=True)
 class HubSplit:
     """A split of a dataset, as datasets loaded it."""
 
@@ -53,22 +38,26 @@ class HubSplit:
 
 
 @dataclass(frozen=True, slots=True)
-class Several:
-    """Several files of one form, one after the other. ``rows`` counts those of each file once it has been read."""
+class Files:
+    """Files of one form, one after the other. ``rows`` counts those of each file once it has been read.
+
+    ``separator`` stands between the cells of tables, where it is another one than their endings say.
+    """
 
     given: str
-    files: tuple[Path | Separated, ...]
+    files: tuple[Path, ...]
+    separator: str | None
     rows: list[int]
 
     @property
     def name(self) -> str:
-        return Path(self.given).name
+        return Path(self.given).name if len(self.files) > 1 else self.files[0].name
 
     def __str__(self) -> str:
-        return f"{self.files[0]} and {len(self.files) - 1} more"
+        return f"{self.files[0]} and {len(self.files) - 1} more" if len(self.files) > 1 else str(self.files[0])
 
 
-Source = Path | Separated | HubSplit | Several
+Source = Path | HubSplit | Files
 
 
 def find_files(given: str, separator: str | None = None) -> Source:
@@ -81,15 +70,14 @@ def find_files(given: str, separator: str | None = None) -> Source:
     endings = {read.ending(file) for file in files}
     if len(files) > 1 and len({ending in TEXT_ENDINGS for ending in endings}) > 1:
         raise InputError(f"'{given}' has tables and plain text ({listed(sorted(endings))}): give files of one kind")
-    sources: list[Path | Separated] = list(files)
+    mark = None
     if separator is not None:
         if other := next((file for file in files if read.ending(file) not in SEPARATORS), None):
             raise InputError(f"--separator is for {' and '.join(SEPARATORS)}, and '{other}' is none: leave it out")
         mark = {"tab": "\t", "\\t": "\t"}.get(separator, separator)
         if len(mark) != 1 or mark in '"\r\n':
             raise InputError(f"--separator {quoted(separator)} is not one character: give ';', '|' or tab")
-        sources = [Separated(file, mark) for file in files]
-    return sources[0] if len(sources) == 1 else Several(given, tuple(sources), [])
+    return files[0] if len(files) == 1 and mark is None else Files(given, tuple(files), mark, [])
 
 
 def _expand(given: str) -> list[Path]:
@@ -191,28 +179,23 @@ def ending(source: Source) -> str:
     """The ending that names the format. A dataset on the Hub counts as a table."""
     if isinstance(source, HubSplit):
         return ".parquet"
-    return read.ending(_first(source))
-
-
-def _first(source: Path | Separated | Several) -> Path:
-    one = source.files[0] if isinstance(source, Several) else source
-    return one if isinstance(one, Path) else one.path
+    return read.ending(source.files[0] if isinstance(source, Files) else source)
 
 
 def column_names(source: Source) -> tuple[str, ...]:
     """The columns in order. Raises InputError as :func:`read_columns` does, and for files with different columns."""
     if isinstance(source, HubSplit):
         return tuple(source.data.column_names)
-    if isinstance(source, Several):
-        first, *others = [(file, column_names(file)) for file in source.files]
-        for file, names in others:
-            if set(names) != set(first[1]):
-                raise InputError(
-                    f"'{file}' has the columns {listed(names)} and '{first[0]}' has {listed(first[1])}: "
-                    "give files with the same columns"
-                )
-        return first[1]
-    return read.column_names(*_parts(source))
+    if isinstance(source, Path):
+        return read.column_names(source)
+    first, *others = [(file, read.column_names(file, source.separator)) for file in source.files]
+    for file, names in others:
+        if set(names) != set(first[1]):
+            raise InputError(
+                f"'{file}' has the columns {listed(names)} and '{first[0]}' has {listed(first[1])}: "
+                "give files with the same columns"
+            )
+    return first[1]
 
 
 def read_columns(source: Source, names: Sequence[str]) -> Columns:
@@ -220,23 +203,22 @@ def read_columns(source: Source, names: Sequence[str]) -> Columns:
     if isinstance(source, HubSplit):
         read.require(source, names, source.data.column_names)
         return {name: _named(source.data[name][:], source.data.features[name]) for name in names}
-    if isinstance(source, Several):
-        tables = [read_columns(file, names) for file in source.files]
-        source.rows[:] = [len(next(iter(table.values()))) for table in tables]
-        return {name: [cell for table in tables for cell in table[name]] for name in names}
-    path, separator = _parts(source)
-    return read.read_columns(path, names, separator)
+    if isinstance(source, Path):
+        return read.read_columns(source, names)
+    tables = [read.read_columns(file, names, source.separator) for file in source.files]
+    source.rows[:] = [len(next(iter(table.values()))) for table in tables]
+    return {name: [cell for table in tables for cell in table[name]] for name in names}
 
 
-def read_documents(source: Path | Separated | Several) -> list[str]:
+def read_documents(source: Path | Files) -> list[str]:
     """As :func:`loretta.tasks.read.read_documents`, of all files."""
-    files = source.files if isinstance(source, Several) else (source,)
-    return [document for file in files for document in read.read_documents(_first(file))]
+    files = source.files if isinstance(source, Files) else (source,)
+    return [document for file in files for document in read.read_documents(file)]
 
 
 def place(source: Source, row: int) -> tuple[Any, int]:
     """The file of a row, which counts from 0, and its number there, from 1."""
-    if isinstance(source, Several):
+    if isinstance(source, Files) and len(source.files) > 1:
         for file, rows in zip(source.files, source.rows, strict=True):
             if row < rows:
                 return file, row + 1
@@ -279,10 +261,6 @@ def load_official(
             f"or give --data-dir FOLDER with {task}/train.jsonl.gz in it"
         ) from error
     return [part.select_columns(list(fields))[:] for part in parts]
-
-
-def _parts(source: Path | Separated) -> tuple[Path, str | None]:
-    return (source.path, source.separator) if isinstance(source, Separated) else (source, None)
 
 
 def _named(cells: list[Any], feature: Any) -> list[Any]:

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypeVar
+from typing import TYPE_CHECKING, Generic, TypedDict, TypeVar, Unpack
 
 from loretta.errors import InputError
 
@@ -11,6 +11,14 @@ if TYPE_CHECKING:
     from loretta.tasks.sources import Source
 
 Row = TypeVar("Row")
+
+
+class OtherFiles(TypedDict, total=False):
+    """Where the other splits come from: without a file for validation it is a part of train, drawn by ``seed``."""
+
+    validation_path: "Source | None"
+    test_path: "Source | None"
+    seed: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,15 +36,13 @@ def split_rows(
     rows: list[Row],
     read: "Callable[[Source], list[Row]]",
     *,
-    validation: "Source | None",
-    test: "Source | None",
     key: Callable[[Row], tuple[str, ...]],
     label: Callable[[Row], Hashable] | None = None,
     share: float,
-    seed: int,
     called: str = "rows",
     alike: str = "rows with equal texts",
     add: str = "rows",
+    **files: Unpack[OtherFiles],
 ) -> Splits[Row]:
     """Training rows and those of further files; without a file for validation some ``rows`` are held out for it.
 
@@ -46,6 +52,7 @@ def split_rows(
 
     Raises InputError where too few texts differ to hold any out.
     """
+    validation, test, seed = files.get("validation_path"), files.get("test_path"), files.get("seed", 0)
     notes = []
     if validation is None:
         labels = [None if label is None else label(row) for row in rows]

@@ -2,12 +2,12 @@
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
 from loretta.errors import InputError
 from loretta.tasks.base import Task
 from loretta.tasks.sources import Source, column_names, read_columns, wrong_cell
-from loretta.tasks.split import split_rows
+from loretta.tasks.split import OtherFiles, split_rows
 from loretta.wording import listed, quoted
 
 SHARE = 0.1  # of the rows, held out for validation
@@ -29,9 +29,7 @@ def load_tokens(
     *,
     tokens: str | None = None,
     tags: str | None = None,
-    validation_path: Source | None = None,
-    test_path: Source | None = None,
-    seed: int = 0,
+    **files: Unpack[OtherFiles],
 ) -> Task:
     """Rows of a list of tokens and a list of as many tags, from JSON Lines or Parquet.
 
@@ -51,11 +49,9 @@ def load_tokens(
         path,
         rows,
         lambda other: _known(_read(other, tokens, tags), labels, tags, other, path),
-        validation=validation_path,
-        test=test_path,
         key=lambda row: tuple(row[0]),
         share=SHARE,
-        seed=seed,
+        **files,
         alike="rows with equal tokens",
     )
     return Task(

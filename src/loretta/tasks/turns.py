@@ -2,13 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 from loretta.errors import InputError
 from loretta.tasks.base import Kind, Task
 from loretta.tasks.read import require
 from loretta.tasks.sources import Source, column_names, place, read_columns
-from loretta.tasks.split import split_rows, text_key
+from loretta.tasks.split import OtherFiles, split_rows, text_key
 from loretta.wording import listed, quoted
 
 SHARE = 0.1  # of the rows, held out for validation
@@ -31,9 +31,7 @@ def load_turns(
     path: Source,
     *,
     kind: Kind | None = None,
-    validation_path: Source | None = None,
-    test_path: Source | None = None,
-    seed: int = 0,
+    **files: Unpack[OtherFiles],
 ) -> Task:
     """Conversations, prompts with completions, Alpaca's rows, or pairs of answers ("chosen", "rejected").
 
@@ -48,18 +46,18 @@ def load_turns(
         path,
         read_turns(path, kind),
         lambda other: read_turns(other, kind),
-        validation=validation_path,
-        test=test_path,
         key=question,
         share=SHARE,
-        seed=seed,
+        **files,
         alike="rows that ask the same",
     )
     first = splits.train[0]
     columns = tuple(first)
-    for other, rows in ((validation_path, splits.validation), (test_path, splits.test)):
+    for name, rows in (("validation_path", splits.validation), ("test_path", splits.test)):
         if rows and tuple(rows[0]) != columns:
-            raise InputError(f"'{other}' holds {listed(rows[0])} and '{path}' holds {listed(columns)}: give one form")
+            raise InputError(
+                f"'{files.get(name)}' holds {listed(rows[0])} and '{path}' holds {listed(columns)}: give one form"
+            )
     of_text = isinstance(first.get("prompt"), str)
     found: Kind = "preference" if "chosen" in first else "completion" if of_text else "chat"
     if kind not in (None, found):

@@ -1,7 +1,8 @@
 """Load a base model, wrap it with a method, load a saved adapter: each with one clear sentence when it fails."""
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -29,14 +30,24 @@ TASK_TYPES = {
 }
 
 
+@contextmanager
+def loading(what: str, model: str) -> Iterator[None]:
+    """Say in one sentence that a model or a tokenizer cannot be loaded, and why."""
+    try:
+        yield
+    except NotLoaded as error:
+        raise InputError(
+            f"cannot load a {what} from '{model}' ({one_line(error)}): give a Hub id that can be reached, or a model's "
+            "folder"
+        ) from None
+
+
 def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a Hub id or folder, with a padding token. Raises InputError when there is none."""
-    try:
+    with loading("tokenizer", model):
         tokenizer: PreTrainedTokenizerBase = from_pretrained(AutoTokenizer, model)
         if not isinstance(longest := tokenizer.model_max_length, int | float):  # compared with each text's length
             raise NotLoaded(f"model_max_length is {quoted(longest)}, which is no number")
-    except NotLoaded as error:
-        raise InputError(not_loaded(model, "tokenizer", error)) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
@@ -68,13 +79,8 @@ def load_base(
             if kind == "multi_label":
                 wanted["problem_type"] = "multi_label_classification"
             wanted |= both_ways(label_names)
-    try:
-        with quiet_transformers():
-            base: PreTrainedModel = from_pretrained(
-                getattr(transformers, AUTO_CLASSES[TASK_TYPES[kind]]), model, **wanted
-            )
-    except NotLoaded as error:
-        raise InputError(not_loaded(model, "model", error)) from None
+    with loading("model", model), quiet_transformers():
+        base: PreTrainedModel = from_pretrained(getattr(transformers, AUTO_CLASSES[TASK_TYPES[kind]]), model, **wanted)
     if quantize is not None:
         require_quantized(base, quantize)
     prepare_quantized(base)
@@ -150,9 +156,3 @@ def start_from(model: PeftModel, folder: Path) -> None:
 
 
 _SAME = "give a run of the same method and options on the same model"
-
-
-def not_loaded(model: str, what: str, error: Exception) -> str:
-    """That a model or a tokenizer cannot be loaded, and why, in one sentence."""
-    reason = one_line(error)
-    return f"cannot load a {what} from '{model}' ({reason}): give a Hub id that can be reached, or a model's folder"

@@ -20,7 +20,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from loretta import processes
 from loretta.errors import InputError
 from loretta.tasks.prompted import STOP, Example, PromptedTask
-from loretta.tasks.prompted.encoding import IGNORED, Encoded, encode_example, encode_options, encode_prompt, padded
+from loretta.tasks.prompted.encoding import IGNORED, Encoded, encode_completions, encode_prompt, padded
 from loretta.training.config import RunConfig
 from loretta.training.methods import virtual_tokens
 from loretta.training.model import Trained
@@ -76,12 +76,10 @@ def encode_examples(
     """
     encoded = []
     for example in examples:
-        if gold_alone or not example.options:
-            gold = encode_example(tokenizer, example, config.max_length)
-            encoded.append(Texts(options=(gold,), correct=(0,)))
-        else:
-            options = encode_options(tokenizer, example, config.max_length)
-            encoded.append(Texts(options=tuple(options), correct=example.correct))
+        alone = gold_alone or not example.options
+        completions = (example.completion,) if alone else example.options
+        options = encode_completions(tokenizer, example.prompt, completions, config.max_length)
+        encoded.append(Texts(options=tuple(options), correct=(0,) if alone else example.correct))
     return encoded
 
 

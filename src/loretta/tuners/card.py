@@ -262,19 +262,16 @@ def _trains(config: Mapping[str, Any]) -> list[tuple[str, int, str, str]]:
         down, up = (
             f"{rows_in} x {columns}"
             if config.get("dense") or (shared and f"{rows_in}x{columns}" not in config["shapes"])
-            else _train(_planned(config, rows_in, columns, experts))
+            else _train(config, rows_in, columns, experts)
             for rows_in, columns, experts in sizes
         )
         rows.append((kind["module"], int(kind["count"]), down, up))
     return rows
 
 
-def _planned(config: Mapping[str, Any], rows_in: int, columns: int, experts: int) -> tt.TTShape:
+def _train(config: Mapping[str, Any], rows_in: int, columns: int, experts: int) -> str:
+    """The cores of one train, each by the ranks on either side of its mode: ``1·8·5, 5·4·5, 5·8·1``."""
     rank, modes_per_side = config["tensor_rank"], config.get("modes_per_side")
     shape = tt.plan_shape(rows_in, columns, rank=rank, overrides=config["shapes"], modes_per_side=modes_per_side)
-    return tt.stacked(shape, experts, rank) if experts else shape
-
-
-def _train(shape: tt.TTShape) -> str:
-    """The cores of one train, each by the ranks on either side of its mode: ``1·8·5, 5·4·5, 5·8·1``."""
+    shape = tt.stacked(shape, experts, rank) if experts else shape
     return ", ".join(f"{left}·{mode}·{right}" for left, mode, right in shape.cores)

@@ -196,12 +196,9 @@ class LorettaLayer(JointLayer, AdaptedModule):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move the device and not the dtype: PEFT's own, which it calls after a load, would round float32 tensors."""
         target = self._get_base_layer_device_and_dtype(self.get_base_layer())[0] if device is None else device
-        for part in (*self.adapter_layer_names, *self.other_param_names):
-            modules = getattr(self, part)
-            if isinstance(modules, nn.ModuleDict) and adapter_name in modules:
-                module = modules[adapter_name]
-                if target is not None and not any(parameter.is_meta for parameter in module.parameters()):
-                    module.to(target)
+        for module in self._modules_of(adapter_name):
+            if target is not None and not any(parameter.is_meta for parameter in module.parameters()):
+                module.to(target)
 
     def to_base_dtype(self, adapter_name: str) -> None:
         """Cast one adapter to the dtype in which its base computes."""
@@ -222,10 +219,12 @@ class LorettaLayer(JointLayer, AdaptedModule):
         ]
 
     def _cast(self, adapter_name: str, dtype: torch.dtype) -> None:
-        for part in (*self.adapter_layer_names, *self.other_param_names):
-            modules = getattr(self, part)
-            if isinstance(modules, nn.ModuleDict) and adapter_name in modules:
-                modules[adapter_name].to(dtype)
+        for module in self._modules_of(adapter_name):
+            module.to(dtype)
+
+    def _modules_of(self, adapter_name: str) -> list[nn.Module]:
+        parts = [getattr(self, part) for part in (*self.adapter_layer_names, *self.other_param_names)]
+        return [part[adapter_name] for part in parts if isinstance(part, nn.ModuleDict) and adapter_name in part]
 
     def freeze(self) -> None:
         """Freeze the starts that are subtracted, which nobody trains, and round them as the cores have been rounded.

@@ -11,7 +11,7 @@ from types import MappingProxyType
 from loretta.errors import InputError
 from loretta.tasks.prompted.base import STOP, Example, PromptedSpec, PromptedTask, Sample
 from loretta.tasks.prompted.choices import CHOICES
-from loretta.tasks.prompted.encoding import Encoded, encode_example, encode_options, encode_pair, encode_prompt, padded
+from loretta.tasks.prompted.encoding import Encoded, encode_completions, encode_prompt, padded
 from loretta.tasks.prompted.generation import QUESTIONS
 from loretta.tasks.prompted.rows import Split, read_splits
 from loretta.tasks.prompted.sampling import draw
@@ -25,9 +25,7 @@ __all__ = [
     "PromptedSpec",
     "PromptedTask",
     "Sample",
-    "encode_example",
-    "encode_options",
-    "encode_pair",
+    "encode_completions",
     "encode_prompt",
     "load_prompted",
     "padded",

@@ -6,7 +6,6 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Literal
 
 from loretta.errors import InputError
-from loretta.tasks.prompted.base import Example
 from loretta.wording import quoted
 
 if TYPE_CHECKING:
@@ -30,24 +29,39 @@ class Encoded:
         return [IGNORED] * self.n_prompt + self.ids[self.n_prompt :]
 
 
-def encode_pair(
-    tokenizer: "PreTrainedTokenizerBase", prompt: str, completion: str, max_length: int
-) -> tuple[list[int], int]:
-    """Ids of ``prompt + completion``, at most ``max_length``, and how many of them are the prompt's.
+def encode_completions(
+    tokenizer: "PreTrainedTokenizerBase", prompt: str, completions: Sequence[str], max_length: int
+) -> list[Encoded]:
+    """``prompt`` with each completion behind it, as ids of the joined text, at most ``max_length``.
 
-    The ids are those of the joined text. A token that spans the boundary, as some vocabularies have it, counts as the
-    completion's. The tokens that the tokenizer puts before a text (a BOS) are kept once, even where the prompt spells
-    them too; those that it puts after a text (an EOS, a [SEP]) are left out. A text that is too long loses the left end
-    of its prompt, never the BOS or a part of the completion.
+    A token that spans the boundary, as some vocabularies have it, counts as the completion's. The tokens that the
+    tokenizer puts before a text (a BOS) are kept once, even where the prompt spells them too; those that it puts after
+    a text (an EOS, a [SEP]) are left out. A text that is too long loses the left end of its prompt, never the BOS or a
+    part of the completion.
 
     Raises InputError: a completion without a token of its own, or one that leaves no room for a token in front of it.
     """
-    (pair,) = _encode_all(tokenizer, prompt, (completion,), max_length)
-    return pair.ids, pair.n_prompt
+    lead = _lead(tokenizer, prompt + completions[0])
+    prompt_ids = _ids(tokenizer, prompt, lead)
+    pairs = []
+    for completion in completions:
+        ids = _ids(tokenizer, prompt + completion, lead)
+        n_prompt = len(list(takewhile(lambda both: both[0] == both[1], zip(ids, prompt_ids, strict=False))))
+        n_completion = len(ids) - n_prompt
+        if not n_completion:
+            raise InputError(f"the completion {quoted(completion)} has no tokens of its own: give it some text")
+        if n_completion + max(len(lead), 1) > max_length:
+            raise InputError(
+                f"a completion of {n_completion} tokens ({quoted(completion)}) does not fit into a maximum length of "
+                f"{max_length} with a token in front of it: raise the maximum length"
+            )
+        cut = max(len(lead) + len(ids) - max_length, 0)
+        pairs.append(Encoded(lead + ids[cut:], len(lead) + n_prompt - cut, cut))
+    return pairs
 
 
 def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str, max_length: int) -> list[int]:
-    """Ids of a prompt for a model to continue: at most ``max_length``, cut as in :func:`encode_pair`.
+    """Ids of a prompt for a model to continue: at most ``max_length``, cut as in :func:`encode_completions`.
 
     Raises InputError: a prompt without tokens, or a maximum length without room for one.
     """
@@ -60,16 +74,6 @@ def encode_prompt(tokenizer: "PreTrainedTokenizerBase", prompt: str, max_length:
             f"at least one token of it must fit"
         )
     return lead + ids[-room:]
-
-
-def encode_example(tokenizer: "PreTrainedTokenizerBase", example: Example, max_length: int) -> Encoded:
-    """The prompt with the completion that is trained. Raises InputError as :func:`encode_pair` does."""
-    return _encode_all(tokenizer, example.prompt, (example.completion,), max_length)[0]
-
-
-def encode_options(tokenizer: "PreTrainedTokenizerBase", example: Example, max_length: int) -> list[Encoded]:
-    """The prompt with each option, in order. Raises InputError as :func:`encode_pair` does."""
-    return _encode_all(tokenizer, example.prompt, example.options, max_length)
 
 
 def padded(
@@ -95,28 +99,6 @@ def padded(
         "labels": [pad(text.labels, IGNORED) for text in texts],
     }
     return {name: torch.tensor(values) for name, values in batch.items()}
-
-
-def _encode_all(
-    tokenizer: "PreTrainedTokenizerBase", prompt: str, completions: Sequence[str], max_length: int
-) -> list[Encoded]:
-    lead = _lead(tokenizer, prompt + completions[0])
-    prompt_ids = _ids(tokenizer, prompt, lead)
-    pairs = []
-    for completion in completions:
-        ids = _ids(tokenizer, prompt + completion, lead)
-        n_prompt = len(list(takewhile(lambda both: both[0] == both[1], zip(ids, prompt_ids, strict=False))))
-        n_completion = len(ids) - n_prompt
-        if not n_completion:
-            raise InputError(f"the completion {quoted(completion)} has no tokens of its own: give it some text")
-        if n_completion + max(len(lead), 1) > max_length:
-            raise InputError(
-                f"a completion of {n_completion} tokens ({quoted(completion)}) does not fit into a maximum length of "
-                f"{max_length} with a token in front of it: raise the maximum length"
-            )
-        cut = max(len(lead) + len(ids) - max_length, 0)
-        pairs.append(Encoded(lead + ids[cut:], len(lead) + n_prompt - cut, cut))
-    return pairs
 
 
 def _lead(tokenizer: "PreTrainedTokenizerBase", text: str) -> list[int]:

@@ -56,12 +56,6 @@ class AdpLinear(LorettaLayer):
         """The factor on one adapter's output."""
         self.scaling[adapter_name] = config.scaling
 
-    def _biases(self, adapter_name: str) -> dict[str, Tensor] | None:
-        found = self.loretta_adp_bias
-        if adapter_name not in found:
-            return None
-        return {part: parameter_of(found[adapter_name], part) for part in ("down", "up")}
-
     def active_pairs(self, adapter_names: Sequence[str] | None = None) -> Iterator[tuple[str, int]]:
         for name, pair in super().active_pairs(adapter_names):
             if torch.compiler.is_dynamo_compiling():
@@ -94,7 +88,9 @@ class AdpLinear(LorettaLayer):
         """What one adapter adds to ``y``, whose rows may lie along any number of dimensions."""
         rows_BH = y_BH.reshape(-1, y_BH.shape[-1])
         now, *start = self.contracted(adapter_name)
-        biases = self._biases(adapter_name) if start else None  # folded in otherwise
+        biases, own = None, self.loretta_adp_bias
+        if start and adapter_name in own:  # folded in otherwise
+            biases = {part: parameter_of(own[adapter_name], part) for part in ("down", "up")}
         inner_BD, up_DH = self._inner(adapter_name, rows_BH, now, biases)
         delta_BH = inner_BD @ up_DH
         for factors in start:  # its biases were zero

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from loretta import tt
 from loretta.errors import InputError
@@ -27,17 +27,10 @@ class LorettaSharedModel(LorettaRepModel):
     tuner_layer_cls = (SharedLinear, TrainedNorm)
     layer_cls = SharedLinear
 
-    def inject_adapter(
-        self,
-        model: nn.Module,
-        adapter_name: str,
-        autocast_adapter_dtype: bool = True,
-        low_cpu_mem_usage: bool = False,
-        state_dict: dict[str, Tensor] | None = None,
-    ) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """As for all methods. The config alone names the adapted modules: saved weights name only one of them."""
         self.holder: list[SharedLinear] = []  # holds the new train; in a list, so that it is no module of this tuner
-        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+        super().inject_adapter(model, adapter_name, *args[:2], **{**kwargs, "state_dict": None})
 
     @staticmethod
     def place(config: Any, name: str, module: nn.Module) -> Placement:
