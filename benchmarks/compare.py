@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--commit", default=None, help="of the code; default: this one")
     parser.add_argument("--source", type=Path, default=None, help="folder of the code; default: from git, or this one")
-    parser.add_argument("--name", default="each population", help="what has a process, for the table")
+    parser.add_argument("--name", default="the units one after the other", help="what has a process")
     parser.add_argument("--methods", default=METHODS)
     parser.add_argument("--rates", default="5e-4,1e-3,2e-3")
     parser.add_argument("--seeds", type=int, default=5)
