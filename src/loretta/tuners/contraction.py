@@ -50,7 +50,7 @@ _seating = threading.Lock()
 
 @dataclass(slots=True)
 class _Seat:
-    """The groups of one adapter's pairs of trains on one layer: pairs with the same number are equal."""
+    """The groups of one adapter's pairs of trains on one layer: pairs with the same number are equal; 0 is none."""
 
     numbers: tuple[int, ...]
     scale: Tensor | None = None  # of all layers with these numbers
@@ -191,14 +191,15 @@ class Contraction:
         scales: dict[Hashable, Tensor | None] = {}
         for layer, seats in self.seats:
             for name, pair in layer.active_pairs(names):
+                if not (number := seats[name].numbers[pair]):
+                    continue
                 tensors = look_up(layer.stacked_parameters(name, pair))
                 sharded = layer.has_own_trains and all(map(is_sharded, tensors))
                 if sharded or _are_plain(tensors):
                     kinds = tuple((t.shape, t.dtype, t.device, t.requires_grad) for t in tensors)
-                    seat = seats[name]
-                    key = seat.numbers[pair], kinds, sharded
+                    key = number, kinds, sharded
                     pairs[key].append((layer, name, pair))
-                    scales.setdefault(key, seat.scale)
+                    scales.setdefault(key, seats[name].scale)
         groups = [Group(equal, scales[key], is_sharded=key[-1]) for key, equal in pairs.items()]
         if not torch.compiler.is_dynamo_compiling():
             for stacked, _, _ in (pair for group in groups for pair in group.pairs):
@@ -223,7 +224,7 @@ class Contraction:
 
     def _seat(self, joins: bool) -> None:
         changes = _changes_of_adapters
-        numbers: dict[Hashable, int] = {}
+        numbers: dict[Hashable, int] = {None: 0}
         alike: dict[tuple[tuple[int, ...], str, torch.device], list[tuple[JointLayer, _Seat]]] = defaultdict(list)
         found: list[tuple[JointLayer, dict[str, _Seat]]] = []
         for layer in self.model.modules():
@@ -232,7 +233,8 @@ class Contraction:
                 for name, pairs in layer.n_pairs.items():
                     keys = [layer.group_key(name, pair) for pair in range(pairs)]
                     for key in keys:
-                        numbers[key] = self.numbers.get(key) or numbers.get(key) or next(_numbers)
+                        if key not in numbers:
+                            numbers[key] = self.numbers.get(key) or next(_numbers)
                     seat = found[-1][1][name] = _Seat(tuple(numbers[key] for key in keys))
                     alike[seat.numbers, name, layer.scaling.device].append((layer, seat))
         for (_, name, _), equal in alike.items() if joins else []:

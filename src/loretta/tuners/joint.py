@@ -42,7 +42,7 @@ class JointLayer(nn.Module):
         raise NotImplementedError
 
     def group_key(self, adapter_name: str, pair: int) -> Hashable:
-        """Pairs of layers with equal keys can be contracted together."""
+        """Pairs of layers with equal keys can be contracted together; None is for one that its layer contracts."""
         raise NotImplementedError
 
     def to_factors(self, adapter_name: str, down: Halves, up: Halves, biases: Sequence[Tensor]) -> Factors:

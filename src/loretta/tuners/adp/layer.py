@@ -3,7 +3,7 @@
 Axes: B batch, H the width the adapter works on, b bottleneck.
 """
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, cast
 
 import torch
@@ -56,21 +56,16 @@ class AdpLinear(LorettaLayer):
         """The factor on one adapter's output."""
         self.scaling[adapter_name] = config.scaling
 
-    def active_pairs(self, adapter_names: Sequence[str] | None = None) -> Iterator[tuple[str, int]]:
-        for name, pair in super().active_pairs(adapter_names):
-            if torch.compiler.is_dynamo_compiling():
-                self._is_relu(name)  # a graph then knows it, and another one is compiled when a hook is added
-            # dense matrices have nothing to contract, and to stack those of all layers would copy them
-            if len(self.placements[name].down.modes) > 1:
-                yield name, pair
-
     def stacked_parameters(self, adapter_name: str, pair: int) -> tuple[Place, ...]:
-        trains, biases = super().stacked_parameters(adapter_name, pair), self.loretta_adp_bias
+        # by the name of the class: what ``super()`` finds is compared in each call of a compiled graph, at great length
+        trains, biases = LorettaLayer.stacked_parameters(self, adapter_name, pair), self.loretta_adp_bias
         # beside a start that is subtracted they stay apart: both have to round alike
         folded = adapter_name in biases and self.n_pairs[adapter_name] == 1
         return (*trains, (biases, adapter_name, "down"), (biases, adapter_name, "up")) if folded else trains
 
     def group_key(self, adapter_name: str, pair: int) -> Hashable:
+        if len(self.placements[adapter_name].down.modes) == 1:
+            return None  # dense matrices have nothing to contract, and to stack those of all layers would copy them
         return super().group_key(adapter_name, pair), self._is_plain(adapter_name)
 
     def to_factors(self, adapter_name: str, down: Halves, up: Halves, biases: Sequence[Tensor]) -> Factors:
@@ -118,7 +113,8 @@ class AdpLinear(LorettaLayer):
             factors = tuple(factor.to(rows_BH.dtype) for factor in factors)
         if len(factors) == 3:
             bias_b, down_bH, up_bH = factors
-            if torch.compiler.is_dynamo_compiling() and rows_BH.dtype == down_bH.dtype:
+            # a graph then knows the activation, and another one is compiled when a hook is added
+            if torch.compiler.is_dynamo_compiling() and self._is_relu(adapter_name) and rows_BH.dtype == down_bH.dtype:
                 return bottleneck_of(rows_BH, down_bH, bias_b), up_bH
             return linear(rows_BH, down_bH, bias_b).relu_(), up_bH
         if len(factors) == 6:
@@ -144,9 +140,9 @@ class AdpLinear(LorettaLayer):
         if adapter_names is not None:
             self._check_mixed_batch(x, adapter_names)
         elif not args and not kwargs and is_bare_linear(base_layer) and lies_in_rows(x):
-            rows_BI = self._add(x if x.dim() == 2 else x.reshape(-1, self.in_features), "before")
+            rows_BI = self._add(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]), "before")
             rows_BO = self._add(linear(rows_BI, base_layer.weight, base_layer.bias), "after")
-            return rows_BO if x.dim() == 2 else rows_BO.view(*x.shape[:-1], self.out_features)
+            return rows_BO if x.dim() == 2 else rows_BO.view(*x.shape[:-1], rows_BO.shape[-1])
         result = base_layer(self._adapted(x, "before", adapter_names), *args, **kwargs)
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)

@@ -101,7 +101,7 @@ class RepLinear(LorettaLayer):
 
     def _linear_with_updates(self, base_layer: Any, x: Tensor, names: Sequence[str]) -> Tensor:
         """The output of a bare linear layer: a new matrix that nobody else has seen, so updates are added into it."""
-        rows_BI = x if x.dim() == 2 else x.reshape(-1, self.in_features)
+        rows_BI = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         result_BO = self._fused(base_layer, rows_BI, names) if fused.pays(rows_BI) else None
         if result_BO is None:
             result_BO = linear(rows_BI, base_layer.weight, base_layer.bias)
@@ -113,7 +113,7 @@ class RepLinear(LorettaLayer):
                     result_BO = add_update(result_BO, dropped_BI, a_IR, b_RO)
                 else:
                     result_BO = result_BO + self.delta(name, rows_BI).to(dtype)
-        return result_BO if x.dim() == 2 else result_BO.view(*x.shape[:-1], self.out_features)
+        return result_BO if x.dim() == 2 else result_BO.view(*x.shape[:-1], result_BO.shape[-1])
 
     def _fused(self, base_layer: Any, rows_BI: Tensor, names: Sequence[str]) -> Tensor | None:
         """The output by one autograd function; None where that function does not serve the adapters."""
