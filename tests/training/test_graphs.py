@@ -113,8 +113,12 @@ def logged(trainer, key):
     return torch.tensor([entry[key] for entry in trainer.state.log_history if key in entry])
 
 
-def compare(device, tmp_path, model_of, data, **options):
-    """Train with graphs and without: the same losses, norms, rates and parameters. Returns the former trainer."""
+def compare(device, tmp_path, model_of, data, *, rounded=torch.float32, **options):
+    """Train with graphs and without: the same losses, norms, rates and parameters. Returns the former trainer.
+
+    Args:
+        rounded: the dtype whose rounding the two may differ by.
+    """
     plain = trainer_of(InOrder, model_of(), data, tmp_path / "plain", device, **options)
     plain.train()
     recorded = trainer_of(GraphTrainer, model_of(), data, tmp_path / "graphs", device, **options)
@@ -122,10 +126,10 @@ def compare(device, tmp_path, model_of, data, **options):
     assert recorded.why_eager is None
     assert recorded.state.global_step == plain.state.global_step
     for key in ("loss", "grad_norm", "learning_rate"):
-        assert_near(key, logged(recorded, key), logged(plain, key))
+        assert_near(key, logged(recorded, key).to(rounded), logged(plain, key).to(rounded))
     parameters = dict(recorded.model.named_parameters())
     for name, parameter in plain.model.named_parameters():
-        assert_near(name, parameters[name], parameter)
+        assert_near(name, parameters[name].to(rounded), parameter.to(rounded))
     return recorded
 
 
@@ -180,7 +184,10 @@ def test_batches_are_padded_and_train_the_same(device, tmp_path):
 
 
 def test_bf16_autocast(device, tmp_path):
-    assert compare(device, tmp_path, tiny_bert, examples(LENGTHS), bf16=True).replayed == 15
+    # a GPU's library takes other products on the stream that records, whose sums are rounded elsewhere: on an H200 one of
+    # 18 losses was the next number of bfloat16
+    rounded = torch.float32 if device == "cpu" else torch.bfloat16
+    assert compare(device, tmp_path, tiny_bert, examples(LENGTHS), rounded=rounded, bf16=True).replayed == 15
 
 
 def test_only_so_many_shapes_are_recorded(device, tmp_path):
