@@ -184,8 +184,8 @@ def test_batches_are_padded_and_train_the_same(device, tmp_path):
 
 
 def test_bf16_autocast(device, tmp_path):
-    # a GPU's library takes other products on the stream that records, whose sums are rounded elsewhere: on an H200 one of
-    # 18 losses was the next number of bfloat16
+    # a GPU's library takes other products on the stream that records, whose sums are rounded elsewhere: on an H200 one
+    # of 18 losses was the next number of bfloat16
     rounded = torch.float32 if device == "cpu" else torch.bfloat16
     assert compare(device, tmp_path, tiny_bert, examples(LENGTHS), rounded=rounded, bf16=True).replayed == 15
 
