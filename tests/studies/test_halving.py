@@ -6,6 +6,7 @@ import math
 import pytest
 
 from loretta.errors import InputError
+from loretta.population import training
 from loretta.population.loop import Loop
 from loretta.record import RunRecord
 from loretta.studies.configs import Options
@@ -76,6 +77,10 @@ def test_a_search_end_to_end(population, bert, data_dir, tmp_path, monkeypatch):
     trained = []
     step = Loop._train_on
     monkeypatch.setattr(Loop, "_train_on", lambda loop, batch: (trained.append(len(loop.members)), step(loop, batch)))
+    prepared, prepare = [], training.prepare
+    monkeypatch.setattr(
+        training, "prepare", lambda configs, scratch: (prepared.append(len(configs)), prepare(configs, scratch))[1]
+    )
     rates = (1e-9, 3e-2, 1e-2, 1e-3, 2e-3, 5e-3, 1e-4, 2e-2)[: 8 if population > 1 else 4]
     options = options_for(bert, data_dir, methods=("loretta_rep",), seeds=2, rates=rates)
     study = load_study("table1")
@@ -101,6 +106,7 @@ def test_a_search_end_to_end(population, bert, data_dir, tmp_path, monkeypatch):
         assert folder_state(tmp_path / outcome.folder) == ("stopped", outcome.reason)
         assert not (tmp_path / outcome.folder / "checkpoints").exists()
     if population > 1:
+        assert prepared == [8, 2, 1], "a paused run is done, and not begun again to find that out"
         # 8 to step 2, 2 to step 8, 1 to step 32; then the other seed, alone
         assert sum(trained) == 8 * 2 + 2 * 6 + 24 == math.ceil(cost(8) * STEPS)
     (words,) = [note for note in summary.notes if "a search of" in note]

@@ -25,7 +25,7 @@ from loretta.studies.state import (
     evaluations,
     folder_state,
     held_by,
-    state_of,
+    is_done,
 )
 from loretta.studies.study import Planned
 from loretta.training.config import RunConfig
@@ -74,7 +74,7 @@ def carry_out(root: Path, run: Planned, wait: float = 0.0, graphs: bool | None =
             holder = held_by(folder)
             where = f"in process {holder.pid} on {holder.host}" if holder else "in another process"
             return Outcome(folder=run.folder, state="running", reason=where)
-        if state_of(root, run)[0] == "finished":
+        if is_done(root, run):
             return Outcome(folder=run.folder, state="finished")
         try:
             _DO[run.kind](folder, run, graphs)
@@ -110,8 +110,8 @@ def carry_out_together(
     start, too_large, trained = time.perf_counter(), False, set()
     with ExitStack() as stack:
         mine = [run for run in runs if stack.enter_context(hold(root / run.folder, wait))]
-        # what is left to train: a trained run may lack its evaluations, and a paused one counts as finished
-        mine = [run for run in mine if "finished" not in (folder_state(root / run.folder)[0], state_of(root, run)[0])]
+        # what is left to train: a trained run may lack its evaluations
+        mine = [run for run in mine if folder_state(root / run.folder)[0] != "finished" and not is_done(root, run)]
         try:
             if len(mine) > 1:
                 configs = [run.run_config() for run in mine]

@@ -99,15 +99,19 @@ def run_study(
             for group in units(ready, size, workers.size):
                 if workers.full:
                     break
+                ended = _ended(root, runs, tried)
                 for run in group:
-                    watch(run.folder, None, _ended(root, runs, tried), len(runs))
+                    watch(run.folder, None, ended, len(runs))
                 workers.start(Unit(runs=tuple(group)))
             if not workers.busy:
                 break
-            for outcome in workers.wait():
+            outcomes = workers.wait()
+            for outcome in outcomes:
                 if runs[outcome.folder].until is None or outcome.state != "finished":  # a paused run may go on
                     tried[outcome.folder] = outcome
-                watch(outcome.folder, outcome, _ended(root, runs, tried), len(runs))
+            ended = _ended(root, runs, tried)
+            for outcome in outcomes:
+                watch(outcome.folder, outcome, ended, len(runs))
     return Summary(expansion=expansion, outcomes=tuple(_outcome(root, run, tried, runs) for run in runs.values()))
 
 

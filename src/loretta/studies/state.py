@@ -50,6 +50,12 @@ def state_of(root: Path, run: Planned) -> tuple[State, str]:
     return state, reason
 
 
+def is_done(root: Path, run: Planned) -> bool:
+    """Whether nothing is left to do for a run that this process holds, for which :func:`state_of` says "running"."""
+    paused = run.until is not None and halving.reached(root / run.folder, run.until) is not None
+    return paused or state_of(root, run)[0] == "finished"
+
+
 def folder_state(folder: Path, result: str = "run.json") -> tuple[State, str]:
     """The state of the run in ``folder`` whose last file is ``result``."""
     file = folder / result
