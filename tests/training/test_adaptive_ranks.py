@@ -14,6 +14,7 @@ from loretta.errors import InputError
 from loretta.plan import plan_model
 from loretta.population.training import why_alone
 from loretta.training import run as running
+from loretta.training.arguments import make_trainer
 from loretta.training.config import RunConfig
 from loretta.training.data import encode_splits, load_config_task
 from loretta.training.methods import peft_config
@@ -21,7 +22,6 @@ from loretta.training.model import load_base, load_tokenizer
 from loretta.training.predict import evaluate, load_run
 from loretta.training.run import train
 from loretta.training.start import prepare_model
-from loretta.training.trainers import make_trainer
 
 ADAPTIVE = {
     "method": "rep",

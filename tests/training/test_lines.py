@@ -12,7 +12,7 @@ from training_data import config_for, sentences
 from loretta.cli.following import last_step
 from loretta.errors import InputError
 from loretta.record import Answers, ParameterCounts, Point, RunRecord
-from loretta.training.answers import beats_baseline, chance_of
+from loretta.training.baseline import beats_baseline, chance_of
 from loretta.training.lines import last_lines, next_step
 from loretta.training.progress import progress_line
 from loretta.training.run import train

@@ -19,6 +19,7 @@ from tuners.families import build
 from loretta.errors import InputError
 from loretta.plan import trainable_by_kind
 from loretta.training import run as running
+from loretta.training.arguments import make_trainer
 from loretta.training.config import RunConfig
 from loretta.training.data import load_config_task
 from loretta.training.methods import METHODS, find_method, starting_rate
@@ -26,7 +27,6 @@ from loretta.training.model import load_base, load_tokenizer, wrap
 from loretta.training.predict import evaluate, load_run
 from loretta.training.run import train
 from loretta.training.trainer import TwoRateTrainer
-from loretta.training.trainers import make_trainer
 
 # what must change in one step, by endings of names, and nothing else may
 TRAINED = {

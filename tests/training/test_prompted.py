@@ -14,24 +14,23 @@ from loretta.errors import InputError
 from loretta.record import RunRecord
 from loretta.tasks.prompted import Example
 from loretta.tasks.prompted.encoding import IGNORED, Encoded, encode_completions, encode_prompt
-from loretta.training import prompted as prompting
 from loretta.training import run as running
+from loretta.training.arguments import make_trainer
 from loretta.training.config import RunConfig
 from loretta.training.data import encode_splits, load_config_task
-from loretta.training.model import load_base, load_tokenizer, wrap
-from loretta.training.predict import evaluate, load_run, predict
-from loretta.training.prompted import (
+from loretta.training.forms import prompts as prompting
+from loretta.training.forms.prompts import (
     Texts,
     encode_examples,
     example_loss,
     generate,
     judge,
     mean_log_probabilities,
-    notes_on_length,
     option_scores,
 )
+from loretta.training.model import load_base, load_tokenizer, wrap
+from loretta.training.predict import evaluate, load_run, predict
 from loretta.training.run import train
-from loretta.training.trainers import make_trainer
 
 
 def config_for(model, task, data_dir, folder, **changes) -> RunConfig:
@@ -331,7 +330,7 @@ def test_an_answer_has_room_behind_a_long_prompt(method, speller, prompted, tmp_
     assert len(judged.answers) == len(loaded.test)
     n_test = len(loaded.test)
     assert f"{n_test} of the {n_test} test prompts are longer than max_length=45 allows" in " ".join(
-        notes_on_length(data.splits, config)
+        prompting.Prompts().notes(data)
     )
     with pytest.raises(InputError, match="max_new_tokens=60 leaves no room"):
         judge(wrapped, replace(data, config=config.model_copy(update={"max_new_tokens": 60})), "test")
@@ -339,5 +338,5 @@ def test_an_answer_has_room_behind_a_long_prompt(method, speller, prompted, tmp_
 
 def test_prompts_that_fit_need_no_note(speller, prompted, tmp_path):
     config = config_for(speller, "sst2", prompted, tmp_path, max_length=200)
-    encoded = encode_splits(config, load_config_task(config), load_tokenizer(speller)).splits
-    assert notes_on_length(encoded, config) == []
+    data = encode_splits(config, load_config_task(config), load_tokenizer(speller))
+    assert prompting.Prompts().notes(data) == []

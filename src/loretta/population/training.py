@@ -22,6 +22,7 @@ from loretta.population.population import Population, Start
 from loretta.record import RunRecord
 from loretta.tasks.base import Task
 from loretta.tasks.glue import GLUE
+from loretta.training.arguments import make_trainer
 from loretta.training.config import RunConfig
 from loretta.training.data import encode_splits, load_config_task
 from loretta.training.finish import finish
@@ -34,7 +35,6 @@ from loretta.training.pause import Paused, paused_at, step_of
 from loretta.training.run import memory_words
 from loretta.training.start import prepare_model
 from loretta.training.stop import StopAtSignal, stopping_at_signals
-from loretta.training.trainers import make_trainer
 
 # options that may differ between the runs of a population; of the method's own options only SCALES may
 OF_EACH_MEMBER = {

@@ -16,7 +16,7 @@ from loretta.studies.paired import Difference
 from loretta.studies.results import Cell, Results
 from loretta.studies.study import Grid, Row, Study
 from loretta.tasks.metrics import metric_range
-from loretta.training.answers import CHANCE
+from loretta.training.baseline import CHANCE
 from loretta.training.methods import find_method
 
 # a factor of 5 between neighbours, around the methods' defaults (loretta.training.methods)

@@ -15,7 +15,7 @@ from loretta.files import read_json
 from loretta.record import RunRecord
 from loretta.studies.state import COST, COUNT, State, evaluations, measured, state_of
 from loretta.studies.study import Planned, Row, Study
-from loretta.training.answers import beats_baseline, chance_of
+from loretta.training.baseline import beats_baseline, chance_of
 
 STUDY = "study.json"
 CONFIDENCE = 0.95
@@ -34,7 +34,7 @@ class Score(BaseModel, frozen=True):
     command: str = ""  # as it was typed
     repeat: str = ""  # the command that runs this one again
     baseline: float | None = None  # the score of an answer that needs no text (loretta.record.Answers)
-    chance: float | None = None  # the probability that such an answer is as good (loretta.training.answers)
+    chance: float | None = None  # the probability that such an answer is as good (loretta.training.baseline)
 
 
 class Missing(BaseModel, frozen=True):

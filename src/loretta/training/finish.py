@@ -23,14 +23,14 @@ from loretta.plan import read_plan, trainable_by_kind
 from loretta.record import ParameterCounts, Point, RunRecord, Train
 from loretta.tasks.base import Task
 from loretta.tasks.prompted import PromptedTask
+from loretta.training.arguments import choosing_metric, higher_is_better
 from loretta.training.config import RunConfig
 from loretta.training.folder import ADAPTER, LABELS, PREDICTIONS, RECORD, Place
 from loretta.training.forms import Data, form_of
+from loretta.training.forms.prompts import judge
 from loretta.training.model import TASK_TYPES, Trained
-from loretta.training.prompted import judge
 from loretta.training.scores import named_values
 from loretta.training.trainer import TwoRateTrainer
-from loretta.training.trainers import choosing_metric, higher_is_better
 from loretta.tuners.card import leave_out_local_base, write_card
 from loretta.tuners.config import LorettaConfig
 from loretta.version import __version__

@@ -8,7 +8,7 @@ from loretta.plan import trainable_by_kind
 from loretta.record import RunRecord
 from loretta.tasks.base import Task
 from loretta.tasks.prompted import PromptedTask
-from loretta.training.answers import CHANCE, beats_baseline, chance_of
+from loretta.training.baseline import CHANCE, beats_baseline, chance_of
 from loretta.training.config import RunConfig
 from loretta.training.data import NAMED
 from loretta.training.finish import count_all

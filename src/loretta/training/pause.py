@@ -10,8 +10,8 @@ from transformers.trainer_utils import SaveStrategy
 
 from loretta.tasks.base import Task
 from loretta.tasks.prompted import PromptedTask
+from loretta.training.arguments import higher_is_better
 from loretta.training.scores import named_values
-from loretta.training.trainers import higher_is_better
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

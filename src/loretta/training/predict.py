@@ -8,12 +8,12 @@ import torch
 from loretta.errors import InputError
 from loretta.tasks.base import Task
 from loretta.tasks.prompted import PromptedTask
+from loretta.training.arguments import make_trainer
 from loretta.training.forms import form_of
 from loretta.training.generate import Sampling, reply
 from loretta.training.loaded import LoadedRun
 from loretta.training.loaded import load_run as load_run
 from loretta.training.model import TASK_TYPES
-from loretta.training.trainers import make_trainer
 
 
 @torch.inference_mode()

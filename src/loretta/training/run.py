@@ -17,6 +17,7 @@ from loretta.errors import InputError
 from loretta.locks import hold
 from loretta.memory import peak_memory, saying_what_helps
 from loretta.record import RunRecord
+from loretta.training.arguments import check_processes, known_optimizer, make_trainer, reporters
 from loretta.training.batches import stop_workers
 from loretta.training.config import RunConfig
 from loretta.training.data import check_loss, encode_splits, load_config_task
@@ -31,7 +32,6 @@ from loretta.training.positions import check_positions
 from loretta.training.progress import say_lines
 from loretta.training.start import prepare_model
 from loretta.training.stop import StopAtSignal, stopping_at_signals
-from loretta.training.trainers import check_processes, known_optimizer, make_trainer, reporters
 from loretta.wording import spelled
 
 

@@ -23,6 +23,7 @@ from loretta.tuners.config import LorettaConfig
 from loretta.tuners.contraction import Contraction, note_change
 from loretta.tuners.copies import AdapterCopy, check_copies_are_here, rename_copy
 from loretta.tuners.heads import agree_on_origins, copy_cost, head_names, install_head
+from loretta.tuners.in_place import take_over
 from loretta.tuners.labels import fit_final_layer, note_labels
 from loretta.tuners.layer import LorettaLayer, at_least_float32, is_offloaded, keep_differentiable
 from loretta.tuners.mergeable import check_mergeable, check_mergeable_names
@@ -37,7 +38,6 @@ from loretta.tuners.placement import (
     sign,
     unused_options,
 )
-from loretta.tuners.taken import take_over
 from loretta.tuners.targets import chosen_targets
 from loretta.tuners.tensors import check_not_merged, check_tensors, names_alone, renamed
 from loretta.tuners.watch import Watch

@@ -11,10 +11,10 @@ from sklearn.metrics import f1_score
 from tolerances import assert_near
 
 from loretta.record import RunRecord
+from loretta.training.arguments import make_trainer
 from loretta.training.config import RunConfig
 from loretta.training.data import encode_splits, load_config_task
 from loretta.training.model import load_base, load_tokenizer, wrap
-from loretta.training.trainers import make_trainer
 
 DATA = Path(__file__).parents[3] / "docs" / "data" / "topics.jsonl"
 NAMES = ["boats", "prices", "weather"]

@@ -16,11 +16,11 @@ from transformers import PreTrainedTokenizerFast
 
 from loretta.record import RunRecord
 from loretta.tasks import load_task
+from loretta.training.arguments import make_trainer
 from loretta.training.config import RunConfig
 from loretta.training.data import encode_splits, load_config_task
 from loretta.training.forms.tokens import first_pieces, score_sequences, score_tags, tags_of_words, tokenize
 from loretta.training.model import load_base, load_tokenizer, wrap
-from loretta.training.trainers import make_trainer
 
 DATA = Path(__file__).parents[3] / "docs" / "data" / "names.jsonl"
 

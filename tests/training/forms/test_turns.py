@@ -14,12 +14,12 @@ from torch.nn.functional import cross_entropy
 
 from loretta.errors import InputError
 from loretta.record import RunRecord
+from loretta.training.arguments import make_trainer
 from loretta.training.config import RunConfig
 from loretta.training.data import encode_splits, load_config_task
 from loretta.training.forms.turns import one_answer_each
 from loretta.training.model import load_base, load_tokenizer, wrap
 from loretta.training.run import train, train_until
-from loretta.training.trainers import make_trainer
 
 pytest.importorskip("trl")
 

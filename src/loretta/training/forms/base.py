@@ -40,7 +40,7 @@ class Data:
 
 Row = dict[str, Any]
 Asked = Sequence[Sequence[Any]]  # the columns that a model answers
-# loretta.training.trainers.make_trainer, which itself asks the forms for their recipes
+# loretta.training.arguments.make_trainer, which itself asks the forms for their recipes
 MakeTrainer = Callable[[Data, Any, Path], TwoRateTrainer]
 
 
