@@ -18,10 +18,9 @@ from loretta.training.arguments import make_trainer
 from loretta.training.config import RunConfig
 from loretta.training.data import encode_splits, load_config_task
 from loretta.training.methods import peft_config
-from loretta.training.model import load_base, load_tokenizer
+from loretta.training.model import load_base, load_tokenizer, prepare_model
 from loretta.training.predict import evaluate, load_run
 from loretta.training.run import train
-from loretta.training.start import prepare_model
 
 ADAPTIVE = {
     "method": "rep",

@@ -13,8 +13,7 @@ from loretta.cli.following import last_step
 from loretta.errors import InputError
 from loretta.record import Answers, ParameterCounts, Point, RunRecord
 from loretta.training.baseline import beats_baseline, chance_of
-from loretta.training.lines import last_lines, next_step
-from loretta.training.progress import progress_line
+from loretta.training.lines import last_lines, next_step, progress_line
 from loretta.training.run import train
 
 

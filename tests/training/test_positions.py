@@ -7,7 +7,7 @@ from commands import assert_refused, call
 from training_data import config_for, sentences
 from transformers import AutoConfig, AutoModel
 
-from loretta.training.positions import positions_of
+from loretta.training.model import positions_of
 from loretta.training.predict import load_run, predict
 from loretta.training.run import train
 

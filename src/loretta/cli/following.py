@@ -13,7 +13,7 @@ from loretta import wording
 if TYPE_CHECKING:
     from loretta.studies.execution import Outcome
 
-# a line of progress in a run's log, as loretta.training.progress and loretta.population.loop print it
+# a line of progress in a run's log, as loretta.training.lines and loretta.population.loop print it
 STEP = re.compile(r"^.*\bstep [\d,]+(?: of |/)[\d,]+.*$", re.MULTILINE)
 ON_A_TERMINAL, ELSEWHERE = 1.0, 15.0  # seconds between two looks at the logs
 TAIL = 4096  # bytes of a log that are read

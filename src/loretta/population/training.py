@@ -30,10 +30,9 @@ from loretta.training.finite import MEND, STATUS
 from loretta.training.folder import RECORD, Place, find_place
 from loretta.training.forms import Data
 from loretta.training.methods import FULL, find_method, virtual_tokens
-from loretta.training.model import load_tokenizer
+from loretta.training.model import load_tokenizer, prepare_model
 from loretta.training.pause import Paused, paused_at, step_of
 from loretta.training.run import memory_words
-from loretta.training.start import prepare_model
 from loretta.training.stop import StopAtSignal, stopping_at_signals
 
 # options that may differ between the runs of a population; of the method's own options only SCALES may

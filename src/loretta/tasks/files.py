@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any, Unpack
 
 from loretta.errors import InputError
 from loretta.tasks.base import Kind, Task
-from loretta.tasks.labels import LabelScheme, decide, doubts
-from loretta.tasks.multi_label import LabelSets, decide_sets, label_columns, read_sets
+from loretta.tasks.labels import LabelScheme, LabelSets, decide, decide_sets, doubts, label_columns, read_sets
 from loretta.tasks.read import TEXT_ENDINGS
 from loretta.tasks.sources import (
     HubSplit,

@@ -12,8 +12,7 @@ from loretta.record import RunRecord
 from loretta.training.config import RunConfig, recorded_config
 from loretta.training.folder import ADAPTER
 from loretta.training.methods import FULL, find_method, virtual_tokens
-from loretta.training.model import Trained, load_base, load_tokenizer
-from loretta.training.positions import positions_of
+from loretta.training.model import Trained, load_base, load_tokenizer, positions_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

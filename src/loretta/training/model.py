@@ -1,22 +1,28 @@
-"""Load a base model, wrap it with a method, load a saved adapter: each with one clear sentence when it fails."""
+"""The model of a run: the base loaded, a method put on it, an earlier run's weights taken over, its longest text."""
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 import transformers
+from datasets import Dataset
 from peft import PeftModel, PromptEncoderConfig, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from loretta.convert.load import quiet_transformers, readable_weights
 from loretta.errors import InputError
 from loretta.pretrained import NotLoaded, from_pretrained
-from loretta.training.config import HeadPolicy
-from loretta.training.methods import FULL, find_method, frozen_head, peft_config
+from loretta.record import RunRecord
+from loretta.tasks.base import Task
+from loretta.tasks.prompted import PromptedTask
+from loretta.training.config import HeadPolicy, RunConfig, recorded_config
+from loretta.training.folder import ADAPTER, RECORD
+from loretta.training.methods import FULL, find_method, frozen_head, peft_config, virtual_tokens
 from loretta.training.quantization import prepare_quantized, quantized_loading, require_quantized
 from loretta.tuners.labels import both_ways
 from loretta.tuners.task_types import AUTO_CLASSES
@@ -156,3 +162,103 @@ def start_from(model: PeftModel, folder: Path) -> None:
 
 
 _SAME = "give a run of the same method and options on the same model"
+
+
+def prepare_model(
+    config: RunConfig, task: Task | PromptedTask, tokenizer: PreTrainedTokenizerBase
+) -> tuple[Trained, bool]:
+    """The base model with the method on it, and whether it has to compute in bfloat16.
+
+    A new head and a new adapter are random: set the seed before. Raises InputError for a method that does not fit, a
+    model that cannot be loaded, and a ``start_from`` that is no run of the same kind.
+    """
+    whole = find_method(config.method) is FULL
+    before = None if config.start_from is None else find_start(config, task)
+    base = load_base(
+        str(before) if whole and before is not None else config.model,
+        task.kind,
+        label_names=task.label_names,
+        dtype=config.dtype,
+        quantize=config.quantize,
+        cpu=config.cpu,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    in_half = whole and base.dtype != torch.float32
+    if in_half:
+        # half precision loses the small steps of the weights: it computes, and float32 is trained
+        base = base.float()
+    model = wrap(base, config.method, task.kind, config.method_args, config.head_policy)
+    if before is not None and isinstance(model, PeftModel):
+        start_from(model, before)
+    return model, config.bf16 or in_half
+
+
+def find_start(config: RunConfig, task: Task | PromptedTask) -> Path:
+    """The adapter that the training starts from: the one of the run ``config.start_from``.
+
+    Raises InputError when that is no finished run, or not one of the same model, method and labels.
+    """
+    folder = Path(str(config.start_from))
+    record = RunRecord.load(folder / RECORD)
+    earlier = recorded_config(record.config, folder / RECORD)
+    if find_method(earlier.method) == find_method(config.method):  # rep and loretta_rep
+        earlier = earlier.model_copy(update={"method": config.method})
+    then, now = _compared(earlier, record.kind, record.label_names), _compared(config, task.kind, task.label_names)
+    if different := [
+        f"{what} was {then.get(what)!r} and is {now[what]!r}" for what in now if then.get(what) != now[what]
+    ]:
+        raise InputError(
+            f"cannot start from '{folder}' ({'; '.join(different)}): give a run that differs in its data alone"
+        )
+    return folder / ADAPTER
+
+
+def _compared(config: RunConfig, kind: str, label_names: Sequence[str]) -> dict[str, Any]:
+    """What two runs must share for one to start from the other."""
+    own = config.model_dump(include={"model", "method", "method_args", "head_policy"})
+    labels = {} if TASK_TYPES[kind] == "CAUSAL_LM" else {"the number of labels": len(label_names)}
+    return {**own, "the kind of model": TASK_TYPES[kind], **labels}
+
+
+_POSITIONS = {"position_embeddings", "position_embedding", "wpe", "embed_positions"}
+
+
+def positions_of(model: nn.Module) -> int | None:
+    """How many tokens a model has learned positions for; None where positions are computed (rotary, relative)."""
+    if getattr(getattr(model, "config", None), "position_embedding_type", "absolute") != "absolute":
+        return None
+    return min(
+        (
+            module.num_embeddings - _unused(module)
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Embedding) and not _POSITIONS.isdisjoint(name.split("."))
+        ),
+        default=None,
+    )
+
+
+def _unused(table: Any) -> int:
+    """Rows before the one of the first token: of RoBERTa and MPNet up to the padding, of OPT and BART two."""
+    if hasattr(table, "offset"):
+        return int(table.offset)
+    return 0 if table.padding_idx is None else int(table.padding_idx) + 1
+
+
+def check_positions(config: RunConfig, model: nn.Module, encoded: Mapping[str, Any]) -> None:
+    """Raise InputError where a row of the data is longer than the model has positions for."""
+    positions = positions_of(model)
+    if positions is None:
+        return
+    room = positions - virtual_tokens(config.method, config.method_args)
+    if config.max_length <= room:
+        return
+    rows = [
+        data["input_ids"] for data in encoded.values() if isinstance(data, Dataset) and "input_ids" in data.features
+    ]
+    # those of TRL's trainers are cut later
+    longest = max((len(ids) for column in rows for ids in column), default=config.max_length)
+    if longest > room:
+        raise InputError(
+            f"max_length={config.max_length}: '{config.model}' has positions for {room:,} tokens, and the longest text "
+            f"has {longest:,}: give --max-length {room} or less"
+        )

@@ -25,12 +25,9 @@ from loretta.training.finish import finish
 from loretta.training.folder import ADAPTER, RECORD, Place, find_place, noting_failure
 from loretta.training.forms import Data
 from loretta.training.hub import check_hub, push
-from loretta.training.lines import first_lines
-from loretta.training.model import TASK_TYPES, Trained, load_tokenizer
+from loretta.training.lines import first_lines, say_lines
+from loretta.training.model import TASK_TYPES, Trained, check_positions, load_tokenizer, prepare_model
 from loretta.training.pause import PauseBehind, Paused, paused_at, step_of
-from loretta.training.positions import check_positions
-from loretta.training.progress import say_lines
-from loretta.training.start import prepare_model
 from loretta.training.stop import StopAtSignal, stopping_at_signals
 from loretta.wording import spelled
 

@@ -13,8 +13,7 @@ from loretta.tasks.prompted.base import STOP, Example, PromptedSpec, PromptedTas
 from loretta.tasks.prompted.choices import CHOICES
 from loretta.tasks.prompted.encoding import Encoded, encode_completions, encode_prompt, padded
 from loretta.tasks.prompted.generation import QUESTIONS
-from loretta.tasks.prompted.rows import Split, read_splits
-from loretta.tasks.prompted.sampling import draw
+from loretta.tasks.prompted.sampling import Split, draw, read_splits
 from loretta.wording import listed, nearest, quoted
 
 __all__ = [
