@@ -8,7 +8,10 @@ import sys
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
+from loretta.training import run as running
+from loretta.training.arguments import make_trainer
 from loretta.training.trainer import TwoRateTrainer
 
 
@@ -25,6 +28,25 @@ def stopping_behind(step, number):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TwoRateTrainer, "training_step", sending)
+        yield
+
+
+@contextlib.contextmanager
+def interrupted_at_epoch(epoch):
+    """Interrupt trainings in the block, as Ctrl-C does, when that epoch begins."""
+
+    class Interrupt(TrainerCallback):
+        def on_epoch_begin(self, args, state, control, **kwargs):
+            if state.epoch and state.epoch >= epoch:
+                raise KeyboardInterrupt
+
+    def interrupting(*args):
+        trainer = make_trainer(*args)
+        trainer.add_callback(Interrupt())
+        return trainer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running, "make_trainer", interrupting)
         yield
 
 

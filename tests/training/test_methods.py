@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from draws import seed_torch, seeded
+from interrupts import interrupted_at_epoch
 from safetensors.torch import load_file
 from training_data import config_for, sentences
 from transformers import (
@@ -12,14 +13,11 @@ from transformers import (
     AutoModelForCausalLM,
     BertConfig,
     BertForMaskedLM,
-    TrainerCallback,
 )
 from tuners.families import build
 
 from loretta.errors import InputError
 from loretta.plan import trainable_by_kind
-from loretta.training import run as running
-from loretta.training.arguments import make_trainer
 from loretta.training.config import RunConfig
 from loretta.training.data import load_config_task
 from loretta.training.methods import METHODS, find_method, starting_rate
@@ -313,24 +311,12 @@ def test_p_tuning_cannot_be_gone_on_with(bert, reviews, tmp_path):
 
 
 @pytest.mark.parametrize(("method", "policy"), [("ft", "full"), ("p-tuning", "full"), ("bitfit", "frozen")])
-def test_a_stopped_run_resumes_to_the_same_end(method, policy, bert, reviews, tmp_path, monkeypatch):
+def test_a_stopped_run_resumes_to_the_same_end(method, policy, bert, reviews, tmp_path):
     whole = train(config_for(bert, reviews, tmp_path / "whole", method=method, epochs=3, head_policy=policy))
     config = config_for(bert, reviews, tmp_path / "cut", method=method, epochs=3, head_policy=policy)
 
-    class Stop(TrainerCallback):
-        def on_epoch_begin(self, args, state, control, **kwargs):
-            if state.epoch and state.epoch >= 2:
-                raise KeyboardInterrupt
-
-    def stopping(*args):
-        trainer = make_trainer(*args)
-        trainer.add_callback(Stop())
-        return trainer
-
-    monkeypatch.setattr(running, "make_trainer", stopping)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_at_epoch(2), pytest.raises(KeyboardInterrupt):
         train(config)
-    monkeypatch.undo()
     resumed = train(config, resume=True)
     assert resumed.validation == pytest.approx(whole.validation, rel=1e-4)
     assert resumed.parameters == whole.parameters

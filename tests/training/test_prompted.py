@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 from draws import seed_torch
+from interrupts import interrupted_at_epoch
 from tolerances import assert_near
-from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from loretta.errors import InputError
 from loretta.record import RunRecord
 from loretta.tasks.prompted import Example
 from loretta.tasks.prompted.encoding import IGNORED, Encoded, encode_completions, encode_prompt
-from loretta.training import run as running
 from loretta.training.arguments import make_trainer
 from loretta.training.config import RunConfig
 from loretta.training.data import encode_splits, load_config_task
@@ -221,24 +221,12 @@ def test_the_metric_may_choose_the_checkpoint(speller, prompted, tmp_path):
 
 
 @pytest.mark.parametrize("method", ["loretta_adp", "p-tuning", "ft"])
-def test_a_killed_prompted_run_resumes_to_the_same_end(method, speller, prompted, tmp_path, monkeypatch):
+def test_a_killed_prompted_run_resumes_to_the_same_end(method, speller, prompted, tmp_path):
     whole = train(config_for(speller, "copa", prompted, tmp_path / "whole", method=method))
     config = config_for(speller, "copa", prompted, tmp_path / "cut", method=method)
 
-    class Stop(TrainerCallback):
-        def on_epoch_begin(self, args, state, control, **kwargs):
-            if state.epoch and state.epoch >= 1:
-                raise KeyboardInterrupt
-
-    def stopping(*args):
-        trainer = make_trainer(*args)
-        trainer.add_callback(Stop())
-        return trainer
-
-    monkeypatch.setattr(running, "make_trainer", stopping)
-    with pytest.raises(KeyboardInterrupt):
+    with interrupted_at_epoch(1), pytest.raises(KeyboardInterrupt):
         train(config)
-    monkeypatch.undo()
     resumed = train(config, resume=True)
     assert resumed.validation == pytest.approx(whole.validation, rel=1e-4)
     assert resumed.test == pytest.approx(whole.test, rel=1e-4)
