@@ -28,12 +28,12 @@ from loretta.files import write_whole
 from loretta.layers.fit import EXACT, Fit, Update, fit_update, smallest_fit
 from loretta.locks import refuse_held
 from loretta.plan import find_config, meta_model
+from loretta.tuners.adapter_file import PREFIX
 from loretta.tuners.card import README, write_card
 from loretta.tuners.placement import sign
 from loretta.tuners.rep import LorettaRepConfig, LorettaRepModel
 from loretta.tuners.rep.config import of_ranks
 from loretta.tuners.task_types import FINAL_LAYERS
-from loretta.tuners.tensors import PREFIX
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,10 +19,10 @@ from loretta.errors import InputError
 from loretta.files import read_json, read_object
 from loretta.memory import is_out_of_memory
 from loretta.pretrained import NotLoaded, from_pretrained
+from loretta.tuners.adapter_file import PREFIX, check_finite
 from loretta.tuners.card import saved_shapes
 from loretta.tuners.labels import both_ways
 from loretta.tuners.task_types import base_class, count_labels
-from loretta.tuners.tensors import PREFIX, check_finite
 from loretta.wording import one_line, quoted
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -22,10 +22,10 @@ from loretta.convert.load import CONFIG, WEIGHTS
 from loretta.convert.rep_adapter import expert_pair, lora_pair, read_adapter, trained_norms
 from loretta.convert.written import Export, own_memory, report_of, writing
 from loretta.errors import InputError
+from loretta.tuners.adapter_file import PREFIX
 from loretta.tuners.layer import LorettaLayer
 from loretta.tuners.norms import TrainedNorm
 from loretta.tuners.rep import RepExperts
-from loretta.tuners.tensors import PREFIX
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from loretta.convert.load import WEIGHTS, SavedAdapter, base_name, is_trained_whole, readable_weights
 from loretta.errors import InputError
 from loretta.layers.fit import Update
-from loretta.tuners.tensors import PREFIX, check_finite
+from loretta.tuners.adapter_file import PREFIX, check_finite
 from loretta.wording import quoted
 
 # With one of these options LoRA does not just add the product of A and B

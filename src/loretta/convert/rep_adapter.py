@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from loretta.errors import InputError
+from loretta.tuners.adapter_file import check_finite
 from loretta.tuners.copies import AdapterCopy
 from loretta.tuners.norms import TrainedNorm, is_norm
 from loretta.tuners.rep import LorettaRepConfig, RepExperts, RepLinear
 from loretta.tuners.shared import LorettaSharedConfig
-from loretta.tuners.tensors import check_finite
 
 
 def read_adapter(

@@ -11,10 +11,10 @@ from peft.utils import load_peft_weights
 from torch import nn
 
 from loretta.errors import InputError
+from loretta.tuners.adapter_file import check_not_merged
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.layer import LorettaLayer
 from loretta.tuners.norms import values_as_changes
-from loretta.tuners.tensors import check_not_merged
 
 # What may differ between an adapter and the one that takes its place: where it came from, and its scale.
 _MAY_DIFFER = {

@@ -18,6 +18,7 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from loretta.errors import InputError
+from loretta.tuners.adapter_file import check_not_merged, check_tensors, names_alone, renamed
 from loretta.tuners.bypassed import check_called, under_other_names
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.contraction import Contraction, note_change
@@ -39,7 +40,6 @@ from loretta.tuners.placement import (
     unused_options,
 )
 from loretta.tuners.targets import chosen_targets
-from loretta.tuners.tensors import check_not_merged, check_tensors, names_alone, renamed
 from loretta.tuners.watch import Watch
 
 Layer = TypeVar("Layer", bound=nn.Module)
