@@ -46,7 +46,8 @@ class Allocate(TrainerCallback):
     """What AdaLoRA wants to be called behind each step."""
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        model.base_model.update_and_allocate(state.global_step + 1)
+        if state.max_steps > 1:  # the only step would be the one that cuts by what earlier ones have noted
+            model.base_model.update_and_allocate(state.global_step + 1)
 
 
 def run(name: str, task: str, rate: float, seed: int, args: argparse.Namespace, data: Path) -> dict[str, Any]:
@@ -93,15 +94,14 @@ def run(name: str, task: str, rate: float, seed: int, args: argparse.Namespace, 
         record = running.train(config, say=lambda line: None)
     model = found["trainer"].model
     if ranks == "AdaLoRA":
-        pattern = model.peft_config["default"].rank_pattern
+        pattern = model.peft_config["default"].rank_pattern or {}
         sizes = {n: m.in_features + m.out_features + 1 for n, m in model.named_modules() if hasattr(m, "lora_E")}
         kept = {key.partition(".lora_E")[0]: sum(flags) for key, flags in pattern.items()}
         # without a pattern, of a run too short for its first cut, all have the rank that they began with
         begun = model.peft_config["default"].init_r
         of_each = {name: next((k for n, k in kept.items() if name.endswith(n)), begun) for name in sizes}
-        kept = kept or of_each
         count = sum(size * of_each[name] for name, size in sizes.items())
-        used = sorted(kept.values())
+        used = sorted(of_each.values())
     else:
         count = record.parameters.trainable - _head(model)
         used = sorted(max(train.ranks) for train in record.trains for _ in range(train.count))
