@@ -37,6 +37,7 @@ from verdicts import (
 CHOOSING, PAGE, PICTURE = ROOT / "docs" / "choosing.md", ROOT / "RESULTS.md", ROOT / "docs" / "front.svg"
 README = ROOT / "README.md"
 CLOSE, LEVEL = 1.25, 0.012  # counts and scores so near that the smaller one has its name on the left
+WIDEST = 1_000_000  # trained parameters of what has a place on the picture's axis
 
 
 def rows() -> list[Row]:
@@ -129,26 +130,27 @@ def fits_table() -> str:
     return markdown(lines, ["form", "numbers", "kept of a trained LoRA", "of random updates"])
 
 
-PEERS_ON, PEERS_TASKS = "all-MiniLM-L6-v2", ("cola", "mrpc", "stsb")
+PEERS_TASKS = {
+    "all-MiniLM-L6-v2": ("cola", "mrpc", "stsb"),
+    "all-mpnet-base-v2": ("cola", "mrpc", "stsb"),
+    "SmolLM2-135M-Instruct": ("sst2-words", "cb-words"),
+}
+BESIDE_PEERS = ("LoRA r=1", "norms", "shared r=1", "shared r=2", "compact")
 
 
 def peers_table(found: Sequence[Row]) -> str:
-    """Other small methods of PEFT, in means over the tasks that they were run on, beside LoRA, the norms and ours."""
+    """Other methods of PEFT, in means over the tasks that they were run on, beside LoRA, the norms and ours."""
     names = {method.name for method in PEERS}
-    board = Board(found, PEERS_ON, "held_out", PEERS_TASKS)
-    have = board.complete()
-    beside = [name for name in ("LoRA r=1", "norms", "shared r=2", "compact") if name in have]
     lines = []
-    for name in have:
-        gaps = [board.gap(name, other) for other in beside if name in names]
-        if gaps:
-            lines.append(
-                [name, f"{board.trained(name):,}", words(have[name]), *(signed(g) for g in gaps if g is not None)]
-            )
-    if not lines:
-        return "Not measured yet.\n"
-    columns = ["method", "trained", "held-out mean", *(f"to {name} ({board.trained(name):,})" for name in beside)]
-    return markdown(lines, columns)
+    for model, tasks in PEERS_TASKS.items():
+        board = Board(found, model, "held_out", tasks)
+        for name, scores in board.complete().items():
+            if name in names:
+                gaps = [board.gap(name, other) for other in BESIDE_PEERS]
+                said = ["" if gap is None else signed(gap) for gap in gaps]
+                lines.append([MODELS[model].partition(" ")[0], name, f"{board.trained(name):,}", words(scores), *said])
+    columns = ["model", "method", "trained", "held-out mean", *(f"to {name}" for name in BESIDE_PEERS)]
+    return markdown(lines, columns, left=2) if lines else "Not measured yet.\n"
 
 
 def results_of(model: str, task: str, found: Sequence[Row]) -> str:
@@ -237,8 +239,9 @@ def draw(found: Sequence[Row], path: Path) -> None:
 
     model = pictured(found)
     board = Board(found, model, "official")
-    points = [(board.trained(method), scores.mean()) for method, scores in board.complete().items()]
-    points = [(count, score) for count, score in points if count]
+    whole = board.complete()
+    points = [(board.trained(method), scores.mean()) for method, scores in whole.items()]
+    points = [(count, score) for count, score in points if 0 < count <= WIDEST]
     counts = [count for count, _ in points]
     marks = {
         "LoRETTA": ("o", "tab:red"),
@@ -251,8 +254,8 @@ def draw(found: Sequence[Row], path: Path) -> None:
         axes = figure.subplots()
         for family, (marker, color) in marks.items():
             label = family if family != "base" else "norms, biases"
-            for method, scores in board.complete().items():
-                if board.family(method) != family or not board.trained(method):
+            for method, scores in whole.items():
+                if board.family(method) != family or not 0 < board.trained(method) <= WIDEST:
                     continue
                 middle, half = interval(scores)
                 axes.errorbar(
@@ -268,6 +271,11 @@ def draw(found: Sequence[Row], path: Path) -> None:
                     bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8},
                 )  # fmt: skip
                 label = "_"
+        for method, scores in whole.items():  # far beyond the others, as all of a model is
+            if board.trained(method) > WIDEST:
+                axes.axhline(scores.mean(), color="black", linestyle=":", linewidth=0.8, zorder=0)
+                said = f"{method}, {board.trained(method) / 1e6:.0f}M: {words(scores)}"
+                axes.annotate(said, (0.8 * min(counts), scores.mean()), (4, 3), textcoords="offset points", fontsize=7)
         axes.set_xscale("log")
         axes.set_xlim(0.8 * min(counts), 1.4 * max(counts))
         ticks = [size for size in (*SIZES, 160_000, 320_000) if 0.8 * min(counts) < size < 1.4 * max(counts)]
@@ -275,7 +283,7 @@ def draw(found: Sequence[Row], path: Path) -> None:
         axes.minorticks_off()
         axes.set_xlabel("trained parameters, without the head")
         axes.set_ylabel(f"mean of {', '.join(board.common)} (official validation)")
-        axes.set_title(f"{MODELS[model]}: {board.seeds(board.complete())} seeds, 95 % intervals", fontsize=9)
+        axes.set_title(f"{MODELS[model]}: {board.seeds(whole)} seeds, 95 % intervals", fontsize=9)
         axes.legend(frameon=False)
         figure.savefig(path, metadata={"Date": None})
 
