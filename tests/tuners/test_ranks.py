@@ -23,7 +23,11 @@ FORMS = {
     "compact": {"r": 1, "tensor_rank": 6, "modes_per_side": 2, "lora_alpha": 12, "target_modules": "all-linear"},
     "one mode": {"r": 4, "tensor_rank": 4, "modes_per_side": 1, "lora_alpha": 8},
     "published": {"tensor_rank": 4},
-}
+    "even rates": {
+        "r": 4, "tensor_rank": 6, "modes_per_side": 2, "lora_alpha": 12, "target_modules": "all-linear",
+        "even_rates": True,
+    },
+}  # fmt: skip
 
 
 def wide(form: str, **options) -> tuple[PeftModel, dict]:

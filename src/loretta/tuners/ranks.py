@@ -130,6 +130,7 @@ class RankedTrains:
         power = 0.5 if self.config.use_rslora else 1.0
         alphas = {n: layer.scaling[self.adapter_name] * self.ranks[n] ** power for n, layer in self.layers.items()}
         self.config.rank_pattern = {_exactly(n): r for n, r in self.ranks.items() if r != self.config.tensor_rank}
+        self.config.even_rates = False  # the scales are those of the wide trains
         self.config.alpha_pattern = {_exactly(n): a for n, a in alphas.items() if a != self.config.lora_alpha}
 
 

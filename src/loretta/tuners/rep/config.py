@@ -16,6 +16,7 @@ COMPACT: dict[str, Any] = {
     "modes_per_side": 2,
     "lora_alpha": 8,
     "target_modules": "all-linear",
+    "even_rates": True,
 }
 
 
@@ -23,16 +24,22 @@ COMPACT: dict[str, Any] = {
 class LorettaRepConfig(LorettaUpdateConfig):
     """LoRETTA_rep (section 3.3): ``W0 + scaling * TT(down) TT(up)`` on linear layers and on GPT-2's Conv1D.
 
-    The option below comes on top of those of :class:`LorettaConfig` and :class:`LorettaUpdateConfig`; with their
+    The options below come on top of those of :class:`LorettaConfig` and :class:`LorettaUpdateConfig`; with their
     defaults the update is scaled by the paper's 16 / 5.
 
     Args:
         r: the bottleneck between the two trains (the paper's 8, 16 or 32). The rank of the update is at most
             ``min(r, tensor_rank)``.
+        even_rates: one learning rate for every rank. A step of Adam moves what a core computes the more, the more
+            numbers of a rank the core sums. So each core starts that many times larger, and the update is scaled down
+            by as much: nothing is computed differently at the start, and each core learns as at compact's ranks,
+            which keep theirs. :meth:`compact` and the method "compact" have it (docs/choosing.md, "One learning
+            rate"); an adapter that was saved without it stays without it.
     """
 
     bias: Literal["none", "all", "loretta_rep_only"] = "none"
     r: int = 8
+    even_rates: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -61,4 +68,5 @@ def of_ranks(ranks: Mapping[str, int]) -> dict[str, Any]:
     """The options that give each module its rank, and all of them a scaling of 1."""
     rank = Counter(ranks.values()).most_common(1)[0][0]
     others = {f"^{re.escape(name)}": other for name, other in ranks.items() if other != rank}
-    return {"tensor_rank": rank, "lora_alpha": rank, "rank_pattern": others, "alpha_pattern": dict(others)}
+    scales = {"lora_alpha": rank, "alpha_pattern": dict(others), "even_rates": False}
+    return {"tensor_rank": rank, "rank_pattern": others, **scales}

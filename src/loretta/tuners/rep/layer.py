@@ -6,6 +6,7 @@ Axes: B batch, I input features, O output features, R rank of the update.
 import math
 import warnings
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -23,7 +24,21 @@ from loretta.tuners.contraction import note_change
 from loretta.tuners.joint import Halves
 from loretta.tuners.layer import BY_ADAPTER, LorettaLayer, fitting, is_bare_linear, lies_in_rows, works_in
 from loretta.tuners.placement import Placement, rank_for
-from loretta.tuners.rep.config import LorettaRepConfig
+from loretta.tuners.rep.config import COMPACT, LorettaRepConfig
+
+
+def _larger(placement: Placement) -> tuple[list[float], list[float]]:
+    """How many times larger each core of both trains starts with ``even_rates``.
+
+    As many times as numbers of a rank are summed where the core meets the ones before it. Within a side these are
+    counted in compact's own; at the bottleneck they are all that ``up`` sums of its input.
+    """
+    down, up = (
+        [left / COMPACT["tensor_rank"] if left > 1 else 1.0 for left, _, _ in shape.cores]
+        for shape in (placement.down, placement.up)
+    )
+    parts = [mode // placement.up.out_part(k) for k, mode in enumerate(placement.up.modes)]
+    return down, [factor * part for factor, part in zip(up, parts, strict=True)]
 
 
 class RepLinear(LorettaLayer):
@@ -43,15 +58,25 @@ class RepLinear(LorettaLayer):
     def update_layer(self, adapter_name: str, placement: Placement, config: LorettaRepConfig) -> None:
         """Add one adapter's trains, with the starting values that ``config.init_weights`` names."""
         self._add_trains(adapter_name, placement, str(config.init_weights), config.lora_dropout)
+        if config.even_rates:
+            for pair in self._trains(adapter_name):
+                for cores, larger in zip(pair, _larger(placement), strict=True):
+                    cores.assign([factor * core for core, factor in zip(cores, larger, strict=True)])
         self.set_scaling(adapter_name, config)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def set_scaling(self, adapter_name: str, config: Any) -> None:
-        """The factor on one adapter's update: ``lora_alpha / tensor_rank``, with the patterns of ``config``."""
-        name = self.placements[adapter_name].name
+        """The factor on one adapter's update: ``lora_alpha / tensor_rank``, with the patterns of ``config``.
+
+        With ``even_rates`` the cores are larger, and it is smaller by as much.
+        """
+        placement = self.placements[adapter_name]
+        name = placement.name
         rank = rank_for(config, name)
         alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), name), config.lora_alpha)
-        self.scaling[adapter_name] = alpha / (math.sqrt(rank) if config.use_rslora else rank)
+        even = isinstance(config, LorettaRepConfig) and config.even_rates  # a shared train has no such option
+        larger = math.prod(chain(*_larger(placement))) if even else 1.0
+        self.scaling[adapter_name] = alpha / (math.sqrt(rank) if config.use_rslora else rank) / larger
 
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
         """A (I, R) and B (R, O): the adapter's update before scaling is exactly ``A @ B``."""

@@ -1,0 +1,112 @@
+"""One learning rate for every rank: larger cores and a smaller scale, which is a rate for each core."""
+
+import json
+
+import pytest
+import torch
+from draws import seed_torch
+from peft import PeftModel
+from tolerances import assert_near
+from torch import nn
+from tuners.families import build
+from tuners.test_compact import layers
+
+from loretta import LorettaRepConfig, get_peft_model
+
+# of a layer 24 -> 32 with two modes a side: each core's numbers, and how many of a rank it sums beside those of compact
+PLAN = {"r": 6, "tensor_rank": 6, "modes_per_side": 2, "lora_alpha": 12, "target_modules": ["lin"]}
+
+
+class Single(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(24, 32).double()
+
+    def forward(self, x):
+        return self.lin(x)
+
+
+def wrapped(**options):
+    seed_torch(0)
+    model = get_peft_model(Single(), LorettaRepConfig(**PLAN, **options), autocast_adapter_dtype=False).double()
+    return model, model.get_base_model().lin
+
+
+def cores(layer):
+    return [core for part in (layer.loretta_rep_down, layer.loretta_rep_up) for core in part["default"]]
+
+
+def factors(layer) -> list[float]:
+    """By the shapes: beside 4 numbers within a side; at the bottleneck all 6 that the second train sums."""
+    down, up = ([core.shape[0] / 4 if core.shape[0] > 1 else 1 for core in layer_part] for layer_part in parts(layer))
+    return [*down, 6 * up[0], *up[1:]]
+
+
+def parts(layer):
+    return [list(part["default"]) for part in (layer.loretta_rep_down, layer.loretta_rep_up)]
+
+
+@pytest.mark.parametrize("start", ["zero", "gaussian", "denoised"])
+def test_nothing_else_is_computed_at_the_start(start):
+    (_, plain), (_, even) = wrapped(init_weights=start), wrapped(init_weights=start, even_rates=True)
+    expected = factors(plain)
+    assert sum(factor > 1 for factor in expected) >= 3
+    for small, large, factor in zip(cores(plain), cores(even), expected, strict=True):
+        assert_near("core", large, factor * small)
+    if start == "gaussian":
+        assert_near("update", even.get_delta_weight("default"), plain.get_delta_weight("default"))
+    else:
+        assert even.get_delta_weight("default").abs().max() <= 1e-15
+
+
+def test_each_core_has_a_rate_of_its_own():
+    """Adam's first step is its rate wherever a gradient is: so the cores of both come apart by their factors alone."""
+    rate, moved = 1e-3, []
+    for even in (False, True):
+        model, layer = wrapped(init_weights="gaussian", even_rates=even)
+        before = [core.clone() for core in cores(layer)]
+        x = torch.randn(7, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        model(x).square().sum().backward()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        torch.optim.AdamW(trained, lr=rate, weight_decay=0, eps=1e-30).step()
+        larger = factors(layer) if even else [1.0] * len(before)
+        moved.append([(now - then) / k for now, then, k in zip(cores(layer), before, larger, strict=True)])
+    for plain, even, factor in zip(*moved, factors(layer), strict=True):
+        assert_near("step", even, plain / factor)
+        assert plain.abs().max().item() == pytest.approx(rate, rel=1e-6)
+
+
+def test_compacts_own_ranks_keep_their_rates_and_higher_ones_have_it():
+    """So a default changes nothing of what was measured."""
+    for options, same in (({}, True), ({"r": 4}, False), ({"tensor_rank": 8, "lora_alpha": 16}, False)):
+        models = []
+        for even in ({}, {"even_rates": False}):
+            seed_torch(0)
+            base, _ = build("bert", "SEQ_CLS", hidden_size=96, intermediate_size=192)
+            config = LorettaRepConfig.compact(task_type="SEQ_CLS", train_norms=False, **options, **even)
+            models.append(get_peft_model(base, config))
+        pairs = list(zip(*(layers(model).values() for model in models), strict=True))
+        alike = [torch.equal(a.loretta_rep_up["default"].values, b.loretta_rep_up["default"].values) for a, b in pairs]
+        alike += [
+            torch.equal(a.loretta_rep_down["default"].values, b.loretta_rep_down["default"].values) for a, b in pairs
+        ]
+        assert all(alike) is same
+        assert all(a.scaling["default"] == b.scaling["default"] for a, b in pairs) is same
+
+
+def test_a_saved_adapter_keeps_what_it_has(tmp_path):
+    x = torch.randn(5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    for even in (True, False):
+        model, layer = wrapped(init_weights="gaussian", even_rates=even)
+        model.save_pretrained(tmp_path / str(even))
+        file = tmp_path / str(even) / "adapter_config.json"
+        config = json.loads(file.read_text())
+        if not even:
+            del config["even_rates"]  # as one of before the option
+            file.write_text(json.dumps(config))
+        base = Single()
+        base.lin.load_state_dict(layer.base_layer.state_dict())
+        again = PeftModel.from_pretrained(base, tmp_path / str(even), autocast_adapter_dtype=False).double()
+        assert again.get_base_model().lin.scaling == layer.scaling
+        with torch.no_grad():
+            assert (again(x) - model(x)).norm() <= 1e-6 * model(x).norm()
