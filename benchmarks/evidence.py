@@ -43,13 +43,16 @@ WIDEST = 1_000_000  # trained parameters of what has a place on the picture's ax
 def rows() -> list[Row]:
     files = sorted((*RESULTS.glob("forms_*.json"), *RESULTS.glob("peers_*.json")))
     found = [row for row in read_rows(files) if row["model"] in MODELS]
-    centres = {(row["model"], row["method"], best_rate(row)) for row in found if row.get("part") == "rates"}
+    searched = [row for row in found if row.get("part") == "rates"]
+    centres = {(row["model"], row["method"]): float(best_rate(row)) for row in searched}
     peers = {method.name: method.like or method.name for method in PEERS}
 
     def searches(row: Row) -> bool:
-        """Whether a row is of a peer whose best rate, of six, was not found or lies elsewhere: it compares nothing."""
-        around = {(row["model"], peers.get(row["method"]), rate) for rate in row["held_out"]}
-        return row["method"] in peers and not centres & around
+        """Whether a row is of a peer whose best rate, of six, was not found or is not next to its grid: it compares
+        nothing."""
+        centre = centres.get((row["model"], peers.get(row["method"], "")), math.inf)
+        rates = [float(rate) for rate in row["held_out"]]
+        return row["method"] in peers and not min(rates) / 2 <= centre <= 2 * max(rates)
 
     return [{**row, "part": "rates"} if searches(row) else row for row in found]
 
