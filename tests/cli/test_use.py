@@ -134,7 +134,7 @@ def test_a_chat_follows_the_template(teller, capsys, monkeypatch, tmp_path):
         seen.append([(message["role"], message["content"]) for message in messages])
         return f"answer {len(seen)}"
 
-    monkeypatch.setattr("loretta.training.generate.answer_chat", answer)
+    monkeypatch.setattr("loretta.training.predict.answer_chat", answer)
     monkeypatch.setattr("sys.stdin", io.StringIO("one\ntwo\n"))
     assert call(capsys, "chat", teller, "--cpu", "--system", "be brief")[:2] == (0, "answer 1\nanswer 2\n")
     assert seen[1] == [("system", "be brief"), ("user", "one"), ("assistant", "answer 1"), ("user", "two")]

@@ -20,8 +20,7 @@ def chat(
     as_json: Json = False,
 ) -> None:
     """Talk to a trained decoder: a message a line, /clear to begin again, the end of the input to leave."""
-    from loretta.training.generate import Sampling, answer_chat, refuse_classifier
-    from loretta.training.predict import load_run
+    from loretta.training.predict import Sampling, answer_chat, load_run, refuse_classifier
 
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
     loaded = load_run(run, model=model, cpu=cpu)

@@ -42,8 +42,7 @@ def predict(
         raise InputError("give either a FILE or --text (repeatable), and not both")
     with _holding(output, file, overwrite=overwrite):
         from loretta.training.forms import form_of
-        from loretta.training.generate import Sampling, refuse_classifier, reply
-        from loretta.training.predict import load_run
+        from loretta.training.predict import Sampling, load_run, refuse_classifier, reply
         from loretta.training.predict import predict as apply
 
         sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)

@@ -54,17 +54,15 @@ def load_prompted(
     spec = PROMPTED[name]
     folder = None if data_dir is None else Path(os.path.expanduser(data_dir))
     train, validation = read_splits(spec, folder)
-    drawn = draw(spec, train, validation, sample=sample or Sample(), seed=seed)
+    drawn, notes = draw(spec, train, validation, sample=sample or Sample(), seed=seed)
     return PromptedTask(
         name=name,
         kind=spec.kind,
         train_as=spec.train_as,
         metrics=spec.metrics,
         label_names=spec.label_names,
-        train=drawn.train,
-        validation=drawn.validation,
-        test=drawn.test,
-        notes=(*_notes(spec, train, validation, from_hub=folder is None), *drawn.notes),
+        **drawn,
+        notes=(*_notes(spec, train, validation, from_hub=folder is None), *notes),
         scorer=spec.score,
     )
 

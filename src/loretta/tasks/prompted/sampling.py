@@ -57,14 +57,6 @@ def bad_row(source: str, number: int, wanted: str) -> InputError:
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Drawn:
-    train: tuple[Example, ...]
-    validation: tuple[Example, ...]
-    test: tuple[Example, ...]
-    notes: tuple[str, ...]
-
-
 class Place(NamedTuple):
     """The place of a row in the draw. Places are sorted, so that rows with equal texts are neighbours."""
 
@@ -73,7 +65,9 @@ class Place(NamedTuple):
     number: int
 
 
-def draw(spec: PromptedSpec, train: Split, validation: Split, *, sample: Sample, seed: int) -> Drawn:
+def draw(
+    spec: PromptedSpec, train: Split, validation: Split, *, sample: Sample, seed: int
+) -> tuple[dict[str, tuple[Example, ...]], list[str]]:
     """Train and validation from the train split, without a text in common; test from the validation split.
 
     Texts are the same whatever their case and spacing. Rows are taken in the order of a hash of the seed and their
@@ -94,7 +88,7 @@ def draw(spec: PromptedSpec, train: Split, validation: Split, *, sample: Sample,
     }
     if not drawn["train"]:
         raise InputError(f"'{train.source}' has too few different texts to split: add rows with different texts")
-    return Drawn(**drawn, notes=tuple(_notes(spec, train, validation, len(pool), len(test_pool), sample, drawn)))
+    return drawn, _notes(spec, train, validation, len(pool), len(test_pool), sample, drawn)
 
 
 def validation_rows(spec: PromptedSpec, n_rows: int, sample: Sample) -> int:
