@@ -4,8 +4,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from loretta.tasks.prompted import Example, encode_completions, encode_prompt, padded
-from loretta.tasks.prompted.encoding import IGNORED, Encoded
+from loretta.tasks.prompted import Example
+from loretta.tasks.prompted.encoding import IGNORED, Encoded, encode_completions, encode_prompt, padded
 
 
 def encode_pair(tokenizer, prompt, completion, max_length):

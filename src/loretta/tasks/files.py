@@ -94,11 +94,16 @@ def load_table(
         decide_sets(cells, column=label, path=path) if several else decide(cells, kind=kind, column=label, path=path)
     )
     rows = [Row(*pair) for pair in zip(texts, scheme.encode(cells, path), strict=True)]
+
+    def read(other: Source) -> list[Row]:
+        texts, cells = _read_rows(other, text_columns, labels, several)
+        return [Row(*pair) for pair in zip(texts, scheme.encode(cells, other), strict=True)]
+
     counts = Counter(name for cell in cells for name in cell) if several else Counter(str(row.label) for row in rows)
     splits = split_rows(
         path,
         rows,
-        lambda other: _labelled(other, text_columns, labels, scheme),
+        read,
         key=_texts_of,
         label=(lambda row: row.label) if scheme.classes else None,
         share=TABLE_SHARE,
@@ -182,13 +187,6 @@ def _documents(path: Source, text: str | None) -> list[Row]:
         raise InputError(f"'{path}' has no column 'text': give --text COLUMN, one of {listed(names)}")
     name = text or "text"
     return [Row((cell,)) for cell in _texts(read_columns(path, (name,))[name], name, path)]
-
-
-def _labelled(
-    path: Source, text_columns: Sequence[str], labels: Sequence[str], scheme: LabelScheme | LabelSets
-) -> list[Row]:
-    texts, cells = _read_rows(path, text_columns, labels, isinstance(scheme, LabelSets))
-    return [Row(*pair) for pair in zip(texts, scheme.encode(cells, path), strict=True)]
 
 
 def _read_rows(

@@ -11,24 +11,11 @@ from types import MappingProxyType
 from loretta.errors import InputError
 from loretta.tasks.prompted.base import STOP, Example, PromptedSpec, PromptedTask, Sample
 from loretta.tasks.prompted.choices import CHOICES
-from loretta.tasks.prompted.encoding import Encoded, encode_completions, encode_prompt, padded
 from loretta.tasks.prompted.generation import QUESTIONS
-from loretta.tasks.prompted.sampling import Split, draw, read_splits
+from loretta.tasks.prompted.sampling import draw, read_splits
 from loretta.wording import listed, nearest, quoted
 
-__all__ = [
-    "PROMPTED",
-    "STOP",
-    "Encoded",
-    "Example",
-    "PromptedSpec",
-    "PromptedTask",
-    "Sample",
-    "encode_completions",
-    "encode_prompt",
-    "load_prompted",
-    "padded",
-]
+__all__ = ["PROMPTED", "STOP", "Example", "PromptedTask", "Sample", "load_prompted"]
 
 PROMPTED: Mapping[str, PromptedSpec] = MappingProxyType({spec.name: spec for spec in (*CHOICES, *QUESTIONS)})
 
@@ -54,6 +41,13 @@ def load_prompted(
     spec = PROMPTED[name]
     folder = None if data_dir is None else Path(os.path.expanduser(data_dir))
     train, validation = read_splits(spec, folder)
+    official = {"train": (train, spec.train_rows), "validation": (validation, spec.validation_rows)}
+    sizes = [
+        f"the {name} split{split.remark} has {len(split.rows)} of the official {n_rows} rows"
+        for name, (split, n_rows) in official.items()
+        if len(split.rows) != n_rows
+    ]
+    lost = [spec.hub_note] if folder is None and spec.hub_note is not None else []
     drawn, notes = draw(spec, train, validation, sample=sample or Sample(), seed=seed)
     return PromptedTask(
         name=name,
@@ -62,18 +56,6 @@ def load_prompted(
         metrics=spec.metrics,
         label_names=spec.label_names,
         **drawn,
-        notes=(*_notes(spec, train, validation, from_hub=folder is None), *notes),
+        notes=(*sizes, *lost, *notes),
         scorer=spec.score,
     )
-
-
-def _notes(spec: PromptedSpec, train: Split, validation: Split, *, from_hub: bool) -> list[str]:
-    official = {"train": (train, spec.train_rows), "validation": (validation, spec.validation_rows)}
-    notes = [
-        f"the {name} split{split.remark} has {len(split.rows)} of the official {n_rows} rows"
-        for name, (split, n_rows) in official.items()
-        if len(split.rows) != n_rows
-    ]
-    if from_hub and spec.hub_note is not None:
-        notes.append(spec.hub_note)
-    return notes

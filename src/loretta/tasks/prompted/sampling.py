@@ -88,7 +88,19 @@ def draw(
     }
     if not drawn["train"]:
         raise InputError(f"'{train.source}' has too few different texts to split: add rows with different texts")
-    return drawn, _notes(spec, train, validation, len(pool), len(test_pool), sample, drawn)
+    notes = [
+        f"{lost} of the {len(split.rows)} rows of the {name} split have no usable gold answer and were passed over"
+        for name, split, n_usable in (("train", train, len(pool)), ("validation", validation, len(test_pool)))
+        if (lost := len(split.rows) - n_usable)
+    ]
+    for name, examples in drawn.items():
+        if len(examples) < (asked := getattr(sample, name)):
+            spared = name == "validation" and len(examples) == spec.max_validation
+            few = f"as the split has {len(test_pool if name == 'test' else pool)}"
+            notes.append(
+                f"{len(examples)} {name} examples instead of {asked}, {'to leave more for training' if spared else few}"
+            )
+    return drawn, notes
 
 
 def validation_rows(spec: PromptedSpec, n_rows: int, sample: Sample) -> int:
@@ -124,27 +136,3 @@ def _examples(spec: PromptedSpec, split: Split, pool: Sequence[Place]) -> tuple[
     # built anew for the rows drawn: a split of ReCoRD has a million options, too many to keep
     examples = (spec.example(split.rows[place.number]) for place in pool)
     return tuple(example for example in examples if example is not None)
-
-
-def _notes(
-    spec: PromptedSpec,
-    train: Split,
-    validation: Split,
-    n_pool: int,
-    n_test_pool: int,
-    sample: Sample,
-    drawn: dict[str, tuple[Example, ...]],
-) -> list[str]:
-    notes = [
-        f"{lost} of the {len(split.rows)} rows of the {name} split have no usable gold answer and were passed over"
-        for name, split, n_usable in (("train", train, n_pool), ("validation", validation, n_test_pool))
-        if (lost := len(split.rows) - n_usable)
-    ]
-    for name, examples in drawn.items():
-        if len(examples) < (asked := getattr(sample, name)):
-            kept = name == "validation" and len(examples) == spec.max_validation
-            few = f"as the split has {n_test_pool if name == 'test' else n_pool}"
-            notes.append(
-                f"{len(examples)} {name} examples instead of {asked}, {'to leave more for training' if kept else few}"
-            )
-    return notes
