@@ -147,11 +147,6 @@ def _load(loop: Loop, files: Sequence[Path]) -> None:
             setattr(member.trainer.state, name, value)
 
 
-def remove(members: Sequence[Member]) -> None:
-    """Forget the checkpoints of runs that are finished."""
-    for_all(lambda member: remove_files(member.config.folder), members)
-
-
 def remove_files(folder: Path) -> None:
     """Forget the checkpoints in the folder of a run."""
     for file in (folder / CHECKPOINTS).glob("population-*.safetensors"):

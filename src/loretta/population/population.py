@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftConfig, PeftModel, PeftType
@@ -18,20 +18,10 @@ from loretta.errors import InputError
 from loretta.population.attention import PackedAttention
 from loretta.population.casts import OneCast
 from loretta.population.members import MemberIA3, MemberLinear, MemberNorm, Members, MemberVBLoRA
-from loretta.population.sites import (
-    ADAPTER,
-    blocks_of,
-    is_train,
-    names_of,
-    part_of,
-    sharing,
-    site_of,
-    sites_of,
-    start_name,
-    tensors_of,
-)
+from loretta.population.sites import ADAPTER, blocks_of, is_train, names_of, part_of, site_of, sites_of, tensors_of
 from loretta.population.trains import MemberAdp, MemberRep, MemberTrains, SharedGroup, TrainGroup
 from loretta.tuners.contraction import Contraction
+from loretta.tuners.layer import LorettaLayer
 from loretta.tuners.norms import TrainedNorm
 from loretta.tuners.rep.layer import RepLinear
 from loretta.tuners.shared.layer import SharedLinear
@@ -158,7 +148,8 @@ class Population(nn.Module):
                     of_site[site][inner] = frozen
         for sites, parts in of_trains.items():
             for part in ("start_down", "start_up", "start_train"):
-                starts = [start_name(self.model, site, part) for site in sites]
+                prefixes = [cast(LorettaLayer, self.model.get_submodule(site)).prefix for site in sites]
+                starts = [f"{at}.{pre}{part}.{ADAPTER}.values" for at, pre in zip(sites, prefixes, strict=True)]
                 if starts[0] in tensors:
                     stacks = [self.frozen.get(name, tensors[name].expand(self.size, -1)) for name in starts]
                     parts[part] = torch.stack(stacks, dim=1).detach()
@@ -171,7 +162,8 @@ class Population(nn.Module):
     def _install_trains(self, sites: Sequence[str], parts: dict[str, Tensor]) -> TrainGroup:
         first = self.model.get_submodule(sites[0])
         if isinstance(first, SharedLinear):
-            sites = sharing(self.model, first)
+            layers = [(name, module) for name, module in self.model.named_modules() if isinstance(module, SharedLinear)]
+            sites = [name for name, layer in layers if layer.holders.get(ADAPTER) is first]
         scales = [[start.scales[site] for start in self.starts] for site in sites]
         made: list[MemberTrains] = []
         for site in sites:

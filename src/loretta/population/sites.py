@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from loretta.tuners.layer import LorettaLayer
 from loretta.tuners.norms import TrainedNorm
-from loretta.tuners.shared.layer import SharedLinear
 
 ADAPTER = "default"
 _PARTS = ("down", "up", "bias", "start_down", "start_up")
@@ -38,18 +37,6 @@ def part_of(name: str) -> str:
     k = next(k for k, part in enumerate(parts) if part.startswith(_TRAINS))
     part = parts[k].split("_", 2)[2]
     return f"bias.{parts[-1]}" if part == "bias" else part
-
-
-def start_name(model: nn.Module, site: str, part: str) -> str:
-    """The name of the start that the layer ``site`` subtracts from a train."""
-    layer: Any = model.get_submodule(site)
-    return f"{site}.{layer.prefix}{part}.{ADAPTER}.values"
-
-
-def sharing(model: nn.Module, holder: SharedLinear) -> list[str]:
-    """The layers that take their updates from the train that ``holder`` holds."""
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, SharedLinear)]
-    return [name for name, module in layers if module.holders.get(ADAPTER) is holder]
 
 
 def site_of(model: nn.Module, name: str) -> str:

@@ -16,7 +16,7 @@ from transformers import set_seed
 from loretta.errors import InputError, NotRecorded, Stopped
 from loretta.locks import hold
 from loretta.memory import free_memory, peak_memory, saying_what_helps
-from loretta.population.checkpoints import WRITERS, Checkpoints, for_all, remove, restore, save
+from loretta.population.checkpoints import WRITERS, Checkpoints, for_all, remove_files, restore, save
 from loretta.population.loop import Loop, Member, Rules
 from loretta.population.population import Population, Start
 from loretta.record import RunRecord
@@ -193,7 +193,8 @@ def _train(
             records.append(record)
     for each in published:
         each.result()
-    remove([member for k, member in enumerate(loop.members) if k not in loop.not_finite])
+    finished = [member for k, member in enumerate(loop.members) if k not in loop.not_finite]
+    for_all(lambda member: remove_files(member.config.folder), finished)
     if loop.not_finite:
         where = ", ".join(f"'{runs[k][1].folder}' from step {step} on" for k, step in sorted(loop.not_finite.items()))
         raise Stopped(
