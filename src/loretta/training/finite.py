@@ -39,8 +39,8 @@ class FiniteSteps(TrainerCallback, ExportableState):
         self.policy = policy
         self.skipped: list[int] = []
         self.rollbacks: list[int] = []  # the steps that were not finite
-        self.first: Tensor | None = None  # on the device: to look at every step would make the GPU wait
-        self.before: Tensor | None = None  # the sum of the losses up to the step before
+        self.first = torch.tensor(-1)  # on the device from now on: to look at every step would make the GPU wait
+        self.before = torch.tensor(0.0)  # the sum of the losses up to the step before
 
     def state(self) -> dict[str, Any]:
         """What the Trainer writes into a checkpoint."""
@@ -80,7 +80,6 @@ class FiniteSteps(TrainerCallback, ExportableState):
             return
         for parameter in trained:
             parameter.grad = None  # the optimizer passes over what has none
-        assert self.before is not None
         # the step counts in the mean of its window as one like the others in it
         losses.copy_(self.before * (1 + 1 / max(1, state.global_step - self.trainer._globalstep_last_logged)))
         self.skipped.append(state.global_step + 1)
@@ -94,7 +93,6 @@ class FiniteSteps(TrainerCallback, ExportableState):
         if self.policy == "skip":
             self.before = losses.clone()
         else:
-            assert self.first is not None
             bad = (self.first < 0) & ~losses.isfinite()
             self.first = torch.where(bad, torch.full_like(self.first, state.global_step), self.first)
 
@@ -112,7 +110,7 @@ class FiniteSteps(TrainerCallback, ExportableState):
             self.stop(self._first_step(self.trainer.state.global_step))
 
     def _first_step(self, latest: int) -> int:
-        seen = [first for first in processes.gather(-1 if self.first is None else int(self.first)) if first >= 0]
+        seen = [first for first in processes.gather(int(self.first)) if first >= 0]
         return min(seen, default=latest)
 
     def stop(self, step: int, words: str = "") -> None:
