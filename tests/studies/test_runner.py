@@ -37,7 +37,7 @@ def test_a_finished_run_is_not_repeated_and_a_changed_one_is_refused(bert, data_
     assert results.commands == ("loretta reproduce table1",)
     (cell,) = results.cells
     assert (cell.finished, cell.asked, cell.seeds, cell.split) == (2, 2, "2 seeds", "validation")
-    assert cell.parameters == results.record(tmp_path, cell.scores[0]).parameters.trainable
+    assert cell.parameters == RunRecord.load(tmp_path / cell.scores[0].folder / "run.json").parameters.trainable
 
 
 def test_other_cells_of_a_study_stay_in_its_results(bert, data_dir, tmp_path):
@@ -85,7 +85,7 @@ def test_a_sequence_is_scored_on_every_task_after_every_step(bert, data_dir, tmp
     mean = sum(final[task].mean for task in ("sst2", "mrpc", "qnli")) / 3
     assert final["average"].mean == pytest.approx(mean)
     # what a step scores on its own task is what its training saw last
-    last = results.record(tmp_path, matrix[3, "qnli"].scores[0])
+    last = RunRecord.load(tmp_path / matrix[3, "qnli"].scores[0].folder / "run.json")
     assert matrix[3, "qnli"].scores[0].value == pytest.approx(last.validation["accuracy"])
     assert last.config["start_from"].endswith("sst2-mrpc/lora-r8/s0")
 

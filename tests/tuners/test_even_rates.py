@@ -9,7 +9,7 @@ from peft import PeftModel
 from tolerances import assert_near
 from torch import nn
 from tuners.families import build
-from tuners.test_compact import layers
+from tuners.wrapped import layers_of
 
 from loretta import LorettaRepConfig, get_peft_model
 
@@ -85,7 +85,7 @@ def test_compacts_own_ranks_keep_their_rates_and_higher_ones_have_it():
             base, _ = build("bert", "SEQ_CLS", hidden_size=96, intermediate_size=192)
             config = LorettaRepConfig.compact(task_type="SEQ_CLS", train_norms=False, **options, **even)
             models.append(get_peft_model(base, config))
-        pairs = list(zip(*(layers(model).values() for model in models), strict=True))
+        pairs = list(zip(*(layers_of(model) for model in models), strict=True))
         alike = [torch.equal(a.loretta_rep_up["default"].values, b.loretta_rep_up["default"].values) for a, b in pairs]
         alike += [
             torch.equal(a.loretta_rep_down["default"].values, b.loretta_rep_down["default"].values) for a, b in pairs

@@ -100,10 +100,6 @@ class Results(BaseModel, frozen=True):
         """The cells of the table: in a sequence those after its last task."""
         return tuple(cell for cell in self.cells if _is_final(cell))
 
-    def record(self, root: Path, score: Score) -> RunRecord:
-        """The run behind a score of a training run."""
-        return RunRecord.load(root / score.folder / "run.json")
-
 
 def _is_final(cell: Cell) -> bool:
     # a sequence may have been narrowed to some of the study's tasks
