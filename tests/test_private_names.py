@@ -57,6 +57,7 @@ BY_OWNER = {
         "_mixed_batch_forward": "(self, input, *args, adapter_names, **kwargs)",
     },
     "peft.utils.other.ModulesToSaveWrapper": {
+        "_forward_wrapped": "(self, *args, **kwargs)",
         "_active_adapter": PRESENT,
         "_adapters": PRESENT,
     },

@@ -76,10 +76,28 @@ def test_a_whole_model_in_half_precision_is_trained_in_float32(dtype, bert, revi
     assert [row["probability"] for row in again] == pytest.approx([row["probability"] for row in saved], abs=0.02)
 
 
-@pytest.mark.parametrize("method", ["rep", "lora", "bitfit", "head", "peft:vera"])
-def test_heads_and_biases_in_half_precision_are_refused(method, bert, reviews, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("rep", {"bias": "all"}), ("lora", {}), ("bitfit", {}), ("head", {}), ("peft:vera", {})],
+    ids=lambda given: str(given),
+)
+def test_heads_and_biases_in_half_precision_are_refused(method, options, bert, reviews, tmp_path):
     with pytest.raises(InputError, match=r"half precision.*leave dtype out, and give bf16=true"):
-        train(config_for(bert, reviews, tmp_path / "run", method=method, dtype="bfloat16"))
+        train(config_for(bert, reviews, tmp_path / "run", method=method, dtype="bfloat16", method_args=options))
+
+
+@pytest.mark.parametrize("method", ["rep", "adp", "shared"])
+def test_a_classifier_in_half_precision(method, bert, reviews, tmp_path):
+    """Its head is held in float32, as cores and norms are."""
+    options = {"method": method, "dtype": "bfloat16", "epochs": 6, "test": reviews}
+    record = train(config_for(bert, reviews, tmp_path / "run", **options))
+    assert record.validation["accuracy"] > 0.8
+    weights = load_file(next((tmp_path / "run" / "adapter").glob("*.safetensors")))
+    assert {tensor.dtype for name, tensor in weights.items() if "base_weight" not in name} == {torch.float32}
+    run = load_run(tmp_path / "run", cpu=True)
+    saved = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
+    again = predict(run, [list(load_config_task(run.config).test["text"])])
+    assert [row["probability"] for row in again] == pytest.approx([row["probability"] for row in saved], abs=0.02)
 
 
 @pytest.mark.parametrize("method", ["rep", "adp", "shared", "adapters", "lora", "prefix"])

@@ -1,12 +1,15 @@
 """Copies of whole modules by themselves: what computes, what trains and what is saved, for each policy."""
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from draws import seed_torch, seeded
 from tolerances import assert_near
 from torch import nn
+from tuners.wrapped import replica_of
 
 from loretta import tt
 from loretta.tuners.copies import AdapterCopy, ChangedLinear, CopyPolicy, rename_copy
@@ -191,3 +194,22 @@ def test_the_cores_of_a_change_are_in_float32_beside_half_precision():
     changed = ChangedLinear.from_dense(dense, tt.plan_shape(IN, HIDDEN, rank=2))
     assert (changed.cores.values.dtype, changed.base_weight.dtype) == (torch.float32, torch.bfloat16)
     assert changed.base_weight.data_ptr() != dense.weight.data_ptr()
+
+
+@pytest.mark.parametrize("kind", POLICIES)
+def test_a_copy_in_float32_computes_with_what_its_numbers_round_to(kind):
+    """Also as a replica of DataParallel, in a mixed batch, offloaded by accelerate, and in several threads at once."""
+    wrapped = shaken(wrapper(POLICIES[kind], torch.bfloat16))
+    own = wrapped.modules_to_save["a"]
+    x = rows(torch.bfloat16)
+    plain = copy.deepcopy(own)  # in float32, but what is dense in the dtype of the base
+    for name, value in plain.named_parameters():
+        if not name.startswith("dense.") or not POLICIES[kind].tensorized:
+            value.data = value.data.to(torch.bfloat16)
+    expected = plain(x)
+    assert torch.equal(wrapped(x), expected)
+    assert torch.equal(wrapped(x, adapter_names=["a"] * len(x)), expected)
+    assert torch.equal(replica_of(wrapped)(x), expected)
+    with ThreadPoolExecutor(4) as pool:
+        assert all(torch.equal(found, expected) for found in pool.map(wrapped, [x] * 40))
+    assert torch.equal(cpu_offload(wrapped, execution_device=torch.device("cpu"))(x), expected)

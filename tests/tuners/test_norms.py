@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from tuners.families import OPTIONS, build, logits, loss_of, natural_task, randomise
 from tuners.matrix import base_of, options_for, wrapped
-from tuners.wrapped import config_for, every_method, trainable, trained, wrap
+from tuners.wrapped import config_for, every_method, replica_of, trainable, trained, wrap
 
 import loretta
 from loretta import get_peft_model
@@ -128,19 +128,9 @@ def test_a_forward_bound_to_the_base_sees_the_change():
 def test_replicas_of_data_parallel(family, method):
     """Their parameters are plain attributes: they have no ``parameters()``."""
     model, inputs = wrap(family, method)
-    replica = _replica(trained(model))
+    replica = replica_of(trained(model))
     assert not list(replica.parameters())
     assert_near("logits", logits(replica, inputs), logits(model, inputs))
-
-
-def _replica(module: nn.Module) -> nn.Module:
-    """As torch.nn.parallel.replicate, without its transfer to a GPU."""
-    copied = module._replicate_for_data_parallel()
-    for name, parameter in module._parameters.items():
-        setattr(copied, name, None if parameter is None else parameter.detach().clone())
-    for name, child in module._modules.items():
-        copied._modules[name] = None if child is None else _replica(child)
-    return copied
 
 
 def test_bias_all_does_not_train_the_bias_of_a_trained_norm_twice():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tolerances import assert_as_near, assert_gradients_near, assert_near
 from torch import Tensor
-from tuners.families import logits, loss_of
+from tuners.families import build, logits, loss_of
 from tuners.matrix import (
     adapted,
     cast,
@@ -14,9 +14,10 @@ from tuners.matrix import (
     gradients,
     wrapped,
 )
-from tuners.wrapped import every_method, trainable, trained
+from tuners.wrapped import config_for, every_method, trainable, trained
 
-from loretta import PeftModel
+from loretta import PeftModel, get_peft_model
+from loretta.tuners.copies import AdapterCopy
 
 
 def with_and_without(model: PeftModel, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -43,7 +44,8 @@ HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["b
 def test_a_base_in_half_precision(family, dtype, autocast_adapter_dtype, method):
     model, inputs = wrapped(family, method, base={"dtype": dtype}, autocast_adapter_dtype=autocast_adapter_dtype)
     trained(model, scale=0.05)
-    kept = {p.dtype for name, p in trainable(model).items() if ".loretta_" in name}
+    # the trains of a head stay in float32, as what is made of a dense layer
+    kept = {p.dtype for name, p in trainable(model).items() if autocast_adapter_dtype or ".loretta_" in name}
     assert kept == {torch.float32 if autocast_adapter_dtype else dtype}
     # the same numbers, computed with in float32
     expected = with_and_without(copy.deepcopy(model).float(), cast(inputs, torch.float32))
@@ -123,3 +125,43 @@ def test_autocast_leaves_a_base_in_double_precision_alone(family, init_weights, 
     (ref, ref_gradients), (got, gradients) = found
     assert_near("logits", got, ref)
     assert_gradients_near(gradients, ref_gradients)
+
+
+@every_method
+@pytest.mark.parametrize("how", ["tensorized", "dense"])
+@pytest.mark.parametrize("family", ["bert", "modernbert", "electra", "gpt2"])
+def test_a_head_beside_half_precision_takes_small_steps(family, how, method, tmp_path):
+    """As the cores do: numbers of bfloat16 near 1 are 0.008 apart, and a step of 2e-4 is lost there."""
+    base, inputs = build(family, "SEQ_CLS", dtype=torch.bfloat16)
+    before, dtypes = logits(base, inputs), {name: p.dtype for name, p in base.named_parameters()}
+    model = get_peft_model(base, config_for(method, task_type="SEQ_CLS", train_head=how)).eval()
+    assert torch.equal(logits(model, inputs), before)
+    copies = [m for m in model.modules() if isinstance(m, AdapterCopy)]
+    trains = {name: p for m in copies for name, p in m.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in trains.values()} == {torch.float32}
+    start = {name: p.detach().clone() for name, p in trains.items()}
+    optimizer = torch.optim.AdamW(trains.values(), lr=2e-4, weight_decay=0)
+    for _ in range(20):
+        model(**inputs, labels=torch.tensor([0, 1, 0, 1])).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, value in trains.items():
+        assert (value != start[name]).double().mean() > 0.9, name
+    got = logits(model, inputs)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(build(family, "SEQ_CLS", dtype=torch.bfloat16)[0], tmp_path).eval()
+    assert torch.equal(logits(again, inputs), got)
+    assert torch.equal(logits(model, inputs, adapter_names=["default"] * 4), got)
+    if method != "adp":
+        merged = model.merge_and_unload()
+        assert {name: p.dtype for name, p in merged.named_parameters()} == dtypes
+
+
+@every_method
+def test_what_trains_in_half_precision_outside_of_the_trains_is_named(method):
+    """PEFT's own copies, and biases of the base."""
+    for options in ({"modules_to_save": ["lm_head"]}, {"bias": "all"}):
+        family = "llama" if "bias" not in options else "gpt2"
+        model, inputs = wrapped(family, method, base={"dtype": torch.bfloat16}, **options)
+        with pytest.warns(UserWarning, match=r"outside of the trains .*(lm_head|bias).* train in half precision"):
+            model.train()(**inputs)

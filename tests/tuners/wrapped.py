@@ -69,3 +69,13 @@ def snapshot(model) -> dict[str, Tensor]:
 
 def layers_of(model: nn.Module) -> list[LorettaLayer]:
     return [module for module in model.modules() if isinstance(module, LorettaLayer)]
+
+
+def replica_of(module: nn.Module) -> nn.Module:
+    """As torch.nn.parallel.replicate, without its transfer to a GPU."""
+    copied = module._replicate_for_data_parallel()
+    for name, parameter in module._parameters.items():
+        setattr(copied, name, None if parameter is None else parameter.detach().clone())
+    for name, child in module._modules.items():
+        copied._modules[name] = None if child is None else replica_of(child)
+    return copied

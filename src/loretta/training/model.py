@@ -117,7 +117,7 @@ def wrap(
         raise InputError(f"method {method!r} does not fit this model: {one_line(error)}") from None
     for name in frozen:
         model.get_base_model().get_submodule(name).requires_grad_(False)
-    # PEFT holds its matrices in float32 and LoRETTA its norms too, but not heads and biases
+    # PEFT holds its matrices in float32, and LoRETTA its norms and heads too, but not biases
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             raise InputError(

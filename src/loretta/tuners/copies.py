@@ -1,11 +1,14 @@
 """Copies of whole modules that belong to an adapter: trained, tensorised, or frozen and only saved with it."""
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, cast
 
 import torch
+from accelerate.utils import align_module_device
 from peft.utils.other import ModulesToSaveWrapper, _set_layer_requires_grad
 from torch import Tensor, nn
 
@@ -14,6 +17,9 @@ from loretta.errors import InputError
 from loretta.layers.trains import TTLinear
 from loretta.tuners.layer import is_offloaded
 from loretta.tuners.mixed import in_turn
+from loretta.tuners.norms import call_with
+
+_HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,7 +65,7 @@ class ChangedLinear(TTLinear):
 
 def _widened(dense: nn.Linear) -> nn.Linear:
     """The layer in float32 where it has half precision, in which small steps of its cores would be lost."""
-    if dense.weight.dtype not in (torch.bfloat16, torch.float16):
+    if dense.weight.dtype not in _HALF:
         return dense
     return copy.deepcopy(dense).float()
 
@@ -69,6 +75,9 @@ class AdapterCopy(ModulesToSaveWrapper):
 
     PEFT finds this wrapper already in place when it comes to ``modules_to_save`` and only calls :meth:`update`,
     so saving, loading and switching stay PEFT's.
+
+    Of a base in half precision a trained copy holds float32, in which small steps are not lost, and computes with what
+    that rounds to.
     """
 
     # PEFT tells by this that what is not saved with an adapter is none of the base model's either
@@ -78,6 +87,8 @@ class AdapterCopy(ModulesToSaveWrapper):
         self.policies = {adapter_name: policy}
         self.before_merge: list[str] | None = None  # the active adapters, while a merged one computes in their place
         self.labels: Any = None  # of a final layer: loretta.tuners.labels.Labels
+        # replicas of DataParallel have no parameters to list
+        self.parameter_names = tuple(name for name, _ in module.named_parameters())
         super().__init__(module, adapter_name)
 
     def update(self, adapter_name: str, tied_module: nn.Module | None = None, **kwargs) -> None:
@@ -86,8 +97,45 @@ class AdapterCopy(ModulesToSaveWrapper):
         policy = self._policy(adapter_name)
         for path in policy.tensorized if is_new else ():
             self._tensorize(adapter_name, path, policy)
+        for _, own, base in self._dense(adapter_name) if is_new and not policy.frozen else ():
+            own.data = own.data.to(torch.float32 if base.dtype in _HALF else own.dtype)
         self.freeze()
         self.show_labels()
+
+    def _dense(self, adapter_name: str) -> Iterator[tuple[str, nn.Parameter, nn.Parameter]]:
+        """Of each parameter that is in no train: its name, the adapter's own, and the base model's."""
+        trains = tuple(f"{path}." for path in self._policy(adapter_name).tensorized)
+        for name in () if "." in trains else self.parameter_names:
+            if not name.startswith(trains):
+                find = attrgetter(name)
+                yield name, find(self.modules_to_save[adapter_name]), find(self.original_module)
+
+    def to_base_dtype(self, adapter_name: str) -> None:
+        """Hold one adapter's copy in the dtype of the base."""
+        for _, own, base in self._dense(adapter_name) if adapter_name in self.modules_to_save else ():
+            own.data = own.data.to(base.dtype)
+
+    def _compute(self, adapter_name: str, args: Any, kwargs: Any) -> Any:
+        copied = self.modules_to_save[adapter_name]
+        if not (offloaded := [module for module in copied.modules() if is_offloaded(module)]):
+            return call_with(copied, self._rounded(adapter_name), args, kwargs)
+        with ExitStack() as here:
+            for module in offloaded:
+                here.enter_context(align_module_device(module))
+            return call_with(copied, self._rounded(adapter_name), args, kwargs, own_forward=True)
+
+    def _rounded(self, adapter_name: str) -> dict[str, Tensor]:
+        """What a copy in float32 computes with, where the base has half precision."""
+        return {
+            name: own.to(base.dtype)
+            for name, own, base in self._dense(adapter_name)
+            if base.dtype in _HALF and own.dtype == torch.float32
+        }
+
+    def _forward_wrapped(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.active_adapters:
+            return self.original_module(*args, **kwargs)
+        return self._compute(self.active_adapters[0], args, kwargs)
 
     def show_labels(self) -> None:
         """Have the model's config hold the label names of the adapter that computes."""
@@ -181,9 +229,9 @@ class AdapterCopy(ModulesToSaveWrapper):
         """As PEFT's, for any module that maps rows to rows: whole heads, not only linear layers."""
 
         def compute(name: str, rows: list[int]) -> Tensor:
-            has_copy = name in self.modules_to_save
-            module = self.modules_to_save[name] if has_copy else self.original_module
-            return module(input[rows], *args, **kwargs)
+            if name in self.modules_to_save:
+                return self._compute(name, (input[rows], *args), kwargs)
+            return self.original_module(input[rows], *args, **kwargs)
 
         return in_turn(adapter_names, compute)
 
@@ -237,6 +285,7 @@ class AdapterCopy(ModulesToSaveWrapper):
             raise ValueError(
                 f"cannot merge the heads of {', '.join(names)} into one: name one of them in adapter_names"
             )
+        self.to_base_dtype(names[0])
         module = self.modules_to_save[names[0]]
         for path, train in list(module.named_modules()):
             if isinstance(train, TTLinear):

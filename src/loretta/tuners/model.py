@@ -170,7 +170,8 @@ class LorettaModel(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """To the dtype of the base where PEFT is told not to autocast; adapters are made in float32 otherwise."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        for layer in () if autocast_adapter_dtype else self._layers(LorettaLayer) + self._layers(TrainedNorm):
+        own: list[Any] = [*self._layers(LorettaLayer), *self._layers(TrainedNorm), *self._layers(AdapterCopy)]
+        for layer in () if autocast_adapter_dtype else own:
             layer.to_base_dtype(adapter_name)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:

@@ -146,12 +146,12 @@ class TrainedNorm(nn.Module, AdaptedModule):
     def _call_base(self, weights: Mapping[str, float], args: Any, kwargs: Any) -> Tensor:
         parts = (self.base_layer, *(getattr(self, attribute) for attribute in self.adapter_layer_names))
         if not any(map(is_offloaded, parts)):
-            return _call(self.base_layer, self.with_changes(weights), args, kwargs)
+            return call_with(self.base_layer, self.with_changes(weights), args, kwargs)
         # accelerate's forward pass would put the parameters of the base over those that are given here
         with ExitStack() as here:
             for part in parts:
                 here.enter_context(align_module_device(part))
-            return _call(self.base_layer, self.with_changes(weights), args, kwargs, own_forward=True)
+            return call_with(self.base_layer, self.with_changes(weights), args, kwargs, own_forward=True)
 
     def _mixed(self, adapter_names: Sequence[str], x: Tensor, args: Any, kwargs: Any) -> Tensor:
         if isinstance(x, nn.Parameter) and not self.merged:
@@ -287,18 +287,32 @@ def values_as_changes(model: nn.Module, adapter_name: str, tensors: Mapping[str,
     return translated
 
 
-def _call(
-    norm: nn.Module, parameters: Mapping[str, Tensor], args: Any, kwargs: Any, *, own_forward: bool = False
-) -> Tensor:
-    """The forward pass of ``norm`` with other parameters; its class's, past one that is bound to it, if asked for."""
+def call_with(
+    module: nn.Module, parameters: Mapping[str, Tensor], args: Any, kwargs: Any, *, own_forward: bool = False
+) -> Any:
+    """The forward pass of ``module`` with other parameters; its class's, past one bound to it, if asked for."""
     if not parameters:
-        return norm(*args, **kwargs)
-    if torch.compiler.is_compiling() or ("forward" in norm.__dict__ and not own_forward):
+        return module(*args, **kwargs)
+    parts = module.modules() if module._modules else (module,)
+    if torch.compiler.is_compiling() or (not own_forward and any("forward" in part.__dict__ for part in parts)):
         # what is bound to the instance, as accelerate's forward passes are, sees no other one
-        return functional_call(norm, dict(parameters), args, kwargs)
-    # functional_call writes to the module for the length of the call, which another thread may be computing with
-    other = norm.__new__(type(norm))
-    other.__dict__ = {**norm.__dict__, **parameters}
-    if own_forward:
-        other.__dict__.pop("forward", None)
-    return other(*args, **kwargs)
+        return functional_call(module, dict(parameters), args, kwargs)
+    return _holding(module, parameters)(*args, **kwargs)
+
+
+def _holding(module: nn.Module, parameters: Mapping[str, Tensor]) -> nn.Module:
+    """A second module with these parameters and all else of the first, but a forward pass that is bound to it.
+
+    functional_call writes to the module for the length of the call, which another thread may be computing with.
+    """
+    below: dict[str, dict[str, Tensor]] = {}
+    own: dict[str, Tensor] = {}
+    for name, value in parameters.items():
+        child, dot, rest = name.partition(".")
+        (below.setdefault(child, {}) if dot else own)[rest or child] = value
+    children = {name: _holding(child, below[name]) if name in below else child
+                for name, child in module._modules.items() if child is not None}  # fmt: skip
+    other = module.__new__(type(module))
+    other.__dict__ = {**module.__dict__, **own, "_modules": {**module._modules, **children}}
+    other.__dict__.pop("forward", None)
+    return other

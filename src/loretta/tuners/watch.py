@@ -120,6 +120,13 @@ class Watch:
                 "which loses most small steps: keep what trains in float32, as it was made, and compute under autocast "
                 "(bf16=True of the Trainer)"
             )
+        half = [name for name, parameter in model.named_parameters() if _trains_in_half(name, parameter)]
+        if half and not any(layer.narrow for layer in layers.values()):
+            yield (
+                f"{len(half)} parameters outside of the trains (such as '{half[0]}') train in half precision, which "
+                "loses most small steps: load the base model in float32, and compute under autocast (bf16=True of the "
+                "Trainer)"
+            )
         now = _buffers_of_base(model)
         kept = {name: before for name, before in self.buffers.items() if name in now}
         names = [n for n, (before, count) in kept.items() if now[n][0] is not before or now[n][1] != count]
@@ -129,6 +136,12 @@ class Watch:
                 "training, as BatchNorm does, and no adapter is saved with these, so a loaded one would compute "
                 "something else: name the modules in modules_to_save, or keep them in evaluation mode"
             )
+
+
+def _trains_in_half(name: str, parameter: Tensor) -> bool:
+    """Whether a parameter that trains has half precision. Cores that somebody has cast are told by themselves."""
+    is_half = parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16)
+    return is_half and not any(part.startswith("loretta_") for part in name.split("."))
 
 
 def _should_add(layer: LorettaLayer) -> bool:
