@@ -7,9 +7,8 @@ Without --data it takes the first 1,200 sentences of SST-2 in --data-dir. The se
 at a commit; where there is no git, --source is the folder of that code. After --seconds the command is cut off, and the
 runs that have finished are counted. Rows of the file that are of another commit or way stay.
 
-"start" is the time until the first run is begun, "preparing" that of loading and wrapping, "training" that of
-recording, steps and evaluations, "saving" what is left until the folders of a unit are written, and "end" all behind
-the last one.
+"units_s" are the seconds of the units, each from the loading of its runs to their folders, those of new processes too;
+"training_s" are those of recording, steps and evaluations.
 """
 
 import argparse
@@ -20,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -52,31 +52,10 @@ def source_of(commit: str, to: Path) -> Path:
     return to / "src"
 
 
-def covered(intervals: list[tuple[float, float]]) -> float:
-    """The length of the union of some intervals: runs of a population share their time."""
-    total, reached = 0.0, float("-inf")
-    for begin, end in sorted(intervals):
-        total += max(0.0, end - max(begin, reached))
-        reached = max(reached, end)
-    return total
-
-
-def parts(folder: Path, begin: float, end: float) -> dict[str, float]:
-    """Where the seconds went, by the times of the files that a run's folder gets."""
-    runs = [run.parent for run in folder.rglob("run.json")]
-    locked = [run.with_name(f"{run.name}.lock").stat().st_mtime for run in runs]
-    begun = [(run / "config.json").stat().st_mtime for run in runs]
-    written = [(run / ".loretta.json").stat().st_mtime for run in runs]
-    training = sum(json.loads((run / "run.json").read_text())["train_seconds"] for run in runs)
-    preparing = covered(list(zip(locked, begun, strict=True)))
-    units = covered(list(zip(locked, written, strict=True)))
-    return {
-        "start": min(locked) - begin,
-        "preparing": preparing,
-        "training": training,
-        "saving": units - preparing - training,
-        "end": end - max(written),
-    }
+def seconds_of_units(outcomes: list[dict[str, Any]]) -> list[float]:
+    """Of each unit in turn: its runs are of one method, and have equal shares of it."""
+    alike = groupby(outcomes, key=lambda one: (one["folder"].rpartition("/")[0], one["seconds"]))
+    return [sum(one["seconds"] for one in runs) for _, runs in alike]
 
 
 def measured(args: argparse.Namespace, data: Path, source: Path, folder: Path) -> dict[str, Any]:
@@ -87,13 +66,13 @@ def measured(args: argparse.Namespace, data: Path, source: Path, folder: Path) -
     command = [sys.executable, "-m", "loretta", *words, "--data", str(data), "--model", args.model]
     given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     paths = [str(source), *(path for path in given if path and Path(path).resolve() != (ROOT / "src").resolve())]
-    log = args.out.with_suffix(".log")
-    with log.open("w") as to:
+    log, answer = args.out.with_suffix(".log"), folder.with_suffix(".json")
+    with log.open("w") as errors, answer.open("w") as to:
         begin = time.time()
         process = subprocess.Popen(
             [*command, "--output", str(folder), "--json"],
             stdout=to,
-            stderr=to,
+            stderr=errors,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
             start_new_session=True,
         )
@@ -120,8 +99,11 @@ def measured(args: argparse.Namespace, data: Path, source: Path, folder: Path) -
         return row | {"ended": "being cut off"}
     if process.returncode:
         raise SystemExit(f"loretta compare ended with status {process.returncode}: see {log}")
-    # processes beside each other share no time line
-    return row | {"ended": "itself"} | ({} if "--jobs" in args.more else {"parts": parts(folder, begin, end)})
+    return row | {
+        "ended": "itself",
+        "units_s": seconds_of_units(json.loads(answer.read_text())["outcomes"]),
+        "training_s": sum(json.loads(run.read_text())["train_seconds"] for run in finished),
+    }
 
 
 def main() -> None:

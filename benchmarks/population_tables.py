@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 from measured import NOT_MEASURED, Row, results, source, sources, table, verdict
 
@@ -82,6 +83,45 @@ def population_step_table() -> str:
     return sources(rows) + table(head, lines, numbers_from=1) if rows else NOT_MEASURED
 
 
+def population_bound_table() -> str:
+    """How fast a population could be at most: the frozen base by itself on the rows of all members."""
+    lines = [*_bounds_of_steps(), *_bounds_of_trainings()]
+    head = (
+        "case | method | members | one by one, examples/s | together | target | the base alone, times as fast | "
+        "the members | the members / the base"
+    )
+    return table(head, lines, numbers_from=2) if lines else NOT_MEASURED
+
+
+def _bounds_of_steps() -> list[list[Any]]:
+    rows = results("population_floor")
+    lines = []
+    for row in (row for row in rows if row["how"] == "together"):
+        one = next(o for o in rows if o["how"] == "alone" and _compared(o) == _compared(row))
+        floor = next(o for o in rows if o["how"] == "floor" and o["graph"] == row["graph"])
+        rates = [1000 * o["members"] / o["ms"] for o in (one, row, floor)]
+        lines.append(_bound(f"{row['model']}, 1x{row['tokens']}", row, *rates))
+    return lines
+
+
+def _bounds_of_trainings() -> list[list[Any]]:
+    rows, steps = results("population_rte_again"), results("population_step_rte")
+    floors = [row["tokens"] * row["rows"] / row["ms"] for row in steps if row["case"] == "floor, packed"]
+    lines = []
+    for row in (row for row in rows if row["members"] == 64 and floors):
+        one = next(o for o in rows if o["how"] == "alone" and _compared(o) == _compared(row))
+        for words, of in (("", "tokens_an_example"), (", padded as its steps are", "padded_tokens_an_example")):
+            rates = one["examples_per_s"], row["examples_per_s"], 1000 * max(floors) / steps[0][of]
+            lines.append(_bound(f"MiniLM, {row['task']}{words}", row, *rates))
+    return lines
+
+
+def _bound(case: str, row: Row, one: float, together: float, floor: float) -> list[Any]:
+    target = POPULATION_TARGETS[row["part"], row["members"]]
+    rates, times = (f"{one:,.0f}", f"{together:,.0f}"), (f"{floor / one:.1f}", f"{together / one:.1f}")
+    return [case, row["method"], row["members"], *rates, f"{target:g}", *times, f"{together / floor:.2f}"]
+
+
 def population_cpu_table() -> str:
     """Processor time of a run in a population against that of the run alone."""
     rows = results("population_cpu")
@@ -99,13 +139,14 @@ def population_cpu_table() -> str:
 
 
 def compare_table() -> str:
-    """A whole `loretta compare`, with code of two commits."""
-    rows = results("compare")
-    lines = [
-        [row["code"], row["commit"], f"{row['runs']} of {row['of']}", f"{row['seconds']:.0f}", row["exit"]]
-        for row in rows
-    ]
-    head = "a process for | commit | runs finished | seconds | ended by"
+    """A whole `loretta compare`, with the code of two commits."""
+    rows = results("compare*")
+    lines = []
+    for row in rows:
+        units = ", ".join(f"{seconds:.0f}" for seconds in row.get("units_s", ()))
+        training = f"{row['training_s']:.0f}" if "training_s" in row else ""
+        lines.append([row["name"], row["commit"], row["runs"], f"{row['seconds']:.0f}", row["ended"], units, training])
+    head = "a process for | commit | runs finished | seconds | ended by | of its units | of training"
     return sources(rows) + table(head, lines, numbers_from=2) if rows else NOT_MEASURED
 
 
@@ -114,11 +155,11 @@ def halving_table() -> str:
     rows = results("halving*")
     lines = []
     for row in rows:
-        alike = [other for other in rows if other["file"] == row["file"]]
-        one, grid = (next(o for o in alike if o["how"] == how) for how in ("one by one, estimated", "grid"))
         case = f"{row['model']}, {row['task']}, {row['epochs']:g} epochs"
         how = {"grid": "grid, in populations", "halving": "halving, in populations"}.get(row["how"], row["how"])
-        parts = [f"{row['processor_s'] / other['processor_s']:.2f}" for other in (one, grid)]
+        of_file = {other["how"]: other for other in rows if other["file"] == row["file"]}
+        others = (of_file.get(other) for other in ("one by one, estimated", "grid"))
+        parts = [f"{row['processor_s'] / other['processor_s']:.2f}" if other else "" for other in others]
         score = f"{row['score']:.3f}" if "score" in row else ""
         lines.append([case, how, f"{row['seconds']:.0f}", f"{row['processor_s']:.0f}", *parts, score])
     head = "case | 64 candidates | seconds | processor, s | / one by one | / grid | best validation score"
@@ -153,6 +194,7 @@ POPULATION_SECTIONS: dict[str, Callable[[], str]] = {
     "population split": partial(population_split_table, "population_h200*"),
     "population split again": partial(population_split_table, "population_rte_again"),
     "population steps": population_step_table,
+    "population bound": population_bound_table,
     "population on a cpu": population_cpu_table,
     "compare": compare_table,
     "halving": halving_table,

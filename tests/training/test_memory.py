@@ -127,6 +127,17 @@ def test_a_run_on_the_cpu_takes_nothing_of_a_gpu(monkeypatch):
     assert free_memory() == 0
 
 
+def test_what_cublas_keeps_for_each_stream_is_released_before_the_bytes_are_counted(monkeypatch):
+    """Else a process that recorded three populations would seem to have failed to release them."""
+    kept = [2**25] * 3
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", kept.clear, raising=False)
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: sum(kept))
+    assert free_memory() == 0
+
+
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="this system cannot begin a new peak")
 def test_a_process_begins_a_new_peak_for_its_next_run():
     free_memory()  # what tests before this one held at most may be more than this one holds
