@@ -45,7 +45,7 @@ def rows() -> list[Row]:
     found = [row for row in read_rows(files) if row["model"] in MODELS]
     searched = [row for row in found if row.get("part") == "rates"]
     centres = {(row["model"], row["method"]): float(best_rate(row)) for row in searched}
-    peers = {method.name: method.like or method.name for method in PEERS}
+    peers = {method.name: method.like or method.name for method in PEERS if method.method.startswith("peft:")}
 
     def searches(row: Row) -> bool:
         """Whether a row is of a peer whose best rate, of six, was not found or is not next to its grid: it compares

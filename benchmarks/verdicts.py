@@ -196,7 +196,7 @@ def standing(found: Sequence[Row], which: str = "official") -> str:
 
 SHOWN = {
     "rep": ("LoRA r=1", "norms"), "compact + norms": ("LoRA r=8", "norms"),
-    "shared r=1": ("LoRA r=1", "LoRA r=1 last 3"),
+    "shared r=1": ("LoRA r=1", "Uni-LoRA d=5000"),
 }  # fmt: skip
 
 
