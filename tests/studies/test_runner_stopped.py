@@ -103,7 +103,7 @@ def test_killed_half_way_and_resumed(bert, data_dir, tmp_path, monkeypatch):
     assert run_study(load_study("table1"), options, tmp_path, jobs=0).complete
     (cell,) = collect(tmp_path).cells
     for score, state in zip(cell.scores, before, strict=True):
-        record = collect(tmp_path).record(tmp_path, score)
+        record = RunRecord.load(tmp_path / score.folder / "run.json")
         history = [point for point in record.history if point.split == "validation"]
         known = [(entry["step"], entry["eval_loss"]) for entry in state["log_history"] if "eval_loss" in entry]
         assert [(point.step, point.values["loss"]) for point in history][: len(known)] == known
