@@ -33,12 +33,11 @@ import transformers
 from cells import PER_RATE, Cell, cells_beyond, cells_of, command_of, joined, left, table
 from claims import Worker, oversee, take
 from encoders import graphable
-from methods import FROZEN, IA3, INNER, METHODS, NORMS, OURS, TARGETS, UNTRAINED, Method
+from methods import FROZEN, IA3, METHODS, NORMS, OURS, TARGETS, UNTRAINED, Method
 from prompts import give_head, option_tokens, perplexities, write_words
 from protocol import HEAD_RATE, OFFICIAL_LENGTH, TASKS, read_rows, split
 
 from loretta.errors import InputError
-from loretta.layers.trains import Cores
 from loretta.population import training as population_training
 from loretta.population.loop import Loop
 from loretta.population.rows import Rows
@@ -47,6 +46,7 @@ from loretta.training.config import RunConfig
 from loretta.training.data import encode_splits, load_config_task
 from loretta.training.methods import virtual_tokens
 from loretta.training.model import load_tokenizer
+from loretta.tuners.rep.layer import RepLinear, larger_starts
 
 # tokens of all members: as many as one part of a step has, and as are scored at once; of large models fewer, so that
 # eight processes find room on one GPU
@@ -205,22 +205,21 @@ def set_factors(loop: Loop, method: Method) -> None:
     if not method.factors and not method.bonds:
         return
     rates = loop.optimizer.rates = loop.optimizer.rates.expand_as(loop.population.values).clone()
-    skeleton: Any = loop.population.model
-    with loop.population.released(0):
-        trains = {f"{name}.values": m for name, m in skeleton.named_modules() if isinstance(m, Cores)}
     for name, where in loop.population.slices.items():
         for word, factor in method.factors.items():
             if word in name:
                 rates[:, where] *= factor
-        if method.bonds and name in trains:
-            shape: Any = trains[name].shape
-            factors = [
-                ((INNER if left > 1 else 1) / (left if left > 1 or not cut else mode)) ** method.bonds
-                for k, (left, mode, _) in enumerate(shape.cores)
-                for cut in ["_up." in name and k == 0 and method.options["r"] > 1]
-            ]
-            each = torch.tensor(factors).repeat_interleave(torch.tensor([math.prod(core) for core in shape.cores]))
-            rates[:, where] *= each.to(rates)
+    if method.bonds:
+        skeleton: Any = loop.population.model
+        with loop.population.released(0):
+            layers = [(name, m) for name, m in skeleton.named_modules() if isinstance(m, RepLinear)]
+        for name, layer in layers:
+            placement = layer.placements["default"]
+            sides = zip(("down", "up"), larger_starts(placement), (placement.down, placement.up), strict=True)
+            for part, larger, shape in sides:
+                each = torch.tensor(larger).repeat_interleave(torch.tensor([math.prod(core) for core in shape.cores]))
+                where = loop.population.slices[f"{name}.loretta_rep_{part}.default.values"]
+                rates[:, where] /= each.to(rates) ** method.bonds
 
 
 def is_large(loop: Loop) -> bool:

@@ -212,13 +212,32 @@ def test_a_grid_is_a_factor_of_two_apart():
     assert methods.grid("LoRA r=1", 2, 4.0) == (7.5e-4, 3e-3)
 
 
-def test_a_cell_is_measured_from_its_files_to_its_row(bert, tmp_path):
+def write_cola(folder):
     for name, rows in (("train", 40), ("validation", 24)):
-        (tmp_path / "cola").mkdir(exist_ok=True)
-        with gzip.open(tmp_path / "cola" / f"{name}.jsonl.gz", "wt") as file:
+        (folder / "cola").mkdir(exist_ok=True)
+        with gzip.open(folder / "cola" / f"{name}.jsonl.gz", "wt") as file:
             for text, label in sentences(rows):
                 file.write(json.dumps({"sentence": text, "label": int(label == "pos")}) + "\n")
-    protocol.split("cola", tmp_path, tmp_path / "split")
+    protocol.split("cola", folder, folder / "split")
+
+
+def test_rates_of_single_cores_learn_as_the_options_that_stand_for_them(bert, tmp_path, monkeypatch):
+    """A rate for each core, with which even_rates was measured, and larger cores in a smaller update, which it is."""
+    write_cola(tmp_path)
+    args = argparse.Namespace(model=bert, data_dir=tmp_path, max_steps=20, limit=None, cpu=True)
+    cores = methods.METHODS["compact cores^1 r=4"]
+    even = replace(cores, bonds=0.0, options={**cores.options, "even_rates": True})
+    losses = []
+    for method in (cores, even, replace(cores, bonds=0.0)):
+        monkeypatch.setitem(methods.METHODS, cores.name, method)
+        cell = forms.Cell(task="cola", method=cores.name, rates=(0.01,), seeds=(0, 1), epochs=3)
+        losses.append(forms.measure(cell, args, tmp_path / "split")["train_loss"]["0.01"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0] != pytest.approx(losses[2], rel=1e-3)  # one rate for all cores
+
+
+def test_a_cell_is_measured_from_its_files_to_its_row(bert, tmp_path):
+    write_cola(tmp_path)
     args = argparse.Namespace(model=bert, data_dir=tmp_path, max_steps=4, limit=None, cpu=True)
     cell = forms.Cell(task="cola", method="shared r=2 + norms", rates=(1e-3, 1e-1), seeds=(0, 1), epochs=2)
     forms.measure(replace(cell, rates=(1e-3,)), args, tmp_path / "split")

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict
 FRONT = Path(__file__).with_name("front.json")
 Kind = Literal["encoder", "decoder"]
 _MODES = {1: "one mode", 2: "two modes", 3: "three modes"}
+MORE = 1.25  # a method with so many times the parameters of a form is compared with it: ranks lie a factor of 2 apart
 # stands among a form's options for the names that loretta.plan.auto finds in a model
 ATTENTION = "linear layers of attention"
 
@@ -89,10 +90,12 @@ class Front(_Plain):
         return sorted(some, key=lambda form: -form.scores[name].gain)
 
     def why(self, form: Form, kind: Kind, width: int | None) -> str:
-        """The score of a form on the measured model that is most like the given one, beside the nearest count there."""
+        """The score of a form on the measured model that is most like the given one, beside the best other method there
+        with at most a quarter more parameters."""
         name = self.nearest(kind, width)
         model, score = self.models[name], form.scores[name]
-        other = min(model.others, key=lambda other: (abs(math.log(other.count / score.count)), -other.mean))
+        fits = [other for other in model.others if other.count <= MORE * score.count]
+        other = max(fits, key=lambda other: other.mean) if fits else min(model.others, key=lambda other: other.count)
         tasks = " and ".join([", ".join(model.tasks[:-1]), model.tasks[-1]] if model.tasks[1:] else model.tasks)
         return (
             f"{form.words}: {_short(score.mean)} with {score.count:,} parameters on {name} (mean of {tasks}), "

@@ -27,7 +27,7 @@ from loretta.tuners.placement import Placement, rank_for
 from loretta.tuners.rep.config import COMPACT, LorettaRepConfig
 
 
-def _larger(placement: Placement) -> tuple[list[float], list[float]]:
+def larger_starts(placement: Placement) -> tuple[list[float], list[float]]:
     """How many times larger each core of both trains starts with ``even_rates``.
 
     As many times as numbers of a rank are summed where the core meets the ones before it. Within a side these are
@@ -60,7 +60,7 @@ class RepLinear(LorettaLayer):
         self._add_trains(adapter_name, placement, str(config.init_weights), config.lora_dropout)
         if config.even_rates:
             for pair in self._trains(adapter_name):
-                for cores, larger in zip(pair, _larger(placement), strict=True):
+                for cores, larger in zip(pair, larger_starts(placement), strict=True):
                     cores.assign([factor * core for core, factor in zip(cores, larger, strict=True)])
         self.set_scaling(adapter_name, config)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
@@ -75,7 +75,7 @@ class RepLinear(LorettaLayer):
         rank = rank_for(config, name)
         alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), name), config.lora_alpha)
         even = isinstance(config, LorettaRepConfig) and config.even_rates  # a shared train has no such option
-        larger = math.prod(chain(*_larger(placement))) if even else 1.0
+        larger = math.prod(chain(*larger_starts(placement))) if even else 1.0
         self.scaling[adapter_name] = alpha / (math.sqrt(rank) if config.use_rslora else rank) / larger
 
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
