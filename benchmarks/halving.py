@@ -25,7 +25,6 @@ from loretta.cli.study import sweep_options
 from loretta.studies.compare import comparison
 from loretta.studies.configs import Options
 from loretta.studies.expansion import expand
-from loretta.studies.halving import cost
 from loretta.studies.results import collect
 from loretta.studies.runner import run_study
 from loretta.training.run import train
@@ -100,8 +99,7 @@ def main() -> None:
             rows.append(work(Path(folder)))
         print(json.dumps(rows[-1], indent=1), flush=True)
         head = about("cpu" if args.cpu else "cuda", "float32" if args.cpu else "bfloat16")
-        share = cost(args.candidates) / args.candidates
-        content = {**head, **given, "candidates": args.candidates, "share_of_steps": share, "rows": rows}
+        content = {**head, **given, "candidates": args.candidates, "rows": rows}
         args.out.write_text(json.dumps(content, indent=1) + "\n")
 
 

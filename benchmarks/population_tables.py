@@ -1,5 +1,6 @@
 """The tables of docs/performance.md on populations."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -26,6 +27,8 @@ def population_table(name: str = "population") -> str:
         ratio, target = rates[1] / rates[0], POPULATION_TARGETS.get((row["part"], row["members"]))
         memory = [f"{o['peak_bytes'] / 2**30:.2f}" for o in (one, row)]
         judged = f"{target:g}: {verdict(ratio >= target)}" if target and row["graph"] else ""
+        if target and ratio < target and (most := _base_rate(row) / rates[0]) < target:
+            judged += f", at most {most:.1f}"
         graph = "yes" if row["graph"] else "no"
         lines.append(
             [
@@ -85,7 +88,7 @@ def population_step_table() -> str:
 
 def population_bound_table() -> str:
     """How fast a population could be at most: the frozen base by itself on the rows of all members."""
-    lines = [*_bounds_of_steps(), *_bounds_of_trainings()]
+    lines = _bounds()
     head = (
         "case | method | members | one by one, examples/s | together | target | the base alone, times as fast | "
         "the members | the members / the base"
@@ -93,27 +96,35 @@ def population_bound_table() -> str:
     return table(head, lines, numbers_from=2) if lines else NOT_MEASURED
 
 
-def _bounds_of_steps() -> list[list[Any]]:
-    rows = results("population_floor")
+def _bounds() -> list[list[Any]]:
     lines = []
-    for row in (row for row in rows if row["how"] == "together"):
-        one = next(o for o in rows if o["how"] == "alone" and _compared(o) == _compared(row))
-        floor = next(o for o in rows if o["how"] == "floor" and o["graph"] == row["graph"])
-        rates = [1000 * o["members"] / o["ms"] for o in (one, row, floor)]
-        lines.append(_bound(f"{row['model']}, 1x{row['tokens']}", row, *rates))
-    return lines
-
-
-def _bounds_of_trainings() -> list[list[Any]]:
-    rows, steps = results("population_rte_again"), results("population_step_rte")
-    floors = [row["tokens"] * row["rows"] / row["ms"] for row in steps if row["case"] == "floor, packed"]
-    lines = []
-    for row in (row for row in rows if row["members"] == 64 and floors):
-        one = next(o for o in rows if o["how"] == "alone" and _compared(o) == _compared(row))
+    for row in (*results("population_floor"), *results("population_rte_again")):
+        one = next(
+            (o for o in results(row["file"][:-5]) if o["how"] == "alone" and _compared(o) == _compared(row)), row
+        )
+        if row is one or (row["part"], row["members"]) not in POPULATION_TARGETS or row["members"] == 16:
+            continue
+        if row["part"] == "step":
+            rates = [1000 * o["members"] / o["ms"] for o in (one, row)]
+            lines.append(_bound(f"{row['model']}, 1x{row['tokens']}", row, *rates, _base_rate(row)))
+            continue
         for words, of in (("", "tokens_an_example"), (", padded as its steps are", "padded_tokens_an_example")):
-            rates = one["examples_per_s"], row["examples_per_s"], 1000 * max(floors) / steps[0][of]
-            lines.append(_bound(f"MiniLM, {row['task']}{words}", row, *rates))
+            rates = [o["examples_per_s"] for o in (one, row)]
+            lines.append(_bound(f"MiniLM, {row['task']}{words}", row, *rates, _base_rate(row, of)))
     return lines
+
+
+def _base_rate(row: Row, of: str = "padded_tokens_an_example") -> float:
+    """Examples a second of the frozen base by itself on the rows of all members; infinite where it was not measured."""
+    if row["part"] == "step":
+        alike = [o for o in results("population_floor") if o["how"] == "floor"]
+        keys = ("device", "model", "tokens", "layers", "members", "graph")
+        rates = {tuple(map(o.get, keys)): 1000 * o["members"] / o["ms"] for o in alike}
+        return rates.get(tuple(map(row.get, keys)), math.inf)
+    alike = [o for o in results("population_step*") if o["case"] == "floor, packed" and of in o]
+    keys = ("device", "task", "members")
+    same = [o for o in alike if all(o[key] == row[key] for key in keys)]
+    return max((1000 * o["rows"] * o["tokens"] / o["ms"] / o[of] for o in same), default=math.inf)
 
 
 def _bound(case: str, row: Row, one: float, together: float, floor: float) -> list[Any]:
@@ -170,15 +181,14 @@ def stopped_table() -> str:
     """When a search by halving stopped its candidates, and the first and the last of those it stopped there."""
     lines = []
     for row in results("halving*"):
-        steps: dict[str, list[str]] = {}
+        steps: dict[tuple[int, str], list[tuple[int, str]]] = {}
         for folder, words in row.get("stopped", {}).items():
             place, _, at = words.partition(" at ")
             step, _, score = at.partition(", ")
-            steps.setdefault(f"{place.partition(' of ')[2]}|{step}", []).append(f"{score} ({folder})")
-        for key, found in sorted(steps.items(), key=lambda item: -int(item[0].partition("|")[0])):
-            at_work, _, step = key.partition("|")
-            values = sorted(found, key=lambda words: float(words.split()[1]))
-            lines.append([row["model"], row["task"], step, at_work, len(found), values[-1]])
+            number, _, count = place.partition(" of ")
+            steps.setdefault((int(count), step), []).append((int(number), f"{score} ({folder})"))
+        for (count, step), found in sorted(steps.items(), reverse=True):
+            lines.append([row["model"], row["task"], step, count, len(found), min(found)[1]])
     head = "model | task | at | candidates | stopped | the best of the stopped"
     return table(head, lines, numbers_from=3) if lines else NOT_MEASURED
 

@@ -182,16 +182,19 @@ class _RowOnModel:
     def _halved(self, task: str, tried: Sequence[Planned]) -> tuple[list[Planned], int | None]:
         """The candidates, each with how far successive halving trains it, and the index of the winner."""
         metric, count = self.study.metrics.get(task), len(tried)
-        steps = ", ".join(f"{rung.candidates} to {rung.share:.3g}" for rung in halving.rungs(count))
+        warmup = max(run.run_config().warmup for run in tried)
+        steps = ", ".join(f"{rung.candidates} to {rung.share:.3g}" for rung in halving.rungs(count, warmup))
         self.notes[
             f"a search of {count} candidates trains {steps} of their steps and 1 to the end: "
-            f"{halving.cost(count) / count:.0%} of the steps of them all"
+            f"{halving.cost(count, warmup) / count:.0%} of the steps of them all"
         ] = None
         folders = [self.root / run.folder for run in tried]
         stands = halving.search(
             folders,
             [folder_state(folder)[0] == "failed" for folder in folders],
-            lambda at: _merit(at["validation"], metric, at["metric"], at["higher_is_better"]),
+            # the loss first: long before scores differ by more than chance, losses do
+            lambda at: _merit(at["validation"], metric, at["metric"], at["higher_is_better"])[::-1],
+            warmup,
         )
         planned = [
             run.model_copy(update={"until": stand.until, "stopped": stand.stopped})

@@ -27,18 +27,21 @@ class Rung:
     candidates: int
 
 
-def rungs(candidates: int) -> tuple[Rung, ...]:
-    """The pauses in order. The one candidate that is left after the last pause is trained to its end."""
+def rungs(candidates: int, warmup: float = 0.0) -> tuple[Rung, ...]:
+    """The pauses in order. The one candidate that is left after the last pause is trained to its end.
+
+    None lies within the share ``warmup`` of the steps, in which rates rise from 0: the first step changes nothing.
+    """
     count = math.ceil(round(math.log(candidates, QUARTER), 9))
-    return tuple(
-        Rung(share=float(QUARTER) ** (k - count), candidates=-(-candidates // QUARTER**k)) for k in range(count)
-    )
+    pauses = [Rung(float(QUARTER) ** (k - count), -(-candidates // QUARTER**k)) for k in range(count)]
+    behind = [pause for pause in pauses if pause.share > warmup] or pauses[-1:]
+    return tuple(Rung(pause.share, pause.candidates if k else candidates) for k, pause in enumerate(behind))
 
 
-def cost(candidates: int) -> float:
+def cost(candidates: int, warmup: float = 0.0) -> float:
     """Steps of a whole search, in units of one candidate's whole training."""
     shares, total = 0.0, 0.0
-    for rung in rungs(candidates):
+    for rung in rungs(candidates, warmup):
         total += rung.candidates * (rung.share - shares)
         shares = rung.share
     return total + 1 - shares
@@ -93,15 +96,18 @@ class Stand:
 
 
 def search(
-    folders: Sequence[Path], failed: Sequence[bool], merit: Callable[[dict[str, Any]], tuple[float, ...]]
+    folders: Sequence[Path],
+    failed: Sequence[bool],
+    merit: Callable[[dict[str, Any]], tuple[float, ...]],
+    warmup: float = 0.0,
 ) -> list[Stand]:
     """Where each candidate stands, read off the folders of all; those that ``failed`` are not waited for.
 
-    ``merit`` is a key for what :func:`reached` returns; larger is better.
+    ``merit`` is a key for what :func:`reached` returns; larger is better. ``warmup`` as for :func:`rungs`.
     """
     alive = list(range(len(folders)))
     stands = [Stand(None) for _ in folders]
-    pauses = rungs(len(folders))
+    pauses = rungs(len(folders), warmup)
     for k, rung in enumerate(pauses):
         scores = {c: reached(folders[c], rung.share) for c in alive}
         for c in alive:
@@ -113,8 +119,9 @@ def search(
         keep = pauses[k + 1].candidates if k + 1 < len(pauses) else 1
         for place, c in enumerate(order[keep:], keep + 1):
             at = scores[c] or {}
-            value = at["validation"].get(at["metric"], at["validation"].get("loss", math.nan))
-            words = f"{place} of {len(order)} at step {at['step']} of {at['steps']}, {at['metric']} {value:.4g}"
+            found = {name: at["validation"].get(name) for name in ("loss", at["metric"])}
+            values = [f"{name} {value:.4g}" for name, value in found.items() if value is not None]
+            words = ", ".join([f"{place} of {len(order)} at step {at['step']} of {at['steps']}", *values])
             stands[c] = Stand(rung.share, words)
         alive = order[:keep]
     for c in alive:
