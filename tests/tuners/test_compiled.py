@@ -163,6 +163,19 @@ def test_switching_compiles_once_for_each_adapter(method, trains):
 
 
 @every_method
+@every_mode
+def test_two_active_adapters_have_each_their_own_scale(method, trains):
+    """Their trains are equal, and are contracted as one group."""
+    model, inputs = two_adapters(method)
+    for layer in (module for module in model.modules() if isinstance(module, LorettaLayer)):
+        layer.scaling["other"] *= 3
+    model.base_model.set_adapter(["default", "other"])
+    compiled = Counted(model)
+    assert_same(compiled, model, inputs, trains=trains)
+    assert compiled.graphs == 1
+
+
+@every_method
 def test_disabling_compiles_once_more(method):
     model, inputs = small("mlp", method)
     compiled, base = Counted(model), base_of("mlp")[0]

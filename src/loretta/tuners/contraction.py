@@ -188,7 +188,7 @@ class Contraction:
         else:
             self.seat(joins=not calls.is_recorded())
         pairs: dict[tuple[Any, ...], list[Pair]] = defaultdict(list)
-        scales: dict[Hashable, Tensor | None] = {}
+        seated: dict[Hashable, list[tuple[str, _Seat]]] = defaultdict(list)
         for layer, seats in self.seats:
             for name, pair in layer.active_pairs(names):
                 if not (number := seats[name].numbers[pair]):
@@ -199,8 +199,8 @@ class Contraction:
                     kinds = tuple((t.shape, t.dtype, t.device, t.requires_grad) for t in tensors)
                     key = number, kinds, sharded
                     pairs[key].append((layer, name, pair))
-                    scales.setdefault(key, seats[name].scale)
-        groups = [Group(equal, scales[key], is_sharded=key[-1]) for key, equal in pairs.items()]
+                    seated[key].append((name, seats[name]))
+        groups = [Group(equal, _scale_of(seated[key]), is_sharded=key[-1]) for key, equal in pairs.items()]
         if not torch.compiler.is_dynamo_compiling():
             for stacked, _, _ in (pair for group in groups for pair in group.pairs):
                 _contraction_of[stacked] = ref(self)
@@ -324,6 +324,13 @@ def serving(model: nn.Module) -> Iterator[None]:
 
 def _is_as_grouped(group: Group, tensors: Sequence[Tensor | None]) -> bool:
     return all(map(is_sharded, tensors)) if group.is_sharded else _are_plain(tensors)
+
+
+def _scale_of(seated: Sequence[tuple[str, _Seat]]) -> Tensor | None:
+    """The tensor that holds the scales of these pairs and no others; None where they are of several adapters."""
+    (name, seat), *_ = seated
+    of_one = all(other == name and own.numbers == seat.numbers for other, own in seated)
+    return seat.scale if of_one and seat.scale is not None and len(seat.scale) == len(seated) else None
 
 
 def _are_plain(tensors: Sequence[Tensor | None]) -> bool:
