@@ -35,7 +35,8 @@ def table(head: str, rows: list[list[Any]], *, numbers_from: int = 1) -> str:
 def source(row: Row) -> str:
     """Where numbers come from, as a line above their table."""
     versions = ", ".join(f"{name} {row['versions'][name]}" for name in ("torch", "transformers", "peft"))
-    device = f"{row['processor']}, {row['threads']} threads" if row["device"] == "cpu" else row["device"]
+    on_cpu = row["device"] == "cpu"
+    device = f"{row['processor']}, {row['threads']} thread{'s' * (row['threads'] != 1)}" if on_cpu else row["device"]
     file = f"[{row['file']}](../benchmarks/results/{row['file']})"
     return f"{device}, {row['dtype']}, {versions}; {file}\n\n"
 

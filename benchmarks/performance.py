@@ -194,6 +194,14 @@ def compiled_table() -> str:
     return table(head, lines, numbers_from=3) if rows else NOT_MEASURED
 
 
+def shares_table() -> str:
+    """Milliseconds that the CPU works at the parts of a compiled step."""
+    rows = results("shares")
+    parts = ("guards", "code forward", "code backward", "around forward", "around backward", "optimiser", "step")
+    lines = [[r["method"], r["tensors"], *(f"{r[part]:.2f}" if r[part] else "" for part in parts)] for r in rows]
+    return source(rows[0]) + table(f"method | tensors | {' | '.join(parts)}", lines) if rows else NOT_MEASURED
+
+
 # Everything else
 
 
@@ -318,6 +326,7 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "contraction": contraction_table,
     "launches": launches_table,
     "compiled": compiled_table,
+    "shares": shares_table,
     "processes": processes_table,
     "four bits": four_bit_table,
     "data parallel": parallel_table,
