@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from board import Board, Row, markdown, paired, signed, verdict, words
 from methods import UNTRAINED
@@ -36,7 +37,7 @@ from verdicts import (
 
 CHOOSING, PAGE, PICTURE = ROOT / "docs" / "choosing.md", ROOT / "RESULTS.md", ROOT / "docs" / "front.svg"
 README = ROOT / "README.md"
-CLOSE, LEVEL = 1.25, 0.012  # counts and scores so near that the smaller one has its name on the left
+ROOM = 0.012  # of scores below and above those of the picture
 WIDEST = 1_000_000  # trained parameters of what has a place on the picture's axis
 
 
@@ -265,14 +266,6 @@ def draw(found: Sequence[Row], path: Path) -> None:
                     board.trained(method), middle, yerr=0 if math.isnan(half) else half, marker=marker, color=color,
                     linestyle="", capsize=2, linewidth=0.8, label=label,
                 )  # fmt: skip
-                crowded = any(
-                    1 < other / board.trained(method) < CLOSE and abs(score - middle) < LEVEL for other, score in points
-                )
-                axes.annotate(
-                    method, (board.trained(method), middle), (-5 if crowded else 5, 0), textcoords="offset points",
-                    fontsize=7, va="center", ha="right" if crowded else "left",
-                    bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5, "alpha": 0.8},
-                )  # fmt: skip
                 label = "_"
         for method, scores in whole.items():  # far beyond the others, as all of a model is
             if board.trained(method) > WIDEST:
@@ -284,11 +277,41 @@ def draw(found: Sequence[Row], path: Path) -> None:
         ticks = [size for size in (*SIZES, 160_000, 320_000) if 0.8 * min(counts) < size < 1.4 * max(counts)]
         axes.set_xticks(ticks, [f"{size // 1000}K" for size in ticks])
         axes.minorticks_off()
+        # the whole of an interval only where it is not that of seeds that failed
+        middles = [score for _, score in points]
+        axes.set_ylim(min(middles) - ROOM, max(middles) + 2 * ROOM)
         axes.set_xlabel("trained parameters, without the head")
         axes.set_ylabel(f"mean of {', '.join(board.common)} (official validation)")
         axes.set_title(f"{MODELS[model]}: {board.seeds(whole)} seeds, 95 % intervals", fontsize=9)
-        axes.legend(frameon=False)
+        axes.legend(frameon=False, loc="lower right")
+        figure.draw_without_rendering()
+        write_names(axes, {method: (board.trained(method), scores.mean()) for method, scores in whole.items()})
         figure.savefig(path, metadata={"Date": None})
+
+
+def write_names(axes: Any, points: dict[str, tuple[float, float]]) -> None:
+    """Write the name of each point beside it, where none of the points and names before is in the way."""
+    from matplotlib.text import Text
+    from matplotlib.transforms import Bbox
+
+    at = {name: axes.transData.transform(point) for name, point in points.items() if 0 < point[0] <= WIDEST}
+    taken = [Bbox.from_extents(x - 4, y - 4, x + 4, y + 4) for x, y in at.values()]
+    for name in at:
+        for x, y in ((6, 0), (-6, 0), *((x, y) for far in (9, 18, 27) for y in (far, -far) for x in (2, -2))):
+            text = axes.annotate(
+                name, points[name], (x, y), textcoords="offset points", fontsize=7, va="center",
+                ha="left" if x > 0 else "right",
+                arrowprops={"arrowstyle": "-", "linewidth": 0.3, "color": "grey", "shrinkA": 0} if abs(y) > 9 else None,
+            )  # fmt: skip
+            text.get_window_extent()  # moves it to its place
+            box = Text.get_window_extent(text)  # without its line
+            inside = axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1 and axes.bbox.y0 < box.y0 and box.y1 < axes.bbox.y1
+            if inside and not any(box.overlaps(other) for other in taken):
+                break
+            text.remove()
+        else:
+            continue  # no room: the tables have it
+        taken.append(box)
 
 
 def pages(found: Sequence[Row]) -> list[tuple[Path, dict[str, str]]]:
