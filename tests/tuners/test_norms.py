@@ -294,7 +294,7 @@ def old(request, tmp_path):
     tensors = load_file(tmp_path / WEIGHTS)
     whole = with_changed_norms(build(family)[0], model, "default")
     for key in [key for key in tensors if "_norm_" in key]:
-        path, _, name = key.removeprefix("base_model.model.").partition(".loretta_rep_norm_")
+        path, _, name = key.removeprefix("base_model.model.").removesuffix(".values").partition(".loretta_rep_norm_")
         del tensors[key]
         tensors[f"base_model.model.{path}.{name}"] = whole.get_submodule(path).get_parameter(name).detach().clone()
     save_file(tensors, tmp_path / WEIGHTS, metadata={"format": "pt"})
@@ -333,6 +333,37 @@ def test_whole_norms_are_swapped_in(old):
     model, _ = wrap(family, "rep", natural_task(family), train_head="dense")
     loretta.hotswap_adapter(trained(model, seed=7), folder)
     assert_near("logits", logits(model, inputs), expected)
+
+
+@every_method
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_changes_that_were_parameters_of_the_norm_load(low_cpu_mem_usage, method, tmp_path):
+    """Their names in a file had no ``values`` at their end."""
+    model, inputs = wrap("bert", method)
+    expected = logits(trained(model), inputs)
+    model.save_pretrained(tmp_path)
+    tensors = {(k.removesuffix(".values") if "_norm_" in k else k): v for k, v in load_file(tmp_path / WEIGHTS).items()}
+    assert any(key.endswith(f"loretta_{method}_norm_weight") for key in tensors)
+    save_file(tensors, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    again = PeftModel.from_pretrained(build("bert")[0], tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).eval()
+    assert torch.equal(logits(again, inputs), expected)
+    other = trained(wrap("bert", method)[0], seed=9)
+    loretta.hotswap_adapter(other, tmp_path)
+    assert_near("swapped in", logits(other, inputs), expected)
+
+
+@every_method
+@pytest.mark.parametrize("family", ["bert", "llama", "t5"])
+def test_the_reference_that_trl_copies_is_the_adapter(family, method):
+    """TRL's DPO, GRPO, RLOO and KTO copy what has ``.default.`` in its name onto a second adapter named ``ref``."""
+    model, inputs = wrap(family, method)
+    expected = logits(trained(model), inputs)
+    model.add_adapter("ref", model.peft_config["default"])
+    for name, parameter in model.named_parameters():
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
+    model.set_adapter("ref")
+    assert torch.equal(logits(model.eval(), inputs), expected)
 
 
 @every_method

@@ -44,7 +44,7 @@ _NOT_TRAINED = re.compile(
     r"\.(loretta_((rep|adp)_start_(down|up)|shared_start_train)|start|original_module|modules_to_save)\.|\.base_(weight|bias)$"
 )
 _TRAIN = re.compile(r"\.loretta_((rep|adp)_(down|up)|shared_train)\.")
-_NORM = re.compile(r"\.loretta_(rep|adp|shared)_norm_[^.]+$")
+_NORM = re.compile(r"\.loretta_(rep|adp|shared)_norm_[^.]+(\.values)?$")
 _SIGNATURE = re.compile(r"(?P<count>\d+) (?P<module>\S+) ((?P<experts>\d+)\*)?(?P<in>\d+) x (?P<out>\d+)")
 # heads that are frozen, wholly or in part: they are saved because the base model lacks their random start
 _FROZEN_HEADS = {"frozen": "none", "tensorized_only": "its trains and their biases"}
@@ -242,7 +242,7 @@ def _kind(key: str, shapes: Shapes) -> str:
     if _NORM.search(key):
         return "layer norms"
     # beside a trained norm no bias of its base trains, and bias="all" saves it still
-    of_norm = module.removesuffix(".base_layer") + ".loretta_{}_norm_bias"
+    of_norm = module.removesuffix(".base_layer") + ".loretta_{}_norm_bias.values"
     if _NOT_TRAINED.search(key) or any(of_norm.format(method) in shapes for method in ("rep", "adp", "shared")):
         return "starting values and copies"
     beside = [other for other in shapes if other.startswith(f"{module}.") and other != key]

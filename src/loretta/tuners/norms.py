@@ -61,6 +61,20 @@ def norm_names(model: nn.Module) -> list[str]:
     return list(chosen)
 
 
+class Change(nn.Module):
+    """One adapter's change of one parameter of a norm.
+
+    It is a module so that the adapter's name stands between dots in the parameter's: TRL makes the reference of DPO
+    and GRPO by copying what has ``.default.`` in its name, and would pass over a parameter that ends in ``.default``.
+    """
+
+    values: nn.Parameter
+
+    def __init__(self, values: Tensor) -> None:
+        super().__init__()
+        self.values = nn.Parameter(values)
+
+
 class TrainedNorm(nn.Module, AdaptedModule):
     """A norm that computes with its base's parameters plus the changes of the active adapters.
 
@@ -94,11 +108,11 @@ class TrainedNorm(nn.Module, AdaptedModule):
         for name in self.parameter_names:
             attribute = f"{prefix}norm_{name}"
             if attribute not in self._modules:
-                setattr(self, attribute, nn.ParameterDict())
+                setattr(self, attribute, nn.ModuleDict())
                 self.adapter_layer_names = (*self.adapter_layer_names, attribute)
             value = self._own(name)
             dtype = torch.promote_types(value.dtype, torch.float32)
-            getattr(self, attribute)[adapter_name] = nn.Parameter(torch.zeros_like(value, dtype=dtype))
+            getattr(self, attribute)[adapter_name] = Change(torch.zeros_like(value, dtype=dtype))
         self.known[adapter_name] = True
 
     @property
@@ -112,7 +126,7 @@ class TrainedNorm(nn.Module, AdaptedModule):
         for attribute in self.adapter_layer_names:
             changes = getattr(self, attribute)
             if adapter_name in changes:
-                found[attribute.partition("_norm_")[2]] = changes[adapter_name]
+                found[attribute.partition("_norm_")[2]] = changes[adapter_name].values
         return found
 
     def with_changes(self, weights: Mapping[str, float]) -> dict[str, Tensor]:
@@ -144,7 +158,8 @@ class TrainedNorm(nn.Module, AdaptedModule):
         return self._call_base(self._running(), (x, *args), kwargs)
 
     def _call_base(self, weights: Mapping[str, float], args: Any, kwargs: Any) -> Tensor:
-        parts = (self.base_layer, *(getattr(self, attribute) for attribute in self.adapter_layer_names))
+        holders = (getattr(self, attribute) for attribute in self.adapter_layer_names)
+        parts = [self.base_layer, *(changes[name] for changes in holders for name in weights if name in changes)]
         if not any(map(is_offloaded, parts)):
             return call_with(self.base_layer, self.with_changes(weights), args, kwargs)
         # accelerate's forward pass would put the parameters of the base over those that are given here
@@ -187,7 +202,7 @@ class TrainedNorm(nn.Module, AdaptedModule):
             assert self.expects_values_of is not None, f"the {name} of a trained norm is that of its base_layer"
             with torch.no_grad():
                 for attribute, change in self.take_values(self.expects_values_of, {name: value}).items():
-                    getattr(self, attribute)[self.expects_values_of].copy_(change)
+                    getattr(self, attribute)[self.expects_values_of].values.copy_(change)
         else:
             super().__setattr__(name, value)
 
@@ -229,9 +244,9 @@ class TrainedNorm(nn.Module, AdaptedModule):
         """To the device alone. PEFT calls this after a load, and PEFT's own would round the changes."""
         for attribute in self.adapter_layer_names:
             changes = getattr(self, attribute)
-            if adapter_name in changes and not changes[adapter_name].is_meta:
+            if adapter_name in changes and not changes[adapter_name].values.is_meta:
                 target = self._own(attribute.partition("_norm_")[2]).device if device is None else device
-                changes[adapter_name].data = changes[adapter_name].data.to(target)
+                changes[adapter_name].to(target)
 
     def to_base_dtype(self, adapter_name: str) -> None:
         """Hold one adapter's changes in the dtype of the base."""
@@ -273,7 +288,8 @@ def _has_rows_of(value: Any, x: Tensor) -> bool:
 def values_as_changes(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Saved tensors of an adapter, with norms that were saved as whole values turned into changes.
 
-    Adapters once held copies of the norms, under the names of the base's own parameters.
+    Adapters once held copies of the norms, under the names of the base's own parameters, and then changes that were
+    parameters of the norm.
     """
     translated = dict(tensors)
     for path, norm in model.named_modules():
@@ -284,6 +300,9 @@ def values_as_changes(model: nn.Module, adapter_name: str, tensors: Mapping[str,
                 values = {name: value for name, value in found.items() if value is not None}
                 changes = norm.take_values(adapter_name, values)
                 translated |= {f"{start}{path}.{attribute}": change for attribute, change in changes.items()}
+                for attribute in norm.adapter_layer_names:
+                    if (change := translated.pop(f"{start}{path}.{attribute}", None)) is not None:
+                        translated[f"{start}{path}.{attribute}.values"] = change
     return translated
 
 

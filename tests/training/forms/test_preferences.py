@@ -60,6 +60,31 @@ def test_the_loss_is_that_of_the_paper_against_the_base_model(method, speller, t
     assert_near("loss", trainer.compute_loss(model, batch), expected)
 
 
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # TRL sets it itself
+@pytest.mark.parametrize("method", ["rep", "adp", "shared", "lora"])
+def test_the_reference_of_trls_own_trainer_is_the_adapter_that_it_was_given(method, speller, tmp_path):
+    """An adapter that was trained before, as by SFT, is its own reference at first: the loss is log 2 to rounding."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    task, tokenizer = load_config_task(config_for(speller, tmp_path)), load_tokenizer(speller)
+    model = wrap(load_base(speller, task.kind), method, task.kind, {})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    options = DPOConfig(str(tmp_path), use_cpu=True, bf16=False, report_to=[], per_device_train_batch_size=4)
+    rows = Dataset.from_list([{key: row[key] for key in ("prompt", "chosen", "rejected")} for row in task.train])
+    trainer = DPOTrainer(model=model, args=options, train_dataset=rows, processing_class=tokenizer)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert trainer.compute_loss(trainer.model.eval(), batch).item() == pytest.approx(math.log(2), abs=1e-6)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and ".default." in name:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    assert abs(trainer.compute_loss(trainer.model, batch).item() - math.log(2)) > 1e-3
+
+
 def test_a_run_on_pairs_is_a_run_like_all_others(speller, capsys, tmp_path):
     run = tmp_path / "run"
     status, out, err = call(
