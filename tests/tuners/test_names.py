@@ -78,3 +78,14 @@ def test_a_name_that_ends_like_a_module_that_is_trained_whole_is_refused(method)
         model.add_adapter("my_classifier", config_for(method, task_type="SEQ_CLS"))
     assert list(model.peft_config) == ["default"]
     assert torch.equal(logits(model, inputs), before)
+
+
+@every_method
+@pytest.mark.parametrize("ends", [["embeddings"], ["pooler"]], ids=["other", "head"])
+def test_a_module_within_one_that_is_trained_whole_is_refused(ends, method):
+    """Of BERT's embeddings three layers end like the module, and the pooler holds a layer of the head."""
+    model, _ = build("bert")
+    config = config_for(method, task_type="SEQ_CLS", modules_to_save=ends)
+    with pytest.raises(InputError, match=rf"within 'bert.{ends[0]}'.*leave one of them out"):
+        get_peft_model(model, config)
+    assert not any("modules_to_save" in name for name, _ in model.named_modules())

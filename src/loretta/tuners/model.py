@@ -29,7 +29,7 @@ from loretta.tuners.labels import fit_final_layer, note_labels
 from loretta.tuners.layer import LorettaLayer, at_least_float32, is_offloaded, keep_differentiable
 from loretta.tuners.mergeable import check_mergeable, check_mergeable_names
 from loretta.tuners.mixed import check_rows_first, naming, passing
-from loretta.tuners.names import check_adapter_name, check_endings
+from loretta.tuners.names import check_adapter_name, check_apart, check_endings
 from loretta.tuners.norms import TrainedNorm, is_norm, norms_of, values_as_changes
 from loretta.tuners.placement import (
     Placement,
@@ -100,7 +100,9 @@ class LorettaModel(BaseTuner):
             for sentence in unused_options(config, asked, placements, model) + under_other_names(model, names):
                 warnings.warn(sentence, stacklevel=2)
         check_copies_are_here(model, bool(config.train_norms or config.modules_to_save or head_names(model, config)))
-        check_endings(adapter_name, [*(config.modules_to_save or []), *head_names(model, config)])
+        whole = [*(config.modules_to_save or []), *head_names(model, config)]
+        check_endings(adapter_name, whole)
+        check_apart(model, whole)
         is_disabled = self._is_disabled()
         copy_cost(model, config)
         self._forget(adapter_name)

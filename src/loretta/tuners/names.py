@@ -62,6 +62,17 @@ def check_endings(name: str, modules_to_save: Iterable[str]) -> None:
             )
 
 
+def check_apart(model: nn.Module, modules_to_save: Iterable[str]) -> None:
+    """Refuse a module to train whole within another one: its copy would lie in a copy, where PEFT loads nothing."""
+    ends = tuple(modules_to_save)
+    names = [name for name in _keys(model) if ends and name.endswith(ends)]
+    if inner := next(((name, outer) for outer in names for name in names if name.startswith(f"{outer}.")), None):
+        raise InputError(
+            f"'{inner[0]}' lies within '{inner[1]}', and modules_to_save and train_head name both to be trained whole: "
+            "leave one of them out, or give longer names in modules_to_save, which end like no other module's"
+        )
+
+
 def _keys(model: nn.Module) -> list[str]:
     """Names of all modules, parameters and buffers, but for those that lie below the name of an adapter."""
     adapters: list[str] = []
