@@ -167,7 +167,9 @@ def halving_table() -> str:
     lines = []
     for row in rows:
         case = f"{row['model']}, {row['task']}, {row['epochs']:g} epochs"
-        how = {"grid": "grid, in populations", "halving": "halving, in populations"}.get(row["how"], row["how"])
+        compared = "losses" if any(", loss " in words for words in row.get("stopped", {}).values()) else "scores"
+        together = {"grid": "grid, in populations", "halving": f"halving by {compared}, in populations"}
+        how = together.get(row["how"], row["how"])
         of_file = {other["how"]: other for other in rows if other["file"] == row["file"]}
         others = (of_file.get(other) for other in ("one by one, estimated", "grid"))
         parts = [f"{row['processor_s'] / other['processor_s']:.2f}" if other else "" for other in others]
