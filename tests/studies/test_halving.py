@@ -142,3 +142,12 @@ def test_values_of_any_option_are_tried(bert, data_dir, tmp_path):
     wrong = options.model_copy(update={"tries": {"adp.tensor_rank": (2,)}})
     with pytest.raises(InputError, match=r"--try adp.tensor_rank=2: table1 runs no method 'adp'"):
         expand(load_study("table1"), wrong, tmp_path)
+
+
+def test_no_pause_lies_within_a_warm_up_of_steps(bert, data_dir, tmp_path):
+    rates = tuple(1e-3 * (k + 1) for k in range(16))
+    for steps, first in ((1, 1 / 16), (4, 1 / 4)):
+        tries = {"max_steps": (STEPS,), "warmup_steps": (steps,)}
+        options = options_for(bert, data_dir, methods=("loretta_rep",), seeds=1, rates=rates, tries=tries)
+        runs = expand(load_study("table1"), options, tmp_path).runs
+        assert {run.until for run in runs if run.candidate} == {first}

@@ -182,7 +182,7 @@ class _RowOnModel:
     def _halved(self, task: str, tried: Sequence[Planned]) -> tuple[list[Planned], int | None]:
         """The candidates, each with how far successive halving trains it, and the index of the winner."""
         metric, count = self.study.metrics.get(task), len(tried)
-        warmup = max(run.run_config().warmup for run in tried)
+        warmup = max(map(_warmup, tried))
         steps = ", ".join(f"{rung.candidates} to {rung.share:.3g}" for rung in halving.rungs(count, warmup))
         self.notes[
             f"a search of {count} candidates trains {steps} of their steps and 1 to the end: "
@@ -323,3 +323,11 @@ def differences(root: Path, run: Planned) -> list[str]:
     return [
         f"{key} was {before[key]!r} and is {now[key]!r}" for key in now if key != "output" and before[key] != now[key]
     ]
+
+
+def _warmup(run: Planned) -> float:
+    """The share of its steps in which the rate of a run rises; beside epochs ``warmup_steps`` counts as the default."""
+    config = run.run_config()
+    if config.warmup_steps is not None and config.max_steps is not None:
+        return config.warmup_steps / config.max_steps
+    return config.warmup

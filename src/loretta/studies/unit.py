@@ -149,7 +149,7 @@ def main() -> None:
             outcomes = carry_out_together(root, unit.runs, wait=unit.wait, graphs=unit.graphs)
         except NotRecorded as error:
             print(f"this process ends, and a new one goes on without CUDA graphs: {error}", flush=True)
-            sys.exit(SPOILED)
+            os._exit(SPOILED)  # what CUDA tears down of a spoiled recording could end the process by another status
         except Stopped as stopped:
             print(stopped, flush=True)
             sys.exit(stopped.exit_status)

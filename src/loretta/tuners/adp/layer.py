@@ -113,7 +113,7 @@ class AdpLinear(LorettaLayer):
             factors = tuple(factor.to(rows_BH.dtype) for factor in factors)
         if len(factors) == 3:
             bias_b, down_bH, up_bH = factors
-            # a graph then knows the activation, and another one is compiled when a hook is added
+            # a graph then knows the activation; a hook that is added later is not seen, as with every compiled module
             if torch.compiler.is_dynamo_compiling() and self._is_relu(adapter_name) and rows_BH.dtype == down_bH.dtype:
                 return bottleneck_of(rows_BH, down_bH, bias_b), up_bH
             return linear(rows_BH, down_bH, bias_b).relu_(), up_bH
