@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from draws import seed_torch
+from draws import seed_torch, seeded
 from peft import PeftModel
 from tolerances import assert_near
 from torch import nn
@@ -65,7 +65,7 @@ def test_each_core_has_a_rate_of_its_own():
     for even in (False, True):
         model, layer = wrapped(init_weights="gaussian", even_rates=even)
         before = [core.clone() for core in cores(layer)]
-        x = torch.randn(7, 24, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        x = torch.randn(7, 24, generator=seeded(1), dtype=torch.float64)
         model(x).square().sum().backward()
         trained = [p for p in model.parameters() if p.requires_grad]
         torch.optim.AdamW(trained, lr=rate, weight_decay=0, eps=1e-30).step()
@@ -95,7 +95,7 @@ def test_compacts_own_ranks_keep_their_rates_and_higher_ones_have_it():
 
 
 def test_a_saved_adapter_keeps_what_it_has(tmp_path):
-    x = torch.randn(5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    x = torch.randn(5, 24, dtype=torch.float64, generator=seeded(2))
     for even in (True, False):
         model, layer = wrapped(init_weights="gaussian", even_rates=even)
         model.save_pretrained(tmp_path / str(even))
