@@ -6,6 +6,7 @@ import pytest
 import torch
 from same_runs import assert_same_run
 from training_data import sentences
+from transformers import BertConfig, PerceiverConfig
 
 from loretta.errors import NotRecorded, OutOfMemory
 from loretta.population import graphs, loop, training
@@ -123,6 +124,12 @@ def test_no_part_of_a_step_is_larger_than_what_is_computed_at_once(rows, options
 )
 def test_a_large_gpu_computes_more_at_once(memory, layers, width, tokens):
     assert loop.largest_part(int(memory), layers) // width == tokens
+
+
+@pytest.mark.parametrize(("config", "layers"), [(BertConfig(num_hidden_layers=3), 3), (PerceiverConfig(), None)])
+def test_a_base_of_several_depths_has_no_one_depth(config, layers):
+    model = SimpleNamespace(get_base_model=lambda: SimpleNamespace(config=config))
+    assert Population.layers.fget(SimpleNamespace(model=model)) == layers
 
 
 def test_members_whose_numbers_do_not_fit_into_the_free_memory_are_too_many(options, tmp_path, monkeypatch):

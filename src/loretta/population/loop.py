@@ -143,8 +143,8 @@ class Loop:
             self._of_rows["padded"] = near if n_rows * population.width >= MANY_ROWS else bucket
         self.rows = {split: self._rows_of(split) for split in ("train", "validation")}
         fixed, most, logits = (each.get(self.device.type, each["cuda"]) for each in (FIXED, MOST, LOGITS))
-        if self.device.type == "cuda":
-            most = largest_part(torch.cuda.get_device_properties(self.device).total_memory, population.layers)
+        if self.device.type == "cuda" and (layers := population.layers) is not None:
+            most = largest_part(torch.cuda.get_device_properties(self.device).total_memory, layers)
         self.fixed, tokens = fixed / population.width, most / population.width
         with_logits = logits / population.vocabulary if self.kind == "language_modeling" else math.inf
         self.most, self.most_scored = min(tokens, with_logits), min(SCORED * tokens, with_logits)

@@ -110,10 +110,10 @@ class Population(nn.Module):
         return int(self.model.get_input_embeddings().weight.shape[1])
 
     @property
-    def layers(self) -> int:
-        """How deep the base is."""
+    def layers(self) -> int | None:
+        """How deep the base is; None where its config has several depths, as BLT's and Perceiver's."""
         config: Any = self.model.get_base_model().config
-        return int(config.get_text_config().num_hidden_layers)
+        return getattr(config.get_text_config(), "num_hidden_layers", None)
 
     @property
     def vocabulary(self) -> int:

@@ -2,24 +2,21 @@
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any, cast
 
 import torch
-from accelerate.utils import align_module_device
 from peft.utils.other import ModulesToSaveWrapper, _set_layer_requires_grad
 from torch import Tensor, nn
 
 from loretta import tt
 from loretta.errors import InputError
+from loretta.layers.fused import HALF
 from loretta.layers.trains import TTLinear
 from loretta.tuners.layer import is_offloaded
 from loretta.tuners.mixed import in_turn
-from loretta.tuners.norms import call_with
-
-_HALF = (torch.bfloat16, torch.float16)
+from loretta.tuners.norms import call_here
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +62,7 @@ class ChangedLinear(TTLinear):
 
 def _widened(dense: nn.Linear) -> nn.Linear:
     """The layer in float32 where it has half precision, in which small steps of its cores would be lost."""
-    if dense.weight.dtype not in _HALF:
+    if dense.weight.dtype not in HALF:
         return dense
     return copy.deepcopy(dense).float()
 
@@ -98,7 +95,7 @@ class AdapterCopy(ModulesToSaveWrapper):
         for path in policy.tensorized if is_new else ():
             self._tensorize(adapter_name, path, policy)
         for _, own, base in self._dense(adapter_name) if is_new and not policy.frozen else ():
-            own.data = own.data.to(torch.float32 if base.dtype in _HALF else own.dtype)
+            own.data = own.data.to(torch.float32 if base.dtype in HALF else own.dtype)
         self.freeze()
         self.show_labels()
 
@@ -117,19 +114,14 @@ class AdapterCopy(ModulesToSaveWrapper):
 
     def _compute(self, adapter_name: str, args: Any, kwargs: Any) -> Any:
         copied = self.modules_to_save[adapter_name]
-        if not (offloaded := [module for module in copied.modules() if is_offloaded(module)]):
-            return call_with(copied, self._rounded(adapter_name), args, kwargs)
-        with ExitStack() as here:
-            for module in offloaded:
-                here.enter_context(align_module_device(module))
-            return call_with(copied, self._rounded(adapter_name), args, kwargs, own_forward=True)
+        return call_here(copied, copied.modules(), lambda: self._rounded(adapter_name), args, kwargs)
 
     def _rounded(self, adapter_name: str) -> dict[str, Tensor]:
         """What a copy in float32 computes with, where the base has half precision."""
         return {
             name: own.to(base.dtype)
             for name, own, base in self._dense(adapter_name)
-            if base.dtype in _HALF and own.dtype == torch.float32
+            if base.dtype in HALF and own.dtype == torch.float32
         }
 
     def _forward_wrapped(self, *args: Any, **kwargs: Any) -> Any:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from loretta import quantizer_logs, tt
+from loretta.layers.fused import HALF
 from loretta.layers.trains import Cores
 from loretta.tuners.calls import Factors, hidden_from_checkpoints
 from loretta.tuners.contraction import find_factors, note_change
@@ -215,7 +216,7 @@ class LorettaLayer(JointLayer, AdaptedModule):
             for name in self.active_adapters
             if name in self._part(self.trains[0]) and name not in self.narrow
             for values in (cast(Cores, self._part(self.trains[0])[name]).values,)
-            if values.requires_grad and values.dtype in (torch.bfloat16, torch.float16)
+            if values.requires_grad and values.dtype in HALF
         ]
 
     def _cast(self, adapter_name: str, dtype: torch.dtype) -> None:

@@ -2,7 +2,7 @@
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -160,13 +160,7 @@ class TrainedNorm(nn.Module, AdaptedModule):
     def _call_base(self, weights: Mapping[str, float], args: Any, kwargs: Any) -> Tensor:
         holders = (getattr(self, attribute) for attribute in self.adapter_layer_names)
         parts = [self.base_layer, *(changes[name] for changes in holders for name in weights if name in changes)]
-        if not any(map(is_offloaded, parts)):
-            return call_with(self.base_layer, self.with_changes(weights), args, kwargs)
-        # accelerate's forward pass would put the parameters of the base over those that are given here
-        with ExitStack() as here:
-            for part in parts:
-                here.enter_context(align_module_device(part))
-            return call_with(self.base_layer, self.with_changes(weights), args, kwargs, own_forward=True)
+        return call_here(self.base_layer, parts, lambda: self.with_changes(weights), args, kwargs)
 
     def _mixed(self, adapter_names: Sequence[str], x: Tensor, args: Any, kwargs: Any) -> Tensor:
         if isinstance(x, nn.Parameter) and not self.merged:
@@ -304,6 +298,23 @@ def values_as_changes(model: nn.Module, adapter_name: str, tensors: Mapping[str,
                     if (change := translated.pop(f"{start}{path}.{attribute}", None)) is not None:
                         translated[f"{start}{path}.{attribute}.values"] = change
     return translated
+
+
+def call_here(
+    module: nn.Module,
+    parts: Iterable[nn.Module],
+    parameters: Callable[[], Mapping[str, Tensor]],
+    args: Any,
+    kwargs: Any,
+) -> Any:
+    """As :func:`call_with`, also where accelerate keeps some of ``parts``, which ``parameters`` reads, elsewhere."""
+    if not (offloaded := [part for part in parts if is_offloaded(part)]):
+        return call_with(module, parameters(), args, kwargs)
+    # accelerate's forward pass would put the parameters of the base over those that are given here
+    with ExitStack() as here:
+        for part in offloaded:
+            here.enter_context(align_module_device(part))
+        return call_with(module, parameters(), args, kwargs, own_forward=True)
 
 
 def call_with(

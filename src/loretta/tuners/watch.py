@@ -10,6 +10,7 @@ import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from loretta.layers.fused import HALF
 from loretta.tuners.copies import AdapterCopy
 from loretta.tuners.joint import look_up
 from loretta.tuners.layer import LorettaLayer
@@ -140,7 +141,7 @@ class Watch:
 
 def _trains_in_half(name: str, parameter: Tensor) -> bool:
     """Whether a parameter that trains has half precision. Cores that somebody has cast are told by themselves."""
-    is_half = parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16)
+    is_half = parameter.requires_grad and parameter.dtype in HALF
     return is_half and not any(part.startswith("loretta_") for part in name.split("."))
 
 
