@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from training_data import config_for, sentences
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loretta.errors import InputError
 from loretta.record import RunRecord
@@ -151,6 +152,29 @@ def test_language_modelling_lowers_the_perplexity(llama, tmp_path):
     values = evaluate(run, load_config_task(config), "validation")
     assert values["perplexity"] == pytest.approx(record.validation["perplexity"], rel=1e-3)
     assert isinstance(predict(run, [["the film"]])[0]["continuation"], str)
+
+
+def test_the_end_of_each_text_is_trained_and_scored_where_it_also_pads(speller, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(speller)
+    base = AutoModelForCausalLM.from_pretrained(speller).eval()
+    base.save_pretrained(tmp_path / "model")
+    tokenizer.pad_token = None  # as in GPT-2, LLaMA and others: batches are then filled with the end of a text
+    tokenizer.save_pretrained(tmp_path / "model")
+    texts = [words for words, _ in sentences(20)]
+    for name, part in {"train": texts[:12], "held": texts[12:]}.items():
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(part))
+    files = {"data": str(tmp_path / "train.txt"), "validation": str(tmp_path / "held.txt")}
+    options = {"max_length": 32, "max_steps": 1, "eval_batch_size": 2, "cpu": True}
+    record = train(RunConfig(model=str(tmp_path / "model"), output=str(tmp_path / "run"), **files, **options))
+    ids = [token for text in texts[12:] for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+    rows = torch.tensor(ids[: len(ids) // 32 * 32]).view(-1, 32)
+    with torch.no_grad():
+        log_probabilities = base(rows).logits[:, :-1].log_softmax(-1)
+    plain = -log_probabilities.gather(2, rows[:, 1:, None]).mean()
+    assert rows[:, 1:].eq(tokenizer.eos_token_id).any()
+    assert record.answers.baseline["loss"] == pytest.approx(plain.item(), rel=1e-5)
+    values = evaluate(load_run(tmp_path / "run", cpu=True), load_config_task(RunConfig(**record.config)), "validation")
+    assert values["loss"] == pytest.approx(record.validation["loss"], rel=1e-6)
 
 
 def test_regression_and_pairs(bert, tmp_path):

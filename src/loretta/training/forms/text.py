@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 
 from datasets import Dataset
 from peft import PeftModel
-from transformers import DataCollatorForLanguageModeling, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, default_data_collator
 
 from loretta.errors import InputError
 from loretta.record import Answers
@@ -27,8 +27,8 @@ class Text(Form):
         return [f"a block is max_length={data.config.max_length} tokens of texts that follow each other"]
 
     def recipe(self, data: Data) -> Recipe:
-        collator = DataCollatorForLanguageModeling(data.tokenizer, mlm=False)
-        return Recipe(trainer=TwoRateTrainer, options={"data_collator": collator})
+        # the collator of language models would leave out the end of each text where the same token pads
+        return Recipe(trainer=TwoRateTrainer, options={"data_collator": default_data_collator})
 
     def answer(self, data: Data, trainer: TwoRateTrainer, split: str) -> tuple[dict[str, float], list[Row]]:
         if split == "validation":
@@ -46,7 +46,7 @@ class Text(Form):
 
 
 def blocks(data: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Dataset:
-    """Blocks of ``max_length`` tokens of a split, whose documents are joined.
+    """Blocks of ``max_length`` tokens of a split, whose documents are joined, each with its end; all tokens are labels.
 
     Raises InputError when the text is too short for one block.
     """
@@ -58,7 +58,7 @@ def blocks(data: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, max_len
             f"a split of '{name}' has {len(ids)} tokens, less than one block of {max_length}: "
             "give more text or a smaller max_length"
         )
-    return Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * max_length] * len(rows)})
+    return Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * max_length] * len(rows), "labels": rows})
 
 
 def base_scores(
