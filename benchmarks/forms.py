@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import gc
 import math
+import re
 import sys
 import tempfile
 import time
@@ -34,8 +35,11 @@ from cells import PER_RATE, Cell, cells_beyond, cells_of, command_of, joined, le
 from claims import Worker, oversee, take
 from encoders import graphable
 from methods import FROZEN, IA3, METHODS, NORMS, OURS, TARGETS, UNTRAINED, Method
+from peft import IA3Config
+from peft.tuners.ia3.layer import Linear as IA3Linear
 from prompts import give_head, option_tokens, perplexities, write_words
 from protocol import HEAD_RATE, OFFICIAL_LENGTH, TASKS, read_rows, split
+from torch import nn
 
 from loretta.errors import InputError
 from loretta.population import training as population_training
@@ -46,6 +50,7 @@ from loretta.training.config import RunConfig
 from loretta.training.data import encode_splits, load_config_task
 from loretta.training.methods import virtual_tokens
 from loretta.training.model import load_tokenizer
+from loretta.tuners.layer import LorettaLayer
 from loretta.tuners.rep.layer import RepLinear, larger_starts
 
 # tokens of all members: as many as one part of a step has, and as are scored at once; of large models fewer, so that
@@ -73,11 +78,11 @@ def data_options(config: RunConfig) -> str:
 
 
 @contextlib.contextmanager
-def heads_alike(tokens: Sequence[int]) -> Iterator[None]:
+def heads_alike(tokens: Sequence[int], method: Method | None = None) -> Iterator[None]:
     """Runs of which the final layer of the head alone is trained, as PEFT's own methods train it.
 
     With ``tokens`` the head is what the output embeddings say of these, and nothing of it is trained. All members have
-    one copy of their data.
+    one copy of their data, and the scales of a ``method``.
     """
 
     def frozen(*args: Any) -> Any:
@@ -87,6 +92,8 @@ def heads_alike(tokens: Sequence[int]) -> Iterator[None]:
                 parameter.requires_grad_(False)
         if tokens:
             give_head(model, tokens)
+        if method is not None and method.scales:
+            rescale(model, *method.scaled_places(model.config.model_type))
         return model, found
 
     ordinary = population_training.prepare_model
@@ -106,6 +113,19 @@ def heads_alike(tokens: Sequence[int]) -> Iterator[None]:
         ),
     ):
         yield
+
+
+def rescale(model: nn.Module, outputs: str, inputs: str) -> None:
+    """Put IA3's factors on the outputs and the inputs of base layers whose names match, below what adapts them."""
+    for name, module in list(model.named_modules()):
+        of_inputs = bool(name and re.fullmatch(inputs, name))
+        if of_inputs or re.fullmatch(outputs, name):
+            path = f"{name}.base_layer" if isinstance(module, LorettaLayer) else name
+            base = model.get_submodule(path)
+            scaled = IA3Linear(base, "default", IA3Config(), is_feedforward=of_inputs)
+            dtype = scaled.ia3_l["default"].dtype
+            scaled.ia3_l.to(torch.promote_types(dtype, torch.float32))  # as all else that is trained
+            model.set_submodule(path, scaled)
 
 
 def configs_of(cell: Cell, args: argparse.Namespace, data: Path, scratch: Path) -> list[RunConfig]:
@@ -170,7 +190,7 @@ def measure(cell: Cell, args: argparse.Namespace, data: Path) -> dict[str, Any]:
         "rates": list(cell.rates), "seeds": list(cell.seeds), "epochs": cell.epochs, "batch": TASKS[cell.task].batch,
         "length": TASKS[cell.task].length,
     }  # fmt: skip
-    if method.family == "LoRETTA":
+    if method.family == "LoRETTA" and not method.scales:  # no option of the package
         row["config"] = {
             "method": method.method,
             "options": {"tensor_rank": 5, "train_norms": method.norms, **method.options, **targets_of(method, args)},
@@ -251,7 +271,7 @@ def trained(configs: Sequence[RunConfig], cell: Cell, args: argparse.Namespace, 
     """What is noted of each member of one population."""
     plan = TASKS[cell.task]
     words = load_tokenizer(str(args.model)) if plan.kind == "words" else None
-    with heads_alike([] if words is None else option_tokens(cell.task, words, args.data_dir)):
+    with heads_alike([] if words is None else option_tokens(cell.task, words, args.data_dir), METHODS[cell.method]):
         loop = prepare(configs, scratch)
     set_factors(loop, METHODS[cell.method])
     sizes = {name: where.stop - where.start for name, where in loop.population.slices.items()}

@@ -1,5 +1,6 @@
 """The methods that the evidence compares, each with the middle of its grid of learning rates."""
 
+import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -36,6 +37,14 @@ NORMS = {
 LAYER_NORMS = {"attention": r"(attention\..*LayerNorm|input_layernorm)", None: r".*(LayerNorm|layernorm)"}
 # what IA3 rescales on a family that PEFT has no targets for
 IA3 = {"mpnet": {"target_modules": ["attn.k", "attn.v", "output.dense"], "feedforward_modules": ["output.dense"]}}
+# what is rescaled beside a train: outputs, and the inputs of the MLPs' last layers. PEFT's own places on BERT have one
+# more, the inputs of attention's last layer, which are the values' outputs again
+SCALES = {
+    "v": {"bert": ["self.value"], "mpnet": ["attn.v"], "llama": ["v_proj"]},
+    "k,v": {"bert": ["self.key", "self.value"], "mpnet": ["attn.k", "attn.v"], "llama": ["k_proj", "v_proj"]},
+}
+LAST_OF_MLPS = {"bert": r"\d\.output\.dense", "mpnet": r"\d\.output\.dense", "llama": r"down_proj"}
+SCALES_RATE = 1.2e-2  # in the middle of the grid, whatever the matrices beside them like
 # what no method trains: hidden layers of heads, and of MPNet what has "bias" in its name and is none
 FROZEN = (
     "pooler.dense",
@@ -57,7 +66,8 @@ class Method:
     the middle of its grid of rates; where the best of six was searched for, of this method or of the one that it is
     ``like``, that is. ``factors`` are on the rates of what has a word in its name. ``bonds`` is a power: the rate of
     each core of rep is divided by that power of how many numbers are summed when it meets the ones before it, beside
-    those of compact's rank of 1.
+    those of compact's rank of 1. ``scales`` is a name of ``SCALES``, or "k,v,MLP": what IA3's factors rescale beside
+    a LoRETTA form, before its update is added.
     """
 
     name: str
@@ -71,6 +81,14 @@ class Method:
     like: str = ""
     factors: dict[str, float] = field(default_factory=dict)
     bonds: float = 0.0
+    scales: str = ""
+
+    def scaled_places(self, kind: str) -> tuple[str, str]:
+        """Expressions of the modules whose outputs, and of those whose inputs are rescaled, of a type of model."""
+        if not self.scales:
+            return "", ""
+        outputs = "|".join(map(re.escape, SCALES[self.scales.removesuffix(",MLP")][kind]))
+        return rf".*\.({outputs})", rf".*{LAST_OF_MLPS[kind]}" if self.scales.endswith(",MLP") else ""
 
     def placed(self, kind: str, layers: int) -> dict[str, Any]:
         """The options, with the modules of a model of that type and that many layers."""
@@ -124,6 +142,15 @@ def compact(rank: int = 1, *, norms: bool, inner: int = INNER, targets: str = "a
 def shared(rank: int, targets: str = "all", *, norms: bool) -> Method:
     name = f"shared r={rank}" + {"all": "", "qv": " q,v", "attention": " attention"}[targets]
     return ours(name, "shared", {"tensor_rank": rank, "lora_alpha": 2 * rank}, targets=targets, norms=norms)
+
+
+def with_scales(method: Method, scales: str, *, middle: float = 1.5e-3, times: float = 1.0) -> Method:
+    """A form with IA3's factors beside it, at ``times`` the rate that these like."""
+    name = f"{method.name} + {'' if scales == 'k,v,MLP' else scales + ' '}scales" + (
+        f" x{times:g}" if times != 1 else ""
+    )
+    factors = {"ia3_l": times * SCALES_RATE / middle}
+    return replace(method, name=name, scales=scales, middle=middle, factors=factors)
 
 
 def scaled(method: Method, rank: int, power: float) -> Method:
@@ -180,7 +207,22 @@ SHAPES = [
     replace(METHODS["adp + norms"], name=f"adp + norms, {n} modes", options={"shapes": shapes(384, 64, n)})
     for n in (3, 5, 7)
 ]
-METHODS |= {method.name: method for method in SCALED + BONDS + SHAPES}
+ONE_MODE = {"r": 1, "tensor_rank": 1, "modes_per_side": 1, "lora_alpha": 2}  # LoRA of rank 1
+WITH_SCALES = [
+    with_scales(METHODS["shared r=2"], "k,v,MLP"),
+    with_scales(METHODS["shared r=4 + norms"], "k,v,MLP"),
+    with_scales(ours("rep of one mode", "rep", ONE_MODE, targets="all"), "k,v,MLP"),
+    with_scales(METHODS["shared r=1"], "k,v", middle=3e-3),
+    with_scales(METHODS["shared r=4"], "k,v,MLP"),
+    with_scales(METHODS["shared r=1"], "k,v,MLP", middle=3e-3),
+    with_scales(METHODS["shared r=2"], "k,v,MLP", times=2),
+    with_scales(METHODS["compact v, MLP"], "k,v"),
+    with_scales(METHODS["compact v, MLP"], "k,v,MLP"),
+    with_scales(METHODS["shared r=1"], "v", middle=3e-3),
+    with_scales(METHODS["compact"], "k,v"),
+    with_scales(METHODS["shared r=2"], "k,v"),
+]
+METHODS |= {method.name: method for method in SCALED + BONDS + SHAPES + WITH_SCALES}
 
 
 # in the order of their value; which tasks and in which order is for the command
@@ -234,6 +276,16 @@ GROUPS: dict[str, list[str]] = {
     # the ends of the ranks, for a model whose cells take longer
     "few_rates": ["LoRA r=1", "compact", "shared r=1", "LoRA r=32", "compact r=32", "shared r=32"],
     "shapes": [method.name for method in SHAPES],
+    # what may win a size with IA3's factors in the place of norms, or beside them
+    "scales_encoder": [
+        "shared r=2 + scales", "shared r=4 + norms + scales", "rep of one mode + scales", "shared r=1 + k,v scales",
+        "shared r=4 + scales", "shared r=1 + scales", "shared r=2 + scales x2",
+    ],
+    "scales_wide_encoder": [
+        "compact v, MLP + k,v scales", "compact v, MLP + scales", "shared r=4 + scales", "shared r=1 + v scales",
+        "compact + k,v scales",
+    ],
+    "scales_decoder": ["shared r=1 + v scales", "shared r=2 + k,v scales", "shared r=4 + scales"],
     # what the claims are of
     "claimed": ["LoRA r=8", "compact + norms", "norms", "rep + norms", "adp + norms"],
     "claimed_long": ["LoRA r=8", "adp + norms", "rep + norms", "compact + norms"],

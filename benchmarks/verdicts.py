@@ -268,6 +268,22 @@ PREDICTED: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("compact + norms", "prompt 20", {"all-mpnet-base-v2": "better", "all-MiniLM-L6-v2": "better"}),
     ("compact + norms", "prefix 20", {"all-MiniLM-L6-v2": "better"}),
     ("compact + norms", "p-tuning 20", {"all-mpnet-base-v2": "better", "all-MiniLM-L6-v2": "better"}),
+    # the seventh round
+    ("shared r=2 + scales", "IA3", {"all-MiniLM-L6-v2": "better"}),
+    ("shared r=4 + scales", "shared r=4 + norms", {"all-MiniLM-L6-v2": "better"}),
+    ("shared r=4 + norms + scales", "LoRA r=1 all linear", {"all-MiniLM-L6-v2": "level"}),
+    ("rep of one mode + scales", "LoRA r=1 all linear", {"all-MiniLM-L6-v2": "better"}),
+    ("shared r=1 + k,v scales", "LoRA r=1", {"all-MiniLM-L6-v2": "level"}),
+    ("shared r=2 + scales x2", "shared r=2 + scales", {"all-MiniLM-L6-v2": "level"}),
+    ("compact v, MLP + k,v scales", "LoRA r=1", {"all-mpnet-base-v2": "better"}),
+    ("compact v, MLP + scales", "LoRA r=2", {"all-mpnet-base-v2": "level"}),
+    ("compact v, MLP + scales", "IA3", {"all-mpnet-base-v2": "better"}),
+    ("shared r=4 + scales", "LoRA r=2", {"all-mpnet-base-v2": "level"}),
+    ("shared r=1 + v scales", "LoRA r=1 v", {"all-mpnet-base-v2": "level"}),
+    ("compact + k,v scales", "compact + norms", {"all-mpnet-base-v2": "level"}),
+    ("shared r=1 + v scales", "LoRA r=1 last 5", {"SmolLM2-135M-Instruct": "within .02"}),
+    ("shared r=2 + k,v scales", "LoRA r=1 last 5", {"SmolLM2-135M-Instruct": "within .02"}),
+    ("shared r=4 + scales", "LoRA r=1", {"SmolLM2-135M-Instruct": "within .02"}),
 )
 
 

@@ -56,7 +56,7 @@ def site_of(model: nn.Module, name: str) -> str:
     if type(owner) in (nn.Linear, nn.LayerNorm):
         return path
     layers = [at for at, module in modules if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
-    return layers[0] if layers else path
+    return layers[-1] if layers else path
 
 
 def sites_of(model: nn.Module, names: Sequence[str]) -> list[tuple[str, str]]:
