@@ -5,6 +5,8 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
+import shlex
 import socket
 import subprocess
 import sys
@@ -153,11 +155,25 @@ def test_runs_are_listed_shown_and_compared_without_torch(tmp_path):
     assert "compare" not in loretta("runs", "--help")[1]
 
 
-def test_the_page_of_the_docs_is_what_the_help_says():
+@pytest.fixture(scope="module")
+def page_of_the_docs():
     spec = importlib.util.spec_from_file_location("page_of_the_command_line", ROOT / "docs" / "cli.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert (ROOT / "docs" / "cli.md").read_text() == module.page(), "run `python docs/cli.py`"
+    return module
+
+
+def test_the_page_of_the_docs_is_what_the_help_says(page_of_the_docs):
+    assert (ROOT / "docs" / "cli.md").read_text() == page_of_the_docs.page(), "run `python docs/cli.py`"
+
+
+def test_every_verb_of_the_page_has_an_example_that_the_command_line_takes(page_of_the_docs):
+    verbs = re.findall(r"^## loretta (.+)$", page_of_the_docs.page(), re.MULTILINE)
+    assert {*page_of_the_docs.EXAMPLES} == {*verbs} - {"runs"}
+    for verb, (example, _) in page_of_the_docs.EXAMPLES.items():
+        command, words = command_named(verb.split()[0]), shlex.split(example.removeprefix(f"loretta {verb} "))
+        command = command.commands[verb.split()[1]] if verb.startswith("runs ") else command
+        command.make_context(verb, words)  # a usage error where a flag or an argument is not taken
 
 
 def test_studies_take_every_option_of_a_run_but_those_that_differ_between_runs():

@@ -25,7 +25,7 @@ def export(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Write a rep adapter so that it works without LoRETTA: a LoRA adapter, a merged model, a LoRA for llama.cpp."""
+    """Write an adapter that works without LoRETTA: a LoRA, a merged model, or a LoRA for llama.cpp."""
     if out is not None and output is not None:
         raise InputError(f"'{out}' and --output '{output}' both say where to write: give one of them")
     if (where := output or out) is None:

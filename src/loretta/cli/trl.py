@@ -25,7 +25,7 @@ def trl(
         typer.Argument(metavar="[OPTIONS]...", help="As TRL takes them, and --method, --set.", show_default=False),
     ] = None,
 ) -> None:
-    """Run `trl sft`, `trl dpo`, ... with any method of `loretta train`, where `trl` itself has LoRA alone.
+    """Run TRL's commands, such as `trl sft`, with any method: `trl` itself has LoRA alone.
 
     The options and the YAML file of --config are TRL's, and `method` and `set` beside them: `loretta trl sft --method
     rep --set tensor_rank=8 --model_name_or_path MODEL --dataset_name DATA --output_dir OUT`. Several processes:
