@@ -291,3 +291,8 @@ def test_a_dry_run_counts_the_head_that_the_users_data_need(kind, bert, llama, c
     status, _, err = call(capsys, "compare", *own, *sets, "--set", "weight_decay=0.5", "--dry-run")
     assert (status, err.count("\n")) == (2, 1)
     assert "weight_decay was" in err
+    # so is what ran on other rows
+    table.write_text(table.read_text() + "one more,1\n")
+    status, _, err = call(capsys, "compare", *own, *sets)
+    assert (status, err.count("\n")) == (2, 1)
+    assert f"'{table}' has changed since" in err

@@ -223,3 +223,21 @@ def test_reporters_write_into_the_run_or_say_why_they_cannot(bert, reviews, caps
     status, _, err = call(capsys, *train_arguments(bert, reviews, tmp_path / "other", *given))
     assert_refused(status, err, ["report_to 'tensorboard' cannot start (No API key configured. Use `login`)"])
     assert "1 failed" in call(capsys, "runs", "ls", tmp_path)[1]
+
+
+def test_held_out_rows_of_a_file_that_has_changed_are_not_scored_or_trained_on(bert, capsys, tmp_path):
+    path, folder = tmp_path / "mine.csv", tmp_path / "run"
+    rows = [f"{text},{label}\n" for text, label in sentences(80)]
+    path.write_text("".join(["review,mood\n", *rows[:60]]))
+    assert call(capsys, *train_arguments(bert, path, folder))[0] == 0
+    before = json.loads(call(capsys, "eval", folder, "--cpu", "--json")[1])
+    path.write_text("".join(["review,mood\n", *rows]))
+    for split in ("validation", "train"):
+        status, _, err = call(capsys, "eval", folder, "--cpu", "--split", split)
+        assert_refused(status, err, [f"'{path}' has changed since the run began", "--data FILE"])
+    assert call(capsys, "eval", folder, "--cpu", "--data", path)[0] == 0
+    status, _, err = call(capsys, "train", "--resume", folder, "--epochs", 2)
+    assert_refused(status, err, [f"'{path}' has changed since the run began", "--overwrite"])
+    path.write_text("".join(["review,mood\n", *rows[:60]]))
+    assert json.loads(call(capsys, "eval", folder, "--cpu", "--json")[1]) == before
+    assert call(capsys, "train", "--resume", folder, "--epochs", 2)[0] == 0

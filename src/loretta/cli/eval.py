@@ -23,9 +23,10 @@ def evaluate(
     if split not in ("train", "validation", "test"):
         raise InputError(f"--split {split!r} is none of train, validation and test")
     from loretta.tasks.sources import names_files
-    from loretta.training.data import NAMED, load_config_task
+    from loretta.training.data import load_config_task
     from loretta.training.predict import evaluate as score
     from loretta.training.predict import load_run
+    from loretta.training.sources import NAMED, changed_files
 
     loaded = load_run(run, model=model, cpu=cpu)
     config = loaded.config
@@ -33,7 +34,16 @@ def evaluate(
         # files are their own validation files: no rows are held out of them
         validation = data if data not in NAMED and names_files(data) else None
         config = config.model_copy(update={"data": data, "validation": validation, "test": None, "limit": None})
-    values = score(loaded, load_config_task(config), split)
+    task = load_config_task(config)
+    if data is None:
+        # without a file of its own a split was held out of the data
+        option = split if split != "train" and getattr(config, split) is not None else "data"
+        if changed := changed_files(run, config, (option,)):
+            raise InputError(
+                f"{changed} has changed since the run began, so that the {split} rows are others and may have been "
+                "trained: give --data FILE to score all rows of a file, or put the file back as it was"
+            )
+    values = score(loaded, task, split)
     if as_json:
         print_json({"run": str(run), "split": split, **values})
     else:

@@ -26,6 +26,7 @@ from loretta.studies.state import folder_state
 from loretta.studies.study import Frozen, Planned, Row, Study
 from loretta.training.config import RunConfig, read_config
 from loretta.training.methods import find_method
+from loretta.training.sources import changed_files
 from loretta.wording import nearest
 
 
@@ -320,9 +321,10 @@ def differences(root: Path, run: Planned) -> list[str]:
     except (OSError, ValueError, TypeError):
         return [f"'{file}' is damaged or of another version"]
     now = run.config
+    changed = changed_files(file.parent, run.run_config())
     return [
         f"{key} was {before[key]!r} and is {now[key]!r}" for key in now if key != "output" and before[key] != now[key]
-    ]
+    ] + ([f"{changed} has changed since"] if changed else [])
 
 
 def _warmup(run: Planned) -> float:

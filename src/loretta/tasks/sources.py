@@ -1,10 +1,12 @@
 """Where rows come from: one file, several files, or a split of a dataset on the Hub."""
 
 import glob
+import hashlib
 import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -214,6 +216,19 @@ def read_documents(source: Path | Files) -> list[str]:
     """As :func:`loretta.tasks.read.read_documents`, of all files."""
     files = source.files if isinstance(source, Files) else (source,)
     return [document for file in files for document in read.read_documents(file)]
+
+
+def digests(source: Source) -> list[str]:
+    """The SHA-256 of each file; none for a dataset on the Hub. Raises OSError for a file that is gone."""
+    files = () if isinstance(source, HubSplit) else source.files if isinstance(source, Files) else (source,)
+    return [_digest(file, (found := file.stat()).st_size, found.st_mtime_ns) for file in files]
+
+
+@lru_cache(maxsize=1024)
+def _digest(file: Path, size: int, changed: int) -> str:
+    # the runs of a study share their files: each is read once as long as nobody writes to it
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 def place(source: Source, row: int) -> tuple[Any, int]:

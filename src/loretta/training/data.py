@@ -7,15 +7,13 @@ from transformers import PreTrainedTokenizerBase
 
 from loretta.errors import InputError
 from loretta.plan import default_task_type, find_config
-from loretta.tasks import STDLIB, load_task
+from loretta.tasks import load_task
 from loretta.tasks.base import Task
 from loretta.tasks.glue import GLUE
 from loretta.tasks.prompted import PROMPTED, PromptedTask, Sample, load_prompted
 from loretta.training.config import OF_A_TABLE, RunConfig
 from loretta.training.forms import Data, form_of
 from loretta.training.model import TASK_TYPES
-
-NAMED = {*GLUE, *PROMPTED, STDLIB}  # tasks with splits of their own
 
 
 def load_config_task(config: RunConfig) -> Task | PromptedTask:

@@ -44,7 +44,17 @@ class Place:
         return None if found is None else str(found)
 
     def begin(self, config: RunConfig, *, overwrite: bool) -> None:
-        """Make the folder, empty where it is to be overwritten, and note the options in it."""
+        """Make the folder, empty where it is to be overwritten, and note the options and the data in it.
+
+        Raises InputError for a run that goes on where its files have changed.
+        """
+        from loretta.training.sources import changed_files, write_digests  # NumPy, which --help does without
+
+        if not overwrite and (changed := changed_files(self.work, config)):
+            raise InputError(
+                f"cannot go on in '{self.folder}': {changed} has changed since the run began, and rows that were "
+                "trained may be held out now: give the file as it was, or --overwrite to begin anew"
+            )
         if overwrite and self.work.is_dir():
             remove_temporaries(self.work)
             remove_listed(self.work)
@@ -63,6 +73,7 @@ class Place:
             return
         with temporary_folder(self.work) as new:
             (new / CONFIG).write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            write_digests(new, config)
             publish(new, self.work, last=CONFIG, keep=True)
 
     def finish(self, new: Path) -> None:

@@ -14,10 +14,10 @@ from loretta.tasks.base import Task
 from loretta.tasks.prompted import PromptedTask
 from loretta.training.baseline import CHANCE, beats_baseline, chance_of
 from loretta.training.config import RunConfig
-from loretta.training.data import NAMED
 from loretta.training.finish import count_all
 from loretta.training.forms import Data, form_of
 from loretta.training.methods import find_method
+from loretta.training.sources import NAMED
 from loretta.training.trainer import TwoRateTrainer
 from loretta.wording import quoted
 
