@@ -23,11 +23,12 @@ from loretta.training.config import RunConfig
 
 COUNT = 18_600  # parameters at the end without the final layer: LoRA of rank 2 on query and value has 18,432 here
 EPOCHS = 3
-RATES = (7.5e-4, 1.5e-3, 3e-3)
+RATES = (1.5e-3, 3e-3, 7.5e-4, 6e-3)  # in the order of their value
 ALL = {"target_modules": ["query", "key", "value", "dense"], "exclude_modules": ["pooler.dense", "classifier.dense"]}
 QV = {"target_modules": ["query", "value"]}
 COMPACT = {"r": 1, "tensor_rank": 5, "modes_per_side": 2, "lora_alpha": 10, **ALL}
 WIDE = {**COMPACT, "tensor_rank": 10, "lora_alpha": 20}
+EVEN = {"even_rates": True}  # each core at a rate of its own, by what it sums
 ONE_MODE = {"r": 2, "tensor_rank": 2, "modes_per_side": 1, "lora_alpha": 4, **QV}
 # name -> (method of a run, options, what becomes of the ranks)
 METHODS: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -39,6 +40,8 @@ METHODS: dict[str, tuple[str, dict[str, Any], str]] = {
     "compact, rank 10": ("rep", WIDE, "constant"),  # what the adaptive ones begin with, of more parameters
     "compact, adaptive from 10": ("rep", WIDE, "adaptive"),
     "compact, adaptive, moments kept": ("rep", WIDE, "adaptive, moments kept"),
+    "compact even, rank 5": ("rep", {**COMPACT, **EVEN}, "constant"),
+    "compact even, adaptive from 10": ("rep", {**WIDE, **EVEN}, "adaptive"),
 }
 
 
@@ -133,8 +136,8 @@ def jobs(
         (name, task, rate, seed)
         for seed in range(options.seeds)
         for task in options.tasks
-        for name in METHODS
-        for rate in RATES
+        for name in options.methods or METHODS
+        for rate in RATES[: options.rates]
         if (name, task, rate, seed) not in done
     ]
     return [

@@ -1,4 +1,6 @@
-"""A decoder on tasks in words whose answers are texts: SQuAD and DROP, generated, COPA and WSC, the likelier option.
+"""A decoder on tasks in words whose answers are texts.
+
+SQuAD and DROP are generated; of COPA, WSC and ReCoRD the likelier option is the answer.
 
 Runs of campaign.py, one at a time, as ``loretta train`` does them. The seed draws the examples: at most 1,000 of the
 official training rows to train on and 500 to choose the epoch and a method's rate by the loss, and at most 1,000 of the
@@ -11,16 +13,19 @@ from functools import partial
 from typing import Any
 
 from instruct import record_of, row_of
-from methods import UNTRAINED
+from methods import METHODS, UNTRAINED
 
 from loretta.tasks.prompted import PROMPTED
 
-# the files here have 500 training rows of SQuAD, of one sentence each
-SAMPLES = {"squad": {"train": 400, "validation": 100}, "drop": {"train": 1000, "validation": 200}}
-LENGTHS = {"squad": 384, "drop": 512}  # tokens; those of COPA and WSC are short
-EPOCHS = {"copa": 5, "wsc": 5, "squad": 5, "drop": 2}
+# the files here have 500 training rows of SQuAD, of one sentence each, and 32 of ReCoRD
+SAMPLES = {
+    "squad": {"train": 400, "validation": 100}, "drop": {"train": 1000, "validation": 200},
+    "record": {"train": 24, "validation": 8},
+}  # fmt: skip
+LENGTHS = {"squad": 384, "drop": 512, "record": 768}  # tokens; those of COPA and WSC are short
+EPOCHS = {"copa": 5, "wsc": 5, "squad": 5, "drop": 2, "record": 10}
 NAMES = (UNTRAINED, "LoRA r=8", "compact + norms", "adp + norms", "rep + norms", "LoRA r=1", "norms")
-RATES = (1.5e-3, 7.5e-4)
+RATES = (1.0, 0.5)  # times the middle of a method's grid
 
 
 def run(name: str, task: str, rate: float, seed: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -46,8 +51,9 @@ def jobs(
     return [
         (f"{task}-{rate:g}-{seed}-{name.replace(' ', '-')}", partial(run, name, task, rate, seed, options))
         for task in options.tasks
-        for rate in RATES
+        for factor in RATES[: options.rates]
         for seed in range(options.seeds)
         for name in options.methods or NAMES
-        if (name, task, rate, seed) not in done and not (name == UNTRAINED and rate != RATES[0])
+        for rate in [factor * METHODS[name].middle]
+        if (name, task, rate, seed) not in done and not (name == UNTRAINED and factor != RATES[0])
     ]

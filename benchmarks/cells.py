@@ -28,8 +28,10 @@ PARTS = {
     "scales": Part(name="rates", rates=6, seeds=2),
     "bonds": Part(name="rates", rates=6, seeds=3),
     "wide_bonds": Part(name="rates", rates=6, seeds=3),
+    "even_rates": Part(name="rates", rates=6, seeds=3),
     "few_rates": Part(name="rates", rates=6, seeds=2),
     "peer_rates": Part(name="rates", rates=6, seeds=2),
+    "peer_rates_576": Part(name="rates", rates=6, seeds=2),
     # the paper's Figure 4: at the rate that is the best on the front
     "long": Part(name="long", rates=1, seeds=5, epochs=30),
     "claimed_long": Part(name="long", rates=1, seeds=5, epochs=30),

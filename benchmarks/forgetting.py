@@ -2,8 +2,9 @@
 
 One classifier is trained on the three tasks in turn, its head and its adapter going on from where they are, and is then
 scored on the official validation rows of each. A row of campaign.py is one method: every order and seed, as
-populations of all members that train on the same task at the same time. Nothing is chosen on the way: one rate, the
-middle of the method's grid, and the last step of each task.
+populations of all members that train on the same task at the same time. ``CYCLES`` are half of the orders, of which
+each task has each place once. Nothing is chosen on the way: one rate, the middle of the method's grid, and the last
+step of each task.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from loretta.population.training import prepare
 
 SEQUENCE = ("sst2", "mrpc", "qnli")
 ORDERS = tuple(itertools.permutations(SEQUENCE))
+CYCLES = tuple(SEQUENCE[k:] + SEQUENCE[:k] for k in range(len(SEQUENCE)))
 Member = tuple[tuple[str, ...], int]  # an order or its beginning, and a seed
 
 
@@ -43,14 +45,14 @@ def jobs(
 
 def measure(name: str, args: argparse.Namespace, split_of: Callable[[str], Path]) -> dict[str, Any]:
     begin = time.perf_counter()
-    seeds = range(args.seeds)
+    seeds, orders = range(args.seeds), CYCLES if args.cycles else ORDERS
     values: dict[Member, Tensor] = {((), seed): torch.empty(0) for seed in seeds}
     scores: dict[Member, dict[str, float]] = {}
     trained = 0
     for length in range(1, len(SEQUENCE) + 1):
         found: dict[Member, Tensor] = {}
         for task in SEQUENCE:
-            begun = {order[:length] for order in ORDERS if order[length - 1] == task}
+            begun = {order[:length] for order in orders if order[length - 1] == task}
             members = [(beginning, seed) for beginning in sorted(begun) for seed in seeds]
             loop = turn(name, task, [(m, values[m[0][:-1], m[1]]) for m in members], args, split_of(task))
             found |= {member: loop.population.values[k].clone() for k, member in enumerate(members)}
@@ -65,9 +67,10 @@ def measure(name: str, args: argparse.Namespace, split_of: Callable[[str], Path]
         "seeds": list(seeds), "metric": "accuracy",
         "scores": {
             ">".join(order): {task: [scores[order, seed][task] for seed in seeds] for task in SEQUENCE}
-            for order in ORDERS
+            for order in orders
         },
-        "seconds": time.perf_counter() - begin, "device": "cpu" if args.cpu else torch.cuda.get_device_name(),
+        "share": args.share, "seconds": time.perf_counter() - begin,
+        "device": "cpu" if args.cpu else torch.cuda.get_device_name(),
         "versions": {module.__name__: module.__version__ for module in (torch, transformers, peft)},
         "command": "python benchmarks/campaign.py --models FOLDER --data-dir DATA",
     }  # fmt: skip

@@ -171,7 +171,7 @@ def targets_of(method: Method, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure(cell: Cell, args: argparse.Namespace, data: Path) -> dict[str, Any]:
-    """The row of one cell. Members that do not fit into the memory together are trained in two halves."""
+    """The row of one cell. Members that do not fit into the memory together are trained in halves."""
     begin = time.perf_counter()
     gc.collect()
     torch.cuda.empty_cache()
@@ -210,14 +210,18 @@ def in_halves(
     configs: Sequence[RunConfig], cell: Cell, args: argparse.Namespace, scratch: Path
 ) -> list[dict[str, Any]]:
     try:
-        return trained(configs, cell, args, scratch)
+        if len(configs) <= METHODS[cell.method].together:
+            return trained(configs, cell, args, scratch)
     except (torch.OutOfMemoryError, MemoryError):
         if len(configs) == 1:
             raise
-    gc.collect()
-    torch.cuda.empty_cache()
     half = len(configs) // 2
-    return [*in_halves(configs[:half], cell, args, scratch), *in_halves(configs[half:], cell, args, scratch)]
+    found = []
+    for some in (configs[:half], configs[half:]):
+        gc.collect()
+        torch.cuda.empty_cache()
+        found += in_halves(some, cell, args, scratch)
+    return found
 
 
 def set_factors(loop: Loop, method: Method) -> None:

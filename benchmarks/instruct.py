@@ -11,6 +11,7 @@ import json
 import random
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import peft
 import torch
 import transformers
-from methods import METHODS, OURS, UNTRAINED
+from methods import FULL, METHODS, OURS, UNTRAINED
 from protocol import HELD_OUT, lines_of
 
 from loretta.record import RunRecord
@@ -90,6 +91,8 @@ def record_of(name: str, args: argparse.Namespace, **what: Any) -> RunRecord:
     torch.backends.cuda.enable_cudnn_sdp(False)  # of torch 2.11: some gradients of masked rows are NaN
     method = METHODS[name]
     options = method.placed("llama", transformers.AutoConfig.from_pretrained(str(args.model)).num_hidden_layers)
+    if name == FULL:  # of the whole decoder: what the method lists are places of an encoder
+        method, options = replace(method, method="ft"), {}
     if method.method in OURS:
         options["train_norms"] = method.norms
     with tempfile.TemporaryDirectory() as scratch:

@@ -54,6 +54,7 @@ FROZEN = (
     "relative_attention_bias",
 )
 UNTRAINED = "untrained"  # scored before its first step
+FULL = "full fine-tuning"
 OURS = ("rep", "adp", "shared", "adapters")
 INNER = 4  # the rank within each side of compact
 
@@ -67,7 +68,8 @@ class Method:
     ``like``, that is. ``factors`` are on the rates of what has a word in its name. ``bonds`` is a power: the rate of
     each core of rep is divided by that power of how many numbers are summed when it meets the ones before it, beside
     those of compact's rank of 1. ``scales`` is a name of ``SCALES``, or "k,v,MLP": what IA3's factors rescale beside
-    a LoRETTA form, before its update is added.
+    a LoRETTA form, before its update is added. At most ``together`` members are trained at
+    once, so that they leave room on a GPU.
     """
 
     name: str
@@ -82,6 +84,7 @@ class Method:
     factors: dict[str, float] = field(default_factory=dict)
     bonds: float = 0.0
     scales: str = ""
+    together: int = 1000
 
     def scaled_places(self, kind: str) -> tuple[str, str]:
         """Expressions of the modules whose outputs, and of those whose inputs are rescaled, of a type of model."""
@@ -168,11 +171,11 @@ METHODS: dict[str, Method] = {
         Method(name="norms", family="base", method="norms", norms=True, middle=3e-3),
         # of an encoder: the words' embeddings and every layer, in a copy for each member
         Method(
-            name="full fine-tuning", family="base", method="peft:lora", middle=5e-5,
+            name=FULL, family="base", method="peft:lora", middle=5e-5, together=5,
             options={"target_modules": DUMMY_TARGET_MODULES, "modules_to_save": ["encoder", "word_embeddings"]},
         ),
         Method(name="BitFit", family="base", method="bitfit", middle=3e-3),
-        Method(name="IA3", family="PEFT", method="ia3", middle=5e-3),
+        Method(name="IA3", family="PEFT", method="ia3", middle=1e-2),
         *(lora(rank) for rank in (1, 2, 4, 8, 16, 32)),
         lora(1, "all"), lora(2, "all"), lora(1, norms=True), lora(2, norms=True), lora(1, "all", norms=True),
         Method(name="adapters b=64", family="PEFT", method="adapters", options={"dense": True}),
@@ -273,6 +276,8 @@ GROUPS: dict[str, list[str]] = {
     "scales": [method.name for method in SCALED],
     "bonds": [method.name for method in BONDS],
     "wide_bonds": [method.name for method in BONDS if method.name.endswith("r=32")],
+    # compact as it is with `even_rates`, whose rank 1 no power changes
+    "even_rates": ["compact cores^1 r=32", "compact", "compact cores^1 r=4"],
     # the ends of the ranks, for a model whose cells take longer
     "few_rates": ["LoRA r=1", "compact", "shared r=1", "LoRA r=32", "compact r=32", "shared r=32"],
     "shapes": [method.name for method in SHAPES],

@@ -61,19 +61,34 @@ PEERS = [
     prompted("prompt 20", "prompt", 1e-2),
     prompted("p-tuning 20", "p-tuning", 3e-3, encoder_hidden_size=128),
     # for width 768
-    peer("VB-LoRA h=90, b=256", "vblora", 6e-2, r=4, num_vectors=90, vector_length=256, topk=2, factors=SLOW_BANK),
+    peer(
+        "VB-LoRA h=90, b=256",
+        "vblora",
+        6e-2,
+        r=4,
+        num_vectors=90,
+        vector_length=256,
+        topk=2,
+        factors=SLOW_BANK,
+        like="VB-LoRA h=90, b=128",
+    ),
     # the best of them on MiniLM, within 5,000 numbers
     peer("Uni-LoRA d=5000", "unilora", 1e-2, r=4, theta_d_length=5000, like="Uni-LoRA d=5760"),
     # and for the other sizes of the bar
     *(peer(f"Uni-LoRA d={d}", "unilora", 1e-2, r=4, theta_d_length=d, like="Uni-LoRA d=5760") for d in SIZES),
+    # for width 576, whose keys and values have 192
+    peer("VB-LoRA h=90, b=192", "vblora", 6e-2, r=4, num_vectors=90, vector_length=192, topk=2, factors=SLOW_BANK),
 ]
 PEER_GROUPS = {
     "best": [method.name for method in PEERS[:5]],
-    "more_peers": [method.name for method in PEERS[5:-4]],
+    "more_peers": [method.name for method in PEERS[5:-5]],
     "sizes": [f"Uni-LoRA d={d}" for d in (5000, *SIZES)],
     "peer_rates": [method.name for method in PEERS[:5]],
+    "peer_rates_576": ["VB-LoRA h=90, b=192"],
     "wide": [
-        method.name for method in PEERS if not method.name.endswith(("d=5760", "d=5000", "d=10000", "d=20000", "b=128"))
+        method.name
+        for method in PEERS
+        if not method.name.endswith(("d=5760", "d=5000", "d=10000", "d=20000", "b=128", "b=192"))
     ],
 }
 

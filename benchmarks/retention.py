@@ -14,6 +14,7 @@ from tables import RESULTS
 NONE = "Not measured yet.\n"
 PAPER = "sst2>mrpc>qnli"
 REFERENCE = "LoRA r=8"
+SHORT = {"all-MiniLM-L6-v2": "MiniLM", "all-mpnet-base-v2": "MPNet", "SmolLM2-135M-Instruct": "SmolLM2"}
 
 
 def forgetting_rows() -> list[Row]:
@@ -36,24 +37,25 @@ def _at(row: Row, place: int) -> Scores:
 
 
 def forgetting_table(rows: Sequence[Row]) -> str:
-    """Accuracy after three tasks in turn: in the paper's order, and by the place of a task in all six orders."""
+    """Accuracy after three tasks in turn: in the paper's order, and by the place of a task in the orders of a model."""
     if not rows:
         return NONE
-    by_method = {row["method"]: row for row in rows}
-    reference = by_method.get(REFERENCE)
+    references = {row["model"]: row for row in rows if row["method"] == REFERENCE}
     lines = []
-    for row in sorted(rows, key=lambda row: row["trained"]):
+    for row in sorted(rows, key=lambda row: (row["model"], row["trained"])):
+        reference = references.get(row["model"])
         own = row["scores"][PAPER]
         papers = [f"{mean(own[task]):.3f}" for task in PAPER.split(">")]
         gap = "" if reference is None or row is reference else signed(paired(average(row), average(reference)))
         lines.append(
             [
-                row["method"], f"{row['trained']:,}", *papers, words(_over_seeds(row, list(own.values()))),
-                *[f"{mean(_at(row, place)):.3f}" for place in range(3)], words(average(row)), gap,
+                row["method"], SHORT[row["model"]], f"{row['trained']:,}", *papers,
+                words(_over_seeds(row, list(own.values()))), *[f"{mean(_at(row, place)):.3f}" for place in range(3)],
+                words(average(row)), str(len(row["scores"])), gap,
             ]
         )  # fmt: skip
-    columns = ["SST-2", "MRPC", "QNLI", "mean", "first", "second", "third", "mean of all orders", f"to {REFERENCE}"]
-    return markdown(lines, ["method", "trained", *columns])
+    columns = ["SST-2", "MRPC", "QNLI", "mean", "first", "second", "third", "mean of orders", "orders"]
+    return markdown(lines, ["method", "model", "trained", *columns, f"to {REFERENCE}"], left=2)
 
 
 def risen(row: Row) -> Scores:
@@ -65,18 +67,20 @@ def overfitting_table(found: Sequence[Row]) -> str:
     """The loss on held-out rows in 30 epochs: its minimum, where that is, and what it is at the end."""
     rows = [row for row in found if row.get("part") == "long" and "losses" in row]
     lines = []
-    for row in sorted(rows, key=lambda row: (row["task"], row["trained"])):
+    for row in sorted(rows, key=lambda row: (row["model"], row["task"], row["trained"])):
         of_seeds = row["losses"][best_rate(row)]
         epochs = [losses.index(min(losses)) + 1 for losses in of_seeds]
         lines.append(
             [
-                row["method"], row["task"], f"{row['trained']:,}", words([min(losses) for losses in of_seeds]),
-                f"{mean(epochs):.1f}", words([losses[-1] for losses in of_seeds]), signed(risen(row)),
+                row["method"], SHORT[row["model"]], row["task"], f"{row['trained']:,}",
+                words([min(losses) for losses in of_seeds]), f"{mean(epochs):.1f}",
+                words([losses[-1] for losses in of_seeds]), signed(risen(row)),
                 words([curve[-1] for curve in row["curve"][best_rate(row)]]),
             ]
         )  # fmt: skip
     columns = [
         "method",
+        "model",
         "task",
         "trained",
         "lowest loss",
@@ -85,7 +89,7 @@ def overfitting_table(found: Sequence[Row]) -> str:
         "risen by",
         "score at the end",
     ]
-    return markdown(lines, columns, left=2) if lines else NONE
+    return markdown(lines, columns, left=3) if lines else NONE
 
 
 def reading_table(found: Sequence[Row]) -> str:

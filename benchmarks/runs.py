@@ -1,12 +1,13 @@
 """Tables of runs that were made one at a time: ranks that adapt, instruction tuning, answers in words."""
 
 import json
+import math
 from collections.abc import Callable
 from statistics import mean
 
 import pandas as pd
 from board import Row, Scores, markdown, paired, signed, words
-from methods import UNTRAINED
+from methods import METHODS, UNTRAINED
 from protocol import METRICS
 from tables import RESULTS
 
@@ -17,29 +18,28 @@ Best = tuple[tuple[str, str], float, list[Row]]  # a task and a method, the chos
 def runs_of(name: str, worth: Callable[[Row], float]) -> list[Best]:
     """The runs of a file by task and method, at the rate whose seeds are worth the most.
 
-    All trained methods of a task are compared on the rates and seeds that all of them have, so that no one is chosen
-    from more. A method with less than half the runs of another is not counted among these, and stands on its own runs.
+    A method has the seeds that its rates have in common, and all trained methods of a task as many rates, those nearest
+    the middle of their grids, so that none is chosen from more.
     """
     file = RESULTS / name
-    rows = json.loads(file.read_text()) if file.exists() else []
-    have: dict[str, dict[str, set[tuple[float, int]]]] = {}
-    for row in rows:
-        have.setdefault(row["task"], {}).setdefault(row["method"], set()).add((row["rate"], row["seed"]))
+    found: dict[str, dict[str, dict[float, list[Row]]]] = {}
+    for row in sorted(json.loads(file.read_text()) if file.exists() else [], key=lambda row: row["seed"]):
+        found.setdefault(row["task"], {}).setdefault(row["method"], {}).setdefault(row["rate"], []).append(row)
     best = []
-    for task, methods in have.items():
-        most = max(map(len, methods.values()))
-        counted = {method: runs for method, runs in methods.items() if method != UNTRAINED and len(runs) >= most / 2}
-        for method, own in sorted(methods.items()):
-            used = set.intersection(*counted.values()) if method in counted else own
-            rates: dict[float, list[Row]] = {}
-            for row in sorted(rows, key=lambda row: row["seed"]):
-                if (row["task"], row["method"]) == (task, method) and (row["rate"], row["seed"]) in used:
-                    rates.setdefault(row["rate"], []).append(row)
-            longest = max(map(len, rates.values()))
-            whole = {rate: some for rate, some in rates.items() if len(some) == longest}
-            rate = max(whole, key=lambda rate: mean(worth(row) for row in whole[rate]))
-            best.append(((task, method), rate, whole[rate]))
+    for task, methods in found.items():
+        whole = {method: _whole(METHODS[method].middle, rates) for method, rates in methods.items()}
+        least = min((len(rates) for method, rates in whole.items() if method != UNTRAINED), default=1)
+        for method, rates in sorted(whole.items()):
+            rate = max(list(rates)[:least], key=lambda rate: mean(worth(row) for row in rates[rate]))
+            best.append(((task, method), rate, rates[rate]))
     return best
+
+
+def _whole(middle: float, rates: dict[float, list[Row]]) -> dict[float, list[Row]]:
+    """The rates with the most seeds, the nearest to the middle of a grid first."""
+    most = max(map(len, rates.values()))
+    near = sorted(rates, key=lambda rate: abs(math.log(rate / middle)))
+    return {rate: rates[rate] for rate in near if len(rates[rate]) == most}
 
 
 def by_seed(some: list[Row], key: str) -> Scores:

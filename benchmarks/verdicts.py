@@ -284,6 +284,13 @@ PREDICTED: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("shared r=1 + v scales", "LoRA r=1 last 5", {"SmolLM2-135M-Instruct": "within .02"}),
     ("shared r=2 + k,v scales", "LoRA r=1 last 5", {"SmolLM2-135M-Instruct": "within .02"}),
     ("shared r=4 + scales", "LoRA r=1", {"SmolLM2-135M-Instruct": "within .02"}),
+    ("LoRA r=4", "LoRA r=8", {"all-mpnet-base-v2": "level"}),
+    ("adapters b=64", "LoRA r=8", {"all-mpnet-base-v2": "level", "SmolLM2-135M-Instruct": "level"}),
+    ("IA3", "LoRA r=1", {"SmolLM2-135M-Instruct": "level"}),
+    ("prefix 20", "LoRA r=8", {"SmolLM2-135M-Instruct": "worse"}),
+    ("VB-LoRA h=90, b=192", "shared r=1", {"SmolLM2-135M-Instruct": "not above .01"}),
+    ("VeRA r=256", "shared r=1", {"SmolLM2-135M-Instruct": "not above .01"}),
+    ("FourierFT n=1000", "shared r=1", {"SmolLM2-135M-Instruct": "not above .01"}),
 )
 
 

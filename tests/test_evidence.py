@@ -29,10 +29,12 @@ import campaign  # noqa: E402
 import causes  # noqa: E402
 import cells  # noqa: E402
 import evidence  # noqa: E402
+import forgetting  # noqa: E402
 import forms  # noqa: E402
 import methods  # noqa: E402
 import protocol  # noqa: E402
 import rates  # noqa: E402
+import runs  # noqa: E402
 import verdicts  # noqa: E402
 from claims import collect, take  # noqa: E402
 from encoders import graphable, plain_functions  # noqa: E402
@@ -268,6 +270,37 @@ def test_a_cell_whose_steps_cannot_be_recorded_is_trained_without_graphs(bert, t
     cell = forms.Cell(task="cola", method="shared r=2 + norms", rates=(1e-3,), seeds=(0, 1), epochs=2)
     assert forms.measure(cell, args, tmp_path)["official"] == {"0.001": [0.4, 0.4]}
     assert recorded == [True, False]
+
+
+def test_members_that_leave_no_room_for_others_are_trained_in_parts_and_keep_their_order(tmp_path, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(forms, "trained", lambda configs, *_: sizes.append(len(configs)) or list(configs))
+    cell = forms.Cell(task="cola", method=methods.FULL, rates=(1e-4,), seeds=tuple(range(9)), epochs=1)
+    assert forms.in_halves(list(range(9)), cell, argparse.Namespace(), tmp_path) == list(range(9))
+    assert sizes == [4, 5]
+
+
+def test_three_of_the_orders_have_each_task_once_in_each_place():
+    assert set(forgetting.CYCLES) < set(forgetting.ORDERS)
+    assert all(set(of_place) == set(forgetting.SEQUENCE) for of_place in zip(*forgetting.CYCLES, strict=True))
+
+
+def test_a_run_is_chosen_among_as_many_rates_as_every_other_method_has(tmp_path, monkeypatch):
+    def rows(method, rate, losses):
+        return [
+            {"task": "t", "method": method, "rate": rate, "seed": seed, "held_out": loss}
+            for seed, loss in enumerate(losses)
+        ]
+
+    found = [*rows("LoRA r=8", 7.5e-4, [1, 1, 1]), *rows("LoRA r=8", 1.5e-3, [2, 2, 2]), *rows("IA3", 1e-2, [3, 3, 3])]
+    found += rows("IA3", 2e-2, [1, 1])  # a seed is missing
+    (tmp_path / "some.json").write_text(json.dumps(found))
+    monkeypatch.setattr(runs, "RESULTS", tmp_path)
+    best = {method: rate for (_, method), rate, _ in runs.runs_of("some.json", lambda row: -row["held_out"])}
+    assert best == {"LoRA r=8": 1.5e-3, "IA3": 1e-2}
+    (tmp_path / "some.json").write_text(json.dumps(found + rows("IA3", 2e-2, [1, 1, 1])[2:]))
+    best = {method: rate for (_, method), rate, _ in runs.runs_of("some.json", lambda row: -row["held_out"])}
+    assert best == {"LoRA r=8": 7.5e-4, "IA3": 2e-2}
 
 
 def test_populations_can_be_told_to_use_no_kernels_of_ours():
