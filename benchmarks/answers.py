@@ -33,7 +33,7 @@ def run(name: str, task: str, rate: float, seed: int, args: argparse.Namespace) 
     record = record_of(
         name, args, data=task, data_dir=str(args.data_dir), sample=SAMPLES.get(task, {}), max_new_tokens=20,
         epochs=EPOCHS[task], max_length=LENGTHS.get(task, 128), learning_rate=rate if trains else 1e-12, seed=seed,
-        max_steps=args.max_steps if trains else 1,
+        max_steps=args.max_steps if trains else 1, eval_batch_size=8 if task == "record" else 32,
     )  # fmt: skip
     losses = [point.values["loss"] for point in record.history if point.split == "validation"]
     metric, test = PROMPTED[task].metrics[0], record.test or {}
