@@ -1,7 +1,8 @@
 """Write docs/quickstart.md: the first hour on a terminal, as it was. ``python docs/quickstart.py``.
 
-The commands run on the tiny random models and the table of the tests, without a network; a test runs them again and
-compares what they print, but for figures behind a decimal point and times.
+``python docs/quickstart.py FOLDER`` makes the models and tables of the page there instead. The commands run on the tiny
+random models and the table of the tests, without a network; a test runs them again and compares what they print, but
+for figures behind a decimal point and times.
 """
 
 import contextlib
@@ -23,14 +24,22 @@ sys.path.insert(0, str(ROOT / "tests"))
 
 HEADER = """# The first hour
 
-A transcript, written by `python docs/quickstart.py` (`make tables`): the commands were run one after the other on a
-random BERT and a random LLaMA of two layers, whose words are those of a table of 96 reviews, `reviews.csv`:
+What each command prints, one after the other, on a random BERT and a random LLaMA of two layers, whose words are those
+of a table of 96 reviews. From a checkout of the repository, this makes them in a folder to follow along in:
+
+```bash
+python docs/quickstart.py first-hour
+cd first-hour
+```
+
+`reviews.csv` begins so:
 
 ```text
 {head}
 ```
 
-With a model of your own nothing changes but `--model` (a Hub id or a folder) and the scores.
+With a model of your own nothing changes but `--model` (a Hub id or a folder) and the scores. `make tables` writes this
+page.
 """
 
 TRAIN = "--model tiny-bert --data reviews.csv --text review --label mood --cpu"
@@ -247,4 +256,8 @@ def write(target: Path, text: str, seconds: str) -> str:
 
 
 if __name__ == "__main__":
-    print(write(Path(__file__).with_suffix(".md"), *page()))
+    if folders := sys.argv[1:]:
+        Path(folders[0]).mkdir(parents=True)
+        prepare(Path(folders[0]))
+    else:
+        print(write(Path(__file__).with_suffix(".md"), *page()))

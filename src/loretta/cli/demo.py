@@ -39,7 +39,9 @@ LABELS = {
 
 
 def demo(
-    quick: Annotated[bool, typer.Option("--quick", help="One epoch on a part of the data, under 2 minutes.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="One epoch on a part of the data: three minutes on two cores.")
+    ] = False,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the runs; replaced.")] = Path("runs/demo"),
     as_json: Json = False,
 ) -> None:
