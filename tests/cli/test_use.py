@@ -241,3 +241,31 @@ def test_held_out_rows_of_a_file_that_has_changed_are_not_scored_or_trained_on(b
     path.write_text("".join(["review,mood\n", *rows[:60]]))
     assert json.loads(call(capsys, "eval", folder, "--cpu", "--json")[1]) == before
     assert call(capsys, "train", "--resume", folder, "--epochs", 2)[0] == 0
+
+
+def test_other_data_are_read_by_the_labels_of_the_run(mine, capsys, tmp_path):
+    texts = {"a": "a good film", "b": "a bad plot", "c": "the cast was fine"}
+    asked = [word for text in texts.values() for word in ("--text", text)]
+    answers = [row["label"] for row in json.loads(call(capsys, "predict", mine, *asked, "--cpu", "--json")[1])]
+    (tmp_path / "one.jsonl").write_text(
+        "".join(json.dumps({"review": t, "mood": "pos"}) + "\n" for t in texts.values())
+    )
+    for split in ("validation", "test"):
+        out = call(capsys, "eval", mine, "--cpu", "--json", "--data", tmp_path / "one.jsonl", "--split", split)[1]
+        assert json.loads(out)["accuracy"] == pytest.approx(answers.count("pos") / 3)
+    (tmp_path / "new.csv").write_text("review,mood\na good film,splendid\n")
+    status, _, err = call(capsys, "eval", mine, "--cpu", "--data", tmp_path / "new.csv")
+    assert_refused(status, err, ["lacks ('splendid' in 1 row)"])
+
+
+def test_whole_numbers_are_scores_to_a_run_of_scores(bert, capsys, tmp_path):
+    rows = [(text, k / 7) for k, (text, _) in enumerate(sentences(30))]
+    (tmp_path / "scores.csv").write_text("review;mood\n" + "".join(f"{text};{score}\n" for text, score in rows))
+    arguments = train_arguments(bert, tmp_path / "scores.csv", tmp_path / "run", "--separator", ";")
+    assert call(capsys, *arguments)[0] == 0
+    whole = [{"review": text, "mood": k % 4} for k, (text, _) in enumerate(rows)]
+    (tmp_path / "whole.jsonl").write_text("".join(json.dumps(row) + "\n" for row in whole))
+    out = call(capsys, "eval", tmp_path / "run", "--cpu", "--json", "--data", tmp_path / "whole.jsonl")[1]
+    answers = call(capsys, "predict", tmp_path / "run", tmp_path / "whole.jsonl", "--cpu", "--json")[1]
+    errors = [(row["score"] - row["mood"]) ** 2 for row in json.loads(answers)]
+    assert json.loads(out)["mse"] == pytest.approx(sum(errors) / len(errors), rel=1e-5)

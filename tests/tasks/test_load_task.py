@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 import loretta.tasks
-from loretta.tasks import load_task
+from loretta.errors import InputError
+from loretta.tasks import Known, load_task
 
 HEAVY = {"datasets", "pandas", "pyarrow", "sklearn", "scipy", "torch", "transformers", "peft"}
 ALLOWED_HERE = {"errors", "tasks", "wording"}
@@ -149,3 +150,28 @@ def test_the_package_stands_low_and_imports_late():
         assert ours <= ALLOWED_HERE, file.name
         early = {name.split(".")[0] for name, node in names.items() if node in tree.body}
         assert not early & HEAVY, file.name
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "kind", "labels", "column", "ids"),
+    [
+        ("a.csv", "text,label\na,10\nb,1.0\n", "classification", ("0", "1", "10"), "label", [2, 1]),
+        ("b.csv", "text,label\na,1\nb,01\n", "classification", ("01", "1"), "label", [1, 0]),
+        ("c.csv", "text,label\na,3\n", "regression", (), "label", [3.0]),
+        ("d.jsonl", '{"text": "a", "label": ["y"]}\n', "multi_label", ("x", "y"), "label", [[0.0, 1.0]]),
+        ("e.jsonl", '{"tokens": ["a"], "tags": ["O"]}\n', "token_classification", ("B-X", "O"), "tags", [[1]]),
+    ],
+)
+def test_known_labels_keep_their_ids_where_some_are_missing(name, content, kind, labels, column, ids, tmp_path):
+    (tmp_path / name).write_text(content)
+    file = str(tmp_path / name)
+    task = load_task(file, kind=kind, validation=file, known=Known(data="train.csv", label_names=labels))
+    assert (task.kind, task.label_names) == (kind, labels)
+    assert task.validation[column] == ids
+
+
+def test_a_tag_that_is_not_known_is_refused(tmp_path):
+    (tmp_path / "new.jsonl").write_text('{"tokens": ["a"], "tags": ["B-Y"]}\n')
+    known = Known(data="train.jsonl", label_names=("B-X", "O"))
+    with pytest.raises(InputError, match=r"'B-Y' is not in the training file 'train\.jsonl'"):
+        load_task(str(tmp_path / "new.jsonl"), kind="token_classification", validation="x.jsonl", known=known)

@@ -193,7 +193,8 @@ def test_an_earlier_run_stays_until_the_new_one_is_whole(bert, reviews, tmp_path
     assert record.seed == 1
     assert RunRecord.load(tmp_path / "run" / "run.json") == record
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
-        ".loretta.json", ".loretta.lock", "adapter", "checkpoints", "config.json", "data.json", "predictions.jsonl", "run.json",
+        ".loretta.json", ".loretta.lock", "adapter", "checkpoints", "config.json", "data.json", "predictions.jsonl",
+        "run.json",
     ]  # fmt: skip
     train(first, overwrite=True)
     train(first.model_copy(update={"output": str(tmp_path / "beside")}))

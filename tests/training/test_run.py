@@ -41,7 +41,8 @@ def test_a_method_learns_and_loads_again(method, bert, reviews, tmp_path):
     record = train(config)
     folder = tmp_path / "run"
     assert sorted(path.name for path in folder.iterdir()) == [
-        ".loretta.json", ".loretta.lock", "adapter", "checkpoints", "config.json", "data.json", "predictions.jsonl", "run.json",
+        ".loretta.json", ".loretta.lock", "adapter", "checkpoints", "config.json", "data.json", "predictions.jsonl",
+        "run.json",
     ]  # fmt: skip
     assert not list((folder / "adapter").glob("*.bin")), "safetensors only"
     assert record == RunRecord.load(folder / "run.json")

@@ -22,20 +22,15 @@ def evaluate(
     """Load a run's adapter again and score it."""
     if split not in ("train", "validation", "test"):
         raise InputError(f"--split {split!r} is none of train, validation and test")
-    from loretta.tasks.sources import names_files
-    from loretta.training.data import load_config_task
+    from loretta.training.data import load_config_task, load_other_task
     from loretta.training.predict import evaluate as score
     from loretta.training.predict import load_run
-    from loretta.training.sources import NAMED, changed_files
+    from loretta.training.sources import changed_files
 
     loaded = load_run(run, model=model, cpu=cpu)
     config = loaded.config
-    if data is not None:
-        # files are their own validation files: no rows are held out of them
-        validation = data if data not in NAMED and names_files(data) else None
-        config = config.model_copy(update={"data": data, "validation": validation, "test": None, "limit": None})
-    task = load_config_task(config)
     if data is None:
+        task = load_config_task(config)
         # without a file of its own a split was held out of the data
         option = split if split != "train" and getattr(config, split) is not None else "data"
         if changed := changed_files(run, config, (option,)):
@@ -43,6 +38,8 @@ def evaluate(
                 f"{changed} has changed since the run began, so that the {split} rows are others and may have been "
                 "trained: give --data FILE to score all rows of a file, or put the file back as it was"
             )
+    else:
+        task = load_other_task(config, loaded.record, data)
     values = score(loaded, task, split)
     if as_json:
         print_json({"run": str(run), "split": split, **values})

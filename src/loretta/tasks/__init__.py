@@ -7,7 +7,7 @@ from typing import Any
 
 from loretta.errors import InputError
 from loretta.tasks import glue, stdlib
-from loretta.tasks.base import KINDS, Kind, Task
+from loretta.tasks.base import KINDS, Kind, Known, Task
 from loretta.tasks.files import load_table, load_text
 from loretta.tasks.read import ENDINGS_IN_WORDS, TEXT_ENDINGS
 from loretta.tasks.sources import Source, column_names, ending, find_files, is_hub_id, load_hub, names_files
@@ -15,7 +15,7 @@ from loretta.tasks.tokens import load_tokens, tags_of
 from loretta.tasks.turns import FORMS_IN_WORDS, load_turns, turns_of
 from loretta.wording import listed, nearest, quoted
 
-__all__ = ["Kind", "Task", "load_task"]
+__all__ = ["Kind", "Known", "Task", "load_task"]
 
 STDLIB = "stdlib"
 
@@ -33,6 +33,7 @@ def load_task(
     separator: str | None = None,
     split: str | None = None,
     seed: int = 0,
+    known: Known | None = None,
 ) -> Task:
     """Load a task: ``data`` is the name of a GLUE task, "stdlib", files, or a dataset on the Hub.
 
@@ -41,7 +42,8 @@ def load_task(
     ``split``.
 
     ``text``, ``text_pair`` and ``label`` name columns of a table ("text" and "label" by default); ``validation`` and
-    ``test`` are further files of the same form; ``data_dir`` holds GLUE's files.
+    ``test`` are further files of the same form; ``data_dir`` holds GLUE's files. ``known`` are the labels of a model
+    that was trained on a task of this ``kind``; without them the labels are those of ``data``.
 
     Raises InputError for data that cannot be found or read, and for options that do not fit the data.
     """
@@ -102,7 +104,7 @@ def load_task(
         return load_turns(path, kind=kind, **more)
     if kind == "token_classification" or (kind is None and label is None and text is None and tags_of(columns)):
         _refuse(options, {"--text-pair"}, f"'{data}', which has tokens and tags")
-        return load_tokens(path, tokens=text, tags=label, **more)
+        return load_tokens(path, tokens=text, tags=label, known=known, **more)
     label = label or ("label" if "label" in columns else None)
     if label is None:
         raise InputError(
@@ -112,7 +114,7 @@ def load_task(
     # where there is one column only, load_table says that the separator may be wrong
     if text is None and "text" not in columns and len(columns) > 1:
         raise InputError(f"'{data}' has no column 'text': give --text COLUMN, one of {listed(columns)}")
-    return load_table(path, text=text or "text", text_pair=text_pair, label=label, kind=kind, **more)
+    return load_table(path, text=text or "text", text_pair=text_pair, label=label, kind=kind, known=known, **more)
 
 
 def _find(given: Path | str, separator: str | None) -> Source:

@@ -20,6 +20,14 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Known:
+    """The labels that a model was trained with: other data are read by them, whichever of them these have."""
+
+    data: str  # where they were found
+    label_names: tuple[str, ...]  # () for scores
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Task:
     """Splits in one form for all sources, and how to score them.
 

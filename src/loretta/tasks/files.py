@@ -6,8 +6,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Unpack
 
 from loretta.errors import InputError
-from loretta.tasks.base import Kind, Task
-from loretta.tasks.labels import LabelScheme, LabelSets, decide, decide_sets, doubts, label_columns, read_sets
+from loretta.tasks.base import Kind, Known, Task
+from loretta.tasks.labels import (
+    LabelScheme,
+    LabelSets,
+    decide,
+    decide_sets,
+    doubts,
+    known_scheme,
+    label_columns,
+    read_sets,
+)
 from loretta.tasks.read import TEXT_ENDINGS
 from loretta.tasks.sources import (
     HubSplit,
@@ -63,12 +72,14 @@ def load_table(
     label: str,
     text_pair: str | None = None,
     kind: Kind | None = None,
+    known: Known | None = None,
     **files: Unpack[OtherFiles],
 ) -> Task:
     """A task from a table with labels: a CSV, TSV, JSON Lines (each also gzipped) or Parquet file.
 
     ``label`` names a column of labels, a column of lists of labels, or several columns of 0 and 1 with commas between
-    the names; the last two give a row several labels. How labels are read: :func:`loretta.tasks.labels.decide`.
+    the names; the last two give a row several labels. How labels are read: :func:`loretta.tasks.labels.decide`, or as
+    ``known`` beside its ``kind``.
 
     Without a validation file, 20% of the rows are held out by ``seed``, in each class alike; rows with the same texts
     stay on one side.
@@ -90,9 +101,13 @@ def load_table(
     if several and kind not in (None, "multi_label"):
         raise InputError(f"{quoted(label)} of '{path}' holds several labels a row, and kind is {kind!r}: leave it out")
     texts, cells = _read_rows(path, text_columns, labels, several)
-    scheme: LabelScheme | LabelSets = (
-        decide_sets(cells, column=label, path=path) if several else decide(cells, kind=kind, column=label, path=path)
-    )
+    scheme: LabelScheme | LabelSets
+    if known is not None and kind is not None:
+        scheme = known_scheme(known, kind, column=label)
+    elif several:
+        scheme = decide_sets(cells, column=label, path=path)
+    else:
+        scheme = decide(cells, kind=kind, column=label, path=path)
     rows = [Row(*pair) for pair in zip(texts, scheme.encode(cells, path), strict=True)]
 
     def read(other: Source) -> list[Row]:

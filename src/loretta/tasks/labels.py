@@ -10,7 +10,7 @@ from decimal import Decimal
 from typing import Any
 
 from loretta.errors import InputError
-from loretta.tasks.base import Kind
+from loretta.tasks.base import Kind, Known
 from loretta.tasks.sources import Source, read_columns, wrong_cell
 from loretta.wording import OBEYED, listed, quoted
 
@@ -30,7 +30,7 @@ class LabelScheme:
 
     kind: Kind
     column: str
-    source: Source  # the training file
+    source: object  # the training file
     numeric: bool
     classes: tuple[Value, ...]  # in the order of their ids; () for regression
 
@@ -120,6 +120,17 @@ def decide(cells: Sequence[Any], *, kind: Kind | None, column: str, path: Source
     return LabelScheme(kind=kind, column=column, source=path, numeric=numeric, classes=classes)
 
 
+def known_scheme(known: Known, kind: Kind, *, column: str) -> "LabelScheme | LabelSets":
+    """As :func:`decide` and :func:`decide_sets` read the labels of the training file."""
+    if kind == "multi_label":
+        return LabelSets(column=column, source=known.data, names=known.label_names)
+    numbers = [_number(name) for name in known.label_names]
+    # the names of numbers are written as Python writes them, those of codes such as 007 as they stood
+    numeric = [str(number) for number in numbers] == list(known.label_names)
+    classes: Any = tuple(numbers) if numeric else known.label_names
+    return LabelScheme(kind=kind, column=column, source=known.data, numeric=numeric, classes=classes)
+
+
 def _guess(
     cells: Sequence[Any], numbers: Sequence[float | None], strays: Sequence[int], column: str, path: Source
 ) -> Kind:
@@ -189,7 +200,7 @@ class LabelSets:
     """How a column of several labels reads, by the training file. Beside :class:`loretta.tasks.labels.LabelScheme`."""
 
     column: str
-    source: Source  # the training file
+    source: object  # the training file
     names: tuple[str, ...]  # in the order of their places
     kind: Kind = "multi_label"
     classes: tuple[str, ...] = ()  # none: a row has no single class by which a split could be balanced

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, Unpack
 
 from loretta.errors import InputError
-from loretta.tasks.base import Task
+from loretta.tasks.base import Known, Task
 from loretta.tasks.sources import Source, column_names, read_columns, wrong_cell
 from loretta.tasks.split import OtherFiles, split_rows
 from loretta.wording import listed, quoted
@@ -29,11 +29,13 @@ def load_tokens(
     *,
     tokens: str | None = None,
     tags: str | None = None,
+    known: Known | None = None,
     **files: Unpack[OtherFiles],
 ) -> Task:
     """Rows of a list of tokens and a list of as many tags, from JSON Lines or Parquet.
 
-    The columns are "tokens" and "tags" or "ner_tags" where they are not given. Tags as B-PER, I-PER and O are scored by
+    The columns are "tokens" and "tags" or "ner_tags" where they are not given. The tags are ``known`` ones, or those of
+    the file. Tags as B-PER, I-PER and O are scored by
     entity, others by token. Without a validation file 10% of the rows are held out by ``seed``.
 
     Raises InputError: a file or column that cannot be read, lists that do not match, a tag that the training file
@@ -42,13 +44,17 @@ def load_tokens(
     names = column_names(path)
     tokens, tags = tokens or TOKENS, tags or tags_of(names) or TAGS[0]
     rows = _read(path, tokens, tags)
-    labels = tuple(sorted({tag for _, row in rows for tag in row}))
+    if known is not None:
+        labels, source = known.label_names, known.data
+        _known(rows, labels, tags, path, source)
+    else:
+        labels, source = tuple(sorted({tag for _, row in rows for tag in row})), str(path)
     if len(labels) < 2:
         raise InputError(f"every token of '{path}' has the tag {quoted(labels[0])}: give at least two different tags")
     splits = split_rows(
         path,
         rows,
-        lambda other: _known(_read(other, tokens, tags), labels, tags, other, path),
+        lambda other: _known(_read(other, tokens, tags), labels, tags, other, source),
         key=lambda row: tuple(row[0]),
         share=SHARE,
         **files,
@@ -91,7 +97,7 @@ def _texts(cell: Any, column: str, path: Source, at: int) -> list[str]:
     return cell
 
 
-def _known(rows: Rows, labels: Sequence[str], tags: str, path: Source, source: Source) -> Rows:
+def _known(rows: Rows, labels: Sequence[str], tags: str, path: Source, source: str) -> Rows:
     known = set(labels)
     for at, (_, row) in enumerate(rows):
         if unseen := [tag for tag in row if tag not in known]:

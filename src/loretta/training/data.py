@@ -7,17 +7,45 @@ from transformers import PreTrainedTokenizerBase
 
 from loretta.errors import InputError
 from loretta.plan import default_task_type, find_config
+from loretta.record import RunRecord
 from loretta.tasks import load_task
-from loretta.tasks.base import Task
+from loretta.tasks.base import KINDS, Known, Task
 from loretta.tasks.glue import GLUE
 from loretta.tasks.prompted import PROMPTED, PromptedTask, Sample, load_prompted
+from loretta.tasks.read import SEPARATORS
+from loretta.tasks.sources import ending, find_files, names_files
 from loretta.training.config import OF_A_TABLE, RunConfig
 from loretta.training.forms import Data, form_of
 from loretta.training.model import TASK_TYPES
+from loretta.training.sources import NAMED
 
 
-def load_config_task(config: RunConfig) -> Task | PromptedTask:
+def load_other_task(config: RunConfig, record: RunRecord, data: str) -> Task | PromptedTask:
+    """Other data for a finished run, read with its columns, its kind and its labels; of a file all rows in each split.
+
+    Raises InputError as :func:`load_config_task` does, and for a label that the run has not learned.
+    """
+    none = dict.fromkeys((*OF_A_TABLE, "limit", "data_dir"))
+    if data in NAMED:
+        kept: dict[str, Any] = {"data_dir": config.data_dir}
+    else:
+        names = GLUE[config.data].columns if config.data in GLUE else (config.text, config.text_pair)
+        kind = record.kind if record.kind in KINDS else None
+        kept = {"text": names[0], "text_pair": (*names, None)[1], "label": config.label, "kind": kind}
+        if not names_files(data):
+            kept["split"] = config.split
+        else:
+            is_separated = ending(find_files(data)) in SEPARATORS
+            # files are their own validation files: no rows are held out of them
+            kept |= {"validation": data, "test": data, "separator": config.separator if is_separated else None}
+    known = Known(data=config.data, label_names=tuple(record.label_names))
+    return load_config_task(config.model_copy(update={**none, **kept, "data": data}), known)
+
+
+def load_config_task(config: RunConfig, known: Known | None = None) -> Task | PromptedTask:
     """The task that ``config`` names, in words or as a table, cut to ``limit`` rows a split.
+
+    Labels are ``known`` ones, or those of the data.
 
     Raises InputError as ``load_task`` and ``load_prompted`` do, and for options that are of the other form.
     """
@@ -34,7 +62,7 @@ def load_config_task(config: RunConfig) -> Task | PromptedTask:
                 f"sample and train_as are for prompted tasks ({', '.join(PROMPTED)}) on a causal language model, and "
                 f"'{config.data}' on '{config.model}' is none: leave them out"
             )
-        task = load_task(config.data, data_dir=data_dir, seed=config.seed, **of_table)
+        task = load_task(config.data, data_dir=data_dir, seed=config.seed, known=known, **of_table)
     found = find_config(config.model) if TASK_TYPES[task.kind] == "CAUSAL_LM" else None
     if found is not None and default_task_type(found) == "SEQ_CLS" and not getattr(found, "is_decoder", False):
         # it sees the next token, and its loss on that says nothing
