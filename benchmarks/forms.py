@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import gc
 import math
-import re
 import sys
 import tempfile
 import time
@@ -33,13 +32,10 @@ import torch
 import transformers
 from cells import PER_RATE, Cell, cells_beyond, cells_of, command_of, joined, left, table
 from claims import Worker, oversee, take
-from encoders import graphable
+from encoders import graphable, rescale
 from methods import FROZEN, IA3, METHODS, NORMS, OURS, TARGETS, UNTRAINED, Method
-from peft import IA3Config
-from peft.tuners.ia3.layer import Linear as IA3Linear
 from prompts import give_head, option_tokens, perplexities, write_words
 from protocol import HEAD_RATE, OFFICIAL_LENGTH, TASKS, read_rows, split
-from torch import nn
 
 from loretta.errors import InputError
 from loretta.population import training as population_training
@@ -50,7 +46,6 @@ from loretta.training.config import RunConfig
 from loretta.training.data import encode_splits, load_config_task
 from loretta.training.methods import virtual_tokens
 from loretta.training.model import load_tokenizer
-from loretta.tuners.layer import LorettaLayer
 from loretta.tuners.rep.layer import RepLinear, larger_starts
 
 # tokens of all members: as many as one part of a step has, and as are scored at once; of large models fewer, so that
@@ -113,19 +108,6 @@ def heads_alike(tokens: Sequence[int], method: Method | None = None) -> Iterator
         ),
     ):
         yield
-
-
-def rescale(model: nn.Module, outputs: str, inputs: str) -> None:
-    """Put IA3's factors on the outputs and the inputs of base layers whose names match, below what adapts them."""
-    for name, module in list(model.named_modules()):
-        of_inputs = bool(name and re.fullmatch(inputs, name))
-        if of_inputs or re.fullmatch(outputs, name):
-            path = f"{name}.base_layer" if isinstance(module, LorettaLayer) else name
-            base = model.get_submodule(path)
-            scaled = IA3Linear(base, "default", IA3Config(), is_feedforward=of_inputs)
-            dtype = scaled.ia3_l["default"].dtype
-            scaled.ia3_l.to(torch.promote_types(dtype, torch.float32))  # as all else that is trained
-            model.set_submodule(path, scaled)
 
 
 def configs_of(cell: Cell, args: argparse.Namespace, data: Path, scratch: Path) -> list[RunConfig]:

@@ -39,10 +39,10 @@ def benchmarks():
     folder = str(Path(__file__).parents[1] / "benchmarks")
     sys.path.insert(0, folder)
     try:
-        import forms
+        import encoders
         import methods
 
-        yield forms, methods
+        yield encoders, methods
     finally:
         sys.path.remove(folder)
 
@@ -50,13 +50,13 @@ def benchmarks():
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("family", MODELS)
 def test_a_member_with_scales_computes_and_learns_as_weights_scaled_by_hand(benchmarks, family, form):
-    forms, methods = benchmarks
+    encoders, methods = benchmarks
     torch.manual_seed(0)
     base = MODELS[family]().double().eval()
     plain = {name: value.clone() for name, value in base.state_dict().items()}
     model = get_peft_model(base, FORMS[form]()).eval()
     method, of_a_layer = {"shared": ("shared r=2 + scales", 3), "values": ("compact + k,v scales", 2)}[form]
-    forms.rescale(model, *methods.METHODS[method].scaled_places(family))
+    encoders.rescale(model, *methods.METHODS[method].scaled_places(family))
     factors = [name for name, p in model.named_parameters() if "ia3_l" in name]
     assert len(factors) == of_a_layer * SIZES["num_hidden_layers"]
     population = Population(model, [Start.of(model, model)] * 2)
