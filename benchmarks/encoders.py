@@ -1,4 +1,4 @@
-"""How models of the evidence compute: MPNet so that its steps can be recorded, populations plainly, forms with scales."""
+"""How models of the evidence compute: MPNet with steps that can be recorded, populations plainly, forms with scales."""
 
 import contextlib
 import re
