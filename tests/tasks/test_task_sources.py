@@ -132,3 +132,49 @@ def test_a_dataset_on_the_hub(hub, folder, refused):
     refused(lambda: load_task("org/moods:small", label="mood", text="words"), "has no column 'words'", "'text', 'mood'")
     refused(lambda: load_task("org/moods:small", label="mood", separator=";"), "--separator does not fit")
     refused(lambda: load_task(f"{folder}/a.csv", label="label", split="x"), "--split does not fit")
+
+
+@pytest.mark.parametrize(
+    ("names", "given", "shown"),
+    [
+        (("train.csv", "test.csv"), "", ["--data '{}/train.csv'", "--test '{}/test.csv'"]),
+        (("Train-0.csv", "Train-1.csv", "dev.csv"), "*.csv", ["--data '{}/Train-0.csv'", "--validation '{}/dev.csv'"]),
+        (("train/x.csv", "test/x.csv"), "**/*.csv", ["--data '{}/train/x.csv'", "--test '{}/test/x.csv'"]),
+        (("my_val.csv", "my_test_2.csv"), "*", ["--validation '{}/my_val.csv'", "--test '{}/my_test_2.csv'"]),
+    ],
+)
+def test_files_of_several_splits_are_not_one(names, given, shown, tmp_path, refused):
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text,label\n" + "".join(f"{name} {k},{k % 2}\n" for k in range(4)))
+    refused(lambda: load_task(tmp_path / given, label="label"), *(words.format(tmp_path) for words in shown))
+    all_of_them = ",".join(str(tmp_path / name) for name in names)
+    assert len(texts(load_task(all_of_them, label="label"))) == 4 * len(names)
+
+
+def test_files_whose_names_only_resemble_those_of_splits_are_read_together(tmp_path):
+    for name in ("latest.csv", "trained.csv", "evaluation.csv", "test.csv"):
+        (tmp_path / name).write_text("text,label\n" + "".join(f"{name} {k},{k % 2}\n" for k in range(4)))
+    assert len(texts(load_task(tmp_path, label="label"))) == 16
+
+
+def test_a_dataset_of_save_to_disk(tmp_path, refused):
+    features = Features({"text": Value("string"), "mood": ClassLabel(names=["low", "high"])})
+    rows = {"text": [f"text {k}" for k in range(12)], "mood": [k % 2 for k in range(12)]}
+    data = Dataset.from_dict(rows, features=features)
+    data.save_to_disk(tmp_path / "one")
+    hidden = data.select(range(2)).map(lambda row: {"mood": -1})
+    DatasetDict(train=data.select(range(8)), dev=data.select(range(8, 12)), test=hidden).save_to_disk(
+        tmp_path / "parts"
+    )
+    task = load_task(tmp_path / "one", label="mood")
+    assert (texts(task), task.label_names) == (sorted(rows["text"]), ("high", "low"))
+    task = load_task(tmp_path / "parts", label="mood")
+    assert (list(task.train["text"]), list(task.validation["text"])) == (rows["text"][:8], rows["text"][8:])
+    assert task.test is None
+    assert task.notes == (f"the test split of '{tmp_path / 'parts'}' has no labels: left out",)
+    assert len(load_task(tmp_path / "parts", label="mood", split="dev").train) == 4
+    refused(lambda: load_task(tmp_path / "parts", label="mood", split="none"), "no split 'none'", "'train', 'dev'")
+    refused(lambda: load_task(tmp_path / "one", label="mood", test=tmp_path / "parts"), "give it alone, as --data")
+    (tmp_path / "one" / "data-00000-of-00001.arrow").write_bytes(b"no Arrow")
+    refused(lambda: load_task(tmp_path / "one", label="mood"), "is a damaged dataset")

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,19 @@ from loretta.tasks import glue, stdlib
 from loretta.tasks.base import KINDS, Kind, Known, Task
 from loretta.tasks.files import load_table, load_text
 from loretta.tasks.read import ENDINGS_IN_WORDS, TEXT_ENDINGS
-from loretta.tasks.sources import Source, column_names, ending, find_files, is_hub_id, load_hub, names_files
+from loretta.tasks.sources import (
+    HubSplit,
+    Source,
+    column_names,
+    ending,
+    find_files,
+    is_hub_id,
+    is_saved,
+    load_hub,
+    load_saved,
+    names_files,
+    read_columns,
+)
 from loretta.tasks.tokens import load_tokens, tags_of
 from loretta.tasks.turns import FORMS_IN_WORDS, load_turns, turns_of
 from loretta.wording import listed, nearest, quoted
@@ -38,8 +51,8 @@ def load_task(
     """Load a task: ``data`` is the name of a GLUE task, "stdlib", files, or a dataset on the Hub.
 
     Files are given as a path, several paths with commas between them, a pattern (``data/*.csv``) or a folder; a dataset
-    of the Hub as "org/name" or "org/name:config". See :mod:`loretta.tasks.sources` for these, ``separator`` and
-    ``split``.
+    of the Hub as "org/name" or "org/name:config", a saved one as its folder. See :mod:`loretta.tasks.sources` for
+    these, ``separator`` and ``split``.
 
     ``text``, ``text_pair`` and ``label`` name columns of a table ("text" and "label" by default); ``validation`` and
     ``test`` are further files of the same form; ``data_dir`` holds GLUE's files. ``known`` are the labels of a model
@@ -68,9 +81,9 @@ def load_task(
         _refuse(options, set(options), f"'{STDLIB}', which is built from the running Python")
         return stdlib.load()
 
-    if is_hub_id(data):
-        _refuse(options, {"--data-dir", "--separator"}, f"'{data}', a dataset on the Hub")
-        splits: dict[str, Source] = {**load_hub(data, split)}
+    if is_hub_id(data) or is_saved(data):
+        _refuse(options, {"--data-dir", "--separator"}, f"'{data}', a dataset with splits of its own")
+        splits: dict[str, Source] = {**(load_saved(data, split) if is_saved(data) else load_hub(data, split))}
         given = {"validation": validation, "test": test}
         splits |= {role: _find(file, None) for role, file in given.items() if file is not None}
     elif names_files(data):
@@ -114,7 +127,18 @@ def load_task(
     # where there is one column only, load_table says that the separator may be wrong
     if text is None and "text" not in columns and len(columns) > 1:
         raise InputError(f"'{data}' has no column 'text': give --text COLUMN, one of {listed(columns)}")
-    return load_table(path, text=text or "text", text_pair=text_pair, label=label, kind=kind, known=known, **more)
+    unlabelled = _has_no_labels(more["test_path"], label)
+    if unlabelled:
+        more["test_path"] = None
+    task = load_table(path, text=text or "text", text_pair=text_pair, label=label, kind=kind, known=known, **more)
+    return replace(task, notes=(*task.notes, *[f"the test split of '{data}' has no labels: left out"] * unlabelled))
+
+
+def _has_no_labels(test: Source | None, label: str) -> bool:
+    """Whether a dataset keeps the labels of its test split to itself, as the Hub's often do."""
+    if not isinstance(test, HubSplit) or label not in test.data.column_names:
+        return False
+    return all(cell is None for cell in read_columns(test, (label,))[label])
 
 
 def _find(given: Path | str, separator: str | None) -> Source:

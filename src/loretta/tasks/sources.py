@@ -4,7 +4,7 @@ import glob
 import hashlib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,7 +25,7 @@ SPLITS = {"train": ("train",), "validation": ("validation", "valid", "val", "dev
 
 @dataclass(frozen=True, slots=True)
 class HubSplit:
-    """A split of a dataset, as datasets loaded it."""
+    """A split of a dataset, of the Hub or of a folder that ``save_to_disk`` wrote, as datasets loaded it."""
 
     given: str
     split: str
@@ -62,7 +62,7 @@ class Files:
 Source = Path | HubSplit | Files
 
 
-def find_files(given: str, separator: str | None = None) -> Source:
+def find_files(given: str, separator: str | None = None) -> Path | Files:
     """A file, or several: with commas between them, by a pattern (``data/*.csv``), or all data files of a folder.
 
     Raises InputError for none, for files of different kinds, and for a ``separator`` where none is CSV or TSV.
@@ -85,6 +85,8 @@ def find_files(given: str, separator: str | None = None) -> Source:
 def _expand(given: str) -> list[Path]:
     # os.path's expanduser, unlike pathlib's, leaves the ~name of an unknown user alone
     path = Path(os.path.expanduser(given))
+    if is_saved(given):
+        raise InputError(f"'{given}' is a dataset with splits of its own: give it alone, as --data")
     if path.is_dir():
         found = sorted(file for file in path.iterdir() if file.is_file() and _is_data(file))
         if below := _first_below(path):
@@ -95,13 +97,34 @@ def _expand(given: str) -> list[Path]:
             )
         if not found:
             raise InputError(f"'{given}' is a folder without a data file: {read.ENDINGS_IN_WORDS}")
-        return found
+        return _of_one_split(found, given)
     if not path.exists() and glob.has_magic(given):
         found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if os.path.isfile(name))
         if not found:
             raise InputError(f"'{given}' matches no file: mend the pattern")
-        return found
+        return _of_one_split(found, given)
     return [path]
+
+
+def _of_one_split(files: list[Path], given: str) -> list[Path]:
+    """The ``files``. Raises InputError where their names are those of several splits: to train on a test is no test."""
+    first: dict[str, Path] = {}
+    for file in files:
+        role = _role(re.split(r"[\W\d_]+", file.stem.lower())) or _role([file.parent.name.lower()])
+        if role is not None:
+            first.setdefault(role, file)
+    if len(first) > 1:
+        options = {"train": "--data", "validation": "--validation", "test": "--test"}
+        each = " ".join(f"{options[role]} '{first[role]}'" for role in SPLITS if role in first)
+        raise InputError(
+            f"'{given}' has files of several splits by their names: give those of each split apart, such as {each}, or "
+            "with commas between them what is one split all the same"
+        )
+    return files
+
+
+def _role(words: Sequence[str]) -> str | None:
+    return next((role for role, names in SPLITS.items() if not set(names).isdisjoint(words)), None)
 
 
 def _first_below(folder: Path) -> Path | None:
@@ -132,6 +155,29 @@ def is_hub_id(given: str) -> bool:
     return not names_files(given) and HUB_ID.fullmatch(given) is not None
 
 
+def is_saved(given: str) -> bool:
+    """Whether ``--data`` names a folder that ``Dataset.save_to_disk`` or ``DatasetDict.save_to_disk`` wrote."""
+    folder = os.path.expanduser(given)
+    marks = (["dataset_dict.json"], ["state.json", "dataset_info.json"])
+    return any(all(os.path.isfile(os.path.join(folder, name)) for name in names) for names in marks)
+
+
+def load_saved(given: str, split: str | None) -> dict[str, HubSplit]:
+    """As :func:`load_hub`, of a folder for which :func:`is_saved` holds; a dataset without splits is "train"."""
+    from datasets import Dataset, load_from_disk
+
+    try:
+        found = load_from_disk(os.path.expanduser(given))
+    except Exception as error:  # of damaged files
+        raise InputError(f"'{given}' is a damaged dataset ({one_line(error)}): save it again") from None
+    whole: Any = {"train": found} if isinstance(found, Dataset) else found
+    asked = read_split(split)
+    for part in asked.values():
+        if part not in whole:
+            raise InputError(f"'{given}' has no split {quoted(part)}: give --split NAME, one of {listed(whole)}")
+    return _by_role(given, {role: whole[part] for role, part in asked.items()}, asked, whole)
+
+
 def load_hub(given: str, split: str | None) -> dict[str, HubSplit]:
     """The splits of a dataset on the Hub by their role: "train", and "validation" and "test" where it has them.
 
@@ -154,6 +200,11 @@ def load_hub(given: str, split: str | None) -> dict[str, HubSplit]:
             f"'{given}' is no file here, and no dataset that can be loaded from the Hub ({one_line(error)}): "
             "mend the name, its config (org/name:config) or --split"
         ) from None
+    return _by_role(given, parts, asked, whole)
+
+
+def _by_role(given: str, parts: Mapping[str, Any], asked: Mapping[str, str], whole: Any) -> dict[str, HubSplit]:
+    """The splits that were asked for, and others of ``whole`` whose names say their role."""
     found = {role: HubSplit(given, asked[role], data) for role, data in parts.items()}
     for role, names in SPLITS.items():
         there = next((each for each in names if each in whole), None)
@@ -218,9 +269,13 @@ def read_documents(source: Path | Files) -> list[str]:
     return [document for file in files for document in read.read_documents(file)]
 
 
-def digests(source: Source) -> list[str]:
-    """The SHA-256 of each file; none for a dataset on the Hub. Raises OSError for a file that is gone."""
-    files = () if isinstance(source, HubSplit) else source.files if isinstance(source, Files) else (source,)
+def digests(given: str) -> list[str]:
+    """The SHA-256 of each file that ``--data`` names. Raises OSError for a file that is gone."""
+    if is_saved(given):
+        files = sorted(Path(os.path.expanduser(given)).rglob("*.arrow"))
+    else:
+        source = find_files(given)
+        files = list(source.files) if isinstance(source, Files) else [source]
     return [_digest(file, (found := file.stat()).st_size, found.st_mtime_ns) for file in files]
 
 

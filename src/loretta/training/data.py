@@ -13,7 +13,7 @@ from loretta.tasks.base import KINDS, Known, Task
 from loretta.tasks.glue import GLUE
 from loretta.tasks.prompted import PROMPTED, PromptedTask, Sample, load_prompted
 from loretta.tasks.read import SEPARATORS
-from loretta.tasks.sources import ending, find_files, names_files
+from loretta.tasks.sources import ending, find_files, is_hub_id, is_saved
 from loretta.training.config import OF_A_TABLE, RunConfig
 from loretta.training.forms import Data, form_of
 from loretta.training.model import TASK_TYPES
@@ -32,7 +32,7 @@ def load_other_task(config: RunConfig, record: RunRecord, data: str) -> Task | P
         names = GLUE[config.data].columns if config.data in GLUE else (config.text, config.text_pair)
         kind = record.kind if record.kind in KINDS else None
         kept = {"text": names[0], "text_pair": (*names, None)[1], "label": config.label, "kind": kind}
-        if not names_files(data):
+        if is_hub_id(data) or is_saved(data):
             kept["split"] = config.split
         else:
             is_separated = ending(find_files(data)) in SEPARATORS

@@ -7,7 +7,7 @@ from loretta.files import read_object, write_json
 from loretta.tasks import STDLIB
 from loretta.tasks.glue import GLUE
 from loretta.tasks.prompted import PROMPTED
-from loretta.tasks.sources import digests, find_files, names_files
+from loretta.tasks.sources import digests, names_files
 from loretta.training.config import RunConfig
 
 NAMED = {*GLUE, *PROMPTED, STDLIB}  # tasks with splits of their own
@@ -33,4 +33,4 @@ def changed_files(folder: Path, config: RunConfig, options: Collection[str] = ("
 def _digests(config: RunConfig) -> dict[str, list[str]]:
     given = {key: getattr(config, key) for key in ("data", "validation", "test")}
     files = {key: name for key, name in given.items() if name is not None and name not in NAMED and names_files(name)}
-    return {key: digests(find_files(name)) for key, name in files.items()}
+    return {key: digests(name) for key, name in files.items()}
