@@ -13,11 +13,15 @@ from loretta.folders import LIST, LOCK
 READERS = 1.0  # seconds: a reader holds a lock for the moment in which it asks whether somebody else does
 
 
+class Held(InputError):
+    """A folder or a file in which another process works."""
+
+
 @contextmanager
 def hold(folder: Path, *, wait: float = READERS) -> Iterator[None]:
     """Keep every other process of LoRETTA out of a folder, which is made where there is none.
 
-    Who holds it may hold it again. Raises InputError where another process is in it, or it cannot be made.
+    Who holds it may hold it again. Raises Held where another process is in it, and InputError where it cannot be made.
     """
     if folder.exists() and not folder.is_dir():
         raise InputError(f"the output '{folder}' is a file: give a folder with --output")
@@ -27,7 +31,7 @@ def hold(folder: Path, *, wait: float = READERS) -> Iterator[None]:
         lock = _lock(folder / LOCK)
         lock.acquire(timeout=wait)
     except Timeout:
-        raise InputError(f"another process works in '{folder}': wait until it ends, or give another folder") from None
+        raise Held(f"another process works in '{folder}': wait until it ends, or give another folder") from None
     except OSError as error:
         raise InputError(f"cannot write to '{folder}' ({error.strerror}): give another folder") from None
     try:
@@ -44,13 +48,13 @@ def hold(folder: Path, *, wait: float = READERS) -> Iterator[None]:
 def hold_file(file: Path, *, wait: float = 0.0) -> Iterator[None]:
     """Keep every other process of LoRETTA from writing a file. Who holds it may hold it again.
 
-    Raises InputError where another process writes it, and OSError where its folder cannot be written to.
+    Raises Held where another process writes it, and OSError where its folder cannot be written to.
     """
     lock = _lock(file.with_name(f".{file.name}{LOCK}"))
     try:
         lock.acquire(timeout=wait)
     except Timeout:
-        raise InputError(f"another process writes '{file}': wait until it ends, or give another file") from None
+        raise Held(f"another process writes '{file}': wait until it ends, or give another file") from None
     try:
         yield
     finally:

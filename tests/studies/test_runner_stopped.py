@@ -12,11 +12,12 @@ from queue import SimpleQueue
 from types import SimpleNamespace
 
 import pytest
-from filelock import FileLock
 from forked import ForkedPopen, fork_units, status_of
+from interrupts import held_by_another
 from study_data import QUICK, options_for, states
 
 from loretta.errors import InputError, NotRecorded, Stopped
+from loretta.folders import is_temporary
 from loretta.population.loop import Loop
 from loretta.population.training import train_together
 from loretta.record import RunRecord
@@ -38,32 +39,32 @@ def test_two_runners_never_work_on_the_same_run(bert, data_dir, tmp_path):
     options = options_for(bert, data_dir, tasks=("rte",), methods=("bitfit",), seeds=1)
     (run,) = expand(load_study("table1"), options, tmp_path).runs
     folder = tmp_path / run.folder
+    with held_by_another(folder) as other:
+        assert carry_out(tmp_path, run).state == "running"
+        summary = run_study(load_study("table1"), options, tmp_path, jobs=0)
+        assert [outcome.state for outcome in summary.outcomes] == ["running"]
+        assert not summary.complete
+        other.kill()
     with hold(folder) as mine:
         assert mine
         # as another process would find it
         assert held_by(folder).pid == os.getpid()
         assert folder_state(folder) == ("running", f"in process {os.getpid()} on {held_by(folder).host}")
-        assert carry_out(tmp_path, run).state == "running"
-        summary = run_study(load_study("table1"), options, tmp_path, jobs=0)
-        assert [outcome.state for outcome in summary.outcomes] == ["running"]
-        assert not summary.complete
-        assert not folder.exists()
     assert held_by(folder) is None
     assert carry_out(tmp_path, run).state == "finished"
+    assert not any(is_temporary(path.name) for path in folder.parent.iterdir()), "nothing is left beside the run"
 
 
 def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
     folder = tmp_path / "s0"
-    lock = (
-        f"from filelock import FileLock; FileLock({str(beside(folder, '.lock'))!r}).acquire(); import os; os._exit(1)"
-    )
-    process = subprocess.Popen([sys.executable, "-c", lock])
-    process.wait()
-    beside(folder, ".holder").write_text(json.dumps({"pid": process.pid, "host": os.uname().nodename}))
+    with held_by_another(folder) as other:
+        beside(folder, ".holder").write_text(json.dumps({"pid": other.pid, "host": os.uname().nodename}))
+        with hold(folder) as mine:
+            assert not mine
+        other.kill()
     assert held_by(folder) is None
     with hold(folder) as mine:
         assert mine
-        assert not FileLock(beside(folder, ".lock")).is_locked
 
 
 def command(bert, data_dir, root, *more):

@@ -11,6 +11,7 @@ import torch
 from datasets import Dataset
 from torch import Tensor, nn
 
+from loretta.layers.fused import HALF
 from loretta.training.batches import IGNORED
 
 
@@ -123,7 +124,7 @@ def near(length: int) -> int:
 
 def row_losses(logits: Tensor, labels: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """The sum and the number of losses of each row. A text has a loss for each token but the first."""
-    logits = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    logits = logits.float() if logits.dtype in HALF else logits
     if kind == "language_modeling":
         logits, labels = logits[:, :-1], labels[:, 1:]
         each = nn.functional.cross_entropy(

@@ -10,8 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
-from filelock import FileLock, Timeout
-
+from loretta import locks
 from loretta.errors import NotRecorded, OutOfMemory, Stopped
 from loretta.files import write_json
 from loretta.memory import free_memory
@@ -46,21 +45,18 @@ class Outcome:
 def hold(folder: Path, wait: float = 0.0) -> Iterator[bool]:
     """Lock a run until the block ends. Gives whether this process got the lock within ``wait`` seconds.
 
-    The operating system frees the lock when the process dies. A file beside the lock says who holds it.
+    A file beside the run's folder says who holds it.
     """
-    lock, holder = FileLock(beside(folder, ".lock"), thread_local=False), beside(folder, HOLDER)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        lock.acquire(timeout=wait)
-    except Timeout:
-        yield False
-        return
-    try:
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(locks.hold(folder, wait=max(wait, locks.READERS)))
+        except locks.Held:
+            yield False
+            return
+        holder = beside(folder, HOLDER)
+        stack.callback(holder.unlink, missing_ok=True)
         write_json(holder, {"pid": os.getpid(), "host": socket.gethostname()})
         yield True
-    finally:
-        holder.unlink(missing_ok=True)
-        lock.release()
 
 
 def carry_out(root: Path, run: Planned, wait: float = 0.0, graphs: bool | None = None) -> Outcome:

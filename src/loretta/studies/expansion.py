@@ -194,7 +194,10 @@ class _RowOnModel:
             folders,
             [folder_state(folder)[0] == "failed" for folder in folders],
             # the loss first: long before scores differ by more than chance, losses do
-            lambda at: _merit(at["validation"], metric, at["metric"], at["higher_is_better"])[::-1],
+            lambda at: (
+                _gain(at["validation"]),
+                _score(at["validation"], metric, at["metric"], at["higher_is_better"]),
+            ),
             warmup,
         )
         planned = [
@@ -294,21 +297,25 @@ def choose(root: Path, candidates: Sequence[Planned], *, metric: str | None = No
 
     def merit(k: int) -> tuple[float, float, int]:
         record = RunRecord.load(root / candidates[k].folder / "run.json")
-        return (*_merit(record.validation, metric, record.metric, record.higher_is_better), -k)
+        score = _score(record.validation, metric, record.metric, record.higher_is_better)
+        return score, _gain(record.validation), -k
 
     return max((k for k, state in enumerate(states) if state == "finished"), key=merit)
 
 
-def _merit(
-    validation: Mapping[str, float], metric: str | None, default: str, higher_is_better: bool
-) -> tuple[float, float]:
-    """A key that is larger for the better candidate: its score, then its loss. A diverged candidate never wins."""
+def _score(validation: Mapping[str, float], metric: str | None, default: str, higher_is_better: bool) -> float:
+    """A number that is larger for the better candidate, by its metric. A diverged candidate never wins."""
     name = metric if metric is not None and metric in validation else default
+    if name not in validation:
+        return _gain(validation)
+    value = validation[name] if higher_is_better else -validation[name]
+    return value if math.isfinite(value) else -math.inf
+
+
+def _gain(validation: Mapping[str, float]) -> float:
+    """The same by the loss."""
     loss = validation.get("loss", math.nan)
-    value = validation.get(name, -loss)
-    if name in validation and not higher_is_better:
-        value = -value
-    return value if math.isfinite(value) else -math.inf, -loss if math.isfinite(loss) else -math.inf
+    return -loss if math.isfinite(loss) else -math.inf
 
 
 def differences(root: Path, run: Planned) -> list[str]:

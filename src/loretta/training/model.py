@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from loretta.convert.load import quiet_transformers, readable_weights
 from loretta.errors import InputError
+from loretta.layers.fused import HALF
 from loretta.pretrained import NotLoaded, from_pretrained
 from loretta.record import RunRecord
 from loretta.tasks.base import Task
@@ -119,7 +120,7 @@ def wrap(
         model.get_base_model().get_submodule(name).requires_grad_(False)
     # PEFT holds its matrices in float32, and LoRETTA its norms and heads too, but not biases
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+        if parameter.requires_grad and parameter.dtype in HALF:
             raise InputError(
                 f"method {method!r} would train '{name}' in half precision, where small steps are lost: "
                 "leave dtype out, and give bf16=true for the speed"
