@@ -1,13 +1,17 @@
 """add_weighted_adapter: the sum of rep adapters as a rep adapter."""
 
+import copy
+
 import pytest
 import torch
 from peft import PeftModel
 from tolerances import assert_near
+from transformers import BertConfig, BertForSequenceClassification
 from tuners.families import build, logits, natural_task
 from tuners.wrapped import config_for, trainable, trained, wrap
 
 from loretta import InputError, get_peft_model
+from loretta.tuners.norms import TrainedNorm
 
 WEIGHTS = {"default": 0.7, "other": -1.5, "third": 0.25}
 
@@ -124,15 +128,12 @@ def test_norms_are_summed_with_the_same_weights():
     model.add_adapter("other", config_for("rep", task_type="CAUSAL_LM"))
     model.set_adapter("other")
     trained(model, seed=2)
-    norms = [m for m in model.modules() if getattr(m, "is_norm", False)]
-    wanted = [
-        n.original_module.weight + 0.5 * (n.modules_to_save["default"].weight - n.original_module.weight)
-        - 2.0 * (n.modules_to_save["other"].weight - n.original_module.weight)
-        for n in norms
-    ]  # fmt: skip
+    norms = [module for module in model.modules() if isinstance(module, TrainedNorm)]
+    wanted = [0.5 * norm.change("default")["weight"] - 2.0 * norm.change("other")["weight"] for norm in norms]
     model.add_weighted_adapter(["default", "other"], [0.5, -2.0], "sum")
+    assert len(norms) == 5
     for norm, weight in zip(norms, wanted, strict=True):
-        assert_near("norm", norm.modules_to_save["sum"].weight, weight)
+        assert_near("norm", norm.change("sum")["weight"], weight)
 
 
 def test_the_one_head_is_taken_over():
@@ -144,6 +145,43 @@ def test_the_one_head_is_taken_over():
     model.set_adapter("sum")
     got = logits(model, inputs)
     assert (got - wanted).norm() < 1e-4 * wanted.norm()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"tensor_rank": 2, "shapes": {"32x32": [4, 8, 8, 4]}}, {"train_head": "tensorized_only"}],
+    ids=str,
+)
+def test_a_train_of_the_one_head_is_taken_over_and_saved(tmp_path, options):
+    model, inputs = wrap("bert", "rep", "SEQ_CLS", **options)
+    wanted = logits(trained(model).eval(), inputs)
+    model.add_weighted_adapter(["default"], [1.0], "sum", rank=8)
+    model.set_adapter("sum")
+    got = logits(model, inputs)
+    assert (got - wanted).norm() < 1e-4 * wanted.norm()
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    again = PeftModel.from_pretrained(build("bert", "SEQ_CLS")[0], tmp_path / "sum").eval()
+    assert torch.equal(logits(again, inputs), got)
+
+
+def test_a_train_that_stands_in_for_a_fresh_layer_is_taken_over():
+    model = BertForSequenceClassification(
+        BertConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    )
+    model = trained(get_peft_model(model, config_for("rep", task_type="SEQ_CLS"))).eval()
+    inputs = {"input_ids": torch.arange(8).reshape(2, 4)}
+    wanted = logits(model, inputs)
+    model = copy.deepcopy(model)  # from now on nothing but the adapter tells that the layer was fresh
+    model.add_weighted_adapter(["default"], [1.0], "sum")
+    model.set_adapter("sum")
+    assert (logits(model, inputs) - wanted).norm() < 1e-4 * wanted.norm()
+
+
+def test_biases_are_no_part_of_a_sum():
+    model, _ = wrap("bert", "rep", bias="all", train_norms=False)
+    with pytest.raises(InputError, match="'default': trained biases are not added up"):
+        model.add_weighted_adapter(["default"], [1.0], "sum")
+    assert list(model.peft_config) == ["default"]
 
 
 def test_two_heads_are_refused():

@@ -64,9 +64,9 @@ class LorettaRepConfig(LorettaUpdateConfig):
         return problems
 
 
-def of_ranks(ranks: Mapping[str, int]) -> dict[str, Any]:
-    """The options that give each module its rank, and all of them a scaling of 1."""
-    rank = Counter(ranks.values()).most_common(1)[0][0]
+def of_ranks(ranks: Mapping[str, int], rank: int | None = None) -> dict[str, Any]:
+    """The options that give each module its rank, and all of them a scaling of 1. ``rank`` is that of all else."""
+    rank = rank or Counter(ranks.values()).most_common(1)[0][0]
     others = {f"^{re.escape(name)}": other for name, other in ranks.items() if other != rank}
     scales = {"lora_alpha": rank, "alpha_pattern": dict(others), "even_rates": False}
     return {"tensor_rank": rank, "rank_pattern": others, **scales}

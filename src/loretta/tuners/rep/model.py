@@ -14,6 +14,7 @@ from torch import nn
 
 from loretta.errors import InputError
 from loretta.layers.fit import EXACT, Update, fit_update, smallest_fit
+from loretta.layers.trains import TTLinear
 from loretta.tuners.experts import matched_parameters, plan_experts
 from loretta.tuners.layer import is_offloaded
 from loretta.tuners.model import LorettaModel
@@ -187,13 +188,15 @@ class LorettaRepModel(LorettaModel):
         with_head = (a for a in adapters if any(a in head.modules_to_save for head in heads))
         first = cast(LorettaRepConfig, self.peft_config[next(with_head, adapters[0])])
         norms = any(config.train_norms for config in configs)
+        # of the head's trains the config says the rank, and the shapes of their sizes
+        head_sizes = {f"{train.in_features}x{train.out_features}" for train in self._layers(TTLinear)}
         # the config of one of the adapters, for the modules of all of them
         self.peft_config[adapter_name] = replace(
             first,
             r=bottleneck,
-            **of_ranks({name: fit.rank for name, fit in fits.items()}),
+            **of_ranks({name: fit.rank for name, fit in fits.items()}, first.tensor_rank if head_sizes else None),
             use_rslora=False,
-            shapes={},
+            shapes={size: modes for size, modes in first.shapes.items() if size in head_sizes},
             modes_per_side=None,
             init_weights="zero",
             train_norms=norms,
@@ -202,6 +205,7 @@ class LorettaRepModel(LorettaModel):
             layers_to_transform=None,
             layers_pattern=None,
             base_signature=None,
+            head_origins=getattr(first, "_origins_found", first.head_origins),
         )
         self.inject_adapter(self.model, adapter_name)
         # PeftModel does this for the adapters that it adds; a sum in the dtype of the base would be rounded
@@ -247,6 +251,10 @@ class LorettaRepModel(LorettaModel):
             problems.append(f"combination_type={combination_type!r} is none of 'linear' and 'svd'")
         if experts := [a for a in adapters if a in self.peft_config and self.peft_config[a].target_parameters]:
             problems.append(f"{', '.join(map(repr, experts))}: trains of experts are not added up")
+        if biased := [a for a in adapters if a in self.peft_config and self.peft_config[a].bias != "none"]:
+            problems.append(
+                f"{', '.join(map(repr, biased))}: trained biases are not added up, so train with bias='none'"
+            )
         if rank is not None and error is not None:
             problems.append("rank and error are two budgets: give one of them")
         if svd_rank is not None and combination_type != "svd":
