@@ -28,7 +28,11 @@ def parse_option(word: str) -> tuple[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's YAML 1.1, but 5e-3 is a number, which it takes for a word, and a key stands once: it takes the last."""
+    """PyYAML's YAML 1.1 with three differences.
+
+    5e-3 is a number, where it has a word; 010 is ten and 1:30 a word, where it has 8 and 90; a key that stands twice is
+    refused, where it takes the last.
+    """
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)  # before `<<` has brought in keys that may be given again
@@ -38,6 +42,17 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
+def _whole(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    return int(str(loader.construct_scalar(node)).replace("_", ""))
+
+
+_INT = "tag:yaml.org,2002:int"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _INT]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(_INT, re.compile(r"[-+]?\d[\d_]*$", re.ASCII), list("+-0123456789"))
+_Loader.add_constructor(_INT, _whole)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("+-.0123456789")
 )

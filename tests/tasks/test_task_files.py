@@ -1,10 +1,13 @@
+import csv
 import gzip
 import json
 
+import pandas
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from loretta.tasks import load_task
 from loretta.tasks.files import load_table, load_text
 from loretta.tasks.split import text_key
 
@@ -230,3 +233,37 @@ def test_bad_documents(tmp_path, refused, name, content, pieces):
     path = tmp_path / name
     path.write_text(content)
     refused(lambda: load_text(path), f"'{path}'", *pieces)
+
+
+@pytest.mark.parametrize("mark", [",", "\t"])
+def test_rows_that_a_stray_quotation_mark_swallows_are_named(mark, tmp_path):
+    path = tmp_path / ("a.tsv" if mark == "\t" else "a.csv")
+    rows = ['"So he said', "a plain one", 'and the end."', *(f"text {k}" for k in range(8))]
+    path.write_text("\n".join([f"text{mark}label", *(f"{text}{mark}{k % 2}" for k, text in enumerate(rows))]))
+    as_they_stand = pandas.read_csv(path, sep=mark, quoting=csv.QUOTE_NONE)
+    assert len(as_they_stand) == len(rows)
+    task = load_task(path)
+    assert len(task.train) + len(task.validation) == len(rows) - 2
+    assert [note for note in task.notes if note.startswith("1 text holds what looks like whole rows")]
+    path.write_text(f'text{mark}label\n"two\nlines"{mark}1\n"a list:\nx{mark} y"{mark}0\nb{mark}1\nc{mark}0\n')
+    assert not [note for note in load_task(path).notes if "whole rows" in note], "no line of these is a row"
+
+
+def test_numbers_that_are_read_as_words_are_named(tmp_path, refused):
+    path = tmp_path / "a.csv"
+    path.write_text("text;label\n" + "".join(f"text {k};{k % 3},5\n" for k in range(12)))
+    (note,) = [note for note in load_task(path, separator=";").notes if "commas or percent" in note]
+    assert note.startswith("the classes '0,5', '1,5', '2,5' are numbers")
+    path.write_text("text,label\n" + "".join(f"text {k},word {k}\n" for k in range(12)))
+    refused(lambda: load_task(path), "12 different labels in 12 rows", "--kind regression", "--validation FILE")
+
+
+def test_json_of_columns_is_told_from_json_of_rows(tmp_path, refused):
+    table = pandas.DataFrame({"text": ["a", "b"], "label": [0, 1]})
+    table.to_json(tmp_path / "columns.json")
+    table.to_json(tmp_path / "over_lines.json", indent=1)
+    table.to_json(tmp_path / "rows.json", orient="records")
+    for name in ("columns.json", "over_lines.json"):
+        refused(lambda name=name: load_task(tmp_path / name), f"'{tmp_path / name}' is one JSON object", "lines=True")
+    task = load_task(tmp_path / "rows.json", validation=tmp_path / "rows.json")
+    assert (list(task.train["text"]), task.label_names) == (["a", "b"], ("0", "1"))

@@ -206,3 +206,13 @@ def test_unknown_methods_and_options_name_the_nearest():
     with pytest.raises(InputError, match=r"unknown option 'tensor_rnak'.*did you mean 'tensor_rank'"):
         peft_config("rep", None, "SEQ_CLS", {"tensor_rnak": 3})
     assert METHODS["rep"].learning_rate > 0
+
+
+def test_numbers_in_yaml_are_read_as_people_write_them(tmp_path):
+    assert read_yaml("[010, -08, 1_000, 5e-3, 1:30, 0x1F]") == [10, -8, 1000, 0.005, "1:30", "0x1F"]
+    (tmp_path / "run.yaml").write_text("model: m\ndata: d\nseed: 010\n")
+    assert read_config(tmp_path / "run.yaml", {}, ["batch_size=08"]).model_dump(include={"seed", "batch_size"}) == {
+        "seed": 10, "batch_size": 8,
+    }  # fmt: skip
+    with pytest.raises(InputError, match="max_steps='1:30'"):
+        read_config(tmp_path / "run.yaml", {}, ["max_steps=1:30"])

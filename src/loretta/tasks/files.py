@@ -10,6 +10,7 @@ from loretta.tasks.base import Kind, Known, Task
 from loretta.tasks.labels import (
     LabelScheme,
     LabelSets,
+    any_number,
     decide,
     decide_sets,
     doubts,
@@ -26,6 +27,7 @@ from loretta.tasks.sources import (
     place,
     read_columns,
     read_documents,
+    separator_of,
     wrong_cell,
 )
 from loretta.tasks.split import OtherFiles, Splits, split_rows, text_key
@@ -132,6 +134,7 @@ def load_table(
             notes.append(f"too few different texts to hold any out: validation has no rows of class {shown}")
     notes += doubts(scheme.names, [counts[name if several else str(at)] for at, name in enumerate(scheme.names)])
     notes += _doubts_of_texts(rows, text)
+    notes += _doubts_of_quotes(path, rows, scheme)
     return _task(path, scheme.kind, splits, scheme.names, notes)
 
 
@@ -145,6 +148,27 @@ def _doubts_of_texts(rows: Sequence[Row], column: str) -> list[str]:
     if len(labels) > 1 and all(texts[0].isdecimal() for texts in labels):
         found.append(f"every cell of column {quoted(column)} is a number: is it the text?")
     return found
+
+
+def _doubts_of_quotes(path: Source, rows: Sequence[Row], scheme: LabelScheme | LabelSets) -> list[str]:
+    """A sentence on texts that hold whole rows of the file, as a cell does that begins with a stray quotation mark."""
+    if (mark := separator_of(path)) is None:
+        return []
+
+    def is_row(line: str) -> bool:
+        ends = {cell.strip() for cell in (line.partition(mark)[0], line.rpartition(mark)[2])}
+        # with commas, numbers end lines of prose too
+        by_number = not scheme.names and mark == "\t" and any_number(ends)
+        return mark in line and (by_number or not ends.isdisjoint(scheme.names))
+
+    swallowed = [text for row in rows for text in row.texts if any(map(is_row, text.splitlines()[:-1]))]
+    if not swallowed:
+        return []
+    hold = "text holds" if len(swallowed) == 1 else "texts hold"
+    return [
+        f"{len(swallowed):,} {hold} what looks like whole rows, the first is {quoted(swallowed[0])}: does a quotation "
+        "mark begin a cell? Then write the cell in quotes, and each quote in it twice"
+    ]
 
 
 def _task(

@@ -4,7 +4,7 @@ import math
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
@@ -18,6 +18,7 @@ MAX_GUESSED_CLASSES = 50
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.ASCII | re.IGNORECASE)
 WHOLE = re.compile(r"[+-]?\d{1,300}", re.ASCII)  # more digits are beyond any float
 PADDED = re.compile(r"0\d+", re.ASCII)
+FOREIGN = re.compile(r"[+-]?\d+(,\d+ ?%?|\.?\d* ?%)", re.ASCII)  # numbers as tables for people have them
 MAX_UNSEEN_QUOTED = 5
 MISSING_WORDS = {"nan", "none", "null", "na", "n/a", "#n/a", "nat", "undefined", "unknown", "?", "-", "."}
 
@@ -79,6 +80,11 @@ def doubts(names: Sequence[str], counts: Sequence[int]) -> list[str]:
         # a reader sees no difference between a letter with its accent as one character and as two
         for distinct in [len({unicodedata.normalize("NFC", name) for name in same}) == len(same)]
     ]
+    if names and all(FOREIGN.fullmatch(name) for name in names):
+        found.append(
+            f"the classes {listed(names[:3])} are numbers with commas or percent signs, which are read as words: write "
+            "3.5 for 3,5 and 5 for 5% to train on scores"
+        )
     by_name = dict(zip(names, counts, strict=True))
     found += [
         f"the class {quoted(name)} ({count:,} row{'s' * (count != 1)}) reads like a missing value"
@@ -160,6 +166,11 @@ def _all_numbers(cells: Sequence[Any], column: str, path: Source) -> list[int | 
             raise wrong_cell(path, at, column, what)
         numbers.append(number)
     return numbers
+
+
+def any_number(words: Iterable[str]) -> bool:
+    """Whether one of some words is a number."""
+    return any(_number(word) is not None for word in words)
 
 
 def _value(cell: Any, numeric: bool) -> Value:

@@ -192,13 +192,26 @@ def _parse_json(path: Path) -> Columns:
                 continue
             where = f"'{path}' line {number}"
             if (row := _loads(line, where)) is NO_JSON:
+                if not found and isinstance(_loads(text, f"'{path}'"), dict):
+                    raise InputError(f"'{path}' is one JSON object over several lines: {_RECORDS}")
                 what = "a JSON list over several lines" if line.lstrip().startswith("[") else "not JSON"
                 raise InputError(f"{where} is {what} ({quoted(line.strip())}): write one JSON object per line")
             found.append((number, row))
     if not found:
         raise InputError(f"'{path}' holds nothing but blank lines: give a file with rows in it")
+    only = found[0][1]
+    if len(found) == 1 and isinstance(only, dict) and only and all(map(_is_column, only.values())):
+        raise InputError(f"'{path}' is one JSON object with a column in each key: {_RECORDS}")
     rows = [_object(row, f"'{path}' {at.format(number)}", has_escapes=has_escapes) for number, row in found]
     return {name: [row.get(name) for row in rows] for name in dict.fromkeys(name for row in rows for name in row)}
+
+
+_RECORDS = "write one object for each row, on a line of its own (pandas: to_json(path, orient='records', lines=True))"
+
+
+def _is_column(value: Any) -> bool:
+    """Whether a value is a column as pandas writes it by default: its cells by the numbers of their rows."""
+    return isinstance(value, dict) and bool(value) and all(key.isdecimal() for key in value)
 
 
 def _loads(text: str, where: str) -> Any:

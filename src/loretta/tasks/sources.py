@@ -235,6 +235,13 @@ def ending(source: Source) -> str:
     return read.ending(source.files[0] if isinstance(source, Files) else source)
 
 
+def separator_of(source: Source) -> str | None:
+    """What stands between the cells of the first file; None for formats that need nothing there."""
+    if isinstance(source, Files) and source.separator is not None:
+        return source.separator
+    return SEPARATORS.get(ending(source))
+
+
 def column_names(source: Source) -> tuple[str, ...]:
     """The columns in order. Raises InputError as :func:`read_columns` does, and for files with different columns."""
     if isinstance(source, HubSplit):

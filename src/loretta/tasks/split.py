@@ -10,6 +10,8 @@ from loretta.errors import InputError
 if TYPE_CHECKING:
     from loretta.tasks.sources import Source
 
+FEW = 10  # labels: more of them than have two texts each are no classes
+
 Row = TypeVar("Row")
 
 
@@ -57,6 +59,12 @@ def split_rows(
     if validation is None:
         labels = [None if label is None else label(row) for row in rows]
         kept, held = hold_out([key(row) for row in rows], labels, share=share, seed=seed)
+        if not held and (n := len({*labels})) > FEW:
+            raise InputError(
+                f"'{source}' has {n:,} different labels in {len(rows):,} rows, and none with two different texts, so "
+                "that none can be held out: give --label COLUMN with classes, --kind regression for scores, or "
+                "--validation FILE"
+            )
         if not held:
             raise InputError(
                 f"'{source}' has too few different {called} to split ({len(rows)} in all): add {add} or give "
