@@ -1,12 +1,14 @@
 """Texts longer than a model has positions for are refused with the length that fits, and cut in what is asked later."""
 
 import csv
+import json
 
 import pytest
 from commands import assert_refused, call
 from training_data import config_for, sentences
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from loretta.training.config import RunConfig
 from loretta.training.model import positions_of
 from loretta.training.predict import load_run, predict
 from loretta.training.run import train
@@ -52,6 +54,33 @@ def test_long_texts_are_refused_at_the_door_and_cut_where_they_come_later(bert, 
     run = load_run(tmp_path / "run", cpu=True)
     whole, cut = predict(run, [["a good film " * 300]]), predict(run, [["a good film " * 170]])
     assert whole == cut
+    out, err = call(capsys, "predict", tmp_path / "run", long, "--cpu")[1:]
+    assert len(out.splitlines()) == 41
+    assert "note: 1 of the 41 texts is longer than the 512 tokens" in err, "the one text of 902 tokens"
+    err = call(capsys, "eval", tmp_path / "run", "--data", long, "--cpu")[2]
+    assert "note: 1 of the 41 texts is longer than the 512 tokens" in err
+    assert "longer" not in call(capsys, "eval", tmp_path / "run", "--data", reviews, "--cpu")[2]
+
+
+@pytest.mark.parametrize("method", ["rep", "prompt"])
+def test_a_decoder_ends_at_its_last_position(method, llama, tmp_path, capsys):
+    """GPT-2 of 24 positions, of which a trained prompt takes 5: behind them there is nothing to compute with."""
+    config = AutoConfig.for_model("gpt2", vocab_size=32, n_embd=16, n_layer=1, n_head=2, n_positions=24)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gpt2")
+    AutoTokenizer.from_pretrained(llama).save_pretrained(tmp_path / "gpt2")
+    (tmp_path / "text.txt").write_text("\n\n".join(text for text, _ in sentences(60)))
+    options = {"method": method, "max_length": 8, "max_steps": 1, "cpu": True}
+    if method == "prompt":
+        options["method_args"] = {"num_virtual_tokens": 5}
+    data = {"data": str(tmp_path / "text.txt"), "output": str(tmp_path / "run")}
+    train(RunConfig(model=str(tmp_path / "gpt2"), **data, **options))
+    room = 24 if method == "rep" else 19
+    for words in (3, room - 3):  # beside [CLS] and [SEP]
+        status, out, _ = call(capsys, "predict", tmp_path / "run", "--cpu", "--json", "--text", "film " * words)
+        assert status == 0
+        assert len(json.loads(out)[0]["continuation"].split()) <= room - words - 2
+    status, _, err = call(capsys, "predict", tmp_path / "run", "--cpu", "--text", " ".join(["film"] * (room - 2)))
+    assert_refused(status, err, [f"{room} tokens leave no room for an answer in the {room} positions"])
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32])

@@ -7,6 +7,7 @@ import typer
 
 from loretta.cli.options import Cpu, Json, MaxNewTokens, Model, RunFolder, Temperature, TopP
 from loretta.cli.output import print_json, say
+from loretta.errors import InputError
 
 
 def chat(
@@ -42,7 +43,14 @@ def chat(
             messages = list(start)
             continue
         messages.append({"role": "user", "content": words})
-        answer = answer_chat(loaded, messages, sampling, show=interactive)
+        try:
+            answer = answer_chat(loaded, messages, sampling, show=interactive)
+        except InputError as error:
+            if not interactive:
+                raise
+            say(f"loretta: {error} (/clear)", err=True)  # the conversation so far is not lost
+            messages.pop()
+            continue
         messages.append({"role": "assistant", "content": answer})
         turns.append({"message": words, "answer": answer})
         if not interactive and not as_json:

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +14,9 @@ from loretta.errors import InputError
 from loretta.locks import hold_file
 from loretta.owned import refuse_to_replace_file, write_listed
 from loretta.wording import as_json_lines
+
+if TYPE_CHECKING:
+    from loretta.training.loaded import LoadedRun
 
 
 def predict(
@@ -60,6 +63,7 @@ def predict(
             columns = _all_columns(file, loaded.config.separator)
             texts = form_of(loaded.kind).asked(loaded.config, columns, file)
             given = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+        say_too_long(loaded, texts)
         answers = apply(
             loaded,
             texts,
@@ -81,6 +85,18 @@ def predict(
     elif output is None:
         for row in rows:
             say("\t".join(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()))
+
+
+def say_too_long(run: "LoadedRun", asked: Sequence[Sequence[Any]]) -> None:
+    """Say on standard error how many texts lose their end."""
+    from loretta.training.forms import form_of
+
+    if count := form_of(run.kind).too_long(run, asked):
+        say(
+            f"note: {count:,} of the {len(asked[0]):,} texts {'is' if count == 1 else 'are'} longer than the "
+            f"{run.config.max_length} tokens of the run (max_length) and cut there",
+            err=True,
+        )
 
 
 def _all_columns(file: Path, separator: str | None) -> dict[str, list[Any]]:

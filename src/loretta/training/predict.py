@@ -1,5 +1,6 @@
 """Use a finished run: score it, apply it to new text, have it go on with text, greedily or by drawing."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,8 @@ from loretta.training.arguments import make_trainer
 from loretta.training.forms import form_of
 from loretta.training.loaded import LoadedRun
 from loretta.training.loaded import load_run as load_run
-from loretta.training.model import TASK_TYPES
+from loretta.training.methods import virtual_tokens
+from loretta.training.model import TASK_TYPES, positions_of
 from loretta.wording import spelled
 
 
@@ -66,8 +68,20 @@ class _Spelling(TextStreamer):
 def _go_on(run: LoadedRun, given: Any, sampling: Sampling, streamer: TextStreamer | None = None) -> str:
     inputs = given.to(run.model.device)
     inputs.pop("token_type_ids", None)
-    out = run.model.generate(**inputs, **sampling.options(run), streamer=streamer)
-    return run.tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    asked, options = inputs["input_ids"].shape[1], sampling.options(run)
+    if (positions := positions_of(run.model)) is not None:  # behind them a model has nothing to compute with
+        room = positions - virtual_tokens(run.config.method, run.config.method_args)
+        if asked >= room:
+            raise InputError(
+                f"{asked:,} tokens leave no room for an answer in the {room:,} positions of the model: give a shorter "
+                "text, or begin a new conversation"
+            )
+        options["max_new_tokens"] = min(options["max_new_tokens"], room - asked)
+    with warnings.catch_warnings():
+        # PEFT's own positions are right where there are no pads
+        warnings.filterwarnings("ignore", message="Position ids are not supported", module="peft")
+        out = run.model.generate(**inputs, **options, streamer=streamer)
+    return run.tokenizer.decode(out[0, asked:], skip_special_tokens=True)
 
 
 def reply(run: LoadedRun, asked: str | Sequence[Mapping[str, str]], sampling: Sampling) -> str:

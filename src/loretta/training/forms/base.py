@@ -100,6 +100,10 @@ class Form(Protocol):
             refuse_missing(columns[name], name, file)
         return [[str(value) for value in columns[name]] for name in names]
 
+    def too_long(self, run: LoadedRun, asked: Asked) -> int:
+        """How many examples lose their end where they are answered or scored; by default none, which go on whole."""
+        return 0
+
     def predict(self, run: LoadedRun, asked: Asked, *, all_probabilities: bool, go_on: Any) -> list[Row]:
         """An answer for each example of :meth:`asked`; by default the model's continuation."""
         return [{"continuation": go_on(run, example)} for example in asked[0]]

@@ -79,6 +79,10 @@ class Labels(Form):
         texts = [list(data[column]) for column in task.columns]
         return score_logits(task, torch.cat(list(logits_of_texts(run, texts))).numpy(), list(data["label"]))
 
+    def too_long(self, run: LoadedRun, asked: Asked) -> int:
+        whole = run.tokenizer(*map(list, asked), verbose=False)["input_ids"]
+        return sum(len(ids) > run.config.max_length for ids in whole)
+
     def predict(self, run: LoadedRun, asked: Asked, *, all_probabilities: bool, go_on: Any) -> list[Row]:
         columns = text_columns(run.config)
         if len(asked) != len(columns):

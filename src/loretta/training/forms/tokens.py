@@ -118,12 +118,16 @@ class Tokens(Form):
                 raise InputError(f"row {row} of '{file}', column {quoted(name)}: {quoted(cell)} is no list of tokens")
         return [columns[name]]
 
+    def too_long(self, run: LoadedRun, asked: Asked) -> int:
+        whole = tokenize(run.tokenizer, _words(asked[0]), None)["input_ids"]
+        return sum(len(ids) > run.config.max_length for ids in whole)
+
     @torch.inference_mode()
     def predict(self, run: LoadedRun, asked: Asked, *, all_probabilities: bool, go_on: Any) -> list[Row]:
         if all_probabilities:
             raise InputError("the run gives one tag for each token: leave --probabilities out")
         rows, size = [], run.config.eval_batch_size
-        texts = [cell.split() if isinstance(cell, str) else list(cell) for cell in asked[0]]
+        texts = _words(asked[0])
         for start in range(0, len(texts), size):
             batch = texts[start : start + size]
             found = tokenize(run.tokenizer, batch, run.config.max_length, padding=True, return_tensors="pt")
@@ -133,6 +137,11 @@ class Tokens(Form):
                 given = asked[0][start + k]
                 rows.append({**({"tokens": words} if isinstance(given, str) else {}), "tags": tags})
         return rows
+
+
+def _words(cells: Sequence[Any]) -> list[list[str]]:
+    """Lists of tokens as they are, and texts cut at their blanks."""
+    return [cell.split() if isinstance(cell, str) else list(cell) for cell in cells]
 
 
 def tokenize(tokenizer: Any, rows: Sequence[Sequence[str]], max_length: int | None, **options: Any) -> Any:
