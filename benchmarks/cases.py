@@ -15,6 +15,7 @@ from transformers import (
 )
 
 from loretta import LorettaAdpConfig, LorettaRepConfig, LorettaSharedConfig
+from loretta.tuners.targets import ADP_TARGETS
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,12 +80,50 @@ METHODS: dict[str, Callable[[str], PeftConfig]] = {
     "lora all-linear": lambda task: LoraConfig(r=8, task_type=task, target_modules="all-linear"),
     "rep q,v": lambda task: LorettaRepConfig(task_type=task, train_norms=False),
     "adp": lambda task: LorettaAdpConfig(task_type=task, train_norms=False),
+    # as many trained tensors as LoRA
+    "adp no bias": lambda task: LorettaAdpConfig(task_type=task, train_norms=False, train_bias=False),
     "adp mlp": lambda task: LorettaAdpConfig(task_type=task, train_norms=False, placement="mlp"),
     "rep q,v norms": lambda task: LorettaRepConfig(task_type=task),
     "adp norms": lambda task: LorettaAdpConfig(task_type=task),
     "compact": lambda task: LorettaRepConfig.compact(task_type=task, train_norms=False),
     "shared": lambda task: LorettaSharedConfig(task_type=task, train_norms=False),
 }
+
+BOUND = "bound"
+
+
+class Added(nn.Module):
+    """A layer whose output gets a trained vector: the least that an adapter can do."""
+
+    def __init__(self, base_layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.vector = nn.Parameter(torch.zeros_like(base_layer.weight[:, 0], dtype=torch.float32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base_layer(x) + self.vector.to(x.dtype)
+
+
+class Bound(nn.Module):
+    """``base`` with :class:`Added` in all places of adp, and a head that trains."""
+
+    def __init__(self, base: nn.Module) -> None:
+        super().__init__()
+        self.base = base
+        ends = tuple(ADP_TARGETS[base.config.model_type])
+        self.places = [name for name, _ in base.named_modules() if name.endswith(ends)]
+        for place in self.places:
+            base.set_submodule(place, Added(base.get_submodule(place)))
+        if hasattr(base, "classifier"):
+            base.classifier.requires_grad_(True)
+
+    def forward(self, **inputs: Tensor) -> object:
+        return self.base(**inputs)
+
+    def unload(self) -> None:
+        for place in self.places:
+            self.base.set_submodule(place, self.base.get_submodule(place).base_layer)
+        self.base.requires_grad_(False)
 
 
 def build_base(shape: str, *, device: str, dtype: torch.dtype, layers: int | None = None) -> nn.Module:
@@ -110,7 +149,9 @@ def _frozen(auto: type, config: object, device: str, dtype: torch.dtype) -> nn.M
 
 
 def wrap(base: nn.Module, method: str, shape: str) -> nn.Module:
-    """``base`` with one of :data:`METHODS`."""
+    """``base`` with one of :data:`METHODS`, or with the bound of them."""
+    if method == BOUND:
+        return Bound(base).train()
     return perturbed(base, METHODS[method](SHAPES[shape].task_type))
 
 

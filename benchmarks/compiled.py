@@ -5,7 +5,8 @@ launches the kernels one by one. Two depths of one tiny model are compiled and t
 launches.py: what grows with the adapted modules is the cost of a module, the rest is that of a step.
 
 Kernels are those that inductor generates, for a CPU; they are written and not compiled, so the results are no numbers.
-Products are its calls of mm, bmm and addmm, with what they do besides.
+Products are its calls of mm, bmm and addmm, with what they do besides. "Handed on" are the tensors that the backward
+graph gets from the forward one.
 
     python benchmarks/compiled.py --when now --out benchmarks/results/compiled.json
 """
@@ -26,7 +27,7 @@ from torch._inductor.async_compile import AsyncCompile
 from loretta.layers import fused
 
 COUNTED = ("lora q,v", "rep q,v", f"adp{ON_GPU}", "shared")
-KINDS = ("guards", "inputs", "operations", "kernels", "products")
+KINDS = ("guards", "inputs", "operations", "kernels", "products", "handed on")
 aten = torch.ops.aten
 PRODUCTS = (aten.mm.default, aten.bmm.default, aten.addmm.default, aten._addmm_activation.default)
 
@@ -39,6 +40,9 @@ def count(method: str, shape: str, layers: int, dtype: torch.dtype) -> tuple[Cou
         called = [node.target for node in graph.nodes if node.op == "call_function"]
         found["operations"] += len(called)
         found["products"] += sum(target in PRODUCTS for target in called)
+        given = [node.name for node in graph.nodes if node.op == "placeholder"]
+        gradients = [name for name in given if name.startswith("tangents")]
+        found["handed on"] += len(given) - len(gradients) if gradients else 0
 
     torch._dynamo.reset()
     metrics.reset()

@@ -185,12 +185,13 @@ def launches_table() -> str:
 def compiled_table() -> str:
     """What torch.compile makes of a step for each adapted module and once, above the floor, before and now."""
     rows = results("compiled")
-    kinds = ("guards", "inputs", "operations", "kernels", "products")
+    kinds = ("guards", "inputs", "operations", "kernels", "products", "handed on")
     lines = []
     for row in rows:
         cells = [row["shape"], row["method"], row["when"], row["graphs"]]
-        lines.append([*cells, *(f"{row[kind]['module']:g} + {row[kind]['step']:g}" for kind in kinds)])
-    head = "model | method | code | graphs | guards | inputs | operations | kernels | products"
+        counts = [row.get(kind) for kind in kinds]
+        lines.append([*cells, *(f"{each['module']:g} + {each['step']:g}" if each else "" for each in counts)])
+    head = "model | method | code | graphs | guards | inputs | operations | kernels | products | handed on"
     return table(head, lines, numbers_from=3) if rows else NOT_MEASURED
 
 

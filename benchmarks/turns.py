@@ -5,8 +5,12 @@ moves. So the processes of a cell, or of a few cells, build and warm up together
 while the others sleep, and the methods follow each other in several rounds, whose times are put together. Then these
 processes end, and those of the next cells begin. The rows are those of speed.py.
 
-Processes differ, and stay different: with --again the medians of a cell's earlier runs stay beside the new ones in its
-file, and targets.py tells from them how far to trust a ratio.
+Processes differ, and stay different: so a run has processes of its own, and --runs of them take turns. With --again the
+medians of a cell's earlier runs stay beside the new ones in its file. From these targets.py tells how far to trust a
+ratio.
+
+With --before a folder of earlier code, "rep q,v before" is a method of that code, in turns with those of today's.
+"bound" adds a trained vector to each output that adp adapts, and nothing else.
 
 A cell is MODE:SHAPE:BATCHxTOKENS, with :LAYERS behind it where the model is to be cut.
 
@@ -33,6 +37,7 @@ from timing import about, captured, kernels, timed
 from torch._dynamo.utils import counters
 
 METHODS = ("lora q,v", "rep q,v", "adp")
+BEFORE = " before"  # behind the name of a method: with the code of --before
 SECONDS = 20  # to answer for a turn
 
 Row = dict[str, Any]
@@ -66,7 +71,7 @@ def work(cell: Cell, method: str, args: argparse.Namespace) -> None:
     begin = time.perf_counter()
     base = build_base(cell.shape, device=args.device, dtype=getattr(torch, args.dtype), layers=cell.layers)
     weights = torch.cuda.memory_allocated() if args.device == "cuda" else 0
-    model = base if method == FLOOR else wrap(base, method, cell.shape)
+    model = base if method == FLOOR else wrap(base, method.removesuffix(BEFORE), cell.shape)
     call = torch.compile(model, dynamic=False, mode=COMPILED[cell.mode]) if cell.mode in COMPILED else model
     step, trained = step_of(model, inputs(base, cell.batch, cell.tokens), call)
     run = captured(step) if cell.mode == "graph" else step
@@ -92,19 +97,22 @@ def work(cell: Cell, method: str, args: argparse.Namespace) -> None:
 class Worker:
     """A process that works at one method of one cell."""
 
-    def __init__(self, cell: Cell, name: str, method: str, args: argparse.Namespace) -> None:
-        self.cell, self.name, self.method, self.times = cell, name, method, list[float]()
+    def __init__(self, cell: Cell, name: str, method: str, run: int, args: argparse.Namespace) -> None:
+        self.cell, self.name, self.method, self.run, self.times = cell, name, method, run, list[float]()
         self.row: Row | None = None
         words = ["--cells", name, "--methods", method.replace("q,v", "q+v"), "--device", args.device]
         words += ["--dtype", args.dtype, "--out-dir", str(args.out_dir), "--works"]
-        self.log = (args.out_dir / f"{name.replace(':', '-')}-{method.replace(' ', '-')}.log").open("w")
+        environment = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": str(args.compile_threads)}
+        if method.endswith(BEFORE):
+            environment["PYTHONPATH"] = f"{args.before / 'src'}:{os.environ.get('PYTHONPATH', '')}"
+        self.log = (args.out_dir / f"{name.replace(':', '-')}-{method.replace(' ', '-')}-{run}.log").open("w")
         self.process = subprocess.Popen(
             [sys.executable, __file__, *words],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": str(args.compile_threads)},
+            env={**os.environ, **environment},
         )
 
     def read(self, seconds: float) -> Row | None:
@@ -157,14 +165,17 @@ def take_turns(workers: list[Worker], args: argparse.Namespace) -> None:
 
 
 def rows_of(workers: list[Worker]) -> list[Row]:
+    """Of each method what its last run measured, with the medians of all runs."""
+    medians = {(w.method, w.run): statistics.median(w.times) for w in workers if w.times}
+    last = {worker.method: worker for worker in workers if worker.times}
+    runs = max((worker.run for worker in workers), default=0) + 1
     rows: list[Row] = []
-    measured = [worker for worker in workers if worker.times]
-    floor = next((statistics.median(worker.times) for worker in measured if worker.method == FLOOR), None)
-    for worker in measured:
-        cell, ms = worker.cell, statistics.median(worker.times)
-        row = {"method": worker.method, "mode": cell.mode, "batch": cell.batch, "tokens": cell.tokens, "ms": ms}
+    for method, worker in last.items():
+        cell, ms = worker.cell, medians[method, worker.run]
+        row = {"method": method, "mode": cell.mode, "batch": cell.batch, "tokens": cell.tokens, "ms": ms}
         row |= {"min": min(worker.times), "max": max(worker.times), **(worker.row or {})}
-        rows.append({**row, "ratio": ms / floor if floor else None})
+        row |= {"runs": [medians.get((method, run)) for run in range(runs)]}
+        rows.append({**row, "ratio": ms / medians[FLOOR, last[FLOOR].run] if FLOOR in last else None})
     return rows
 
 
@@ -175,9 +186,10 @@ def write(cell: Cell, rows: list[Row], args: argparse.Namespace) -> None:
     size = cell.batch, cell.tokens
     head = {"shape": cell.shape, "layers": rows[0]["layers"], "steps": args.steps, "rounds": args.rounds}
     kept = [row for row in known if (row["batch"], row["tokens"]) != size]
-    for row in rows if args.again else []:
-        before = next((o for o in known if o not in kept and o["method"] == row["method"]), {"ms": None})
-        row["runs"] = [*before.get("runs", [before["ms"]]), row["ms"]]
+    earlier = {row["method"]: row.get("runs", [row["ms"]]) for row in known if row not in kept} if args.again else {}
+    none = [None] * max(map(len, earlier.values()), default=0)
+    for row in rows:
+        row["runs"] = [*earlier.get(row["method"], none), *row["runs"]]
     content = {**head, **about(args.device, args.dtype), "rows": kept + rows}
     path.write_text(json.dumps(content, indent=1) + "\n")
     for row in rows:
@@ -195,8 +207,10 @@ def main() -> None:
     parser.add_argument("--methods", default=",".join(METHODS).replace("q,v", "q+v"), help="besides the floor")
     parser.add_argument("--steps", type=int, default=15, help="of each turn")
     parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--runs", type=int, default=1, help="processes of each method")
     parser.add_argument("--wait", type=float, default=240, help="seconds in which those have to be ready")
     parser.add_argument("--again", action="store_true", help="Keep the medians of earlier runs of the same code.")
+    parser.add_argument("--before", type=Path, help="a folder with src/ of earlier code")
     parser.add_argument("--after", type=Path, help="a file: nothing is timed before it is there")
     parser.add_argument("--at-once", type=int, default=1, help="cells whose processes live at the same time")
     parser.add_argument("--budget", type=float, default=3600, help="seconds after which no further cells are begun")
@@ -220,7 +234,8 @@ def main() -> None:
             print(f"not measured, the budget is spent: {', '.join(names[first:])}", flush=True)
             break
         until = time.monotonic() + args.wait
-        workers = [Worker(cells[name], name, method, args) for name in together for method in [FLOOR, *methods]]
+        of_run = [(name, method) for name in together for method in [FLOOR, *methods]]
+        workers = [Worker(cells[name], name, method, run, args) for run in range(args.runs) for name, method in of_run]
         try:
             wait_for(workers, until)
             while args.after is not None and not args.after.exists():

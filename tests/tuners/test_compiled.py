@@ -3,12 +3,15 @@
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import pairwise
 
 import pytest
 import torch
 from tolerances import assert_gradients_near, assert_near
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import min_cut_rematerialization_partition
 from tuners.families import logits, loss_of
 from tuners.matrix import base_of, options_for, wrapped
 from tuners.wrapped import config_for, every_method, trainable, trained
@@ -83,6 +86,32 @@ def test_each_train_as_one_matrix(bias, monkeypatch):
     got = step(compiled, model, inputs)
     assert calls_of_it
     assert_equal(got, step(model, model, inputs))
+
+
+@pytest.mark.parametrize(("method", "as_one"), [("rep", False), ("adp", False), ("adp", True)])
+def test_the_backward_pass_is_handed_stacks_and_no_views_of_them(method, as_one, monkeypatch):
+    """What is handed on costs the CPU of a step, each tensor the same."""
+    monkeypatch.setattr(fused, "one_matrix_pays", lambda *_: as_one)
+    model, inputs = small("llama", method)
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(graph: torch.fx.GraphModule, _) -> Callable:
+        graphs.append(graph)
+        return torch._functorch.aot_autograd.make_boxed_func(graph.forward)
+
+    partition = partial(min_cut_rematerialization_partition, compiler="inductor")
+    backend = aot_autograd(fw_compiler=keep, bw_compiler=keep, partition_fn=partition)
+    assert_equal(step(torch.compile(model, fullgraph=True, backend=backend), model, inputs), step(model, model, inputs))
+
+    def is_part(node: torch.fx.Node) -> bool:
+        aten = torch.ops.aten
+        view = node.target in (aten.permute.default, aten.t.default, aten.transpose.int, aten.view.default)
+        return node.target is aten.as_strided.default or (view and is_part(node.args[0]))
+
+    forward, backward = graphs
+    (handed,) = (node.args[0] for node in forward.graph.nodes if node.op == "output")
+    assert any(map(is_part, backward.graph.nodes))
+    assert not any(is_part(node) for node in handed if isinstance(node, torch.fx.Node))
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated:DeprecationWarning")  # inductor's own imports

@@ -13,8 +13,9 @@ from torch import Tensor
 
 if not hasattr(torch.ops.loretta, "stack"):  # a reload of this module finds it defined
     _library = torch.library.Library("loretta", "DEF")
-    _library.define("stack(Tensor[] parts) -> Tensor")
-    _library.impl("stack", torch.stack, "CompositeExplicitAutograd")  # on every device, and for shapes alone
+    _library.define("stack(Tensor[] parts, Tensor? like=None) -> Tensor")
+    # on every device, and for shapes alone
+    _library.impl("stack", lambda parts, like=None: torch.stack(parts), "CompositeExplicitAutograd")
 
 
 @torch.compiler.allow_in_graph
@@ -50,16 +51,21 @@ class _Together(torch.autograd.Function):
 
 
 class _Apart(torch.autograd.Function):
-    """``unbind`` by strided views, whose own gradients would each be as large as the stack."""
+    """``unbind`` by strided views, whose own gradients would each be as large as the stack.
+
+    The backward pass names the stack, which it does not need. So a compiler hands that on from the forward pass, one
+    tensor, and takes the views again; otherwise it would hand on each of them.
+    """
 
     @staticmethod
     def forward(ctx: Any, stacked: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(stacked)
         size, step, first = stacked.shape[1:], stacked.stride(), stacked.storage_offset()
         return tuple(stacked.as_strided(size, step[1:], first + k * step[0]) for k in range(len(stacked)))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return torch.ops.loretta.stack(list(grads))
+        return torch.ops.loretta.stack(list(grads), *ctx.saved_tensors)
 
 
 class _Bottleneck(torch.autograd.Function):

@@ -95,10 +95,18 @@ class Graph:
     def __call__(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """What the function gives for ``inputs``, in tensors of the caller's."""
         with self.lock, torch.no_grad():
-            for own, given in zip(self.inputs, inputs, strict=True):
-                own.copy_(given)
+            _copy(inputs, self.inputs)
             self.replay()
-            return tuple(output.clone() for output in self.outputs)
+            outputs = tuple(torch.empty_like(output) for output in self.outputs)
+            _copy(self.outputs, outputs)
+        return outputs
+
+
+def _copy(tensors: Sequence[Tensor], into: Sequence[Tensor]) -> None:
+    """One launch for all tensors of a dtype, where a copy of each would be one for each."""
+    for dtype in {tensor.dtype: None for tensor in into}:
+        to, given = zip(*(pair for pair in zip(into, tensors, strict=True) if pair[0].dtype == dtype), strict=True)
+        torch._foreach_copy_(to, given)
 
 
 class Recording:
