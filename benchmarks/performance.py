@@ -1,4 +1,4 @@
-"""Fill the tables of docs/performance.md from benchmarks/results/, and draw its figure.
+"""Fill the tables of docs/performance.md and docs/measurements.md from benchmarks/results/, and draw their figure.
 
 python benchmarks/performance.py
 """
@@ -17,6 +17,7 @@ from targets import (
     LORA,
     OURS,
     cells_table,
+    costs_table,
     lora_of,
     marks_of,
     processes_table,
@@ -26,7 +27,8 @@ from targets import (
 )
 
 ROOT = Path(__file__).parents[1]
-PAGE, FIGURE = ROOT / "docs" / "performance.md", ROOT / "docs" / "growth.svg"
+PAGES = ROOT / "docs" / "performance.md", ROOT / "docs" / "measurements.md"
+FIGURE = ROOT / "docs" / "growth.svg"
 
 ALONE = " contraction"
 WRAPPING = {"wrap": 2.0, "save": 0.2, "load": 1.0}  # seconds
@@ -316,6 +318,7 @@ def wrapping_table() -> str:
 
 
 SECTIONS: dict[str, Callable[[], str]] = {
+    "costs": costs_table,
     "targets": summary_table,
     "cells": cells_table,
     "floor": floor_table,
@@ -343,10 +346,14 @@ SECTIONS: dict[str, Callable[[], str]] = {
     "wrapping": wrapping_table,
 }
 
+
+def page_of(section: str) -> Path:
+    """The page that has a section. Raises StopIteration where none has it."""
+    return next(page for page in PAGES if f"<!-- {section}: " in page.read_text())
+
+
 if __name__ == "__main__":
-    text = PAGE.read_text()
     for name, write in SECTIONS.items():
-        text = filled(text, name, write())
-    PAGE.write_text(text)
+        page = page_of(name)
+        page.write_text(filled(page.read_text(), name, write()))
     draw_growth(FIGURE)
-    print(f"filled {len(SECTIONS)} tables of {PAGE} and drew {FIGURE}")

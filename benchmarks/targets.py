@@ -80,6 +80,56 @@ def size_of(row: Row) -> str:
     return f"{row['batch']}x{row['tokens']}"
 
 
+COSTS = {
+    "eager": "eager: `loretta train`, TRL, the Trainer",
+    "compile": "`torch.compile`",
+    "reduce-overhead": '`torch.compile(mode="reduce-overhead")`',
+    "graph": "one CUDA graph a step: `loretta train --cuda-graph`",
+    "ddp": "two GPUs, DDP",
+    "fsdp2": "two GPUs, FSDP2",
+}
+
+
+def costs_table() -> str:
+    """What a step costs in each mode beside LoRA's and beside the frozen model's: the least and the most of all cells."""
+    cells = [row for row in steps() if row["method"] in ("rep q,v", "adp") and row["lora"] is not None]
+    launches = [row for row in results("processes*") if row["part"] != "losses" and row["launch"] != "one"]
+    for row in launches:
+        if row["method"] in ("rep q,v", "adp"):
+            run = {other["method"]: other for other in launches if _launch(other) == _launch(row)}
+            memory = {name: {**each, "peak_gib": each["peak_bytes"] / 2**30} for name, each in run.items()}
+            cells.append({**memory[row["method"]], "mode": row["launch"], "lora": memory[LORA], "floor": memory[FLOOR]})
+    lines = []
+    for mode, name in COSTS.items():
+        of_mode = [row for row in cells if row["mode"] == mode]
+        found = [name, str(len({(row["shape"], size_of(row)) for row in of_mode}))]
+        for reference in ("lora", "floor"):
+            for method in ("rep q,v", "adp"):
+                own = [row for row in of_mode if row["method"] == method]
+                found.append(_range([judged(row, row[reference], 1, reference)[0] for row in own]))
+        found.append(_range([row["peak_gib"] / row["lora"]["peak_gib"] for row in of_mode]))
+        lines.append(found)
+    decoded = [row for row in results("inference*") if row["mode"] == "graph"]
+    found = ["decoding, not merged, in a CUDA graph", str(len({(row["shape"], row["batch"]) for row in decoded}))]
+    for reference in (LORA, "base"):
+        for method in ("rep q,v", "adp"):
+            found.append(_range([row["ms"] / _same(row, reference)["ms"] for row in decoded if row["method"] == method]))
+    lines.append([*found, ""])
+    head = "how | cells | rep / LoRA | adp / LoRA | rep / frozen | adp / frozen | memory / LoRA"
+    return table(head, lines) if cells else NOT_MEASURED
+
+
+def _same(row: Row, method: str) -> Row:
+    """Another method in the decoding of a row."""
+    run = (other for other in results("inference*") if other["file"] == row["file"] and other["mode"] == row["mode"])
+    return next(other for other in run if (other["method"], other["batch"]) == (method, row["batch"]))
+
+
+def _range(values: list[float]) -> str:
+    ends = dict.fromkeys(f"{end(values):.2f}" for end in (min, max) if values)
+    return " to ".join(ends)
+
+
 def summary_table() -> str:
     """How many of the rows keep to each target, and the worst of them."""
     rows = [row for row in steps() if row["method"] in OURS and row["lora"] is not None]

@@ -1,4 +1,4 @@
-"""Numbers in docs/performance.md are those of the result files, whose rows say where they come from."""
+"""Numbers in docs/performance.md and docs/measurements.md are those of the result files, whose rows say where they come from."""
 
 import math
 import pathlib
@@ -19,7 +19,7 @@ STEPS = performance.steps()
 
 @pytest.mark.parametrize("name", performance.SECTIONS)
 def test_a_table_is_what_the_result_files_say(name):
-    text = performance.PAGE.read_text()
+    text = performance.page_of(name).read_text()
     assert filled(text, name, performance.SECTIONS[name]()) == text
 
 
