@@ -91,7 +91,7 @@ COSTS = {
 
 
 def costs_table() -> str:
-    """What a step costs in each mode beside LoRA's and beside the frozen model's: the least and the most of all cells."""
+    """What a step costs in each mode beside LoRA and beside the frozen model: the least and the most of all cells."""
     cells = [row for row in steps() if row["method"] in ("rep q,v", "adp") and row["lora"] is not None]
     launches = [row for row in results("processes*") if row["part"] != "losses" and row["launch"] != "one"]
     for row in launches:
@@ -113,7 +113,9 @@ def costs_table() -> str:
     found = ["decoding, not merged, in a CUDA graph", str(len({(row["shape"], row["batch"]) for row in decoded}))]
     for reference in (LORA, "base"):
         for method in ("rep q,v", "adp"):
-            found.append(_range([row["ms"] / _same(row, reference)["ms"] for row in decoded if row["method"] == method]))
+            found.append(
+                _range([row["ms"] / _same(row, reference)["ms"] for row in decoded if row["method"] == method])
+            )
     lines.append([*found, ""])
     head = "how | cells | rep / LoRA | adp / LoRA | rep / frozen | adp / frozen | memory / LoRA"
     return table(head, lines) if cells else NOT_MEASURED
@@ -149,6 +151,31 @@ def summary_table() -> str:
             lines.append([mode, target, *counts, where])
     head = "mode | target | hit | open | missed | the worst row"
     return table(head, lines, numbers_from=6) if lines else NOT_MEASURED
+
+
+def bounds_table() -> str:
+    """Each step beside the bound: a trained vector that is added to each output that adp adapts, and nothing else."""
+    ratios = [("bound", FLOOR), (LORA, FLOOR), ("rep q,v", LORA), ("adp", LORA), ("adp no bias", LORA)]
+    ratios += [("rep q,v", "rep q,v before"), ("adp", "adp before")]
+    runs = [[o for o in results("speed_*") if _run(o) == _run(row)] for row in steps() if row["method"] == "bound"]
+    lines = []
+    for run in runs:
+        rows = {row["method"]: row for row in run}
+        found = [
+            f"{math.exp(mean(log_ratios(rows[method], rows[other]))):.3f}" if {method, other} <= rows.keys() else ""
+            for method, other in ratios
+        ]
+        own = rows["bound"]
+        lines.append([own["mode"], own["shape"], size_of(own), len(own["runs"]), f"{rows[FLOOR]['ms']:.2f}", *found])
+    for row in results("inference*"):
+        if row["method"] == "bound":
+            times = {name: _same(row, name)["ms"] for name in ("base", LORA, "rep q,v", "adp")}
+            found = [times[LORA] / times["base"], times["rep q,v"] / times[LORA], times["adp"] / times[LORA]]
+            cell = ["decoding", row["shape"], f"batch {row['batch']}", 1, f"{times['base']:.2f}", f"{row['ratio']:.3f}"]
+            lines.append([*cell, *(f"{ratio:.3f}" for ratio in found), "", "", ""])
+    head = "mode | model | size | runs | frozen, ms | bound / frozen | LoRA / frozen | rep / LoRA | adp / LoRA"
+    head += " | adp without biases / LoRA | rep / rep before | adp / adp before"
+    return table(head, lines, numbers_from=3) if lines else NOT_MEASURED
 
 
 def lora_of(row: Row) -> Row | None:

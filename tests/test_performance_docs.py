@@ -1,4 +1,4 @@
-"""Numbers in docs/performance.md and docs/measurements.md are those of the result files, whose rows say where they come from."""
+"""Numbers in docs/performance.md and docs/measurements.md are those of the result files, which say whence they come."""
 
 import math
 import pathlib
