@@ -75,7 +75,7 @@ def test_a_whole_model_in_half_precision_is_trained_in_float32(dtype, bert, revi
     run = load_run(tmp_path / "run", cpu=True)
     saved = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
     again = predict(run, [list(load_config_task(run.config).test["text"])])
-    assert [row["probability"] for row in again] == pytest.approx([row["probability"] for row in saved], abs=0.02)
+    assert [row["probability"] for row in again] == pytest.approx([row["probability"] for row in saved], abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,21 @@ def test_a_classifier_in_half_precision(method, bert, reviews, tmp_path):
     run = load_run(tmp_path / "run", cpu=True)
     saved = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
     again = predict(run, [list(load_config_task(run.config).test["text"])])
-    assert [row["probability"] for row in again] == pytest.approx([row["probability"] for row in saved], abs=0.02)
+    assert [row["probability"] for row in again] == pytest.approx([row["probability"] for row in saved], abs=1e-5)
+
+
+def test_a_run_with_autocast_is_scored_and_answers_with_it_too(bert, tmp_path):
+    path = tmp_path / "scores.csv"
+    path.write_text("text,label\n" + "".join(f"{text},{k / 7}\n" for k, (text, _) in enumerate(sentences(40))))
+    options = {"text": "text", "label": "label", "bf16": True, "epochs": 2, "test": str(path)}
+    record = train(config_for(bert, str(path), tmp_path / "run", **options))
+    run = load_run(tmp_path / "run", cpu=True)
+    for split, values in {"validation": record.validation, "test": record.test}.items():
+        again = evaluate(run, load_config_task(run.config), split)
+        assert again == pytest.approx({name: value for name, value in values.items() if name != "loss"}, rel=1e-6)
+    saved = [json.loads(line)["score"] for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
+    answers = predict(run, [list(load_config_task(run.config).test["text"])])
+    assert [row["score"] for row in answers] == pytest.approx(saved, rel=1e-6)
 
 
 @pytest.mark.parametrize("method", ["rep", "adp", "shared", "adapters", "lora", "prefix"])

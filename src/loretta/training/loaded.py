@@ -25,6 +25,10 @@ class LoadedRun:
     tokenizer: PreTrainedTokenizerBase
     kind: str
 
+    def as_trained(self) -> torch.autocast:
+        """A context in which the model computes in the precision in which the run was trained and scored."""
+        return torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=self.config.bf16)
+
 
 def load_run(folder: Path, *, model: str | None = None, cpu: bool = False) -> LoadedRun:
     """Load the adapter of a run folder onto its base model, or onto ``model`` where that has moved.
@@ -39,6 +43,8 @@ def load_run(folder: Path, *, model: str | None = None, cpu: bool = False) -> Lo
     if record.kind in ("chat", "preference"):  # where the tokenizer has no template, the run gave it one
         tokenizer.chat_template = load_tokenizer(str(folder / ADAPTER)).chat_template
     whole = find_method(record.method) is FULL
+    if whole and config.dtype in ("bfloat16", "float16"):  # which computed, and float32 was trained
+        config = config.model_copy(update={"dtype": "float32", "bf16": True})
     # weights that neither the checkpoint nor the adapter's file holds are random: the seed makes them those of the run
     set_seed(config.seed)
     base = load_base(

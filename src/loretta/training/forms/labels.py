@@ -150,7 +150,8 @@ def logits_of_texts(run: LoadedRun, texts: Sequence[Sequence[str]]) -> Iterator[
             batch: Mapping[str, Tensor] = run.tokenizer(
                 *columns, truncation=True, max_length=run.config.max_length, padding=True, return_tensors="pt"
             ).to(run.model.device)
-            logits: Tensor = run.model(**batch).logits.float().cpu()
+            with run.as_trained():
+                logits: Tensor = run.model(**batch).logits.float().cpu()
         except Exception as error:
             if size == 1 or not is_out_of_memory(error):
                 raise

@@ -131,7 +131,8 @@ class Tokens(Form):
         for start in range(0, len(texts), size):
             batch = texts[start : start + size]
             found = tokenize(run.tokenizer, batch, run.config.max_length, padding=True, return_tensors="pt")
-            best = run.model(**found.to(run.model.device)).logits.argmax(-1).tolist()
+            with run.as_trained():
+                best = run.model(**found.to(run.model.device)).logits.argmax(-1).tolist()
             for k, words in enumerate(batch):
                 tags = tags_of_words(found.word_ids(k), best[k], len(words), run.record.label_names)
                 given = asked[0][start + k]
