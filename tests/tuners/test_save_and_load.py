@@ -359,3 +359,33 @@ def test_a_head_for_other_labels_is_refused(method, tmp_path):
     model.save_pretrained(tmp_path)
     with pytest.raises((ValueError, RuntimeError), match="out_proj"):
         PeftModel.from_pretrained(build("roberta", num_labels=2)[0], tmp_path)
+
+
+def compile_blocks(model):
+    """Put compiled blocks into a BERT's list of blocks, which gives what lies in them other names."""
+    blocks = model.base_model.encoder.layer
+    for k, block in enumerate(blocks):
+        blocks[k] = torch.compile(block, backend="eager")
+    return model
+
+
+@every_method
+def test_compiled_blocks_leave_no_name_in_the_file(method, tmp_path):
+    model, inputs = wrap("bert", method)
+    wanted = logits(trained(model), inputs)
+    model.save_pretrained(tmp_path / "plain")
+    compile_blocks(model.get_base_model())
+    model.save_pretrained(tmp_path / "compiled")
+    plain, compiled = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("plain", "compiled"))
+    assert plain.keys() == compiled.keys()
+    on_compiled = PeftModel.from_pretrained(compile_blocks(build("bert")[0]), tmp_path / "plain").eval()
+    assert_near("logits", logits(on_compiled, inputs), wanted)
+
+
+@every_method
+def test_a_state_dict_of_other_names_is_refused(method, tmp_path):
+    model, _ = wrap("bert", method)
+    given = {f"module.{name}": value for name, value in model.state_dict().items()}  # as DistributedDataParallel's
+    with pytest.raises(InputError, match="nothing would be saved of the adapter 'default'"):
+        model.save_pretrained(tmp_path, state_dict=given)
+    assert not list(tmp_path.glob("*.safetensors"))

@@ -356,12 +356,20 @@ class LorettaModel(BaseTuner):
             f"{name}.base_layer." for name, module in model.named_modules() if isinstance(module, TrainedNorm)
         )
         found = {key: value for key, value in found.items() if not key.startswith(norms)}
-        return renamed(found, names_alone(model, cls.prefix))
+        if state_dict and not found:  # it is empty in the processes of FSDP that do not write
+            raise InputError(
+                f"nothing would be saved of the adapter {adapter_name!r}, for the names in the given state_dict, such "
+                f"as {next(iter(state_dict))!r}, are not those of the model: leave state_dict out, or give that of "
+                "the model within (model.module of DistributedDataParallel, model._orig_mod of torch.compile)"
+            )
+        return _uncompiled(renamed(found, names_alone(model, cls.prefix)))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         """PEFT's key translation, then a check that the adapter was made for this base model."""
         check_not_merged(model, adapter_name)
+        compiled = [name for name, _ in model.named_modules() if name.endswith("._orig_mod")]
+        state_dict = renamed(_uncompiled(state_dict), {name.removesuffix("_orig_mod"): name + "." for name in compiled})
         state_dict = renamed(state_dict, {alone: name for name, alone in names_alone(model, cls.prefix).items()})
         state_dict = values_as_changes(model, adapter_name, state_dict)
         loaded = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
@@ -379,6 +387,11 @@ class LorettaModel(BaseTuner):
         check_tensors(model, adapter_name, loaded, own=expected.keys())
         take_over(model, config, adapter_name)
         return loaded
+
+
+def _uncompiled(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by the names that they have where no part of the model was compiled by ``torch.compile(part)``."""
+    return {key.replace("._orig_mod.", "."): tensor for key, tensor in tensors.items()}
 
 
 def _base_of(module: nn.Module) -> nn.Module:
