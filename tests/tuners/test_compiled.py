@@ -1,5 +1,6 @@
 """torch.compile takes an adapted model as one graph, and computes what the model computes without it."""
 
+import copy
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -302,6 +303,18 @@ def test_a_graph_that_breaks_leaves_nothing_for_other_threads(method):
         for values in trainable(model).values():
             values.data.mul_(0.9)
     assert not any(seen)
+
+
+@warned_of_by_dynamo
+@every_method
+def test_the_first_call_may_be_that_of_compiled_blocks(method):
+    model, inputs = wrapped("llama", method, base={"use_cache": False}, train_norms=False)
+    model.enable_input_require_grads()
+    eager = copy.deepcopy(trained(model))
+    expected = step(eager, eager, inputs)
+    for block in model.get_base_model().model.layers:
+        block.compile(backend="eager", fullgraph=True)
+    assert_equal(step(model, model, inputs), expected)
 
 
 @warned_of_by_dynamo

@@ -68,12 +68,16 @@ class Watch:
                 layer.on_read = self.note_read
                 self.handles.append(layer.register_forward_hook(self.note_call))
 
+    def _watches(self) -> bool:
+        # of a compiled block nothing is noted, and Dynamo could not trace the question for the thread
+        return not torch.compiler.is_compiling() and self.thread == threading.get_ident()
+
     def note_read(self, layer: LorettaLayer) -> None:
-        if self.thread == threading.get_ident():
+        if self._watches():
             self.read[layer] = None
 
     def note_call(self, layer: Any, args: Any, output: Any) -> None:
-        if self.thread == threading.get_ident():
+        if self._watches():
             # what is written to a view in place goes to its base, past the node of the view
             tensors = [output, output._base] if isinstance(output, Tensor) else []
             nodes = {each.grad_fn for each in tensors if each is not None and each.grad_fn is not None}
