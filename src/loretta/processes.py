@@ -1,6 +1,7 @@
 """Several processes that train one model (``torchrun``, ``accelerate launch``): who speaks, and how they agree.
 
-From :func:`joined` on every function is a collective: all processes have to come to it, in the same order.
+:func:`by_first`, :func:`together`, :func:`gather`, :func:`largest` and :func:`in_any` are collectives: all processes
+have to come to them, in the same order.
 """
 
 import os

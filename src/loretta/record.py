@@ -92,7 +92,7 @@ class RunRecord(BaseModel, frozen=True, ser_json_inf_nan="constants"):
     model: str
     task: str
     method: str
-    kind: str  # of the task: "classification", "regression", "language_modeling", "choice" or "generation"
+    kind: str  # of the task: loretta.tasks.base.Kind, or "choice" or "generation" of a prompted one
     seed: int
     device: str
     sizes: dict[str, Count]  # examples (or blocks of text) per split

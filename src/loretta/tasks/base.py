@@ -52,11 +52,11 @@ class Task:
     test: "datasets.Dataset | None"
     notes: tuple[str, ...] = ()  # sentences on the data for a reader of the results
 
-    def limited(self, rows: int, *, seed: int = 0) -> "Task":
-        """The same task with at most ``rows`` rows a split, drawn with ``seed``."""
+    def limited(self, rows: int) -> "Task":
+        """The same task with at most ``rows`` rows a split, drawn at random and the same in each run."""
 
         def cut(split: "datasets.Dataset") -> "datasets.Dataset":
-            return split.shuffle(seed=seed).select(range(rows)) if len(split) > rows else split
+            return split.shuffle(seed=0).select(range(rows)) if len(split) > rows else split
 
         return replace(
             self,

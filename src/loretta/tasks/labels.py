@@ -208,7 +208,7 @@ ZEROS_AND_ONES = {0: 0, 1: 1, "0": 0, "1": 1, "false": 0, "true": 1}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabelSets:
-    """How a column of several labels reads, by the training file. Beside :class:`loretta.tasks.labels.LabelScheme`."""
+    """As :class:`LabelScheme`, for rows with any number of labels."""
 
     column: str
     source: object  # the training file

@@ -53,6 +53,14 @@ def traced_as_a_part(hook: Any) -> Any:
     return hook
 
 
+def remove_hooks(model: nn.Module, owner: type) -> None:
+    """Remove the forward hooks of ``model`` that are methods of an ``owner``."""
+    for hooks in (model._forward_pre_hooks, model._forward_hooks):
+        for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), owner)]:
+            del hooks[key]
+            model._forward_hooks_always_called.pop(key, None)
+
+
 def current_backward() -> int:
     """The number of the backward pass that this thread works on. No two passes of a process have the same."""
     return NO_BACKWARD if torch.compiler.is_dynamo_compiling() else torch._C._current_graph_task_id()

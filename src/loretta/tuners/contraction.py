@@ -45,15 +45,15 @@ def note_change(*, activity_alone: bool = False) -> None:
 
 
 _numbers = count(1)
-_seating = threading.Lock()
+_numbering = threading.Lock()
 
 
 @dataclass(slots=True)
-class _Seat:
-    """The groups of one adapter's pairs of trains on one layer: pairs with the same number are equal; 0 is none."""
+class _Kinds:
+    """The kinds of one adapter's pairs of trains on one layer: pairs of the same number are equal; 0 is none."""
 
     numbers: tuple[int, ...]
-    scale: Tensor | None = None  # of all layers with these numbers
+    scale: Tensor | None = None  # one tensor for all layers of these kinds
 
 
 class Contraction:
@@ -86,10 +86,7 @@ class Contraction:
     def detach(cls, model: nn.Module) -> None:
         """Undo :meth:`attach`."""
         contraction = cls.of(model)
-        for hooks in (model._forward_pre_hooks, model._forward_hooks):
-            for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), cls)]:
-                del hooks[key]
-                model._forward_hooks_always_called.pop(key, None)
+        calls.remove_hooks(model, cls)
         wrapped = vars(model).get("generate")
         if contraction is not None and isinstance(wrapped, partial) and wrapped.func == contraction.generate:
             del vars(model)["generate"]
@@ -109,8 +106,8 @@ class Contraction:
         _contractions.add(self)
 
     def _forget(self) -> None:
-        self.seats: tuple[tuple[JointLayer, dict[str, _Seat]], ...] = ()
-        self.seated = -1  # at which of the changes of adapters
+        self.kinds: tuple[tuple[JointLayer, dict[str, _Kinds]], ...] = ()
+        self.numbered = -1  # at which of the changes of adapters
         self.numbers: dict[Hashable, int] = {}
         # by the names of a mixed batch, and whether in a backward pass
         self.grouped: dict[tuple[tuple[str, ...] | None, bool], tuple[int, list[Group]]] = {}
@@ -172,7 +169,7 @@ class Contraction:
                 try:
                     found = [(group, group.parameters()) for group in groups]
                 except (KeyError, AttributeError):
-                    self.seated = -1  # somebody has changed adapters without note_change()
+                    self.numbered = -1  # somebody has changed adapters without note_change()
                 else:
                     if all(_is_as_grouped(group, column) for group, columns in found for column in columns):
                         return found
@@ -184,14 +181,14 @@ class Contraction:
     def _regroup(self) -> list[tuple[Group, list[list[Tensor]]]]:
         changes, names = _changes if not torch.compiler.is_dynamo_compiling() else -1, mixed.named(self.model)
         if torch.compiler.is_dynamo_compiling():
-            _seat_all()
+            _number_all()
         else:
-            self.seat(joins=not calls.is_recorded())
+            self.number(joins=not calls.is_recorded())
         pairs: dict[tuple[Any, ...], list[Pair]] = defaultdict(list)
-        seated: dict[Hashable, list[tuple[str, _Seat]]] = defaultdict(list)
-        for layer, seats in self.seats:
+        named: dict[Hashable, list[tuple[str, _Kinds]]] = defaultdict(list)
+        for layer, by_adapter in self.kinds:
             for name, pair in layer.active_pairs(names):
-                if not (number := seats[name].numbers[pair]):
+                if not (number := by_adapter[name].numbers[pair]):
                     continue
                 tensors = look_up(layer.stacked_parameters(name, pair))
                 sharded = layer.has_own_trains and all(map(is_sharded, tensors))
@@ -199,8 +196,8 @@ class Contraction:
                     kinds = tuple((t.shape, t.dtype, t.device, t.requires_grad) for t in tensors)
                     key = number, kinds, sharded
                     pairs[key].append((layer, name, pair))
-                    seated[key].append((name, seats[name]))
-        groups = [Group(equal, _scale_of(seated[key]), is_sharded=key[-1]) for key, equal in pairs.items()]
+                    named[key].append((name, by_adapter[name]))
+        groups = [Group(equal, _scale_of(named[key]), is_sharded=key[-1]) for key, equal in pairs.items()]
         if not torch.compiler.is_dynamo_compiling():
             for stacked, _, _ in (pair for group in groups for pair in group.pairs):
                 _contraction_of[stacked] = ref(self)
@@ -209,7 +206,7 @@ class Contraction:
             self.grouped[self._grouped_for()] = changes, groups
         return [(group, group.parameters()) for group in groups]
 
-    def seat(self, *, joins: bool, anew: bool = False) -> None:
+    def number(self, *, joins: bool, anew: bool = False) -> None:
         """Number the layers' pairs of trains, equal pairs alike, unless this was done after the last change.
 
         A number is never given to other pairs later, so a compiled graph needs to compare nothing but numbers.
@@ -218,15 +215,15 @@ class Contraction:
             joins: whether to keep the scales of equal pairs as one tensor: none can be made while a graph is recorded.
             anew: look again, also where no change was noted.
         """
-        if self.seated != _changes_of_adapters or anew:
-            with _seating:
-                self._seat(joins)
+        if self.numbered != _changes_of_adapters or anew:
+            with _numbering:
+                self._number(joins)
 
-    def _seat(self, joins: bool) -> None:
+    def _number(self, joins: bool) -> None:
         changes = _changes_of_adapters
         numbers: dict[Hashable, int] = {None: 0}
-        alike: dict[tuple[tuple[int, ...], str, torch.device], list[tuple[JointLayer, _Seat]]] = defaultdict(list)
-        found: list[tuple[JointLayer, dict[str, _Seat]]] = []
+        alike: dict[tuple[tuple[int, ...], str, torch.device], list[tuple[JointLayer, _Kinds]]] = defaultdict(list)
+        found: list[tuple[JointLayer, dict[str, _Kinds]]] = []
         for layer in self.model.modules():
             if isinstance(layer, JointLayer):
                 found.append((layer, {}))
@@ -235,14 +232,14 @@ class Contraction:
                     for key in keys:
                         if key not in numbers:
                             numbers[key] = self.numbers.get(key) or next(_numbers)
-                    seat = found[-1][1][name] = _Seat(tuple(numbers[key] for key in keys))
-                    alike[seat.numbers, name, layer.scaling.device].append((layer, seat))
+                    kinds = found[-1][1][name] = _Kinds(tuple(numbers[key] for key in keys))
+                    alike[kinds.numbers, name, layer.scaling.device].append((layer, kinds))
         for (_, name, _), equal in alike.items() if joins else []:
             scale = Scales.join([layer.scaling for layer, _ in equal], name)
-            for _, seat in equal:
-                seat.scale = scale
-        self.seats, self.numbers = tuple(found), numbers
-        self.seated = changes if joins else -1
+            for _, kinds in equal:
+                kinds.scale = scale
+        self.kinds, self.numbers = tuple(found), numbers
+        self.numbered = changes if joins else -1
 
     def recompute(self) -> Mapping[Pair, Factors]:
         """The factors for the second pass of checkpointed blocks, contracted once in each backward pass.
@@ -261,10 +258,10 @@ class Contraction:
 
 
 @torch.compiler.assume_constant_result
-def _seat_all() -> bool:
-    """:meth:`Contraction.seat` of all models, for Dynamo, which runs this while it traces and does not look into it."""
+def _number_all() -> bool:
+    """:meth:`Contraction.number` of all models, for Dynamo, which runs this while it traces and looks not into it."""
     for contraction in list(_contractions):
-        contraction.seat(joins=True, anew=True)
+        contraction.number(joins=True, anew=True)
     return True
 
 
@@ -326,11 +323,11 @@ def _is_as_grouped(group: Group, tensors: Sequence[Tensor | None]) -> bool:
     return all(map(is_sharded, tensors)) if group.is_sharded else _are_plain(tensors)
 
 
-def _scale_of(seated: Sequence[tuple[str, _Seat]]) -> Tensor | None:
+def _scale_of(pairs: Sequence[tuple[str, _Kinds]]) -> Tensor | None:
     """The tensor that holds the scales of these pairs and no others; None where they are of several adapters."""
-    (name, seat), *_ = seated
-    of_one = all(other == name and own.numbers == seat.numbers for other, own in seated)
-    return seat.scale if of_one and seat.scale is not None and len(seat.scale) == len(seated) else None
+    (name, kinds), *_ = pairs
+    of_one = all(other == name and own.numbers == kinds.numbers for other, own in pairs)
+    return kinds.scale if of_one and kinds.scale is not None and len(kinds.scale) == len(pairs) else None
 
 
 def _are_plain(tensors: Sequence[Tensor | None]) -> bool:

@@ -23,7 +23,7 @@ class JointLayer(nn.Module):
 
     A subclass says which trains it has (:meth:`active_pairs`), where their parameters lie
     (:meth:`stacked_parameters`), with whose they may be stacked (:meth:`group_key`), and what it multiplies with
-    (:meth:`to_factors`). In its forward it takes the factors from :func:`find_factors`, or
+    (:meth:`to_factors`). In its forward it takes the factors from :func:`loretta.tuners.contraction.find_factors`, or
     contracts its own trains where that returns None.
     """
 

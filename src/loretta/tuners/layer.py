@@ -19,7 +19,7 @@ from loretta.layers.trains import Cores
 from loretta.tuners.calls import Factors, hidden_from_checkpoints
 from loretta.tuners.contraction import find_factors, note_change
 from loretta.tuners.joint import JointLayer, Place, finish
-from loretta.tuners.mixed import side_by_side
+from loretta.tuners.mixed import rows_by_adapter, side_by_side
 from loretta.tuners.placement import Placement, require_linear
 from loretta.tuners.scales import Scales
 
@@ -285,8 +285,7 @@ class LorettaLayer(JointLayer, AdaptedModule):
     @staticmethod
     def _rows_by_adapter(adapter_names: Sequence[str], known: Sequence[str]) -> Iterator[tuple[str, list[int]]]:
         """(adapter, its rows) for every adapter of a mixed batch that this layer has; "__base__" is none of them."""
-        for name in sorted(set(adapter_names) & set(known)):
-            yield name, [row for row, wanted in enumerate(adapter_names) if wanted == name]
+        return ((name, rows) for name, rows in rows_by_adapter(adapter_names) if name in known)
 
 
 def is_bare_linear(module: nn.Module) -> bool:

@@ -115,11 +115,16 @@ def side_by_side(adapter_names: Sequence[str], factors: Mapping[str, Factors], d
     return tuple(torch.stack(column) for column in zip(*rows, strict=True))
 
 
+def rows_by_adapter(adapter_names: Sequence[str]) -> Iterator[tuple[str, list[int]]]:
+    """(adapter, its rows) for every adapter that a mixed batch names."""
+    for name in sorted(set(adapter_names)):
+        yield name, [row for row, wanted in enumerate(adapter_names) if wanted == name]
+
+
 def in_turn(adapter_names: Sequence[str], compute: Callable[[str, list[int]], Tensor]) -> Tensor:
     """The outputs of a mixed batch, put together of what ``compute`` returns for an adapter and its rows."""
     result: Tensor | None = None
-    for name in sorted(set(adapter_names)):
-        rows = [row for row, wanted in enumerate(adapter_names) if wanted == name]
+    for name, rows in rows_by_adapter(adapter_names):
         part = compute(name, rows)
         if result is None:
             result = part.new_empty(len(adapter_names), *part.shape[1:])

@@ -11,6 +11,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from loretta.layers.fused import HALF
+from loretta.tuners.calls import remove_hooks
 from loretta.tuners.copies import AdapterCopy
 from loretta.tuners.joint import look_up
 from loretta.tuners.layer import LorettaLayer
@@ -49,10 +50,7 @@ class Watch:
     @classmethod
     def detach(cls, model: nn.Module) -> None:
         """Undo :meth:`attach`."""
-        for hooks in (model._forward_pre_hooks, model._forward_hooks):
-            for key in [key for key, hook in hooks.items() if isinstance(getattr(hook, "__self__", None), cls)]:
-                del hooks[key]
-                model._forward_hooks_always_called.pop(key, None)
+        remove_hooks(model, cls)
 
     def begin(self, model: nn.Module, args: Any) -> None:
         """Before the model runs."""
