@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tolerances import assert_gradients_near, assert_near
 
 from loretta import tt
-from loretta.tt import TTShape, plan_shape
+from loretta.tt import plan_shape
 from tt.trains import (
     SHAPES,
     assert_same_gradients,
@@ -163,65 +163,10 @@ def test_tt_svd_of_one_cut_loses_exactly_the_tail(modes):
     assert (tt.matrix(cores, shape) - dense).norm().item() == pytest.approx(tail, rel=1e-12)
 
 
-@examples
-@given(shapes(), seeds, st.floats(0.01, 1.0))
-def test_tt_svd_stays_within_the_error(shape, seed, error):
-    dense = randn(shape.in_features, shape.out_features, seed=seed)
-    cores = tt.tt_svd(dense, unbounded(shape), error=error)
-    lost = (tt.contract(cores) - padded_tensor(dense, shape)).norm()
-    assert lost <= error * (1 + 1e-12) * dense.norm()
-
-
-def ranks_of_equal_shares(dense, modes, error):
-    """Cut after cut, the least rank whose tail stays within an equal share of the squared error, on the full tensor."""
-    allowed, rest = error * dense.norm() / math.sqrt(len(modes) - 1), dense
-    for cut in range(1, len(modes)):
-        u, s, vh = torch.linalg.svd(rest.reshape(math.prod(modes[:cut]), -1), full_matrices=False)
-        rank = next(k for k in range(1, len(s) + 1) if s[k:].norm() <= allowed)
-        yield rank
-        rest = (u[:, :rank] * s[:rank]) @ vh[:rank]
-
-
-def test_the_cuts_share_the_error():
-    shape = plan_shape(64, 64, rank=10**6, modes=(4,) * 6)
-    # terms of rank 1 that fade slowly, so that every cut has something to lose at every error
-    terms = [frozen(random_cores(replace(shape, ranks=(1,) * 7), seed=k)) for k in range(60)]
-    dense = sum(0.85**k * tt.matrix(term, shape) for k, term in enumerate(terms))
-    for error in torch.linspace(0.05, 0.9, 30).tolist():
-        cores = tt.tt_svd(dense, shape, error=error)
-        assert inner_ranks(cores) == list(ranks_of_equal_shares(dense, shape.modes, error))
-        assert (tt.matrix(cores, shape) - dense).norm() <= error * dense.norm()
-
-
-@pytest.mark.parametrize("error", [0.001, 0.1, 0.3, 0.7, 0.99])
-def test_an_error_finds_the_least_rank_of_one_cut(error):
-    shape = plan_shape(12, 20, rank=10**6, modes=(12, 20))
-    dense = randn(12, 20, seed=0)
-    values = torch.linalg.svdvals(dense)
-    least = next(rank for rank in range(1, 13) if values[rank:].norm() <= error * dense.norm())
-    assert inner_ranks(tt.tt_svd(dense, shape, error=error)) == [least]
-
-
-def test_ranks_win_over_an_error_that_they_cannot_meet():
-    shape = plan_shape(12, 20, rank=3, modes=(12, 20))
-    dense = randn(12, 20, seed=0)
-    assert inner_ranks(tt.tt_svd(dense, shape, error=1e-6)) == [3]
-    assert inner_ranks(tt.tt_svd(dense, shape, error=0.9)) < [3]
-
-
-def test_an_error_recovers_the_ranks_of_a_train():
-    shape = TTShape(in_features=12, out_features=20, modes=(4, 3, 5, 4), ranks=(1, 3, 4, 2, 1), n_in=2)
-    dense = tt.matrix(frozen(random_cores(shape, seed=0)), shape)
-    cores = tt.tt_svd(dense, unbounded(shape), error=1e-10)
-    assert inner_ranks(cores) == [3, 4, 2]
-    assert_near("matrix", tt.matrix(cores, shape), dense)
-
-
-@pytest.mark.parametrize("error", [None, 0.0, 0.1])
 @every_shape
-def test_tt_svd_of_the_zero_matrix(shape, error):
+def test_tt_svd_of_the_zero_matrix(shape):
     dense = torch.zeros(shape.in_features, shape.out_features)
-    cores = tt.tt_svd(dense, shape, error=error)
+    cores = tt.tt_svd(dense, shape)
     assert_near("matrix", tt.matrix(cores, shape), dense)
     assert all(core.isfinite().all() for core in cores)
 
@@ -240,11 +185,6 @@ def test_tt_svd_refuses_a_matrix_of_another_size(size):
     shape = plan_shape(12, 20, rank=2, modes=(4, 3, 5, 4))
     with pytest.raises(ValueError, match=rf"\({size[0]}.*\) matrix does not fit a train for 12 x 20 \[4, 3, 5, 4\]"):
         tt.tt_svd(torch.zeros(size), shape)
-
-
-def test_tt_svd_refuses_a_negative_error():
-    with pytest.raises(ValueError, match=r"must not be negative, got -0\.25"):
-        tt.tt_svd(torch.ones(24, 10), SHAPES["aligned"], error=-0.25)
 
 
 @examples

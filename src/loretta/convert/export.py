@@ -1,4 +1,4 @@
-"""``loretta export``: write a trained rep adapter so that it works without LoRETTA."""
+"""``loretta export``: write a trained rep or shared adapter so that it works without LoRETTA."""
 
 from pathlib import Path
 

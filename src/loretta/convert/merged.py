@@ -1,4 +1,4 @@
-"""A rep adapter merged into its base model, as a whole model."""
+"""A rep or shared adapter merged into its base model, as a whole model."""
 
 import os
 from pathlib import Path
@@ -21,9 +21,11 @@ def export_merged(
     tokenizer: Any = None,
     overwrite: bool = False,
 ) -> Export:
-    """Merge a rep adapter into its base model, *in place*, and write the whole model in the base model's dtype.
+    """Merge a rep or shared adapter into its base model, *in place*, and write the whole model in the base's dtype.
 
-    Raises InputError when the adapter is no rep adapter, an adapted weight is also the input embeddings' or not
+    Trained norms and heads are written whole. ``tokenizer`` is saved beside the model.
+
+    Raises InputError when the adapter is of another method, an adapted weight is also the input embeddings' or not
     finite, or ``folder`` is taken.
     """
     _, layers, copies = read_adapter(model, adapter_name)

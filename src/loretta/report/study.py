@@ -10,11 +10,11 @@ from loretta.errors import InputError
 from loretta.report import page
 from loretta.report.figures import Look
 from loretta.report.study_figures import Group, figures_of
-from loretta.report.study_tables import QUANTITIES, Anchors, key_of, printed_models, record_of, tables_of
+from loretta.report.study_tables import QUANTITIES, Anchors, key_of, record_of, tables_of
 from loretta.report.tables import Table, words_table
 from loretta.studies.results import AVERAGE, Results, Score, find_row
 from loretta.studies.results import Cell as Measured
-from loretta.studies.show import with_half
+from loretta.studies.show import printed_models, with_half
 from loretta.studies.state import measured, state_of
 from loretta.studies.study import Planned
 from loretta.wording import MISSING, distinct

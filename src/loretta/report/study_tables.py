@@ -11,7 +11,7 @@ from loretta.report.figures import Look
 from loretta.report.tables import Cell, Column, Row, Table, number, seconds, size, words_table
 from loretta.studies.results import AVERAGE, Results, find_row, interval
 from loretta.studies.results import Cell as Measured
-from loretta.studies.show import figure, with_half
+from loretta.studies.show import figure, printed_models, with_half
 from loretta.studies.study import Planned
 from loretta.tuners.config import LorettaConfig
 from loretta.wording import MISSING
@@ -56,11 +56,6 @@ def by_row(cells: Iterable[Measured]) -> dict[tuple[str, tuple[str, ...]], dict[
     for cell in cells:
         rows.setdefault((cell.row, cell.order), {})[cell.task] = cell
     return rows
-
-
-def printed_models(cells: Iterable[Measured]) -> list[str]:
-    """The models that the printed numbers of these cells belong to."""
-    return sorted({str(cell.printed_model) for cell in cells if cell.printed is not None})
 
 
 def measured(cell: Measured | None, scale: float, anchors: Anchors) -> Cell:

@@ -116,10 +116,14 @@ def _caption(results: "Results") -> str:
     words = [f"scores are of the {' or '.join(splits)} split"] if splits else []
     if any(cell.low is not None for cell in results.cells) and results.study.view != "compare":
         words.append("± is half of Student's 95% interval over seeds")
-    if any(cell.printed is not None for cell in results.cells):
-        models = sorted({str(cell.printed_model) for cell in results.cells if cell.printed is not None})
+    if models := printed_models(results.cells):
         words.append(f"in brackets what the paper prints for {' and '.join(models)}")
     return "; ".join(words)
+
+
+def printed_models(cells: Iterable["Cell"]) -> list[str]:
+    """The models that the printed numbers of these cells belong to."""
+    return sorted({str(cell.printed_model) for cell in cells if cell.printed is not None})
 
 
 def _score(cell: "Cell | None", scale: float) -> str:

@@ -29,6 +29,8 @@ class AdaptiveRanks(TrainerCallback, ExportableState):
         budget: of all that is trained, as for ``loretta plan``: "20k" (parameters), "80kB" (bytes in float32), or a
             number of parameters.
         begin, end: shares of the steps.
+        cuts: how often ranks are removed; the budget falls from cut to cut as AdaLoRA's does (Zhang et al. 2023).
+        adapter_name: the adapter whose ranks adapt.
 
     Raises InputError at the start of the training for an adapter that is not rep, and a budget too small for rank 1.
     """

@@ -84,12 +84,11 @@ def stacked(shape: TTShape, count: int, rank: int) -> TTShape:
     most the product of the modes on either side of it.
     """
     modes = (count, *shape.modes)
-    cuts = [min(rank, math.prod(modes[:k]), math.prod(modes[k:])) for k in range(1, len(modes))]
     return TTShape(
         in_features=count * shape.padded_in,
         out_features=shape.out_features,
         modes=modes,
-        ranks=(1, *cuts, 1),
+        ranks=_usable_ranks(modes, rank),
         n_in=shape.n_in + 1,
         split=shape.split,
     )
@@ -108,10 +107,14 @@ def plan_sides(in_features: int, out_features: int, *, rank: int, count: int) ->
         raise ValueError(f"each side of a matrix needs at least one mode, got {count}")
     in_modes, out_modes = _side(in_features, count)[::-1], _side(out_features, count)
     modes = in_modes + out_modes or (1,)
+    ranks = _usable_ranks(modes, rank)
+    return TTShape(in_features=in_features, out_features=out_features, modes=modes, ranks=ranks, n_in=len(in_modes))
+
+
+def _usable_ranks(modes: Sequence[int], rank: int) -> tuple[int, ...]:
+    """Ranks of at most ``rank``, each no larger than the product of the modes on either side of it."""
     cuts = [min(rank, math.prod(modes[:k]), math.prod(modes[k:])) for k in range(1, len(modes))]
-    return TTShape(
-        in_features=in_features, out_features=out_features, modes=modes, ranks=(1, *cuts, 1), n_in=len(in_modes)
-    )
+    return (1, *cuts, 1)
 
 
 def _side(size: int, count: int) -> tuple[int, ...]:

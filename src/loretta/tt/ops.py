@@ -72,26 +72,25 @@ def matrix_naive(cores: Cores, shape: TTShape) -> Tensor:
     return full[: shape.in_features, : shape.out_features]
 
 
-def tt_svd(dense_IO: Tensor, shape: TTShape, *, error: float | None = None) -> list[Tensor]:
+def tt_svd(dense_IO: Tensor, shape: TTShape) -> list[Tensor]:
     """Decompose a matrix by successive truncated SVDs (Oseledets 2011, algorithm 1).
 
-    Without ``error`` the ranks are the smaller of ``shape.ranks`` and what the modes can carry. With ``error``
-    they shrink further while the Frobenius error stays below ``error`` times the norm of the matrix; if
-    ``shape.ranks`` is too small for that, the ranks win. Computed in float64, returned in the matrix's dtype.
+    The ranks are the smaller of ``shape.ranks`` and what the modes can carry. Computed in float64, returned in the
+    matrix's dtype.
 
-    Raises ValueError when the matrix is not in x out or ``error`` is negative.
+    Raises ValueError when the matrix is not in x out.
     """
     if tuple(dense_IO.shape) != (shape.in_features, shape.out_features):
         raise ValueError(f"a {tuple(dense_IO.shape)} matrix does not fit a train for {shape}")
     rest = torch.nn.functional.pad(
         dense_IO.double(), (0, shape.padded_out - shape.out_features, 0, shape.padded_in - shape.in_features)
     )
-    budget = _budget_per_cut(float(rest.norm()), len(shape.modes), error)
     cores, rank = [], 1
     for mode, next_rank in zip(shape.modes[:-1], shape.ranks[1:-1], strict=True):
-        left, rest = _truncated(rest.reshape(rank * mode, -1), next_rank, budget)
-        cores.append(left.reshape(rank, mode, -1))
-        rank = left.shape[1]
+        u, s, vh = torch.linalg.svd(rest.reshape(rank * mode, -1), full_matrices=False)
+        kept = min(next_rank, len(s))
+        cores.append(u[:, :kept].reshape(rank, mode, kept))
+        rank, rest = kept, s[:kept, None] * vh[:kept]
     cores.append(rest.reshape(rank, shape.modes[-1], 1))
     return [core.to(dense_IO.dtype) for core in cores]
 
@@ -100,7 +99,7 @@ def pad_ranks(cores: Cores, ranks: Sequence[int]) -> list[Tensor]:
     """The same train with its ranks raised to ``ranks`` by zeros. Raises ValueError when a rank would shrink."""
     have = [core.shape[0] for core in cores] + [cores[-1].shape[2]]
     if len(have) != len(ranks) or any(new < old for new, old in zip(ranks, have, strict=False)):
-        raise ValueError(f"cannot pad the ranks {have} to {list(ranks)}: round the train instead")
+        raise ValueError(f"cannot pad the ranks {have} to {list(ranks)}")
     return [
         torch.nn.functional.pad(core, (0, right - core.shape[2], 0, 0, 0, left - core.shape[0]))
         for core, left, right in zip(cores, ranks[:-1], ranks[1:], strict=True)
@@ -161,23 +160,3 @@ def _kron(left: Tensor, right: Tensor) -> Tensor:
 
 def _eye(size: int, like: Tensor) -> Tensor:
     return torch.eye(size, dtype=like.dtype, device=like.device)
-
-
-def _budget_per_cut(norm: float, n_modes: int, error: float | None) -> float:
-    """The Frobenius error allowed to each of the d - 1 truncations, so that together they stay below error * norm."""
-    if error is None:
-        return 0.0
-    if error < 0:
-        raise ValueError(f"an error budget must not be negative, got {error}")
-    return error * norm / math.sqrt(max(1, n_modes - 1))
-
-
-def _truncated(unfolding: Tensor, rank: int, budget: float) -> tuple[Tensor, Tensor]:
-    """Orthonormal left factor and the rest, cut to ``rank`` and further while the error stays within ``budget``."""
-    u, s, vh = torch.linalg.svd(unfolding, full_matrices=False)
-    keep = min(rank, len(s))
-    if budget > 0:
-        # tails[k]: error of keeping the first k singular values
-        tails = s.square().flip(0).cumsum(0).flip(0).sqrt()
-        keep = min(keep, max(1, int((tails > budget).sum())))
-    return u[:, :keep], s[:keep, None] * vh[:keep]
