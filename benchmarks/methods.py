@@ -291,6 +291,12 @@ GROUPS: dict[str, list[str]] = {
         "compact + k,v scales",
     ],
     "scales_decoder": ["shared r=1 + v scales", "shared r=2 + k,v scales", "shared r=4 + scales"],
+    # the rows of the paper's Table 1, and the forms that became the default
+    "table_1": [
+        "head only", "norms", FULL, "adapters b=64", "LoRA r=1", "LoRA r=4", "LoRA r=8", "BitFit", "IA3", "prefix 20",
+        "prompt 20", "p-tuning 20", "rep", "rep + norms", "adp + norms", "compact", "compact + norms", "shared r=1",
+        "shared r=4 + norms",
+    ],
     # what the claims are of
     "claimed": ["LoRA r=8", "compact + norms", "norms", "rep + norms", "adp + norms"],
     "claimed_long": ["LoRA r=8", "adp + norms", "rep + norms", "compact + norms"],

@@ -83,6 +83,8 @@ PEER_GROUPS = {
     "best": [method.name for method in PEERS[:5]],
     "more_peers": [method.name for method in PEERS[5:-5]],
     "sizes": [f"Uni-LoRA d={d}" for d in (5000, *SIZES)],
+    "table_1_minilm": ["VeRA r=256", "FourierFT n=1000", "VB-LoRA h=90, b=128", "Uni-LoRA d=5000"],
+    "table_1_mpnet": ["VeRA r=256", "FourierFT n=1000", "VB-LoRA h=90, b=256", "Uni-LoRA d=5000"],
     "peer_rates": [method.name for method in PEERS[:5]],
     "peer_rates_576": ["VB-LoRA h=90, b=192"],
     "wide": [

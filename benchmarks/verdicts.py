@@ -3,9 +3,9 @@
 import math
 from collections.abc import Callable, Collection, Sequence
 
-from board import Board, Row, Scores, markdown, paired, signed, verdict
+from board import Board, Row, Scores, markdown, paired, signed, verdict, words
 from methods import GROUPS
-from protocol import CONSTANT, TASKS, interval, mean_by_seed
+from protocol import CONSTANT, SEEN, TASKS, interval, mean_by_seed
 from retention import average, forgetting_rows, risen
 from runs import tuned
 
@@ -47,6 +47,7 @@ def claims(found: Sequence[Row]) -> str:
             cells.append(OPEN if gap is None else said(gap, 0.0 if strictly else MARGIN, strictly=strictly))
         lines.append([claim, *cells])
     for claim, make in (
+        ("compact, adp and rep with norms are as good as LoRA r=8 on QNLI, MNLI and QQP (Table 1)", _on_larger),
         ("adp and rep keep more of three tasks learned in turn than LoRA r=8 (Table 4)", _kept),
         ("the held-out loss of adp and rep rises less than LoRA r=8's in 30 epochs (Figure 4)", _risen),
     ):
@@ -55,6 +56,16 @@ def claims(found: Sequence[Row]) -> str:
         gaps = tuned("compact + norms", other)
         lines.append([claim, "", "", OPEN if gaps is None else said(gaps, MARGIN, strictly=False)])
     return markdown(lines, ["claim", *(shown.partition(" ")[0] for shown in MODELS.values())], left=4)
+
+
+def _on_larger(found: Sequence[Row], model: str) -> str:
+    """What is said of three forms in the mean of the tasks whose texts the encoders have met."""
+    board = Board(found, model, "official", SEEN)
+    gaps = {name: board.gap(name, "LoRA r=8") for name in ("compact + norms", "adp + norms", "rep + norms")}
+    told = [
+        f"{name.partition(' ')[0]} {said(gap, MARGIN, strictly=False)}" for name, gap in gaps.items() if gap is not None
+    ]
+    return ", ".join(told) or ("" if model.startswith("SmolLM2") else OPEN)
 
 
 def said(difference: Collection[float], margin: float, *, strictly: bool) -> str:
@@ -164,34 +175,29 @@ def bar(found: Sequence[Row]) -> str:
 
 
 REFERENCES = ("LoRA r=8", "LoRA r=1", "norms")
+PLACE = {"worse": "below", "level": "level", "better": "above"}
 
 
 def standing(found: Sequence[Row], which: str = "official") -> str:
-    """Of each model all forms of LoRETTA beside LoRA and the norms, in means over tasks; what loses stands first."""
+    """Of each model all forms of LoRETTA beside LoRA and the norms, in means over tasks."""
     said = []
     for model, shown in MODELS.items():
         board = Board(found, model, which)
         have = board.complete()
-        if len(have) < 3:
-            continue
         ours = [method for method in have if board.family(method) == "LoRETTA"]
+        if len(have) < 3 or not ours:
+            continue
+        others = [name for name in REFERENCES if name in have]
+        gaps = {(one, other): board.gap(one, other) for one in ours for other in others}
         lines = [
-            f"**{shown}**, mean of {', '.join(board.common)}, {board.seeds(have)} seeds. "
-            f"{sizes_sentence(board)}".strip()
-        ]
-        for other in (name for name in REFERENCES if name in have and ours):
-            gaps = {method: gap for method in ours if (gap := board.gap(method, other)) is not None}
-            words = []
-            for word, shown_as in (("worse", "below it"), ("level", "level"), ("better", "above it")):
-                some = [
-                    f"{method} ({board.trained(method):,}; {signed(gaps[method])})"
-                    for method in ours
-                    if verdict(gaps[method]) == word
-                ]
-                words += [f"{shown_as} {', '.join(some)}"] if some else []
-            lines.append(f"* Beside {other} ({board.trained(other):,}): {'; '.join(words)}.")
-        said.append("\n".join([lines[0], "", *lines[1:]]) if lines[1:] else lines[0])
-    return "\n\n".join(said) + "\n"
+            [one, f"{board.trained(one):,}", words(have[one]), *("" if (gap := gaps[one, other]) is None else
+             f"{PLACE[verdict(gap)]} ({signed(gap)})" for other in others)]
+            for one in ours
+        ]  # fmt: skip
+        columns = ["form", "trained", "mean", *(f"to {other} ({board.trained(other):,})" for other in others)]
+        of = f"**{shown}**, mean of {', '.join(board.common)}, {board.seeds(have)} seeds. {sizes_sentence(board)}"
+        said.append(f"{of.strip()}\n\n{markdown(lines, columns)}")
+    return "\n".join(said)
 
 
 SHOWN = {
@@ -336,28 +342,41 @@ def default_rule(found: Sequence[Row]) -> str:
     return f"Shared r=4 with norms is {said} beside compact with norms: {which}.\n"
 
 
-PLANS = (
-    ("all-MiniLM-L6-v2", "minilm", ("core", "more"), "cola,mrpc,stsb,sst2,rte", ""),
-    ("all-MiniLM-L6-v2", "minilm", ("core",), "qnli,qqp,mnli", " --seeds 3"),
-    ("all-mpnet-base-v2", "mpnet", ("core", "more"), "cola,mrpc,stsb,sst2,rte", " --seeds 3 --share 0.6"),
-    (
-        "SmolLM2-135M-Instruct", "smollm2", ("decoder",), "sst2-words,cb-words,boolq-words,rte-words,stories,wiki",
-        " --seeds 3",
-    ),
-)  # fmt: skip
+# a model, the end of its files' names, a group of methods, tasks, options of the command
+GLUE, LARGER = "cola,mrpc,stsb,rte,sst2", "qnli,mnli,qqp"
+ENCODERS = {"all-MiniLM-L6-v2": ("minilm", ""), "all-mpnet-base-v2": ("mpnet", " --share 0.6")}
+IMPOSSIBLE = {("all-mpnet-base-v2", "prefix 20")}  # its layers take no past keys
+PLANS = [
+    (model, f"{file}_{name}", group, tasks, f"{more} --seeds {seeds}")
+    for model, (name, more) in ENCODERS.items()
+    for tasks, seeds in ((GLUE, 5), (LARGER, 3))
+    for file, group in (("forms", "table_1"), ("peers", f"table_1_{name}"))
+]
+PLANS += [
+    ("SmolLM2-135M-Instruct", "forms_smollm2", "decoder", "sst2-words,cb-words,boolq-words,stories,wiki", " --seeds 3")
+]
 
 
 def not_run(found: Sequence[Row]) -> str:
-    """The cells that are missing, and the command that runs these and no others."""
-    done = {(row["model"], row["task"], row["method"]) for row in found if row.get("part", "front") == "front"}
+    """The seeds of each method of Table 1 and task, and the commands that run the cells which are missing."""
+    done = {(r["model"], r["task"], r["method"]): r for r in found if r.get("part", "front") == "front"}
     lines = []
-    for model, name, groups, tasks, more in PLANS:
-        wanted = [(model, task, method) for g in groups for method in GROUPS[g] for task in tasks.split(",")]
-        missing = sum(cell not in done for cell in wanted)
-        orders = " ".join(f"{group}:{tasks}" for group in groups)
-        command = f"python benchmarks/forms.py --model FOLDER --data-dir DATA --order {orders}{more}"
-        lines.append(
-            f"* {model}, {tasks}: {missing} of {len(wanted)} cells were not run.\n"
-            f"  `{command} --out benchmarks/results/forms_{name}.json` runs them and no others."
-        )
-    return "\n".join(lines) + "\n"
+    for model, file, group, tasks, more in PLANS:
+        possible = [method for method in GROUPS[group] if (model, method) not in IMPOSSIBLE]
+        wanted = [(model, task, method) for method in possible for task in tasks.split(",")]
+        if missing := sum(cell not in done for cell in wanted):
+            command = f"python benchmarks/forms.py --model FOLDER --data-dir DATA --order {group}:{tasks}{more}"
+            lines.append(
+                f"* {model}, {tasks}, {group}: {missing} of {len(wanted)} cells were not run.\n"
+                f"  `{command} --out benchmarks/results/{file}.json` runs them and no others."
+            )
+    tables = []
+    for model, (name, _) in ENCODERS.items():
+        tasks = [*GLUE.split(","), *LARGER.split(",")]
+        rows = []
+        for method in (*GROUPS["table_1"], *GROUPS[f"table_1_{name}"]):
+            none = "cannot" if (model, method) in IMPOSSIBLE else ""
+            of_tasks = [done.get((model, task, method)) for task in tasks]
+            rows.append([method, *(none if row is None else str(len(row["seeds"])) for row in of_tasks)])
+        tables.append(markdown(rows, [f"seeds on {MODELS[model].partition(' ')[0]}", *tasks]))
+    return "\n".join([*tables, *lines]) + "\n"
