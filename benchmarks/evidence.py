@@ -23,6 +23,7 @@ from tables import RESULTS, ROOT, filled
 from verdicts import (
     MODELS,
     SIZES,
+    at_a_glance,
     bar,
     claims,
     default_rule,
@@ -189,6 +190,7 @@ def results_page(found: Sequence[Row]) -> dict[str, str]:
             said = f"{verdict_sentence(model, task, found)} {leak}".strip()
             parts.append(f"#### {task}\n\n{said}\n\n{results_of(model, task, found)}\n")
     return {
+        "at a glance": at_a_glance(found),
         "claims": claims(found),
         "standing": standing(found),
         "tables": "".join(parts).rstrip() + "\n",

@@ -24,10 +24,10 @@ def rates_table(found: Sequence[Row]) -> str:
         model = MODELS[row["model"]].partition(" ")[0]
         lines.append([row["method"], model, row["task"], f"{row['trained']:,}", *cells, f"{peak(row):.2g}"])
     columns = ["form", "model", "task", "trained", *[f"{float(rate):g}" for rate in rates], "peak"]
-    return f"{peaks_sentence(some)}\n\n{markdown(lines, columns, left=3)}"
+    return f"{peaks_table(some)}\n\n{markdown(lines, columns, left=3)}"
 
 
-def peaks_sentence(some: Sequence[Row]) -> str:
+def peaks_table(some: Sequence[Row]) -> str:
     """By what factor the best rate of each form moves over its ranks; at rank 1 every scale is that of the form."""
     peaks: dict[tuple[str, str], list[float]] = {}
     for row in some:
@@ -42,8 +42,13 @@ def peaks_sentence(some: Sequence[Row]) -> str:
                 and MODELS[row["model"]].startswith(f"{model} ")
             ):
                 of.append(peak(row))
-    moved = [f"{max(of) / min(of):.1f} for {name} on {model}" for (model, name), of in sorted(peaks.items()) if of[1:]]
-    return f"Over its ranks the peak moves by a factor of {', '.join(moved)}." if moved else ""
+    models = list(dict.fromkeys(model for model, _ in peaks))
+    lines = []
+    for name in dict.fromkeys(name for _, name in peaks):
+        moved = [peaks.get((model, name), []) for model in models]
+        if any(of[1:] for of in moved):
+            lines.append([name, *(f"{max(of) / min(of):.1f}" if of[1:] else "" for of in moved)])
+    return markdown(lines, ["the peak moves over the ranks by a factor of", *models]) if lines else ""
 
 
 def one_rate_table(found: Sequence[Row]) -> str:

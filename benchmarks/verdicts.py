@@ -174,6 +174,32 @@ def bar(found: Sequence[Row]) -> str:
     return f"Of {sum(counts.values())} cells: {words}.\n\n{markdown(lines, ['model', *(f'{n:,}' for n in SIZES)])}"
 
 
+IN_SHORT = {
+    "compact with norms, the default": "compact + norms", "compact, norms frozen": "compact",
+    "one train for all layers, rank 1": "shared r=1", "adp with norms, as published": "adp + norms",
+    "rep with norms, as published": "rep + norms", "rep, norms frozen": "rep",
+}  # fmt: skip
+
+
+def at_a_glance(found: Sequence[Row], which: str = "official") -> str:
+    """The main forms on each model: their parameters, beside those of LoRA r=8, and their score, beside its."""
+    boards = [Board(found, model, which) for model in MODELS]
+    lines = []
+    for shown, method in IN_SHORT.items():
+        cells = []
+        for board in boards:
+            gap = board.gap(method, "LoRA r=8")
+            if gap is None:
+                cells.append("")
+                continue
+            share = board.trained(method) / board.trained("LoRA r=8")
+            cells.append(f"{board.trained(method):,} ({share:.0%}): {PLACE[verdict(gap)]} ({signed(gap)})")
+        lines.append([shown, *cells])
+    columns = [f"{shown.partition(' ')[0]}, LoRA r=8 has {board.trained('LoRA r=8'):,}"
+               for board, shown in zip(boards, MODELS.values(), strict=True)]  # fmt: skip
+    return markdown(lines, ["trained, of LoRA r=8's: its score beside LoRA r=8's", *columns], left=4)
+
+
 REFERENCES = ("LoRA r=8", "LoRA r=1", "norms")
 PLACE = {"worse": "below", "level": "level", "better": "above"}
 
