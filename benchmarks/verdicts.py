@@ -197,7 +197,7 @@ def at_a_glance(found: Sequence[Row], which: str = "official") -> str:
         lines.append([shown, *cells])
     columns = [f"{shown.partition(' ')[0]}, LoRA r=8 has {board.trained('LoRA r=8'):,}"
                for board, shown in zip(boards, MODELS.values(), strict=True)]  # fmt: skip
-    return markdown(lines, ["trained, of LoRA r=8's: its score beside LoRA r=8's", *columns], left=4)
+    return markdown(lines, ["form", *columns], left=4)
 
 
 REFERENCES = ("LoRA r=8", "LoRA r=1", "norms")
