@@ -80,8 +80,6 @@ METHODS: dict[str, Callable[[str], PeftConfig]] = {
     "lora all-linear": lambda task: LoraConfig(r=8, task_type=task, target_modules="all-linear"),
     "rep q,v": lambda task: LorettaRepConfig(task_type=task, train_norms=False),
     "adp": lambda task: LorettaAdpConfig(task_type=task, train_norms=False),
-    # as many trained tensors as LoRA
-    "adp no bias": lambda task: LorettaAdpConfig(task_type=task, train_norms=False, train_bias=False),
     "adp mlp": lambda task: LorettaAdpConfig(task_type=task, train_norms=False, placement="mlp"),
     "rep q,v norms": lambda task: LorettaRepConfig(task_type=task),
     "adp norms": lambda task: LorettaAdpConfig(task_type=task),

@@ -155,14 +155,14 @@ def summary_table() -> str:
 
 def bounds_table() -> str:
     """Each step beside the bound: a trained vector that is added to each output that adp adapts, and nothing else."""
-    ratios = [("bound", FLOOR), (LORA, FLOOR), ("rep q,v", LORA), ("adp", LORA), ("adp no bias", LORA)]
+    ratios = [("bound", FLOOR), (LORA, FLOOR), ("rep q,v", LORA), ("adp", LORA)]
     ratios += [("rep q,v", "rep q,v before"), ("adp", "adp before")]
     runs = [[o for o in results("speed_*") if _run(o) == _run(row)] for row in steps() if row["method"] == "bound"]
     lines = []
     for run in runs:
         rows = {row["method"]: row for row in run}
         found = [
-            f"{math.exp(mean(log_ratios(rows[method], rows[other]))):.3f}" if {method, other} <= rows.keys() else ""
+            f"{judged(rows[method], rows[other], 1)[0]:.3f}" if {method, other} <= rows.keys() else ""
             for method, other in ratios
         ]
         own = rows["bound"]
@@ -172,9 +172,9 @@ def bounds_table() -> str:
             times = {name: _same(row, name)["ms"] for name in ("base", LORA, "rep q,v", "adp")}
             found = [times[LORA] / times["base"], times["rep q,v"] / times[LORA], times["adp"] / times[LORA]]
             cell = ["decoding", row["shape"], f"batch {row['batch']}", 1, f"{times['base']:.2f}", f"{row['ratio']:.3f}"]
-            lines.append([*cell, *(f"{ratio:.3f}" for ratio in found), "", "", ""])
+            lines.append([*cell, *(f"{ratio:.3f}" for ratio in found), "", ""])
     head = "mode | model | size | runs | frozen, ms | bound / frozen | LoRA / frozen | rep / LoRA | adp / LoRA"
-    head += " | adp without biases / LoRA | rep / rep before | adp / adp before"
+    head += " | rep / rep before | adp / adp before"
     return table(head, lines, numbers_from=3) if lines else NOT_MEASURED
 
 
