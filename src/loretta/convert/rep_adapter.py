@@ -59,6 +59,7 @@ def trained_norms(model: PeftModel, adapter_name: str) -> list[str]:
 
 
 def check_method(peft_type: str) -> None:
+    """Raise InputError, with the reason, for an adapter of a method that cannot be exported."""
     if peft_type == "LORETTA_ADP":
         raise InputError(
             "a LoRETTA_adp adapter has a non-linearity between its two trains, so no LoRA and no change of the base "

@@ -97,6 +97,7 @@ def report_of(
     before: Collection[Tensor],
     after: Collection[Tensor],
 ) -> Export:
+    """The report of an export; ``ranks`` are those of the updates by module, ``copies`` the modules written whole."""
     return Export(
         to=to,
         path=str(path),

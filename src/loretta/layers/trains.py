@@ -170,6 +170,7 @@ class TTLinear(nn.Module):
         return dense
 
     def forward(self, x_BI: Tensor) -> Tensor:
+        """(B, I) -> (B, O) in the dtype of ``x_BI``; the in x out matrix is never built."""
         y_BO = _apply(x_BI, self.cores)
         if self.start is not None:
             y_BO = y_BO - _apply(x_BI, self.start)

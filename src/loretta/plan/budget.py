@@ -37,9 +37,11 @@ class Budget:
         return cls(amount=amount, unit="bytes" if match[3] else "parameters")
 
     def used(self, plan: Plan) -> int:
+        """What a plan takes, in the budget's unit; bytes are those of a file in float32."""
         return plan.trainable if self.unit == "parameters" else 4 * plan.saved
 
     def fits(self, plan: Plan) -> bool:
+        """Whether a plan keeps within the budget."""
         return self.used(plan) <= self.amount
 
     def __str__(self) -> str:
@@ -140,6 +142,7 @@ def _reductions(config: LorettaConfig, model: nn.Module) -> Iterator[tuple[Loret
 
 
 def with_rank(config: LorettaConfig, rank: int) -> LorettaConfig:
+    """The config with another tensor rank, and what has to go with it: the bottleneck, and ``lora_alpha``."""
     if isinstance(config, LorettaRepConfig) and config.modes_per_side is not None:
         # these trains carry an update of rank r whatever their own rank, unless a side is one mode; their scale stays
         bottleneck = rank if config.modes_per_side == 1 else config.r

@@ -63,15 +63,18 @@ class Plan:
 
     @property
     def cores(self) -> int:
+        """Numbers in the trains."""
         shared = self.shared
         return sum(placement.core_params for placement in self.placements) + (shared.n_params if shared else 0)
 
     @property
     def biases(self) -> int:
+        """Numbers in the biases of the adapters."""
         return sum(placement.bias_params for placement in self.placements)
 
     @property
     def trainable(self) -> int:
+        """All numbers that are trained: cores, biases, norms and head."""
         return self.cores + self.biases + self.copies.norms + self.copies.head
 
     @property

@@ -15,6 +15,7 @@ from loretta.files import read_json
 from loretta.record import RunRecord
 from loretta.studies.state import COST, COUNT, State, evaluations, measured, state_of
 from loretta.studies.study import Planned, Row, Study
+from loretta.tasks.metrics import LOWER_IS_BETTER
 from loretta.training.baseline import beats_baseline, chance_of
 
 STUDY = "study.json"
@@ -217,7 +218,7 @@ def _trained(root: Path, study: Study, runs: list[Planned], *, task: str, stage:
         stage=stage,
         metric=metric or "",
         split="" if last is None else "validation" if stage is not None or last.test is None else "test",
-        higher_is_better=metric not in ("loss", "perplexity", "mse"),
+        higher_is_better=metric not in ("loss", *LOWER_IS_BETTER),
         asked=len(runs),
         scores=scores,
         missing=missing,

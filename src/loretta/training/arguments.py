@@ -201,4 +201,5 @@ def choosing_metric(config: RunConfig, task: Task | PromptedTask) -> str:
 
 
 def higher_is_better(task: Task | PromptedTask) -> bool:
+    """Whether a larger value of the task's first metric is the better one."""
     return isinstance(task, PromptedTask) or metrics.higher_is_better(task.metrics[0])

@@ -80,6 +80,7 @@ class AsArrays:
 
 
 def as_tensors(batch: Any, *, pin: bool) -> Any:
+    """A batch of :class:`AsArrays` with tensors again; with ``pin`` in memory that a GPU reads by itself."""
     if isinstance(batch, MutableMapping):
         for name, value in batch.items():
             if isinstance(value, np.ndarray):

@@ -59,10 +59,12 @@ class TTShape:
 
     @property
     def padded_in(self) -> int:
+        """How many rows the modes spell: ``in_features``, or more."""
         return math.prod(self.modes[: self.n_in]) * self.split
 
     @property
     def padded_out(self) -> int:
+        """How many columns the modes spell: ``out_features``, or more."""
         return math.prod(self.modes) // self.padded_in
 
     @property
@@ -90,6 +92,7 @@ class TTShape:
 
     @property
     def n_params(self) -> int:
+        """How many numbers all cores have."""
         return sum(math.prod(core) for core in self.cores)
 
     @property

@@ -149,6 +149,10 @@ class TrainedNorm(nn.Module, AdaptedModule):
         return {} if self.disable_adapters or self.merged else dict.fromkeys(self.active_adapters, 1.0)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As the base norm, in the shape and dtype that it gives, with the changes of the active adapters.
+
+        ``adapter_names`` (one for each row of the first dimension) replace the active ones, as in PEFT.
+        """
         adapter_names = kwargs.pop("adapter_names", None)
         if self.disable_adapters:
             if self.merged:

@@ -133,6 +133,12 @@ class AdpLinear(LorettaLayer):
         return self.dropout(adapter_name, act(hidden_Bb))
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(..., I) -> (..., O): the base's output, with the adapters on its input and on its output.
+
+        ``adapter_names`` (one for each row of the first dimension) replace the active ones, as in PEFT.
+
+        Raises ValueError where they are not as many as the rows.
+        """
         base_layer: Any = self.base_layer
         adapter_names = kwargs.pop("adapter_names", None) if kwargs else None
         if self._disable_adapters:
@@ -201,6 +207,7 @@ class AdpLinear(LorettaLayer):
         return out_BH
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Raises ValueError: there is a non-linearity between the trains."""
         raise ValueError(CANNOT_MERGE)
 
     def unmerge(self) -> None:

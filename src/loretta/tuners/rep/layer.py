@@ -103,6 +103,12 @@ class RepLinear(LorettaLayer):
         return now - start[0] if start else now
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """(..., I) -> (..., O): the base's output, and what the active adapters add to it.
+
+        ``adapter_names`` (one for each row of the first dimension) replace the active ones, as in PEFT.
+
+        Raises ValueError where they are not as many as the rows, or an adapter is merged.
+        """
         adapter_names, base_layer = kwargs.pop("adapter_names", None) if kwargs else None, self.base_layer
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()
