@@ -99,15 +99,16 @@ def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def as_json(content: Any) -> str:
-    """Plain data as JSON that every reader takes: a number that JSON has no word for (NaN, infinity) is null."""
-    return json.dumps(_finite(content), indent=2, allow_nan=False) + "\n"
+    """Data as JSON that every reader takes: NaN and infinity, for which JSON has no word, are null, and dates text."""
+    return json.dumps(finite(content), indent=2, allow_nan=False, default=str) + "\n"
 
 
-def _finite(content: Any) -> Any:
+def finite(content: Any) -> Any:
+    """The same with None for each number that is not finite."""
     if isinstance(content, Mapping):
-        return {key: _finite(value) for key, value in content.items()}
+        return {key: finite(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
-        return [_finite(value) for value in content]
+        return [finite(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 

@@ -1,10 +1,12 @@
 """A run from the command line, from its folder on: go on with it, apply it, talk to it, look at it."""
 
 import csv
+import decimal
 import io
 import json
 import shutil
 
+import pandas
 import pytest
 import transformers
 from commands import assert_refused, call, train_arguments
@@ -269,3 +271,34 @@ def test_whole_numbers_are_scores_to_a_run_of_scores(bert, capsys, tmp_path):
     answers = call(capsys, "predict", tmp_path / "run", tmp_path / "whole.jsonl", "--cpu", "--json")[1]
     errors = [(row["score"] - row["mood"]) ** 2 for row in json.loads(answers)]
     assert json.loads(out)["mse"] == pytest.approx(sum(errors) / len(errors), rel=1e-5)
+
+
+def test_what_is_no_text_stays_what_it_was(mine, capsys, tmp_path):
+    """Of a Parquet file: dates, decimals, missing values and lists, in every form of the answer."""
+    given = pandas.DataFrame(
+        {
+            "review": ["a good film", "a bad plot"],
+            "when": pandas.to_datetime(["2024-01-01", "2024-01-02"]),
+            "price": [decimal.Decimal("1.10"), None],
+            "stars": [0.5, float("nan")],
+            "words": [["a", "é"], []],
+            "a.b": [1, 2],
+        }
+    )
+    given.to_parquet(tmp_path / "given.parquet")
+    for ending in ("csv", "jsonl"):
+        out = tmp_path / f"out.{ending}"
+        assert call(capsys, "predict", mine, tmp_path / "given.parquet", "--cpu", "-o", out)[0] == 0
+        read = pandas.read_csv(out) if ending == "csv" else pandas.read_json(out, lines=True)
+        assert [str(day)[:10] for day in read["when"]] == ["2024-01-01", "2024-01-02"]
+        assert (read["stars"].isna().tolist(), read["price"].isna().tolist()) == ([False, True], [False, True])
+        words = map(json.loads, read["words"]) if ending == "csv" else read["words"]
+        assert (list(words), read["a.b"].tolist()) == ([["a", "é"], []], [1, 2])
+    assert "nan" not in (tmp_path / "out.csv").read_text().lower()
+    for line in (tmp_path / "out.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)
+    printed = json.loads(call(capsys, "predict", mine, tmp_path / "given.parquet", "--cpu", "--json")[1])
+    assert [(row["price"], row["stars"], row["words"]) for row in printed] == [
+        ("1.10", 0.5, ["a", "é"]),
+        (None, None, []),
+    ]

@@ -1,5 +1,6 @@
 """``loretta predict``."""
 
+import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -13,7 +14,7 @@ from loretta.cli.output import print_json, say
 from loretta.errors import InputError
 from loretta.locks import hold_file
 from loretta.owned import refuse_to_replace_file, write_listed
-from loretta.wording import as_json_lines
+from loretta.wording import as_json_lines, finite
 
 if TYPE_CHECKING:
     from loretta.training.loaded import LoadedRun
@@ -76,7 +77,7 @@ def predict(
         ]
         if output is not None:
             with _saying_why(output):
-                content = _table(rows) if output.suffix == ".csv" else as_json_lines(rows)
+                content = _table(rows) if output.suffix == ".csv" else as_json_lines(map(finite, rows))
                 # a link goes on leading where it leads
                 write_listed(Path(os.path.realpath(output)), content, overwrite=overwrite)
             say(f"{len(rows):,} rows written to {output}", err=True)
@@ -145,4 +146,10 @@ def _check_output(output: Path, file: Path | None, *, overwrite: bool) -> None:
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     import pandas as pd
 
-    return pd.DataFrame(rows, dtype=object).to_csv(index=False, na_rep="nan", lineterminator="\r\n")
+    cells = [{name: _cell(value) for name, value in row.items()} for row in rows]
+    return pd.DataFrame(cells, dtype=object).to_csv(index=False, lineterminator="\r\n")
+
+
+def _cell(value: Any) -> Any:
+    """A value as a cell of CSV: lists as JSON, and none where there is nothing."""
+    return json.dumps(finite(value), ensure_ascii=False, default=str) if isinstance(value, list | dict) else value
