@@ -115,6 +115,7 @@ def test_steps_are_counted_from_the_file_the_official_size_or_the_sample(data_di
     assert total_steps({**base, "data_dir": data_dir}) == 2 * 10
     assert total_steps({**base, "limit": 100, "epochs": 0.5}) == 4
     assert total_steps({"data": "boolq", "sample": {"train": 1000}, "batch_size": 1, "epochs": 3}) == 3000
+    assert total_steps({**base, "accumulate": 4}) == 39 * 10
     assert total_steps({**base, "max_steps": 5}) == 5
     # 250 rows, of which 100 validate; 554, of which half
     assert total_steps({"data": "cb", "batch_size": 1, "epochs": 3}) == 450

@@ -1,8 +1,10 @@
 """A search by successive halving: who goes on, who was stopped when, and what it costs."""
 
+import gzip
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 
@@ -148,6 +150,13 @@ def test_no_pause_lies_within_a_warm_up_of_steps(bert, data_dir, tmp_path):
     rates = tuple(1e-3 * (k + 1) for k in range(16))
     for steps, first in ((1, 1 / 16), (4, 1 / 4)):
         tries = {"max_steps": (STEPS,), "warmup_steps": (steps,)}
+        options = options_for(bert, data_dir, methods=("loretta_rep",), seeds=1, rates=rates, tries=tries)
+        runs = expand(load_study("table1"), options, tmp_path).runs
+        assert {run.until for run in runs if run.candidate} == {first}
+        # beside epochs as beside steps
+        with gzip.open(Path(data_dir) / "rte" / "train.jsonl.gz") as file:
+            batches = -(-sum(1 for line in file if line.strip()) // runs[0].config["batch_size"])
+        tries = {"epochs": (STEPS / batches,), "warmup_steps": (steps,)}
         options = options_for(bert, data_dir, methods=("loretta_rep",), seeds=1, rates=rates, tries=tries)
         runs = expand(load_study("table1"), options, tmp_path).runs
         assert {run.until for run in runs if run.candidate} == {first}

@@ -102,8 +102,8 @@ def test_files_for_validation_and_test(tmp_path, reviews):
     task = load_table(reviews, text="text", label="label", validation_path=validation, test_path=test)
     assert (len(task.train), task.validation["label"][:], task.test["label"][:]) == (40, [0, 1], [1])
     assert task.notes == (
-        "1 of the 2 validation rows have texts that also occur in training",
-        "1 of the 1 test rows have texts that also occur in training",
+        "1 of the 2 validation rows have a text that is in train, which flatters the score",
+        "1 of the 1 test rows have a text that is in train, which flatters the score",
     )
 
 
@@ -215,7 +215,8 @@ def test_a_column_of_documents(tmp_path, reviews):
     task = load_text(reviews, validation_path=tmp_path / "val.md", test_path=tmp_path / "val.md")
     assert task.validation["text"][:] == task.test["text"][:] == ["one", "good 1"]
     assert task.notes == tuple(
-        f"1 of the 2 {split} rows have texts that also occur in training" for split in ("validation", "test")
+        f"1 of the 2 {split} rows have a text that is in train, which flatters the score"
+        for split in ("validation", "test")
     )
 
 

@@ -12,6 +12,7 @@ from training_data import config_for, sentences
 from loretta.cli.following import last_step
 from loretta.errors import InputError
 from loretta.record import Answers, ParameterCounts, Point, RunRecord
+from loretta.studies.configs import total_steps
 from loretta.training.baseline import beats_baseline, chance_of
 from loretta.training.lines import last_lines, next_step, progress_line
 from loretta.training.run import train
@@ -34,10 +35,11 @@ def test_the_first_lines_say_what_is_trained_on_what(bert, tmp_path, capsys):
     assert f"train 42 rows ('{data}'), validation 11 rows ('{other}'), no test" in text
     assert "'Pos' and 'pos' read alike" in text
     assert "1 of the 53 texts are longer than max_length=16 tokens" in text
-    assert "10 of the 11 validation rows have a text that is in train" in text
+    assert text.count("10 of the 11 validation rows have a text that is in train") == 1
     assert f"{record.parameters.trainable:,} of {record.parameters.total:,} parameters are trained" in text
     assert "learning rate 0.01" in text
     # 6 batches of 8 make 3 updates, one and a half epochs of which are 5
+    assert total_steps(config.model_dump()) == max(point.step for point in record.history) == 5
     assert "5 steps (1.67 epochs of 3) of 16 rows each" in text
     assert max(point.step for point in record.history) == 5
     assert "step 3: validation loss" in text, "nobody watches a bar here"

@@ -16,6 +16,7 @@ from loretta.tasks.glue import GLUE
 from loretta.tasks.prompted import PROMPTED, Sample
 from loretta.tasks.prompted.sampling import validation_rows
 from loretta.tasks.read import text_of
+from loretta.tasks.sources import names_files
 from loretta.training.config import RunConfig, read_config
 from loretta.training.methods import refuse_unknown_options, virtual_tokens
 from loretta.tt.modes import most_balanced
@@ -160,13 +161,14 @@ def total_steps(raw: Mapping[str, Any]) -> int | None:
         return raw["max_steps"]
     sample = tuple(sorted(raw.get("sample", {}).items()))
     rows = train_rows(raw["data"], raw.get("data_dir"), sample)
-    if rows is None and Path(raw["data"]).is_file():
+    if rows is None and names_files(raw["data"]):
         options = tuple((key, raw.get(key)) for key in (*OF_A_FILE, "validation"))
         rows = file_rows(raw["data"], options, raw["model"], raw.get("max_length", 128))
     if rows is None:
         return None
     rows = min(rows, raw["limit"]) if raw.get("limit") else rows
-    return math.ceil(math.ceil(rows / raw.get("batch_size", 16)) * raw.get("epochs", 3))
+    updates = math.ceil(math.ceil(rows / raw.get("batch_size", 16)) / raw.get("accumulate", 1))
+    return math.ceil(updates * raw.get("epochs", 3))
 
 
 @cache

@@ -19,6 +19,7 @@ from loretta.studies.configs import (
     config_of,
     rate_suffix,
     refuse_wrong_sets,
+    total_steps,
     tried_by,
     tries_suffix,
 )
@@ -335,8 +336,8 @@ def differences(root: Path, run: Planned) -> list[str]:
 
 
 def _warmup(run: Planned) -> float:
-    """The share of its steps in which the rate of a run rises; beside epochs ``warmup_steps`` counts as the default."""
+    """The share of its steps in which the rate of a run rises; where nobody knows its steps yet, ``warmup``."""
     config = run.run_config()
-    if config.warmup_steps is not None and config.max_steps is not None:
-        return config.warmup_steps / config.max_steps
+    if config.warmup_steps is not None and (steps := total_steps(config.model_dump())):
+        return config.warmup_steps / steps
     return config.warmup

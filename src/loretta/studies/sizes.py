@@ -131,7 +131,7 @@ def _peak() -> tuple[float, str]:
 def step_flops(size: Size, config: RunConfig) -> float:
     """FLOPs of one step at full length: 4 per weight and token, 6 where the weights themselves are trained."""
     per_weight = 6 if find_method(config.method) is FULL else 4
-    return float(per_weight * size.products * config.batch_size * config.max_length)
+    return float(per_weight * size.products * config.batch_size * config.accumulate * config.max_length)
 
 
 def memory(size: Size, config: RunConfig) -> int:

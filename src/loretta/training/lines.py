@@ -11,6 +11,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from loretta.plan import trainable_by_kind
 from loretta.record import RunRecord
 from loretta.tasks.base import Task
+from loretta.tasks.files import shared_words
 from loretta.tasks.prompted import PromptedTask
 from loretta.training.baseline import CHANCE, beats_baseline, chance_of
 from loretta.training.config import RunConfig
@@ -77,11 +78,8 @@ def _of_shared_texts(task: Task | PromptedTask) -> list[str]:
     shared = {split: sum(text in known for text in texts) for split, texts in others.items()}
     if not any(shared.values()):
         return [f"no text of {' or '.join(shared)} is in train"]
-    return [
-        f"{count:,} of the {len(others[split]):,} {split} rows have a text that is in train, which flatters the score"
-        for split, count in shared.items()
-        if count
-    ]
+    words = [shared_words(split, count, len(others[split])) for split, count in shared.items() if count]
+    return [sentence for sentence in words if sentence not in task.notes]
 
 
 def _of_method(config: RunConfig, trainer: TwoRateTrainer) -> str:
