@@ -16,7 +16,7 @@ from board import Board, Row, markdown, paired, signed, verdict, words
 from methods import UNTRAINED
 from peers import PEERS
 from protocol import LEAKS, METRICS, at_edge, best_rate, interval, read_rows
-from rates import one_rate_table, rates_table
+from rates import one_rate_table, ranks_table, rates_table
 from retention import forgetting_rows, forgetting_table, overfitting_table, reading_table
 from runs import adaptive_table, answers_table, instruct_table
 from tables import RESULTS, ROOT, filled
@@ -194,6 +194,7 @@ def results_page(found: Sequence[Row]) -> dict[str, str]:
         "claims": claims(found),
         "standing": standing(found),
         "tables": "".join(parts).rstrip() + "\n",
+        "ranks": ranks_table(found),
         "forgetting": forgetting_table(forgetting_rows()),
         "overfitting": overfitting_table(found),
         "reading": reading_table(found),

@@ -5,7 +5,7 @@ from statistics import mean
 
 import pandas as pd
 from board import Board, Row, markdown, paired, signed, words
-from protocol import by_seed, mean_by_seed
+from protocol import best_rate, by_seed, mean_by_seed
 from verdicts import MODELS
 
 ONE_RATES = ("0.00075", "0.0015", "0.003")
@@ -49,6 +49,27 @@ def peaks_table(some: Sequence[Row]) -> str:
         if any(of[1:] for of in moved):
             lines.append([name, *(f"{max(of) / min(of):.1f}" if of[1:] else "" for of in moved)])
     return markdown(lines, ["the peak moves over the ranks by a factor of", *models]) if lines else ""
+
+
+RANKED = {"LoRA": "LoRA", "shared": "shared", "compact": "compact", "compact cores^1": "compact with `even_rates`"}
+
+
+def ranks_table(found: Sequence[Row]) -> str:
+    """The best of six rates at each rank (the paper's Table 6), and what is trained there; norms are frozen."""
+    scores: dict[tuple[str, str, str], dict[int, str]] = {}
+    for row in found:
+        form, _, rank = row["method"].partition(" r=")
+        if row.get("part") == "rates" and form in RANKED:
+            of = [score for score in row["held_out"][best_rate(row)] if score is not None]
+            shown = f"{mean(of):.3f} ({row['trained']:,})"
+            scores.setdefault((MODELS[row["model"]].partition(" ")[0], row["task"], RANKED[form]), {})[
+                int(rank or 1)
+            ] = shown
+    ranks = sorted({rank for of in scores.values() for rank in of})
+    lines = [
+        [form, model, task, *(of.get(rank, "") for rank in ranks)] for (model, task, form), of in sorted(scores.items())
+    ]
+    return markdown(lines, ["form", "model", "task", *(f"rank {rank}" for rank in ranks)], left=3) if lines else ""
 
 
 def one_rate_table(found: Sequence[Row]) -> str:
