@@ -82,12 +82,15 @@ class Explanation(str):
         return page
 
     def _repr_html_(self) -> str:
-        pictures = [
-            f"<figure style='margin: .5em 0'><figcaption>{escape(f'{count} x {ending} {part}')}</figcaption>"
-            f"{train_svg(shape, f'{ending} {part}')}</figure>"
+        trains = [
+            (count, f"{placement.name.rpartition('.')[2]} {part}", shape)
             for placement, count in self.plan.groups()
-            for ending in [placement.name.rpartition(".")[2]]
             for part, shape in (("down", placement.down), ("up", placement.up))
+        ]
+        pictures = [
+            f"<figure style='margin: .5em 0'><figcaption>{escape(f'{count} x {name}')}</figcaption>"
+            f"{train_svg(shape, name)}</figure>"
+            for count, name, shape in trains
         ]
         return f"<style>{_LOOK}</style><pre>{escape(self)}</pre>{''.join(pictures)}"
 

@@ -73,13 +73,12 @@ def doubts(names: Sequence[str], counts: Sequence[int]) -> list[str]:
     for name in names:
         shown = OBEYED.sub("", unicodedata.normalize("NFKC", name)).casefold()
         alike.setdefault(re.sub(r"(?<=\w)[\s_-]+(?=\w)", " ", shown).strip(".,;:!?'\" "), []).append(name)
-    found = [
-        f"the classes {' and '.join(map(quoted if distinct else ascii, same))} read alike: are they one?"
-        for key, same in alike.items()
-        if key and len(same) > 1
+    found = []
+    for same in (names for key, names in alike.items() if key and len(names) > 1):
         # a reader sees no difference between a letter with its accent as one character and as two
-        for distinct in [len({unicodedata.normalize("NFC", name) for name in same}) == len(same)]
-    ]
+        look_different = len({unicodedata.normalize("NFC", name) for name in same}) == len(same)
+        words = " and ".join(map(quoted if look_different else ascii, same))
+        found.append(f"the classes {words} read alike: are they one?")
     if names and all(FOREIGN.fullmatch(name) for name in names):
         found.append(
             f"the classes {listed(names[:3])} are numbers with commas or percent signs, which are read as words: write "

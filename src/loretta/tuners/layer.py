@@ -211,12 +211,12 @@ class LorettaLayer(JointLayer, AdaptedModule):
 
     def narrowed(self) -> list[str]:
         """Active adapters whose trained cores somebody else has cast to half precision."""
+        trains = self._part(self.trains[0])
+        cores = {name: cast(Cores, trains[name]) for name in self.active_adapters if name in trains}
         return [
             name
-            for name in self.active_adapters
-            if name in self._part(self.trains[0]) and name not in self.narrow
-            for values in (cast(Cores, self._part(self.trains[0])[name]).values,)
-            if values.requires_grad and values.dtype in HALF
+            for name, train in cores.items()
+            if train.values.requires_grad and train.values.dtype in HALF and name not in self.narrow
         ]
 
     def _cast(self, adapter_name: str, dtype: torch.dtype) -> None:

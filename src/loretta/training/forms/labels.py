@@ -132,12 +132,12 @@ def count_classes(task: Task, classes: Any) -> dict[str, list[int]]:
     """Rows of each class in each split; ``classes`` gives the class ids of a split."""
     if not task.label_names:
         return {}
-    return {
-        split: [found[k] for k in range(len(task.label_names))]
-        for split in ("train", "validation", "test")
-        if (data := getattr(task, split)) is not None
-        for found in [Counter(classes(data))]
-    }
+    counts = {}
+    for split in ("train", "validation", "test"):
+        if (data := getattr(task, split)) is not None:
+            found = Counter(classes(data))
+            counts[split] = [found[k] for k in range(len(task.label_names))]
+    return counts
 
 
 @torch.inference_mode()
