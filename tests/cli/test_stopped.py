@@ -3,6 +3,8 @@
 import dataclasses
 import io
 import signal
+import subprocess
+import sys
 from importlib import import_module
 
 import pytest
@@ -82,3 +84,22 @@ def test_a_batch_that_does_not_fit_is_halved(trained, monkeypatch):
     assert sizes == [5, 4, 2, 2, 1]
     assert [row["label"] for row in found] == [row["label"] for row in expected]
     assert [row["probability"] for row in found] == pytest.approx([row["probability"] for row in expected])
+
+
+def test_an_interrupt_before_the_verbs_are_imported_has_no_traceback():
+    script = """
+import os, signal, sys
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "loretta.cli.main":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupt())
+sys.argv = ["loretta", "--version"]
+from loretta.__main__ import main
+main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, "", "")
+    whole = script.replace("os.kill(os.getpid(), signal.SIGINT)", "return None")
+    done = subprocess.run([sys.executable, "-c", whole], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr

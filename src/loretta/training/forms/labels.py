@@ -125,7 +125,8 @@ def cut_words(data: Data, whole: Callable[[Dataset], Sequence[Sequence[int]]]) -
             cut += sum(len(ids) > most for ids in whole(getattr(data.task, split).select(full)))
     if not cut:
         return [f"no text is longer than max_length={most} tokens"]
-    return [f"{cut:,} of the {total:,} texts are longer than max_length={most} tokens and lose their end"]
+    loses = "beginning" if data.tokenizer.truncation_side == "left" else "end"
+    return [f"{cut:,} of the {total:,} texts are longer than max_length={most} tokens and lose their {loses}"]
 
 
 def count_classes(task: Task, classes: Any) -> dict[str, list[int]]:
