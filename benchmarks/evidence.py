@@ -14,6 +14,7 @@ from typing import Any
 
 from board import Board, Row, markdown, paired, signed, verdict, words
 from methods import UNTRAINED
+from missing import not_run
 from peers import PEERS
 from protocol import LEAKS, METRICS, at_edge, best_rate, interval, read_rows
 from rates import one_rate_table, ranks_table, rates_table
@@ -28,7 +29,6 @@ from verdicts import (
     claims,
     default_rule,
     in_short,
-    not_run,
     pictured,
     predicted,
     sizes_sentence,
