@@ -135,6 +135,36 @@ def fits_table() -> str:
     return markdown(lines, ["form", "numbers", "kept of a trained LoRA", "of random updates"])
 
 
+LEARNERS = (
+    "shared r=1",
+    "LoRA r=1",
+    "norms",
+    "rep",
+    "rep + norms",
+    "compact",
+    "compact + norms",
+    "adp + norms",
+    "LoRA r=8",
+)
+
+
+def learning_table(found: Sequence[Row]) -> str:
+    """The loss on training rows in the last eighth of the steps, of short and of long trainings, at the best rate."""
+    rows = {(row["model"], row.get("part", "front"), row["task"], row["method"]): row for row in found}
+    columns = [("front", task) for task in ("cola", "mrpc", "stsb")] + [("long", task) for task in ("mrpc", "rte")]
+    lines = []
+    for model in list(MODELS)[:2]:
+        have = [name for name in LEARNERS if (model, "front", "mrpc", name) in rows]
+        for name in sorted(have, key=lambda name: rows[model, "front", "mrpc", name]["trained"]):
+            cells = [rows.get((model, part, task, name)) for part, task in columns]
+            losses = [[] if row is None else row["train_loss"][best_rate(row)] for row in cells]
+            trained = next(row["trained"] for row in cells if row)
+            shown = [words([math.nan if x is None else x for x in of]) if of else "" for of in losses]
+            lines.append([name, MODELS[model].partition(" ")[0], f"{trained:,}", *shown])
+    heads = [f"{task}, 30 epochs" if part == "long" else task for part, task in columns]
+    return markdown(lines, ["method", "model", "trained", *heads], left=2)
+
+
 PEERS_TASKS = {
     "all-MiniLM-L6-v2": ("cola", "mrpc", "stsb"),
     "all-mpnet-base-v2": ("cola", "mrpc", "stsb"),
@@ -219,6 +249,7 @@ def choosing_sections(found: Sequence[Row]) -> dict[str, str]:
         "peers": peers_table(found),
         "one rate": one_rate_table(found),
         "fits": fits_table(),
+        "learning": learning_table(found),
         "adaptive": adaptive_table(),
         "predicted": predicted(found),
         "default": default_rule(found),
