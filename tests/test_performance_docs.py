@@ -3,6 +3,7 @@
 import math
 import pathlib
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,6 +12,7 @@ sys.path.append(str(BENCHMARKS))
 
 import performance  # noqa: E402
 import targets  # noqa: E402
+import turns  # noqa: E402
 from floors import adapter_cost, base_cost  # noqa: E402
 from tables import filled  # noqa: E402
 
@@ -83,6 +85,19 @@ def test_the_scatter_is_that_of_two_cells_by_hand(monkeypatch):
     monkeypatch.setattr(targets, "steps", lambda: [{**row, "method": "adp", "lora": lora} for row in ours])
     deviation, freedom = targets.scatter.__wrapped__("lora")
     assert (deviation, freedom) == (pytest.approx(math.log(1.1)), 2)
+
+
+def test_of_each_method_the_last_run_counts_beside_the_medians_of_all():
+    cell = turns.Cell.named("eager:tiny:1x16")
+    times = {("floor", 0): [1.0, 2.0, 9.0], ("adp", 0): [3.0], ("floor", 1): [4.0], ("adp", 1): [], ("rep", 1): [6.0]}
+    rows = turns.rows_of(
+        [SimpleNamespace(cell=cell, method=m, run=run, times=found, row={}) for (m, run), found in times.items()]
+    )
+    assert {row["method"]: (row["ms"], row["ratio"], row["runs"]) for row in rows} == {
+        "floor": (4.0, 1.0, [2.0, 4.0]),
+        "adp": (3.0, 0.75, [3.0, None]),
+        "rep": (6.0, 1.5, [None, 6.0]),
+    }
 
 
 def test_the_costs_are_those_of_a_count_by_hand():
