@@ -27,7 +27,7 @@ def evaluate(
     from loretta.training.data import load_config_task, load_other_task
     from loretta.training.predict import evaluate as score
     from loretta.training.predict import load_run
-    from loretta.training.sources import changed_files
+    from loretta.training.sources import changed_files, was_trained_on
 
     loaded = load_run(run, model=model, cpu=cpu)
     config = loaded.config
@@ -42,6 +42,8 @@ def evaluate(
             )
     else:
         task = load_other_task(config, loaded.record, data)
+        if was_trained_on(run, data):
+            say(f"note: the run was trained on rows of '{data}', which flatters the score", err=True)
     values = score(loaded, task, split)
     if isinstance(task, Task):
         rows = getattr(task, split)

@@ -30,6 +30,12 @@ def changed_files(folder: Path, config: RunConfig, options: Collection[str] = ("
     return " and ".join(f"'{getattr(config, key)}'" for key in changed)
 
 
+def was_trained_on(folder: Path, data: str) -> bool:
+    """Whether ``data`` names a file from which the run in ``folder`` took its training rows, under whatever name."""
+    trained = (read_object(folder / FILES) or {}).get("data", [])
+    return data not in NAMED and names_files(data) and not set(trained).isdisjoint(digests(data))
+
+
 def _digests(config: RunConfig) -> dict[str, list[str]]:
     given = {key: getattr(config, key) for key in ("data", "validation", "test")}
     files = {key: name for key, name in given.items() if name is not None and name not in NAMED and names_files(name)}
