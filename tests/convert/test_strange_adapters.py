@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from draws import seed_torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tuners.families import build
+from transformers import DistilBertConfig, DistilBertForSequenceClassification
+from tuners.families import build, logits
 from tuners.wrapped import trained, wrap
 
 from loretta import InputError
@@ -59,6 +61,27 @@ def test_what_a_lora_trains_whole_is_its_own(tmp_path):
     saved_lora(tmp_path / "lora", modules_to_save=["lm_head"], bias="all")
     load_adapter(build("llama")[0], tmp_path / "lora")
     assert compress(tmp_path / "lora", tmp_path / "out", rank=2).whole == ("lm_head",)
+
+
+def test_what_peft_trains_whole_by_the_end_of_its_name_is_the_adapters_own(tmp_path):
+    """For a "classifier" PEFT takes DistilBERT's pre_classifier too, and saves it with a LoRA."""
+
+    def base(seed: int) -> DistilBertForSequenceClassification:
+        seed_torch(seed)
+        config = DistilBertConfig(vocab_size=64, dim=32, hidden_dim=48, n_layers=1, n_heads=4, num_labels=3)
+        return DistilBertForSequenceClassification(config).eval()
+
+    inputs = {"input_ids": torch.arange(4, 12).reshape(2, 4)}
+    base(0).save_pretrained(tmp_path / "base")
+    options = LoraConfig(task_type="SEQ_CLS", target_modules=["q_lin"])
+    model = trained(get_peft_model(DistilBertForSequenceClassification.from_pretrained(tmp_path / "base"), options))
+    wanted = logits(model.eval(), inputs)
+    model.save_pretrained(tmp_path / "lora")
+    other = base(1)
+    other.distilbert.load_state_dict(base(0).distilbert.state_dict())  # another random head
+    assert torch.equal(logits(load_adapter(other, tmp_path / "lora"), inputs), wanted)
+    result = compress(tmp_path / "lora", tmp_path / "out", error=0.0)
+    assert set(result.whole) == {"pre_classifier", "classifier"}
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("-inf")])

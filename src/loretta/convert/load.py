@@ -161,7 +161,10 @@ def is_trained_whole(name: str, config: Mapping[str, Any]) -> bool:
     """Whether an adapter's config says that it brings a copy of its own of a tensor of the base, or trains its bias."""
     if name.endswith(".bias") and config.get("bias", "none") != "none":
         return True
-    return any(f".{module}." in f".{name}" for module in config.get("modules_to_save") or ())
+    parts = name.split(".")
+    # as PEFT finds them, by the ends of names: DistilBERT's pre_classifier is saved as a "classifier"
+    modules = [".".join(parts[:depth]) for depth in range(1, len(parts))]
+    return any(module.endswith(tuple(config.get("modules_to_save") or ())) for module in modules)
 
 
 def require_adapter(folder: Path) -> None:
