@@ -5,6 +5,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -88,6 +89,11 @@ def size_words(n_bytes: int | None) -> str:
             break
         value, unit = value / 1024, larger
     return f"{n_bytes} B" if unit == "B" else f"{value:.1f} {unit}"
+
+
+def duration(seconds: float | None) -> str:
+    """As 0:01:30 or "3 days, 4:00:00"."""
+    return MISSING if seconds is None else str(timedelta(seconds=round(seconds)))
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -4,7 +4,6 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,7 +38,7 @@ def following(root: Path, *, jobs: int) -> Iterator[Any]:
         if not spent or counts["ended"] == counts["total"]:
             return ""
         seconds = sum(spent) / len(spent) * (counts["total"] - counts["ended"]) / max(1, jobs)
-        return f", about {timedelta(seconds=round(seconds))} for all that is left"
+        return f", about {wording.duration(seconds)} for all that is left"
 
     def watch(folder: str, outcome: "Outcome | None", ended: int, total: int) -> None:
         with lock:

@@ -16,6 +16,7 @@ from loretta.cli.output import console, print_json, say
 from loretta.errors import InputError
 from loretta.options import parse_option
 from loretta.training.config import ALIASES, read_sample
+from loretta.wording import duration
 
 if TYPE_CHECKING:
     from loretta.studies.configs import Options
@@ -223,7 +224,7 @@ def _dry_run(study: "Study", options: "Options", root: Path, *, as_json: bool) -
     from loretta.studies.expansion import expand
     from loretta.studies.results import find_row
     from loretta.studies.runner import refuse_other_options
-    from loretta.studies.show import duration, estimate_table, total
+    from loretta.studies.show import estimate_table, total
     from loretta.studies.sizes import estimate
     from loretta.studies.state import state_of
 

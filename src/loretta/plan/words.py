@@ -39,7 +39,7 @@ def explain_plan(plan: Plan, notes: Sequence[str] = ()) -> str:
     lines += _shared_in_words(plan)
     lines += ["", "Trained:"]
     parts = [("cores", plan.cores), ("biases", plan.biases), ("norms", plan.copies.norms), ("head", plan.copies.head)]
-    lines += [f"  {name:7} {number:>13,}  {_share(number, plan.trainable)}" for name, number in parts if number]
+    lines += [f"  {name:7} {number:>13,}  {number / max(1, plan.trainable):.0%}" for name, number in parts if number]
     lines.append(
         f"  {'total':7} {plan.trainable:>13,}  {plan.trainable / max(1, plan.model_parameters):.3%} of the model"
     )
@@ -100,10 +100,6 @@ _LOOK = (
     "svg.train rect { fill: none; stroke: currentColor } svg.train text { fill: currentColor; font-size: 13px } "
     "svg.train line { stroke: currentColor } svg.train line.boundary { stroke-dasharray: 4 3 }"
 )
-
-
-def _share(number: int, total: int) -> str:
-    return f"{number / max(1, total):.0%}"
 
 
 def draw(shape: TTShape) -> str:

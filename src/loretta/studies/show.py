@@ -3,7 +3,6 @@
 import math
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from loretta.errors import InputError
 from loretta.files import read_object
 from loretta.record import RunRecord, is_started
 from loretta.studies.state import State
-from loretta.wording import MISSING, flat, size_words
+from loretta.wording import MISSING, duration, flat, size_words
 
 if TYPE_CHECKING:  # they import torch and SciPy, which a listing of runs does not need
     from loretta.studies.paired import Difference
@@ -187,11 +186,6 @@ def total(values: Iterable[Any]) -> Any:
     """The sum of the values that are not None; None where all are."""
     known = [value for value in values if value is not None]
     return sum(known) if known else None
-
-
-def duration(seconds: float | None) -> str:
-    """As 0:01:30 or "3 days, 4:00:00"."""
-    return MISSING if seconds is None else str(timedelta(seconds=round(seconds)))
 
 
 def run_row(root: Path, folder: Path, state: State, reason: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from loretta.studies.sizes import estimate, kind_and_labels
 from loretta.studies.state import state_of
 from loretta.studies.study import Planned
 from loretta.training.config import RunConfig
+from loretta.wording import duration
 
 MOST_TOGETHER = 64  # more runs do not keep a GPU busier (benchmarks/population.py)
 
@@ -51,7 +52,7 @@ def why_alone(config: RunConfig) -> str | None:
 
 def words_before(root: Path, runs: Sequence[Planned], population: int) -> str | None:
     """A sentence on the unfinished runs that are trained one by one: how many, how long, why; None without any."""
-    from loretta.studies.show import duration, total
+    from loretta.studies.show import total
 
     cells: dict[Any, list[Planned]] = defaultdict(list)
     for run in runs if population > 1 else ():

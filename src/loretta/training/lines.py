@@ -20,7 +20,7 @@ from loretta.training.forms import Data, form_of
 from loretta.training.methods import find_method
 from loretta.training.sources import NAMED
 from loretta.training.trainer import TwoRateTrainer
-from loretta.wording import quoted
+from loretta.wording import duration, quoted
 
 MOST_LABELS = 12  # named at the start, the most frequent ones
 FURTHER = 3.0  # factor between a learning rate that failed and the one to try
@@ -200,9 +200,8 @@ class ProgressLines(TrainerCallback):
 
 def progress_line(step: int, steps: int, loss: float | None, seconds_left: float) -> str:
     """As "step 10 of 40, loss 0.6931, 0:00:12 left"."""
-    hours, rest = divmod(round(seconds_left), 3600)
     words = "" if loss is None else f"loss {loss:.4f}, "
-    return f"step {step:,} of {steps:,}, {words}{hours}:{rest // 60:02}:{rest % 60:02} left"
+    return f"step {step:,} of {steps:,}, {words}{duration(seconds_left)} left"
 
 
 def say_lines(trainer: Trainer, say: Callable[[str], None]) -> None:
