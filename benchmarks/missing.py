@@ -32,7 +32,7 @@ def not_run(found: Sequence[Row]) -> str:
             command = f"python benchmarks/forms.py --model FOLDER --data-dir DATA --order {group}:{tasks}{more}"
             lines.append(
                 f"* {model}, {tasks}, {group}: {missing} of {len(wanted)} cells were not run.\n"
-                f"  `{command} --out benchmarks/results/{file}.json` runs them and no others."
+                f"  `{command} --out benchmarks/results/{file}.json` runs what is missing."
             )
     tables = []
     for model, (name, _) in ENCODERS.items():

@@ -6,6 +6,7 @@ import json
 import math
 import pathlib
 import sys
+import tomllib
 from dataclasses import replace
 
 import pytest
@@ -24,6 +25,7 @@ from loretta.training.model import wrap
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
+import adaptive  # noqa: E402
 import board  # noqa: E402
 import campaign  # noqa: E402
 import causes  # noqa: E402
@@ -279,6 +281,16 @@ def test_members_that_leave_no_room_for_others_are_trained_in_parts_and_keep_the
     cell = forms.Cell(task="cola", method=methods.FULL, rates=(1e-4,), seeds=tuple(range(9)), epochs=1)
     assert forms.in_halves(list(range(9)), cell, argparse.Namespace(), tmp_path) == list(range(9))
     assert sizes == [4, 5]
+
+
+def test_what_is_planned_is_of_methods_that_are_there():
+    wanted = [name for group in methods.GROUPS.values() for name in group]
+    for entry in tomllib.loads(campaign.PLAN.read_text())["jobs"]:
+        named = [order.rpartition(":")[0] for order in entry.get("order", [])]
+        known = adaptive.METHODS if entry.get("kind") == "adaptive" else methods.METHODS
+        assert set(entry.get("methods", [])) <= known.keys()
+        wanted += [name for name in named if name not in methods.GROUPS]
+    assert set(wanted) <= methods.METHODS.keys()
 
 
 def test_three_of_the_orders_have_each_task_once_in_each_place():
