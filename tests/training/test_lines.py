@@ -14,6 +14,7 @@ from loretta.errors import InputError
 from loretta.record import Answers, ParameterCounts, Point, RunRecord
 from loretta.studies.configs import total_steps
 from loretta.training.baseline import beats_baseline, chance_of
+from loretta.training.data import load_config_task
 from loretta.training.lines import last_lines, next_step, progress_line
 from loretta.training.run import train
 
@@ -150,3 +151,14 @@ def test_a_line_of_progress_is_found_in_a_log(tmp_path):
     )
     assert last_step(tmp_path, "a/s0") == "step 2 of 9, loss 1.0000, 0:00:05 left"
     assert last_step(tmp_path, "a/s1") is None
+
+
+def test_a_start_that_was_trained_on_what_is_held_out_now_is_named(bert, reviews, tmp_path):
+    first = config_for(bert, reviews, tmp_path / "first", max_steps=1)
+    train(first)
+    trained = set(load_config_task(first).train["text"])
+    other = write(tmp_path / "other.csv", [("another film", "pos"), ("another plot", "neg")])
+    for changes, is_seen in (({}, False), ({"seed": 1}, True), ({"seed": 1, "validation": other}, False)):
+        task = load_config_task(first.model_copy(update={"start_from": str(tmp_path / "first"), **changes}))
+        assert bool(trained & set(task.validation["text"])) == is_seen
+        assert any("from which the training starts, was trained on rows" in note for note in task.notes) == is_seen

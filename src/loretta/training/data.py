@@ -1,11 +1,13 @@
 """The data of a run: the task that its options name, and the splits of the task as token ids."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from loretta.errors import InputError
+from loretta.files import read_object
 from loretta.plan import default_task_type, find_config
 from loretta.record import RunRecord
 from loretta.tasks import load_task
@@ -15,9 +17,10 @@ from loretta.tasks.prompted import PROMPTED, PromptedTask, Sample, load_prompted
 from loretta.tasks.read import SEPARATORS
 from loretta.tasks.sources import ending, find_files, is_hub_id, is_saved
 from loretta.training.config import OF_A_TABLE, RunConfig
+from loretta.training.folder import CONFIG
 from loretta.training.forms import Data, form_of
 from loretta.training.model import TASK_TYPES
-from loretta.training.sources import NAMED
+from loretta.training.sources import NAMED, was_trained_on
 
 
 def load_other_task(config: RunConfig, record: RunRecord, data: str) -> Task | PromptedTask:
@@ -70,7 +73,24 @@ def load_config_task(config: RunConfig, known: Known | None = None) -> Task | Pr
             f"'{config.model}' ({found.model_type}) is an encoder, which reads a text from both sides and cannot be "
             "trained to go on with it: give a decoder, or --label COLUMN to classify"
         )
+    task = replace(task, notes=(*task.notes, *_seen_by_start(config)))
     return task if config.limit is None else task.limited(config.limit)
+
+
+def _seen_by_start(config: RunConfig) -> list[str]:
+    """A sentence where the run that this one starts from did not hold out the same rows of the same data."""
+    if config.start_from is None or config.validation is not None or is_saved(config.data):
+        return []
+    folder = Path(config.start_from)
+    before = read_object(folder / CONFIG) or {}
+    drawn = config.data in PROMPTED and before.get("data") == config.data
+    held_alike = before.get("seed") == config.seed and before.get("validation") is None
+    if held_alike or not (drawn or was_trained_on(folder, config.data)):
+        return []
+    return [
+        f"'{folder}', from which the training starts, was trained on rows of '{config.data}' that are held out now, "
+        f"which flatters the score: give --seed {before.get('seed')} and the --validation of that run"
+    ]
 
 
 def is_prompted(config: RunConfig) -> bool:
