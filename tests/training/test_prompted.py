@@ -205,6 +205,15 @@ def test_all_splits_are_scored_in_the_precision_of_the_training(speller, prompte
     assert not record.config["bf16"]
 
 
+@pytest.mark.parametrize("options", [{"bf16": True}, {"method": "ft", "dtype": "bfloat16"}])
+def test_a_run_goes_on_with_text_in_the_precision_of_the_training(options, speller, prompted, tmp_path):
+    train(config_for(speller, "sst2", prompted, tmp_path, epochs=1, **options))
+    run, seen = load_run(tmp_path, cpu=True), []
+    run.model.get_output_embeddings().register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    predict(run, [["It is"]])
+    assert set(seen) == {torch.bfloat16}
+
+
 def test_training_lowers_the_loss(speller, prompted, tmp_path):
     for train_as in ("classification", "language_modeling"):
         config = config_for(speller, "sst2", prompted, tmp_path / train_as, train_as=train_as, epochs=6)

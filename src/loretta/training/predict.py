@@ -77,7 +77,7 @@ def _go_on(run: LoadedRun, given: Any, sampling: Sampling, streamer: TextStreame
                 "text, or begin a new conversation"
             )
         options["max_new_tokens"] = min(options["max_new_tokens"], room - asked)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), run.as_trained():
         # PEFT's own positions are right where there are no pads
         warnings.filterwarnings("ignore", message="Position ids are not supported", module="peft")
         out = run.model.generate(**inputs, **options, streamer=streamer)
