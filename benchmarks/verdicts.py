@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 
 from board import Board, Row, Scores, markdown, paired, signed, verdict, words
-from protocol import CONSTANT, SEEN, TASKS, interval, mean_by_seed
+from protocol import CONSTANT, SEEN, TASKS, best_rate, by_seed, interval, mean_by_seed
 from retention import average, forgetting_rows, risen
 from runs import tuned
 
@@ -48,6 +48,7 @@ def claims(found: Sequence[Row]) -> str:
     for claim, make in (
         ("compact, adp and rep with norms are as good as LoRA r=8 on QNLI, MNLI and QQP (Table 1)", _on_larger),
         ("adp and rep keep more of three tasks learned in turn than LoRA r=8 (Table 4)", _kept),
+        ("adp and rep keep more of other texts than LoRA r=8, after SST-2 and CB by words", _read),
         ("the held-out loss of adp and rep rises less than LoRA r=8's in 30 epochs (Figure 4)", _risen),
     ):
         lines.append([claim, *(make(found, model) for model in MODELS)])
@@ -89,7 +90,24 @@ def _both(rows: dict[str, Row], value: Callable[[Row], Scores], sign: int) -> st
 
 
 def _kept(found: Sequence[Row], model: str) -> str:
-    return _both({row["method"]: row for row in forgetting_rows() if row["model"] == model}, average, 1)
+    rows = {row["method"]: row for row in forgetting_rows() if row["model"] == model}
+    return "" if model.startswith("SmolLM2") else _both(rows, average, 1)
+
+
+def _read(found: Sequence[Row], model: str) -> str:
+    """What is said of the loss on texts of WikiText behind a training, in the mean of two tasks."""
+    tasks: dict[str, list[Row]] = {}
+    for row in found:
+        if row["model"] == model and row.get("part", "front") == "front" and row["task"] in ("sst2-words", "cb-words"):
+            tasks.setdefault(row["method"], []).append(row)
+    whole = {method: some for method, some in tasks.items() if len(some) == 2}
+    if not whole:
+        return ""
+
+    def value(row: Row) -> Scores:
+        return mean_by_seed([by_seed(one, one["wiki"][best_rate(one)]) for one in whole[row["method"]]])
+
+    return _both({method: some[0] for method, some in whole.items()}, value, -1)
 
 
 def _risen(found: Sequence[Row], model: str) -> str:
@@ -103,7 +121,7 @@ def _risen(found: Sequence[Row], model: str) -> str:
     def value(row: Row) -> Scores:
         return mean_by_seed([risen(one) for one in whole[row["method"]]])
 
-    return _both({method: some[0] for method, some in whole.items()}, value, -1)
+    return "" if model.startswith("SmolLM2") else _both({m: some[0] for m, some in whole.items()}, value, -1)
 
 
 def verdict_sentence(model: str, task: str, found: Sequence[Row]) -> str:
