@@ -54,7 +54,8 @@ def test_too_little_memory_is_one_sentence(error, verb, trained, teller, bert, c
             raise error
         torch.empty(2**60)  # what the allocator of a CPU says
 
-    import_module("loretta.studies.runner")  # or it would be imported with the function below, and keep it
+    for name in ("runner", "compare"):  # or they would be imported with the function below, and keep it
+        import_module(f"loretta.studies.{name}")
     monkeypatch.setattr("sys.stdin", io.StringIO("a film\n"))
     monkeypatch.setattr(places.get(verb, "torch.nn.Linear.forward"), too_large)
     status, _, err = call(capsys, verb, *arguments)
