@@ -1,22 +1,18 @@
-"""How models of the evidence compute: MPNet with steps that can be recorded, populations plainly, forms with scales."""
+"""How models of the evidence compute on a GPU: MPNet so that its steps can be recorded, populations plainly."""
 
 import contextlib
-import re
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
 from unittest import mock
 
 import torch
-from peft import IA3Config
-from peft.tuners.ia3.layer import Linear as IA3Linear
-from torch import Tensor, nn
+from torch import Tensor
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.models.mpnet.modeling_mpnet import MPNetEncoder
 
 from loretta.population import members
 from loretta.population.population import Population
-from loretta.tuners.layer import LorettaLayer
 
 
 @cache
@@ -58,16 +54,3 @@ def plain_functions() -> Iterator[None]:
     norms = mock.patch.object(members, "has_triton", return_value=False)
     with norms, mock.patch.object(Population, "modes_on_gpu", ()):
         yield
-
-
-def rescale(model: nn.Module, outputs: str, inputs: str) -> None:
-    """Put IA3's factors on the outputs and the inputs of base layers whose names match, below what adapts them."""
-    for name, module in list(model.named_modules()):
-        of_inputs = bool(name and re.fullmatch(inputs, name))
-        if of_inputs or re.fullmatch(outputs, name):
-            path = f"{name}.base_layer" if isinstance(module, LorettaLayer) else name
-            base = model.get_submodule(path)
-            scaled = IA3Linear(base, "default", IA3Config(), is_feedforward=of_inputs)
-            dtype = scaled.ia3_l["default"].dtype
-            scaled.ia3_l.to(torch.promote_types(dtype, torch.float32))  # as all else that is trained
-            model.set_submodule(path, scaled)

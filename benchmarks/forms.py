@@ -32,7 +32,7 @@ import torch
 import transformers
 from cells import PER_RATE, Cell, cells_beyond, cells_of, command_of, joined, left, table
 from claims import Worker, oversee, take
-from encoders import graphable, rescale
+from encoders import graphable
 from methods import FROZEN, IA3, METHODS, NORMS, OURS, TARGETS, UNTRAINED, Method
 from prompts import give_head, option_tokens, perplexities, write_words
 from protocol import HEAD_RATE, OFFICIAL_LENGTH, TASKS, read_rows, split
@@ -73,11 +73,11 @@ def data_options(config: RunConfig) -> str:
 
 
 @contextlib.contextmanager
-def heads_alike(tokens: Sequence[int], method: Method | None = None) -> Iterator[None]:
+def heads_alike(tokens: Sequence[int]) -> Iterator[None]:
     """Runs of which the final layer of the head alone is trained, as PEFT's own methods train it.
 
     With ``tokens`` the head is what the output embeddings say of these, and nothing of it is trained. All members have
-    one copy of their data, and the scales of a ``method``.
+    one copy of their data.
     """
 
     def frozen(*args: Any) -> Any:
@@ -87,8 +87,6 @@ def heads_alike(tokens: Sequence[int], method: Method | None = None) -> Iterator
                 parameter.requires_grad_(False)
         if tokens:
             give_head(model, tokens)
-        if method is not None and method.scales:
-            rescale(model, *method.scaled_places(model.config.model_type))
         return model, found
 
     ordinary = population_training.prepare_model
@@ -172,7 +170,7 @@ def measure(cell: Cell, args: argparse.Namespace, data: Path) -> dict[str, Any]:
         "rates": list(cell.rates), "seeds": list(cell.seeds), "epochs": cell.epochs, "batch": TASKS[cell.task].batch,
         "length": TASKS[cell.task].length,
     }  # fmt: skip
-    if method.family == "LoRETTA" and not method.scales:  # no option of the package
+    if method.family == "LoRETTA" and not method.factors:  # no option of the package
         row["config"] = {
             "method": method.method,
             "options": {"tensor_rank": 5, "train_norms": method.norms, **method.options, **targets_of(method, args)},
@@ -257,7 +255,7 @@ def trained(configs: Sequence[RunConfig], cell: Cell, args: argparse.Namespace, 
     """What is noted of each member of one population."""
     plan = TASKS[cell.task]
     words = load_tokenizer(str(args.model)) if plan.kind == "words" else None
-    with heads_alike([] if words is None else option_tokens(cell.task, words, args.data_dir), METHODS[cell.method]):
+    with heads_alike([] if words is None else option_tokens(cell.task, words, args.data_dir)):
         loop = prepare(configs, scratch)
     set_factors(loop, METHODS[cell.method])
     sizes = {name: where.stop - where.start for name, where in loop.population.slices.items()}

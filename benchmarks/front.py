@@ -14,7 +14,7 @@ from typing import Any
 
 import evidence
 from board import Board, Row
-from methods import TARGETS
+from methods import TARGETS, WITH_SCALES
 
 from loretta.plan.front import ATTENTION, FRONT, Form, Front, Measured, Other, Score
 
@@ -24,6 +24,7 @@ NAMES = {"cola": "CoLA", "mrpc": "MRPC", "rte": "RTE", "sst2": "SST-2", "stsb": 
 ENCODERS = {"all-MiniLM-L6-v2": 384, "all-mpnet-base-v2": 768}
 DECODERS = {"SmolLM2-135M-Instruct": 576}
 ONE_MODE = {"r": 1, "tensor_rank": 1, "modes_per_side": 1, "lora_alpha": 2}
+SCALED = {method.name: method for method in WITH_SCALES if not method.factors}  # at the package's own rates
 AS_REP: dict[str, dict[str, Any]] = {
     "LoRA r=1 + norms": {**ONE_MODE, "train_norms": True},
     "LoRA r=1 all linear": {**ONE_MODE, "train_norms": False, "target_modules": "all-linear"},
@@ -35,6 +36,9 @@ def options_of(row: Row) -> tuple[str, dict[str, Any]] | None:
     """The method of the package and its options on any model, where a row is of a form."""
     if row["method"] in AS_REP:
         return "rep", AS_REP[row["method"]]
+    method = SCALED.get(row["method"])
+    if method is not None and method.targets == "all":  # measured before the package had scales
+        return method.method, {**method.options, "train_norms": method.norms, "target_modules": "all-linear"}
     config = row.get("config")
     if config is None:
         return None

@@ -1,12 +1,12 @@
 """The methods that the evidence compares, each with the middle of its grid of learning rates."""
 
-import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from peft.utils.constants import DUMMY_TARGET_MODULES
 
 from loretta.studies.configs import shapes
+from loretta.tuners.rescaled import TIMES
 
 TARGETS: dict[str, dict[str, Any]] = {
     "qv": {"bert": ["query", "value"], "mpnet": ["attn.q", "attn.v"], "llama": ["q_proj", "v_proj"]},
@@ -37,14 +37,6 @@ NORMS = {
 LAYER_NORMS = {"attention": r"(attention\..*LayerNorm|input_layernorm)", None: r".*(LayerNorm|layernorm)"}
 # what IA3 rescales on a family that PEFT has no targets for
 IA3 = {"mpnet": {"target_modules": ["attn.k", "attn.v", "output.dense"], "feedforward_modules": ["output.dense"]}}
-# what is rescaled beside a train: outputs, and the inputs of the MLPs' last layers. PEFT's own places on BERT have one
-# more, the inputs of attention's last layer, which are the values' outputs again
-SCALES = {
-    "v": {"bert": ["self.value"], "mpnet": ["attn.v"], "llama": ["v_proj"]},
-    "k,v": {"bert": ["self.key", "self.value"], "mpnet": ["attn.k", "attn.v"], "llama": ["k_proj", "v_proj"]},
-}
-LAST_OF_MLPS = {"bert": r"\d\.output\.dense", "mpnet": r"\d\.output\.dense", "llama": r"down_proj"}
-SCALES_RATE = 1.2e-2  # in the middle of the grid, whatever the matrices beside them like
 # what no method trains: hidden layers of heads, and of MPNet what has "bias" in its name and is none
 FROZEN = (
     "pooler.dense",
@@ -67,9 +59,7 @@ class Method:
     the middle of its grid of rates; where the best of six was searched for, of this method or of the one that it is
     ``like``, that is. ``factors`` are on the rates of what has a word in its name. ``bonds`` is a power: the rate of
     each core of rep is divided by that power of how many numbers are summed when it meets the ones before it, beside
-    those of compact's rank of 1. ``scales`` is a name of ``SCALES``, or "k,v,MLP": what IA3's factors rescale beside
-    a LoRETTA form, before its update is added. At most ``together`` members are trained at
-    once, so that they leave room on a GPU.
+    those of compact's rank of 1. At most ``together`` members are trained at once, so that they leave room on a GPU.
     """
 
     name: str
@@ -83,15 +73,7 @@ class Method:
     like: str = ""
     factors: dict[str, float] = field(default_factory=dict)
     bonds: float = 0.0
-    scales: str = ""
     together: int = 1000
-
-    def scaled_places(self, kind: str) -> tuple[str, str]:
-        """Expressions of the modules whose outputs, and of those whose inputs are rescaled, of a type of model."""
-        if not self.scales:
-            return "", ""
-        outputs = "|".join(map(re.escape, SCALES[self.scales.removesuffix(",MLP")][kind]))
-        return rf".*\.({outputs})", rf".*{LAST_OF_MLPS[kind]}" if self.scales.endswith(",MLP") else ""
 
     def placed(self, kind: str, layers: int) -> dict[str, Any]:
         """The options, with the modules of a model of that type and that many layers."""
@@ -147,13 +129,20 @@ def shared(rank: int, targets: str = "all", *, norms: bool) -> Method:
     return ours(name, "shared", {"tensor_rank": rank, "lora_alpha": 2 * rank}, targets=targets, norms=norms)
 
 
-def with_scales(method: Method, scales: str, *, middle: float = 1.5e-3, times: float = 1.0) -> Method:
-    """A form with IA3's factors beside it, at ``times`` the rate that these like."""
-    name = f"{method.name} + {'' if scales == 'k,v,MLP' else scales + ' '}scales" + (
-        f" x{times:g}" if times != 1 else ""
+SCALES_RATE = 1.2e-2  # in the middle of the grid, whatever the matrices beside them like
+SCALED_PLACES = {"v": ["values"], "k,v": ["keys", "values"], "": ["keys", "values", "mlp"]}
+
+
+def with_scales(method: Method, places: str = "", *, middle: float = 1.5e-3, times: float = 1.0) -> Method:
+    """A form with trained scales beside it, at ``times`` the rate that these like."""
+    name = " ".join(
+        [method.name, "+", *([places] if places else []), "scales", *([f"x{times:g}"] if times > 1 else [])]
     )
-    factors = {"ia3_l": times * SCALES_RATE / middle}
-    return replace(method, name=name, scales=scales, middle=middle, factors=factors)
+    factor = times * SCALES_RATE / middle / TIMES
+    options = {**method.options, "train_scales": SCALED_PLACES[places]}
+    return replace(
+        method, name=name, options=options, middle=middle, factors={"_scale_": factor} if factor != 1 else {}
+    )
 
 
 def scaled(method: Method, rank: int, power: float) -> Method:
@@ -212,15 +201,15 @@ SHAPES = [
 ]
 ONE_MODE = {"r": 1, "tensor_rank": 1, "modes_per_side": 1, "lora_alpha": 2}  # LoRA of rank 1
 WITH_SCALES = [
-    with_scales(METHODS["shared r=2"], "k,v,MLP"),
-    with_scales(METHODS["shared r=4 + norms"], "k,v,MLP"),
-    with_scales(ours("rep of one mode", "rep", ONE_MODE, targets="all"), "k,v,MLP"),
+    with_scales(METHODS["shared r=2"]),
+    with_scales(METHODS["shared r=4 + norms"]),
+    with_scales(ours("rep of one mode", "rep", ONE_MODE, targets="all")),
     with_scales(METHODS["shared r=1"], "k,v", middle=3e-3),
-    with_scales(METHODS["shared r=4"], "k,v,MLP"),
-    with_scales(METHODS["shared r=1"], "k,v,MLP", middle=3e-3),
-    with_scales(METHODS["shared r=2"], "k,v,MLP", times=2),
+    with_scales(METHODS["shared r=4"]),
+    with_scales(METHODS["shared r=1"], middle=3e-3),
+    with_scales(METHODS["shared r=2"], times=2),
     with_scales(METHODS["compact v, MLP"], "k,v"),
-    with_scales(METHODS["compact v, MLP"], "k,v,MLP"),
+    with_scales(METHODS["compact v, MLP"]),
     with_scales(METHODS["shared r=1"], "v", middle=3e-3),
     with_scales(METHODS["compact"], "k,v"),
     with_scales(METHODS["shared r=2"], "k,v"),

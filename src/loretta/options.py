@@ -83,19 +83,21 @@ def _unfolded(value: Any, known: dict[int, float]) -> float:
 def with_lists(options: Mapping[str, Any], config: type) -> dict[str, Any]:
     """The options of a config class, with ``query,value`` as a list where the class takes a list.
 
-    An expression, such as ``.*layers.(0|1).q_proj``, stays an expression: its words are not plain.
+    A single word is one too where the class takes no text. An expression, such as ``.*layers.(0|1).q_proj``, stays an
+    expression: its words are not plain.
     """
     hints = get_type_hints(config)
-    return {key: _words(value) if _takes_list(hints.get(key)) else value for key, value in options.items()}
+    return {key: _words(value, hints.get(key)) for key, value in options.items()}
 
 
-def _takes_list(hint: Any) -> bool:
+def _takes(kind: type, hint: Any) -> bool:
     if get_origin(hint) in (Union, types.UnionType):
-        return any(_takes_list(part) for part in get_args(hint))
-    return list in (hint, get_origin(hint))
+        return any(_takes(kind, part) for part in get_args(hint))
+    return kind in (hint, get_origin(hint))
 
 
-def _words(value: Any) -> Any:
-    if isinstance(value, str) and re.fullmatch(r"[\w.-]+(,\s*[\w.-]+)+", value):
-        return [read_yaml(word) for word in value.split(",")]
-    return value
+def _words(value: Any, hint: Any) -> Any:
+    if not (isinstance(value, str) and _takes(list, hint) and re.fullmatch(r"[\w.-]+(,\s*[\w.-]+)*", value)):
+        return value
+    words = [read_yaml(word) for word in value.split(",")]
+    return value if len(words) == 1 and _takes(str, hint) else words

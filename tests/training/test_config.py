@@ -73,6 +73,8 @@ def test_words_with_commas_are_a_list_where_the_method_takes_one():
     config = peft_config("rep", model, "CAUSAL_LM", {"target_modules": "query, value", "layers_to_transform": "0,1"})
     assert config.target_modules == {"query", "value"}
     assert config.layers_to_transform == [0, 1]
+    single = with_lists({"target_modules": "query", "train_scales": "values", "modules_to_save": "score"}, type(config))
+    assert single == {"target_modules": "query", "train_scales": ["values"], "modules_to_save": ["score"]}
     expression = r".*layers\.\d{1,2}\.(q|v)_proj"
     given = {"target_modules": expression, "bias": "a,b", "shapes": {}, "init_weights": True}
     assert with_lists(given, LorettaRepConfig) == given

@@ -21,6 +21,7 @@ from loretta.errors import InputError
 from loretta.training.model import load_base
 from loretta.tuners.layer import LorettaLayer
 from loretta.tuners.placement import linear_size
+from loretta.tuners.rescaled import TrainedScale
 
 _SPEC = importlib.util.spec_from_file_location(
     "quantized", pathlib.Path(__file__).parents[2] / "benchmarks" / "quantized.py"
@@ -239,6 +240,19 @@ def test_the_output_keeps_its_dtype(folder, backend, method):
     with model.disable_adapter():
         dtype = logits(model, INPUTS).dtype
     assert logits(model, INPUTS).dtype == dtype
+
+
+@every_backend
+def test_scales_compute_and_are_not_merged(folder, backend):
+    model = trained(wrapped(folder, backend, "rep", train_scales=["keys", "values", "mlp"], train_norms=False))
+    scale = next(module for module in model.modules() if isinstance(module, TrainedScale))
+    x, factors = torch.randn(5, scale.in_features), scale.factors({"default": 1.0})
+    with torch.no_grad():
+        assert torch.equal(scale(x), scale.base_layer(x * factors.get("in", 1)) * factors.get("out", 1))
+    before = logits(model, INPUTS)
+    with pytest.raises(InputError, match="cannot merge"):
+        model.merge_adapter()
+    assert torch.equal(logits(model, INPUTS), before)
 
 
 @backends(["nf4"])

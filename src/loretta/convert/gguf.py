@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel, TaskType, get_peft_model_state_dict
 from torch import Tensor
 
-from loretta.convert.rep_adapter import lora_pair, read_adapter, tied_to_embeddings, trained_norms
+from loretta.convert.rep_adapter import lora_pair, read_adapter, tied_to_embeddings, trained_norms, trained_scales
 from loretta.convert.written import Export, own_memory, report_of, writing
 from loretta.errors import InputError
 
@@ -37,12 +37,12 @@ def export_gguf_lora(
             f"--to gguf-lora writes adapters of language models of the types {' and '.join(GGUF_MODEL_TYPES)}, and "
             f"this is a model of type {kind!r} for {config.task_type or 'no task'}: export with --to lora or merged"
         )
-    whole = [*trained_norms(model, adapter_name), *copies]
+    whole = [*trained_norms(model, adapter_name), *trained_scales(model, adapter_name), *copies]
     if whole or config.bias != "none":
         what = f"'{whole[0]}'" if whole else f"biases (bias={config.bias!r})"
         raise InputError(
             f"the adapter also trains {what}, which llama.cpp does not load with an adapter: "
-            "train with train_norms=False, without modules_to_save and biases, or export with --to merged"
+            "train with train_norms=False, without scales, modules_to_save and biases, or export with --to merged"
         )
     if tied := tied_to_embeddings(model, layers):
         raise InputError(

@@ -19,12 +19,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from loretta.convert.load import CONFIG, WEIGHTS
-from loretta.convert.rep_adapter import expert_pair, lora_pair, read_adapter, trained_norms
+from loretta.convert.rep_adapter import expert_pair, lora_pair, read_adapter, trained_norms, trained_scales
 from loretta.convert.written import Export, own_memory, report_of, writing
 from loretta.errors import InputError
 from loretta.tuners.adapter_file import PREFIX
+from loretta.tuners.changes import ChangedModule
 from loretta.tuners.layer import LorettaLayer
-from loretta.tuners.norms import TrainedNorm
 from loretta.tuners.rep import RepExperts
 
 
@@ -38,13 +38,18 @@ def export_lora(
     contracted trains: nothing is approximated. Trained heads are written dense, as ``modules_to_save``, and the updates
     of experts as a LoRA on ``target_parameters``, which repeats what they share for each of them.
 
-    Raises InputError when the adapter is neither, trains layer norms, or ``folder`` is taken.
+    Raises InputError when the adapter is neither, trains layer norms or scales, or ``folder`` is taken.
     """
     config, layers, copies = read_adapter(model, adapter_name)
     if norms := trained_norms(model, adapter_name):
         raise InputError(
             f"the adapter trains {len(norms)} layer norms (such as '{norms[0]}'), which no engine loads with a LoRA "
             "adapter: train with train_norms=False, or export with --to merged"
+        )
+    if scales := trained_scales(model, adapter_name):
+        raise InputError(
+            f"the adapter scales {len(scales)} layers (such as '{scales[0]}'), which no LoRA does: train with "
+            "train_scales=[], or export with --to merged"
         )
     base = model.get_base_model()
     linear = {name: layer for name, layer in layers.items() if not isinstance(layer, RepExperts)}
@@ -116,7 +121,7 @@ def _named_by_peft(layers: Collection[RepExperts], adapter_name: str) -> dict[st
 def _target_modules(adapted: Collection[str], base: nn.Module, modules_to_save: list[str]) -> set[str] | str:
     """Endings, full names where an ending is ambiguous, or an expression, that PEFT matches to ``adapted`` alone."""
     wrapped = [
-        n + "." for n, m in base.named_modules() if isinstance(m, LorettaLayer | TrainedNorm | ModulesToSaveWrapper)
+        n + "." for n, m in base.named_modules() if isinstance(m, LorettaLayer | ChangedModule | ModulesToSaveWrapper)
     ]
     names = [name for name, _ in base.named_modules() if name and not name.startswith(tuple(wrapped))]
 

@@ -16,6 +16,7 @@ from loretta.tuners.adapter_file import check_finite
 from loretta.tuners.copies import AdapterCopy
 from loretta.tuners.norms import TrainedNorm, is_norm
 from loretta.tuners.rep import LorettaRepConfig, RepExperts, RepLinear
+from loretta.tuners.rescaled import TrainedScale
 from loretta.tuners.shared import LorettaSharedConfig
 
 
@@ -55,6 +56,15 @@ def trained_norms(model: PeftModel, adapter_name: str) -> list[str]:
             # a frozen one is saved because its origin is unknown, and stock PEFT takes it for a module like any other
             and not (isinstance(module, AdapterCopy) and module.is_frozen(adapter_name))
         )
+    ]
+
+
+def trained_scales(model: PeftModel, adapter_name: str) -> list[str]:
+    """Names of the layers that an adapter scales."""
+    return [
+        name.removesuffix(".base_layer")
+        for name, module in model.get_base_model().named_modules()
+        if isinstance(module, TrainedScale) and module.change(adapter_name)
     ]
 
 

@@ -27,7 +27,7 @@ AUTO_OPTIONS = {field.name for field in dataclasses.fields(LorettaConfig)} - _OF
 # beside a form, these make an adapter that was not measured
 _OF_THE_MEASUREMENT = {
     "target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern", "init_weights",
-    "bias", "modules_to_save",
+    "bias", "modules_to_save", "train_scales",
 }  # fmt: skip
 _ATTENTION = re.compile(r"attn|attention|(^|_)att$", re.IGNORECASE)
 _ATTENTION_CLASS = re.compile(r"(Attention|Attn)(?!.*(Layer|Block|Stage|Encoder|Decoder|Model)$)")
@@ -54,7 +54,7 @@ def auto_config(
             one it is ``LorettaRepConfig.compact``.
         task_type: as PEFT's. For a name, the default is that of ``loretta plan``.
         options: of :class:`LorettaConfig`. ``train_norms`` limits the choice; False is for adapters that are to be a
-            LoRA elsewhere.
+            LoRA elsewhere, without scales too.
 
     Raises InputError when no form fits, or for an option that is the choice itself.
     """
@@ -87,6 +87,8 @@ def choose_form(
     front, (kind, width) = read_front(), _kind_and_width(model)
     asked = options.get("train_norms")
     forms = [form for form in front.ranked(kind, width) if asked in (None, form.options["train_norms"])]
+    if asked is False and not options.get("train_scales"):  # it is to be a LoRA
+        forms = [form for form in forms if not form.options.get("train_scales")]
     smallest: Plan | None = None
     refusal: InputError | None = None
     nearest = front.nearest(kind, width)

@@ -104,14 +104,15 @@ def highest_rank(
             beyond = found
         if budget.used(found) > 1.5 * budget.amount:
             break
-    fixed = plan.copies.norms + plan.copies.head + plan.biases
+    kinds = "norms, scales, head and biases" if plan.scales else "norms, head and biases"
+    fixed = plan.copies.norms + plan.scales + plan.copies.head + plan.biases
     return (
         with_rank(config, fits),
         plan,
         [
             f"tensor rank {fits} is the highest that fits: {budget.used(plan):,} of {budget}"
             + (f"; rank {fits + 1} would take {budget.used(beyond):,}" if beyond else ""),
-            f"{fixed:,} of the {plan.trainable:,} parameters are norms, head and biases",
+            f"{fixed:,} of the {plan.trainable:,} parameters are {kinds}",
         ],
     )
 
@@ -119,6 +120,9 @@ def highest_rank(
 def _reductions(config: LorettaConfig, model: nn.Module) -> Iterator[tuple[LorettaConfig, str]]:
     """The configuration as asked, then smaller and smaller ones, each with what was given up."""
     yield config, ""
+    if config.train_scales:
+        config = replace(config, train_scales=[])
+        yield config, "nothing is scaled: scales leave no room for a train"
     if config.train_norms:
         config = replace(config, train_norms=False)
         yield config, "the layer norms are frozen: they alone leave no room for a train"

@@ -15,8 +15,8 @@ def trainable_by_kind(model: nn.Module) -> dict[str, int]:
     """Trainable scalars of a PEFT model by kind.
 
     "cores" are the trains of the adapters; "biases" those of the adapters or of the base model; "norms" the layer
-    norms; "head" what is trained of the head, its trains included; "other" what another method adds, such as the
-    matrices of dense adapters.
+    norms; "head" what is trained of the head, its trains included; "other" the scales, and what another method adds,
+    such as the matrices of dense adapters.
     """
     norms: list[str] = []
     copies: list[str] = []

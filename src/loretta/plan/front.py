@@ -63,7 +63,10 @@ class Form(_Plain):
         places = {"all-linear": "on every linear layer", ATTENTION: "on every linear layer of attention"}.get(
             self.options.get("target_modules", ""), places
         )
-        return f"{self.method} {shape} {places}" + (" with the norms" if self.options["train_norms"] else "")
+        beside = ["the norms"] if self.options["train_norms"] else []
+        if scaled := ["MLPs" if place == "mlp" else place for place in self.options.get("train_scales", [])]:
+            beside.append("scales of " + " and ".join(filter(None, [", ".join(scaled[:-1]), scaled[-1]])))
+        return f"{self.method} {shape} {places}" + (f" with {' and '.join(beside)}" if beside else "")
 
 
 class Front(_Plain):

@@ -22,6 +22,7 @@ from loretta.tuners.layer import LorettaLayer
 from loretta.tuners.model import LorettaModel
 from loretta.tuners.placement import Placement, linear_size, matched_modules, not_adaptable, unused_options
 from loretta.tuners.rep import LorettaRepConfig, LorettaRepModel
+from loretta.tuners.rescaled import TrainedScale, scaled_modules
 from loretta.tuners.shared import LorettaSharedConfig, LorettaSharedModel
 
 LORA_RANK = 8  # what everything is compared with
@@ -54,6 +55,7 @@ class Plan:
     not_adaptable: Mapping[str, str] = field(default_factory=dict)  # class -> reason
     unused: tuple[str, ...] = ()  # what was asked for and has no effect, a sentence each
     lora: Cost | None = None  # LoRA r=8 on PEFT's default targets of the same model
+    scales: int = 0
     dense: Cost | None = None  # bottleneck-64 adapters with dense matrices at adp's default places
 
     @property
@@ -74,8 +76,8 @@ class Plan:
 
     @property
     def trainable(self) -> int:
-        """All numbers that are trained: cores, biases, norms and head."""
-        return self.cores + self.biases + self.copies.norms + self.copies.head
+        """All numbers that are trained: cores, biases, norms, scales and head."""
+        return self.cores + self.biases + self.copies.norms + self.scales + self.copies.head
 
     @property
     def saved(self) -> int:
@@ -118,6 +120,7 @@ class Plan:
             "cores": self.cores,
             "biases": self.biases,
             "norms": self.copies.norms,
+            "scales": self.scales,
             "head": self.copies.head,
             "frozen_but_saved": self.copies.frozen,
             "head_parts": list(self.copies.parts),
@@ -210,6 +213,7 @@ def plan_model(model: nn.Module, config: LorettaConfig) -> Plan:
         model_type=model_config.get("model_type", "custom"),
         placements=placements,
         copies=copies,
+        scales=sum(size for _, _, size in scaled_modules(model, config)),
         model_parameters=sum(parameter.numel() for parameter in model.parameters()),
         not_adaptable=not_adaptable(model),
         unused=tuple(unused_options(config, asked, placements, model)),
@@ -248,6 +252,12 @@ def read_plan(model: PeftModel, adapter_name: str = "default") -> Plan:
         model_type=base_config.get("model_type", "custom"),
         placements=placements,
         copies=CopyCost(norms=counts["norms"], head=counts["head"], frozen=0),
+        scales=sum(
+            change.numel()
+            for module in model.modules()
+            if isinstance(module, TrainedScale)
+            for change in module.change(adapter_name).values()
+        ),
         model_parameters=sum(parameter.numel() for parameter in model.parameters()) - sum(counts.values()),
         not_adaptable=not_adaptable(model),
     )

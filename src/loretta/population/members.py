@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from loretta.layers.fused import has_triton
 from loretta.tuners.norms import TrainedNorm
+from loretta.tuners.rescaled import TIMES, TrainedScale
 
 WIDEST = 4096  # width of a norm whose rows a kernel can hold
 
@@ -123,15 +124,17 @@ class MemberLinear(Members):
         return y_PBO.view(*x.shape[:-1], y_PBO.shape[-1])
 
 
-class MemberIA3(Members):
-    """IA3's factors on the input or the output of a frozen layer."""
+class MemberScale(Members):
+    """Factors on the input or the output of a frozen layer: those of IA3, or of a :class:`TrainedScale`."""
 
     module: Any
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        (factors,) = self.values.values()
-        factors_PH = factors.flatten(1)
-        before = self.module.is_feedforward
+        ((name, values),) = self.values.items()
+        if isinstance(self.module, TrainedScale):
+            before, factors_PH = "_scale_in." in name, 1 + TIMES * values
+        else:
+            before, factors_PH = self.module.is_feedforward, values.flatten(1)
         y = x if before else self.module.base_layer(x, *args, **kwargs)
         scaled = (y.reshape(self.size, -1, y.shape[-1]) * factors_PH[:, None]).to(y.dtype).view(y.shape)
         return self.module.base_layer(scaled, *args, **kwargs) if before else scaled

@@ -17,13 +17,14 @@ from torch.overrides import TorchFunctionMode
 from loretta.errors import InputError
 from loretta.population.attention import PackedAttention
 from loretta.population.casts import OneCast
-from loretta.population.members import MemberIA3, MemberLinear, MemberNorm, Members, MemberVBLoRA
+from loretta.population.members import MemberLinear, MemberNorm, Members, MemberScale, MemberVBLoRA
 from loretta.population.sites import ADAPTER, blocks_of, is_train, names_of, part_of, site_of, sites_of, tensors_of
 from loretta.population.trains import MemberAdp, MemberRep, MemberTrains, SharedGroup, TrainGroup
 from loretta.tuners.contraction import Contraction
 from loretta.tuners.layer import LorettaLayer
 from loretta.tuners.norms import TrainedNorm
 from loretta.tuners.rep.layer import RepLinear
+from loretta.tuners.rescaled import TrainedScale
 from loretta.tuners.shared.layer import SharedLinear
 from loretta.wording import one_line
 
@@ -187,8 +188,8 @@ class Population(nn.Module):
         in_base = any(name.startswith("base_layer.") for name in values)
         if type(norm) is nn.LayerNorm and norm.weight is not None and norm.bias is not None and not in_base:
             return MemberNorm(module, values)
-        if isinstance(module, IA3Layer) and len(values) == 1:
-            return MemberIA3(module, values)
+        if isinstance(module, IA3Layer | TrainedScale) and len(values) == 1:
+            return MemberScale(module, values)
         return (MemberVBLoRA if isinstance(module, VBLoRALayer) else Members)(module, values)
 
     def _replace(self, site: str, by: Members) -> None:

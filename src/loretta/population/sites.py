@@ -9,8 +9,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from loretta.tuners.changes import ChangedModule
 from loretta.tuners.layer import LorettaLayer
-from loretta.tuners.norms import TrainedNorm
 
 ADAPTER = "default"
 _PARTS = ("down", "up", "bias", "start_down", "start_up")
@@ -48,7 +48,7 @@ def site_of(model: nn.Module, name: str) -> str:
     modules = [(at, model.get_submodule(at)) for at in above]
     for at, module in modules:
         copied = isinstance(module, AuxiliaryTrainingWrapper) and type(module) is not ModulesToSaveWrapper
-        if copied or isinstance(module, TrainedNorm):
+        if copied or isinstance(module, ChangedModule):
             return at
     if is_train(name):
         return next(at for at, module in modules if isinstance(module, LorettaLayer))
@@ -56,7 +56,7 @@ def site_of(model: nn.Module, name: str) -> str:
     if type(owner) in (nn.Linear, nn.LayerNorm):
         return path
     layers = [at for at, module in modules if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
-    return layers[-1] if layers else path
+    return layers[0] if layers else path
 
 
 def sites_of(model: nn.Module, names: Sequence[str]) -> list[tuple[str, str]]:

@@ -79,7 +79,7 @@ METHODS: dict[str, Method] = {
     "bitfit": Method(
         config=LoraConfig, options={"target_modules": DUMMY_TARGET_MODULES, "bias": "all"}, learning_rate=2e-3
     ),
-    "ia3": Method(config=IA3Config, learning_rate=5e-3),
+    "ia3": Method(config=IA3Config, learning_rate=1e-2),
     "norms": Method(config=LNTuningConfig, learning_rate=1.5e-3, targets=norm_names),
     "head": Method(config=LoraConfig, options={"target_modules": DUMMY_TARGET_MODULES}, learning_rate=1e-2),
 }

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from loretta.errors import InputError
+from loretta.tuners.rescaled import TrainedScale
 from loretta.wording import quoted
 
 PREFIX = "base_model.model."  # begins the keys of the files that PeftModel writes
@@ -75,7 +76,7 @@ def names_alone(model: nn.Module, prefix: str) -> dict[str, str]:
     others = [f"{name}.base_layer." for name, module in reversed(layers) if getattr(module, "prefix", "") != prefix]
     found = {}
     for name, module in layers:
-        if getattr(module, "prefix", "") == prefix:
+        if isinstance(module, TrainedScale) or getattr(module, "prefix", "") == prefix:
             whole = alone = f"{name}.{prefix}"
             for other in others:
                 if alone.startswith(other):

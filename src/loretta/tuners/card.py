@@ -45,6 +45,7 @@ _NOT_TRAINED = re.compile(
 )
 _TRAIN = re.compile(r"\.loretta_((rep|adp)_(down|up)|shared_train)\.")
 _NORM = re.compile(r"\.loretta_(rep|adp|shared)_norm_[^.]+(\.values)?$")
+_SCALE = re.compile(r"\.loretta_(rep|adp|shared)_scale_(in|out)\.")
 _SIGNATURE = re.compile(r"(?P<count>\d+) (?P<module>\S+) ((?P<experts>\d+)\*)?(?P<in>\d+) x (?P<out>\d+)")
 # heads that are frozen, wholly or in part: they are saved because the base model lacks their random start
 _FROZEN_HEADS = {"frozen": "none", "tensorized_only": "its trains and their biases"}
@@ -223,7 +224,7 @@ def _kinds(config: Mapping[str, Any], shapes: Shapes) -> list[tuple[str, int, st
         norms: "all" if config["train_norms"] else _beside_a_frozen_head("none", norms, config, shapes),
         whole: _beside_a_frozen_head(_FROZEN_HEADS.get(config["train_head"], "all"), whole, config, shapes),
     }
-    kinds = (cores, "biases", norms, whole, "starting values and copies")
+    kinds = (cores, "biases", norms, "scales", whole, "starting values and copies")
     return [(kind, counts[kind], trained.get(kind, "all")) for kind in kinds if counts[kind]]
 
 
@@ -241,6 +242,8 @@ def _kind(key: str, shapes: Shapes) -> str:
     module, _, name = key.rpartition(".")
     if _NORM.search(key):
         return "layer norms"
+    if _SCALE.search(key):
+        return "scales"
     # beside a trained norm no bias of its base trains, and bias="all" saves it still
     of_norm = module.removesuffix(".base_layer") + ".loretta_{}_norm_bias.values"
     if _NOT_TRAINED.search(key) or any(of_norm.format(method) in shapes for method in ("rep", "adp", "shared")):

@@ -14,6 +14,7 @@ from loretta.wording import quoted
 
 TrainHead = Literal["tensorized", "tensorized_only", "dense", "frozen"]
 InitWeights = Literal["zero", "denoised", "gaussian"]
+Place = Literal["keys", "values", "mlp"]  # of scales
 
 
 @dataclass
@@ -39,6 +40,10 @@ class LorettaConfig(PeftConfig):
             subtracted for good, as section 3.3 describes; the frozen start is saved with the adapter, which
             doubles its cores on disk. ``True`` and ``False`` mean "zero" and "gaussian", as in other methods.
         train_norms: also train every layer norm (saved with the adapter).
+        train_scales: also train factors as IA3 does (saved with the adapter): on the outputs of the "keys" and of the
+            "values", and on the inputs of the last layer of every "mlp", before the update of the trains is added.
+            ``exclude_modules`` and ``layers_to_transform`` choose among them too.
+            They take the learning rate of the trains: what is held of them counts eight times.
         train_head: what happens to a classification head (task types SEQ_CLS, TOKEN_CLS and QUESTION_ANS):
             "tensorized": the head's hidden layer (``pooler.dense``, ``classifier.dense``, ``head.dense``, ...) gets a
             tensor train, and the final layer is trained; "tensorized_only": the same with the final layer frozen, as
@@ -71,6 +76,7 @@ class LorettaConfig(PeftConfig):
     modes_per_side: int | None = None
     init_weights: InitWeights | bool = "zero"
     train_norms: bool = True
+    train_scales: list[str] = field(default_factory=list)
     train_head: TrainHead = "tensorized"
     rank_pattern: dict[str, int] = field(default_factory=dict)
     bias: Literal["none", "all", "loretta_rep_only", "loretta_adp_only", "loretta_shared_only"] = "none"
@@ -153,6 +159,10 @@ class LorettaConfig(PeftConfig):
             *self._not_among("init_weights", get_args(InitWeights)),
             *(p for name in ("train_head", "bias") for p in self._not_among(name)),
         ]
+        if unknown := [place for place in self.train_scales if place not in get_args(Place)]:
+            problems.append(f"train_scales={unknown!r} is none of {', '.join(map(repr, get_args(Place)))}")
+        if self.train_scales and self.bias != "none":
+            problems.append(f"train_scales and bias={self.bias!r} both change biases: leave one of them out")
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
             problems += [
                 f"{name} needs target_modules as a list, not the expression {self.target_modules!r}"

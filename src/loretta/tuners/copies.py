@@ -313,9 +313,10 @@ def _as_pefts(names: list[str]) -> Any:
 
 
 def check_copies_are_here(model: nn.Module, copies: bool) -> None:
-    """Refuse norms and whole modules beside a base model that accelerate has offloaded: there is nothing to copy."""
+    """Refuse norms, scales and whole modules beside a base that accelerate has offloaded: there is nothing to copy."""
     if copies and (name := next((name for name, module in model.named_modules() if is_offloaded(module)), None)):
         raise InputError(
-            f"norms and heads cannot be trained where accelerate has offloaded '{name}', whose values are not here: "
-            "offload after the adapter is on the model, or set train_norms=False, with no head and no modules_to_save"
+            f"norms, scales and heads cannot be trained where accelerate has offloaded '{name}', whose values are not "
+            "here: offload after the adapter is on the model, or set train_norms=False, with no scales, no head and no "
+            "modules_to_save"
         )

@@ -7,9 +7,10 @@ from torch import nn
 
 from loretta.errors import InputError
 from loretta.tuners.bypassed import places_by_module
+from loretta.tuners.changes import ChangedModule
 from loretta.tuners.layer import LorettaLayer
-from loretta.tuners.norms import TrainedNorm
 from loretta.tuners.placement import is_linear_map
+from loretta.tuners.rescaled import TrainedScale
 
 
 def check_mergeable_names(merged: Sequence[str], active: Sequence[str], loaded: Collection[str]) -> None:
@@ -38,8 +39,10 @@ def check_mergeable(model: nn.Module, layer_cls: type[LorettaLayer]) -> None:
         if isinstance(module, layer_cls):
             base, weights = module.get_base_layer(), [module._base_weight()]
             _check_layer(name, module, base)
-        elif isinstance(module, TrainedNorm) and module.held:
+        elif isinstance(module, ChangedModule) and module.held:
             base, weights = module.base_layer, list(module.base_layer.parameters(recurse=False))
+            if isinstance(module, TrainedScale) and not module.is_plain:
+                raise InputError(f"cannot merge scales into the quantised weight of '{name}': keep the adapter loaded")
         else:
             continue
         if any(owners[id(weight)] > 1 for weight in weights):

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from loretta.errors import InputError
 from loretta.tuners.adapter_file import check_not_merged, check_tensors, names_alone, renamed
 from loretta.tuners.bypassed import check_called, under_other_names
+from loretta.tuners.changes import ChangedModule, put_changes
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.contraction import Contraction, note_change
 from loretta.tuners.copies import AdapterCopy, check_copies_are_here, rename_copy
@@ -39,6 +40,7 @@ from loretta.tuners.placement import (
     sign,
     unused_options,
 )
+from loretta.tuners.rescaled import put_scales, scaled_modules
 from loretta.tuners.targets import chosen_targets
 from loretta.tuners.watch import Watch
 
@@ -83,6 +85,7 @@ class LorettaModel(BaseTuner):
         fit_final_layer(model, config)
         config = expand_targets(self._prepare_adapter_config(config, self.get_model_config(model)), model)
         agree_on_origins(model, config)
+        scaled = {name: side for name, side, _ in scaled_modules(model, config)}
         if state_dict is None:
             targeted = copy.copy(config)
             targeted.modules_to_save = [*(config.modules_to_save or []), *head_names(model, config)]
@@ -91,7 +94,7 @@ class LorettaModel(BaseTuner):
             experts = self.place_parameters(config, model)
             self.planned = {placement.name: placement for placement in (*placements, *experts)}
             check_signature(config, [*placements, *experts])
-            names = [placement.name for placement in placements]
+            names = list(dict.fromkeys([*(placement.name for placement in placements), *scaled]))
             check_called(model, names)
             placements += experts
             # no warning for defaults, which name modules of several versions, nor for saved adapters, which had it once
@@ -99,13 +102,16 @@ class LorettaModel(BaseTuner):
             names += norms_of(model) if config.train_norms else []
             for sentence in unused_options(config, asked, placements, model) + under_other_names(model, names):
                 warnings.warn(sentence, stacklevel=2)
-        check_copies_are_here(model, bool(config.train_norms or config.modules_to_save or head_names(model, config)))
+        beside = config.train_norms or config.train_scales or config.modules_to_save or head_names(model, config)
+        check_copies_are_here(model, bool(beside))
         whole = [*(config.modules_to_save or []), *head_names(model, config)]
         check_endings(adapter_name, whole)
         check_apart(model, whole)
         is_disabled = self._is_disabled()
         copy_cost(model, config)
         self._forget(adapter_name)
+        if state_dict is not None:  # PEFT takes the names of the targets from it
+            state_dict = {key: value for key, value in state_dict.items() if f".{self.prefix}scale_" not in key}
         names = install_head(model, config, adapter_name)
         given = list(dict.fromkeys(config.modules_to_save or [])) or None
         # set for PEFT alone: the config itself keeps what the user gave
@@ -122,12 +128,15 @@ class LorettaModel(BaseTuner):
         if config.train_norms:
             for name in norms_of(model):
                 with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-                    self._train_norm(name, adapter_name, inference_mode=config.inference_mode)
+                    self._train_norm(name, adapter_name)
+        with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+            put_scales(self, scaled, adapter_name)
         for norm in self._layers(TrainedNorm):
             if config.holds_whole_norms:
                 norm.expects_values_of = adapter_name
-            norm.known = {name: norm.known.get(name, False) for name in self.peft_config}
-        layers: list[Any] = [*self._layers(LorettaLayer), *self._layers(TrainedNorm)]
+        for changed in self._layers(ChangedModule):
+            changed.known = {name: changed.known.get(name, False) for name in self.peft_config}
+        layers: list[Any] = [*self._layers(LorettaLayer), *self._layers(ChangedModule)]
         followers = self._layers(AuxiliaryTrainingWrapper)
         for layer in layers:
             layer.followers = followers
@@ -142,7 +151,7 @@ class LorettaModel(BaseTuner):
             if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
                 module.delete_adapter(adapter_name, [n for n in module.active_adapters if n != adapter_name])
                 left, base = list(module.modules_to_save), module.original_module
-            elif isinstance(module, LorettaLayer | TrainedNorm) and adapter_name in module.held:
+            elif isinstance(module, LorettaLayer | ChangedModule) and adapter_name in module.held:
                 if module.merged:
                     module.unmerge()
                 module.delete_adapter(adapter_name)
@@ -152,19 +161,9 @@ class LorettaModel(BaseTuner):
             if not left:
                 self.model.set_submodule(name, base)
 
-    def _train_norm(self, name: str, adapter_name: str, *, inference_mode: bool) -> None:
+    def _train_norm(self, name: str, adapter_name: str) -> None:
         """Add one adapter's changes to a norm. Whatever ``bias`` says, the norm's own bias does not train too."""
-        module = self.model.get_submodule(name)
-        if not isinstance(module, TrainedNorm):
-            norm = TrainedNorm(module)
-            norm.set_adapter(self.active_adapters)
-            self.model.set_submodule(name, norm)
-            module = norm
-        if not module.known.get(adapter_name):
-            module.update_layer(adapter_name, self.prefix)
-            is_active = adapter_name in self.active_adapters
-            module.set_requires_grad(adapter_name, is_active and not inference_mode)
-        module.base_layer.requires_grad_(False)
+        put_changes(self, TrainedNorm, name, adapter_name).base_layer.requires_grad_(False)
 
     def _layers(self, kind: type[Layer]) -> list[Layer]:
         return [module for module in self.model.modules() if isinstance(module, kind)]
@@ -172,7 +171,7 @@ class LorettaModel(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """To the dtype of the base where PEFT is told not to autocast; adapters are made in float32 otherwise."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        own: list[Any] = [*self._layers(LorettaLayer), *self._layers(TrainedNorm), *self._layers(AdapterCopy)]
+        own: list[Any] = [*self._layers(LorettaLayer), *self._layers(ChangedModule), *self._layers(AdapterCopy)]
         for layer in () if autocast_adapter_dtype else own:
             layer.to_base_dtype(adapter_name)
 
@@ -217,12 +216,12 @@ class LorettaModel(BaseTuner):
                     f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.",
                     stacklevel=2,
                 )
-            for layer in (*self._layers(self.layer_cls), *self._layers(TrainedNorm)):
+            for layer in (*self._layers(self.layer_cls), *self._layers(ChangedModule)):
                 layer.set_adapter(others or left[:1])  # what is merged goes on computing
         super().delete_adapter(adapter_name)
 
     def _is_disabled(self) -> bool:
-        return any(layer.disable_adapters for layer in (*self._layers(self.layer_cls), *self._layers(TrainedNorm)))
+        return any(layer.disable_adapters for layer in (*self._layers(self.layer_cls), *self._layers(ChangedModule)))
 
     def disable_adapter_layers(self) -> None:
         """As PEFT's."""
@@ -263,17 +262,18 @@ class LorettaModel(BaseTuner):
         self, peft_config, adapter_name, target, target_name, parent, current_key, parameter_name=None
     ) -> None:
         if isinstance(target, TrainedNorm) or is_norm(target):  # the weights to be loaded name the targets
-            self._train_norm(current_key, adapter_name, inference_mode=peft_config.inference_mode)
+            self._train_norm(current_key, adapter_name)
             return
-        if isinstance(target, LorettaLayer) and target.prefix == self.prefix:
-            self._update_layer(target, adapter_name, peft_config, current_key, _base_of(target))
-            return
+        if not (isinstance(target, LorettaLayer) and target.prefix == self.prefix):
+            target = self.put_layer(target, parent, target_name, current_key)
+        self._update_layer(target, adapter_name, peft_config, current_key, _base_of(target))
+
+    def put_layer(self, target: nn.Module, parent: nn.Module, target_name: str, current_key: str) -> Any:
+        """A layer of this method, without trains yet, in the place of a linear layer."""
         layer: Any = self.layer_cls(target, name=current_key, **get_quantization_kwargs(self.model))
-        self._update_layer(layer, adapter_name, peft_config, current_key, _base_of(target))
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)
-        layer.set_adapter(self.active_adapters, inference_mode=peft_config.inference_mode)
+        layer.set_adapter(self.active_adapters)
         self._replace_module(parent, target_name, layer, target)
+        return layer
 
     def _update_layer(self, layer: Any, adapter_name: str, config: Any, name: str, module: nn.Module) -> None:
         layer.update_layer(adapter_name, self.place(config, name, module), config)
@@ -301,7 +301,7 @@ class LorettaModel(BaseTuner):
             raise InputError(f"cannot rename {old!r} to {new!r}, which is the name of another loaded adapter")
         check_adapter_name(self.model, new)
         self.peft_config[new] = self.peft_config.pop(old)
-        for layer in (*self._layers(self.layer_cls), *self._layers(TrainedNorm)):
+        for layer in (*self._layers(self.layer_cls), *self._layers(ChangedModule)):
             layer.rename_adapter(old, new)
         for copied in self._layers(ModulesToSaveWrapper):
             rename_copy(copied, old, new)
@@ -329,7 +329,7 @@ class LorettaModel(BaseTuner):
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        layers = [m for m in self.modules() if isinstance(m, self.layer_cls | TrainedNorm | AuxiliaryTrainingWrapper)]
+        layers = [m for m in self.modules() if isinstance(m, self.layer_cls | ChangedModule | AuxiliaryTrainingWrapper)]
         known = {name for layer in layers for name in layer._get_available_adapters()}
         if unknown := set(adapter_names) - known - {"__base__"}:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")

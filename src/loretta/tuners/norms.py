@@ -1,21 +1,18 @@
 """Trained layer norms: each adapter holds a change of the base norm's weight and bias (LoRETTA section 3.2)."""
 
 import re
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from accelerate.utils import align_module_device
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from loretta.errors import InputError
-from loretta.tuners.layer import AdaptedModule, is_offloaded
-from loretta.tuners.mixed import in_turn
+from loretta.tuners.changes import ChangedModule
+from loretta.tuners.layer import is_offloaded
 
 _NORM_CLASS = re.compile(r"(Layer|RMS|Group)Norm")
 
@@ -61,73 +58,21 @@ def norm_names(model: nn.Module) -> list[str]:
     return list(chosen)
 
 
-class Change(nn.Module):
-    """One adapter's change of one parameter of a norm.
+class TrainedNorm(ChangedModule):
+    """A norm that computes with its base's parameters plus the changes of the active adapters."""
 
-    It is a module so that the adapter's name stands between dots in the parameter's: TRL makes the reference of DPO
-    and GRPO by copying what has ``.default.`` in its name, and would pass over a parameter that ends in ``.default``.
-    """
-
-    values: nn.Parameter
-
-    def __init__(self, values: Tensor) -> None:
-        super().__init__()
-        self.values = nn.Parameter(values)
-
-
-class TrainedNorm(nn.Module, AdaptedModule):
-    """A norm that computes with its base's parameters plus the changes of the active adapters.
-
-    The changes lie in dictionaries by adapter, one for each parameter of the base, named after the prefix of the
-    adapter's method: ``loretta_rep_norm_weight`` and so on. They have at least float32 and start as zeros, with which
-    the norm computes what its base does to the last bit. Changes are held and not weights: a change lies near zero,
-    where every format has numbers close together, and a weight near 1, where the numbers of bfloat16 are 0.008 apart.
-    """
-
-    cast_input_dtype_enabled = True  # for PEFT's disable_input_dtype_casting: there is no such casting here
+    kind, off = "norm", "train_norms=False"
 
     def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__()
-        self.base_layer = base_layer
-        self.training = base_layer.training
+        super().__init__(base_layer)
         own = dict(base_layer.named_parameters(recurse=False))
         self.parameter_names = tuple(own)
         self.in_features = self.out_features = max(parameter.shape[-1] for parameter in own.values())
-        self.adapter_layer_names = ()
-        self.other_param_names = ("known",)
-        self.known: dict[str, bool] = {}  # every adapter of the model: whether it trains this norm
-        self._active_adapter: list[str] = []
-        self._disable_adapters = False
-        self.merged_adapters: list[str] = []
-        self._unmerged: dict[str, Tensor] = {}  # the base's own values, while adapters are merged into them
         self.expects_values_of: str | None = None
-        self.followers = []
 
-    def update_layer(self, adapter_name: str, prefix: str) -> None:
+    def update_layer(self, adapter_name: str, prefix: str, *side: str) -> None:
         """Add one adapter, of the method with this ``prefix``, whose changes are zeros."""
-        for name in self.parameter_names:
-            attribute = f"{prefix}norm_{name}"
-            if attribute not in self._modules:
-                setattr(self, attribute, nn.ModuleDict())
-                self.adapter_layer_names = (*self.adapter_layer_names, attribute)
-            value = self._own(name)
-            dtype = torch.promote_types(value.dtype, torch.float32)
-            getattr(self, attribute)[adapter_name] = Change(torch.zeros_like(value, dtype=dtype))
-        self.known[adapter_name] = True
-
-    @property
-    def held(self) -> list[str]:
-        """The adapters that train this norm."""
-        return [name for name, trains in self.known.items() if trains]
-
-    def change(self, adapter_name: str) -> dict[str, nn.Parameter]:
-        """The changes of one adapter, by the base's names; empty where it does not train this norm."""
-        found = {}
-        for attribute in self.adapter_layer_names:
-            changes = getattr(self, attribute)
-            if adapter_name in changes:
-                found[attribute.partition("_norm_")[2]] = changes[adapter_name].values
-        return found
+        self.hold(adapter_name, prefix, {name: self._own(name) for name in self.parameter_names})
 
     def with_changes(self, weights: Mapping[str, float]) -> dict[str, Tensor]:
         """The base's parameters plus the weighted sum of the changes of some adapters, in the base's dtype.
@@ -141,48 +86,10 @@ class TrainedNorm(nn.Module, AdaptedModule):
                 values[name] = values.get(name, self._own(name)) + term
         return {name: value.to(self._own(name).dtype) for name, value in values.items()}
 
-    def _own(self, name: str) -> Tensor:
-        """A parameter of the base as it is without adapters. Replicas of DataParallel have no ``parameters()``."""
-        return self._unmerged[name] if name in self._unmerged else getattr(self.base_layer, name)
-
-    def _running(self) -> dict[str, float]:
-        return {} if self.disable_adapters or self.merged else dict.fromkeys(self.active_adapters, 1.0)
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """As the base norm, in the shape and dtype that it gives, with the changes of the active adapters.
-
-        ``adapter_names`` (one for each row of the first dimension) replace the active ones, as in PEFT.
-        """
-        adapter_names = kwargs.pop("adapter_names", None)
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-        elif adapter_names is not None:
-            return self._mixed(adapter_names, x, args, kwargs)
-        return self._call_base(self._running(), (x, *args), kwargs)
-
     def _call_base(self, weights: Mapping[str, float], args: Any, kwargs: Any) -> Tensor:
         holders = (getattr(self, attribute) for attribute in self.adapter_layer_names)
         parts = [self.base_layer, *(changes[name] for changes in holders for name in weights if name in changes)]
         return call_here(self.base_layer, parts, lambda: self.with_changes(weights), args, kwargs)
-
-    def _mixed(self, adapter_names: Sequence[str], x: Tensor, args: Any, kwargs: Any) -> Tensor:
-        if isinstance(x, nn.Parameter) and not self.merged:
-            # DeBERTa norms its embeddings of distances, which all rows share
-            warnings.warn(
-                f"a norm of {tuple(x.shape)} weights, which belong to no row of the batch, computes without adapters "
-                "where adapter_names gives one for each row: set one adapter at a time for its own results",
-                stacklevel=2,
-            )
-            return self.base_layer(x, *args, **kwargs)
-        self._check_mixed_batch(x, adapter_names)
-
-        def compute(name: str, rows: list[int]) -> Tensor:
-            own = [value[rows] if _has_rows_of(value, x) else value for value in (x, *args)]
-            named = {key: value[rows] if _has_rows_of(value, x) else value for key, value in kwargs.items()}
-            return self._call_base({name: 1.0}, own, named)
-
-        return in_turn(adapter_names, compute)
 
     def take_values(self, adapter_name: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Turn whole parameters, as adapters once held them, into changes: attribute name -> change of the base."""
@@ -204,57 +111,6 @@ class TrainedNorm(nn.Module, AdaptedModule):
         else:
             super().__setattr__(name, value)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Write the parameters with the changes of ``adapter_names`` (default: the active ones) into the base.
-
-        Raises ValueError when ``safe_merge`` finds a value that is not finite.
-        """
-        new = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.known]
-        merged = [*self.merged_adapters, *new]
-        values = self.with_changes(dict.fromkeys(merged, 1.0))
-        if safe_merge and not all(value.isfinite().all() for value in values.values()):
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {new[-1]} seems to be broken")
-        for name, value in values.items():
-            self._unmerged.setdefault(name, getattr(self.base_layer, name).detach())
-            getattr(self.base_layer, name).data = value.detach()
-        self.merged_adapters = merged
-
-    def unmerge(self) -> None:
-        """Give the base its own values back, to the last bit."""
-        for name, value in self._unmerged.items():
-            getattr(self.base_layer, name).data = value
-        self._unmerged, self.merged_adapters = {}, []
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """PEFT asks right before it converts. Raises InputError: it stops at a norm, whichever adapter trains it."""
-        if self.known.get(adapter_name):
-            raise InputError(
-                f"the adapter {adapter_name!r} also trains norms, which PEFT's conversion to LoRA would lose: train "
-                "with train_norms=False, or export with --to merged"
-            )
-        owners = [name for name, trains in self.known.items() if trains]
-        raise InputError(
-            f"PEFT cannot convert the adapter {adapter_name!r} on a model whose norms {owners or 'an adapter'} "
-            "trained: call loretta.export_lora, or load the adapter on a base model of its own"
-        )
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """To the device alone. PEFT calls this after a load, and PEFT's own would round the changes."""
-        for attribute in self.adapter_layer_names:
-            changes = getattr(self, attribute)
-            if adapter_name in changes and not changes[adapter_name].values.is_meta:
-                target = self._own(attribute.partition("_norm_")[2]).device if device is None else device
-                changes[adapter_name].to(target)
-
-    def to_base_dtype(self, adapter_name: str) -> None:
-        """Hold one adapter's changes in the dtype of the base."""
-        for name, change in self.change(adapter_name).items():
-            change.data = change.data.to(self._own(name).dtype)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> "TrainedNorm":
-        self._unmerged = {name: fn(value) for name, value in self._unmerged.items()}
-        return super()._apply(fn, recurse)
-
     @property
     def weight(self) -> Tensor:
         """The weight that the norm computes with, for code that reads it past the module."""
@@ -269,18 +125,8 @@ class TrainedNorm(nn.Module, AdaptedModule):
         return self.with_changes(self._running()).get(name, getattr(self.base_layer, name))
 
     def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":  # not built yet
-                raise
-            is_parameter = name in self.__dict__.get("parameter_names", ())
-            return self._effective(name) if is_parameter else getattr(self.base_layer, name)
-
-
-def _has_rows_of(value: Any, x: Tensor) -> bool:
-    """Whether an input of a norm has a part for each row of ``x``, as the gate of Mamba 2's norms."""
-    return isinstance(value, Tensor) and value.dim() == x.dim() and len(value) == len(x)
+        # one that is no property here, of a norm with parameters of other names
+        return self._effective(name) if name in self.__dict__.get("parameter_names", ()) else super().__getattr__(name)
 
 
 def values_as_changes(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -6,9 +6,9 @@ from torch import nn
 
 from loretta.tuners.adp.config import LorettaAdpConfig
 from loretta.tuners.adp.layer import CANNOT_MERGE, AdpLinear
+from loretta.tuners.changes import ChangedModule
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.model import LorettaModel
-from loretta.tuners.norms import TrainedNorm
 from loretta.tuners.placement import Placement, plan_trains, planner, rank_for, require_linear
 from loretta.tuners.targets import ADP_TARGETS
 
@@ -17,7 +17,7 @@ class LorettaAdpModel(LorettaModel):
     """Puts a tensor-train bottleneck adapter at every target (LoRETTA section 3.2)."""
 
     prefix = "loretta_adp_"
-    tuner_layer_cls = (AdpLinear, TrainedNorm)  # type: ignore[assignment]
+    tuner_layer_cls = (AdpLinear, ChangedModule)  # type: ignore[assignment]
     layer_cls = AdpLinear
     target_module_mapping = ADP_TARGETS  # type: ignore[assignment]
 

@@ -25,6 +25,7 @@ from loretta.tuners.joint import Halves
 from loretta.tuners.layer import BY_ADAPTER, LorettaLayer, fitting, is_bare_linear, lies_in_rows, works_in
 from loretta.tuners.placement import Placement, rank_for
 from loretta.tuners.rep.config import COMPACT, LorettaRepConfig
+from loretta.tuners.rescaled import TrainedScale
 
 
 def larger_starts(placement: Placement) -> tuple[list[float], list[float]]:
@@ -191,7 +192,13 @@ class RepLinear(LorettaLayer):
                 f"cannot merge into a {type(self.get_base_layer()).__name__}, whose packed weights are fixed: keep the "
                 "adapter loaded, or merge it into the base model before quantisation"
             )
-        for name in check_adapters_to_merge(self, adapter_names):
+        new = check_adapters_to_merge(self, adapter_names)
+        below: Any = self.base_layer
+        while isinstance(below, LorettaLayer):  # of other methods
+            below = below.base_layer
+        if isinstance(below, TrainedScale):
+            below.merge(safe_merge, new)  # of the weight as it is without updates
+        for name in new:
             if name not in self.n_pairs:
                 continue
             self._add_to_base(self.get_delta_weight(name), name, safe=safe_merge)

@@ -15,11 +15,11 @@ from torch import nn
 from loretta.errors import InputError
 from loretta.layers.fit import EXACT, Update, fit_update, smallest_fit
 from loretta.layers.trains import TTLinear
+from loretta.tuners.changes import ChangedModule
 from loretta.tuners.experts import matched_parameters, plan_experts
 from loretta.tuners.layer import is_offloaded
 from loretta.tuners.model import LorettaModel
 from loretta.tuners.names import check_adapter_name
-from loretta.tuners.norms import TrainedNorm
 from loretta.tuners.placement import Placement, plan_trains, planner, rank_for, require_linear
 from loretta.tuners.rep.config import LorettaRepConfig, of_ranks
 from loretta.tuners.rep.experts import RepExperts
@@ -39,7 +39,7 @@ class LorettaRepModel(LorettaModel):
     """Adds a weight update of two tensor trains to every target (LoRETTA section 3.3)."""
 
     prefix = "loretta_rep_"
-    tuner_layer_cls = (RepLinear, TrainedNorm)  # type: ignore[assignment]
+    tuner_layer_cls = (RepLinear, ChangedModule)  # type: ignore[assignment]
     layer_cls = RepLinear
     target_module_mapping = REP_TARGETS  # type: ignore[assignment]
 
@@ -70,7 +70,7 @@ class LorettaRepModel(LorettaModel):
         layers = [module for module in self.model.modules() if isinstance(module, RepLinear)]
         lossy = any(layer.beside.get(name) for layer in layers for name in names)
         lossy |= any(name in layer.n_pairs for layer in self._layers(RepExperts) for name in names)
-        lossy |= bool(self._layers(TrainedNorm))  # those of other adapters, at which PEFT stops
+        lossy |= bool(self._layers(ChangedModule))  # those of other adapters, at which PEFT stops
         return not lossy and all(self.peft_config[name].bias == "none" for name in names)
 
     @classmethod
@@ -190,6 +190,7 @@ class LorettaRepModel(LorettaModel):
         norms = any(config.train_norms for config in configs)
         # of the head's trains the config says the rank, and the shapes of their sizes
         head_sizes = {f"{train.in_features}x{train.out_features}" for train in self._layers(TTLinear)}
+        scales = list(dict.fromkeys(place for config in configs for place in config.train_scales))
         # the config of one of the adapters, for the modules of all of them
         self.peft_config[adapter_name] = replace(
             first,
@@ -200,6 +201,7 @@ class LorettaRepModel(LorettaModel):
             modes_per_side=None,
             init_weights="zero",
             train_norms=norms,
+            train_scales=scales,
             target_modules=list(fits),
             exclude_modules=None,
             layers_to_transform=None,
@@ -215,13 +217,13 @@ class LorettaRepModel(LorettaModel):
             down, up = layers[name]._trains(adapter_name)[0]
             down.assign(list(fit.down))
             up.assign(list(fit.up))
-        self._combine_norms_and_heads(adapters, weights, adapter_name)
+        self._combine_changes_and_heads(adapters, weights, adapter_name)
 
     @torch.no_grad()
-    def _combine_norms_and_heads(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
-        for norm in self._layers(TrainedNorm):
-            for name, change in norm.change(adapter_name).items():
-                terms = [w * norm.change(a)[name] for a, w in zip(adapters, weights, strict=True) if norm.known[a]]
+    def _combine_changes_and_heads(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
+        for module in self._layers(ChangedModule):
+            for name, change in module.change(adapter_name).items():
+                terms = [w * module.change(a)[name] for a, w in zip(adapters, weights, strict=True) if module.known[a]]
                 change.copy_(sum(terms, torch.zeros_like(change)))
         for head in self._layers(ModulesToSaveWrapper):
             having = [a for a in adapters if a in head.modules_to_save]

@@ -1,0 +1,179 @@
+"""Trained scales: factors on what keys, values and the last layers of MLPs compute, as IA3's (arXiv:2205.05638)."""
+
+import copy
+import re
+from collections.abc import Iterator, Mapping
+from itertools import chain
+from typing import Any, get_args
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from loretta.errors import InputError
+from loretta.tuners.changes import ChangedModule, put_changes
+from loretta.tuners.config import LorettaConfig, Place
+from loretta.tuners.layer import LorettaLayer, parameter_of
+from loretta.tuners.norms import outer_modules
+from loretta.tuners.placement import linear_size, require_linear
+
+_BERT = ("self.key", "self.value", r"\d+.output.dense")  # not that of attention: its input is what the values give
+_LLAMA = ("k_proj", "v_proj", "down_proj")
+# by ``config.model_type``: how the names of keys, values and the last layers of MLPs end
+NAMES: dict[str, tuple[str, str, str]] = {
+    **dict.fromkeys(("bert", "camembert", "electra", "roberta", "xlm-roberta"), _BERT),
+    "deberta-v2": ("self.key_proj", "self.value_proj", r"\d+.output.dense"),
+    "mpnet": ("attn.k", "attn.v", r"\d+.output.dense"),
+    "distilbert": ("k_lin", "v_lin", "ffn.lin2"),
+    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "llama", "mistral", "olmo2", "qwen2", "qwen3"), _LLAMA),
+    **dict.fromkeys(("bart", "mbart", "opt", "phi"), ("k_proj", "v_proj", "fc2")),
+    **dict.fromkeys(("t5", "mt5"), (r"\w+Attention.k", r"\w+Attention.v", "DenseReluDense.wo")),
+    "gptj": ("k_proj", "v_proj", "fc_out"),
+    "gpt_neo": ("k_proj", "v_proj", "mlp.c_proj"),
+    # keys and values come from one layer
+    "gpt2": ("", "", "mlp.c_proj"),
+    **dict.fromkeys(("bloom", "falcon", "gpt_neox"), ("", "", "dense_4h_to_h")),
+    "phi3": ("", "", "down_proj"),
+    "modernbert": ("", "", "mlp.Wo"),
+}
+
+
+TIMES = 8.0  # factors like so many times the rate of trains: a step of an optimizer changes them by as much more
+
+
+class TrainedScale(ChangedModule):
+    """A linear layer whose inputs or outputs are scaled by ``1 + 8 c``, where c sums the active adapters' changes.
+
+    An update beside it, of the layer around it, sees the inputs as they are, and its outputs are not scaled.
+    """
+
+    kind, off = "scale", "train_scales=[]"
+    parameter_names = ("weight", "bias")
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.in_features, self.out_features = require_linear("a layer to scale", base_layer)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the weight is one of plain numbers, and not quantised."""
+        weight = getattr(self.base_layer, "weight", None)
+        return type(weight) is nn.Parameter and weight.is_floating_point()
+
+    def update_layer(self, adapter_name: str, prefix: str, *side: str) -> None:
+        """As of every changed module; the side is "in" or "out"."""
+        sizes, like = {"in": self.in_features, "out": self.out_features}, self._beside("")
+        dtype = like.dtype if like.is_floating_point() else torch.float32
+        likes = {one: torch.empty(sizes[one], dtype=dtype, device=like.device) for one in side}
+        self.hold(adapter_name, prefix, likes)
+
+    def _beside(self, name: str) -> Tensor:
+        return next(chain(self.base_layer.parameters(), self.base_layer.buffers()))
+
+    def to_base_dtype(self, adapter_name: str) -> None:
+        """As of every changed module; a quantised layer has no such dtype."""
+        if self.is_plain:
+            super().to_base_dtype(adapter_name)
+
+    def factors(self, weights: Mapping[str, float]) -> dict[str, Tensor]:
+        """What some adapters, with these weights, multiply with: "in" (I), "out" (O), or those of them that are."""
+        found: dict[str, Tensor] = {}
+        for attribute in self.adapter_layer_names:
+            changes, side = getattr(self, attribute), attribute.rpartition("_")[2]
+            for name in (name for name in weights if name in changes):
+                found[side] = found.get(side, 1) + TIMES * weights[name] * parameter_of(changes[name], "values")
+        return found
+
+    def with_changes(self, weights: Mapping[str, float]) -> dict[str, Tensor]:
+        """The scaled weight and bias."""
+        if not (factors := self.factors(weights)):
+            return {}
+        own = {name: value for name in self.parameter_names if (value := self._own(name)) is not None}
+        rows, columns = factors.get("out"), factors.get("in")
+        if isinstance(self.base_layer, Conv1D):
+            rows, columns = columns, rows
+        value = own["weight"] if rows is None else own["weight"] * rows[:, None]
+        found = {"weight": value if columns is None else value * columns}
+        if "bias" in own and "out" in factors:
+            found["bias"] = own["bias"] * factors["out"]
+        return {name: value.to(own[name].dtype) for name, value in found.items()}
+
+    def _call_base(self, weights: Mapping[str, float], args: Any, kwargs: Any) -> Tensor:
+        factors, (x, *others) = self.factors(weights), args
+        if "in" in factors:
+            x = (x * factors["in"]).to(x.dtype)
+        y = self.base_layer(x, *others, **kwargs)
+        return (y * factors["out"]).to(y.dtype) if "out" in factors else y
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """As of every changed module. The layer around this one calls it before it merges its own update."""
+        asked = self.active_adapters if adapter_names is None else adapter_names
+        new = [name for name in asked if name not in self.merged_adapters]
+        if not new or not self.held:
+            self.merged_adapters += new
+            return  # the layer around it has merged them, or no adapter scales here any more
+        for name in self.parameter_names:
+            if (value := getattr(self.base_layer, name)) is not None:
+                self._unmerged.setdefault(name, value.detach())
+        super().merge(safe_merge, new)
+
+    def unmerge(self) -> None:
+        """Take the scales out of the base; what layers around this one have added since stays."""
+        for name, own in self._unmerged.items():
+            getattr(self.base_layer, name).data = self._written(name, own)
+        self._unmerged, self.merged_adapters = {}, []
+
+    def _written(self, name: str, value: Tensor) -> Tensor:
+        merged = self.with_changes(dict.fromkeys(self.merged_adapters, 1.0)).get(name, self._own(name))
+        # what layers around this one have added stays: exactly zero where there is nothing
+        return value + (getattr(self.base_layer, name).data - merged).detach()
+
+
+def scaled_modules(model: nn.Module, config: LorettaConfig) -> Iterator[tuple[str, str, int]]:
+    """(name, side, size of the side) of every linear layer that an adapter scales: its "in" or its "out".
+
+    ``exclude_modules`` and ``layers_to_transform`` act on them as on targets. Raises InputError for a type of model
+    whose names are not known, where nothing has such a name, and for layers within what is trained whole.
+    """
+    if not config.train_scales:
+        return
+    model_type = BaseTuner.get_model_config(model).get("model_type", "")
+    names = dict(zip(get_args(Place), NAMES.get(model_type, ()), strict=False))
+    if not names:
+        raise InputError(
+            f"train_scales: the names of keys, values and MLPs are not known for the model type {model_type!r}: leave "
+            f"it out, or take one of {', '.join(sorted(NAMES))}"
+        )
+    found, modules, alike = dict.fromkeys(config.train_scales, False), outer_modules(model), copy.copy(config)
+    whole = tuple(f"{name}." for name in modules if name.endswith(tuple(config.modules_to_save or ["."])))
+    for name, module in modules.items():
+        place = next((p for p in found if names[p] and re.fullmatch(rf"(.*\.)?{names[p]}", name)), None)
+        size = linear_size(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module)
+        alike.target_modules = {name.rpartition(".")[2]}  # type: ignore[assignment]
+        if place is None or size is None:
+            continue
+        if f"{name}.".startswith(whole):
+            raise InputError(f"train_scales and modules_to_save both name '{name}': leave it out of one of them")
+        if not check_target_module_exists(alike, name):
+            continue
+        found[place] = True
+        yield name, *(("in", size[0]) if place == "mlp" else ("out", size[1]))
+    if missing := [place for place, is_there in found.items() if not is_there]:
+        raise InputError(f"train_scales: this model has no {' or '.join(missing)} that are linear layers of their own")
+
+
+def put_scales(tuner: Any, scaled: Mapping[str, str], adapter_name: str) -> None:
+    """Add one adapter's changes to the scales of these layers of a tuner's model; ``scaled`` has the side of each.
+
+    A scale lies below all layers with trains, of which there is one at least: so its name is the same whether or not an
+    adapter trains that layer too.
+    """
+    for name, side in scaled.items():
+        module = tuner.model.get_submodule(name)
+        if not isinstance(module, LorettaLayer):
+            parent, _, last = name.rpartition(".")
+            tuner.put_layer(module, tuner.model.get_submodule(parent), last, name)
+        while isinstance(tuner.model.get_submodule(name), LorettaLayer):
+            name += ".base_layer"
+        put_changes(tuner, TrainedScale, name, adapter_name, side)
