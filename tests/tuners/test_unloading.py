@@ -106,3 +106,34 @@ def test_adp_says_why_it_cannot_become_a_lora(train_norms):
     assert not model.supports_lora_conversion()
     with pytest.raises(InputError, match=r"(non-linearity.*LoRETTA_rep|also trains norms.*train_norms=False)"):
         convert_to_lora(model, rank=2)
+
+
+WHOLE = pytest.mark.parametrize("whole", ["lm_head", "norm", "embed_tokens", "mlp"])
+
+
+@every_method
+@WHOLE
+def test_unloading_gives_modules_that_were_trained_whole_back(method, whole):
+    base, inputs = build("llama")
+    model, _ = wrap("llama", method, train_norms=False, modules_to_save=[whole])
+    unloaded = trained(model).unload()
+    assert_plain(unloaded, "llama")
+    assert torch.equal(logits(unloaded, inputs), logits(base, inputs))
+
+
+@WHOLE
+def test_modules_that_were_trained_whole_follow_a_merge(whole):
+    model, inputs = wrap("llama", "rep", modules_to_save=[whole])
+    trained(model)
+    model.add_adapter("other", config_for("rep", task_type="CAUSAL_LM", modules_to_save=[whole]))
+    model.set_adapter("other")
+    wanted = logits(trained(model, seed=2).eval(), inputs)
+    model.set_adapter("default")
+    before = logits(model, inputs)
+    model.merge_adapter(["other"])
+    assert_near("merged", logits(model, inputs), wanted)
+    model.unmerge_adapter()
+    assert_near("unmerged", logits(model, inputs), before)
+    merged = model.merge_and_unload(adapter_names=["other"])
+    assert_plain(merged, "llama")
+    assert_near("unloaded", logits(merged, inputs), wanted)

@@ -27,6 +27,7 @@ class CopyPolicy:
     as_change: bool = False  # the train is added to the base's layer instead of standing in for it
     saves_base: bool = False  # that layer is saved with the adapter, for it may be nowhere else
     frozen: bool = False  # all but the tensorised layers
+    widened: bool = True  # of a base in half precision what trains holds float32
     rank: int = 1
     shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
@@ -94,7 +95,7 @@ class AdapterCopy(ModulesToSaveWrapper):
         policy = self._policy(adapter_name)
         for path in policy.tensorized if is_new else ():
             self._tensorize(adapter_name, path, policy)
-        for _, own, base in self._dense(adapter_name) if is_new and not policy.frozen else ():
+        for _, own, base in self._dense(adapter_name) if is_new and policy.widened and not policy.frozen else ():
             own.data = own.data.to(torch.float32 if base.dtype in HALF else own.dtype)
         self.freeze()
         self.show_labels()

@@ -111,7 +111,16 @@ def install_head(model: nn.Module, config: LorettaConfig, adapter_name: str) -> 
             module.policies[adapter_name] = policy
         elif not isinstance(module, ModulesToSaveWrapper):
             model.set_submodule(name, AdapterCopy(module, adapter_name, policy))
+    _install_others(model, config, adapter_name)
     return list(head.policies)
+
+
+def _install_others(model: nn.Module, config: LorettaConfig, adapter_name: str) -> None:
+    """Wrap the user's ``modules_to_save`` as the head is: PEFT's own wrapper follows no merge and leaves no base behind."""
+    ends = tuple(config.modules_to_save or ())
+    for name, module in outer_modules(model).items() if ends else ():
+        if name.endswith(ends) and not isinstance(module, BaseTunerLayer | ModulesToSaveWrapper):
+            model.set_submodule(name, AdapterCopy(module, adapter_name, CopyPolicy(widened=False)))
 
 
 def head_names(model: nn.Module, config: LorettaConfig) -> list[str]:

@@ -279,7 +279,7 @@ class LorettaModel(BaseTuner):
         layer.update_layer(adapter_name, self.place(config, name, module), config)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, AdapterCopy) or is_offloaded(_base_of(child)):
+        if isinstance(child, ModulesToSaveWrapper) or is_offloaded(_base_of(child)):
             # PEFT would give the copy's weights to the module that replaces it, and send trains to the meta device,
             # where an offloaded weight is between calls
             setattr(parent, child_name, new_module)
