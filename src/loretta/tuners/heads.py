@@ -116,7 +116,7 @@ def install_head(model: nn.Module, config: LorettaConfig, adapter_name: str) -> 
 
 
 def _install_others(model: nn.Module, config: LorettaConfig, adapter_name: str) -> None:
-    """Wrap the user's ``modules_to_save`` as the head is: PEFT's own wrapper follows no merge and leaves no base behind."""
+    """Wrap the user's ``modules_to_save`` as the head is: PEFT's own wrapper follows no merge, nor does it unload."""
     ends = tuple(config.modules_to_save or ())
     for name, module in outer_modules(model).items() if ends else ():
         if name.endswith(ends) and not isinstance(module, BaseTunerLayer | ModulesToSaveWrapper):
