@@ -74,3 +74,13 @@ def test_what_would_be_copied_of_an_offloaded_base_is_refused(family, options, m
     with pytest.raises(InputError, match=r"offloaded.*train_norms=False"):
         get_peft_model(model, config_for(method, **options))
     assert set(model.state_dict()) == keys
+
+
+@pytest.mark.parametrize("method", ["rep", "shared"])
+def test_scaled_layers_compute_where_they_are_offloaded_and_are_not_merged_there(method):
+    model, inputs = wrap("llama", method, train_scales=["keys", "values", "mlp"])
+    expected = logits(trained(model), inputs)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    with pytest.raises(InputError, match=r"k_proj', which is scaled and which accelerate has offloaded"):
+        model.merge_adapter()
+    assert_near("offloaded", logits(model, inputs), expected)

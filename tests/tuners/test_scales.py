@@ -267,3 +267,13 @@ def test_stacked_methods_merge_to_the_same_and_come_back(method, outer):
     assert_near("unmerged", logits(model, inputs), expected)
     for name, value in model.state_dict().items():
         assert_near(name, value, plain.get(name, value))
+
+
+def test_they_are_held_in_float32_beside_weights_of_eight_bits():
+    base = build("llama")[0]
+    for layer in base.model.layers:
+        layer.self_attn.v_proj.weight.data = layer.self_attn.v_proj.weight.data.to(torch.float8_e4m3fn)
+    model = get_peft_model(base, config_for("rep", task_type="CAUSAL_LM", train_scales=["values"]))
+    assert {p.dtype for p in scales(model).values()} == {torch.float32}
+    with pytest.raises(InputError, match="cannot merge scales into the quantised weight"):
+        model.merge_adapter()

@@ -8,7 +8,7 @@ from torch import nn
 from loretta.errors import InputError
 from loretta.tuners.bypassed import places_by_module
 from loretta.tuners.changes import ChangedModule
-from loretta.tuners.layer import LorettaLayer
+from loretta.tuners.layer import LorettaLayer, is_offloaded
 from loretta.tuners.placement import is_linear_map
 from loretta.tuners.rescaled import TrainedScale
 
@@ -39,6 +39,11 @@ def check_mergeable(model: nn.Module, layer_cls: type[LorettaLayer]) -> None:
         if isinstance(module, layer_cls):
             base, weights = module.get_base_layer(), [module._base_weight()]
             _check_layer(name, module, base)
+        elif isinstance(module, TrainedScale) and is_offloaded(module.base_layer):
+            raise InputError(
+                f"cannot merge into '{name.removesuffix('.base_layer')}', which is scaled and which accelerate has "
+                "offloaded: merge before the model is offloaded, or keep the adapter unmerged"
+            )
         elif isinstance(module, ChangedModule) and module.held:
             base, weights = module.base_layer, list(module.base_layer.parameters(recurse=False))
             if isinstance(module, TrainedScale) and not module.is_plain:

@@ -59,12 +59,12 @@ class TrainedScale(ChangedModule):
     def is_plain(self) -> bool:
         """Whether the weight is one of plain numbers, and not quantised."""
         weight = getattr(self.base_layer, "weight", None)
-        return type(weight) is nn.Parameter and weight.is_floating_point()
+        return type(weight) is nn.Parameter and weight.is_floating_point() and weight.element_size() > 1
 
     def update_layer(self, adapter_name: str, prefix: str, *side: str) -> None:
         """As of every changed module; the side is "in" or "out"."""
         sizes, like = {"in": self.in_features, "out": self.out_features}, self._beside("")
-        dtype = like.dtype if like.is_floating_point() else torch.float32
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         likes = {one: torch.empty(sizes[one], dtype=dtype, device=like.device) for one in side}
         self.hold(adapter_name, prefix, likes)
 
