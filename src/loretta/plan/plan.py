@@ -55,7 +55,7 @@ class Plan:
     not_adaptable: Mapping[str, str] = field(default_factory=dict)  # class -> reason
     unused: tuple[str, ...] = ()  # what was asked for and has no effect, a sentence each
     lora: Cost | None = None  # LoRA r=8 on PEFT's default targets of the same model
-    scales: int = 0
+    scaled: tuple[tuple[str, str, int], ...] = ()  # as of scaled_modules
     dense: Cost | None = None  # bottleneck-64 adapters with dense matrices at adp's default places
 
     @property
@@ -75,6 +75,11 @@ class Plan:
         return sum(placement.bias_params for placement in self.placements)
 
     @property
+    def scales(self) -> int:
+        """Numbers in the trained scales."""
+        return sum(size for _, _, size in self.scaled)
+
+    @property
     def trainable(self) -> int:
         """All numbers that are trained: cores, biases, norms, scales and head."""
         return self.cores + self.biases + self.copies.norms + self.scales + self.copies.head
@@ -86,10 +91,13 @@ class Plan:
 
     @property
     def cost(self) -> Cost:
+        # what is scaled is kept as it was before, but for inputs that a train of the same layer keeps
+        inputs = {placement.name for placement in self.placements if placement.where == "update"}
+        before = sum(size for name, side, size in self.scaled if side == "out" or name not in inputs)
         return Cost(
             parameters=self.trainable,
-            flops_per_token=sum(flops_per_token(placement) for placement in self.placements),
-            kept_per_token=sum(kept_per_token(placement) for placement in self.placements),
+            flops_per_token=sum(flops_per_token(placement) for placement in self.placements) + self.scales,
+            kept_per_token=sum(kept_per_token(placement) for placement in self.placements) + before,
         )
 
     @property
@@ -213,7 +221,7 @@ def plan_model(model: nn.Module, config: LorettaConfig) -> Plan:
         model_type=model_config.get("model_type", "custom"),
         placements=placements,
         copies=copies,
-        scales=sum(size for _, _, size in scaled_modules(model, config)),
+        scaled=tuple(scaled_modules(model, config)),
         model_parameters=sum(parameter.numel() for parameter in model.parameters()),
         not_adaptable=not_adaptable(model),
         unused=tuple(unused_options(config, asked, placements, model)),
@@ -252,11 +260,11 @@ def read_plan(model: PeftModel, adapter_name: str = "default") -> Plan:
         model_type=base_config.get("model_type", "custom"),
         placements=placements,
         copies=CopyCost(norms=counts["norms"], head=counts["head"], frozen=0),
-        scales=sum(
-            change.numel()
-            for module in model.modules()
+        scaled=tuple(
+            (name.replace(".base_layer", ""), side, change.numel())
+            for name, module in model.get_base_model().named_modules()
             if isinstance(module, TrainedScale)
-            for change in module.change(adapter_name).values()
+            for side, change in module.change(adapter_name).items()
         ),
         model_parameters=sum(parameter.numel() for parameter in model.parameters()) - sum(counts.values()),
         not_adaptable=not_adaptable(model),
