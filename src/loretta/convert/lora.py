@@ -41,12 +41,13 @@ def export_lora(
     Raises InputError when the adapter is neither, trains layer norms or scales, or ``folder`` is taken.
     """
     config, layers, copies = read_adapter(model, adapter_name)
+    scales = trained_scales(model, adapter_name)
     if norms := trained_norms(model, adapter_name):
         raise InputError(
             f"the adapter trains {len(norms)} layer norms (such as '{norms[0]}'), which no engine loads with a LoRA "
-            "adapter: train with train_norms=False, or export with --to merged"
+            f"adapter: train with train_norms=False{', train_scales=[]' if scales else ''}, or export with --to merged"
         )
-    if scales := trained_scales(model, adapter_name):
+    if scales:
         raise InputError(
             f"the adapter scales {len(scales)} layers (such as '{scales[0]}'), which no LoRA does: train with "
             "train_scales=[], or export with --to merged"
