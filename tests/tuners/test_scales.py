@@ -203,6 +203,9 @@ def test_what_is_no_lora_says_so(method, tmp_path):
     model, _ = wrap("llama", method, train_scales=["values"], train_norms=False)
     with pytest.raises(InputError, match=r"scales 2 layers \(such as 'model.layers.0.self_attn.v_proj'\)"):
         loretta.export_lora(model, tmp_path / "lora")
+    both, _ = wrap("llama", method, train_scales=["values"])
+    with pytest.raises(InputError, match=r"train with train_norms=False, train_scales=\[\], or export"):
+        loretta.export_lora(both, tmp_path / "lora")
     with pytest.raises(InputError, match=r"train_scales=\[\]|train_norms=False"):
         model.base_model.model.model.layers[0].self_attn.v_proj.supports_lora_conversion()
     assert not model.supports_lora_conversion()
