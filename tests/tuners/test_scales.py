@@ -280,3 +280,33 @@ def test_they_are_held_in_float32_beside_weights_of_eight_bits():
     assert {p.dtype for p in scales(model).values()} == {torch.float32}
     with pytest.raises(InputError, match="cannot merge scales into the quantised weight"):
         model.merge_adapter()
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]])
+@pytest.mark.parametrize("places", [["keys", "values"], ["mlp"]])
+def test_a_plan_counts_what_scales_keep_for_the_backward_pass(places, targets):
+    kept, planned = {}, {}
+    for some in ([], places):
+        config = config_for("rep", target_modules=targets, train_norms=False, train_scales=some)
+        model = get_peft_model(build("llama")[0], config)
+        kept[len(some)] = (_kept(model, 24) - _kept(model, 8)) / 16
+        planned[len(some)] = read_plan(model).cost
+        assert plan_model(build("llama")[0], config).cost == planned[len(some)]
+    without, with_scales = planned[0], planned[len(places)]
+    assert kept[len(places)] - kept[0] == with_scales.kept_per_token - without.kept_per_token
+    assert with_scales.flops_per_token - without.flops_per_token == with_scales.parameters - without.parameters
+
+
+def _kept(model: nn.Module, tokens: int) -> int:
+    """How many numbers autograd holds after a call, but for the model's own."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    found: dict[int, Tensor] = {}
+
+    def hold(tensor: Tensor) -> Tensor:
+        found[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
+        out = model(input_ids=torch.arange(4, 4 + tokens)[None])
+    assert out.logits.requires_grad
+    return sum(each.untyped_storage().nbytes() // each.element_size() for at, each in found.items() if at not in own)

@@ -36,10 +36,10 @@ def read_adapter(
             layers[name] = module
         elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
             copies[name] = module
-    tensors = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    check_finite(tensors.items(), f"the adapter {adapter_name!r}")
     if not layers:
         raise InputError(f"the adapter {adapter_name!r} changes no linear layer: there is nothing to export")
+    tensors = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    check_finite(tensors.items(), f"the adapter {adapter_name!r}")
     return config, layers, copies
 
 
