@@ -101,6 +101,25 @@ def test_merging_in_any_order_computes_the_same_and_comes_back(method, targets, 
     assert_near("unloaded", logits(model.unload(), inputs), expected)
 
 
+@pytest.mark.filterwarnings("ignore:Already following adapters were merged")
+@pytest.mark.parametrize(("family", "places"), [("bert", ALL), ("gpt2", ["mlp"])])
+def test_biases_and_transposed_weights_are_merged_too_one_adapter_after_the_other(family, places):
+    model, inputs = pair(family, "rep", task="CAUSAL_LM", train_scales=places, target_modules="all-linear")
+    model.double()
+    both = {"default": alone(model, inputs, "default"), "other": alone(model, inputs, "other")}
+    model.base_model.set_adapter(["default", "other"])
+    both["default and other"] = logits(model, inputs)
+    model.set_adapter("default")
+    model.merge_adapter()
+    assert_near("default", logits(model, inputs), both["default"])
+    model.merge_adapter(["other"])
+    assert_near("default and other", logits(model, inputs), both["default and other"])
+    model.unmerge_adapter()
+    model.set_adapter("other")
+    model.merge_adapter()
+    assert_near("other", logits(model, inputs), both["other"])
+
+
 @mergeable
 def test_one_after_the_other_is_merged_alone(method):
     model, inputs = pair("llama", method, train_scales=ALL, train_norms=False)
