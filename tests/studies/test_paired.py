@@ -25,7 +25,7 @@ def answers(right: int) -> list[str]:
 
 def compared(root, given, *, metric="accuracy", baseline=0.5, parameters=None, model="bert-base"):
     """Results of methods -> the answers of each seed to GOLD, of which the score follows."""
-    study = comparison("reviews.csv", list(given), seeds=3, settings={"label": "mood"})
+    study = comparison("reviews.csv", list(given), seeds=3, settings={"label": "mood", "max_steps": 9})
     options = Options(models=(model,), seeds=3)
     runs = expand(study, options, root).runs
     write_study(root, study, options, runs, "")

@@ -98,7 +98,7 @@ def test_a_folder_without_a_study_or_with_a_damaged_one(tmp_path):
 def compared(root, scores, *, ranks=(), higher_is_better=True):
     """Results of methods with (scores of seeds, parameters)."""
     root.mkdir(exist_ok=True)
-    study = comparison("reviews.csv", list(scores), ranks=ranks, seeds=3, settings={"label": "mood"})
+    study = comparison("reviews.csv", list(scores), ranks=ranks, seeds=3, settings={"label": "mood", "max_steps": 9})
     options = Options(models=("bert-base",), seeds=3)
     runs = expand(study, options, root).runs
     write_study(root, study, options, runs, "")

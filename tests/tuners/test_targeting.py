@@ -142,5 +142,4 @@ def test_modules_to_save(family, method, tmp_path):
     if method == "rep":
         assert_merges(again, inputs)
     now = model.unload().state_dict()
-    changed = {name.rpartition(".")[0] for name, value in values.items() if not torch.equal(now[name], value)}
-    assert changed == whole  # PEFT leaves what the user asked to train where it is
+    assert [name for name, value in values.items() if not torch.equal(now[name], value)] == []
