@@ -103,6 +103,7 @@ BY_OWNER = {
         "_foreach_zero_": PRESENT,
     },
     "torch.nn.modules.module.Module": {
+        "_get_name": "(self)",
         "_apply": "(self, fn, recurse=True)",
         "_backward_hooks": PRESENT,
         "_backward_pre_hooks": PRESENT,

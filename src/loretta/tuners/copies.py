@@ -241,6 +241,9 @@ class AdapterCopy(ModulesToSaveWrapper):
         self.freeze()
         self.show_labels()
 
+    def _get_name(self) -> str:
+        return ModulesToSaveWrapper.__name__  # PEFT's messages print the module, and programs look for this name
+
     def check_set_adapter(self, adapter_name: str | list[str]) -> str | None:
         """As PEFT's, but no name is active once the last adapter has been deleted."""
         return super().check_set_adapter(adapter_name) if adapter_name else None
