@@ -16,7 +16,7 @@ from loretta import tt
 from loretta.errors import InputError
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.copies import AdapterCopy, CopyPolicy
-from loretta.tuners.norms import TrainedNorm, is_norm, norms_of, outer_modules, own_parameters
+from loretta.tuners.norms import TrainedNorm, is_norm, named_whole, norms_of, outer_modules, own_parameters
 from loretta.tuners.task_types import FINAL_LAYERS, HIDDEN_LAYERS, is_final
 
 logger = logging.getLogger(__name__)
@@ -38,11 +38,7 @@ def copy_cost(model: nn.Module, config: LorettaConfig) -> CopyCost:
     Raises InputError when a given shape does not fit the head's hidden layer.
     """
     heads = Head(model, config).policies
-    whole = [
-        name
-        for name in outer_modules(model)
-        if name not in heads and any(name.endswith(ending) for ending in config.modules_to_save or [])
-    ]
+    whole = [name for name in named_whole(outer_modules(model), config) if name not in heads]
     norms = norms_of(model, outside=[*heads, *whole]) if config.train_norms else []
     n_norms = sum(parameter.numel() for name in norms for parameter in own_parameters(model.get_submodule(name)))
     head = frozen = 0
@@ -117,10 +113,10 @@ def install_head(model: nn.Module, config: LorettaConfig, adapter_name: str) -> 
 
 def _install_others(model: nn.Module, config: LorettaConfig, adapter_name: str) -> None:
     """Wrap the user's ``modules_to_save`` as the head is: PEFT's own wrapper follows no merge, nor does it unload."""
-    ends = tuple(config.modules_to_save or ())
-    for name, module in outer_modules(model).items() if ends else ():
-        if name.endswith(ends) and not isinstance(module, BaseTunerLayer | ModulesToSaveWrapper):
-            model.set_submodule(name, AdapterCopy(module, adapter_name, CopyPolicy(widened=False)))
+    modules = outer_modules(model)
+    for name in named_whole(modules, config):
+        if not isinstance(modules[name], BaseTunerLayer | ModulesToSaveWrapper):
+            model.set_submodule(name, AdapterCopy(modules[name], adapter_name, CopyPolicy(widened=False)))
 
 
 def head_names(model: nn.Module, config: LorettaConfig) -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from loretta.tuners.changes import ChangedModule
+from loretta.tuners.config import LorettaConfig
 from loretta.tuners.layer import is_offloaded
 
 _NORM_CLASS = re.compile(r"(Layer|RMS|Group)Norm")
@@ -29,6 +30,12 @@ def outer_modules(model: nn.Module) -> dict[str, nn.Module]:
     wrapped = (TrainedNorm, ModulesToSaveWrapper)
     inside = tuple(name + "." for name, module in model.named_modules() if isinstance(module, wrapped))
     return {name: module for name, module in model.named_modules() if name and not name.startswith(inside)}
+
+
+def named_whole(names: Iterable[str], config: LorettaConfig) -> list[str]:
+    """Those of the names that ``config.modules_to_save`` trains whole: PEFT matches them by their ends."""
+    ends = tuple(config.modules_to_save or ())
+    return [name for name in names if name.endswith(ends)]
 
 
 def norms_of(model: nn.Module, outside: Sequence[str] = ()) -> list[str]:

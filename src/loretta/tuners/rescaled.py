@@ -15,7 +15,7 @@ from loretta.errors import InputError
 from loretta.tuners.changes import ChangedModule, put_changes
 from loretta.tuners.config import LorettaConfig, Place
 from loretta.tuners.layer import LorettaLayer, parameter_of
-from loretta.tuners.norms import outer_modules
+from loretta.tuners.norms import named_whole, outer_modules
 from loretta.tuners.placement import linear_size, require_linear
 
 _BERT = ("self.key", "self.value", r"\d+.output.dense")  # not that of attention: its input is what the values give
@@ -146,7 +146,7 @@ def scaled_modules(model: nn.Module, config: LorettaConfig) -> Iterator[tuple[st
             f"it out, or take one of {', '.join(sorted(NAMES))}"
         )
     found, modules, alike = dict.fromkeys(config.train_scales, False), outer_modules(model), copy.copy(config)
-    whole = tuple(f"{name}." for name in modules if name.endswith(tuple(config.modules_to_save or ["."])))
+    whole = tuple(f"{name}." for name in named_whole(modules, config))
     for name, module in modules.items():
         place = next((p for p in found if names[p] and re.fullmatch(rf"(.*\.)?{names[p]}", name)), None)
         size = linear_size(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module)
