@@ -58,6 +58,16 @@ def test_applying_the_halves_is_applying_the_matrix(shape, seed):
     assert_same_gradients(got, ref, [x_BI, *cores])
 
 
+@examples
+@given(shapes(), seeds)
+def test_stacked_trains_halve_as_each_alone(shape, seed):
+    trains = [random_cores(shape, seed=seed + k) for k in range(2)]
+    left_MIC, right_MCO = tt.halves([torch.stack(cores) for cores in zip(*trains, strict=True)], shape)
+    assert len(left_MIC) == len(right_MCO) == 2  # also of a side of size 1, which has no core
+    for cores, left_IC, right_CO in zip(trains, left_MIC, right_MCO, strict=True):
+        assert_near("halves", left_IC @ right_CO, oracle(cores, shape))
+
+
 @every_dtype
 @every_shape
 def test_the_matrix_and_its_gradients_in_every_dtype(shape, dtype):

@@ -121,9 +121,9 @@ def balance(cores: Cores) -> list[Tensor]:
 
 def _fold_left(cores: Cores, like: Tensor) -> Tensor:
     """(N, S): the first cores multiplied together, their modes as one index. Their first rank is 1."""
+    lead = like.shape[:-3]
     if not cores:  # this side of the matrix has size 1
-        return like.new_ones(1, 1)
-    lead = cores[0].shape[:-3]
+        return like.new_ones(1, 1).expand(*lead, -1, -1)
     out_NR = _as(cores[0], lead, -1, cores[0].shape[-1])
     for core_RnS in cores[1:]:
         rank, mode, next_rank = core_RnS.shape[-3:]
@@ -133,9 +133,9 @@ def _fold_left(cores: Cores, like: Tensor) -> Tensor:
 
 def _fold_right(cores: Cores, like: Tensor) -> Tensor:
     """(R, N): the last cores multiplied together, their modes as one index. Their last rank is 1."""
+    lead = like.shape[:-3]
     if not cores:  # this side of the matrix has size 1
-        return like.new_ones(1, 1)
-    lead = cores[-1].shape[:-3]
+        return like.new_ones(1, 1).expand(*lead, -1, -1)
     out_SN = _as(cores[-1], lead, cores[-1].shape[-3], -1)
     for core_RnS in reversed(cores[:-1]):
         rank, mode, next_rank = core_RnS.shape[-3:]
