@@ -7,7 +7,7 @@ import pathlib
 import pytest
 import torch
 from draws import seed_torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.quantization_utils import resolve_quantization_backend
 from safetensors.torch import load_file
 from tolerances import assert_gradients_near, assert_near
@@ -253,6 +253,18 @@ def test_scales_compute_and_are_not_merged(folder, backend):
     with pytest.raises(InputError, match="cannot merge"):
         model.merge_adapter()
     assert torch.equal(logits(model, INPUTS), before)
+    if backend in ROUNDING:  # an adapter without scales merges beside it as if it were alone
+        other = trained(wrapped(folder, backend, "rep", train_norms=False), seed=2)
+        model.add_adapter("other", other.peft_config["default"])
+        set_peft_model_state_dict(model, get_peft_model_state_dict(other), "other")
+        model.set_adapter("other")
+        model.merge_adapter()
+        other.merge_adapter()
+        assert torch.equal(logits(model, INPUTS), logits(other, INPUTS))
+        model.unmerge_adapter()
+        model.set_adapter("default")
+        with pytest.raises(InputError, match="cannot merge scales into the quantised weight of 'model"):
+            model.merge_and_unload()
 
 
 @backends(["nf4"])

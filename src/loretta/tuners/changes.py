@@ -149,12 +149,8 @@ class ChangedModule(nn.Module, AdaptedModule):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {new[-1]} seems to be broken")
         for name, value in values.items():
             self._unmerged.setdefault(name, getattr(self.base_layer, name).detach())
-            getattr(self.base_layer, name).data = self._written(name, value.detach())
+            getattr(self.base_layer, name).data = value.detach()
         self.merged_adapters = merged
-
-    def _written(self, name: str, value: Tensor) -> Tensor:
-        """What a merge writes into a parameter of the base that is to be ``value``."""
-        return value
 
     def unmerge(self) -> None:
         """Give the base its own values back, to the last bit."""

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Collection, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from loretta.errors import InputError
 from loretta.tuners.bypassed import places_by_module
@@ -24,32 +24,28 @@ def check_mergeable_names(merged: Sequence[str], active: Sequence[str], loaded: 
         )
 
 
-def check_mergeable(model: nn.Module, layer_cls: type[LorettaLayer]) -> None:
+def check_mergeable(model: nn.Module, layer_cls: type[LorettaLayer], merged: Collection[str]) -> None:
     """Refuse weights that other modules use too, that are computed from parameters, or that do more than multiply.
 
     An update of a tied output layer would change the input embedding too. An update of a weight that is computed from
     other parameters would be lost at the next call. In a layer that does more than multiply with its weight, an update
-    of the weight has not the effect of one beside the layer.
+    of the weight has not the effect of one beside the layer. What none of the adapters in ``merged`` acts on may be
+    such a weight.
 
     Raises InputError that names the first such module.
     """
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     places = places_by_module(model)
     for name, module in model.named_modules():
-        if isinstance(module, layer_cls):
-            base, weights = module.get_base_layer(), [module._base_weight()]
-            _check_layer(name, module, base)
-        elif isinstance(module, TrainedScale) and is_offloaded(module.base_layer):
-            raise InputError(
-                f"cannot merge into '{name.removesuffix('.base_layer')}', which is scaled and which accelerate has "
-                "offloaded: merge before the model is offloaded, or keep the adapter unmerged"
-            )
-        elif isinstance(module, ChangedModule) and module.held:
-            base, weights = module.base_layer, list(module.base_layer.parameters(recurse=False))
-            if isinstance(module, TrainedScale) and not module.is_plain:
-                raise InputError(f"cannot merge scales into the quantised weight of '{name}': keep the adapter loaded")
-        else:
+        if not isinstance(module, layer_cls | ChangedModule) or set(merged).isdisjoint(module.held):
             continue
+        base = module.get_base_layer()
+        weights: list[Tensor] = list(base.parameters(recurse=False))
+        if isinstance(module, LorettaLayer):
+            weights = [module._base_weight()]
+            _check_layer(name, module, base)
+        elif isinstance(module, TrainedScale):
+            _check_scale(module.path, module)
         if any(owners[id(weight)] > 1 for weight in weights):
             raise InputError(
                 f"cannot merge into '{name}', whose weight is tied to another module's: keep the adapter unmerged, "
@@ -63,6 +59,11 @@ def check_mergeable(model: nn.Module, layer_cls: type[LorettaLayer]) -> None:
 
 
 def _check_layer(name: str, layer: LorettaLayer, base: nn.Module) -> None:
+    if layer.quantization_backend is not None and not layer.quantization_backend.supports_merge:
+        raise InputError(
+            f"cannot merge into '{name}', a {type(base).__name__}, whose packed weights are fixed: keep the adapter "
+            "loaded, or merge it into the base model before quantisation"
+        )
     weight = layer._base_weight()
     if layer.parameter_name not in dict(base.named_parameters(recurse=False)) and weight.is_floating_point():
         raise InputError(
@@ -79,3 +80,13 @@ def _check_layer(name: str, layer: LorettaLayer, base: nn.Module) -> None:
             f"cannot merge into '{name}', whose weight the model reads without calling it: what the adapter had no "
             "effect on would change; keep it unmerged, or leave the module out with exclude_modules"
         )
+
+
+def _check_scale(name: str, scale: TrainedScale) -> None:
+    if is_offloaded(scale.base_layer):
+        raise InputError(
+            f"cannot merge into '{name}', which is scaled and which accelerate has offloaded: merge before the model "
+            "is offloaded, or keep the adapter unmerged"
+        )
+    if not scale.is_plain:
+        raise InputError(f"cannot merge scales into the quantised weight of '{name}': keep the adapter loaded")

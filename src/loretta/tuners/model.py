@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import (
     BaseTunerLayer,
     _filter_state_dict_by_key_prefixes,
     _get_tuner_state_dict_key_prefixes,
+    onload_layer,
 )
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
@@ -27,7 +28,14 @@ from loretta.tuners.copies import AdapterCopy, check_copies_are_here, rename_cop
 from loretta.tuners.heads import agree_on_origins, copy_cost, head_names, install_head
 from loretta.tuners.in_place import take_over
 from loretta.tuners.labels import fit_final_layer, note_labels
-from loretta.tuners.layer import LorettaLayer, at_least_float32, is_offloaded, keep_differentiable
+from loretta.tuners.layer import (
+    AdaptedModule,
+    LorettaLayer,
+    at_least_float32,
+    is_offloaded,
+    keep_differentiable,
+    merge_below,
+)
 from loretta.tuners.mergeable import check_mergeable, check_mergeable_names
 from loretta.tuners.mixed import check_rows_first, naming, passing
 from loretta.tuners.names import check_adapter_name, check_apart, check_endings
@@ -51,6 +59,8 @@ class LorettaModel(BaseTuner):
     """Base of the tuners. A method adds where its trains go (``place``) and its layer class."""
 
     layer_cls: type[Any]  # a LorettaLayer with update_layer(adapter_name, placement, config)
+    # what PEFT switches: of all methods here, whose adapters share the norms and scales
+    tuner_layer_cls = (LorettaLayer, ChangedModule)  # type: ignore[assignment]
 
     @staticmethod
     def place(config: LorettaConfig, name: str, module: nn.Module) -> Placement:
@@ -181,12 +191,18 @@ class LorettaModel(BaseTuner):
         Raises InputError for a name that is not loaded, while the adapters are disabled, and when only some of the
         active adapters are named: the others would lose their effect.
         """
-        check_mergeable_names(
-            [*self._merged(), *(adapter_names or self.active_adapters)], self.active_adapters, self.peft_config
-        )
+        merged = self._merged(adapter_names or self.active_adapters)
+        check_mergeable_names(merged, self.active_adapters, self.peft_config)
         if self._is_disabled():
             raise InputError("cannot merge while the adapters are disabled: call enable_adapter_layers() first")
-        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+        self._check_merge_allowed(merged)
+        layers: list[Any] = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        within = {layer.base_layer for layer in layers}
+        # PEFT begins with the outermost: a factor within would act on its update too
+        for layer in (layer for layer in layers if layer not in within):
+            with onload_layer(layer):
+                merge_below(layer, safe_merge, adapter_names)
+                layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
         self._follow_merge()
 
     def unmerge_adapter(self) -> None:
@@ -194,8 +210,10 @@ class LorettaModel(BaseTuner):
         super().unmerge_adapter()
         self._follow_merge()
 
-    def _merged(self) -> list[str]:
-        return list(dict.fromkeys(name for layer in self._layers(self.layer_cls) for name in layer.merged_adapters))
+    def _merged(self, more: Iterable[str] = ()) -> list[str]:
+        """The merged adapters, and ``more``."""
+        merged = (name for layer in self._layers(self.layer_cls) for name in layer.merged_adapters)
+        return list(dict.fromkeys([*merged, *more]))
 
     def _follow_merge(self) -> None:
         """Have what a merged adapter does not act on stop with the active ones, and copies compute with its own."""
@@ -233,9 +251,13 @@ class LorettaModel(BaseTuner):
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> Any:
         """As PEFT's. What is merged already stays in the weights, together with its norms and head."""
-        if merged := self._merged():
-            adapter_names = list(dict.fromkeys([*merged, *(adapter_names or self.active_adapters)]))
-        return self._bare(super().merge_and_unload(progressbar, safe_merge, adapter_names))
+        merged = self._merged(adapter_names or self.active_adapters)
+        self._check_merge_allowed(merged)
+        names = merged if self._merged() else adapter_names
+        for module in self.model.modules():
+            if isinstance(module, BaseTunerLayer) and not isinstance(module, AdaptedModule):  # perhaps around ours
+                merge_below(module, safe_merge, names)
+        return self._bare(super().merge_and_unload(progressbar, safe_merge, names))
 
     def unload(self) -> Any:
         """As PEFT's, with what is merged already in the weights."""
@@ -308,10 +330,10 @@ class LorettaModel(BaseTuner):
         self._follow_merge()
         self.active_adapter = [new if name == old else name for name in self.active_adapters]
 
-    def _check_merge_allowed(self) -> None:
-        """As PEFT's, but where PEFT warns or does not look it refuses."""
+    def _check_merge_allowed(self, merged: Collection[str] = ()) -> None:
+        """As PEFT's, which gives no names. Of the adapters ``merged`` it refuses where PEFT warns or does not look."""
         super()._check_merge_allowed()
-        check_mergeable(self.model, self.layer_cls)
+        check_mergeable(self.model, self.layer_cls, merged)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As PEFT's. PEFT passes ``adapter_names`` on to some models (MPT), which ignore it."""

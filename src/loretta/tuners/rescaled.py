@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from itertools import chain
 from typing import Any, get_args
 
@@ -14,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from loretta.errors import InputError
 from loretta.tuners.changes import ChangedModule, put_changes
 from loretta.tuners.config import LorettaConfig, Place
-from loretta.tuners.layer import LorettaLayer, parameter_of
+from loretta.tuners.layer import parameter_of
 from loretta.tuners.norms import named_whole, outer_modules
 from loretta.tuners.placement import linear_size, require_linear
 
@@ -107,27 +108,19 @@ class TrainedScale(ChangedModule):
         return (y * factors["out"]).to(y.dtype) if "out" in factors else y
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """As of every changed module. The layer around this one calls it before it merges its own update."""
+        """As of every changed module; the updates around this one stay as they are."""
         asked = self.active_adapters if adapter_names is None else adapter_names
-        new = [name for name in asked if name not in self.merged_adapters]
-        if not new or not self.held:
+        new = [name for name in asked if name in self.known and name not in self.merged_adapters]
+        if not any(self.known[name] for name in new):
             self.merged_adapters += new
-            return  # the layer around it has merged them, or no adapter scales here any more
-        for name in self.parameter_names:
-            if (value := getattr(self.base_layer, name)) is not None:
-                self._unmerged.setdefault(name, value.detach())
-        super().merge(safe_merge, new)
+            return
+        with self.merged_before_others():
+            super().merge(safe_merge, new)
 
     def unmerge(self) -> None:
-        """Take the scales out of the base; what layers around this one have added since stays."""
-        for name, own in self._unmerged.items():
-            getattr(self.base_layer, name).data = self._written(name, own)
-        self._unmerged, self.merged_adapters = {}, []
-
-    def _written(self, name: str, value: Tensor) -> Tensor:
-        merged = self.with_changes(dict.fromkeys(self.merged_adapters, 1.0)).get(name, self._own(name))
-        # what layers around this one have added stays: exactly zero where there is nothing
-        return value + (getattr(self.base_layer, name).data - merged).detach()
+        """As of every changed module; the updates around this one stay as they are."""
+        with self.merged_before_others() if self._unmerged else nullcontext():
+            super().unmerge()
 
 
 def scaled_modules(model: nn.Module, config: LorettaConfig) -> Iterator[tuple[str, str, int]]:
@@ -166,14 +159,14 @@ def scaled_modules(model: nn.Module, config: LorettaConfig) -> Iterator[tuple[st
 def put_scales(tuner: Any, scaled: Mapping[str, str], adapter_name: str) -> None:
     """Add one adapter's changes to the scales of these layers of a tuner's model; ``scaled`` has the side of each.
 
-    A scale lies below all layers with trains, of which there is one at least: so its name is the same whether or not an
-    adapter trains that layer too.
+    A scale lies below the layers of all methods. One of the adapter's own method is among them: so the scale's name is
+    the same whether or not the adapter trains that layer too.
     """
-    for name, side in scaled.items():
-        module = tuner.model.get_submodule(name)
-        if not isinstance(module, LorettaLayer):
-            parent, _, last = name.rpartition(".")
-            tuner.put_layer(module, tuner.model.get_submodule(parent), last, name)
-        while isinstance(tuner.model.get_submodule(name), LorettaLayer):
-            name += ".base_layer"
-        put_changes(tuner, TrainedScale, name, adapter_name, side)
+    for path, side in scaled.items():
+        name, module = path, tuner.model.get_submodule(path)
+        if not any(getattr(part, "prefix", "") == tuner.prefix for part in module.modules()):
+            parent, _, last = path.rpartition(".")
+            module = tuner.put_layer(module, tuner.model.get_submodule(parent), last, path)
+        while hasattr(module, "base_layer") and not isinstance(module, TrainedScale):
+            name, module = f"{name}.base_layer", module.base_layer
+        put_changes(tuner, TrainedScale, name, adapter_name, side).path = path

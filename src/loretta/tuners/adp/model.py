@@ -6,7 +6,6 @@ from torch import nn
 
 from loretta.tuners.adp.config import LorettaAdpConfig
 from loretta.tuners.adp.layer import CANNOT_MERGE, AdpLinear
-from loretta.tuners.changes import ChangedModule
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.model import LorettaModel
 from loretta.tuners.placement import Placement, plan_trains, planner, rank_for, require_linear
@@ -17,7 +16,6 @@ class LorettaAdpModel(LorettaModel):
     """Puts a tensor-train bottleneck adapter at every target (LoRETTA section 3.2)."""
 
     prefix = "loretta_adp_"
-    tuner_layer_cls = (AdpLinear, ChangedModule)  # type: ignore[assignment]
     layer_cls = AdpLinear
     target_module_mapping = ADP_TARGETS  # type: ignore[assignment]
 
@@ -51,5 +49,5 @@ class LorettaAdpModel(LorettaModel):
         """False: no change of the base weights has the effect of an adapter with a non-linearity."""
         return False
 
-    def _check_merge_allowed(self) -> None:
+    def _check_merge_allowed(self, merged: Any = ()) -> None:
         raise ValueError(CANNOT_MERGE)

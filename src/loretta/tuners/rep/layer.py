@@ -22,10 +22,9 @@ from loretta.layers.trains import add_update, arranged, update_factors
 from loretta.tuners.calls import Factors
 from loretta.tuners.contraction import note_change
 from loretta.tuners.joint import Halves
-from loretta.tuners.layer import BY_ADAPTER, LorettaLayer, fitting, is_bare_linear, lies_in_rows, works_in
+from loretta.tuners.layer import BY_ADAPTER, LorettaLayer, fitting, is_bare_linear, lies_in_rows, merge_below, works_in
 from loretta.tuners.placement import Placement, rank_for
 from loretta.tuners.rep.config import COMPACT, LorettaRepConfig
-from loretta.tuners.rescaled import TrainedScale
 
 
 def larger_starts(placement: Placement) -> tuple[list[float], list[float]]:
@@ -185,36 +184,27 @@ class RepLinear(LorettaLayer):
 
         A quantised weight is rounded again by each merge and each unmerge, so it does not come back to the last bit.
 
-        Raises ValueError when ``safe_merge`` finds a value that is not finite, or the quantised base cannot merge.
+        Raises ValueError when ``safe_merge`` finds a value that is not finite.
         """
-        if self.quantization_backend is not None and not self.quantization_backend.supports_merge:
-            raise InputError(
-                f"cannot merge into a {type(self.get_base_layer()).__name__}, whose packed weights are fixed: keep the "
-                "adapter loaded, or merge it into the base model before quantisation"
-            )
-        new = check_adapters_to_merge(self, adapter_names)
-        below: Any = self.base_layer
-        while isinstance(below, LorettaLayer):  # of other methods
-            below = below.base_layer
-        if isinstance(below, TrainedScale):
-            below.merge(safe_merge, new)  # of the weight as it is without updates
-        for name in new:
-            if name not in self.n_pairs:
-                continue
-            self._add_to_base(self.get_delta_weight(name), name, safe=safe_merge)
-            self.merged_adapters.append(name)
-            note_change(activity_alone=True)
+        new = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.n_pairs]
+        with self.merged_before_others():
+            merge_below(self, safe_merge, adapter_names)
+            for name in new:
+                self._add_to_base(self.get_delta_weight(name), name, safe=safe_merge)
+                self.merged_adapters.append(name)
+                note_change(activity_alone=True)
 
     def unmerge(self) -> None:
         """Subtract the merged updates again, the last one first."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        while self.merged_adapters:
-            name = self.merged_adapters.pop()
-            note_change(activity_alone=True)
-            if name in self.n_pairs:
-                self._add_to_base(-self.get_delta_weight(name), name, safe=False)
+        with self.merged_before_others():
+            while self.merged_adapters:
+                name = self.merged_adapters.pop()
+                note_change(activity_alone=True)
+                if name in self.n_pairs:
+                    self._add_to_base(-self.get_delta_weight(name), name, safe=False)
 
     def _add_to_base(self, delta: Tensor, adapter_name: str, *, safe: bool) -> None:
         weight = self.get_base_weight()

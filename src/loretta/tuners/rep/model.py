@@ -39,7 +39,6 @@ class LorettaRepModel(LorettaModel):
     """Adds a weight update of two tensor trains to every target (LoRETTA section 3.3)."""
 
     prefix = "loretta_rep_"
-    tuner_layer_cls = (RepLinear, ChangedModule)  # type: ignore[assignment]
     layer_cls = RepLinear
     target_module_mapping = REP_TARGETS  # type: ignore[assignment]
 

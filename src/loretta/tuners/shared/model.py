@@ -10,7 +10,6 @@ from torch import nn
 from loretta import tt
 from loretta.errors import InputError
 from loretta.layers.shared import Seat, SharedCores, SharedShape
-from loretta.tuners.changes import ChangedModule
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.placement import Placement, require_linear
 from loretta.tuners.rep.model import LorettaRepModel
@@ -24,7 +23,6 @@ class LorettaSharedModel(LorettaRepModel):
     """Adds to every target a weight update that comes from one train for all of them."""
 
     prefix = "loretta_shared_"
-    tuner_layer_cls = (SharedLinear, ChangedModule)
     layer_cls = SharedLinear
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
