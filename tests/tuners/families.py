@@ -11,6 +11,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.t5.modeling_t5 import T5LayerCrossAttention, T5LayerSelfAttention
 
 VOCABULARY, HIDDEN, INNER, LAYERS, HEADS = 64, 32, 48, 2, 4
 END = 2
@@ -141,7 +142,20 @@ def build(
         seed_torch(seed)
         model = _CLASSES[task].from_config(config).eval()
     randomise(model.parameters(), seed=seed)
+    if family == "t5":
+        _scale_attention(model)
     return model.to(dtype), inputs_for(task)
+
+
+@torch.no_grad()
+def _scale_attention(model: PreTrainedModel) -> None:
+    """T5 does not divide its scores by the root of a head's width: here its norms do, before the adapters.
+
+    Scores of random weights would be so far apart that the softmax chooses by rounding.
+    """
+    for block in model.modules():
+        if isinstance(block, (T5LayerSelfAttention, T5LayerCrossAttention)):
+            block.layer_norm.weight.div_(model.config.d_kv**0.5)
 
 
 def inputs_for(task: str) -> dict[str, Tensor]:

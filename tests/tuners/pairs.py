@@ -8,10 +8,12 @@ from tuners.families import logits, natural_task
 from tuners.wrapped import config_for, trained, wrap
 
 
-def pair(family: str, method: str, *, second: dict | None = None, **options) -> tuple[PeftModel, dict[str, Tensor]]:
+def pair(
+    family: str, method: str, *, base: dict | None = None, second: dict | None = None, **options
+) -> tuple[PeftModel, dict[str, Tensor]]:
     """A model with two trained adapters of different ranks, "default" (active) and "other"."""
     task = options.pop("task", natural_task(family))
-    model, inputs = wrap(family, method, task, **options)
+    model, inputs = wrap(family, method, task, base=base, **options)
     trained(model, seed=1)
     config = config_for(method, **{"task_type": task, "tensor_rank": 2, **options, **(second or {})})
     with torch.random.fork_rng(devices=[]):
@@ -33,3 +35,9 @@ def alone(model: PeftModel, inputs: dict[str, Tensor], name: str, **options) -> 
         return logits(model, inputs, **options)
     finally:
         model.set_adapter("default")
+
+
+def expected_rows(model: PeftModel, inputs: dict[str, Tensor], rows: list[str]) -> Tensor:
+    """The logits of a batch in which each row has an adapter of its own, or none."""
+    single = {name: alone(model, inputs, name) for name in set(rows)}
+    return torch.stack([single[name][k] for k, name in enumerate(rows)])

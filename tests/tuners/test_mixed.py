@@ -13,7 +13,7 @@ from transformers import (
     GenerationConfig,
 )
 from tuners.families import OPTIONS, inputs_for, logits
-from tuners.pairs import alone, pair
+from tuners.pairs import expected_rows, pair
 from tuners.wrapped import CONFIGS, config_for, every_method, trained
 
 from loretta import InputError, get_peft_model
@@ -25,11 +25,6 @@ ROWS = ["default", "other", "__base__", "default"]
 def hooked(model: PeftModel) -> list[torch.nn.Module]:
     """Modules that still hear of adapter names; the base model itself has the hook that contracts the trains."""
     return [module for module in model.get_base_model().modules() if module._forward_pre_hooks][1:]
-
-
-def expected_rows(model: PeftModel, inputs: dict[str, Tensor], rows: list[str]) -> Tensor:
-    single = {name: alone(model, inputs, name) for name in set(rows)}
-    return torch.stack([single[name][k] for k, name in enumerate(rows)])
 
 
 # DeBERTa sends the embeddings of distances, which belong to no row, through query_proj: what changes its weight

@@ -53,8 +53,12 @@ def shared_by_hand(layer: SharedLinear, adapter: str = "default") -> tuple[Tenso
     return left, of_layer[seat.layer] @ of_projection[seat.projection], right
 
 
-def trained(model: PeftModel, seed: int = 1, scale: float = 0.2) -> PeftModel:
-    """Noise on everything that trains: no core, bias or norm keeps a value that it could have got by default."""
+def trained(model: PeftModel, seed: int = 1, scale: float = 0.1) -> PeftModel:
+    """Noise on everything that trains: no core, bias or norm keeps a value that it could have got by default.
+
+    The updates become as large as the weights of the tiny models. With noise twice as large they would be five times
+    those weights, and a whole model would make ten to a hundred times as much of each rounding.
+    """
     randomise([parameter for parameter in model.parameters() if parameter.requires_grad], seed=seed, scale=scale)
     return model
 
