@@ -8,7 +8,7 @@ from tuners.families import OPTIONS, build
 from tuners.wrapped import every_method, trainable, wrap
 
 from loretta import LorettaAdpConfig, LorettaRepConfig, get_peft_model
-from loretta.plan import KINDS, trainable_by_kind
+from loretta.plan import KINDS, plan_model, read_plan, trainable_by_kind
 
 BERT_BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
 DEBERTA = {**BERT_BASE, "relative_attention": True, "pos_att_type": "c2p|p2c", "type_vocab_size": 0}
@@ -192,11 +192,16 @@ def test_kinds_add_up_in_every_family(family, method):
 
 @every_method
 def test_biases_of_the_base_are_biases(method):
-    model, _ = wrap("gpt2", method, bias="all", train_norms=False)
-    plain, _ = wrap("gpt2", method, train_norms=False)
     base, _ = build("gpt2")
-    biases = sum(p.numel() for name, p in base.named_parameters() if name.endswith("bias"))
-    assert trainable_by_kind(model)["biases"] == biases + trainable_by_kind(plain)["biases"]
+    of_adapters = trainable_by_kind(wrap("gpt2", method, train_norms=False)[0])["biases"]
+    for bias in ("all", f"loretta_{method}_only"):
+        model, _ = wrap("gpt2", method, bias=bias, train_norms=False)
+        plan, carried_out = plan_model(base, model.peft_config["default"]), read_plan(model)
+        adapted = {f"{placement.name}.bias" for placement in plan.placements}
+        of_base = [p for n, p in base.named_parameters() if n.endswith("bias") and (bias == "all" or n in adapted)]
+        expected = of_adapters + sum(parameter.numel() for parameter in of_base)
+        assert trainable_by_kind(model)["biases"] == plan.biases == carried_out.biases == expected
+        assert carried_out.model_parameters == plan.model_parameters
 
 
 def test_what_a_denoised_adapter_subtracts_does_not_count():

@@ -110,6 +110,7 @@ def test_the_plan_is_what_trains_and_what_is_saved(method, family, tmp_path):
         {"tensor_rank": 3, "rank_pattern": {"layer.0.*": 2}},
         {"init_weights": "denoised"},
         {"modules_to_save": ["word_embeddings"]},
+        {"bias": "all"},
     ],
 )
 def test_the_plan_keeps_its_promise_under_options(method, options, tmp_path):

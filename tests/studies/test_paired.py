@@ -31,9 +31,14 @@ def compared(root, given, *, metric="accuracy", baseline=0.5, parameters=None, m
     write_study(root, study, options, runs, "")
     for run in runs:
         found = given[run.row][run.seed]
-        score = f1_score(GOLD, found, pos_label="b") if metric == "f1" else np.mean(np.array(GOLD) == found)
+        score = f1_score(GOLD, found, pos_label="a") if metric == "f1" else np.mean(np.array(GOLD) == found)
         alone = Answers(split="validation", rows=len(GOLD), constant="'a'", baseline={metric: baseline})
-        more = {"metric": metric, "parameters": (parameters or {}).get(run.row, 100), "answers": alone}
+        more = {
+            "label_names": ["b", "a"],
+            "metric": metric,
+            "parameters": (parameters or {}).get(run.row, 100),
+            "answers": alone,
+        }
         finish(root, run, validation={metric: float(score)}, **more)
         rows = [{"text": f"text {k}", "gold": g, "label": x} for k, (g, x) in enumerate(zip(GOLD, found, strict=True))]
         (root / run.folder / "predictions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -64,11 +69,12 @@ def test_the_width_is_that_of_the_binomial_where_seeds_agree(tmp_path):
 
 
 def test_a_metric_of_all_rows_at_once(tmp_path):
-    given = {"lora": [answers(k) for k in (36, 38, 34)], "ia3": [answers(k) for k in (22, 24, 20)]}
+    # of the class "b" wrong once more than of "a", which the record names the second and so the positive one
+    given = {"lora": [answers(k) for k in (35, 37, 33)], "ia3": [answers(k) for k in (21, 23, 19)]}
     results = compared(tmp_path, given, metric="f1")
     (pair,) = differences(results, tmp_path)
     by_hand = [
-        f1_score(GOLD, a, pos_label="b") - f1_score(GOLD, b, pos_label="b")
+        f1_score(GOLD, a, pos_label="a") - f1_score(GOLD, b, pos_label="a")
         for a, b in zip(given["lora"], given["ia3"], strict=True)
     ]
     assert pair.mean == pytest.approx(np.mean(by_hand))

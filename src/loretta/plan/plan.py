@@ -20,6 +20,7 @@ from loretta.tuners.config import LorettaConfig
 from loretta.tuners.heads import CopyCost, copy_cost, head_names
 from loretta.tuners.layer import LorettaLayer
 from loretta.tuners.model import LorettaModel
+from loretta.tuners.norms import named_whole, norms_of, outer_modules
 from loretta.tuners.placement import Placement, linear_size, matched_modules, not_adaptable, unused_options
 from loretta.tuners.rep import LorettaRepConfig, LorettaRepModel
 from loretta.tuners.rescaled import TrainedScale, scaled_modules
@@ -56,6 +57,7 @@ class Plan:
     unused: tuple[str, ...] = ()  # what was asked for and has no effect, a sentence each
     lora: Cost | None = None  # LoRA r=8 on PEFT's default targets of the same model
     scaled: tuple[tuple[str, str, int], ...] = ()  # as of scaled_modules
+    base_biases: int = 0  # numbers in the biases of the base model that are trained
     dense: Cost | None = None  # bottleneck-64 adapters with dense matrices at adp's default places
 
     @property
@@ -71,8 +73,8 @@ class Plan:
 
     @property
     def biases(self) -> int:
-        """Numbers in the biases of the adapters."""
-        return sum(placement.bias_params for placement in self.placements)
+        """Numbers in the biases of the adapters, and in those of the base model that are trained."""
+        return sum(placement.bias_params for placement in self.placements) + self.base_biases
 
     @property
     def scales(self) -> int:
@@ -222,6 +224,7 @@ def plan_model(model: nn.Module, config: LorettaConfig) -> Plan:
         placements=placements,
         copies=copies,
         scaled=tuple(scaled_modules(model, config)),
+        base_biases=_base_biases(model, config, placements),
         model_parameters=sum(parameter.numel() for parameter in model.parameters()),
         not_adaptable=not_adaptable(model),
         unused=tuple(unused_options(config, asked, placements, model)),
@@ -231,6 +234,21 @@ def plan_model(model: nn.Module, config: LorettaConfig) -> Plan:
     if config.init_weights == "denoised":
         return replace(plan, copies=replace(copies, frozen=copies.frozen + plan.cores))
     return plan
+
+
+def _base_biases(model: nn.Module, config: LorettaConfig, placements: Iterable[Placement]) -> int:
+    """How many numbers of the base's own biases ``config.bias`` trains, beside those of norms and copied modules."""
+    if config.bias == "none":
+        return 0
+    copied = named_whole(outer_modules(model), config)
+    norms = norms_of(model) if config.train_norms else []
+    apart = tuple(f"{name}." for name in (*copied, *norms))
+    adapted = {f"{placement.name}.bias" for placement in placements}
+    return sum(
+        parameter.numel()
+        for name, parameter in model.named_parameters()
+        if (name in adapted if config.bias != "all" else name.endswith("bias") and not name.startswith(apart))
+    )
 
 
 def read_plan(model: PeftModel, adapter_name: str = "default") -> Plan:
@@ -254,6 +272,8 @@ def read_plan(model: PeftModel, adapter_name: str = "default") -> Plan:
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, LorettaLayer) and adapter_name in m.scaling]
     counts = trainable_by_kind(model)
     placements = tuple(layer.placements[adapter_name] for _, layer in layers)
+    # none is negative: where nothing is trained any more, the biases of adp are not either
+    base_biases = max(0, counts["biases"] - sum(placement.bias_params for placement in placements))
     base_config = BaseTuner.get_model_config(model.get_base_model())
     return Plan(
         method=method_name(config),
@@ -266,7 +286,10 @@ def read_plan(model: PeftModel, adapter_name: str = "default") -> Plan:
             if isinstance(module, TrainedScale)
             for side, change in module.change(adapter_name).items()
         ),
-        model_parameters=sum(parameter.numel() for parameter in model.parameters()) - sum(counts.values()),
+        base_biases=base_biases,
+        model_parameters=sum(parameter.numel() for parameter in model.parameters())
+        - sum(counts.values())
+        + base_biases,
         not_adaptable=not_adaptable(model),
     )
 

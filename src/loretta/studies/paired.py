@@ -13,9 +13,10 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 
 from loretta.errors import InputError
+from loretta.record import RunRecord
 from loretta.studies.results import CONFIDENCE, Cell, Results
 from loretta.tasks import metrics
-from loretta.training.folder import PREDICTIONS
+from loretta.training.folder import PREDICTIONS, RECORD
 
 RESAMPLES = {True: 4000, False: 300}  # key: whether the metric is a mean over rows, which is quick to resample
 Rows = list[dict[str, Any]]
@@ -51,7 +52,8 @@ def differences(results: Results, root: Path) -> list[Difference]:
     sign = 1 if cells[0].higher_is_better else -1
     best = max(cells, key=lambda cell: sign * (cell.mean or 0.0))
     answers = {cell.row: _answers_of(cell, root) for cell in cells}
-    found = (_difference(best, cell, answers[best.row], answers[cell.row]) for cell in cells if cell is not best)
+    names = RunRecord.load(root / best.scores[0].folder / RECORD).label_names
+    found = (_difference(best, cell, answers[best.row], answers[cell.row], names) for cell in cells if cell is not best)
     return [difference for difference in found if difference is not None]
 
 
@@ -72,14 +74,16 @@ def _answer(row: Mapping[str, Any]) -> Any:
     return row.get("label", row.get("option", row.get("score")))
 
 
-def _difference(best: Cell, other: Cell, ours: Mapping[int, Rows], theirs: Mapping[int, Rows]) -> Difference | None:
+def _difference(
+    best: Cell, other: Cell, ours: Mapping[int, Rows], theirs: Mapping[int, Rows], names: Sequence[str]
+) -> Difference | None:
     seeds = [s for s in sorted(ours.keys() & theirs.keys()) if list(map(_key, ours[s])) == list(map(_key, theirs[s]))]
     if not seeds:
         return None
     texts = {key: at for at, key in enumerate(dict.fromkeys(_key(row) for s in seeds for row in ours[s]))}
     pairs = [(ours[s], theirs[s], np.array([texts[_key(row)] for row in ours[s]])) for s in seeds]
     try:
-        observed, samples = _bootstrap(best.metric, pairs, len(texts))
+        observed, samples = _bootstrap(best.metric, pairs, len(texts), names)
     except InputError:  # the metric is one of answers in words
         return None
     low, high = np.quantile(samples, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
@@ -99,7 +103,9 @@ def _key(row: Mapping[str, Any]) -> tuple[str, str, str]:
     return str(row["text"]), str(row.get("text_pair", "")), str(row["gold"])
 
 
-def _bootstrap(metric: str, pairs: Sequence[tuple[Rows, Rows, NDArray]], n_texts: int) -> tuple[NDArray, NDArray]:
+def _bootstrap(
+    metric: str, pairs: Sequence[tuple[Rows, Rows, NDArray]], n_texts: int, names: Sequence[str]
+) -> tuple[NDArray, NDArray]:
     """Resample the difference of a metric. Returns (S) its values, and (B) their means over drawn seeds and texts.
 
     Seeds and texts are drawn with replacement, independently (Owen 2007, the pigeonhole bootstrap); a text that several
@@ -110,7 +116,7 @@ def _bootstrap(metric: str, pairs: Sequence[tuple[Rows, Rows, NDArray]], n_texts
     by_row = {"accuracy": lambda a, g: (a == g).astype(float), "mse": lambda a, g: (a - g) ** 2}.get(metric)
     n_resamples = RESAMPLES[by_row is not None]
     drawn_BT = generator.multinomial(n_texts, np.full(n_texts, 1 / n_texts), size=n_resamples)
-    columns = [_columns(ours, theirs) for ours, theirs, _ in pairs]
+    columns = [_columns(ours, theirs, names) for ours, theirs, _ in pairs]
     if by_row is not None:
         sums_ST = np.zeros((len(pairs), n_texts))
         counts_ST = np.zeros_like(sums_ST)
@@ -137,10 +143,14 @@ def _bootstrap(metric: str, pairs: Sequence[tuple[Rows, Rows, NDArray]], n_texts
     return observed_S, np.take_along_axis(values_SB, seeds_SB, axis=0).mean(0)
 
 
-def _columns(ours: Rows, theirs: Rows) -> tuple[NDArray, NDArray, NDArray]:
-    """Gold answers and those of both methods as numbers: scores, or indices into the sorted names of the classes."""
+def _columns(ours: Rows, theirs: Rows, names: Sequence[str]) -> tuple[NDArray, NDArray, NDArray]:
+    """Gold answers and those of both methods as numbers: scores, or class ids, by which F1 knows its positive class.
+
+    Names of answers that are not among those of the classes come behind these.
+    """
     columns = [row["gold"] for row in ours], [_answer(row) for row in ours], [_answer(row) for row in theirs]
     if "score" in ours[0]:
         return tuple(np.array(column, dtype=float) for column in columns)  # type: ignore[return-value]
-    names = {name: at for at, name in enumerate(sorted({str(value) for column in columns for value in column}))}
-    return tuple(np.array([names[str(value)] for value in column]) for column in columns)  # type: ignore[return-value]
+    found = sorted({str(value) for column in columns for value in column})
+    ids = {name: at for at, name in enumerate(dict.fromkeys([*names, *found]))}
+    return tuple(np.array([ids[str(value)] for value in column]) for column in columns)  # type: ignore[return-value]

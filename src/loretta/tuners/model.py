@@ -373,11 +373,14 @@ class LorettaModel(BaseTuner):
         layers = [module for module in model.modules() if isinstance(module, cls.layer_cls)]
         sign(config, [layer.placements[adapter_name] for layer in layers if adapter_name in layer.placements])
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        # with bias="all" PEFT adds those of the base below trained norms, which do not train and may be merged into
-        norms = tuple(
-            f"{name}.base_layer." for name, module in model.named_modules() if isinstance(module, TrainedNorm)
+        # with bias="all" PEFT adds those of the base below trained norms, which do not train and may be merged into,
+        # and those within copied modules, which it saves by themselves
+        apart = tuple(
+            f"{name}.base_layer." if isinstance(module, TrainedNorm) else f"{name}."
+            for name, module in model.named_modules()
+            if isinstance(module, TrainedNorm | ModulesToSaveWrapper)
         )
-        found = {key: value for key, value in found.items() if not key.startswith(norms)}
+        found = {key: value for key, value in found.items() if not key.startswith(apart)}
         if state_dict and not found:  # it is empty in the processes of FSDP that do not write
             raise InputError(
                 f"nothing would be saved of the adapter {adapter_name!r}, for the names in the given state_dict, such "
