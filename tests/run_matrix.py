@@ -3,6 +3,7 @@
     python tests/run_matrix.py                the numeric part (tt, layers, tuners) in every cell
     python tests/run_matrix.py --full         the whole suite in every cell
     python tests/run_matrix.py --cell avx2-2  one cell; "by-commit" lets the commit choose, and a rerun runs the same
+    LORETTA_TEST_SEED=17 python tests/run_matrix.py --cell best-1    other random numbers than those of the matrix
 
 Every cell is a process of pytest. Exits with 1 when a test of any cell fails.
 """
@@ -37,6 +38,7 @@ CELLS: dict[str, dict[str, str]] = {
         for threads in (1, 2)
     },
     "compatible": {"MKL_CBWR": "COMPATIBLE", "OMP_NUM_THREADS": "1"},
+    # so few that each can be tried before a commit chooses one of them
     **{f"seed-{seed}": {"LORETTA_TEST_SEED": str(seed), "OMP_NUM_THREADS": "1"} for seed in (1, 2, 3)},
 }
 

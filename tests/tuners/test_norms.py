@@ -10,7 +10,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
-from tolerances import assert_near
+from tolerances import assert_as_near, assert_near
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from tuners.families import OPTIONS, build, logits, loss_of, natural_task, randomise
@@ -249,25 +249,18 @@ def test_they_are_saved_and_loaded_as_they_are(method, tmp_path):
 
 @every_method
 def test_rows_of_a_mixed_batch_in_half_precision(method):
-    model, inputs = wrapped("llama", method, base=HALF)
-    first = logits(trained(model, seed=1), inputs)
-    model.add_adapter("other", options_for("llama", method, tensor_rank=2))
-    model.set_adapter("other")
-    other = logits(trained(model, seed=2), inputs)
-    names = ["default", "other", "default", "other"]
-    with torch.no_grad():
-        mixed = model(**inputs, adapter_names=names).logits
-    for row, name in enumerate(names):
-        torch.testing.assert_close(mixed[row], {"default": first, "other": other}[name][row], rtol=0.1, atol=0.05)
+    model, inputs = pair("llama", method, base=HALF)
+    rows = ["default", "other", "default", "other"]
+    alone, exact = expected_rows(model, inputs, rows), expected_rows(copy.deepcopy(model).float(), inputs, rows)
+    assert_as_near("logits", logits(model, inputs, adapter_names=rows), exact, beside=(alone, exact))
 
 
 def test_a_merged_model_has_one_dtype():
     model, inputs = wrapped("llama", "rep", base=HALF)
-    expected = logits(trained(model, scale=0.02), inputs)
+    got, exact = logits(trained(model), inputs), logits(copy.deepcopy(model).float(), inputs)
     merged = model.merge_and_unload()
     assert {parameter.dtype for parameter in merged.parameters()} == {torch.bfloat16}
-    error = (logits(merged, inputs).float() - expected.float()).norm() / expected.float().norm()
-    assert error < 0.05
+    assert_as_near("logits", logits(merged, inputs), exact, beside=(got, exact))
 
 
 @every_method

@@ -111,10 +111,10 @@ class RepExperts(RepLinear):
         self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
     ) -> nn.Module:
         """The module itself, on request with the updates of all of its parameters: PEFT would see the outer one."""
+        if merge:  # all below, too
+            self.merge(safe_merge=safe_merge, adapter_names=adapter_names)
         layer: Any = self
         while isinstance(layer, RepExperts):
-            if merge:
-                layer.merge(safe_merge=safe_merge, adapter_names=adapter_names)
             layer = layer.base_layer
         return layer
 
