@@ -183,6 +183,7 @@ def test_every_known_name_plans_from_its_sizes(name):
     [
         ("100k", 100_000, "parameters"), ("1.5M", 1_500_000, "parameters"), ("5000", 5000, "parameters"),
         ("400kB", 400_000, "bytes"), ("1MiB", 2**20, "bytes"), ("800B", 800, "bytes"),
+        (".57k", 570, "parameters"), (f"{10**400}", 10**400, "parameters"),
     ],
 )  # fmt: skip
 def test_budgets_are_read(words, amount, unit):

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
 from torch import nn
 
@@ -33,7 +34,7 @@ class Budget:
             raise InputError(
                 f"the budget {words!r} is not a size: write 100k or 1.5M (parameters), 400kB or 1MiB (bytes)"
             )
-        amount = int(float(match[1]) * _UNITS[match[2].lower()])
+        amount = int(Fraction(match[1]) * _UNITS[match[2].lower()])  # as a float 0.57k is 569
         return cls(amount=amount, unit="bytes" if match[3] else "parameters")
 
     def used(self, plan: Plan) -> int:

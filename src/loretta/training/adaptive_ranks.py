@@ -15,6 +15,8 @@ from loretta.tuners.ranks import RankedTrains, allot
 
 LOOKS = 3  # at the singular values, for each cut
 KEPT = 0.5  # of the earlier looks in their running mean
+# what Adam and Adagrad hold, the latter from before its first step on
+FROM_ZERO = {"step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "sum"}
 
 
 class AdaptiveRanks(TrainerCallback, ExportableState):
@@ -137,15 +139,12 @@ class AdaptiveRanks(TrainerCallback, ExportableState):
 def forget(optimizer: Any, parameters: Sequence[nn.Parameter]) -> None:
     """Have an optimizer begin anew with parameters that were rewritten, whose moments belong to other directions.
 
-    Tensors stay where they are, for recorded steps read them there.
+    The tensors of Adam stay where they are, for recorded steps read them there.
     """
     for parameter in parameters:
-        state = optimizer.state.get(parameter)
-        if not state:
-            continue
-        plain = [v for v in state.values() if isinstance(v, Tensor) and v.is_floating_point()]
-        if len(plain) == len(state) and all(v.dim() == 0 or v.shape == parameter.shape for v in plain):
-            for value in plain:
+        state = optimizer.state.get(parameter, {})
+        if state.keys() <= FROM_ZERO and all(type(value) is Tensor for value in state.values()):
+            for value in state.values():
                 value.zero_()
-        else:  # quantised moments and the like are made anew at the next step
+        else:  # made anew at the next step: quantised moments, copies of the parameter, rates of its entries
             del optimizer.state[parameter]
