@@ -65,7 +65,8 @@ def test_autocast(family, dtype, method):
     with torch.autocast("cpu", dtype=dtype):
         got = with_and_without(model, inputs)
         loss = loss_of(model, inputs)
-    assert_adapter_as_near(got, expected)
+    # BART adds a bias in float32 to logits that were computed in half precision
+    assert_adapter_as_near({name: value.to(dtype) for name, value in got.items()}, expected)
     loss.backward()
     for name, parameter in trainable(model).items():
         assert parameter.dtype == parameter.grad.dtype == torch.float32
