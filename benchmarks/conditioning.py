@@ -34,8 +34,9 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from loretta import LorettaRepConfig, LorettaSharedConfig
 from loretta.tuners.layer import LorettaLayer
 
-TASK, BATCH, LENGTH, STEPS = "stsb", 16, 20, 100
-AT = (2, 10, 40, 100)  # steps behind which cores are measured; before the first one core is zero
+TASK, BATCH, LENGTH, STEPS = "stsb", 16, 18, 100
+AT = (2, 10, 40, 100)  # steps that are measured; before the first one core is zero
+REACH_AT = (10, 100)
 RATES = (3e-3, 6e-3)
 WINDOW = 20  # last steps that a loss is the mean of
 IDLE = 1e-10  # of the largest eigenvalue: directions of a smaller one move nothing
@@ -250,11 +251,13 @@ def factors(values: Sequence[Tensor], n_in: int) -> tuple[Tensor, Tensor]:
     return a_IR, b_RO
 
 
-def of_updates(updates: Sequence[Update], steps: Mapping[int, Tensor]) -> dict[str, float | None]:
+def of_updates(
+    updates: Sequence[Update], steps: Mapping[int, Tensor], *, reach: bool = True
+) -> dict[str, float | None]:
     """How a whole step lies to the gradient of the adapted weights, whose norm is ``weights``.
 
     ``cosine``: of the first order of what the step does to the updates. ``reach``: the largest one that any step of the
-    cores can have; None where modules share cores.
+    cores can have; None where modules share cores, or it was not asked for.
     """
     along, moved, whole, reached = 0.0, 0.0, 0.0, 0.0
     alone = len({core.key for update in updates for core in update.cores}) == sum(len(u.cores) for u in updates)
@@ -270,7 +273,7 @@ def of_updates(updates: Sequence[Update], steps: Mapping[int, Tensor]) -> dict[s
         along += float((change_IO * gradient_IO).sum())
         moved += float(change_IO.square().sum())
         whole += float(gradient_IO.square().sum())
-        reached += within(values, update.n_in, gradient_IO) if alone else math.nan
+        reached += within(values, update.n_in, gradient_IO) if alone and reach else math.nan
     return {
         "weights": finite(math.sqrt(whole)),
         "cosine": finite(along / math.sqrt(moved * whole)),
@@ -346,7 +349,7 @@ def run(method: str, rate: float, seed: int, args: argparse.Namespace) -> dict[s
         losses.append(round(loss.item(), 4))
         moves = next_step(optimizer, updates, method.endswith(EVEN))
         if measures:
-            points[step] = {"cores": of_cores(updates, moves), **of_updates(updates, moves)}
+            points[step] = {"cores": of_cores(updates, moves), **of_updates(updates, moves, reach=step in REACH_AT)}
             for update in updates:
                 update.weight.grad = None
         with torch.no_grad():

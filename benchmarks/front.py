@@ -16,15 +16,22 @@ import evidence
 from board import Board, Row
 from methods import TARGETS, WITH_SCALES
 
-from loretta.plan.front import ATTENTION, FRONT, Form, Front, Measured, Other, Score
+from loretta.plan.front import ATTENTION, FRONT, VALUES_AND_MLPS, Form, Front, Measured, Other, Score
+from loretta.tuners.rep.config import COMPACT
 
-LEAST = 3  # forms of a model, and tasks; fewer are no choice
+FORMS, TASKS = 3, 2  # of a model at least; fewer are no choice
 REFERENCE = "LoRA r=1"  # on query and value; what a form gains is counted from there
-NAMES = {"cola": "CoLA", "mrpc": "MRPC", "rte": "RTE", "sst2": "SST-2", "stsb": "STS-B"}
+NAMES = {"cola": "CoLA", "mrpc": "MRPC", "rte": "RTE", "sst2": "SST-2", "stsb": "STS-B"} | {
+    "cb-words": "CB by prompt",
+    "sst2-words": "SST-2 by prompt",
+}
 ENCODERS = {"all-MiniLM-L6-v2": 384, "all-mpnet-base-v2": 768}
 DECODERS = {"SmolLM2-135M-Instruct": 576}
 ONE_MODE = {"r": 1, "tensor_rank": 1, "modes_per_side": 1, "lora_alpha": 2}
 SCALED = {method.name: method for method in WITH_SCALES if not method.factors}  # at the package's own rates
+INNER = {name: COMPACT[name] for name in ("tensor_rank", "modes_per_side")}
+# what the package calls the places of a run on any model; where it has no word these are a method's own
+PLACES: dict[str, str] = {"all": "all-linear", "attention": ATTENTION, "v, MLP": VALUES_AND_MLPS}
 AS_REP: dict[str, dict[str, Any]] = {
     "LoRA r=1 + norms": {**ONE_MODE, "train_norms": True},
     "LoRA r=1 all linear": {**ONE_MODE, "train_norms": False, "target_modules": "all-linear"},
@@ -37,17 +44,19 @@ def options_of(row: Row) -> tuple[str, dict[str, Any]] | None:
     if row["method"] in AS_REP:
         return "rep", AS_REP[row["method"]]
     method = SCALED.get(row["method"])
-    if method is not None and method.targets == "all":  # measured before the package had scales
-        return method.method, {**method.options, "train_norms": method.norms, "target_modules": "all-linear"}
-    config = row.get("config")
-    if config is None:
+    if method is not None:  # measured before the package had scales
+        made, options = method.method, {**method.options, "train_norms": method.norms}
+        options |= {"target_modules": PLACES[method.targets]} if method.targets in PLACES else {}
+    elif (config := row.get("config")) is not None:
+        made, options = config["method"], dict(config["options"])
+        for targets, place in PLACES.items():
+            if options.get("target_modules") in TARGETS[targets].values():
+                options["target_modules"] = place
+    else:
         return None
-    options = dict(config["options"])
-    if isinstance(options.get("target_modules"), str) and options["target_modules"] != "all-linear":
-        return None  # an expression is of one family's names
-    if options.get("target_modules") in TARGETS["attention"].values():
-        options["target_modules"] = ATTENTION
-    return config["method"], options
+    if {name: options.get(name) for name in INNER} == INNER:
+        options["even_rates"] = True  # the same at these ranks, and the same learning rate at those of a larger budget
+    return made, options
 
 
 def front(found: Sequence[Row]) -> Front:
@@ -59,7 +68,7 @@ def front(found: Sequence[Row]) -> Front:
         board = Board(found, model, "held_out")
         have = {method: float(of_seeds.mean()) for method, of_seeds in board.complete().items()}
         here = {row["method"]: made for row in board.rows if row["method"] in have and (made := options_of(row))}
-        if REFERENCE not in have or min(len(here), len(board.common)) < LEAST:
+        if REFERENCE not in have or len(here) < FORMS or len(board.common) < TASKS:
             continue
         named = [row["method"] for row in board.rows if row["family"] == "LoRETTA"]
         models[model] = Measured(

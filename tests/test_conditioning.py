@@ -11,7 +11,7 @@ from peft import get_peft_model
 from transformers import BertConfig, BertForSequenceClassification
 
 sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
-import conditioning  # noqa: E402
+import conditioning
 
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 20}
 

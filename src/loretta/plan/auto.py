@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Set
 from typing import Any
 
 from peft import PeftModel
@@ -12,13 +12,14 @@ from torch import nn
 from loretta.errors import InputError
 from loretta.plan.base_models import default_task_type, find_config, meta_model
 from loretta.plan.budget import Budget, highest_rank, with_rank
-from loretta.plan.front import ATTENTION, Form, Kind, read_front
+from loretta.plan.front import ATTENTION, VALUES_AND_MLPS, Form, Kind, read_front
 from loretta.plan.plan import Plan, plan_model
 from loretta.plan.presets import loretta_configs
 from loretta.tuners.bypassed import read_only
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.placement import linear_size
 from loretta.tuners.rep import LorettaRepConfig
+from loretta.tuners.rescaled import value_layers
 from loretta.wording import quoted
 
 # the form decides these options; the other shared ones may be given beside a budget
@@ -96,9 +97,9 @@ def choose_form(
     smallest_first = sorted(forms, key=lambda form: form.scores[nearest].count)
     for at_rank_1 in (False, True):
         for form in smallest_first if at_rank_1 else forms:
-            config = loretta_configs()[form.method](task_type=task_type, **{**options_on(model, form), **options})
-            config = with_rank(config, 1) if at_rank_1 else config
             try:
+                config = loretta_configs()[form.method](task_type=task_type, **{**options_on(model, form), **options})
+                config = with_rank(config, 1) if at_rank_1 else config
                 plan = plan_model(model, config)
             except InputError as error:  # a model without default targets, or one that the form does not fit
                 refusal = error
@@ -135,24 +136,43 @@ def _kind_and_width(model: nn.Module) -> tuple[Kind, int | None]:
 
 
 def options_on(model: nn.Module, form: Form) -> dict[str, Any]:
-    """The options of a form, with what its places are called in ``model``."""
-    places = {"target_modules": attention_layers(model)} if form.options.get("target_modules") == ATTENTION else {}
-    return {**form.options, **places}
+    """The options of a form, with what its places are called in ``model``. Raises InputError where it has none."""
+    finders = {ATTENTION: attention_layers, VALUES_AND_MLPS: values_and_mlps}
+    find = finders.get(form.options.get("target_modules", ""))
+    return {**form.options, **({"target_modules": find(model)} if find else {})}
 
 
 def attention_layers(model: nn.Module) -> list[str]:
     """The linear layers of attention that an adapter can be put on, by the shortest ends that name no other module."""
+    return _by_ends(model, {name for name, beside in _within_attention(model) if not beside})
+
+
+def values_and_mlps(model: nn.Module) -> list[str]:
+    """The values' layers and all linear ones of MLPs, as :func:`attention_layers`.
+
+    Raises InputError for a type of model whose values are unknown, or computed by a layer with the keys.
+    """
+    values, attention = set(value_layers(model)), {name for name, _ in _within_attention(model)}
+    numbered = {name for name, module in model.named_modules() if re.search(r"\.\d+\.", name)}
+    mlps = {name for name in numbered - attention if linear_size(model.get_submodule(name)) is not None}
+    return _by_ends(model, (values | mlps) - read_only(model))
+
+
+def _within_attention(model: nn.Module) -> Iterator[tuple[str, bool]]:
+    """(name, whether it is no projection of tokens) of the linear layers within attention."""
     left_out, modules = read_only(model), dict(model.named_modules())
-    chosen = set()
     for name, module in modules.items():
         parts = name.split(".")
         kinds = [type(modules[".".join(parts[:depth])]).__name__ for depth in range(1, len(parts))]
         within = [k for k, kind in enumerate(kinds) if _ATTENTION.search(parts[k]) or _ATTENTION_CLASS.search(kind)]
-        beside = any(map(_BESIDE_ATTENTION.search, parts[within[0] + 1 :])) if within else True
-        if not beside and name not in left_out and linear_size(module) is not None:
-            chosen.add(name)
+        if within and name not in left_out and linear_size(module) is not None:
+            yield name, any(map(_BESIDE_ATTENTION.search, parts[within[0] + 1 :]))
+
+
+def _by_ends(model: nn.Module, chosen: Set[str]) -> list[str]:
+    """The shortest ends of names that name these modules and no other."""
     others: set[str] = set()
-    for name in modules.keys() - chosen:
+    for name in dict(model.named_modules()).keys() - chosen:
         others |= set(_ends(name))
     return sorted({next((end for end in _ends(name) if end not in others), name) for name in chosen})
 

@@ -14,8 +14,14 @@ FRONT = Path(__file__).with_name("front.json")
 Kind = Literal["encoder", "decoder"]
 _MODES = {1: "one mode", 2: "two modes", 3: "three modes"}
 MORE = 1.25  # a method with so many times the parameters of a form is compared with it: ranks lie a factor of 2 apart
-# stands among a form's options for the names that loretta.plan.auto finds in a model
+# these stand among a form's options for the names that loretta.plan.auto finds in a model
 ATTENTION = "linear layers of attention"
+VALUES_AND_MLPS = "values and linear layers of MLPs"
+_PLACES = {
+    "all-linear": "on every linear layer",
+    ATTENTION: "on every linear layer of attention",
+    VALUES_AND_MLPS: "on the values and every linear layer of MLPs",
+}
 
 
 class _Plain(BaseModel):
@@ -60,9 +66,7 @@ class Form(_Plain):
         shape = f"of {_MODES.get(modes, f'{modes} modes')} a side and rank {rank}" if modes else f"of rank {rank}"
         shape += " (which is LoRA)" if modes == 1 else ""
         places = "after attention and feed-forward" if self.method == "adp" else "on query and value"
-        places = {"all-linear": "on every linear layer", ATTENTION: "on every linear layer of attention"}.get(
-            self.options.get("target_modules", ""), places
-        )
+        places = _PLACES.get(self.options.get("target_modules", ""), places)
         beside = ["the norms"] if self.options["train_norms"] else []
         if scaled := ["MLPs" if place == "mlp" else place for place in self.options.get("train_scales", [])]:
             beside.append("scales of " + " and ".join(filter(None, [", ".join(scaled[:-1]), scaled[-1]])))

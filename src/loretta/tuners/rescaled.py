@@ -123,6 +123,26 @@ class TrainedScale(ChangedModule):
             super().unmerge()
 
 
+def _names(model: nn.Module, asked: str) -> dict[str, str]:
+    """How the names of each place end. Raises InputError for a type of model whose names are not known."""
+    model_type = BaseTuner.get_model_config(model).get("model_type", "")
+    if model_type not in NAMES:
+        raise InputError(
+            f"{asked}: the names of keys, values and MLPs are not known for the model type {model_type!r}: leave "
+            f"it out, or take one of {', '.join(sorted(NAMES))}"
+        )
+    return dict(zip(get_args(Place), NAMES[model_type], strict=True))
+
+
+def value_layers(model: nn.Module) -> list[str]:
+    """The names of the linear layers that compute values alone. Raises InputError where none is known."""
+    end = _names(model, "values")["values"]
+    found = [name for name, _ in model.named_modules() if end and re.fullmatch(rf"(.*\.)?{end}", name)]
+    if not found:
+        raise InputError("this model has no values that are linear layers of their own")
+    return found
+
+
 def scaled_modules(model: nn.Module, config: LorettaConfig) -> Iterator[tuple[str, str, int]]:
     """(name, side, size of the side) of every linear layer that an adapter scales: its "in" or its "out".
 
@@ -131,13 +151,7 @@ def scaled_modules(model: nn.Module, config: LorettaConfig) -> Iterator[tuple[st
     """
     if not config.train_scales:
         return
-    model_type = BaseTuner.get_model_config(model).get("model_type", "")
-    names = dict(zip(get_args(Place), NAMES.get(model_type, ()), strict=False))
-    if not names:
-        raise InputError(
-            f"train_scales: the names of keys, values and MLPs are not known for the model type {model_type!r}: leave "
-            f"it out, or take one of {', '.join(sorted(NAMES))}"
-        )
+    names = _names(model, "train_scales")
     found, modules, alike = dict.fromkeys(config.train_scales, False), outer_modules(model), copy.copy(config)
     whole = tuple(f"{name}." for name in named_whole(modules, config))
     for name, module in modules.items():
