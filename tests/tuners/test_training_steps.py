@@ -198,6 +198,28 @@ def test_trained_biases_are_saved_and_loaded(method, bias, tmp_path):
     assert torch.equal(logits(again, inputs), logits(model, inputs))
 
 
+@every_method
+def test_trained_biases_are_saved_and_loaded_beside_an_adapter_elsewhere(method, tmp_path):
+    def biased():
+        return config_for(method, task_type="CAUSAL_LM", target_modules=["c_attn"], train_norms=False, bias="all")
+
+    elsewhere = {"target_modules": ["mlp.c_proj"], "modules_to_save": ["0.attn.c_proj"]}  # beside norms
+    other = config_for(method, task_type="CAUSAL_LM", **elsewhere)
+    base, inputs = build("gpt2")
+    model = trained(get_peft_model(base, biased())).eval()
+    expected = logits(model, inputs)
+    model.save_pretrained(tmp_path / "alone")
+    model.add_adapter("other", other)
+    model.save_pretrained(tmp_path / "beside", selected_adapters=["default"])
+    again = PeftModel.from_pretrained(build("gpt2")[0], tmp_path / "beside").eval()
+    assert torch.equal(logits(again, inputs), expected)
+    for folder in ("alone", "beside"):
+        beside = get_peft_model(build("gpt2")[0], other, adapter_name="other")
+        beside.load_adapter(tmp_path / folder, "default")
+        beside.set_adapter("default")
+        assert torch.equal(logits(beside.eval(), inputs), expected)
+
+
 # Further modules
 
 

@@ -11,6 +11,7 @@ from peft import (
     AutoPeftModelForSeq2SeqLM,
     AutoPeftModelForSequenceClassification,
     AutoPeftModelForTokenClassification,
+    PeftModel,
     get_peft_model_state_dict,
     inject_adapter_in_model,
     set_peft_model_state_dict,
@@ -108,6 +109,19 @@ def test_the_methods_of_transformers_models(family, train_norms, method, tmp_pat
     model.set_adapter("second")
     model.load_adapter(tmp_path, adapter_name="third")  # beside others it is the active one, with its head
     assert torch.equal(logits(model.eval(), inputs), expected["first"])
+
+
+@every_method
+def test_biases_of_a_head_are_saved_once(method, tmp_path):
+    """PEFT saves those of its copy a second time, which transformers refuses to write."""
+    model, inputs = base_of("bert")
+    add(model, "default", options_for("bert", method, bias="all"), seed=1)
+    expected = logits(model, inputs)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(base_of("bert")[0], tmp_path).eval(), inputs), expected)
+    again, _ = base_of("bert")
+    again.load_adapter(tmp_path)
+    assert torch.equal(logits(again.eval(), inputs), expected)
 
 
 @every_method

@@ -19,7 +19,14 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from loretta.errors import InputError
-from loretta.tuners.adapter_file import check_not_merged, check_tensors, names_alone, renamed
+from loretta.tuners.adapter_file import (
+    biases_alone,
+    biases_here,
+    check_not_merged,
+    check_tensors,
+    names_alone,
+    renamed,
+)
 from loretta.tuners.bypassed import check_called, under_other_names
 from loretta.tuners.changes import ChangedModule, put_changes
 from loretta.tuners.config import LorettaConfig
@@ -373,14 +380,16 @@ class LorettaModel(BaseTuner):
         layers = [module for module in model.modules() if isinstance(module, cls.layer_cls)]
         sign(config, [layer.placements[adapter_name] for layer in layers if adapter_name in layer.placements])
         found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        # with bias="all" PEFT adds those of the base below trained norms, which do not train and may be merged into,
-        # and those within copied modules, which it saves by themselves
-        apart = tuple(
-            f"{name}.base_layer." if isinstance(module, TrainedNorm) else f"{name}."
+        # with bias="all" PEFT adds the biases below trained norms, which do not train and may be merged into, and those
+        # of copied modules, which save theirs themselves
+        others = tuple(
+            f"{name}." if isinstance(module, ModulesToSaveWrapper) else f"{name}.base_layer."
             for name, module in model.named_modules()
-            if isinstance(module, TrainedNorm | ModulesToSaveWrapper)
+            if (isinstance(module, TrainedNorm) and adapter_name in module.held)
+            or (isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save)
         )
-        found = {key: value for key, value in found.items() if not key.startswith(apart)}
+        alone = biases_alone(model, adapter_name)
+        found = {alone.get(key, key): value for key, value in found.items() if not key.startswith(others)}
         if state_dict and not found:  # it is empty in the processes of FSDP that do not write
             raise InputError(
                 f"nothing would be saved of the adapter {adapter_name!r}, for the names in the given state_dict, such "
@@ -397,6 +406,7 @@ class LorettaModel(BaseTuner):
         state_dict = renamed(_uncompiled(state_dict), {name.removesuffix("_orig_mod"): name + "." for name in compiled})
         state_dict = renamed(state_dict, {alone: name for name, alone in names_alone(model, cls.prefix).items()})
         state_dict = values_as_changes(model, adapter_name, state_dict)
+        state_dict = biases_here(model, state_dict)
         loaded = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
         expected = _filter_state_dict_by_key_prefixes(model.state_dict(), prefixes)
