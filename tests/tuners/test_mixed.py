@@ -175,24 +175,30 @@ def test_adapters_of_a_mixed_batch_may_have_different_targets(method):
 @pytest.mark.parametrize("num_beams", [1, 2])
 def test_a_mixed_batch_generates_as_the_single_runs(family, num_beams, method):
     model, inputs = pair(family, method)
+    model.double()  # so that rounding decides between no two tokens
     inputs = {key: inputs[key] for key in ("input_ids", "attention_mask")}
     options = {"max_new_tokens": 4, "num_beams": num_beams, "do_sample": False, "pad_token_id": 0}
     options |= {"eos_token_id": 10**6}  # never: rows of one length
+    options |= {"return_dict_in_generate": True, "output_logits": True}
 
-    def generate(**how) -> Tensor:
-        return model.generate(**inputs, **options, **how)
+    def generate(**how) -> tuple[Tensor, Tensor]:
+        """The tokens of each row, and the logits (row, beam, step, token) that chose them."""
+        out = model.generate(**inputs, **how)
+        return out.sequences, torch.stack(out.logits, dim=1).unflatten(0, (len(ROWS), num_beams))
 
     with model.disable_adapter():
-        single = {"__base__": generate()}
+        single = {"__base__": generate(**options)}
     for name in ("other", "default"):
         model.set_adapter(name)
-        single[name] = generate()
-    expected = torch.stack([single[name][k] for k, name in enumerate(ROWS)])
-    assert not torch.equal(expected, single["default"])
-    assert torch.equal(generate(adapter_names=ROWS), expected)
+        single[name] = generate(**options)
+    tokens, scores = (torch.stack([single[name][part][k] for k, name in enumerate(ROWS)]) for part in (0, 1))
     config = GenerationConfig(**options, num_return_sequences=num_beams)
-    several = model.generate(**inputs, generation_config=config, adapter_names=ROWS)
-    assert torch.equal(several[::num_beams], expected)
+    for got_tokens, got_scores in (
+        generate(adapter_names=ROWS, **options),
+        generate(adapter_names=ROWS, generation_config=config),
+    ):
+        assert torch.equal(got_tokens[:: len(got_tokens) // len(ROWS)], tokens)
+        assert_near("logits", got_scores, scores)
 
 
 def test_samples_of_one_row_are_of_its_adapter():
