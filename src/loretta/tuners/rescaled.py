@@ -21,18 +21,26 @@ from loretta.tuners.placement import linear_size, require_linear
 
 _BERT = ("self.key", "self.value", r"\d+.output.dense")  # not that of attention: its input is what the values give
 _LLAMA = ("k_proj", "v_proj", "down_proj")
-# by ``config.model_type``: how the names of keys, values and the last layers of MLPs end
+# by ``config.model_type``: how the names of keys, values and the last layers of MLPs end; "" where they are no linear
+# layers of their own
 NAMES: dict[str, tuple[str, str, str]] = {
-    **dict.fromkeys(("bert", "camembert", "electra", "roberta", "xlm-roberta"), _BERT),
+    **dict.fromkeys(("bert", "camembert", "electra", "roberta", "xlm-roberta", "xlm-roberta-xl"), _BERT),
+    "albert": ("attention.key", "attention.value", "ffn_output"),
     "deberta-v2": ("self.key_proj", "self.value_proj", r"\d+.output.dense"),
     "mpnet": ("attn.k", "attn.v", r"\d+.output.dense"),
     "distilbert": ("k_lin", "v_lin", "ffn.lin2"),
-    **dict.fromkeys(("gemma", "gemma2", "gemma3_text", "llama", "mistral", "olmo2", "qwen2", "qwen3"), _LLAMA),
-    **dict.fromkeys(("bart", "mbart", "opt", "phi"), ("k_proj", "v_proj", "fc2")),
+    **dict.fromkeys(("cohere", "gemma", "gemma2", "gemma3_text", "glm", "granite", "llama", "mistral"), _LLAMA),
+    **dict.fromkeys(("olmo", "olmo2", "qwen2", "qwen3", "smollm3", "stablelm"), _LLAMA),
+    "gemma3": (r"language_model\..*k_proj", r"language_model\..*v_proj", r"language_model\..*down_proj"),
+    **dict.fromkeys(("bart", "mbart", "opt", "pegasus", "phi"), ("k_proj", "v_proj", "fc2")),
     **dict.fromkeys(("t5", "mt5"), (r"\w+Attention.k", r"\w+Attention.v", "DenseReluDense.wo")),
     "gptj": ("k_proj", "v_proj", "fc_out"),
-    "gpt_neo": ("k_proj", "v_proj", "mlp.c_proj"),
+    **dict.fromkeys(("gpt_neo", "starcoder2"), ("k_proj", "v_proj", "mlp.c_proj")),
+    # the MLPs are experts, whose weights lie in one tensor
+    **dict.fromkeys(("gpt_oss", "mixtral", "qwen2_moe", "qwen3_moe"), ("k_proj", "v_proj", "")),
     # keys and values come from one layer
+    "codegen": ("", "", "fc_out"),
+    "deberta": ("", "", r"\d+.output.dense"),
     "gpt2": ("", "", "mlp.c_proj"),
     **dict.fromkeys(("bloom", "falcon", "gpt_neox"), ("", "", "dense_4h_to_h")),
     "phi3": ("", "", "down_proj"),
