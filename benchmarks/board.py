@@ -47,9 +47,10 @@ class Board:
 
     def mean_of(self, method: str) -> Scores | None:
         """The mean over the common tasks, for each seed that all have; None where one of them was not run."""
-        if not all((method, task) in self.cells for task in self.common):
-            return None
-        return mean_by_seed([self.scores(method, task) for task in self.common])
+        return mean_by_seed([self.scores(method, task) for task in self.common]) if self.has_all(method) else None
+
+    def has_all(self, method: str) -> bool:
+        return all((method, task) in self.cells for task in self.common)
 
     def complete(self) -> dict[str, Scores]:
         found = {method: self.mean_of(method) for method in self.methods}
@@ -77,7 +78,7 @@ class Board:
 
     def best_within(self, size: int) -> tuple[str | None, str | None]:
         """The best form of LoRETTA and the best other method with about as many parameters at most, by their means."""
-        fit = [method for method in self.complete() if self.trained(method) <= ROOM * size]
+        fit = [method for method in self.methods if self.has_all(method) and self.trained(method) <= ROOM * size]
         means = {method: scores.mean() for method, scores in (self.among(fit).complete() if fit else {}).items()}
         ours = [method for method in fit if self.family(method) == "LoRETTA"]
         others = [method for method in fit if self.family(method) != "LoRETTA"]

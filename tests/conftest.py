@@ -41,6 +41,9 @@ def _connect_here(self: socket.socket, address: object) -> None:
 
 socket.socket.connect = _connect_here  # type: ignore[method-assign]
 
+# what a killed process has written stays; only for the end of a whole machine does a program wait for the disk
+os.fsync = os.fstat  # type: ignore[assignment]
+
 # PEFT compiles the template of the model card anew at each save, which takes longer than the save
 jinja2.Environment.compile = functools.cache(jinja2.Environment.compile)  # type: ignore[method-assign]
 

@@ -1,4 +1,4 @@
-"""Which cases of a numeric test over families of models run where LORETTA_TEST_WIDE is not set.
+"""Which cases of a numeric test over families of models, or one marked `sampled`, run without LORETTA_TEST_WIDE.
 
 The 27 cases of three methods on nine families differ little. A sample of them has every value of every parameter, and
 every method on two families at least. The name of the test chooses the sample: the next test has another, so that the
@@ -37,13 +37,14 @@ def _adds(case: Values, chosen: Sequence[Values]) -> bool:
 
 
 def sampled(items: Sequence[pytest.Item]) -> Iterator[pytest.Item]:
-    """All cases of a test without families of models, and a sample of those of a test over several."""
+    """A sample of the cases of a test over several families of models or marked `sampled`, and all of other tests."""
     tests: defaultdict[str, list[pytest.Item]] = defaultdict(list)
     for item in items:
         tests[item.nodeid.partition("[")[0]].append(item)
     for test, cases in tests.items():
         values = [_values(case) for case in cases]
-        yield from (cases[k] for k in sample(test, values)) if all("family" in case for case in values) else cases
+        whole = not all("family" in case for case in values) and not cases[0].get_closest_marker("sampled")
+        yield from cases if whole else (cases[k] for k in sample(test, values))
 
 
 def _values(item: pytest.Item) -> Values:

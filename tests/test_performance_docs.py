@@ -16,8 +16,6 @@ import turns  # noqa: E402
 from floors import adapter_cost, base_cost  # noqa: E402
 from tables import filled  # noqa: E402
 
-STEPS = performance.steps()
-
 
 @pytest.mark.parametrize("name", performance.SECTIONS)
 def test_a_table_is_what_the_result_files_say(name):
@@ -51,9 +49,9 @@ def test_every_row_says_where_it_comes_from(pattern, sizes, time):
         assert row["ratio"] > 0
 
 
-@pytest.mark.parametrize("row", STEPS, ids=lambda row: f"{row['file']}-{row['mode']}-{row['method']}-{row['batch']}")
-def test_a_ratio_is_that_of_two_medians_of_one_run(row):
-    assert row["ratio"] == pytest.approx(row["ms"] / row["floor"]["ms"])
+def test_a_ratio_is_that_of_two_medians_of_one_run():
+    for row in performance.steps():
+        assert row["ratio"] == pytest.approx(row["ms"] / row["floor"]["ms"]), row
 
 
 def row_of(*runs: float, gpu_ms: float) -> dict:

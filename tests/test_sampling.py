@@ -21,6 +21,12 @@ def test_on_two(family, method, options):
 def test_without_families(number, dtype):
     pass
 
+@pytest.mark.sampled
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("method", ["rep", "adp", "shared"])
+def test_marked(method, trains):
+    pass
+
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
 def test_on_each_family(family):
     pass
@@ -51,11 +57,16 @@ def test_several_tests_meet_all_pairs():
 
 
 def test_what_needs_no_sample_runs_whole(pytester):
+    pytester.makeini("[pytest]\nmarkers = sampled")
     items = pytester.getitems(SOURCE)
     chosen = list(sampled(items))
-    others = [item for item in items if "test_on_two" not in item.name]
-    assert [item for item in chosen if "test_on_two" not in item.name] == others
+    others = [item for item in items if "test_on_two" not in item.name and "test_marked" not in item.name]
+    assert [item for item in chosen if item in others] == others
     assert len(others) == 10 * 2 + 4 + 1
+    marked = [item.callspec.params for item in chosen if "test_marked" in item.name]
+    assert len(marked) == 3
+    assert {params["method"] for params in marked} == {"rep", "adp", "shared"}
+    assert {params["trains"] for params in marked} == {False, True}
     on_two = [item.callspec.params for item in chosen if "test_on_two" in item.name]
     assert len(on_two) == 4 < len(items) - len(others)
     assert {params["family"] for params in on_two} == {"bert", "gpt2", "llama", "t5"}

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -16,6 +17,14 @@ from loretta.training.config import RunConfig
 from loretta.training.data import load_config_task
 from loretta.training.predict import evaluate, load_run, predict
 from loretta.training.run import train
+
+
+@pytest.fixture(scope="module")
+def finished(bert, reviews, tmp_path_factory):
+    """The folder of a run."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    train(config_for(bert, reviews, folder, epochs=1))
+    return folder
 
 
 @pytest.mark.parametrize(
@@ -136,10 +145,9 @@ def test_parameters_in_the_record_are_those_that_trained(bert, reviews, tmp_path
     assert counts.other == 0
 
 
-def test_the_same_seed_gives_the_same_adapter(bert, reviews, tmp_path):
-    for name in ("a", "b"):
-        train(config_for(bert, reviews, tmp_path / name, epochs=1))
-    a, b = (load_file(tmp_path / name / "adapter" / "adapter_model.safetensors") for name in ("a", "b"))
+def test_the_same_seed_gives_the_same_adapter(bert, reviews, finished, tmp_path):
+    train(config_for(bert, reviews, tmp_path / "run", epochs=1))
+    a, b = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (finished, tmp_path / "run"))
     assert a.keys() == b.keys()
     assert all(torch.equal(a[key], b[key]) for key in a)
 
@@ -212,8 +220,8 @@ def test_the_final_layer_has_its_own_rate(bert, reviews, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "garbage", "missing", "run.json"])
-def test_a_damaged_adapter_is_one_sentence(damage, bert, reviews, tmp_path):
-    train(config_for(bert, reviews, tmp_path / "run", epochs=1))
+def test_a_damaged_adapter_is_one_sentence(damage, finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "run")
     weights = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
     if damage == "truncated":
         weights.write_bytes(weights.read_bytes()[:-100])
@@ -239,19 +247,17 @@ def test_an_adapter_for_another_base_is_refused(method, bert, other_bert, llama,
         assert "\n" not in str(caught.value)
 
 
-def test_labels_of_other_data_must_be_the_same(bert, reviews, tmp_path):
-    train(config_for(bert, reviews, tmp_path / "run", epochs=1))
+def test_labels_of_other_data_must_be_the_same(finished, tmp_path):
     other = tmp_path / "other.csv"
     other.write_text("review,mood\n" + "\n".join(f"a film {k},{'up' if k % 2 else 'down'}" for k in range(20)))
-    run = load_run(tmp_path / "run", cpu=True)
+    run = load_run(finished, cpu=True)
     task = load_config_task(run.config.model_copy(update={"data": str(other)}))
     with pytest.raises(InputError, match=r"\['neg', 'pos'\].*\['down', 'up'\]"):
         evaluate(run, task, "validation")
 
 
-def test_pairs_are_predicted_as_pairs(bert, reviews, tmp_path):
-    train(config_for(bert, reviews, tmp_path / "run", epochs=1))
-    loaded = load_run(tmp_path / "run", cpu=True)
+def test_pairs_are_predicted_as_pairs(finished):
+    loaded = load_run(finished, cpu=True)
     with pytest.raises(InputError, match="has 'review', got 2 texts of each: leave the pair out"):
         predict(loaded, [["good"], ["bad"]])
     pairs = dataclasses.replace(loaded, config=loaded.config.model_copy(update={"data": "mrpc"}))

@@ -37,8 +37,8 @@ CASES = [
     ("gpt2", "rep", "eager"),
     ("llama", "rep", "aot_eager"),
     ("llama", "adp", "aot_eager"),
-    ("bert", "rep", "eager"),
-    ("t5", "adp", "aot_eager"),
+    ("bert", "rep", "aot_eager"),
+    ("t5", "adp", "eager"),
     ("modernbert", "adp", "eager"),
     ("deberta-v2", "rep", "eager"),
 ]
@@ -181,6 +181,7 @@ def assert_same(compiled: Counted, model: PeftModel, inputs: dict[str, Tensor], 
     return answer
 
 
+@pytest.mark.sampled
 @every_method
 @every_mode
 def test_switching_compiles_once_for_each_adapter(method, trains):
@@ -192,6 +193,7 @@ def test_switching_compiles_once_for_each_adapter(method, trains):
     assert compiled.graphs == 2
 
 
+@pytest.mark.sampled
 @every_method
 @every_mode
 def test_two_active_adapters_have_each_their_own_scale(method, trains):
@@ -216,6 +218,7 @@ def test_disabling_compiles_once_more(method):
     assert compiled.graphs == 2
 
 
+@pytest.mark.sampled
 @every_method
 @every_mode
 def test_other_models_and_other_threads_compile_nothing(method, trains):
@@ -229,6 +232,7 @@ def test_other_models_and_other_threads_compile_nothing(method, trains):
     assert compiled.graphs == 1
 
 
+@pytest.mark.sampled
 @every_method
 @every_mode
 def test_another_scale_compiles_nothing(method, trains, tmp_path):

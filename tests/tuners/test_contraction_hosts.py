@@ -143,6 +143,7 @@ def test_offloaded_parameters_are_left_to_their_layer():
         assert_near("base", logits(model, inputs), base)
 
 
+@pytest.mark.sampled
 @every_method
 @pytest.mark.parametrize("init_weights", ["zero", "denoised"])
 def test_compiled_it_is_the_same_and_stays_compiled(method, init_weights):
