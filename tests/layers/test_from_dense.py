@@ -23,6 +23,8 @@ def test_from_dense_is_the_truncated_tt_svd(shape, dtype, bias):
     assert {parameter.dtype for parameter in layer.parameters()} == {dtype}
     assert [tuple(core.shape) for core in layer.cores] == shape.cores
     cores = tt.tt_svd(dense.weight.detach().double().T, shape)
+    for core, exact in zip(layer.cores, tt.pad_ranks(tt.balance(cores), shape.ranks), strict=True):
+        assert torch.equal(core, exact.to(dtype))  # rounded once
     weight_IO = oracle(cores, shape)
     assert_near("weight", layer.to_dense().weight, weight_IO.T, terms=oracle([core.abs() for core in cores], shape))
     x_BI = randn(4, shape.in_features, seed=0, dtype=dtype)

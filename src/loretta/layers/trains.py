@@ -139,7 +139,8 @@ class TTLinear(nn.Module):
         if weight.is_meta:
             return layer
         with torch.no_grad():
-            layer.cores.assign(tt.pad_ranks(tt.balance(tt.tt_svd(weight.T.to(dtype), shape)), shape.ranks))
+            # rounded once, at the end: half precision would round the factors that balance the cores, too
+            layer.cores.assign(tt.pad_ranks(tt.balance(tt.tt_svd(weight.T.double(), shape)), shape.ranks))
             if layer.start is not None:
                 layer.start.assign(list(layer.cores))
             elif layer.bias is not None:
