@@ -12,7 +12,7 @@ import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import mean, stdev
 from typing import Any
 
 import pandas as pd
@@ -115,7 +115,7 @@ def best_rate(row: Mapping[str, Any]) -> str:
 
     def worth(rate: str) -> float:
         scores = row["held_out"][rate]
-        return -math.inf if any(score is None for score in scores) else sign * fmean(scores)
+        return -math.inf if any(score is None for score in scores) else sign * mean(scores)
 
     return max(row["held_out"], key=worth)
 
@@ -174,5 +174,5 @@ def _table(row: Mapping[str, Any]) -> tuple[str, ...]:
 def interval(values: Collection[float]) -> tuple[float, float]:
     """The mean and half of its 95 % interval, by Student's t over the seeds; NaN for the half of one value."""
     if len(values) < 2:
-        return fmean(values), math.nan
-    return fmean(values), float(student.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
+        return mean(values), math.nan
+    return mean(values), float(student.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
