@@ -19,7 +19,7 @@ from peers import PEERS
 from protocol import LEAKS, METRICS, at_edge, best_rate, interval, read_rows
 from rates import one_rate_table, ranks_table, rates_table
 from retention import forgetting_rows, forgetting_table, overfitting_table, reading_table
-from runs import adaptive_table, answers_table, instruct_table
+from runs import adaptive_table, answers_table, conditioning_tables, instruct_table
 from tables import RESULTS, ROOT, filled
 from verdicts import (
     MODELS,
@@ -251,6 +251,7 @@ def choosing_sections(found: Sequence[Row]) -> dict[str, str]:
         "fits": fits_table(),
         "learning": learning_table(found),
         "adaptive": adaptive_table(),
+        "conditioning": conditioning_tables(),
         "predicted": predicted(found),
         "default": default_rule(found),
         "bar": bar(found),

@@ -3,7 +3,8 @@
 import json
 import math
 from collections.abc import Callable
-from statistics import mean
+from statistics import mean, median
+from typing import Any
 
 import pandas as pd
 from board import Row, Scores, markdown, paired, signed, words
@@ -62,6 +63,49 @@ def adaptive_table() -> str:
         lines.append([method, task, count, *cells])
     columns = ["method", "task", "trained at the end", *(f"at {rate:g} (seeds)" for rate in rates)]
     return markdown(lines, columns, left=2) if lines else NONE
+
+
+GOAL, AHEAD = 3.0, 10  # the loss that learners are timed to, as the mean of so many steps
+
+
+def steps_to_goal(losses: list[float]) -> int | None:
+    """Behind how many steps the mean of the last ones is at the goal; None where it never is."""
+    means = ((step, mean(losses[step - AHEAD : step])) for step in range(AHEAD, len(losses) + 1))
+    return next((step for step, loss in means if loss <= GOAL), None)
+
+
+def conditioning_tables() -> str:
+    """What conditioning.py measured: of each method, at the rate of its lowest loss, and of each of its cores."""
+    file = RESULTS / "conditioning.json"
+    found: dict[str, dict[float, list[Row]]] = {}
+    for row in sorted(json.loads(file.read_text()) if file.exists() else [], key=lambda row: row["seed"]):
+        found.setdefault(row["method"], {}).setdefault(row["rate"], []).append(row)
+    best = {name: min(rates.values(), key=lambda some: some[0]["loss"]) for name, rates in found.items()}
+    if not best:
+        return NONE
+    middle, end = "10", str(max(map(int, next(iter(best.values()))[0]["points"])))
+
+    def both(of: Callable[[dict[str, Any]], float | None], some: list[Row]) -> str:
+        steps = [[of(row["points"][step]) for row in some] for step in (middle, end)]
+        return " / ".join(f"{median(values):.3g}" for values in steps if None not in values)
+
+    methods, cores = [], []
+    for name, some in best.items():
+        whole = [both(lambda point, key=key: point[key], some) for key in ("weights", "reach", "cosine")]
+        share = both(lambda point: point["cosine"] / point["reach"] if point["reach"] else None, some)
+        steps = ", ".join(str(steps_to_goal(row["losses"]) or "never") for row in some)
+        rates = ", ".join(f"{rate:g}" for rate in sorted(found[name], key=lambda rate: rate != some[0]["rate"]))
+        losses = words([row["loss"] for row in some], 2)
+        methods.append([name, f"{some[0]['trained']:,}", losses, steps, *whole, share, rates, str(len(some))])
+        for role in some[0]["points"][end]["cores"]:
+            columns = ("gradient", "condition", "idle", "descent", "adam", "used")
+            cells = [both(lambda point, r=role, c=column: point["cores"][r][c], some) for column in columns]
+            cores.append([name, role, *cells])
+    goal = f"steps to {GOAL:g}"
+    titles = ["method", "trained", "loss", goal, "weights", "reach", "cosine", "cosine / reach", "rates", "seeds"]
+    core_titles = ["method", "core", "gradient", "condition", "idle", "descent moves", "Adam moves", "used"]
+    at = f"Medians over the seeds, the best rate first, behind {middle} / {end} steps:\n\n"
+    return f"{at}{markdown(methods, titles)}\n{markdown(cores, core_titles, left=2)}"
 
 
 def instruct_table() -> str:
