@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from loretta.errors import InputError
-from loretta.tuners.layer import AdaptedModule
+from loretta.tuners.adapted import AdaptedModule
 from loretta.tuners.mixed import in_turn
 
 

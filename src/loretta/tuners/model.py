@@ -2,17 +2,15 @@
 
 import copy
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from contextlib import contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import (
-    BaseTuner,
     BaseTunerLayer,
     _filter_state_dict_by_key_prefixes,
     _get_tuner_state_dict_key_prefixes,
-    onload_layer,
 )
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
@@ -30,20 +28,18 @@ from loretta.tuners.adapter_file import (
 from loretta.tuners.bypassed import check_called, under_other_names
 from loretta.tuners.changes import ChangedModule, put_changes
 from loretta.tuners.config import LorettaConfig
-from loretta.tuners.contraction import Contraction, note_change
+from loretta.tuners.contraction import Contraction
 from loretta.tuners.copies import AdapterCopy, check_copies_are_here, rename_copy
 from loretta.tuners.heads import agree_on_origins, copy_cost, head_names, install_head
 from loretta.tuners.in_place import take_over
 from loretta.tuners.labels import fit_final_layer, note_labels
 from loretta.tuners.layer import (
-    AdaptedModule,
     LorettaLayer,
     at_least_float32,
     is_offloaded,
     keep_differentiable,
-    merge_below,
 )
-from loretta.tuners.mergeable import check_mergeable, check_mergeable_names
+from loretta.tuners.merging import MergingTuner
 from loretta.tuners.mixed import check_rows_first, naming, passing
 from loretta.tuners.names import check_adapter_name, check_apart, check_endings
 from loretta.tuners.norms import TrainedNorm, is_norm, norms_of, values_as_changes
@@ -59,13 +55,10 @@ from loretta.tuners.rescaled import put_scales, scaled_modules
 from loretta.tuners.targets import chosen_targets
 from loretta.tuners.watch import Watch
 
-Layer = TypeVar("Layer", bound=nn.Module)
 
-
-class LorettaModel(BaseTuner):
+class LorettaModel(MergingTuner):
     """Base of the tuners. A method adds where its trains go (``place``) and its layer class."""
 
-    layer_cls: type[Any]  # a LorettaLayer with update_layer(adapter_name, placement, config)
     # what PEFT switches: of all methods here, whose adapters share the norms and scales
     tuner_layer_cls = (LorettaLayer, ChangedModule)  # type: ignore[assignment]
 
@@ -182,54 +175,12 @@ class LorettaModel(BaseTuner):
         """Add one adapter's changes to a norm. Whatever ``bias`` says, the norm's own bias does not train too."""
         put_changes(self, TrainedNorm, name, adapter_name).base_layer.requires_grad_(False)
 
-    def _layers(self, kind: type[Layer]) -> list[Layer]:
-        return [module for module in self.model.modules() if isinstance(module, kind)]
-
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """To the dtype of the base where PEFT is told not to autocast; adapters are made in float32 otherwise."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         own: list[Any] = [*self._layers(LorettaLayer), *self._layers(ChangedModule), *self._layers(AdapterCopy)]
         for layer in () if autocast_adapter_dtype else own:
             layer.to_base_dtype(adapter_name)
-
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """As PEFT's. The heads of the merged adapters compute until these are unmerged.
-
-        Raises InputError for a name that is not loaded, while the adapters are disabled, and when only some of the
-        active adapters are named: the others would lose their effect.
-        """
-        merged = self._merged(adapter_names or self.active_adapters)
-        check_mergeable_names(merged, self.active_adapters, self.peft_config)
-        if self._is_disabled():
-            raise InputError("cannot merge while the adapters are disabled: call enable_adapter_layers() first")
-        self._check_merge_allowed(merged)
-        layers: list[Any] = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
-        within = {layer.base_layer for layer in layers}
-        # PEFT begins with the outermost: a factor within would act on its update too
-        for layer in (layer for layer in layers if layer not in within):
-            with onload_layer(layer):
-                merge_below(layer, safe_merge, adapter_names)
-                layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
-        self._follow_merge()
-
-    def unmerge_adapter(self) -> None:
-        """As PEFT's."""
-        super().unmerge_adapter()
-        self._follow_merge()
-
-    def _merged(self, more: Iterable[str] = ()) -> list[str]:
-        """The merged adapters, and ``more``."""
-        merged = (name for layer in self._layers(self.layer_cls) for name in layer.merged_adapters)
-        return list(dict.fromkeys([*merged, *more]))
-
-    def _follow_merge(self) -> None:
-        """Have what a merged adapter does not act on stop with the active ones, and copies compute with its own."""
-        merged = self._merged()
-        for layer in self._layers(self.layer_cls):
-            layer.merged_adapters += [name for name in merged if name not in layer.merged_adapters]
-        note_change(activity_alone=True)
-        for copied in self._layers(AdapterCopy):
-            copied.follow_merge(merged)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As PEFT's, which asks the first layer alone what is active next: the others may have no place there."""
@@ -244,37 +195,6 @@ class LorettaModel(BaseTuner):
             for layer in (*self._layers(self.layer_cls), *self._layers(ChangedModule)):
                 layer.set_adapter(others or left[:1])  # what is merged goes on computing
         super().delete_adapter(adapter_name)
-
-    def _is_disabled(self) -> bool:
-        return any(layer.disable_adapters for layer in (*self._layers(self.layer_cls), *self._layers(ChangedModule)))
-
-    def disable_adapter_layers(self) -> None:
-        """As PEFT's."""
-        if self._merged():
-            self.unmerge_adapter()  # at their next call the layers would unmerge, but not the heads
-        super().disable_adapter_layers()
-
-    def merge_and_unload(
-        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
-    ) -> Any:
-        """As PEFT's. What is merged already stays in the weights, together with its norms and head."""
-        merged = self._merged(adapter_names or self.active_adapters)
-        self._check_merge_allowed(merged)
-        names = merged if self._merged() else adapter_names
-        for module in self.model.modules():
-            if isinstance(module, BaseTunerLayer) and not isinstance(module, AdaptedModule):  # perhaps around ours
-                merge_below(module, safe_merge, names)
-        return self._bare(super().merge_and_unload(progressbar, safe_merge, names))
-
-    def unload(self) -> Any:
-        """As PEFT's, with what is merged already in the weights."""
-        merged = self._merged()
-        return self._bare(super().merge_and_unload(adapter_names=merged) if merged else super().unload())
-
-    def _bare(self, unloaded: Any) -> Any:
-        Contraction.detach(self.model)
-        Watch.detach(self.model)
-        return unloaded
 
     @classmethod
     def default_targets(cls, config: LorettaConfig, model_config: dict) -> Any:
@@ -336,11 +256,6 @@ class LorettaModel(BaseTuner):
             rename_copy(copied, old, new)
         self._follow_merge()
         self.active_adapter = [new if name == old else name for name in self.active_adapters]
-
-    def _check_merge_allowed(self, merged: Collection[str] = ()) -> None:
-        """As PEFT's, which gives no names. Of the adapters ``merged`` it refuses where PEFT warns or does not look."""
-        super()._check_merge_allowed()
-        check_mergeable(self.model, self.layer_cls, merged)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As PEFT's. PEFT passes ``adapter_names`` on to some models (MPT), which ignore it."""

@@ -19,10 +19,11 @@ from transformers.pytorch_utils import Conv1D
 from loretta.errors import InputError
 from loretta.layers import fused
 from loretta.layers.trains import add_update, arranged, update_factors
+from loretta.tuners.adapted import merge_below
 from loretta.tuners.calls import Factors
 from loretta.tuners.contraction import note_change
 from loretta.tuners.joint import Halves
-from loretta.tuners.layer import BY_ADAPTER, LorettaLayer, fitting, is_bare_linear, lies_in_rows, merge_below, works_in
+from loretta.tuners.layer import BY_ADAPTER, LorettaLayer, fitting, is_bare_linear, lies_in_rows, works_in
 from loretta.tuners.placement import Placement, rank_for
 from loretta.tuners.rep.config import COMPACT, LorettaRepConfig
 

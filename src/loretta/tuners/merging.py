@@ -1,0 +1,101 @@
+"""Merging adapters into the base of a model, and what follows: norms, scales, heads and other methods' layers."""
+
+from collections.abc import Collection, Iterable
+from typing import Any, TypeVar
+
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
+from torch import nn
+
+from loretta.errors import InputError
+from loretta.tuners.adapted import AdaptedModule, merge_below
+from loretta.tuners.changes import ChangedModule
+from loretta.tuners.contraction import Contraction, note_change
+from loretta.tuners.copies import AdapterCopy
+from loretta.tuners.mergeable import check_mergeable, check_mergeable_names
+from loretta.tuners.watch import Watch
+
+Layer = TypeVar("Layer", bound=nn.Module)
+
+
+class MergingTuner(BaseTuner):
+    """Base of the tuners, as far as they merge."""
+
+    layer_cls: type[Any]  # a LorettaLayer with update_layer(adapter_name, placement, config)
+
+    def _layers(self, kind: type[Layer]) -> list[Layer]:
+        return [module for module in self.model.modules() if isinstance(module, kind)]
+
+    def _check_merge_allowed(self, merged: Collection[str] = ()) -> None:
+        """As PEFT's, which gives no names. Of the adapters ``merged`` it refuses where PEFT warns or does not look."""
+        super()._check_merge_allowed()
+        check_mergeable(self.model, self.layer_cls, merged)
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As PEFT's. The heads of the merged adapters compute until these are unmerged.
+
+        Raises InputError for a name that is not loaded, while the adapters are disabled, and when only some of the
+        active adapters are named: the others would lose their effect.
+        """
+        merged = self._merged(adapter_names or self.active_adapters)
+        check_mergeable_names(merged, self.active_adapters, self.peft_config)
+        if self._is_disabled():
+            raise InputError("cannot merge while the adapters are disabled: call enable_adapter_layers() first")
+        self._check_merge_allowed(merged)
+        layers: list[Any] = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        within = {layer.base_layer for layer in layers}
+        # PEFT begins with the outermost: a factor within would act on its update too
+        for layer in (layer for layer in layers if layer not in within):
+            with onload_layer(layer):
+                merge_below(layer, safe_merge, adapter_names)
+                layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
+        self._follow_merge()
+
+    def unmerge_adapter(self) -> None:
+        """As PEFT's."""
+        super().unmerge_adapter()
+        self._follow_merge()
+
+    def _merged(self, more: Iterable[str] = ()) -> list[str]:
+        """The merged adapters, and ``more``."""
+        merged = (name for layer in self._layers(self.layer_cls) for name in layer.merged_adapters)
+        return list(dict.fromkeys([*merged, *more]))
+
+    def _follow_merge(self) -> None:
+        """Have what a merged adapter does not act on stop with the active ones, and copies compute with its own."""
+        merged = self._merged()
+        for layer in self._layers(self.layer_cls):
+            layer.merged_adapters += [name for name in merged if name not in layer.merged_adapters]
+        note_change(activity_alone=True)
+        for copied in self._layers(AdapterCopy):
+            copied.follow_merge(merged)
+
+    def _is_disabled(self) -> bool:
+        return any(layer.disable_adapters for layer in (*self._layers(self.layer_cls), *self._layers(ChangedModule)))
+
+    def disable_adapter_layers(self) -> None:
+        """As PEFT's."""
+        if self._merged():
+            self.unmerge_adapter()  # at their next call the layers would unmerge, but not the heads
+        super().disable_adapter_layers()
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> Any:
+        """As PEFT's. What is merged already stays in the weights, together with its norms and head."""
+        merged = self._merged(adapter_names or self.active_adapters)
+        self._check_merge_allowed(merged)
+        names = merged if self._merged() else adapter_names
+        for module in self.model.modules():
+            if isinstance(module, BaseTunerLayer) and not isinstance(module, AdaptedModule):  # perhaps around ours
+                merge_below(module, safe_merge, names)
+        return self._bare(super().merge_and_unload(progressbar, safe_merge, names))
+
+    def unload(self) -> Any:
+        """As PEFT's, with what is merged already in the weights."""
+        merged = self._merged()
+        return self._bare(super().merge_and_unload(adapter_names=merged) if merged else super().unload())
+
+    def _bare(self, unloaded: Any) -> Any:
+        Contraction.detach(self.model)
+        Watch.detach(self.model)
+        return unloaded
