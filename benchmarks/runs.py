@@ -75,14 +75,15 @@ def steps_to_goal(losses: list[float]) -> int | None:
 
 
 def conditioning_tables() -> str:
-    """What conditioning.py measured: of each method, at the rate of its lowest loss, and of each of its cores."""
+    """What conditioning.py measured of each method and of its cores, at the best of the rates that all methods have."""
     file = RESULTS / "conditioning.json"
     found: dict[str, dict[float, list[Row]]] = {}
     for row in sorted(json.loads(file.read_text()) if file.exists() else [], key=lambda row: row["seed"]):
         found.setdefault(row["method"], {}).setdefault(row["rate"], []).append(row)
-    best = {name: min(rates.values(), key=lambda some: some[0]["loss"]) for name, rates in found.items()}
-    if not best:
+    if not found:
         return NONE
+    common = set.intersection(*(set(rates) for rates in found.values()))
+    best = {m: min((rates[rate] for rate in common), key=lambda some: some[0]["loss"]) for m, rates in found.items()}
     middle, end = "10", str(max(map(int, next(iter(best.values()))[0]["points"])))
 
     def both(of: Callable[[dict[str, Any]], float | None], some: list[Row]) -> str:
@@ -94,17 +95,42 @@ def conditioning_tables() -> str:
         whole = [both(lambda point, key=key: point[key], some) for key in ("weights", "reach", "cosine")]
         share = both(lambda point: point["cosine"] / point["reach"] if point["reach"] else None, some)
         steps = ", ".join(str(steps_to_goal(row["losses"]) or "never") for row in some)
-        rates = ", ".join(f"{rate:g}" for rate in sorted(found[name], key=lambda rate: rate != some[0]["rate"]))
+        rate = some[0]["rate"]
+        others = [f"{words([r['loss'] for r in of], 2)} at {k:g}" for k, of in found[name].items() if k != rate]
         losses = words([row["loss"] for row in some], 2)
-        methods.append([name, f"{some[0]['trained']:,}", losses, steps, *whole, share, rates, str(len(some))])
+        methods.append(
+            [
+                name,
+                f"{some[0]['trained']:,}",
+                losses,
+                steps,
+                *whole,
+                share,
+                f"{rate:g}",
+                ", ".join(others),
+                str(len(some)),
+            ]
+        )
         for role in some[0]["points"][end]["cores"]:
             columns = ("gradient", "condition", "idle", "descent", "adam", "used")
             cells = [both(lambda point, r=role, c=column: point["cores"][r][c], some) for column in columns]
             cores.append([name, role, *cells])
     goal = f"steps to {GOAL:g}"
-    titles = ["method", "trained", "loss", goal, "weights", "reach", "cosine", "cosine / reach", "rates", "seeds"]
+    titles = [
+        "method",
+        "trained",
+        "loss",
+        goal,
+        "weights",
+        "reach",
+        "cosine",
+        "cosine / reach",
+        "rate",
+        "other",
+        "seeds",
+    ]
     core_titles = ["method", "core", "gradient", "condition", "idle", "descent moves", "Adam moves", "used"]
-    at = f"Medians over the seeds, the best rate first, behind {middle} / {end} steps:\n\n"
+    at = f"Medians over the seeds, behind {middle} / {end} steps:\n\n"
     return f"{at}{markdown(methods, titles)}\n{markdown(cores, core_titles, left=2)}"
 
 
