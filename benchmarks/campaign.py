@@ -35,6 +35,11 @@ PLAN = Path(__file__).with_suffix(".toml")
 Job = tuple[str, Callable[[], dict[str, Any]], float]  # its name, what makes its row, and the seconds that it needs
 
 
+def planned(plan: Path = PLAN) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = tomllib.loads(plan.read_text())["jobs"]
+    return found
+
+
 def jobs_of(entry: dict[str, Any], args: argparse.Namespace, made: "Made") -> Iterator[Job]:
     """What an entry of the plan wants and no file has: names FILE@NAME, what makes the row, and how long that takes."""
     out, model = entry["out"], Path(args.models) / entry["model"]
@@ -91,15 +96,15 @@ def _split(data: Path, options: argparse.Namespace, task: str) -> Path:
 
 
 class Made:
-    """The rows of result files, and those that were made since."""
+    """The rows of the result files in ``before``, and those that were made in a queue since."""
 
-    def __init__(self, queue: Path) -> None:
-        self.queue = queue
+    def __init__(self, queue: Path, before: Path | None = None) -> None:
+        self.queue, self.before = queue, before or queue / "before"
 
     def rows(self, out: str) -> list[dict[str, Any]]:
         made = sorted(self.queue.glob(f"{out}@*.json"), key=lambda file: file.stat().st_mtime)
         since = {cell_of(row): row for row in (json.loads(file.read_text()) for file in made)}
-        before = {cell_of(row): row for row in read_rows([self.queue / "before" / out])}
+        before = {cell_of(row): row for row in read_rows([self.before / out])}
         return list((before | since).values())
 
 
@@ -137,12 +142,13 @@ def main() -> None:
     parser.add_argument("--max-steps", type=int)
     parser.add_argument("--limit", type=int, help="rows of each split")
     parser.add_argument("--plain", action="store_true", help="populations use torch's functions and no kernels of ours")
+    parser.add_argument("--only", help="what belongs into the result file of that name")
     parser.add_argument("--list", action="store_true", help="what would be run, and nothing more")
     parser.add_argument("--queue", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)
     parser.add_argument("--lane", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    entries = tomllib.loads(args.plan.read_text())["jobs"]
+    entries = [entry for entry in planned(args.plan) if args.only in (None, entry["out"])]
     if args.queue is not None:
         with graphable(), plain_functions() if args.plain else contextlib.nullcontext():
             work(entries, args)

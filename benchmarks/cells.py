@@ -32,6 +32,8 @@ PARTS = {
     "few_rates": Part(name="rates", rates=6, seeds=2),
     "peer_rates": Part(name="rates", rates=6, seeds=2),
     "peer_rates_576": Part(name="rates", rates=6, seeds=2),
+    "heads": Part(name="heads", rates=3, seeds=5),
+    "adp_heads": Part(name="heads", rates=3, seeds=5),
     # the paper's Figure 4: at the rate that is the best on the front
     "long": Part(name="long", rates=1, seeds=5, epochs=30),
     "claimed_long": Part(name="long", rates=1, seeds=5, epochs=30),

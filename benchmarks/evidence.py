@@ -15,9 +15,10 @@ from typing import Any
 from board import Board, Row, markdown, paired, signed, verdict, words
 from methods import UNTRAINED
 from missing import not_run
+from named import named_table
 from peers import PEERS
 from protocol import LEAKS, METRICS, at_edge, best_rate, interval, read_rows
-from rates import one_rate_table, ranks_table, rates_table
+from rates import heads_table, one_rate_table, ranks_table, rates_table, shapes_table
 from retention import forgetting_rows, forgetting_table, overfitting_table, reading_table
 from runs import adaptive_table, answers_table, conditioning_tables, instruct_table
 from tables import RESULTS, ROOT, filled
@@ -224,7 +225,10 @@ def results_page(found: Sequence[Row]) -> dict[str, str]:
         "claims": claims(found),
         "standing": standing(found),
         "tables": "".join(parts).rstrip() + "\n",
+        "named": named_table(found, "official"),
         "ranks": ranks_table(found),
+        "shapes": shapes_table(found),
+        "heads": heads_table(found),
         "forgetting": forgetting_table(forgetting_rows()),
         "overfitting": overfitting_table(found),
         "reading": reading_table(found),
@@ -256,6 +260,7 @@ def choosing_sections(found: Sequence[Row]) -> dict[str, str]:
         "default": default_rule(found),
         "bar": bar(found),
         "standing": standing(found, "held_out"),
+        "named": named_table(found, "held_out"),
     }
     for model in MODELS:
         if any(row["model"] == model for row in found):

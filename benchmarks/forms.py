@@ -33,7 +33,7 @@ import transformers
 from cells import PER_RATE, Cell, cells_beyond, cells_of, command_of, joined, left, table
 from claims import Worker, oversee, take
 from encoders import graphable
-from methods import FROZEN, IA3, METHODS, NORMS, OURS, TARGETS, UNTRAINED, Method
+from methods import HIDDEN, IA3, METHODS, NO_BIAS, NORMS, OURS, TARGETS, UNTRAINED, Method
 from prompts import give_head, option_tokens, perplexities, write_words
 from protocol import HEAD_RATE, OFFICIAL_LENGTH, TASKS, read_rows, split
 
@@ -73,17 +73,17 @@ def data_options(config: RunConfig) -> str:
 
 
 @contextlib.contextmanager
-def heads_alike(tokens: Sequence[int]) -> Iterator[None]:
+def heads_alike(tokens: Sequence[int], *, hidden: bool = False) -> Iterator[None]:
     """Runs of which the final layer of the head alone is trained, as PEFT's own methods train it.
 
-    With ``tokens`` the head is what the output embeddings say of these, and nothing of it is trained. All members have
-    one copy of their data.
+    With ``hidden`` its hidden layer is trained as far as the method does it. With ``tokens`` the head is what the
+    output embeddings say of these, and nothing of it is trained. All members have one copy of their data.
     """
 
     def frozen(*args: Any) -> Any:
         model, found = ordinary(*args)
         for name, parameter in model.named_parameters():
-            if any(part in name for part in FROZEN):
+            if any(part in name for part in (NO_BIAS, *(() if hidden else HIDDEN))):
                 parameter.requires_grad_(False)
         if tokens:
             give_head(model, tokens)
@@ -124,7 +124,7 @@ def configs_of(cell: Cell, args: argparse.Namespace, data: Path, scratch: Path) 
         data_of |= {"label": "label"} if plan.kind == "words" else {"kind": "language_modeling"}
     trains_head = plan.kind == "glue"
     if method.method in OURS:
-        options |= {"train_norms": method.norms, "train_head": "dense" if trains_head else "frozen"}
+        options |= {"train_norms": method.norms, "train_head": (method.head or "dense") if trains_head else "frozen"}
     elif method.norms and method.method != "norms":
         options["modules_to_save"] = NORMS[kind]
     return [
@@ -255,11 +255,12 @@ def trained(configs: Sequence[RunConfig], cell: Cell, args: argparse.Namespace, 
     """What is noted of each member of one population."""
     plan = TASKS[cell.task]
     words = load_tokenizer(str(args.model)) if plan.kind == "words" else None
-    with heads_alike([] if words is None else option_tokens(cell.task, words, args.data_dir)):
+    tokens = [] if words is None else option_tokens(cell.task, words, args.data_dir)
+    with heads_alike(tokens, hidden=bool(METHODS[cell.method].head)):
         loop = prepare(configs, scratch)
     set_factors(loop, METHODS[cell.method])
     sizes = {name: where.stop - where.start for name, where in loop.population.slices.items()}
-    head = sum(size for name, size in sizes.items() if "classifier" in name or "score" in name)
+    head = sum(size for name, size in sizes.items() if any(part in name for part in ("classifier", "score", "pooler")))
     loop.parts, loop.most = parts_of(loop), LARGE_PART if is_large(loop) else loop.most
     score_widely(loop)
     if cell.method == UNTRAINED:

@@ -37,14 +37,15 @@ NORMS = {
 LAYER_NORMS = {"attention": r"(attention\..*LayerNorm|input_layernorm)", None: r".*(LayerNorm|layernorm)"}
 # what IA3 rescales on a family that PEFT has no targets for
 IA3 = {"mpnet": {"target_modules": ["attn.k", "attn.v", "output.dense"], "feedforward_modules": ["output.dense"]}}
-# what no method trains: hidden layers of heads, and of MPNet what has "bias" in its name and is none
-FROZEN = (
+# hidden layers of heads, which few methods train
+HIDDEN = (
     "pooler.dense",
     "classifier.dense",
     "classifier.modules_to_save.default.dense",
     "classifier.original_module.dense",
-    "relative_attention_bias",
 )
+# of MPNet, which has "bias" in its name and is none; no method trains it
+NO_BIAS = "relative_attention_bias"
 UNTRAINED = "untrained"  # scored before its first step
 FULL = "full fine-tuning"
 OURS = ("rep", "adp", "shared", "adapters")
@@ -74,6 +75,7 @@ class Method:
     factors: dict[str, float] = field(default_factory=dict)
     bonds: float = 0.0
     together: int = 1000
+    head: str = ""
 
     def placed(self, kind: str, layers: int) -> dict[str, Any]:
         """The options, with the modules of a model of that type and that many layers."""
@@ -199,6 +201,12 @@ SHAPES = [
     replace(METHODS["adp + norms"], name=f"adp + norms, {n} modes", options={"shapes": shapes(384, 64, n)})
     for n in (3, 5, 7)
 ]
+# the paper's Table 11: norms or none, and a classifier's hidden layer whole or as a train; other rows freeze it
+HEADS = [
+    replace(METHODS[form], name=f"{form}, {head} head", head=head)
+    for form in ("rep", "rep + norms", "adp", "adp + norms")
+    for head in ("dense", "tensorized")
+]
 ONE_MODE = {"r": 1, "tensor_rank": 1, "modes_per_side": 1, "lora_alpha": 2}  # LoRA of rank 1
 WITH_SCALES = [
     with_scales(METHODS["shared r=2"]),
@@ -214,7 +222,7 @@ WITH_SCALES = [
     with_scales(METHODS["compact"], "k,v"),
     with_scales(METHODS["shared r=2"], "k,v"),
 ]
-METHODS |= {method.name: method for method in SCALED + BONDS + SHAPES + WITH_SCALES}
+METHODS |= {method.name: method for method in SCALED + BONDS + SHAPES + HEADS + WITH_SCALES}
 
 
 # in the order of their value; which tasks and in which order is for the command
@@ -270,6 +278,8 @@ GROUPS: dict[str, list[str]] = {
     # the ends of the ranks, for a model whose cells take longer
     "few_rates": ["LoRA r=1", "compact", "shared r=1", "LoRA r=32", "compact r=32", "shared r=32"],
     "shapes": [method.name for method in SHAPES],
+    "heads": [method.name for method in HEADS if method.method == "rep"],
+    "adp_heads": [method.name for method in HEADS if method.method == "adp"],
     # what may win a size with IA3's factors in the place of norms, or beside them
     "scales_encoder": [
         "shared r=2 + scales", "shared r=4 + norms + scales", "rep of one mode + scales", "shared r=1 + k,v scales",

@@ -5,9 +5,11 @@ from statistics import mean
 
 import pandas as pd
 from board import Board, Row, markdown, paired, signed, words
-from protocol import best_rate, by_seed, mean_by_seed
+from methods import GROUPS
+from protocol import best_rate, by_seed, chosen, mean_by_seed
 from verdicts import MODELS
 
+NONE = "Not measured yet.\n"
 ONE_RATES = ("0.00075", "0.0015", "0.003")
 
 
@@ -15,7 +17,7 @@ def rates_table(found: Sequence[Row]) -> str:
     """Scores against the learning rate, and the rate at which each form is best."""
     some = [row for row in found if row.get("part") == "rates" and row["family"] in ("LoRETTA", "LoRA")]
     if not some:
-        return "Not measured yet.\n"
+        return NONE
     rates = sorted({rate for row in some for rate in row["held_out"]}, key=float)
     lines = []
     for row in sorted(some, key=lambda row: (row["model"], row["method"].split(" r=")[0], row["trained"])):
@@ -70,6 +72,44 @@ def ranks_table(found: Sequence[Row]) -> str:
         [form, model, task, *(of.get(rank, "") for rank in ranks)] for (model, task, form), of in sorted(scores.items())
     ]
     return markdown(lines, ["form", "model", "task", *(f"rank {rank}" for rank in ranks)], left=3) if lines else ""
+
+
+def shapes_table(found: Sequence[Row]) -> str:
+    """Adp with norms by the modes of its trains (the paper's Table 7): official scores; 4 modes are its own."""
+    names = {4: "adp + norms"} | {int(name.split(", ")[1].split()[0]): name for name in GROUPS["shapes"]}
+    boards = [Board(found, model, "official") for model in MODELS]
+    lines = []
+    for board in boards:
+        tasks = [task for task in board.tasks if any((names[n], task) in board.cells for n in names if n != 4)]
+        for task in tasks:
+            of = {n: board.scores(name, task) for n, name in names.items() if (name, task) in board.cells}
+            shown = [f"{words(of[n])} ({board.trained(names[n]):,})" if n in of else "" for n in sorted(names)]
+            lines.append([MODELS[board.model].partition(" ")[0], task, *shown])
+    return markdown(lines, ["model", "task", *(f"{n} modes" for n in sorted(names))], left=2) if lines else NONE
+
+
+HEADS = {"": "frozen", "tensorized": "as a train", "dense": "whole"}
+
+
+def heads_table(found: Sequence[Row]) -> str:
+    """Norms and what is trained of a classifier's hidden layer (the paper's Table 11): official scores."""
+    rows = {(r["method"], r["model"], r["task"]): r for r in found if r.get("part", "front") in ("front", "heads")}
+    lines = []
+    for form, model, task in sorted(
+        {(n.partition(", ")[0], *of) for (n, *of), r in rows.items() if r["part"] == "heads"}
+    ):
+        cells = {
+            word: rows.get((form + (f", {head} head" if head else ""), model, task)) for head, word in HEADS.items()
+        }
+        scores = {word: chosen(row, "official") for word, row in cells.items() if row is not None}
+        shown = [
+            "" if row is None else f"{words(scores[word])} ({row['trained'] + row['head']:,})"
+            for word, row in cells.items()
+        ]
+        gap = signed(paired(scores["whole"], scores["frozen"])) if {"whole", "frozen"} <= scores.keys() else ""
+        lines.append([form, MODELS[model].partition(" ")[0], task, *shown, gap])
+    columns = ["form", "model", "task", *(f"hidden layer {word}" for word in HEADS.values()), "whole to frozen"]
+    return markdown(lines, columns, left=3) if lines else NONE
 
 
 def one_rate_table(found: Sequence[Row]) -> str:

@@ -1,6 +1,7 @@
 """What the paper claims, and what came out."""
 
 import math
+import re
 from collections.abc import Callable, Collection, Sequence
 
 from board import Board, Row, Scores, markdown, paired, signed, verdict, words
@@ -55,7 +56,10 @@ def claims(found: Sequence[Row]) -> str:
     for claim, other in TUNED:
         gaps = tuned("compact + norms", other)
         lines.append([claim, "", "", OPEN if gaps is None else said(gaps, MARGIN, strictly=False)])
-    return markdown(lines, ["claim", *(shown.partition(" ")[0] for shown in MODELS.values())], left=4)
+    said_of_all = ", ".join(cell for line in lines for cell in line[1:])
+    refuted, confirmed, still_open = (len(re.findall(word, said_of_all)) for word in ("refuted", "confirmed", "open"))
+    counts = f"{refuted} verdicts are *refuted*, {confirmed} *confirmed* and {still_open} *open*."
+    return f"{counts}\n\n" + markdown(lines, ["claim", *(shown.partition(" ")[0] for shown in MODELS.values())], left=4)
 
 
 def _on_larger(found: Sequence[Row], model: str) -> str:
@@ -73,7 +77,9 @@ def said(difference: Collection[float], margin: float, *, strictly: bool) -> str
     if strictly:
         word = {"better": "confirmed", "worse": "refuted", "level": "open"}[verdict(difference)]
     else:
-        word = "confirmed" if middle - half >= -margin else "refuted" if middle + half < 0 else "open"
+        below = middle + half < 0
+        word = "confirmed" if middle - half >= -margin else "refuted" if below else "open"
+        word += ", but below" if below and word == "confirmed" else ""
     return f"{word} ({signed(difference)})"
 
 

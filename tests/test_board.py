@@ -118,6 +118,17 @@ def test_the_rule_for_the_default_asks_for_every_model_and_one_sure_difference()
     assert "compact stays" in verdicts.default_rule(rows("all-MiniLM-L6-v2", unsure))
 
 
+@pytest.mark.parametrize(
+    ("differences", "word"),
+    [
+        ([0.001, -0.001, 0.002], "confirmed ("), ([-0.01, -0.011, -0.012], "confirmed, but below ("),
+        ([-0.1, -0.11, -0.12], "refuted ("), ([0.1, -0.1, 0.0], "open ("),
+    ],
+)  # fmt: skip
+def test_what_is_as_good_within_the_margin_and_surely_below_is_said_to_be_below(differences, word):
+    assert verdicts.said(differences, verdicts.MARGIN, strictly=False).startswith(word)
+
+
 def test_a_section_that_loretta_loses_says_so_first():
     assert verdicts.verdict_sentence("all-MiniLM-L6-v2", "cola", BOARD).startswith(
         "LoRETTA loses here: compact (2,000)"

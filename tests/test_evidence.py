@@ -5,8 +5,8 @@ import gzip
 import json
 import math
 import pathlib
+import re
 import sys
-import tomllib
 from dataclasses import replace
 
 import pytest
@@ -251,7 +251,8 @@ def test_a_cell_is_measured_from_its_files_to_its_row(bert, tmp_path):
     write_cola(tmp_path)
     args = argparse.Namespace(model=bert, data_dir=tmp_path, max_steps=4, limit=None, cpu=True)
     cell = forms.Cell(task="cola", method="shared r=2 + norms", rates=(1e-3, 1e-1), seeds=(0, 1), epochs=2)
-    forms.measure(replace(cell, rates=(1e-3,)), args, tmp_path / "split")
+    whole = forms.measure(replace(cell, method="rep, dense head", rates=(1e-3,)), args, tmp_path / "split")
+    assert whole["head"] == 2 * 32 + 2 + 32 * 32 + 32  # its hidden layer, too (Table 11)
     row = forms.measure(cell, args, tmp_path / "split")  # as the second one of a process
     assert row["rows"] == {"train": 36, "held_out": 4, "official": 24}
     assert row["metric"] == "mcc"
@@ -291,7 +292,7 @@ def test_members_that_leave_no_room_for_others_are_trained_in_parts_and_keep_the
 
 def test_what_is_planned_is_of_methods_that_are_there():
     wanted = [name for group in methods.GROUPS.values() for name in group]
-    for entry in tomllib.loads(campaign.PLAN.read_text())["jobs"]:
+    for entry in campaign.planned():
         named = [order.rpartition(":")[0] for order in entry.get("order", [])]
         known = adaptive.METHODS if entry.get("kind") == "adaptive" else methods.METHODS
         assert set(entry.get("methods", [])) <= known.keys()
@@ -333,6 +334,24 @@ def test_a_section_is_what_the_result_files_say(rows):
         text = page.read_text()
         old = [name for name, content in sections.items() if filled(text, name, content) != text]
         assert old == [], f"{page}: make tables"
+
+
+MADE = re.compile(r"<!-- ([^:\n]+): make tables -->\n.*?<!-- end of \1 -->", re.DOTALL)
+
+
+def differences(text):
+    """Figures with an interval, each as its size and half its interval."""
+    some = re.findall(r"(\d*\.\d+)\s*±\s*(\d*\.\d+)", text)
+    return {(float(middle), float(half)) for middle, half in some}
+
+
+@pytest.mark.parametrize("page", [evidence.PAGE, evidence.CHOOSING], ids=lambda page: page.name)
+def test_a_difference_that_the_text_names_is_in_a_table(page):
+    texts = [page.read_text() for page in (evidence.PAGE, evidence.CHOOSING)]
+    tables = {figure for text in texts for table in MADE.finditer(text) for figure in differences(table[0])}
+    named = differences(MADE.sub("", page.read_text()))
+    assert named
+    assert not named - tables
 
 
 def test_a_row_says_how_it_came_about(rows):

@@ -1,0 +1,35 @@
+"""Differences that the text of a page names and no other table of it has, so that each figure has its rows."""
+
+from collections.abc import Sequence
+
+from board import Board, Row, markdown, signed
+from verdicts import MODELS
+
+MINILM, MPNET, _ = MODELS
+# a model, one method, the other, and the tasks of a mean (None: those that it has everywhere)
+Pair = tuple[str, str, str, tuple[str, ...] | None]
+OFFICIAL: tuple[Pair, ...] = (
+    (MINILM, "IA3", "compact", None),
+    (MPNET, "shared r=3 attention", "LoRA r=1 v last 3", None),
+    (MPNET, "shared r=1", "LoRA r=1 last 3", None),
+)
+HELD_OUT: tuple[Pair, ...] = (
+    (MPNET, "compact v, MLP + k,v scales", "compact v, MLP", None),
+    (MPNET, "full fine-tuning", "LoRA r=8", ("cola",)),
+    (MPNET, "full fine-tuning", "LoRA r=8", ("stsb",)),
+    (MPNET, "adapters b=64", "LoRA r=8", ("cola",)),
+    (MPNET, "compact + norms", "LoRA r=8", ("qnli",)),
+    (MINILM, "compact + norms", "LoRA r=8", ("qnli", "mnli", "qqp")),
+    (MINILM, "adp + norms", "LoRA r=8", ("mnli",)),
+    (MINILM, "rep + norms", "LoRA r=8", ("mnli",)),
+)
+
+
+def named_table(found: Sequence[Row], which: str) -> str:
+    lines = []
+    for model, one, other, tasks in OFFICIAL if which == "official" else HELD_OUT:
+        board = Board(found, model, which, tasks)
+        gap = board.gap(one, other)
+        said = "" if gap is None else signed(gap)
+        lines.append([f"{one} to {other}", MODELS[model].partition(" ")[0], ", ".join(board.common), said])
+    return markdown(lines, ["one to the other", "model", "mean of", "difference"], left=3)
