@@ -339,9 +339,6 @@ def test_a_section_is_what_the_result_files_say(rows):
 MADE = re.compile(r"<!-- ([^:\n]+): make tables -->\n.*?<!-- end of \1 -->", re.DOTALL)
 
 
-MADE = re.compile(r"<!-- ([^:\n]+): make tables -->\n.*?<!-- end of \1 -->", re.DOTALL)
-
-
 def differences(text):
     """Figures with an interval, each as its size and half its interval."""
     some = re.findall(r"(\d*\.\d+)\s*±\s*(\d*\.\d+)", text)
