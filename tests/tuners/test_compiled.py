@@ -80,7 +80,7 @@ def test_one_graph_with_equal_gradients(family, method, backend):
 def test_each_train_as_one_matrix(bias, monkeypatch):
     """As on a GPU, where a graph holds the ReLU and the gradient of the bias in functions of ours."""
     monkeypatch.setattr(fused, "one_matrix_pays", lambda *_: True)
-    model, inputs = small("llama", "adp", train_bias=bias)
+    model, inputs = small("mlp", "adp", train_bias=bias)
     compiled, calls_of_it = torch.compile(model, fullgraph=True, backend="aot_eager"), []
     apply = stacks._Bottleneck.apply
     monkeypatch.setattr(stacks._Bottleneck, "apply", lambda *args: calls_of_it.append(args) or apply(*args))
@@ -93,7 +93,7 @@ def test_each_train_as_one_matrix(bias, monkeypatch):
 def test_the_backward_pass_is_handed_stacks_and_no_views_of_them(method, as_one, monkeypatch):
     """What is handed on costs the CPU of a step, each tensor the same."""
     monkeypatch.setattr(fused, "one_matrix_pays", lambda *_: as_one)
-    model, inputs = small("llama", method)
+    model, inputs = small("mlp", method)
     graphs: list[torch.fx.GraphModule] = []
 
     def keep(graph: torch.fx.GraphModule, _) -> Callable:
