@@ -146,7 +146,7 @@ def test_a_norm_of_no_row_computes_without_adapters_in_a_mixed_batch(as_many_dis
     # rep also refuses query_proj, which reads the same embeddings
     options = {"target_modules": ["value_proj"], "train_head": "frozen"}
     base = {"position_buckets": 2} if as_many_distances_as_rows else {}
-    model, inputs = pair("deberta-v2", method, base=base, **options)
+    model, inputs = pair("deberta-v2", method, base=base, second={"tensor_rank": 3}, **options)
     model.double()
     rows = ["default", "other", "__base__", "default"]
     assert as_many_distances_as_rows == (len(rows) == len(model.get_base_model().deberta.encoder.rel_embeddings.weight))
