@@ -79,9 +79,10 @@ class Board:
     def best_within(self, size: int) -> tuple[str | None, str | None]:
         """The best form of LoRETTA and the best other method with about as many parameters at most, by their means."""
         fit = [method for method in self.methods if self.has_all(method) and self.trained(method) <= ROOM * size]
-        means = {method: scores.mean() for method, scores in (self.among(fit).complete() if fit else {}).items()}
-        ours = [method for method in fit if self.family(method) == "LoRETTA"]
-        others = [method for method in fit if self.family(method) != "LoRETTA"]
+        found = self.among(fit).complete() if fit else {}
+        means = {method: scores.mean() for method, scores in found.items() if not scores.isna().any()}  # none diverged
+        ours = [method for method in means if self.family(method) == "LoRETTA"]
+        others = [method for method in means if self.family(method) != "LoRETTA"]
         return max(ours, key=means.__getitem__, default=None), max(others, key=means.__getitem__, default=None)
 
     def by_count(self, count: int, names: Sequence[str]) -> Scores | None:
