@@ -19,16 +19,22 @@ Count = Annotated[int, Field(ge=0, lt=2**63)]
 class ParameterCounts(BaseModel, frozen=True):
     """Trainable parameters by what they are, and the size of the whole model, as numbers of scalars."""
 
-    cores: Count
-    biases: Count
-    norms: Count
-    head: Count
-    other: Count  # what the method trains beside these: LoRA's matrices, for example
+    cores: Count = Field(description="entries of the tensor-train cores")
+    biases: Count = Field(description="of the adapters or of the base model")
+    norms: Count = Field(description="weights and biases of normalisation layers")
+    scales: Count = Field(
+        default=0, description="factors on keys, values and MLPs"
+    )  # 0: earlier records call them other
+    head: Count = Field(description="the task's own output layer")
+    other: Count = Field(description="what another method trains beside these, such as LoRA's matrices")
     total: Count
 
     @property
     def trainable(self) -> int:
-        return self.cores + self.biases + self.norms + self.head + self.other
+        return sum(getattr(self, kind) for kind in KINDS)
+
+
+KINDS = {name: field.description or "" for name, field in ParameterCounts.model_fields.items() if name != "total"}
 
 
 class Train(BaseModel, frozen=True):

@@ -8,7 +8,8 @@ from tuners.families import OPTIONS, build
 from tuners.wrapped import every_method, trainable, wrap
 
 from loretta import LorettaAdpConfig, LorettaRepConfig, get_peft_model
-from loretta.plan import KINDS, plan_model, read_plan, trainable_by_kind
+from loretta.plan import plan_model, read_plan, trainable_by_kind
+from loretta.record import KINDS
 
 BERT_BASE = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
 DEBERTA = {**BERT_BASE, "relative_attention": True, "pos_att_type": "c2p|p2c", "type_vocab_size": 0}
@@ -57,6 +58,7 @@ def test_table_1_adp(family):
         "biases": 24 * (64 + 768),
         "norms": 38_400,
         "head": 1_688 + 1_538,
+        "scales": 0,
         "other": 0,
     }
     assert sum(counts.values()) == 99_034
@@ -73,7 +75,7 @@ def test_table_1_adp(family):
 def test_table_1_rep(family, train_head, cores, total):
     counts = counted(classifier(family), LorettaRepConfig(task_type="SEQ_CLS", train_head=train_head))
     head = 1_688 + (1_538 if train_head == "tensorized" else 0)
-    assert counts == {"cores": cores, "biases": 0, "norms": 38_400, "head": head, "other": 0}
+    assert counts == {"cores": cores, "biases": 0, "norms": 38_400, "head": head, "scales": 0, "other": 0}
     assert sum(counts.values()) == total
 
 

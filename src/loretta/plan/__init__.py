@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from loretta.plan.auto import auto_config, choose_form
     from loretta.plan.base_models import FAMILIES, default_task_type, find_config, meta_model
     from loretta.plan.budget import Budget, choose
-    from loretta.plan.counts import KINDS, trainable_by_kind
+    from loretta.plan.counts import trainable_by_kind
     from loretta.plan.picture import train_svg
     from loretta.plan.plan import Plan, count_baseline, plan_model, read_plan
     from loretta.plan.presets import PRESETS, Preset, find_preset, list_presets, preset_table

@@ -105,15 +105,14 @@ def highest_rank(
             beyond = found
         if budget.used(found) > 1.5 * budget.amount:
             break
-    kinds = "norms, scales, head and biases" if plan.scales else "norms, head and biases"
-    fixed = plan.copies.norms + plan.scales + plan.copies.head + plan.biases
+    parts = ", ".join(f"{kind} {number:,}" for kind, number in plan.parts.items() if number)
     return (
         with_rank(config, fits),
         plan,
         [
             f"tensor rank {fits} is the highest that fits: {budget.used(plan):,} of {budget}"
             + (f"; rank {fits + 1} would take {budget.used(beyond):,}" if beyond else ""),
-            f"{fixed:,} of the {plan.trainable:,} parameters are {kinds}",
+            f"{plan.trainable:,} parameters: {parts}",
         ],
     )
 

@@ -82,9 +82,20 @@ class Plan:
         return sum(size for _, _, size in self.scaled)
 
     @property
+    def parts(self) -> dict[str, int]:
+        """The numbers that are trained, by kind (:class:`~loretta.record.ParameterCounts` says what each is)."""
+        return {
+            "cores": self.cores,
+            "biases": self.biases,
+            "norms": self.copies.norms,
+            "scales": self.scales,
+            "head": self.copies.head,
+        }
+
+    @property
     def trainable(self) -> int:
-        """All numbers that are trained: cores, biases, norms, scales and head."""
-        return self.cores + self.biases + self.copies.norms + self.scales + self.copies.head
+        """All numbers that are trained."""
+        return sum(self.parts.values())
 
     @property
     def saved(self) -> int:
@@ -127,11 +138,7 @@ class Plan:
             "method": self.method,
             "model_type": self.model_type,
             "trainable": self.trainable,
-            "cores": self.cores,
-            "biases": self.biases,
-            "norms": self.copies.norms,
-            "scales": self.scales,
-            "head": self.copies.head,
+            **self.parts,
             "frozen_but_saved": self.copies.frozen,
             "head_parts": list(self.copies.parts),
             "model_parameters": self.model_parameters,

@@ -38,9 +38,11 @@ def explain_plan(plan: Plan, notes: Sequence[str] = ()) -> str:
             lines.append(f"       biases: {placement.bias_params:,} (the bottleneck and the width)")
     lines += _shared_in_words(plan)
     lines += ["", "Trained:"]
-    parts = [("cores", plan.cores), ("biases", plan.biases), ("norms", plan.copies.norms), ("scales", plan.scales)]
-    parts += [("head", plan.copies.head)]
-    lines += [f"  {name:7} {number:>13,}  {number / max(1, plan.trainable):.0%}" for name, number in parts if number]
+    lines += [
+        f"  {name:7} {number:>13,}  {number / max(1, plan.trainable):.0%}"
+        for name, number in plan.parts.items()
+        if number
+    ]
     lines.append(
         f"  {'total':7} {plan.trainable:>13,}  {plan.trainable / max(1, plan.model_parameters):.3%} of the model"
     )
@@ -155,12 +157,8 @@ def tables(plan: Plan) -> str:
     for name in ("", "LoRETTA", "LoRA r=8", "dense adapters, 64"):
         totals.add_column(name, justify="left" if not name else "right")
     costs = [plan.cost, plan.lora, plan.dense]
-    totals.add_row("cores", f"{plan.cores:,}")
-    totals.add_row("biases", f"{plan.biases:,}")
-    totals.add_row("norms", f"{plan.copies.norms:,}")
-    if plan.scales:
-        totals.add_row("scales", f"{plan.scales:,}")
-    totals.add_row("head", f"{plan.copies.head:,}")
+    for kind, number in plan.parts.items():
+        totals.add_row(kind, f"{number:,}")
     totals.add_row("trained parameters", *(f"{cost.parameters:,}" if cost else "-" for cost in costs))
     totals.add_row("adapter bytes, float32", *_bytes(plan, costs, 4))
     totals.add_row("adapter bytes, bfloat16", *_bytes(plan, costs, 2))

@@ -7,21 +7,12 @@ from typing import Any
 
 from loretta.errors import InputError
 from loretta.plan import train_svg
-from loretta.record import RunRecord
+from loretta.record import KINDS, RunRecord
 from loretta.report import page, tables
 from loretta.report.figures import Chart, Line, Look, drawable
 from loretta.report.tables import Cell, Column, Row, Table
 from loretta.tt import TTShape
 from loretta.wording import MISSING, distinct, flat
-
-# of trainable parameters, with what the heading says of them
-KINDS = {
-    "cores": "entries of the tensor-train cores",
-    "biases": "",
-    "norms": "weights and biases of normalisation layers",
-    "head": "the task's own output layer",
-    "other": "what the method trains beside these",
-}
 
 
 def render(records: Sequence[RunRecord], *, title: str | None = None, notes: Sequence[str] = ()) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from loretta.record import RunRecord
+from loretta.record import KINDS, RunRecord
 from loretta.report.runs import facts_of, labels_of, table_of, title_of
 from loretta.report.study import Section
 from loretta.report.tables import Cell, Table
@@ -214,7 +214,6 @@ def runs_json(records: Sequence[RunRecord], notes: Sequence[str]) -> str:
 
 def runs_csv(records: Sequence[RunRecord]) -> str:
     """One line for each run, in full precision."""
-    kinds = ("cores", "biases", "norms", "head", "other", "trainable", "total")
     plain = (
         "model", "task", "method", "seed", "metric", "adapter_bytes", "train_seconds", "peak_memory_bytes", "best_step",
     )  # fmt: skip
@@ -222,7 +221,7 @@ def runs_csv(records: Sequence[RunRecord]) -> str:
         {
             "label": label,
             **{name: getattr(record, name) for name in plain},
-            **{f"parameters.{kind}": getattr(record.parameters, kind) for kind in kinds},
+            **{f"parameters.{kind}": getattr(record.parameters, kind) for kind in (*KINDS, "trainable", "total")},
             **{f"validation.{name}": value for name, value in record.validation.items()},
             **{f"test.{name}": value for name, value in (record.test or {}).items()},
             "command": record.command,
