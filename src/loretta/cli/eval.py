@@ -6,7 +6,7 @@ import typer
 
 from loretta.cli.options import Cpu, Json, Model, RunFolder
 from loretta.cli.output import print_json, say, scores
-from loretta.cli.predict import say_too_long
+from loretta.cli.predict import say_cut
 from loretta.errors import InputError
 
 
@@ -23,7 +23,6 @@ def evaluate(
     """Load a run's adapter again and score it."""
     if split not in ("train", "validation", "test"):
         raise InputError(f"--split {split!r} is none of train, validation and test")
-    from loretta.tasks import Task
     from loretta.training.data import load_config_task, load_other_task
     from loretta.training.predict import evaluate as score
     from loretta.training.predict import load_run
@@ -45,9 +44,7 @@ def evaluate(
         if was_trained_on(run, data):
             say(f"note: the run was trained on rows of '{data}', which flatters the score", err=True)
     values = score(loaded, task, split)
-    if isinstance(task, Task):
-        rows = getattr(task, split)
-        say_too_long(loaded, [list(rows[column]) for column in task.columns])
+    say_cut(loaded, len(getattr(task, split)))
     if as_json:
         print_json({"run": str(run), "split": split, **values})
     else:

@@ -64,7 +64,6 @@ def predict(
             columns = _all_columns(file, loaded.config.separator)
             texts = form_of(loaded.kind).asked(loaded.config, columns, file)
             given = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
-        say_too_long(loaded, texts)
         answers = apply(
             loaded,
             texts,
@@ -75,6 +74,7 @@ def predict(
             {**row, **{f"predicted_{key}" if key in row else key: value for key, value in answer.items()}}
             for row, answer in zip(given, answers, strict=True)
         ]
+        say_cut(loaded, len(rows))
         if output is not None:
             with _saying_why(output):
                 content = _table(rows) if output.suffix == ".csv" else as_json_lines(map(finite, rows))
@@ -88,13 +88,11 @@ def predict(
             say("\t".join(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()))
 
 
-def say_too_long(run: "LoadedRun", asked: Sequence[Sequence[Any]]) -> None:
-    """Say on standard error how many texts lose their end."""
-    from loretta.training.forms import form_of
-
-    if count := form_of(run.kind).too_long(run, asked):
+def say_cut(run: "LoadedRun", total: int) -> None:
+    """Say on standard error how many of the texts lost an end."""
+    if run.cut:
         say(
-            f"note: {count:,} of the {len(asked[0]):,} texts {'is' if count == 1 else 'are'} longer than the "
+            f"note: {run.cut:,} of the {total:,} texts {'is' if run.cut == 1 else 'are'} longer than the "
             f"{run.config.max_length} tokens of the run (max_length) and cut there",
             err=True,
         )

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from loretta.errors import InputError
-from loretta.plan import find_config
+from loretta.plan import default_task_type, find_config, meta_model
 from loretta.studies.study import OF_EACH_RUN, Frozen, PaperModel, Row, Study
 from loretta.tasks import load_task
 from loretta.tasks.glue import GLUE
@@ -87,12 +87,20 @@ def config_of(
         **sets,
     }
     read_config(None, raw)  # refuses bad values before they are computed with
-    if base.paper is None and (longest := getattr(find_config(base.sizes), "max_position_embeddings", None)):
-        room = longest - virtual_tokens(row.method, raw["method_args"])
+    if base.paper is None and (positions := _positions(base.sizes)) is not None:
+        room = positions - virtual_tokens(row.method, raw["method_args"])
         raw["max_length"] = min(raw.get("max_length", 128), room)
     if study.kind == "train":
         _fit(raw, sets, notes)
     return raw
+
+
+@cache
+def _positions(sizes: str) -> int | None:
+    from loretta.training.model import positions_of
+
+    found = find_config(sizes)
+    return positions_of(meta_model(found, default_task_type(found)))
 
 
 def refuse_wrong_sets(study: Study, options: Options, rows: Sequence[Row]) -> None:

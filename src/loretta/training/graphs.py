@@ -11,12 +11,12 @@ from functools import wraps
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
 
 from loretta.training.batches import AsArrays, PadToBucket, Shapes, as_tensors, shapes_of
+from loretta.training.model import room_of
 from loretta.training.recordings import Gradients, Rates, Recorder, Recording, Work
 from loretta.wording import one_line
 
@@ -97,7 +97,7 @@ class CudaGraphTrainer(Trainer):
         if self._graphs is None:
             return super().get_train_dataloader()
         collator = self.data_collator
-        self.data_collator = PadToBucket(collator, self._padding_token(), self._longest())
+        self.data_collator = PadToBucket(collator, self._padding_token(), room_of(self.model))
         if self.args.dataloader_num_workers > 0:
             self.data_collator = AsArrays(self.data_collator)
         try:
@@ -113,13 +113,6 @@ class CudaGraphTrainer(Trainer):
             if isinstance(token := getattr(owner, "pad_token_id", None), int):
                 return token
         return 0
-
-    def _longest(self) -> int | None:
-        """The tokens for which the model has positions, or None where it has them for any number."""
-        positions = getattr(getattr(self.model, "config", None), "max_position_embeddings", None)
-        if positions is None or not isinstance(self.model, PeftModel):
-            return positions
-        return positions - getattr(self.model.active_peft_config, "num_virtual_tokens", 0)
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """The batches of an update, whose arrays (:class:`~loretta.training.batches.AsArrays`) are tensors again."""

@@ -11,11 +11,11 @@ from loretta.locks import refuse_held
 from loretta.record import RunRecord
 from loretta.training.config import RunConfig, recorded_config
 from loretta.training.folder import ADAPTER
-from loretta.training.methods import FULL, find_method, virtual_tokens
-from loretta.training.model import Trained, load_base, load_tokenizer, positions_of
+from loretta.training.methods import FULL, find_method
+from loretta.training.model import Trained, load_base, load_tokenizer, room_of
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class LoadedRun:
     """A finished run with its adapter on the base model again, or the fine-tuned model itself."""
 
@@ -24,6 +24,7 @@ class LoadedRun:
     model: Trained
     tokenizer: PreTrainedTokenizerBase
     kind: str
+    cut: int = 0  # texts that lost an end to max_length where they were answered or scored
 
     def as_trained(self) -> torch.autocast:
         """A context in which the model computes in the precision in which the run was trained and scored."""
@@ -60,7 +61,6 @@ def load_run(folder: Path, *, model: str | None = None, cpu: bool = False) -> Lo
     # a quantised base may already lie there, and not every one may be moved
     if torch.cuda.is_available() and not cpu and adapted.device.type == "cpu":
         adapted = adapted.cuda()
-    if (positions := positions_of(base)) is not None:  # the texts of the training may all have been shorter
-        room = positions - virtual_tokens(config.method, config.method_args)
+    if (room := room_of(adapted)) is not None:  # the texts of the training may all have been shorter
         config = config.model_copy(update={"max_length": min(config.max_length, room)})
     return LoadedRun(record=record, config=config, model=adapted, tokenizer=tokenizer, kind=record.kind)

@@ -23,7 +23,7 @@ from loretta.tasks.base import Task
 from loretta.tasks.prompted import PromptedTask
 from loretta.training.config import HeadPolicy, RunConfig, recorded_config
 from loretta.training.folder import ADAPTER, RECORD
-from loretta.training.methods import FULL, find_method, frozen_head, peft_config, virtual_tokens
+from loretta.training.methods import FULL, find_method, frozen_head, peft_config
 from loretta.training.quantization import prepare_quantized, quantized_loading, require_quantized
 from loretta.tuners.labels import both_ways
 from loretta.tuners.task_types import AUTO_CLASSES
@@ -245,13 +245,18 @@ def _unused(table: Any) -> int:
     return 0 if table.padding_idx is None else int(table.padding_idx) + 1
 
 
+def room_of(model: nn.Module) -> int | None:
+    """How many tokens of text a model has positions for behind a trained prompt; None where these are computed."""
+    positions = positions_of(model)
+    if positions is None or not isinstance(model, PeftModel):
+        return positions
+    return positions - getattr(model.active_peft_config, "num_virtual_tokens", 0)
+
+
 def check_positions(config: RunConfig, model: nn.Module, encoded: Mapping[str, Any]) -> None:
     """Raise InputError where a row of the data is longer than the model has positions for."""
-    positions = positions_of(model)
-    if positions is None:
-        return
-    room = positions - virtual_tokens(config.method, config.method_args)
-    if config.max_length <= room:
+    room = room_of(model)
+    if room is None or config.max_length <= room:
         return
     rows = [
         data["input_ids"] for data in encoded.values() if isinstance(data, Dataset) and "input_ids" in data.features

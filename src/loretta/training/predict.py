@@ -15,8 +15,7 @@ from loretta.training.arguments import make_trainer
 from loretta.training.forms import form_of
 from loretta.training.loaded import LoadedRun
 from loretta.training.loaded import load_run as load_run
-from loretta.training.methods import virtual_tokens
-from loretta.training.model import TASK_TYPES, positions_of
+from loretta.training.model import TASK_TYPES, room_of
 from loretta.wording import spelled
 
 
@@ -69,8 +68,7 @@ def _go_on(run: LoadedRun, given: Any, sampling: Sampling, streamer: TextStreame
     inputs = given.to(run.model.device)
     inputs.pop("token_type_ids", None)
     asked, options = inputs["input_ids"].shape[1], sampling.options(run)
-    if (positions := positions_of(run.model)) is not None:  # behind them a model has nothing to compute with
-        room = positions - virtual_tokens(run.config.method, run.config.method_args)
+    if (room := room_of(run.model)) is not None:  # behind its positions a model has nothing to compute with
         if asked >= room:
             raise InputError(
                 f"{asked:,} tokens leave no room for an answer in the {room:,} positions of the model: give a shorter "

@@ -56,6 +56,10 @@ class Form(Protocol):
     def lengths(self, data: Data) -> list[str]:
         """Sentences on how many examples are too long, and what these lose."""
 
+    def cut(self, data: Data, split: str) -> int:
+        """How many texts of a split lose an end to the run's ``max_length``; by default nobody counts them."""
+        return 0
+
     def notes(self, data: Data) -> list[str]:
         """Sentences on the examples for a reader of the results; by default none."""
         return []
@@ -86,7 +90,10 @@ class Form(Protocol):
         rows = self.encode(run.config, task, run.tokenizer, split)
         other = {"cpu": run.model.device.type == "cpu", "tensorboard": False, "report_to": None, "packing": False}
         config = run.config.model_copy(update=other)
-        data = Data(config=config, task=task, tokenizer=run.tokenizer, splits={"train": rows, "validation": rows})
+        data = Data(
+            config=config, task=task, tokenizer=run.tokenizer, splits={split: rows, "train": rows, "validation": rows}
+        )
+        run.cut += self.cut(data, split)
         with tempfile.TemporaryDirectory() as folder:
             trainer = make_trainer(data, run.model, Path(folder))
             trainer.remove_callback(ProgressCallback)
@@ -99,10 +106,6 @@ class Form(Protocol):
         for name in names:
             refuse_missing(columns[name], name, file)
         return [[str(value) for value in columns[name]] for name in names]
-
-    def too_long(self, run: LoadedRun, asked: Asked) -> int:
-        """How many examples lose their end where they are answered or scored; by default none, which go on whole."""
-        return 0
 
     def predict(self, run: LoadedRun, asked: Asked, *, all_probabilities: bool, go_on: Any) -> list[Row]:
         """An answer for each example of :meth:`asked`; by default the model's continuation."""

@@ -40,10 +40,12 @@ class Labels(Form):
         return Dataset.from_dict({**tokens, "labels": list(data["label"])})
 
     def lengths(self, data: Data) -> list[str]:
-        def whole(rows: Dataset) -> list[list[int]]:
-            return data.tokenizer(*(list(rows[column]) for column in data.task.columns), verbose=False)["input_ids"]
+        return cut_words(data, self)
 
-        return cut_words(data, whole)
+    def cut(self, data: Data, split: str) -> int:
+        columns = [getattr(data.task, split)[name] for name in data.task.columns]
+        whole = partial(data.tokenizer, verbose=False)
+        return count_cut(lengths_of(data.splits[split]), data.config.max_length, columns, whole)
 
     def recipe(self, data: Data) -> Recipe:
         return scored_recipe(data, DataCollatorWithPadding(data.tokenizer), partial(score_logits, data.task))
@@ -79,10 +81,6 @@ class Labels(Form):
         texts = [list(data[column]) for column in task.columns]
         return score_logits(task, torch.cat(list(logits_of_texts(run, texts))).numpy(), list(data["label"]))
 
-    def too_long(self, run: LoadedRun, asked: Asked) -> int:
-        whole = run.tokenizer(*map(list, asked), verbose=False)["input_ids"]
-        return sum(len(ids) > run.config.max_length for ids in whole)
-
     def predict(self, run: LoadedRun, asked: Asked, *, all_probabilities: bool, go_on: Any) -> list[Row]:
         columns = text_columns(run.config)
         if len(asked) != len(columns):
@@ -104,25 +102,36 @@ def scored_recipe(data: Data, collator: Any, score: Callable[[np.ndarray, np.nda
     def compute(prediction: Any) -> dict[str, float]:
         return score(logits_of(prediction.predictions), prediction.label_ids)
 
-    tokens = data.splits["train"].with_format("arrow")["input_ids"][:]
     options = {
         "data_collator": collator,
         "compute_metrics": compute,
         "loss_is_mean": True,
-        "lengths": list_value_length(tokens).to_pylist(),
+        "lengths": lengths_of(data.splits["train"]),
     }
     return Recipe(trainer=TwoRateTrainer, options=options)
 
 
-def cut_words(data: Data, whole: Callable[[Dataset], Sequence[Sequence[int]]]) -> list[str]:
-    """How many of the texts are cut, in a sentence; ``whole`` gives the tokens of rows that are not cut."""
-    cut = total = 0
+def lengths_of(examples: Dataset) -> list[int]:
+    """Tokens of each example."""
+    lengths: list[int] = list_value_length(examples.with_format("arrow")["input_ids"][:]).to_pylist()
+    return lengths
+
+
+def count_cut(
+    lengths: Sequence[int], most: int, columns: Sequence[Sequence[Any]], whole: Callable[..., Mapping[str, Any]]
+) -> int:
+    """How many of the texts in ``columns`` had more than ``most`` tokens before they were cut to ``lengths``.
+
+    ``whole`` gives the tokens of texts that are not cut; it is asked for those that are as long as may be.
+    """
+    full = [row for row, length in enumerate(lengths) if length >= most]
+    return sum(len(ids) > most for ids in whole(*([c[k] for k in full] for c in columns))["input_ids"]) if full else 0
+
+
+def cut_words(data: Data, form: Form) -> list[str]:
+    """How many of the texts are cut, in a sentence."""
     most = data.config.max_length
-    for split, examples in data.splits.items():
-        total += len(examples)
-        full = [row for row, ids in enumerate(examples["input_ids"][:]) if len(ids) >= most]
-        if full:
-            cut += sum(len(ids) > most for ids in whole(getattr(data.task, split).select(full)))
+    total, cut = sum(map(len, data.splits.values())), sum(form.cut(data, split) for split in data.splits)
     if not cut:
         return [f"no text is longer than max_length={most} tokens"]
     loses = "beginning" if data.tokenizer.truncation_side == "left" else "end"
@@ -158,6 +167,13 @@ def logits_of_texts(run: LoadedRun, texts: Sequence[Sequence[str]]) -> Iterator[
                 raise
             size //= 2
             continue
+        mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
+        run.cut += count_cut(
+            mask.sum(1).tolist(),
+            run.config.max_length,
+            columns,
+            partial(run.tokenizer, verbose=False),
+        )
         yield logits
         start += size
 

@@ -29,8 +29,7 @@ from loretta.training.config import RunConfig
 from loretta.training.forms.base import Data, Form, MakeTrainer, Recipe, Row
 from loretta.training.forms.labels import LONGEST, MISTAKES, count_classes, finite
 from loretta.training.loaded import LoadedRun
-from loretta.training.methods import virtual_tokens
-from loretta.training.model import Trained
+from loretta.training.model import Trained, room_of
 from loretta.training.trainer import TwoRateTrainer
 
 T = TypeVar("T")
@@ -264,16 +263,14 @@ def judge(model: Trained, data: Data, split: str, *, answer: bool = True, show: 
 
 def _room(model: Trained, config: RunConfig) -> int:
     """The longest prompt in tokens, so that prompt and answer fit into the model's positions."""
-    positions = getattr(model.config, "max_position_embeddings", None)
-    if positions is None:
+    if (room := room_of(model)) is None:
         return config.max_length
-    room = positions - config.max_new_tokens - virtual_tokens(config.method, config.method_args)
-    if room < 1:
+    if room <= config.max_new_tokens:
         raise InputError(
-            f"max_new_tokens={config.max_new_tokens} leaves no room for a prompt in the {positions} positions of the "
+            f"max_new_tokens={config.max_new_tokens} leaves no room for a prompt in the {room} positions of the "
             "model: lower it"
         )
-    return min(config.max_length, room)
+    return min(config.max_length, room - config.max_new_tokens)
 
 
 @torch.no_grad()

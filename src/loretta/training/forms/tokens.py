@@ -22,7 +22,16 @@ from loretta.tasks.split import text_key
 from loretta.tasks.tokens import ENTITY_METRICS
 from loretta.training.config import RunConfig
 from loretta.training.forms.base import Asked, Data, Form, Recipe, Row
-from loretta.training.forms.labels import LONGEST, MISTAKES, confusion, count_classes, cut_words, scored_recipe
+from loretta.training.forms.labels import (
+    LONGEST,
+    MISTAKES,
+    confusion,
+    count_classes,
+    count_cut,
+    cut_words,
+    lengths_of,
+    scored_recipe,
+)
 from loretta.training.loaded import LoadedRun
 from loretta.training.scores import logits_of, named_values
 from loretta.training.trainer import TwoRateTrainer
@@ -51,10 +60,11 @@ class Tokens(Form):
         return Dataset.from_dict({**found, "labels": labels, "words": words})
 
     def lengths(self, data: Data) -> list[str]:
-        def whole(rows: Dataset) -> list[list[int]]:
-            return tokenize(data.tokenizer, rows["tokens"][:], None)["input_ids"]
+        return cut_words(data, self)
 
-        return cut_words(data, whole)
+    def cut(self, data: Data, split: str) -> int:
+        columns, whole = [getattr(data.task, split)["tokens"]], partial(tokenize, data.tokenizer, max_length=None)
+        return count_cut(lengths_of(data.splits[split]), data.config.max_length, columns, whole)
 
     def recipe(self, data: Data) -> Recipe:
         collator = DataCollatorForTokenClassification(data.tokenizer)
@@ -118,19 +128,20 @@ class Tokens(Form):
                 raise InputError(f"row {row} of '{file}', column {quoted(name)}: {quoted(cell)} is no list of tokens")
         return [columns[name]]
 
-    def too_long(self, run: LoadedRun, asked: Asked) -> int:
-        whole = tokenize(run.tokenizer, _words(asked[0]), None)["input_ids"]
-        return sum(len(ids) > run.config.max_length for ids in whole)
-
     @torch.inference_mode()
     def predict(self, run: LoadedRun, asked: Asked, *, all_probabilities: bool, go_on: Any) -> list[Row]:
         if all_probabilities:
             raise InputError("the run gives one tag for each token: leave --probabilities out")
         rows, size = [], run.config.eval_batch_size
-        texts = _words(asked[0])
-        for start in range(0, len(texts), size):
-            batch = texts[start : start + size]
+        for start in range(0, len(asked[0]), size):
+            batch = _words(asked[0][start : start + size])
             found = tokenize(run.tokenizer, batch, run.config.max_length, padding=True, return_tensors="pt")
+            run.cut += count_cut(
+                found["attention_mask"].sum(1).tolist(),
+                run.config.max_length,
+                [batch],
+                partial(tokenize, run.tokenizer, max_length=None),
+            )
             with run.as_trained():
                 best = run.model(**found.to(run.model.device)).logits.argmax(-1).tolist()
             for k, words in enumerate(batch):
