@@ -19,7 +19,7 @@ from loretta.studies.state import beside, find_runs
 from loretta.studies.study import Planned, load_study
 from loretta.studies.unit import Unit
 
-STEPS = {"epochs": 40, "eval_steps": 3, "max_length": 16}
+STEPS = {"epochs": 200, "eval_steps": 20, "max_length": 16}
 
 
 def test_without_ray_the_option_says_how_to_get_it(monkeypatch, tmp_path):

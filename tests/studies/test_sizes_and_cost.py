@@ -1,18 +1,25 @@
 """Sizes and estimates from a model's configuration alone, and one measured step."""
 
+import csv
 import json
+import math
 
 import pytest
 import torch
 from torch import nn
+from training_data import config_for, sentences
 
 from loretta.plan import find_preset
 from loretta.studies.configs import Options
 from loretta.studies.cost import count_flops, measure
 from loretta.studies.expansion import expand
+from loretta.studies.lengths import Lengths, lengths_of
 from loretta.studies.sizes import count, estimate, memory, size_of, step_flops
 from loretta.studies.study import load_study
+from loretta.training.arguments import make_trainer
 from loretta.training.config import RunConfig
+from loretta.training.data import encode_splits, load_config_task
+from loretta.training.model import load_tokenizer, prepare_model
 from loretta.training.run import train
 
 
@@ -54,15 +61,31 @@ def test_the_estimate_is_what_a_run_trains(method, bert, data_dir, tmp_path):
 
 
 def test_flops_and_memory_grow_as_they_should(bert):
-    config = RunConfig(model=bert, data="rte", method="lora", batch_size=2, max_length=10)
+    config, ten = RunConfig(model=bert, data="rte", method="lora", batch_size=2), Lengths(mean=10, longest=10)
     size = size_of(config, bert)
     # 2 layers of 4 x 32 x 32 and 2 x 32 x 64, the pooler 32 x 32, the classifier 2 x 32
     assert size.products == 2 * (4 * 32 * 32 + 2 * 32 * 64) + 32 * 32 + 2 * 32
-    assert step_flops(size, config) == 4 * size.products * 20
+    assert step_flops(size, config, ten) == 4 * size.products * 20
     full = config.model_copy(update={"method": "ft"})
-    assert step_flops(size_of(full, bert), full) == 6 * size.products * 20
-    assert memory(size_of(full, bert), full) > memory(size, config)
-    assert memory(size, config.model_copy(update={"batch_size": 4})) > memory(size, config)
+    assert step_flops(size_of(full, bert), full, ten) == 6 * size.products * 20
+    assert memory(size_of(full, bert), full, ten) > memory(size, config, ten)
+    assert memory(size, config.model_copy(update={"batch_size": 4}), ten) > memory(size, config, ten)
+
+
+def test_steps_cost_what_the_batches_of_the_trainer_hold(bert, reviews, tmp_path):
+    """Short texts with a few long ones: the mean is that of the padded batches, not the longest that may be."""
+    with (tmp_path / "long.csv").open("w", newline="") as file:
+        rows = [(f"{text} {'a ' * (60 * (k % 8 == 0))}", label) for k, (text, label) in enumerate(sentences(64))]
+        csv.writer(file).writerows([("review", "mood"), *rows])
+    config = config_for(bert, str(tmp_path / "long.csv"), tmp_path / "run", max_length=128, epochs=1, method="lora")
+    data = encode_splits(config, load_config_task(config), load_tokenizer(bert))
+    trainer = make_trainer(data, prepare_model(config, data.task, data.tokenizer)[0], tmp_path / "work")
+    sizes = [batch["input_ids"].shape for batch in trainer.get_train_dataloader()]
+    found = lengths_of(config)
+    assert found.mean == pytest.approx(sum(map(math.prod, sizes)) / sum(rows for rows, _ in sizes))
+    assert found.longest == max(length for _, length in sizes) < 128
+    assert found.known
+    assert lengths_of(RunConfig(model=bert, data="rte")) == Lengths(mean=128, longest=128, known=False)
 
 
 def test_an_estimate_says_what_it_rests_on(bert, data_dir, tmp_path):

@@ -16,6 +16,7 @@ from loretta.files import write_json
 from loretta.plan import find_config, meta_model, plan_model, trainable_by_kind
 from loretta.record import RunRecord
 from loretta.studies.configs import OF_A_FILE, total_steps
+from loretta.studies.lengths import Lengths, lengths_of
 from loretta.studies.state import COUNT
 from loretta.studies.study import Planned
 from loretta.tasks import Kind, load_task
@@ -58,6 +59,7 @@ def estimate(root: Path, runs: Iterable[Planned]) -> tuple[list[Estimate], list[
     """Each run's size, steps, time and memory, and sentences on what these figures rest on."""
     estimates = []
     rates: dict[str, float] = {}
+    known = True
     basis: dict[str, None] = {}
     runs = list(runs)
     for run in runs:
@@ -73,15 +75,19 @@ def estimate(root: Path, runs: Iterable[Planned]) -> tuple[list[Estimate], list[
             estimates.append(Estimate(run=run, reason=str(error)))
             continue
         steps = total_steps(config.model_dump()) if run.kind == "train" else None
+        lengths = lengths_of(config)
+        known = known and lengths.known
         estimates.append(
             Estimate(
                 run=run,
                 size=size,
                 steps=steps,
-                seconds=None if steps is None else steps * step_flops(size, config) / rates[run.model],
-                memory_bytes=memory(size, config),
+                seconds=None if steps is None else steps * step_flops(size, config, lengths) / rates[run.model],
+                memory_bytes=memory(size, config, lengths),
             )
         )
+    if not known:
+        basis["examples are taken to be as long as may be where the data or a tokenizer is not at hand"] = None
     basis["trained parameters are counted on the meta device, from the model's configuration"] = None
     basis[
         "memory is weights, gradients, AdamW's moments and "
@@ -100,14 +106,14 @@ def _rate(root: Path, runs: Sequence[Planned]) -> tuple[float, str]:
             record, config = RunRecord.load(file), RunConfig(**RunRecord.load(file).config)
             steps = total_steps(config.model_dump())
             if steps and record.train_seconds:
-                flops += steps * step_flops(size_of(config, run.sizes), config)
+                flops += steps * step_flops(size_of(config, run.sizes), config, lengths_of(config))
                 seconds += record.train_seconds
                 count += 1
     if seconds:
         return flops / seconds, f"time of {runs[0].model} is that of its {count} finished runs, scaled by FLOPs"
     peak, device = _peak()
     return USE_OF_PEAK * peak, (
-        f"time is FLOPs at the full length of each example over {USE_OF_PEAK:.0%} of the {peak / 1e12:.2g} TFLOP/s "
+        f"time is FLOPs over {USE_OF_PEAK:.0%} of the {peak / 1e12:.2g} TFLOP/s "
         f"that one large product reached on this machine's {device} just now; evaluation is not in it"
     )
 
@@ -128,18 +134,18 @@ def _peak() -> tuple[float, str]:
     return best, device
 
 
-def step_flops(size: Size, config: RunConfig) -> float:
-    """FLOPs of one step at full length: 4 per weight and token, 6 where the weights themselves are trained."""
+def step_flops(size: Size, config: RunConfig, lengths: Lengths) -> float:
+    """FLOPs of one step: 4 per weight and token, 6 where the weights themselves are trained."""
     per_weight = 6 if find_method(config.method) is FULL else 4
-    return float(per_weight * size.products * config.batch_size * config.accumulate * config.max_length)
+    return per_weight * size.products * config.batch_size * config.accumulate * lengths.mean
 
 
-def memory(size: Size, config: RunConfig) -> int:
+def memory(size: Size, config: RunConfig, lengths: Lengths) -> int:
     """Bytes at the peak of a step, roughly."""
     width = 4 if config.dtype == "float32" else 2
     frozen = 0 if find_method(config.method) is FULL else width * size.model
     trained = 16 * size.trained  # weight, gradient and two moments in float32
-    tokens = config.batch_size * config.max_length
+    tokens = config.batch_size * lengths.longest
     return frozen + trained + width * KEPT_PER_UNIT * tokens * size.layers * size.width
 
 
