@@ -50,7 +50,7 @@ def test_long_texts_are_refused_at_the_door_and_cut_where_they_come_later(bert, 
     status, _, err = call(capsys, "train", "--model", bert, "--data", long, *given)
     assert_refused(status, err, ["has positions for 512 tokens, and the longest text has 902", "--max-length 512"])
     assert not (tmp_path / "no").exists()
-    train(config_for(bert, reviews, tmp_path / "run", max_length=2000, max_steps=2))
+    train(config_for(bert, reviews, tmp_path / "run", max_length=2000, max_steps=2, eval_batch_size=8))
     run = load_run(tmp_path / "run", cpu=True)
     whole, cut = predict(run, [["a good film " * 300]]), predict(run, [["a good film " * 170]])
     assert whole == cut

@@ -110,11 +110,15 @@ def test_a_run_from_its_command_to_its_answers(bert, capsys, tmp_path):
         len(json.loads(line)["tags"]) for line in DATA.read_text().splitlines()
     )
     assert "share wrong" in (run / "report.html").read_text()
-    status, out, _ = call(capsys, "eval", run, "--split", "test", "--cpu", "--json")
+    words = [len(json.loads(line)["tokens"]) for line in DATA.read_text().splitlines()]
+    cut = f"note: {sum(count + 2 > 8 for count in words)} of the {len(words)} texts are longer than the 8 tokens"
+    status, out, err = call(capsys, "eval", run, "--split", "test", "--cpu", "--json")
+    assert cut in err, "with [CLS] and [SEP]"
     found = json.loads(out)
     assert {name: found[name] for name in record.test} == pytest.approx(record.test, rel=1e-5)
     rows = [json.loads(line) for line in (run / "predictions.jsonl").read_text().splitlines()]
-    status, out, _ = call(capsys, "predict", run, DATA, "--cpu", "--json")
+    status, out, err = call(capsys, "predict", run, DATA, "--cpu", "--json")
+    assert cut in err
     again = json.loads(out)
     assert [row["predicted_tags"] for row in again] == [row["tags"] for row in rows]
     assert all(len(row["predicted_tags"]) == len(row["tokens"]) for row in again)
