@@ -266,7 +266,7 @@ def choosing_sections(found: Sequence[Row]) -> dict[str, str]:
         if any(row["model"] == model for row in found):
             made = (
                 front_table(model, found),
-                size_table(model, found, "held_out"),
+                f"{sizes_sentence(Board(found, model, 'held_out'))}\n\n{size_table(model, found, 'held_out')}",
                 equal_table(model, found, "held_out"),
             )
         else:
