@@ -19,7 +19,7 @@ Count = Annotated[int, Field(ge=0, lt=2**63)]
 class ParameterCounts(BaseModel, frozen=True):
     """Trainable parameters by what they are, and the size of the whole model, as numbers of scalars."""
 
-    cores: Count = Field(description="entries of the tensor-train cores")
+    cores: Count = Field(description="entries of the tensor-train cores, one of which may be a matrix")
     biases: Count = Field(description="of the adapters or of the base model")
     norms: Count = Field(description="weights and biases of normalisation layers")
     scales: Count = Field(
