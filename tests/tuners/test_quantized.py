@@ -8,7 +8,7 @@ import pytest
 import torch
 from draws import seed_torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
-from peft.utils.quantization_utils import resolve_quantization_backend
+from peft.utils.quantization_utils import ForwardOnlyQuantizationBackend, resolve_quantization_backend
 from safetensors.torch import load_file
 from tolerances import assert_gradients_near, assert_near
 from torch import Tensor, nn
@@ -198,9 +198,21 @@ def test_merging_rounds_the_sum_once(folder, backend):
 def test_what_cannot_be_merged_is_refused_and_stays_usable(folder, backend):
     model = trained(wrapped(folder, backend, "rep"))
     before = logits(model, INPUTS)
-    with pytest.raises(InputError, match=r"cannot merge into a \w+, whose packed weights are fixed"):
+    with pytest.raises(InputError, match=r"cannot merge into '[\w.]+', a \w+, whose packed weights are fixed"):
         model.merge_adapter()
     assert torch.equal(logits(model, INPUTS), before)
+
+
+def test_nothing_is_written_where_one_layer_cannot_be_merged():
+    """A base may be packed in part, as by GPTQ: the layers before the first packed one would be merged."""
+    model = get_peft_model(build("llama")[0], config_for("rep", task_type="CAUSAL_LM"))
+    layers = [module for module in trained(model).modules() if isinstance(module, LorettaLayer)]
+    layers[-1].quantization_backend = ForwardOnlyQuantizationBackend("gptq")
+    before = snapshot(model)
+    with pytest.raises(InputError, match=r"cannot merge into 'model\.layers\.1\..*packed weights are fixed"):
+        model.merge_adapter()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(layer.merged for layer in layers)
 
 
 @every_method
