@@ -21,7 +21,7 @@ from loretta import get_peft_model
 from loretta.errors import InputError
 from loretta.plan import plan_model, read_plan
 from loretta.tuners.config import LorettaConfig
-from loretta.tuners.rescaled import NAMES, TIMES, scaled_modules
+from loretta.tuners.rescaled import NAMES, TIMES, TrainedScale, scaled_modules
 
 ALL = ["keys", "values", "mlp"]
 DOUBLE = {"base": {"dtype": torch.float64}, "train_head": "dense"}
@@ -327,6 +327,21 @@ def test_beside_another_method_they_act_on_the_base_alone_and_merge_from_either_
             after = {key.replace(".base_layer", ""): value for key, value in base.state_dict().items()}
             assert all(torch.equal(after[key], value) for key, value in plain.items())
     near("unloaded", logits(models["scaled"].merge_and_unload(), inputs), expected)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`", "ignore:You are trying to modify")
+def test_a_safe_merge_that_is_refused_leaves_what_is_merged_around_it():
+    base, _ = build("llama", dtype=torch.float64)
+    within = trained(get_peft_model(base, config_for("rep", train_scales=["values"], train_norms=False), "scaled"))
+    model = trained(get_peft_model(base, OTHERS["lora"](["v_proj"]), "other").double().eval(), seed=4)
+    model.merge_adapter(["other"])
+    scale = next(module for module in model.modules() if isinstance(module, TrainedScale))
+    before = scale.base_layer.weight.clone()
+    scale.change("scaled")["out"].data[0] = float("nan")
+    with pytest.raises(ValueError, match="NaNs detected"):
+        within.merge_adapter(["scaled"], safe_merge=True)
+    assert_near("the weight with LoRA's update", scale.base_layer.weight, before)
+    assert base.model.layers[0].self_attn.v_proj.merged_adapters == ["other"]
 
 
 def assert_near_in_float32(name: str, got: Tensor, ref: Tensor) -> None:

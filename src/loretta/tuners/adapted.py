@@ -40,10 +40,12 @@ class AdaptedModule(BaseTunerLayer):
         merged = [(layer, names) for layer, names in around if names]
         for layer, _ in merged:
             layer.unmerge()
-        yield
-        for layer, names in reversed(merged):
-            layer.merge(adapter_names=names)
-            layer.merged_adapters = names  # also those that it does not have, which fall silent with the others
+        try:
+            yield
+        finally:  # also where a safe merge is refused
+            for layer, names in reversed(merged):
+                layer.merge(adapter_names=names)
+                layer.merged_adapters = names  # also those that it does not have, which fall silent with the others
 
     def rename_adapter(self, old: str, new: str) -> None:
         """Give one adapter another name; nothing happens when this module does not have it."""
