@@ -5,7 +5,6 @@ import gzip
 import json
 import math
 import pathlib
-import re
 import sys
 from dataclasses import replace
 
@@ -40,7 +39,6 @@ import runs  # noqa: E402
 import verdicts  # noqa: E402
 from claims import collect, take  # noqa: E402
 from encoders import graphable, plain_functions  # noqa: E402
-from tables import filled  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -329,56 +327,6 @@ def test_populations_can_be_told_to_use_no_kernels_of_ours():
     assert Population.modes_on_gpu
 
 
-def test_a_section_is_what_the_result_files_say(rows):
-    for page, sections in evidence.pages(rows):
-        text = page.read_text()
-        old = [name for name, content in sections.items() if filled(text, name, content) != text]
-        assert old == [], f"{page}: make tables"
-
-
-MADE = re.compile(r"<!-- ([^:\n]+): make tables -->\n.*?<!-- end of \1 -->", re.DOTALL)
-
-
-def differences(text):
-    """Figures with an interval, each as its size and half its interval."""
-    some = re.findall(r"(\d*\.\d+)\s*±\s*(\d*\.\d+)", text)
-    return {(float(middle), float(half)) for middle, half in some}
-
-
-@pytest.mark.parametrize("page", [evidence.PAGE, evidence.CHOOSING], ids=lambda page: page.name)
-def test_a_difference_that_the_text_names_is_in_a_table(page):
-    texts = [page.read_text() for page in (evidence.PAGE, evidence.CHOOSING)]
-    tables = {figure for text in texts for table in MADE.finditer(text) for figure in differences(table[0])}
-    named = differences(MADE.sub("", page.read_text()))
-    assert named
-    assert not named - tables
-
-
-def test_a_row_says_how_it_came_about(rows):
-    for row in rows:
-        cell, counts = protocol.cell_of(row), row["rows"]
-        assert {"torch", "transformers", "peft"} <= row["versions"].keys(), cell
-        assert row["command"].startswith("python benchmarks/"), cell
-        assert row["device"], cell
-        assert row["trained"] >= 0 < counts["held_out"], cell
-        if protocol.TASKS[row["task"]].kind == "glue":
-            assert counts["held_out"] == round(protocol.HELD_OUT * (counts["train"] + counts["held_out"])), cell
-        for scores in (row["held_out"], row["official"]):
-            assert {len(of_seeds) for of_seeds in scores.values()} == {len(row["seeds"])}, cell
-            assert sorted(map(float, scores)) == sorted(row["rates"]), cell
-
-
-@pytest.mark.parametrize("name", ["adaptive", "answers", "forgetting", "instruct"])
-def test_each_run_is_there_once_and_says_how_it_came_about(name):
-    some = json.loads((evidence.RESULTS / f"{name}.json").read_text())
-    assert len({protocol.cell_of(row) for row in some}) == len(some) > 5
-    for row in some:
-        assert {"torch", "transformers", "peft"} <= row["versions"].keys()
-        assert row["device"] == "NVIDIA H200"
-        assert row["command"].startswith("python benchmarks/")
-        assert row["trained"] > 0 or row["method"] == methods.UNTRAINED
-
-
 @pytest.mark.parametrize(
     ("name", "count"),
     [
@@ -407,7 +355,3 @@ def test_a_plan_says_how_long_a_cell_needs_by_its_task_and_skips_what_a_file_has
     row = {"part": "front", "model": "m", "task": "cola", "method": "LoRA r=1", "epochs": 5, "seeds": [0, 1, 2, 3, 4]}
     (tmp_path / "forms.json@m-cola.json").write_text(json.dumps(row))
     assert [name for name, *_ in campaign.jobs_of(entry, args, campaign.Made(tmp_path))] == [jobs[1][0]]
-
-
-def test_the_picture_is_there():
-    assert evidence.PICTURE.read_text().count("<svg") == 1

@@ -1,0 +1,77 @@
+"""What is published: the pages say what the result files say, and each row of those says how it came about."""
+
+import json
+import pathlib
+import re
+import sys
+
+import pytest
+
+BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+
+import evidence  # noqa: E402
+import methods  # noqa: E402
+import protocol  # noqa: E402
+from tables import filled  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def rows():
+    found = evidence.rows()
+    assert found
+    return found
+
+
+def test_a_section_is_what_the_result_files_say(rows):
+    for page, sections in evidence.pages(rows):
+        text = page.read_text()
+        old = [name for name, content in sections.items() if filled(text, name, content) != text]
+        assert old == [], f"{page}: make tables"
+
+
+MADE = re.compile(r"<!-- ([^:\n]+): make tables -->\n.*?<!-- end of \1 -->", re.DOTALL)
+
+
+def differences(text):
+    """Figures with an interval, each as its size and half its interval."""
+    some = re.findall(r"(\d*\.\d+)\s*±\s*(\d*\.\d+)", text)
+    return {(float(middle), float(half)) for middle, half in some}
+
+
+@pytest.mark.parametrize("page", [evidence.PAGE, evidence.CHOOSING], ids=lambda page: page.name)
+def test_a_difference_that_the_text_names_is_in_a_table(page):
+    texts = [page.read_text() for page in (evidence.PAGE, evidence.CHOOSING)]
+    tables = {figure for text in texts for table in MADE.finditer(text) for figure in differences(table[0])}
+    named = differences(MADE.sub("", page.read_text()))
+    assert named
+    assert not named - tables
+
+
+def test_a_row_says_how_it_came_about(rows):
+    for row in rows:
+        cell, counts = protocol.cell_of(row), row["rows"]
+        assert {"torch", "transformers", "peft"} <= row["versions"].keys(), cell
+        assert row["command"].startswith("python benchmarks/"), cell
+        assert row["device"], cell
+        assert row["trained"] >= 0 < counts["held_out"], cell
+        if protocol.TASKS[row["task"]].kind == "glue":
+            assert counts["held_out"] == round(protocol.HELD_OUT * (counts["train"] + counts["held_out"])), cell
+        for scores in (row["held_out"], row["official"]):
+            assert {len(of_seeds) for of_seeds in scores.values()} == {len(row["seeds"])}, cell
+            assert sorted(map(float, scores)) == sorted(row["rates"]), cell
+
+
+@pytest.mark.parametrize("name", ["adaptive", "answers", "forgetting", "instruct"])
+def test_each_run_is_there_once_and_says_how_it_came_about(name):
+    some = json.loads((evidence.RESULTS / f"{name}.json").read_text())
+    assert len({protocol.cell_of(row) for row in some}) == len(some) > 5
+    for row in some:
+        assert {"torch", "transformers", "peft"} <= row["versions"].keys()
+        assert row["device"] == "NVIDIA H200"
+        assert row["command"].startswith("python benchmarks/")
+        assert row["trained"] > 0 or row["method"] == methods.UNTRAINED
+
+
+def test_the_picture_is_there():
+    assert evidence.PICTURE.read_text().count("<svg") == 1
