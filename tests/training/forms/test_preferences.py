@@ -121,7 +121,8 @@ def test_a_run_that_starts_from_another_is_held_to_that(method, speller, capsys,
     record = train(config_for(speller, tmp_path / "second", **again), say=lambda line: None)
     losses = [point.values["loss"] for point in record.history if point.split == "train"]
     assert losses[0] == pytest.approx(math.log(2), abs=1e-4)
-    assert abs(first.validation["loss"] - math.log(2)) > 1e-3, "the first run has learned"
+    learned = [point.values["loss"] for point in first.history if point.split == "train"]
+    assert learned[-1] < math.log(2) - 0.05, "the first run has learned its pairs"
     assert record.parameters == first.parameters
     assert [path.name for path in (tmp_path / "second" / "adapter").rglob("*.safetensors")] == [
         "model.safetensors" if method == "ft" else "adapter_model.safetensors"
