@@ -7,6 +7,7 @@ from statistics import median
 
 import pytest
 import torch
+from draws import seeded
 from peft import get_peft_model
 from transformers import BertConfig, BertForSequenceClassification
 
@@ -19,7 +20,7 @@ SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "i
 @pytest.fixture(scope="module", params=["rep", "LoRA r=8", "compact", "shared r=2"])
 def adapted(request):
     """The updates of a small model with random cores and gradients, the explicit Jacobian by parameter, and steps."""
-    generator = torch.Generator().manual_seed(0)
+    generator = seeded(0)
     base = BertForSequenceClassification(BertConfig(**SIZES))
     model = get_peft_model(base, conditioning.CONFIGS[request.param]()).double()
     updates = conditioning.updates_of(model)
