@@ -18,34 +18,23 @@ from transformers import MPNetConfig, MPNetForSequenceClassification, MPNetModel
 from loretta import InputError, LorettaSharedConfig, tt
 from loretta.population import members
 from loretta.population.population import Population
-from loretta.training.methods import METHODS, SHARED_RANK_1
 from loretta.training.model import wrap
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 import adaptive  # noqa: E402
-import board  # noqa: E402
 import campaign  # noqa: E402
 import causes  # noqa: E402
 import cells  # noqa: E402
-import evidence  # noqa: E402
 import forgetting  # noqa: E402
 import forms  # noqa: E402
 import methods  # noqa: E402
 import protocol  # noqa: E402
 import rates  # noqa: E402
 import runs  # noqa: E402
-import verdicts  # noqa: E402
 from claims import collect, take  # noqa: E402
 from encoders import graphable, plain_functions  # noqa: E402
-
-
-@pytest.fixture(scope="module")
-def rows():
-    found = evidence.rows()
-    assert found
-    return found
 
 
 def rows_of(file):
@@ -180,23 +169,6 @@ def test_a_cell_with_more_seeds_or_epochs_is_run_again_and_a_peer_is_centred_whe
     known = [{**row, "part": "rates", "task": "stsb", "method": "VeRA r=256", **ROW}]
     (cell,) = cells.cells_of(["VeRA r=256:cola"], args, known)
     assert cell.rates == (0.001, 0.002, 0.004)
-
-
-STARTS = {
-    "rep": "rep", "adp": "adp + norms", "shared": "shared r=4 + norms", "compact": "compact + norms",
-    "lora": "LoRA r=8", "norms": "norms", "shared of rank 1": "shared r=1",
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("name", "method"), STARTS.items())
-def test_a_method_starts_at_the_rate_that_held_out_rows_of_both_encoders_liked_best(name, method, rows):
-    boards, means = [board.Board(rows, model, "held_out") for model in list(verdicts.MODELS)[:2]], {}
-    for rate in rates.ONE_RATES:
-        of_models = [rates.at_rate([one.cells[method, task] for task in one.common], rate) for one in boards]
-        if all(scores is not None for scores in of_models):
-            means[float(rate)] = sum(scores.mean() for scores in of_models)
-    own = SHARED_RANK_1 if name == "shared of rank 1" else METHODS[name].learning_rate
-    assert own == max(means, key=means.__getitem__), means
 
 
 def test_the_peak_of_a_form_moves_by_the_factor_between_its_ranks():

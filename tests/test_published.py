@@ -7,12 +7,17 @@ import sys
 
 import pytest
 
+from loretta.training.methods import METHODS, SHARED_RANK_1
+
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
+import board  # noqa: E402
 import evidence  # noqa: E402
 import methods  # noqa: E402
 import protocol  # noqa: E402
+import rates  # noqa: E402
+import verdicts  # noqa: E402
 from tables import filled  # noqa: E402
 
 
@@ -71,6 +76,23 @@ def test_each_run_is_there_once_and_says_how_it_came_about(name):
         assert row["device"] == "NVIDIA H200"
         assert row["command"].startswith("python benchmarks/")
         assert row["trained"] > 0 or row["method"] == methods.UNTRAINED
+
+
+STARTS = {
+    "rep": "rep", "adp": "adp + norms", "shared": "shared r=4 + norms", "compact": "compact + norms",
+    "lora": "LoRA r=8", "norms": "norms", "shared of rank 1": "shared r=1",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "method"), STARTS.items())
+def test_a_method_starts_at_the_rate_that_held_out_rows_of_both_encoders_liked_best(name, method, rows):
+    boards, means = [board.Board(rows, model, "held_out") for model in list(verdicts.MODELS)[:2]], {}
+    for rate in rates.ONE_RATES:
+        of_models = [rates.at_rate([one.cells[method, task] for task in one.common], rate) for one in boards]
+        if all(scores is not None for scores in of_models):
+            means[float(rate)] = sum(scores.mean() for scores in of_models)
+    own = SHARED_RANK_1 if name == "shared of rank 1" else METHODS[name].learning_rate
+    assert own == max(means, key=means.__getitem__), means
 
 
 def test_the_picture_is_there():

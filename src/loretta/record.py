@@ -22,9 +22,8 @@ class ParameterCounts(BaseModel, frozen=True):
     cores: Count = Field(description="entries of the tensor-train cores, one of which may be a matrix")
     biases: Count = Field(description="of the adapters or of the base model")
     norms: Count = Field(description="weights and biases of normalisation layers")
-    scales: Count = Field(
-        default=0, description="factors on keys, values and MLPs"
-    )  # 0: earlier records call them other
+    # earlier records count scales as other
+    scales: Count = Field(default=0, description="factors on keys, values and MLPs")
     head: Count = Field(description="the task's own output layer")
     other: Count = Field(description="what another method trains beside these, such as LoRA's matrices")
     total: Count

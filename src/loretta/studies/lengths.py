@@ -17,7 +17,7 @@ from loretta.training.forms.turns import Rows
 from loretta.training.model import load_tokenizer
 from loretta.training.trainer import EpochOrder
 
-MEASURED = 1000  # rows, drawn at random, that stand for all
+MEASURED = 1000  # rows that stand for all: drawn at random, of prompts and conversations the first
 # what decides how a row is encoded, and with which others it stands in a batch
 _DECIDE = (
     "model", "data", "data_dir", "text", "text_pair", "label", "kind", "validation", "test", "separator", "split",
