@@ -271,6 +271,8 @@ GROUPS: dict[str, list[str]] = {
         "LoRA r=32", "compact r=16", "shared r=16",
     ],
     "scales": [method.name for method in SCALED],
+    # LoRA and shared with `use_rslora`, at one learning rate for every rank
+    "steady": [method.name for method in SCALED if method.name.startswith(("LoRA^0.5", "shared^0.5"))],
     "bonds": [method.name for method in BONDS],
     "wide_bonds": [method.name for method in BONDS if method.name.endswith("r=32")],
     # compact as it is with `even_rates`, whose rank 1 no power changes
@@ -297,7 +299,7 @@ GROUPS: dict[str, list[str]] = {
         "shared r=4 + norms",
     ],
     # what the claims are of
-    "claimed": ["LoRA r=8", "compact + norms", "norms", "rep + norms", "adp + norms"],
+    "claimed": ["LoRA r=8", "compact + norms", "adp + norms", "rep + norms", "norms"],
     "claimed_long": ["LoRA r=8", "adp + norms", "rep + norms", "compact + norms"],
     "long": [
         "LoRA r=8", "compact + norms", "adapters b=64", "rep + norms", "adp + norms", "shared r=4 + norms", "LoRA r=1",
