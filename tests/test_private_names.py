@@ -38,6 +38,7 @@ BY_OWNER = {
         ),
         "_get_adapter_state_dict": "(model, config, adapter_name, state_dict, unwanted_adapter_names)",
         "_inject_parameters": "(self, peft_config, model, adapter_name, low_cpu_mem_usage)",
+        "_mark_only_adapters_as_trainable": "(self, model)",
         "_prepare_adapter_config": "(self, peft_config, model_config)",
         "_remap_adapter_state_dict_for_load": "(model, config, adapter_name, state_dict)",
         "_replace_module": "(self, parent, child_name, new_module, child)",

@@ -347,3 +347,19 @@ def test_a_shared_train_keeps_its_scale_within_a_budget():
     config, _, _ = choose(model, LorettaSharedConfig(task_type="CAUSAL_LM"), Budget.parse("90k"))
     assert config.tensor_rank != 16
     assert config.lora_alpha / config.tensor_rank == 2
+
+
+def test_compact_keeps_its_rank_of_1_and_its_scale_within_a_budget():
+    result = make_plan(model="roberta-base", method="compact", budget="100k")
+    assert result.plan.trainable <= 100_000
+    options = result.options
+    assert options["r"] == 1
+    assert options["lora_alpha"] / options["tensor_rank"] == 2
+    beyond = make_plan(
+        model="roberta-base", method="compact", sets=[f"tensor_rank={options['tensor_rank'] + 1}"]
+    ).plan.trainable
+    assert beyond > 100_000
+    # by hand: 48 sides of 768 = 24 x 32 beside 24 of 3072 = 48 x 64 and 48 more of 768, at every rank
+    sides = 12 * (4 * 2 * (24 + 32) + 2 * (24 + 32 + 48 + 64))
+    with_head = make_plan(model="roberta-base", method="compact", sets=["train_norms=false", "train_head=frozen"])
+    assert with_head.plan.trainable == 4 * sides

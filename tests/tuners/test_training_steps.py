@@ -171,8 +171,10 @@ def test_bias_all_trains_every_bias_of_the_base(method):
 
 
 @every_method
-def test_bias_only_trains_the_biases_of_the_adapted_modules(method):
-    model, _ = wrap("gpt2", method, bias=f"loretta_{method}_only", train_norms=False)
+@pytest.mark.parametrize("train_norms", [False, True])
+def test_bias_only_trains_the_biases_of_the_adapted_modules(method, train_norms):
+    model, _ = wrap("gpt2", method, bias=f"loretta_{method}_only", train_norms=train_norms)
+    model.add_adapter("other", config_for(method, task_type="CAUSAL_LM", train_norms=train_norms))
     ours = {name for name in trainable(model) if f"loretta_{method}" not in name}
     names = ["attn.c_proj", "mlp.c_proj"] if method == "adp" else ["attn.c_attn"]
     assert ours == {

@@ -1,30 +1,96 @@
 """What a wrapped model trains, counted by kind."""
 
 from collections import Counter
+from dataclasses import dataclass
+from typing import Any
 
-from peft.utils.other import ModulesToSaveWrapper
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from loretta.record import KINDS
+from loretta.tuners.changes import ChangedModule
+from loretta.tuners.copies import AdapterCopy
+from loretta.tuners.layer import LorettaLayer
 from loretta.tuners.norms import TrainedNorm, is_norm
-from loretta.tuners.rescaled import TrainedScale
 
 
-def trainable_by_kind(model: nn.Module) -> dict[str, int]:
-    """Trainable scalars of a PEFT model by kind (:class:`~loretta.record.ParameterCounts` says what each is)."""
+@dataclass(frozen=True, slots=True)
+class Holdings:
+    """What one adapter of a wrapped model holds, whether or not it is active or trains now.
+
+    Attributes:
+        trained: names of the parameters that it trains, biases of the base among them.
+        frozen: numbers that are saved with it and do not train.
+        of_base: numbers of the base model.
+    """
+
+    trained: frozenset[str]
+    frozen: int
+    of_base: int
+
+    @classmethod
+    def of(cls, model: Any, adapter_name: str) -> "Holdings":
+        """Those of an adapter of rep, adp or shared."""
+        trained: set[str] = set()
+        frozen = 0
+        inside: list[str] = []  # of adapters
+        apart: list[str] = []  # modules whose own biases this adapter does not train
+        adapted: set[str] = set()
+        for name, module in model.named_modules():
+            if not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+                continue
+            parts = (*module.adapter_layer_names, *module.other_param_names)
+            inside += [f"{name}.{part}." for part in parts]
+            if isinstance(module, AdapterCopy) and adapter_name in module.modules_to_save:
+                apart.append(f"{name}.")
+                own = module.trained(adapter_name)
+                trained |= {f"{name}.modules_to_save.{adapter_name}.{each}" for each in own}
+                frozen += sum(tensor.numel() for key, tensor in module.saved(adapter_name).items() if key not in own)
+            elif isinstance(module, LorettaLayer | ChangedModule) and adapter_name in module.held:
+                for part in parts:
+                    held = getattr(module, part)
+                    if not isinstance(held, nn.ModuleDict) or adapter_name not in held:
+                        continue
+                    found = dict(held[adapter_name].named_parameters())
+                    if part in module.adapter_layer_names:
+                        trained |= {f"{name}.{part}.{adapter_name}.{each}" for each in found}
+                    else:
+                        frozen += sum(parameter.numel() for parameter in found.values())
+                if isinstance(module, TrainedNorm):
+                    apart.append(f"{name}.")
+                elif isinstance(module, LorettaLayer):
+                    adapted.add(name)
+        base = {n: p for n, p in model.named_parameters() if not n.startswith(tuple(inside))}
+        bias = model.peft_config[adapter_name].bias
+        for name in base if bias != "none" else ():
+            owner = name.removesuffix(".bias")
+            while owner not in adapted and owner.endswith(".base_layer"):
+                owner = owner.removesuffix(".base_layer")
+            if name.endswith(".bias") and not name.startswith(tuple(apart)) and (bias == "all" or owner in adapted):
+                trained.add(name)
+        return cls(frozenset(trained), frozen, sum(parameter.numel() for parameter in base.values()))
+
+
+def trainable_by_kind(model: nn.Module, trained: frozenset[str] | None = None) -> dict[str, int]:
+    """Trainable scalars of a PEFT model by kind (:class:`~loretta.record.ParameterCounts` says what each is).
+
+    ``trained`` names the parameters; by default those that train now.
+    """
     norms: list[str] = []
     copies: list[str] = []
     scales: list[str] = []
     for name, module in model.named_modules():
         if isinstance(module, ModulesToSaveWrapper):
             (norms if is_norm(module.original_module) else copies).append(name + ".")
-        elif isinstance(module, TrainedNorm) or ".ln_tuning_layers" in name:
+        elif isinstance(module, ChangedModule):
+            kind = norms if isinstance(module, TrainedNorm) else scales
+            kind += [f"{name}.{attribute}." for attribute in module.adapter_layer_names]
+        elif ".ln_tuning_layers" in name:
             norms.append(name + ".")
-        elif isinstance(module, TrainedScale):
-            scales += [f"{name}.{attribute}." for attribute in module.adapter_layer_names]
     counts = Counter(dict.fromkeys(KINDS, 0))
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad if trained is None else name in trained:
             counts[_kind(name, tuple(norms), tuple(copies), tuple(scales))] += parameter.numel()
     return dict(counts)
 

@@ -13,7 +13,7 @@ from torch import nn
 
 from loretta.errors import InputError
 from loretta.layers.shared import SharedShape
-from loretta.plan.counts import trainable_by_kind
+from loretta.plan.counts import Holdings, trainable_by_kind
 from loretta.plan.presets import Preset
 from loretta.tuners.adp import LorettaAdpConfig, LorettaAdpModel
 from loretta.tuners.config import LorettaConfig
@@ -259,7 +259,10 @@ def _base_biases(model: nn.Module, config: LorettaConfig, placements: Iterable[P
 
 
 def read_plan(model: PeftModel, adapter_name: str = "default") -> Plan:
-    """The plan as it was carried out, read off a wrapped model. Raises InputError for another PEFT method."""
+    """The plan as it was carried out, read off a wrapped model: of an adapter that is active or not, trained or loaded.
+
+    Raises InputError for another PEFT method.
+    """
     if not isinstance(getattr(model, "peft_config", None), Mapping):
         raise InputError(
             f"a {type(model).__name__} without an adapter has nothing to explain: wrap it with get_peft_model(model, "
@@ -277,26 +280,23 @@ def read_plan(model: PeftModel, adapter_name: str = "default") -> Plan:
     if not isinstance(config, LorettaConfig):
         raise InputError(f"the adapter {adapter_name!r} is not a LoRETTA adapter, but {type(config).__name__}")
     layers = [(n, m) for n, m in model.named_modules() if isinstance(m, LorettaLayer) and adapter_name in m.scaling]
-    counts = trainable_by_kind(model)
+    held = Holdings.of(model, adapter_name)
+    counts = trainable_by_kind(model, held.trained)
     placements = tuple(layer.placements[adapter_name] for _, layer in layers)
-    # none is negative: where nothing is trained any more, the biases of adp are not either
-    base_biases = max(0, counts["biases"] - sum(placement.bias_params for placement in placements))
     base_config = BaseTuner.get_model_config(model.get_base_model())
     return Plan(
         method=method_name(config),
         model_type=base_config.get("model_type", "custom"),
         placements=placements,
-        copies=CopyCost(norms=counts["norms"], head=counts["head"], frozen=0),
+        copies=CopyCost(norms=counts["norms"], head=counts["head"], frozen=held.frozen),
         scaled=tuple(
             (name.replace(".base_layer", ""), side, change.numel())
             for name, module in model.get_base_model().named_modules()
             if isinstance(module, TrainedScale)
             for side, change in module.change(adapter_name).items()
         ),
-        base_biases=base_biases,
-        model_parameters=sum(parameter.numel() for parameter in model.parameters())
-        - sum(counts.values())
-        + base_biases,
+        base_biases=counts["biases"] - sum(placement.bias_params for placement in placements),
+        model_parameters=held.of_base,
         not_adaptable=not_adaptable(model),
     )
 

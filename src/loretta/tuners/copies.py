@@ -159,10 +159,22 @@ class AdapterCopy(ModulesToSaveWrapper):
                 if isinstance(train, ChangedLinear) and train.start is not None:
                     # rounded as the cores have been, as by TRL: they were equal
                     train.start.to(train.cores.values.dtype)
-            trained = tuple(path + "." for path in policy.tensorized)
+            trained = self.trained(adapter_name)
             for name, parameter in copied.named_parameters():
-                if policy.frozen and not name.startswith(trained):
+                if name not in trained:
                     parameter.requires_grad_(False)
+
+    def trained(self, adapter_name: str) -> set[str]:
+        """The parameters of one adapter's copy that train while it is active."""
+        policy = self._policy(adapter_name)
+        trains = tuple(f"{path}.".lstrip(".") for path in policy.tensorized)
+        names = {name for name, _ in self.modules_to_save[adapter_name].named_parameters()}
+        return {name for name in names if name.startswith(trains)} if policy.frozen else names
+
+    def saved(self, adapter_name: str) -> dict[str, Tensor]:
+        """The tensors of one adapter's copy that its file holds."""
+        tensors = self.modules_to_save[adapter_name].state_dict()
+        return {name: tensor for name, tensor in tensors.items() if self._is_saved(adapter_name, name)}
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
         """As PEFT's, without the dense layers that came with the base model."""

@@ -155,6 +155,14 @@ class LorettaModel(MergingTuner):
         Contraction.attach(model)
         Watch.attach(model)
 
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        """As PEFT's. ``bias="loretta_rep_only"`` and the like train biases of adapted modules, not of norms."""
+        self.tuner_layer_cls = LorettaLayer  # type: ignore[assignment]
+        try:
+            super()._mark_only_adapters_as_trainable(model)
+        finally:
+            del self.tuner_layer_cls
+
     def _forget(self, adapter_name: str) -> None:
         """Remove what an earlier tuner left in the model under this name: PEFT would reuse parts of it."""
         for name, module in reversed(list(self.model.named_modules())):  # the inner ones first
