@@ -55,6 +55,7 @@ tables: $(INSTALLED)
 	$(BIN)/python benchmarks/counts.py
 	$(BIN)/python benchmarks/performance.py
 	$(BIN)/python benchmarks/reliability.py
+	$(BIN)/python benchmarks/page.py
 	$(BIN)/python docs/cli.py
 	$(BIN)/python docs/quickstart.py
 

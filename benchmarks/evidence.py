@@ -37,6 +37,8 @@ from verdicts import (
     verdict_sentence,
 )  # fmt: skip
 
+from loretta.report.figures import AXIS, COLOURS, INKS, TEXT
+
 CHOOSING, PAGE, PICTURE = ROOT / "docs" / "choosing.md", ROOT / "RESULTS.md", ROOT / "docs" / "front.svg"
 README = ROOT / "README.md"
 ROOM = 0.012  # of scores below and above those of the picture
@@ -288,12 +290,12 @@ def draw(found: Sequence[Row], path: Path) -> None:
     points = [(count, score) for count, score in points if 0 < count <= WIDEST]
     counts = [count for count, _ in points]
     marks = {
-        "LoRETTA": ("o", "tab:red"),
-        "LoRA": ("s", "tab:blue"),
-        "PEFT": ("^", "tab:green"),
-        "base": ("v", "dimgrey"),
+        "LoRETTA": ("o", COLOURS[1]),
+        "LoRA": ("s", COLOURS[0]),
+        "PEFT": ("^", COLOURS[2]),
+        "base": ("v", AXIS),
     }
-    with matplotlib.rc_context({"svg.hashsalt": "front", "font.size": 9}):
+    with matplotlib.rc_context({"svg.hashsalt": "front", "font.size": 9, **INKS}):
         figure = Figure(figsize=(9, 4.5), layout="constrained")
         axes = figure.subplots()
         for family, (marker, color) in marks.items():
@@ -309,7 +311,7 @@ def draw(found: Sequence[Row], path: Path) -> None:
                 label = "_"
         for method, scores in whole.items():  # far beyond the others, as all of a model is
             if board.trained(method) > WIDEST:
-                axes.axhline(scores.mean(), color="black", linestyle=":", linewidth=0.8, zorder=0)
+                axes.axhline(scores.mean(), color=TEXT, linestyle=":", linewidth=0.8, zorder=0)
                 said = f"{method}, {board.trained(method) / 1e6:.0f}M: {words(scores)}"
                 axes.annotate(said, (0.8 * min(counts), scores.mean()), (4, 3), textcoords="offset points", fontsize=7)
         axes.set_xscale("log")
@@ -341,7 +343,7 @@ def write_names(axes: Any, points: dict[str, tuple[float, float]]) -> None:
             text = axes.annotate(
                 name, points[name], (x, y), textcoords="offset points", fontsize=7, va="center",
                 ha="left" if x > 0 else "right",
-                arrowprops={"arrowstyle": "-", "linewidth": 0.3, "color": "grey", "shrinkA": 0} if abs(y) > 9 else None,
+                arrowprops={"arrowstyle": "-", "linewidth": 0.3, "color": AXIS, "shrinkA": 0} if abs(y) > 9 else None,
             )  # fmt: skip
             text.get_window_extent()  # moves it to its place
             box = Text.get_window_extent(text)  # without its line

@@ -27,6 +27,8 @@ from targets import (
     summary_table,
 )
 
+from loretta.report.figures import AXIS, COLOURS, INKS
+
 ROOT = Path(__file__).parents[1]
 PAGES = ROOT / "docs" / "performance.md", ROOT / "docs" / "measurements.md"
 FIGURE = ROOT / "docs" / "growth.svg"
@@ -257,15 +259,15 @@ def draw_growth(path: Path) -> None:
 
     rows = results("growth")
     axes_of = list(dict.fromkeys(row["axis"] for row in rows))
-    with matplotlib.rc_context({"svg.hashsalt": "growth", "font.size": 9}):
+    with matplotlib.rc_context({"svg.hashsalt": "growth", "font.size": 9, **INKS}):
         figure = Figure(figsize=(9, 2.8), layout="constrained")
         parts = figure.subplots(1, len(axes_of), sharey=True, squeeze=False)[0]
         for part, axis in zip(parts, axes_of, strict=True):
-            for method, marker in (("rep", "o"), ("adp", "s")):
+            for method, marker, color in (("rep", "o", COLOURS[0]), ("adp", "s", COLOURS[1])):
                 points = [(row[axis], row["ratio"]) for row in rows if (row["axis"], row["method"]) == (axis, method)]
-                part.plot(*zip(*points, strict=True), marker=marker, label=method)
-            part.axhline(1.0, color="grey", linewidth=0.8)
-            part.axhline(LIMIT, color="grey", linewidth=0.8, linestyle="--")
+                part.plot(*zip(*points, strict=True), marker=marker, color=color, label=method)
+            part.axhline(1.0, color=AXIS, linewidth=0.8)
+            part.axhline(LIMIT, color=AXIS, linewidth=0.8, linestyle="--")
             part.set_xscale("log", base=2)
             values = sorted({row[axis] for row in rows if row["axis"] == axis})
             part.set_xticks(values, [str(value) for value in values])

@@ -35,6 +35,11 @@ VARIABLES = {
     GRID: "var(--grid)",
     CARD: "var(--card)",
 }
+# matplotlib's settings for text and axes, in colours that the page can change
+INKS = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), TEXT),
+    **dict.fromkeys(("axes.edgecolor", "xtick.color", "ytick.color"), AXIS),
+}
 
 
 class Look(NamedTuple):
@@ -124,15 +129,13 @@ def svg(chart: Chart | Bars, *, prefix: str) -> "Markup":
                 "text.parse_math": False,
                 "font.size": 10,
                 "axes.formatter.useoffset": False,
-                "axes.edgecolor": AXIS,
+                **INKS,
                 "axes.spines.top": False,
                 "axes.spines.right": False,
                 "axes.axisbelow": True,
                 "grid.color": GRID,
                 "figure.facecolor": "none",
                 "axes.facecolor": "none",
-                **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), TEXT),
-                **dict.fromkeys(("xtick.color", "ytick.color"), AXIS),
             }
         )
         rows = BAR_ROW * len(chart.bars) if isinstance(chart, Bars) else LEGEND_ROW * len(_legend(chart))
@@ -147,7 +150,7 @@ def svg(chart: Chart | Bars, *, prefix: str) -> "Markup":
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     name = chart.title if isinstance(chart, Bars) else f"{chart.title} by {chart.x_label}"
-    return _inline(buffer.getvalue(), prefix=prefix, name=name, description=describe(chart))
+    return inline(buffer.getvalue(), prefix=prefix, name=name, description=describe(chart))
 
 
 def describe(chart: Chart | Bars) -> str:
@@ -301,7 +304,7 @@ def _fitting(line: str, width: int) -> str:
     return line[: sum(end <= width for end in ends)]
 
 
-def _inline(document: bytes, *, prefix: str, name: str, description: str) -> "Markup":
+def inline(document: bytes, *, prefix: str, name: str, description: str) -> "Markup":
     """Turn an SVG file into an element of a page: ids get a prefix, since all figures share them; namespaces go."""
     from xml.etree import ElementTree
 
