@@ -5,9 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor
-
-from loretta.tuners.contraction import layers_around
+from torch import Tensor, nn
 
 
 def merge_below(layer: Any, safe_merge: bool, adapter_names: Collection[str] | None) -> None:
@@ -21,10 +19,22 @@ def merge_below(layer: Any, safe_merge: bool, adapter_names: Collection[str] | N
             below.merge(safe_merge, new)
 
 
+def settle(model: nn.Module, followers: list[Any]) -> None:
+    """Tell all layers of ours where they are, which a layer that is put around them does not, and what follows them."""
+    for holder in model.modules():
+        for name, child in [] if isinstance(holder, BaseTunerLayer) else holder.named_children():
+            layer: Any = child
+            while isinstance(layer, BaseTunerLayer):
+                if isinstance(layer, AdaptedModule):
+                    layer.home, layer.followers = (holder, name), followers
+                layer = getattr(layer, "base_layer", None)
+
+
 class AdaptedModule(BaseTunerLayer):
     """What trained norms and layers with trains share: new names of adapters, switching, and mixed batches."""
 
-    path: str  # the name, in the model, of what it wraps
+    # the module that holds the outermost layer around this one, and its name there; torch registers no tuple as a part
+    home: tuple[nn.Module, str] | None = None
     # copied modules: transformers disables them with the tuner layers, but never enables them
     followers: list[Any]
 
@@ -33,10 +43,19 @@ class AdaptedModule(BaseTunerLayer):
         """The adapters that have a part here."""
         raise NotImplementedError
 
+    def layers_around(self) -> list[Any]:
+        """The layers of any method that wrap this one, the outermost first; PEFT tells a layer of none that comes."""
+        found: list[Any] = []
+        module: Any = getattr(*self.home, None) if self.home is not None else None
+        while isinstance(module, BaseTunerLayer) and module is not self:
+            found.append(module)
+            module = getattr(module, "base_layer", None)
+        return found if module is self else []
+
     @contextmanager
     def merged_before_others(self) -> Iterator[None]:
         """In it no layer around this one is merged: PEFT merges the outermost first, and a factor is no sum."""
-        around = [(layer, [*layer.merged_adapters]) for layer in layers_around(self, self.path)]
+        around = [(layer, [*layer.merged_adapters]) for layer in self.layers_around()]
         merged = [(layer, names) for layer, names in around if names]
         for layer, _ in merged:
             layer.unmerge()

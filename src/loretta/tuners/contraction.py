@@ -11,7 +11,7 @@ one ``generate``, which is one call to its caller, and within :func:`serving`.
 import threading
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial, update_wrapper
 from itertools import count
@@ -19,7 +19,6 @@ from typing import Any
 from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from loretta.errors import InputError
@@ -274,19 +273,6 @@ class _Generating(threading.local):
 _generating = _Generating()
 _contractions: "WeakSet[Contraction]" = WeakSet()
 _contraction_of: "WeakKeyDictionary[nn.Module, ref[Contraction]]" = WeakKeyDictionary()
-
-
-def layers_around(layer: BaseTunerLayer, path: str) -> list[BaseTunerLayer]:
-    """The layers of any method that wrap ``layer`` at this place of its model, the outermost first."""
-    for contraction in list(_contractions):
-        found: list[Any] = []
-        with suppress(AttributeError):  # of a model that has no such place, or another layer there
-            module: Any = contraction.model.get_submodule(path)
-            while module is not layer:
-                found.append(module)
-                module = module.base_layer
-            return found
-    return []
 
 
 def find_factors(layer: JointLayer, adapter_name: str, pair: int) -> Factors | None:

@@ -41,7 +41,6 @@ class LorettaLayer(JointLayer, AdaptedModule):
     def __init__(self, base_layer: nn.Module, *, name: str, **quantization_kwargs) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.path = name
         self.in_features, self.out_features = self._size(name)
         keep_differentiable(self.get_base_layer())
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization_kwargs)

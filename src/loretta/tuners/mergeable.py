@@ -45,7 +45,7 @@ def check_mergeable(model: nn.Module, layer_cls: type[LorettaLayer], merged: Col
             weights = [module._base_weight()]
             _check_layer(name, module, base)
         elif isinstance(module, TrainedScale):
-            _check_scale(module.path, module)
+            _check_scale(name.replace(".base_layer", ""), module)
         if any(owners[id(weight)] > 1 for weight in weights):
             raise InputError(
                 f"cannot merge into '{name}', whose weight is tied to another module's: keep the adapter unmerged, "

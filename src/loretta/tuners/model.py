@@ -17,6 +17,7 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from loretta.errors import InputError
+from loretta.tuners.adapted import settle
 from loretta.tuners.adapter_file import (
     biases_alone,
     biases_here,
@@ -146,10 +147,7 @@ class LorettaModel(MergingTuner):
                 norm.expects_values_of = adapter_name
         for changed in self._layers(ChangedModule):
             changed.known = {name: changed.known.get(name, False) for name in self.peft_config}
-        layers: list[Any] = [*self._layers(LorettaLayer), *self._layers(ChangedModule)]
-        followers = self._layers(AuxiliaryTrainingWrapper)
-        for layer in layers:
-            layer.followers = followers
+        settle(model, self._layers(AuxiliaryTrainingWrapper))
         if is_disabled:
             self.disable_adapter_layers()  # the new layers, too
         Contraction.attach(model)

@@ -191,4 +191,4 @@ def put_scales(tuner: Any, scaled: Mapping[str, str], adapter_name: str) -> None
             module = tuner.put_layer(module, tuner.model.get_submodule(parent), last, path)
         while hasattr(module, "base_layer") and not isinstance(module, TrainedScale):
             name, module = f"{name}.base_layer", module.base_layer
-        put_changes(tuner, TrainedScale, name, adapter_name, side).path = path
+        put_changes(tuner, TrainedScale, name, adapter_name, side)
