@@ -61,6 +61,24 @@ def test_biases_and_transposed_weights_are_merged_too_one_adapter_after_the_othe
 
 
 @mergeable
+@pytest.mark.parametrize("places", [ALL, ["values"], []])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]])
+def test_the_scales_of_what_is_merged_compute_and_not_those_of_what_is_active(method, places, targets):
+    model, inputs = pair(
+        "llama", method, train_scales=["values"], target_modules=targets, train_norms=False,
+        second={"train_scales": places},
+    )  # fmt: skip
+    model.double()
+    expected = {name: alone(model, inputs, name) for name in ("default", "other")}
+    for active, merged in (("default", "other"), ("other", "default")):
+        model.set_adapter(active)
+        model.merge_adapter([merged])
+        assert_near("merged", logits(model, inputs), expected[merged])
+        model.unmerge_adapter()
+        assert_near("unmerged", logits(model, inputs), expected[active])
+
+
+@mergeable
 def test_one_after_the_other_is_merged_alone(method):
     model, inputs = pair("llama", method, train_scales=ALL, train_norms=False)
     model.double()

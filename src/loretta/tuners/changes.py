@@ -2,10 +2,10 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from loretta.errors import InputError
@@ -140,22 +140,28 @@ class ChangedModule(nn.Module, AdaptedModule):
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write the parameters with the changes of ``adapter_names`` (default: the active ones) into the base.
 
-        Raises ValueError when ``safe_merge`` finds a value that is not finite.
+        Those that are merged already, or have none here, are passed over. The updates around this module stay as they
+        are. Raises ValueError when ``safe_merge`` finds a value that is not finite.
         """
-        new = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.known]
-        merged = [*self.merged_adapters, *new]
-        values = self.with_changes(dict.fromkeys(merged, 1.0))
-        if safe_merge and not all(value.isfinite().all() for value in values.values()):
-            raise ValueError(f"NaNs detected in the merged weights. The adapter {new[-1]} seems to be broken")
-        for name, value in values.items():
-            self._unmerged.setdefault(name, getattr(self.base_layer, name).detach())
-            getattr(self.base_layer, name).data = value.detach()
-        self.merged_adapters = merged
+        asked = self.active_adapters if adapter_names is None else adapter_names
+        new = [name for name in asked if name in self.held and name not in self.merged_adapters]
+        if not new:
+            return
+        with self.merged_before_others():
+            values = self.with_changes(dict.fromkeys([*self.merged_adapters, *new], 1.0))
+            if safe_merge and not all(value.isfinite().all() for value in values.values()):
+                raise ValueError(f"NaNs detected in the merged weights. The adapter {new[-1]} seems to be broken")
+            for name, value in values.items():
+                self._unmerged.setdefault(name, getattr(self.base_layer, name).detach())
+                getattr(self.base_layer, name).data = value.detach()
+            self.merged_adapters += new
 
     def unmerge(self) -> None:
-        """Give the base its own values back, to the last bit."""
-        for name, value in self._unmerged.items():
-            getattr(self.base_layer, name).data = value
+        """Give the base its own values back, to the last bit. The updates around this module stay as they are."""
+        with self.merged_before_others() if self._unmerged else nullcontext():
+            for name, value in self._unmerged.items():
+                getattr(self.base_layer, name).data = value
+        # not before the layers around are merged again, which merge what is below them too
         self._unmerged, self.merged_adapters = {}, []
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -177,15 +183,15 @@ class ChangedModule(nn.Module, AdaptedModule):
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """PEFT asks right before it converts. Raises InputError: it stops here, whichever adapter trains this."""
-        if self.known.get(adapter_name):
+        if adapter_name in self.held:
             raise InputError(
                 f"the adapter {adapter_name!r} also trains {self.kind}s, which PEFT's conversion to LoRA would lose: "
                 f"train with {self.off}, or export with --to merged"
             )
-        owners = [name for name, trains in self.known.items() if trains]
         raise InputError(
-            f"PEFT cannot convert the adapter {adapter_name!r} on a model whose {self.kind}s {owners or 'an adapter'} "
-            "trained: call loretta.export_lora, or load the adapter on a base model of its own"
+            f"PEFT cannot convert the adapter {adapter_name!r} on a model whose {self.kind}s "
+            f"{self.held or 'an adapter'} trained: call loretta.export_lora, or load the adapter on a base model of "
+            "its own"
         )
 
     def __getattr__(self, name: str) -> Any:
@@ -209,7 +215,7 @@ def put_changes(tuner: Any, kind: type[ChangedModule], name: str, adapter_name: 
         module = kind(module)
         module.set_adapter(tuner.active_adapters)
         tuner.model.set_submodule(name, module)
-    if not module.known.get(adapter_name):
+    if adapter_name not in module.held:
         module.update_layer(adapter_name, tuner.prefix, *side)
         is_active = adapter_name in tuner.active_adapters
         module.set_requires_grad(adapter_name, is_active and not tuner.peft_config[adapter_name].inference_mode)

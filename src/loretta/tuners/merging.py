@@ -25,6 +25,10 @@ class MergingTuner(BaseTuner):
     def _layers(self, kind: type[Layer]) -> list[Layer]:
         return [module for module in self.model.modules() if isinstance(module, kind)]
 
+    def _own_layers(self) -> list[Any]:
+        """The layers of this method, and the norms and scales that all methods share."""
+        return [*self._layers(self.layer_cls), *self._layers(ChangedModule)]
+
     def _check_merge_allowed(self, merged: Collection[str] = ()) -> None:
         """As PEFT's, which gives no names. Of the adapters ``merged`` it refuses where PEFT warns or does not look."""
         super()._check_merge_allowed()
@@ -63,14 +67,14 @@ class MergingTuner(BaseTuner):
     def _follow_merge(self) -> None:
         """Have what a merged adapter does not act on stop with the active ones, and copies compute with its own."""
         merged = self._merged()
-        for layer in self._layers(self.layer_cls):
+        for layer in self._own_layers():
             layer.merged_adapters += [name for name in merged if name not in layer.merged_adapters]
         note_change(activity_alone=True)
         for copied in self._layers(AdapterCopy):
             copied.follow_merge(merged)
 
     def _is_disabled(self) -> bool:
-        return any(layer.disable_adapters for layer in (*self._layers(self.layer_cls), *self._layers(ChangedModule)))
+        return any(layer.disable_adapters for layer in self._own_layers())
 
     def disable_adapter_layers(self) -> None:
         """As PEFT's."""

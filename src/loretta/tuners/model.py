@@ -198,7 +198,7 @@ class LorettaModel(MergingTuner):
                     f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.",
                     stacklevel=2,
                 )
-            for layer in (*self._layers(self.layer_cls), *self._layers(ChangedModule)):
+            for layer in self._own_layers():
                 layer.set_adapter(others or left[:1])  # what is merged goes on computing
         super().delete_adapter(adapter_name)
 
@@ -256,7 +256,7 @@ class LorettaModel(MergingTuner):
             raise InputError(f"cannot rename {old!r} to {new!r}, which is the name of another loaded adapter")
         check_adapter_name(self.model, new)
         self.peft_config[new] = self.peft_config.pop(old)
-        for layer in (*self._layers(self.layer_cls), *self._layers(ChangedModule)):
+        for layer in self._own_layers():
             layer.rename_adapter(old, new)
         for copied in self._layers(ModulesToSaveWrapper):
             rename_copy(copied, old, new)

@@ -144,7 +144,7 @@ def values_as_changes(model: nn.Module, adapter_name: str, tensors: Mapping[str,
     """
     translated = dict(tensors)
     for path, norm in model.named_modules():
-        if isinstance(norm, TrainedNorm) and norm.known.get(adapter_name):
+        if isinstance(norm, TrainedNorm) and adapter_name in norm.held:
             norm.expects_values_of = None
             for start in {"", "base_model.model."}:
                 found = {n: translated.pop(f"{start}{path}.{n}", None) for n in norm.parameter_names}

@@ -3,7 +3,6 @@
 import copy
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from itertools import chain
 from typing import Any, get_args
 
@@ -114,21 +113,6 @@ class TrainedScale(ChangedModule):
             x = (x * factors["in"]).to(x.dtype)
         y = self.base_layer(x, *others, **kwargs)
         return (y * factors["out"]).to(y.dtype) if "out" in factors else y
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """As of every changed module; the updates around this one stay as they are."""
-        asked = self.active_adapters if adapter_names is None else adapter_names
-        new = [name for name in asked if name in self.known and name not in self.merged_adapters]
-        if not any(self.known[name] for name in new):
-            self.merged_adapters += new
-            return
-        with self.merged_before_others():
-            super().merge(safe_merge, new)
-
-    def unmerge(self) -> None:
-        """As of every changed module; the updates around this one stay as they are."""
-        with self.merged_before_others() if self._unmerged else nullcontext():
-            super().unmerge()
 
 
 def _names(model: nn.Module, asked: str) -> dict[str, str]:

@@ -222,7 +222,7 @@ class LorettaRepModel(LorettaModel):
     def _combine_changes_and_heads(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
         for module in self._layers(ChangedModule):
             for name, change in module.change(adapter_name).items():
-                terms = [w * module.change(a)[name] for a, w in zip(adapters, weights, strict=True) if module.known[a]]
+                terms = [w * module.change(a)[name] for a, w in zip(adapters, weights, strict=True) if a in module.held]
                 change.copy_(sum(terms, torch.zeros_like(change)))
         for head in self._layers(ModulesToSaveWrapper):
             having = [a for a in adapters if a in head.modules_to_save]
