@@ -183,6 +183,52 @@ def test_bias_only_trains_the_biases_of_the_adapted_modules(method, train_norms)
 
 
 @every_method
+@pytest.mark.parametrize("bias", ["all", "only"])
+def test_biases_train_with_the_adapter_that_has_them_and_with_no_other(method, bias, tmp_path):
+    """Whichever was first, also where it is loaded."""
+    bias = f"loretta_{method}_only" if bias == "only" else bias
+    with_biases = {"bias": bias, "target_modules": ["c_proj"]}
+
+    def biases(model) -> set[str]:
+        return {name.replace(".base_layer", "") for name in trainable(model) if name.endswith("bias")}
+
+    first, _ = wrap("gpt2", method, **with_biases)
+    expected = biases(first)
+    assert len([name for name in expected if "c_proj" in name]) == 4
+    first.save_pretrained(tmp_path)
+    assert biases(PeftModel.from_pretrained(build("gpt2")[0], tmp_path)) == set()
+    second = wrap("gpt2", method, target_modules=["c_attn"])[0]
+    second.add_adapter("own", config_for(method, task_type="CAUSAL_LM", **with_biases))
+    loaded = wrap("gpt2", method, target_modules=["c_attn"])[0]
+    loaded.load_adapter(str(tmp_path), "own", is_trainable=True)
+    first.add_adapter("other", config_for(method, task_type="CAUSAL_LM", target_modules=["c_attn"]))
+    for model, own, other in ((first, "default", "other"), (second, "own", "default"), (loaded, "own", "default")):
+        for name, those in ((other, set()), (own, expected), (other, set())):
+            model.set_adapter(name)
+            assert biases(model) == those
+
+
+@pytest.mark.parametrize("method", ["rep", "shared"])
+@pytest.mark.parametrize("first", [{"train_norms": True}, {"train_scales": ["mlp"], "train_norms": False}])
+@pytest.mark.parametrize("bias", ["all", "only"])
+def test_trained_biases_are_saved_without_what_is_merged_into_them(method, first, bias, tmp_path):
+    bias = f"loretta_{method}_only" if bias == "only" else bias
+    model, inputs = wrap("gpt2", method, target_modules=["c_attn"], **first)
+    trained(model)
+    model.add_adapter(
+        "biased", config_for(method, task_type="CAUSAL_LM", bias=bias, target_modules=["mlp.c_proj"], train_norms=False)
+    )
+    model.set_adapter("biased")
+    trained(model, seed=2)
+    expected = logits(model, inputs)
+    model.set_adapter("default")
+    model.merge_adapter()
+    model.save_pretrained(tmp_path, selected_adapters=["biased"])
+    again = PeftModel.from_pretrained(build("gpt2")[0], tmp_path / "biased").eval()
+    assert torch.equal(logits(again, inputs), expected)
+
+
+@every_method
 def test_bias_all_trains_nothing_that_has_no_effect(method):
     model, inputs = wrap("bert", method, bias="all", train_head="dense")
     loss_of(model, inputs).backward()

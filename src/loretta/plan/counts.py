@@ -9,6 +9,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from loretta.record import KINDS
+from loretta.tuners.biases import trained_biases
 from loretta.tuners.changes import ChangedModule
 from loretta.tuners.copies import AdapterCopy
 from loretta.tuners.layer import LorettaLayer
@@ -35,15 +36,12 @@ class Holdings:
         trained: set[str] = set()
         frozen = 0
         inside: list[str] = []  # of adapters
-        apart: list[str] = []  # modules whose own biases this adapter does not train
-        adapted: set[str] = set()
         for name, module in model.named_modules():
             if not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
                 continue
             parts = (*module.adapter_layer_names, *module.other_param_names)
             inside += [f"{name}.{part}." for part in parts]
             if isinstance(module, AdapterCopy) and adapter_name in module.modules_to_save:
-                apart.append(f"{name}.")
                 own = module.trained(adapter_name)
                 trained |= {f"{name}.modules_to_save.{adapter_name}.{each}" for each in own}
                 frozen += sum(tensor.numel() for key, tensor in module.saved(adapter_name).items() if key not in own)
@@ -57,19 +55,9 @@ class Holdings:
                         trained |= {f"{name}.{part}.{adapter_name}.{each}" for each in found}
                     else:
                         frozen += sum(parameter.numel() for parameter in found.values())
-                if isinstance(module, TrainedNorm):
-                    apart.append(f"{name}.")
-                elif isinstance(module, LorettaLayer):
-                    adapted.add(name)
-        base = {n: p for n, p in model.named_parameters() if not n.startswith(tuple(inside))}
-        bias = model.peft_config[adapter_name].bias
-        for name in base if bias != "none" else ():
-            owner = name.removesuffix(".bias")
-            while owner not in adapted and owner.endswith(".base_layer"):
-                owner = owner.removesuffix(".base_layer")
-            if name.endswith(".bias") and not name.startswith(tuple(apart)) and (bias == "all" or owner in adapted):
-                trained.add(name)
-        return cls(frozenset(trained), frozen, sum(parameter.numel() for parameter in base.values()))
+        trained |= trained_biases(model, adapter_name, model.peft_config[adapter_name].bias).keys()
+        base = [p for name, p in model.named_parameters() if not name.startswith(tuple(inside))]
+        return cls(frozenset(trained), frozen, sum(parameter.numel() for parameter in base))
 
 
 def trainable_by_kind(model: nn.Module, trained: frozenset[str] | None = None) -> dict[str, int]:

@@ -86,30 +86,6 @@ def names_alone(model: nn.Module, prefix: str) -> dict[str, str]:
     return found
 
 
-def biases_alone(model: nn.Module, adapter_name: str) -> dict[str, str]:
-    """Biases of the base within adapted modules: name here -> name where this adapter is the only one."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
-    found = {}
-    for name in layers:
-        within, own = name, 0
-        while within in layers:
-            own += adapter_name in getattr(layers[within], "held", ())
-            within += ".base_layer"
-        if not name.endswith(".base_layer"):
-            found[f"{within}.bias"] = name + own * ".base_layer" + ".bias"
-    return found
-
-
-def biases_here(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All tensors; biases of the base by their names here, whichever adapters are in the model and were where saved."""
-
-    def plain(key: str) -> str:
-        return key.replace(".base_layer.", ".").replace(".original_module.", ".").removeprefix(PREFIX)
-
-    here = {plain(key): key for key in model.state_dict() if key.endswith(".bias")}
-    return {here.get(plain(key), key) if key.endswith(".bias") else key: value for key, value in tensors.items()}
-
-
 def renamed(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> dict[str, Tensor]:
     """All tensors. Keys that begin with one of ``names``, perhaps after PEFT's prefix, begin with its new name."""
     found = {}

@@ -103,6 +103,11 @@ class ChangedModule(nn.Module, AdaptedModule):
         """A parameter of the base as it is without adapters. Replicas of DataParallel have no ``parameters()``."""
         return self._unmerged[name] if name in self._unmerged else getattr(self.base_layer, name)
 
+    @property
+    def unmerged(self) -> Mapping[str, Tensor]:
+        """The base's own values of the parameters that adapters are merged into."""
+        return self._unmerged
+
     def _running(self) -> dict[str, float]:
         return {} if self.disable_adapters or self.merged else dict.fromkeys(self.active_adapters, 1.0)
 

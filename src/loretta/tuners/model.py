@@ -19,13 +19,12 @@ from torch import Tensor, nn
 from loretta.errors import InputError
 from loretta.tuners.adapted import settle
 from loretta.tuners.adapter_file import (
-    biases_alone,
-    biases_here,
     check_not_merged,
     check_tensors,
     names_alone,
     renamed,
 )
+from loretta.tuners.biases import biases_alone, biases_here, trained_biases, without_merged
 from loretta.tuners.bypassed import check_called, under_other_names
 from loretta.tuners.changes import ChangedModule, put_changes
 from loretta.tuners.config import LorettaConfig
@@ -148,6 +147,7 @@ class LorettaModel(MergingTuner):
         for changed in self._layers(ChangedModule):
             changed.known = {name: changed.known.get(name, False) for name in self.peft_config}
         settle(model, self._layers(AuxiliaryTrainingWrapper))
+        self._train_biases(inference_mode=config.inference_mode)
         if is_disabled:
             self.disable_adapter_layers()  # the new layers, too
         Contraction.attach(model)
@@ -247,6 +247,15 @@ class LorettaModel(MergingTuner):
             copied.check_set_adapter(adapter_name)
         super().set_adapter(adapter_name, inference_mode=inference_mode)
         self._follow_merge()  # PEFT has unmerged the layers
+        self._train_biases(inference_mode=inference_mode)
+
+    def _train_biases(self, *, inference_mode: bool) -> None:
+        """Train biases of the base with the adapter that has them, and with no other. PEFT leaves them as they were."""
+        for name, config in self.peft_config.items():
+            trains = name in self.active_adapters and not inference_mode
+            bias = config.bias if isinstance(config, LorettaConfig) else "none"  # another method's is its own affair
+            for parameter in trained_biases(self.model, name, bias).values():
+                parameter.requires_grad_(trains)
 
     def rename_adapter(self, old: str, new: str) -> None:
         """Give a loaded adapter another name; see :func:`loretta.rename_adapter`."""
@@ -300,7 +309,8 @@ class LorettaModel(MergingTuner):
         """PEFT's selection of what to save; the config, which is saved next, learns what model it was trained on."""
         layers = [module for module in model.modules() if isinstance(module, cls.layer_cls)]
         sign(config, [layer.placements[adapter_name] for layer in layers if adapter_name in layer.placements])
-        found = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        own = without_merged(model, state_dict)
+        found = super()._get_adapter_state_dict(model, config, adapter_name, own, unwanted_adapter_names)
         # with bias="all" PEFT adds the biases below trained norms, which do not train and may be merged into, and those
         # of copied modules, which save theirs themselves
         others = tuple(
