@@ -219,8 +219,8 @@ def results_page(found: Sequence[Row]) -> dict[str, str]:
         said = f"{sizes_sentence(board)} {source(board.rows)}".strip()
         parts.append(f"### {shown}\n\n{said}\n\n" + (f"{sizes}\n" if sizes else ""))
         for task in board.tasks:
-            leak = LEAKS.get(task, "")
-            said = f"{verdict_sentence(model, task, found)} {leak}".strip()
+            leak = f" {LEAKS[task]}." if task in LEAKS else ""
+            said = f"{verdict_sentence(model, task, found)}{leak}".strip()
             parts.append(f"#### {task}\n\n{said}\n\n{results_of(model, task, found)}\n")
     return {
         "at a glance": at_a_glance(found),

@@ -1,0 +1,228 @@
+"""What the prose of the evidence cites: cells of the pages' generated tables, and figures of the result files."""
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+from tables import RESULTS, ROOT
+
+from loretta.plan import make_plan
+
+PAGE, CHOOSING, README = ROOT / "RESULTS.md", ROOT / "docs" / "choosing.md", ROOT / "README.md"
+MADE = re.compile(r"<!-- ([^:\n]+): make tables -->\n(.*?)<!-- end of \1 -->", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """One row of a generated table: the cell of each column, and the words that say what it is of."""
+
+    cells: dict[str, str]
+    words: frozenset[str]
+
+
+@cache
+def lines(page: Path, section: str) -> tuple[Line, ...]:
+    """The rows of a section's tables. Their words are the cells, and the first words of the headings above them."""
+    text = dict(MADE.findall(page.read_text()))[section]
+    found, above, columns = [], {}, []
+    for line in text.splitlines():
+        if heading := re.match(r"(#+|\*\*)\s*([\w-]+)", line):
+            depth = len(heading[1])
+            above = {level: word for level, word in above.items() if level < depth} | {depth: heading[2]}
+        if not line.startswith("|"):
+            columns = []
+            continue
+        cells = [cell.strip().strip("*").replace("`", "") for cell in line.strip("|").split("|")]
+        if not columns:
+            columns = cells
+        elif not line.startswith("|:"):
+            words = frozenset([*cells, *above.values()])
+            found.append(Line(cells=dict(zip(columns, cells, strict=True)), words=words))
+    return tuple(found)
+
+
+def cells(page: Path, section: str, column: str, *words: str) -> list[str]:
+    """The cells of a column, or of those that begin so, in the rows with all of these words."""
+    found = []
+    for line in lines(page, section):
+        if set(words) <= line.words:
+            named = [column] if column in line.cells else [name for name in line.cells if name.startswith(column)]
+            found += [line.cells[name] for name in named if line.cells[name]]
+    return found
+
+
+def number(cell: str) -> float:
+    """The first figure of a cell: "below (-0.029 ± 0.012)" is -0.029."""
+    found = re.search(r"[+-]?\d[\d,]*\.?\d*(?:e[+-]?\d+)?", cell)
+    assert found, cell
+    return float(found[0].replace(",", ""))
+
+
+def official(section: str, column: str, *words: str) -> float:
+    """A figure of RESULTS.md. Raises ValueError where not one cell has these words."""
+    return _one(PAGE, section, column, *words)
+
+
+def held_out(section: str, column: str, *words: str) -> float:
+    """The same of docs/choosing.md."""
+    return _one(CHOOSING, section, column, *words)
+
+
+def _one(page: Path, section: str, column: str, *words: str) -> float:
+    found = cells(page, section, column, *words)
+    if len(found) != 1:
+        raise ValueError(f"{page.name}, {section!r}: {len(found)} cells of {column!r} for {', '.join(words)}")
+    return number(found[0])
+
+
+def beaten(model: str, task: str) -> tuple[int, int]:
+    """How many of LoRETTA's forms are worse than LoRA r=8 on a task's official rows, and how many there are."""
+    rows = [
+        line.cells["method"] for line in lines(PAGE, "tables") if {model, task} <= line.words and "method" in line.cells
+    ]
+    ours = [name for name in rows if name.startswith(("shared", "compact", "rep", "adp"))]
+    of_model = re.split(r"^### ", dict(MADE.findall(PAGE.read_text()))["tables"], flags=re.MULTILINE)
+    (text,) = (part for part in of_model if part.startswith(model))
+    (said,) = re.findall(rf"^#### {task}\n\n.*?than LoRA r=8(: .*?[;.])(?: |$)", text, re.MULTILINE)
+    return sum(bool(re.search(rf"[:,] {re.escape(name)}[,;.]", said)) for name in ours), len(ours)
+
+
+def shares() -> list[float]:
+    """What compact with norms trains of LoRA r=8's parameters, on each model."""
+    found = " ".join(cells(PAGE, "at a glance", "", "compact with norms, the default"))
+    return [int(share) / 100 for share in re.findall(r"(\d+)%", found)]
+
+
+def risen(method: str) -> float:
+    """By how much the held-out loss rises in 30 epochs, in the mean of MiniLM's tasks."""
+    return mean(map(number, cells(PAGE, "overfitting", "risen by", method, "MiniLM")))
+
+
+@cache
+def rows_of(file: str) -> list[dict[str, Any]]:
+    return json.loads((RESULTS / file).read_text())
+
+
+def trained_on(task: str) -> float:
+    return next(
+        row["rows"]["train"] + row["rows"]["held_out"] for row in rows_of("forms_minilm.json") if row["task"] == task
+    )
+
+
+def scored(task: str) -> float:
+    """The official validation rows of a task."""
+    return next(row["rows"]["official"] for row in rows_of("forms_minilm.json") if row["task"] == task)
+
+
+def epochs(model: str) -> float:
+    """Of CoLA on an encoder's front."""
+    file = {"all-MiniLM-L6-v2": "forms_minilm.json", "all-mpnet-base-v2": "forms_mpnet.json"}[model]
+    front = [row for row in rows_of(file) if row.get("part", "front") == "front"]
+    return next(row["epochs"] for row in front if row["task"] == "cola")
+
+
+def rank(form: str, of: int, model: str) -> tuple[float, float]:
+    """The held-out score and the parameters of a form at a rank, on the one task of the table of ranks."""
+    (cell,) = cells(PAGE, "ranks", f"rank {of}", form, model)
+    return number(cell), number(cell.partition("(")[2])
+
+
+def gained(form: str) -> tuple[float, float, float]:
+    """Of MPNet's scores at rank 1 and at rank 32, and how many times as many parameters the latter has."""
+    (low, few), (high, many) = rank(form, 1, "MPNet"), rank(form, 32, "MPNet")
+    return low, high, many / few
+
+
+def adaptive(method: str, rate: str = "0.0015") -> float:
+    """The score on STS-B at a rate."""
+    return held_out("adaptive", f"at {rate}", method, "stsb")
+
+
+def fallen(rate: str) -> tuple[int, int]:
+    """Of MPNet's cells of CoLA, MRPC and STS-B at a rate those where a seed is .15 or more below the best median."""
+    failed = []
+    for row in rows_of("forms_mpnet.json"):
+        if row.get("part", "front") == "front" and row["task"] in ("cola", "mrpc", "stsb") and rate in row["held_out"]:
+            scores = {at: [-math.inf if x is None else x for x in of_seeds] for at, of_seeds in row["held_out"].items()}
+            failed.append(min(scores[rate]) < max(map(median, scores.values())) - 0.15)
+    return sum(failed), len(failed)
+
+
+def searched(file: str, *methods: str) -> tuple[float, ...]:
+    """Of each method the best of the six rates of its search, and its parameters."""
+    found = []
+    for method in methods:
+        (row,) = (row for row in rows_of(file) if row.get("part") == "rates" and row["method"].startswith(method))
+        found += [max(mean(x or 0 for x in scores) for scores in row["held_out"].values()), row["trained"]]
+    return tuple(found)
+
+
+def peak(form: str, model: str) -> float:
+    return held_out("rates", "peak", form, model)
+
+
+def first(form: str, column: str) -> float:
+    """A figure of the first round on MiniLM."""
+    return held_out("MiniLM", column, form)
+
+
+def ended(method: str, column: str = "stsb") -> float:
+    """The loss on MiniLM's training rows at the end."""
+    return held_out("learning", column, method, "MiniLM")
+
+
+def run(column: str, method: str) -> float:
+    """A figure of the runs with cores measured, behind 10 steps."""
+    (cell,) = (
+        line.cells[column]
+        for line in lines(CHOOSING, "conditioning")
+        if {method} <= line.words and column in line.cells
+    )
+    return number(cell)
+
+
+def planned(method: str, *options: str) -> int:
+    """The cores of a method on LLaMA-2-7B's query and value."""
+    plan = make_plan(model="llama-2-7b", method=method, sets=["train_norms=false", *options]).plan
+    assert plan is not None
+    return plan.cores
+
+
+def tiny(task: str) -> float:
+    """TinyLoRA's score on held-out rows of MiniLM, which no table has."""
+    rows = [row for row in rows_of("peers_minilm.json") if row["method"].startswith("TinyLoRA") and row["task"] == task]
+    return max(mean(scores) for scores in rows[0]["held_out"].values())
+
+
+def moves(form: str, model: str) -> float:
+    """By what factor the best rate moves over the ranks."""
+    return held_out("rates", model, form)
+
+
+def both_encoders() -> list[tuple[float, float]]:
+    """The peaks of one form at one rank on MiniLM and on MPNet."""
+    peaks = [
+        (line.cells["form"], line.words, number(line.cells["peak"]))
+        for line in lines(CHOOSING, "rates")
+        if "peak" in line.cells
+    ]
+    minilm, mpnet = ({form: at for form, words, at in peaks if name in words} for name in ("MiniLM", "MPNet"))
+    return [(minilm[form], mpnet[form]) for form in minilm.keys() & mpnet.keys()]
+
+
+def core(column: str, method: str, name: str, behind: int = 0) -> float:
+    """A figure of one core behind 10 steps, or of ``behind`` = 1 behind 100."""
+    (cell,) = cells(CHOOSING, "conditioning", column, method, name)
+    return number(cell.split(" / ")[behind])
+
+
+def tuned(rate: float) -> float:
+    """LoRA r=2's loss on held-out rows of the instruction tuning."""
+    return mean(
+        row["held_out"] for row in rows_of("instruct.json") if (row["method"], row["rate"]) == ("LoRA r=2", rate)
+    )

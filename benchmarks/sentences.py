@@ -1,0 +1,315 @@
+"""Sentences of RESULTS.md, docs/choosing.md and README whose figures the generated tables and result files have.
+
+A sentence has {} for each figure, and the values that these must be; prose.py compares. Markdown's marks are left out.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from statistics import mean
+
+from answers import SAMPLES
+from cited import (
+    CHOOSING,
+    PAGE,
+    README,
+    adaptive,
+    beaten,
+    both_encoders,
+    cells,
+    core,
+    ended,
+    epochs,
+    fallen,
+    first,
+    gained,
+    held_out,
+    lines,
+    moves,
+    number,
+    official,
+    peak,
+    planned,
+    rank,
+    risen,
+    run,
+    scored,
+    searched,
+    shares,
+    tiny,
+    trained_on,
+    tuned,
+)
+from prompts import TRAINED
+from protocol import HEAD_RATE, TASKS
+from tables import ROOT
+from targets import LIMIT
+from verdicts import MARGIN, MODELS
+
+Said = tuple[str, tuple[float, ...]]
+
+
+def of_results() -> Iterator[Said]:
+    encoders = [(model, form) for model in ("MiniLM", "MPNet") for form in ("compact + norms", "adp + norms")]
+    stsb = [official("tables", "to LoRA r=8", model, "stsb", form) for model, form in encoders]
+    rte, sst2, cola = beaten("MPNet", "rte"), beaten("MiniLM", "sst2"), beaten("MiniLM", "cola")
+    times = official("instruct", "trained", "LoRA r=16") / official("instruct", "trained", "compact + norms")
+    mrpc = list(map(number, cells(PAGE, "overfitting", "score at the end", "MiniLM", "mrpc")))
+    drop = list(map(number, cells(PAGE, "answers", "score", "drop")))[1:]
+    squad = list(map(number, cells(PAGE, "answers", "to untrained", "squad")))
+    parts = shares()
+    compact = "compact + norms"
+    yield "On MPNet's RTE {} of {} forms lose to LoRA r=8, and", rte
+    yield "in instruction tuning LoRA with {} times the parameters", (times,)
+    yield "It trains a {} to a {} of the parameters of LoRA r=8", (max(parts), min(parts))
+    yield "the whole interval lies above {}:", (-MARGIN,)
+    yield "reaches beyond {}, and", (-MARGIN,)
+    yield "RTE on MPNet. {} of {} forms are below LoRA r=8", rte
+    yield (
+        "LoRA of the values alone (-.022 ± .006), which has a {} less",
+        (
+            1
+            - official("tables", "trained", "MPNet", "cola", "LoRA r=1 v")
+            / official("tables", "trained", "MPNet", "cola", "rep"),
+        ),
+    )
+    yield "Of {} forms {} are below LoRA r=8 on SST-2", sst2[::-1]
+    yield "and {} are on CoLA", cola[:1]
+    yield "for compact's {})", (official("tables", "Matthews", "MPNet", "cola", compact),)
+    yield "LoRA of {} times the parameters.", (times,)
+    yield (
+        "rises by a {} of what LoRA r=8's does",
+        (mean([risen("adp + norms"), risen("rep + norms")]) / risen("LoRA r=8"),),
+    )
+    yield "above LoRA r=8 on both encoders, by {} to {}.", (min(stsb), max(stsb))
+    yield (
+        "with a {} of the parameters. * Instruction tuning",
+        (
+            official("standing", "trained", "SmolLM2", "shared r=1 + norms")
+            / official("reading", "trained", "LoRA r=8"),
+        ),
+    )
+    yield "SST-2 trains on {} drawn rows", (TASKS["sst2"].rows or 0,)
+    yield "QNLI, MNLI and QQP on {}.", (trained_on("qnli"),)
+    yield "The epochs of MPNet are {} fifths", (5 * epochs("all-mpnet-base-v2") / epochs("all-MiniLM-L6-v2"),)
+    yield "its final layer learns at {} in", (HEAD_RATE,)
+    yield "have few validation rows ({} and {})", (scored("rte"), scored("mrpc"))
+    yield "Of one mode a side they end at {}, constant ranks at {} and AdaLoRA at {} (STS-B, two seeds)", (
+        adaptive("one mode, adaptive from 4"), adaptive("one mode, rank 2"), adaptive("AdaLoRA 4 to 2"),
+    )  # fmt: skip
+    yield "need even_rates: {} for {} in one run", (
+        adaptive("compact even, adaptive from 10"), adaptive("compact, rank 5"),
+    )  # fmt: skip
+    yield "compact goes from {} at rank 1 to {} at rank 32, with {} times as many numbers", gained("compact")
+    yield "LoRA goes from {} to {}, with {} times as many", gained("LoRA")
+    gains = [rank(form, 32, "SmolLM2")[0] - rank(form, 1, "SmolLM2")[0] for form in ("LoRA", "compact", "shared")]
+    yield "On SmolLM2's SST-2 rank 32 gains {} to {}.", (min(gains), max(gains))
+    yield "the held-out loss of adp rises by {} from its minimum and rep's by {}", (
+        risen("adp + norms"), risen("rep + norms"),
+    )  # fmt: skip
+    yield "Compact's rises by {}, LoRA r=8's by {}, the dense adapters' by {} with", (
+        risen(compact), risen("LoRA r=8"), risen("adapters b=64"),
+    )  # fmt: skip
+    yield "The norms alone rise least ({})", (risen("norms"),)
+    yield "on MRPC all end between {} and {}.", (min(mrpc), max(mrpc))
+    yield "the perplexity of other texts from {} to {},", (
+        official("reading", "after boolq", "untrained"), official("reading", "after boolq", compact),
+    )  # fmt: skip
+    yield "the most of the forms ({})", (official("reading", "after sst2", "rep"),)
+    yield (
+        "at the rate of {} that they like best",
+        (float(cells(CHOOSING, "front SmolLM2-135M-Instruct", "rates", "norms last 8")[0].split()[0].strip("*")),),
+    )
+    yield "LoRA of {} times the parameters: its loss", (times,)
+    yield "the higher of its two rates by far ({} for {} on held-out rows)", (tuned(1.5e-3), tuned(7.5e-4))
+    yield "Every method gains at least {} of F1 there", (min(squad),)
+    yield "that was run goes from {} to between {} and {} of F1", (
+        official("answers", "score", "drop", "untrained"), min(drop), max(drop),
+    )  # fmt: skip
+    yield "has {} on ReCoRD's", (official("answers", "score", "record", "untrained"),)
+    yield "at most {} to train on and {} of the official validation rows", (SAMPLES["drop"]["train"], 1_000)
+    yield "time of a step, {} times the frozen model's", (LIMIT,)
+
+
+def of_choosing() -> Iterator[Said]:
+    minilm, mpnet, smollm2 = (
+        f"front {name}" for name in ("all-MiniLM-L6-v2", "all-mpnet-base-v2", "SmolLM2-135M-Instruct")
+    )
+    compact = "compact + norms"
+    times = official("instruct", "trained", "LoRA r=16") / official("instruct", "trained", compact)
+    parts = shares()
+    came = [
+        cell.split()[0]
+        for column in ("5,000", "10,000", "20,000", "40,000", "80,000")
+        for cell in cells(CHOOSING, "bar", column)
+    ]
+    won, lost, level = (came.count(word) for word in ("better", "worse", "level"))
+    yield "on three models, with a {} to a {} of its parameters", (max(parts), min(parts))
+    yield (
+        "Of {} cells of model and size the best form wins {}, loses {} and is level in {}.",
+        (len(came), won, lost, level),
+    )
+    yield "Of {} cells it loses {}, wins {} and is level with the best in {}.", (len(came), lost, won, level)
+    yield "below LoRA of {} times its parameters", (times,)
+    yield (
+        "has a {} less parameters on MiniLM (16,128), a {} less on MPNet (55,296)",
+        tuple(1 - held_out(front, "trained", "IA3") / held_out(front, "trained", compact) for front in (minilm, mpnet)),
+    )
+    yield "it trains {} times what rep's defaults do, and {} of what rep with a rank and a bottleneck of 16 does", (
+        planned("shared") / planned("rep"), planned("shared") / planned("rep", "tensor_rank=16", "r=16"),
+    )  # fmt: skip
+    yield "({} or more below the best rate's median) in {} of {} cells at 3e-3, in {} of {} at 1.5e-3, in {} of {}", (
+        0.15, *fallen("0.003"), *fallen("0.0015"), *fallen("0.00075"),
+    )  # fmt: skip
+    yield "(perplexity {} for {})", (
+        official("reading", "after sst2", "LoRA r=1 last 5"), official("reading", "after sst2", "shared r=2"),
+    )  # fmt: skip
+    yield "SST-2 alone ({}, shared r=1 {})", (
+        held_out(smollm2, "sst2", "Uni-LoRA d=5000"), held_out(smollm2, "sst2", "shared r=1"),
+    )  # fmt: skip
+    yield "So {} on STS-B, {} on MRPC and {} on CoLA", tuple(tiny(task) for task in ("stsb", "mrpc", "cola"))
+    yield (
+        "VeRA of rank 256 {} ({} numbers), VB-LoRA {} ({}), Uni-LoRA {} ({}), FourierFT {} ({}), TinyLoRA {} ({}).",
+        (searched("peers_mpnet.json", "VeRA", "VB-LoRA", "Uni-LoRA", "FourierFT", "TinyLoRA")),
+    )
+    yield (
+        "Uni-LoRA {} ({}), VeRA {} ({}), TinyLoRA {} ({}), VB-LoRA {} ({}), FourierFT {} ({}).",
+        (searched("peers_smollm2.json", "Uni-LoRA", "VeRA", "TinyLoRA", "VB-LoRA", "FourierFT")),
+    )
+    yield "Shared r=1 has {} there", (held_out(smollm2, "sst2", "shared r=1"),)
+    yield "The peak then moves by {} on MiniLM. *", (moves("LoRA^0.5", "MiniLM"),)
+    yield "The peak then moves by {} on MiniLM and by {} on MPNet.", (
+        moves("compact cores^1", "MiniLM"), moves("compact cores^1", "MPNet"),
+    )  # fmt: skip
+    yield "where LoRA falls by {} and shared by {} at", (moves("LoRA", "MPNet"), moves("shared", "MPNet"))
+    yield "a peak is no surer than a factor of {}.", (math.sqrt(2),)
+    yield "the peak moves by at most {} at the same rank", (max(max(a / b, b / a) for a, b in both_encoders()),)
+    yield "For compact such a scale does not help ({})", (moves("compact^0.5", "MiniLM"),)
+    (whole,) = (line.cells for line in lines(CHOOSING, "rates") if "compact^0.5 r=32" in line.words)
+    alive = [float(column) for column, cell in whole.items() if column.startswith("0.") and float(cell) > 0]
+    yield "whatever the scale, seeds fail above {} at rank 32", (max(alive),)
+    yield "stays there: {}, {} and {} at ranks 4, 16 and 32 on MiniLM, {} at 32 on MPNet. At rank 1 it is {} and {}.", (
+        *(peak(f"compact cores^1 r={of}", "MiniLM") for of in (4, 16, 32)), peak("compact cores^1 r=32", "MPNet"),
+        peak("compact", "MiniLM"), peak("compact", "MPNet"),
+    )  # fmt: skip
+    yield "It costs no score: {} for {} at rank 32 on MPNet", (
+        rank("compact with even_rates", 32, "MPNet")[0], rank("compact", 32, "MPNet")[0],
+    )  # fmt: skip
+    yield "they end at {} from rank 4. Constant ones end at {}, AdaLoRA at {} ({} at twice the rate)", (
+        adaptive("one mode, adaptive from 4"), adaptive("one mode, rank 2"), adaptive("AdaLoRA 4 to 2"),
+        adaptive("AdaLoRA 4 to 2", "0.003"),
+    )  # fmt: skip
+    yield (
+        "does so without any cut: {} and {}.",
+        tuple(adaptive("compact, rank 10", rate) for rate in ("0.0015", "0.003")),
+    )
+    yield "the adaptive ones end at {} and {} with 18,600 numbers, constant rank 5 at {} with", (
+        *(adaptive(f"compact, adaptive{of}", "0.00075") for of in (" from 10", ", moments kept")),
+        adaptive("compact, rank 5", "0.00075"),
+    )  # fmt: skip
+    yield (
+        "At its own best rate constant rank 5 has {}.",
+        (max(adaptive("compact, rank 5", rate) for rate in ("0.00075", "0.0015", "0.003")),),
+    )
+    yield "even_rates: {} at 1.5e-3, where {} came without", (
+        adaptive("compact even, adaptive from 10"), adaptive("compact, adaptive from 10"),
+    )  # fmt: skip
+    yield "constant rank 5 has {} at that rate", (adaptive("compact, rank 5"),)
+    inner = "rep 2 modes, inner {}, cut {}"
+    yield (
+        "They did not: {} against {} on CoLA, 7,704 against 9,216",
+        (first(inner.format(8, 1), "cola"), first("LoRA r=1", "cola")),
+    )
+    yield "cut 5 have {} on CoLA with 10,320 parameters", (first("rep as published", "cola"),)
+    yield "cut 1 have {} with 3,864; of inner rank 8 {} with 7,704. One mode a side is LoRA r=1 and has {} with", (
+        first(inner.format(4, 1), "cola"), first(inner.format(8, 1), "cola"),
+        first("rep 1 modes, inner 1, cut 1", "cola"),
+    )  # fmt: skip
+    for name, shown in (
+        (inner.format(8, 2), "in place of 1 gives {} for {} times the parameters"),
+        (inner.format(5, 5), "cut 5 gives {} for {} times."),
+    ):
+        yield shown, (first(name, "cola"), first(name, "trained") / first(inner.format(8, 1), "trained"))
+    yield (
+        "CoLA rises from {} to {} for 4/1, from {} to {} for the paper's shapes, and from {} to {} for LoRA r=1",
+        tuple(
+            first(name, "cola")
+            for form in (inner.format(4, 1), "rep as published", "LoRA r=1")
+            for name in (form, "rep 2 modes 4/1 all linear" if form.startswith("rep 2") else f"{form} all linear")
+        ),
+    )
+    yield "linear layer ({} with 9,312 parameters) than with rank 16 on query and value ({} with", (
+        first("shared r=2 all linear", "cola"), first("shared over layers, r=16", "cola"),
+    )  # fmt: skip
+    yield (
+        "4/1 on every linear layer goes from {} to {} in the mean",
+        tuple(first(f"rep 2 modes 4/1 all linear{norms}", "mean") for norms in ("", " + norms")),
+    )
+    yield "On MiniLM's STS-B that is {} for {}.", (ended("rep"), ended("LoRA r=1"))
+    yield (
+        "rep with norms still has {}, LoRA r=1 with half of its numbers {}, and compact with norms {}.",
+        tuple(ended(name, "mrpc, 30") for name in ("rep + norms", "LoRA r=1", compact)),
+    )
+    yield from of_cores()
+    yield "one token each, on {} training examples", (TRAINED,)
+    yield "is no wider than {} to each side", (MARGIN,)
+    yield "with norms on MiniLM {} for {}, with {} as many numbers more", (
+        held_out(minilm, "mean", "compact inner 8 + norms"), held_out(minilm, "mean", compact),
+        held_out(minilm, "trained", "compact inner 8 + norms") / held_out(minilm, "trained", compact) - 1,
+    )  # fmt: skip
+
+
+def of_cores() -> Iterator[Said]:
+    """The section on the gradients and conditions of the cores."""
+    yield (
+        "Beside the cut rep's are {} and {}, and grow to {} and {}.",
+        tuple(core("condition", "rep", name, behind) for behind in (0, 1) for name in ("input 3", "output 1")),
+    )
+    used = {
+        method: list(map(number, cells(CHOOSING, "conditioning", "used", method))) for method in ("rep", "LoRA r=1")
+    }
+    yield (
+        "Those of rep's cores use {} to {}, those of LoRA r=1 {} and {}.",
+        (min(used["rep"]), max(used["rep"]), *used["LoRA r=1"]),
+    )
+    yield (
+        "The whole step has {} of the cosine with the weights' gradient that it could have, that of LoRA r=1 {}.",
+        tuple(run("cosine / reach", name) for name in ("rep", "LoRA r=1")),
+    )
+    yield (
+        "Even directions change nothing: {} for {}, where LoRA r=1 ends at {}.",
+        tuple(run("loss", name) for name in ("rep, even directions", "rep", "LoRA r=1")),
+    )
+    yield (
+        "rep's cores reach {}, those of LoRA r=1 {}. Compact's reach {}, but",
+        tuple(run("reach", name) for name in ("rep", "LoRA r=1", "compact")),
+    )
+    yield (
+        "rep reaches {}, LoRA r=1 {} and compact {}.",
+        tuple(run("weights", name) * run("reach", name) for name in ("rep", "LoRA r=1", "compact")),
+    )
+    moved = {
+        method: list(map(number, cells(CHOOSING, "conditioning", "Adam moves", method)))
+        for method in ("rep", "compact")
+    }
+    others = sorted(moved["rep"])[:-1], sorted(moved["compact"])[:-1]
+    yield (
+        "rep's update moves {} per unit of the rate, by one on any other core {} to {}.",
+        (max(moved["rep"]), others[0][0], others[0][-1]),
+    )
+    gradients = sorted(map(number, cells(CHOOSING, "conditioning", "gradient", "rep")))
+    yield "Its gradient is {} of its norm, theirs are at most {}.", (gradients[-1], gradients[-2])
+    yield "In compact it is the same ({}, and {} to {})", (max(moved["compact"]), others[1][0], others[1][-1])
+    yield "at twice the rate rep ends at {}.", (run("other", "rep"),)
+
+
+def of_readme() -> Iterator[Said]:
+    asked = (ROOT / "pyproject.toml").read_text()
+    oldest = [float(found) for found in re.findall(r'"(?:|torch|transformers)>=(\d+\.\d+)"', asked)]
+    yield "Python {} or later, torch {}, transformers {}, PEFT", tuple(oldest)
+    yield "(all-MiniLM-L6-v2, {} million parameters)", (number(MODELS["all-MiniLM-L6-v2"].partition(", ")[2]),)
+    rates = list(map(number, cells(README, "demo", "test accuracy")))
+    yield (
+        "684 test sentences (a standard error of {} points)",
+        (max(100 * math.sqrt(p * (1 - p) / 684) for p in rates),),
+    )

@@ -1,0 +1,80 @@
+"""The figures in the prose of the evidence are those of its tables and result files, and none is held by nothing."""
+
+import pathlib
+import re
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+
+import cited  # noqa: E402
+import prose  # noqa: E402
+
+PAGES = pytest.mark.parametrize("page", prose.SENTENCES, ids=lambda page: page.name)
+
+
+@PAGES
+def test_each_sentence_says_what_was_measured(page):
+    assert list(prose.stale(page, page.read_text())) == []
+
+
+@PAGES
+def test_each_figure_of_the_prose_has_a_source(page):
+    assert list(prose.unheld(page, page.read_text())) == [], "a line of benchmarks/sentences.py says whence it comes"
+
+
+@PAGES
+def test_no_figure_of_a_sentence_could_be_another(page):
+    """Each one is refused where it stands with another last figure, by two where what was rounded is rounded again."""
+    parts = [part for _, part in prose.sections(page.read_text())]
+    for sentence, values in prose.SENTENCES[page]():
+        (found, *_) = [found for part in parts if (found := prose.pattern(sentence).search(part))]
+        for stated, value in zip(found.groups(), values, strict=True):
+            if re.fullmatch(r"[+-]?[\d,]*\.?\d+", stated):
+                digits = len(stated.partition(".")[2])
+                step = (2 if digits in (1, 2) else 1) * 10.0**-digits
+                for other in (f"{float(stated.replace(',', '')) + sign * step:.{digits}f}" for sign in (-1, 1)):
+                    assert not prose.agrees(other, value), f"{sentence}: {stated} or {other}"
+            elif stated.lower() in prose.NUMBERS:
+                others = [other for other in prose.NUMBERS if other != stated.lower()]
+                assert not any(prose.agrees(other, value) for other in others)
+
+
+def test_a_table_that_changes_makes_its_sentence_stale(tmp_path, monkeypatch):
+    text = cited.PAGE.read_text()
+    changed = text.replace("| 0.500 (37,632)", "| 0.511 (37,632)")
+    assert changed != text
+    (tmp_path / "RESULTS.md").write_text(changed)
+    monkeypatch.setattr(cited, "PAGE", tmp_path / "RESULTS.md")
+    (line,) = prose.stale(prose.PAGE, changed)
+    assert "says .500 where 0.511 was measured" in line
+
+
+def test_what_nobody_measured_is_found():
+    text = "## More\n\nIt gains .123 and .045 ± .012, trains 37,632 or 12,345 numbers at 1.5e-3 or 1.7e-9 (RTE .45).\n"
+    assert [re.search(r": (\S+) in", line)[1] for line in prose.unheld(prose.PAGE, text)] == [
+        ".123", "12,345", "1.7e-9", ".45",
+    ]  # fmt: skip
+    assert len(list(prose.stale(prose.PAGE, text))) == len(list(prose.SENTENCES[prose.PAGE]()))
+
+
+def test_what_is_excused_is_there():
+    texts = [part for page in prose.SENTENCES for part in prose.sections(page.read_text())]
+    assert [piece for piece in prose.UNSOURCED if not any(piece in text for _, text in texts)] == []
+    assert [name for name in prose.LEFT_OUT if not any(heading.startswith(name) for heading, _ in texts)] == []
+
+
+@pytest.mark.parametrize(
+    ("stated", "value", "right"),
+    [
+        (".832", 0.8324, True), (".832", 0.8326, False), ("-.02", -0.02, True), (".48", 0.4775, True),
+        (".48", 0.471, False), ("7.5", 7.52, True), ("118", 118.2, True), ("118", 118.6, False),
+        ("37,632", 37632, True), ("1.7e-3", 0.0017, True), ("1.7e-3", 0.0018, False), ("1e-2", 0.01, True),
+        ("seven", 7, True), ("Seven", 8, False), ("third", 0.31, True), ("quarter", 0.31, False), ("half", 0.57, True),
+        ("none", 0, True), ("none", 1, False),
+    ],
+)  # fmt: skip
+def test_a_figure_is_right_at_its_own_decimals(stated, value, right):
+    assert prose.agrees(stated, value) == right
