@@ -4,12 +4,19 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, set_peft_model_state_dict
+from peft import LoraConfig, PeftModel, set_peft_model_state_dict
 from tolerances import assert_near
+from torch import Tensor
 from tuners.families import build, logits
 from tuners.wrapped import config_for, every_method, trained
 
-pytestmark = pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+from loretta import get_peft_model
+from loretta.tuners.adapted import AdaptedModule
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Already found a `peft_config`",
+    "ignore:You are trying to modify a model",
+)
 LATER = {
     "lora": lambda: LoraConfig(target_modules=["q_proj", "k_proj"]),
     "rep": lambda: config_for("rep", target_modules=["q_proj", "k_proj"]),
@@ -49,3 +56,51 @@ def test_an_adapter_that_lies_within_another_methods_is_saved_under_its_own_name
     assert_near("alone again", logits(model, inputs), first)
     model.delete_adapter("one")
     assert torch.equal(logits(model, inputs), plain)
+
+
+def of_two_methods(methods: tuple[str, str], at: str) -> tuple[dict[str, PeftModel], dict[str, Tensor]]:
+    """One model by the names of its two adapters, each with the tuner of that one, and inputs."""
+    model, inputs = build("llama", dtype=torch.float64)
+    targets = {"one": "q_proj", "two": at}
+    models = {
+        name: trained(get_peft_model(model, config_for(method, target_modules=[targets[name]]), name), seed).double()
+        for seed, (name, method) in enumerate(zip(targets, methods, strict=True), 1)
+    }
+    return {name: each.eval() for name, each in models.items()}, inputs
+
+
+def alone(models: dict[str, PeftModel], inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    found = {}
+    for name, model in models.items():
+        model.base_model.set_adapter(name)
+        found[name] = logits(model, inputs)
+    return found
+
+
+@pytest.mark.parametrize("at", ["q_proj", "v_proj"])
+@pytest.mark.parametrize("methods", [("rep", "adp"), ("adp", "rep"), ("shared", "adp"), ("adp", "shared")], ids=str)
+def test_what_merges_does_so_beside_adp_which_falls_silent(methods, at):
+    models, inputs = of_two_methods(methods, at)
+    expected, name = alone(models, inputs), "two" if methods[0] == "adp" else "one"
+    model = models[name]
+    for active in ("one", "two"):
+        model.base_model.set_adapter(active)
+        model.merge_adapter([name])
+        assert_near(f"{name} merged", logits(model, inputs), expected[name])
+        model.unmerge_adapter()
+        assert_near(f"{active} unmerged", logits(model, inputs), expected[active])
+    model.base_model.set_adapter(["one", "two"])
+    both = logits(model, inputs)
+    with pytest.raises(ValueError, match="LoRETTA_adp cannot be merged"):
+        model.merge_adapter()
+    assert not any(module.merged for module in model.modules() if isinstance(module, AdaptedModule))
+    assert torch.equal(logits(model, inputs), both)
+
+
+@pytest.mark.parametrize("methods", [("rep", "adp"), ("adp", "shared"), ("shared", "rep")], ids=str)
+def test_rows_of_one_batch_have_adapters_of_two_methods(methods):
+    models, inputs = of_two_methods(methods, "q_proj")
+    expected, rows = alone(models, inputs), ["one", "two", "two", "one"]
+    for model in models.values():
+        got = logits(model, inputs, adapter_names=rows)
+        assert_near("logits", got, torch.stack([expected[name][k] for k, name in enumerate(rows)]))

@@ -22,9 +22,8 @@ from loretta.convert.load import CONFIG, WEIGHTS
 from loretta.convert.rep_adapter import expert_pair, lora_pair, read_adapter, trained_norms, trained_scales
 from loretta.convert.written import Export, own_memory, report_of, writing
 from loretta.errors import InputError
+from loretta.tuners.adapted import AdaptedModule
 from loretta.tuners.adapter_file import PREFIX
-from loretta.tuners.changes import ChangedModule
-from loretta.tuners.layer import LorettaLayer
 from loretta.tuners.rep import RepExperts
 
 
@@ -121,9 +120,7 @@ def _named_by_peft(layers: Collection[RepExperts], adapter_name: str) -> dict[st
 
 def _target_modules(adapted: Collection[str], base: nn.Module, modules_to_save: list[str]) -> set[str] | str:
     """Endings, full names where an ending is ambiguous, or an expression, that PEFT matches to ``adapted`` alone."""
-    wrapped = [
-        n + "." for n, m in base.named_modules() if isinstance(m, LorettaLayer | ChangedModule | ModulesToSaveWrapper)
-    ]
+    wrapped = [n + "." for n, m in base.named_modules() if isinstance(m, AdaptedModule | ModulesToSaveWrapper)]
     names = [name for name, _ in base.named_modules() if name and not name.startswith(tuple(wrapped))]
 
     def matched(targets: set[str]) -> set[str]:

@@ -9,10 +9,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from loretta.record import KINDS
+from loretta.tuners.adapted import AdaptedModule
 from loretta.tuners.biases import trained_biases
 from loretta.tuners.changes import ChangedModule
 from loretta.tuners.copies import AdapterCopy
-from loretta.tuners.layer import LorettaLayer
 from loretta.tuners.norms import TrainedNorm, is_norm
 
 
@@ -45,7 +45,7 @@ class Holdings:
                 own = module.trained(adapter_name)
                 trained |= {f"{name}.modules_to_save.{adapter_name}.{each}" for each in own}
                 frozen += sum(tensor.numel() for key, tensor in module.saved(adapter_name).items() if key not in own)
-            elif isinstance(module, LorettaLayer | ChangedModule) and adapter_name in module.held:
+            elif isinstance(module, AdaptedModule) and adapter_name in module.held:
                 for part in parts:
                     held = getattr(module, part)
                     if not isinstance(held, nn.ModuleDict) or adapter_name not in held:

@@ -33,10 +33,12 @@ def settle(model: nn.Module, followers: list[Any]) -> None:
 class AdaptedModule(BaseTunerLayer):
     """What trained norms and layers with trains share: new names of adapters, switching, and mixed batches."""
 
+    base_layer: Any
     # the module that holds the outermost layer around this one, and its name there; torch registers no tuple as a part
     home: tuple[nn.Module, str] | None = None
     # copied modules: transformers disables them with the tuner layers, but never enables them
     followers: list[Any]
+    cannot_merge = ""  # why no weight has the effect of what an adapter has here
 
     @property
     def held(self) -> list[str]:

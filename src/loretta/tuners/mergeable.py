@@ -6,8 +6,8 @@ from collections.abc import Collection, Sequence
 from torch import Tensor, nn
 
 from loretta.errors import InputError
+from loretta.tuners.adapted import AdaptedModule
 from loretta.tuners.bypassed import places_by_module
-from loretta.tuners.changes import ChangedModule
 from loretta.tuners.layer import LorettaLayer, is_offloaded
 from loretta.tuners.placement import is_linear_map
 from loretta.tuners.rescaled import TrainedScale
@@ -24,7 +24,7 @@ def check_mergeable_names(merged: Sequence[str], active: Sequence[str], loaded: 
         )
 
 
-def check_mergeable(model: nn.Module, layer_cls: type[LorettaLayer], merged: Collection[str]) -> None:
+def check_mergeable(model: nn.Module, merged: Collection[str]) -> None:
     """Refuse weights that other modules use too, that are computed from parameters, or that do more than multiply.
 
     An update of a tied output layer would change the input embedding too. An update of a weight that is computed from
@@ -32,13 +32,15 @@ def check_mergeable(model: nn.Module, layer_cls: type[LorettaLayer], merged: Col
     of the weight has not the effect of one beside the layer. What none of the adapters in ``merged`` acts on may be
     such a weight.
 
-    Raises InputError that names the first such module.
+    Raises InputError that names the first such module, and ValueError for an adapter that no weight has the effect of.
     """
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     places = places_by_module(model)
     for name, module in model.named_modules():
-        if not isinstance(module, layer_cls | ChangedModule) or set(merged).isdisjoint(module.held):
+        if not isinstance(module, AdaptedModule) or set(merged).isdisjoint(module.held):
             continue
+        if module.cannot_merge:
+            raise ValueError(module.cannot_merge)
         base = module.get_base_layer()
         weights: list[Tensor] = list(base.parameters(recurse=False))
         if isinstance(module, LorettaLayer):

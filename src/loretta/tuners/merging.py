@@ -8,31 +8,24 @@ from torch import nn
 
 from loretta.errors import InputError
 from loretta.tuners.adapted import AdaptedModule, merge_below
-from loretta.tuners.changes import ChangedModule
 from loretta.tuners.contraction import Contraction, note_change
 from loretta.tuners.copies import AdapterCopy
 from loretta.tuners.mergeable import check_mergeable, check_mergeable_names
 from loretta.tuners.watch import Watch
 
-Layer = TypeVar("Layer", bound=nn.Module)
+Layer = TypeVar("Layer", bound=nn.Module | AdaptedModule)
 
 
 class MergingTuner(BaseTuner):
     """Base of the tuners, as far as they merge."""
 
-    layer_cls: type[Any]  # a LorettaLayer with update_layer(adapter_name, placement, config)
-
     def _layers(self, kind: type[Layer]) -> list[Layer]:
         return [module for module in self.model.modules() if isinstance(module, kind)]
-
-    def _own_layers(self) -> list[Any]:
-        """The layers of this method, and the norms and scales that all methods share."""
-        return [*self._layers(self.layer_cls), *self._layers(ChangedModule)]
 
     def _check_merge_allowed(self, merged: Collection[str] = ()) -> None:
         """As PEFT's, which gives no names. Of the adapters ``merged`` it refuses where PEFT warns or does not look."""
         super()._check_merge_allowed()
-        check_mergeable(self.model, self.layer_cls, merged)
+        check_mergeable(self.model, merged)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """As PEFT's. The heads of the merged adapters compute until these are unmerged.
@@ -61,20 +54,20 @@ class MergingTuner(BaseTuner):
 
     def _merged(self, more: Iterable[str] = ()) -> list[str]:
         """The merged adapters, and ``more``."""
-        merged = (name for layer in self._layers(self.layer_cls) for name in layer.merged_adapters)
+        merged = (name for layer in self._layers(AdaptedModule) for name in layer.merged_adapters)
         return list(dict.fromkeys([*merged, *more]))
 
     def _follow_merge(self) -> None:
         """Have what a merged adapter does not act on stop with the active ones, and copies compute with its own."""
         merged = self._merged()
-        for layer in self._own_layers():
+        for layer in self._layers(AdaptedModule):
             layer.merged_adapters += [name for name in merged if name not in layer.merged_adapters]
         note_change(activity_alone=True)
         for copied in self._layers(AdapterCopy):
             copied.follow_merge(merged)
 
     def _is_disabled(self) -> bool:
-        return any(layer.disable_adapters for layer in self._own_layers())
+        return any(layer.disable_adapters for layer in self._layers(AdaptedModule))
 
     def disable_adapter_layers(self) -> None:
         """As PEFT's."""

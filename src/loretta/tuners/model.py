@@ -17,7 +17,7 @@ from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
 
 from loretta.errors import InputError
-from loretta.tuners.adapted import settle
+from loretta.tuners.adapted import AdaptedModule, settle
 from loretta.tuners.adapter_file import (
     check_not_merged,
     check_tensors,
@@ -59,8 +59,8 @@ from loretta.tuners.watch import Watch
 class LorettaModel(MergingTuner):
     """Base of the tuners. A method adds where its trains go (``place``) and its layer class."""
 
-    # what PEFT switches: of all methods here, whose adapters share the norms and scales
-    tuner_layer_cls = (LorettaLayer, ChangedModule)  # type: ignore[assignment]
+    tuner_layer_cls = AdaptedModule  # what PEFT switches: of all methods here, whose adapters share norms and scales
+    layer_cls: type[Any]  # a LorettaLayer with update_layer(adapter_name, placement, config)
 
     @staticmethod
     def place(config: LorettaConfig, name: str, module: nn.Module) -> Placement:
@@ -167,7 +167,7 @@ class LorettaModel(MergingTuner):
             if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
                 module.delete_adapter(adapter_name, [n for n in module.active_adapters if n != adapter_name])
                 left, base = list(module.modules_to_save), module.original_module
-            elif isinstance(module, LorettaLayer | ChangedModule) and adapter_name in module.held:
+            elif isinstance(module, AdaptedModule) and adapter_name in module.held:
                 if module.merged:
                     module.unmerge()
                 module.delete_adapter(adapter_name)
@@ -184,7 +184,7 @@ class LorettaModel(MergingTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """To the dtype of the base where PEFT is told not to autocast; adapters are made in float32 otherwise."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
-        own: list[Any] = [*self._layers(LorettaLayer), *self._layers(ChangedModule), *self._layers(AdapterCopy)]
+        own: list[Any] = [*self._layers(AdaptedModule), *self._layers(AdapterCopy)]
         for layer in () if autocast_adapter_dtype else own:
             layer.to_base_dtype(adapter_name)
 
@@ -198,7 +198,7 @@ class LorettaModel(MergingTuner):
                     f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.",
                     stacklevel=2,
                 )
-            for layer in self._own_layers():
+            for layer in self._layers(AdaptedModule):
                 layer.set_adapter(others or left[:1])  # what is merged goes on computing
         super().delete_adapter(adapter_name)
 
@@ -265,7 +265,7 @@ class LorettaModel(MergingTuner):
             raise InputError(f"cannot rename {old!r} to {new!r}, which is the name of another loaded adapter")
         check_adapter_name(self.model, new)
         self.peft_config[new] = self.peft_config.pop(old)
-        for layer in self._own_layers():
+        for layer in self._layers(AdaptedModule):
             layer.rename_adapter(old, new)
         for copied in self._layers(ModulesToSaveWrapper):
             rename_copy(copied, old, new)
@@ -288,7 +288,7 @@ class LorettaModel(MergingTuner):
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        layers = [m for m in self.modules() if isinstance(m, self.layer_cls | ChangedModule | AuxiliaryTrainingWrapper)]
+        layers: list[Any] = [m for m in self.modules() if isinstance(m, AdaptedModule | AuxiliaryTrainingWrapper)]
         known = {name for layer in layers for name in layer._get_available_adapters()}
         if unknown := set(adapter_names) - known - {"__base__"}:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")

@@ -21,6 +21,11 @@ from loretta.tuners.joint import Halves, Place
 from loretta.tuners.layer import BY_ADAPTER, LorettaLayer, is_bare_linear, lies_in_rows, parameter_of, works_in
 from loretta.tuners.placement import Placement
 
+CANNOT_MERGE = (
+    "LoRETTA_adp cannot be merged: its adapters have a non-linearity between the two trains, so no change of the base "
+    "weights has the same effect; keep the adapter loaded, or train LoRETTA_rep, which merges exactly"
+)
+
 
 class AdpLinear(LorettaLayer):
     """``y + sum of scaling * up(act(down(y)))`` over the active adapters, all on the same y.
@@ -29,6 +34,7 @@ class AdpLinear(LorettaLayer):
     """
 
     prefix = "loretta_adp_"
+    cannot_merge = CANNOT_MERGE
     adapter_layer_names = ("loretta_adp_down", "loretta_adp_up", "loretta_adp_bias")
     other_param_names = (
         *(f"loretta_adp_{part}" for part in ("start_down", "start_up", "act", "dropout")),
@@ -145,6 +151,8 @@ class AdpLinear(LorettaLayer):
             return base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             self._check_mixed_batch(x, adapter_names)
+        elif self.merged_adapters:  # another method's, in the place of all that is active
+            return base_layer(x, *args, **kwargs)
         elif not args and not kwargs and is_bare_linear(base_layer) and lies_in_rows(x):
             rows_BI = self._add(x if x.dim() == 2 else x.reshape(-1, x.shape[-1]), "before")
             rows_BO = self._add(linear(rows_BI, base_layer.weight, base_layer.bias), "after")
@@ -207,11 +215,13 @@ class AdpLinear(LorettaLayer):
         return out_BH
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Raises ValueError: there is a non-linearity between the trains."""
-        raise ValueError(CANNOT_MERGE)
+        """Raises ValueError for adapters that are here: there is a non-linearity between the trains."""
+        if not self.placements.keys().isdisjoint(self.active_adapters if adapter_names is None else adapter_names):
+            raise ValueError(CANNOT_MERGE)
 
     def unmerge(self) -> None:
-        """Nothing is ever merged, so there is nothing to undo."""
+        """Nothing is ever merged here. The adapters compute again that fell silent for another method's."""
+        self.merged_adapters = []
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """PEFT asks right before it converts. Raises InputError: PEFT's own refusal names no reason."""
@@ -222,9 +232,3 @@ class AdpLinear(LorettaLayer):
 
     def __repr__(self) -> str:
         return "loretta_adp." + super().__repr__()
-
-
-CANNOT_MERGE = (
-    "LoRETTA_adp cannot be merged: its adapters have a non-linearity between the two trains, so no change of the base "
-    "weights has the same effect; keep the adapter loaded, or train LoRETTA_rep, which merges exactly"
-)

@@ -5,7 +5,7 @@ from typing import Any, cast
 from torch import nn
 
 from loretta.tuners.adp.config import LorettaAdpConfig
-from loretta.tuners.adp.layer import CANNOT_MERGE, AdpLinear
+from loretta.tuners.adp.layer import AdpLinear
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.model import LorettaModel
 from loretta.tuners.placement import Placement, plan_trains, planner, rank_for, require_linear
@@ -48,6 +48,3 @@ class LorettaAdpModel(LorettaModel):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """False: no change of the base weights has the effect of an adapter with a non-linearity."""
         return False
-
-    def _check_merge_allowed(self, merged: Any = ()) -> None:
-        raise ValueError(CANNOT_MERGE)
