@@ -134,7 +134,7 @@ class RunRecord(BaseModel, frozen=True, ser_json_inf_nan="constants"):
         """Read a ``run.json``. Raises InputError when it is missing or is not one."""
         try:
             return cls.model_validate_json(read_plain(path))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             raise InputError(_why_no_record(path.parent)) from None
         except (OSError, ValueError) as error:
             first = str(error).splitlines()[0]

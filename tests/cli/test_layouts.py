@@ -167,3 +167,39 @@ def test_only_plain_files_of_a_bounded_size_are_read(tmp_path):
     with pytest.raises(ValueError, match="nested too deeply"):
         read_json(tmp_path / "deep")
     assert read_plain(tmp_path / "large", 100) == b"1" * 100
+
+
+NAME = "z" * 300  # longer than the name of a file may be
+PATHS = {
+    "train": ["train", "--model", "BERT", "--data", "REVIEWS", "-o", NAME],
+    "data": ["train", "--model", "BERT", "--data", f"{NAME}.csv", "-o", "x"],
+    "eval": ["eval", NAME],
+    "predict": ["predict", "RUN", "REVIEWS", "-o", f"{NAME}.csv"],
+    "export": ["export", "RUN", "--to", "merged", "-o", NAME],
+    "report": ["report", "RUN", "-o", f"{NAME}.html"],
+    "ls": ["runs", "ls", NAME],
+    "compare": ["compare", "--data", f"{NAME}.csv"],
+    "circle in": ["predict", "RUN", "circle.csv"],
+    "circle out": ["export", "RUN", "--to", "merged", "-o", "circle"],
+    "a file as a run": ["predict", "RUN/run.json", "--text", "a film"],
+}
+
+
+@pytest.mark.parametrize("case", PATHS)
+def test_a_path_that_cannot_be_is_one_line_and_status_2(case, finished, bert, reviews, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("circle", "circle.csv"):
+        (tmp_path / name).symlink_to(name)
+    words = PATHS[case]
+    for mark, place in {"BERT": bert, "REVIEWS": reviews, "RUN": finished[0]}.items():
+        words = [word.replace(mark, str(place)) for word in words]
+    before = content_of(finished[0])
+    status, _, err = call(capsys, *words)
+    assert_refused(status, err, ["circle" if "circle" in case else "run.json" if "file" in case else "zzz"])
+    assert content_of(finished[0]) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["circle", "circle.csv"]
+
+
+def test_a_folder_of_runs_is_not_shown_as_one(finished, capsys):
+    status, _, err = call(capsys, "runs", "show", finished[0].parent)
+    assert_refused(status, err, ["no run.json", str(finished[0])])

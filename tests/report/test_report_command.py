@@ -66,3 +66,14 @@ def test_the_command_refuses_in_one_line(
         assert call(monkeypatch, *arguments) == 2
         out, err = capsys.readouterr()
         assert (out, err.count("\n")) == ("", 1)
+
+
+def test_an_ending_that_no_report_has_is_refused(folder: Path, tmp_path: Path, monkeypatch, capsys):
+    """A page would be no PDF."""
+    file = tmp_path / "out.pdf"
+    assert call(monkeypatch, folder, "-o", file) == 2
+    assert "'.pdf'" in (words := capsys.readouterr().err)
+    assert ".html" in words
+    assert not file.exists()
+    assert call(monkeypatch, folder, "-o", file, "--format", "md") == 0
+    assert file.read_text() == report_on(folder, "md")

@@ -160,3 +160,12 @@ def test_what_a_run_has_freed_does_not_hide_what_the_next_one_takes():
     del pieces
     free_memory()
     assert peak_memory() < before + 2**26, len(last)
+
+
+@pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="this system cannot begin a new peak")
+def test_the_memory_of_a_run_begins_with_the_run(bert, reviews, tmp_path):
+    """What the process held before, here half a gigabyte, is no part of it, and hides nothing."""
+    before = torch.ones(1 << 27)
+    del before
+    record = train(config_for(bert, reviews, tmp_path / "run", max_steps=1))
+    assert 0 < record.peak_memory_bytes < 1 << 28

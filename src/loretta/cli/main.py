@@ -35,6 +35,8 @@ from loretta.wording import printable
 LOADING = {"train", "trl", "eval", "predict", "chat", "plan", "export", "compress", "reproduce", "compare"}
 # a disk that is full, read-only, broken or gone
 DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT, errno.ESTALE}
+# a path of the user that is too long, or whose links lead in a circle
+NAMES = {errno.ENAMETOOLONG, errno.ELOOP}
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -90,11 +92,13 @@ def main() -> None:
             print(f"loretta: {printable(error)}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in DISK:
+        if error.errno not in DISK | NAMES:
             raise
-        where = f" '{error.filename}'" if error.filename else ""
-        print(f"loretta: {printable(f'cannot write{where} ({error.strerror})')}: see to the disk", file=sys.stderr)
-        sys.exit(74)  # EX_IOERR of sysexits.h
+        where, is_name = f" '{error.filename}'" if error.filename else "", error.errno in NAMES
+        words = f"there is no path{where}" if is_name else f"cannot write{where}"
+        mend = "give another" if is_name else "see to the disk"
+        print(f"loretta: {printable(f'{words} ({error.strerror})')}: {mend}", file=sys.stderr)
+        sys.exit(2 if is_name else 74)  # EX_IOERR of sysexits.h
 
 
 if __name__ == "__main__":

@@ -36,6 +36,11 @@ def report(
 
     printed = output == Path("-")
     default = "json" if as_json else "html"
+    if form is None and not printed and output is not None and output.suffix not in ("", *SUFFIXES):
+        raise InputError(
+            f"--output '{output}' has the ending '{output.suffix}', which no report has: give one of "
+            f"{', '.join(SUFFIXES)}, or --format"
+        )
     form = form or (default if output is None or printed else SUFFIXES.get(output.suffix, default))
     if printed or (output is None and form != "html"):
         answer(report_on(runs, form))

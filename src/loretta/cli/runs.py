@@ -39,13 +39,15 @@ def list_runs(
 @app.command("show", cls=Command)
 def show_run(run: Annotated[Path, typer.Argument(help="Folder of a run.")], as_json: Json = False) -> None:
     """Show one run: its state, options and scores."""
-    from loretta.record import RunRecord
+    from loretta.record import RunRecord, is_started
     from loretta.studies.show import comparison_rows, comparison_table, next_command
     from loretta.studies.state import folder_state, measured, result_of
 
     result = result_of(existing(run))
     state, reason = folder_state(run, result)
     command = next_command(run.parent, run, state)
+    if state == "waiting" and not is_started(run):
+        RunRecord.load(run / "run.json")  # says what the folder is
     if state != "finished":
         content = {"run": str(run), "state": state, "reason": reason, "next": command}
         print_json(content) if as_json else say(f"{run}: {state}: {reason}")

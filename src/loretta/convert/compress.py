@@ -4,6 +4,7 @@ Axes: I input features, O output features, R rank of the given update.
 """
 
 import math
+import os
 import posixpath
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -106,7 +107,7 @@ def compress(
     refuse_held(adapter)
     saved = find_adapter(adapter, model)
     out = out or adapter.resolve().with_name(adapter.resolve().name + "-loretta")
-    if out.resolve() == saved.folder.resolve():
+    if os.path.realpath(out) == os.path.realpath(saved.folder):
         raise InputError(f"'{out}' is what is to be compressed: give another folder with -o")
     place: dict[str, Any] = {"file": False, "overwrite": overwrite, "keep": (saved.folder, saved.base), "kind": CONFIG}
     check_place(out, **place)

@@ -1,5 +1,6 @@
 """``loretta export``: write a trained rep or shared adapter so that it works without LoRETTA."""
 
+import os
 from pathlib import Path
 
 from loretta.convert.gguf import export_gguf_lora
@@ -38,7 +39,7 @@ def export(
     refuse_held(adapter)
     saved = find_adapter(adapter, model)
     check_method(saved.method)
-    if out.resolve() in {path.resolve() for path in (adapter, saved.folder, Path(saved.base))}:
+    if os.path.realpath(out) in {os.path.realpath(path) for path in (adapter, saved.folder, saved.base)}:
         raise InputError(f"'{out}' is what is to be exported: give another folder to write to")
     is_file = to == "gguf-lora"
     check_place(out, file=is_file, overwrite=overwrite, keep=(adapter, saved.folder, saved.base), kind=KINDS[to])

@@ -29,6 +29,17 @@ from loretta.tuners.config import LorettaConfig
 
 USE_OF_PEAK = 0.4  # the share of a large product's rate that the small products of a training step reach
 KEPT_PER_UNIT = 17  # numbers kept for the backward pass per token, layer and unit of width (34 bytes in 16 bits)
+HELD_PER_UNIT = 11  # numbers per token and unit of width that lie there at once where nothing is kept
+# bytes for each pair of a token and one that it attends to, per head: its share, the dropout, and their product
+SCORE_BYTES = 12
+# bytes for each token and word of the vocabulary: logits, their log-softmax, and in training the gradient
+LOGIT_BYTES, SCORED_LOGIT_BYTES = 12, 8
+# which a CPU takes to launch the kernels of a layer, forward and backward: 2.1 to 4.2 ms beside four H200s
+# (lora in benchmarks/results/speed_*_eager.json)
+LAUNCH_SECONDS = 3e-3
+WEIGHT_BYTES = {"nf4": 0.5, "fp4": 0.5, "int8": 1.0, "torchao-int8": 1.0, "fp8": 1.0}
+# the configuration's word for the dropout of attention, by family
+_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop", "attn_dropout")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +52,9 @@ class Size:
     products: int  # in the weights of linear layers, which multiply each token
     width: int
     layers: int
+    heads: int
+    vocabulary: int  # 0 where no token is predicted
+    drops: bool  # whether attention has dropout
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,7 +96,7 @@ def estimate(root: Path, runs: Iterable[Planned]) -> tuple[list[Estimate], list[
                 run=run,
                 size=size,
                 steps=steps,
-                seconds=None if steps is None else steps * step_flops(size, config, lengths) / rates[run.model],
+                seconds=None if steps is None else steps * step_seconds(size, config, lengths, rates[run.model]),
                 memory_bytes=memory(size, config, lengths),
             )
         )
@@ -91,7 +105,8 @@ def estimate(root: Path, runs: Iterable[Planned]) -> tuple[list[Estimate], list[
     basis["trained parameters are counted on the meta device, from the model's configuration"] = None
     basis[
         "memory is weights, gradients, AdamW's moments and "
-        f"{KEPT_PER_UNIT} numbers per token, layer and unit of width: a rough guide"
+        f"{KEPT_PER_UNIT} numbers per token, layer and unit of width, with the scores of attention where a CPU keeps "
+        "them and the logits of a vocabulary; on a CPU the libraries take some 0.6 GiB beside: a rough guide"
     ] = None
     return estimates, list(basis)
 
@@ -134,19 +149,41 @@ def _peak() -> tuple[float, str]:
     return best, device
 
 
+def step_seconds(size: Size, config: RunConfig, lengths: Lengths, rate: float) -> float:
+    """Seconds of one step at ``rate`` FLOPs a second; on a GPU not less than launching its kernels takes."""
+    launched = config.cpu or config.cuda_graph or not torch.cuda.is_available()
+    launching = 0.0 if launched else config.accumulate * size.layers * LAUNCH_SECONDS
+    return max(step_flops(size, config, lengths) / rate, launching)
+
+
 def step_flops(size: Size, config: RunConfig, lengths: Lengths) -> float:
-    """FLOPs of one step: 4 per weight and token, 6 where the weights themselves are trained."""
-    per_weight = 6 if find_method(config.method) is FULL else 4
-    return per_weight * size.products * config.batch_size * config.accumulate * lengths.mean
+    """FLOPs of one step.
+
+    4 per weight and token, 6 where the weights themselves are trained, and 2 more where activations are computed again;
+    of attention 4 per unit of width and pair of tokens in each pass, and twice that backward.
+    """
+    again = config.gradient_checkpointing
+    per_weight = (6 if find_method(config.method) is FULL else 4) + 2 * again
+    attention = (12 + 4 * again) * lengths.mean * size.layers * size.width
+    return (per_weight * size.products + attention) * config.batch_size * config.accumulate * lengths.mean
 
 
 def memory(size: Size, config: RunConfig, lengths: Lengths) -> int:
-    """Bytes at the peak of a step, roughly."""
+    """Bytes at the peak of a step or of an evaluation, roughly."""
     width = 4 if config.dtype == "float32" else 2
-    frozen = 0 if find_method(config.method) is FULL else width * size.model
+    weight = width if config.quantize is None else WEIGHT_BYTES[config.quantize]
+    frozen = 0 if find_method(config.method) is FULL else round(weight * size.model)
     trained = 16 * size.trained  # weight, gradient and two moments in float32
-    tokens = config.batch_size * lengths.longest
-    return frozen + trained + width * KEPT_PER_UNIT * tokens * size.layers * size.width
+    # a checkpoint keeps the input of each layer, and one layer at a time is computed again
+    layers, inputs = (1, size.layers) if config.gradient_checkpointing else (size.layers, 0)
+    activations = width * size.width * (KEPT_PER_UNIT * layers + inputs)
+    on_cpu = config.cpu or not torch.cuda.is_available()
+    if size.drops and on_cpu:  # where a GPU's kernels, and a CPU's without dropout, compute the scores again
+        activations += SCORE_BYTES * layers * size.heads * lengths.longest
+    train = config.batch_size * lengths.longest * (activations + LOGIT_BYTES * size.vocabulary)
+    held = width * HELD_PER_UNIT * size.width + SCORED_LOGIT_BYTES * size.vocabulary
+    # rows of validation are taken to be as long as those of train
+    return frozen + trained + max(train, config.eval_batch_size * lengths.longest * held)
 
 
 def size_of(config: RunConfig, sizes: str) -> Size:
@@ -184,7 +221,7 @@ def _kind_of_file(data: str, options: tuple[tuple[str, Any], ...]) -> tuple[Kind
 @lru_cache(maxsize=256)
 def _size(sizes: str, method: str, options: str, dtype: str, task_type: str, n_labels: int) -> Size:
     base = bare_model(sizes, task_type, n_labels, dtype)
-    model_config: PreTrainedConfig = base.config
+    model_config: PreTrainedConfig = base.config.get_text_config()
     args, head_policy = json.loads(options)
     total = sum(parameter.numel() for parameter in base.parameters())
     products = sum(
@@ -211,6 +248,9 @@ def _size(sizes: str, method: str, options: str, dtype: str, task_type: str, n_l
         products=products,
         width=getattr(model_config, "hidden_size", 0),
         layers=getattr(model_config, "num_hidden_layers", 0),
+        heads=getattr(model_config, "num_attention_heads", 0),
+        vocabulary=model_config.vocab_size if task_type == "CAUSAL_LM" else 0,
+        drops=any(getattr(model_config, name, 0) for name in _DROPOUTS),
     )
 
 

@@ -72,10 +72,12 @@ def _format(path: Path, allowed: Sequence[str]) -> str:
     try:
         is_folder, size = path.is_dir(), path.stat().st_size
     except OSError as error:
-        folder = path.parent
-        siblings = os.listdir(folder) if os.path.isdir(folder) and os.access(folder, os.R_OK) else []
-        reason = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read ({error.strerror})"
-        raise InputError(f"'{path}' {reason}{nearest(path.name, siblings)}: give the path of a data file") from None
+        reason = f"cannot be read ({error.strerror})"
+        if isinstance(error, FileNotFoundError):
+            folder = path.parent
+            siblings = os.listdir(folder) if os.path.isdir(folder) and os.access(folder, os.R_OK) else []
+            reason = f"does not exist{nearest(path.name, siblings)}"
+        raise InputError(f"'{path}' {reason}: give the path of a data file") from None
     if is_folder:
         raise InputError(f"'{path}' is a folder: give the path of a file in it")
     found = ending(path)

@@ -15,7 +15,7 @@ from transformers import set_seed
 from loretta import processes
 from loretta.errors import InputError
 from loretta.locks import hold
-from loretta.memory import peak_memory, saying_what_helps
+from loretta.memory import free_memory, peak_memory, saying_what_helps
 from loretta.record import RunRecord
 from loretta.training.arguments import check_processes, known_optimizer, make_trainer, reporters
 from loretta.training.batches import stop_workers
@@ -91,6 +91,10 @@ def _train(
     if place.finished and resume:
         return processes.by_first(lambda: _finished(place))
     helping = partial(saying_what_helps, *memory_words(config))
+    before = 0  # the peak of an accelerator counts whole
+    if config.cpu or not torch.cuda.is_available():
+        free_memory()
+        before = peak_memory()  # a process had memory before the run, which does not count
     with helping():
         data, model, bf16 = processes.together(lambda: _prepare(config))
     processes.by_first(lambda: place.begin(config, overwrite=overwrite))
@@ -108,8 +112,6 @@ def _train(
             say(line)
         if not sys.stderr.isatty():
             say_lines(trainer, say)
-        # a process had memory before the run, which does not count; the peak of an accelerator counts whole
-        before = 0 if torch.cuda.is_available() and not config.cpu else peak_memory()
         try:
             trainer.train(resume_from_checkpoint=processes.by_first(place.checkpoint) if resume else None)
             state = trainer.state
