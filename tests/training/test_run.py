@@ -9,12 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from training_data import config_for, sentences
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
 
 from loretta.errors import InputError
 from loretta.record import RunRecord
+from loretta.training.arguments import make_trainer
 from loretta.training.config import RunConfig
-from loretta.training.data import load_config_task
+from loretta.training.data import encode_splits, load_config_task
+from loretta.training.model import load_tokenizer, prepare_model
 from loretta.training.predict import evaluate, load_run, predict
 from loretta.training.run import train
 
@@ -212,11 +214,27 @@ def test_regression_and_pairs(bert, tmp_path):
     assert isinstance(predict(run, [["the film"], ["a plot"]])[0]["score"], float)
 
 
-def test_the_final_layer_has_its_own_rate(bert, reviews, tmp_path):
-    train(config_for(bert, reviews, tmp_path / "run", method="rep", head_learning_rate=0.1, epochs=1))
-    state = torch.load(next((tmp_path / "run" / "checkpoints").glob("*/optimizer.pt")), weights_only=True)
-    assert [group["initial_lr"] for group in state["param_groups"]] == [1e-2, 0.1]
-    assert len(state["param_groups"][1]["params"]) == 2  # weight and bias of the classifier
+@pytest.mark.parametrize("method", ["rep", "adp", "head", "ft"])
+def test_the_final_layer_has_its_own_rate_and_decays_as_without(method, bert, reviews, tmp_path):
+    found = []
+    for rate in (None, 0.1):
+        config = config_for(bert, reviews, tmp_path, method=method, head_learning_rate=rate, weight_decay=0.3)
+        task, tokenizer = load_config_task(config), load_tokenizer(bert)
+        model, _ = prepare_model(config, task, tokenizer)
+        trainer = make_trainer(encode_splits(config, task, tokenizer), model, tmp_path)
+        names = {id(parameter): name for name, parameter in model.named_parameters()}
+        groups = trainer.create_optimizer().param_groups
+        found.append({names[id(p)]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]})
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    decays = set(Trainer.get_decay_parameter_names(trainer, model))
+    assert found[0] == {name: (1e-2, 0.3 * (name in decays)) for name in trained}
+    final = {
+        name
+        for name in trained
+        if name.rpartition(".")[0].endswith(("classifier", "classifier.modules_to_save.default"))
+    }
+    assert len(final) == 2
+    assert found[1] == {name: (0.1 if name in final else 1e-2, 0.3 * (name in decays)) for name in trained}
 
 
 @pytest.mark.parametrize("damage", ["truncated", "garbage", "missing", "run.json"])

@@ -12,7 +12,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import load_file, save_file
 from tolerances import assert_as_near, assert_near
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer
 from tuners.families import OPTIONS, build, logits, loss_of, natural_task, randomise
 from tuners.matrix import base_of, options_for, wrapped
 from tuners.pairs import expected_rows, pair
@@ -361,3 +361,13 @@ def test_every_layer_of_an_adapter_says_how_wide_it_is(method):
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     assert {(layer.in_features, layer.out_features) for layer in layers if isinstance(layer, TrainedNorm)} == {(32, 32)}
     assert all(layer.in_features and layer.out_features for layer in layers)
+
+
+@every_method
+@pytest.mark.parametrize("family", OPTIONS)
+def test_the_trainer_decays_none_of_them_as_none_of_the_base(family, method):
+    """Whatever they are called: GPT-2's ln_1 has no name that the Trainer knows."""
+    model, _ = wrap(family, method)
+    assert changes(model)
+    assert not changes(model).keys() & set(Trainer.get_decay_parameter_names(None, model))
+    assert "NormChange()" in str(model)

@@ -77,6 +77,7 @@ class Rules:
         args = first.trainer.args
         self.steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * self.steps_in_epoch)
         self.rates: list[dict[str, tuple[float, float]]] = []  # name -> learning rate, weight decay
+        self.logged: list[float] = []  # the rate that each Trainer logs
         factors = []
         for member in members:
             trainer: Any = member.trainer
@@ -85,6 +86,7 @@ class Rules:
             groups = [
                 (group["lr"], group["weight_decay"], p) for group in optimizer.param_groups for p in group["params"]
             ]
+            self.logged.append(optimizer.param_groups[0]["lr"])
             self.rates.append({names[id(parameter)]: (rate, decay) for rate, decay, parameter in groups})
             schedule = trainer.create_scheduler(self.steps, optimizer).lr_lambdas[0]
             factors.append([schedule(step) for step in range(self.steps + 1)])
@@ -266,7 +268,7 @@ class Loop:
         for k, (member, loss, norm) in enumerate(each):
             if self.stopped[k]:
                 continue
-            rate = next(iter(self.rules.rates[k].values()))[0] * float(self.rules.factors[k, self.step - 1])
+            rate = self.rules.logged[k] * float(self.rules.factors[k, self.step - 1])
             entry = {"loss": loss / (self.step - self.logged), "grad_norm": norm, "learning_rate": rate}
             _append(member, entry)
             if not (math.isfinite(loss) and math.isfinite(norm)):

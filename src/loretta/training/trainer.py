@@ -280,16 +280,17 @@ class TwoRateTrainer(WholeCheckpointsTrainer):
         return SequentialSampler(eval_dataset)
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        if self.optimizer is None and self.head_learning_rate is not None:
-            model = self.model if model is None else model
-            assert model is not None
-            final = [p for name, p in model.named_parameters() if p.requires_grad and is_final_layer(name)]
-            ids = {id(p) for p in final}
-            rest = [p for p in model.parameters() if p.requires_grad and id(p) not in ids]
-            groups = [{"params": rest}, {"params": final, "lr": self.head_learning_rate}]
-            cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer = cls(groups, weight_decay=self.args.weight_decay, **kwargs)
-        return super().create_optimizer(model)
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new and self.head_learning_rate is not None:
+            named = (self.model if model is None else model).named_parameters()
+            ids = {id(parameter) for name, parameter in named if is_final_layer(name)}
+            for group in list(optimizer.param_groups):
+                final = [parameter for parameter in group["params"] if id(parameter) in ids]
+                if final:  # it decays as it would without a rate of its own
+                    group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ids]
+                    optimizer.add_param_group({**group, "params": final, "lr": self.head_learning_rate})
+        return optimizer
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.finite.check_weights()

@@ -23,7 +23,7 @@ class Change(nn.Module):
     values: nn.Parameter
 
     def __init__(self, values: Tensor) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.values = nn.Parameter(values)
 
 
@@ -37,6 +37,7 @@ class ChangedModule(nn.Module, AdaptedModule):
     0.008 apart.
     """
 
+    change_class: type[Change] = Change
     kind: str
     off: str  # the option that leaves such modules alone
     parameter_names: tuple[str, ...]  # of the base, which the changes act on
@@ -67,7 +68,7 @@ class ChangedModule(nn.Module, AdaptedModule):
                 setattr(self, attribute, nn.ModuleDict())
                 self.adapter_layer_names = (*self.adapter_layer_names, attribute)
             dtype = torch.promote_types(value.dtype, torch.float32)
-            getattr(self, attribute)[adapter_name] = Change(torch.zeros_like(value, dtype=dtype))
+            getattr(self, attribute)[adapter_name] = self.change_class(torch.zeros_like(value, dtype=dtype))
         self.known[adapter_name] = True
 
     @property

@@ -11,7 +11,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from loretta.tuners.changes import ChangedModule
+from loretta.tuners.changes import Change, ChangedModule
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.layer import is_offloaded
 
@@ -65,9 +65,20 @@ def norm_names(model: nn.Module) -> list[str]:
     return list(chosen)
 
 
+class NormChange(Change, nn.LayerNorm):
+    """A change of a norm. The Trainer takes weight decay off norms, which it knows by some names and by this class."""
+
+    # transformers initialises those of norms, where there are any
+    weight = bias = None  # type: ignore[assignment]
+
+    def extra_repr(self) -> str:
+        return ""
+
+
 class TrainedNorm(ChangedModule):
     """A norm that computes with its base's parameters plus the changes of the active adapters."""
 
+    change_class = NormChange
     kind, off = "norm", "train_norms=False"
 
     def __init__(self, base_layer: nn.Module) -> None:
