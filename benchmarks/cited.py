@@ -9,7 +9,11 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+import evidence
+from board import Board
+from protocol import interval
 from tables import RESULTS, ROOT
+from verdicts import MODELS
 
 from loretta.plan import make_plan
 
@@ -56,28 +60,61 @@ def cells(page: Path, section: str, column: str, *words: str) -> list[str]:
     return found
 
 
-def number(cell: str) -> float:
+def number(text: str) -> float:
     """The first figure of a cell: "below (-0.029 ± 0.012)" is -0.029."""
-    found = re.search(r"[+-]?\d[\d,]*\.?\d*(?:e[+-]?\d+)?", cell)
-    assert found, cell
+    found = re.search(r"[+-]?\d[\d,]*\.?\d*(?:e[+-]?\d+)?", text)
+    assert found, text
     return float(found[0].replace(",", ""))
 
 
+def cell(page: Path, section: str, column: str, *words: str) -> str:
+    """The only one of these cells. Raises ValueError where there are more or none."""
+    found = cells(page, section, column, *words)
+    if len(found) != 1:
+        raise ValueError(f"{page.name}, {section!r}: {len(found)} cells of {column!r} for {', '.join(words)}")
+    return found[0]
+
+
 def official(section: str, column: str, *words: str) -> float:
-    """A figure of RESULTS.md. Raises ValueError where not one cell has these words."""
-    return _one(PAGE, section, column, *words)
+    """A figure of RESULTS.md."""
+    return number(cell(PAGE, section, column, *words))
 
 
 def held_out(section: str, column: str, *words: str) -> float:
     """The same of docs/choosing.md."""
-    return _one(CHOOSING, section, column, *words)
+    return number(cell(CHOOSING, section, column, *words))
 
 
-def _one(page: Path, section: str, column: str, *words: str) -> float:
-    found = cells(page, section, column, *words)
-    if len(found) != 1:
-        raise ValueError(f"{page.name}, {section!r}: {len(found)} cells of {column!r} for {', '.join(words)}")
-    return number(found[0])
+@cache
+def front() -> list[dict[str, Any]]:
+    return evidence.rows()
+
+
+@cache
+def board(which: str, model: str, tasks: tuple[str, ...]) -> Board:
+    (name,) = (name for name, shown in MODELS.items() if shown.startswith(model))
+    return Board(front(), name, which, tasks)
+
+
+def gap(which: str, model: str, one: str, other: str, *tasks: str) -> tuple[float, float]:
+    """By how much the mean of one method is above another's, and half of its interval.
+
+    ``which`` are "official" or "held_out" rows.
+    """
+    found = board(which, model, tasks).gap(one, other)
+    assert found is not None, (model, one, other)
+    return interval(found)
+
+
+def less(difference: tuple[float, float]) -> tuple[float, float]:
+    """A difference where the sentence says by how much the one is below the other."""
+    return -difference[0], difference[1]
+
+
+def pair(page: Path, section: str, column: str, *words: str) -> tuple[float, float]:
+    """The figure of a cell and half of its interval."""
+    middle, _, half = cell(page, section, column, *words).partition(" ± ")
+    return number(middle), number(half)
 
 
 def beaten(model: str, task: str) -> tuple[int, int]:
@@ -128,8 +165,8 @@ def epochs(model: str) -> float:
 
 def rank(form: str, of: int, model: str) -> tuple[float, float]:
     """The held-out score and the parameters of a form at a rank, on the one task of the table of ranks."""
-    (cell,) = cells(PAGE, "ranks", f"rank {of}", form, model)
-    return number(cell), number(cell.partition("(")[2])
+    one = cell(PAGE, "ranks", f"rank {of}", form, model)
+    return number(one), number(one.partition("(")[2])
 
 
 def gained(form: str) -> tuple[float, float, float]:
@@ -178,12 +215,12 @@ def ended(method: str, column: str = "stsb") -> float:
 
 def run(column: str, method: str) -> float:
     """A figure of the runs with cores measured, behind 10 steps."""
-    (cell,) = (
+    (one,) = (
         line.cells[column]
         for line in lines(CHOOSING, "conditioning")
         if {method} <= line.words and column in line.cells
     )
-    return number(cell)
+    return number(one)
 
 
 def planned(method: str, *options: str) -> int:
@@ -217,8 +254,8 @@ def both_encoders() -> list[tuple[float, float]]:
 
 def core(column: str, method: str, name: str, behind: int = 0) -> float:
     """A figure of one core behind 10 steps, or of ``behind`` = 1 behind 100."""
-    (cell,) = cells(CHOOSING, "conditioning", column, method, name)
-    return number(cell.split(" / ")[behind])
+    one = cell(CHOOSING, "conditioning", column, method, name)
+    return number(one.split(" / ")[behind])
 
 
 def tuned(rate: float) -> float:

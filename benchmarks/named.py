@@ -8,8 +8,11 @@ from verdicts import MODELS
 MINILM, MPNET, _ = MODELS
 # a model, one method, the other, and the tasks of a mean (None: those that it has everywhere)
 Pair = tuple[str, str, str, tuple[str, ...] | None]
+WITHOUT_RTE = ("cola", "mrpc", "stsb", "sst2")
 OFFICIAL: tuple[Pair, ...] = (
     (MINILM, "IA3", "compact", None),
+    (MPNET, "adp + norms", "LoRA r=8", WITHOUT_RTE),
+    (MPNET, "rep + norms", "LoRA r=8", WITHOUT_RTE),
     (MPNET, "shared r=3 attention", "LoRA r=1 v last 3", None),
     (MPNET, "shared r=1", "LoRA r=1 last 3", None),
 )

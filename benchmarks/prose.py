@@ -2,27 +2,27 @@
 
     python benchmarks/prose.py
 
-names each sentence of sentences.py that is no longer true of the tables and result files, and each decimal, rate and
-count in the prose that none of them holds. Figures with an interval are not among them: a test looks for those in the
-tables as they are.
+names each sentence of sentences.py and compared.py that is no longer true of the tables and result files, and each
+decimal, rate and count in the prose that none of them holds.
 """
 
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from cited import CHOOSING, MADE, PAGE, README, cells
-from sentences import of_choosing, of_readme, of_results
+from compared import in_choosing, in_results
+from sentences import Said, of_choosing, of_readme, of_results
 
 NUMBERS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 PARTS = {"half": 2, "third": 3, "quarter": 4, "fifth": 5, "sixth": 6, "eighth": 8, "tenth": 10, "twelfth": 12}
 STATED = rf"([+-]?[\d,]*\.?\d+(?:e-\d+)?|{'|'.join([*NUMBERS, *PARTS])})"
 # decimals, rates such as 3e-3, and counts such as 37,632
 FIGURE = re.compile(r"(?<![\w.,/±^-])[+-]?(?:\d{1,3}(?:,\d{3})+|\d*\.\d+(?:e-\d+)?|\d+e-\d+)(?![\w±]|\.\d)")
-WITH_INTERVAL = re.compile(r"[+-]?\d*\.\d+ ± \d*\.\d+")
 COUNT = re.compile(r"\d{1,3}(?:,\d{3})+")
 
-SENTENCES = {PAGE: of_results, CHOOSING: of_choosing, README: of_readme}
+SENTENCES = {PAGE: (of_results, in_results), CHOOSING: (of_choosing, in_choosing), README: (of_readme,)}
 # headings below which no figure is today's, by the reason
 LEFT_OUT = {
     f"The {which} round": "what was predicted before the runs, and what came of it then"
@@ -66,10 +66,16 @@ def pattern(sentence: str) -> re.Pattern[str]:
     return re.compile(STATED.join(map(re.escape, sentence.split("{}"))), re.IGNORECASE)
 
 
+@cache
+def said(page: Path) -> tuple[Said, ...]:
+    """The sentences of a page."""
+    return tuple(sentence for make in SENTENCES[page] for sentence in make())
+
+
 def stale(page: Path, text: str) -> Iterator[str]:
     """Sentences that the text of a page does not have, or with other figures than were measured."""
     prose = [part for _, part in sections(text)]
-    for sentence, values in SENTENCES[page]():
+    for sentence, values in said(page):
         found = [match for part in prose for match in pattern(sentence).finditer(part)]
         if not found:
             yield f"{page.name} has no {sentence!r}"
@@ -85,7 +91,7 @@ def unheld(page: Path, text: str) -> Iterator[str]:
     counts = {count for _, table in made for count in COUNT.findall(table)}
     grids = [cell for name, _ in made if name.startswith("front ") for cell in cells(CHOOSING, name, "rates")]
     rates = {float(rate.strip("*")) for grid in grids for rate in grid.split()}
-    patterns = [pattern(sentence) for sentence, _ in SENTENCES[page]()]
+    patterns = [pattern(sentence) for sentence, _ in said(page)]
     for heading, prose in sections(text):
         if heading.startswith(tuple(LEFT_OUT)):
             continue
@@ -93,7 +99,6 @@ def unheld(page: Path, text: str) -> Iterator[str]:
             prose = each.sub(lambda match: " ".join(re.split(STATED, match[0], flags=re.IGNORECASE)[::2]), prose)
         for piece in UNSOURCED:
             prose = prose.replace(piece, "")
-        prose = WITH_INTERVAL.sub("", prose)
         for match in FIGURE.finditer(prose):
             figure = match[0]
             if figure not in counts and not ("e" in figure and float(figure) in rates):

@@ -18,6 +18,7 @@ MARGIN = 0.02  # "as good as": the whole interval lies above minus this
 OPEN = "open: not run"
 SIZES = (5_000, 10_000, 20_000, 40_000, 80_000)
 
+OURS = "not the paper's"
 # a claim, what it is of, and what that is compared with
 CLAIMS = (
     ("adp with norms is as good as LoRA r=8 with fewer parameters (Table 1)", "adp + norms", "LoRA r=8"),
@@ -56,9 +57,14 @@ def claims(found: Sequence[Row]) -> str:
     for claim, other in TUNED:
         gaps = tuned("compact + norms", other)
         lines.append([claim, "", "", OPEN if gaps is None else said(gaps, MARGIN, strictly=False)])
-    said_of_all = ", ".join(cell for line in lines for cell in line[1:])
-    refuted, confirmed, still_open = (len(re.findall(word, said_of_all)) for word in ("refuted", "confirmed", "open"))
-    counts = f"{refuted} verdicts are *refuted*, {confirmed} *confirmed* and {still_open} *open*."
+    lines.sort(key=lambda line: line[0].startswith(OURS))
+    said_of = {ours: ", ".join(cell for line in lines if line[0].startswith(OURS) == ours for cell in line[1:])
+               for ours in (False, True)}  # fmt: skip
+    counted = [
+        ", ".join(f"{len(re.findall(word, some))} *{word}*" for word in ("refuted", "confirmed", "open"))
+        for some in said_of.values()
+    ]
+    counts = f"Verdicts on the paper's claims: {counted[0]}. On those that are not the paper's: {counted[1]}."
     return f"{counts}\n\n" + markdown(lines, ["claim", *(shown.partition(" ")[0] for shown in MODELS.values())], left=4)
 
 
