@@ -37,7 +37,8 @@ class AdaptedModule(BaseTunerLayer):
     # the module that holds the outermost layer around this one, and its name there; torch registers no tuple as a part
     home: tuple[nn.Module, str] | None = None
     # copied modules: transformers disables them with the tuner layers, but never enables them
-    followers: list[Any]
+    followers: Sequence[Any] = ()
+    cast_input_dtype_enabled = True  # PEFT's disable_input_dtype_casting sets it: nothing here casts its input
     cannot_merge = ""  # why no weight has the effect of what an adapter has here
 
     @property

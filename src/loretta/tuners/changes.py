@@ -41,7 +41,6 @@ class ChangedModule(nn.Module, AdaptedModule):
     kind: str
     off: str  # the option that leaves such modules alone
     parameter_names: tuple[str, ...]  # of the base, which the changes act on
-    cast_input_dtype_enabled = True  # for PEFT's disable_input_dtype_casting: there is no such casting here
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -53,8 +52,7 @@ class ChangedModule(nn.Module, AdaptedModule):
         self._active_adapter: list[str] = []
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
-        self._unmerged: dict[str, Tensor] = {}  # the base's own values, while adapters are merged into them
-        self.followers = []
+        self.unmerged: dict[str, Tensor] = {}  # the base's own values, while adapters are merged into them
 
     def update_layer(self, adapter_name: str, prefix: str, *side: str) -> None:
         """Add one adapter, of the method with this ``prefix``, whose changes are zeros."""
@@ -78,12 +76,12 @@ class ChangedModule(nn.Module, AdaptedModule):
 
     def change(self, adapter_name: str) -> dict[str, nn.Parameter]:
         """The changes of one adapter, by their names; empty where it does not change this module."""
-        found = {}
-        for attribute in self.adapter_layer_names:
-            changes = getattr(self, attribute)
-            if adapter_name in changes:
-                found[attribute.partition(f"_{self.kind}_")[2]] = changes[adapter_name].values
-        return found
+        return {name: getattr(self, at)[adapter_name].values for name, at in self.attributes(adapter_name).items()}
+
+    def attributes(self, adapter_name: str) -> dict[str, str]:
+        """The names of one adapter's changes, and of the dictionaries that hold them."""
+        mark = f"_{self.kind}_"
+        return {at.partition(mark)[2]: at for at in self.adapter_layer_names if adapter_name in getattr(self, at)}
 
     def with_changes(self, weights: Mapping[str, float]) -> dict[str, Tensor]:
         """The base's parameters under the weighted sum of the changes of some adapters, in the base's dtype.
@@ -102,12 +100,7 @@ class ChangedModule(nn.Module, AdaptedModule):
 
     def _own(self, name: str) -> Tensor:
         """A parameter of the base as it is without adapters. Replicas of DataParallel have no ``parameters()``."""
-        return self._unmerged[name] if name in self._unmerged else getattr(self.base_layer, name)
-
-    @property
-    def unmerged(self) -> Mapping[str, Tensor]:
-        """The base's own values of the parameters that adapters are merged into."""
-        return self._unmerged
+        return self.unmerged[name] if name in self.unmerged else getattr(self.base_layer, name)
 
     def _running(self) -> dict[str, float]:
         return {} if self.disable_adapters or self.merged else dict.fromkeys(self.active_adapters, 1.0)
@@ -158,25 +151,24 @@ class ChangedModule(nn.Module, AdaptedModule):
             if safe_merge and not all(value.isfinite().all() for value in values.values()):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {new[-1]} seems to be broken")
             for name, value in values.items():
-                self._unmerged.setdefault(name, getattr(self.base_layer, name).detach())
+                self.unmerged.setdefault(name, getattr(self.base_layer, name).detach())
                 getattr(self.base_layer, name).data = value.detach()
             self.merged_adapters += new
 
     def unmerge(self) -> None:
         """Give the base its own values back, to the last bit. The updates around this module stay as they are."""
-        with self.merged_before_others() if self._unmerged else nullcontext():
-            for name, value in self._unmerged.items():
+        with self.merged_before_others() if self.unmerged else nullcontext():
+            for name, value in self.unmerged.items():
                 getattr(self.base_layer, name).data = value
         # not before the layers around are merged again, which merge what is below them too
-        self._unmerged, self.merged_adapters = {}, []
+        self.unmerged, self.merged_adapters = {}, []
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """To the device alone. PEFT calls this after a load, and PEFT's own would round the changes."""
-        for attribute in self.adapter_layer_names:
-            changes = getattr(self, attribute)
-            if adapter_name in changes and not changes[adapter_name].values.is_meta:
-                target = self._beside(attribute.partition(f"_{self.kind}_")[2]).device if device is None else device
-                changes[adapter_name].to(target)
+        for name, attribute in self.attributes(adapter_name).items():
+            change = getattr(self, attribute)[adapter_name]
+            if not change.values.is_meta:
+                change.to(self._beside(name).device if device is None else device)
 
     def to_base_dtype(self, adapter_name: str) -> None:
         """Hold one adapter's changes in the dtype of the base."""
@@ -184,7 +176,7 @@ class ChangedModule(nn.Module, AdaptedModule):
             change.data = change.data.to(self._beside(name).dtype)
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ChangedModule":
-        self._unmerged = {name: fn(value) for name, value in self._unmerged.items()}
+        self.unmerged = {name: fn(value) for name, value in self.unmerged.items()}
         return super()._apply(fn, recurse)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

@@ -36,7 +36,6 @@ class LorettaLayer(JointLayer, AdaptedModule):
     prefix: str
     parameter_name = "weight"  # the parameter of the base layer that is adapted
     trains: tuple[str, ...] = ("down", "up", "start_down", "start_up")  # names of the dictionaries
-    cast_input_dtype_enabled = True  # PEFT's disable_input_dtype_casting sets it; these layers never cast their input
 
     def __init__(self, base_layer: nn.Module, *, name: str, **quantization_kwargs) -> None:
         super().__init__()
@@ -54,7 +53,6 @@ class LorettaLayer(JointLayer, AdaptedModule):
         self.scaling = Scales()
         self.placements: dict[str, Placement] = {}
         self.narrow: set[str] = set()  # adapters that were asked to be held in the dtype of the base
-        self.followers = []
         # plain dictionaries, because torch is slow to look up attributes of modules
         self.n_pairs: dict[str, int] = {}
         self.drops: dict[str, bool] = {}

@@ -111,7 +111,7 @@ class TrainedNorm(ChangedModule):
 
     def take_values(self, adapter_name: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Turn whole parameters, as adapters once held them, into changes: attribute name -> change of the base."""
-        attributes = {a.partition("_norm_")[2]: a for a in self.adapter_layer_names if adapter_name in getattr(self, a)}
+        attributes = self.attributes(adapter_name)
         return {attributes[name]: value - self._own(name).to(value.device) for name, value in values.items()}
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

@@ -52,22 +52,20 @@ class LorettaRepModel(LorettaModel):
         finally:
             for option, pattern in patterns.items():
                 setattr(config, option, pattern)
-        layers = [module for module in model.modules() if isinstance(module, RepLinear)]
         beside = tuple(
             name
             for name, module in model.named_modules()
             if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) and not isinstance(module, RepLinear)
             if adapter_name in module._get_available_adapters()
         )
-        for layer in layers:
+        for layer in self._layers(RepLinear):
             if adapter_name in layer.n_pairs:
                 layer.beside[adapter_name] = beside
 
     def supports_lora_conversion(self, adapter_name: str | None = None) -> bool:
         """Whether PEFT's conversion to LoRA loses nothing of an adapter; by default of any, as PEFT gives no name."""
         names = [name for name in self.peft_config if adapter_name in (None, name)]
-        layers = [module for module in self.model.modules() if isinstance(module, RepLinear)]
-        lossy = any(layer.beside.get(name) for layer in layers for name in names)
+        lossy = any(layer.beside.get(name) for layer in self._layers(RepLinear) for name in names)
         lossy |= any(name in layer.n_pairs for layer in self._layers(RepExperts) for name in names)
         lossy |= bool(self._layers(ChangedModule))  # those of other adapters, at which PEFT stops
         return not lossy and all(self.peft_config[name].bias == "none" for name in names)
