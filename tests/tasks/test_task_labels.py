@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 
-from loretta.tasks.labels import decide, doubts
+from loretta.tasks.base import Known
+from loretta.tasks.labels import decide, doubts, known_scheme
 
 TRAIN, OTHER = Path("train.csv"), Path("val.csv")
 
@@ -101,6 +102,12 @@ def test_a_word_among_scores(refused):
 def test_what_looks_like_a_mistake_in_the_classes_is_named():
     assert doubts(["neg", "pos"], [3, 4]) == []
     assert doubts(["-1", "0", "1"], [3, 4, 5]) == [], "a sign is no punctuation"
+    assert doubts(["1", "1.5", "2"], [3, 4, 5]) == doubts(["False", "True"], [3, 4]) == []
+    numbers = ["007", "0", "1", "1.0", "7", "False", "TRUE", "x"]
+    assert doubts(numbers, [2] * 8) == [
+        f"the classes {words} read alike: are they one?"
+        for words in ("'007' and '7'", "'0' and 'False'", "'1' and '1.0' and 'TRUE'")
+    ]
     names, counts = ["NaN", "Negative", "negative", "not so good", "not-so good.", "odd"], [2, 3, 4, 5, 6, 1]
     said = doubts(names, counts)
     assert said[:2] == [
@@ -116,3 +123,12 @@ def test_what_looks_like_a_mistake_in_the_classes_is_named():
         r"the classes 'caf\xe9' and 'cafe\u0301' read alike: are they one?",
         r"the classes 'pos\u200b' and 'pos' read alike: are they one?",
     ]
+
+
+@pytest.mark.parametrize("cells", [[1, "None", 2, 1], ["1", "2", "None"], [1, 2.0, 3], ["007", "7"], [True, 0, True]])
+def test_what_was_trained_reads_as_it_did_then(cells):
+    then = decide(cells, kind="classification", column="label", path=OTHER)
+    known = Known(data="train.csv", label_names=then.names)
+    now = known_scheme(known, "classification", column="label")
+    assert now.names == then.names
+    assert now.encode(cells, OTHER) == then.encode(cells, OTHER)

@@ -76,6 +76,24 @@ def test_each_core_has_a_rate_of_its_own():
         assert plain.abs().max().item() == pytest.approx(rate, rel=1e-6)
 
 
+def test_clipping_and_decay_see_the_larger_numbers():
+    gradients, shares = [], []
+    for even in (False, True):
+        model, layer = wrapped(init_weights="gaussian", even_rates=even)
+        trains = [part["default"] for part in (layer.loretta_rep_down, layer.loretta_rep_up)]
+        model(torch.randn(7, 24, generator=seeded(1), dtype=torch.float64)).square().sum().backward()
+        gradients.append([gradient for train in trains for gradient in train.split(train.values.grad)])
+        before = [train.values.detach().clone() for train in trains]
+        for train in trains:
+            train.values.grad.zero_()
+        torch.optim.AdamW([train.values for train in trains], lr=0.1, weight_decay=0.5).step()
+        shares += [train.values / held for train, held in zip(trains, before, strict=True)]
+    for plain, even, factor in zip(*gradients, factors(layer), strict=True):
+        assert_near("gradient", even, plain / factor)
+    for share in shares:
+        assert_near("share", share, torch.full_like(share, 0.95))
+
+
 def test_compacts_own_ranks_keep_their_rates_and_higher_ones_have_it():
     """So a default changes nothing of what was measured."""
     for options, same in (({}, True), ({"r": 4}, False), ({"tensor_rank": 8, "lora_alpha": 16}, False)):

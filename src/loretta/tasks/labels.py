@@ -66,13 +66,15 @@ class LabelScheme:
 def doubts(names: Sequence[str], counts: Sequence[int]) -> list[str]:
     """A sentence on each likely mistake in the classes of a table; the data can be trained all the same.
 
-    Mistakes are names that differ only in case, punctuation, blanks or forms of characters, names of missing values,
-    and classes with a single row.
+    Mistakes are names that differ only in case, punctuation, blanks or forms of characters, numbers that are written in
+    several ways (1, 1.0 and true), names of missing values, and classes with a single row.
     """
     alike: dict[str, list[str]] = {}
     for name in names:
         shown = OBEYED.sub("", unicodedata.normalize("NFKC", name)).casefold()
-        alike.setdefault(re.sub(r"(?<=\w)[\s_-]+(?=\w)", " ", shown).strip(".,;:!?'\" "), []).append(name)
+        key = re.sub(r"(?<=\w)[\s_-]+(?=\w)", " ", shown).strip(".,;:!?'\" ")
+        number = _number(shown)
+        alike.setdefault(str(ZEROS_AND_ONES.get(key, key) if number is None else number), []).append(name)
     found = []
     for same in (names for key, names in alike.items() if key and len(names) > 1):
         # a reader sees no difference between a letter with its accent as one character and as two
@@ -131,7 +133,7 @@ def known_scheme(known: Known, kind: Kind, *, column: str) -> "LabelScheme | Lab
         return LabelSets(column=column, source=known.data, names=known.label_names)
     numbers = [_number(name) for name in known.label_names]
     # the names of numbers are written as Python writes them, those of codes such as 007 as they stood
-    numeric = [str(number) for number in numbers] == list(known.label_names)
+    numeric = None not in numbers and [str(number) for number in numbers] == list(known.label_names)
     classes: Any = tuple(numbers) if numeric else known.label_names
     return LabelScheme(kind=kind, column=column, source=known.data, numeric=numeric, classes=classes)
 
