@@ -34,8 +34,8 @@ class LorettaRepConfig(LorettaUpdateConfig):
             numbers of a rank the core sums. So each core starts that many times larger, and the update is scaled down
             by as much: nothing is computed differently at the start, and each core learns as at compact's ranks,
             which keep theirs. Clipping and weight decay see the larger numbers: the norm of a gradient is smaller, and
-            every core loses the same share to decay. :meth:`compact` and the method "compact" have it (docs/choosing.md, "One learning
-            rate"); an adapter that was saved without it stays without it.
+            every core loses the same share to decay. :meth:`compact` and the method "compact" have it
+            (docs/choosing.md, "One learning rate"); an adapter that was saved without it stays without it.
     """
 
     bias: Literal["none", "all", "loretta_rep_only"] = "none"
