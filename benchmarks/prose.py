@@ -3,7 +3,8 @@
     python benchmarks/prose.py
 
 names each sentence of sentences.py and compared.py that is no longer true of the tables and result files, and each
-decimal, rate and count in the prose that none of them holds.
+decimal, rate and count in the prose that none of them holds. So it does with intervals that are called level, above or
+below and are not.
 """
 
 import re
@@ -20,6 +21,11 @@ PARTS = {"half": 2, "third": 3, "quarter": 4, "fifth": 5, "sixth": 6, "eighth": 
 STATED = rf"([+-]?[\d,]*\.?\d+(?:e-\d+)?|{'|'.join([*NUMBERS, *PARTS])})"
 # decimals, rates such as 3e-3, and counts such as 37,632
 FIGURE = re.compile(r"(?<![\w.,/±^-])[+-]?(?:\d{1,3}(?:,\d{3})+|\d*\.\d+(?:e-\d+)?|\d+e-\d+)(?![\w±]|\.\d)")
+DIFFERENCE = re.compile(r"([+-]?\d*\.\d+) ± (\d*\.\d+)")
+SIZED = re.compile(rf"{DIFFERENCE.pattern} (above|below|higher|less)\b")
+IN_BRACKETS = re.compile(
+    r"\b(level|open|above|below)\b(?:(?!\b(?:level|open|above|below)\b)[^.;:()])*\(([^)]*±[^)]*)\)"
+)
 COUNT = re.compile(r"\d{1,3}(?:,\d{3})+")
 
 SENTENCES = {PAGE: (of_results, in_results), CHOOSING: (of_choosing, in_choosing), README: (of_readme,)}
@@ -105,10 +111,27 @@ def unheld(page: Path, text: str) -> Iterator[str]:
                 yield f"{page.name}, {heading}: {figure} in {prose[max(0, match.start() - 60) : match.end() + 30]!r}"
 
 
+def misworded(page: Path, text: str) -> Iterator[str]:
+    """Differences that are called level where their interval does not hold zero, or above or below where it does."""
+    for heading, prose in sections(text):
+        found = [(match[3], [match.groups()[:2]], match[0]) for match in SIZED.finditer(prose)]
+        found += [(match[1], DIFFERENCE.findall(match[2]), match[0]) for match in IN_BRACKETS.finditer(prose)]
+        for word, differences, sentence in found:
+            for middle, half in differences:
+                ahead, wide = float(middle), float(half)
+                if word in ("level", "open"):
+                    right = abs(ahead) <= wide
+                else:  # a difference as large as its interval may be either, once both are rounded
+                    right = abs(ahead) >= wide and not (middle[0] == "-" and word == "above")
+                if not right or (middle[0] == "+" and word == "below"):
+                    yield f"{page.name}, {heading}: {middle} ± {half} is called {word!r} in {sentence!r}"
+
+
 def main() -> None:
-    for page in SENTENCES:
-        text = page.read_text()
-        print("\n".join([*stale(page, text), *unheld(page, text)]))
+    texts = [(page, page.read_text()) for page in SENTENCES]
+    found = [line for each in texts for find in (stale, unheld, misworded) for line in find(*each)]
+    if found:
+        raise SystemExit("\n".join(found))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,18 @@ def test_each_figure_of_the_prose_has_a_source(page):
 
 
 @PAGES
+def test_what_is_called_level_above_or_below_is_so(page):
+    assert list(prose.misworded(page, page.read_text())) == []
+
+
+def test_a_wrong_word_is_found():
+    right = "It is level with A (+.003 ± .013, -.010 ± .012), .020 ± .013 above B, and below C (-.02 ± .01; 36,864)."
+    assert not list(prose.misworded(prose.PAGE, f"# A\n\n{right}\n"))
+    for old, new in (("level", "below"), (".003", ".014"), (".020", ".012"), ("below", "above"), ("below", "level")):
+        assert len(list(prose.misworded(prose.PAGE, f"# A\n\n{right.replace(old, new)}\n"))) >= 1, (old, new)
+
+
+@PAGES
 def test_no_figure_of_a_sentence_could_be_another(page):
     """Each one is refused where it stands with another last figure, by two where what was rounded is rounded again."""
     parts = [part for _, part in prose.sections(page.read_text())]
