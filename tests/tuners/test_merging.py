@@ -216,6 +216,24 @@ def test_a_safe_merge_refuses_what_is_not_finite(how, bad):
 
 
 @pytest.mark.parametrize("how", ["merge_and_unload", "merge_adapter"])
+def test_a_safe_merge_that_the_last_layer_refuses_leaves_the_model_as_it_was(how):
+    model, inputs, expected = two_adapters()
+    types = kinds(model)
+    with torch.no_grad():
+        adapted(model)[-1].loretta_rep_up["other"][0][0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="other"):
+        getattr(model, how)(safe_merge=True, adapter_names=["other"])
+    assert kinds(model) == types
+    assert model.get_model_status().merged_adapters == []
+    assert_near("as before", logits(model, inputs), expected["default",])
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="other"), pytest.warns(UserWarning, match="additionally merging other"):
+        getattr(model, how)(safe_merge=True, adapter_names=["default", "other"])
+    assert model.get_model_status().merged_adapters == ["default"]
+    assert_near("still merged", logits(model, inputs), expected["default",])
+
+
+@pytest.mark.parametrize("how", ["merge_and_unload", "merge_adapter"])
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
 def test_adp_says_why_it_cannot_merge_and_touches_nothing(family, how):
     model, inputs = wrap(family, "adp")

@@ -19,6 +19,18 @@ def merge_below(layer: Any, safe_merge: bool, adapter_names: Collection[str] | N
             below.merge(safe_merge, new)
 
 
+def put_back(before: Sequence[tuple[Any, list[str]]]) -> None:
+    """Have layers, given with those around them first, merge what they had merged, and nothing else."""
+    changed = [(layer, names) for layer, names in before if layer.merged_adapters != names]
+    for layer, _ in changed:
+        if layer.merged:
+            layer.unmerge()
+    for layer, names in reversed(changed):
+        if names:
+            layer.merge(adapter_names=names)
+            layer.merged_adapters = names  # also those that it does not have, which fall silent with the others
+
+
 def settle(model: nn.Module, followers: list[Any]) -> None:
     """Tell all layers of ours where they are, which a layer that is put around them does not, and what follows them."""
     for holder in model.modules():
@@ -59,15 +71,11 @@ class AdaptedModule(BaseTunerLayer):
     def merged_before_others(self) -> Iterator[None]:
         """In it no layer around this one is merged: PEFT merges the outermost first, and a factor is no sum."""
         around = [(layer, [*layer.merged_adapters]) for layer in self.layers_around()]
-        merged = [(layer, names) for layer, names in around if names]
-        for layer, _ in merged:
-            layer.unmerge()
+        put_back([(layer, []) for layer, _ in around])
         try:
             yield
         finally:  # also where a safe merge is refused
-            for layer, names in reversed(merged):
-                layer.merge(adapter_names=names)
-                layer.merged_adapters = names  # also those that it does not have, which fall silent with the others
+            put_back(around)
 
     def rename_adapter(self, old: str, new: str) -> None:
         """Give one adapter another name; nothing happens when this module does not have it."""

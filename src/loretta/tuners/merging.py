@@ -1,5 +1,6 @@
 """Merging adapters into the base of a model, and what follows: norms, scales, heads and other methods' layers."""
 
+import warnings
 from collections.abc import Collection, Iterable
 from typing import Any, TypeVar
 
@@ -7,7 +8,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
 from torch import nn
 
 from loretta.errors import InputError
-from loretta.tuners.adapted import AdaptedModule, merge_below
+from loretta.tuners.adapted import AdaptedModule, merge_below, put_back
 from loretta.tuners.contraction import Contraction, note_change
 from loretta.tuners.copies import AdapterCopy
 from loretta.tuners.mergeable import check_mergeable, check_mergeable_names
@@ -38,13 +39,22 @@ class MergingTuner(BaseTuner):
         if self._is_disabled():
             raise InputError("cannot merge while the adapters are disabled: call enable_adapter_layers() first")
         self._check_merge_allowed(merged)
+        self._merge(adapter_names, safe_merge)
+
+    def _merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """Merge in all layers of any method, or in none where a safe merge is refused in one of them."""
         layers: list[Any] = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        before = [(layer, [*layer.merged_adapters]) for layer in layers]
         within = {layer.base_layer for layer in layers}
-        # PEFT begins with the outermost: a factor within would act on its update too
-        for layer in (layer for layer in layers if layer not in within):
-            with onload_layer(layer):
-                merge_below(layer, safe_merge, adapter_names)
-                layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
+        try:
+            # PEFT begins with the outermost: a factor within would act on its update too
+            for layer in (layer for layer in layers if layer not in within):
+                with onload_layer(layer):
+                    merge_below(layer, safe_merge, adapter_names)
+                    layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
+        except ValueError:
+            put_back(before)
+            raise
         self._follow_merge()
 
     def unmerge_adapter(self) -> None:
@@ -81,16 +91,22 @@ class MergingTuner(BaseTuner):
         """As PEFT's. What is merged already stays in the weights, together with its norms and head."""
         merged = self._merged(adapter_names or self.active_adapters)
         self._check_merge_allowed(merged)
+        if safe_merge:  # before anything is unloaded
+            self._merge(merged, safe_merge)
+            return self.unload()
         names = merged if self._merged() else adapter_names
         for module in self.model.modules():
             if isinstance(module, BaseTunerLayer) and not isinstance(module, AdaptedModule):  # perhaps around ours
-                merge_below(module, safe_merge, names)
-        return self._bare(super().merge_and_unload(progressbar, safe_merge, names))
+                merge_below(module, False, names)
+        return self._bare(super().merge_and_unload(progressbar, adapter_names=names))
 
     def unload(self) -> Any:
         """As PEFT's, with what is merged already in the weights."""
-        merged = self._merged()
-        return self._bare(super().merge_and_unload(adapter_names=merged) if merged else super().unload())
+        if not (merged := self._merged()):
+            return self._bare(super().unload())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "All adapters are already merged")  # that is what is asked here
+            return self._bare(super().merge_and_unload(adapter_names=merged))
 
     def _bare(self, unloaded: Any) -> Any:
         Contraction.detach(self.model)
