@@ -67,6 +67,11 @@ def number(text: str) -> float:
     return float(found[0].replace(",", ""))
 
 
+def counted(text: str) -> float:
+    """The parameters that a cell has in brackets."""
+    return number(text.rpartition("(")[2])
+
+
 def cell(page: Path, section: str, column: str, *words: str) -> str:
     """The only one of these cells. Raises ValueError where there are more or none."""
     found = cells(page, section, column, *words)
@@ -166,7 +171,7 @@ def epochs(model: str) -> float:
 def rank(form: str, of: int, model: str) -> tuple[float, float]:
     """The held-out score and the parameters of a form at a rank, on the one task of the table of ranks."""
     one = cell(PAGE, "ranks", f"rank {of}", form, model)
-    return number(one), number(one.partition("(")[2])
+    return number(one), counted(one)
 
 
 def gained(form: str) -> tuple[float, float, float]:

@@ -16,7 +16,8 @@ from cited import CHOOSING, MADE, PAGE, README, cells
 from compared import in_choosing, in_results
 from sentences import Said, of_choosing, of_readme, of_results
 
-NUMBERS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+NUMBERS = {"none": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9,
+           "ten": 10, "eleven": 11, "twelve": 12, "twice": 2}  # fmt: skip
 PARTS = {"half": 2, "third": 3, "quarter": 4, "fifth": 5, "sixth": 6, "eighth": 8, "tenth": 10, "twelfth": 12}
 STATED = rf"([+-]?[\d,]*\.?\d+(?:e-\d+)?|{'|'.join([*NUMBERS, *PARTS])})"
 # decimals, rates such as 3e-3, and counts such as 37,632
@@ -61,7 +62,7 @@ def agrees(stated: str, value: float) -> bool:
     if stated.lower() in PARTS:
         return min(PARTS.values(), key=lambda part: abs(1 / part - value)) == PARTS[stated.lower()]
     if stated.lower() in NUMBERS:
-        return NUMBERS.index(stated.lower()) == value
+        return NUMBERS[stated.lower()] == value
     digits, _, exponent = stated.replace(",", "").partition("e")
     unit = 10.0 ** (int(exponent or 0) - len(digits.partition(".")[2]))
     twice = 0.0005 if unit in (0.01, 0.1) else 0
@@ -101,13 +102,12 @@ def unheld(page: Path, text: str) -> Iterator[str]:
     for heading, prose in sections(text):
         if heading.startswith(tuple(LEFT_OUT)):
             continue
-        for each in patterns:
-            prose = each.sub(lambda match: " ".join(re.split(STATED, match[0], flags=re.IGNORECASE)[::2]), prose)
-        for piece in UNSOURCED:
-            prose = prose.replace(piece, "")
+        held = {match.span(k) for each in patterns for match in each.finditer(prose) for k in range(1, each.groups + 1)}
+        held |= {match.span() for piece in UNSOURCED for match in re.finditer(re.escape(piece), prose)}
         for match in FIGURE.finditer(prose):
             figure = match[0]
-            if figure not in counts and not ("e" in figure and float(figure) in rates):
+            is_held = any(begin <= match.start() and match.end() <= end for begin, end in held)
+            if not (is_held or figure in counts or ("e" in figure and float(figure) in rates)):
                 yield f"{page.name}, {heading}: {figure} in {prose[max(0, match.start() - 60) : match.end() + 30]!r}"
 
 

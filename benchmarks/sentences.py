@@ -6,6 +6,7 @@ A sentence has {} for each figure, and the values that these must be; prose.py c
 import math
 import re
 from collections.abc import Iterator
+from functools import partial
 from statistics import mean
 
 from answers import SAMPLES
@@ -16,8 +17,10 @@ from cited import (
     adaptive,
     beaten,
     both_encoders,
+    cell,
     cells,
     core,
+    counted,
     ended,
     epochs,
     fallen,
@@ -103,6 +106,8 @@ def of_results() -> Iterator[Said]:
     yield "Compact's rises by {}, LoRA r=8's by {}, the dense adapters' by {} with", (
         risen(compact), risen("LoRA r=8"), risen("adapters b=64"),
     )  # fmt: skip
+    long = partial(official, "overfitting", "trained", "MiniLM", "mrpc")
+    yield "rep has {} LoRA r=1's parameters", (round(long("rep + norms") / long("LoRA r=1")),)
     yield "The norms alone rise least ({})", (risen("norms"),)
     yield "on MRPC all end between {} and {}.", (min(mrpc), max(mrpc))
     yield "the perplexity of other texts from {} to {},", (
@@ -115,6 +120,8 @@ def of_results() -> Iterator[Said]:
     )
     yield "LoRA of {} times the parameters: its loss", (times,)
     yield "the higher of its two rates by far ({} for {} on held-out rows)", (tuned(1.5e-3), tuned(7.5e-4))
+    share = official("instruct", "trained", "shared r=4 + norms") / official("instruct", "trained", "LoRA r=2")
+    yield "Shared r=4 has less than {} of LoRA r=2's parameters", (share,)
     yield "Every method gains at least {} of F1 there", (min(squad),)
     yield "that was run goes from {} to between {} and {} of F1", (
         official("answers", "score", "drop", "untrained"), min(drop), max(drop),
@@ -144,6 +151,23 @@ def of_choosing() -> Iterator[Said]:
     )
     yield "Of {} cells it loses {}, wins {} and is level with the best in {}.", (len(came), lost, won, level)
     yield "below LoRA of {} times its parameters", (times,)
+    trained = partial(held_out, mpnet, "trained")
+    yield "below LoRA r=1 of {} times its count", (round(trained("LoRA r=1") / trained("shared r=1")),)
+    yield "compact with frozen norms has {} as many numbers as with norms", (trained("compact") / trained(compact),)
+    largest = [
+        held_out(f"front {name}", "trained", "LoRA r=8")
+        / counted(cell(CHOOSING, f"sizes {name}", "best LoRETTA form", "80,000"))
+        for name in ("all-MiniLM-L6-v2", "all-mpnet-base-v2", "SmolLM2-135M-Instruct")
+    ]
+    yield "LoRA r=8, with {} to {} times as many, is", (round(min(largest)), round(max(largest)))
+    yield "below LoRA r=1, which has a {} more, and", (trained("LoRA r=1") / trained("rep") - 1,)
+    yield "below LoRA r=1 of the values, which has a {} less", (1 - trained("LoRA r=1 v") / trained("rep"),)
+    yield "below shared r=1, which has {} as many more", (trained("shared r=1") / trained("Uni-LoRA d=5000") - 1,)
+    kept = held_out("fits", "kept", "the paper's shapes, rank 5") / held_out("fits", "kept", "LoRA r=1")
+    yield "the paper's shapes can express about {} of what LoRA r=1 can", (kept,)
+    more = held_out(minilm, "trained", "shared r=6 attention") / held_out(minilm, "trained", "shared r=1")
+    yield "on MiniLM, with {} times as many numbers", (more,)
+    yield "MPNet has {} fifths of MiniLM's epochs", (5 * epochs("all-mpnet-base-v2") / epochs("all-MiniLM-L6-v2"),)
     yield (
         "has a {} less parameters on MiniLM (16,128), a {} less on MPNet (55,296)",
         tuple(1 - held_out(front, "trained", "IA3") / held_out(front, "trained", compact) for front in (minilm, mpnet)),
@@ -278,6 +302,10 @@ def of_cores() -> Iterator[Said]:
         tuple(run("reach", name) for name in ("rep", "LoRA r=1", "compact")),
     )
     yield (
+        "which is {} times rep's. In all",
+        (round(run("weights", "compact") / run("weights", "rep")),),
+    )
+    yield (
         "rep reaches {}, LoRA r=1 {} and compact {}.",
         tuple(run("weights", name) * run("reach", name) for name in ("rep", "LoRA r=1", "compact")),
     )
@@ -297,6 +325,7 @@ def of_cores() -> Iterator[Said]:
 
 
 def of_readme() -> Iterator[Said]:
+    yield "level with LoRA of rank 8 at a {} of its numbers", (mean(shares()),)
     asked = (ROOT / "pyproject.toml").read_text()
     oldest = [float(found) for found in re.findall(r'"(?:|torch|transformers)>=(\d+\.\d+)"', asked)]
     yield "Python {} or later, torch {}, transformers {}, PEFT", tuple(oldest)

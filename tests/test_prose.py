@@ -50,7 +50,7 @@ def test_no_figure_of_a_sentence_could_be_another(page):
                 for other in (f"{float(stated.replace(',', '')) + sign * step:.{digits}f}" for sign in (-1, 1)):
                     assert not prose.agrees(other, value), f"{sentence}: {stated} or {other}"
             elif stated.lower() in prose.NUMBERS:
-                others = [other for other in prose.NUMBERS if other != stated.lower()]
+                others = [word for word, number in prose.NUMBERS.items() if number != prose.NUMBERS[stated.lower()]]
                 assert not any(prose.agrees(other, value) for other in others)
 
 
