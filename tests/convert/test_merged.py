@@ -59,6 +59,24 @@ def test_a_head_of_its_own_is_untied_by_merging(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+@pytest.mark.filterwarnings("ignore:Input and output embeddings are no longer tied:UserWarning")
+@pytest.mark.parametrize(
+    ("family", "whole", "comes_back"),
+    [("t5", "lm_head", True), ("t5", "shared", False), ("bart", "lm_head", False), ("gpt2", "wte", True)],
+)
+def test_a_copy_that_transformers_would_tie_again_is_refused(family, whole, comes_back, tmp_path):
+    model, inputs = rep(family, modules_to_save=[whole])
+    expected, base = logits(model, inputs), type(model.get_base_model())
+    if comes_back:
+        export_merged(model, tmp_path / "out")
+        assert_near("logits", logits(base.from_pretrained(tmp_path / "out").eval(), inputs), expected)
+        return
+    with pytest.raises(InputError, match=f"trains '[a-z.]*{whole}' whole, whose weight is also that of other modules"):
+        export_merged(model, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 def test_an_update_of_tied_weights_cannot_be_merged(tmp_path):
     model, _ = rep("llama", target_modules=["lm_head"], base={"tie_word_embeddings": True})
     with pytest.raises(InputError, match=r"'lm_head'.*input embeddings.*--to lora"):

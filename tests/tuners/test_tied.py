@@ -7,7 +7,8 @@ import pytest
 import torch
 from draws import seeded
 from torch import nn
-from tuners.wrapped import config_for, every_method, trained
+from tuners.families import build, loss_of
+from tuners.wrapped import config_for, every_method, trainable, trained
 
 from loretta import InputError, get_peft_model
 
@@ -62,3 +63,19 @@ def test_tied_norms_that_are_not_trained_are_no_reason(method):
     x = torch.randn(3, 12, generator=seeded(0), dtype=torch.float64)
     expected = model(x)
     torch.testing.assert_close(model.merge_and_unload()(x), expected)
+
+
+@every_method
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
+def test_a_copy_beside_modules_of_the_same_weight_that_are_called_in_its_place_is_named(method):
+    """T5's encoder and decoder have embeddings of their own, whose weight is that of ``shared``."""
+    for whole, said in (["shared"], ["shared"]), (["encoder.embed_tokens", "decoder.embed_tokens"], []):
+        base, inputs = build("t5")
+        model = get_peft_model(base, config_for(method, task_type="SEQ_2_SEQ_LM", modules_to_save=whole)).train()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            loss_of(model, inputs).backward()
+        names = [str(warning.message).split("'")[1] for warning in caught if "nothing of" in str(warning.message)]
+        assert [name.removeprefix("base_model.model.") for name in names] == said
+        gradients = [p.grad for name, p in trainable(model).items() if "modules_to_save" in name]
+        assert [gradient is None for gradient in gradients] == [bool(said)] * len(whole)

@@ -1,6 +1,7 @@
 """Copies of whole modules that belong to an adapter: trained, tensorised, or frozen and only saved with it."""
 
 import copy
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -336,3 +337,10 @@ def check_copies_are_here(model: nn.Module, copies: bool) -> None:
             "here: offload after the adapter is on the model, or set train_norms=False, with no scales, no head and no "
             "modules_to_save"
         )
+
+
+def shares_weights(model: nn.Module, name: str) -> bool:
+    """Whether other modules of ``model`` hold a weight of the module that the copies of this name stand in for."""
+    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    copied = cast(ModulesToSaveWrapper, model.get_submodule(name))
+    return any(owners[id(parameter)] > 1 for parameter in copied.original_module.parameters())

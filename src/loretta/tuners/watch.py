@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from loretta.layers.fused import HALF
 from loretta.tuners.calls import remove_hooks
-from loretta.tuners.copies import AdapterCopy
+from loretta.tuners.copies import AdapterCopy, shares_weights
 from loretta.tuners.joint import look_up
 from loretta.tuners.layer import LorettaLayer
 
@@ -23,7 +23,8 @@ class Watch:
     It warns once of modules whose weight others read while nobody called them. A module that was neither read nor
     called is passed over: an expert may get no token, a layer may be dropped. In training it also warns of modules that
     were called and on whose output nothing depends, as one that picks tokens by their rank; of cores that somebody has
-    cast to half precision, as TRL does beside a quantised base; and of a base that writes to its own buffers.
+    cast to half precision, as TRL does beside a quantised base; of a base that writes to its own buffers; and of copied
+    modules that were not called, where others hold the same weight.
     """
 
     def __init__(self) -> None:
@@ -32,6 +33,7 @@ class Watch:
         self.read: dict[LorettaLayer, None] = {}
         self.called: dict[LorettaLayer, list[set[Any]]] = {}  # autograd's nodes of the output of each call
         self.buffers: dict[str, tuple[Tensor, int]] = {}
+        self.used: set[nn.Module] = set()  # copied modules that were called
         self.thread = 0  # whose call is watched
 
     @classmethod
@@ -57,11 +59,13 @@ class Watch:
         is_replica = getattr(model, "_is_replica", False)  # DataParallel's replicas share the hooks of their layers
         if torch.compiler.is_compiling() or is_replica or model.training in self.seen or self.handles:
             return
-        self.read, self.called, self.thread = {}, {}, threading.get_ident()
+        self.read, self.called, self.used, self.thread = {}, {}, set(), threading.get_ident()
         self.buffers = _buffers_of_base(model) if model.training else {}
         for layer in model.modules():
             if isinstance(layer, AdapterCopy | LorettaLayer):
                 layer.freeze()  # what transformers' load_adapter makes trainable with the rest
+            if isinstance(layer, AdapterCopy):
+                self.handles.append(layer.register_forward_hook(self.note_use))
             if isinstance(layer, LorettaLayer):
                 layer.on_read = self.note_read
                 self.handles.append(layer.register_forward_hook(self.note_call))
@@ -80,6 +84,10 @@ class Watch:
             tensors = [output, output._base] if isinstance(output, Tensor) else []
             nodes = {each.grad_fn for each in tensors if each is not None and each.grad_fn is not None}
             self.called.setdefault(layer, []).append(nodes)
+
+    def note_use(self, layer: nn.Module, args: Any, output: Any) -> None:
+        if self._watches():
+            self.used.add(layer)
 
     def end(self, model: nn.Module, args: Any, output: Any) -> None:
         """After it ran, or failed: then the next call is the first."""
@@ -111,7 +119,8 @@ class Watch:
             )
         if not model.training:
             return
-        lost = _without_effect(output, self.called)
+        reached = _reached(output)
+        lost = _without_effect(reached, self.called)
         if names := [name for name, layer in working.items() if layer in lost]:
             yield (
                 f"the adapters on {len(names)} modules get no gradient, for nothing that this call returned depends on "
@@ -123,6 +132,16 @@ class Watch:
                 "which loses most small steps: keep what trains in float32, as it was made, and compute under autocast "
                 "(bf16=True of the Trainer)"
             )
+        leaves = {id(node.variable) for node in reached if hasattr(node, "variable")}
+        for name, copied in model.named_modules():
+            if not isinstance(copied, AdapterCopy) or copied in self.used or not shares_weights(model, name):
+                continue
+            trained = [parameter for parameter in copied.parameters() if parameter.requires_grad]
+            if trained and not any(id(parameter) in leaves for parameter in trained):
+                yield (
+                    f"nothing of '{name}' trains: this call did not use it, but other modules that have the same "
+                    "weight; name those in modules_to_save"
+                )
         half = [name for name, parameter in model.named_parameters() if _trains_in_half(name, parameter)]
         if half and not any(layer.narrow for layer in layers.values()):
             yield (
@@ -152,17 +171,19 @@ def _should_add(layer: LorettaLayer) -> bool:
     return not (layer.disable_adapters or layer.merged) and any(name in layer.n_pairs for name in layer.active_adapters)
 
 
-def _without_effect(output: Any, called: Mapping[LorettaLayer, Sequence[set[Any]]]) -> set[LorettaLayer]:
-    """The layers none of whose outputs the model's ``output`` depends on, as autograd knows.
-
-    Autograd knows nothing of what runs within a reentrant checkpoint.
-    """
+def _reached(output: Any) -> set[Any]:
+    """Autograd's nodes that the model's ``output`` depends on, but for those within a reentrant checkpoint."""
     pending = [tensor.grad_fn for tensor in _tensors(output) if tensor.grad_fn is not None]
     seen: set[Any] = set(pending)
     while pending:
         below = {found for found, _ in pending.pop().next_functions if found is not None} - seen
         seen |= below
         pending += below
+    return seen
+
+
+def _without_effect(seen: set[Any], called: Mapping[LorettaLayer, Sequence[set[Any]]]) -> set[LorettaLayer]:
+    """The layers none of whose outputs the model's output depends on, as the nodes that it does depend on tell."""
     if not seen:
         return set()
     lost = {layer for layer, calls in called.items() if not any(nodes & seen for nodes in calls)}
