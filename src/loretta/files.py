@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,20 @@ TEMPORARY = ".tmp"  # ending of what a kill may leave beside the file
 LARGEST = 1 << 26  # bytes of a file of JSON or YAML: the log of a run with 300,000 lines has fewer
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
+def write_whole(path: Path, content: str | bytes | Iterable[str]) -> None:
     """Write a file in one step: after a crash the old one or the new one is there, never half of it.
 
-    Text is written in UTF-8. A link goes on leading to the file, and the file keeps its permissions. Where it cannot be
-    written, OSError is raised and ``path`` stays as it was.
+    Text, which may come in parts, is written in UTF-8. A link goes on leading to the file, and the file keeps its
+    permissions. Where it cannot be written, OSError is raised and ``path`` stays as it was.
     """
     path = Path(os.path.realpath(path))
-    data = content.encode("utf-8") if isinstance(content, str) else content
+    parts = [content] if isinstance(content, str | bytes) else content
     # exclusive and random: two processes may write the same file, on two machines even
     temporary = path.with_name(f".{secrets.token_hex(8)}{TEMPORARY}")
     try:
         with temporary.open("xb") as file:
-            file.write(data)
+            for part in parts:
+                file.write(part.encode("utf-8") if isinstance(part, str) else part)
             file.flush()
             os.fsync(file.fileno())
         with contextlib.suppress(FileNotFoundError):

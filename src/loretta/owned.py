@@ -232,7 +232,7 @@ def is_free(folder: Path) -> bool:
     return not folder.is_dir() or all(path == folder / LIST for path in _files(folder))
 
 
-def write_listed(path: Path, content: str | bytes, *, overwrite: bool = False) -> None:
+def write_listed(path: Path, content: str | bytes | Iterable[str], *, overwrite: bool = False) -> None:
     """Write a file whole and put it on the list of its folder.
 
     Raises InputError where a file that is not LoRETTA's has that name, unless it is to be overwritten.

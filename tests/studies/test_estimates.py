@@ -1,6 +1,7 @@
 """What a dry run says of memory and time, beside what a step holds, counts and took."""
 
 import json
+import math
 import weakref
 from pathlib import Path
 
@@ -16,11 +17,13 @@ from transformers import (
     LlamaConfig,
 )
 
+from loretta.studies.configs import total_steps
 from loretta.studies.cost import count_flops
 from loretta.studies.lengths import Lengths
-from loretta.studies.sizes import Size, memory, size_of, step_flops, step_seconds
+from loretta.studies.sizes import LIBRARIES, Size, memory, size_of, step_flops, step_seconds
 from loretta.training.config import RunConfig
-from loretta.training.model import wrap
+from loretta.training.data import encode_splits, load_config_task
+from loretta.training.model import load_tokenizer, wrap
 
 RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 ROWS, TOKENS, SIZES = 4, 96, {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 3}
@@ -92,7 +95,7 @@ def test_the_memory_of_a_step_is_told_within_a_factor_of_two(config, again, tmp_
     model = made(config, run)
     with Held(model) as held:
         model(**batch(config)).loss.backward()
-    told = memory(size, run, Lengths(mean=TOKENS, longest=TOKENS)) - 4 * size.model - 16 * size.trained
+    told = memory(size, run, Lengths(mean=TOKENS, longest=TOKENS)) - LIBRARIES - 4 * size.model - 16 * size.trained
     assert 0.5 < told / held.most < 2
 
 
@@ -103,7 +106,7 @@ def test_the_memory_of_an_evaluation_counts_where_it_is_larger(config, tmp_path)
     size, model = size_of(run, run.model), made(config, run).eval()
     with torch.no_grad(), Held(model) as held:
         model(**batch(config))
-    told = memory(size, run.model_copy(update={"batch_size": 1, "eval_batch_size": 64 * ROWS}), lengths)
+    told = memory(size, run.model_copy(update={"batch_size": 1, "eval_batch_size": 64 * ROWS}), lengths) - LIBRARIES
     assert 0.5 < (told - 4 * size.model - 16 * size.trained) / (64 * held.most) < 2
 
 
@@ -146,3 +149,31 @@ def test_a_step_on_a_gpu_takes_at_least_what_launching_its_kernels_took(monkeypa
         assert 0.5 < 1e3 * step_seconds(size, run, lengths, 1e14) / row["ms"] < 2, row
         recorded = run.model_copy(update={"cuda_graph": True})
         assert step_seconds(size, recorded, lengths, 1e14) < 1e-6
+
+
+def test_the_calls_of_a_small_model_count_on_a_cpu_too():
+    size = Size(trained=0, saved=0, model=0, products=1, width=1, layers=6, heads=1, vocabulary=0, drops=False)
+    run = RunConfig(model="m", data="sst2", cpu=True, accumulate=2)
+    assert step_seconds(size, run, Lengths(mean=1, longest=1), 1e12) == pytest.approx(2 * 6 * 3e-3, rel=1e-3)
+
+
+def test_the_libraries_of_a_process_count_on_a_cpu_alone(tmp_path, monkeypatch):
+    run, lengths = planned(LLAMA, tmp_path), Lengths(mean=TOKENS, longest=TOKENS)
+    size = size_of(run, run.model)
+    told = memory(size, run, lengths)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert told - memory(size, run.model_copy(update={"cpu": False}), lengths) == LIBRARIES
+
+
+def test_documents_are_limited_before_they_are_cut_into_blocks(llama, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("\n\n".join("a film of a plot and a cast " * 5 + "and a film " * k for k in range(60)))
+    run = RunConfig(model=llama, data=str(text), limit=10, max_length=16, batch_size=2, epochs=1)
+    blocks = len(encode_splits(run, load_config_task(run), load_tokenizer(llama)).splits["train"])
+    assert total_steps(run.model_dump()) == math.ceil(blocks / 2) != math.ceil(10 / 2)
+
+
+def test_what_runs_took_is_not_told_again_as_calls():
+    size = Size(trained=0, saved=0, model=0, products=1, width=1, layers=6, heads=1, vocabulary=0, drops=False)
+    run, one = RunConfig(model="m", data="sst2", cpu=True), Lengths(mean=1, longest=1)
+    assert step_seconds(size, run, one, 1e3, measured=True) == step_flops(size, run, one) / 1e3

@@ -1,8 +1,10 @@
 """``loretta predict``."""
 
+import csv
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -46,8 +48,7 @@ def predict(
         raise InputError("give either a FILE or --text (repeatable), and not both")
     with _holding(output, file, overwrite=overwrite):
         from loretta.training.forms import form_of
-        from loretta.training.predict import Sampling, load_run, refuse_classifier, reply
-        from loretta.training.predict import predict as apply
+        from loretta.training.predict import Sampling, answers, load_run, refuse_classifier, reply
 
         sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
         loaded = load_run(run, model=model, cpu=cpu)
@@ -58,34 +59,42 @@ def predict(
                 raise InputError(
                     f"{len(text or ())} --text and {len(text_pair)} --text-pair: give one pair for each text"
                 )
-            texts = [text or [], *([text_pair] if text_pair else [])]
-            given = [dict(zip(("text", "text_pair"), words, strict=False)) for words in zip(*texts, strict=True)]
+            columns: dict[str, Any] = dict(
+                zip(("text", "text_pair"), [text or [], *([text_pair] if text_pair else [])], strict=False)
+            )
+            texts = list(columns.values())
         else:
             columns = _all_columns(file, loaded.config.separator)
             texts = form_of(loaded.kind).asked(loaded.config, columns, file)
-            given = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
-        answers = apply(
+        found = answers(
             loaded,
             texts,
             all_probabilities=probabilities,
             go_on=lambda run, words: reply(run, words, sampling),
         )
-        rows = [
-            {**row, **{f"predicted_{key}" if key in row else key: value for key, value in answer.items()}}
-            for row, answer in zip(given, answers, strict=True)
-        ]
-        say_cut(loaded, len(rows))
+        # no more than a batch of them lies in memory, unless they are one document
+        rows: Iterable[dict[str, Any]] = _beside(columns, found)
+        if as_json:
+            rows = list(rows)
         if output is not None:
             with _saying_why(output):
-                content = _table(rows) if output.suffix == ".csv" else as_json_lines(map(finite, rows))
-                # a link goes on leading where it leads
-                write_listed(Path(os.path.realpath(output)), content, overwrite=overwrite)
-            say(f"{len(rows):,} rows written to {output}", err=True)
+                _write(rows, output, overwrite=overwrite)
+        elif not as_json:
+            for row in rows:
+                say("\t".join(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()))
+        total = len(texts[0])
+        say_cut(loaded, total)
+        if output is not None:
+            say(f"{total:,} rows written to {output}", err=True)
     if as_json:
         print_json(rows)
-    elif output is None:
-        for row in rows:
-            say("\t".join(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()))
+
+
+def _beside(columns: Mapping[str, Sequence[Any]], answers: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The answers, each behind the cells of its row."""
+    for cells, answer in zip(zip(*columns.values(), strict=True), answers, strict=True):
+        row = dict(zip(columns, cells, strict=True))
+        yield {**row, **{f"predicted_{key}" if key in row else key: value for key, value in answer.items()}}
 
 
 def say_cut(run: "LoadedRun", total: int) -> None:
@@ -141,13 +150,23 @@ def _check_output(output: Path, file: Path | None, *, overwrite: bool) -> None:
     refuse_to_replace_file(Path(os.path.realpath(output)), overwrite=overwrite)
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    import pandas as pd
-
-    cells = [{name: _cell(value) for name, value in row.items()} for row in rows]
-    return pd.DataFrame(cells, dtype=object).to_csv(index=False, lineterminator="\r\n")
+def _write(rows: Iterable[Mapping[str, Any]], output: Path, *, overwrite: bool) -> None:
+    # a file without a name, of which nothing is left should the process be killed
+    with tempfile.TemporaryFile("w+", dir=output.parent, newline="", encoding="utf-8") as file:
+        if output.suffix == ".csv":
+            table = csv.writer(file)
+            for k, row in enumerate(rows):
+                if k == 0:
+                    table.writerow(row)
+                table.writerow(map(_cell, row.values()))
+        else:
+            file.writelines(as_json_lines([finite(row)]) for row in rows)
+        file.seek(0)
+        # a link goes on leading where it leads
+        write_listed(Path(os.path.realpath(output)), iter(lambda: file.read(1 << 20), ""), overwrite=overwrite)
 
 
 def _cell(value: Any) -> Any:
     """A value as a cell of CSV: lists as JSON, and none where there is nothing."""
-    return json.dumps(finite(value), ensure_ascii=False, default=str) if isinstance(value, list | dict) else value
+    value = finite(value)
+    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, list | dict) else value

@@ -171,17 +171,22 @@ def total_steps(raw: Mapping[str, Any]) -> int | None:
     rows = train_rows(raw["data"], raw.get("data_dir"), sample)
     if rows is None and names_files(raw["data"]):
         options = tuple((key, raw.get(key)) for key in (*OF_A_FILE, "validation"))
-        rows = file_rows(raw["data"], options, raw["model"], raw.get("max_length", 128))
+        rows = file_rows(raw["data"], options, raw["model"], raw.get("max_length", 128), raw.get("limit"))
+    elif rows is not None:
+        rows = min(rows, raw.get("limit") or rows)
     if rows is None:
         return None
-    rows = min(rows, raw["limit"]) if raw.get("limit") else rows
     updates = math.ceil(math.ceil(rows / raw.get("batch_size", 16)) / raw.get("accumulate", 1))
     return math.ceil(updates * raw.get("epochs", 3))
 
 
 @cache
-def file_rows(data: str, options: tuple[tuple[str, str | None], ...], model: str, max_length: int) -> int | None:
+def file_rows(
+    data: str, options: tuple[tuple[str, str | None], ...], model: str, max_length: int, limit: int | None = None
+) -> int | None:
     """Training rows (or blocks of tokens) of a user's file; None for plain text where there is no tokenizer.
+
+    ``limit`` is that of rows, which of plain text are documents.
 
     Raises InputError for a file that cannot be read.
     """
@@ -190,6 +195,7 @@ def file_rows(data: str, options: tuple[tuple[str, str | None], ...], model: str
 
     given: dict[str, Any] = dict(options)
     task = load_task(data, **given)
+    task = task if limit is None else task.limited(limit)
     if task.kind != "language_modeling":
         return len(task.train)
     try:

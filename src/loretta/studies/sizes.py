@@ -34,9 +34,10 @@ HELD_PER_UNIT = 11  # numbers per token and unit of width that lie there at once
 SCORE_BYTES = 12
 # bytes for each token and word of the vocabulary: logits, their log-softmax, and in training the gradient
 LOGIT_BYTES, SCORED_LOGIT_BYTES = 12, 8
-# which a CPU takes to launch the kernels of a layer, forward and backward: 2.1 to 4.2 ms beside four H200s
+# which a CPU takes to call the operators of a layer, forward and backward: 2.1 to 4.2 ms beside four H200s
 # (lora in benchmarks/results/speed_*_eager.json)
-LAUNCH_SECONDS = 3e-3
+CALL_SECONDS = 3e-3
+LIBRARIES = 700_000_000  # bytes that a process holds for torch and the rest, before any model
 WEIGHT_BYTES = {"nf4": 0.5, "fp4": 0.5, "int8": 1.0, "torchao-int8": 1.0, "fp8": 1.0}
 # the configuration's word for the dropout of attention, by family
 _DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout", "attn_pdrop", "attn_dropout")
@@ -72,13 +73,14 @@ class Estimate:
 def estimate(root: Path, runs: Iterable[Planned]) -> tuple[list[Estimate], list[str]]:
     """Each run's size, steps, time and memory, and sentences on what these figures rest on."""
     estimates = []
-    rates: dict[str, float] = {}
+    rates: dict[str, tuple[float, bool]] = {}
     known = True
     basis: dict[str, None] = {}
     runs = list(runs)
     for run in runs:
         if run.model not in rates:
-            rates[run.model], words = _rate(root, [other for other in runs if other.model == run.model])
+            rate, measured, words = _rate(root, [other for other in runs if other.model == run.model])
+            rates[run.model] = rate, measured
             basis[words] = None
         # a run whose rate a sweep has still to choose is as long as the others of its row
         alike = (other.config for other in runs if (other.model, other.row) == (run.model, run.row))
@@ -96,7 +98,7 @@ def estimate(root: Path, runs: Iterable[Planned]) -> tuple[list[Estimate], list[
                 run=run,
                 size=size,
                 steps=steps,
-                seconds=None if steps is None else steps * step_seconds(size, config, lengths, rates[run.model]),
+                seconds=None if steps is None else steps * step_seconds(size, config, lengths, *rates[run.model]),
                 memory_bytes=memory(size, config, lengths),
             )
         )
@@ -106,13 +108,13 @@ def estimate(root: Path, runs: Iterable[Planned]) -> tuple[list[Estimate], list[
     basis[
         "memory is weights, gradients, AdamW's moments and "
         f"{KEPT_PER_UNIT} numbers per token, layer and unit of width, with the scores of attention where a CPU keeps "
-        "them and the logits of a vocabulary; on a CPU the libraries take some 0.6 GiB beside: a rough guide"
+        f"them, the logits of a vocabulary, and on a CPU {LIBRARIES / 1e9:.1f} GB of libraries: a rough guide"
     ] = None
     return estimates, list(basis)
 
 
-def _rate(root: Path, runs: Sequence[Planned]) -> tuple[float, str]:
-    """FLOPs per second, and the words for them: those of a model's finished runs, or a guess for this machine."""
+def _rate(root: Path, runs: Sequence[Planned]) -> tuple[float, bool, str]:
+    """FLOPs per second, whether a model's finished runs had them or they are a guess for this machine, and in words."""
     flops = seconds = 0.0
     count = 0
     for run in runs:
@@ -125,11 +127,15 @@ def _rate(root: Path, runs: Sequence[Planned]) -> tuple[float, str]:
                 seconds += record.train_seconds
                 count += 1
     if seconds:
-        return flops / seconds, f"time of {runs[0].model} is that of its {count} finished runs, scaled by FLOPs"
+        return flops / seconds, True, f"time of {runs[0].model} is that of its {count} finished runs, scaled by FLOPs"
     peak, device = _peak()
-    return USE_OF_PEAK * peak, (
-        f"time is FLOPs over {USE_OF_PEAK:.0%} of the {peak / 1e12:.2g} TFLOP/s "
-        f"that one large product reached on this machine's {device} just now; evaluation is not in it"
+    return (
+        USE_OF_PEAK * peak,
+        False,
+        (
+            f"time is FLOPs over {USE_OF_PEAK:.0%} of the {peak / 1e12:.2g} TFLOP/s "
+            f"that one large product reached on this machine's {device} just now; evaluation is not in it"
+        ),
     )
 
 
@@ -149,11 +155,17 @@ def _peak() -> tuple[float, str]:
     return best, device
 
 
-def step_seconds(size: Size, config: RunConfig, lengths: Lengths, rate: float) -> float:
-    """Seconds of one step at ``rate`` FLOPs a second; on a GPU not less than launching its kernels takes."""
-    launched = config.cpu or config.cuda_graph or not torch.cuda.is_available()
-    launching = 0.0 if launched else config.accumulate * size.layers * LAUNCH_SECONDS
-    return max(step_flops(size, config, lengths) / rate, launching)
+def step_seconds(size: Size, config: RunConfig, lengths: Lengths, rate: float, measured: bool = False) -> float:
+    """Seconds of one step at ``rate`` FLOPs a second, with the calls of its operators.
+
+    ``measured``: the rate is that of runs, with all that they did.
+    """
+    computing, calling = step_flops(size, config, lengths) / rate, config.accumulate * size.layers * CALL_SECONDS
+    on_gpu = torch.cuda.is_available() and not config.cpu
+    if measured or (on_gpu and config.cuda_graph):  # a recorded step calls none
+        return computing
+    # a GPU computes while the next operators are called
+    return max(computing, calling) if on_gpu else computing + calling
 
 
 def step_flops(size: Size, config: RunConfig, lengths: Lengths) -> float:
@@ -182,8 +194,9 @@ def memory(size: Size, config: RunConfig, lengths: Lengths) -> int:
         activations += SCORE_BYTES * layers * size.heads * lengths.longest
     train = config.batch_size * lengths.longest * (activations + LOGIT_BYTES * size.vocabulary)
     held = width * HELD_PER_UNIT * size.width + SCORED_LOGIT_BYTES * size.vocabulary
+    process = LIBRARIES if on_cpu else 0
     # rows of validation are taken to be as long as those of train
-    return frozen + trained + max(train, config.eval_batch_size * lengths.longest * held)
+    return process + frozen + trained + max(train, config.eval_batch_size * lengths.longest * held)
 
 
 def size_of(config: RunConfig, sizes: str) -> Size:

@@ -1,7 +1,7 @@
 """Use a finished run: score it, apply it to new text, have it go on with text, greedily or by drawing."""
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -124,14 +124,14 @@ def evaluate(run: LoadedRun, task: Task | PromptedTask, split: str) -> dict[str,
     return form_of(task.kind).evaluate(run, task, split, make_trainer)
 
 
-def predict(
+def answers(
     run: LoadedRun,
     asked: Sequence[Sequence[Any]],
     *,
     all_probabilities: bool = False,
     go_on: Callable[[LoadedRun, Any], str] | None = None,
-) -> list[dict[str, Any]]:
-    """One row per example. ``asked`` holds the columns that are answered, as the run was trained with them.
+) -> Iterator[dict[str, Any]]:
+    """One row per example, as it is computed. ``asked`` has the columns that are answered, as the run was trained with.
 
     Classification gives "label" and its "probability" (with ``all_probabilities`` also a "probability_NAME" for each
     class), regression a "score", a language model a "continuation" (``go_on`` of each text, greedy without it).
@@ -139,3 +139,8 @@ def predict(
     """
     go_on = go_on or (lambda run, text: reply(run, text, Sampling()))
     return form_of(run.kind).predict(run, asked, all_probabilities=all_probabilities, go_on=go_on)
+
+
+def predict(run: LoadedRun, asked: Sequence[Sequence[Any]], *, all_probabilities: bool = False) -> list[dict[str, Any]]:
+    """As :func:`answers`, all at once."""
+    return list(answers(run, asked, all_probabilities=all_probabilities))

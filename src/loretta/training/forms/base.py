@@ -1,7 +1,7 @@
 """What a run needs of each kind of task: its examples, its trainer, its answers."""
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -107,9 +107,10 @@ class Form(Protocol):
             refuse_missing(columns[name], name, file)
         return [[str(value) for value in columns[name]] for name in names]
 
-    def predict(self, run: LoadedRun, asked: Asked, *, all_probabilities: bool, go_on: Any) -> list[Row]:
-        """An answer for each example of :meth:`asked`; by default the model's continuation."""
-        return [{"continuation": go_on(run, example)} for example in asked[0]]
+    def predict(self, run: LoadedRun, asked: Asked, *, all_probabilities: bool, go_on: Any) -> Iterator[Row]:
+        """An answer for each example of :meth:`asked`, one after the other; by default the model's continuation."""
+        for example in asked[0]:
+            yield {"continuation": go_on(run, example)}
 
 
 def text_columns(config: RunConfig) -> tuple[str, ...]:

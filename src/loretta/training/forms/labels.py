@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from pyarrow.compute import list_value_length
 from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
@@ -25,6 +25,7 @@ from loretta.training.scores import logits_of, named_values, prediction_rows, sc
 from loretta.training.trainer import TwoRateTrainer
 
 MISTAKES = 10  # kept of each run
+ENCODED_AT_ONCE = 1000  # rows
 LONGEST = 300  # characters kept of a text that was answered wrongly
 
 
@@ -35,9 +36,12 @@ class Labels(Form):
 
     def encode(self, config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, split: str) -> Dataset:
         data = getattr(task, split)
-        columns = [list(data[column]) for column in task.columns]
-        tokens = tokenizer(*columns, truncation=True, max_length=config.max_length)
-        return Dataset.from_dict({**tokens, "labels": list(data["label"])})
+
+        def encode(rows: Mapping[str, list[Any]]) -> dict[str, Any]:
+            columns = [rows[column] for column in task.columns]
+            return {**tokenizer(*columns, truncation=True, max_length=config.max_length), "labels": rows["label"]}
+
+        return in_parts(data, encode)
 
     def lengths(self, data: Data) -> list[str]:
         return cut_words(data, self)
@@ -81,7 +85,7 @@ class Labels(Form):
         texts = [list(data[column]) for column in task.columns]
         return score_logits(task, torch.cat(list(logits_of_texts(run, texts))).numpy(), list(data["label"]))
 
-    def predict(self, run: LoadedRun, asked: Asked, *, all_probabilities: bool, go_on: Any) -> list[Row]:
+    def predict(self, run: LoadedRun, asked: Asked, *, all_probabilities: bool, go_on: Any) -> Iterator[Row]:
         columns = text_columns(run.config)
         if len(asked) != len(columns):
             given = f"each example of the run has {' and '.join(map(repr, columns))}, got {len(asked)} texts of each"
@@ -89,11 +93,14 @@ class Labels(Form):
         names = run.record.label_names
         if all_probabilities and not names:
             raise InputError(f"the run was trained on a {run.kind} task, which has scores and no probabilities")
-        return [
-            row
-            for logits in logits_of_texts(run, asked)
-            for row in self.rows_of(logits, names, all_of_them=all_probabilities)
-        ]
+        for logits in logits_of_texts(run, asked):
+            yield from self.rows_of(logits, names, all_of_them=all_probabilities)
+
+
+def in_parts(data: Dataset, encode: Callable[[dict[str, list[Any]]], Mapping[str, Any]]) -> Dataset:
+    """The rows of a split as ``encode`` gives them, some at a time: a tokenizer holds far more of a text than ids."""
+    parts = [data[start : start + ENCODED_AT_ONCE] for start in range(0, len(data), ENCODED_AT_ONCE)]
+    return concatenate_datasets([Dataset.from_dict(dict(encode(part))) for part in parts])
 
 
 def scored_recipe(data: Data, collator: Any, score: Callable[[np.ndarray, np.ndarray], dict[str, float]]) -> Recipe:

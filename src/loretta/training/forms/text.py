@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 
+import numpy as np
 from datasets import Dataset
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase, default_data_collator
@@ -11,6 +12,7 @@ from loretta.record import Answers
 from loretta.tasks.base import Task
 from loretta.training.config import RunConfig
 from loretta.training.forms.base import Data, Form, Recipe, Row
+from loretta.training.forms.labels import ENCODED_AT_ONCE
 from loretta.training.scores import named_values
 from loretta.training.trainer import TwoRateTrainer
 
@@ -51,14 +53,18 @@ def blocks(data: Dataset, name: str, tokenizer: PreTrainedTokenizerBase, max_len
     Raises InputError when the text is too short for one block.
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    ids = [token for row in tokenizer(list(data["text"]), verbose=False)["input_ids"] for token in [*row, *end]]
-    rows = [ids[k : k + max_length] for k in range(0, len(ids) - max_length + 1, max_length)]
-    if not rows:
+    parts = []
+    for start in range(0, len(data), ENCODED_AT_ONCE):
+        found = tokenizer(data[start : start + ENCODED_AT_ONCE]["text"], verbose=False)["input_ids"]
+        parts.append(np.fromiter((token for row in found for token in [*row, *end]), dtype=np.int64))
+    ids = np.concatenate(parts)
+    rows = ids[: len(ids) // max_length * max_length].reshape(-1, max_length)
+    if not len(rows):
         raise InputError(
             f"a split of '{name}' has {len(ids)} tokens, less than one block of {max_length}: "
             "give more text or a smaller max_length"
         )
-    return Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * max_length] * len(rows), "labels": rows})
+    return Dataset.from_dict({"input_ids": rows, "attention_mask": np.ones_like(rows), "labels": rows})
 
 
 def base_scores(

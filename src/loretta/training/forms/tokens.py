@@ -2,7 +2,7 @@
 
 import importlib.util
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from loretta.training.forms.labels import (
     count_classes,
     count_cut,
     cut_words,
+    in_parts,
     lengths_of,
     scored_recipe,
 )
@@ -52,12 +53,15 @@ class Tokens(Form):
                 f"the entities of '{task.name}' are scored by seqeval, which is not installed: "
                 "pip install 'loretta-peft[seqeval]'"
             )
-        data = getattr(task, split)
-        found = tokenize(tokenizer, data["tokens"][:], config.max_length)
-        words = [found.word_ids(k) for k in range(len(data))]
-        labels = [first_pieces(row, tags) for row, tags in zip(words, data["tags"], strict=True)]
-        # the Trainer leaves "words" out of a batch
-        return Dataset.from_dict({**found, "labels": labels, "words": words})
+
+        def encode(rows: Mapping[str, list[Any]]) -> dict[str, Any]:
+            found = tokenize(tokenizer, rows["tokens"], config.max_length)
+            words = [found.word_ids(k) for k in range(len(rows["tokens"]))]
+            labels = [first_pieces(row, tags) for row, tags in zip(words, rows["tags"], strict=True)]
+            # the Trainer leaves "words" out of a batch
+            return {**found, "labels": labels, "words": words}
+
+        return in_parts(getattr(task, split), encode)
 
     def lengths(self, data: Data) -> list[str]:
         return cut_words(data, self)
@@ -129,10 +133,10 @@ class Tokens(Form):
         return [columns[name]]
 
     @torch.inference_mode()
-    def predict(self, run: LoadedRun, asked: Asked, *, all_probabilities: bool, go_on: Any) -> list[Row]:
+    def predict(self, run: LoadedRun, asked: Asked, *, all_probabilities: bool, go_on: Any) -> Iterator[Row]:
         if all_probabilities:
             raise InputError("the run gives one tag for each token: leave --probabilities out")
-        rows, size = [], run.config.eval_batch_size
+        size, cut_here = run.config.eval_batch_size, any(isinstance(cell, str) for cell in asked[0])
         for start in range(0, len(asked[0]), size):
             batch = _words(asked[0][start : start + size])
             found = tokenize(run.tokenizer, batch, run.config.max_length, padding=True, return_tensors="pt")
@@ -146,9 +150,7 @@ class Tokens(Form):
                 best = run.model(**found.to(run.model.device)).logits.argmax(-1).tolist()
             for k, words in enumerate(batch):
                 tags = tags_of_words(found.word_ids(k), best[k], len(words), run.record.label_names)
-                given = asked[0][start + k]
-                rows.append({**({"tokens": words} if isinstance(given, str) else {}), "tags": tags})
-        return rows
+                yield {**({"tokens": words} if cut_here else {}), "tags": tags}
 
 
 def _words(cells: Sequence[Any]) -> list[list[str]]:
