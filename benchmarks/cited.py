@@ -10,7 +10,7 @@ from statistics import mean, median
 from typing import Any
 
 import evidence
-from board import Board
+from board import Board, verdict
 from protocol import interval
 from tables import RESULTS, ROOT
 from verdicts import MODELS
@@ -109,6 +109,19 @@ def gap(which: str, model: str, one: str, other: str, *tasks: str) -> tuple[floa
     found = board(which, model, tasks).gap(one, other)
     assert found is not None, (model, one, other)
     return interval(found)
+
+
+def verdict_of(which: str, model: str, one: str, other: str, *tasks: str) -> str:
+    """Whether the one is "better", "worse" or "level" in the mean."""
+    found = board(which, model, tasks).gap(one, other)
+    assert found is not None, (model, one, other)
+    return verdict(found)
+
+
+def ours(model: str) -> list[str]:
+    """LoRETTA's forms that have all tasks of a model's means."""
+    found = board("official", model, ())
+    return [name for name in found.complete() if found.family(name) == "LoRETTA"]
 
 
 def less(difference: tuple[float, float]) -> tuple[float, float]:

@@ -1,16 +1,19 @@
 """Sentences of RESULTS.md and docs/choosing.md that compare two methods: paired differences with their intervals.
 
-As in sentences.py each {} is a figure. Differences of means are made anew from the rows of both methods.
+As in sentences.py each {} is a figure. Differences of means are made anew from the rows of both methods. What is said
+without a figure stands at the end, with whether it is so.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from cited import CHOOSING, PAGE, gap, less, official, pair
+from cited import CHOOSING, PAGE, cell, cells, gap, less, official, ours, pair, verdict_of
 from named import WITHOUT_RTE
 from protocol import SEEN
 from sentences import Said
 
-COMPACT, ADP, REP, UNI = "compact + norms", "adp + norms", "rep + norms", "Uni-LoRA d=5000"
+ENCODERS, ALL = ("MiniLM", "MPNet"), ("MiniLM", "MPNet", "SmolLM2")
+COMPACT, ADP, REP, SHARED = "compact + norms", "adp + norms", "rep + norms", "shared r=4 + norms"
+UNI = "Uni-LoRA d=5000"
 
 
 def in_results() -> Iterator[Said]:
@@ -127,3 +130,99 @@ def in_choosing() -> Iterator[Said]:
     yield "({} ± {} to compact on the values and MLPs for the first, {} ± {} for the second)", (
         *to("MPNet", "shared r=1 + v scales", v_mlp), *to("MPNet", f"{v_mlp} + k,v scales", v_mlp),
     )  # fmt: skip
+
+
+def ia3_ahead() -> bool:
+    """Whether IA3 is the best other method of at most 80,000 parameters on MPNet, and above LoRETTA's best form."""
+    other = cell(CHOOSING, "sizes all-mpnet-base-v2", "best other method", "80,000")
+    return other.startswith("IA3 ") and cell(CHOOSING, "bar", "80,000", "MPNet").startswith("worse")
+
+
+def so_in_results() -> dict[str, bool]:
+    def came(model: str, one: str, other: str, *tasks: str) -> str:
+        return verdict_of("official", model, one, other, *tasks)
+
+    def everywhere(word: str, one: str, other: str, *tasks: str, on: Sequence[str] = ENCODERS) -> bool:
+        return {came(model, one, other, *tasks) for model in on} == {word}
+
+    seen = [came("MiniLM", form, "norms", *SEEN) for form in (COMPACT, SHARED, ADP, REP)]
+    full = {
+        task: [came("MiniLM", "full fine-tuning", form, task) for form in ours("MiniLM")] for task in ("sst2", "cola")
+    }
+    kept = {form: pair(PAGE, "forgetting", "to LoRA r=8", form, "MiniLM") for form in (COMPACT, SHARED, ADP, REP)}
+    tuned = [pair(PAGE, "instruct", "to LoRA r=2", form) for form in (COMPACT, SHARED)]
+    above = [shown for shown in cells(PAGE, "standing", "to LoRA r=8") if shown.startswith("above")]
+    return {
+        "The paper's rep with frozen norms loses to LoRA r=1 on both encoders.": everywhere("worse", "rep", "LoRA r=1"),
+        "With trained norms the paper's rep and adp are below LoRA r=8 there.": (
+            everywhere("worse", REP, "LoRA r=8") and everywhere("worse", ADP, "LoRA r=8")
+        ),
+        "is level with LoRA r=8 in the mean over tasks on all three models.": (
+            everywhere("level", COMPACT, "LoRA r=8", on=ALL)
+        ),
+        "and not above it on the decoder.": came("SmolLM2", "rep", "LoRA r=1") != "better",
+        "Its trains add nothing sure to what the norms do alone, on any model.": (
+            "better" not in [came(model, REP, "norms") for model in ALL]
+        ),
+        "compact with norms among them.": came("MiniLM", COMPACT, "LoRA r=8", "sst2") == "worse",
+        "Compact and shared are above the norms alone, adp and rep are level with them.": (
+            seen == ["better", "better", "level", "level"]
+        ),
+        "On MiniLM it is above every form on SST-2 and above all but two on CoLA,": (
+            set(full["sst2"]) == {"better"} and len(full["cola"]) - full["cola"].count("better") == 2
+        ),
+        "and above adp and rep with norms. It trains": (
+            came("MiniLM", "IA3", ADP) == "better" == came("MiniLM", "IA3", REP)
+        ),
+        "Compact with norms is level with it on all three models.": everywhere("level", COMPACT, "IA3", on=ALL),
+        "On held-out rows of MPNet IA3 (55,296) is above the best form of at most 80,000.": ia3_ahead(),
+        "Rep keeps less than LoRA r=8, and no form keeps more.": (
+            sum(kept[REP]) < 0 and not any(middle > half for middle, half in kept.values())
+        ),
+        "above LoRA r=1. It is level with LoRA r=8.": came("MiniLM", "shared r=2 + scales", "LoRA r=8") == "level",
+        "Compact and adp with norms are above LoRA r=8 on both encoders": (
+            everywhere("better", COMPACT, "LoRA r=8", "stsb") and everywhere("better", ADP, "LoRA r=8", "stsb")
+        ),
+        "Compact and shared end with a lower loss than LoRA of as many parameters.": (
+            all(middle + half < 0 for middle, half in tuned)
+        ),
+        # those two stand above it
+        "No other form with fewer parameters is above LoRA r=8 in a mean.": len(above) == 2,
+    }  # fmt: skip
+
+
+def so_in_choosing() -> dict[str, bool]:
+    def came(model: str, one: str, other: str) -> str:
+        return verdict_of("held_out", model, one, other)
+
+    def everywhere(word: str, one: str, other: str, on: Sequence[str] = ENCODERS) -> bool:
+        return {came(model, one, other) for model in on} == {word}
+
+    best = {"MiniLM": "shared r=4 + scales", "MPNet": "compact v, MLP + k,v scales", "SmolLM2": "shared r=1 + norms"}
+    peers = [shown.split(" ± ") for shown in cells(CHOOSING, "peers", "to LoRA r=1")]
+    level = everywhere("level", COMPACT, "LoRA r=8", on=ALL)
+    return {
+        "on both encoders it loses to LoRA of rank 1 and to the norms alone.": (
+            everywhere("worse", "rep", "LoRA r=1") and everywhere("worse", "rep", "norms")
+        ),
+        "is level with LoRA of rank 8 on three models": level,
+        "It is level with LoRA of rank 8 on query and value on all three models.": level,
+        "At 80,000 parameters on MPNet IA3 is above the best form.": ia3_ahead(),
+        "LoRA is ahead on MPNet's RTE": verdict_of("official", "MPNet", COMPACT, "LoRA r=8", "rte") == "worse",
+        "IA3 of PEFT is level with compact with norms on both encoders": everywhere("level", "IA3", COMPACT),
+        "(37,632) is level with LoRA r=1.": came("MPNet", "compact", "LoRA r=1") == "level",
+        "as with norms, and is level with it on both encoders.": everywhere("level", "compact", COMPACT),
+        "is not above the best forms.": (
+            "better" not in [came(model, "LoRA r=8", form) for model, form in best.items()]
+        ),
+        "None of them is above LoRA r=1 in these means.": not any(float(gap) > float(half) for gap, half in peers),
+    }
+
+
+def so_in_readme() -> dict[str, bool]:
+    level = {verdict_of("official", model, COMPACT, "LoRA r=8") for model in ALL}
+    lost = {verdict_of("official", model, "rep", other) for model in ENCODERS for other in ("LoRA r=1", "norms")}
+    return {
+        "Compact, the default, is level with LoRA of rank 8": level == {"level"},
+        "rep in the paper's shapes loses to a LoRA of rank 1, and to training the layer norms alone": lost == {"worse"},
+    }

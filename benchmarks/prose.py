@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from cited import CHOOSING, MADE, PAGE, README, cells
-from compared import in_choosing, in_results
+from compared import in_choosing, in_results, so_in_choosing, so_in_readme, so_in_results
 from sentences import Said, of_choosing, of_readme, of_results
 
 NUMBERS = {"none": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9,
@@ -30,6 +30,7 @@ IN_BRACKETS = re.compile(
 COUNT = re.compile(r"\d{1,3}(?:,\d{3})+")
 
 SENTENCES = {PAGE: (of_results, in_results), CHOOSING: (of_choosing, in_choosing), README: (of_readme,)}
+SO = {PAGE: so_in_results, CHOOSING: so_in_choosing, README: so_in_readme}
 # headings below which no figure is today's, by the reason
 LEFT_OUT = {
     f"The {which} round": "what was predicted before the runs, and what came of it then"
@@ -92,6 +93,16 @@ def stale(page: Path, text: str) -> Iterator[str]:
                     yield f"{page.name}: {match[0]!r} says {stated} where {value:.4g} was measured"
 
 
+def untrue(page: Path, text: str) -> Iterator[str]:
+    """What a page's text says without a figure and is not so."""
+    prose = [part for _, part in sections(text)]
+    for sentence, is_so in SO[page]().items():
+        if not any(sentence in part for part in prose):
+            yield f"{page.name} has no {sentence!r}"
+        elif not is_so:
+            yield f"{page.name}: {sentence!r} is not so"
+
+
 def unheld(page: Path, text: str) -> Iterator[str]:
     """Figures in the prose of a page's text that nothing holds."""
     made = [(name, table) for of in (PAGE, CHOOSING) for name, table in MADE.findall(of.read_text())]
@@ -129,7 +140,7 @@ def misworded(page: Path, text: str) -> Iterator[str]:
 
 def main() -> None:
     texts = [(page, page.read_text()) for page in SENTENCES]
-    found = [line for each in texts for find in (stale, unheld, misworded) for line in find(*each)]
+    found = [line for each in texts for find in (stale, unheld, misworded, untrue) for line in find(*each)]
     if found:
         raise SystemExit("\n".join(found))
 

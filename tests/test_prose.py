@@ -30,6 +30,25 @@ def test_what_is_called_level_above_or_below_is_so(page):
     assert list(prose.misworded(page, page.read_text())) == []
 
 
+@PAGES
+def test_what_is_said_without_a_figure_is_so(page):
+    assert list(prose.untrue(page, page.read_text())) == []
+
+
+def test_rows_that_change_make_what_is_said_untrue(monkeypatch):
+    def better(row):
+        ahead = {rate: [score + 0.2 for score in scores] for rate, scores in row["official"].items()}
+        return {**row, "official": ahead} if (row["method"], row["task"]) == ("rep", "cola") else row
+
+    rows = [better(row) for row in cited.front() if row.get("part", "front") == "front"]
+    monkeypatch.setattr(cited, "front", lambda: rows)
+    cited.board.cache_clear()
+    found = list(prose.untrue(prose.PAGE, prose.PAGE.read_text()))
+    cited.board.cache_clear()
+    (line,) = (line for line in found if "frozen norms loses to LoRA r=1 on both encoders" in line)
+    assert line.endswith("is not so")
+
+
 def test_a_wrong_word_is_found():
     right = "It is level with A (+.003 ± .013, -.010 ± .012), .020 ± .013 above B, and below C (-.02 ± .01; 36,864)."
     assert not list(prose.misworded(prose.PAGE, f"# A\n\n{right}\n"))
