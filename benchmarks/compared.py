@@ -10,6 +10,7 @@ from cited import CHOOSING, PAGE, cell, cells, gap, less, official, ours, pair, 
 from named import WITHOUT_RTE
 from protocol import SEEN
 from sentences import Said
+from verdicts import MODELS
 
 ENCODERS, ALL = ("MiniLM", "MPNet"), ("MiniLM", "MPNet", "SmolLM2")
 COMPACT, ADP, REP, SHARED = "compact + norms", "adp + norms", "rep + norms", "shared r=4 + norms"
@@ -198,7 +199,10 @@ def so_in_choosing() -> dict[str, bool]:
     def everywhere(word: str, one: str, other: str, on: Sequence[str] = ENCODERS) -> bool:
         return {came(model, one, other) for model in on} == {word}
 
-    best = {"MiniLM": "shared r=4 + scales", "MPNet": "compact v, MLP + k,v scales", "SmolLM2": "shared r=1 + norms"}
+    best = {
+        shown.partition(" ")[0]: cell(CHOOSING, f"sizes {name}", "best LoRETTA form", "80,000").rpartition(" (")[0]
+        for name, shown in MODELS.items()
+    }
     peers = [shown.split(" ± ") for shown in cells(CHOOSING, "peers", "to LoRA r=1")]
     level = everywhere("level", COMPACT, "LoRA r=8", on=ALL)
     return {

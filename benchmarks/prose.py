@@ -16,10 +16,13 @@ from cited import CHOOSING, MADE, PAGE, README, cells
 from compared import in_choosing, in_results, so_in_choosing, so_in_readme, so_in_results
 from sentences import Said, of_choosing, of_readme, of_results
 
-NUMBERS = {"none": 0, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9,
-           "ten": 10, "eleven": 11, "twelve": 12, "twice": 2}  # fmt: skip
+COUNTED = (
+    "none", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+    "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty",
+)  # fmt: skip
+NUMBERS = {word: number for number, word in enumerate(COUNTED)} | {"twice": 2}
 PARTS = {"half": 2, "third": 3, "quarter": 4, "fifth": 5, "sixth": 6, "eighth": 8, "tenth": 10, "twelfth": 12}
-STATED = rf"([+-]?[\d,]*\.?\d+(?:e-\d+)?|{'|'.join([*NUMBERS, *PARTS])})"
+STATED = rf"([+-]?[\d,]*\.?\d+(?:e-\d+)?|{'|'.join(sorted([*NUMBERS, *PARTS], key=len, reverse=True))})"
 # decimals, rates such as 3e-3, and counts such as 37,632
 FIGURE = re.compile(r"(?<![\w.,/±^-])[+-]?(?:\d{1,3}(?:,\d{3})+|\d*\.\d+(?:e-\d+)?|\d+e-\d+)(?![\w±]|\.\d)")
 DIFFERENCE = re.compile(r"([+-]?\d*\.\d+) ± (\d*\.\d+)")
