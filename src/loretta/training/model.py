@@ -142,6 +142,13 @@ def _whole(base: PreTrainedModel, options: Mapping[str, Any], head_policy: HeadP
     return base.requires_grad_(True)
 
 
+def trains_base(model: Trained) -> bool:
+    """Whether numbers of the base itself train, as its biases: without its adapter the model is then not the base."""
+    if not isinstance(model, PeftModel):
+        return True
+    return any(getattr(config, "bias", "none") != "none" for config in model.peft_config.values())
+
+
 def start_from(model: PeftModel, folder: Path) -> None:
     """Give an adapter the weights of another one of the same form, saved in ``folder``, and go on training from there.
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,14 @@ from commands import assert_refused, call
 from safetensors.torch import load_file
 from tolerances import assert_near
 from torch.nn.functional import logsigmoid
+from transformers import AutoModelForCausalLM
 
 from loretta.record import RunRecord
 from loretta.training.arguments import make_trainer
 from loretta.training.config import RunConfig
 from loretta.training.data import encode_splits, load_config_task
 from loretta.training.model import load_base, load_tokenizer, wrap
+from loretta.training.predict import load_run
 from loretta.training.run import train, train_until
 
 pytest.importorskip("trl")
@@ -58,6 +61,53 @@ def test_the_loss_is_that_of_the_paper_against_the_base_model(method, speller, t
     expected = torch.stack(losses).mean()
     assert abs(expected.item() - math.log(2)) > 1e-3, "the adapter says something"
     assert_near("loss", trainer.compute_loss(model, batch), expected)
+
+
+@pytest.fixture(scope="module")
+def biased_speller(speller, tmp_path_factory):
+    """As ``speller`` with biases."""
+    folder = tmp_path_factory.mktemp("models") / "biased-speller"
+    shutil.copytree(speller, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"attention_bias": True, "mlp_bias": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("method", "own"),
+    [("bitfit", {}), ("rep", {"bias": "all"}), ("adp", {"bias": "loretta_adp_only"}), ("lora", {"bias": "all"})],
+)
+def test_the_reference_keeps_the_biases_that_train(method, own, biased_speller, tmp_path):
+    """Switching the adapter off leaves them as they are."""
+    config = config_for(biased_speller, tmp_path / "run", method=method, method_args=own, test=str(DATA))
+    record = train(config, say=lambda line: None)
+    run = load_run(tmp_path / "run", cpu=True)
+    base = AutoModelForCausalLM.from_pretrained(biased_speller)
+    task, tokenizer = load_config_task(config), load_tokenizer(biased_speller)
+    found = []
+    for row in task.test:
+        rewards = []
+        for answer in ("chosen", "rejected"):
+            ids = torch.tensor([[1, *tokenizer.convert_tokens_to_ids(list(row["prompt"] + row[answer])), 2]])
+            with torch.no_grad():
+                logs = [m(input_ids=ids).logits.log_softmax(-1)[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
+                        for m in (run.model, base)]  # fmt: skip
+            rewards.append(config.beta * (logs[0] - logs[1])[len(row["prompt"]) :].sum().item())
+        found.append(rewards[0] - rewards[1])
+    assert abs(sum(found)) > 0.01
+    assert record.test["loss"] == pytest.approx(-logsigmoid(torch.tensor(found)).mean().item(), abs=1e-4)
+    assert record.test["rewards/margins"] == pytest.approx(sum(found) / len(found), abs=1e-4)
+
+
+def test_texts_are_not_compared_with_a_base_model_whose_biases_train(biased_speller, tmp_path):
+    (tmp_path / "text.txt").write_text(
+        "\n\n".join(f"River {k} is long and wide, and so is the next." for k in range(40))
+    )
+    options = {"data": str(tmp_path / "text.txt"), "max_length": 32, "epochs": 1}
+    for method, is_told in (("rep", True), ("bitfit", False)):
+        config = config_for(biased_speller, tmp_path / method, method=method, **options)
+        assert (train(config, say=lambda line: None).answers is not None) is is_told
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.*:FutureWarning")  # TRL sets it itself

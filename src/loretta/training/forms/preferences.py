@@ -19,7 +19,7 @@ from loretta.training.folder import ADAPTER
 from loretta.training.forms.base import Data, Recipe, Row
 from loretta.training.forms.turns import CHECKPOINTING, Rows, Turns, count_tokens, prepare, trl_data, with_trl
 from loretta.training.methods import virtual_tokens
-from loretta.training.model import load_base, start_from
+from loretta.training.model import load_base, start_from, trains_base
 from loretta.training.trainer import TwoRateTrainer
 
 
@@ -68,9 +68,11 @@ def _reference(config: RunConfig, model: Any) -> nn.Module | None:
     if config.start_from is not None and not (Path(config.start_from) / ADAPTER).is_dir():
         raise InputError(f"the pairs are held to the run '{config.start_from}', which is gone: put it back")
     before = None if config.start_from is None else Path(config.start_from) / ADAPTER
-    if not isinstance(model, PeftModel):
-        reference = load_base(str(before or config.model), "preference", dtype=config.dtype, cpu=config.cpu)
-        return reference.to(model.dtype).requires_grad_(False)
+    if not isinstance(model, PeftModel) or (before is None and trains_base(model)):
+        base = load_base(
+            str(before or config.model), "preference", dtype=config.dtype, quantize=config.quantize, cpu=config.cpu
+        )
+        return (base if config.quantize else base.to(model.dtype)).requires_grad_(False)
     if before is None:
         return None
     own = {tensor.data_ptr() for tensor in get_peft_model_state_dict(model).values()}

@@ -13,6 +13,7 @@ from loretta.tasks.base import Task
 from loretta.training.config import RunConfig
 from loretta.training.forms.base import Data, Form, Recipe, Row
 from loretta.training.forms.labels import ENCODED_AT_ONCE
+from loretta.training.model import trains_base
 from loretta.training.scores import named_values
 from loretta.training.trainer import TwoRateTrainer
 
@@ -75,7 +76,7 @@ def base_scores(
     ``score`` gives those of the trainer's model as it is, as the Trainer names them, with the prefix "base".
     """
     model = trainer.model
-    if not isinstance(model, PeftModel):
+    if not isinstance(model, PeftModel) or trains_base(model):
         return None
     with model.disable_adapter():
         values = named_values(score(), task, "base_")
