@@ -104,3 +104,21 @@ def test_rows_of_one_batch_have_adapters_of_two_methods(methods):
     for model in models.values():
         got = logits(model, inputs, adapter_names=rows)
         assert_near("logits", got, torch.stack([expected[name][k] for k, name in enumerate(rows)]))
+
+
+@pytest.mark.filterwarnings("ignore:Adapter one was active which is now deleted")
+def test_a_tuner_merges_and_deletes_what_another_one_made_active():
+    models, inputs = of_two_methods(("rep", "shared"), "v_proj")
+    models["one"].add_adapter("extra", config_for("rep", target_modules=["k_proj"]))
+    models["one"].base_model.set_adapter("extra")
+    models["extra"] = trained(models["one"], seed=3).double()
+    expected = alone(models, inputs)
+    models["one"].base_model.set_adapter(["one", "two"])
+    models["two"].base_model.set_adapter("one")
+    models["one"].merge_adapter(["one"])
+    assert_near("merged", logits(models["one"], inputs), expected["one"])
+    models["two"].unmerge_adapter()
+    models["one"].base_model.set_adapter("two")
+    models["two"].base_model.set_adapter("one")
+    models["one"].base_model.delete_adapter("one")
+    assert_near("deleted", logits(models["two"], inputs), expected["extra"])

@@ -34,8 +34,8 @@ class MergingTuner(BaseTuner):
         Raises InputError for a name that is not loaded, while the adapters are disabled, and when only some of the
         active adapters are named: the others would lose their effect.
         """
-        merged = self._merged(adapter_names or self.active_adapters)
-        check_mergeable_names(merged, self.active_adapters, self.peft_config)
+        merged = self._merged(adapter_names or self._active())
+        check_mergeable_names(merged, self._active(), self.peft_config)
         if self._is_disabled():
             raise InputError("cannot merge while the adapters are disabled: call enable_adapter_layers() first")
         self._check_merge_allowed(merged)
@@ -61,6 +61,10 @@ class MergingTuner(BaseTuner):
         """As PEFT's."""
         super().unmerge_adapter()
         self._follow_merge()
+
+    def _active(self) -> list[str]:
+        """The active adapters of the layers, which another tuner on the model may have switched after this one."""
+        return next((layer.active_adapters for layer in self._layers(AdaptedModule)), self.active_adapters)
 
     def _merged(self, more: Iterable[str] = ()) -> list[str]:
         """The merged adapters, and ``more``."""
@@ -89,7 +93,7 @@ class MergingTuner(BaseTuner):
         self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
     ) -> Any:
         """As PEFT's. What is merged already stays in the weights, together with its norms and head."""
-        merged = self._merged(adapter_names or self.active_adapters)
+        merged = self._merged(adapter_names or self._active())
         self._check_merge_allowed(merged)
         if safe_merge:  # before anything is unloaded
             self._merge(merged, safe_merge)

@@ -191,8 +191,8 @@ class LorettaModel(MergingTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         """As PEFT's, which asks the first layer alone what is active next: the others may have no place there."""
         left = sorted(self.peft_config.keys() - {adapter_name})
-        if adapter_name in self.active_adapters and left and adapter_name not in self._merged():
-            others = [name for name in self.active_adapters if name != adapter_name]
+        if adapter_name in self._active() and left and adapter_name not in self._merged():
+            others = [name for name in self._active() if name != adapter_name]
             if not others:
                 warnings.warn(
                     f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.",
