@@ -6,7 +6,7 @@ without a figure stands at the end, with whether it is so.
 
 from collections.abc import Iterator, Sequence
 
-from cited import CHOOSING, PAGE, cell, cells, gap, less, official, ours, pair, verdict_of
+from cited import CHOOSING, MADE, PAGE, cell, cells, gap, less, lines, official, ours, pair, verdict_of
 from named import WITHOUT_RTE
 from protocol import SEEN
 from sentences import Said
@@ -199,6 +199,38 @@ def so_in_results() -> dict[str, bool]:
     }  # fmt: skip
 
 
+def not_run_in_results() -> dict[str, bool]:
+    def seeds(model: str, method: str) -> list[str]:
+        """The tasks of Table 1's first five that a method was run on."""
+        rows = [line.cells for line in lines(PAGE, "not run") if line.cells.get(f"seeds on {model}") == method]
+        return [task for row in rows for task in ("cola", "mrpc", "stsb", "rte", "sst2") if row[task]]
+
+    long = cells(PAGE, "overfitting", "method", "MPNet")
+    sections = dict(MADE.findall(PAGE.read_text()))
+    return {
+        "MPNet was not run.": not cells(PAGE, "forgetting", "method", "MPNet"),
+        "Table 4 and Figure 4 on MPNet, but for LoRA r=8 in 30 epochs.": (
+            long == ["LoRA r=8"] and not cells(PAGE, "forgetting", "method", "MPNet")
+        ),
+        "On MPNet LoRA r=8 alone was run": long == ["LoRA r=8"],
+        "and nothing was trained there yet.": cells(PAGE, "answers", "method", "record") == ["untrained"],
+        "Tables 2 and 3: training on ReCoRD": cells(PAGE, "answers", "method", "record") == ["untrained"],
+        "F1, with one or two seeds.": set(cells(PAGE, "answers", "seeds", "drop")) == {"1", "2"},
+        "Tables 7 and 11: adp's shapes, and a classifier trained whole or as a train.": (
+            all(sections[name].startswith("Not measured") for name in ("shapes", "heads"))
+        ),
+        "Table 1, MPNet: LoRA r=4.": not seeds("MPNet", "LoRA r=4"),
+        "Full fine-tuning, dense adapters and p-tuning on MRPC, RTE and SST-2, prompts on MRPC and RTE.": (
+            [seeds("MPNet", name) for name in ("full fine-tuning", "adapters b=64", "p-tuning 20")] == 3 * [["cola", "stsb"]]
+            and seeds("MPNet", "prompt 20") == ["cola", "stsb", "sst2"]
+        ),
+        "full fine-tuning on STS-B, dense adapters but on CoLA, p-tuning on three tasks": (
+            "stsb" not in seeds("MiniLM", "full fine-tuning")
+            and seeds("MiniLM", "adapters b=64") == ["cola"] and len(seeds("MiniLM", "p-tuning 20")) == 2
+        ),
+    }  # fmt: skip
+
+
 def so_in_choosing() -> dict[str, bool]:
     def came(model: str, one: str, other: str) -> str:
         return verdict_of("held_out", model, one, other)
@@ -228,6 +260,10 @@ def so_in_choosing() -> dict[str, bool]:
         "IA3 of PEFT is level with compact with norms on both encoders": everywhere("level", "IA3", COMPACT),
         "(37,632) is level with LoRA r=1.": came("MPNet", "compact", "LoRA r=1") == "level",
         "as with norms, and is level with it on both encoders.": everywhere("level", "compact", COMPACT),
+        "No rule was run on SmolLM2": not cells(CHOOSING, "rates", "peak", "SmolLM2", "compact cores^1 r=32"),
+        "Uni-LoRA of 5,000 was run on SmolLM2's SST-2 alone": (
+            not cells(CHOOSING, "front SmolLM2-135M-Instruct", "cb-words", UNI)
+        ),
         "is not above the best forms.": (
             "better" not in [came(model, "LoRA r=8", form) for model, form in best.items()]
         ),
