@@ -100,6 +100,7 @@ def test_the_plan_is_what_trains_and_what_is_saved(method, family, tmp_path):
 
 
 @pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.filterwarnings("ignore:the biases of the base model stay")
 @pytest.mark.parametrize(
     "options",
     [

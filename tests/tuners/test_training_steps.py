@@ -183,6 +183,7 @@ def test_bias_only_trains_the_biases_of_the_adapted_modules(method, train_norms)
 
 
 @every_method
+@pytest.mark.filterwarnings("ignore:the biases of the base model stay")
 @pytest.mark.parametrize("bias", ["all", "only"])
 def test_biases_train_with_the_adapter_that_has_them_and_with_no_other(method, bias, tmp_path):
     """Whichever was first, also where it is loaded."""
@@ -210,6 +211,7 @@ def test_biases_train_with_the_adapter_that_has_them_and_with_no_other(method, b
 
 @pytest.mark.parametrize("method", ["rep", "shared"])
 @pytest.mark.parametrize("first", [{"train_norms": True}, {"train_scales": ["mlp"], "train_norms": False}])
+@pytest.mark.filterwarnings("ignore:the biases of the base model stay")
 @pytest.mark.parametrize("bias", ["all", "only"])
 def test_trained_biases_are_saved_without_what_is_merged_into_them(method, first, bias, tmp_path):
     bias = f"loretta_{method}_only" if bias == "only" else bias
@@ -247,6 +249,7 @@ def test_trained_biases_are_saved_and_loaded(method, bias, tmp_path):
 
 
 @every_method
+@pytest.mark.filterwarnings("ignore:the biases of the base model stay")
 def test_trained_biases_are_saved_and_loaded_beside_an_adapter_elsewhere(method, tmp_path):
     def biased():
         return config_for(method, task_type="CAUSAL_LM", target_modules=["c_attn"], train_norms=False, bias="all")

@@ -137,3 +137,27 @@ def test_modules_that_were_trained_whole_follow_a_merge(whole):
     merged = model.merge_and_unload(adapter_names=["other"])
     assert_plain(merged, "llama")
     assert_near("unloaded", logits(merged, inputs), wanted)
+
+
+@every_method
+def test_trained_biases_that_stay_behind_are_named(method):
+    def told(do) -> int:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            do()
+        return sum("stay as the adapter 'default' has trained them" in str(warning.message) for warning in caught)
+
+    base, inputs = build("gpt2")
+    before = logits(base, inputs)
+    for do in (lambda m: m.set_adapter("other"), lambda m: m.delete_adapter("default"), lambda m: m.unload()):
+        model, _ = wrap("gpt2", method, bias="all")
+        trained(model).add_adapter("other", config_for(method, task_type="CAUSAL_LM"))
+        assert told(partial(model.set_adapter, "default")) == 0
+        assert told(partial(do, model)) == 1
+        inner = model.get_base_model()
+        assert not torch.allclose(logits(inner, inputs), before, rtol=1e-3)
+    model, _ = wrap("gpt2", method, target_modules=["c_attn"])
+    model.add_adapter("other", config_for(method, task_type="CAUSAL_LM"))
+    assert told(partial(model.set_adapter, "other")) == told(model.unload) == 0
+    if method != "adp":
+        assert told(wrap("gpt2", method, bias="all")[0].merge_and_unload) == 0

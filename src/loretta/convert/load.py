@@ -48,6 +48,12 @@ class SavedAdapter:
 
         Raises InputError for a damaged file, a base model that cannot be loaded, or one that the adapter does not fit.
         """
+        adapted = load_adapter(self.load_base(dtype), self.folder)
+        adapted.peft_config["default"].base_model_name_or_path = self.base
+        return adapted
+
+    def load_base(self, dtype: str = "auto") -> PreTrainedModel:
+        """The base model without the adapter, on the CPU. Raises InputError where it cannot be loaded."""
         wanted: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
         if n_labels := count_labels(_shapes(self.folder)):
             wanted["num_labels"] = n_labels
@@ -56,14 +62,12 @@ class SavedAdapter:
         auto = getattr(transformers, base_class(self.config) or "AutoModel", transformers.AutoModel)
         try:
             with quiet_transformers():
-                model = from_pretrained(auto, self.base, **wanted)
+                base: PreTrainedModel = from_pretrained(auto, self.base, **wanted)
         except NotLoaded as error:
             raise InputError(
                 f"cannot load the base model '{self.base}' ({error}): give its folder or Hub id with --model"
             ) from None
-        adapted = load_adapter(model, self.folder)
-        adapted.peft_config["default"].base_model_name_or_path = self.base
-        return adapted
+        return base
 
     def tokenizer(self) -> Any:
         """The tokenizer saved beside the adapter, else that of the base model, else None."""

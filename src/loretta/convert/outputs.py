@@ -75,10 +75,12 @@ class Comparison:
         model = saved.load()
         self._outputs = _outputs(model, self._inputs)
         self.of_adapter: Difference | None = None
-        if not saved.config.get("modules_to_save") and saved.config.get("bias", "none") == "none":
+        has_biases = saved.config.get("bias", "none") != "none"
+        if not saved.config.get("modules_to_save") and not has_biases:
             with model.disable_adapter():
                 self.of_adapter = _difference(_outputs(model, self._inputs), self._outputs)
-        self._base = cast(Any, model).unload()
+        # biases of the base stay as they were trained, and would hide that the other adapter has lost them
+        self._base = saved.load_base() if has_biases else cast(Any, model).unload()
 
     def with_adapter(self, folder: Path) -> Difference:
         """The difference between the adapter and the one in ``folder``. Call it once: it adapts the base model."""

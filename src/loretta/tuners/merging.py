@@ -98,6 +98,7 @@ class MergingTuner(BaseTuner):
         if safe_merge:  # before anything is unloaded
             self._merge(merged, safe_merge)
             return self.unload()
+        self._say_that_biases_stay(merged)
         names = merged if self._merged() else adapter_names
         for module in self.model.modules():
             if isinstance(module, BaseTunerLayer) and not isinstance(module, AdaptedModule):  # perhaps around ours
@@ -106,11 +107,23 @@ class MergingTuner(BaseTuner):
 
     def unload(self) -> Any:
         """As PEFT's, with what is merged already in the weights."""
-        if not (merged := self._merged()):
+        merged = self._merged()
+        self._say_that_biases_stay(merged)
+        if not merged:
             return self._bare(super().unload())
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "All adapters are already merged")  # that is what is asked here
             return self._bare(super().merge_and_unload(adapter_names=merged))
+
+    def _say_that_biases_stay(self, acting: Collection[str]) -> None:
+        """Warn of adapters that act no more and have trained biases of the base; of disabled ones PEFT warns."""
+        for name, config in self.peft_config.items():
+            if name not in acting and getattr(config, "bias", "none") != "none":
+                warnings.warn(
+                    f"the biases of the base model stay as the adapter {name!r} has trained them "
+                    f"(bias={config.bias!r}), whatever acts now: load the base model anew for its own",
+                    stacklevel=3,
+                )
 
     def _bare(self, unloaded: Any) -> Any:
         Contraction.detach(self.model)

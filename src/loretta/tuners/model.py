@@ -200,6 +200,7 @@ class LorettaModel(MergingTuner):
                 )
             for layer in self._layers(AdaptedModule):
                 layer.set_adapter(others or left[:1])  # what is merged goes on computing
+        self._say_that_biases_stay([name for name in self.peft_config if name != adapter_name])
         super().delete_adapter(adapter_name)
 
     @classmethod
@@ -247,6 +248,7 @@ class LorettaModel(MergingTuner):
             copied.check_set_adapter(adapter_name)
         super().set_adapter(adapter_name, inference_mode=inference_mode)
         self._follow_merge()  # PEFT has unmerged the layers
+        self._say_that_biases_stay(self.active_adapters)
         self._train_biases(inference_mode=inference_mode)
 
     def _train_biases(self, *, inference_mode: bool) -> None:
