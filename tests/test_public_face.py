@@ -17,7 +17,7 @@ from loretta.registration import register_with_peft
 def run(program: str, *arguments: object) -> str:
     """Standard output of a program in a new process."""
     command = [sys.executable, "-c", program, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -29,7 +29,7 @@ loretta.get_peft_model(model, loretta.LorettaRepConfig(tensor_rank=2, target_mod
 
 def printed_by(program: str) -> list[str]:
     """The lines on stderr, without the time and process that torch's loggers begin them with."""
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return [re.sub(r"^[A-Z]\d{4} [\d:.]+ \d+ ", "", line) for line in done.stderr.splitlines()]
 

@@ -41,7 +41,7 @@ def loretta_exec(*arguments: object, folder: Path, **environment: str) -> tuple[
     command = [sys.executable, "-m", "loretta", "exec", *map(str, arguments)]
     quiet = {name: value for name, value in os.environ.items() if name != "PYTHONWARNINGS"}
     done = subprocess.run(
-        command, cwd=folder, env=quiet | {"PATH": path} | environment, capture_output=True, text=True, timeout=300
+        command, cwd=folder, env=quiet | {"PATH": path} | environment, capture_output=True, text=True, timeout=600
     )
     return done.returncode, done.stdout, done.stderr
 
@@ -83,7 +83,7 @@ def test_a_python_without_loretta_says_so(folder):
     children = Path(importlib.util.find_spec("loretta.cli").origin).parent / "children"
     command = [sys.executable, "-S", str(children / "sitecustomize.py")]
     isolated = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(command, env=isolated, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, env=isolated, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0
     assert done.stderr.startswith(f"loretta exec: {sys.executable} has no loretta, so PEFT there does not know")
 

@@ -29,7 +29,7 @@ HEAVY = {"torch", "transformers", "peft", "numpy", "scipy", "pandas", "datasets"
 def loretta(*arguments: object, **environment: str) -> tuple[int, str, str]:
     """Exit status, standard output and standard error of ``python -m loretta``; no heavy module may be imported."""
     command = [sys.executable, "-X", "importtime", "-m", "loretta", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=os.environ | environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ | environment)
     times = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
     imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in times}
     assert "loretta" in imported

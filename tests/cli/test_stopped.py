@@ -12,6 +12,7 @@ import torch
 from commands import call, train_arguments
 from interrupts import stopping_behind
 
+from loretta.cli.options import Command
 from loretta.training.predict import load_run, predict
 
 
@@ -24,6 +25,46 @@ def test_a_training_that_is_stopped_goes_on(number, status, bert, reviews, capsy
     assert last.startswith(f"loretta: stopped by {number.name} behind step 3 of 10, which is saved")
     assert last.endswith("go on with the same command and --resume")
     assert call(capsys, "train", "--resume", tmp_path / "run")[0] == 0
+
+
+def test_a_comparison_that_is_stopped_goes_on_with_the_command_that_it_has(bert, reviews, capsys, tmp_path):
+    """It takes no --resume, in which process its runs ever train."""
+    columns = ("--text", "review", "--label", "mood", "--methods", "lora,ia3", "--epochs", 1, "--batch-size", 8)
+    words = (
+        "compare",
+        "--model",
+        bert,
+        "--data",
+        reviews,
+        *columns,
+        "--seeds",
+        1,
+        "--cpu",
+        "--jobs",
+        0,
+        "-o",
+        tmp_path,
+    )
+    with stopping_behind(3, signal.SIGINT):
+        status, _, err = call(capsys, *words)
+    assert status == 130
+    assert err.splitlines()[-1].endswith("behind step 3 of 10, which is saved: go on with the same command")
+    assert call(capsys, *words)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("verb", "again"), [("train", "with --resume"), ("compare", "the same command"), ("report", "")]
+)
+def test_an_interrupt_tells_of_what_the_command_has(verb, again, capsys, tmp_path, monkeypatch):
+    def interrupt(*given, **named):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Command, "_invoke", interrupt)
+    words = {"train": ["--data", "x"], "compare": ["--data", "x"], "report": [tmp_path]}
+    status, _, err = call(capsys, verb, *words[verb])
+    assert status == 130
+    last = err.splitlines()[-1]
+    assert again in last if again else last == "loretta: interrupted"
 
 
 def test_numbers_that_are_not_finite_have_a_status_of_their_own(bert, reviews, capsys, tmp_path):

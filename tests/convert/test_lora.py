@@ -133,7 +133,7 @@ def loaded(tmp_path_factory) -> tuple[dict, dict]:
             add(f"{family}, {name} of two", model, inputs, root / family / "several", type(base).__name__, name)
             model.set_adapter("default")
     torch.save(cases, root / "cases.pt")
-    done = subprocess.run([sys.executable, "-c", PROGRAM, str(root)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", PROGRAM, str(root)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return expected, torch.load(root / "results.pt")
 

@@ -282,7 +282,7 @@ def test_a_browser_paints_the_page(tmp_path: Path, width: int):
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking"]
     options += [f"--user-data-dir={tmp_path / 'profile'}", f"--screenshot={tmp_path / 'shot.png'}"]
     options += [f"--window-size={width},2000", (tmp_path / "report.html").as_uri()]
-    subprocess.run(["chromium", *options], check=True, capture_output=True, timeout=120)
+    subprocess.run(["chromium", *options], check=True, capture_output=True, timeout=600)
     pixels_YXC = (imread(tmp_path / "shot.png")[..., :3] * 255).round()
     for colour in figures.COLOURS[:2]:  # the line of each run is there
         rgb = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]

@@ -106,7 +106,7 @@ def test_a_browser_lays_the_page_out_without_scrolling_sideways(folder: Path, tm
             f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=2000", "--hide-scrollbars",
             "--dump-dom", (tmp_path / "page.html").as_uri(),
         ],
-        check=True, capture_output=True, text=True, timeout=120,
+        check=True, capture_output=True, text=True, timeout=600,
     ).stdout  # fmt: skip
     assert f"<title>{width},{width}</title>" in dom
 
@@ -123,7 +123,7 @@ def test_a_browser_paints_it_light_and_dark(folder: Path, tmp_path: Path, look: 
             f"--blink-settings=preferredColorScheme={look}", f"--user-data-dir={tmp_path / 'profile'}",
             f"--screenshot={tmp_path / 'shot.png'}", "--window-size=1280,1600", (tmp_path / "page.html").as_uri(),
         ],
-        check=True, capture_output=True, timeout=120,
+        check=True, capture_output=True, timeout=600,
     )  # fmt: skip
     pixels_YXC = (imread(tmp_path / "shot.png")[..., :3] * 255).round()
     assert tuple(pixels_YXC[2, 2]) == page

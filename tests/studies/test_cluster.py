@@ -87,7 +87,7 @@ here = pathlib.Path.cwd()
 def others(what):
     (here / what).mkdir(exist_ok=True)
     (here / what / run).touch()
-    end = time.monotonic() + 60
+    end = time.monotonic() + 300
     while len(os.listdir(here / what)) < 4 and time.monotonic() < end:
         time.sleep(0.05)
     return len(os.listdir(here / what))

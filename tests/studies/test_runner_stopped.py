@@ -112,7 +112,7 @@ def test_killed_half_way_and_resumed(bert, data_dir, tmp_path, monkeypatch):
 
 
 def wait_for_end(pids):
-    for _ in range(200):
+    for _ in range(2000):
         if not any(os.path.exists(f"/proc/{pid}") for pid in pids):
             return
         time.sleep(0.05)

@@ -189,7 +189,7 @@ def held(config: RunConfig, say: Callable[[str], None]) -> RunRecord:
         if holder == 0:
             with hold(config.folder):
                 (config.folder / "ready").touch()
-                time.sleep(120)
+                time.sleep(600)
             os._exit(0)
         while not (config.folder / "ready").exists():
             time.sleep(0.01)

@@ -254,7 +254,7 @@ def test_threads_that_share_a_model_do_not_add_an_update_twice():
     def wait(*_) -> None:
         if not inside.is_set():
             inside.set()
-            behind.wait(60)
+            behind.wait(300)
             time.sleep(0.3)  # for the other one to read the parameter, if nothing keeps it
 
     def arrive(*_) -> None:
@@ -265,7 +265,7 @@ def test_threads_that_share_a_model_do_not_add_an_update_twice():
     outer.register_forward_pre_hook(arrive)
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(logits, model, INPUTS)
-        assert inside.wait(60)
+        assert inside.wait(300)
         second = pool.submit(logits, model, INPUTS)
         assert torch.equal(first.result(), expected)
         assert torch.equal(second.result(), expected)

@@ -95,7 +95,7 @@ def sessions(tmp_path_factory) -> tuple[dict, dict]:
         cases[job] = (task, str(folder), inputs, LOADED[how])
         expected[job] = logits(model, inputs)
     torch.save(cases, root / "cases.pt")
-    done = subprocess.run([sys.executable, "-c", PROGRAM, str(root)], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, "-c", PROGRAM, str(root)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return expected, torch.load(root / "results.pt")
 

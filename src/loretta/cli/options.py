@@ -120,6 +120,11 @@ WITH_LESS_MEMORY = {
     "compare": "lower --jobs, --population or --batch-size",
 }
 
+GO_ON = {
+    "train": "; a run goes on from its last checkpoint with --resume",
+    **dict.fromkeys(("compare", "reproduce"), "; the same command goes on"),
+}
+
 
 class Command(TyperCommand):
     """A verb whose ``--help`` lists options in groups, and that suggests ours for the names of other programs.
@@ -138,7 +143,7 @@ class Command(TyperCommand):
             raise typer.Exit(stopped.exit_status) from None
         except KeyboardInterrupt:
             if processes.is_first():
-                print("loretta: interrupted; a run goes on from its last checkpoint with --resume", file=sys.stderr)
+                print(f"loretta: interrupted{GO_ON.get(str(ctx.info_name), '')}", file=sys.stderr)
             raise typer.Exit(130) from None
 
     def _invoke(self, ctx: Any) -> Any:

@@ -103,14 +103,15 @@ class StopAtSignal(TrainerCallback):
 
 
 @contextmanager
-def stopping_at_signals(
-    stage: str = "before its first step", again: str = "the same command and --resume"
-) -> Iterator[StopAtSignal]:
+def stopping_at_signals(stage: str = "before its first step", again: str | None = None) -> Iterator[StopAtSignal]:
     """Handle the signals as :class:`StopAtSignal` says, where this is the thread that may, until the block ends.
 
-    ``stage`` are the words for where it stands, and ``again`` for how to go on.
+    ``stage`` are the words for where it stands, and ``again`` for how to go on; default: those of the block around it,
+    as of a study that trains in its own process.
     """
-    stop = StopAtSignal(stage, again)
+    around = getattr(signal.getsignal(signal.SIGINT), "__self__", None)
+    outer = around.again if isinstance(around, StopAtSignal) else "the same command and --resume"
+    stop = StopAtSignal(stage, again or outer)
     if threading.current_thread() is not threading.main_thread():
         yield stop
         return
