@@ -1,6 +1,7 @@
 """Numbers in README and docs are those of the result files, and what they point to is there."""
 
 import importlib.util
+import json
 import pathlib
 import re
 
@@ -32,7 +33,6 @@ def test_the_counts_page_is_what_the_presets_plan():
 
 
 def test_the_demo_uses_the_best_learning_rates_of_the_search():
-    import json
     from collections import defaultdict
     from statistics import mean
 
@@ -50,6 +50,19 @@ def test_the_demo_uses_the_best_learning_rates_of_the_search():
             continue
         scores = {other: mean(values) for (name, other), values in points.items() if name == method}
         assert max(scores, key=scores.get) == rate, method
+
+
+def test_the_page_of_studies_says_how_far_estimates_were_off():
+    rows = json.loads((ROOT / "benchmarks/results/estimates.json").read_text())["rows"]
+    found = {name: sorted(round(row["ratios"][name], 2) for row in rows) for name in rows[0]["ratios"]}
+    assert {*found["parameters"], *found["steps"]} == {1}
+    words = " ".join((ROOT / "docs/studies.md").read_text().split())
+    time, memory = found["seconds"], found["memory_bytes"]
+    assert f"the time told was {time[0]} to {time[-1]} of the time taken" in words
+    assert f"the memory {memory[0]} to {memory[-1]} of what the process held" in words
+    assert f"The two shortest, {time[0]} and {time[1]}" in words
+    assert f"without them it is {time[2]} and more" in words
+    assert len(rows) == 11
 
 
 PAGES = sorted(path for folder in ("", "docs", "examples") for path in (ROOT / folder).glob("*.md"))
