@@ -266,3 +266,20 @@ def test_torchs_encoder_without_its_fast_path_evaluates_what_it_trains(method, m
         after = model(x)
     assert_near("as with gradients", after, model(x).detach())
     assert not torch.allclose(after, before)
+
+
+@every_method
+@pytest.mark.parametrize("head", ["tensorized", "dense", "tensorized_only"])
+def test_a_head_that_was_quantised_with_the_base_is_named(method, head):
+    model, _ = build("bert")
+    for layer in (model.bert.pooler.dense, model.classifier):
+        layer.weight = nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
+    before = state(model)
+    names = r"\['classifier', 'bert.pooler.dense'\]"
+    with pytest.raises(InputError, match=f"'classifier', 'bert.pooler.dense' whole, .*llm_int8_skip_modules={names}"):
+        get_peft_model(model, config_for(method, task_type="SEQ_CLS", train_head=head))
+    assert_same(before, state(model))
+    causal, _ = build("llama")
+    causal.lm_head.weight = nn.Parameter(torch.zeros(8, 1, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(InputError, match="'lm_head' whole, and the base model was loaded with quantised weights"):
+        get_peft_model(causal, config_for(method, task_type="CAUSAL_LM", modules_to_save=["lm_head"]))

@@ -1,6 +1,7 @@
 """The classification head: what happens to each of its modules (LoRETTA section B), and the cost of head and norms."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -35,10 +36,11 @@ class CopyCost:
 def copy_cost(model: nn.Module, config: LorettaConfig) -> CopyCost:
     """What trained norms, the head and the user's ``modules_to_save`` will add, counted on sizes alone.
 
-    Raises InputError when a given shape does not fit the head's hidden layer.
+    Raises InputError when a given shape does not fit the head's hidden layer, and for quantised modules.
     """
     heads = Head(model, config).policies
     whole = [name for name in named_whole(outer_modules(model), config) if name not in heads]
+    _check_plain(model, [*heads, *whole])
     norms = norms_of(model, outside=[*heads, *whole]) if config.train_norms else []
     n_norms = sum(parameter.numel() for name in norms for parameter in own_parameters(model.get_submodule(name)))
     head = frozen = 0
@@ -69,6 +71,16 @@ def copy_cost(model: nn.Module, config: LorettaConfig) -> CopyCost:
         else:
             head += n_parameters
     return CopyCost(norms=n_norms, head=head, frozen=frozen, parts=tuple(parts))
+
+
+def _check_plain(model: nn.Module, copied: Sequence[str]) -> None:
+    """Refuse to copy modules whose weights are whole numbers, which no gradient reaches."""
+    parts = {name: _original(model.get_submodule(name)).parameters() for name in copied}
+    if packed := [name for name, own in parts.items() if not all(each.is_floating_point() for each in own)]:
+        raise InputError(
+            f"the adapter trains or saves {', '.join(map(repr, packed))} whole, and the base model was loaded with "
+            f"quantised weights there: load it with llm_int8_skip_modules={packed} in its BitsAndBytesConfig"
+        )
 
 
 def _in_words(policy: CopyPolicy) -> str:
