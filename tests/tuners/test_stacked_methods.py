@@ -122,3 +122,18 @@ def test_a_tuner_merges_and_deletes_what_another_one_made_active():
     models["two"].base_model.set_adapter("one")
     models["one"].base_model.delete_adapter("one")
     assert_near("deleted", logits(models["two"], inputs), expected["extra"])
+
+
+@pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted")
+def test_what_another_methods_tuner_has_deleted_does_not_become_active():
+    model, inputs = build("llama", dtype=torch.float64)
+    lora = get_peft_model(model, LoraConfig(target_modules=["q_proj"]), "first")
+    ours = trained(get_peft_model(model, config_for("rep", target_modules=["q_proj"]), "second"))
+    ours.add_adapter("third", config_for("rep", target_modules=["v_proj"]))
+    lora.delete_adapter("first")
+    ours.set_adapter("third")
+    expected = logits(trained(ours, seed=2).double().eval(), inputs)
+    ours.set_adapter("second")
+    ours.delete_adapter("second")
+    assert ours.active_adapters == ["third"]
+    assert_near("the one that is left", logits(ours, inputs), expected)

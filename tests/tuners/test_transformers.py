@@ -159,6 +159,21 @@ def test_deleting_through_transformers(family, train_norms, method):
 
 
 @beside_another
+@pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted:UserWarning")
+@every_method
+def test_layers_go_on_with_the_same_adapter_where_transformers_deletes_the_active_one(method):
+    model, inputs = base_of("llama")
+    for seed, (name, target) in enumerate((("third", "k_proj"), ("second", "v_proj"), ("first", "q_proj"))):
+        add(model, name, options_for("llama", method, target_modules=[target], train_norms=False), seed=seed)
+    model.set_adapter("second")
+    second = logits(model, inputs)
+    model.set_adapter("first")
+    model.delete_adapter("first")
+    assert model.active_adapters() == ["second"]
+    assert torch.equal(logits(model, inputs), second)
+
+
+@beside_another
 @every_method
 @pytest.mark.parametrize("train_norms", [True, False])
 def test_only_the_adapter_that_transformers_added_last_trains(train_norms, method):

@@ -1,6 +1,6 @@
 """What trained norms, trained scales and layers with trains share, and the order in which layers merge."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,14 +31,16 @@ def put_back(before: Sequence[tuple[Any, list[str]]]) -> None:
             layer.merged_adapters = names  # also those that it does not have, which fall silent with the others
 
 
-def settle(model: nn.Module, followers: list[Any]) -> None:
-    """Tell all layers of ours where they are, which a layer that is put around them does not, and what follows them."""
+def settle(model: nn.Module, adapters: Iterable[str], followers: list[Any]) -> None:
+    """Tell all layers of ours where they are, which a layer around them does not, and what else there is."""
     for holder in model.modules():
         for name, child in [] if isinstance(holder, BaseTunerLayer) else holder.named_children():
             layer: Any = child
             while isinstance(layer, BaseTunerLayer):
                 if isinstance(layer, AdaptedModule):
                     layer.home, layer.followers = (holder, name), followers
+                    layer.known.clear()
+                    layer.known.update(dict.fromkeys(adapters))
                 layer = getattr(layer, "base_layer", None)
 
 
@@ -48,6 +50,8 @@ class AdaptedModule(BaseTunerLayer):
     base_layer: Any
     # the module that holds the outermost layer around this one, and its name there; torch registers no tuple as a part
     home: tuple[nn.Module, str] | None = None
+    # all adapters of the model: where the active one is deleted, PEFT takes the first of these, the same in each layer
+    known: dict[str, None]
     # copied modules: transformers disables them with the tuner layers, but never enables them
     followers: Sequence[Any] = ()
     cast_input_dtype_enabled = True  # PEFT's disable_input_dtype_casting sets it: nothing here casts its input

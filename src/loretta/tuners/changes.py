@@ -48,7 +48,7 @@ class ChangedModule(nn.Module, AdaptedModule):
         self.training = base_layer.training
         self.adapter_layer_names = ()
         self.other_param_names = ("known",)
-        self.known: dict[str, bool] = {}  # every adapter of the model: whether it changes this module
+        self.known: dict[str, None] = {}
         self._active_adapter: list[str] = []
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
@@ -67,12 +67,11 @@ class ChangedModule(nn.Module, AdaptedModule):
                 self.adapter_layer_names = (*self.adapter_layer_names, attribute)
             dtype = torch.promote_types(value.dtype, torch.float32)
             getattr(self, attribute)[adapter_name] = self.change_class(torch.zeros_like(value, dtype=dtype))
-        self.known[adapter_name] = True
 
     @property
     def held(self) -> list[str]:
         """The adapters that change this module."""
-        return [name for name, trains in self.known.items() if trains]
+        return list(dict.fromkeys(name for at in self.adapter_layer_names for name in getattr(self, at)))
 
     def change(self, adapter_name: str) -> dict[str, nn.Parameter]:
         """The changes of one adapter, by their names; empty where it does not change this module."""

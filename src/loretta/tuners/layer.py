@@ -23,7 +23,7 @@ from loretta.tuners.mixed import rows_by_adapter, side_by_side
 from loretta.tuners.placement import Placement, require_linear
 from loretta.tuners.scales import Scales
 
-BY_ADAPTER = ("scaling", "placements", "n_pairs", "drops")  # what every layer keeps beside its modules
+BY_ADAPTER = ("known", "scaling", "placements", "n_pairs", "drops")  # what every layer keeps beside its modules
 
 
 class LorettaLayer(JointLayer, AdaptedModule):
@@ -48,6 +48,7 @@ class LorettaLayer(JointLayer, AdaptedModule):
         self._disable_adapters = False
         self._active_adapter = []
         self.merged_adapters = []
+        self.known = {}
         for part in (*self.trains, "dropout"):
             self.add_module(self.prefix + part, nn.ModuleDict())
         self.scaling = Scales()

@@ -26,7 +26,7 @@ from loretta.tuners.adapter_file import (
 )
 from loretta.tuners.biases import biases_alone, biases_here, trained_biases, without_merged
 from loretta.tuners.bypassed import check_called, under_other_names
-from loretta.tuners.changes import ChangedModule, put_changes
+from loretta.tuners.changes import put_changes
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.contraction import Contraction
 from loretta.tuners.copies import AdapterCopy, check_copies_are_here, rename_copy
@@ -144,9 +144,7 @@ class LorettaModel(MergingTuner):
         for norm in self._layers(TrainedNorm):
             if config.holds_whole_norms:
                 norm.expects_values_of = adapter_name
-        for changed in self._layers(ChangedModule):
-            changed.known = {name: changed.known.get(name, False) for name in self.peft_config}
-        settle(model, self._layers(AuxiliaryTrainingWrapper))
+        self._settle()
         self._train_biases(inference_mode=config.inference_mode)
         if is_disabled:
             self.disable_adapter_layers()  # the new layers, too
@@ -188,18 +186,12 @@ class LorettaModel(MergingTuner):
         for layer in () if autocast_adapter_dtype else own:
             layer.to_base_dtype(adapter_name)
 
+    def _settle(self) -> None:
+        settle(self.model, self.peft_config, self._layers(AuxiliaryTrainingWrapper))
+
     def delete_adapter(self, adapter_name: str) -> None:
-        """As PEFT's, which asks the first layer alone what is active next: the others may have no place there."""
-        left = sorted(self.peft_config.keys() - {adapter_name})
-        if adapter_name in self._active() and left and adapter_name not in self._merged():
-            others = [name for name in self._active() if name != adapter_name]
-            if not others:
-                warnings.warn(
-                    f"Adapter {adapter_name} was active which is now deleted. Setting active adapter to {left[0]}.",
-                    stacklevel=2,
-                )
-            for layer in self._layers(AdaptedModule):
-                layer.set_adapter(others or left[:1])  # what is merged goes on computing
+        """As PEFT's. Where it was active, all layers go on with the same one."""
+        self._settle()  # another method's tuner tells ours of none that it has deleted
         self._say_that_biases_stay([name for name in self.peft_config if name != adapter_name])
         super().delete_adapter(adapter_name)
 
