@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+from draws import seeded
 from peft import PeftModel
 from tolerances import assert_gradients_near
 from torch import nn
 from tuners.families import OPTIONS, build, logits, loss_of
-from tuners.wrapped import config_for, every_method, snapshot, trainable, trained, wrap
+from tuners.wrapped import Two, config_for, every_method, own_trains, snapshot, trainable, trained, wrap
 
 from loretta import get_peft_model
 from loretta.layers.shared import SharedCores
@@ -151,6 +152,18 @@ def test_gradient_checkpointing_gives_equal_gradients(family, method, use_reentr
     plain, checkpointed = gradients
     assert all(grad is not None and grad.any() for grad in plain.values())
     assert_gradients_near(checkpointed, plain)
+
+
+@own_trains
+def test_a_module_that_a_step_does_not_call_gets_zeros(method):
+    """As under DDP, and unlike a LoRA's, which gets no gradient (docs/decisions.md)."""
+    model = trained(get_peft_model(Two(), config_for(method, target_modules=["one", "two"])))
+    base = model.get_base_model()
+    base.forward = lambda x: base.one(x)
+    model(torch.randn(5, 12, generator=seeded(0))).square().sum().backward()
+    for name, parameter in trainable(model).items():
+        assert parameter.grad is not None
+        assert bool(parameter.grad.any()) is (".one." in name)
 
 
 # Biases of the base model
