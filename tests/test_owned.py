@@ -3,9 +3,12 @@
 import json
 import os
 import shutil
+import stat
 
 import pytest
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from loretta.errors import InputError
 from loretta.owned import LIST, building, find_foreign, is_whole, publish, refuse_to_replace, remove_listed
@@ -131,3 +134,17 @@ def test_a_failed_write_leaves_no_folder(kind, tmp_path):
     with pytest.raises(InputError, match=r"cannot write.*full"):
         fail()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_files_get_the_rights_that_their_folder_would_give_them(mask, mode, tmp_path):
+    """Whoever writes them: safetensors lets their owner alone read them."""
+    before = os.umask(mask)
+    try:
+        with building(tmp_path / "out", last=["a.safetensors"], option="another") as new:
+            save_file({"a": torch.zeros(2)}, new / "a.safetensors")
+            (new / "a.safetensors").chmod(0o600)  # as from safetensors 0.8 on
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "out" / "a.safetensors").stat().st_mode) == mode
+    assert is_whole(tmp_path / "out")

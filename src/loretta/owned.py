@@ -206,6 +206,11 @@ def _move(new: Path, folder: Path, *, last: str, keep: bool) -> None:
             raise InputError(f"'{folder / name}' is not as loretta wrote it, and stays: move it away")
     sync(new)
     write_list(new, found)
+    usual = stat.S_IMODE((new / LIST).stat().st_mode)
+    for path in map(new.joinpath, coming):
+        if not path.is_symlink():
+            with suppress(OSError):  # not every disk has rights
+                path.chmod(stat.S_IMODE(path.stat().st_mode) | usual)  # safetensors lets the owner alone read its files
     write_list(folder, {**old, **{name: (*found[name], *old.get(name, ())) for name in found}})
     with temporary_folder(folder) as aside:
         moves = [(folder / name, aside / name) for name in reversed(coming) if (folder / name).exists()]
