@@ -193,11 +193,6 @@ def gained(form: str) -> tuple[float, float, float]:
     return low, high, many / few
 
 
-def adaptive(method: str, rate: str = "0.0015") -> float:
-    """The score on STS-B at a rate."""
-    return held_out("adaptive", f"at {rate}", method, "stsb")
-
-
 def fallen(rate: str, *methods: str) -> tuple[int, int]:
     """Of MPNet's cells of CoLA, MRPC and STS-B at a rate those where a seed is .15 or more below the best median.
 
@@ -222,18 +217,9 @@ def searched(file: str, *methods: str) -> tuple[float, ...]:
     return tuple(found)
 
 
-def peak(form: str, model: str) -> float:
-    return held_out("rates", "peak", form, model)
-
-
 def first(form: str, column: str) -> float:
     """A figure of the first round on MiniLM."""
     return held_out("MiniLM", column, form)
-
-
-def ended(method: str, column: str = "stsb") -> float:
-    """The loss on MiniLM's training rows at the end."""
-    return held_out("learning", column, method, "MiniLM")
 
 
 def run(column: str, method: str) -> float:
@@ -257,11 +243,6 @@ def tiny(task: str) -> float:
     """TinyLoRA's score on held-out rows of MiniLM, which no table has."""
     rows = [row for row in rows_of("peers_minilm.json") if row["method"].startswith("TinyLoRA") and row["task"] == task]
     return max(mean(scores) for scores in rows[0]["held_out"].values())
-
-
-def moves(form: str, model: str) -> float:
-    """By what factor the best rate moves over the ranks."""
-    return held_out("rates", model, form)
 
 
 def both_encoders() -> list[tuple[float, float]]:

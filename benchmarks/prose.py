@@ -2,9 +2,9 @@
 
     python benchmarks/prose.py
 
-names each sentence of sentences.py and compared.py that is no longer true of the tables and result files, and each
-decimal, rate and count in the prose that none of them holds. So it does with intervals that are called level, above or
-below and are not.
+names each sentence of prose.txt, sentences.py and compared.py that is no longer true of the tables and result files,
+and each decimal, rate and count in the prose that none of them holds. So it does with intervals that are called level,
+above or below and are not.
 """
 
 import re
@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 
 from cited import CHOOSING, MADE, PAGE, README, cells
-from compared import in_choosing, in_results, not_run_in_results, so_in_choosing, so_in_readme, so_in_results
+from compared import named, not_run_in_results, so_in_choosing, so_in_readme, so_in_results
 from sentences import Said, of_choosing, of_readme, of_results
 
 COUNTED = (
@@ -32,7 +32,7 @@ IN_BRACKETS = re.compile(
 )
 COUNT = re.compile(r"\d{1,3}(?:,\d{3})+")
 
-SENTENCES = {PAGE: (of_results, in_results), CHOOSING: (of_choosing, in_choosing), README: (of_readme,)}
+SENTENCES = {PAGE: of_results, CHOOSING: of_choosing, README: of_readme}
 SO = {PAGE: (so_in_results, not_run_in_results), CHOOSING: (so_in_choosing,), README: (so_in_readme,)}
 # headings below which no figure is today's, by the reason
 LEFT_OUT = {
@@ -80,7 +80,7 @@ def pattern(sentence: str) -> re.Pattern[str]:
 @cache
 def said(page: Path) -> tuple[Said, ...]:
     """The sentences of a page."""
-    return tuple(sentence for make in SENTENCES[page] for sentence in make())
+    return (*SENTENCES[page](), *(named(page) if page != README else ()))
 
 
 def stale(page: Path, text: str) -> Iterator[str]:

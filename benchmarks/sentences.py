@@ -1,6 +1,7 @@
 """Sentences of RESULTS.md, docs/choosing.md and README whose figures the generated tables and result files have.
 
-A sentence has {} for each figure, and the values that these must be; prose.py compares. Markdown's marks are left out.
+Here are those whose figures are computed; what a cell has stands in prose.txt. A sentence has {} for each figure, and
+the values that these must be; prose.py compares. Markdown's marks are left out.
 """
 
 import math
@@ -14,24 +15,20 @@ from cited import (
     CHOOSING,
     PAGE,
     README,
-    adaptive,
     beaten,
     both_encoders,
     cell,
     cells,
     core,
     counted,
-    ended,
     epochs,
     fallen,
     first,
     gained,
     held_out,
     lines,
-    moves,
     number,
     official,
-    peak,
     planned,
     rank,
     risen,
@@ -90,12 +87,6 @@ def of_results() -> Iterator[Said]:
     yield "The epochs of MPNet are {} fifths", (5 * epochs("all-mpnet-base-v2") / epochs("all-MiniLM-L6-v2"),)
     yield "its final layer learns at {} in", (HEAD_RATE,)
     yield "have few validation rows ({} and {})", (scored("rte"), scored("mrpc"))
-    yield "Of one mode a side they end at {}, constant ranks at {} and AdaLoRA at {} (STS-B, two seeds)", (
-        adaptive("one mode, adaptive from 4"), adaptive("one mode, rank 2"), adaptive("AdaLoRA 4 to 2"),
-    )  # fmt: skip
-    yield "need even_rates: {}, where constant ones have {} (three seeds).", (
-        adaptive("compact even, adaptive from 10"), adaptive("compact even, rank 5"),
-    )  # fmt: skip
     yield "compact goes from {} at rank 1 to {} at rank 32, with {} times as many numbers", gained("compact")
     yield "LoRA goes from {} to {}, with {} times as many", gained("LoRA")
     gains = [rank(form, 32, "SmolLM2")[0] - rank(form, 1, "SmolLM2")[0] for form in ("LoRA", "compact", "shared")]
@@ -110,10 +101,6 @@ def of_results() -> Iterator[Said]:
     yield "rep has {} LoRA r=1's parameters", (round(long("rep + norms") / long("LoRA r=1")),)
     yield "The norms alone rise least ({})", (risen("norms"),)
     yield "on MRPC all end between {} and {}.", (min(mrpc), max(mrpc))
-    yield "the perplexity of other texts from {} to {},", (
-        official("reading", "after boolq", "untrained"), official("reading", "after boolq", compact),
-    )  # fmt: skip
-    yield "the most of the forms ({})", (official("reading", "after sst2", "rep"),)
     yield (
         "at the rate of {} that they like best",
         (float(cells(CHOOSING, "front SmolLM2-135M-Instruct", "rates", "norms last 8")[0].split()[0].strip("*")),),
@@ -126,15 +113,12 @@ def of_results() -> Iterator[Said]:
     yield "that was run goes from {} to between {} and {} of F1", (
         official("answers", "score", "drop", "untrained"), min(drop), max(drop),
     )  # fmt: skip
-    yield "has {} on ReCoRD's", (official("answers", "score", "record", "untrained"),)
     yield "at most {} to train on and {} of the official validation rows", (SAMPLES["drop"]["train"], 1_000)
     yield "time of a step, {} times the frozen model's", (LIMIT,)
 
 
 def of_choosing() -> Iterator[Said]:
-    minilm, mpnet, smollm2 = (
-        f"front {name}" for name in ("all-MiniLM-L6-v2", "all-mpnet-base-v2", "SmolLM2-135M-Instruct")
-    )
+    minilm, mpnet = "front all-MiniLM-L6-v2", "front all-mpnet-base-v2"
     compact = "compact + norms"
     times = official("instruct", "trained", "LoRA r=16") / official("instruct", "trained", compact)
     parts = shares()
@@ -178,9 +162,6 @@ def of_choosing() -> Iterator[Said]:
     yield "({} or more below the best rate's median) in {} of {} cells at 3e-3, in {} of {} at 1.5e-3, in {} of {}", (
         0.15, *fallen("0.003"), *fallen("0.0015"), *fallen("0.00075"),
     )  # fmt: skip
-    yield "(perplexity {} for {})", (
-        official("reading", "after sst2", "LoRA r=1 last 5"), official("reading", "after sst2", "shared r=2"),
-    )  # fmt: skip
     yield "So {} on STS-B, {} on MRPC and {} on CoLA", tuple(tiny(task) for task in ("stsb", "mrpc", "cola"))
     yield (
         "VeRA of rank 256 {} ({} numbers), VB-LoRA {} ({}), Uni-LoRA {} ({}), FourierFT {} ({}), TinyLoRA {} ({}).",
@@ -190,80 +171,17 @@ def of_choosing() -> Iterator[Said]:
         "Uni-LoRA {} ({}), VeRA {} ({}), TinyLoRA {} ({}), VB-LoRA {} ({}), FourierFT {} ({}).",
         (searched("peers_smollm2.json", "Uni-LoRA", "VeRA", "TinyLoRA", "VB-LoRA", "FourierFT")),
     )
-    yield "Shared r=1 has {} there", (held_out(smollm2, "sst2", "shared r=1"),)
-    yield "The peak then moves by {} on MiniLM. *", (moves("LoRA^0.5", "MiniLM"),)
-    yield "The peak then moves by {} on MiniLM and by {} on MPNet.", (
-        moves("compact cores^1", "MiniLM"), moves("compact cores^1", "MPNet"),
-    )  # fmt: skip
-    yield "where LoRA falls by {} and shared by {} at", (moves("LoRA", "MPNet"), moves("shared", "MPNet"))
     yield "a peak is no surer than a factor of {}.", (math.sqrt(2),)
     yield "the peak moves by at most {} at the same rank", (max(max(a / b, b / a) for a, b in both_encoders()),)
-    yield "For compact such a scale does not help ({})", (moves("compact^0.5", "MiniLM"),)
     (whole,) = (line.cells for line in lines(CHOOSING, "rates") if {"compact^0.5 r=32", "MiniLM"} <= line.words)
     alive = [float(column) for column, cell in whole.items() if column.startswith("0.") and float(cell) > 0]
     yield "whatever the scale, seeds fail above {} at rank 32", (max(alive),)
-    yield "stays there: {}, {} and {} at ranks 4, 16 and 32 on MiniLM, {} at 32 on MPNet. At rank 1 it is {} and {}.", (
-        *(peak(f"compact cores^1 r={of}", "MiniLM") for of in (4, 16, 32)), peak("compact cores^1 r=32", "MPNet"),
-        peak("compact", "MiniLM"), peak("compact", "MPNet"),
-    )  # fmt: skip
-    yield "It costs no score: {} for {} at rank 32 on MPNet", (
-        rank("compact with even_rates", 32, "MPNet")[0], rank("compact", 32, "MPNet")[0],
-    )  # fmt: skip
-    yield "they end at {} from rank 4. Constant ones end at {}, AdaLoRA at {} ({} at twice the rate)", (
-        adaptive("one mode, adaptive from 4"), adaptive("one mode, rank 2"), adaptive("AdaLoRA 4 to 2"),
-        adaptive("AdaLoRA 4 to 2", "0.003"),
-    )  # fmt: skip
-    yield (
-        "does so without any cut: {} and {}.",
-        tuple(adaptive("compact, rank 10", rate) for rate in ("0.0015", "0.003")),
-    )
-    yield "the adaptive ones end at {} and {} with 18,600 numbers, constant rank 5 at {} with", (
-        *(adaptive(f"compact, adaptive{of}", "0.00075") for of in (" from 10", ", moments kept")),
-        adaptive("compact, rank 5", "0.00075"),
-    )  # fmt: skip
-    yield (
-        "At its own best rate constant rank 5 has {}.",
-        (max(adaptive("compact, rank 5", rate) for rate in ("0.00075", "0.0015", "0.003")),),
-    )
-    yield "even_rates: {} at 1.5e-3, where {} came without", (
-        adaptive("compact even, adaptive from 10"), adaptive("compact, adaptive from 10"),
-    )  # fmt: skip
-    yield "Constant rank 5 has {} at that rate.", (adaptive("compact even, rank 5"),)
     inner = "rep 2 modes, inner {}, cut {}"
-    yield (
-        "They did not: {} against {} on CoLA, 7,704 against 9,216",
-        (first(inner.format(8, 1), "cola"), first("LoRA r=1", "cola")),
-    )
-    yield "cut 5 have {} on CoLA with 10,320 parameters", (first("rep as published", "cola"),)
-    yield "cut 1 have {} with 3,864; of inner rank 8 {} with 7,704. One mode a side is LoRA r=1 and has {} with", (
-        first(inner.format(4, 1), "cola"), first(inner.format(8, 1), "cola"),
-        first("rep 1 modes, inner 1, cut 1", "cola"),
-    )  # fmt: skip
     for name, shown in (
         (inner.format(8, 2), "in place of 1 gives {} for {} times the parameters"),
         (inner.format(5, 5), "cut 5 gives {} for {} times."),
     ):
         yield shown, (first(name, "cola"), first(name, "trained") / first(inner.format(8, 1), "trained"))
-    yield (
-        "CoLA rises from {} to {} for 4/1, from {} to {} for the paper's shapes, and from {} to {} for LoRA r=1",
-        tuple(
-            first(name, "cola")
-            for form in (inner.format(4, 1), "rep as published", "LoRA r=1")
-            for name in (form, "rep 2 modes 4/1 all linear" if form.startswith("rep 2") else f"{form} all linear")
-        ),
-    )
-    yield "linear layer ({} with 9,312 parameters) than with rank 16 on query and value ({} with", (
-        first("shared r=2 all linear", "cola"), first("shared over layers, r=16", "cola"),
-    )  # fmt: skip
-    yield (
-        "4/1 on every linear layer goes from {} to {} in the mean",
-        tuple(first(f"rep 2 modes 4/1 all linear{norms}", "mean") for norms in ("", " + norms")),
-    )
-    yield "On MiniLM's STS-B that is {} for {}.", (ended("rep"), ended("LoRA r=1"))
-    yield (
-        "rep with norms still has {}, LoRA r=1 with half of its numbers {}, and compact with norms {}.",
-        tuple(ended(name, "mrpc, 30") for name in ("rep + norms", "LoRA r=1", compact)),
-    )
     yield from of_cores()
     yield "one token each, on {} training examples", (TRAINED,)
     yield "is no wider than {} to each side", (MARGIN,)

@@ -22,7 +22,7 @@ def test_each_sentence_says_what_was_measured(page):
 
 @PAGES
 def test_each_figure_of_the_prose_has_a_source(page):
-    assert list(prose.unheld(page, page.read_text())) == [], "a line of benchmarks/sentences.py says whence it comes"
+    assert list(prose.unheld(page, page.read_text())) == [], "a line of benchmarks/prose.txt says whence it comes"
 
 
 @PAGES
