@@ -4,8 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
 from loretta.record import KINDS
@@ -13,6 +12,7 @@ from loretta.tuners.adapted import AdaptedModule
 from loretta.tuners.biases import trained_biases
 from loretta.tuners.changes import ChangedModule
 from loretta.tuners.copies import AdapterCopy
+from loretta.tuners.names import parts_of_adapters
 from loretta.tuners.norms import TrainedNorm, is_norm
 
 
@@ -35,18 +35,13 @@ class Holdings:
         """Those of an adapter of rep, adp or shared."""
         trained: set[str] = set()
         frozen = 0
-        inside: list[str] = []  # of adapters
         for name, module in model.named_modules():
-            if not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-                continue
-            parts = (*module.adapter_layer_names, *module.other_param_names)
-            inside += [f"{name}.{part}." for part in parts]
             if isinstance(module, AdapterCopy) and adapter_name in module.modules_to_save:
                 own = module.trained(adapter_name)
                 trained |= {f"{name}.modules_to_save.{adapter_name}.{each}" for each in own}
                 frozen += sum(tensor.numel() for key, tensor in module.saved(adapter_name).items() if key not in own)
             elif isinstance(module, AdaptedModule) and adapter_name in module.held:
-                for part in parts:
+                for part in (*module.adapter_layer_names, *module.other_param_names):
                     held = getattr(module, part)
                     if not isinstance(held, nn.ModuleDict) or adapter_name not in held:
                         continue
@@ -56,7 +51,8 @@ class Holdings:
                     else:
                         frozen += sum(parameter.numel() for parameter in found.values())
         trained |= trained_biases(model, adapter_name, model.peft_config[adapter_name].bias).keys()
-        base = [p for name, p in model.named_parameters() if not name.startswith(tuple(inside))]
+        inside = parts_of_adapters(model)
+        base = [parameter for name, parameter in model.named_parameters() if not name.startswith(inside)]
         return cls(frozenset(trained), frozen, sum(parameter.numel() for parameter in base))
 
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from loretta.tuners.adapter_file import PREFIX
 from loretta.tuners.changes import ChangedModule
 from loretta.tuners.layer import LorettaLayer
+from loretta.tuners.names import parts_of_adapters
 
 
 def trained_biases(model: nn.Module, adapter_name: str, bias: str) -> dict[str, nn.Parameter]:
@@ -18,12 +19,11 @@ def trained_biases(model: nn.Module, adapter_name: str, bias: str) -> dict[str, 
     """
     if bias == "none":
         return {}
-    apart: list[str] = []  # parts of adapters, and what this one has biases of its own for
+    apart = [*parts_of_adapters(model)]  # and what this one has biases of its own for
     adapted: set[str] = set()
     for name, module in model.named_modules():
         if not isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
             continue
-        apart += [f"{name}.{part}." for part in (*module.adapter_layer_names, *module.other_param_names)]
         if adapter_name in getattr(module, "modules_to_save", getattr(module, "held", ())):
             if isinstance(module, LorettaLayer):
                 adapted.add(name.replace(".base_layer", "") + ".bias")

@@ -73,12 +73,19 @@ def check_apart(model: nn.Module, modules_to_save: Iterable[str]) -> None:
         )
 
 
+def parts_of_adapters(model: nn.Module) -> tuple[str, ...]:
+    """What the names of modules and tensors begin with that belong to an adapter, of any method."""
+    return tuple(
+        f"{name}.{part}."
+        for name, module in model.named_modules()
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+        for part in (*module.adapter_layer_names, *module.other_param_names)
+    )
+
+
 def _keys(model: nn.Module) -> list[str]:
     """Names of all modules, parameters and buffers, but for those that lie below the name of an adapter."""
-    adapters: list[str] = []
-    for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            adapters += [f"{name}.{part}." for part in (*module.adapter_layer_names, *module.other_param_names)]
+    adapters = parts_of_adapters(model)
     keys = [name for name, _ in model.named_modules()]
     keys += [name for named in (model.named_parameters(), model.named_buffers()) for name, _ in named]
-    return [key for key in keys if key and not key.startswith(tuple(adapters))]
+    return [key for key in keys if key and not key.startswith(adapters)]
