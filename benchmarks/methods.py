@@ -132,7 +132,7 @@ def shared(rank: int, targets: str = "all", *, norms: bool) -> Method:
 
 
 SCALES_RATE = 1.2e-2  # in the middle of the grid, whatever the matrices beside them like
-SCALED_PLACES = {"v": ["values"], "k,v": ["keys", "values"], "": ["keys", "values", "mlp"]}
+SCALED_PLACES = {"v": ["values"], "k,v": ["keys", "values"], "MLP": ["mlp"], "": ["keys", "values", "mlp"]}
 
 
 def with_scales(method: Method, places: str = "", *, middle: float = 1.5e-3, times: float = 1.0) -> Method:
@@ -221,6 +221,9 @@ WITH_SCALES = [
     with_scales(METHODS["shared r=1"], "v", middle=3e-3),
     with_scales(METHODS["compact"], "k,v"),
     with_scales(METHODS["shared r=2"], "k,v"),
+    with_scales(METHODS["shared r=3 attention"], "MLP"),
+    with_scales(METHODS["shared r=3 attention"], "v"),
+    with_scales(METHODS["shared r=2"], "v"),
 ]
 METHODS |= {method.name: method for method in SCALED + BONDS + SHAPES + HEADS + WITH_SCALES}
 
