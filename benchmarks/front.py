@@ -95,9 +95,22 @@ def front(found: Sequence[Row]) -> Front:
     )
 
 
+def in_lines(value: Any, indent: str = "") -> str:
+    """JSON whose rows have a line each, so that a change of one shows as one: a form takes less than 600 characters."""
+    whole = json.dumps(value)
+    if len(whole) < 600:
+        return whole
+    inside = f"{indent} "
+    if isinstance(value, list):
+        parts, (first, last) = [in_lines(each, inside) for each in value], "[]"
+    else:
+        parts, (first, last) = [f"{json.dumps(key)}: {in_lines(value[key], inside)}" for key in value], "{}"
+    return f"{first}\n{inside}" + f",\n{inside}".join(parts) + f"\n{indent}{last}"
+
+
 def text() -> str:
     """The content of the file."""
-    return json.dumps(front(evidence.rows()).model_dump(), indent=1) + "\n"
+    return in_lines(front(evidence.rows()).model_dump()) + "\n"
 
 
 if __name__ == "__main__":
