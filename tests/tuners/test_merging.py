@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from transformers.pytorch_utils import Conv1D
 from tuners.families import OPTIONS, assert_plain, build, kinds, logits
-from tuners.wrapped import config_for, snapshot, trained, wrap
+from tuners.wrapped import config_for, layers_of, snapshot, trained, wrap
 
 from loretta import InputError
 from loretta.tuners.adp import AdpLinear
@@ -231,6 +231,26 @@ def test_a_safe_merge_that_the_last_layer_refuses_leaves_the_model_as_it_was(how
         getattr(model, how)(safe_merge=True, adapter_names=["default", "other"])
     assert model.get_model_status().merged_adapters == ["default"]
     assert_near("still merged", logits(model, inputs), expected["default",])
+
+
+@pytest.mark.parametrize("how", ["merge_and_unload", "merge_adapter"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize(("method", "options"), [("rep", {"train_scales": ["values", "mlp"]}), ("shared", {})], ids=str)
+def test_weights_that_a_refused_merge_has_come_to_are_the_same_to_the_last_bit(method, options, dtype, how):
+    """What is subtracted again has been rounded."""
+    model, _ = wrap("llama", method, base={"dtype": dtype}, **options)
+    trained(model)
+    weight = layers_of(model)[-1].get_base_layer().weight
+    weight.data[0, 0] = float("nan")
+    values = snapshot(model)
+    with pytest.raises(ValueError, match="default"):
+        getattr(model, how)(safe_merge=True)
+    assert all(torch.equal(value.nan_to_num(), values[name].nan_to_num()) for name, value in model.state_dict().items())
+    assert model.get_model_status().merged_adapters == []
+    weight.data[0, 0] = 0.5
+    expected = copy.deepcopy(model).merge_and_unload().state_dict()
+    merged = model.merge_and_unload(safe_merge=True).state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in merged.items())
 
 
 @pytest.mark.parametrize("how", ["merge_and_unload", "merge_adapter"])

@@ -194,6 +194,19 @@ def test_merging_rounds_the_sum_once(folder, backend):
     assert torch.equal(logits(plain, INPUTS), merged)
 
 
+@merging_backend
+def test_a_merge_that_is_refused_rounds_nothing(folder, backend):
+    model = trained(wrapped(folder, backend, "rep"))
+    before = logits(model, INPUTS)
+    cores = trainable(model).popitem()[1]
+    kept = cores.detach().clone()
+    cores.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="default"):
+        model.merge_adapter(safe_merge=True)
+    cores.data.copy_(kept)
+    assert torch.equal(logits(model, INPUTS), before)
+
+
 @backends(BENCHMARK.PACKED)
 def test_what_cannot_be_merged_is_refused_and_stays_usable(folder, backend):
     model = trained(wrapped(folder, backend, "rep"))

@@ -1,11 +1,13 @@
 """Merging adapters into the base of a model, and what follows: norms, scales, heads and other methods' layers."""
 
+import copy
 import warnings
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
-from torch import nn
+from torch import Tensor, nn
 
 from loretta.errors import InputError
 from loretta.tuners.adapted import AdaptedModule, merge_below, put_back
@@ -15,6 +17,39 @@ from loretta.tuners.mergeable import check_mergeable, check_mergeable_names
 from loretta.tuners.watch import Watch
 
 Layer = TypeVar("Layer", bound=nn.Module | AdaptedModule)
+
+
+def _merge_layer(layer: Any, safe_merge: bool, adapter_names: list[str] | None) -> None:
+    merge_below(layer, safe_merge, adapter_names)
+    layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
+
+
+@contextmanager
+def _on_trial(layer: Any) -> Iterator[None]:
+    """Undo, to the last bit, what the block merges into a layer of any method and into what it wraps."""
+    parts, base = [layer], layer.get_base_layer()
+    while parts[-1] is not base:
+        parts.append(parts[-1].base_layer)
+    weights = dict(base.named_parameters())
+    values = {name: weight.data for name, weight in weights.items() if type(weight.data) is Tensor}
+    state = getattr(base, "state", None)  # of bitsandbytes' int8
+    parts += [*weights.values(), *([state] if hasattr(state, "__dict__") else [])]
+    before = [{key: copy.copy(v) if type(v) in (dict, list) else v for key, v in vars(part).items()} for part in parts]
+    same = [{key: v for key, v in vars(part).items() if type(v) in (dict, list)} for part in parts]
+    for name, value in values.items():
+        weights[name].data = value.clone()  # PEFT's own layers subtract in place
+    try:
+        yield
+    finally:
+        for part, now, then in zip(parts, same, before, strict=True):
+            for key, held in now.items():
+                held.clear()
+                held.extend(then[key]) if isinstance(held, list) else held.update(then[key])
+            vars(part).clear()
+            vars(part).update(then | now)
+        for name, value in values.items():
+            weights[name].data = value
+        note_change(activity_alone=True)
 
 
 class MergingTuner(BaseTuner):
@@ -46,15 +81,21 @@ class MergingTuner(BaseTuner):
         layers: list[Any] = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
         before = [(layer, [*layer.merged_adapters]) for layer in layers]
         within = {layer.base_layer for layer in layers}
-        try:
-            # PEFT begins with the outermost: a factor within would act on its update too
-            for layer in (layer for layer in layers if layer not in within):
-                with onload_layer(layer):
-                    merge_below(layer, safe_merge, adapter_names)
-                    layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
-        except ValueError:
-            put_back(before)
-            raise
+        # PEFT begins with the outermost: a factor within would act on its update too
+        outermost = [layer for layer in layers if layer not in within]
+        with warnings.catch_warnings():
+            if safe_merge:  # first each layer alone and for nothing: what is subtracted again has been rounded
+                for layer in outermost:
+                    with onload_layer(layer), _on_trial(layer):
+                        _merge_layer(layer, True, adapter_names)
+                warnings.simplefilter("ignore")  # all has been said
+            try:
+                for layer in outermost:
+                    with onload_layer(layer):
+                        _merge_layer(layer, False, adapter_names)
+            except ValueError:
+                put_back(before)
+                raise
         self._follow_merge()
 
     def unmerge_adapter(self) -> None:
