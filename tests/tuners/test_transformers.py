@@ -124,6 +124,36 @@ def test_biases_of_a_head_are_saved_once(method, tmp_path):
     assert torch.equal(logits(again.eval(), inputs), expected)
 
 
+@beside_another
+@pytest.mark.filterwarnings("ignore:Adapter .* was active which is now deleted:UserWarning")
+@every_method
+@pytest.mark.parametrize("bias", ["all", "only"])
+def test_trained_biases_train_with_their_adapter_and_are_named_where_it_is_left(method, bias):
+    def told(do) -> int:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            do()
+        return sum("stay as the adapter 'first' has trained them" in str(warning.message) for warning in caught)
+
+    model, _ = base_of("bert")
+    options = {"train_head": "frozen"}
+    bias = f"loretta_{method}_only" if bias == "only" else bias
+    model.add_adapter(options_for("bert", method, bias=bias, **options), adapter_name="first")
+    first = set(trainable(model))
+    assert any(name.endswith("base_layer.bias") for name in first)
+    assert told(lambda: model.add_adapter(options_for("bert", method, **options), adapter_name="second")) == 1
+    assert not [name for name in trainable(model) if ".second" not in name]
+    assert told(lambda: model.set_adapter("first")) == 0
+    assert set(trainable(model)) == first
+    assert told(model.disable_adapters) == 1
+    assert told(model.enable_adapters) == 0
+    assert told(lambda: model.set_adapter("second")) == 1
+    assert not [name for name in trainable(model) if ".second" not in name]
+    model.set_adapter("first")
+    assert told(lambda: model.delete_adapter("first")) == 1
+    assert not [name for name in trainable(model) if ".second" not in name]
+
+
 @every_method
 @with_norms
 @pytest.mark.parametrize("family", GENERATIVE)

@@ -1,5 +1,6 @@
 """Getting the base model back, and what PEFT may make a LoRA of."""
 
+import copy
 import warnings
 from functools import partial
 
@@ -8,7 +9,7 @@ import torch
 from peft import PeftModel, convert_to_lora, get_peft_model, save_as_lora, set_peft_model_state_dict
 from tolerances import assert_near
 from tuners.families import OPTIONS, assert_plain, build, logits, natural_task
-from tuners.wrapped import config_for, every_method, snapshot, trained, wrap
+from tuners.wrapped import config_for, every_method, snapshot, trainable, trained, wrap
 
 import loretta
 from loretta import InputError
@@ -140,7 +141,7 @@ def test_modules_that_were_trained_whole_follow_a_merge(whole):
 
 
 @every_method
-def test_trained_biases_that_stay_behind_are_named(method):
+def test_trained_biases_that_stay_behind_are_named(method, tmp_path):
     def told(do) -> int:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -156,8 +157,26 @@ def test_trained_biases_that_stay_behind_are_named(method):
         assert told(partial(do, model)) == 1
         inner = model.get_base_model()
         assert not torch.allclose(logits(inner, inputs), before, rtol=1e-3)
+    model, _ = wrap("gpt2", method, bias="all")
+    model.save_pretrained(tmp_path)
+    model.add_adapter("other", config_for(method, task_type="CAUSAL_LM"))
+    loretta.rename_adapter(model, "default", "new")
+    with pytest.warns(UserWarning, match="stay as the adapter 'new' has trained them"):
+        model.set_adapter("other")
+    model.set_adapter("new")
+    assert sum("new" in name or name.endswith(".bias") for name in trainable(model)) == len(trainable(model))
+    assert any(name.endswith("base_layer.bias") for name in trainable(model))
+
+    def disable() -> None:
+        with model.disable_adapter():
+            pass
+
+    loretta.rename_adapter(model, "new", "default")
+    assert told(disable) == 0  # PEFT has words of its own for that
     model, _ = wrap("gpt2", method, target_modules=["c_attn"])
     model.add_adapter("other", config_for(method, task_type="CAUSAL_LM"))
-    assert told(partial(model.set_adapter, "other")) == told(model.unload) == 0
+    assert told(partial(model.set_adapter, "other")) == told(copy.deepcopy(model).unload) == 0
+    model.delete_adapter("default")
+    assert told(partial(model.load_adapter, str(tmp_path), "default")) == 1  # the other computes with them
     if method != "adp":
         assert told(wrap("gpt2", method, bias="all")[0].merge_and_unload) == 0

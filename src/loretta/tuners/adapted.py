@@ -31,14 +31,14 @@ def put_back(before: Sequence[tuple[Any, list[str]]]) -> None:
             layer.merged_adapters = names  # also those that it does not have, which fall silent with the others
 
 
-def settle(model: nn.Module, adapters: Iterable[str], followers: list[Any]) -> None:
+def settle(model: nn.Module, adapters: Iterable[str], followers: list[Any], biases: Any) -> None:
     """Tell all layers of ours where they are, which a layer around them does not, and what else there is."""
     for holder in model.modules():
         for name, child in [] if isinstance(holder, BaseTunerLayer) else holder.named_children():
             layer: Any = child
             while isinstance(layer, BaseTunerLayer):
                 if isinstance(layer, AdaptedModule):
-                    layer.home, layer.followers = (holder, name), followers
+                    layer.home, layer.followers, layer.biases = (holder, name), followers, biases
                     layer.known.clear()
                     layer.known.update(dict.fromkeys(adapters))
                 layer = getattr(layer, "base_layer", None)
@@ -54,6 +54,7 @@ class AdaptedModule(BaseTunerLayer):
     known: dict[str, None]
     # copied modules: transformers disables them with the tuner layers, but never enables them
     followers: Sequence[Any] = ()
+    biases: Any = None  # the BaseBiases of the model, which act and train with the layers
     cast_input_dtype_enabled = True  # PEFT's disable_input_dtype_casting sets it: nothing here casts its input
     cannot_merge = ""  # why no weight has the effect of what an adapter has here
 
@@ -90,10 +91,18 @@ class AdaptedModule(BaseTunerLayer):
         self.merged_adapters = [new if name == old else name for name in self.merged_adapters]
         self._active_adapter = [new if name == old else name for name in self.active_adapters]
 
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """As PEFT's."""
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+        if self.biases is not None:
+            self.biases.follow(self.active_adapters, inference_mode=inference_mode)
+
     def enable_adapters(self, enabled: bool) -> None:
         super().enable_adapters(enabled)
         for copied in self.followers:
             copied.enable_adapters(enabled)
+        if self.biases is not None:
+            self.biases.leave(self.active_adapters if enabled else ())
 
     def _check_mixed_batch(self, x: Tensor, adapter_names: Sequence[str]) -> None:
         if len(x) != len(adapter_names):

@@ -1,6 +1,7 @@
 """Biases of the base model that an adapter trains (``bias``): which they are, and their names in its file."""
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Mapping
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -35,6 +36,47 @@ def trained_biases(model: nn.Module, adapter_name: str, bias: str) -> dict[str, 
         if (name.endswith(".bias") if bias == "all" else name.replace(".base_layer", "") in adapted)
         if not name.startswith(tuple(apart))
     }
+
+
+class BaseBiases:
+    """The biases of the base that adapters of one model train in place: with the adapter that has them, and no other.
+
+    All layers of the model share it, for transformers and PEFT's functions switch adapters layer by layer.
+    """
+
+    def __init__(self) -> None:
+        self.options: dict[str, str] = {}  # by adapter
+        self.modules: dict[str, list[nn.Module]] = {}
+        self.acting: Collection[str] = ()
+
+    def settle(self, model: nn.Module, options: Mapping[str, str]) -> None:
+        """Find the biases of all adapters; each trains one of its ``options``."""
+        self.options = {name: bias for name, bias in options.items() if bias != "none"}
+        self.modules = {
+            name: [model.get_submodule(key.removesuffix(".bias")) for key in trained_biases(model, name, bias)]
+            for name, bias in self.options.items()
+        }
+
+    def follow(self, acting: Collection[str], *, inference_mode: bool = False) -> None:
+        """Train those of the adapters that act from now on; PEFT leaves them as they were."""
+        for name, modules in self.modules.items():
+            for module in modules:
+                module.bias.requires_grad_(name in acting and not inference_mode)
+        self.leave(acting)
+
+    def leave(self, acting: Collection[str]) -> None:
+        """Warn of what no longer acts and stays in the base, where other adapters act from now on, or none."""
+        left, self.acting = [name for name in self.acting if name not in acting], [*acting]
+        self.say([name for name in left if name in self.options])
+
+    def say(self, left: Collection[str]) -> None:
+        """Warn of adapters that act no more and have trained biases of the base."""
+        for name in left:
+            warnings.warn(
+                f"the biases of the base model stay as the adapter {name!r} has trained them "
+                f"(bias={self.options[name]!r}), whatever acts now: load the base model anew for its own",
+                stacklevel=4,
+            )
 
 
 def without_merged(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from loretta.errors import InputError
 from loretta.tuners.adapted import AdaptedModule, merge_below, put_back
+from loretta.tuners.biases import BaseBiases
 from loretta.tuners.contraction import Contraction, note_change
 from loretta.tuners.copies import AdapterCopy
 from loretta.tuners.mergeable import check_mergeable, check_mergeable_names
@@ -121,6 +122,9 @@ class MergingTuner(BaseTuner):
         for copied in self._layers(AdapterCopy):
             copied.follow_merge(merged)
 
+    def _biases(self) -> BaseBiases:
+        return next((layer.biases for layer in self._layers(AdaptedModule) if layer.biases is not None), BaseBiases())
+
     def _is_disabled(self) -> bool:
         return any(layer.disable_adapters for layer in self._layers(AdaptedModule))
 
@@ -128,6 +132,7 @@ class MergingTuner(BaseTuner):
         """As PEFT's."""
         if self._merged():
             self.unmerge_adapter()  # at their next call the layers would unmerge, but not the heads
+        self._biases().acting = ()  # of these PEFT warns
         super().disable_adapter_layers()
 
     def merge_and_unload(
@@ -157,14 +162,8 @@ class MergingTuner(BaseTuner):
             return self._bare(super().merge_and_unload(adapter_names=merged))
 
     def _say_that_biases_stay(self, acting: Collection[str]) -> None:
-        """Warn of adapters that act no more and have trained biases of the base; of disabled ones PEFT warns."""
-        for name, config in self.peft_config.items():
-            if name not in acting and getattr(config, "bias", "none") != "none":
-                warnings.warn(
-                    f"the biases of the base model stay as the adapter {name!r} has trained them "
-                    f"(bias={config.bias!r}), whatever acts now: load the base model anew for its own",
-                    stacklevel=3,
-                )
+        biases = self._biases()
+        biases.say([name for name in biases.options if name not in acting])
 
     def _bare(self, unloaded: Any) -> Any:
         Contraction.detach(self.model)

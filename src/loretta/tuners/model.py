@@ -24,7 +24,7 @@ from loretta.tuners.adapter_file import (
     names_alone,
     renamed,
 )
-from loretta.tuners.biases import biases_alone, biases_here, trained_biases, without_merged
+from loretta.tuners.biases import biases_alone, biases_here, without_merged
 from loretta.tuners.bypassed import check_called, under_other_names
 from loretta.tuners.changes import put_changes
 from loretta.tuners.config import LorettaConfig
@@ -145,7 +145,7 @@ class LorettaModel(MergingTuner):
             if config.holds_whole_norms:
                 norm.expects_values_of = adapter_name
         self._settle()
-        self._train_biases(inference_mode=config.inference_mode)
+        self._biases().follow(self.active_adapters, inference_mode=config.inference_mode)
         if is_disabled:
             self.disable_adapter_layers()  # the new layers, too
         Contraction.attach(model)
@@ -187,12 +187,15 @@ class LorettaModel(MergingTuner):
             layer.to_base_dtype(adapter_name)
 
     def _settle(self) -> None:
-        settle(self.model, self.peft_config, self._layers(AuxiliaryTrainingWrapper))
+        biases = self._biases()
+        # those of another method are its own affair
+        ours = {name: config.bias for name, config in self.peft_config.items() if isinstance(config, LorettaConfig)}
+        biases.settle(self.model, ours)
+        settle(self.model, self.peft_config, self._layers(AuxiliaryTrainingWrapper), biases)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """As PEFT's. Where it was active, all layers go on with the same one."""
         self._settle()  # another method's tuner tells ours of none that it has deleted
-        self._say_that_biases_stay([name for name in self.peft_config if name != adapter_name])
         super().delete_adapter(adapter_name)
 
     @classmethod
@@ -240,16 +243,6 @@ class LorettaModel(MergingTuner):
             copied.check_set_adapter(adapter_name)
         super().set_adapter(adapter_name, inference_mode=inference_mode)
         self._follow_merge()  # PEFT has unmerged the layers
-        self._say_that_biases_stay(self.active_adapters)
-        self._train_biases(inference_mode=inference_mode)
-
-    def _train_biases(self, *, inference_mode: bool) -> None:
-        """Train biases of the base with the adapter that has them, and with no other. PEFT leaves them as they were."""
-        for name, config in self.peft_config.items():
-            trains = name in self.active_adapters and not inference_mode
-            bias = config.bias if isinstance(config, LorettaConfig) else "none"  # another method's is its own affair
-            for parameter in trained_biases(self.model, name, bias).values():
-                parameter.requires_grad_(trains)
 
     def rename_adapter(self, old: str, new: str) -> None:
         """Give a loaded adapter another name; see :func:`loretta.rename_adapter`."""
@@ -263,6 +256,8 @@ class LorettaModel(MergingTuner):
             layer.rename_adapter(old, new)
         for copied in self._layers(ModulesToSaveWrapper):
             rename_copy(copied, old, new)
+        self._biases().acting = self._active()
+        self._settle()
         self._follow_merge()
         self.active_adapter = [new if name == old else name for name in self.active_adapters]
 
@@ -346,6 +341,9 @@ class LorettaModel(MergingTuner):
                 )
         check_tensors(model, adapter_name, loaded, own=expected.keys())
         take_over(model, config, adapter_name)
+        layer = next(module for module in model.modules() if isinstance(module, AdaptedModule))
+        if adapter_name in layer.biases.options and adapter_name not in layer.active_adapters:
+            layer.biases.say([adapter_name])  # the others compute with them from now on
         return loaded
 
 
