@@ -15,8 +15,7 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at the
 
 @app.command("ls", cls=Command)
 def list_runs(
-    folder: Annotated[Path, typer.Argument(help="Folder of runs.")] = Path("runs"),
-    as_json: Json = False,
+    folder: Annotated[Path, typer.Argument(help="Folder of runs.")] = Path("runs"), as_json: Json = False
 ) -> None:
     """List every run below a folder with its state and score."""
     from loretta.studies.show import next_command, run_row, runs_table

@@ -50,8 +50,7 @@ RayGpus = Annotated[
     typer.Option(min=0, help="Of a GPU for each process on the cluster, as 0.25; default: one, where it has any."),
 ]
 Sweep = Annotated[
-    bool,
-    typer.Option("--sweep", help="Choose each method's learning rate on validation, with seed 0, from its grid."),
+    bool, typer.Option("--sweep", help="Choose each method's learning rate on validation, with seed 0, from its grid.")
 ]
 Search = Annotated[
     str | None,

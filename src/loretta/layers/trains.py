@@ -159,11 +159,7 @@ class TTLinear(nn.Module):
             biases: list[Tensor] = [bias for bias in (self.bias, pretrained.bias) if bias is not None]
             bias_O = torch.stack(biases).sum(0) if biases else None
         dense = nn.Linear(
-            self.in_features,
-            self.out_features,
-            bias_O is not None,
-            dtype=weight_IO.dtype,
-            device=weight_IO.device,
+            self.in_features, self.out_features, bias_O is not None, dtype=weight_IO.dtype, device=weight_IO.device
         )
         dense.weight.copy_(weight_IO.T)
         if bias_O is not None:

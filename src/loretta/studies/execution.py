@@ -15,17 +15,7 @@ from loretta.errors import NotRecorded, OutOfMemory, Stopped
 from loretta.files import write_json
 from loretta.memory import free_memory
 from loretta.studies import halving
-from loretta.studies.state import (
-    EVALUATIONS,
-    HOLDER,
-    LOG,
-    State,
-    beside,
-    evaluations,
-    folder_state,
-    held_by,
-    is_done,
-)
+from loretta.studies.state import EVALUATIONS, HOLDER, LOG, State, beside, evaluations, folder_state, held_by, is_done
 from loretta.studies.study import Planned
 from loretta.training.config import RunConfig
 from loretta.training.folder import by_signal, forget_failure, reason_of, record_failure

@@ -197,12 +197,7 @@ def _task(
     )
 
 
-def load_text(
-    path: Source,
-    *,
-    text: str | None = None,
-    **files: Unpack[OtherFiles],
-) -> Task:
+def load_text(path: Source, *, text: str | None = None, **files: Unpack[OtherFiles]) -> Task:
     """A task of language modelling: its documents are the paragraphs of a .txt or .md file, or a column of a table.
 
     ``text`` names the column ("text" by default). Without a validation file, 10% of the documents are held out by

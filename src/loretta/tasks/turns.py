@@ -27,12 +27,7 @@ def turns_of(columns: Sequence[str]) -> tuple[str, ...] | None:
     return next((names for names in READERS if set(names) <= set(columns)), None)
 
 
-def load_turns(
-    path: Source,
-    *,
-    kind: Kind | None = None,
-    **files: Unpack[OtherFiles],
-) -> Task:
+def load_turns(path: Source, *, kind: Kind | None = None, **files: Unpack[OtherFiles]) -> Task:
     """Conversations, prompts with completions, Alpaca's rows, or pairs of answers ("chosen", "rejected").
 
     The kind is "completion" for prompts and completions of plain text, which are joined as they stand, "preference" for

@@ -38,13 +38,7 @@ class AdaptiveRanks(TrainerCallback, ExportableState):
     """
 
     def __init__(
-        self,
-        budget: str | int,
-        *,
-        begin: float = 0.2,
-        end: float = 0.6,
-        cuts: int = 4,
-        adapter_name: str = "default",
+        self, budget: str | int, *, begin: float = 0.2, end: float = 0.6, cuts: int = 4, adapter_name: str = "default"
     ) -> None:
         self.budget = Budget.parse(budget)
         if not (0 <= begin < end <= 1 and cuts >= 1):

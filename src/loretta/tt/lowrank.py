@@ -163,8 +163,7 @@ def _basis(target_NK: Tensor, modes: Sequence[int], ranks: Sequence[int]) -> lis
     """
     n, k = target_NK.shape
     return tt_svd(
-        target_NK,
-        TTShape(in_features=n, out_features=k, modes=(*modes, k), ranks=(*ranks, 1), n_in=len(modes)),
+        target_NK, TTShape(in_features=n, out_features=k, modes=(*modes, k), ranks=(*ranks, 1), n_in=len(modes))
     )[:-1]
 
 

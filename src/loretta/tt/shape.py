@@ -160,12 +160,7 @@ def shape_from_modes(in_features: int, out_features: int, modes: Sequence[int], 
                     "which does not divide it: order the modes so that a leading product is a multiple that fits"
                 )
             return TTShape(
-                in_features=in_features,
-                out_features=out_features,
-                modes=modes,
-                ranks=ranks,
-                n_in=n_in,
-                split=split,
+                in_features=in_features, out_features=out_features, modes=modes, ranks=ranks, n_in=n_in, split=split
             )
         before *= mode
     else:

@@ -18,12 +18,7 @@ from torch import Tensor, nn
 
 from loretta.errors import InputError
 from loretta.tuners.adapted import AdaptedModule, settle
-from loretta.tuners.adapter_file import (
-    check_not_merged,
-    check_tensors,
-    names_alone,
-    renamed,
-)
+from loretta.tuners.adapter_file import check_not_merged, check_tensors, names_alone, renamed
 from loretta.tuners.biases import biases_alone, biases_here, without_merged
 from loretta.tuners.bypassed import check_called, under_other_names
 from loretta.tuners.changes import put_changes
@@ -33,24 +28,12 @@ from loretta.tuners.copies import AdapterCopy, check_copies_are_here, rename_cop
 from loretta.tuners.heads import agree_on_origins, copy_cost, head_names, install_head
 from loretta.tuners.in_place import take_over
 from loretta.tuners.labels import fit_final_layer, note_labels
-from loretta.tuners.layer import (
-    LorettaLayer,
-    at_least_float32,
-    is_offloaded,
-    keep_differentiable,
-)
+from loretta.tuners.layer import LorettaLayer, at_least_float32, is_offloaded, keep_differentiable
 from loretta.tuners.merging import MergingTuner
 from loretta.tuners.mixed import check_rows_first, naming, passing
 from loretta.tuners.names import check_adapter_name, check_apart, check_endings
 from loretta.tuners.norms import TrainedNorm, is_norm, norms_of, values_as_changes
-from loretta.tuners.placement import (
-    Placement,
-    check_signature,
-    expand_targets,
-    matched_modules,
-    sign,
-    unused_options,
-)
+from loretta.tuners.placement import Placement, check_signature, expand_targets, matched_modules, sign, unused_options
 from loretta.tuners.rescaled import put_scales, scaled_modules
 from loretta.tuners.targets import chosen_targets
 from loretta.tuners.watch import Watch

@@ -35,10 +35,7 @@ def read_splits(spec: PromptedSpec, data_dir: Path | None) -> tuple[Split, Split
             train, remark = TRAIN_FROM_DEV, f" ('{other.name}', cut out of the official validation split)"
         sources = [str(folder / f"{split}.jsonl.gz") for split in (train, "validation")]
     columns = load_official(spec.name, spec.hub, (train, "validation"), (*spec.texts, *spec.gold), data_dir)
-    return (
-        _split(spec, "train", columns[0], sources[0], remark),
-        _split(spec, "validation", columns[1], sources[1]),
-    )
+    return (_split(spec, "train", columns[0], sources[0], remark), _split(spec, "validation", columns[1], sources[1]))
 
 
 def _split(spec: PromptedSpec, name: str, columns: Mapping[str, list[Any]], source: str, remark: str = "") -> Split:

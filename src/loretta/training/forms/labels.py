@@ -176,10 +176,7 @@ def logits_of_texts(run: LoadedRun, texts: Sequence[Sequence[str]]) -> Iterator[
             continue
         mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"]))
         run.cut += count_cut(
-            mask.sum(1).tolist(),
-            run.config.max_length,
-            columns,
-            partial(run.tokenizer, verbose=False),
+            mask.sum(1).tolist(), run.config.max_length, columns, partial(run.tokenizer, verbose=False)
         )
         yield logits
         start += size

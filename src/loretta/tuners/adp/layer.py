@@ -36,10 +36,7 @@ class AdpLinear(LorettaLayer):
     prefix = "loretta_adp_"
     cannot_merge = CANNOT_MERGE
     adapter_layer_names = ("loretta_adp_down", "loretta_adp_up", "loretta_adp_bias")
-    other_param_names = (
-        *(f"loretta_adp_{part}" for part in ("start_down", "start_up", "act", "dropout")),
-        *BY_ADAPTER,
-    )
+    other_param_names = (*(f"loretta_adp_{part}" for part in ("start_down", "start_up", "act", "dropout")), *BY_ADAPTER)
 
     def __init__(self, base_layer: nn.Module, *, name: str, **quantization_kwargs) -> None:
         super().__init__(base_layer, name=name, **quantization_kwargs)
