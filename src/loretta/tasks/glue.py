@@ -29,67 +29,25 @@ class GlueTask:
 # Metrics as in the LoRETTA paper (Yang et al., NAACL 2024, arXiv:2402.11417): matched accuracy for MNLI,
 # Matthews' correlation for CoLA, F1 for MRPC and QQP, Spearman's correlation for STS-B, accuracy for the
 # others.
-GLUE: Mapping[str, GlueTask] = MappingProxyType(
-    {
-        "mnli": GlueTask(
-            columns=("premise", "hypothesis"),
-            label_names=("entailment", "neutral", "contradiction"),
-            metrics=("accuracy",),
-            train_rows=392_702,
-            validation_rows=9_815,
-            validation_split="validation_matched",
-        ),
-        "sst2": GlueTask(
-            columns=("sentence",),
-            label_names=("negative", "positive"),
-            metrics=("accuracy",),
-            train_rows=67_349,
-            validation_rows=872,
-        ),
-        "mrpc": GlueTask(
-            columns=("sentence1", "sentence2"),
-            label_names=("not_equivalent", "equivalent"),
-            metrics=("f1", "accuracy"),
-            train_rows=3_668,
-            validation_rows=408,
-        ),
-        "cola": GlueTask(
-            columns=("sentence",),
-            label_names=("unacceptable", "acceptable"),
-            metrics=("mcc",),
-            train_rows=8_551,
-            validation_rows=1_043,
-        ),
-        "qnli": GlueTask(
-            columns=("question", "sentence"),
-            label_names=("entailment", "not_entailment"),
-            metrics=("accuracy",),
-            train_rows=104_743,
-            validation_rows=5_463,
-        ),
-        "qqp": GlueTask(
-            columns=("question1", "question2"),
-            label_names=("not_duplicate", "duplicate"),
-            metrics=("f1", "accuracy"),
-            train_rows=363_846,
-            validation_rows=40_430,
-        ),
-        "rte": GlueTask(
-            columns=("sentence1", "sentence2"),
-            label_names=("entailment", "not_entailment"),
-            metrics=("accuracy",),
-            train_rows=2_490,
-            validation_rows=277,
-        ),
-        "stsb": GlueTask(
-            columns=("sentence1", "sentence2"),
-            label_names=(),
-            metrics=("spearman", "pearson"),
-            train_rows=5_749,
-            validation_rows=1_500,
-        ),
-    }
-)
+GLUE: Mapping[str, GlueTask] = MappingProxyType({
+    "mnli": GlueTask(columns=("premise", "hypothesis"), label_names=("entailment", "neutral", "contradiction"),
+                     metrics=("accuracy",), train_rows=392_702, validation_rows=9_815,
+                     validation_split="validation_matched"),
+    "sst2": GlueTask(columns=("sentence",), label_names=("negative", "positive"),
+                     metrics=("accuracy",), train_rows=67_349, validation_rows=872),
+    "mrpc": GlueTask(columns=("sentence1", "sentence2"), label_names=("not_equivalent", "equivalent"),
+                     metrics=("f1", "accuracy"), train_rows=3_668, validation_rows=408),
+    "cola": GlueTask(columns=("sentence",), label_names=("unacceptable", "acceptable"),
+                     metrics=("mcc",), train_rows=8_551, validation_rows=1_043),
+    "qnli": GlueTask(columns=("question", "sentence"), label_names=("entailment", "not_entailment"),
+                     metrics=("accuracy",), train_rows=104_743, validation_rows=5_463),
+    "qqp": GlueTask(columns=("question1", "question2"), label_names=("not_duplicate", "duplicate"),
+                    metrics=("f1", "accuracy"), train_rows=363_846, validation_rows=40_430),
+    "rte": GlueTask(columns=("sentence1", "sentence2"), label_names=("entailment", "not_entailment"),
+                    metrics=("accuracy",), train_rows=2_490, validation_rows=277),
+    "stsb": GlueTask(columns=("sentence1", "sentence2"), label_names=(),
+                     metrics=("spearman", "pearson"), train_rows=5_749, validation_rows=1_500),
+})  # fmt: skip
 
 
 def load(name: str, *, data_dir: Path | None = None) -> Task:
