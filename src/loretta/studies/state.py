@@ -1,12 +1,13 @@
 """The state of a run, read off its folder alone."""
 
-import os
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
+
+import psutil
 
 from loretta.errors import InputError
 from loretta.files import read_object
@@ -22,7 +23,6 @@ State = Literal["waiting", "running", "killed", "failed", "stopped", "finished"]
 COST, COUNT, EVALUATIONS = "cost.json", "count.json", "evaluations.json"
 RESULT_OF = {"train": "run.json", "cost": COST, "count": COUNT}
 
-LARGEST_PID = 2**31 - 1  # os.kill() takes no larger one
 # endings of files beside a run's folder
 HOLDER = ".holder"  # names the process that works on it
 LOG = ".log"  # holds what it printed
@@ -112,28 +112,16 @@ class Holder:
     pid: int
     host: str
 
-    @property
-    def alive(self) -> bool:
-        """Whether the process still runs. Of a process on another host nobody knows: it counts as alive."""
-        if self.host != socket.gethostname():
-            return True
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return False
-        except PermissionError:
-            pass
-        return True
-
 
 def held_by(folder: Path) -> Holder | None:
-    """The process that works on a run; None where there is none, or it died."""
+    """The process that works on a run; None where there is none, or it died. One on another host counts as alive."""
     try:
         content = read_object(beside(folder, HOLDER)) or {}
         holder = Holder(pid=int(content["pid"]), host=str(content["host"]))
+        lives = holder.host != socket.gethostname() or psutil.pid_exists(holder.pid)
     except (ValueError, KeyError, TypeError, OverflowError):
         return None
-    return holder if 0 < holder.pid <= LARGEST_PID and holder.alive else None
+    return holder if holder.pid > 0 and lives else None
 
 
 def find_runs(root: Path) -> Iterator[tuple[Path, State, str]]:
