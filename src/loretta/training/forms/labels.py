@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -190,37 +190,44 @@ def shown_texts(task: Task, split: str) -> list[str]:
 
 def _of_scores(task: Task, split: str, rows: Sequence[Mapping[str, Any]]) -> Answers:
     texts, mean = shown_texts(task, split), float(np.mean(task.train["label"][:]))
-    errors = [abs(row["score"] - row["gold"]) for row in rows]
+    errors = {k: error for k, row in enumerate(rows) if (error := abs(row["score"] - row["gold"])) > 0}
     return Answers(
         split=split,
         rows=len(rows),
         constant=f"the mean of train, {mean:.4g},",
         baseline=metrics.compute(task.metrics, [mean] * len(rows), getattr(task, split)["label"][:]),
-        mistakes=[
-            Mistake(text=texts[k], gold=f"{rows[k]['gold']:g}", answer=f"{rows[k]['score']:.4g}", size=errors[k])
-            for k in sorted(range(len(rows)), key=lambda k: -errors[k])[:MISTAKES]
-            if errors[k] > 0
-        ],
+        mistakes=worst(errors, lambda k: (texts[k], f"{rows[k]['gold']:g}", f"{rows[k]['score']:.4g}")),
     )
 
 
 def _of_classes(task: Task, split: str, rows: Sequence[Mapping[str, Any]]) -> Answers:
     texts, golds = shown_texts(task, split), getattr(task, split)["label"][:]
     most = Counter(task.train["label"][:]).most_common(1)[0][0]
-    wrong = [k for k, row in enumerate(rows) if row["label"] != row["gold"]]
-    found = Counter(row["label"] for row in rows)
+    wrong = {k: finite(row["probability"]) for k, row in enumerate(rows) if row["label"] != row["gold"]}
     return Answers(
         split=split,
         rows=len(rows),
         constant=f"{task.label_names[most]!r}, the most frequent class of train,",
         baseline=metrics.compute(task.metrics, [most] * len(rows), golds),
         confusion=confusion(task.label_names, [row["gold"] for row in rows], [row["label"] for row in rows]),
-        only=next(iter(found)) if len(found) == 1 else None,
-        mistakes=[
-            Mistake(text=texts[k], gold=rows[k]["gold"], answer=rows[k]["label"], size=finite(rows[k]["probability"]))
-            for k in sorted(wrong, key=lambda k: -finite(rows[k]["probability"]))[:MISTAKES]
-        ],
+        only=only_one(row["label"] for row in rows),
+        mistakes=worst(wrong, lambda k: (texts[k], rows[k]["gold"], rows[k]["label"])),
     )
+
+
+def only_one(answers: Iterable[str]) -> str | None:
+    """The answer, where all answers are the same."""
+    found = set(answers)
+    return found.pop() if len(found) == 1 else None
+
+
+def worst(wrong: Mapping[int, float], shown: Callable[[int], tuple[str, str, str]]) -> list[Mistake]:
+    """The worst wrong answers: ``wrong`` says of a row how wrong it is, ``shown`` its text, right answer and answer."""
+    found = []
+    for k in sorted(wrong, key=lambda k: -wrong[k])[:MISTAKES]:
+        text, gold, answer = shown(k)
+        found.append(Mistake(text=text, gold=gold, answer=answer, size=wrong[k]))
+    return found
 
 
 def confusion(names: Sequence[str], golds: Sequence[str], answers: Sequence[str]) -> list[list[int]]:

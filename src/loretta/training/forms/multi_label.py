@@ -1,17 +1,16 @@
 """Several labels for a text or a pair, each there or not: binary cross-entropy over all of them."""
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from loretta.record import Answers, Mistake
+from loretta.record import Answers
 from loretta.tasks import metrics
 from loretta.tasks.base import Task
 from loretta.training.forms.base import Data, Row
-from loretta.training.forms.labels import MISTAKES, Labels, finite, shown_texts
+from loretta.training.forms.labels import Labels, finite, only_one, shown_texts, worst
 from loretta.training.trainer import TwoRateTrainer
 
 
@@ -47,21 +46,14 @@ class MultiLabel(Labels):
         order = (-train.mean(0)).argsort(kind="stable")
         most = max(range(1, len(names) + 1), key=lambda n: _score(task, order[:n], train)[task.metrics[0]])
         constant = ", ".join(map(repr, sorted(names[k] for k in order[:most])))
-        wrong = [_worst(row, names) for row in rows]
-        answers = Counter(", ".join(row["labels"]) for row in rows)
+        wrong = {k: size for k, row in enumerate(rows) if (size := _worst(row, names)) > 0}
         return Answers(
             split=split,
             rows=len(rows),
             constant=f"{constant} for every row, the best such answer on train,",
             baseline=_score(task, order[:most], golds),
-            only=next(iter(answers)) if len(answers) == 1 else None,
-            mistakes=[
-                Mistake(
-                    text=texts[k], gold=", ".join(rows[k]["gold"]), answer=", ".join(rows[k]["labels"]), size=wrong[k]
-                )
-                for k in sorted(range(len(rows)), key=lambda k: -wrong[k])[:MISTAKES]
-                if wrong[k] > 0
-            ],
+            only=only_one(", ".join(row["labels"]) for row in rows),
+            mistakes=worst(wrong, lambda k: (texts[k], ", ".join(rows[k]["gold"]), ", ".join(rows[k]["labels"]))),
         )
 
 

@@ -21,13 +21,13 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from loretta import processes
 from loretta.errors import InputError
-from loretta.record import Answers, Mistake
+from loretta.record import Answers
 from loretta.tasks.prompted import STOP, Example, PromptedTask
 from loretta.tasks.prompted.encoding import IGNORED, Encoded, encode_completions, encode_prompt, padded
 from loretta.tasks.split import text_key
 from loretta.training.config import RunConfig
 from loretta.training.forms.base import Data, Form, MakeTrainer, Recipe, Row
-from loretta.training.forms.labels import LONGEST, MISTAKES, count_classes, finite
+from loretta.training.forms.labels import LONGEST, count_classes, finite, only_one, worst
 from loretta.training.loaded import LoadedRun
 from loretta.training.model import Trained, room_of
 from loretta.training.trainer import TwoRateTrainer
@@ -109,22 +109,15 @@ class Prompts(Form):
         constant = (
             f"{names.pop()!r}, the most frequent answer" if alike else f"option {place + 1}, the most frequent one"
         )
-        wrong = [k for k, row in enumerate(rows) if row["option"] != row["gold"]]
-        sure = [_probability(row["log_probabilities"]) for row in rows]
-        answered = {row["option"] for row in rows}
+        wrong = {k: _probability(r["log_probabilities"]) for k, r in enumerate(rows) if r["option"] != r["gold"]}
         return Answers(
             split=split,
             rows=len(rows),
             constant=f"{constant} of train,",
             baseline=task.score([place] * len(examples), examples),
-            only=answered.pop() if alike and len(answered) == 1 else None,
-            mistakes=[
-                # the end of a prompt is what is asked
-                Mistake(
-                    text=examples[k].prompt[-LONGEST:], gold=rows[k]["gold"], answer=rows[k]["option"], size=sure[k]
-                )
-                for k in sorted(wrong, key=lambda k: -sure[k])[:MISTAKES]
-            ],
+            only=only_one(row["option"] for row in rows) if alike else None,
+            # the end of a prompt is what is asked
+            mistakes=worst(wrong, lambda k: (examples[k].prompt[-LONGEST:], rows[k]["gold"], rows[k]["option"])),
         )
 
     def evaluate(self, run: LoadedRun, task: PromptedTask, split: str, make_trainer: MakeTrainer) -> dict[str, float]:

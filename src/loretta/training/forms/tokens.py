@@ -14,7 +14,7 @@ from tokenizers import pre_tokenizers
 from transformers import DataCollatorForTokenClassification, PreTrainedTokenizerBase
 
 from loretta.errors import InputError
-from loretta.record import Answers, Mistake
+from loretta.record import Answers
 from loretta.tasks import metrics
 from loretta.tasks.base import Task
 from loretta.tasks.read import require
@@ -24,14 +24,15 @@ from loretta.training.config import RunConfig
 from loretta.training.forms.base import Asked, Data, Form, Recipe, Row
 from loretta.training.forms.labels import (
     LONGEST,
-    MISTAKES,
     confusion,
     count_classes,
     count_cut,
     cut_words,
     in_parts,
     lengths_of,
+    only_one,
     scored_recipe,
+    worst,
 )
 from loretta.training.loaded import LoadedRun
 from loretta.training.scores import logits_of, named_values
@@ -101,8 +102,12 @@ class Tokens(Form):
         pairs = [
             [(gold, tag) for gold, tag in zip(row["gold"], row["tags"], strict=True) if tag is not None] for row in rows
         ]
-        wrong = [sum(gold != tag for gold, tag in row) / max(1, len(row)) for row in pairs]
-        found = {tag for row in pairs for _, tag in row}
+        shares = [sum(gold != tag for gold, tag in row) / max(1, len(row)) for row in pairs]
+
+        def shown(k: int) -> tuple[str, str, str]:
+            gold, answer = (" ".join(tags)[:LONGEST] for tags in zip(*pairs[k], strict=True))
+            return rows[k]["text"][:LONGEST], gold, answer
+
         return Answers(
             split=split,
             rows=len(rows),
@@ -111,17 +116,8 @@ class Tokens(Form):
             confusion=[]
             if len(names) > MOST_IN_CONFUSION
             else confusion(names, [gold for row in pairs for gold, _ in row], [tag for row in pairs for _, tag in row]),
-            only=found.pop() if len(found) == 1 else None,
-            mistakes=[
-                Mistake(
-                    text=rows[k]["text"][:LONGEST],
-                    gold=" ".join(gold for gold, _ in pairs[k])[:LONGEST],
-                    answer=" ".join(tag for _, tag in pairs[k])[:LONGEST],
-                    size=wrong[k],
-                )
-                for k in sorted(range(len(rows)), key=lambda k: -wrong[k])[:MISTAKES]
-                if wrong[k] > 0
-            ],
+            only=only_one(tag for row in pairs for _, tag in row),
+            mistakes=worst({k: share for k, share in enumerate(shares) if share > 0}, shown),
         )
 
     def asked(self, config: RunConfig, columns: Mapping[str, list[Any]], file: Path) -> list[list[Any]]:
