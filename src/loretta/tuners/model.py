@@ -79,9 +79,10 @@ class LorettaModel(MergingTuner):
         config = expand_targets(self._prepare_adapter_config(config, self.get_model_config(model)), model)
         agree_on_origins(model, config)
         scaled = {name: side for name, side, _ in scaled_modules(model, config)}
+        whole = [*(config.modules_to_save or []), *head_names(model, config)]
         if state_dict is None:
             targeted = copy.copy(config)
-            targeted.modules_to_save = [*(config.modules_to_save or []), *head_names(model, config)]
+            targeted.modules_to_save = whole
             modules = matched_modules(targeted, model, required=not config.target_parameters)
             placements = self.place_all(config, [(n, _base_of(m)) for n, m in modules])
             experts = self.place_parameters(config, model)
@@ -95,9 +96,7 @@ class LorettaModel(MergingTuner):
             names += norms_of(model) if config.train_norms else []
             for sentence in unused_options(config, asked, placements, model) + under_other_names(model, names):
                 warnings.warn(sentence, stacklevel=2)
-        beside = config.train_norms or config.train_scales or config.modules_to_save or head_names(model, config)
-        check_copies_are_here(model, bool(beside))
-        whole = [*(config.modules_to_save or []), *head_names(model, config)]
+        check_copies_are_here(model, bool(config.train_norms or config.train_scales or whole))
         check_endings(adapter_name, whole)
         check_apart(model, whole)
         is_disabled = self._is_disabled()
