@@ -174,7 +174,6 @@ class SharedGroup(TrainGroup):
         self.scales_PM = {key: scales[[k for k, _ in numbered]].T for key, numbered in self.alike.items()}
 
     def hand_over(self) -> None:
-        """Contract the trains and give each layer its factors for the next pass."""
         dtype = self.sites[0].module.working_dtype()
         for site in self.sites:
             site.factors = []

@@ -89,14 +89,9 @@ class TrainedNorm(ChangedModule):
         self.expects_values_of: str | None = None
 
     def update_layer(self, adapter_name: str, prefix: str, *side: str) -> None:
-        """Add one adapter, of the method with this ``prefix``, whose changes are zeros."""
         self.hold(adapter_name, prefix, {name: self._own(name) for name in self.parameter_names})
 
     def with_changes(self, weights: Mapping[str, float]) -> dict[str, Tensor]:
-        """The base's parameters plus the weighted sum of the changes of some adapters, in the base's dtype.
-
-        Empty where none of them trains this norm.
-        """
         values: dict[str, Tensor] = {}
         for adapter_name, weight in weights.items():
             for name, change in self.change(adapter_name).items():
@@ -157,7 +152,7 @@ def values_as_changes(model: nn.Module, adapter_name: str, tensors: Mapping[str,
     for path, norm in model.named_modules():
         if isinstance(norm, TrainedNorm) and adapter_name in norm.held:
             norm.expects_values_of = None
-            for start in {"", "base_model.model."}:
+            for start in ("", "base_model.model."):
                 found = {n: translated.pop(f"{start}{path}.{n}", None) for n in norm.parameter_names}
                 values = {name: value for name, value in found.items() if value is not None}
                 changes = norm.take_values(adapter_name, values)
