@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from loretta.studies.configs import Options
     from loretta.studies.runner import Summary
     from loretta.studies.study import Study
+
+N = TypeVar("N", int, float)
 
 Seeds = Annotated[int | None, typer.Option(min=1, help="How many seeds, from 0 on.")]
 Jobs = Annotated[
@@ -96,12 +98,16 @@ def words(option: str, given: str | None) -> tuple[str, ...]:
     return found
 
 
+def _numbers(option: str, given: str | None, kind: type[N], wanted: str) -> tuple[N, ...]:
+    try:
+        return tuple(kind(word) for word in words(option, given))
+    except ValueError:
+        raise InputError(f"{option} {given!r} is not a list of {wanted}") from None
+
+
 def learning_rates(given: str | None) -> tuple[float, ...]:
     """The value of ``--rates``."""
-    try:
-        rates = tuple(float(word) for word in words("--rates", given))
-    except ValueError:
-        raise InputError(f"--rates {given!r} is not a list of numbers: write 1e-4,5e-4") from None
+    rates = _numbers("--rates", given, float, "numbers: write 1e-4,5e-4")
     if any(rate <= 0 for rate in rates):
         raise InputError(f"--rates {given!r}: a learning rate must be above 0")
     return rates
@@ -135,10 +141,7 @@ def population_size(given: str) -> int | None:
 
 def ranks_of(given: str | None) -> list[int]:
     """The value of ``--ranks``."""
-    try:
-        return [int(word) for word in words("--ranks", given)]
-    except ValueError:
-        raise InputError(f"--ranks {given!r} is not a list of whole numbers: write 2,5,10") from None
+    return list(_numbers("--ranks", given, int, "whole numbers: write 2,5,10"))
 
 
 def carry_out(
@@ -187,7 +190,6 @@ def carry_out(
     results = collect(root, study.name)
     pairs = differences(results, root) if is_comparison else []
     found = verdict(results, pairs) if is_comparison else None
-    words = found.words if found else None
     if as_json:
         content: dict[str, Any] = {
             "outcomes": [dataclasses.asdict(outcome) for outcome in summary.outcomes],
@@ -198,14 +200,12 @@ def carry_out(
                 "baseline": baseline_of(results),
                 "differences": [{**pair.model_dump(mode="json"), "clear": pair.clear} for pair in pairs],
             }
-        print_json({**content, "verdict": words, "cells": [cell.model_dump(mode="json") for cell in results.cells]})
+        content |= {"verdict": found.words if found else None}
+        print_json({**content, "cells": [cell.model_dump(mode="json") for cell in results.cells]})
     else:
         if found is not None and not found.learned:
             say(found.words)
-        if is_comparison:
-            console().print(compared_table(results))
-        else:
-            console().print(results_table(results))
+        console().print((compared_table if is_comparison else results_table)(results))
         if pairs:
             console().print(differences_table(pairs, {cell.row: cell.label for cell in results.cells}))
         for note in dict.fromkeys([*study.notes, *summary.notes]):

@@ -12,7 +12,6 @@ from loretta.convert.written import MODEL, Export, check_place, holding
 from loretta.errors import InputError
 from loretta.locks import refuse_held
 
-FORMATS = ("lora", "merged", "gguf-lora")
 KINDS = {"lora": CONFIG, "merged": MODEL, "gguf-lora": None}  # what an earlier one has on its list
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -31,7 +30,7 @@ def export(
 
     Raises InputError when the adapter cannot be loaded, cannot be written in this format, or ``out`` is taken.
     """
-    for option, value, allowed in (("--to", to, FORMATS), ("--dtype", dtype, DTYPES)):
+    for option, value, allowed in (("--to", to, KINDS), ("--dtype", dtype, DTYPES)):
         if value not in allowed:
             raise InputError(f"{option} {value!r} is none of {', '.join(allowed)}")
     if dtype != "auto" and to != "merged":

@@ -37,7 +37,7 @@ def first_lines(data: Data, trainer: TwoRateTrainer) -> list[str]:
         *_of_shared_texts(task),
         _of_method(config, trainer),
         *(f"by the budget: {why}" for config in adapters.values() if (why := getattr(config, "why", ""))),
-        _of_steps(config, trainer),
+        _of_steps(trainer),
     ]
 
 
@@ -98,7 +98,7 @@ def _of_method(config: RunConfig, trainer: TwoRateTrainer) -> str:
     )
 
 
-def _of_steps(config: RunConfig, trainer: TwoRateTrainer) -> str:
+def _of_steps(trainer: TwoRateTrainer) -> str:
     args, data = trainer.args, trainer.train_dataset
     assert data is not None
     batches = math.ceil(len(data) / (args.train_batch_size * args.world_size))
