@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from loretta.training.config import RunConfig
 from loretta.training.data import encode_splits, load_config_task
 from loretta.training.finish import finish
 from loretta.training.finite import MEND, STATUS
-from loretta.training.folder import RECORD, Place, find_place
+from loretta.training.folder import Place, find_place
 from loretta.training.forms import Data
 from loretta.training.methods import FULL, find_method, virtual_tokens
 from loretta.training.model import load_tokenizer, prepare_model
@@ -103,38 +104,30 @@ def train_together(
     with stopping_at_signals() as stop, ExitStack() as folders, saying_what_helps(needed, mend):
         for config in configs:
             folders.enter_context(hold(config.folder))
+        attempt = partial(_train_all, configs, stop, until=until)
         try:
-            return _train_all(
-                configs, stop, resume=resume, overwrite=overwrite, until=until, graphs=graphs is not False
-            )
+            return attempt(resume=resume, overwrite=overwrite, graphs=graphs is not False)
         except NotRecorded as error:
             if graphs:
                 raise
             print(f"without CUDA graphs: {error}", flush=True)
         free_memory()  # outside of the exception, which holds on to what the step had allocated
-        return _train_all(configs, stop, resume=True, overwrite=False, until=until, graphs=False)
+        return attempt(resume=True, overwrite=False, graphs=False)
 
 
 def _train_all(
     configs: Sequence[RunConfig],
     stop: StopAtSignal,
     *,
+    until: float | None,
     resume: bool,
     overwrite: bool,
-    until: float | None,
     graphs: bool,
 ) -> list[RunRecord | Paused]:
     places = [find_place(config, resume=resume, overwrite=overwrite) for config in configs]
     left = [(config, place) for config, place in zip(configs, places, strict=True) if not (resume and place.finished)]
     records = iter(_train(left, stop, overwrite=overwrite, until=until, graphs=graphs) if left else [])
-    ended: list[RunRecord | Paused] = []
-    for place in places:
-        if resume and place.finished:
-            place.replace()
-            ended.append(RunRecord.load(place.folder / RECORD))
-        else:
-            ended.append(next(records))
-    return ended
+    return [place.result() if resume and place.finished else next(records) for place in places]
 
 
 def _train(

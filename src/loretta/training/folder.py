@@ -88,6 +88,11 @@ class Place:
         if self.work != self.folder:
             self._take_place()
 
+    def result(self) -> RunRecord:
+        """The record of the finished run, which takes the place of the earlier one."""
+        self.replace()
+        return RunRecord.load(self.folder / RECORD)
+
     def _take_place(self) -> None:
         from loretta.training.checkpoints import remove_checkpoints  # torch, which --help does without
 

@@ -22,7 +22,7 @@ from loretta.training.batches import stop_workers
 from loretta.training.config import RunConfig
 from loretta.training.data import check_loss, encode_splits, load_config_task
 from loretta.training.finish import finish
-from loretta.training.folder import ADAPTER, RECORD, Place, find_place, noting_failure
+from loretta.training.folder import ADAPTER, find_place, noting_failure
 from loretta.training.forms import Data
 from loretta.training.hub import check_hub, push
 from loretta.training.lines import first_lines, say_lines
@@ -89,7 +89,7 @@ def _train(
 ) -> Any:
     place = processes.by_first(lambda: find_place(config, resume=resume, overwrite=overwrite))
     if place.finished and resume:
-        return processes.by_first(lambda: _finished(place))
+        return processes.by_first(place.result)
     helping = partial(saying_what_helps, *memory_words(config))
     before = 0  # the peak of an accelerator counts whole
     if config.cpu or not torch.cuda.is_available():
@@ -133,11 +133,6 @@ def memory_words(config: RunConfig) -> tuple[str, str]:
         "lower --batch-size and raise --accumulate as much (--auto-batch does both), lower --max-length or "
         "--eval-batch-size, or give --gradient-checkpointing",
     )
-
-
-def _finished(place: Place) -> RunRecord:
-    place.replace()
-    return RunRecord.load(place.folder / RECORD)
 
 
 def _prepare(config: RunConfig) -> tuple[Data, Trained, bool]:
