@@ -16,7 +16,7 @@ from loretta.files import TEMPORARY
 from loretta.wording import one_line
 
 LIST = ".loretta.json"  # of what we wrote into a folder
-# a process locks this file in the folder it works in; unlocked, the file means nothing. Locks of files end with it
+# a process locks this file in the folder it works in; unlocked, it means nothing. Names of locks of files end so too
 LOCK = ".loretta.lock"
 
 

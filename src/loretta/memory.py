@@ -22,7 +22,7 @@ def is_out_of_memory(error: BaseException) -> bool:
         return True
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    # Accelerate looks for words in the first argument, which of an exit is its status
+    # Accelerate looks for words in the first argument, which is a number where a process exits
     return (
         isinstance(error, Exception)
         and isinstance(next(iter(error.args), None), str)

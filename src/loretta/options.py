@@ -28,11 +28,8 @@ def parse_option(word: str) -> tuple[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's YAML 1.1 with three differences.
-
-    5e-3 is a number, where it has a word; 010 is ten and 1:30 a word, where it has 8 and 90; a key that stands twice is
-    refused, where it takes the last.
-    """
+    """PyYAML's YAML 1.1, but 5e-3 is a number (there a word), 010 is ten and 1:30 a word (there 8 and 90), and a key
+    that stands twice is refused (there the last one counts)."""
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)  # before `<<` has brought in keys that may be given again

@@ -14,8 +14,9 @@ if TYPE_CHECKING:
 MAX_QUOTE = 60
 MAX_LISTED = 20
 MISSING = "–"  # in the place of a number that nobody knows
-# what is obeyed or hidden and never a part of words: control characters but tabs and line ends, marks and turns of
-# direction, line separators, blanks without width (the two joiners are of words), tags, halves of characters
+# characters that a terminal obeys or a reader does not see, and that are no part of words: control characters but tabs
+# and line ends, marks and turns of direction, line separators, blanks without width but for the two joiners, tags, and
+# halves of characters
 OBEYED = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u180e\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff\ufff9-\ufffb\ud800-\udfff"
     r"\U000e0000-\U000e007f]"

@@ -50,7 +50,7 @@ BYTES = 128
 LOGITS = {"cuda": 2**30, "cpu": 2**28}
 # rows that are scored keep no activations for a backward pass, so there may be as many times more tokens at once
 SCORED = 8
-# from this many rows times width on, padding a whole training costs more than recording twice as many shapes, a second
+# from this many rows times width on, padding costs a whole training more than the second that twice the shapes take
 MANY_ROWS = 2**28
 
 

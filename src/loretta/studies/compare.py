@@ -96,7 +96,7 @@ def baseline_of(results: Results) -> float | None:
 
 
 def learned(cell: Cell) -> bool:
-    """Whether the runs of a method score better than an answer that needs no text beyond chance, or nobody knows.
+    """Whether a method's runs beat an answer that needs no text by more than chance; True where nobody knows.
 
     The chances of the runs are combined by Fisher's method.
     """

@@ -34,7 +34,7 @@ HELD_PER_UNIT = 11  # numbers per token and unit of width that lie there at once
 SCORE_BYTES = 12
 # bytes for each token and word of the vocabulary: logits, their log-softmax, and in training the gradient
 LOGIT_BYTES, SCORED_LOGIT_BYTES = 12, 8
-# which a CPU takes to call the operators of a layer, forward and backward: 2.1 to 4.2 ms beside four H200s
+# a CPU needs so long to call the operators of one layer, forward and backward: 2.1 to 4.2 ms beside four H200s
 # (lora in benchmarks/results/speed_*_eager.json)
 CALL_SECONDS = 3e-3
 LIBRARIES = 700_000_000  # bytes that a process holds for torch and the rest, before any model

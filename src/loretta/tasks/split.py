@@ -10,7 +10,7 @@ from loretta.errors import InputError
 if TYPE_CHECKING:
     from loretta.tasks.sources import Source
 
-FEW = 10  # labels: more of them than have two texts each are no classes
+FEW = 10  # labels: more of them, of which none has two texts, are no classes
 
 Row = TypeVar("Row")
 

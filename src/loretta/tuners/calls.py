@@ -1,7 +1,7 @@
 """The calls of models that are running, and the factors that they hold for the layers below them.
 
-A call belongs to the thread and to the frame that made it. So a later call never takes over factors that another thread
-left, or an error or Ctrl-C in the middle of a call.
+A call belongs to the thread and to the frame that made it. So a later call never takes over factors that were left by
+another thread, by an error, or by Ctrl-C in the middle of a call.
 """
 
 import sys

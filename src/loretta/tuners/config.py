@@ -43,7 +43,7 @@ class LorettaConfig(PeftConfig):
         train_scales: also train factors as IA3 does (saved with the adapter): on the outputs of the "keys" and of the
             "values", and on the inputs of the last layer of every "mlp", before the update of the trains is added.
             ``exclude_modules`` and ``layers_to_transform`` choose among them too.
-            They take the learning rate of the trains: what is held of them counts eight times.
+            They take the learning rate of the trains: what is held of them is multiplied by eight.
             Where keys and values come from one layer (GPT-2, Phi-3), "mlp" is the only place, and "keys" and "values"
             are the only ones of a mixture of experts. An adapter with scales merges, but not into quantised weights,
             and is no LoRA. Each scaled layer costs a product with a vector, whose input is kept for the backward pass.

@@ -30,12 +30,12 @@ class LorettaRepConfig(LorettaUpdateConfig):
     Args:
         r: the bottleneck between the two trains (the paper's 8, 16 or 32). The rank of the update is at most
             ``min(r, tensor_rank)``.
-        even_rates: one learning rate for every rank. A step of Adam moves what a core computes the more, the more
-            numbers of a rank the core sums. So each core starts that many times larger, and the update is scaled down
-            by as much: nothing is computed differently at the start, and each core learns as at compact's ranks,
-            which keep theirs. Clipping and weight decay see the larger numbers: the norm of a gradient is smaller, and
-            every core loses the same share to decay. :meth:`compact` and the method "compact" have it
-            (docs/choosing.md, "One learning rate"); an adapter that was saved without it stays without it.
+        even_rates: one learning rate for every rank. Adam moves each number by about the rate, so the more numbers a
+            core sums, the further a step moves what it computes. Each core therefore starts larger by that count, and
+            the scaling is smaller by the product of all counts: the start computes the same, and every core learns as
+            at compact's ranks, whose counts are 1. Clipping and weight decay see the larger numbers: the norm of a
+            gradient is smaller, and every core loses the same share to decay. :meth:`compact` and the method "compact"
+            have it (docs/choosing.md, "One learning rate"); an adapter that was saved without it stays without it.
     """
 
     bias: Literal["none", "all", "loretta_rep_only"] = "none"

@@ -29,10 +29,10 @@ from loretta.tuners.rep.config import COMPACT, LorettaRepConfig
 
 
 def larger_starts(placement: Placement) -> tuple[list[float], list[float]]:
-    """How many times larger each core of both trains starts with ``even_rates``.
+    """The factors by which the cores of both trains start larger with ``even_rates``; all are 1 at compact's ranks.
 
-    As many times as numbers of a rank are summed where the core meets the ones before it. Within a side these are
-    counted in compact's own; at the bottleneck they are all that ``up`` sums of its input.
+    A core's factor is the rank before it over compact's rank, for it sums over that rank. In ``up`` it is also the part
+    of the core's mode that spells the bottleneck, over which it sums too.
     """
     down, up = (
         [left / COMPACT["tensor_rank"] if left > 1 else 1.0 for left, _, _ in shape.cores]
