@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import transformers
 from peft import PeftModel
+from peft.utils import CONFIG_NAME as CONFIG
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as WEIGHTS
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
@@ -25,7 +27,6 @@ from loretta.tuners.labels import both_ways
 from loretta.tuners.task_types import base_class, count_labels
 from loretta.wording import one_line, quoted
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _A_CORE = re.compile(r"\.(loretta_(rep|adp)_(down|up)|cores)\.0$")
 
 

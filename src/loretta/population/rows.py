@@ -12,7 +12,7 @@ from datasets import Dataset
 from torch import Tensor, nn
 
 from loretta.layers.fused import HALF
-from loretta.training.batches import IGNORED
+from loretta.tasks.prompted.encoding import IGNORED
 
 
 class Rows:

@@ -35,6 +35,7 @@ from loretta.training.model import load_tokenizer, prepare_model
 from loretta.training.pause import Paused, paused_at, step_of
 from loretta.training.run import memory_words
 from loretta.training.stop import StopAtSignal, stopping_at_signals
+from loretta.tuners.in_place import SCALES
 
 # options that may differ between the runs of a population; of the method's own options only SCALES may
 OF_EACH_MEMBER = {
@@ -43,7 +44,6 @@ OF_EACH_MEMBER = {
 }  # fmt: skip
 OF_A_MEMBER = 6  # tensors of its trained numbers: values, gradient, two of AdamW, the best, and its start
 TOGETHER = ("classification", "regression", "language_modeling")
-SCALES = {"lora_alpha", "alpha_pattern", "use_rslora", "scaling"}
 
 
 def why_alone(config: RunConfig) -> str | None:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
+from loretta.tasks.prompted.encoding import IGNORED
+
 Shapes = tuple[tuple[str, torch.Size, torch.dtype], ...]
 
-IGNORED = -100
 # name of a tensor -> the number that pads it; input_ids take the padding token
 FILLS = {"attention_mask": 0, "token_type_ids": 0, "position_ids": 0, "special_tokens_mask": 1, "labels": IGNORED}
 

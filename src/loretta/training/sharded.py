@@ -10,16 +10,14 @@ from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer
-from transformers.utils import SAFE_WEIGHTS_NAME
 
 from loretta import processes
 from loretta.errors import InputError
-
-ADAPTER_WEIGHTS = f"adapter_{SAFE_WEIGHTS_NAME}"
 
 
 def share_blocks(trainer: Trainer) -> None:
@@ -60,7 +58,7 @@ def whole_weights(model: PeftModel) -> dict[str, Tensor]:
 def load_adapter(model: PeftModel, checkpoint: Path) -> None:
     """Take the weights of a checkpoint's adapter over, each process its parts."""
     here = get_peft_model_state_dict(model)
-    found = load_file(checkpoint / ADAPTER_WEIGHTS)
+    found = load_file(checkpoint / SAFETENSORS_WEIGHTS_NAME)
     set_peft_model_state_dict(model, {name: _shared_as(tensor, here[name]) for name, tensor in found.items()})
 
 

@@ -22,7 +22,8 @@ from transformers.trainer_utils import PredictionOutput
 
 from loretta import processes
 from loretta.memory import is_out_of_memory
-from loretta.training.batches import IGNORED, stop_workers
+from loretta.tasks.prompted.encoding import IGNORED
+from loretta.training.batches import stop_workers
 from loretta.training.checkpoints import WholeCheckpointsTrainer, find_checkpoint
 from loretta.training.finite import FiniteSteps, RollBack
 from loretta.tuners.task_types import is_final_layer

@@ -16,12 +16,13 @@ from loretta.tuners.config import LorettaConfig
 from loretta.tuners.layer import LorettaLayer
 from loretta.tuners.norms import values_as_changes
 
-# What may differ between an adapter and the one that takes its place: where it came from, and its scale.
+# options that say by how much an adapter's effect is multiplied, and nothing else
+SCALES = ("lora_alpha", "alpha_pattern", "use_rslora", "scaling")
+# what may differ between an adapter and the one that takes its place: where it came from, and its scale
 _MAY_DIFFER = {
     "auto_mapping", "base_model_name_or_path", "base_signature", "head_origins", "inference_mode", "init_weights",
-    "peft_version", "revision", "lora_alpha", "alpha_pattern", "use_rslora", "scaling",
+    "peft_version", "revision", *SCALES,
 }  # fmt: skip
-_SCALES = ("lora_alpha", "alpha_pattern", "use_rslora", "scaling")
 
 
 def rename_adapter(model: PeftModel, old: str, new: str) -> None:
@@ -86,7 +87,7 @@ def take_scale(model: nn.Module, now: Any, new: Any, adapter_name: str) -> None:
     for module in model.modules():
         if isinstance(module, LorettaLayer) and adapter_name in module.scaling:
             module.set_scaling(adapter_name, new)
-    for name in _SCALES:
+    for name in SCALES:
         if hasattr(new, name):
             setattr(now, name, getattr(new, name))
 

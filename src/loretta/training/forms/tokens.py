@@ -17,6 +17,7 @@ from loretta.errors import InputError
 from loretta.record import Answers
 from loretta.tasks import metrics
 from loretta.tasks.base import Task
+from loretta.tasks.prompted.encoding import IGNORED
 from loretta.tasks.read import require
 from loretta.tasks.split import text_key
 from loretta.tasks.tokens import ENTITY_METRICS
@@ -39,7 +40,6 @@ from loretta.training.scores import logits_of, named_values
 from loretta.training.trainer import TwoRateTrainer
 from loretta.wording import quoted
 
-IGNORED = -100
 MOST_IN_CONFUSION = 40  # tags: a larger matrix cannot be read
 
 
