@@ -4,10 +4,11 @@ import copy
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, PeftType, PrefixTuningConfig, get_peft_model
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
@@ -22,17 +23,11 @@ from loretta.tuners.layer import LorettaLayer
 from loretta.tuners.model import LorettaModel
 from loretta.tuners.norms import named_whole, norms_of, outer_modules
 from loretta.tuners.placement import Placement, linear_size, matched_modules, not_adaptable, unused_options
-from loretta.tuners.rep import LorettaRepConfig, LorettaRepModel
+from loretta.tuners.rep import LorettaRepModel
 from loretta.tuners.rescaled import TrainedScale, scaled_modules
-from loretta.tuners.shared import LorettaSharedConfig, LorettaSharedModel
 
 LORA_RANK = 8  # what everything is compared with
 DENSE_BOTTLENECK = 64
-_TUNERS: dict[type[LorettaConfig], type[LorettaModel]] = {
-    LorettaRepConfig: LorettaRepModel,
-    LorettaAdpConfig: LorettaAdpModel,
-    LorettaSharedConfig: LorettaSharedModel,
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,7 +210,7 @@ def plan_model(model: nn.Module, config: LorettaConfig) -> Plan:
 
     Raises InputError when the targets match nothing or a shape does not fit.
     """
-    tuner = _TUNERS[type(config)]
+    tuner = cast(type[LorettaModel], PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)])
     model_config = BaseTuner.get_model_config(model)
     copies = copy_cost(model, config)
     asked = None if getattr(config, "_targets_by_default", False) else config.target_modules
