@@ -81,29 +81,15 @@ class LorettaModel(MergingTuner):
         scaled = {name: side for name, side, _ in scaled_modules(model, config)}
         whole = [*(config.modules_to_save or []), *head_names(model, config)]
         if state_dict is None:
-            targeted = copy.copy(config)
-            targeted.modules_to_save = whole
-            modules = matched_modules(targeted, model, required=not config.target_parameters)
-            placements = self.place_all(config, [(n, _base_of(m)) for n, m in modules])
-            experts = self.place_parameters(config, model)
-            self.planned = {placement.name: placement for placement in (*placements, *experts)}
-            check_signature(config, [*placements, *experts])
-            names = list(dict.fromkeys([*(placement.name for placement in placements), *scaled]))
-            check_called(model, names)
-            placements += experts
-            # no warning for defaults, which name modules of several versions, nor for saved adapters, which had it once
-            asked = None if getattr(config, "_targets_by_default", False) or config.base_signature else asked
-            names += norms_of(model) if config.train_norms else []
-            for sentence in unused_options(config, asked, placements, model) + under_other_names(model, names):
-                warnings.warn(sentence, stacklevel=2)
+            self._plan(model, config, asked, whole, scaled)
+        else:  # PEFT takes the names of the targets from it
+            state_dict = {key: value for key, value in state_dict.items() if f".{self.prefix}scale_" not in key}
         check_copies_are_here(model, bool(config.train_norms or config.train_scales or whole))
         check_endings(adapter_name, whole)
         check_apart(model, whole)
         is_disabled = self._is_disabled()
         copy_cost(model, config)
         self._forget(adapter_name)
-        if state_dict is not None:  # PEFT takes the names of the targets from it
-            state_dict = {key: value for key, value in state_dict.items() if f".{self.prefix}scale_" not in key}
         names = install_head(model, config, adapter_name)
         given = list(dict.fromkeys(config.modules_to_save or [])) or None
         # set for PEFT alone: the config itself keeps what the user gave
@@ -117,21 +103,41 @@ class LorettaModel(MergingTuner):
             if adapter_name in self.active_adapters and adapter_name in copied.modules_to_save:
                 copied.set_adapter(adapter_name, inference_mode=config.inference_mode)
         note_labels(model, config, adapter_name)
-        if config.train_norms:
-            for name in norms_of(model):
-                with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-                    self._train_norm(name, adapter_name)
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
+            for name in norms_of(model) if config.train_norms else ():
+                self._train_norm(name, adapter_name)
             put_scales(self, scaled, adapter_name)
-        for norm in self._layers(TrainedNorm):
-            if config.holds_whole_norms:
-                norm.expects_values_of = adapter_name
+        for norm in self._layers(TrainedNorm) if config.holds_whole_norms else ():
+            norm.expects_values_of = adapter_name
         self._settle()
         self._biases().follow(self.active_adapters, inference_mode=config.inference_mode)
         if is_disabled:
             self.disable_adapter_layers()  # the new layers, too
         Contraction.attach(model)
         Watch.attach(model)
+
+    def _plan(
+        self, model: nn.Module, config: LorettaConfig, asked: Any, whole: list[str], scaled: Iterable[str]
+    ) -> None:
+        """Plan the trains of all targets. Refuses what cannot be adapted, and warns of options without effect.
+
+        ``asked`` are the targets as the user gave them, ``whole`` the modules that are copied, ``scaled`` those with
+        scales.
+        """
+        targeted = copy.copy(config)
+        targeted.modules_to_save = whole
+        modules = matched_modules(targeted, model, required=not config.target_parameters)
+        placements = self.place_all(config, [(n, _base_of(m)) for n, m in modules])
+        names = list(dict.fromkeys([*(placement.name for placement in placements), *scaled]))
+        placements += self.place_parameters(config, model)
+        self.planned = {placement.name: placement for placement in placements}
+        check_signature(config, placements)
+        check_called(model, names)
+        # no warning for defaults, which name modules of several versions, nor for saved adapters, which had it once
+        asked = None if getattr(config, "_targets_by_default", False) or config.base_signature else asked
+        names += norms_of(model) if config.train_norms else []
+        for sentence in unused_options(config, asked, placements, model) + under_other_names(model, names):
+            warnings.warn(sentence, stacklevel=3)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         """As PEFT's. ``bias="loretta_rep_only"`` and the like train biases of adapted modules, not of norms."""
