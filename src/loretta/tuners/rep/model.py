@@ -1,7 +1,7 @@
 """The rep tuner."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, cast
@@ -33,6 +33,21 @@ def _sum(layer: RepLinear, adapters: Sequence[str], weights: Sequence[float]) ->
     factors = [(w * layer.scaling[a], *layer.factors(a)) for a, w in present]
     a_IR = torch.cat([scale * a_IR.detach().float() for scale, a_IR, _ in factors], dim=1)
     return a_IR, torch.cat([b_RO.detach().float() for _, _, b_RO in factors], dim=0)
+
+
+def _bad_budget(combination_type: str, rank: int | None, error: float | None, svd_rank: int | None) -> Iterator[str]:
+    """A phrase on each mistake in what says how exact a sum of adapters is to be."""
+    if combination_type not in ("linear", "svd"):
+        yield f"combination_type={combination_type!r} is none of 'linear' and 'svd'"
+    if rank is not None and error is not None:
+        yield "rank and error are two budgets: give one of them"
+    if svd_rank is not None and combination_type != "svd":
+        yield "svd_rank is for combination_type='svd'"
+    for name, value in (("rank", rank), ("svd_rank", svd_rank)):
+        if value is not None and value < 1:
+            yield f"{name}={value!r} must be at least 1"
+    if error is not None and not 0 <= error < 1:
+        yield f"error={error!r} must be from 0 to below 1"
 
 
 class LorettaRepModel(LorettaModel):
@@ -159,7 +174,9 @@ class LorettaRepModel(LorettaModel):
 
         Raises InputError for unknown or taken names, budgets that make no sense, and adapters with heads of their own.
         """
-        self._check_sum(adapters, weights, adapter_name, combination_type, rank, error, svd_rank)
+        summands = self._bad_summands(adapters, weights, adapter_name)
+        if problems := [*summands, *_bad_budget(combination_type, rank, error, svd_rank)]:
+            raise InputError("cannot add a weighted adapter: " + "; ".join(problems))
         layers = {
             name: layer
             for name, layer in self.model.named_modules()
@@ -227,51 +244,23 @@ class LorettaRepModel(LorettaModel):
             if having and adapter_name in head.modules_to_save:
                 head.modules_to_save[adapter_name].load_state_dict(head.modules_to_save[having[0]].state_dict())
 
-    def _check_sum(
-        self,
-        adapters: Sequence[str],
-        weights: Sequence[float],
-        adapter_name: str,
-        combination_type: str,
-        rank: int | None,
-        error: float | None,
-        svd_rank: int | None,
-    ) -> None:
-        problems = [f"there is no adapter {a!r}" for a in adapters if a not in self.peft_config]
+    def _bad_summands(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> Iterator[str]:
+        """A phrase on each reason why these adapters cannot be added up under this name."""
         if not adapters or len(adapters) != len(weights) or len(set(adapters)) != len(adapters):
-            problems.append(
-                f"{len(adapters)} adapters and {len(weights)} weights: give one weight for each adapter once"
-            )
+            yield f"{len(adapters)} adapters and {len(weights)} weights: give one weight for each adapter once"
         if adapter_name in self.peft_config:
-            problems.append(f"the name {adapter_name!r} is taken")
+            yield f"the name {adapter_name!r} is taken"
         else:
             check_adapter_name(self.model, adapter_name)
-        if combination_type not in ("linear", "svd"):
-            problems.append(f"combination_type={combination_type!r} is none of 'linear' and 'svd'")
-        if experts := [a for a in adapters if a in self.peft_config and self.peft_config[a].target_parameters]:
-            problems.append(f"{', '.join(map(repr, experts))}: trains of experts are not added up")
-        if biased := [a for a in adapters if a in self.peft_config and self.peft_config[a].bias != "none"]:
-            problems.append(
-                f"{', '.join(map(repr, biased))}: trained biases are not added up, so train with bias='none'"
-            )
-        if rank is not None and error is not None:
-            problems.append("rank and error are two budgets: give one of them")
-        if svd_rank is not None and combination_type != "svd":
-            problems.append("svd_rank is for combination_type='svd'")
-        problems += [
-            f"{n}={v!r} must be at least 1"
-            for n, v in (("rank", rank), ("svd_rank", svd_rank))
-            if v is not None and v < 1
-        ]
-        if error is not None and not 0 <= error < 1:
-            problems.append(f"error={error!r} must be from 0 to below 1")
-        for head in self._layers(ModulesToSaveWrapper):
-            having = [a for a in adapters if a in head.modules_to_save]
-            if len(having) > 1:
-                problems.append(f"the heads of {', '.join(having)} cannot be added up: leave one in, or train without")
-                break
-        if problems:
-            raise InputError("cannot add a weighted adapter: " + "; ".join(problems))
+        yield from (f"there is no adapter {a!r}" for a in adapters if a not in self.peft_config)
+        known = {a: self.peft_config[a] for a in adapters if a in self.peft_config}
+        if experts := [repr(a) for a, config in known.items() if config.target_parameters]:
+            yield f"{', '.join(experts)}: trains of experts are not added up"
+        if biased := [repr(a) for a, config in known.items() if config.bias != "none"]:
+            yield f"{', '.join(biased)}: trained biases are not added up, so train with bias='none'"
+        of_heads = ([a for a in adapters if a in head.modules_to_save] for head in self._layers(ModulesToSaveWrapper))
+        if several := next((having for having in of_heads if len(having) > 1), None):
+            yield f"the heads of {', '.join(several)} cannot be added up: leave one in, or train without"
 
     @staticmethod
     def place(config: LorettaRepConfig, name: str, module: nn.Module) -> Placement:
