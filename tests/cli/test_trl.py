@@ -6,6 +6,7 @@ import pytest
 import torch
 from commands import assert_refused, call
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 pytest.importorskip("trl")
 
@@ -65,6 +66,69 @@ def test_rep_by_a_file_of_trl_with_the_method_in_it(speller, rows, capsys):
     assert (saved["peft_type"], saved["tensor_rank"], saved["task_type"]) == ("LORETTA_REP", 3, "CAUSAL_LM")
 
 
+def test_what_trl_alone_would_begin_with_is_done_by_its_options(speller, rows, capsys):
+    """Options of the model act, a stream is trained on, and TRL does not say that it ignores the former."""
+    model = ["--model_name_or_path", speller, "--model_init_kwargs", '{"num_hidden_layers": 1}']
+    status, _, err = call(capsys, "trl", "sft", *options("texts", "out", *model, "--dataset_streaming"))
+    assert status == 0, err
+    assert "will be ignored" not in err
+    names = load_file(rows / "out" / "adapter_model.safetensors")
+    assert {name.partition(".layers.")[2][:2] for name in names if ".layers." in name} == {"0."}
+
+
+REFUSED = {
+    "no data": ("sft", "none", [], ["cannot load data from 'none'", "a folder with train.jsonl"]),
+    "empty": ("sft", "empty", [], ["cannot load data from 'empty' (it is empty)"]),
+    "no split": ("sft", "texts", ["--eval_strategy", "steps"], ["--dataset_test_split test: the data has train"]),
+    "columns": ("dpo", "texts", [], ["the columns prompt, completion, and trl dpo reads chosen and rejected"]),
+    "other text": ("sft", "pairs", ["--dataset_text_field", "words"], ["messages, or prompt and completion, or words"]),
+    "chats": ("sft", "chats", ["--assistant_only_loss"], ["conversations", "has no chat template"]),
+    "new tokens": ("sft", "texts", ["--chat_template_path", "source"], ["its tokens <|user|> are new to the model"]),
+    "no rewards": ("grpo", "texts", [], ["loretta trl grpo: No reward source provided"]),
+    "checkpoint": ("sft", "texts", ["--resume_from_checkpoint", "gone"], ["there is no folder 'gone'"]),
+    "code": ("sft", "texts", ["--model_init_kwargs", '{"trust_remote_code": true}'], ["--trust_remote_code"]),
+    "ranks": ("sft", "texts", ["--set", "budget=1k", "adaptive_ranks=true"], ["ranks adapt in `loretta train` alone"]),
+    "biases": ("dpo", "pairs", ["--method", "rep", "--set", "bias=all"], ["bias='all' trains the base model"]),
+    "bitfit": ("kto", "pairs", ["--method", "bitfit"], ["bias='all' trains the base model, which trl kto"]),
+    "prefix": ("sft", "texts", ["--method", "prefix"], ["give --gradient_checkpointing false"]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_trl_would_meet_with_a_traceback_or_do_wrong_is_refused(case, speller, rows, capsys):
+    command, data, given, words = REFUSED[case]
+    chat = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]}
+    for name, text in {"empty": "", "chats": json.dumps(chat) + "\n"}.items():
+        (rows / name).mkdir()
+        (rows / name / "train.jsonl").write_text(text)
+    source = AutoTokenizer.from_pretrained(speller)
+    source.add_tokens(["<|user|>"])
+    source.save_pretrained(rows / "source")
+    status, _, err = call(capsys, "trl", command, *options(data, "out", "--model_name_or_path", speller, *given))
+    assert_refused(status, err, words)
+    assert not list((rows / "out").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("model", "more", "words"),
+    [
+        ("./none", [], ["cannot load a model from './none'"]),
+        ("some/model", ["--model_revision", "v1"], ["--model_revision v1", "hf download some/model --revision v1"]),
+    ],
+)
+def test_a_model_that_is_not_there_or_whose_tokenizer_trl_would_not_read_is_refused(model, more, words, rows, capsys):
+    status, _, err = call(capsys, "trl", "sft", *options("texts", "out", "--model_name_or_path", model, *more))
+    assert_refused(status, err, words)
+
+
+def test_a_failure_in_the_training_is_no_mistake_of_the_input(speller, rows, capsys, monkeypatch):
+    monkeypatch.syspath_prepend(str(rows))
+    (rows / "failing_reward.py").write_text("def reward(completions, **more):\n    raise ValueError('broken')\n")
+    more = ["--reward_funcs", "failing_reward.reward", "--num_generations", "2", "--max_completion_length", "2"]
+    with pytest.raises(ValueError, match="broken"):
+        call(capsys, "trl", "grpo", *options("texts", "out", "--model_name_or_path", speller, *more))
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
@@ -74,7 +138,7 @@ def test_rep_by_a_file_of_trl_with_the_method_in_it(speller, rows, capsys):
         (["sft", "--model_name_or_path", "x", "--use_peft"], ["--use_peft is TRL's LoRA", "--method"]),
         (["sft", "--model_name_or_path", "x", "--epochs", "3"], ["'--epochs', '3'", "loretta trl sft --help"]),
         (["sft", "--config", "none.yaml"], ["none.yaml"]),
-        (["sft", "--model_name_or_path", "./none"], ["cannot load a model from './none'"]),
+        (["sft", "--model_name_or_path", "./none"], ["needs data: give --dataset_name"]),
     ],
 )
 def test_what_is_refused(given, words, capsys):
