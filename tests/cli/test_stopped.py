@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import os
 import signal
 import subprocess
 import sys
@@ -106,6 +107,46 @@ def test_too_little_memory_is_one_sentence(error, verb, trained, teller, bert, c
     assert mend in last
     assert "Traceback" not in err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("verb", ["predict", "export", "report"])
+def test_a_command_that_is_stopped_while_it_writes_leaves_nothing(
+    verb, number, trained, reviews, capsys, tmp_path, monkeypatch
+):
+    place = tmp_path / {"predict": "rows.csv", "report": "page.html"}.get(verb, "out")
+    arguments = {
+        "predict": [trained, reviews, "--cpu"],
+        "export": [trained, "--to", "merged"],
+        "report": [trained],
+    }[verb]
+
+    def stop(*given, **named):
+        assert [*tmp_path.rglob("*")]
+        os.kill(os.getpid(), number)
+
+    before = signal.getsignal(number)
+    monkeypatch.setattr("loretta.owned.publish", stop)  # all is written, and not yet in its place
+    status, _, err = call(capsys, verb, *arguments, "-o", place)
+    assert status == 128 + number, err
+    said = "interrupted" if number == signal.SIGINT else f"stopped by {number.name}"
+    assert err.splitlines()[-1] == f"loretta: {said}"
+    assert not [*tmp_path.rglob("*")]
+    assert signal.getsignal(number) == before
+    monkeypatch.undo()
+    assert call(capsys, verb, *arguments, "-o", place)[0] == 0
+
+
+def test_a_worker_of_a_command_ends_by_the_signal(monkeypatch, capsys):
+    def in_a_worker(self, ctx):
+        worker = os.fork()
+        if not worker:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+        assert os.WTERMSIG(os.waitpid(worker, 0)[1]) == signal.SIGTERM
+
+    monkeypatch.setattr(Command, "_invoke", in_a_worker)
+    assert call(capsys, "report", "x")[0] == 0
 
 
 def test_a_batch_that_does_not_fit_is_halved(trained, monkeypatch):
