@@ -6,10 +6,11 @@ import shutil
 import signal
 
 import pytest
+import torch
 from interrupts import stopping_behind
 from training_data import config_for
 
-from loretta.errors import Stopped
+from loretta.errors import InputError, Stopped
 from loretta.owned import LIST
 from loretta.training.checkpoints import can_be_read
 from loretta.training.run import train
@@ -132,3 +133,22 @@ def test_a_half_written_checkpoint_of_an_earlier_version_is_set_aside(earlier, b
     train(config_for(bert, reviews, folder, epochs=3, select_by="loss"), resume=True)
     assert "going on from step 10" in caplog.text
     assert (folder / "checkpoints" / "broken-checkpoint-20").is_dir()
+
+
+def test_an_optimizer_with_other_groups_of_parameters_is_one_sentence(bert, reviews, tmp_path):
+    """An earlier version put what decays and what does not into one group, beside that of the final layer."""
+    config = config_for(bert, reviews, tmp_path / "run", epochs=3, head_learning_rate=1e-2)
+    with stopping_behind(20, signal.SIGTERM), pytest.raises(Stopped):
+        train(config)
+    as_an_earlier_version(tmp_path / "run")
+    for file in (tmp_path / "run").rglob("optimizer.pt"):
+        state = torch.load(file)
+        first, *others = state["param_groups"]
+        assert len(others) > 1
+        state["param_groups"] = [{**first, "params": first["params"] + others[0]["params"]}, *others[1:]]
+        torch.save(state, file)
+    before = content(tmp_path / "run")
+    with pytest.raises(InputError, match=r"cannot go on from .*checkpoint-20' .*go on with that version"):
+        train(config, resume=True)
+    after = content(tmp_path / "run")
+    assert {path: after.get(path) for path in before} == before

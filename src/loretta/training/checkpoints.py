@@ -20,9 +20,11 @@ from transformers.trainer_callback import ExportableState
 
 from loretta import processes
 from loretta.convert.load import readable_weights
+from loretta.errors import InputError
 from loretta.folders import set_aside, stopping_if_not_written, sync, temporary_folder
 from loretta.owned import describe, find_foreign, has_list, is_whole, remove_listed, write_list
 from loretta.training.sharded import load_adapter, load_optimizer, share_blocks, whole_optimizer, whole_weights
+from loretta.wording import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -243,11 +245,21 @@ class WholeCheckpointsTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if not self.is_fsdp_enabled or checkpoint is None:
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
+        try:
+            if self.is_fsdp_enabled and checkpoint is not None:
+                self._load_whole(Path(checkpoint))
+            else:
+                super()._load_optimizer_and_scheduler(checkpoint)
+        except ValueError as error:  # torch's, where the groups have other sizes
+            raise InputError(
+                f"cannot go on from '{checkpoint}' ({one_line(error)}): an earlier version of loretta, which put the "
+                "parameters into other groups, began this run: go on with that version, or begin again with another "
+                "--output"
+            ) from None
+
+    def _load_whole(self, checkpoint: Path) -> None:
         assert self.lr_scheduler is not None
-        read = lambda name: torch.load(Path(checkpoint) / name, map_location="cpu", weights_only=True)  # noqa: E731
+        read = lambda name: torch.load(checkpoint / name, map_location="cpu", weights_only=True)  # noqa: E731
         load_optimizer(self.optimizer, read(OPTIMIZER_NAME))
         self.lr_scheduler.load_state_dict(read(SCHEDULER_NAME))
 
