@@ -4,7 +4,9 @@ import csv
 import decimal
 import io
 import json
+import math
 import shutil
+import weakref
 
 import pandas
 import pytest
@@ -14,6 +16,7 @@ from training_data import sentences
 from transformers.integrations import TensorBoardCallback
 
 import loretta  # noqa: F401  transformers' pipelines know its methods then
+from loretta import wording
 from loretta.record import RunRecord
 from loretta.training import hub
 from loretta.training.methods import find_method
@@ -305,3 +308,30 @@ def test_what_is_no_text_stays_what_it_was(mine, capsys, tmp_path):
         ("1.10", 0.5, ["a", "é"]),
         (None, None, []),
     ]
+
+
+@pytest.mark.parametrize("to_file", [False, True])
+@pytest.mark.parametrize("count", [1, 500])
+def test_one_document_of_many_answers_is_written_as_they_come(count, to_file, trained, capsys, tmp_path, monkeypatch):
+    class Answer(str):
+        pass
+
+    alive, most, expected = weakref.WeakSet(), [0], []
+
+    def answers(run, asked, **more):
+        for k in range(count):
+            answer = Answer(f"{k}\n\u2028")
+            alive.add(answer)
+            most[0] = max(most[0], len(alive))
+            row = {"label": answer, "probability": math.nan if k % 2 else k / 7}
+            expected.append({"text": "a film", "label": str(answer), "probability": row["probability"]})
+            yield row
+
+    monkeypatch.setattr("loretta.training.predict.answers", answers)
+    more = ["-o", tmp_path / "rows.jsonl"] if to_file else []
+    status, out, _ = call(capsys, "predict", trained, *["--text", "a film"] * count, "--cpu", "--json", *more)
+    assert (status, out) == (0, wording.as_json(expected))
+    assert most[0] < 5
+    if to_file:
+        written = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+        assert written == json.loads(out)

@@ -4,15 +4,17 @@ import csv
 import json
 import os
 import tempfile
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from loretta import wording
 from loretta.cli.options import Cpu, Json, MaxNewTokens, Model, RunFolder, Temperature, TopP
-from loretta.cli.output import print_json, say
+from loretta.cli.output import answer, say
 from loretta.errors import InputError
 from loretta.locks import hold_file
 from loretta.owned import refuse_to_replace_file, write_listed
@@ -46,7 +48,8 @@ def predict(
     """
     if (file is None) == (text is None):
         raise InputError("give either a FILE or --text (repeatable), and not both")
-    with _holding(output, file, overwrite=overwrite):
+    with ExitStack() as stack:
+        stack.enter_context(_holding(output, file, overwrite=overwrite))
         from loretta.training.forms import form_of
         from loretta.training.predict import Sampling, answers, load_run, refuse_classifier, reply
 
@@ -74,27 +77,43 @@ def predict(
         )
         # no more than a batch of them lies in memory, unless they are one document
         rows: Iterable[dict[str, Any]] = _beside(columns, found)
+        document = None
         if as_json:
-            rows = list(rows)
+            document = stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8"))
+            rows = _also_as_json(rows, document)
         if output is not None:
             with _saying_why(output):
                 _write(rows, output, overwrite=overwrite)
-        elif not as_json:
+        elif document is not None:
+            deque(rows, maxlen=0)
+        else:
             for row in rows:
                 say("\t".join(f"{value:.4f}" if isinstance(value, float) else str(value) for value in row.values()))
         total = len(texts[0])
         say_cut(loaded, total)
         if output is not None:
             say(f"{total:,} rows written to {output}", err=True)
-    if as_json:
-        print_json(rows)
+        if document is not None:  # all of it or nothing
+            document.seek(0)
+            for part in iter(lambda: document.read(1 << 20), ""):
+                answer(part)
 
 
 def _beside(columns: Mapping[str, Sequence[Any]], answers: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """The answers, each behind the cells of its row."""
-    for cells, answer in zip(zip(*columns.values(), strict=True), answers, strict=True):
+    for cells, found in zip(zip(*columns.values(), strict=True), answers, strict=True):
         row = dict(zip(columns, cells, strict=True))
-        yield {**row, **{f"predicted_{key}" if key in row else key: value for key, value in answer.items()}}
+        yield {**row, **{f"predicted_{key}" if key in row else key: value for key, value in found.items()}}
+
+
+def _also_as_json(rows: Iterable[dict[str, Any]], document: IO[str]) -> Iterator[dict[str, Any]]:
+    """The rows, each of which is also written to one document: their list."""
+    opened = "["
+    for row in rows:
+        document.write(opened + "\n  " + wording.as_json(row).rstrip("\n").replace("\n", "\n  "))
+        opened = ","
+        yield row
+    document.write("[]\n" if opened == "[" else "\n]\n")
 
 
 def say_cut(run: "LoadedRun", total: int) -> None:
