@@ -16,13 +16,12 @@ from loretta.errors import InputError
 from loretta.layers.fit import EXACT, Update, fit_update, smallest_fit
 from loretta.layers.trains import TTLinear
 from loretta.tuners.changes import ChangedModule
-from loretta.tuners.experts import matched_parameters, plan_experts
 from loretta.tuners.layer import is_offloaded
 from loretta.tuners.model import LorettaModel
 from loretta.tuners.names import check_adapter_name
 from loretta.tuners.placement import Placement, plan_trains, planner, rank_for, require_linear
 from loretta.tuners.rep.config import LorettaRepConfig, of_ranks
-from loretta.tuners.rep.experts import RepExperts
+from loretta.tuners.rep.experts import RepExperts, matched_parameters, plan_experts
 from loretta.tuners.rep.layer import RepLinear
 from loretta.tuners.targets import REP_TARGETS
 
