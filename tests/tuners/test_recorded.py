@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tuners.wrapped import config_for, every_method, trainable, trained, wrap
 
-from loretta.tuners import groups, recorded
+from loretta.tuners import joint, recorded
 from loretta.tuners.contraction import Contraction
 from loretta.tuners.recorded import PATIENCE, Recording
 
@@ -41,7 +41,7 @@ def as_a_graph(work: recorded.Work) -> tuple[tuple[Tensor, ...], Callable[[], No
 def recordings(monkeypatch: pytest.MonkeyPatch) -> None:
     if DEVICE == "cpu":
         monkeypatch.setattr(recorded, "record", as_a_graph)
-        monkeypatch.setattr(groups, "serves", lambda tensor: True)
+        monkeypatch.setattr(joint, "serves", lambda tensor: True)
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def never(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[], Tensor]], T
 
     def run(work: Callable[[], Tensor]) -> Tensor:
         with monkeypatch.context() as patch:
-            patch.setattr(groups, "serves", lambda tensor: False)
+            patch.setattr(joint, "serves", lambda tensor: False)
             return work()
 
     return run

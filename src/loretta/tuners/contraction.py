@@ -25,8 +25,7 @@ from loretta.errors import InputError
 from loretta.tuners import calls, mixed
 from loretta.tuners.calls import Factors, Pair
 from loretta.tuners.gathered import is_sharded
-from loretta.tuners.groups import Group, Joint
-from loretta.tuners.joint import JointLayer, look_up
+from loretta.tuners.joint import Group, Joint, JointLayer, look_up
 from loretta.tuners.kept import Kept
 from loretta.tuners.recorded import Recordings
 from loretta.tuners.scales import Scales
