@@ -138,14 +138,12 @@ def forget_failure(folder: Path) -> None:
 
 
 def find_place(config: RunConfig, *, resume: bool, overwrite: bool) -> Place:
-    """Where the run belongs.
+    """Where the run belongs, whose folder the caller holds.
 
     Raises InputError for a folder that holds anything else, unless ``resume`` finds the same run in it, or
     ``overwrite`` nothing that LoRETTA did not write.
     """
     folder = config.folder
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"the output '{folder}' is a file: give a folder with --output")
     if is_free(folder):
         return Place(folder, folder)
     if RECORD in read_list(folder / NEXT) and (folder / NEXT / RECORD).is_file():
