@@ -5,6 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from protocol import SEEN, TASKS, chosen, interval, joined_by_seed, mean_by_seed, same_seeds
 
@@ -18,7 +19,8 @@ class Board:
     """The methods on one model: their scores on the tasks that the most of them were run on, or on ``common``.
 
     ``which`` are the rows that are scored, "held_out" or "official". Each method has its own seeds and its rate by
-    these; where methods are compared, both are of the seeds that all of them have.
+    these; where methods are compared, both are of the seeds that all of them have. A loss per token L counts exp(-L) in
+    a mean, which is the probability of a token in the geometric mean: the more the better, as of every other score.
     """
 
     def __init__(self, found: Sequence[Row], model: str, which: str, common: Sequence[str] | None = None) -> None:
@@ -47,7 +49,11 @@ class Board:
 
     def mean_of(self, method: str) -> Scores | None:
         """The mean over the common tasks, for each seed that all have; None where one of them was not run."""
-        return mean_by_seed([self.scores(method, task) for task in self.common]) if self.has_all(method) else None
+        return mean_by_seed([self._worth(method, task) for task in self.common]) if self.has_all(method) else None
+
+    def _worth(self, method: str, task: str) -> Scores:
+        scores = self.scores(method, task)
+        return np.exp(-scores) if TASKS[task].metric == "loss" else scores
 
     def has_all(self, method: str) -> bool:
         return all((method, task) in self.cells for task in self.common)

@@ -26,7 +26,7 @@ import forgetting
 import forms
 import instruct
 from cells import cells_beyond, cells_of, joined, left
-from claims import Worker, oversee, taken
+from claims import Worker, given_back, oversee, taken
 from encoders import graphable, plain_functions
 from protocol import cell_of, read_rows
 from tables import RESULTS
@@ -111,20 +111,15 @@ class Made:
 def work(entries: list[dict[str, Any]], args: argparse.Namespace) -> None:
     """Take one cell after the other, always the most valuable one that is left, and can be done in the time."""
     made = Made(args.queue)
-    seen: set[str] = set()
     entries = sorted(entries, key=lambda entry: entry.get("lane", "") != args.lane)
     while time.time() < args.until:
         ready = [entry for entry in entries if (args.models / entry["model"] / "config.json").exists()]
         end = args.until + args.grace
-        jobs = (job for entry in ready for job in jobs_of(entry, args, made) if job[0] not in seen)
-        for name, make, needs in jobs:
-            if time.time() > end - needs:
-                continue
-            seen.add(name)
-            if taken(name, make, args.queue):
+        for name, make, needs in (job for entry in ready for job in jobs_of(entry, args, made)):
+            if time.time() <= end - needs and taken(name, make, args.queue):
                 break
         else:
-            if len(ready) == len(entries):
+            if len(ready) == len(entries) and not given_back(args.queue):
                 return
             time.sleep(2)
 

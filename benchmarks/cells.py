@@ -156,7 +156,7 @@ def joined(known: Sequence[Row], make: Callable[[], dict[str, Any]]) -> dict[str
 def _versions(other: Row, row: Row) -> dict[str, str]:
     """The versions of both measurements, those that differ one behind the other."""
     mine, before = row["versions"], other["versions"]
-    return {name: ", ".join(dict.fromkeys([before[name], number])) for name, number in mine.items()}
+    return {name: ", ".join(dict.fromkeys([*before[name].split(", "), number])) for name, number in mine.items()}
 
 
 def command_of(cell: Cell, args: argparse.Namespace) -> str:

@@ -16,7 +16,10 @@ from typing import Any
 
 from protocol import cell_of, read_rows
 
+from loretta.memory import free_memory, is_out_of_memory
+
 RESTARTS = 8  # of processes that could not use the device any more
+TRIES, REST = 4, 60.0  # of a cell that found too little memory, and the seconds before it is tried again
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +47,13 @@ def take(cells: Iterable[tuple[str, Callable[[], dict[str, Any]]]], queue: Path,
 
 
 def taken(name: str, make: Callable[[], dict[str, Any]], queue: Path) -> bool:
-    """Make the row of a cell, if no process has taken it; returns whether none had."""
+    """Make the row of a cell, if no process has taken it; returns whether none had.
+
+    A cell for which others leave too little memory is given back, to be taken again later.
+    """
+    short = queue / f"{name}.short"
+    if short.exists() and time.time() - short.stat().st_mtime < REST:
+        return False
     try:
         (queue / f"{name}.taken").touch(exist_ok=False)
     except FileExistsError:
@@ -56,12 +65,24 @@ def taken(name: str, make: Callable[[], dict[str, Any]], queue: Path) -> bool:
         print(f"{name} failed: {type(error).__name__}: {error}", flush=True)
         if "CUDA error" in str(error):
             raise  # another process takes the place of this one
+        if is_out_of_memory(error):
+            with short.open("a") as tries:
+                tries.write(".")
+            if short.stat().st_size < TRIES:
+                (queue / f"{name}.taken").unlink()
         return True
+    finally:
+        free_memory()  # for the others, while this process prepares its next cell
     part = queue / f"{name}.part"
     part.write_text(json.dumps(row))
     part.rename(queue / f"{name}.json")
     print(f"{time.strftime('%H:%M:%S')} {name} made in {time.time() - begin:.0f} s", flush=True)
     return True
+
+
+def given_back(queue: Path) -> bool:
+    """Whether a cell waits to be taken again."""
+    return any(not short.with_suffix(".taken").exists() for short in queue.glob("*.short"))
 
 
 def oversee(

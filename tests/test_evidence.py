@@ -27,13 +27,14 @@ import adaptive  # noqa: E402
 import campaign  # noqa: E402
 import causes  # noqa: E402
 import cells  # noqa: E402
+import claims  # noqa: E402
 import forgetting  # noqa: E402
 import forms  # noqa: E402
 import methods  # noqa: E402
 import protocol  # noqa: E402
 import rates  # noqa: E402
 import runs  # noqa: E402
-from claims import collect, take  # noqa: E402
+from claims import collect, given_back, take, taken  # noqa: E402
 from encoders import graphable, plain_functions  # noqa: E402
 
 
@@ -99,6 +100,29 @@ def test_a_cell_is_made_once_and_one_that_fails_stops_no_other(tmp_path, capsys)
     before = [{**row, "trained": 1}, {**row, "task": "mrpc"}]
     collect({tmp_path / "a": before}, tmp_path)
     assert json.loads((tmp_path / "a").read_text()) == [row, before[1]]
+
+
+def test_a_cell_that_finds_too_little_memory_is_made_later(tmp_path, monkeypatch, capsys):
+    row, tries = {"model": "m", "task": "cola", "method": "norms"}, []
+
+    def later():
+        tries.append(1)
+        if len(tries) == 1:
+            raise MemoryError
+        return row
+
+    def never():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    assert taken("a@later", later, tmp_path)
+    assert given_back(tmp_path)
+    assert not taken("a@later", later, tmp_path)  # not at once
+    monkeypatch.setattr(claims, "REST", -1)
+    assert taken("a@later", later, tmp_path)
+    assert json.loads((tmp_path / "a@later.json").read_text()) == row
+    assert not given_back(tmp_path)
+    assert [taken("a@never", never, tmp_path) for _ in range(claims.TRIES + 1)] == [True] * claims.TRIES + [False]
+    assert not given_back(tmp_path)
 
 
 def test_mpnets_positions_on_the_device_are_those_of_transformers():

@@ -1,6 +1,7 @@
 """A population in float64 beside the ordinary runs of its members: torch's AdamW, one model each."""
 
 from functools import partial
+from unittest.mock import Mock
 
 import peft
 import pytest
@@ -275,6 +276,17 @@ def test_what_looks_across_rows_or_reads_weights_without_a_call_is_refused():
         layer.forward = partial(forward, layer)
         with pytest.raises(InputError, match="cannot be trained in a population"):
             together.check({"input_ids": ids, "attention_mask": mask})
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError()])
+def test_a_check_for_which_the_memory_is_too_small_says_nothing_of_the_method(error):
+    ids, mask, _ = batch(0, causal=False)
+    together, _ = population(bert, "lora", [{}] * SIZE)
+    before = together.values.clone()
+    together.backward = Mock(side_effect=error)
+    with pytest.raises(type(error)):
+        together.check({"input_ids": ids, "attention_mask": mask})
+    assert torch.equal(together.values, before)
 
 
 def _with_centred_rows(layer, x):

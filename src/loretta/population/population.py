@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from loretta.errors import InputError
+from loretta.memory import is_out_of_memory
 from loretta.population.attention import PackedAttention
 from loretta.population.casts import OneCast
 from loretta.population.members import MemberLinear, MemberNorm, Members, MemberScale, MemberVBLoRA
@@ -260,6 +261,8 @@ class Population(nn.Module):
                         together = self(**rows).logits.unflatten(0, (self.size, -1))
                         self.backward(together.float().flatten(1).sum(1))
             except Exception as reason:
+                if is_out_of_memory(reason):
+                    raise  # says nothing of the method
                 raise InputError(f"{_ALONE} ({one_line(reason, 160)})") from reason
             for k in {0, self.size - 1}:
                 with self.released(k) as model, torch.no_grad():
