@@ -120,7 +120,8 @@ def _rate(root: Path, runs: Sequence[Planned]) -> tuple[float, bool, str]:
     for run in runs:
         file = root / run.folder / "run.json"
         if run.kind == "train" and file.is_file():
-            record, config = RunRecord.load(file), RunConfig(**RunRecord.load(file).config)
+            record = RunRecord.load(file)
+            config = RunConfig(**record.config)
             steps = total_steps(config.model_dump())
             if steps and record.train_seconds:
                 flops += steps * step_flops(size_of(config, run.sizes), config, lengths_of(config))

@@ -1,4 +1,4 @@
-"""Pure functions on lists of cores: contract, halve, decompose, balance.
+"""Functions on lists of cores: contract, halve, decompose, balance, and draw at random.
 
 Axes: I input features, O output features, C inner size at the boundary, N features folded so far, R/S
 neighbouring ranks, n one mode. Every core has shape (R, n, S).
@@ -119,15 +119,34 @@ def balance(cores: Cores) -> list[Tensor]:
     return [core * (mean / norm).to(core.dtype) for core, norm in zip(cores, norms, strict=True)]
 
 
+def gaussian(
+    shape: TTShape,
+    *,
+    std: float,
+    generator: torch.Generator | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> list[Tensor]:
+    """Gaussian cores whose *contracted* matrix has entries of mean 0 and standard deviation ``std``.
+
+    Raises ValueError for a negative ``std``.
+    """
+    if std < 0:
+        raise ValueError(f"a standard deviation must not be negative, got {std}")
+    # each entry of the matrix sums prod(ranks) independent products of one entry of each core, and variances add
+    scale = (std / math.sqrt(math.prod(shape.ranks))) ** (1 / len(shape.modes))
+    return [scale * torch.randn(*core, generator=generator, dtype=dtype, device=device) for core in shape.cores]
+
+
 def _fold_left(cores: Cores, like: Tensor) -> Tensor:
     """(N, S): the first cores multiplied together, their modes as one index. Their first rank is 1."""
     lead = like.shape[:-3]
     if not cores:  # this side of the matrix has size 1
         return like.new_ones(1, 1).expand(*lead, -1, -1)
-    out_NR = _as(cores[0], lead, -1, cores[0].shape[-1])
+    out_NR = cores[0].reshape(*lead, -1, cores[0].shape[-1])
     for core_RnS in cores[1:]:
         rank, mode, next_rank = core_RnS.shape[-3:]
-        out_NR = _as(product(out_NR, _as(core_RnS, lead, rank, mode * next_rank)), lead, -1, next_rank)
+        out_NR = product(out_NR, core_RnS.reshape(*lead, rank, mode * next_rank)).reshape(*lead, -1, next_rank)
     return out_NR
 
 
@@ -136,16 +155,11 @@ def _fold_right(cores: Cores, like: Tensor) -> Tensor:
     lead = like.shape[:-3]
     if not cores:  # this side of the matrix has size 1
         return like.new_ones(1, 1).expand(*lead, -1, -1)
-    out_SN = _as(cores[-1], lead, cores[-1].shape[-3], -1)
+    out_SN = cores[-1].reshape(*lead, cores[-1].shape[-3], -1)
     for core_RnS in reversed(cores[:-1]):
         rank, mode, next_rank = core_RnS.shape[-3:]
-        out_SN = _as(product(_as(core_RnS, lead, rank * mode, next_rank), out_SN), lead, rank, -1)
+        out_SN = product(core_RnS.reshape(*lead, rank * mode, next_rank), out_SN).reshape(*lead, rank, -1)
     return out_SN
-
-
-def _as(tensor: Tensor, lead: Sequence[int], rows: int, columns: int) -> Tensor:
-    """Matrices of one size, behind the dimensions ``lead``; one -1 is allowed, as in a reshape."""
-    return tensor.reshape(*lead, rows, columns)
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
@@ -154,7 +168,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _kron(left: Tensor, right: Tensor) -> Tensor:
-    """Kronecker product of the last two dimensions; those in front broadcast."""
+    """Kronecker product of the last two dimensions; those in front broadcast. ``torch.kron`` refuses some strides."""
     return (left[..., :, None, :, None] * right[..., None, :, None, :]).flatten(-4, -3).flatten(-2)
 
 
