@@ -5,6 +5,7 @@ import pathlib
 import re
 import sys
 
+import numpy as np
 import pytest
 
 from loretta.training.methods import METHODS, SHARED_RANK_1
@@ -93,6 +94,24 @@ def test_a_method_starts_at_the_rate_that_held_out_rows_of_both_encoders_liked_b
             means[float(rate)] = sum(scores.mean() for scores in of_models)
     own = SHARED_RANK_1 if name == "shared of rank 1" else METHODS[name].learning_rate
     assert own == max(means, key=means.__getitem__), means
+
+
+@pytest.mark.parametrize(
+    ("method", "rate"),
+    [("LoRA r=8", 7.5e-4), ("shared r=1", 1.5e-3), *((f"shared r={rank}", 7.5e-4) for rank in (2, 4, 8))],
+)
+def test_on_a_decoder_twice_the_rate_is_better_in_the_mean_and_no_seed_fails(method, rate, rows):
+    of_decoder = [row for row in rows if row["model"] == list(verdicts.MODELS)[2] and row["method"] == method]
+    cells = [row for row in of_decoder if row.get("part", "front") == "front"]
+    gains = []
+    for row in cells:
+        own, twice = row["held_out"].get(str(rate)), row["held_out"].get(str(2 * rate))
+        if own is not None:
+            worth = [np.exp(np.negative(x)) if row["metric"] == "loss" else np.array(x) for x in (own, twice)]
+            gains.append(float((worth[1] - worth[0]).mean()))
+            assert min(worth[1]) > np.median(worth[1]) - 0.15
+    assert len(gains) >= 2
+    assert np.mean(gains) > 0, gains
 
 
 def test_the_picture_is_there():
