@@ -1,5 +1,7 @@
 """One adapter per row of a batch."""
 
+import warnings
+
 import pytest
 import torch
 from peft import PeftModel
@@ -250,3 +252,17 @@ def test_a_norm_takes_the_gates_of_its_rows(method):
         trained(model.eval(), seed=seed)
     inputs = {"input_ids": inputs_for("CAUSAL_LM")["input_ids"]}
     assert_near("logits", logits(model, inputs, adapter_names=ROWS), expected_rows(model, inputs, ROWS))
+
+
+@pytest.mark.filterwarnings("ignore:the biases of the base model stay")
+@every_method
+def test_rows_that_compute_with_trained_biases_of_another_adapter_are_said(method):
+    model, inputs = pair("gpt2", method, bias="all", train_norms=False, second={"bias": "none"})
+    for names in (["default"] * 4, ["other", "default", "default", "default"], ["__base__"] * 4):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            logits(model, inputs, adapter_names=names)
+        said = [
+            str(each.message) for each in caught if "stay as the adapter 'default' has trained" in str(each.message)
+        ]
+        assert len(said) == (set(names) != {"default"})

@@ -214,3 +214,11 @@ def test_bad_sums(options, words):
     with pytest.raises(InputError, match=words):
         model.add_weighted_adapter(**given)
     assert "sum" not in model.peft_config
+
+
+@pytest.mark.parametrize(("method", "words"), [("adp", "each has a non-linearity"), ("shared", "export each adapter")])
+def test_what_has_no_sum_is_refused(method, words):
+    model, _ = wrap("llama", method)
+    model.add_adapter("other", config_for(method, task_type="CAUSAL_LM"))
+    with pytest.raises(InputError, match=words):
+        model.add_weighted_adapter(["default", "other"], [0.5, 0.5], "sum")

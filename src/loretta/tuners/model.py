@@ -269,6 +269,8 @@ class LorettaModel(MergingTuner):
         known = {name for layer in layers for name in layer._get_available_adapters()}
         if unknown := set(adapter_names) - known - {"__base__"}:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+        biases = self._biases()  # which act on all rows
+        biases.say([name for name in biases.options if any(other != name for other in adapter_names)])
         model_type = self.get_model_config(self.model).get("model_type")
         check_rows_first(self.model)
         # generation may repeat every row; the encoder of an encoder-decoder model still sees the rows once

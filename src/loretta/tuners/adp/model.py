@@ -4,6 +4,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from loretta.errors import InputError
 from loretta.tuners.adp.config import LorettaAdpConfig
 from loretta.tuners.adp.layer import AdpLinear
 from loretta.tuners.config import LorettaConfig
@@ -48,3 +49,10 @@ class LorettaAdpModel(LorettaModel):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """False: no change of the base weights has the effect of an adapter with a non-linearity."""
         return False
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Not for adapters with a non-linearity. Raises InputError that says what to do instead."""
+        raise InputError(
+            "adp's adapters are not added up, for each has a non-linearity: activate several at once with "
+            "model.base_model.set_adapter([...])"
+        )
