@@ -5,15 +5,21 @@ import os
 import shutil
 import signal
 
+import numpy as np
 import pytest
 import torch
 import typer
+from draws import seed_torch
 from interrupts import stopping_behind
 from safetensors.torch import load_file
+from tiny_models import tokenizer
 from training_data import config_for
+from transformers import BartConfig, BartModel
 
 from loretta.errors import Stopped
 from loretta.memory import free_memory, is_out_of_memory, peak_memory
+from loretta.training.data import load_config_task
+from loretta.training.predict import evaluate, load_run
 from loretta.training.run import train
 from loretta.training.trainer import TwoRateTrainer, next_smaller
 
@@ -169,3 +175,29 @@ def test_the_memory_of_a_run_begins_with_the_run(bert, reviews, tmp_path):
     del before
     record = train(config_for(bert, reviews, tmp_path / "run", max_steps=1))
     assert 0 < record.peak_memory_bytes < 1 << 28
+
+
+def test_an_evaluation_keeps_logits_alone_of_an_encoder_decoder_model(reviews, tmp_path, monkeypatch):
+    """Hidden states of all tokens of all rows are gigabytes for a real model."""
+    sizes = {"vocab_size": 32, "d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "max_position_embeddings": 32}
+    more = {f"{part}_{name}": 32 if name == "ffn_dim" else 2
+            for part in ("encoder", "decoder") for name in ("ffn_dim", "attention_heads")}  # fmt: skip
+    ends = {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "decoder_start_token_id": 3}
+    seed_torch(0)
+    BartModel(BartConfig(**sizes, **more, **ends)).save_pretrained(tmp_path / "bart")
+    tokenizer().save_pretrained(tmp_path / "bart")
+    original, kept = TwoRateTrainer.evaluation_loop, []
+
+    def loop(self, *args, **kwargs):
+        output = original(self, *args, **kwargs)
+        kept.append(output.predictions)
+        return output
+
+    monkeypatch.setattr(TwoRateTrainer, "evaluation_loop", loop)
+    folder = tmp_path / "run"
+    record = train(config_for(str(tmp_path / "bart"), reviews, folder, epochs=1))
+    assert {type(predictions) for predictions in kept} == {np.ndarray}
+    assert {predictions.shape[1:] for predictions in kept} == {(2,)}
+    loaded = load_run(folder, cpu=True)
+    scores = evaluate(loaded, load_config_task(loaded.config), "validation")  # by the model's own outputs
+    assert scores["accuracy"] == record.validation["accuracy"]

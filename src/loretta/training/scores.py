@@ -55,6 +55,6 @@ def named_values(raw: Mapping[str, float], task: Task | PromptedTask, prefix: st
     return values
 
 
-def logits_of(predictions) -> np.ndarray:
-    """The logits; encoder-decoder models give hidden states after them."""
-    return predictions[0] if isinstance(predictions, tuple) else predictions
+def logits_alone(outputs: torch.Tensor | tuple[torch.Tensor, ...], labels: torch.Tensor | None) -> torch.Tensor:
+    """What the Trainer keeps of a batch: encoder-decoder models give hidden states behind the logits."""
+    return outputs[0] if isinstance(outputs, tuple) else outputs

@@ -19,7 +19,7 @@ from loretta.tasks import load_task
 from loretta.training.arguments import make_trainer
 from loretta.training.config import RunConfig
 from loretta.training.data import encode_splits, load_config_task
-from loretta.training.forms.tokens import first_pieces, score_sequences, score_tags, tags_of_words, tokenize
+from loretta.training.forms.tokens import best_tags, first_pieces, score_sequences, score_tags, tags_of_words, tokenize
 from loretta.training.model import load_base, load_tokenizer, wrap
 
 DATA = Path(__file__).parents[3] / "docs" / "data" / "names.jsonl"
@@ -65,12 +65,16 @@ def test_entities_are_scored_whole():
     assert scores["entity_f1"] == pytest.approx(2 * 2 / (3 + 4))
     assert scores["accuracy"] == pytest.approx(6 / 8)
     # the same through logits, with a piece that has no tag
-    logits = np.zeros((1, 3, len(ids)))
+    logits = torch.zeros(1, 3, len(ids))
     logits[0, 0, ids["B-PER"]] = logits[0, 1, ids["B-LOC"]] = logits[0, 2, ids["O"]] = 1
     labels = np.array([[ids["B-PER"], -100, ids["O"]]])
-    assert score_tags(task, logits, labels)["entity_f1"] == 1
+    assert score_tags(task, best_tags(logits).numpy(), labels)["entity_f1"] == 1
+    logits[0, 1, 0] = np.inf
+    assert score_tags(task, best_tags(logits).numpy(), labels)["entity_f1"] == 1
     logits[0, 0, 0] = np.nan
-    assert all(np.isnan(value) for value in score_tags(task, logits, labels).values())
+    best = best_tags(logits)
+    assert all(np.isnan(value) for value in score_tags(task, best.numpy(), labels).values())
+    assert tags_of_words([0, None, 1], best[0].tolist(), 3, task.label_names) == [None, "O", None]
 
 
 @pytest.mark.parametrize("method", ["rep", "adp", "shared"])

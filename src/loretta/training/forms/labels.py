@@ -21,7 +21,7 @@ from loretta.tasks.base import Task
 from loretta.training.config import RunConfig
 from loretta.training.forms.base import Asked, Data, Form, MakeTrainer, Recipe, Row, text_columns
 from loretta.training.loaded import LoadedRun
-from loretta.training.scores import logits_of, named_values, prediction_rows, score_logits
+from loretta.training.scores import logits_alone, named_values, prediction_rows, score_logits
 from loretta.training.trainer import TwoRateTrainer
 
 MISTAKES = 10  # kept of each run
@@ -59,7 +59,7 @@ class Labels(Form):
 
     def answer(self, data: Data, trainer: TwoRateTrainer, split: str) -> tuple[dict[str, float], list[Row]]:
         output, task = trainer.predict(data.splits[split], metric_key_prefix=split), data.task
-        rows = self.rows_of(torch.as_tensor(logits_of(output.predictions)), task.label_names)
+        rows = self.rows_of(torch.as_tensor(output.predictions), task.label_names)
         asked = zip(*(getattr(task, split)[column][:] for column in task.columns), strict=True)
         answered = [
             {**dict(zip(task.columns, words, strict=True)), "gold": gold, **row}
@@ -103,15 +103,21 @@ def in_parts(data: Dataset, encode: Callable[[dict[str, list[Any]]], Mapping[str
     return concatenate_datasets([Dataset.from_dict(dict(encode(part))) for part in parts])
 
 
-def scored_recipe(data: Data, collator: Any, score: Callable[[np.ndarray, np.ndarray], dict[str, float]]) -> Recipe:
-    """How to train what is scored by logits and labels."""
+def scored_recipe(
+    data: Data,
+    collator: Any,
+    score: Callable[[np.ndarray, np.ndarray], dict[str, float]],
+    keep: Callable[[Any, Tensor | None], Tensor] = logits_alone,
+) -> Recipe:
+    """How to train what is scored by labels and by what an evaluation keeps of the outputs, for all of its rows."""
 
     def compute(prediction: Any) -> dict[str, float]:
-        return score(logits_of(prediction.predictions), prediction.label_ids)
+        return score(prediction.predictions, prediction.label_ids)
 
     options = {
         "data_collator": collator,
         "compute_metrics": compute,
+        "preprocess_logits_for_metrics": keep,
         "loss_is_mean": True,
         "lengths": lengths_of(data.splits["train"]),
     }

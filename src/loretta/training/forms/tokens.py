@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from tokenizers import pre_tokenizers
+from torch import Tensor
 from transformers import DataCollatorForTokenClassification, PreTrainedTokenizerBase
 
 from loretta.errors import InputError
@@ -36,10 +37,11 @@ from loretta.training.forms.labels import (
     worst,
 )
 from loretta.training.loaded import LoadedRun
-from loretta.training.scores import logits_of, named_values
+from loretta.training.scores import logits_alone, named_values
 from loretta.training.trainer import TwoRateTrainer
 from loretta.wording import quoted
 
+NOT_FINITE = -1  # in the place of a tag, where a logit is NaN or infinite
 MOST_IN_CONFUSION = 40  # tags: a larger matrix cannot be read
 
 
@@ -73,7 +75,7 @@ class Tokens(Form):
 
     def recipe(self, data: Data) -> Recipe:
         collator = DataCollatorForTokenClassification(data.tokenizer)
-        return scored_recipe(data, collator, partial(score_tags, data.task))
+        return scored_recipe(data, collator, partial(score_tags, data.task), best_tags)
 
     def counts(self, task: Task) -> dict[str, list[int]]:
         return count_classes(task, lambda data: [tag for row in data["tags"] for tag in row])
@@ -84,14 +86,15 @@ class Tokens(Form):
     def answer(self, data: Data, trainer: TwoRateTrainer, split: str) -> tuple[dict[str, float], list[Row]]:
         output = trainer.predict(data.splits[split], metric_key_prefix=split)
         asked, names, pieces = getattr(data.task, split), data.task.label_names, data.splits[split]["words"]
-        best = logits_of(output.predictions).argmax(-1)
         rows = [
             {
                 "text": " ".join(tokens),
                 "gold": [names[tag] for tag in gold],
                 "tags": tags_of_words(words, tags, len(tokens), names),
             }
-            for tokens, gold, words, tags in zip(asked["tokens"], asked["tags"], pieces, best, strict=True)
+            for tokens, gold, words, tags in zip(
+                asked["tokens"], asked["tags"], pieces, output.predictions, strict=True
+            )
         ]
         return named_values(output.metrics or {}, data.task, f"{split}_"), rows
 
@@ -143,7 +146,7 @@ class Tokens(Form):
                 partial(tokenize, run.tokenizer, max_length=None),
             )
             with run.as_trained():
-                best = run.model(**found.to(run.model.device)).logits.argmax(-1).tolist()
+                best = best_tags(run.model(**found.to(run.model.device)).logits).tolist()
             for k, words in enumerate(batch):
                 tags = tags_of_words(found.word_ids(k), best[k], len(words), run.record.label_names)
                 yield {**({"tokens": words} if cut_here else {}), "tags": tags}
@@ -180,20 +183,29 @@ def first_pieces(words: Sequence[int | None], tags: Sequence[int]) -> list[int]:
 
 
 def tags_of_words(words: Sequence[int | None], best: Sequence[int], n_words: int, names: Sequence[str]) -> list[Any]:
-    """The tag at the first piece of each token; None for a token that was cut off or has no piece."""
+    """The tag at the first piece of each token; None for one that was cut off, has no piece, or numbers that are none.
+
+    The tags of ``best`` are as :func:`best_tags` gives them.
+    """
     first: dict[int, int] = {}
     for at, word in enumerate(words):
         if word is not None:
             first.setdefault(word, at)
-    return [names[int(best[first[word]])] if word in first else None for word in range(n_words)]
+    found = [best[first[word]] if word in first else NOT_FINITE for word in range(n_words)]
+    return [None if tag == NOT_FINITE else names[int(tag)] for tag in found]
 
 
-def score_tags(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """The scores of (rows, pieces, tags) logits; all are NaN where one logit of a tag is not finite."""
+def best_tags(outputs: Any, labels: Tensor | None = None) -> Tensor:
+    """The tag of each piece, (rows, pieces), out of (rows, pieces, tags) logits."""
+    logits = logits_alone(outputs, labels)
+    return logits.argmax(-1).where(logits.isfinite().all(-1), NOT_FINITE)
+
+
+def score_tags(task: Task, best: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """The scores of (rows, pieces) tags; all are NaN where one logit of a tag was not finite."""
     wanted = labels != IGNORED
-    if not np.isfinite(logits[wanted]).all():
+    if (best[wanted] == NOT_FINITE).any():
         return dict.fromkeys(task.metrics, np.nan)
-    best = logits.argmax(-1)
     rows = zip(best, labels, wanted, strict=True)
     pairs = [(tags[at].tolist(), golds[at].tolist()) for tags, golds, at in rows]
     return score_sequences(task, [tags for tags, _ in pairs], [golds for _, golds in pairs])
