@@ -213,8 +213,10 @@ def so_in_choosing() -> dict[str, bool]:
 
 def so_in_readme() -> dict[str, bool]:
     level = {verdict_of("official", model, COMPACT, "LoRA r=8") for model in ALL}
+    texts, half = pair(PAGE, "tables", "to LoRA r=8", "SmolLM2", "stories", "shared r=8")
     lost = {verdict_of("official", model, "rep", other) for model in ENCODERS for other in ("LoRA r=1", "norms")}
     return {
         "Compact, the default, is level with LoRA of rank 8": level == {"level"},
+        "(37,696 numbers) is level with LoRA of rank 8 (460,800)": abs(texts) <= half,
         "rep in the paper's shapes loses to a LoRA of rank 1, and to training the layer norms alone": lost == {"worse"},
     }
