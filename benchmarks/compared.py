@@ -192,7 +192,7 @@ def so_in_choosing() -> dict[str, bool]:
         "IA3 of PEFT is level with compact with norms on both encoders": everywhere("level", "IA3", COMPACT),
         "(37,632) is level with LoRA r=1.": came("MPNet", "compact", "LoRA r=1") == "level",
         "as with norms, and is level with it on both encoders.": everywhere("level", "compact", COMPACT),
-        "The square root was not run on SmolLM2.": not cells(CHOOSING, "rates", "peak", "SmolLM2", "LoRA^0.5 r=32"),
+        "the square root was not run there.": not cells(CHOOSING, "rates", "peak", "SmolLM2", "LoRA^0.5 r=32"),
         "FourierFT and TinyLoRA were not run on SmolLM2 and MPNet": not any(
             cells(CHOOSING, f"front {model}", "trained", name)
             for model in ("SmolLM2-135M-Instruct", "all-mpnet-base-v2")

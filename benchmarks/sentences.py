@@ -32,6 +32,7 @@ from cited import (
     planned,
     rank,
     risen,
+    ruled_peaks,
     run,
     scored,
     searched,
@@ -172,6 +173,17 @@ def of_choosing() -> Iterator[Said]:
         (searched("peers_smollm2.json", "Uni-LoRA", "VeRA", "TinyLoRA", "VB-LoRA", "FourierFT")),
     )
     yield "a peak is no surer than a factor of {}.", (math.sqrt(2),)
+    minilm_peaks, mpnet_peaks = ruled_peaks("MiniLM"), ruled_peaks("MPNet")
+    both = [*minilm_peaks, *mpnet_peaks]
+    yield "that were run lie between {} and {} on MiniLM, and", (min(minilm_peaks), max(minilm_peaks))
+    yield "between {} (shared of rank 32) and {} (compact of rank 32) on MPNet.", (min(mpnet_peaks), max(mpnet_peaks))
+    one = math.sqrt(min(both) * max(both))
+    yield "So {} is within a factor of {} of each.", (one, max(both) / one)
+    of_compact = [
+        held_out("rates", "peak", "SmolLM2", form)
+        for form in ("compact", "compact cores^1 r=4", "compact cores^1 r=32")
+    ]
+    yield "compact's lie between {} and {}; the square root", (min(of_compact), max(of_compact))
     yield "the peak moves by at most {} at the same rank", (max(max(a / b, b / a) for a, b in both_encoders()),)
     (whole,) = (line.cells for line in lines(CHOOSING, "rates") if {"compact^0.5 r=32", "MiniLM"} <= line.words)
     alive = [float(column) for column, cell in whole.items() if column.startswith("0.") and float(cell) > 0]
