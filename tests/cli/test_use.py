@@ -12,6 +12,7 @@ import pandas
 import pytest
 import transformers
 from commands import assert_refused, call, train_arguments
+from safetensors.torch import load_file, save_file
 from training_data import sentences
 from transformers.integrations import TensorBoardCallback
 
@@ -335,3 +336,32 @@ def test_one_document_of_many_answers_is_written_as_they_come(count, to_file, tr
     if to_file:
         written = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
         assert written == json.loads(out)
+
+
+def with_a_damaged_word(model: str, folder, word: str) -> str:
+    """The model with an embedding of NaN."""
+    shutil.copytree(model, folder)
+    weights = load_file(folder / "model.safetensors")
+    name = next(name for name in weights if name.endswith(("word_embeddings.weight", "embed_tokens.weight")))
+    weights[name][transformers.AutoTokenizer.from_pretrained(model).convert_tokens_to_ids(word)] = math.nan
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return str(folder)
+
+
+def test_numbers_that_are_not_finite_give_no_answer(bert, trained, capsys, tmp_path):
+    """The largest of numbers that are NaN is the first, and the first class looked like the answer."""
+    damaged = with_a_damaged_word(bert, tmp_path / "damaged", "bad")
+    texts = ("a good film", "a bad film", "a film")
+    asked = [word for text in texts for word in ("--text", text)]
+    status, out, err = call(capsys, "predict", trained, *asked, "--cpu", "--json", "--model", damaged)
+    assert status == 0
+    assert "note: 1 of the 3 texts without an answer: what the model computes is not finite" in err
+    sound = json.loads(call(capsys, "predict", trained, *asked, "--cpu", "--json")[1])
+    assert json.loads(out) == [sound[0], {"text": texts[1], "label": None, "probability": None}, sound[2]]
+
+
+def test_a_model_whose_numbers_are_not_finite_says_nothing(llama, teller, capsys, tmp_path):
+    damaged = with_a_damaged_word(llama, tmp_path / "damaged", "bad")
+    status, _, err = call(capsys, "predict", teller, "--text", "a bad film", "--cpu", "--model", damaged)
+    assert_refused(status, err, ["there is no answer: what the model computes is not finite"])
+    assert call(capsys, "predict", teller, "--text", "a film", "--cpu", "--model", damaged)[0] == 0

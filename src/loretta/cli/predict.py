@@ -117,7 +117,11 @@ def _also_as_json(rows: Iterable[dict[str, Any]], document: IO[str]) -> Iterator
 
 
 def say_cut(run: "LoadedRun", total: int) -> None:
-    """Say on standard error how many of the texts lost an end."""
+    """Say on standard error how many of the texts lost an end, or have no answer."""
+    if run.unanswered:
+        from loretta.training.loaded import NOT_FINITE
+
+        say(f"note: {run.unanswered:,} of the {total:,} texts without an answer: {NOT_FINITE}", err=True)
     if run.cut:
         say(
             f"note: {run.cut:,} of the {total:,} texts {'is' if run.cut == 1 else 'are'} longer than the "

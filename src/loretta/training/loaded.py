@@ -14,6 +14,8 @@ from loretta.training.folder import ADAPTER
 from loretta.training.methods import FULL, find_method
 from loretta.training.model import Trained, load_base, load_tokenizer, room_of
 
+NOT_FINITE = "what the model computes is not finite, as with damaged weights or a dtype that is too small for it"
+
 
 @dataclass(slots=True, kw_only=True)
 class LoadedRun:
@@ -25,6 +27,7 @@ class LoadedRun:
     tokenizer: PreTrainedTokenizerBase
     kind: str
     cut: int = 0  # texts that lost an end to max_length where they were answered or scored
+    unanswered: int = 0  # texts for which what the model computes is not finite
 
     def as_trained(self) -> torch.autocast:
         """A context in which the model computes in the precision in which the run was trained and scored."""

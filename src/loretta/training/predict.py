@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import TextStreamer
 
 from loretta.errors import InputError
@@ -13,7 +14,7 @@ from loretta.tasks.base import Task
 from loretta.tasks.prompted import PromptedTask
 from loretta.training.arguments import make_trainer
 from loretta.training.forms import form_of
-from loretta.training.loaded import LoadedRun
+from loretta.training.loaded import NOT_FINITE, LoadedRun
 from loretta.training.loaded import load_run as load_run
 from loretta.training.model import TASK_TYPES, room_of
 from loretta.wording import spelled
@@ -63,6 +64,12 @@ class _Spelling(TextStreamer):
         super().on_finalized_text(spelled(text), stream_end)
 
 
+def _refuse_nan(ids: Tensor, scores: Tensor) -> Tensor:
+    if scores.isnan().any():  # of which the largest is the first
+        raise InputError(f"there is no answer: {NOT_FINITE}")
+    return scores
+
+
 @torch.inference_mode()
 def _go_on(run: LoadedRun, given: Any, sampling: Sampling, streamer: TextStreamer | None = None) -> str:
     inputs = given.to(run.model.device)
@@ -78,7 +85,7 @@ def _go_on(run: LoadedRun, given: Any, sampling: Sampling, streamer: TextStreame
     with warnings.catch_warnings(), run.as_trained():
         # PEFT's own positions are right where there are no pads
         warnings.filterwarnings("ignore", message="Position ids are not supported", module="peft")
-        out = run.model.generate(**inputs, **options, streamer=streamer)
+        out = run.model.generate(**inputs, **options, streamer=streamer, logits_processor=[_refuse_nan])
     return run.tokenizer.decode(out[0, asked:], skip_special_tokens=True)
 
 

@@ -94,7 +94,11 @@ class Labels(Form):
         if all_probabilities and not names:
             raise InputError(f"the run was trained on a {run.kind} task, which has scores and no probabilities")
         for logits in logits_of_texts(run, asked):
-            yield from self.rows_of(logits, names, all_of_them=all_probabilities)
+            rows = self.rows_of(logits, names, all_of_them=all_probabilities)
+            # the largest of numbers that are NaN is the first
+            for row, is_one in zip(rows, logits.isfinite().all(-1).tolist(), strict=True):
+                run.unanswered += not is_one
+                yield row if is_one else dict.fromkeys(row)
 
 
 def in_parts(data: Dataset, encode: Callable[[dict[str, list[Any]]], Mapping[str, Any]]) -> Dataset:
