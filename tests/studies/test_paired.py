@@ -8,6 +8,7 @@ from sklearn.metrics import f1_score
 from study_data import finish
 
 from loretta.record import Answers, RunRecord
+from loretta.report.study import section_of
 from loretta.studies.compare import comparison, verdict
 from loretta.studies.configs import Options
 from loretta.studies.expansion import expand
@@ -89,6 +90,7 @@ def test_the_smallest_that_may_be_as_good_is_advised(tmp_path):
     found = verdict(results, pairs)
     assert (found.best, found.smallest) == ("lora", "ia3")
     assert "Advice: take ia3 (50 trained parameters): its distance to lora, +0.0083" in found.words
+    assert section_of(results, tmp_path).verdict == found.words  # and so does the report
 
 
 def test_nothing_learned_is_said_before_anything_else(tmp_path):

@@ -3,6 +3,8 @@
 import csv
 import json
 import math
+import shlex
+import sys
 
 import pytest
 import torch
@@ -134,8 +136,10 @@ def test_flops_of_a_linear_layer_by_hand():
     assert count_flops(Model(), {"x": torch.ones(3, 8)}) == 2 * 2 * 3 * 8 * 4
 
 
-def test_a_measured_step(bert, llama, tmp_path):
+def test_a_measured_step(bert, llama, tmp_path, monkeypatch):
     costs = {}
+    words = ["tables", "--runs", "a folder"]
+    monkeypatch.setattr(sys, "argv", ["loretta", *words])
     for method in ("lora", "adapters", "loretta_adp"):
         config = RunConfig(model=llama, data="sst2", method=method, batch_size=2, max_length=8, cpu=True)
         measure(config, tmp_path / method, llama)
@@ -146,6 +150,7 @@ def test_a_measured_step(bert, llama, tmp_path):
         assert cost["copies"] > 0
         assert cost["device"] == "cpu"
         assert any("aten::copy_" in note for note in cost["notes"])
+        assert shlex.split(cost["command"]) == ["loretta", *words]
     encoder = RunConfig(model=bert, data="rte", method="lora", batch_size=2, max_length=8, cpu=True)
     measure(encoder, tmp_path / "encoder", bert)
     assert json.loads((tmp_path / "encoder" / "cost.json").read_text())["flops"] > 0

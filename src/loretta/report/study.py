@@ -58,7 +58,7 @@ def section_of(results: Results, root: Path, *, number: int = 1) -> Section:
         name=study.name,
         title=study.title,
         facts=_facts(results, root),
-        verdict=_verdict(results),
+        verdict=_verdict(results, root),
         notes=_notes(results),
         tables=tables_of(results, root, anchors, looks),
         groups=figures_of(results, root, looks),
@@ -129,12 +129,14 @@ def _words(value: Any) -> str:
     return "yes" if value is True else str(value)
 
 
-def _verdict(results: Results) -> str:
+def _verdict(results: Results, root: Path) -> str:
+    """What `loretta compare` says of its results."""
     if results.study.view != "compare":
         return ""
     from loretta.studies.compare import verdict
+    from loretta.studies.paired import differences
 
-    return verdict(results).words
+    return verdict(results, differences(results, root)).words
 
 
 def _notes(results: Results) -> list[str]:

@@ -1,5 +1,6 @@
 """The cost of one training step: floating-point operations and the time of memory copies (the paper's Table 5)."""
 
+import shlex
 import statistics
 import sys
 from pathlib import Path
@@ -68,7 +69,7 @@ def measure(config: RunConfig, folder: Path, sizes: str) -> None:
             "tokens": config.batch_size * config.max_length,
             "notes": notes,
             "config": config.model_dump(),
-            "command": " ".join(["loretta", *sys.argv[1:]]),
+            "command": shlex.join(["loretta", *sys.argv[1:]]),
         },
     )
 
