@@ -4,9 +4,14 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # nothing here may reach for the network
 os.environ["HF_HUB_OFFLINE"] = "1"
+# torch collects garbage after each compilation: 2 of the 70 seconds of tests/tuners/test_compiled.py
+os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")
+
+import gc
+
+gc.set_threshold(50_000, 10, 20)  # a tenth of the time went into collections, of models that reference themselves
 
 import functools
-import gc
 import importlib
 import socket
 import sys
@@ -25,7 +30,8 @@ def interpret_kernels() -> None:
         os.environ["TRITON_INTERPRET"] = "1"
 
 
-if "-n" not in sys.argv or "PYTEST_XDIST_WORKER" in os.environ:  # the conftest.py of a folder may import Triton
+hands_out = " -n " in (given := " ".join(sys.argv)) and " -n 0" not in given  # tests to other processes
+if not hands_out or "PYTEST_XDIST_WORKER" in os.environ:  # the conftest.py of a folder may import Triton
     interpret_kernels()
 
 _connect = socket.socket.connect
@@ -54,6 +60,8 @@ def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput"):
         return  # this process hands out tests and runs none: torch and transformers would take it eight seconds
     interpret_kernels()
+    nn = importlib.import_module("torch.nn")
+    nn.Module.named_modules = importlib.import_module("module_walk").named_modules
     for plugin in ("tiny_models", "study_data"):  # which the conftest.py of a folder may have imported before
         config.pluginmanager.register(importlib.import_module(plugin), plugin)
 
@@ -78,9 +86,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Spare garbage collections the modules and tests: Accelerate asks for a collection in each run."""
+    """Spare garbage collections the modules and tests: each run asks for two collections."""
     gc.freeze()
-    gc.set_threshold(50_000, 10, 20)  # a tenth of the time went into collections, of models that reference themselves
+
+
+@pytest.fixture(autouse=True, scope="module")
+def imported_later():
+    """Spare them what tests before have imported, too: the first runs import and keep 40,000 objects."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure() -> None:

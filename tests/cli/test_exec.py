@@ -11,18 +11,14 @@ from pathlib import Path
 import pytest
 from commands import call
 
-# says what it was given and whether PEFT is going to know the methods, as one line of JSON; in one call, since torchrun
-# runs Python without buffers, where print would write its newline behind what another process says
+# says what it was given and whether what registers the methods waits for PEFT, as one line of JSON; in one call, since
+# torchrun runs Python without buffers, where print would write its newline behind what another process says. Of the
+# same finder a process in tests/test_public_face.py asks PEFT itself, which takes seconds to import.
 SAYS = """
 import json, os, sys
-sys.stdout.write(json.dumps([sys.argv[1:], "loretta.registration" in sys.modules]) + "\\n")
+waits = any(type(finder).__module__ == "loretta.registration" for finder in sys.meta_path)
+sys.stdout.write(json.dumps([sys.argv[1:], waits]) + "\\n")
 sys.stdout.flush()
-"""
-# asks PEFT itself, which takes seconds to import
-ASKS = """
-import json, sys
-import peft
-print(json.dumps([sys.argv[1:], "LORETTA_REP" in peft.PeftType.__members__]))
 """
 # has a child of its own ask, then ends as it is told
 PROGRAM = f"""#!{sys.executable}
@@ -30,7 +26,7 @@ PROGRAM = f"""#!{sys.executable}
 import subprocess
 if sys.argv[1] == "signal":
     os.kill(os.getpid(), int(sys.argv[2]))
-subprocess.run([sys.executable, "-c", {ASKS!r}, "child"], check=True)
+subprocess.run([sys.executable, "-c", {SAYS!r}, "child"], check=True)
 sys.exit(int(sys.argv[2]))
 """
 

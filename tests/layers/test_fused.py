@@ -154,7 +154,8 @@ def test_the_input_of_an_adapter_is_left_alone():
 
 
 def test_results_repeat_to_the_last_bit():
-    arguments = update(700, 200, 90, 8, torch.float32)
+    # on a GPU over many blocks, whose order may change; the interpreter takes one block after the other
+    arguments = update(*((700, 200, 90, 8) if DEVICE == "cuda" else (130, 70, 37, 5)), torch.float32)
     for k in (0, 3, 4):
         arguments[k].requires_grad_()
     runs = []

@@ -1,5 +1,7 @@
 """``auto`` takes the best measured form that fits, never more than the budget, and says what was measured."""
 
+import contextlib
+import functools
 import json
 import math
 import pathlib
@@ -91,6 +93,17 @@ def test_every_measured_form_that_the_package_can_make_is_offered(name):
     assert missing == {method for method in names if METHODS[method].factors}
 
 
+@functools.cache
+def plans_of_forms(family, task_type):
+    """(form, plan) of each form that a model has the places of, at the rank that was measured."""
+    model, found = meta_model(find_config(family), task_type), []
+    for form in read_front().forms:
+        with contextlib.suppress(InputError):  # a place that this model does not have
+            config = loretta_configs()[form.method](task_type=task_type, **options_on(model, form))
+            found.append((form, plan_model(model, config)))
+    return found
+
+
 @pytest.mark.parametrize("family", ["bert-base", "gpt2", "qwen3-0.6b"])
 @pytest.mark.parametrize("words", ["9k", "30k", "100k", "400kB", "1M"])
 def test_it_is_the_best_form_that_fits_at_the_highest_rank_that_fits(family, words):
@@ -103,15 +116,11 @@ def test_it_is_the_best_form_that_fits_at_the_highest_rank_that_fits(family, wor
     assert plan_model(model, config).trainable == plan.trainable
     beyond = re.search(r"rank (\d+) would take ([\d,]+)", reasons[1])
     assert beyond is None or int(beyond[2].replace(",", "")) > budget.amount
-    fitting = []
-    for form in read_front().forms:
-        config_of = loretta_configs()[form.method]
-        try:
-            plan_of_form = plan_model(model, config_of(task_type=task_type, **options_on(model, form)))
-        except InputError:  # a place that this model does not have
-            continue
-        if not math.isnan(gain(form, NEAREST[family])) and budget.fits(plan_of_form):
-            fitting.append(form)
+    fitting = [
+        form
+        for form, plan_of_form in plans_of_forms(family, task_type)
+        if not math.isnan(gain(form, NEAREST[family])) and budget.fits(plan_of_form)
+    ]
     if fitting:  # else a form of a lower rank than was measured
         best = max(fitting, key=lambda form: gain(form, NEAREST[family]))
         assert type(config) is loretta_configs()[best.method]

@@ -123,6 +123,7 @@ MODEL_MISTAKES = {
 }
 
 
+@pytest.mark.sampled  # found before the method or the task is asked: each mistake once
 @every_method
 @pytest.mark.parametrize("mistake", MODEL_MISTAKES)
 @pytest.mark.parametrize("task", ["SEQ_CLS", None])

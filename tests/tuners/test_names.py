@@ -15,6 +15,7 @@ OURS = ["up", "down", "values", "cores", "loretta_rep_down", "loretta_adp_bias",
 OUTSIDE = ["/tmp/x", "../x", "a/../../x", "..", "__base__"]
 
 
+@pytest.mark.sampled  # one check for all methods: each name with one of them
 @every_method
 @pytest.mark.parametrize("name", [*PARTS, *OURS, *OUTSIDE])
 def test_a_name_that_would_be_mistaken_is_refused_and_nothing_changes(name, method, tmp_path):
@@ -54,6 +55,7 @@ def test_a_first_adapter_cannot_have_such_a_name_either(name, method, tmp_path):
         assert set(model.state_dict()) == keys
 
 
+@pytest.mark.sampled
 @every_method
 @pytest.mark.parametrize("name", ["layer", "ups", "norm_2", "org/adapter", "vals", "Layers", "q"])
 def test_names_that_only_resemble_a_part_save_everything(name, method, tmp_path):

@@ -49,6 +49,11 @@ def backends(names):
 every_backend, merging_backend = backends(BENCHMARK.BACKENDS), backends(ROUNDING)
 
 
+def every_method_and_backend(test):
+    """A sample, as of families: each backend and each method. The matrix runs all pairs."""
+    return pytest.mark.sampled(every_method(every_backend(test)))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny LLaMA of multiples of 64: bitsandbytes 0.50 dequantises 96 inputs wrongly on the CPU."""
@@ -103,8 +108,7 @@ class Through(nn.Linear):
 INPUTS = build("llama")[1]
 
 
-@every_method
-@every_backend
+@every_method_and_backend
 def test_sizes_are_those_of_the_float_model_and_the_start_is_no_change(folder, backend, method):
     before = logits(BENCHMARK.load(folder, backend), INPUTS)
     model = wrapped(folder, backend, method)
@@ -125,8 +129,7 @@ def test_a_quantized_layer_computes_with_its_weight(folder, backend):
     assert (got - ref).norm() <= FORWARD.get(backend, 1e-5) * ref.norm()
 
 
-@every_method
-@every_backend
+@every_method_and_backend
 def test_gradients_are_those_of_the_dequantized_weights_also_after_an_evaluation(folder, backend, method):
     model = trained(wrapped(folder, backend, method), scale=0.05)
     oracle = copy.deepcopy(model)
@@ -143,8 +146,7 @@ def test_gradients_are_those_of_the_dequantized_weights_also_after_an_evaluation
     assert_gradients_near(got, ref, GRADIENT.get(backend))
 
 
-@every_method
-@every_backend
+@every_method_and_backend
 def test_training_lowers_the_loss_and_leaves_the_base_alone(folder, backend, method):
     model = wrapped(folder, backend, method)
     adapter = set(trainable(model))
@@ -163,8 +165,7 @@ def test_training_lowers_the_loss_and_leaves_the_base_alone(folder, backend, met
         assert all(map(torch.equal, parts(value), parts(after[name]))), name
 
 
-@every_method
-@every_backend
+@every_method_and_backend
 def test_a_saved_adapter_gives_the_same_logits(folder, backend, method, tmp_path):
     model = trained(wrapped(folder, backend, method))
     model.save_pretrained(tmp_path)
@@ -228,8 +229,7 @@ def test_nothing_is_written_where_one_layer_cannot_be_merged():
     assert not any(layer.merged for layer in layers)
 
 
-@every_method
-@every_backend
+@every_method_and_backend
 def test_several_adapters_mixed_batches_and_none(folder, backend, method):
     model = trained(wrapped(folder, backend, method), seed=1)
     model.add_adapter("second", config_for(method, task_type="CAUSAL_LM"))
@@ -253,8 +253,7 @@ def test_several_adapters_mixed_batches_and_none(folder, backend, method):
     assert_near("logits", logits(model, INPUTS, adapter_names=names), expected)
 
 
-@every_method
-@every_backend
+@every_method_and_backend
 def test_the_output_keeps_its_dtype(folder, backend, method):
     model = trained(wrapped(folder, backend, method, dtype="bfloat16"))
     x = torch.randn(2, 64, dtype=torch.bfloat16)
