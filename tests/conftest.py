@@ -7,11 +7,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # torch collects garbage after each compilation: 2 of the 70 seconds of tests/tuners/test_compiled.py
 os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")
 
-import gc
-
-gc.set_threshold(50_000, 10, 20)  # a tenth of the time went into collections, of models that reference themselves
-
 import functools
+import gc
 import importlib
 import socket
 import sys
@@ -20,6 +17,8 @@ import jinja2
 import pytest
 from run_matrix import NUMERIC, TESTS
 from sampling import sampled
+
+gc.set_threshold(50_000, 10, 20)  # a tenth of the time went into collections, of models that reference themselves
 
 
 def interpret_kernels() -> None:
