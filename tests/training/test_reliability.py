@@ -16,10 +16,7 @@ spec.loader.exec_module(reliability)
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the runs are forked, so that none has to import torch")
 def test_killed_runs_end_as_the_run_that_nobody_killed(tmp_path, recwarn):
-    # each method and each kind: a method knows nothing of the kind
-    rows = reliability.measure(2, tmp_path / "rep", seed=1, methods=("rep",), accumulate=(2,))
-    for method, kind in (("adp", "classification"), ("shared", "language modelling")):
-        rows += reliability.measure(1, tmp_path / method, seed=1, methods=(method,), kinds=(kind,), accumulate=(2,))
+    rows = reliability.measure(6, tmp_path, seed=1, methods=("rep", "adp", "shared"), accumulate=(2,))
     assert sum(row["kills"] for row in rows) >= 3
     assert [row for row in rows if not reliability.is_same(row)] == []
 
