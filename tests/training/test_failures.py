@@ -13,6 +13,7 @@ from training_data import config_for
 from loretta.errors import InputError, OutOfMemory, Stopped
 from loretta.owned import find_foreign
 from loretta.studies.state import folder_state
+from loretta.training.model import load_base, wrap
 from loretta.training.run import print_line, train
 from loretta.training.trainer import TwoRateTrainer
 
@@ -121,3 +122,19 @@ def test_a_run_goes_on_when_nobody_reads_what_it_says(monkeypatch):
         monkeypatch.setattr(sys, "stdout", gone)
         print_line("first")
         print_line("second")
+
+
+@pytest.mark.parametrize(
+    ("method", "kind", "options", "head_policy"),
+    [
+        ("head", "chat", {}, "method"),
+        ("head", "classification", {}, "frozen"),
+        ("rep", "chat", {"inference_mode": True}, "method"),
+        ("lora", "chat", {"inference_mode": True}, "method"),
+    ],
+)
+def test_a_method_that_trains_nothing_is_refused(method, kind, options, head_policy, bert, llama):
+    """Its first step was a RuntimeError of torch, or none at all where the inputs have gradients (checkpointing)."""
+    base = load_base(llama if kind == "chat" else bert, kind, label_names=("neg", "pos"))
+    with pytest.raises(InputError, match=f"method '{method}' with these options trains nothing of this model"):
+        wrap(base, method, kind, options, head_policy)

@@ -126,7 +126,7 @@ def test_a_shared_train_of_rank_1_starts_at_a_rate_of_its_own():
     ("name", "options", "rate"),
     [
         ("shared", {"train_norms": False, "tensor_rank": 1}, 3e-3), ("shared", {}, 1.5e-3), ("lora", {}, 1.5e-3),
-        ("compact", {}, 1.5e-3), ("head", {}, 1e-2), ("norms", {}, 1.5e-3),
+        ("compact", {}, 1.5e-3), ("ia3", {}, 1e-2), ("norms", {}, 1.5e-3),
     ],
 )  # fmt: skip
 def test_shared_and_lora_start_at_twice_the_rate_on_a_model_that_writes(name, options, rate):

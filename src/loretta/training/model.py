@@ -118,6 +118,11 @@ def wrap(
         raise InputError(f"method {method!r} does not fit this model: {one_line(error)}") from None
     for name in frozen:
         model.get_base_model().get_submodule(name).requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise InputError(
+            f"method {method!r} with these options trains nothing of this model: give another method, or name modules "
+            "that train whole with modules_to_save"
+        )
     # PEFT holds its matrices in float32, and LoRETTA its norms and heads too, but not biases
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.dtype in HALF:
