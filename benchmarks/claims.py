@@ -40,10 +40,15 @@ def take(cells: Iterable[tuple[str, Callable[[], dict[str, Any]]]], queue: Path,
 
     A cell is called FILE@NAME after the result file of its row.
     """
-    for name, make in cells:
-        if time.time() > until:
+    some = list(cells)
+    while True:
+        for name, make in some:
+            if time.time() > until:
+                return
+            taken(name, make, queue)
+        if not given_back(queue):
             return
-        taken(name, make, queue)
+        time.sleep(1)
 
 
 def taken(name: str, make: Callable[[], dict[str, Any]], queue: Path) -> bool:

@@ -123,6 +123,9 @@ def test_a_cell_that_finds_too_little_memory_is_made_later(tmp_path, monkeypatch
     assert not given_back(tmp_path)
     assert [taken("a@never", never, tmp_path) for _ in range(claims.TRIES + 1)] == [True] * claims.TRIES + [False]
     assert not given_back(tmp_path)
+    tries.clear()
+    take([("b@later", later)], tmp_path, until=math.inf)  # it waits for what it has given back
+    assert (len(tries), json.loads((tmp_path / "b@later.json").read_text())) == (2, row)
 
 
 def test_mpnets_positions_on_the_device_are_those_of_transformers():

@@ -75,7 +75,7 @@ def predict(
             all_probabilities=probabilities,
             go_on=lambda run, words: reply(run, words, sampling),
         )
-        # no more than a batch of them lies in memory, unless they are one document
+        # no more than a batch of them lies in memory
         rows: Iterable[dict[str, Any]] = _beside(columns, found)
         document = None
         if as_json:
