@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from loretta.errors import InputError
-from loretta.tuners.adapted import AdaptedModule
+from loretta.tuners.adapted import AdaptedModule, is_finite
 from loretta.tuners.mixed import in_turn
 
 
@@ -147,7 +147,7 @@ class ChangedModule(nn.Module, AdaptedModule):
             return
         with self.merged_before_others():
             values = self.with_changes(dict.fromkeys([*self.merged_adapters, *new], 1.0))
-            if safe_merge and not all(value.isfinite().all() for value in values.values()):
+            if safe_merge and not all(map(is_finite, values.values())):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {new[-1]} seems to be broken")
             for name, value in values.items():
                 self.unmerged.setdefault(name, getattr(self.base_layer, name).detach())

@@ -2,12 +2,12 @@
 
 import copy
 import warnings
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, onload_layer
-from torch import Tensor, nn
+from torch import nn
 
 from loretta.errors import InputError
 from loretta.tuners.adapted import AdaptedModule, merge_below, put_back
@@ -25,32 +25,26 @@ def _merge_layer(layer: Any, safe_merge: bool, adapter_names: list[str] | None) 
     layer.merge(adapter_names=adapter_names, safe_merge=safe_merge)
 
 
-@contextmanager
-def _on_trial(layer: Any) -> Iterator[None]:
-    """Undo, to the last bit, what the block merges into a layer of any method and into what it wraps."""
-    parts, base = [layer], layer.get_base_layer()
-    while parts[-1] is not base:
-        parts.append(parts[-1].base_layer)
-    weights = dict(base.named_parameters())
-    values = {name: weight.data for name, weight in weights.items() if type(weight.data) is Tensor}
-    state = getattr(base, "state", None)  # of bitsandbytes' int8
-    parts += [*weights.values(), *([state] if hasattr(state, "__dict__") else [])]
-    before = [{key: copy.copy(v) if type(v) in (dict, list) else v for key, v in vars(part).items()} for part in parts]
-    same = [{key: v for key, v in vars(part).items() if type(v) in (dict, list)} for part in parts]
-    for name, value in values.items():
-        weights[name].data = value.clone()  # PEFT's own layers subtract in place
-    try:
-        yield
-    finally:
-        for part, now, then in zip(parts, same, before, strict=True):
-            for key, held in now.items():
-                held.clear()
-                held.extend(then[key]) if isinstance(held, list) else held.update(then[key])
-            vars(part).clear()
-            vars(part).update(then | now)
-        for name, value in values.items():
-            weights[name].data = value
-        note_change(activity_alone=True)
+def _twin(layer: Any) -> Any:
+    """A layer of any method with what it wraps, in states of their own: what is merged there changes nothing else."""
+    twin = part = _apart(layer)
+    while isinstance(part, BaseTunerLayer):
+        part.home = (SimpleNamespace(outermost=twin), "outermost")  # where ours look for the layers around them
+        part = part.base_layer
+    return twin
+
+
+def _apart(module: Any) -> Any:
+    twin = copy.copy(module)
+    # of bitsandbytes' int8 layers the state is an object
+    own = {key: copy.copy(v) for key, v in vars(module).items() if type(v) in (dict, list) or key == "state"}
+    vars(twin).update(own)
+    if isinstance(module, BaseTunerLayer):  # its trains stay the layer's own: merging only reads them
+        twin.base_layer = _apart(module.base_layer)
+    else:
+        twin._parameters = copy.deepcopy(module._parameters)
+        twin._modules = {name: child and _apart(child) for name, child in module._modules.items()}
+    return twin
 
 
 class MergingTuner(BaseTuner):
@@ -85,10 +79,10 @@ class MergingTuner(BaseTuner):
         # PEFT begins with the outermost: a factor within would act on its update too
         outermost = [layer for layer in layers if layer not in within]
         with warnings.catch_warnings():
-            if safe_merge:  # first each layer alone and for nothing: what is subtracted again has been rounded
+            if safe_merge:  # first a twin of each layer: what is subtracted again has been rounded
                 for layer in outermost:
-                    with onload_layer(layer), _on_trial(layer):
-                        _merge_layer(layer, True, adapter_names)
+                    with onload_layer(layer):
+                        _merge_layer(_twin(layer), True, adapter_names)
                 warnings.simplefilter("ignore")  # all has been said
             try:
                 for layer in outermost:

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from loretta.errors import InputError
 from loretta.layers import fused
 from loretta.layers.trains import add_update, arranged, update_factors
-from loretta.tuners.adapted import merge_below
+from loretta.tuners.adapted import is_finite, merge_below
 from loretta.tuners.calls import Factors
 from loretta.tuners.contraction import note_change
 from loretta.tuners.joint import Halves
@@ -210,7 +210,7 @@ class RepLinear(LorettaLayer):
     def _add_to_base(self, delta: Tensor, adapter_name: str, *, safe: bool) -> None:
         weight = self.get_base_weight()
         merged = weight + delta.to(weight.dtype).to(weight.device)
-        if safe and not torch.isfinite(merged).all():
+        if safe and not is_finite(merged):
             raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken")
         self.set_base_weight(merged)
 
