@@ -28,7 +28,7 @@ def _merge_layer(layer: Any, safe_merge: bool, adapter_names: list[str] | None) 
 def _twin(layer: Any) -> Any:
     """A layer of any method with what it wraps, in states of their own: what is merged there changes nothing else."""
     twin = part = _apart(layer)
-    while isinstance(part, BaseTunerLayer):
+    while part is not twin.get_base_layer():
         part.home = (SimpleNamespace(outermost=twin), "outermost")  # where ours look for the layers around them
         part = part.base_layer
     return twin
@@ -39,7 +39,7 @@ def _apart(module: Any) -> Any:
     # of bitsandbytes' int8 layers the state is an object
     own = {key: copy.copy(v) for key, v in vars(module).items() if type(v) in (dict, list) or key == "state"}
     vars(twin).update(own)
-    if isinstance(module, BaseTunerLayer):  # its trains stay the layer's own: merging only reads them
+    if hasattr(module, "base_layer"):  # a layer's trains stay its own: merging only reads them
         twin.base_layer = _apart(module.base_layer)
     else:
         twin._parameters = copy.deepcopy(module._parameters)

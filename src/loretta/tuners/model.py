@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from loretta.errors import InputError
 from loretta.tuners.adapted import AdaptedModule, settle
 from loretta.tuners.adapter_file import check_not_merged, check_tensors, names_alone, renamed
+from loretta.tuners.apart import check_apart
 from loretta.tuners.biases import biases_alone, biases_here, without_merged
 from loretta.tuners.bypassed import check_called, under_other_names
 from loretta.tuners.changes import put_changes
@@ -31,7 +32,7 @@ from loretta.tuners.labels import fit_final_layer, note_labels
 from loretta.tuners.layer import LorettaLayer, at_least_float32, is_offloaded, keep_differentiable
 from loretta.tuners.merging import MergingTuner
 from loretta.tuners.mixed import check_rows_first, naming, passing
-from loretta.tuners.names import check_adapter_name, check_apart, check_endings
+from loretta.tuners.names import check_adapter_name, check_endings
 from loretta.tuners.norms import TrainedNorm, is_norm, norms_of, values_as_changes
 from loretta.tuners.placement import Placement, check_signature, expand_targets, matched_modules, sign, unused_options
 from loretta.tuners.rescaled import put_scales, scaled_modules
@@ -78,15 +79,16 @@ class LorettaModel(MergingTuner):
         fit_final_layer(model, config)
         config = expand_targets(self._prepare_adapter_config(config, self.get_model_config(model)), model)
         agree_on_origins(model, config)
+        head = head_names(model, config)
+        whole = [*(config.modules_to_save or []), *head]
+        check_apart(model, config, adapter_name, head)
         scaled = {name: side for name, side, _ in scaled_modules(model, config)}
-        whole = [*(config.modules_to_save or []), *head_names(model, config)]
         if state_dict is None:
             self._plan(model, config, asked, whole, scaled)
         else:  # PEFT takes the names of the targets from it
             state_dict = {key: value for key, value in state_dict.items() if f".{self.prefix}scale_" not in key}
         check_copies_are_here(model, bool(config.train_norms or config.train_scales or whole))
         check_endings(adapter_name, whole)
-        check_apart(model, whole)
         is_disabled = self._is_disabled()
         copy_cost(model, config)
         self._forget(adapter_name)

@@ -44,7 +44,7 @@ def check_adapter_name(model: nn.Module, name: str) -> None:
             f"an adapter cannot be called {name!r}: it is saved in a folder of its name, which would lie outside the "
             "folder that one saves to; choose another"
         )
-    for key in (*_OURS, *_keys(model)):
+    for key in (*_OURS, *keys_of(model)):
         if name in key.split(".") or name.startswith("loretta_"):
             raise InputError(
                 f"an adapter cannot be called {name!r}, which is also a part of the name '{key}': PEFT would mistake "
@@ -62,17 +62,6 @@ def check_endings(name: str, modules_to_save: Iterable[str]) -> None:
             )
 
 
-def check_apart(model: nn.Module, modules_to_save: Iterable[str]) -> None:
-    """Refuse a module to train whole within another one: its copy would lie in a copy, where PEFT loads nothing."""
-    ends = tuple(modules_to_save)
-    names = [name for name in _keys(model) if ends and name.endswith(ends)]
-    if inner := next(((name, outer) for outer in names for name in names if name.startswith(f"{outer}.")), None):
-        raise InputError(
-            f"'{inner[0]}' lies within '{inner[1]}', and modules_to_save and train_head name both to be trained whole: "
-            "leave one of them out, or give longer names in modules_to_save, which end like no other module's"
-        )
-
-
 def parts_of_adapters(model: nn.Module) -> tuple[str, ...]:
     """What the names of modules and tensors begin with that belong to an adapter, of any method."""
     return tuple(
@@ -83,7 +72,7 @@ def parts_of_adapters(model: nn.Module) -> tuple[str, ...]:
     )
 
 
-def _keys(model: nn.Module) -> list[str]:
+def keys_of(model: nn.Module) -> list[str]:
     """Names of all modules, parameters and buffers, but for those that lie below the name of an adapter."""
     adapters = parts_of_adapters(model)
     keys = [name for name, _ in model.named_modules()]

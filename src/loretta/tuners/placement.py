@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -9,7 +10,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils import NoMatchingPeftModuleError
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from peft.utils.other import get_pattern_key
+from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -170,12 +171,26 @@ def expand_targets(config: LorettaConfig, model: nn.Module) -> LorettaConfig:
     """
     check_expressions(config, model)
     everything = isinstance(config.target_modules, str) and config.target_modules.lower() == "all-linear"
-    config = _maybe_include_all_linear_layers(config, model)
+    with without_copies(model) if everything else nullcontext():
+        config = _maybe_include_all_linear_layers(config, model)
     if everything:
         linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         others = {name for name, module in linear.items() if linear_size(module) is None}
         config.target_modules = sorted(set(config.target_modules or ()) - read_only(model) - others)
     return config
+
+
+@contextmanager
+def without_copies(model: nn.Module) -> Iterator[None]:
+    """In it the modules that other adapters have copied stand where they stood: PEFT would find the copies too."""
+    copied = {n: m for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
+    try:
+        for name, wrapper in copied.items():
+            model.set_submodule(name, wrapper.original_module)
+        yield
+    finally:
+        for name, wrapper in copied.items():
+            model.set_submodule(name, wrapper)
 
 
 def matched_modules(
@@ -225,13 +240,14 @@ def _nothing_matched(config: LorettaConfig, model: nn.Module) -> str:
     # the layer inside an earlier adapter's is no target of its own
     linear = [name for name, module in model.named_modules() if linear_size(module) and ".base_layer" not in name]
     linear += [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-    if not isinstance(wanted, str) and any(name.endswith(tuple(wanted or [])) for name in linear):
-        kept = dict.fromkeys(config.modules_to_save or [])
-        if whole := ", ".join(name for name in kept if name.endswith(tuple(wanted or []))):
-            return (
-                f"Target modules {given} not found in the base model beside what is trained whole ({whole}): "
-                "name other modules"
-            )
+    matched = [] if isinstance(wanted, str) else [name for name in linear if name.endswith(tuple(wanted or []))]
+    within = [[whole for whole in config.modules_to_save or [] if f".{whole}." in f".{name}."] for name in matched]
+    if within and all(within):
+        whole = ", ".join(dict.fromkeys(name for names in within for name in names))
+        return (
+            f"Target modules {given} not found in the base model beside what is trained whole ({whole}): "
+            "name other modules"
+        )
     names = sorted({name.rpartition(".")[2] for name in linear})
     ends = [] if isinstance(wanted, str) else [name.rpartition(".")[2] for name in sorted(wanted or [])]
     limits = [
@@ -239,9 +255,9 @@ def _nothing_matched(config: LorettaConfig, model: nn.Module) -> str:
         for key in ("exclude_modules", "layers_to_transform", "layers_pattern")
         if (value := getattr(config, key))
     ]
-    within = f" within {', '.join(limits)}" if limits else ""
+    limited = f" within {', '.join(limits)}" if limits else ""
     return (
-        f"Target modules {given} not found in the base model{within}{nearest(ends, names)}: "
+        f"Target modules {given} not found in the base model{limited}{nearest(ends, names)}: "
         f"linear layers here end in {', '.join(names)}"
     )
 
