@@ -9,7 +9,11 @@ from tolerances import assert_near
 from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
+from interpreted import patch_once
+
 from loretta.population.norm_kernels import MemberLayerNorm
+
+patch_once()
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

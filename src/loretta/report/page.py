@@ -2,20 +2,27 @@
 
 import math
 from collections.abc import Iterable
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from loretta.report.figures import Bars, Chart, svg
 from loretta.wording import spelled
 
 if TYPE_CHECKING:
+    from jinja2 import Environment
     from markupsafe import Markup
 
 
 def render(template: str, **content: Any) -> str:
     """Fill in a template of this package. Text in ``content`` is shown literally; Markup is not escaped."""
+    return _environment().get_template(template).render(**content)
+
+
+@cache
+def _environment() -> "Environment":
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    environment = Environment(
+    return Environment(
         loader=PackageLoader("loretta", "report"),
         autoescape=True,
         undefined=StrictUndefined,
@@ -24,7 +31,6 @@ def render(template: str, **content: Any) -> str:
         # plain strings may come from others; Markup is ours
         finalize=lambda value: spelled(value) if type(value) is str else value,
     )
-    return environment.get_template(template).render(**content)
 
 
 def drawn(charts: Iterable[Chart | Bars], *, prefix: str) -> list[dict[str, "Markup | str"]]:
