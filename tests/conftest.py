@@ -10,6 +10,7 @@ os.environ.setdefault("TORCH_DYNAMO_RUN_GC_AFTER_COMPILE", "0")
 import functools
 import gc
 import importlib
+import itertools
 import socket
 import sys
 
@@ -55,12 +56,17 @@ jinja2.Environment.compile = functools.cache(jinja2.Environment.compile)  # type
 pytest_plugins = ["pytester"]
 
 
+numbers = itertools.count()
+
+
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("dist", "no") != "no" and not hasattr(config, "workerinput"):
         return  # this process hands out tests and runs none: torch and transformers would take it eight seconds
     interpret_kernels()
     nn = importlib.import_module("torch.nn")
     nn.Module.named_modules = importlib.import_module("module_walk").named_modules
+    # datasets hashes each new table, for a cache of what is made of it
+    importlib.import_module("datasets.arrow_dataset").generate_fingerprint = lambda dataset: f"{next(numbers):016x}"
     for plugin in ("tiny_models", "study_data"):  # which the conftest.py of a folder may have imported before
         config.pluginmanager.register(importlib.import_module(plugin), plugin)
 

@@ -182,7 +182,7 @@ def known_optimizer(name: str) -> str:
 def reporters(config: RunConfig) -> list[str]:
     """The loggers of the Trainer. Raises InputError for one that it does not know or that is not installed."""
     asked = [word.strip() for word in (config.report_to or "").split(",") if word.strip()]
-    there = get_available_reporting_integrations()
+    there = get_available_reporting_integrations() if asked else []
     for name in asked:
         if name not in INTEGRATION_TO_CALLBACK:
             known = sorted(INTEGRATION_TO_CALLBACK)
