@@ -94,3 +94,20 @@ def test_targets_within_what_is_trained_whole_are_named_as_that():
     base, _ = build("t5", "SEQ_CLS")
     with pytest.raises(InputError, match=r"\['dense'\] not found .* trained whole \(classification_head\): name other"):
         get_peft_model(base, config_for("rep", task_type="SEQ_CLS", target_modules=["dense"]))
+
+
+@pytest.mark.filterwarnings("ignore:Adapter one was active which is now deleted")
+@every_method
+@pytest.mark.parametrize(
+    "first", [{"target_modules": ["o_proj"]}, {"modules_to_save": ["o_proj"]}, {"train_norms": True}]
+)
+def test_what_a_deleted_adapter_had_is_as_it_was_for_the_next_one(first, method):
+    """Its empty layer could not be copied (a TypeError), and its empty wrapper not be adapted."""
+    plain = {"train_norms": False, "target_modules": ["q_proj"]}
+    whole = {"target_modules": ["o_proj"]} if "modules_to_save" in first else {"modules_to_save": ["o_proj", "norm"]}
+    model = get_peft_model(build("llama")[0], config_for(method, **{**plain, **first}), "one")
+    model.add_adapter("two", config_for(method, **plain))
+    model.delete_adapter("one")
+    model.add_adapter("three", config_for(method, **{**plain, **whole}))
+    alone = get_peft_model(build("llama")[0], config_for(method, **{**plain, **whole}))
+    assert get_peft_model_state_dict(model, adapter_name="three").keys() == get_peft_model_state_dict(alone).keys()

@@ -73,6 +73,8 @@ class LorettaModel(MergingTuner):
         """PEFT's injection, after every target has been planned: a mistake leaves the model untouched."""
         check_adapter_name(model, adapter_name)
         keep_differentiable(model)
+        is_disabled = self._is_disabled()
+        self._unwrap()
         config = self.peft_config[adapter_name]
         self._check_new_adapter_config(config)
         asked = config.target_modules
@@ -89,7 +91,6 @@ class LorettaModel(MergingTuner):
             state_dict = {key: value for key, value in state_dict.items() if f".{self.prefix}scale_" not in key}
         check_copies_are_here(model, bool(config.train_norms or config.train_scales or whole))
         check_endings(adapter_name, whole)
-        is_disabled = self._is_disabled()
         copy_cost(model, config)
         self._forget(adapter_name)
         names = install_head(model, config, adapter_name)
@@ -151,19 +152,24 @@ class LorettaModel(MergingTuner):
 
     def _forget(self, adapter_name: str) -> None:
         """Remove what an earlier tuner left in the model under this name: PEFT would reuse parts of it."""
-        for name, module in reversed(list(self.model.named_modules())):  # the inner ones first
+        for module in reversed(list(self.model.modules())):  # the inner ones first
             if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
                 module.delete_adapter(adapter_name, [n for n in module.active_adapters if n != adapter_name])
-                left, base = list(module.modules_to_save), module.original_module
             elif isinstance(module, AdaptedModule) and adapter_name in module.held:
                 if module.merged:
                     module.unmerge()
                 module.delete_adapter(adapter_name)
-                left, base = module.held, module.base_layer
-            else:
-                continue
-            if not left:
-                self.model.set_submodule(name, base)
+        self._unwrap()
+
+    def _unwrap(self) -> None:
+        """Take away layers and copies that no adapter has any more, which would hide what they wrap from a new one."""
+        for name, module in reversed(list(self.model.named_modules())):
+            if isinstance(module, ModulesToSaveWrapper) and not module.modules_to_save:
+                self.model.set_submodule(name, module.original_module)
+            elif isinstance(module, AdaptedModule) and not (
+                module.held or isinstance(module.base_layer, BaseTunerLayer)
+            ):
+                self.model.set_submodule(name, module.base_layer)
 
     def _train_norm(self, name: str, adapter_name: str) -> None:
         """Add one adapter's changes to a norm. Whatever ``bias`` says, the norm's own bias does not train too."""
