@@ -95,7 +95,7 @@ class TwoRateTrainer(WholeCheckpointsTrainer):
     Args:
         lengths: of the training examples. Those of similar lengths then come together, by batches of ``order_by``.
         on_nan, auto_batch: as in :class:`~loretta.training.config.RunConfig`.
-        loss_is_mean: the model gives the mean over the examples of a batch, as those with labels for a text do.
+        loss_is_mean: the model gives the mean of a batch, which here becomes its share in the mean of an update.
     """
 
     def __init__(
@@ -114,7 +114,8 @@ class TwoRateTrainer(WholeCheckpointsTrainer):
         self.order_by = order_by or self.given_batch_size
         self._filler: Any = None  # a training batch of which no row counts, and whether it is at work
         self._fills = False
-        self._row_losses: list[tuple[float, int]] = []  # of an evaluation: the sum of each batch, and its rows
+        # of an evaluation, for each batch: its mean loss, and over how many labels; None beside one
+        self._losses: list[tuple[torch.Tensor, torch.Tensor]] | None = None
         self.optimizer: torch.optim.Optimizer | None
         self.head_learning_rate = head_learning_rate
         self.lengths = lengths
@@ -123,10 +124,10 @@ class TwoRateTrainer(WholeCheckpointsTrainer):
         self.add_callback(self.stopwatch)
         self.finite = FiniteSteps(self, on_nan)
         self.add_callback(self.finite)
-        self.loss_is_mean = loss_is_mean
-        if self._learns_prompt():
-            # the Trainer would divide by the labels it sees, and behind a prompt the first one is predicted too
-            self.model_accepts_loss_kwargs = False
+        # behind a prompt the first label is predicted too, which the Trainer would not count
+        self.loss_is_mean = loss_is_mean or self._learns_prompt()
+        if self.loss_is_mean:  # and no longer divided by the batches of an update, by either of the Trainer's names
+            self.model_accepts_loss_kwargs = self.loss_is_scaled_for_ga = True
 
     def predict(
         self, test_dataset: Any, ignore_keys: list[str] | None = None, metric_key_prefix: str = "test"
@@ -210,15 +211,30 @@ class TwoRateTrainer(WholeCheckpointsTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The Trainer's loss, rescaled where a model returns the mean of a batch: the Trainer takes it for a sum."""
-        found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
-        if self.loss_is_mean and num_items_in_batch is not None:
-            own = inputs["labels"].ne(IGNORED).sum()  # as the Trainer counts the items of the update
-            scaled = (found[0] if return_outputs else found) * own / num_items_in_batch
-            found = (scaled, found[1]) if return_outputs else scaled
-        if self._fills:
-            found = (found[0] * 0.0, found[1]) if return_outputs else found * 0.0
-        return found
+        """The Trainer's loss, or the share of a batch in the mean over the labels of an update."""
+        if self.loss_is_mean:
+            found = self.mean_loss(model, inputs, return_outputs)
+        else:
+            found = super().compute_loss(model, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
+        own: Any = 0
+        total: Any = 1
+        if not self._fills:
+            if not self.loss_is_mean or num_items_in_batch is None:
+                return found
+            own, total = self.count(inputs), num_items_in_batch
+        return (found[0] * own / total, found[1]) if return_outputs else found * own / total
+
+    def mean_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
+        """The mean of a batch, with the model's outputs where they are wanted."""
+        return super().compute_loss(model, inputs, return_outputs)
+
+    def count(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """The number of labels whose mean the loss of a batch is. Pairs of answers have none, and count themselves."""
+        if "labels" not in inputs:
+            return torch.tensor(len(inputs["input_ids"]))
+        labels = inputs["labels"]
+        # every score is one, of -100 too
+        return torch.tensor(labels.numel()) if labels.is_floating_point() else labels.ne(IGNORED).sum()
 
     def get_batch_samples(self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         """As the Trainer does, without the rows that fill up the last batch of an epoch for several processes."""
@@ -229,8 +245,15 @@ class TwoRateTrainer(WholeCheckpointsTrainer):
         # a process of which no row is left takes part in the step, and its loss does not count
         last = {name: value[: max(1, own)] for name, value in batches[-1].items()}
         self._filler = None if own > 0 else last
-        counted = last if own > 0 else {**last, "labels": torch.full_like(last["labels"], IGNORED)}
+        counted = last if own > 0 else {**last, "labels": torch.full_like(last["labels"], IGNORED, dtype=torch.long)}
         return [*batches[:-1], last], self._get_num_items_in_batch([*batches[:-1], counted], device)
+
+    def _get_num_items_in_batch(self, batch_samples: list, device: torch.device) -> Any:
+        """Of mean losses how many labels a process has in the mean, for the mean of their gradients is taken."""
+        if not self.loss_is_mean or not batch_samples:
+            return super()._get_num_items_in_batch(batch_samples, device)
+        own = torch.stack([self.count(batch) for batch in batch_samples]).sum().to(device)
+        return own if self._losses is not None else self.accelerator.gather(own).float().mean()
 
     def _own_rows(self) -> int | None:
         """How many rows of its batch this process counts: several processes fill the last batch of an epoch up."""
@@ -248,28 +271,33 @@ class TwoRateTrainer(WholeCheckpointsTrainer):
             self._fills = False
 
     def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> Any:
-        """As the Trainer does, but the rows that fill up the last batch of several processes count once in the loss."""
-        self._row_losses = []
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
-        if self._row_losses and processes.count() > 1:
-            sums = torch.tensor(processes.gather([sum(column) for column in zip(*self._row_losses, strict=True)]))
-            total, rows = sums.double().sum(0).tolist()
-            output.metrics[f"{metric_key_prefix}_loss"] = total / rows
+        """As the Trainer does, but the loss is the mean over all labels, whatever batches and processes they are in.
+
+        The Trainer's is the mean over batches, each weighted by its rows, with those that fill up the last one.
+        """
+        self._losses = []
+        try:
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        finally:
+            batches, self._losses = self._losses, None
+        if batches:
+            losses, counts = (torch.stack(column).cpu().double() for column in zip(*batches, strict=True))
+            sums = processes.gather([(losses * counts).sum().item(), counts.sum().item()])
+            total, count = torch.tensor(sums).double().sum(0)
+            output.metrics[f"{metric_key_prefix}_loss"] = (total / count).item()
         return output
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> Any:
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys=ignore_keys)
-        if processes.count() > 1 and loss is not None:
-            own, counted = self._own_rows(), loss
-            if own is None:
-                own = len(inputs["input_ids"])
-            else:  # all processes compute again, which FSDP needs
-                mine = self._prepare_inputs({name: value[: max(1, own)] for name, value in inputs.items()})
+        if loss is not None and self._losses is not None:
+            counted, own = loss, self._own_rows()
+            if own is not None:  # all processes compute again, which FSDP needs
+                inputs = self._prepare_inputs({name: value[: max(1, own)] for name, value in inputs.items()})
                 with torch.no_grad(), self.compute_loss_context_manager():
-                    counted = self.compute_loss(model, mine)
-            self._row_losses.append((own * counted.item(), own))
+                    counted = self.compute_loss(model, inputs)
+            self._losses.append((counted.detach(), self.count(inputs) * (own != 0)))
         return loss, logits, labels
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler:

@@ -48,7 +48,7 @@ class Preferences(Turns):
             "max_length": config.max_length,
             "beta": config.beta,
         }
-        more = {**trl_data(data), "reference": partial(_reference, config)}
+        more = {**trl_data(data), "reference": partial(_reference, config), "loss_is_mean": True}
         return Recipe(trainer=with_trl(DPOTrainer), options=more, arguments=partial(DPOConfig, **options))
 
     def describe(self, data: Data, trainer: TwoRateTrainer, split: str, rows: list[Row]) -> Answers | None:

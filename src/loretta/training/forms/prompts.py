@@ -6,7 +6,7 @@ Axes: N texts (a prompt with one of its options each), T tokens, V vocabulary.
 import math
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -188,8 +188,7 @@ class PromptedTrainer(TwoRateTrainer):
     """The trainer of all runs, with the losses of prompted tasks: means over examples, whatever their lengths."""
 
     def __init__(self, *args: Any, data: Data, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs, data_collator=self._collate)
-        self.model_accepts_loss_kwargs = False  # the loss is a mean already
+        super().__init__(*args, **kwargs, data_collator=self._collate, loss_is_mean=True)
         self.data = data
         self.control: Any
 
@@ -197,13 +196,7 @@ class PromptedTrainer(TwoRateTrainer):
         texts = [option for example in examples for option in example.options]
         return {**padded(texts, pad_id(self.data.tokenizer)), "examples": list(examples)}
 
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | int | None = None,
-    ) -> Any:
+    def mean_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Any:
         outputs = model(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])
         scores = mean_log_probabilities(outputs.logits, inputs["labels"])
         train_as, examples = loss_of(self.data.config, self.data.task), inputs["examples"]
@@ -211,6 +204,9 @@ class PromptedTrainer(TwoRateTrainer):
         losses = [example_loss(s, example.correct, train_as) for s, example in zip(each, examples, strict=True)]
         loss = torch.stack(losses).mean()
         return (loss, outputs) if return_outputs else loss
+
+    def count(self, inputs: Mapping[str, Any]) -> Tensor:
+        return torch.tensor(len(inputs["examples"]))
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"

@@ -58,7 +58,7 @@ class Rows:
 
 
 class Turns(Form):
-    """Chat and completion. The loss is the mean over the tokens that the model has to answer, of each batch."""
+    """Chat and completion. The loss is the mean over the tokens that the model has to answer."""
 
     unit, chosen_by = "rows", "loss"
 
@@ -175,6 +175,13 @@ def with_trl(trainer: type) -> type[TwoRateTrainer]:
         def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
             with without_bars():
                 return super().evaluate(*args, **kwargs)
+
+        def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+            found = super().prediction_step(model, inputs, *args, **kwargs)
+            # TRL appends a mean over each batch, and takes the mean of them as if all had as many rows
+            for values in self._metrics["eval"].values():
+                values += values[-1:] * (len(inputs["input_ids"]) - 1)
+            return found
 
         def create_model_card(self, *args: Any, **kwargs: Any) -> None:
             """None: a run writes its own."""
