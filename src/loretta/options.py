@@ -80,8 +80,8 @@ def _unfolded(value: Any, known: dict[int, float]) -> float:
 def with_lists(options: Mapping[str, Any], config: type) -> dict[str, Any]:
     """The options of a config class, with ``query,value`` as a list where the class takes a list.
 
-    A single word is one too where the class takes no text. An expression, such as ``.*layers.(0|1).q_proj``, stays an
-    expression: its words are not plain.
+    A single word is one too, unless it has a hyphen or a dot and the class takes text, as "all-linear". An expression,
+    such as ``.*layers.(0|1).q_proj``, stays one: its words are not plain.
     """
     hints = get_type_hints(config)
     return {key: _words(value, hints.get(key)) for key, value in options.items()}
@@ -97,4 +97,5 @@ def _words(value: Any, hint: Any) -> Any:
     if not (isinstance(value, str) and _takes(list, hint) and re.fullmatch(r"[\w.-]+(,\s*[\w.-]+)*", value)):
         return value
     words = [read_yaml(word) for word in value.split(",")]
-    return value if len(words) == 1 and _takes(str, hint) else words
+    # as an expression, which has to be a whole name, a plain word would match no module within another
+    return value if _takes(str, hint) and re.fullmatch(r"\w*[.-].*", value) and len(words) == 1 else words

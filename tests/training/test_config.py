@@ -3,6 +3,7 @@
 from itertools import pairwise
 
 import pytest
+from peft import get_peft_model
 from tuners.families import build
 
 from loretta.errors import InputError
@@ -74,10 +75,54 @@ def test_words_with_commas_are_a_list_where_the_method_takes_one():
     assert config.target_modules == {"query", "value"}
     assert config.layers_to_transform == [0, 1]
     single = with_lists({"target_modules": "query", "train_scales": "values", "modules_to_save": "score"}, type(config))
-    assert single == {"target_modules": "query", "train_scales": ["values"], "modules_to_save": ["score"]}
+    assert single == {"target_modules": ["query"], "train_scales": ["values"], "modules_to_save": ["score"]}
+    for word in ("all-linear", "model.layers"):
+        assert with_lists({"target_modules": word}, type(config)) == {"target_modules": word}
     expression = r".*layers\.\d{1,2}\.(q|v)_proj"
     given = {"target_modules": expression, "bias": "a,b", "shapes": {}, "init_weights": True}
     assert with_lists(given, LorettaRepConfig) == given
+
+
+@pytest.mark.parametrize(
+    ("method", "option", "words"),
+    [
+        ("rep", {"task_type": "CAUSAL_LM"}, "task_type: a run sets that itself"),
+        ("lora", {"peft_type": "IA3"}, "peft_type: a run sets that itself"),
+        ("lora", {"inference_mode": True}, "inference_mode: a run sets that itself"),
+        ("rep", {"label_names": ["a", "b"]}, "label_names: a run sets that itself"),
+        ("lora", {"use_dora": "maybe"}, "use_dora='maybe' is not true or false"),
+        ("lora", {"r": 2.5}, "r=2.5 is not a whole number"),
+        ("lora", {"rank_pattern": [1]}, r"rank_pattern=\[1\] is not a mapping"),
+        ("lora", {"modules_to_save": 3}, "modules_to_save=3 is not a list of text"),
+        ("peft:vera", {"r": "abc"}, "r='abc' is not a whole number"),
+        ("lora", {"modules_to_save": "lm_haed"}, "no module 'lm_haed' .did you mean 'lm_head'"),
+        ("rep", {"modules_to_save": ["embeds"]}, "no module 'embeds'"),
+        ("rep", {"exclude_modules": "v_prj"}, "no module 'v_prj' .did you mean 'v_proj'"),
+        ("shared", {"exclude_modules": ".*v_prj"}, "no module '.*v_prj'"),
+        ("rep", {"layers_pattern": "layers"}, "layers_to_transform"),
+    ],
+)
+def test_an_option_of_the_wrong_type_or_without_effect_is_refused(method, option, words):
+    """PEFT takes use_dora="maybe" for true, and passes over modules that are not there."""
+    with pytest.raises(InputError, match=words):
+        peft_config(method, build("llama")[0], "CAUSAL_LM", option)
+
+
+@pytest.mark.parametrize("method", ["lora", "rep"])
+def test_a_word_alone_is_the_end_of_a_name(method):
+    model, _ = build("llama")
+    given = {"target_modules": "all-linear", "exclude_modules": "v_proj", "lora_alpha": 0.5}
+    model = get_peft_model(model, peft_config(method, model, "CAUSAL_LM", given))
+    adapted = {name.rpartition(".")[2] for name in model.targeted_module_names}
+    assert adapted == {"q_proj", "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize("key", ["epochs", "seed", "limit", "learning_rate"])
+def test_true_is_no_number(key):
+    """Pydantic takes it for 1: one row of the data, seed 1."""
+    with pytest.raises(InputError, match=f"{key}=True: input should be a number"):
+        read_config(None, BASE, [f"{key}=true"])
+    assert read_config(None, BASE, ["cpu=yes"]).cpu
 
 
 @pytest.mark.parametrize("method", sorted(set(METHODS) - {"ft"}))

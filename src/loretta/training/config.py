@@ -1,12 +1,21 @@
 """The options of one run as plain frozen data: from a YAML file, the command line, and ``--set key=value``."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from loretta.errors import InputError
 from loretta.files import read_plain
@@ -29,6 +38,13 @@ def read_sample(given: object) -> object:
         return given
     pairs = [word.strip().partition("=") for word in given.split(",")]
     return {key: int(number) if number.isdecimal() else number for key, _, number in pairs}
+
+
+def _kinds(hint: Any) -> Iterator[Any]:
+    """The types of which a hint is made."""
+    yield hint
+    for part in get_args(hint):
+        yield from _kinds(part)
 
 
 class RunConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
@@ -192,6 +208,13 @@ class RunConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
         if "budget" in given and "adaptive_ranks" not in given:
             kept["method"] = raw.get("method") or "auto"
         return {**kept, "method_args": {**raw.get("method_args", {}), **given}}
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_word_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and (set(_kinds(cls.model_fields[str(info.field_name)].annotation)) & {int, float}):
+            raise PydanticCustomError("number", "input should be a number")
+        return value
 
     @property
     def folder(self) -> Path:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,7 @@ from loretta.tuners.config import LorettaConfig, TrainHead
 from loretta.tuners.heads import head_names
 from loretta.tuners.norms import norm_names
 from loretta.tuners.rep import COMPACT, LorettaRepConfig
+from loretta.tuners.schema import wrong_types
 from loretta.tuners.shared import LorettaSharedConfig
 from loretta.tuners.task_types import is_final
 from loretta.wording import nearest, one_line
@@ -57,6 +59,11 @@ _ADP = Method(config=LorettaAdpConfig, learning_rate=1.5e-3)
 _SHARED = Method(config=LorettaSharedConfig, learning_rate=7.5e-4)
 SHARED_RANK_1 = 1.5e-3  # the best rate of a shared train of rank 1, whose seeds do not fail at it
 OF_BUDGET = {"budget", "adaptive_ranks"}  # options of a LoRETTA method beside those of its config
+# options of PEFT's configs that a run sets itself
+OF_RUN = {
+    "auto_mapping", "base_model_name_or_path", "base_signature", "head_origins", "inference_mode", "label_names",
+    "peft_type", "peft_version", "revision", "task_type",
+}  # fmt: skip
 START = 2  # how much higher adaptive ranks start than constant ones within the same budget
 _TRAIN_HEAD: dict[HeadPolicy, TrainHead] = {"full": "dense", "frozen": "frozen"}
 # 20 virtual tokens, and 768 in the prompt's encoder, as in the paper
@@ -128,6 +135,8 @@ def refuse_unknown_options(name: str, options: Collection[str]) -> None:
         return  # full fine-tuning has none, which it says itself
     fields = {field.name for field in dataclasses.fields(method.config)}
     fields |= OF_BUDGET if issubclass(method.config, LorettaConfig) else set()
+    if own := sorted(OF_RUN & fields & set(options)):
+        raise InputError(f"{' and '.join(own)}: a run sets that itself: leave it out")
     unknown = sorted(set(options) - fields)
     if misplaced := OF_BUDGET & set(unknown):
         raise InputError(
@@ -139,7 +148,7 @@ def refuse_unknown_options(name: str, options: Collection[str]) -> None:
         guess = nearest(unknown, [*sorted(fields), *RunConfig.model_fields, *ALIASES])
         raise InputError(
             f"unknown option {', '.join(map(repr, unknown))}{guess} for a run with method {name!r}: the method takes "
-            f"{', '.join(sorted(fields - {'peft_type', 'auto_mapping', 'peft_version'}))}"
+            f"{', '.join(sorted(fields - OF_RUN))}"
         )
 
 
@@ -177,10 +186,29 @@ def peft_config(
         raise
     except (TypeError, ValueError) as error:
         raise InputError(f"method {name!r}: {one_line(error)}") from None
+    # ours look themselves; PEFT says that an alpha is whole, and takes any
+    given = set() if isinstance(config, LorettaConfig) else options.keys() - {"lora_alpha"}
+    if wrong := wrong_types(config, given):
+        raise InputError(f"method {name!r}: {'; '.join(wrong.values())}")
+    _refuse_idle(config, model, options)
     if (reason := _misfit(config, model)) is not None:
         raise InputError(f"method {name!r} does not fit this model: {reason}")
     _set_head(config, model, head_policy)
     return config
+
+
+def _refuse_idle(config: PeftConfig, model: nn.Module, options: Mapping[str, Any]) -> None:
+    """Raise InputError for options with which nothing would be done, and nothing said."""
+    names = [name for name, _ in model.named_modules()]
+    for option in ("modules_to_save", "exclude_modules"):
+        given: Any = getattr(config, option, None) if option in options else None
+        whole = isinstance(given, str)  # an expression
+        for word in [given] if whole else given or ():
+            if not any(re.fullmatch(word, name) if whole else f".{name}".endswith(f".{word}") for name in names):
+                guess = nearest(word, sorted({name.rpartition(".")[2] for name in names}))
+                raise InputError(f"{option}: the model has no module {word!r}{guess}: give the end of a module's name")
+    if options.get("layers_pattern") and options.get("layers_to_transform") is None:
+        raise InputError("layers_pattern tells where the numbers of layers_to_transform stand: give these too")
 
 
 def _within(

@@ -270,6 +270,8 @@ def check_positions(config: RunConfig, model: nn.Module, encoded: Mapping[str, A
     room = room_of(model)
     if room is None or config.max_length <= room:
         return
+    if room < 2:
+        raise InputError(f"num_virtual_tokens: '{config.model}' has no positions left for a text: give fewer")
     rows = [
         data["input_ids"] for data in encoded.values() if isinstance(data, Dataset) and "input_ids" in data.features
     ]

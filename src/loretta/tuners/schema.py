@@ -4,7 +4,7 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from functools import cache
 from types import UnionType
@@ -21,14 +21,25 @@ LONGEST_EXPRESSION = 100_000
 TIME_FOR_EXPRESSIONS = 3.0
 
 
-def wrong_types(config: Any) -> dict[str, str]:
-    """For each option of a dataclass whose value has the wrong type: its name -> a phrase that quotes the value."""
+def wrong_types(config: Any, among: Collection[str] | None = None) -> dict[str, str]:
+    """For each option of a dataclass whose value has the wrong type: its name -> a phrase that quotes the value.
+
+    ``among`` are options of a config of PEFT: only those are looked at, and whose types are plain words, numbers,
+    lists and mappings of these.
+    """
     kinds = get_type_hints(type(config))
     return {
         option.name: f"{option.name}={quoted(value)} is not {_words(kinds[option.name])}"
         for option in fields(config)
-        if option.init and not _fits(value := getattr(config, option.name), kinds[option.name])
+        if option.init
+        and (among is None or (option.name in among and _is_plain(kinds[option.name])))
+        and not _fits(value := getattr(config, option.name), kinds[option.name])
     }
+
+
+def _is_plain(kind: Any) -> bool:
+    inner = get_args(kind)
+    return kind in _WORDS or get_origin(kind) is Literal or (inner != () and all(map(_is_plain, inner)))
 
 
 def _fits(value: Any, kind: Any) -> bool:
@@ -55,7 +66,10 @@ def _is_finite(value: float) -> bool:
         return False
 
 
-_WORDS = {str: "text", int: "a whole number", float: "a finite number", bool: "true or false", type(None): "null"}
+_WORDS = {
+    str: "text", int: "a whole number", float: "a finite number", bool: "true or false", type(None): "null",
+    dict: "a mapping",
+}  # fmt: skip
 
 
 def _words(kind: Any) -> str:
