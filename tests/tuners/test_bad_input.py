@@ -1,5 +1,7 @@
 """Mistakes are refused at once, in a sentence that quotes what was given, and leave the model as it was."""
 
+import warnings
+
 import pytest
 import torch
 from tolerances import assert_near
@@ -8,7 +10,7 @@ from transformers.activations import ACT2FN
 from tuners.families import build, logits
 from tuners.wrapped import CONFIGS, config_for, every_method, trained, wrap
 
-from loretta import InputError, get_peft_model
+from loretta import InputError, PeftModel, get_peft_model
 
 
 def state(model: nn.Module) -> tuple:
@@ -284,3 +286,26 @@ def test_a_head_that_was_quantised_with_the_base_is_named(method, head):
     causal.lm_head.weight = nn.Parameter(torch.zeros(8, 1, dtype=torch.int8), requires_grad=False)
     with pytest.raises(InputError, match="'lm_head' whole, and the base model was loaded with quantised weights"):
         get_peft_model(causal, config_for(method, task_type="CAUSAL_LM", modules_to_save=["lm_head"]))
+
+
+@every_method
+@pytest.mark.parametrize(("family", "task"), [("llama", "CAUSAL_LM"), ("bert", "SEQ_CLS"), ("roberta", "TOKEN_CLS")])
+def test_a_module_to_train_whole_that_is_not_there_is_named(family, task, method, tmp_path):
+    """And no name of a head that PEFT itself adds, nor a second time when the adapter is loaded."""
+    base, _ = build(family, task if task != "TOKEN_CLS" else "SEQ_CLS")
+    config = config_for(method, task_type=task, modules_to_save=["layer_nrm", "norm"])
+    if family != "llama":
+        config.modules_to_save = ["layer_nrm", "LayerNorm"]
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        model = get_peft_model(base, config)
+    (found,) = (str(each.message) for each in said if "modules_to_save" in str(each.message))
+    assert found.partition(" (did")[0] == "modules_to_save: nothing in this model is called 'layer_nrm'"
+    model.save_pretrained(tmp_path)
+    PeftModel.from_pretrained(build(family, task if task != "TOKEN_CLS" else "SEQ_CLS")[0], tmp_path)
+
+
+def test_a_target_that_is_there_and_excluded_is_not_guessed_at():
+    with pytest.raises(InputError, match=r"within exclude_modules={'q_proj'}: linear layers") as refused:
+        get_peft_model(build("llama")[0], config_for("rep", target_modules=["q_proj"], exclude_modules=["q_proj"]))
+    assert "did you mean" not in str(refused.value)

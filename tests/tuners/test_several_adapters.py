@@ -9,7 +9,7 @@ from tuners.families import build, logits, loss_of, natural_task
 from tuners.pairs import alone, pair
 from tuners.wrapped import CONFIGS, config_for, every_method, snapshot, trainable, trained, wrap
 
-from loretta import get_peft_model
+from loretta import InputError, get_peft_model
 from loretta.tuners.layer import LorettaLayer
 from loretta.tuners.norms import TrainedNorm
 
@@ -268,3 +268,15 @@ def test_the_next_adapter_may_have_no_place_in_the_first_layer(method):
     model.delete_adapter("default")
     assert model.active_adapters == ["other"]
     assert torch.equal(logits(model, inputs), expected)
+
+
+@every_method
+def test_an_unknown_name_is_not_made_active_and_nothing_is_switched(method):
+    """It silenced the adapter that it stood for, as LoRA's does."""
+    model, inputs = pair("llama", method)
+    expected = logits(model, inputs)
+    for names in ("typo", ["default", "typo"]):
+        with pytest.raises(InputError, match=r"cannot activate \['typo'\]: loaded are default, other"):
+            model.base_model.set_adapter(names)
+        assert model.active_adapters == ["default"]
+        assert torch.equal(logits(model, inputs), expected)

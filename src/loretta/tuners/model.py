@@ -234,7 +234,12 @@ class LorettaModel(MergingTuner):
             super()._replace_module(parent, child_name, new_module, child)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """As PEFT's. Raises ValueError, before anything is switched, for adapters of which more than one has a head."""
+        """As PEFT's. Raises ValueError, before anything is switched, for unknown names and for several with a head."""
+        parts: list[Any] = [*self._layers(BaseTunerLayer), *self._layers(AuxiliaryTrainingWrapper)]
+        known = dict.fromkeys([*self.peft_config, *(name for part in parts for name in part._get_available_adapters())])
+        asked = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        if unknown := [name for name in asked if name not in known]:
+            raise InputError(f"cannot activate {unknown}: loaded are {', '.join(known)}")
         for copied in self._layers(AuxiliaryTrainingWrapper):
             copied.check_set_adapter(adapter_name)
         super().set_adapter(adapter_name, inference_mode=inference_mode)

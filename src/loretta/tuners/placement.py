@@ -22,6 +22,7 @@ from loretta.layers.trains import Cores
 from loretta.tuners.bypassed import read_only
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.schema import check_expressions, check_size
+from loretta.tuners.task_types import HEADS
 from loretta.wording import nearest, quoted
 
 
@@ -224,6 +225,11 @@ def unused_options(
             ends = sorted({name.rpartition(".")[2] for name, module in model.named_modules() if linear_size(module)})
             guess = nearest((name.rpartition(".")[2] for name in lost), ends)
             found.append(f"target_modules: nothing in this model is called {' or '.join(map(repr, lost))}{guess}")
+    # PEFT adds the names of heads, and matches by the ends of names; a saved adapter had its warning once
+    whole = [] if config.base_signature else sorted({*(config.modules_to_save or ())} - {*HEADS})
+    if lost := [end for end in whole if not any(name.endswith(end) for name in names)]:
+        guess = nearest((end.rpartition(".")[2] for end in lost), {name.rpartition(".")[2] for name in names})
+        found.append(f"modules_to_save: nothing in this model is called {' or '.join(map(repr, lost))}{guess}")
     sizes = {f"{s.in_features}x{s.out_features}" for p in placements for s in (p.down, p.up)}
     sizes |= {f"{p.down.in_features // p.experts}x{p.down.out_features}" for p in placements if p.experts}
     # the hidden layer of a head is a train too
@@ -250,6 +256,7 @@ def _nothing_matched(config: LorettaConfig, model: nn.Module) -> str:
         )
     names = sorted({name.rpartition(".")[2] for name in linear})
     ends = [] if isinstance(wanted, str) else [name.rpartition(".")[2] for name in sorted(wanted or [])]
+    ends = [end for end in ends if end not in names]
     limits = [
         f"{key}={value!r}"
         for key in ("exclude_modules", "layers_to_transform", "layers_pattern")
