@@ -235,7 +235,7 @@ class LorettaModel(MergingTuner):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """As PEFT's. Raises ValueError, before anything is switched, for unknown names and for several with a head."""
-        parts: list[Any] = [*self._layers(BaseTunerLayer), *self._layers(AuxiliaryTrainingWrapper)]
+        parts: list[Any] = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
         known = dict.fromkeys([*self.peft_config, *(name for part in parts for name in part._get_available_adapters())])
         asked = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         if unknown := [name for name in asked if name not in known]:
