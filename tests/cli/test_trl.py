@@ -121,12 +121,25 @@ def test_a_model_that_is_not_there_or_whose_tokenizer_trl_would_not_read_is_refu
     assert_refused(status, err, words)
 
 
-def test_a_failure_in_the_training_is_no_mistake_of_the_input(speller, rows, capsys, monkeypatch):
+def test_a_reward_function_that_fails_is_told_with_its_own_lines(speller, rows, capsys, monkeypatch):
+    """And not with forty of TRL's and torch's."""
     monkeypatch.syspath_prepend(str(rows))
-    (rows / "failing_reward.py").write_text("def reward(completions, **more):\n    raise ValueError('broken')\n")
+    line = "return [json.loads(text + '?') for text in completions]"
+    code = f"import json\n\ndef reward(completions, **more):\n    {line}\n"
+    (rows / "failing_reward.py").write_text(code)
     more = ["--reward_funcs", "failing_reward.reward", "--num_generations", "2", "--max_completion_length", "2"]
-    with pytest.raises(ValueError, match="broken"):
-        call(capsys, "trl", "grpo", *options("texts", "out", "--model_name_or_path", speller, *more))
+    status, _, err = call(capsys, "trl", "grpo", *options("texts", "out", "--model_name_or_path", speller, *more))
+    assert status == 2
+    told = next(words for words in err.splitlines() if words.startswith("loretta: loretta trl grpo: JSONDecodeError ("))
+    assert f"in line 4 of '{rows / 'failing_reward.py'}' (reward): mend it" in told
+    assert line in err
+    assert "trl/trainer" not in err
+
+
+def test_a_failure_of_the_training_itself_is_no_mistake_of_the_input(speller, rows, capsys, monkeypatch):
+    monkeypatch.setattr("transformers.Trainer.training_step", json.loads)
+    with pytest.raises(TypeError, match="loads"):
+        call(capsys, "trl", "sft", *options("texts", "out", "--model_name_or_path", speller))
 
 
 @pytest.mark.parametrize(

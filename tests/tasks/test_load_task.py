@@ -5,7 +5,7 @@ import pytest
 
 import loretta.tasks
 from loretta.errors import InputError
-from loretta.tasks import Known, load_task
+from loretta.tasks import Known, load_task, read
 
 HEAVY = {"datasets", "pandas", "pyarrow", "sklearn", "scipy", "torch", "transformers", "peft"}
 ALLOWED_HERE = {"errors", "tasks", "wording"}
@@ -175,3 +175,12 @@ def test_a_tag_that_is_not_known_is_refused(tmp_path):
     known = Known(data="train.jsonl", label_names=("B-X", "O"))
     with pytest.raises(InputError, match=r"'B-Y' is not in the training file 'train\.jsonl'"):
         load_task(str(tmp_path / "new.jsonl"), kind="token_classification", validation="x.jsonl", known=known)
+
+
+def test_a_file_that_is_every_split_is_read_once(table, monkeypatch):
+    """As `loretta eval --data FILE` gives it."""
+    read_by, text_of = [], read.text_of
+    monkeypatch.setattr(read, "text_of", lambda path: read_by.append(path) or text_of(path))
+    task = load_task(table, text="text", label="stars", validation=str(table), test=table)
+    assert read_by == [table]
+    assert task.train.to_dict() == task.validation.to_dict() == task.test.to_dict()

@@ -2,12 +2,15 @@
 
 import importlib.util
 import logging
+import sys
 import traceback
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+import loretta
+from loretta import processes
 from loretta.errors import InputError
 from loretta.options import parse_option
 from loretta.wording import nearest, one_line, quoted
@@ -96,11 +99,37 @@ def trl(
     )
     try:
         script.main(script_args, training_args, model_args, dataset_args)
-    except (OSError, ValueError) as error:
+    except Exception as error:
         begun = any(frame.f_code is Trainer.train.__code__ for frame, _ in traceback.walk_tb(error.__traceback__))
-        if begun or isinstance(error, InputError):
+        if isinstance(error, InputError):
+            raise
+        own = _of_the_user(traceback.extract_tb(error.__traceback__))
+        if own and processes.is_first():  # of another process, which may be the only one to fail, all is shown
+            print("\n" + "".join(own.format()), end="", file=sys.stderr)  # behind a bar of progress
+            raise InputError(
+                f"loretta trl {command}: {type(error).__name__} ({one_line(error)}) in line {own[0].lineno} of "
+                f"'{own[0].filename}' ({own[0].name}): mend it"
+            ) from None
+        if begun or not isinstance(error, OSError | ValueError):
             raise
         raise InputError(f"loretta trl {command}: {one_line(error)}") from None
+
+
+def _of_the_user(frames: traceback.StackSummary) -> traceback.StackSummary:
+    """What of a traceback is the user's own code, such as a reward function, and what that has called."""
+    installed = Path(loretta.__file__).parent, Path(traceback.__file__).parent
+
+    def is_own(frame: traceback.FrameSummary) -> bool:
+        path = Path(frame.filename)
+        return (
+            path.is_file()
+            and not any(map(path.is_relative_to, installed))
+            and {"site-packages", "dist-packages"}.isdisjoint(path.parts)
+        )
+
+    called = 1 + max(k for k, frame in enumerate(frames) if frame.filename == __file__)
+    first = next((k for k in range(called, len(frames)) if is_own(frames[k])), len(frames))
+    return traceback.StackSummary.from_list(frames[first:])
 
 
 def _check_options(

@@ -88,8 +88,10 @@ def load_task(
         splits |= {role: _find(file, None) for role, file in given.items() if file is not None}
     elif names_files(data):
         _refuse(options, {"--data-dir", "--split"}, f"the file '{data}'")
-        files = {"train": data, "validation": validation, "test": test}
-        splits = {role: _find(file, separator) for role, file in files.items() if file is not None}
+        named = {"train": data, "validation": validation, "test": test}
+        files = {role: os.fspath(name) for role, name in named.items() if name is not None}
+        found = {name: _find(name, separator) for name in dict.fromkeys(files.values())}
+        splits = {role: found[name] for role, name in files.items()}
     else:
         names = (*glue.GLUE, STDLIB)
         raise InputError(

@@ -18,7 +18,7 @@ from loretta.tasks.labels import (
     label_columns,
     read_sets,
 )
-from loretta.tasks.read import TEXT_ENDINGS
+from loretta.tasks.read import TEXT_ENDINGS, Columns
 from loretta.tasks.sources import (
     HubSplit,
     Source,
@@ -99,10 +99,11 @@ def load_table(
             f"column {quoted(double)} is given twice: the text, its pair and the label are different columns"
         )
 
-    several = kind == "multi_label" or len(labels) > 1 or isinstance(read_columns(path, labels)[label][0], list)
+    columns = read_columns(path, (*text_columns, *labels))
+    several = kind == "multi_label" or len(labels) > 1 or isinstance(columns[label][0], list)
     if several and kind not in (None, "multi_label"):
         raise InputError(f"{quoted(label)} of '{path}' holds several labels a row, and kind is {kind!r}: leave it out")
-    texts, cells = _read_rows(path, text_columns, labels, several)
+    texts, cells = _rows_of(columns, path, text_columns, labels, several)
     scheme: LabelScheme | LabelSets
     if known is not None and kind is not None:
         scheme = known_scheme(known, kind, column=label)
@@ -113,7 +114,8 @@ def load_table(
     rows = [Row(*pair) for pair in zip(texts, scheme.encode(cells, path), strict=True)]
 
     def read(other: Source) -> list[Row]:
-        texts, cells = _read_rows(other, text_columns, labels, several)
+        columns = read_columns(other, (*text_columns, *labels))
+        texts, cells = _rows_of(columns, other, text_columns, labels, several)
         return [Row(*pair) for pair in zip(texts, scheme.encode(cells, other), strict=True)]
 
     counts = Counter(name for cell in cells for name in cell) if several else Counter(str(row.label) for row in rows)
@@ -228,13 +230,12 @@ def _documents(path: Source, text: str | None) -> list[Row]:
     return [Row((cell,)) for cell in _texts(read_columns(path, (name,))[name], name, path)]
 
 
-def _read_rows(
-    path: Source, text_columns: Sequence[str], labels: Sequence[str], several: bool
+def _rows_of(
+    columns: Columns, path: Source, text_columns: Sequence[str], labels: Sequence[str], several: bool
 ) -> tuple[list[tuple[str, ...]], list[Any]]:
-    columns = read_columns(path, (*text_columns, *labels))
     texts = [_texts(columns[name], name, path) for name in text_columns]
     if several:
-        return list(zip(*texts, strict=True)), read_sets(path, labels)
+        return list(zip(*texts, strict=True)), read_sets(columns, labels, path)
     (label,) = labels
     refuse_missing(columns[label], label, path)
     for at, cell in enumerate(columns[label]):

@@ -11,7 +11,8 @@ from typing import Any
 
 from loretta.errors import InputError
 from loretta.tasks.base import Kind, Known
-from loretta.tasks.sources import Source, read_columns, wrong_cell
+from loretta.tasks.read import Columns
+from loretta.tasks.sources import Source, wrong_cell
 from loretta.wording import OBEYED, listed, quoted
 
 MAX_GUESSED_CLASSES = 50
@@ -236,12 +237,11 @@ def label_columns(label: str, columns: Sequence[str]) -> tuple[str, ...]:
     return (label,) if label in columns or len(several) < 2 else several
 
 
-def read_sets(path: Source, columns: Sequence[str]) -> list[list[str]]:
-    """The labels of each row.
+def read_sets(found: Columns, columns: Sequence[str], path: Source) -> list[list[str]]:
+    """The labels of each row, by the ``columns`` among those ``found`` in a file.
 
     Raises InputError with file, row and column for a cell that is no list of names, or in several columns no 0 or 1.
     """
-    found = read_columns(path, columns)
     if len(columns) == 1:
         return [_names(cell, columns[0], path, at) for at, cell in enumerate(found[columns[0]])]
     rows: list[list[str]] = [[] for _ in found[columns[0]]]

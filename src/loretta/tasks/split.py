@@ -50,11 +50,15 @@ def split_rows(
 
     Rows with the same ``key`` stay on one side; of each ``label`` the same share is held out. ``source`` is the file of
     ``rows``, ``read`` reads another one; ``called``, ``alike`` and ``add`` are words for the rows, for those that stay
-    together, and for what a user may add.
+    together, and for what a user may add. A further file that is ``source`` itself has its rows.
 
     Raises InputError where too few texts differ to hold any out.
     """
     validation, test, seed = files.get("validation_path"), files.get("test_path"), files.get("seed", 0)
+
+    def rows_of(other: "Source") -> list[Row]:
+        return rows if other is source else read(other)
+
     notes = []
     if validation is None:
         labels = [None if label is None else label(row) for row in rows]
@@ -77,8 +81,8 @@ def split_rows(
         )
         train, others = [rows[k] for k in kept], [rows[k] for k in held]
     else:
-        train, others = rows, read(validation)
-    return Splits(train, others, None if test is None else read(test), notes)
+        train, others = rows, rows_of(validation)
+    return Splits(train, others, None if test is None else rows_of(test), notes)
 
 
 def hold_out(
