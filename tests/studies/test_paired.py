@@ -132,3 +132,21 @@ def test_other_rows_are_not_paired(tmp_path):
     for file in tmp_path.rglob("ia3/*/predictions.jsonl"):
         file.write_text("\n".join(reversed(file.read_text().splitlines())))
     assert differences(results, tmp_path) == []
+
+
+def test_runs_with_other_options_are_not_compared(tmp_path, capsys):
+    """Those of an earlier command with fewer steps would stand in the same table."""
+
+    def note(method: str, **sets) -> list[str]:
+        study = comparison("reviews.csv", [method], seeds=1, settings={"label": "mood"})
+        options = Options(models=("bert-base",), seeds=1, sets=sets)
+        write_study(tmp_path, study, options, expand(study, options, tmp_path).runs, method)
+        return [run["row"] for run in json.loads((tmp_path / "study.json").read_text())["planned"]]
+
+    assert note("lora", max_steps=9) == ["lora"]
+    assert note("ia3", **{"max_steps": 9, "ia3.feedforward_modules": []}) == ["lora", "ia3"]
+    assert capsys.readouterr().err == ""
+    assert note("norms", max_steps=90) == ["norms"]
+    assert (
+        "note: lora, ia3 of earlier commands had other options (max_steps was 9 and is 90)" in capsys.readouterr().err
+    )

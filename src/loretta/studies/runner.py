@@ -1,10 +1,11 @@
 """Carry out all runs of a study, several at once, each from the state in which its folder is."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from transformers import AutoConfig
 
@@ -202,7 +203,7 @@ def _refuse_missing_weights(root: Path, study: Study, expansion: Expansion) -> N
 def write_study(root: Path, study: Study, options: Options, runs: Sequence[Planned], command: str) -> None:
     """Note in the folder of runs what was asked for. Cells of earlier commands stay, unless this one plans them.
 
-    A comparison is of one model: cells of another one leave it, and their runs stay.
+    A comparison is of one model, and of runs with the same options: other cells leave it, and their runs stay.
     """
     file = study_file(root, study.name)
     before = read_object(file) or {}
@@ -216,14 +217,33 @@ def write_study(root: Path, study: Study, options: Options, runs: Sequence[Plann
         if (run["model"], run["task"], run["row"], "-".join(run["order"])) not in cells
         and (study.view != "compare" or run["model"] in {cell[0] for cell in cells})
     ]
+    now = {"study": study.model_dump(mode="json"), "options": options.model_dump(mode="json")}
+    if kept and study.view == "compare" and (changed := _changed(before, now)):
+        rows = ", ".join(dict.fromkeys(run["row"] for run in kept))
+        words = f"note: {rows} of earlier commands had other options ({changed})"
+        print(f"{words} and leave the comparison; their runs stay", file=sys.stderr)
+        kept = []
     content = {
-        "study": study.model_dump(mode="json"),
-        "options": options.model_dump(mode="json"),
+        **now,
         "commands": list(dict.fromkeys([*before.get("commands", []), *([command] if command else [])])),
         "planned": [*kept, *(run.model_dump(mode="json") for run in runs)],
     }
     if content != before:
         write_json(file, content)
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What two commands give to all of their runs alike, and otherwise; a word for each."""
+
+    def given(command: Mapping[str, Any]) -> dict[str, Any]:
+        options = command.get("options", {})
+        sets = {key: value for key, value in options.get("sets", {}).items() if "." not in key}
+        whole = {key: options.get(key) for key in ("limit", "data_dir", "cpu")}
+        return {**whole, **command["study"].get("protocol", {}), **sets}
+
+    old, new = given(before), given(now)
+    keys = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+    return "; ".join(f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in keys)
 
 
 def study_file(root: Path, name: str) -> Path:
