@@ -45,7 +45,7 @@ def demo(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the runs; replaced.")] = Path("runs/demo"),
     as_json: Json = False,
 ) -> None:
-    """Train adp, rep, LoRA and two baselines on real text without a network, then reload and check each."""
+    """Train three forms of LoRETTA, LoRA and two baselines on real text without a network, and reload each."""
     result = run_demo(output, quick=quick, show=not as_json)
     if as_json:
         print_json(result)
