@@ -140,7 +140,10 @@ def test_a_measured_step(bert, llama, tmp_path, monkeypatch):
     costs = {}
     words = ["tables", "--runs", "a folder"]
     monkeypatch.setattr(sys, "argv", ["loretta", *words])
-    for method in ("lora", "adapters", "loretta_adp"):
+    for method in (
+        "lora",
+        "loretta_adp",
+    ):  # dense adapters are measured as a row of table 5 (tests/cli/test_studies.py)
         config = RunConfig(model=llama, data="sst2", method=method, batch_size=2, max_length=8, cpu=True)
         measure(config, tmp_path / method, llama)
         costs[method] = json.loads((tmp_path / method / "cost.json").read_text())
