@@ -26,30 +26,68 @@ ROOT = pathlib.Path(__file__).parents[2]
 HEAVY = {"torch", "transformers", "peft", "numpy", "scipy", "pandas", "datasets", "matplotlib"}
 
 
-def loretta(*arguments: object, **environment: str) -> tuple[int, str, str]:
-    """Exit status, standard output and standard error of ``python -m loretta``; no heavy module may be imported."""
-    command = [sys.executable, "-X", "importtime", "-m", "loretta", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ | environment)
-    times = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
-    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in times}
-    assert "loretta" in imported
-    assert not HEAVY & imported
-    rest = "\n".join(line for line in done.stderr.splitlines() if line not in times)
-    return done.returncode, done.stdout, rest
+# A process that imports the command line alone, and forks itself for each command: to begin one takes half a second.
+COMMANDS = """
+import json, os, runpy, sys, traceback
+import loretta.cli.main
+for line in sys.stdin:
+    arguments, environment, files = json.loads(line)
+    if child := os.fork():
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+        continue
+    sys.stdin, sys.stdout, sys.stderr = open(os.devnull), open(files[0], "w"), open(files[1], "w")
+    sys.argv = ["loretta", *arguments]
+    os.environ.update(environment)
+    status = 0
+    try:
+        runpy.run_module("loretta", run_name="__main__", alter_sys=True)
+    except SystemExit as stop:
+        status = int(stop.code or 0)
+    except BaseException:
+        traceback.print_exc()
+        status = 1
+    with open(files[2], "w") as file:
+        file.write("\\n".join(sys.modules))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+"""
+
+
+@pytest.fixture(scope="module")
+def loretta(tmp_path_factory):
+    """Exit status, standard output and standard error of a command; no heavy module may be imported for it."""
+    files = [tmp_path_factory.mktemp("commands") / name for name in ("out", "err", "modules")]
+    command = [sys.executable, "-c", COMMANDS]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+
+        def run(*arguments: object, **environment: str) -> tuple[int, str, str]:
+            process.stdin.write(json.dumps([[*map(str, arguments)], environment, [*map(str, files)]]) + "\n")
+            process.stdin.flush()
+            status = int(process.stdout.readline())
+            out, err, modules = (file.read_text() for file in files)
+            imported = {name.partition(".")[0] for name in modules.splitlines()}
+            assert "loretta" in imported
+            assert not HEAVY & imported
+            return status, out, err.removesuffix("\n")
+
+        yield run
+        process.stdin.close()
 
 
 def test_the_version():
     from loretta import __version__
 
-    assert loretta("--version") == (0, f"loretta {__version__}\n", "")
+    done = subprocess.run([sys.executable, "-m", "loretta", "--version"], capture_output=True, text=True, timeout=600)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"loretta {__version__}\n", "")
 
 
-def test_h_is_help_and_the_hint_names_it_whole():
+def test_h_is_help_and_the_hint_names_it_whole(loretta):
     assert loretta("plan", "-h") == loretta("plan", "--help")
     assert "Try 'loretta --help' for help." in loretta("trian")[2]
 
 
-def test_every_option_of_a_run_is_in_the_help_of_train():
+def test_every_option_of_a_run_is_in_the_help_of_train(loretta):
     status, out, err = loretta("train", "--help", COLUMNS="100")
     assert (status, err) == (0, "")
     shown = {word.strip(",") for line in out.splitlines() for word in line.split() if word.startswith("--")}
@@ -80,7 +118,7 @@ def test_a_typo_gets_the_nearest_word(arguments, guess, capsys):
     assert guess in err.splitlines()[-1]
 
 
-def test_options_are_checked_before_torch_is_imported():
+def test_options_are_checked_before_torch_is_imported(loretta):
     status, out, err = loretta("train", "--model", "m", "--epoch", "0", "--schedule", "zigzag")
     assert (status, out) == (2, "")
     assert err.startswith("loretta: run options: data is missing: give --data; epochs=0.0: ")
@@ -98,13 +136,13 @@ def test_options_are_checked_before_torch_is_imported():
         (["report", "run", "--json", "-o", "report.md"], "leave --output and --format out"),
     ],
 )
-def test_words_that_contradict_each_other_are_refused_at_once(arguments, words):
+def test_words_that_contradict_each_other_are_refused_at_once(loretta, arguments, words):
     status, out, err = loretta(*arguments)
     assert (status, out) == (2, "")
     assert words in err
 
 
-def test_the_shell_completes_verbs_options_and_words():
+def test_the_shell_completes_verbs_options_and_words(loretta):
     def complete(words: str) -> list[str]:
         status, out, _ = loretta(
             _LORETTA_COMPLETE="complete_bash", COMP_WORDS=words, COMP_CWORD=str(len(words.split(" ")) - 1)
@@ -117,7 +155,7 @@ def test_the_shell_completes_verbs_options_and_words():
     assert complete("loretta train --schedule co") == ["cosine", "constant_with_warmup"]
 
 
-def test_presets_are_listed_without_torch():
+def test_presets_are_listed_without_torch(loretta):
     status, out, err = loretta("plan", "--presets")
     assert (status, err) == (0, "")
     assert [line.split()[0] for line in out.splitlines() if line.startswith("  paper/")] == list(PRESETS)
@@ -125,7 +163,7 @@ def test_presets_are_listed_without_torch():
     assert {row["preset"]: row["parameters"] for row in rows} == {name: row.count for name, row in PRESETS.items()}
 
 
-def test_runs_are_listed_shown_and_compared_without_torch(tmp_path):
+def test_runs_are_listed_shown_and_compared_without_torch(loretta, tmp_path):
     counts = {"cores": 90, "biases": 0, "norms": 0, "head": 10, "other": 0, "total": 1000}
     train = {"at": "query down", "count": 2, **dataclasses.asdict(plan_shape(16, 8, rank=3))}
     for seed in (0, 1):

@@ -26,6 +26,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` 
 PROMISE = 1e-6
 
 
+# Each head of three families whose hidden layers lie elsewhere, and two of each other one, which go the way of one of
+# these: a hidden layer before the classifier, or none.
+ALL_HEADS = ("tensorized", "dense", "tensorized_only", "frozen")
+HEADS = {
+    **dict.fromkeys(("bert", "roberta", "modernbert"), ALL_HEADS),
+    **dict.fromkeys(("deberta-v2", "t5", "llama"), ("tensorized", "frozen")),
+    **dict.fromkeys(("electra", "bart", "gpt2"), ("dense", "tensorized_only")),
+}
 # name -> (family, task type, options of the config, options of the base model). In float64, where nothing hides
 # behind rounding, unless the base model says otherwise.
 CASES: dict[str, tuple[str, str | None, dict, dict]] = {
@@ -36,8 +44,8 @@ CASES: dict[str, tuple[str, str | None, dict, dict]] = {
     },
     **{
         f"{family} {head}": (family, "SEQ_CLS", {"train_head": head}, {})
-        for family in ("bert", "roberta", "deberta-v2", "modernbert", "electra", "bart", "t5", "llama", "gpt2")
-        for head in ("tensorized", "dense", "tensorized_only", "frozen")
+        for family, heads in HEADS.items()
+        for head in heads
     },
     "distilbert": ("distilbert", "SEQ_CLS", {}, {}),
     "bert tokens": ("bert", "TOKEN_CLS", {}, {}),
