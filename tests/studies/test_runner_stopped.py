@@ -69,7 +69,7 @@ def test_the_lock_of_a_dead_process_is_taken_over(tmp_path):
 
 def command(bert, data_dir, root, *more):
     sets = [
-        word for key, value in {**QUICK, "epochs": 40, "eval_steps": 3}.items() for word in ("--set", f"{key}={value}")
+        word for key, value in {**QUICK, "epochs": 24, "eval_steps": 3}.items() for word in ("--set", f"{key}={value}")
     ]
     fixed = ["--model", bert, "--data-dir", data_dir, "--tasks", "rte", "--methods", "loretta_adp", "--seeds", "2"]
     return [sys.executable, "-m", "loretta", "reproduce", "table1", *fixed, "--cpu", "-o", str(root), *sets, *more]
@@ -99,7 +99,7 @@ def test_killed_half_way_and_resumed(bert, data_dir, tmp_path, monkeypatch):
     before = [json.loads(max(folder.glob("checkpoints/*/trainer_state.json")).read_text()) for folder in folders]
 
     # in this process and quick: the numbers must be those of a run that nobody killed
-    sets = {"epochs": 40, "eval_steps": 3}
+    sets = {"epochs": 24, "eval_steps": 3}
     options = options_for(bert, data_dir, tasks=("rte",), methods=("loretta_adp",), seeds=2, sets=sets)
     assert run_study(load_study("table1"), options, tmp_path, jobs=0).complete
     (cell,) = collect(tmp_path).cells
@@ -108,7 +108,7 @@ def test_killed_half_way_and_resumed(bert, data_dir, tmp_path, monkeypatch):
         history = [point for point in record.history if point.split == "validation"]
         known = [(entry["step"], entry["eval_loss"]) for entry in state["log_history"] if "eval_loss" in entry]
         assert [(point.step, point.values["loss"]) for point in history][: len(known)] == known
-        assert history[-1].step == 80
+        assert history[-1].step == 48
 
 
 def wait_for_end(pids):
