@@ -67,8 +67,8 @@ def test_a_study_takes_the_options_of_a_run(words, llama, data_dir, capsys, tmp_
     assert (run["config"]["epochs"], run["config"]["sample"]["train"]) == (2, 6)
 
 
-# every target, cut to what takes a second or two: target -> methods, tasks. Others of table 1 run in the test below, and
-# a step of LoRA is measured in tests/studies/test_sizes_and_cost.py.
+# every target, cut to what takes a second or two: target -> methods, tasks. Other rows of table 1 run in the test
+# below, and a step of LoRA is measured in tests/studies/test_sizes_and_cost.py.
 CUT = {
     "table1": ("lora-r8,loretta_adp", "mnli,stsb"),
     "table2": ("loretta_rep", "cb,boolq,wsc,copa,record,squad,drop"),
