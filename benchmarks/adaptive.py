@@ -24,7 +24,7 @@ from loretta.training.config import RunConfig
 COUNT = 18_600  # parameters at the end without the final layer: LoRA of rank 2 on query and value has 18,432 here
 EPOCHS = 3
 RATES = (1.5e-3, 3e-3, 7.5e-4, 6e-3)  # in the order of their value
-ALL = {"target_modules": ["query", "key", "value", "dense"], "exclude_modules": ["pooler.dense", "classifier.dense"]}
+ALL = {"target_modules": ["query", "key", "value", "dense"], "exclude_modules": r".*(pooler|classifier)\.dense"}
 QV = {"target_modules": ["query", "value"]}
 COMPACT = {"r": 1, "tensor_rank": 5, "modes_per_side": 2, "lora_alpha": 10, **ALL}
 WIDE = {**COMPACT, "tensor_rank": 10, "lora_alpha": 20}

@@ -114,7 +114,7 @@ def configs_of(cell: Cell, args: argparse.Namespace, data: Path, scratch: Path) 
     kind = base.model_type
     options = method.placed(kind, base.num_hidden_layers)
     if method.targets is not None and method.method != "norms":
-        options["exclude_modules"] = ["pooler.dense", "classifier.dense"]
+        options["exclude_modules"] = r".*(pooler|classifier)\.dense"
     elif method.method == "ia3":
         options |= IA3.get(kind, {})
     data_of = {"data": cell.task, "data_dir": str(data)}

@@ -119,16 +119,19 @@ def ours(name: str, method: str, options: dict[str, Any] | None = None, **more: 
     return Method(name=name, family="LoRETTA", method=method, options=options or {}, **more)
 
 
-def compact(rank: int = 1, *, norms: bool, inner: int = INNER, targets: str = "all") -> Method:
+def compact(rank: int = 1, *, inner: int = INNER, targets: str = "all", last: int | None = None, **more: Any) -> Method:
     name = "compact" + (f" r={rank}" if rank > 1 else "") + (f" inner {inner}" if inner != INNER else "")
+    name += (" v, MLP" if targets == "v, MLP" else "") + (f" last {last}" if last else "")
     inner = max(inner, rank)
     options = {"r": rank, "tensor_rank": inner, "modes_per_side": 2, "lora_alpha": 2 * inner}
-    return ours(name + (" v, MLP" if targets == "v, MLP" else ""), "rep", options, targets=targets, norms=norms)
+    return ours(name, "rep", options, targets=targets, last=last, **more)
 
 
-def shared(rank: int, targets: str = "all", *, norms: bool) -> Method:
+def shared(rank: int, targets: str = "all", *, last: int | None = None, **more: Any) -> Method:
     name = f"shared r={rank}" + {"all": "", "qv": " q,v", "attention": " attention"}[targets]
-    return ours(name, "shared", {"tensor_rank": rank, "lora_alpha": 2 * rank}, targets=targets, norms=norms)
+    name += f" last {last}" if last else ""
+    options = {"tensor_rank": rank, "lora_alpha": 2 * rank}
+    return ours(name, "shared", options, targets=targets, last=last, **more)
 
 
 SCALES_RATE = 1.2e-2  # in the middle of the grid, whatever the matrices beside them like
@@ -182,6 +185,9 @@ METHODS: dict[str, Method] = {
         small_lora("v"), small_lora("q"), *(small_lora("qv", last) for last in (2, 3, 5, 6, 10, 20)),
         *(small_lora("v", last) for last in (3, 6)), *(some_norms(last) for last in (3, 4, 8, 16)),
         some_norms(3, "attention"),
+        # in the layers and at the rates at which LoRA of rank 1 learns CB on the decoder
+        *(shared(rank, last=5, norms=False, middle=2.4e-2) for rank in (2, 4)),
+        shared(6, "qv", last=5, norms=False, middle=2.4e-2), compact(last=5, norms=False, middle=2.4e-2),
     )
 }  # fmt: skip
 SCALED = [
@@ -294,6 +300,8 @@ GROUPS: dict[str, list[str]] = {
         "compact v, MLP + k,v scales", "compact v, MLP + scales", "shared r=4 + scales", "shared r=1 + v scales",
         "compact + k,v scales",
     ],
+    # the decoder's last layers, at rates at which LoRA there is the best of the other methods
+    "last_decoder": ["shared r=2 last 5", "compact last 5", "shared r=6 q,v last 5", "shared r=4 last 5"],
     "scales_decoder": ["shared r=1 + v scales", "shared r=2 + k,v scales", "shared r=4 + scales"],
     # the rows of the paper's Table 1, and the forms that became the default
     "table_1": [

@@ -123,17 +123,17 @@ def of_choosing() -> Iterator[Said]:
     compact = "compact + norms"
     times = official("instruct", "trained", "LoRA r=16") / official("instruct", "trained", compact)
     parts = shares()
-    came = [
-        cell.split()[0]
-        for column in ("5,000", "10,000", "20,000", "40,000", "80,000")
-        for cell in cells(CHOOSING, "bar", column)
+    bar = [
+        cell for column in ("5,000", "10,000", "20,000", "40,000", "80,000") for cell in cells(CHOOSING, "bar", column)
     ]
+    came = [cell.split()[0] for cell in bar]
     won, lost, level = (came.count(word) for word in ("better", "worse", "level"))
     yield "on three models, with a {} to a {} of its parameters", (max(parts), min(parts))
     yield (
         "Of {} cells of model and size the best form wins {}, loses {} and is level in {}.",
         (len(came), won, lost, level),
     )
+    yield "In {} its mean is the higher one.", (sum("(+" in cell for cell in bar),)
     yield "Of {} cells it loses {}, wins {} and is level with the best in {}.", (len(came), lost, won, level)
     yield "below LoRA of {} times its parameters", (times,)
     trained = partial(held_out, mpnet, "trained")
@@ -147,7 +147,7 @@ def of_choosing() -> Iterator[Said]:
     yield "LoRA r=8, with {} to {} times as many, is", (round(min(largest)), round(max(largest)))
     yield "below LoRA r=1, which has a {} more, and", (trained("LoRA r=1") / trained("rep") - 1,)
     yield "below LoRA r=1 of the values, which has a {} less", (1 - trained("LoRA r=1 v") / trained("rep"),)
-    yield "below shared r=1, which has {} as many more", (trained("shared r=1") / trained("Uni-LoRA d=5000") - 1,)
+    yield "which has {} as many more. With", (trained("shared r=1") / trained("Uni-LoRA d=5000") - 1,)
     kept = held_out("fits", "kept", "the paper's shapes, rank 5") / held_out("fits", "kept", "LoRA r=1")
     yield "the paper's shapes can express about {} of what LoRA r=1 can", (kept,)
     more = held_out(minilm, "trained", "shared r=6 attention") / held_out(minilm, "trained", "shared r=1")

@@ -185,7 +185,7 @@ def sizes_sentence(board: Board) -> str:
 
 def bar(found: Sequence[Row]) -> str:
     """The cells of model and size: what LoRETTA's best form is beside the best of all other methods."""
-    lines, counts = [], dict.fromkeys(("better", "level", "worse", "not measured"), 0)
+    lines, counts, higher = [], dict.fromkeys(("better", "level", "worse", "not measured"), 0), 0
     for model, shown in MODELS.items():
         board = Board(found, model, "held_out")
         cells = []
@@ -197,9 +197,11 @@ def bar(found: Sequence[Row]) -> str:
                 cells.append("")
                 continue
             counts[verdict(gap)] += 1
+            higher += interval(gap)[0] > 0
             cells.append(f"{verdict(gap)} ({signed(gap)})")
         lines.append([shown.partition(" ")[0], *cells])
     words = ", ".join(f"{count} {word}" for word, count in counts.items())
+    words += f". In {higher} the best form has the higher mean"
     return f"Of {sum(counts.values())} cells: {words}.\n\n{markdown(lines, ['model', *(f'{n:,}' for n in SIZES)])}"
 
 
@@ -352,6 +354,11 @@ PREDICTED: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("VB-LoRA h=90, b=192", "shared r=1", {"SmolLM2-135M-Instruct": "not above .01"}),
     ("VeRA r=256", "shared r=1", {"SmolLM2-135M-Instruct": "not above .01"}),
     ("FourierFT n=1000", "shared r=1", {"SmolLM2-135M-Instruct": "not above .01"}),
+    # the eighth round: the decoder's last layers at high rates
+    ("shared r=2 last 5", "LoRA r=1 last 5", {"SmolLM2-135M-Instruct": "level"}),
+    ("shared r=6 q,v last 5", "LoRA r=1 last 5", {"SmolLM2-135M-Instruct": "level"}),
+    ("compact last 5", "LoRA r=1 last 5", {"SmolLM2-135M-Instruct": "better"}),
+    ("shared r=4 last 5", "shared r=4", {"SmolLM2-135M-Instruct": "not above .01"}),
 )
 
 
