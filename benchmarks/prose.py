@@ -1,12 +1,14 @@
 """Whether the figures in the prose of RESULTS.md, docs/choosing.md and README are what was measured.
 
-    python benchmarks/prose.py
+    python benchmarks/prose.py [--write]
 
-names each sentence of prose.txt, sentences.py and compared.py that is no longer true of the tables and result files,
-and each decimal, rate and count in the prose that none of them holds. So it does with intervals that are called level,
-above or below and are not.
+With --write the sentences of prose.txt and sentences.py first get the figures that were measured. Then it names what
+only a writer can mend: each sentence of these files and of compared.py that is no longer true of the tables and result
+files, each decimal, rate and count in the prose that none of them holds, and each interval that is called level, above
+or below and is not.
 """
 
+import argparse
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -31,6 +33,7 @@ IN_BRACKETS = re.compile(
     r"\b(level|open|above|below)\b(?:(?!\b(?:level|open|above|below)\b)[^.;:()])*\(([^)]*±[^)]*)\)"
 )
 COUNT = re.compile(r"\d{1,3}(?:,\d{3})+")
+MARKS = r"(?:[*`\[]|\]\([^)]*\))*"  # of emphasis, code and links, which a sentence is given without
 
 SENTENCES = {PAGE: of_results, CHOOSING: of_choosing, README: of_readme}
 SO = {PAGE: (so_in_results, not_run_in_results), CHOOSING: (so_in_choosing,), README: (so_in_readme,)}
@@ -96,6 +99,40 @@ def stale(page: Path, text: str) -> Iterator[str]:
                     yield f"{page.name}: {match[0]!r} says {stated} where {value:.4g} was measured"
 
 
+def said_as(stated: str, value: float) -> str:
+    """A value in the form of a figure: its decimals, its sign, a word for a word.
+
+    A figure stays where the value has no such form.
+    """
+    word, size = stated.lower(), abs(value)
+    if agrees(stated, value) or (value < 0 and stated[0] not in "+-"):
+        return stated
+    if word in PARTS:
+        made = min(PARTS, key=lambda part: abs(1 / PARTS[part] - value))
+    elif word in NUMBERS:
+        made = COUNTED[int(value)] if value in range(len(COUNTED)) else stated
+    elif "e" in word:
+        made = re.sub(r"e-0", "e-", f"{value:.{len(word.partition('e')[0].partition('.')[2])}e}")
+    else:
+        made = f"{size:,.{len(word.partition('.')[2])}f}"
+        made = ("+-"[value < 0] if stated[0] in "+-" else "") + (made.removeprefix("0") if size < 1 else made)
+    return made.capitalize() if stated[0].isupper() else made
+
+
+def filled(page: Path, text: str) -> str:
+    """The text of a page with the figures that were measured, where a sentence has others."""
+    for sentence, values in said(page):
+        parts = (
+            "".join(rf"{MARKS}\s+" if c == " " else MARKS + re.escape(c) for c in part) for part in sentence.split("{}")
+        )
+        found = [*re.finditer((MARKS + STATED).join(parts), text, re.IGNORECASE)]
+        for match in reversed(found):
+            for k in reversed(range(len(values))):
+                begin, end = match.span(k + 1)
+                text = text[:begin] + said_as(match[k + 1], values[k]) + text[end:]
+    return text
+
+
 def untrue(page: Path, text: str) -> Iterator[str]:
     """What a page's text says without a figure and is not so."""
     prose = [part for _, part in sections(text)]
@@ -142,6 +179,11 @@ def misworded(page: Path, text: str) -> Iterator[str]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--write", action="store_true", help="the figures that were measured into the sentences")
+    if parser.parse_args().write:
+        for page in SENTENCES:
+            page.write_text(filled(page, page.read_text()))
     texts = [(page, page.read_text()) for page in SENTENCES]
     found = [line for each in texts for find in (stale, unheld, misworded, untrue) for line in find(*each)]
     if found:

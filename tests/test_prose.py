@@ -57,6 +57,34 @@ def test_a_wrong_word_is_found():
 
 
 @PAGES
+def test_figures_are_written_anew(page):
+    text = page.read_text()
+    tables = {found.span() for found in prose.MADE.finditer(text)}
+
+    def other(found):
+        inside = any(begin <= found.start() < end for begin, end in tables)
+        return found[0] if inside else f"{found[1]}{(int(found[2]) + 5) % 10}"
+
+    spoiled = re.sub(r"(\.\d\d)(\d)(?= ± )", other, text)
+    assert spoiled == text or list(prose.stale(page, spoiled))
+    assert list(prose.stale(page, prose.filled(page, spoiled))) == []
+    assert prose.filled(page, text) == text
+
+
+@pytest.mark.parametrize(
+    ("stated", "value", "said"),
+    [
+        (".010", 0.0123, ".012"), ("+.003", -0.0041, "-.004"), ("-.5", 1.26, "+1.3"), ("37,632", 4000, "4,000"),
+        ("1.5e-3", 0.0025, "2.5e-3"), ("Seven", 9, "Nine"), ("third", 0.24, "quarter"), ("twice", 2, "twice"),
+        # what has no such form is left for a reader to change
+        (".010", -0.02, ".010"), ("seven", 7.5, "seven"), ("seven", 70, "seven"),
+    ],
+)  # fmt: skip
+def test_a_value_takes_the_form_of_the_figure_before_it(stated, value, said):
+    assert prose.said_as(stated, value) == said
+
+
+@PAGES
 def test_no_figure_of_a_sentence_could_be_another(page):
     """Each one is refused where it stands with another last figure, by two where what was rounded is rounded again."""
     parts = [part for _, part in prose.sections(page.read_text())]
