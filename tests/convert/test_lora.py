@@ -306,3 +306,17 @@ def test_what_is_no_lora_is_refused(case, tmp_path):
 def test_an_unknown_adapter_is_named_with_those_there_are(tmp_path):
     with pytest.raises(InputError, match=r"'other'.*default"):
         export_lora(rep("llama")[0], tmp_path / "out", "other")
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`", "ignore:You are trying to modify a model")
+@pytest.mark.parametrize("method", ["rep", "shared"])
+def test_an_adapter_within_the_layers_of_another_method_is_written_under_its_own_names(method, tmp_path):
+    """Those of the layers within were in the file, for which PEFT has no place: half of the updates were lost."""
+    base, inputs = build("llama", dtype=torch.float64)
+    ours = config_for(method, target_modules=["q_proj", "v_proj"], train_norms=False)
+    model = trained(get_peft_model(base, ours, "ours")).double().eval()
+    expected = logits(model, inputs)
+    get_peft_model(base, LoraConfig(target_modules=["q_proj", "k_proj"]), "around")
+    export_lora(model, tmp_path / "lora", "ours")
+    again = PeftModel.from_pretrained(build("llama", dtype=torch.float64)[0], tmp_path / "lora").double().eval()
+    assert_near("logits", logits(again, inputs), expected)

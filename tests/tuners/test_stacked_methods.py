@@ -58,6 +58,34 @@ def test_an_adapter_that_lies_within_another_methods_is_saved_under_its_own_name
     assert torch.equal(logits(model, inputs), plain)
 
 
+@every_method
+@pytest.mark.parametrize("between", LATER)
+def test_adapters_of_one_method_around_anothers_are_saved_under_their_own_names(between, method, tmp_path):
+    """The first lay within the second layer of its own method too, and came back on no model."""
+    if between == method:
+        pytest.skip("one method has one layer for all")
+    model, inputs = build("llama", dtype=torch.float64)
+    own = {
+        name: config_for(method, target_modules=["q_proj", "v_proj"], train_scales=["values"])
+        for name in ("one", "two")
+    }
+    for seed, (name, config) in enumerate({"one": own["one"], "between": LATER[between](), "two": own["two"]}.items()):
+        model.add_adapter(config, name)
+        model.set_adapter(name)
+        trained(model, seed).double()
+    for name in ("one", "two"):
+        model.set_adapter(name)
+        expected = logits(model.eval(), inputs)
+        model.save_pretrained(tmp_path / name)
+        again, _ = build("llama", dtype=torch.float64)
+        again.load_adapter(tmp_path / name)
+        assert_near(f"{name}, loaded", logits(again.double().eval(), inputs), expected)
+        tensors = copy.deepcopy(model.get_adapter_state_dict(name))
+        trained(model, seed=5)
+        set_peft_model_state_dict(model, tensors, name)
+        assert_near(f"{name}, set again", logits(model, inputs), expected)
+
+
 def of_two_methods(methods: tuple[str, str], at: str) -> tuple[dict[str, PeftModel], dict[str, Tensor]]:
     """One model by the names of its two adapters, each with the tuner of that one, and inputs."""
     model, inputs = build("llama", dtype=torch.float64)
@@ -137,3 +165,20 @@ def test_what_another_methods_tuner_has_deleted_does_not_become_active():
     ours.delete_adapter("second")
     assert ours.active_adapters == ["third"]
     assert_near("the one that is left", logits(ours, inputs), expected)
+
+
+def test_a_sum_of_adapters_within_another_methods_layers_comes_back(tmp_path):
+    """It was one of modules called base_layer, which no other model has."""
+    base, inputs = build("llama", dtype=torch.float64)
+    model = get_peft_model(base, config_for("rep", target_modules=["q_proj", "v_proj"], train_norms=False), "one")
+    get_peft_model(base, LoraConfig(target_modules=["q_proj"]), "around").base_model.set_adapter([])
+    model.add_adapter("two", config_for("rep", target_modules=["q_proj"], train_norms=False))
+    model.base_model.set_adapter(["one", "two"])
+    trained(model).double().eval()
+    expected = logits(model, inputs)
+    model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum")
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(build("llama", dtype=torch.float64)[0], tmp_path / "sum").double().eval()
+    assert_near("sum", logits(again, inputs).float(), expected.float())
+    model.set_adapter("sum")
+    assert_near("here", logits(model, inputs).float(), expected.float())

@@ -33,7 +33,8 @@ def read_adapter(
     copies: dict[str, ModulesToSaveWrapper] = {}
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, RepLinear) and adapter_name in module.scaling:
-            layers[name] = module
+            # perhaps within another method's layer; those of experts lie within each other
+            layers[name if isinstance(module, RepExperts) else name.replace(".base_layer", "")] = module
         elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
             copies[name] = module
     if not layers:

@@ -8,6 +8,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 
+def chain(module: Any) -> Iterator[Any]:
+    """The layers of any method that lie around a module of the base, from the outermost on: ``module`` itself first."""
+    while isinstance(module, BaseTunerLayer):
+        yield module
+        module = getattr(module, "base_layer", None)
+
+
 def merge_below(layer: Any, safe_merge: bool, adapter_names: Collection[str] | None) -> None:
     """Merge all that a layer of any method wraps, the innermost first: PEFT's own merging passes it over."""
     below = layer.base_layer
@@ -35,13 +42,11 @@ def settle(model: nn.Module, adapters: Iterable[str], followers: list[Any], bias
     """Tell all layers of ours where they are, which a layer around them does not, and what else there is."""
     for holder in model.modules():
         for name, child in [] if isinstance(holder, BaseTunerLayer) else holder.named_children():
-            layer: Any = child
-            while isinstance(layer, BaseTunerLayer):
+            for layer in chain(child):
                 if isinstance(layer, AdaptedModule):
                     layer.home, layer.followers, layer.biases = (holder, name), followers, biases
                     layer.known.clear()
                     layer.known.update(dict.fromkeys(adapters))
-                layer = getattr(layer, "base_layer", None)
 
 
 def is_finite(values: Tensor) -> bool:
@@ -70,12 +75,8 @@ class AdaptedModule(BaseTunerLayer):
 
     def layers_around(self) -> list[Any]:
         """The layers of any method that wrap this one, the outermost first; PEFT tells a layer of none that comes."""
-        found: list[Any] = []
-        module: Any = getattr(*self.home, None) if self.home is not None else None
-        while isinstance(module, BaseTunerLayer) and module is not self:
-            found.append(module)
-            module = getattr(module, "base_layer", None)
-        return found if module is self else []
+        found = [*chain(getattr(*self.home, None))] if self.home is not None else []
+        return found[: found.index(self)] if self in found else []
 
     @contextmanager
     def merged_before_others(self) -> Iterator[None]:

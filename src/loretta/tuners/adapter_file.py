@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from loretta.errors import InputError
+from loretta.tuners.adapted import AdaptedModule, chain
 from loretta.tuners.rescaled import TrainedScale
 from loretta.wording import quoted
 
@@ -66,23 +67,23 @@ def check_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[str, Ten
             )
 
 
-def names_alone(model: nn.Module, prefix: str) -> dict[str, str]:
-    """Parts of a method's layers (by ``prefix``) that layers of other methods now wrap: name -> name without these.
+def names_alone(model: nn.Module, prefix: str, adapter_name: str) -> dict[str, str]:
+    """Parts of an adapter, of the method with this ``prefix``, within layers of others: name -> name where it is alone.
 
-    An adapter is saved and loaded under the name without other methods' layers.
+    An adapter is saved and loaded under the names that it has alone.
     """
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-    # the inner ones first, whose names hold those of the outer ones
-    others = [f"{name}.base_layer." for name, module in reversed(layers) if getattr(module, "prefix", "") != prefix]
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     found = {}
-    for name, module in layers:
-        if isinstance(module, TrainedScale) or getattr(module, "prefix", "") == prefix:
-            whole = alone = f"{name}.{prefix}"
-            for other in others:
-                if alone.startswith(other):
-                    alone = other.removesuffix("base_layer.") + alone.removeprefix(other)
-            if alone != whole:
-                found[whole] = alone
+    for name, module in layers.items():
+        if name.endswith(".base_layer") and name.removesuffix(".base_layer") in layers:
+            continue  # not the outermost
+        own = 0
+        for depth, part in enumerate(chain(module)):
+            if isinstance(part, AdaptedModule) and adapter_name in part.held:
+                alone = max(own, isinstance(part, TrainedScale))  # a scale lies within a layer of the adapter's method
+                if alone != depth:
+                    found[f"{name}{depth * '.base_layer'}.{prefix}"] = f"{name}{alone * '.base_layer'}.{prefix}"
+                own += 1
     return found
 
 

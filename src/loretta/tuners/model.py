@@ -212,6 +212,7 @@ class LorettaModel(MergingTuner):
             self._train_norm(current_key, adapter_name)
             return
         if not (isinstance(target, LorettaLayer) and target.prefix == self.prefix):
+            # around those of other methods: transformers' own load_adapter finds the tensors there alone
             target = self.put_layer(target, parent, target_name, current_key)
         self._update_layer(target, adapter_name, peft_config, current_key, _base_of(target))
 
@@ -319,7 +320,7 @@ class LorettaModel(MergingTuner):
                 f"as {next(iter(state_dict))!r}, are not those of the model: leave state_dict out, or give that of "
                 "the model within (model.module of DistributedDataParallel, model._orig_mod of torch.compile)"
             )
-        return _uncompiled(renamed(found, names_alone(model, cls.prefix)))
+        return _uncompiled(renamed(found, names_alone(model, cls.prefix, adapter_name)))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
@@ -327,7 +328,8 @@ class LorettaModel(MergingTuner):
         check_not_merged(model, adapter_name)
         compiled = [name for name, _ in model.named_modules() if name.endswith("._orig_mod")]
         state_dict = renamed(_uncompiled(state_dict), {name.removesuffix("_orig_mod"): name + "." for name in compiled})
-        state_dict = renamed(state_dict, {alone: name for name, alone in names_alone(model, cls.prefix).items()})
+        alone = names_alone(model, cls.prefix, adapter_name)
+        state_dict = renamed(state_dict, {name: here for here, name in alone.items()})
         state_dict = values_as_changes(model, adapter_name, state_dict)
         state_dict = biases_here(model, state_dict)
         loaded = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)

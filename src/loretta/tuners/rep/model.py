@@ -1,7 +1,7 @@
 """The rep tuner."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, cast
@@ -26,10 +26,9 @@ from loretta.tuners.rep.layer import RepLinear
 from loretta.tuners.targets import REP_TARGETS
 
 
-def _sum(layer: RepLinear, adapters: Sequence[str], weights: Sequence[float]) -> Update:
-    """The weighted sum of a layer's updates as two thin matrices."""
-    present = [(a, w) for a, w in zip(adapters, weights, strict=True) if a in layer.n_pairs]
-    factors = [(w * layer.scaling[a], *layer.factors(a)) for a, w in present]
+def _sum(layers: Mapping[str, RepLinear], weights: Mapping[str, float]) -> Update:
+    """The weighted sum of one module's updates as two thin matrices. ``layers`` has the layer of each adapter."""
+    factors = [(weights[a] * layer.scaling[a], *layer.factors(a)) for a, layer in layers.items()]
     a_IR = torch.cat([scale * a_IR.detach().float() for scale, a_IR, _ in factors], dim=1)
     return a_IR, torch.cat([b_RO.detach().float() for _, _, b_RO in factors], dim=0)
 
@@ -176,12 +175,13 @@ class LorettaRepModel(LorettaModel):
         summands = self._bad_summands(adapters, weights, adapter_name)
         if problems := [*summands, *_bad_budget(combination_type, rank, error, svd_rank)]:
             raise InputError("cannot add a weighted adapter: " + "; ".join(problems))
-        layers = {
-            name: layer
-            for name, layer in self.model.named_modules()
-            if isinstance(layer, RepLinear) and any(adapter in layer.n_pairs for adapter in adapters)
-        }
-        updates = {name: _sum(layer, adapters, weights) for name, layer in layers.items()}
+        layers: dict[str, dict[str, RepLinear]] = {}  # by module and adapter: several where other methods' lie between
+        for name, layer in self.model.named_modules():
+            for adapter in adapters if isinstance(layer, RepLinear) else ():
+                if adapter in layer.n_pairs:
+                    layers.setdefault(name.replace(".base_layer", ""), {})[adapter] = layer
+        weight_of = dict(zip(adapters, weights, strict=True))
+        updates = {name: _sum(by_adapter, weight_of) for name, by_adapter in layers.items()}
         configs = [cast(LorettaRepConfig, self.peft_config[adapter]) for adapter in adapters]
         if combination_type == "svd":
             bottleneck = svd_rank or max(config.r for config in configs)
@@ -190,8 +190,7 @@ class LorettaRepModel(LorettaModel):
             bottleneck = max(a_IR.shape[1] for a_IR, _ in updates.values())
         fits = {}
         for name, update in updates.items():
-            present = [a for a in adapters if a in layers[name].n_pairs]
-            total = sum(rank_for(self.peft_config[a], name) * layers[name].n_pairs[a] for a in present)
+            total = sum(rank_for(self.peft_config[a], name) * at.n_pairs[a] for a, at in layers[name].items())
             fits[name] = fit_update(update, bottleneck, rank or max(total, bottleneck))
             # trains whose shapes were given do not add up at the ranks of the planned ones
             if error is not None or (rank is None and fits[name].error > EXACT):
@@ -224,12 +223,13 @@ class LorettaRepModel(LorettaModel):
         )
         self.inject_adapter(self.model, adapter_name)
         # PeftModel does this for the adapters that it adds; a sum in the dtype of the base would be rounded
-        dtypes = {layer.factors(a)[0].dtype for layer in layers.values() for a in adapters if a in layer.n_pairs}
+        dtypes = {at.factors(a)[0].dtype for by_adapter in layers.values() for a, at in by_adapter.items()}
         self._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=torch.float32 in dtypes)
-        for name, fit in fits.items():
-            down, up = layers[name]._trains(adapter_name)[0]
-            down.assign(list(fit.down))
-            up.assign(list(fit.up))
+        for layer in self._layers(RepLinear):
+            if adapter_name in layer.n_pairs:
+                fit, (down, up) = fits[layer.placements[adapter_name].name], layer._trains(adapter_name)[0]
+                down.assign(list(fit.down))
+                up.assign(list(fit.up))
         self._combine_changes_and_heads(adapters, weights, adapter_name)
 
     @torch.no_grad()
