@@ -8,6 +8,7 @@ import pytest
 import torch
 from draws import seed_torch
 from peft import PeftModel
+from peft.utils.other import ModulesToSaveWrapper
 from peft.utils.save_and_load import get_base_model_state_dict, set_base_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -311,3 +312,15 @@ def randomised(model: nn.Module, *, seed: int) -> nn.Module:
 
 def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@every_method
+def test_a_loaded_adapter_does_not_make_the_base_random(method, tmp_path):
+    """transformers marks what it loads: beside its marks all of a base made from a config was taken for a head."""
+    model, _ = build("llama", "SEQ_CLS")
+    model.add_adapter(config_for(method, task_type="SEQ_CLS"), "first")
+    model.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "second")
+    model.add_adapter(config_for(method, task_type="SEQ_CLS"), "third")
+    copied = [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
+    assert copied == ["score"]

@@ -17,6 +17,7 @@ from loretta import tt
 from loretta.errors import InputError
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.copies import AdapterCopy, CopyPolicy
+from loretta.tuners.names import parts_of_adapters
 from loretta.tuners.norms import TrainedNorm, is_norm, named_whole, norms_of, outer_modules, own_parameters
 from loretta.tuners.task_types import FINAL_LAYERS, HIDDEN_LAYERS, is_final
 
@@ -222,7 +223,8 @@ class Head:
             and not (is_norm(self._modules[name]) and self._origin_of(name, self._modules[name]) != "unknown")
         ]
         around = [name for name in leaves if self._lies_around(name)]
-        knows = any(_is_marked(parameter) for parameter in self._model.parameters())
+        adapters = parts_of_adapters(self._model)  # transformers marks those that it loads, too
+        knows = any(_is_marked(p) for n, p in self._model.named_parameters() if not n.startswith(adapters))
         fresh = [name for name in leaves if knows and is_fresh_layer(self._modules[name])]
         if self._config.task_type != TaskType.SEQ_CLS:
             hidden = []
