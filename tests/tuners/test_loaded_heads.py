@@ -314,6 +314,7 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`", "ignore:You are trying to modify a model")
 @every_method
 def test_a_loaded_adapter_does_not_make_the_base_random(method, tmp_path):
     """transformers marks what it loads: beside its marks all of a base made from a config was taken for a head."""
