@@ -149,11 +149,11 @@ def joined(known: Sequence[Row], make: Callable[[], dict[str, Any]]) -> dict[str
             made |= {"seeds": other["seeds"] + row["seeds"], "command": f"{other['command']}; then {row['command']}"}
         else:
             continue
-        row |= {**made, "seconds": other["seconds"] + row["seconds"], "versions": _versions(other, row)}
+        row |= {**made, "seconds": other["seconds"] + row["seconds"], "versions": joined_versions(other, row)}
     return row
 
 
-def _versions(other: Row, row: Row) -> dict[str, str]:
+def joined_versions(other: Row, row: Row) -> dict[str, str]:
     """The versions of both measurements, those that differ one behind the other."""
     mine, before = row["versions"], other["versions"]
     return {name: ", ".join(dict.fromkeys([*before[name].split(", "), number])) for name, number in mine.items()}

@@ -20,7 +20,7 @@ import forms
 import peft
 import torch
 import transformers
-from cells import Cell
+from cells import Cell, joined_versions
 from methods import METHODS
 from protocol import TASKS
 from torch import Tensor
@@ -37,15 +37,40 @@ Member = tuple[tuple[str, ...], int]  # an order or its beginning, and a seed
 def jobs(
     options: argparse.Namespace, known: Sequence[dict[str, Any]], split_of: Callable[[str], Path]
 ) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
-    """The methods that no row has: a name, and what makes the row."""
-    done = {row["method"] for row in known}
-    names = [name for name in options.methods if name not in done]
-    return [(name.replace(" ", "-"), partial(measure, name, options, split_of)) for name in names]
+    """The seeds that each method lacks, in the orders that its row has: a name, and what makes the row of them all."""
+    found, rows = [], {row["method"]: row for row in known}
+    for name in options.methods:
+        row = rows.get(name)
+        orders = (
+            tuple(tuple(order.split(">")) for order in row["scores"]) if row else CYCLES if options.cycles else ORDERS
+        )
+        lacking = sorted({*range(options.seeds)} - {*(row["seeds"] if row else ())})
+        if lacking:
+            make = partial(measure, name, orders, lacking, options, split_of)
+            of_seeds = f"-from-{lacking[0]}" if row else ""
+            found.append((name.replace(" ", "-") + of_seeds, partial(_joined, row, make) if row else make))
+    return found
 
 
-def measure(name: str, args: argparse.Namespace, split_of: Callable[[str], Path]) -> dict[str, Any]:
+def _joined(row: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """A row with more seeds of the same method and orders."""
+    more = make()
+    scores = {
+        order: {task: before + more["scores"][order][task] for task, before in of_order.items()}
+        for order, of_order in row["scores"].items()
+    }
+    both = {"seeds": row["seeds"] + more["seeds"], "seconds": row["seconds"] + more["seconds"]}
+    return {**more, **both, "scores": scores, "versions": joined_versions(row, more)}
+
+
+def measure(
+    name: str,
+    orders: Sequence[tuple[str, ...]],
+    seeds: Sequence[int],
+    args: argparse.Namespace,
+    split_of: Callable[[str], Path],
+) -> dict[str, Any]:
     begin = time.perf_counter()
-    seeds, orders = range(args.seeds), CYCLES if args.cycles else ORDERS
     values: dict[Member, Tensor] = {((), seed): torch.empty(0) for seed in seeds}
     scores: dict[Member, dict[str, float]] = {}
     trained = 0
