@@ -4,6 +4,7 @@
 have to come to them, in the same order.
 """
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ _FSDP2 = {
     "FSDP_RESHARD_AFTER_FORWARD": "true",
     _FIRST_LOADS: "true",
 }
+_MEETINGS = itertools.count()
 
 
 def count() -> int:
@@ -85,7 +87,11 @@ def joined(*, cpu: bool = False, fsdp: bool = False) -> Iterator[None]:
             if on_gpu:
                 torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
             # gloo besides NCCL: what is agreed on between steps makes no GPU wait
-            dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo")
+            backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+            store, own, size = next(dist.rendezvous("env://"))
+            # the launcher's store still has the addresses of an earlier run in these processes
+            store = dist.PrefixStore(f"meeting {next(_MEETINGS)}", store)
+            dist.init_process_group(backend, store=store, rank=own, world_size=size)
         yield
         if is_ours:  # a process that failed leaves without the others
             dist.destroy_process_group()

@@ -22,7 +22,7 @@ from tolerances import assert_near
 from training.launched import ADAPTIVE, CASES, FILLED, REFUSED, Ended, N, config_of, ended, name_of, on_one_rank
 from training_data import sentences
 
-from loretta import InputError
+from loretta import InputError, processes
 from loretta.cli.main import main
 from loretta.owned import PARTS, find_foreign, is_whole
 from loretta.record import RunRecord
@@ -214,3 +214,21 @@ def test_other_verbs_are_for_one_process(monkeypatch, capsys):
 def test_fsdp_is_for_several_processes(folder):
     with pytest.raises(InputError, match="torchrun"):
         train(config_of(folder, "encoder", "rep", "fsdp-alone", fsdp=True))
+
+
+def join_again_and_again(rank: int, port: int) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(N), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for run in range(9):
+        with processes.joined(cpu=True):
+            assert processes.gather((run, rank)) == [(run, 0), (run, 1)]
+
+
+def test_processes_meet_anew_for_each_of_several_runs():
+    """What torchrun's store has of the first meeting led the second one or the third to addresses that are gone."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    found = mp.start_processes(join_again_and_again, (store.port,), nprocs=N, join=False, start_method="fork")
+    for process in found.processes:
+        process.join(20)
+        process.kill()
+    assert [process.exitcode for process in found.processes] == [0, 0], "they wait for each other"
