@@ -111,3 +111,14 @@ def test_what_a_deleted_adapter_had_is_as_it_was_for_the_next_one(first, method)
     model.add_adapter("three", config_for(method, **{**plain, **whole}))
     alone = get_peft_model(build("llama")[0], config_for(method, **{**plain, **whole}))
     assert get_peft_model_state_dict(model, adapter_name="three").keys() == get_peft_model_state_dict(alone).keys()
+
+
+@every_method
+@pytest.mark.parametrize("train_head", ["tensorized", "tensorized_only", "dense"])
+def test_a_head_is_the_same_where_another_adapter_changes_its_hidden_layer(train_head, method):
+    """It was left out of the head, and the adapter came back on no model: there it is in the head."""
+    one = config_for(method, target_modules=["query", "pooler.dense"], train_norms=False)
+    model = get_peft_model(build("bert", "SEQ_CLS")[0], one, "one")
+    other = config_for(method, task_type="SEQ_CLS", target_modules=["query"], train_head=train_head)
+    with pytest.raises(InputError, match=r"'bert.pooler.dense' is to be trained whole, and the adapter 'one' changes"):
+        model.add_adapter("other", other)

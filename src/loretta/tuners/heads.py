@@ -18,7 +18,7 @@ from loretta.errors import InputError
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.copies import AdapterCopy, CopyPolicy
 from loretta.tuners.names import parts_of_adapters
-from loretta.tuners.norms import TrainedNorm, is_norm, named_whole, norms_of, outer_modules, own_parameters
+from loretta.tuners.norms import is_norm, named_whole, norms_of, outer_modules, own_parameters
 from loretta.tuners.task_types import FINAL_LAYERS, HIDDEN_LAYERS, is_final
 
 logger = logging.getLogger(__name__)
@@ -138,7 +138,9 @@ def head_names(model: nn.Module, config: LorettaConfig) -> list[str]:
 
 
 def _original(module: nn.Module) -> nn.Module:
-    return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+    """The base model's own module, whatever other adapters have put around it."""
+    module = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 class Head:
@@ -218,7 +220,6 @@ class Head:
             for name in names
             if not any(True for _ in self._modules[name].children())
             and any(True for _ in self._modules[name].parameters())
-            and not isinstance(self._modules[name], TrainedNorm)
             # a norm that nobody has touched is the same in every model
             and not (is_norm(self._modules[name]) and self._origin_of(name, self._modules[name]) != "unknown")
         ]
