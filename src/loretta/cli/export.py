@@ -16,12 +16,14 @@ def export(
         Path, typer.Argument(help="Folder of an adapter, or of a run of `loretta train`.", show_default=False)
     ],
     to: Annotated[str, typer.Option(metavar="lora|merged|gguf-lora", help="The form to write.", show_default=False)],
-    out: Annotated[Path | None, typer.Argument(metavar="[OUTPUT]", help="As --output.")] = None,
+    out: Annotated[Path | None, typer.Argument(metavar="OUTPUT", help="As --output.")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Folder to write; with --to gguf-lora a .gguf file.")
     ] = None,
     model: Model = None,
-    dtype: Annotated[str, typer.Option(help="Of a merged model; auto: of the base model's checkpoint.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Of a merged model: float32, bfloat16 or float16; auto: of the base model's checkpoint.")
+    ] = "auto",
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:

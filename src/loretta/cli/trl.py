@@ -35,7 +35,7 @@ def trl(
     ] = None,
     options: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[OPTIONS]...", help="As TRL takes them, and --method, --set.", show_default=False),
+        typer.Argument(metavar="OPTIONS", help="As TRL takes them, and --method, --set.", show_default=False),
     ] = None,
 ) -> None:
     """Run TRL's commands, such as `trl sft`, with any method: `trl` itself has LoRA alone.
