@@ -13,9 +13,10 @@ import torch
 from transformers import AutoConfig, AutoModel
 from tuners.families import build
 
-from loretta import InputError, LorettaSharedConfig, PeftModel, auto_config, get_peft_model
+from loretta import InputError, LorettaRepConfig, LorettaSharedConfig, PeftModel, auto_config, get_peft_model
 from loretta.plan import Budget, choose, find_config, make_plan, meta_model, plan_model
 from loretta.plan.auto import attention_layers, choose_form, options_on, values_and_mlps
+from loretta.plan.budget import MAX_RANK, with_rank
 from loretta.plan.front import FRONT, read_front
 from loretta.plan.presets import loretta_configs
 
@@ -206,6 +207,15 @@ def test_a_plan_with_a_budget_and_no_method_is_auto():
     assert make_plan(model="gpt2", budget="50k", method="rep").options["modes_per_side"] is None
     with pytest.raises(InputError, match="leave out 'rep'"):
         make_plan(model="gpt2", budget="50k", preset="auto", method="rep")
+
+
+@pytest.mark.parametrize("method", ["compact", "adp", "shared"])
+def test_a_higher_rank_takes_more_where_the_bottleneck_stays(method):
+    """So none is looked for above the first that does not fit."""
+    config = LorettaRepConfig.compact() if method == "compact" else loretta_configs()[method]()
+    model = meta_model(AutoConfig.for_model("gpt2", vocab_size=64, n_layer=1), "SEQ_CLS")
+    took = [plan_model(model, with_rank(config, rank)).trainable for rank in range(1, MAX_RANK + 1)]
+    assert took == sorted(took)
 
 
 def test_below_all_forms_the_smallest_one_gets_a_lower_rank():

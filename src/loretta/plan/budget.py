@@ -85,8 +85,9 @@ def highest_rank(
 ) -> tuple[LorettaConfig, Plan, list[str]]:
     """``config`` at the highest tensor rank that fits, its plan, and what it costs in words.
 
-    ``plan`` is that of ``config`` itself, which fits. A rank may take up to a quarter less than the one below it, as
-    rep with a bottleneck of 26, 2 x 13, does after one of 25: ranks are tried on until one takes half as much again.
+    ``plan`` is that of ``config`` itself, which fits. Where the bottleneck follows the rank, a rank may take up to a
+    quarter less than the one below it, as rep with a bottleneck of 26, 2 x 13, does after one of 25: there ranks are
+    tried on until one takes half as much again.
     """
     fits, fails = config.tensor_rank, max(MAX_RANK, config.tensor_rank) + 1
     beyond: Plan | None = None
@@ -97,7 +98,8 @@ def highest_rank(
             fits, plan = middle, found
         else:
             fails, beyond = middle, found
-    for rank in range(fails + 1, MAX_RANK + 1):
+    bottlenecks = {getattr(with_rank(config, rank), "r", None) for rank in (fits, MAX_RANK)}
+    for rank in range(fails + 1, MAX_RANK + 1) if len(bottlenecks) > 1 else ():
         found = plan_model(model, with_rank(config, rank))
         if budget.fits(found):
             fits, plan, beyond = rank, found, None

@@ -50,8 +50,8 @@ class LorettaRepConfig(LorettaUpdateConfig):
     def compact(cls, **options: Any) -> "LorettaRepConfig":
         """Rep as it measured best for its size: a rank of 1 on every linear layer, of trains with two modes a side.
 
-        With the layer norms it was level with LoRA of rank 8 on query and value at a third of the parameters, and
-        without them with LoRA at equal count (docs/choosing.md). ``options`` come on top.
+        With the layer norms it was level with LoRA of rank 8 on query and value on three models, at a quarter to a
+        third of the parameters (docs/choosing.md). ``options`` come on top.
         """
         return cls(**{**COMPACT, **options})
 
