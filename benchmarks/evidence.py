@@ -17,6 +17,7 @@ from methods import UNTRAINED
 from missing import not_run
 from named import named_table
 from peers import PEERS
+from predictions import predicted
 from protocol import LEAKS, METRICS, at_edge, best_rate, interval, read_rows
 from rates import heads_table, one_rate_table, ranks_table, rates_table, shapes_table
 from retention import forgetting_rows, forgetting_table, overfitting_table, reading_table
@@ -31,7 +32,6 @@ from verdicts import (
     default_rule,
     in_short,
     pictured,
-    predicted,
     sizes_sentence,
     standing,
     verdict_sentence,

@@ -14,6 +14,7 @@ sys.path.append(str(BENCHMARKS))
 
 import board  # noqa: E402
 import evidence  # noqa: E402
+import predictions  # noqa: E402
 import protocol  # noqa: E402
 import rates  # noqa: E402
 import verdicts  # noqa: E402
@@ -107,7 +108,7 @@ def test_a_difference_counts_where_its_interval_leaves_zero_out(differences, wor
     ],
 )  # fmt: skip
 def test_a_prediction_holds_is_refuted_or_stays_open(differences, expected, word):
-    assert verdicts.judged(differences, expected) == word
+    assert predictions.judged(differences, expected) == word
 
 
 def test_the_rule_for_the_default_asks_for_every_model_and_one_sure_difference():
