@@ -317,9 +317,11 @@ def test_seeds_that_a_method_lacks_join_its_row_in_the_orders_that_this_has(monk
     )
     assert (name, other) == ("LoRA-r=8-from-2", "rep")
     row = make()
-    assert row["seeds"] == [0, 1, 2, 3] and row["scores"].keys() == {">".join(order) for order in forgetting.CYCLES}
+    assert row["seeds"] == [0, 1, 2, 3]
+    assert row["scores"].keys() == {">".join(order) for order in forgetting.CYCLES}
     assert all(some == pytest.approx([0, 0.1, 0.2, 0.3]) for of in row["scores"].values() for some in of.values())
-    assert of_norms()["seconds"] == 2 and len(whole()["scores"]) == len(forgetting.ORDERS)
+    assert of_norms()["seconds"] == 2
+    assert len(whole()["scores"]) == len(forgetting.ORDERS)
 
 
 def test_a_run_is_chosen_among_as_many_rates_as_every_other_method_has(tmp_path, monkeypatch):
