@@ -43,7 +43,7 @@ def test_a_renamed_adapter_computes_trains_and_saves_as_before(family, method, t
 def test_the_inactive_of_two_adapters_can_be_renamed(method):
     model, inputs = wrap("bert", method)
     before = logits(trained(model), inputs)
-    model.add_adapter("other", config_for(method, task_type="SEQ_CLS", modules_to_save=["bert.embeddings"]))
+    model.add_adapter("other", config_for(method, task_type="SEQ_CLS", modules_to_save=["word_embeddings"]))
     loretta.rename_adapter(model, "other", "third")
     assert model.active_adapters == ["default"]
     assert torch.equal(logits(model, inputs), before)
