@@ -43,6 +43,7 @@ CHOOSING, PAGE, PICTURE = ROOT / "docs" / "choosing.md", ROOT / "RESULTS.md", RO
 README = ROOT / "README.md"
 ROOM = 0.012  # of scores below and above those of the picture
 WIDEST = 1_000_000  # trained parameters of what has a place on the picture's axis
+DEPTH = 0.12  # below the best of them, so that those that learn little do not press the others together
 
 
 def rows() -> list[Row]:
@@ -298,9 +299,11 @@ def draw(found: Sequence[Row], path: Path) -> None:
     model = pictured(found)
     board = Board(found, model, "official")
     whole = board.complete()
-    points = [(board.trained(method), scores.mean()) for method, scores in whole.items()]
-    points = [(count, score) for count, score in points if 0 < count <= WIDEST]
-    counts = [count for count, _ in points]
+    points = {method: (board.trained(method), scores.mean()) for method, scores in whole.items()}
+    points = {method: point for method, point in points.items() if 0 < point[0] <= WIDEST}
+    counts = [count for count, _ in points.values()]
+    highest = max(score for _, score in points.values())
+    beneath = {method: point for method, point in points.items() if point[1] < highest - DEPTH}
     marks = {
         "LoRETTA": ("o", COLOURS[1]),
         "LoRA": ("s", COLOURS[0]),
@@ -308,12 +311,12 @@ def draw(found: Sequence[Row], path: Path) -> None:
         "base": ("v", AXIS),
     }
     with matplotlib.rc_context({"svg.hashsalt": "front", "font.size": 9, **INKS}):
-        figure = Figure(figsize=(9, 4.5), layout="constrained")
+        figure = Figure(figsize=(9, 5.5), layout="constrained")
         axes = figure.subplots()
         for family, (marker, color) in marks.items():
             label = family if family != "base" else "norms, biases"
             for method, scores in whole.items():
-                if board.family(method) != family or not 0 < board.trained(method) <= WIDEST:
+                if board.family(method) != family or method not in points.keys() - beneath:
                     continue
                 middle, half = interval(scores)
                 axes.errorbar(
@@ -332,14 +335,18 @@ def draw(found: Sequence[Row], path: Path) -> None:
         axes.set_xticks(ticks, [f"{size // 1000}K" for size in ticks])
         axes.minorticks_off()
         # the whole of an interval only where it is not that of seeds that failed
-        middles = [score for _, score in points]
-        axes.set_ylim(min(middles) - ROOM, max(middles) + 2 * ROOM)
+        lowest = min(score for method, (_, score) in points.items() if method not in beneath)
+        axes.set_ylim(lowest - ROOM, highest + 2 * ROOM)
+        if beneath:
+            below = ", ".join(f"{method} {score:.2f}" for method, (_, score) in beneath.items())
+            axes.annotate(f"below: {below}", (0.4, 0.02), xycoords="axes fraction", fontsize=7)
         axes.set_xlabel("trained parameters, without the head")
         axes.set_ylabel(f"mean of {', '.join(board.common)} (official validation)")
         axes.set_title(f"{MODELS[model]}: {board.seeds(whole)} seeds, 95 % intervals", fontsize=9)
         axes.legend(frameon=False, loc="lower right")
         figure.draw_without_rendering()
-        write_names(axes, {method: (board.trained(method), scores.mean()) for method, scores in whole.items()})
+        named = sorted(points.keys() - beneath, key=lambda method: (board.family(method) != "LoRETTA", points[method]))
+        write_names(axes, {method: points[method] for method in named})
         figure.savefig(path, metadata={"Date": None})
 
 
