@@ -154,6 +154,15 @@ def test_given_modes_win_over_a_number_of_modes():
         plan_shape(384, 1, rank=2, modes_per_side=0)
 
 
+def test_a_side_has_no_more_modes_than_it_has_factors():
+    assert plan_sides(768, 1, rank=2, count=10).modes == (2,) * 10
+    for sizes in ((768, 1), (1, 768)):
+        with pytest.raises(
+            ValueError, match="a side of 768 takes at most 10 modes of 2 or more, got 99999: give fewer"
+        ):
+            plan_sides(*sizes, rank=2, count=99_999)
+
+
 @examples
 @given(st.integers(1, 20_000), st.integers(1, 300), st.integers(1, 40), st.integers(1, 3))
 def test_sides_spell_any_matrix_with_ranks_that_its_modes_can_use(in_features, out_features, rank, count):

@@ -53,17 +53,21 @@ BAD = {
         ({"r": 8.0}, "r=8.0"),
         ({"lora_dropout": 1.0}, "lora_dropout=1.0"),
         ({"lora_dropout": -0.1}, "lora_dropout=-0.1"),
+        ({"lora_alpha": 0}, "lora_alpha=0 scales the adapter to nothing"),
+        ({"alpha_pattern": {"q_proj": 0.0}}, r"alpha_pattern\['q_proj'\]=0.0 scales the adapter to nothing"),
     ],
     "shared": [
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern={'q_proj': 2}.*one rank"),
         ({"lora_dropout": 1.0}, "lora_dropout=1.0"),
         ({"lora_dropout": "0.1"}, "lora_dropout='0.1'"),
+        ({"lora_alpha": 0.0}, "lora_alpha=0.0 scales the adapter to nothing"),
     ],
     "adp": [
         ({"bottleneck_size": 0}, "bottleneck_size=0"),
         ({"non_linearity": "reul"}, "non_linearity='reul'.*relu"),
         ({"adapter_dropout": 1.5}, "adapter_dropout=1.5"),
         ({"placement": "attention"}, "placement='attention'.*blocks.*mlp"),
+        ({"scaling": 0}, "scaling=0 scales the adapter to nothing"),
     ],
 }
 
@@ -116,7 +120,7 @@ MODEL_MISTAKES = {
     "no such layer": (
         "llama",
         {"target_modules": ["q_proj"], "layers_to_transform": [9]},
-        r"layers_to_transform=\[9\]",
+        r"layers_to_transform=\[9\] .*no layer 9: give some of its 2, 0 to 1",
     ),
     "a norm": ("llama", {"target_modules": ["q_proj", "input_layernorm"]}, "input_layernorm' is a LlamaRMSNorm"),
     "a layer norm": ("bert", {"target_modules": ["query", "output.LayerNorm"]}, "LayerNorm' is a LayerNorm"),
@@ -309,3 +313,22 @@ def test_a_target_that_is_there_and_excluded_is_not_guessed_at():
     with pytest.raises(InputError, match=r"within exclude_modules={'q_proj'}: linear layers") as refused:
         get_peft_model(build("llama")[0], config_for("rep", target_modules=["q_proj"], exclude_modules=["q_proj"]))
     assert "did you mean" not in str(refused.value)
+
+
+@every_method
+@pytest.mark.parametrize("family", ["bert", "gpt2", "llama"])
+def test_all_linear_keeps_to_the_layers_that_were_asked_for(family, method):
+    whole = get_peft_model(build(family)[0], config_for(method, target_modules="all-linear"))
+    model = get_peft_model(
+        build(family)[0], config_for(method, target_modules="all-linear", layers_to_transform=[1], train_norms=False)
+    )
+    assert set(model.targeted_module_names) == {name for name in whole.targeted_module_names if ".1." in name} != set()
+
+
+@every_method
+def test_a_layer_that_is_not_there_is_named(method):
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        get_peft_model(build("llama")[0], config_for(method, target_modules=["q_proj"], layers_to_transform=[1, 9, 12]))
+    (found,) = (str(each.message) for each in said if "layers_to_transform" in str(each.message))
+    assert found.startswith("layers_to_transform: this model has no layer 9 or 12: give some of its 2, 0 to 1")

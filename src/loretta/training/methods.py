@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -28,14 +29,15 @@ from loretta.plan.auto import choose_form
 from loretta.plan.budget import Budget, choose, with_rank
 from loretta.training.config import ALIASES, HeadPolicy, RunConfig
 from loretta.tuners.adp import LorettaAdpConfig
-from loretta.tuners.config import LorettaConfig, TrainHead
+from loretta.tuners.config import NOTHING_LEARNED, LorettaConfig, TrainHead
 from loretta.tuners.heads import head_names
 from loretta.tuners.norms import norm_names
+from loretta.tuners.placement import linear_size, no_such_layers
 from loretta.tuners.rep import COMPACT, LorettaRepConfig
-from loretta.tuners.schema import wrong_types
+from loretta.tuners.schema import check_size, wrong_types
 from loretta.tuners.shared import LorettaSharedConfig
 from loretta.tuners.task_types import is_final
-from loretta.wording import nearest, one_line
+from loretta.wording import nearest, one_line, quoted
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -191,7 +193,7 @@ def peft_config(
     if wrong := wrong_types(config, given):
         raise InputError(f"method {name!r}: {'; '.join(wrong.values())}")
     _refuse_idle(config, model, options)
-    if (reason := _misfit(config, model)) is not None:
+    if (reason := _misfit(config, model) or _too_large(config, model)) is not None:
         raise InputError(f"method {name!r} does not fit this model: {reason}")
     _set_head(config, model, head_policy)
     return config
@@ -200,15 +202,64 @@ def peft_config(
 def _refuse_idle(config: PeftConfig, model: nn.Module, options: Mapping[str, Any]) -> None:
     """Raise InputError for options with which nothing would be done, and nothing said."""
     names = [name for name, _ in model.named_modules()]
-    for option in ("modules_to_save", "exclude_modules"):
+    named = ["modules_to_save", "exclude_modules"]
+    if not isinstance(config, LorettaConfig):  # ours name what they do not find themselves
+        named += ["feedforward_modules"]
+        named += ["target_modules"] if options.get("target_modules") not in ("all-linear", DUMMY_TARGET_MODULES) else []
+        _refuse_effectless(config, options)
+    for option in named:
         given: Any = getattr(config, option, None) if option in options else None
         whole = isinstance(given, str)  # an expression
         for word in [given] if whole else given or ():
             if not any(re.fullmatch(word, name) if whole else f".{name}".endswith(f".{word}") for name in names):
                 guess = nearest(word, sorted({name.rpartition(".")[2] for name in names}))
                 raise InputError(f"{option}: the model has no module {word!r}{guess}: give the end of a module's name")
+    for option in {"rank_pattern", "alpha_pattern"} & options.keys():
+        for key in getattr(config, option) or ():
+            if not any(re.match(rf"(.*\.)?({key})$", name) for name in names):
+                guess = nearest(key, sorted({name.rpartition(".")[2] for name in names}))
+                raise InputError(f"{option}: the model has no module {key!r}{guess}: give the end of a module's name")
     if options.get("layers_pattern") and options.get("layers_to_transform") is None:
         raise InputError("layers_pattern tells where the numbers of layers_to_transform stand: give these too")
+    if "layers_to_transform" in options and (sentence := no_such_layers(config, names)) is not None:
+        raise InputError(sentence)
+
+
+def _refuse_effectless(config: PeftConfig, options: Mapping[str, Any]) -> None:
+    """Raise InputError for a number with which a method of PEFT learns nothing, and says nothing."""
+    for option in options:
+        value: Any = getattr(config, option)
+        number = isinstance(value, int | float)
+        if number and value == 0 and option in ("alpha", "lora_alpha", "scaling", "d_initial"):
+            raise InputError(NOTHING_LEARNED.format(option, value))
+        if number and value < 1 and option in ("num_virtual_tokens", "encoder_hidden_size"):
+            raise InputError(f"{option}={value!r} must be a whole number of at least 1")
+        if number and option.endswith("dropout") and not 0 <= value < 1:
+            raise InputError(f"{option}={value!r} must be at least 0 and below 1")
+
+
+def _too_large(config: Any, model: nn.Module) -> str | None:
+    """Which size of a method of PEFT is far larger than the model, before any memory is taken for it."""
+    if isinstance(config, LorettaConfig):  # which are planned, and looked at there
+        return None
+    try:
+        for name, module in model.named_modules():
+            if (size := linear_size(module)) is None:
+                continue
+            for option in ("r", "init_r", "target_r"):
+                if isinstance(value := getattr(config, option, None), int):
+                    check_size(name, f"{option}={quoted(value)}", value * min(size), math.prod(size))
+    except InputError as error:
+        return str(error)
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    tokens = getattr(config, "num_virtual_tokens", None) or 0
+    if isinstance(longest, int) and tokens >= longest > 0:
+        return f"num_virtual_tokens={tokens}: it reads {longest:,} tokens at most, the text among them: give fewer"
+    width, whole = getattr(config, "encoder_hidden_size", None) or 0, sum(p.numel() for p in model.parameters())
+    if width**2 > 4 * whole + (1 << 22):
+        need = quoted(width**2)
+        return f"encoder_hidden_size={quoted(width)} needs {need} numbers beside its own {whole:,}: give a smaller one"
+    return None
 
 
 def _within(

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from loretta.convert.load import quiet_transformers, readable_weights
 from loretta.errors import InputError
 from loretta.layers.fused import HALF
+from loretta.memory import saying_what_helps
 from loretta.pretrained import NotLoaded, from_pretrained
 from loretta.record import RunRecord
 from loretta.tasks.base import Task
@@ -108,7 +109,8 @@ def wrap(
     config = peft_config(method, base, TASK_TYPES[kind], options, head_policy)
     frozen = frozen_head(config, base, head_policy)
     try:
-        with warnings.catch_warnings():
+        helping = saying_what_helps(f"the adapter of method {method!r}", "give smaller sizes to the method's options")
+        with warnings.catch_warnings(), helping:
             # PEFT meets layer norms (LNTuning) and then handles them
             warnings.filterwarnings("ignore", "Unsupported layer type")
             model = get_peft_model(base, config)

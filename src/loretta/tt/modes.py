@@ -101,10 +101,13 @@ def plan_sides(in_features: int, out_features: int, *, rank: int, count: int) ->
     side of 1 is none. A rank is at most the product of the modes on either side of it: what lies above adds
     parameters and no matrix. A size whose factors differ by more than :data:`LONGEST_TO_EVEN` is padded.
 
-    Raises ValueError for a count below 1.
+    Raises ValueError for a count below 1, and for one at which a side above 64 would be padded beyond its double.
     """
     if count < 1:
         raise ValueError(f"each side of a matrix needs at least one mode, got {count}")
+    for size in (in_features, out_features):
+        if size > LARGEST_MODE and count > (most := (size - 1).bit_length()):
+            raise ValueError(f"a side of {size:,} takes at most {most} modes of 2 or more, got {count}: give fewer")
     in_modes, out_modes = _side(in_features, count)[::-1], _side(out_features, count)
     modes = in_modes + out_modes or (1,)
     ranks = _usable_ranks(modes, rank)

@@ -14,6 +14,7 @@ from loretta.wording import quoted
 
 TrainHead = Literal["tensorized", "tensorized_only", "dense", "frozen"]
 InitWeights = Literal["zero", "denoised", "gaussian"]
+NOTHING_LEARNED = "{}={!r} scales the adapter to nothing, so that it learns nothing: give another number"
 Place = Literal["keys", "values", "mlp"]  # of scales
 
 
@@ -193,6 +194,11 @@ class LorettaConfig(PeftConfig):
             return [f"{name}={value!r} must be a whole number of at least 1"]
         return []
 
+    @staticmethod
+    def _no_effect(name: str, value: float) -> list[str]:
+        """A phrase for a scale of zero."""
+        return [] if value else [NOTHING_LEARNED.format(name, value)]
+
     def _not_among(self, name: str, allowed: tuple[str, ...] = ()) -> list[str]:
         """A phrase where the option is none of the words allowed: by default those of the field's Literal type."""
         value, allowed = getattr(self, name), allowed or get_args(self.__dataclass_fields__[name].type)
@@ -222,4 +228,6 @@ class LorettaUpdateConfig(LorettaConfig):
         problems = super()._problems()
         if not 0 <= self.lora_dropout < 1:
             problems.append(f"lora_dropout={self.lora_dropout!r} must be at least 0 and below 1")
+        problems += self._no_effect("lora_alpha", self.lora_alpha)
+        problems += (p for key, a in self.alpha_pattern.items() for p in self._no_effect(f"alpha_pattern[{key!r}]", a))
         return problems

@@ -19,7 +19,9 @@ from loretta.tuners.config import LorettaConfig
 from loretta.tuners.copies import AdapterCopy, CopyPolicy
 from loretta.tuners.names import parts_of_adapters
 from loretta.tuners.norms import is_norm, named_whole, norms_of, outer_modules, own_parameters
+from loretta.tuners.schema import check_size
 from loretta.tuners.task_types import FINAL_LAYERS, HIDDEN_LAYERS, is_final
+from loretta.wording import quoted
 
 logger = logging.getLogger(__name__)
 
@@ -51,10 +53,12 @@ def copy_cost(model: nn.Module, config: LorettaConfig) -> CopyCost:
         total = sum(parameter.numel() for parameter in copy.parameters())
         for path in policy.tensorized:
             dense = cast(nn.Linear, copy.get_submodule(path))
+            size = dense.in_features, dense.out_features
             try:
-                shape = tt.plan_shape(dense.in_features, dense.out_features, rank=policy.rank, overrides=policy.shapes)
+                shape = tt.plan_shape(*size, rank=policy.rank, overrides=policy.shapes)
             except ValueError as error:
                 raise InputError(f"'{name}': {error}") from None
+            check_size(name, f"a train of rank {quoted(policy.rank)}", shape.n_params, size[0] * size[1])
             trains += shape.n_params + (0 if dense.bias is None else dense.bias.numel())
             total -= sum(parameter.numel() for parameter in dense.parameters())
             frozen += shape.n_params if policy.as_change else 0

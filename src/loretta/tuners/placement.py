@@ -1,7 +1,8 @@
 """Where an adapter's trains go and what they cost, decided from names and sizes before any module is replaced."""
 
+import re
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
@@ -132,6 +133,8 @@ def plan_trains(
     """
     base = size[0] * size[1]
     check_size(name, f"a bottleneck of {quoted(bottleneck)}", max(width) * bottleneck, base)
+    if options.get("modes") is None:  # where ranks are cut to what the modes can use, the train stays small
+        check_size(name, f"a rank of {quoted(options['rank'])}", min(size) * options["rank"], base)
     try:
         trains = tt.plan_shape(width[0], bottleneck, **options), tt.plan_shape(bottleneck, width[1], **options)
     except ValueError as error:
@@ -165,6 +168,32 @@ def not_adaptable(model: nn.Module) -> dict[str, str]:
     return reasons
 
 
+def layers_asked(config: Any) -> set[int]:
+    """The numbers of ``layers_to_transform``; none where every layer is adapted."""
+    given = getattr(config, "layers_to_transform", None)
+    return {given} if isinstance(given, int) else set(given or ())
+
+
+def layer_of(name: str, pattern: str | Sequence[str] | None = None) -> int | None:
+    """The number of the layer in which a module lies, as PEFT reads it for ``layers_pattern``; None for none."""
+    patterns = [pattern] if isinstance(pattern, str) else pattern
+    stacks = [rf"(?:^|.*?\.){each}" for each in patterns or ()] or [r".*?\.[^.]*"]
+    found = (re.match(rf"{stack}\.(\d+)\.", name) for stack in stacks)
+    return next((int(match[1]) for match in found if match), None)
+
+
+def no_such_layers(config: Any, names: Iterable[str]) -> str | None:
+    """A sentence where ``layers_to_transform`` has numbers that no layer among the modules ``names`` has."""
+    within = getattr(config, "layers_pattern", None)
+    there = {number for name in names if (number := layer_of(name, within)) is not None}
+    lost = sorted(layers_asked(config) - there)
+    if not lost:
+        return None
+    mend = f"give some of its {len(there)}, {min(there)} to {max(there)}" if there else "no module has a number there"
+    under = f" under layers_pattern={within!r}" if within else ""
+    return f"layers_to_transform: this model has no layer {' or '.join(map(str, lost))}{under}: {mend}"
+
+
 def expand_targets(config: LorettaConfig, model: nn.Module) -> LorettaConfig:
     """``config``, with "all-linear" replaced by the names of those layers, as PEFT does.
 
@@ -177,6 +206,9 @@ def expand_targets(config: LorettaConfig, model: nn.Module) -> LorettaConfig:
     if everything:
         linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
         others = {name for name, module in linear.items() if linear_size(module) is None}
+        wanted, within = layers_asked(config), config.layers_pattern
+        if wanted:  # whole names, which PEFT takes wherever they lie
+            others |= {name for name in config.target_modules or () if layer_of(name, within) not in wanted}
         config.target_modules = sorted(set(config.target_modules or ()) - read_only(model) - others)
     return config
 
@@ -230,6 +262,8 @@ def unused_options(
     if lost := [end for end in whole if not any(name.endswith(end) for name in names)]:
         guess = nearest((end.rpartition(".")[2] for end in lost), {name.rpartition(".")[2] for name in names})
         found.append(f"modules_to_save: nothing in this model is called {' or '.join(map(repr, lost))}{guess}")
+    if (sentence := no_such_layers(config, names)) is not None:
+        found.append(sentence)
     sizes = {f"{s.in_features}x{s.out_features}" for p in placements for s in (p.down, p.up)}
     sizes |= {f"{p.down.in_features // p.experts}x{p.down.out_features}" for p in placements if p.experts}
     # the hidden layer of a head is a train too
@@ -263,6 +297,8 @@ def _nothing_matched(config: LorettaConfig, model: nn.Module) -> str:
         if (value := getattr(config, key))
     ]
     limited = f" within {', '.join(limits)}" if limits else ""
+    if (sentence := no_such_layers(config, [name for name, _ in model.named_modules()])) is not None:
+        limited += f" ({sentence})"
     return (
         f"Target modules {given} not found in the base model{limited}{nearest(ends, names)}: "
         f"linear layers here end in {', '.join(names)}"

@@ -47,7 +47,7 @@ class LorettaAdpConfig(LorettaConfig):
 
     def _problems(self) -> list[str]:
         problems = [*super()._problems(), *self._below_one("bottleneck_size", self.bottleneck_size)]
-        problems += self._not_among("placement")
+        problems += [*self._not_among("placement"), *self._no_effect("scaling", self.scaling)]
         problems += self._no_experts("an adapter has its place after a module, and not inside the experts")
         if self.non_linearity not in ACT2FN:
             problems.append(f"non_linearity={self.non_linearity!r} is none of {', '.join(sorted(ACT2FN))}")
