@@ -105,7 +105,7 @@ def test_runs_are_listed_shown_and_compared(bert, data_dir, capsys, tmp_path):
     narrow = [*fixed, "--set", "max_steps=1", "-o", tmp_path, "--set", "lora.target_modules=[nothing]"]
     status, out, err = call(capsys, "reproduce", "table1", "--methods", "lora-r8,bitfit,loretta_rep", *narrow)
     assert status == 1
-    assert "failed: tiny-bert/rte/lora-r8/s0: method 'lora' does not fit" in out
+    assert "failed: tiny-bert/rte/lora-r8/s0: target_modules: the model has no module" in out
     assert "2 of 3 runs are finished" in out
     assert "(0 of 1 seed)" in out
     assert "tiny-bert/rte/bitfit/s0: finished" in err
@@ -127,7 +127,7 @@ def test_runs_are_listed_shown_and_compared(bert, data_dir, capsys, tmp_path):
     first, second = (RunRecord.load(folder / "run.json") for folder in (bitfit, Path(f"{bitfit}-again")))
     assert second.validation == first.validation
     shutil.rmtree(f"{bitfit}-again")
-    assert "No modules were targeted" in call(capsys, "runs", "show", lora)[1]
+    assert "the model has no module 'nothing'" in call(capsys, "runs", "show", lora)[1]
     status, out, _ = call(capsys, "runs", "diff", bitfit, rep, "--json")
     rows = {row["what"]: (row[str(bitfit)], row[str(rep)]) for row in json.loads(out)}
     assert rows["method"] == ("bitfit", "loretta_rep")

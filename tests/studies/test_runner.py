@@ -62,7 +62,7 @@ def test_a_failed_run_is_written_down_and_the_others_go_on(bert, data_dir, tmp_p
     assert not summary.complete
     assert [outcome.folder for outcome in summary.of("failed")] == ["tiny-bert/rte/lora-r8/s0"]
     error = json.loads((tmp_path / "tiny-bert/rte/lora-r8/s0/error.json").read_text())
-    assert "No modules were targeted" in error["error"]
+    assert "the model has no module 'no_such_layer'" in error["error"]
     assert "Traceback" in error["traceback"]
     assert states(tmp_path) == {"tiny-bert/rte/lora-r8/s0": "failed", "tiny-bert/rte/bitfit/s0": "finished"}
     lora = next(cell for cell in collect(tmp_path).cells if cell.row == "lora-r8")

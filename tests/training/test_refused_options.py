@@ -46,7 +46,7 @@ NOT_THERE = [
     ("lora", {"layers_to_transform": [0], "layers_pattern": "h"}, r"no layer 0 under .*: no module has a number there"),
     *((name, {"target_modules": "quer"}, r"'quer'\]? .*did you mean 'query'")
       for name in ("compact", "lora", "ia3", "norms", "peft:vera")),
-    ("lora", {"target_modules": ["query", "foo"]}, "target_modules: the model has no module 'foo'"),
+    ("lora", {"target_modules": ["foo", "bar"]}, "target_modules: the model has no module 'bar'"),
     ("lora", {"target_modules": ".*foo"}, r"target_modules: the model has no module '\.\*foo'"),
     ("lora", {"rank_pattern": {"quer": 3}}, "rank_pattern: the model has no module 'quer' .did you mean 'query'"),
     ("compact", {"alpha_pattern": {"foo": 3}}, "alpha_pattern: the model has no module 'foo'"),
@@ -69,6 +69,12 @@ def test_options_with_which_nothing_would_be_done_are_refused(method, options, w
         wrap(base, method, "classification", options)
     assert not hasattr(base, "peft_config")
     assert not str(refused.value).endswith("...")
+
+
+def test_targets_of_several_families_are_taken_where_one_is_there():
+    base, _ = build("bert")
+    wrap(base, "lora", "classification", {"target_modules": ["query", "q_proj"]})
+    assert hasattr(base.bert.encoder.layer[0].attention.self.query, "lora_A")
 
 
 def test_layers_and_patterns_that_are_there_are_taken():

@@ -202,18 +202,23 @@ def peft_config(
 def _refuse_idle(config: PeftConfig, model: nn.Module, options: Mapping[str, Any]) -> None:
     """Raise InputError for options with which nothing would be done, and nothing said."""
     names = [name for name, _ in model.named_modules()]
-    named = ["modules_to_save", "exclude_modules"]
+    some = []  # of which one module is enough, as a list of targets may serve several families
     if not isinstance(config, LorettaConfig):  # ours name what they do not find themselves
-        named += ["feedforward_modules"]
-        named += ["target_modules"] if options.get("target_modules") not in ("all-linear", DUMMY_TARGET_MODULES) else []
+        some += ["feedforward_modules"]
+        some += ["target_modules"] if options.get("target_modules") not in ("all-linear", DUMMY_TARGET_MODULES) else []
         _refuse_effectless(config, options)
-    for option in named:
+    for option in ("modules_to_save", "exclude_modules", *some):
         given: Any = getattr(config, option, None) if option in options else None
         whole = isinstance(given, str)  # an expression
-        for word in [given] if whole else given or ():
-            if not any(re.fullmatch(word, name) if whole else f".{name}".endswith(f".{word}") for name in names):
-                guess = nearest(word, sorted({name.rpartition(".")[2] for name in names}))
-                raise InputError(f"{option}: the model has no module {word!r}{guess}: give the end of a module's name")
+        asked = [given] if whole else sorted(given or ())
+        lost = [
+            word
+            for word in asked
+            if not any(re.fullmatch(word, name) if whole else f".{name}".endswith(f".{word}") for name in names)
+        ]
+        if lost and (option not in some or len(lost) == len(asked)):
+            guess = nearest(lost[0], sorted({name.rpartition(".")[2] for name in names}))
+            raise InputError(f"{option}: the model has no module {lost[0]!r}{guess}: give the end of a module's name")
     for option in {"rank_pattern", "alpha_pattern"} & options.keys():
         for key in getattr(config, option) or ():
             if not any(re.match(rf"(.*\.)?({key})$", name) for name in names):
