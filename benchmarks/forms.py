@@ -113,16 +113,16 @@ def configs_of(cell: Cell, args: argparse.Namespace, data: Path, scratch: Path) 
     base = transformers.AutoConfig.from_pretrained(str(args.model))
     kind = base.model_type
     options = method.placed(kind, base.num_hidden_layers)
-    if method.targets is not None and method.method != "norms":
-        options["exclude_modules"] = r".*(pooler|classifier)\.dense"
-    elif method.method == "ia3":
+    trains_head = plan.kind == "glue"
+    if method.method == "ia3":
         options |= IA3.get(kind, {})
+    elif trains_head and method.targets is not None and method.method != "norms":
+        options["exclude_modules"] = r".*(pooler|classifier)\.dense"
     data_of = {"data": cell.task, "data_dir": str(data)}
     if plan.kind != "glue":
         files = {name: str(data / cell.task / f"{name}.jsonl.gz") for name in ("train", "validation")}
         data_of = {"data": files["train"], "validation": files["validation"], "text": "text"}
         data_of |= {"label": "label"} if plan.kind == "words" else {"kind": "language_modeling"}
-    trains_head = plan.kind == "glue"
     if method.method in OURS:
         options |= {"train_norms": method.norms, "train_head": (method.head or "dense") if trains_head else "frozen"}
     elif method.norms and method.method != "norms":
