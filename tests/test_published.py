@@ -29,22 +29,7 @@ def rows():
     return found
 
 
-@pytest.fixture
-def chosen_once(monkeypatch):
-    """The tables choose the rate of the same seeds of the same row fifteen times, a third of their seconds."""
-    choose, found = board.chosen, {}
-
-    def chosen(row, which):
-        cell = (*protocol.cell_of(row), *row["seeds"], which)
-        if cell not in found:
-            found[cell] = choose(row, which)
-        return found[cell]
-
-    monkeypatch.setattr(board, "chosen", chosen)
-    return found
-
-
-def test_a_section_is_what_the_result_files_say(rows, chosen_once):
+def test_a_section_is_what_the_result_files_say(rows):
     for page, sections in evidence.pages(rows):
         text = page.read_text()
         old = [name for name, content in sections.items() if filled(text, name, content) != text]
