@@ -1,11 +1,14 @@
 """A file is the old one or the new one, whatever interrupts the writer."""
 
+import errno
 import os
 import stat
 
 import pytest
+import torch
 
 from loretta.files import write_json, write_whole
+from loretta.folders import why_not_written
 
 
 def test_text_and_bytes_replace_what_was_there(tmp_path):
@@ -68,3 +71,24 @@ def test_permissions_and_links_stay(tmp_path):
 def test_a_folder_that_is_not_there_is_an_oserror(tmp_path):
     with pytest.raises(FileNotFoundError):
         write_whole(tmp_path / "none" / "a", "x")
+
+
+def test_a_disk_that_is_full_names_the_file_that_was_asked_for(tmp_path, monkeypatch):
+    """The error of a full disk names none, and others name the temporary file."""
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space left") as refused:
+        write_whole(tmp_path / "a", "new")
+    assert refused.value.filename == str(tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device of Linux")
+@pytest.mark.parametrize("numbers", [1, 1000, 100_000])
+def test_what_torch_says_of_a_full_disk_is_known(numbers):
+    with pytest.raises(RuntimeError) as said:
+        torch.save({"a": torch.zeros(numbers)}, "/dev/full")
+    assert why_not_written(said.value) == "the disk did not take all of it"

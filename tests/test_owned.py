@@ -10,8 +10,18 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from loretta import owned
 from loretta.errors import InputError
-from loretta.owned import LIST, building, find_foreign, is_whole, publish, refuse_to_replace, remove_listed
+from loretta.owned import (
+    LIST,
+    building,
+    find_foreign,
+    is_whole,
+    publish,
+    refuse_to_replace,
+    remove_listed,
+    write_list,
+)
 
 
 def write(folder, files, **options):
@@ -89,7 +99,7 @@ def test_the_model_the_data_and_where_one_stands_are_never_replaced(tmp_path, mo
     refuse_to_replace(tmp_path / "out", option="another", keep=["no/such/path", None])
 
 
-@pytest.mark.parametrize("moves", range(9))
+@pytest.mark.parametrize("moves", range(10))
 @pytest.mark.parametrize("killed", [False, True])
 def test_a_replacement_that_stops_at_any_move(tmp_path, monkeypatch, moves, killed):
     """A failure is undone; after a kill the old result is not taken for whole, and the same call ends the work."""
@@ -108,7 +118,7 @@ def test_a_replacement_that_stops_at_any_move(tmp_path, monkeypatch, moves, kill
     monkeypatch.setattr(os, "replace", stop)
     try:
         publish(new, out, last="last")
-        assert moves == 8
+        assert moves == 9
     except OSError:
         if not killed:
             assert tree(out) == {"a": "1", "old": "1", "sub/b": "1", "last": "end"} | {
@@ -122,6 +132,28 @@ def test_a_replacement_that_stops_at_any_move(tmp_path, monkeypatch, moves, kill
     assert tree(out) == {"a": "2", "sub/b": "2", "sub/new": "2", "last": "2"}
     assert not new.exists()
     assert find_foreign(out) == []
+
+
+@pytest.mark.parametrize("new", [{"a": "2", "last": "2"}, {"last": "2"}])
+def test_a_replacement_whose_last_list_does_not_fit_is_undone(new, tmp_path, monkeypatch):
+    """The new files stood there, though the call had failed, and what they replaced was gone."""
+    write(tmp_path / "out", {"a": "1", "old": "1"})
+    before = tree(tmp_path / "out")
+    write(tmp_path / "out" / ".next", new)
+    sizes = []
+
+    def full(folder, files):
+        sizes.append(len(files))
+        if len(sizes) > 2:
+            raise OSError("full")
+        write_list(folder, files)
+
+    monkeypatch.setattr(owned, "write_list", full)
+    with pytest.raises(OSError, match="full"):
+        publish(tmp_path / "out" / ".next", tmp_path / "out", last="last")
+    assert len(sizes) == 4
+    assert tree(tmp_path / "out") == {**before, **{f".next/{name}": "2" for name in new}}
+    assert find_foreign(tmp_path / "out", inside=[".next"]) == []
 
 
 @pytest.mark.parametrize("kind", [OSError, SafetensorError])

@@ -33,6 +33,9 @@ def write_whole(path: Path, content: str | bytes | Iterable[str]) -> None:
         with contextlib.suppress(FileNotFoundError):
             temporary.chmod(stat.S_IMODE(path.stat().st_mode))
         temporary.replace(path)
+    except OSError as error:
+        error.filename = str(path)  # a full disk names no file, and others the temporary one
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -68,7 +68,8 @@ def why_not_written(error: BaseException) -> str | None:
     if type(error) is Exception and "(os error " in words:  # tokenizers'
         return words
     # torch.save, which tells no more
-    is_torchs = isinstance(error, RuntimeError) and ("PytorchStreamWriter" in words or "inline_container" in words)
+    of_torch = ("PytorchStreamWriter", "inline_container", "iostream error")
+    is_torchs = isinstance(error, RuntimeError) and any(name in words for name in of_torch)
     return "the disk did not take all of it" if is_torchs else None
 
 

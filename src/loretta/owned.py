@@ -212,8 +212,9 @@ def _move(new: Path, folder: Path, *, last: str, keep: bool) -> None:
             with suppress(OSError):  # not every disk has rights
                 path.chmod(stat.S_IMODE(path.stat().st_mode) | usual)  # safetensors lets the owner alone read its files
     write_list(folder, {**old, **{name: (*found[name], *old.get(name, ())) for name in found}})
+    gone = [] if keep else [name for name in old if name not in found and folder / name in ours]
     with temporary_folder(folder) as aside:
-        moves = [(folder / name, aside / name) for name in reversed(coming) if (folder / name).exists()]
+        moves = [(folder / name, aside / name) for name in (*reversed(coming), *gone) if (folder / name).exists()]
         moves += [(new / name, folder / name) for name in coming]
         done = []
         try:
@@ -221,14 +222,14 @@ def _move(new: Path, folder: Path, *, last: str, keep: bool) -> None:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(source, target)
                 done.append((source, target))
+            write_list(folder, {**(old if keep else {}), **found})
         except BaseException:
             for source, target in reversed(done):
                 os.replace(target, source)
-            write_list(folder, old)
+            with suppress(OSError):  # on a full disk the longer list stays, and is right too
+                write_list(folder, old)
             raise
-    if not keep:
-        _remove(folder, [folder / name for name in old if name not in found and folder / name in ours])
-    write_list(folder, {**(old if keep else {}), **found})
+    _remove(folder, [folder / name for name in gone])  # the folders that they leave empty
     _remove(new.parent, [new / LIST, *(new / name for name in found)])
 
 
