@@ -1,5 +1,6 @@
 """``loretta eval``."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -30,10 +31,15 @@ def evaluate(
 
     loaded = load_run(run, model=model, cpu=cpu)
     config = loaded.config
+    # without a file of its own a split was held out of the data
+    option = split if split != "train" and getattr(config, split) is not None else "data"
+    if data is not None and option == "data" and not Path(config.data).exists() and was_trained_on(run, data):
+        moved = config.model_copy(update={"data": data})
+        if not changed_files(run, moved, ("data",)):
+            say(f"note: '{data}' is the data of the run, of which the {split} rows are scored", err=True)
+            config, data = moved, None
     if data is None:
         task = load_config_task(config)
-        # without a file of its own a split was held out of the data
-        option = split if split != "train" and getattr(config, split) is not None else "data"
         if changed := changed_files(run, config, (option,)):
             raise InputError(
                 f"{changed} has changed since the run began, so that the {split} rows are others and may have been "

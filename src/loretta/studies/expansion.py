@@ -27,7 +27,7 @@ from loretta.studies.state import folder_state
 from loretta.studies.study import Frozen, Planned, Row, Study
 from loretta.training.config import RunConfig, read_config
 from loretta.training.methods import find_method
-from loretta.training.sources import changed_files
+from loretta.training.sources import changed_files, differing
 from loretta.wording import nearest
 
 
@@ -328,11 +328,11 @@ def differences(root: Path, run: Planned) -> list[str]:
         before = RunConfig(**read_json(file)).model_dump()
     except (OSError, ValueError, TypeError):
         return [f"'{file}' is damaged or of another version"]
-    now = run.config
     changed = changed_files(file.parent, run.run_config())
     return [
-        f"{key} was {before[key]!r} and is {now[key]!r}" for key in now if key != "output" and before[key] != now[key]
-    ] + ([f"{changed} has changed since"] if changed else [])
+        *differing(before, {key: value for key, value in run.config.items() if key != "output"}),
+        *([f"{changed} has changed since"] if changed else []),
+    ]
 
 
 def _warmup(run: Planned) -> float:

@@ -19,7 +19,7 @@ from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_N
 from transformers.trainer_callback import ExportableState
 
 from loretta import processes
-from loretta.convert.load import readable_weights
+from loretta.convert.load import quiet_transformers, readable_weights
 from loretta.errors import InputError
 from loretta.folders import set_aside, stopping_if_not_written, sync, temporary_folder
 from loretta.owned import describe, find_foreign, has_list, is_whole, remove_listed, write_list
@@ -187,8 +187,8 @@ class WholeCheckpointsTrainer(Trainer):
                     remove_listed(trash / path.name)
 
     def _init_training_state(self, *args: Any, **kwargs: Any) -> tuple[int, int]:
-        trained = super()._init_training_state(*args, **kwargs)
-        # the folder may have moved since
+        with quiet_transformers():  # which says that the best checkpoint is gone: the folder may have moved since
+            trained = super()._init_training_state(*args, **kwargs)
         self.state.best_model_checkpoint = self._best_checkpoint(Path(self.args.output_dir))
         for callback in self._early_stopping():
             # the Trainer would count anew from a checkpoint on

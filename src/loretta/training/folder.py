@@ -186,18 +186,17 @@ def _goes_on(folder: Path, config: RunConfig) -> bool:
 
 def changed_options(folder: Path, config: RunConfig) -> list[str]:
     """The options that are not as in the run in ``folder``, a few words each. Raises InputError for unreadable ones."""
+    from loretta.training.sources import differing  # NumPy, which --help does without
+
     try:
         # a run of an earlier version lacks the options that came later, and the model knows their defaults
         before = RunConfig.model_validate_json(read_plain(folder / CONFIG)).model_dump()
     except (OSError, ValueError):
         raise InputError(f"'{folder / CONFIG}' is damaged: give another folder with --output") from None
     now = config.model_dump()
-    return [
-        f"{key} was {before[key]!r} and is {now[key]!r}"
-        for key in sorted(now)
-        # how many processes share the work, and whether they share the weights, may change
-        if key not in ("output", "push_to_hub", "fsdp") and before[key] != now[key] and not _longer(key, before, now)
-    ]
+    # how many processes share the work, and whether they share the weights, may change
+    free = {"output", "push_to_hub", "fsdp"} | {key for key in now if _longer(key, before, now)}
+    return differing(before, {key: now[key] for key in now.keys() - free})
 
 
 def _longer(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:

@@ -43,6 +43,7 @@ def load_run(folder: Path, *, model: str | None = None, cpu: bool = False) -> Lo
     record = RunRecord.load(folder / "run.json")
     config = recorded_config(record.config, folder / "run.json")
     name = model or config.model
+    config = config.model_copy(update={"model": name})
     tokenizer = load_tokenizer(name)
     if record.kind in ("chat", "preference"):  # where the tokenizer has no template, the run gave it one
         tokenizer.chat_template = load_tokenizer(str(folder / ADAPTER)).chat_template

@@ -26,6 +26,7 @@ from loretta.training.config import HeadPolicy, RunConfig, recorded_config
 from loretta.training.folder import ADAPTER, RECORD
 from loretta.training.methods import FULL, find_method, frozen_head, peft_config
 from loretta.training.quantization import prepare_quantized, quantized_loading, require_quantized
+from loretta.training.sources import differing
 from loretta.tuners.labels import both_ways
 from loretta.tuners.task_types import AUTO_CLASSES
 from loretta.wording import one_line, quoted
@@ -46,7 +47,7 @@ def loading(what: str, model: str) -> Iterator[None]:
     except NotLoaded as error:
         raise InputError(
             f"cannot load a {what} from '{model}' ({one_line(error)}): give a Hub id that can be reached, or a model's "
-            "folder"
+            "folder, with --model"
         ) from None
 
 
@@ -219,9 +220,7 @@ def find_start(config: RunConfig, task: Task | PromptedTask) -> Path:
     if find_method(earlier.method) == find_method(config.method):  # rep and loretta_rep
         earlier = earlier.model_copy(update={"method": config.method})
     then, now = _compared(earlier, record.kind, record.label_names), _compared(config, task.kind, task.label_names)
-    if different := [
-        f"{what} was {then.get(what)!r} and is {now[what]!r}" for what in now if then.get(what) != now[what]
-    ]:
+    if different := differing({**dict.fromkeys(now), **then}, now):
         raise InputError(
             f"cannot start from '{folder}' ({'; '.join(different)}): give a run that differs in its data alone"
         )

@@ -1,0 +1,111 @@
+"""A run goes on, and is scored, where its folder, its model and its data have moved."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+from commands import assert_refused, call
+from interrupts import stopping_behind
+from training_data import config_for
+
+from loretta.errors import InputError, Stopped
+from loretta.training.data import load_config_task
+from loretta.training.model import find_start
+from loretta.training.run import train
+from loretta.training.sources import has_moved
+
+OPTIONS = {"epochs": 1, "eval_steps": 5}
+
+
+@pytest.fixture(scope="module")
+def project(bert, reviews, tmp_path_factory):
+    """A folder under its new name, of whose two equal runs one was stopped behind a checkpoint, and the old name."""
+    old = tmp_path_factory.mktemp("project") / "old"
+    shutil.copytree(bert, old / "bert")
+    shutil.copy(reviews, old / "mine.csv")
+    configs = [config_for(str(old / "bert"), str(old / "mine.csv"), old / name, **OPTIONS) for name in ("whole", "run")]
+    train(configs[0])
+    with stopping_behind(6, signal.SIGTERM), pytest.raises(Stopped):
+        train(configs[1])
+    return old.rename(old.with_name("new")), old
+
+
+@pytest.fixture
+def moved(project, tmp_path):
+    shutil.copytree(project[0], tmp_path / "moved")
+    return tmp_path / "moved"
+
+
+def test_a_run_whose_model_and_data_moved_with_it_goes_on(moved, project, capsys, caplog):
+    """It was refused for its own model and data under any other path, and could not go on at all."""
+    status, _, err = call(capsys, "train", "--resume", moved / "run")
+    assert_refused(status, err, [f"'{project[1] / 'mine.csv'}' does not exist"])
+    given = ["--model", moved / "bert", "--data", moved / "mine.csv"]
+    caplog.clear()
+    assert call(capsys, "train", "--resume", moved / "run", *given)[0] == 0
+    assert "best checkpoint" not in caplog.text
+    record, whole = (json.loads((moved / name / "run.json").read_text()) for name in ("run", "whole"))
+    assert record["history"] == whole["history"]
+    for found in (record["config"], json.loads((moved / "run" / "config.json").read_text())):
+        assert (found["model"], found["data"]) == (str(moved / "bert"), str(moved / "mine.csv"))
+
+
+def test_rows_that_were_held_out_are_scored_where_the_data_moved(moved, project, capsys):
+    """All rows were scored, those that it was trained on among them."""
+    status, _, err = call(capsys, "eval", moved / "whole", "--cpu")
+    assert_refused(status, err, [f"'{project[1] / 'bert'}'", "--model"])
+    given = ["--model", moved / "bert", "--data", moved / "mine.csv", "--cpu"]
+    status, out, err = call(capsys, "eval", moved / "whole", *given, "--json")
+    assert status == 0
+    expected = json.loads((moved / "whole" / "run.json").read_text())["validation"]
+    assert {name: json.loads(out)[name] for name in ("accuracy", "macro_f1")}.items() <= expected.items()
+    assert "of which the validation rows are scored" in err
+    lines = (moved / "mine.csv").read_text().splitlines(keepends=True)
+    (moved / "mine.csv").write_text("".join([*lines, lines[-1]]))
+    assert "of which" not in call(capsys, "eval", moved / "whole", *given)[2], "another file: all of its rows"
+
+
+def test_other_data_under_the_old_name_and_another_name_are_refused(moved):
+    config = config_for(str(moved / "bert"), str(moved / "mine.csv"), moved / "run", **OPTIONS)
+    (moved / "bert").rename(moved / "other")
+    with pytest.raises(InputError, match=r"other options \(model was '.*old/bert' and is '.*/other'\)"):
+        train(config.model_copy(update={"model": str(moved / "other")}), resume=True)
+    (moved / "other").rename(moved / "bert")
+    (moved / "mine.csv").write_text((moved / "mine.csv").read_text().replace("bad", "dull"))
+    with pytest.raises(InputError, match=r"mine\.csv' has changed since the run began"):
+        train(config, resume=True)
+
+
+def test_a_training_starts_from_a_run_whose_model_moved(moved):
+    config = config_for(str(moved / "bert"), str(moved / "mine.csv"), moved / "next", start_from=str(moved / "whole"))
+    assert find_start(config, load_config_task(config)) == moved / "whole" / "adapter"
+
+
+@pytest.mark.parametrize(
+    ("option", "before", "now", "found"),
+    [
+        ("data", "gone/a.csv", "here/a.csv", True),
+        ("data", "gone/a.csv", "here/b.csv", False),
+        ("data", "gone/*.csv", "here/*.csv", True),
+        ("data", "gone/*.csv", "here/*.jsonl", False),
+        ("data", "here/../here/a.csv", "here/a.csv", True),
+        ("data", "there/a.csv", "here/a.csv", False),
+        ("data", "gone/a.csv", "nowhere/a.csv", False),
+        ("data", "mrpc", "here/mrpc", False),  # a task of that name
+        ("data", "org/words", "here/words", False),  # a dataset of the Hub
+        ("data", None, "here/a.csv", False),
+        ("model", "gone/m", "here/m/", True),
+        ("model", "there/m", "here/m", False),
+        ("data_dir", "glue", "here/glue", True),
+        ("start_from", "first", "here/first", True),
+    ],
+)
+def test_a_path_that_has_moved(option, before, now, found, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("here/m", "here/mrpc", "here/words", "here/glue", "here/first", "there/m"):
+        Path(name).mkdir(parents=True)
+    for name in ("here/a.csv", "here/b.csv", "there/a.csv"):
+        Path(name).write_text(name)
+    assert has_moved(option, before, now) is found
