@@ -18,8 +18,8 @@ def sample(test: str, cases: Sequence[Values]) -> list[int]:
     """The numbers of the cases that stand for all ``cases`` of ``test``."""
     numbers = sorted(range(len(cases)), key=lambda k: hashlib.sha256(f"{test} {k}".encode()).digest())
     chosen: list[int] = []
-    seen: Counter = Counter()
-    while adding := [k for k in numbers if _adds(cases[k], [cases[c] for c in chosen])]:
+    seen: Counter = Counter()  # of names and values
+    while adding := [k for k in numbers if _adds(cases[k], seen, [cases[c] for c in chosen])]:
         # balanced: the methods share the families evenly
         rarest = min(adding, key=lambda k: sum(seen[value] for value in cases[k].items()))
         chosen.append(rarest)
@@ -27,8 +27,8 @@ def sample(test: str, cases: Sequence[Values]) -> list[int]:
     return sorted(chosen)
 
 
-def _adds(case: Values, chosen: Sequence[Values]) -> bool:
-    if any(all(other[name] != value for other in chosen) for name, value in case.items()):
+def _adds(case: Values, seen: Counter, chosen: Sequence[Values]) -> bool:
+    if any(value not in seen for value in case.items()):
         return True
     if not {"method", "family"} <= case.keys():
         return False

@@ -27,7 +27,7 @@ def wrong_types(config: Any, among: Collection[str] | None = None) -> dict[str, 
     ``among`` are options of a config of PEFT: only those are looked at, and whose types are plain words, numbers,
     lists and mappings of these.
     """
-    kinds = get_type_hints(type(config))
+    kinds = _kinds(type(config))
     return {
         option.name: f"{option.name}={quoted(value)} is not {_words(kinds[option.name])}"
         for option in fields(config)
@@ -35,6 +35,11 @@ def wrong_types(config: Any, among: Collection[str] | None = None) -> dict[str, 
         and (among is None or (option.name in among and _is_plain(kinds[option.name])))
         and not _fits(value := getattr(config, option.name), kinds[option.name])
     }
+
+
+@cache
+def _kinds(config: type) -> dict[str, Any]:
+    return get_type_hints(config)
 
 
 def _is_plain(kind: Any) -> bool:
