@@ -63,7 +63,13 @@ BY_OWNER = {
         "_active_adapter": PRESENT,
         "_adapters": PRESENT,
     },
+    "peft.utils.other.TrainableTokensWrapper": {
+        "_active_adapter": PRESENT,
+        "_adapters": PRESENT,
+    },
     "peft.utils.other": {
+        "_get_input_embeddings_name": "(model, default=None)",
+        "_get_module_names_tied_with_embedding": "(model)",
         "_set_layer_requires_grad": "(layer, requires_grad)",
     },
     "peft.utils.peft_types.PeftType": {

@@ -24,6 +24,7 @@ class ParameterCounts(BaseModel, frozen=True):
     norms: Count = Field(description="weights and biases of normalisation layers")
     # earlier records count scales as other
     scales: Count = Field(default=0, description="factors on keys, values and MLPs")
+    tokens: Count = Field(default=0, description="rows of embeddings that belong to single tokens")
     head: Count = Field(description="the task's own output layer")
     other: Count = Field(description="what another method trains beside these, such as LoRA's matrices")
     total: Count

@@ -49,6 +49,7 @@ def test_table_1_adp(family):
         "norms": 38_400,
         "head": 1_688 + 1_538,
         "scales": 0,
+        "tokens": 0,
         "other": 0,
     }
     assert sum(counts.values()) == 99_034
@@ -65,7 +66,7 @@ def test_table_1_adp(family):
 def test_table_1_rep(family, train_head, cores, total):
     counts = counted(classifier(family), LorettaRepConfig(task_type="SEQ_CLS", train_head=train_head))
     head = 1_688 + (1_538 if train_head == "tensorized" else 0)
-    assert counts == {"cores": cores, "biases": 0, "norms": 38_400, "head": head, "scales": 0, "other": 0}
+    assert counts == {"cores": cores, "biases": 0, "norms": 38_400, "head": head, "scales": 0, "tokens": 0, "other": 0}
     assert sum(counts.values()) == total
 
 

@@ -35,6 +35,7 @@ def test_the_table_says_what_the_record_says():
         "Trainable parameters/biases": ("36,864", None),
         "Trainable parameters/norms": ("12,288", None),
         "Trainable parameters/scales": ("0", None),
+        "Trainable parameters/tokens": ("0", None),
         "Trainable parameters/head": ("1,538", None),
         "Trainable parameters/other": ("17", None),
         "Trainable parameters/total": ("149,011", None),

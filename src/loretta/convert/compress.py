@@ -237,6 +237,8 @@ def _config(
         layers_to_transform=given.get("layers_to_transform"),
         layers_pattern=given.get("layers_pattern"),
         modules_to_save=given.get("modules_to_save"),
+        trainable_token_indices=given.get("trainable_token_indices"),
+        ensure_weight_tying=given.get("ensure_weight_tying") or False,
         bias=bias if bias in ("none", "all") else "loretta_rep_only",
         train_norms=False,
         train_head="dense",

@@ -15,6 +15,7 @@ from torch import Tensor
 from loretta.convert.rep_adapter import lora_pair, read_adapter, tied_to_embeddings, trained_norms, trained_scales
 from loretta.convert.written import Export, own_memory, report_of, writing
 from loretta.errors import InputError
+from loretta.tuners.tokens import has_rows
 
 # the model types of transformers that llama.cpp runs as its architecture "llama"
 GGUF_MODEL_TYPES = ("llama", "mistral")
@@ -38,11 +39,12 @@ def export_gguf_lora(
             f"this is a model of type {kind!r} for {config.task_type or 'no task'}: export with --to lora or merged"
         )
     whole = [*trained_norms(model, adapter_name), *trained_scales(model, adapter_name), *copies]
+    whole += [name for name, module in model.get_base_model().named_modules() if has_rows(module, adapter_name)]
     if whole or config.bias != "none":
         what = f"'{whole[0]}'" if whole else f"biases (bias={config.bias!r})"
         raise InputError(
             f"the adapter also trains {what}, which llama.cpp does not load with an adapter: "
-            "train with train_norms=False, without scales, modules_to_save and biases, or export with --to merged"
+            "train with train_norms=False, without scales, tokens, modules_to_save, biases, or export with --to merged"
         )
     if tied := tied_to_embeddings(model, layers):
         raise InputError(

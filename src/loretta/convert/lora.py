@@ -72,6 +72,8 @@ def export_lora(
         target_modules=cast(Any, _target_modules(linear.keys(), base, list(copies))),
         target_parameters=list(parameters.values()) or None,
         modules_to_save=list(copies) or None,
+        trainable_token_indices=config.trainable_token_indices,
+        ensure_weight_tying=config.ensure_weight_tying,
         fan_in_fan_out=any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values()),
         lora_dropout=config.lora_dropout,
         bias=cast(Any, config.bias if config.bias in ("none", "all") else "lora_only"),
@@ -83,7 +85,7 @@ def export_lora(
     )
     before = get_peft_model_state_dict(model, adapter_name=adapter_name)
     copied = tuple(f"{PREFIX}{name}." for name in copies)
-    # trained biases and resized embeddings: PEFT writes them under the same names for every method
+    # trained biases, rows of tokens and resized embeddings: PEFT writes them under the same names for every method
     prefix = next(iter(layers.values())).prefix
     tensors = {key: v for key, v in before.items() if prefix not in key and not key.startswith(copied)}
     for name, (a_RI, b_OR) in pairs.items():

@@ -28,7 +28,7 @@ from loretta.wording import quoted
 # With one of these options LoRA does not just add the product of A and B
 _NOT_PLAIN = (
     "use_dora", "alora_invocation_tokens", "arrow_config", "kasa_config", "layer_replication", "lora_bias",
-    "monteclora_config", "target_parameters", "trainable_token_indices", "use_bdlora", "use_qalora",
+    "monteclora_config", "target_parameters", "use_bdlora", "use_qalora",
 )  # fmt: skip
 # These starts of LoRA change the base weights too, whenever an adapter is made or loaded
 _CHANGES_BASE = ("corda", "loftq", "lora_ga", "olora", "pissa")
@@ -69,7 +69,8 @@ def read_updates(saved: SavedAdapter) -> Updates:
         name = base_name(key)
         # PEFT saves embeddings beside an adapted lm_head, or because the vocabulary grew
         is_embedding = name.split(".")[-2:-1] in ([each] for each in EMBEDDING_LAYER_NAMES)
-        if not (is_trained_whole(name, saved.config) or is_base_weight(key) or is_embedding):
+        is_rows = saved.config.get("trainable_token_indices") and name.endswith(".trainable_tokens_delta")
+        if not (is_rows or is_trained_whole(name, saved.config) or is_base_weight(key) or is_embedding):
             raise InputError(
                 f"the adapter in '{saved.folder}' also holds {quoted(key)}, which its config does not name as trained "
                 "and which would overwrite the base model: remove that tensor"

@@ -28,7 +28,7 @@ AUTO_OPTIONS = {field.name for field in dataclasses.fields(LorettaConfig)} - _OF
 # beside a form, these make an adapter that was not measured
 _OF_THE_MEASUREMENT = {
     "target_modules", "exclude_modules", "target_parameters", "layers_to_transform", "layers_pattern", "init_weights",
-    "bias", "modules_to_save", "train_scales",
+    "bias", "modules_to_save", "train_scales", "trainable_token_indices",
 }  # fmt: skip
 _ATTENTION = re.compile(r"attn|attention|(^|_)att$", re.IGNORECASE)
 _ATTENTION_CLASS = re.compile(r"(Attention|Attn)(?!.*(Layer|Block|Stage|Encoder|Decoder|Model)$)")

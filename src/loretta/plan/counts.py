@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from peft.tuners.trainable_tokens import TrainableTokensLayer
 from peft.utils.other import ModulesToSaveWrapper
 from torch import nn
 
@@ -40,6 +41,8 @@ class Holdings:
                 own = module.trained(adapter_name)
                 trained |= {f"{name}.modules_to_save.{adapter_name}.{each}" for each in own}
                 frozen += sum(tensor.numel() for key, tensor in module.saved(adapter_name).items() if key not in own)
+            elif isinstance(module, TrainableTokensLayer) and adapter_name in module.trainable_tokens_delta:
+                trained.add(f"{name}.trainable_tokens_delta.{adapter_name}")
             elif isinstance(module, AdaptedModule) and adapter_name in module.held:
                 for part in (*module.adapter_layer_names, *module.other_param_names):
                     held = getattr(module, part)
@@ -86,6 +89,8 @@ def _kind(name: str, norms: tuple[str, ...], copies: tuple[str, ...], scales: tu
         return "head"
     if name.startswith(scales):
         return "scales"
+    if ".trainable_tokens_delta." in name:
+        return "tokens"
     if "loretta_adp_bias." in name or name.endswith(".bias"):
         return "biases"
     if any(f"loretta_{train}." in name for train in ("rep_down", "rep_up", "adp_down", "adp_up", "shared_train")):

@@ -84,6 +84,7 @@ class Plan:
             "biases": self.biases,
             "norms": self.copies.norms,
             "scales": self.scales,
+            "tokens": self.copies.tokens,
             "head": self.copies.head,
         }
 
@@ -283,7 +284,7 @@ def read_plan(model: PeftModel, adapter_name: str = "default") -> Plan:
         method=method_name(config),
         model_type=base_config.get("model_type", "custom"),
         placements=placements,
-        copies=CopyCost(norms=counts["norms"], head=counts["head"], frozen=held.frozen),
+        copies=CopyCost(norms=counts["norms"], head=counts["head"], tokens=counts["tokens"], frozen=held.frozen),
         scaled=tuple(
             (name.replace(".base_layer", ""), side, change.numel())
             for name, module in model.get_base_model().named_modules()

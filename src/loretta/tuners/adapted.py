@@ -43,7 +43,7 @@ def settle(model: nn.Module, adapters: Iterable[str], followers: list[Any], bias
     for holder in model.modules():
         for name, child in [] if isinstance(holder, BaseTunerLayer) else holder.named_children():
             for layer in chain(child):
-                if isinstance(layer, AdaptedModule):
+                if hasattr(layer, "known"):  # also rows of tokens, whose layer is PEFT's
                     layer.home, layer.followers, layer.biases = (holder, name), followers, biases
                     layer.known.clear()
                     layer.known.update(dict.fromkeys(adapters))

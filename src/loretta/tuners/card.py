@@ -224,7 +224,7 @@ def _kinds(config: Mapping[str, Any], shapes: Shapes) -> list[tuple[str, int, st
         norms: "all" if config["train_norms"] else _beside_a_frozen_head("none", norms, config, shapes),
         whole: _beside_a_frozen_head(_FROZEN_HEADS.get(config["train_head"], "all"), whole, config, shapes),
     }
-    kinds = (cores, "biases", norms, "scales", whole, "starting values and copies")
+    kinds = (cores, "biases", norms, "scales", "rows of tokens", whole, "starting values and copies")
     return [(kind, counts[kind], trained.get(kind, "all")) for kind in kinds if counts[kind]]
 
 
@@ -240,6 +240,8 @@ def _beside_a_frozen_head(of_head: str, kind: str, config: Mapping[str, Any], sh
 
 def _kind(key: str, shapes: Shapes) -> str:
     module, _, name = key.rpartition(".")
+    if name == "trainable_tokens_delta":
+        return "rows of tokens"
     if _NORM.search(key):
         return "layer norms"
     if _SCALE.search(key):

@@ -60,6 +60,10 @@ class LorettaConfig(PeftConfig):
             "loretta_rep_only" of rep, and so on.
         modules_to_save: further modules to train and save whole. A layer of the head that is named here too stays what
             ``train_head`` makes of it, because PEFT itself adds the head's names to this list.
+        trainable_token_indices: tokens whose rows of the input embeddings are trained and saved too, as of a LoRA:
+            ``[32000, 32001]``, or ``{"embed_tokens": [32000]}`` by the ends of names. An output layer that is tied to
+            the embeddings follows. New tokens are added with ``resize_token_embeddings`` before.
+        ensure_weight_tying: refuse other rows of ``trainable_token_indices`` for modules that are tied.
         layers_to_transform, layers_pattern: restrict the adapted layers by index, as in LoRA.
         label_names: the class of each row of a classification head. The model's config takes them over when the adapter
             is made or loaded, so that transformers' pipelines answer with them; a final layer that transformers has
@@ -85,6 +89,8 @@ class LorettaConfig(PeftConfig):
     rank_pattern: dict[str, int] = field(default_factory=dict)
     bias: Literal["none", "all", "loretta_rep_only", "loretta_adp_only", "loretta_shared_only"] = "none"
     modules_to_save: list[str] | None = None
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = None
+    ensure_weight_tying: bool = False
     layers_to_transform: list[int] | int | None = None
     layers_pattern: list[str] | str | None = None
     label_names: list[str] | None = None
@@ -99,6 +105,8 @@ class LorettaConfig(PeftConfig):
         super().__post_init__()
         if isinstance(self.target_modules, list | tuple):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]
+        if (tokens := self.trainable_token_indices) is not None and not isinstance(tokens, dict):
+            self.trainable_token_indices = list(tokens)
         if isinstance(self.exclude_modules, list | tuple):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
 
@@ -167,6 +175,13 @@ class LorettaConfig(PeftConfig):
             problems.append(f"train_scales={unknown!r} is none of {', '.join(map(repr, get_args(Place)))}")
         if self.train_scales and self.bias != "none":
             problems.append(f"train_scales and bias={self.bias!r} both change biases: leave one of them out")
+        tokens = self.trainable_token_indices
+        for of, indices in tokens.items() if isinstance(tokens, dict) else [("", tokens or [])]:
+            name = f"trainable_token_indices[{of!r}]" if of else "trainable_token_indices"
+            if (tokens is not None and not indices) or any(index < 0 for index in indices):
+                problems.append(f"{name}={indices!r}: give ids of tokens, from 0 on, or leave it out")
+            if twice := sorted({index for index in indices if [*indices].count(index) > 1}):
+                problems.append(f"{name} names {twice} more than once")
         if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
             problems += [
                 f"{name} needs target_modules as a list, not the expression {self.target_modules!r}"

@@ -21,6 +21,7 @@ from loretta.tuners.names import parts_of_adapters
 from loretta.tuners.norms import is_norm, named_whole, norms_of, outer_modules, own_parameters
 from loretta.tuners.schema import check_size
 from loretta.tuners.task_types import FINAL_LAYERS, HIDDEN_LAYERS, is_final
+from loretta.tuners.tokens import rows_of_tokens
 from loretta.wording import quoted
 
 logger = logging.getLogger(__name__)
@@ -28,18 +29,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CopyCost:
-    """Numbers beside the trains: trained in norms and head, and saved with the adapter though frozen."""
+    """Numbers beside the trains: in norms, head and rows of tokens, and saved with the adapter though frozen."""
 
     norms: int
     head: int
     frozen: int
+    tokens: int = 0
     parts: tuple[str, ...] = ()  # what happens to each module of the head, in words
 
 
 def copy_cost(model: nn.Module, config: LorettaConfig) -> CopyCost:
-    """What trained norms, the head and the user's ``modules_to_save`` will add, counted on sizes alone.
+    """What trained norms, the head, rows of tokens and ``modules_to_save`` will add, counted on sizes alone.
 
-    Raises InputError when a given shape does not fit the head's hidden layer, and for quantised modules.
+    Raises InputError when a given shape does not fit the head's hidden layer, for quantised modules, and for rows of
+    tokens that cannot be trained.
     """
     heads = Head(model, config).policies
     whole = [name for name in named_whole(outer_modules(model), config) if name not in heads]
@@ -75,7 +78,8 @@ def copy_cost(model: nn.Module, config: LorettaConfig) -> CopyCost:
             n_norms += n_parameters
         else:
             head += n_parameters
-    return CopyCost(norms=n_norms, head=head, frozen=frozen, parts=tuple(parts))
+    tokens = sum(rows_of_tokens(model, config).values())
+    return CopyCost(norms=n_norms, head=head, frozen=frozen, tokens=tokens, parts=tuple(parts))
 
 
 def _check_plain(model: nn.Module, copied: Sequence[str]) -> None:

@@ -72,14 +72,15 @@ def check_takes_place(now: Any, new: Any, adapter_name: str, source: Any) -> Non
     differ = [
         f"{name}={getattr(new, name)!r} instead of {getattr(now, name)!r}"
         for name in (field.name for field in dataclasses.fields(new))
-        if name not in _MAY_DIFFER and _comparable(getattr(now, name)) != _comparable(getattr(new, name))
+        if name not in _MAY_DIFFER and _comparable(name, getattr(now, name)) != _comparable(name, getattr(new, name))
     ]
     if differ:
         raise InputError(f"the adapter in '{source}' cannot take the place of {adapter_name!r}: {'; '.join(differ)}")
 
 
-def _comparable(value: Any) -> Any:
-    return sorted(value) if isinstance(value, set | list | tuple) else value
+def _comparable(option: str, value: Any) -> Any:
+    has_order = option == "trainable_token_indices"  # as the rows in the file
+    return sorted(value) if isinstance(value, set | list | tuple) and not has_order else value
 
 
 def take_scale(model: nn.Module, now: Any, new: Any, adapter_name: str) -> None:

@@ -11,6 +11,7 @@ from loretta.tuners.bypassed import places_by_module
 from loretta.tuners.layer import LorettaLayer, is_offloaded
 from loretta.tuners.placement import is_linear_map
 from loretta.tuners.rescaled import TrainedScale
+from loretta.tuners.tokens import TokenRows
 
 
 def check_mergeable_names(merged: Sequence[str], active: Sequence[str], loaded: Collection[str]) -> None:
@@ -36,6 +37,7 @@ def check_mergeable(model: nn.Module, merged: Collection[str]) -> None:
     """
     owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     places = places_by_module(model)
+    _check_rows(model, merged, owners)
     for name, module in model.named_modules():
         if not isinstance(module, AdaptedModule) or set(merged).isdisjoint(module.held):
             continue
@@ -57,6 +59,19 @@ def check_mergeable(model: nn.Module, merged: Collection[str]) -> None:
             raise InputError(
                 f"cannot merge into '{name}', a module that the model also has under another name, where the adapter "
                 "does not act: keep the adapter unmerged"
+            )
+
+
+def _check_rows(model: nn.Module, merged: Collection[str], owners: Counter[int]) -> None:
+    """Refuse rows of tokens of a weight that other modules use too, but for those that PEFT has tied to them."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, TokenRows)}
+    for name, layer in layers.items():
+        alike = [other for other in layers.values() if other.token_indices is layer.token_indices]
+        tied = sum(other.base_layer.weight is layer.base_layer.weight for other in alike)
+        if layer.held_of(merged) and owners[id(layer.base_layer.weight)] > tied:
+            raise InputError(
+                f"cannot merge rows of tokens into '{name.removesuffix('.token_adapter')}', whose weight is tied to "
+                "another module's: keep the adapter unmerged, or train the same rows of both"
             )
 
 

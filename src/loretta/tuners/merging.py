@@ -15,6 +15,7 @@ from loretta.tuners.biases import BaseBiases
 from loretta.tuners.contraction import Contraction, note_change
 from loretta.tuners.copies import AdapterCopy
 from loretta.tuners.mergeable import check_mergeable, check_mergeable_names
+from loretta.tuners.tokens import TokenRows
 from loretta.tuners.watch import Watch
 
 Layer = TypeVar("Layer", bound=nn.Module | AdaptedModule)
@@ -110,7 +111,7 @@ class MergingTuner(BaseTuner):
     def _follow_merge(self) -> None:
         """Have what a merged adapter does not act on stop with the active ones, and copies compute with its own."""
         merged = self._merged()
-        for layer in self._layers(AdaptedModule):
+        for layer in [*self._layers(AdaptedModule), *self._layers(TokenRows)]:
             layer.merged_adapters += [name for name in merged if name not in layer.merged_adapters]
         note_change(activity_alone=True)
         for copied in self._layers(AdapterCopy):

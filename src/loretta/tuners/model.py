@@ -37,6 +37,7 @@ from loretta.tuners.norms import TrainedNorm, is_norm, norms_of, values_as_chang
 from loretta.tuners.placement import Placement, check_signature, expand_targets, matched_modules, sign, unused_options
 from loretta.tuners.rescaled import put_scales, scaled_modules
 from loretta.tuners.targets import chosen_targets
+from loretta.tuners.tokens import TokenWrapper, adopt_tokens
 from loretta.tuners.watch import Watch
 
 
@@ -101,9 +102,10 @@ class LorettaModel(MergingTuner):
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
         finally:
             config.modules_to_save = given
-        for copied in self._layers(ModulesToSaveWrapper):
+        adopt_tokens(model)
+        for copied in self._layers(AuxiliaryTrainingWrapper):
             # PEFT has activated the adapter before it had a copy, and transformers' load_adapter leaves it at that
-            if adapter_name in self.active_adapters and adapter_name in copied.modules_to_save:
+            if adapter_name in self.active_adapters and adapter_name in copied._get_available_adapters():
                 copied.set_adapter(adapter_name, inference_mode=config.inference_mode)
         note_labels(model, config, adapter_name)
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
@@ -153,7 +155,7 @@ class LorettaModel(MergingTuner):
     def _forget(self, adapter_name: str) -> None:
         """Remove what an earlier tuner left in the model under this name: PEFT would reuse parts of it."""
         for module in reversed(list(self.model.modules())):  # the inner ones first
-            if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+            if isinstance(module, AuxiliaryTrainingWrapper) and adapter_name in module._get_available_adapters():
                 module.delete_adapter(adapter_name, [n for n in module.active_adapters if n != adapter_name])
             elif isinstance(module, AdaptedModule) and adapter_name in module.held:
                 if module.merged:
@@ -164,7 +166,7 @@ class LorettaModel(MergingTuner):
     def _unwrap(self) -> None:
         """Take away layers and copies that no adapter has any more, which would hide what they wrap from a new one."""
         for name, module in reversed(list(self.model.named_modules())):
-            if isinstance(module, ModulesToSaveWrapper) and not module.modules_to_save:
+            if isinstance(module, AuxiliaryTrainingWrapper) and not module._get_available_adapters():
                 self.model.set_submodule(name, module.original_module)
             elif isinstance(module, AdaptedModule) and not (
                 module.held or isinstance(module.base_layer, BaseTunerLayer)
@@ -227,7 +229,7 @@ class LorettaModel(MergingTuner):
         layer.update_layer(adapter_name, self.place(config, name, module), config)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, ModulesToSaveWrapper) or is_offloaded(_base_of(child)):
+        if isinstance(child, AuxiliaryTrainingWrapper) or is_offloaded(_base_of(child)):
             # PEFT would give the copy's weights to the module that replaces it, and send trains to the meta device,
             # where an offloaded weight is between calls
             setattr(parent, child_name, new_module)
@@ -258,6 +260,8 @@ class LorettaModel(MergingTuner):
             layer.rename_adapter(old, new)
         for copied in self._layers(ModulesToSaveWrapper):
             rename_copy(copied, old, new)
+        for wrapper in self._layers(TokenWrapper):
+            wrapper.rename_adapter(old, new)
         self._biases().acting = self._active()
         self._settle()
         self._follow_merge()

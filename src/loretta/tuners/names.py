@@ -16,6 +16,7 @@ _OURS = (
     "base_layer.bias",
     "original_module",
     "modules_to_save",
+    "token_adapter.trainable_tokens_delta",
     "down.values",
     "up.values",
     "train.values",

@@ -24,6 +24,7 @@ from loretta.tuners.rep.config import LorettaRepConfig, of_ranks
 from loretta.tuners.rep.experts import RepExperts, matched_parameters, plan_experts
 from loretta.tuners.rep.layer import RepLinear
 from loretta.tuners.targets import REP_TARGETS
+from loretta.tuners.tokens import TokenRows
 
 
 def _sum(layers: Mapping[str, RepLinear], weights: Mapping[str, float]) -> Update:
@@ -159,7 +160,7 @@ class LorettaRepModel(LorettaModel):
         "linear" adds the trains up, so bottlenecks and ranks add up too (Oseledets 2011, section 4.1), and rounds
         the sum where ``rank`` or ``error`` asks for it. "svd" first cuts the sum to its ``svd_rank`` largest
         singular directions. Unlike LoRA's "linear", which adds up factors, the update is the sum itself. Norms are
-        combined alike; a head is taken over from the one adapter that has it.
+        combined alike; a head, and rows of tokens, are taken over from the one adapter that has them.
 
         Args:
             adapters, weights: what is summed, and how much of each (negative to subtract).
@@ -199,6 +200,7 @@ class LorettaRepModel(LorettaModel):
         heads = self._layers(ModulesToSaveWrapper)
         with_head = (a for a in adapters if any(a in head.modules_to_save for head in heads))
         first = cast(LorettaRepConfig, self.peft_config[next(with_head, adapters[0])])
+        with_tokens = next((config for config in configs if config.trainable_token_indices), first)
         norms = any(config.train_norms for config in configs)
         # of the head's trains the config says the rank, and the shapes of their sizes
         head_sizes = {f"{train.in_features}x{train.out_features}" for train in self._layers(TTLinear)}
@@ -214,6 +216,8 @@ class LorettaRepModel(LorettaModel):
             init_weights="zero",
             train_norms=norms,
             train_scales=scales,
+            trainable_token_indices=with_tokens.trainable_token_indices,
+            ensure_weight_tying=with_tokens.ensure_weight_tying,
             target_modules=list(fits),
             exclude_modules=None,
             layers_to_transform=None,
@@ -242,6 +246,9 @@ class LorettaRepModel(LorettaModel):
             having = [a for a in adapters if a in head.modules_to_save]
             if having and adapter_name in head.modules_to_save:
                 head.modules_to_save[adapter_name].load_state_dict(head.modules_to_save[having[0]].state_dict())
+        for rows in self._layers(TokenRows):
+            for adapter in rows.held_of(adapters):
+                rows.trainable_tokens_delta[adapter_name].copy_(rows.trainable_tokens_delta[adapter])
 
     def _bad_summands(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> Iterator[str]:
         """A phrase on each reason why these adapters cannot be added up under this name."""
@@ -260,6 +267,8 @@ class LorettaRepModel(LorettaModel):
         of_heads = ([a for a in adapters if a in head.modules_to_save] for head in self._layers(ModulesToSaveWrapper))
         if several := next((having for having in of_heads if len(having) > 1), None):
             yield f"the heads of {', '.join(several)} cannot be added up: leave one in, or train without"
+        if len(of_tokens := [repr(a) for a, config in known.items() if config.trainable_token_indices]) > 1:
+            yield f"the rows of tokens of {', '.join(of_tokens)} cannot be added up: leave one in, or train without"
 
     @staticmethod
     def place(config: LorettaRepConfig, name: str, module: nn.Module) -> Placement:
