@@ -27,6 +27,7 @@ PARTS = {
     "rates": Part(name="rates", rates=6, seeds=2),
     "scales": Part(name="rates", rates=6, seeds=2),
     "steady": Part(name="rates", rates=6, seeds=2),
+    "steeper": Part(name="rates", rates=6, seeds=2),
     "bonds": Part(name="rates", rates=6, seeds=3),
     "wide_bonds": Part(name="rates", rates=6, seeds=3),
     "even_rates": Part(name="rates", rates=6, seeds=3),

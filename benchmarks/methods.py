@@ -192,8 +192,8 @@ METHODS: dict[str, Method] = {
 }  # fmt: skip
 SCALED = [
     scaled(METHODS[f"{form} r={rank}"], rank, power)
-    for power in (0.5, 0.25)
-    for form in ("LoRA", "shared", "compact")
+    for power in (0.5, 0.25, 0.75)
+    for form in ("LoRA", "shared", *(["compact"] if power < 0.75 else []))
     for rank in (32, 4 if form == "compact" else 8)
 ]
 # the same scale at every rank, and rates of single cores
@@ -282,6 +282,7 @@ GROUPS: dict[str, list[str]] = {
     "scales": [method.name for method in SCALED],
     # LoRA and shared with `use_rslora`, at one learning rate for every rank
     "steady": [method.name for method in SCALED if method.name.startswith(("LoRA^0.5", "shared^0.5"))],
+    "steeper": [method.name for method in SCALED if "^0.75" in method.name],
     "bonds": [method.name for method in BONDS],
     "wide_bonds": [method.name for method in BONDS if method.name.endswith("r=32")],
     # compact as it is with `even_rates`, whose rank 1 no power changes

@@ -11,6 +11,7 @@ Pair = tuple[str, str, str, tuple[str, ...] | None]
 WITHOUT_RTE = ("cola", "mrpc", "stsb", "sst2")
 OFFICIAL: tuple[Pair, ...] = (
     (MINILM, "IA3", "compact", None),
+    (MPNET, "rep", "LoRA r=1 v", None),
     (MPNET, "adp + norms", "LoRA r=8", WITHOUT_RTE),
     (MPNET, "rep + norms", "LoRA r=8", WITHOUT_RTE),
     (MPNET, "shared r=3 attention", "LoRA r=1 v last 3", None),
@@ -20,6 +21,7 @@ OFFICIAL: tuple[Pair, ...] = (
 )
 HELD_OUT: tuple[Pair, ...] = (
     (MPNET, "compact v, MLP + k,v scales", "compact v, MLP", None),
+    (MPNET, "rep", "LoRA r=1 v", None),
     (MPNET, "full fine-tuning", "LoRA r=8", ("cola",)),
     (MPNET, "full fine-tuning", "LoRA r=8", ("mrpc",)),
     (MPNET, "full fine-tuning", "LoRA r=8", ("stsb",)),

@@ -76,13 +76,10 @@ def of_results() -> Iterator[Said]:
         (mean([risen("adp + norms"), risen("rep + norms")]) / risen("LoRA r=8"),),
     )
     yield "above LoRA r=8 on both encoders, by {} to {}.", (min(stsb), max(stsb))
-    yield (
-        "with a {} of the parameters. * Instruction tuning",
-        (
-            official("standing", "trained", "SmolLM2", "shared r=1 + norms")
-            / official("reading", "trained", "LoRA r=8"),
-        ),
-    )
+    scales, lora = official("standing", "trained", "SmolLM2", "shared r=4 + scales"), "LoRA r=8"
+    yield "with a {} of the parameters. Rank 1 with scales", (scales / official("reading", "trained", lora),)
+    forms = [cell for cell in cells(PAGE, "standing", "form", "SmolLM2") if cell]
+    yield "Both are the best of {} forms.", (len(forms),)
     yield "SST-2 trains on {} drawn rows", (TASKS["sst2"].rows or 0,)
     yield "QNLI, MNLI and QQP on {}.", (trained_on("qnli"),)
     yield "The epochs of MPNet are {} fifths", (5 * epochs("all-mpnet-base-v2") / epochs("all-MiniLM-L6-v2"),)
@@ -183,7 +180,15 @@ def of_choosing() -> Iterator[Said]:
         held_out("rates", "peak", "SmolLM2", form)
         for form in ("compact", "compact cores^1 r=4", "compact cores^1 r=32")
     ]
-    yield "compact's lie between {} and {}; the square root", (min(of_compact), max(of_compact))
+    yield "compact's lie between {} and {}, and the square root", (min(of_compact), max(of_compact))
+    common = 4.24e-3
+    lost = {}
+    for form in ("LoRA r=1", "LoRA^0.5 r=8", "LoRA^0.5 r=32", "shared r=1", "shared^0.5 r=8", "shared^0.5 r=32"):
+        (curve,) = (line.cells for line in lines(CHOOSING, "rates") if {form, "SmolLM2"} <= line.words)
+        scores = {float(rate): float(score) for rate, score in curve.items() if rate.startswith("0.")}
+        lost[form] = max(scores.values()) - scores[common]
+    steep = lost.pop("LoRA^0.5 r=32")
+    yield "the one rate {} loses {} at rank 32 of LoRA and at most {} elsewhere.", (common, steep, max(lost.values()))
     yield "the peak moves by at most {} at the same rank", (max(max(a / b, b / a) for a, b in both_encoders()),)
     (whole,) = (line.cells for line in lines(CHOOSING, "rates") if {"compact^0.5 r=32", "MiniLM"} <= line.words)
     alive = [float(column) for column, cell in whole.items() if column.startswith("0.") and float(cell) > 0]
