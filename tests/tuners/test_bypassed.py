@@ -9,7 +9,7 @@ from peft import PeftModel
 from tolerances import assert_near
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-from tuners.families import OPTIONS, build, loss_of, natural_task
+from tuners.families import OPTIONS, build, loss_of, natural_task, randomise
 from tuners.wrapped import CONFIGS, config_for, every_method, own_trains, trained
 
 from loretta import InputError, get_peft_model
@@ -277,3 +277,25 @@ def test_a_base_that_moves_in_training_is_told_of(method, tmp_path):
     assert all_told(model, x) == []
     model.save_pretrained(tmp_path)
     assert torch.equal(PeftModel.from_pretrained(base, tmp_path)(x), model.eval()(x))
+
+
+@every_method
+@pytest.mark.parametrize("place", ["attention.output", "feed_forward.value"])
+def test_what_rwkv_divides_in_evaluation_is_refused_and_the_rest_evaluates_as_it_trains(place, method):
+    """A LoRA there counts twice in evaluation: the model halves its hidden states, and base weights with them."""
+
+    def build_rwkv(every: int) -> nn.Module:
+        sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 3, "context_length": 8}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("rwkv", rescale_every=every, **sizes)).double()
+        return randomise(model.parameters(), seed=0) or model
+
+    targets = {"target_modules": [f"blocks.{k}.{place}" for k in range(3)]}
+    with pytest.raises(InputError, match=rf"'rwkv.blocks.2.{place}' is divided .* rescale_every=0"):
+        get_peft_model(build_rwkv(2), config_for(method, **targets))
+    ids = torch.arange(6)[None]
+    for every, options in (0, {}), (2, {"exclude_modules": [f"blocks.2.{place}"]}):
+        model = trained(get_peft_model(build_rwkv(every), config_for(method, train_norms=False, **targets, **options)))
+        in_training = model.train()(input_ids=ids).logits.detach()
+        with torch.no_grad():
+            in_evaluation = model.eval()(input_ids=ids).logits
+        torch.testing.assert_close(in_evaluation, in_training, rtol=1e-3, atol=1e-3)  # norms see their epsilon

@@ -8,6 +8,7 @@ that depend on kernels, devices and inputs show when the model first runs (:mod:
 import dis
 import functools
 import inspect
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from types import CodeType
@@ -21,13 +22,24 @@ from loretta.errors import InputError
 # attributes of a weight that do not depend on its values
 _ABOUT = {"dtype", "device", "shape", "size", "dim", "ndim", "numel", "requires_grad", "is_meta", "element_size"}
 
+_RESCALED = re.compile(r"blocks\.(\d+)\.(attention\.output|feed_forward\.value)$")
+
 
 def check_called(model: nn.Module, targets: Iterable[str]) -> None:
     """Refuse targets whose weight the module around them computes with, and which its code never calls.
 
+    And those whose weight transformers' RWKV divides in evaluation, with what it adds them to: an update beside the
+    weight would count 2, 4, ... times as much as in training.
+
     Raises InputError that names the first one.
     """
+    every = getattr(getattr(model, "config", None), "rescale_every", 0)
     for name in targets:
+        if every > 0 and (found := _RESCALED.search(name)) and int(found[1]) >= every:
+            raise InputError(
+                f"the target '{name}' is divided by the model in evaluation (rescale_every={every}), and an adapter of "
+                "it would not be: load the base model with rescale_every=0, or leave it out with exclude_modules"
+            )
         parts = name.split(".")
         *_, parent = above = [model.get_submodule(".".join(parts[:depth])) for depth in range(len(parts))]
         if parts[-1] in read_only_children(type(parent)):  # type: ignore[arg-type]
