@@ -10,7 +10,7 @@ from torch import Tensor
 from tuners.families import build, logits
 from tuners.wrapped import config_for, every_method, trained
 
-from loretta import get_peft_model
+from loretta import InputError, get_peft_model
 from loretta.tuners.adapted import AdaptedModule
 
 pytestmark = pytest.mark.filterwarnings(
@@ -182,3 +182,24 @@ def test_a_sum_of_adapters_within_another_methods_layers_comes_back(tmp_path):
     assert_near("sum", logits(again, inputs).float(), expected.float())
     model.set_adapter("sum")
     assert_near("here", logits(model, inputs).float(), expected.float())
+
+
+@every_method
+def test_scales_that_transformers_would_not_load_within_another_methods_layer_are_refused(method, tmp_path):
+    """Its load_adapter finds what lies where it lay alone, reports the rest as missing and leaves it zero."""
+    for name, config in ("ours", config_for(method, train_scales=["keys"])), ("lora", LATER["lora"]()):
+        model, inputs = build("llama", dtype=torch.float64)
+        trained(get_peft_model(model, config)).save_pretrained(tmp_path / name)
+    model, _ = build("llama", dtype=torch.float64)
+    expected = logits(PeftModel.from_pretrained(model, tmp_path / "ours").eval(), inputs)
+    within, _ = build("llama", dtype=torch.float64)
+    within.load_adapter(str(tmp_path / "lora"), "lora")
+    names = [name for name, _ in within.named_modules()]
+    with pytest.raises(InputError, match=r"would not load the scale of 'model.layers.0.self_attn.k_proj'"):
+        within.load_adapter(str(tmp_path / "ours"), "ours")
+    assert names == [name for name, _ in within.named_modules()]
+    first, _ = build("llama", dtype=torch.float64)
+    first.load_adapter(str(tmp_path / "ours"), "ours")
+    first.load_adapter(str(tmp_path / "lora"), "lora")
+    first.set_adapter("ours")
+    assert_near("logits", logits(first.eval(), inputs), expected)

@@ -35,7 +35,7 @@ from loretta.tuners.mixed import check_rows_first, naming, passing
 from loretta.tuners.names import check_adapter_name, check_endings
 from loretta.tuners.norms import TrainedNorm, is_norm, norms_of, values_as_changes
 from loretta.tuners.placement import Placement, check_signature, expand_targets, matched_modules, sign, unused_options
-from loretta.tuners.rescaled import put_scales, scaled_modules
+from loretta.tuners.rescaled import check_scales_load, put_scales, scaled_modules
 from loretta.tuners.targets import chosen_targets
 from loretta.tuners.tokens import TokenWrapper, adopt_tokens
 from loretta.tuners.watch import Watch
@@ -86,6 +86,7 @@ class LorettaModel(MergingTuner):
         whole = [*(config.modules_to_save or []), *head]
         check_apart(model, config, adapter_name, head)
         scaled = {name: side for name, side, _ in scaled_modules(model, config)}
+        check_scales_load(model, scaled, self.prefix)
         if state_dict is None:
             self._plan(model, config, asked, whole, scaled)
         else:  # PEFT takes the names of the targets from it

@@ -2,16 +2,19 @@
 
 import copy
 import re
-from collections.abc import Iterator, Mapping
+import traceback
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any, get_args
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
+from transformers.integrations import PeftAdapterMixin
 from transformers.pytorch_utils import Conv1D
 
 from loretta.errors import InputError
+from loretta.tuners.adapted import chain as layers_from
 from loretta.tuners.changes import ChangedModule, put_changes
 from loretta.tuners.config import LorettaConfig, Place
 from loretta.tuners.layer import parameter_of
@@ -160,6 +163,22 @@ def scaled_modules(model: nn.Module, config: LorettaConfig) -> Iterator[tuple[st
         yield name, *(("in", size[0]) if place == "mlp" else ("out", size[1]))
     if missing := [place for place, is_there in found.items() if not is_there]:
         raise InputError(f"train_scales: this model has no {' or '.join(missing)} that are linear layers of their own")
+
+
+def check_scales_load(model: nn.Module, scaled: Iterable[str], prefix: str) -> None:
+    """Refuse scales within layers of other methods in transformers' ``load_adapter``, which finds only what lies alone.
+
+    Its report of missing keys would say so, and the scales stay zero. Raises InputError that names the first.
+    """
+    if not any(frame.f_code is PeftAdapterMixin.load_adapter.__code__ for frame, _ in traceback.walk_stack(None)):
+        return
+    for name in scaled:
+        layers = layers_from(model.get_submodule(name))
+        if any(not isinstance(layer, TrainedScale) and getattr(layer, "prefix", "") != prefix for layer in layers):
+            raise InputError(
+                f"transformers' load_adapter would not load the scale of '{name}', where another method's layer lies "
+                "already: load this adapter first, or with PeftModel.from_pretrained"
+            )
 
 
 def put_scales(tuner: Any, scaled: Mapping[str, str], adapter_name: str) -> None:
