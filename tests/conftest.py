@@ -16,6 +16,7 @@ import sys
 
 import jinja2
 import pytest
+import untouched
 from run_matrix import NUMERIC, TESTS
 from sampling import sampled
 
@@ -33,6 +34,7 @@ def interpret_kernels() -> None:
 hands_out = " -n " in (given := " ".join(sys.argv)) and " -n 0" not in given  # tests to other processes
 if not hands_out or "PYTEST_XDIST_WORKER" in os.environ:  # the conftest.py of a folder may import Triton
     interpret_kernels()
+    untouched.prepare()
 
 _connect = socket.socket.connect
 

@@ -3,15 +3,14 @@
 import contextlib
 import os
 import runpy
-import signal
 import subprocess
 import sys
-import traceback
 import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
+from untouched import ending
 
 from loretta.studies import unit
 
@@ -33,7 +32,7 @@ class ForkedPopen(subprocess.Popen):
             self._child_created = True
             self._close_pipe_fds(p2cread, p2cwrite, c2pread, c2pwrite, errread, errwrite)
             return
-        with _ending():
+        with ending():
             os.setsid()
             for target, source in enumerate((p2cread, c2pwrite, errwrite)):
                 if source != -1:
@@ -52,30 +51,11 @@ class ForkedPopen(subprocess.Popen):
             runpy.run_module(command[0], run_name="__main__", alter_sys=True)
 
 
-class _ending:
-    """The rest of a fork: without the files and signal handlers of this process, and it ends with a status."""
-
-    def __enter__(self) -> None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    def __exit__(self, kind, error, where) -> None:
-        status = 0
-        if isinstance(error, SystemExit):
-            status = error.code if isinstance(error.code, int) else int(error.code is not None)
-        elif error is not None:
-            traceback.print_exception(error)
-            status = 1
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        os._exit(status)
-
-
 def status_of(work: Callable[[], object]) -> int:
     """Do some work in a fork. Returns its exit status, -9 where SIGKILL ended it."""
     if pid := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    with _ending():
+    with ending():
         work()
     raise AssertionError("a fork has ended")
 

@@ -8,6 +8,7 @@ import sys
 
 import peft
 import pytest
+import untouched
 from tuners.wrapped import wrap
 
 import loretta
@@ -52,29 +53,22 @@ assert not [finder for finder in sys.meta_path if "loretta" in type(finder).__mo
 
 def test_any_module_may_be_the_first_import():
     """The registration must not run while a module that it needs is half imported, and imports what knows no PEFT."""
-    # forks of one process, in which nothing of ours or of PEFT is imported
     program = """
-import importlib, os, sys
-import transformers.modeling_utils
+import importlib, sys
 assert not {"loretta", "peft"} & set(sys.modules)
-for module in sys.argv[1:]:
-    if child := os.fork():
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0, module
-        continue
-    importlib.import_module(module)
-    for name, each in sys.modules.items():
-        if name.startswith("loretta.") and not name.startswith("loretta.tuners"):
-            print(module, each.__file__)
-    import peft
-    assert {"LORETTA_ADP", "LORETTA_REP"} <= set(peft.PeftType.__members__)
-    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING as tuners
-    print(module, tuners["LORETTA_REP"].__name__, tuners["LORETTA_ADP"].__name__)
-    break
+importlib.import_module(sys.argv[1])
+for name, each in sys.modules.items():
+    if name.startswith("loretta.") and not name.startswith("loretta.tuners"):
+        print(each.__file__)
+import peft
+assert {"LORETTA_ADP", "LORETTA_REP"} <= set(peft.PeftType.__members__)
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING as tuners
+print(tuners["LORETTA_REP"].__name__, tuners["LORETTA_ADP"].__name__)
 """
-    modules = ["loretta.tuners.rep", "loretta.convert.load"]
-    printed = [line.split(" ", 1) for line in run(program, *modules).splitlines()]
-    for module in modules:
-        *files, names = [line for first, line in printed if first == module]
+    for module in ("loretta.tuners.rep", "loretta.convert.load"):
+        done = untouched.run(program, module)
+        assert done.returncode == 0, done.stderr
+        *files, names = done.stdout.splitlines()
         assert names == "LorettaRepModel LorettaAdpModel"
         assert any("layers" in file for file in files)
         for file in files if module == "loretta.tuners.rep" else ():

@@ -1,12 +1,11 @@
 """A LoRA that is written loads in stock PEFT, without LoRETTA, and computes the same; what is none is refused."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import stories
 import torch
+import untouched
 from convert.rep_models import SEVERAL, build_any, output, read_config, rep, rep_layers, two_adapters
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -142,7 +141,7 @@ def loaded(tmp_path_factory) -> tuple[dict, dict]:
             add(f"{family}, {name} of two", model, inputs, root / family / "several", type(base).__name__, name)
             model.set_adapter("default")
     torch.save(cases, root / "cases.pt")
-    done = subprocess.run([sys.executable, "-c", PROGRAM, str(root)], capture_output=True, text=True, timeout=600)
+    done = untouched.run(PROGRAM, root)
     assert done.returncode == 0, done.stderr
     return expected, torch.load(root / "results.pt")
 

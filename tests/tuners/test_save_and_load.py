@@ -1,13 +1,12 @@
 """What is written to disk, and that a fresh process with nothing but the base model computes the same with it."""
 
 import json
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+import untouched
 from draws import seed_torch
 from peft import PeftConfig, PeftModel
 from peft.utils.hotswap import hotswap_adapter
@@ -95,7 +94,7 @@ def sessions(tmp_path_factory) -> tuple[dict, dict]:
         cases[job] = (task, str(folder), inputs, LOADED[how])
         expected[job] = logits(model, inputs)
     torch.save(cases, root / "cases.pt")
-    done = subprocess.run([sys.executable, "-c", PROGRAM, str(root)], capture_output=True, text=True, timeout=600)
+    done = untouched.run(PROGRAM, root)
     assert done.returncode == 0, done.stderr
     return expected, torch.load(root / "results.pt")
 
