@@ -1,13 +1,18 @@
 """Names of adapters that PEFT could not tell from parts of other names are refused wherever a name is given."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
+from draws import seeded
 from peft import PeftModel, get_peft_model_state_dict
+from torch import nn
 from tuners.families import build, logits
 from tuners.wrapped import config_for, every_method, trained, wrap
 
 import loretta
 from loretta import InputError, get_peft_model
+from loretta.plan.plan import read_plan
 
 # parts of a LLaMA's names, of what PEFT puts around them, of what our layers hold, and of what torch's modules have
 PARTS = ["layers", "norm", "q_proj", "model", "0", "weight", "base_layer", "modules_to_save"]
@@ -91,3 +96,16 @@ def test_a_module_within_one_that_is_trained_whole_is_refused(ends, method):
     with pytest.raises(InputError, match=rf"within 'bert.{ends[0]}'.*leave one of them out"):
         get_peft_model(model, config)
     assert not any("modules_to_save" in name for name, _ in model.named_modules())
+
+
+def test_a_module_whose_name_begins_like_that_within_a_layer_keeps_it(tmp_path):
+    block = nn.Sequential(OrderedDict(base_layer_one=nn.Linear(12, 12), two=nn.Linear(12, 12)))
+    model = trained(
+        get_peft_model(nn.Sequential(OrderedDict(block=block)), config_for("rep", target_modules="all-linear"))
+    )
+    x = torch.randn(3, 12, generator=seeded(0))
+    expected = model(x)
+    model.add_weighted_adapter(["default"], [1.0], "sum")
+    model.set_adapter("sum")
+    torch.testing.assert_close(model(x), expected)
+    assert [p.name for p in read_plan(model, "sum").placements] == ["block.base_layer_one", "block.two"]

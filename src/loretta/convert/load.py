@@ -24,6 +24,7 @@ from loretta.pretrained import NotLoaded, from_pretrained
 from loretta.tuners.adapter_file import PREFIX, check_finite
 from loretta.tuners.card import saved_shapes
 from loretta.tuners.labels import both_ways
+from loretta.tuners.names import name_in_base
 from loretta.tuners.task_types import base_class, count_labels
 from loretta.wording import one_line, quoted
 
@@ -159,7 +160,7 @@ def _check_own(base: nn.Module, folder: Path) -> None:
 
 def base_name(key: str) -> str:
     """The name in the base model of a tensor that an adapter's file holds for it."""
-    return key.removeprefix(PREFIX).replace(".base_layer.", ".")
+    return name_in_base(key.removeprefix(PREFIX))
 
 
 def is_trained_whole(name: str, config: Mapping[str, Any]) -> bool:

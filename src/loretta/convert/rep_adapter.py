@@ -14,6 +14,7 @@ from torch.nn.functional import pad
 from loretta.errors import InputError
 from loretta.tuners.adapter_file import check_finite
 from loretta.tuners.copies import AdapterCopy
+from loretta.tuners.names import name_in_base
 from loretta.tuners.norms import TrainedNorm, is_norm
 from loretta.tuners.rep import LorettaRepConfig, RepExperts, RepLinear
 from loretta.tuners.rescaled import TrainedScale
@@ -34,7 +35,7 @@ def read_adapter(
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, RepLinear) and adapter_name in module.scaling:
             # perhaps within another method's layer; those of experts lie within each other
-            layers[name if isinstance(module, RepExperts) else name.replace(".base_layer", "")] = module
+            layers[name if isinstance(module, RepExperts) else name_in_base(name)] = module
         elif isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
             copies[name] = module
     if not layers:

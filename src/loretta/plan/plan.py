@@ -21,6 +21,7 @@ from loretta.tuners.config import LorettaConfig
 from loretta.tuners.heads import CopyCost, copy_cost, head_names
 from loretta.tuners.layer import LorettaLayer
 from loretta.tuners.model import LorettaModel
+from loretta.tuners.names import name_in_base
 from loretta.tuners.norms import named_whole, norms_of, outer_modules
 from loretta.tuners.placement import Placement, linear_size, matched_modules, not_adaptable, unused_options
 from loretta.tuners.rep import LorettaRepModel
@@ -286,7 +287,7 @@ def read_plan(model: PeftModel, adapter_name: str = "default") -> Plan:
         placements=placements,
         copies=CopyCost(norms=counts["norms"], head=counts["head"], tokens=counts["tokens"], frozen=held.frozen),
         scaled=tuple(
-            (name.replace(".base_layer", ""), side, change.numel())
+            (name_in_base(name), side, change.numel())
             for name, module in model.get_base_model().named_modules()
             if isinstance(module, TrainedScale)
             for side, change in module.change(adapter_name).items()

@@ -11,7 +11,7 @@ from torch import nn
 from loretta.errors import InputError
 from loretta.tuners.adapted import AdaptedModule
 from loretta.tuners.config import LorettaConfig
-from loretta.tuners.names import keys_of
+from loretta.tuners.names import keys_of, name_in_base
 from loretta.tuners.norms import named_whole, norms_of, outer_modules
 from loretta.tuners.placement import matched_modules, without_copies
 from loretta.tuners.rescaled import scaled_modules
@@ -39,7 +39,7 @@ def check_apart(model: nn.Module, config: LorettaConfig, adapter_name: str, head
         is_copy = isinstance(module, ModulesToSaveWrapper)
         if not others or (is_copy and name in whole):
             continue
-        plain = name.replace(".base_layer", "")
+        plain = name_in_base(name)
         if outer := next((each for each in whole if _is_within(name, each)), None):
             raise InputError(
                 f"'{outer}' is to be trained whole, and the adapter {others[0]!r} changes '{plain}': leave one of them "

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from loretta.tuners.adapter_file import PREFIX
 from loretta.tuners.changes import ChangedModule
 from loretta.tuners.layer import LorettaLayer
-from loretta.tuners.names import parts_of_adapters
+from loretta.tuners.names import name_in_base, parts_of_adapters
 
 
 def trained_biases(model: nn.Module, adapter_name: str, bias: str) -> dict[str, nn.Parameter]:
@@ -27,13 +27,13 @@ def trained_biases(model: nn.Module, adapter_name: str, bias: str) -> dict[str, 
             continue
         if adapter_name in getattr(module, "modules_to_save", getattr(module, "held", ())):
             if isinstance(module, LorettaLayer):
-                adapted.add(name.replace(".base_layer", "") + ".bias")
+                adapted.add(name_in_base(name) + ".bias")
             else:
                 apart.append(f"{name}.")
     return {
         name: parameter
         for name, parameter in model.named_parameters()
-        if (name.endswith(".bias") if bias == "all" else name.replace(".base_layer", "") in adapted)
+        if (name.endswith(".bias") if bias == "all" else name_in_base(name) in adapted)
         if not name.startswith(tuple(apart))
     }
 
@@ -107,7 +107,7 @@ def biases_here(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Te
     """All tensors; biases of the base by their names here, whichever adapters are in the model and were where saved."""
 
     def plain(key: str) -> str:
-        return key.replace(".base_layer.", ".").replace(".original_module.", ".").removeprefix(PREFIX)
+        return name_in_base(key).replace(".original_module.", ".").removeprefix(PREFIX)
 
     here = {plain(key): key for key in model.state_dict() if key.endswith(".bias")}
     return {here.get(plain(key), key) if key.endswith(".bias") else key: value for key, value in tensors.items()}

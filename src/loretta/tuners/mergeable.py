@@ -9,6 +9,7 @@ from loretta.errors import InputError
 from loretta.tuners.adapted import AdaptedModule
 from loretta.tuners.bypassed import places_by_module
 from loretta.tuners.layer import LorettaLayer, is_offloaded
+from loretta.tuners.names import name_in_base
 from loretta.tuners.placement import is_linear_map
 from loretta.tuners.rescaled import TrainedScale
 from loretta.tuners.tokens import TokenRows
@@ -49,7 +50,7 @@ def check_mergeable(model: nn.Module, merged: Collection[str]) -> None:
             weights = [module._base_weight()]
             _check_layer(name, module, base)
         elif isinstance(module, TrainedScale):
-            _check_scale(name.replace(".base_layer", ""), module)
+            _check_scale(name_in_base(name), module)
         if any(owners[id(weight)] > 1 for weight in weights):
             raise InputError(
                 f"cannot merge into '{name}', whose weight is tied to another module's: keep the adapter unmerged, "

@@ -1,6 +1,7 @@
 """Which names an adapter may have."""
 
 import os
+import re
 from collections.abc import Iterable
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -61,6 +62,11 @@ def check_endings(name: str, modules_to_save: Iterable[str]) -> None:
                 f"an adapter cannot be called {name!r}, which ends like the module '{module}' that it trains whole: "
                 "PEFT would take its trains for that module; choose another name"
             )
+
+
+def name_in_base(name: str) -> str:
+    """The name that a module, or a tensor of it, has in the base model, without the layers that lie around it."""
+    return re.sub(r"\.base_layer(?=\.|$)", "", name)
 
 
 def parts_of_adapters(model: nn.Module) -> tuple[str, ...]:

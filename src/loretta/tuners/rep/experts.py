@@ -20,6 +20,7 @@ from loretta import tt
 from loretta.errors import InputError
 from loretta.layers.trains import own_precision
 from loretta.tuners.config import LorettaConfig
+from loretta.tuners.names import name_in_base
 from loretta.tuners.placement import NothingMatchedError, Placement, plan_trains, planner, rank_for
 from loretta.tuners.rep.layer import RepLinear
 
@@ -69,7 +70,7 @@ def matched_parameters(config: LorettaConfig, model: nn.Module) -> Iterator[tupl
     for at, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
             continue
-        at = at.replace(".base_layer", "")
+        at = name_in_base(at)
         for parameter, value in sorted(module.named_parameters(recurse=False)):
             name = f"{at}.{parameter}"
             if value.dim() == 3:

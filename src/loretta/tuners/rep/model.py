@@ -18,7 +18,7 @@ from loretta.layers.trains import TTLinear
 from loretta.tuners.changes import ChangedModule
 from loretta.tuners.layer import is_offloaded
 from loretta.tuners.model import LorettaModel
-from loretta.tuners.names import check_adapter_name
+from loretta.tuners.names import check_adapter_name, name_in_base
 from loretta.tuners.placement import Placement, plan_trains, planner, rank_for, require_linear
 from loretta.tuners.rep.config import LorettaRepConfig, of_ranks
 from loretta.tuners.rep.experts import RepExperts, matched_parameters, plan_experts
@@ -180,7 +180,7 @@ class LorettaRepModel(LorettaModel):
         for name, layer in self.model.named_modules():
             for adapter in adapters if isinstance(layer, RepLinear) else ():
                 if adapter in layer.n_pairs:
-                    layers.setdefault(name.replace(".base_layer", ""), {})[adapter] = layer
+                    layers.setdefault(name_in_base(name), {})[adapter] = layer
         weight_of = dict(zip(adapters, weights, strict=True))
         updates = {name: _sum(by_adapter, weight_of) for name, by_adapter in layers.items()}
         configs = [cast(LorettaRepConfig, self.peft_config[adapter]) for adapter in adapters]
