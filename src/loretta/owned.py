@@ -8,7 +8,7 @@ import fnmatch
 import hashlib
 import os
 import stat
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path, PurePosixPath
@@ -233,9 +233,9 @@ def _move(new: Path, folder: Path, *, last: str, keep: bool) -> None:
     _remove(new.parent, [new / LIST, *(new / name for name in found)])
 
 
-def is_free(folder: Path) -> bool:
-    """Whether a folder holds nothing, or is none; a list and what a kill left half-written are nothing."""
-    return not folder.is_dir() or all(path == folder / LIST for path in _files(folder))
+def is_free(folder: Path, *, but: Collection[str] = ()) -> bool:
+    """Whether a folder holds nothing ``but`` some files; a list and what a kill left half-written are nothing."""
+    return not folder.is_dir() or all(path in (folder / LIST, *map(folder.joinpath, but)) for path in _files(folder))
 
 
 def write_listed(path: Path, content: str | bytes | Iterable[str], *, overwrite: bool = False) -> None:

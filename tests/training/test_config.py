@@ -99,6 +99,19 @@ def test_words_with_commas_are_a_list_where_the_method_takes_one():
         ("rep", {"modules_to_save": ["embeds"]}, "no module 'embeds'"),
         ("rep", {"exclude_modules": "v_prj"}, "no module 'v_prj' .did you mean 'v_proj'"),
         ("shared", {"exclude_modules": ".*v_prj"}, "no module '.*v_prj'"),
+        ("lora", {"exclude_modules": ["v_prj", "up_prj"]}, "no module 'up_prj' .did you mean 'up_proj'"),
+        ("lora", {"rank_pattern": {"v_prj": 2}}, "rank_pattern: the model has no module 'v_prj'"),
+        ("lora", {"alpha_pattern": {r"0\.v_prj": 2}}, "alpha_pattern: the model has no module"),
+        ("lora", {"target_parameters": ["experts.w"]}, "target_parameters: the model has no parameter 'experts.w'"),
+        ("prefix", {"encoder_hidden_size": 8}, "prefix_projection=True alone: give that too"),
+        ("prompt", {"prompt_tuning_init_text": "a b"}, "prompt_tuning_init=TEXT alone: give that too"),
+        ("p-tuning", {"encoder_dropout": 0.5}, "encoder_reparameterization_type=LSTM alone: give that too"),
+        ("lora", {"alpha_pattern": {"q_proj": 0}}, "scales the adapter to nothing"),
+        ("rep", {"alpha_pattern": {"q_proj": 0}}, "alpha"),
+        ("lora", {"target_modules": ".*(q_proj"}, "is no regular expression"),
+        ("lora", {"rank_pattern": {"(": 2}}, "is no regular expression"),
+        ("lora", {"runtime_config": {}}, "runtime_config={} is not a LoraRuntimeConfig"),
+        ("lora", {"layer_replication": [[0, "a"]]}, r"is not a list of .a whole number, a whole number. or null"),
         ("rep", {"layers_pattern": "layers"}, "layers_to_transform"),
     ],
 )
@@ -106,6 +119,30 @@ def test_an_option_of_the_wrong_type_or_without_effect_is_refused(method, option
     """PEFT takes use_dora="maybe" for true, and passes over modules that are not there."""
     with pytest.raises(InputError, match=words):
         peft_config(method, build("llama")[0], "CAUSAL_LM", option)
+
+
+def test_an_expression_of_a_peft_method_has_to_end(monkeypatch):
+    monkeypatch.setattr("loretta.tuners.schema.TIME_FOR_EXPRESSIONS", 0.3)
+    with pytest.raises(InputError, match=r"exclude_modules: the expression .* takes more than 0 seconds"):
+        peft_config("lora", build("llama")[0], "CAUSAL_LM", {"exclude_modules": r"(([a-z0-9_.]+)+)+!"})
+
+
+def test_layers_are_repeated_by_pairs_of_numbers():
+    """A list of YAML has no tuples, and each was refused."""
+    model = get_peft_model(
+        build("llama")[0], peft_config("lora", build("llama")[0], "CAUSAL_LM", {"layer_replication": [[0, 2], [1, 2]]})
+    )
+    assert len(model.get_base_model().model.layers) == 3
+
+
+@pytest.mark.parametrize("method", ["lora", "rep", "adp", "shared"])
+@pytest.mark.parametrize("given", [["o_proj", "dense_h_to_4h"], r".*(o_proj|dense_h_to_4h)"])
+def test_modules_are_excluded_of_those_that_the_model_has(method, given):
+    """A list or an expression may serve several families, as one of targets may."""
+    model, _ = build("llama")
+    options = {"target_modules": ["o_proj", "down_proj"], "exclude_modules": given}
+    names = get_peft_model(model, peft_config(method, model, "CAUSAL_LM", options)).targeted_module_names
+    assert {name.rpartition(".")[2] for name in names} == {"down_proj"}
 
 
 @pytest.mark.parametrize("method", ["lora", "rep"])

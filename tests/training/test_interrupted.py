@@ -94,6 +94,19 @@ def test_a_signal_saves_says_how_to_go_on_and_the_run_ends_the_same(bert, review
         assert all(torch.equal(a[key], b[key]) for key in a)
 
 
+def test_a_kill_between_the_first_files_does_not_bar_the_folder(bert, reviews, tmp_path):
+    """The folder held "other files", and every further attempt was refused."""
+    config = config_for(bert, reviews, tmp_path / "run")
+    place = run.find_place(config, resume=False, overwrite=False)
+    place.begin(config, overwrite=False)
+    (tmp_path / "run" / "config.json").unlink()
+    for resume in (False, True):
+        assert run.find_place(config, resume=resume, overwrite=False) == place
+    (tmp_path / "run" / "mine").touch()
+    with pytest.raises(InputError, match="holds other files"):
+        run.find_place(config, resume=True, overwrite=False)
+
+
 def test_a_signal_outside_of_the_steps_ends_the_run_at_once(bert, reviews, tmp_path, monkeypatch):
     whole = train(config_for(bert, reviews, tmp_path / "whole", epochs=1))
     config = config_for(bert, reviews, tmp_path / "run", epochs=1)

@@ -143,8 +143,11 @@ def find_place(config: RunConfig, *, resume: bool, overwrite: bool) -> Place:
     Raises InputError for a folder that holds anything else, unless ``resume`` finds the same run in it, or
     ``overwrite`` nothing that LoRETTA did not write.
     """
+    from loretta.training.sources import FILES  # NumPy, which --help does without
+
     folder = config.folder
-    if is_free(folder):
+    # a kill may have come between the first two files of a run
+    if is_free(folder, but={FILES} & read_list(folder).keys()):
         return Place(folder, folder)
     if RECORD in read_list(folder / NEXT) and (folder / NEXT / RECORD).is_file():
         Place(folder, folder / NEXT).replace()  # a kill came between the end of the run and this

@@ -34,7 +34,7 @@ from loretta.tuners.heads import head_names
 from loretta.tuners.norms import norm_names
 from loretta.tuners.placement import linear_size, no_such_layers
 from loretta.tuners.rep import COMPACT, LorettaRepConfig
-from loretta.tuners.schema import check_size, wrong_types
+from loretta.tuners.schema import bad_expressions, check_expressions, check_size, wrong_types
 from loretta.tuners.shared import LorettaSharedConfig
 from loretta.tuners.task_types import is_final
 from loretta.wording import nearest, one_line, quoted
@@ -190,8 +190,9 @@ def peft_config(
         raise InputError(f"method {name!r}: {one_line(error)}") from None
     # ours look themselves; PEFT says that an alpha is whole, and takes any
     given = set() if isinstance(config, LorettaConfig) else options.keys() - {"lora_alpha"}
-    if wrong := wrong_types(config, given):
-        raise InputError(f"method {name!r}: {'; '.join(wrong.values())}")
+    if wrong := [*wrong_types(config, given).values()] or bad_expressions(config):
+        raise InputError(f"method {name!r}: {'; '.join(wrong)}")
+    check_expressions(config, model)
     _refuse_idle(config, model, options)
     if (reason := _misfit(config, model) or _too_large(config, model)) is not None:
         raise InputError(f"method {name!r} does not fit this model: {reason}")
@@ -202,39 +203,57 @@ def peft_config(
 def _refuse_idle(config: PeftConfig, model: nn.Module, options: Mapping[str, Any]) -> None:
     """Raise InputError for options with which nothing would be done, and nothing said."""
     names = [name for name, _ in model.named_modules()]
-    some = []  # of which one module is enough, as a list of targets may serve several families
+    whole = ["modules_to_save", "rank_pattern", "alpha_pattern"]
+    some = ["exclude_modules"]  # of which one module is enough, as a list may serve several families
     if not isinstance(config, LorettaConfig):  # ours name what they do not find themselves
         some += ["feedforward_modules"]
         some += ["target_modules"] if options.get("target_modules") not in ("all-linear", DUMMY_TARGET_MODULES) else []
         _refuse_effectless(config, options)
-    for option in ("modules_to_save", "exclude_modules", *some):
-        given: Any = getattr(config, option, None) if option in options else None
-        whole = isinstance(given, str)  # an expression
-        asked = [given] if whole else sorted(given or ())
-        lost = [
-            word
-            for word in asked
-            if not any(re.fullmatch(word, name) if whole else f".{name}".endswith(f".{word}") for name in names)
-        ]
-        if lost and (option not in some or len(lost) == len(asked)):
+    for option in [option for option in (*whole, *some) if option in options]:
+        given = getattr(config, option, None) or ()
+        lost = _without_module(given, names)
+        if lost and (option in whole or isinstance(given, str) or len(lost) == len(given)):
             guess = nearest(lost[0], sorted({name.rpartition(".")[2] for name in names}))
             raise InputError(f"{option}: the model has no module {lost[0]!r}{guess}: give the end of a module's name")
-    for option in {"rank_pattern", "alpha_pattern"} & options.keys():
-        for key in getattr(config, option) or ():
-            if not any(re.match(rf"(.*\.)?({key})$", name) for name in names):
-                guess = nearest(key, sorted({name.rpartition(".")[2] for name in names}))
-                raise InputError(f"{option}: the model has no module {key!r}{guess}: give the end of a module's name")
+    ends = [f".{name}" for name, _ in model.named_parameters()]
+    for word in getattr(config, "target_parameters", None) or () if "target_parameters" in options else ():
+        if not any(end.endswith(f".{word}") for end in ends):
+            guess = nearest(word, sorted({end.rpartition(".")[2] for end in ends}))
+            raise InputError(f"target_parameters: the model has no parameter {word!r}{guess}: give the end of its name")
     if options.get("layers_pattern") and options.get("layers_to_transform") is None:
         raise InputError("layers_pattern tells where the numbers of layers_to_transform stand: give these too")
     if "layers_to_transform" in options and (sentence := no_such_layers(config, names)) is not None:
         raise InputError(sentence)
 
 
+def _without_module(given: str | Collection[str], names: Collection[str]) -> list[str]:
+    """The words of an option that name no module: an expression, expressions of ends as keys, or ends of names."""
+    if isinstance(given, str):
+        wanted = {given: given}
+    else:
+        wanted = {word: word if isinstance(given, Mapping) else re.escape(word) for word in sorted(given)}
+        wanted = {word: rf"(.*\.)?({end})" for word, end in wanted.items()}
+    return [word for word, pattern in wanted.items() if not any(re.fullmatch(pattern, name) for name in names)]
+
+
+# an option that PEFT reads where another one has a value, and passes over elsewhere
+_READ_WITH: list[tuple[type[PeftConfig], str, str, Any]] = [
+    (PrefixTuningConfig, "encoder_hidden_size", "prefix_projection", True),
+    (PromptTuningConfig, "prompt_tuning_init_text", "prompt_tuning_init", "TEXT"),
+    (PromptEncoderConfig, "encoder_dropout", "encoder_reparameterization_type", "LSTM"),
+]
+
+
 def _refuse_effectless(config: PeftConfig, options: Mapping[str, Any]) -> None:
-    """Raise InputError for a number with which a method of PEFT learns nothing, and says nothing."""
+    """Raise InputError for what a method of PEFT takes and does nothing with, or learns nothing with."""
+    for cls, option, needed, of in _READ_WITH:
+        if isinstance(config, cls) and options.get(option) and getattr(config, needed) != of:
+            raise InputError(f"{option} is read with {needed}={of} alone: give that too")
     for option in options:
         value: Any = getattr(config, option)
         number = isinstance(value, int | float)
+        if option == "alpha_pattern" and 0 in value.values():
+            raise InputError(NOTHING_LEARNED.format(option, value))
         if number and value == 0 and option in ("alpha", "lora_alpha", "scaling", "d_initial"):
             raise InputError(NOTHING_LEARNED.format(option, value))
         if number and value < 1 and option in ("num_virtual_tokens", "encoder_hidden_size"):

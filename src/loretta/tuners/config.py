@@ -25,7 +25,8 @@ class LorettaConfig(PeftConfig):
     Args:
         target_modules: names (ends of names), a regular expression, or ``"all-linear"``; ``None`` takes the
             method's default for the model's type.
-        exclude_modules: as ``target_modules``, for modules to leave alone.
+        exclude_modules: as ``target_modules``, for modules to leave alone. Where none of them is there PEFT warns, and
+            ``loretta train`` refuses.
         target_parameters: parameters that hold one matrix for each expert of a layer, by the end of their name:
             ``["experts.gate_up_proj", "experts.down_proj"]``, beside the modules of ``target_modules`` (``[]`` for
             none). Rep gives each one pair of trains for all experts, of which the first mode is the expert; adp and

@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Collection, Mapping
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from functools import cache
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -44,7 +44,12 @@ def _kinds(config: type) -> dict[str, Any]:
 
 def _is_plain(kind: Any) -> bool:
     inner = get_args(kind)
-    return kind in _WORDS or get_origin(kind) is Literal or (inner != () and all(map(_is_plain, inner)))
+    return (
+        kind in _WORDS
+        or is_dataclass(kind)
+        or get_origin(kind) is Literal
+        or (inner != () and all(map(_is_plain, inner)))
+    )
 
 
 def _fits(value: Any, kind: Any) -> bool:
@@ -55,6 +60,8 @@ def _fits(value: Any, kind: Any) -> bool:
         return isinstance(value, str)  # the option itself checks which words it takes
     if origin is list:
         return isinstance(value, list | tuple | set | frozenset) and all(_fits(each, inner[0]) for each in value)
+    if origin is tuple:
+        return isinstance(value, list | tuple) and len(value) == len(inner) and all(map(_fits, value, inner))
     if origin is dict:
         return isinstance(value, Mapping) and all(_fits(k, inner[0]) and _fits(v, inner[1]) for k, v in value.items())
     if kind is float:
@@ -85,6 +92,8 @@ def _words(kind: Any) -> str:
         return " or ".join(map(repr, inner))
     if origin is list:
         return f"a list of {_words(inner[0])}"
+    if origin is tuple:
+        return f"[{', '.join(map(_words, inner))}]"
     if origin is dict:
         return f"a mapping of {_words(inner[0])} to {_words(inner[1])}"
     return _WORDS.get(kind, f"a {getattr(kind, '__name__', kind)}")
