@@ -9,6 +9,7 @@ from study_data import finish
 
 from loretta.record import Answers, RunRecord
 from loretta.report.study import section_of
+from loretta.studies import paired
 from loretta.studies.compare import comparison, verdict
 from loretta.studies.configs import Options
 from loretta.studies.expansion import expand
@@ -69,7 +70,8 @@ def test_the_width_is_that_of_the_binomial_where_seeds_agree(tmp_path):
     assert pair.high - pair.low == pytest.approx(2 * 1.96 * 0.0685, rel=0.1)
 
 
-def test_a_metric_of_all_rows_at_once(tmp_path):
+def test_a_metric_of_all_rows_at_once(tmp_path, monkeypatch):
+    monkeypatch.setitem(paired.RESAMPLES, False, 60)  # each takes six scores of scikit-learn's
     # of the class "b" wrong once more than of "a", which the record names the second and so the positive one
     given = {"lora": [answers(k) for k in (35, 37, 33)], "ia3": [answers(k) for k in (21, 23, 19)]}
     results = compared(tmp_path, given, metric="f1")
