@@ -154,7 +154,7 @@ def test_transformers_switches_rows_too(method, tmp_path):
 @every_method
 def test_rows_are_counted_before_and_after(method):
     model, _ = with_tokens("gemma3_text", method, dtype=torch.float32)
-    plan = plan_model(build("gemma3_text")[0], model.peft_config["default"])
+    plan = plan_model(build("gemma3_text")[0], wrap_options(method, trainable_token_indices=TOKENS))
     assert plan.parts["tokens"] == len(TOKENS) * 32
     assert plan.trainable == model.get_nb_trainable_parameters()[0] == read_plan(model).trainable
     assert plan.parts == {**read_plan(model).parts}

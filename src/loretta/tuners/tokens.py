@@ -170,7 +170,8 @@ def _ending(modules: dict[str, nn.Module], end: str) -> list[str]:
 
 
 def _targeted(names: Iterable[str], config: LorettaConfig) -> list[str]:
-    return [name for name in names if check_target_module_exists(config, name)]
+    is_given = config.target_modules is not None  # no default names embeddings or output layers
+    return [name for name in names if is_given and check_target_module_exists(config, name)]
 
 
 def _size(name: str, module: nn.Module, indices: Sequence[int]) -> int:
