@@ -23,14 +23,22 @@ def whole(bert, reviews, tmp_path_factory):
     return train(config_for(bert, reviews, tmp_path_factory.mktemp("whole") / "run", epochs=3, select_by="loss"))
 
 
-@pytest.mark.parametrize("damage", ["a flipped byte", "cut short", "a file gone", "a list cut short"])
-def test_a_damaged_checkpoint_is_set_aside_and_the_whole_one_before_it_taken(
-    damage, whole, bert, reviews, tmp_path, caplog
-):
-    config = config_for(bert, reviews, tmp_path / "cut", epochs=3, select_by="loss")
+@pytest.fixture(scope="module")
+def stopped(bert, reviews, tmp_path_factory):
+    """The config of a run that was stopped behind its second evaluation, and a copy of its folder."""
+    folder = tmp_path_factory.mktemp("stopped")
+    config = config_for(bert, reviews, folder / "cut", epochs=3, select_by="loss")
     with stopping_behind(20, signal.SIGTERM), pytest.raises(Stopped):
         train(config)
-    newest = tmp_path / "cut" / "checkpoints" / "checkpoint-20"
+    return config, shutil.copytree(folder / "cut", folder / "kept")
+
+
+@pytest.mark.parametrize("damage", ["a flipped byte", "cut short", "a file gone", "a list cut short"])
+def test_a_damaged_checkpoint_is_set_aside_and_the_whole_one_before_it_taken(damage, whole, stopped, caplog):
+    config, kept = stopped
+    shutil.rmtree(config.folder)
+    shutil.copytree(kept, config.folder)
+    newest = config.folder / "checkpoints" / "checkpoint-20"
     file = newest / "optimizer.pt"
     content = file.read_bytes()
     if damage == "a flipped byte":
