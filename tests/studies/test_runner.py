@@ -13,8 +13,9 @@ from loretta.population.loop import Loop
 from loretta.record import RunRecord
 from loretta.studies import execution
 from loretta.studies.configs import Options
+from loretta.studies.expansion import expand
 from loretta.studies.results import collect
-from loretta.studies.runner import run_study
+from loretta.studies.runner import run_study, write_study
 from loretta.studies.state import beside
 from loretta.studies.study import load_study
 from loretta.studies.workers import Processes, threads_each, visible_gpus
@@ -53,6 +54,26 @@ def test_other_cells_of_a_study_stay_in_its_results(bert, data_dir, tmp_path):
     assert collect(tmp_path, "figure1").study.view == "pareto"
     with pytest.raises(InputError, match=r"several studies \(figure1, table1\)"):
         collect(tmp_path)
+
+
+def test_cells_of_other_options_in_one_table_are_named(bert, data_dir, tmp_path, capsys):
+    """They stood side by side without a word."""
+
+    def ask(task, method, **sets):
+        options = options_for(bert, data_dir, tasks=(task,), methods=(method,), seeds=1, sets=sets)
+        study = load_study("table1")
+        write_study(tmp_path, study, options, expand(study, options, tmp_path).runs, f"{task} {method}")
+        return capsys.readouterr().err
+
+    assert ask("rte", "bitfit", epochs=1) == ""
+    assert ask("mrpc", "bitfit", epochs=2) == "", "another column"
+    assert ask("mrpc", "lora-r8", epochs=2) == ""
+    words = "note: bitfit, lora-r8 of earlier commands had other options (epochs was 2 and is 3) and stay in its tables"
+    assert ask("mrpc", "ia3", epochs=3).startswith(words)
+    planned = json.loads((tmp_path / "study.json").read_text())["planned"]
+    assert [(run["task"], run["row"]) for run in planned][1:] == [
+        ("mrpc", "bitfit"), ("mrpc", "lora-r8"), ("mrpc", "ia3"),
+    ]  # fmt: skip
 
 
 def test_a_failed_run_is_written_down_and_the_others_go_on(bert, data_dir, tmp_path):

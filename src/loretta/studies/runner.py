@@ -24,6 +24,7 @@ from loretta.studies.together import MOST_TOGETHER, units, words_before
 from loretta.studies.unit import Unit
 from loretta.studies.workers import Here, Processes, Workers, visible_gpus
 from loretta.training.data import is_prompted
+from loretta.training.sources import differing
 from loretta.training.stop import stopping_at_signals
 from loretta.wording import one_line
 
@@ -218,11 +219,15 @@ def write_study(root: Path, study: Study, options: Options, runs: Sequence[Plann
         and (study.view != "compare" or run["model"] in {cell[0] for cell in cells})
     ]
     now = {"study": study.model_dump(mode="json"), "options": options.model_dump(mode="json")}
-    if kept and study.view == "compare" and (changed := _changed(before, now)):
-        rows = ", ".join(dict.fromkeys(run["row"] for run in kept))
-        words = f"note: {rows} of earlier commands had other options ({changed})"
-        print(f"{words} and leave the comparison; their runs stay", file=sys.stderr)
-        kept = []
+    leave = study.view == "compare"
+    mixed = [run for run in kept if leave or (run["model"], run["task"]) in {cell[:2] for cell in cells}]
+    if mixed and (changed := _changed(before, now)):
+        words = f"note: {', '.join(dict.fromkeys(run['row'] for run in mixed))} of earlier commands had other options"
+        now_where = (
+            "leave the comparison; their runs stay" if leave else "stay in its tables, unless --output is another"
+        )
+        print(f"{words} ({changed}) and {now_where}", file=sys.stderr)
+        kept = [] if leave else kept
     content = {
         **now,
         "commands": list(dict.fromkeys([*before.get("commands", []), *([command] if command else [])])),
@@ -242,8 +247,8 @@ def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         return {**whole, **command["study"].get("protocol", {}), **sets}
 
     old, new = given(before), given(now)
-    keys = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
-    return "; ".join(f"{key} was {old.get(key)!r} and is {new.get(key)!r}" for key in keys)
+    nothing = dict.fromkeys({*old, *new})
+    return "; ".join(differing({**nothing, **old}, {**nothing, **new}))
 
 
 def study_file(root: Path, name: str) -> Path:
