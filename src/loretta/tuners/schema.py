@@ -27,7 +27,7 @@ def wrong_types(config: Any, among: Collection[str] | None = None) -> dict[str, 
     ``among`` are options of a config of PEFT: only those are looked at, and whose types are plain words, numbers,
     lists and mappings of these.
     """
-    kinds = _kinds(type(config))
+    kinds = _kinds(config.__class__)
     return {
         option.name: f"{option.name}={quoted(value)} is not {_words(kinds[option.name])}"
         for option in fields(config)
