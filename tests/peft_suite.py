@@ -96,6 +96,8 @@ OPTIONS = {
     "task_type": ("task_type",) * 3,
     "target_modules": ("target_modules",) * 3,
     "modules_to_save": ("modules_to_save",) * 3,
+    "trainable_token_indices": ("trainable_token_indices",) * 3,
+    "ensure_weight_tying": ("ensure_weight_tying",) * 3,
     "init_lora_weights": ("init_weights",) * 3,
     "bias": ("bias",) * 3,
     "r": ("r", "bottleneck_size", "tensor_rank"),
@@ -171,6 +173,8 @@ def translated(row: Any) -> Iterator[Any]:
     ]
     for method, cls in enumerate(OURS):
         tame = TAME[method] if given and not any(isinstance(v, dict) and "task_type" in v for v in given) else {}
+        if any(isinstance(v, dict) and "trainable_token_indices" in v for v in given):
+            tame = {name: value for name, value in tame.items() if name != "lora_alpha"}  # updates as large as the rows
         options = [our_options(value, method) if isinstance(value, dict) else value for value in given]
         if any(value is None and isinstance(given[k], dict) for k, value in enumerate(options)):
             continue

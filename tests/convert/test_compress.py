@@ -54,6 +54,7 @@ CASES: dict[str, tuple[str, str | None, dict]] = {
     "biases of targets": ("bert", "SEQ_CLS", {"target_modules": ["query"], "bias": "lora_only"}),
     "saved whole": ("llama", "CAUSAL_LM", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     "encoder-decoder": ("t5", "SEQ_2_SEQ_LM", {"target_modules": ["q", "v"]}),
+    "rows of tokens": ("gemma", "CAUSAL_LM", {"target_modules": ["q_proj"], "trainable_token_indices": [9, 5]}),
     # heads: a plain layer, beside a pooler, with a hidden layer, and with one that the tuner would copy by itself
     **{
         f"{family} classifier": (family, "SEQ_CLS", {"target_modules": targets})
@@ -91,7 +92,7 @@ def test_large_ranks_give_the_same_adapter(case, tmp_path):
     assert {layer.scaling["default"] for layer in layers} == {1.0}
 
 
-@pytest.mark.parametrize("case", ["decoder", "bert classifier", "biases"])
+@pytest.mark.parametrize("case", ["decoder", "bert classifier", "biases", "rows of tokens"])
 def test_the_counts_are_those_of_the_loaded_adapters(case, tmp_path):
     family, task, options = CASES[case]
     model, _ = saved_base(tmp_path / "base", family, task)
