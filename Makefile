@@ -13,7 +13,7 @@ demo: $(INSTALLED)
 
 # Half the time of one process; `.venv/bin/python -m pytest PATH` for a part
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # The scripts of examples/, each in a process of its own
 test-examples: $(INSTALLED)
