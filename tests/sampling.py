@@ -2,7 +2,8 @@
 
 The 27 cases of three methods on nine families differ little. A sample of them has every value of every parameter, and
 every method on two families at least. The name of the test chooses the sample: the next test has another, so that the
-tests together meet all pairs. The cells of `make test-matrix` run all cases of the same tests.
+tests together meet all pairs. A mark that names a parameter, as `sampled("method")` of a test that compiles for each
+case, leaves one value of it. The cells of `make test-matrix` run all cases of the same tests.
 """
 
 import hashlib
@@ -42,9 +43,20 @@ def sampled(items: Sequence[pytest.Item]) -> Iterator[pytest.Item]:
     for item in items:
         tests[item.nodeid.partition("[")[0]].append(item)
     for test, cases in tests.items():
+        mark = cases[0].get_closest_marker("sampled")
+        for name in mark.args if mark else ():
+            cases = _of_one_value(test, cases, name)
         values = [_values(case) for case in cases]
-        whole = not all("family" in case for case in values) and not cases[0].get_closest_marker("sampled")
+        whole = not all("family" in case for case in values) and mark is None
         yield from cases if whole else (cases[k] for k in sample(test, values))
+
+
+def _of_one_value(test: str, cases: Sequence[pytest.Item], name: str) -> list[pytest.Item]:
+    """The cases whose parameter ``name`` has the value that the name of the test chooses."""
+    values = [case.callspec.params[name] for case in cases]
+    different = list(dict.fromkeys(values))
+    chosen = different[hashlib.sha256(f"{test} {name}".encode()).digest()[0] % len(different)]
+    return [case for case, value in zip(cases, values, strict=True) if value == chosen]
 
 
 def _values(item: pytest.Item) -> Values:

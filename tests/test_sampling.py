@@ -27,6 +27,12 @@ def test_without_families(number, dtype):
 def test_marked(method, trains):
     pass
 
+@pytest.mark.sampled("method")
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("method", ["rep", "adp", "shared"])
+def test_of_one(method, trains):
+    pass
+
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "t5"])
 def test_on_each_family(family):
     pass
@@ -56,17 +62,29 @@ def test_several_tests_meet_all_pairs():
     assert met == set(pairs)
 
 
+def test_a_mark_that_names_a_parameter_leaves_one_value_and_several_tests_have_all(pytester):
+    names = [f"test_{k}" for k in range(20)]
+    test = "@pytest.mark.sampled('method')\n@pytest.mark.parametrize('method', ['rep', 'adp', 'shared'])\n"
+    items = pytester.getitems("import pytest\n" + "".join(f"{test}def {name}(method): ...\n" for name in names))
+    chosen = [(item.originalname, item.callspec.params["method"]) for item in sampled(items)]
+    assert [name for name, _ in chosen] == names
+    assert {method for _, method in chosen} == {"rep", "adp", "shared"}
+
+
 def test_what_needs_no_sample_runs_whole(pytester):
     pytester.makeini("[pytest]\nmarkers = sampled")
     items = pytester.getitems(SOURCE)
     chosen = list(sampled(items))
-    others = [item for item in items if "test_on_two" not in item.name and "test_marked" not in item.name]
+    others = [item for item in items if item.originalname not in ("test_on_two", "test_marked", "test_of_one")]
     assert [item for item in chosen if item in others] == others
     assert len(others) == 10 * 2 + 4 + 1
     marked = [item.callspec.params for item in chosen if "test_marked" in item.name]
     assert len(marked) == 3
     assert {params["method"] for params in marked} == {"rep", "adp", "shared"}
     assert {params["trains"] for params in marked} == {False, True}
+    of_one = [item.callspec.params for item in chosen if item.originalname == "test_of_one"]
+    assert len({params["method"] for params in of_one}) == 1
+    assert sorted(params["trains"] for params in of_one) == [False, True]
     on_two = [item.callspec.params for item in chosen if "test_on_two" in item.name]
     assert len(on_two) == 4 < len(items) - len(others)
     assert {params["family"] for params in on_two} == {"bert", "gpt2", "llama", "t5"}

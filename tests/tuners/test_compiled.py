@@ -15,7 +15,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from tuners.families import logits, loss_of
 from tuners.matrix import base_of, options_for, wrapped
-from tuners.wrapped import config_for, every_method, trainable, trained
+from tuners.wrapped import config_for, one_method, trainable, trained
 
 from loretta import PeftModel, get_peft_model, hotswap_adapter, serving
 from loretta.layers import fused, stacks
@@ -189,8 +189,7 @@ def assert_same(compiled: Counted, model: PeftModel, inputs: dict[str, Tensor], 
     return answer
 
 
-@pytest.mark.sampled
-@every_method
+@one_method
 @every_mode
 def test_switching_compiles_once_for_each_adapter(method, trains):
     model, inputs = two_adapters(method)
@@ -201,8 +200,7 @@ def test_switching_compiles_once_for_each_adapter(method, trains):
     assert compiled.graphs == 2
 
 
-@pytest.mark.sampled
-@every_method
+@one_method
 @every_mode
 def test_two_active_adapters_have_each_their_own_scale(method, trains):
     """Their trains are equal, and are contracted as one group."""
@@ -215,7 +213,7 @@ def test_two_active_adapters_have_each_their_own_scale(method, trains):
     assert compiled.graphs == 1
 
 
-@every_method
+@one_method
 def test_disabling_compiles_once_more(method):
     model, inputs = small("mlp", method)
     compiled, base = Counted(model), base_of("mlp")[0]
@@ -226,8 +224,7 @@ def test_disabling_compiles_once_more(method):
     assert compiled.graphs == 2
 
 
-@pytest.mark.sampled
-@every_method
+@one_method
 @every_mode
 def test_other_models_and_other_threads_compile_nothing(method, trains):
     model, inputs = small("mlp", method)
@@ -240,8 +237,7 @@ def test_other_models_and_other_threads_compile_nothing(method, trains):
     assert compiled.graphs == 1
 
 
-@pytest.mark.sampled
-@every_method
+@one_method
 @every_mode
 def test_another_scale_compiles_nothing(method, trains, tmp_path):
     option = "lora_alpha" if method != "adp" else "scaling"
@@ -268,7 +264,7 @@ def test_another_scale_compiles_nothing(method, trains, tmp_path):
         assert len([name for name in compiled.inputs if "scal" in name]) <= len(sizes) < len(layers)
 
 
-@every_method
+@one_method
 def test_what_is_compiled_while_serving_holds_the_contraction(method):
     model, inputs = small("mlp", method)
     compiled = Counted(model)
@@ -299,7 +295,7 @@ class Breaking(nn.Module):
 
 
 @warned_of_by_dynamo
-@every_method
+@one_method
 def test_a_graph_that_breaks_leaves_nothing_for_other_threads(method):
     options = {"target_modules": ["one", "two"], "tensor_rank": 2}
     model, x = trained(get_peft_model(Breaking(), config_for(method, **options))), torch.ones(3, 12)
@@ -318,7 +314,7 @@ def test_a_graph_that_breaks_leaves_nothing_for_other_threads(method):
 
 
 @warned_of_by_dynamo
-@every_method
+@one_method
 def test_the_first_call_may_be_that_of_compiled_blocks(method):
     model, inputs = wrapped("llama", method, base={"use_cache": False}, train_norms=False)
     model.enable_input_require_grads()
@@ -330,7 +326,7 @@ def test_the_first_call_may_be_that_of_compiled_blocks(method):
 
 
 @warned_of_by_dynamo
-@every_method
+@one_method
 def test_compiled_blocks_share_their_graphs(method):
     """As regional compilation has it: a block contracts its own trains, and its graph serves the others too.
 

@@ -13,6 +13,7 @@ from loretta.tuners.shared import SharedLinear
 
 CONFIGS = {"rep": LorettaRepConfig, "adp": LorettaAdpConfig, "shared": LorettaSharedConfig}
 every_method = pytest.mark.parametrize("method", CONFIGS)
+one_method = lambda test: pytest.mark.sampled("method")(every_method(test))  # noqa: E731  for tests that compile
 own_trains = pytest.mark.parametrize("method", ["rep", "adp"])  # those that give every module trains of its own
 
 
