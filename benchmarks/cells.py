@@ -55,7 +55,7 @@ class Cell:
 
     @property
     def file(self) -> str:
-        beyond = [f"{self.rates[0]:g}"] if len(self.rates) == 1 and self.part == "front" else []
+        beyond = [f"{self.rates[0]:g}"] if len(self.rates) == 1 and self.part in ("front", "rates") else []
         beyond += [f"from-{self.seeds[0]}"] if self.seeds[0] else []
         return "-".join([self.part, self.task, *self.method.replace("+", "and").replace("/", " of ").split(), *beyond])
 
@@ -120,13 +120,14 @@ def cells_beyond(rows: Sequence[Row], seeds: int = 0) -> list[Cell]:
     for row in rows:
         if len(row["seeds"]) < seeds:
             continue
-        if row["part"] == "front" and row["method"] in METHODS and at_edge(row):
+        if row["part"] in ("front", "rates") and row["method"] in METHODS and at_edge(row):
             rate, rates = float(best_rate(row)), [float(rate) for rate in row["held_out"]]
             rate = float(f"{rate * 2 if rate == max(rates) else rate / 2:.3g}")
             found.append(
                 Cell(
                     task=row["task"],
                     method=row["method"],
+                    part=row["part"],
                     rates=(rate,),
                     seeds=tuple(row["seeds"]),
                     epochs=row["epochs"],

@@ -271,6 +271,6 @@ def tuned(rate: float) -> float:
 
 def ruled_peaks(model: str) -> list[float]:
     """The peaks of LoRA, shared and compact at all ranks, where one learning rate is to serve them all."""
-    ruled = re.compile(r"(?:LoRA|shared) r=1|compact|(?:LoRA|shared)\^0\.5 r=\d+|compact cores\^1 r=\d+")
+    ruled = re.compile(r"(?:LoRA|shared) r=1|compact|(?:LoRA|shared)\^0\.75 r=\d+|compact cores\^1 r=\d+")
     found = [line for line in lines(CHOOSING, "rates") if "peak" in line.cells and line.cells["model"] == model]
     return [number(line.cells["peak"]) for line in found if ruled.fullmatch(line.cells["form"])]

@@ -315,7 +315,7 @@ GROUPS: dict[str, list[str]] = {
     "claimed_long": ["LoRA r=8", "adp + norms", "rep + norms", "compact + norms"],
     "long": [
         "LoRA r=8", "compact + norms", "adapters b=64", "rep + norms", "adp + norms", "shared r=4 + norms", "LoRA r=1",
-        "norms",
+        "norms", FULL,
     ],
 }  # fmt: skip
 

@@ -6,7 +6,7 @@ from statistics import mean
 import pandas as pd
 from board import Board, Row, markdown, paired, signed, words
 from methods import GROUPS
-from protocol import best_rate, by_seed, chosen, mean_by_seed
+from protocol import at_edge, best_rate, by_seed, chosen, mean_by_seed
 from verdicts import MODELS
 
 NONE = "Not measured yet.\n"
@@ -24,17 +24,18 @@ def rates_table(found: Sequence[Row]) -> str:
         scores = {rate: [s for s in row["held_out"][rate] if s is not None] for rate in row["held_out"]}
         cells = [f"{mean(scores[rate]):.3f}" if scores.get(rate) else "" for rate in rates]
         model = MODELS[row["model"]].partition(" ")[0]
-        lines.append([row["method"], model, row["task"], f"{row['trained']:,}", *cells, f"{peak(row):.2g}"])
+        top = f"{edge(row)} {peak(row):.2g}".strip()
+        lines.append([row["method"], model, row["task"], f"{row['trained']:,}", *cells, top])
     columns = ["form", "model", "task", "trained", *[f"{float(rate):g}" for rate in rates], "peak"]
     return f"{peaks_table(some)}\n\n{markdown(lines, columns, left=3)}"
 
 
 def peaks_table(some: Sequence[Row]) -> str:
     """By what factor the best rate of each form moves over its ranks; at rank 1 every scale is that of the form."""
-    peaks: dict[tuple[str, str], list[float]] = {}
+    peaks: dict[tuple[str, str], list[tuple[float, str]]] = {}
     for row in some:
         name = row["method"].split(" r=")[0]
-        peaks.setdefault((MODELS[row["model"]].partition(" ")[0], name), []).append(peak(row))
+        peaks.setdefault((MODELS[row["model"]].partition(" ")[0], name), []).append((peak(row), edge(row)))
     for row in some:
         form, _, rank = row["method"].partition(" r=")
         for (model, name), of in peaks.items():
@@ -43,14 +44,22 @@ def peaks_table(some: Sequence[Row]) -> str:
                 and rank in ("", "1")
                 and MODELS[row["model"]].startswith(f"{model} ")
             ):
-                of.append(peak(row))
+                of.append((peak(row), edge(row)))
     models = list(dict.fromkeys(model for model, _ in peaks))
     lines = []
     for name in dict.fromkeys(name for _, name in peaks):
         moved = [peaks.get((model, name), []) for model in models]
         if any(of[1:] for of in moved):
-            lines.append([name, *(f"{max(of) / min(of):.1f}" if of[1:] else "" for of in moved)])
+            lines.append([name, *(moved_by(of) if of[1:] else "" for of in moved)])
     return markdown(lines, ["the peak moves over the ranks by a factor of", *models]) if lines else ""
+
+
+def moved_by(peaks: Sequence[tuple[float, str]]) -> str:
+    """The factor between the highest and the lowest peak; one at the edge of its grid may lie further out."""
+    (low, below), (high, above) = min(peaks), max(peaks)
+    if below == "≥" or above == "≤":
+        return "at an edge"
+    return f"{'≥ ' if below or above else ''}{high / low:.1f}"
 
 
 RANKED = {"LoRA": "LoRA", "shared": "shared", "compact": "compact", "compact cores^1": "compact with `even_rates`"}
@@ -134,6 +143,13 @@ def at_rate(cells: Sequence[Row], rate: str) -> pd.Series | None:
     if not all(rate in row["held_out"] for row in cells):
         return None
     return mean_by_seed([by_seed(row, row["held_out"][rate]).fillna(0.0) for row in cells])
+
+
+def edge(row: Row) -> str:
+    """Which way the peak may lie beyond the rates that were run: "≥", "≤", or "" for one within them."""
+    if not at_edge(row):
+        return ""
+    return "≥" if best_rate(row) == max(row["held_out"], key=float) else "≤"
 
 
 def peak(row: Row) -> float:

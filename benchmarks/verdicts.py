@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 
 from board import Board, Row, Scores, markdown, paired, signed, verdict, words
 from protocol import CONSTANT, SEEN, TASKS, best_rate, by_seed, interval, mean_by_seed
@@ -47,7 +48,14 @@ def claims(found: Sequence[Row]) -> str:
             cells.append(OPEN if gap is None else said(gap, 0.0 if strictly else MARGIN, strictly=strictly))
         lines.append([claim, *cells])
     for claim, make in (
-        ("compact, adp and rep with norms are as good as LoRA r=8 on QNLI, MNLI and QQP (Table 1)", _on_larger),
+        (
+            "adp and rep with norms are as good as LoRA r=8 on QNLI, MNLI and QQP (Table 1)",
+            partial(_on_larger, forms=("adp + norms", "rep + norms")),
+        ),
+        (
+            "not the paper's: compact with norms is as good as LoRA r=8 on QNLI, MNLI and QQP",
+            partial(_on_larger, forms=("compact + norms",)),
+        ),
         ("adp and rep keep more of three tasks learned in turn than LoRA r=8 (Table 4)", _kept),
         ("adp and rep keep more of other texts than LoRA r=8, after SST-2 and CB by words", _read),
         ("the held-out loss of adp and rep rises less than LoRA r=8's in 30 epochs (Figure 4)", _risen),
@@ -67,12 +75,14 @@ def claims(found: Sequence[Row]) -> str:
     return f"{counts}\n\n" + markdown(lines, ["claim", *(shown.partition(" ")[0] for shown in MODELS.values())], left=4)
 
 
-def _on_larger(found: Sequence[Row], model: str) -> str:
-    """What is said of three forms in the mean of the tasks whose texts the encoders have met."""
+def _on_larger(found: Sequence[Row], model: str, forms: Sequence[str]) -> str:
+    """What is said of some forms in the mean of the tasks whose texts the encoders have met."""
     board = Board(found, model, "official", SEEN)
-    gaps = {name: board.gap(name, "LoRA r=8") for name in ("compact + norms", "adp + norms", "rep + norms")}
+    gaps = {name: board.gap(name, "LoRA r=8") for name in forms}
     told = [
-        f"{name.partition(' ')[0]} {said(gap, MARGIN, strictly=False)}" for name, gap in gaps.items() if gap is not None
+        f"{name.partition(' ')[0] + ' ' if forms[1:] else ''}{said(gap, MARGIN, strictly=False)}"
+        for name, gap in gaps.items()
+        if gap is not None
     ]
     return ", ".join(told) or ("" if model.startswith("SmolLM2") else OPEN)
 

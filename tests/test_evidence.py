@@ -147,7 +147,9 @@ def test_a_grid_goes_on_beyond_a_best_rate_at_its_edge():
     row = {**ROW, "part": "front", "task": "cola", "method": "LoRA r=1", "model": "m", "seeds": [0, 1], "epochs": 5}
     assert cells.cells_beyond([row]) == []
     (cell,) = cells.cells_beyond([{**row, "metric": "loss"}])
-    assert cell.rates == (0.0005,)
+    assert (cell.part, cell.rates) == ("front", (0.0005,))
+    (cell,) = cells.cells_beyond([{**row, "metric": "loss", "part": "rates"}])
+    assert (cell.part, cell.rates, cell.file) == ("rates", (0.0005,), "rates-cola-LoRA-r=1-0.0005")
     later = {**row, "held_out": {"0.0005": [0.7, 0.7]}, "official": {"0.0005": [0.6, 0.6]}, "rates": [0.0005]}
     more = {"curve": {}, "train_loss": {}, "seconds": 1, "command": "c", "versions": {"torch": "2.11"}}
     found = cells.joined([{**row, **more, "rates": [0.001, 0.002, 0.004]}], lambda: {**later, **more})
@@ -202,11 +204,16 @@ def test_the_peak_of_a_form_moves_by_the_factor_between_its_ranks():
     scores = {"0.001": [0.1], "0.002": [0.3], "0.004": [0.1]}
     rows = [
         {"part": "rates", "family": "LoRA", "model": "all-MiniLM-L6-v2", "task": "cola", "method": f"LoRA r={rank}",
-         "trained": rank, "held_out": {f"{float(rate) * 3 ** k:g}": some for rate, some in scores.items()}}
+         "metric": "mcc", "trained": rank,
+         "held_out": {f"{float(rate) * 3 ** k:g}": some for rate, some in scores.items()}}
         for k, rank in enumerate((1, 8))
     ]  # fmt: skip
     first, _, line, *_ = rates.rates_table(rows).splitlines()
     assert [part.strip() for part in (first + line).split("|") if part.strip()][1:] == ["MiniLM", "LoRA", "3.0"]
+    rising = {**rows[0], "held_out": {"0.001": [0.1], "0.002": [0.2], "0.004": [0.3]}}
+    assert rates.moved_by([(rates.peak(row), rates.edge(row)) for row in (rows[0], rising)]) == "≥ 2.0"
+    assert rates.moved_by([(rates.peak(row), rates.edge(row)) for row in (rising, rising)]) == "at an edge"
+    assert "≥ 0.004" in rates.rates_table([*rows, rising])
 
 
 def test_a_member_that_diverged_counts_nothing_at_its_rate():

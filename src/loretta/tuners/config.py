@@ -226,7 +226,8 @@ class LorettaUpdateConfig(LorettaConfig):
     """What rep and shared have in common: an update of a linear layer's weight, scaled as LoRA's is.
 
     Args:
-        lora_alpha: the update is scaled by ``lora_alpha / tensor_rank``.
+        lora_alpha: the update is scaled by ``lora_alpha / tensor_rank``. With ``2 * tensor_rank**0.25`` one learning
+            rate serves LoRA and shared trains of every rank (docs/choosing.md, One learning rate).
         use_rslora: scale by ``lora_alpha / sqrt(tensor_rank)`` instead.
         lora_dropout: dropout on the input of the update.
         alpha_pattern: ``lora_alpha`` for single modules, as ``rank_pattern``.
