@@ -17,18 +17,22 @@ from loretta.training.run import train
 from loretta.training.trainer import TwoRateTrainer
 
 
+# three evaluations, with a checkpoint at each
+OPTIONS = {"max_steps": 9, "eval_steps": 3, "select_by": "loss"}
+
+
 @pytest.fixture(scope="module")
 def whole(bert, reviews, tmp_path_factory):
     """The run that nobody stopped."""
-    return train(config_for(bert, reviews, tmp_path_factory.mktemp("whole") / "run", epochs=3, select_by="loss"))
+    return train(config_for(bert, reviews, tmp_path_factory.mktemp("whole") / "run", **OPTIONS))
 
 
 @pytest.fixture(scope="module")
 def stopped(bert, reviews, tmp_path_factory):
     """The config of a run that was stopped behind its second evaluation, and a copy of its folder."""
     folder = tmp_path_factory.mktemp("stopped")
-    config = config_for(bert, reviews, folder / "cut", epochs=3, select_by="loss")
-    with stopping_behind(20, signal.SIGTERM), pytest.raises(Stopped):
+    config = config_for(bert, reviews, folder / "cut", **OPTIONS)
+    with stopping_behind(6, signal.SIGTERM), pytest.raises(Stopped):
         train(config)
     return config, shutil.copytree(folder / "cut", folder / "kept")
 
@@ -38,7 +42,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_whole_one_before_it_taken(dam
     config, kept = stopped
     shutil.rmtree(config.folder)
     shutil.copytree(kept, config.folder)
-    newest = config.folder / "checkpoints" / "checkpoint-20"
+    newest = config.folder / "checkpoints" / "checkpoint-6"
     file = newest / "optimizer.pt"
     content = file.read_bytes()
     if damage == "a flipped byte":
@@ -52,9 +56,9 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_whole_one_before_it_taken(dam
     left = {path.name for path in newest.iterdir()}
     resumed = train(config, resume=True)
     assert resumed.history == whole.history
-    assert "going on from step 10" in caplog.text
-    assert "set aside as 'broken-checkpoint-20'" in caplog.text
-    assert {path.name for path in newest.with_name("broken-checkpoint-20").iterdir()} == left
+    assert "going on from step 3" in caplog.text
+    assert "set aside as 'broken-checkpoint-6'" in caplog.text
+    assert {path.name for path in newest.with_name("broken-checkpoint-6").iterdir()} == left
 
 
 def test_a_folder_that_is_gone_is_one_sentence(bert, reviews, tmp_path, monkeypatch):
@@ -62,13 +66,13 @@ def test_a_folder_that_is_gone_is_one_sentence(bert, reviews, tmp_path, monkeypa
     original = TwoRateTrainer.training_step
 
     def vanish(self, *args, **kwargs):
-        if self.state.global_step == 14:
+        if self.state.global_step == 4:
             shutil.rmtree(tmp_path / "run")
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(TwoRateTrainer, "training_step", vanish)
-    with pytest.raises(Stopped, match=r"cannot write a checkpoint at step 20 .*No such file or directory") as stopped:
-        train(config_for(bert, reviews, tmp_path / "run", epochs=2))
+    with pytest.raises(Stopped, match=r"cannot write a checkpoint at step 6 .*No such file or directory") as stopped:
+        train(config_for(bert, reviews, tmp_path / "run", **OPTIONS))
     assert stopped.value.exit_status == 74
 
 
@@ -85,10 +89,10 @@ def as_an_earlier_version(folder):
 
 @pytest.fixture(scope="module")
 def earlier(bert, reviews, tmp_path_factory):
-    """A run of an earlier version that was killed at step 20 of 30, with checkpoints at 10 and 20."""
+    """A run of an earlier version that was killed at step 6 of 9, with checkpoints at 3 and 6."""
     folder = tmp_path_factory.mktemp("earlier") / "run"
-    with stopping_behind(20, signal.SIGTERM), pytest.raises(Stopped):
-        train(config_for(bert, reviews, folder, epochs=3, select_by="loss"))
+    with stopping_behind(6, signal.SIGTERM), pytest.raises(Stopped):
+        train(config_for(bert, reviews, folder, **OPTIONS))
     as_an_earlier_version(folder)
     return folder
 
@@ -103,22 +107,22 @@ def test_a_run_of_a_version_without_lists_goes_on_and_keeps_its_files(earlier, w
     (folder / "adapter").mkdir()  # as a kill left it, in the write of the result
     (folder / "adapter" / "adapter_model.safetensors").write_bytes(b"half")
     before = content(folder)
-    resumed = train(config_for(bert, reviews, folder, epochs=3, select_by="loss"), resume=True)
+    resumed = train(config_for(bert, reviews, folder, **OPTIONS), resume=True)
     assert resumed.history == whole.history
-    assert "going on from step 20" in caplog.text
+    assert "going on from step 6" in caplog.text
     after = content(folder)
     half = next(path for path in before if path.parts[0] == "adapter")
     assert after["broken-adapter" / half.relative_to("adapter")] == before.pop(half)
     assert {path: after[path] for path in before} == before
     # killed once more, as its result was moved to its place
     (folder / "run.json").unlink()
-    assert train(config_for(bert, reviews, folder, epochs=3, select_by="loss"), resume=True).history == whole.history
+    assert train(config_for(bert, reviews, folder, **OPTIONS), resume=True).history == whole.history
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors"])
 def test_a_checkpoint_without_a_list_must_open(name, earlier, tmp_path):
-    checkpoint = tmp_path / "checkpoint-20"
-    shutil.copytree(earlier / "checkpoints" / "checkpoint-20", checkpoint)
+    checkpoint = tmp_path / "checkpoint-6"
+    shutil.copytree(earlier / "checkpoints" / "checkpoint-6", checkpoint)
     assert can_be_read(checkpoint)
     file = checkpoint / name
     whole = file.read_bytes()
@@ -137,16 +141,16 @@ def test_a_checkpoint_without_a_list_must_open(name, earlier, tmp_path):
 def test_a_half_written_checkpoint_of_an_earlier_version_is_set_aside(earlier, bert, reviews, tmp_path, caplog):
     folder = tmp_path / "run"
     shutil.copytree(earlier, folder)
-    os.truncate(folder / "checkpoints" / "checkpoint-20" / "optimizer.pt", 900)
-    train(config_for(bert, reviews, folder, epochs=3, select_by="loss"), resume=True)
-    assert "going on from step 10" in caplog.text
-    assert (folder / "checkpoints" / "broken-checkpoint-20").is_dir()
+    os.truncate(folder / "checkpoints" / "checkpoint-6" / "optimizer.pt", 900)
+    train(config_for(bert, reviews, folder, **OPTIONS), resume=True)
+    assert "going on from step 3" in caplog.text
+    assert (folder / "checkpoints" / "broken-checkpoint-6").is_dir()
 
 
 def test_an_optimizer_with_other_groups_of_parameters_is_one_sentence(bert, reviews, tmp_path):
     """An earlier version put what decays and what does not into one group, beside that of the final layer."""
-    config = config_for(bert, reviews, tmp_path / "run", epochs=3, head_learning_rate=1e-2)
-    with stopping_behind(20, signal.SIGTERM), pytest.raises(Stopped):
+    config = config_for(bert, reviews, tmp_path / "run", **OPTIONS, head_learning_rate=1e-2)
+    with stopping_behind(6, signal.SIGTERM), pytest.raises(Stopped):
         train(config)
     as_an_earlier_version(tmp_path / "run")
     for file in (tmp_path / "run").rglob("optimizer.pt"):
@@ -156,7 +160,7 @@ def test_an_optimizer_with_other_groups_of_parameters_is_one_sentence(bert, revi
         state["param_groups"] = [{**first, "params": first["params"] + others[0]["params"]}, *others[1:]]
         torch.save(state, file)
     before = content(tmp_path / "run")
-    with pytest.raises(InputError, match=r"cannot go on from .*checkpoint-20' .*go on with that version"):
+    with pytest.raises(InputError, match=r"cannot go on from .*checkpoint-6' .*go on with that version"):
         train(config, resume=True)
     after = content(tmp_path / "run")
     assert {path: after.get(path) for path in before} == before

@@ -101,7 +101,7 @@ def text(tmp_path_factory):
 
 @pytest.mark.parametrize("method", ON_LLAMA)
 def test_a_language_model_comes_back_as_it_was(method, llama, text, tmp_path):
-    options = {"model": llama, "data": text, "epochs": 1, "batch_size": 8, "max_length": 16, "cpu": True}
+    options = {"model": llama, "data": text, "max_steps": 3, "batch_size": 8, "max_length": 16, "cpu": True}
     given = {"budget": "3k"} if method == "auto" else {}
     record = train(RunConfig(**options, **given, method=method, output=str(tmp_path / "run")))
     assert record.kind == "language_modeling"
@@ -225,7 +225,7 @@ def test_the_head_policy_is_the_same_for_all_methods(method):
 def test_a_policy_trains_and_stays_frozen_when_a_checkpoint_is_loaded(bert, reviews, tmp_path):
     for method in ("lora", "prefix"):
         folder = tmp_path / method
-        config = config_for(bert, reviews, folder, method=method, head_policy="frozen", epochs=2, test=reviews)
+        config = config_for(bert, reviews, folder, method=method, head_policy="frozen", max_steps=2, test=reviews)
         record = train(config)
         assert record.parameters.head == 0
         loaded = load_run(folder, cpu=True)
@@ -239,7 +239,7 @@ def test_a_random_hidden_layer_is_saved_though_no_method_trains_it(bert, reviews
     sizes = AutoConfig.from_pretrained(bert).to_dict()
     BertForMaskedLM(BertConfig(**sizes)).save_pretrained(tmp_path / "base")
     load_tokenizer(bert).save_pretrained(tmp_path / "base")
-    config = config_for(str(tmp_path / "base"), reviews, tmp_path / "run", method="lora", epochs=1)
+    config = config_for(str(tmp_path / "base"), reviews, tmp_path / "run", method="lora", max_steps=2)
     record = train(config)
     saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert any("pooler.dense" in key for key in saved)
@@ -295,7 +295,7 @@ def test_a_run_starts_exactly_where_another_ended(method, bert, reviews, tmp_pat
 
 
 def test_a_start_that_does_not_fit_is_one_sentence(bert, other_bert, reviews, tmp_path):
-    first = config_for(bert, reviews, tmp_path / "first", method="lora", epochs=1)
+    first = config_for(bert, reviews, tmp_path / "first", method="lora", max_steps=1)
     train(first)
     base = first.model_copy(update={"output": str(tmp_path / "second"), "start_from": str(tmp_path / "first")})
     three = tmp_path / "three.csv"
@@ -315,7 +315,7 @@ def test_a_start_that_does_not_fit_is_one_sentence(bert, other_bert, reviews, tm
 
 
 def test_p_tuning_cannot_be_gone_on_with(bert, reviews, tmp_path):
-    first = config_for(bert, reviews, tmp_path / "first", method="p-tuning", epochs=1)
+    first = config_for(bert, reviews, tmp_path / "first", method="p-tuning", max_steps=1)
     train(first)
     then = {"output": str(tmp_path / "second"), "start_from": str(tmp_path / "first")}
     with pytest.raises(InputError, match="saves what its encoder gives out and not the encoder"):
@@ -324,8 +324,9 @@ def test_p_tuning_cannot_be_gone_on_with(bert, reviews, tmp_path):
 
 @pytest.mark.parametrize(("method", "policy"), [("ft", "full"), ("p-tuning", "full"), ("bitfit", "frozen")])
 def test_a_stopped_run_resumes_to_the_same_end(method, policy, bert, reviews, tmp_path):
-    whole = train(config_for(bert, reviews, tmp_path / "whole", method=method, epochs=3, head_policy=policy))
-    config = config_for(bert, reviews, tmp_path / "cut", method=method, epochs=3, head_policy=policy)
+    options = {"method": method, "epochs": 3, "limit": 24, "head_policy": policy}  # epochs of three steps
+    whole = train(config_for(bert, reviews, tmp_path / "whole", **options))
+    config = config_for(bert, reviews, tmp_path / "cut", **options)
 
     with interrupted_at_epoch(2), pytest.raises(KeyboardInterrupt):
         train(config)
@@ -385,7 +386,7 @@ def test_a_prefix_needs_past_keys():
 
 
 def test_records_without_a_kind_are_understood(bert, reviews, tmp_path):
-    record = train(config_for(bert, reviews, tmp_path / "run", epochs=1))
+    record = train(config_for(bert, reviews, tmp_path / "run", max_steps=1))
     path = tmp_path / "run" / "run.json"
     raw = json.loads(path.read_text())
     for key in ("kind", "selected_by"):

@@ -171,12 +171,12 @@ def test_an_answer_ends_with_its_line(speller, prompted, tmp_path):
     [("sst2", "choice", "accuracy"), ("copa", "choice", "accuracy"), ("squad", "generation", "f1")],
 )
 def test_a_prompted_run_comes_back_as_it_was(task, kind, metric, speller, prompted, tmp_path):
-    record = train(config_for(speller, task, prompted, tmp_path / "run", epochs=3))
+    record = train(config_for(speller, task, prompted, tmp_path / "run", eval_steps=2, max_steps=6))
     assert record == RunRecord.load(tmp_path / "run" / "run.json")
     assert (record.kind, record.metric, record.selected_by) == (kind, metric, "loss")
     assert record.sizes == {"train": 12, "validation": 6, "test": 5}
     losses = {p.step: p.values["loss"] for p in record.history if p.split == "validation"}
-    assert list(losses) == [6, 12, 18]
+    assert list(losses) == [2, 4, 6]
     assert record.best_step == min(losses, key=losses.__getitem__)
     assert record.validation["loss"] == pytest.approx(losses[record.best_step], rel=1e-6)
     assert metric in record.validation
@@ -200,14 +200,14 @@ def test_all_splits_are_scored_in_the_precision_of_the_training(speller, prompte
         return scores(*args, **kwargs)
 
     monkeypatch.setattr(prompting, "option_scores", note)
-    record = train(config_for(speller, "sst2", prompted, tmp_path, method="ft", dtype="bfloat16", epochs=1))
+    record = train(config_for(speller, "sst2", prompted, tmp_path, method="ft", dtype="bfloat16", max_steps=2))
     assert seen == [True, True]
     assert not record.config["bf16"]
 
 
 @pytest.mark.parametrize("options", [{"bf16": True}, {"method": "ft", "dtype": "bfloat16"}])
 def test_a_run_goes_on_with_text_in_the_precision_of_the_training(options, speller, prompted, tmp_path):
-    train(config_for(speller, "sst2", prompted, tmp_path, epochs=1, **options))
+    train(config_for(speller, "sst2", prompted, tmp_path, max_steps=1, **options))
     run, seen = load_run(tmp_path, cpu=True), []
     run.model.get_output_embeddings().register_forward_hook(lambda module, args, out: seen.append(out.dtype))
     predict(run, [["It is"]])
@@ -223,7 +223,7 @@ def test_training_lowers_the_loss(speller, prompted, tmp_path):
 
 
 def test_the_metric_may_choose_the_checkpoint(speller, prompted, tmp_path):
-    record = train(config_for(speller, "squad", prompted, tmp_path / "run", select_by="metric"))
+    record = train(config_for(speller, "squad", prompted, tmp_path / "run", select_by="metric", max_steps=4, eval_steps=2))
     scores = {p.step: p.values["f1"] for p in record.history if p.split == "validation"}
     assert record.selected_by == "metric"
     assert scores[record.best_step] == max(scores.values())
@@ -231,8 +231,9 @@ def test_the_metric_may_choose_the_checkpoint(speller, prompted, tmp_path):
 
 @pytest.mark.parametrize("method", ["loretta_adp", "p-tuning", "ft"])
 def test_a_killed_prompted_run_resumes_to_the_same_end(method, speller, prompted, tmp_path):
-    whole = train(config_for(speller, "copa", prompted, tmp_path / "whole", method=method))
-    config = config_for(speller, "copa", prompted, tmp_path / "cut", method=method)
+    options = {"method": method, "batch_size": 4}  # epochs of three steps
+    whole = train(config_for(speller, "copa", prompted, tmp_path / "whole", **options))
+    config = config_for(speller, "copa", prompted, tmp_path / "cut", **options)
 
     with interrupted_at_epoch(1), pytest.raises(KeyboardInterrupt):
         train(config)
@@ -276,7 +277,7 @@ def test_an_encoder_cannot_go_on_with_a_prompt(bert, prompted, tmp_path):
 
 
 def test_a_run_of_labels_is_not_scored_on_prompts(bert, reviews, speller, prompted, tmp_path):
-    config = config_for(speller, "copa", prompted, tmp_path / "run", epochs=1)
+    config = config_for(speller, "copa", prompted, tmp_path / "run", max_steps=1)
     labels = {"text": "review", "label": "mood", "data": reviews, "data_dir": None, "sample": {}}
     train(config.model_copy(update={**labels, "model": bert}))
     task = load_config_task(config)

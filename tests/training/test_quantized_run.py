@@ -30,7 +30,7 @@ every_form = pytest.mark.parametrize(
 def config(model, data, folder, **changes):
     options = {"model": model, "data": data, "text": "review", "label": "mood", "output": str(folder), "cpu": True}
     options |= {
-        "epochs": 2,
+        "max_steps": 4,
         "batch_size": 8,
         "max_length": 16,
         "learning_rate": 5e-2,
@@ -39,12 +39,17 @@ def config(model, data, folder, **changes):
     return read_config(None, options | changes)
 
 
+@pytest.fixture(scope="module")
+def plain(bert, reviews, tmp_path_factory):
+    """The record of a run whose base is in float32."""
+    return train(config(bert, reviews, tmp_path_factory.mktemp("plain") / "run", max_steps=1))
+
+
 @every_form
-def test_a_run_is_recorded_and_loads_its_base_quantized_again(bert, reviews, tmp_path, quantize):
+def test_a_run_is_recorded_and_loads_its_base_quantized_again(bert, reviews, plain, tmp_path, quantize):
     options = config(bert, reviews, tmp_path / quantize, quantize=quantize)
     record = train(options)
     assert json.loads((tmp_path / quantize / "run.json").read_text())["config"]["quantize"] == quantize
-    plain = train(config(bert, reviews, tmp_path / "plain", epochs=0.1))
     assert record.parameters == plain.parameters
     run = load_run(tmp_path / quantize, cpu=True)
     assert run.model.base_model.model.is_quantized
