@@ -1,9 +1,10 @@
-"""Which cases of a numeric test over families of models, or one marked `sampled`, run without LORETTA_TEST_WIDE.
+"""Which cases of a numeric test over families or methods, or one marked `sampled`, run without LORETTA_TEST_WIDE.
 
 The 27 cases of three methods on nine families differ little. A sample of them has every value of every parameter, and
 every method on two families at least. The name of the test chooses the sample: the next test has another, so that the
 tests together meet all pairs. A mark that names a parameter, as `sampled("method")` of a test that compiles for each
-case, leaves one value of it. The cells of `make test-matrix` run all cases of the same tests.
+case, leaves one value of it. `sampled(apart=True)` is for a list of all pairs that there can be, where nobody chose
+any. The cells of `make test-matrix` run all cases of the same tests.
 """
 
 import hashlib
@@ -46,8 +47,8 @@ def sampled(items: Sequence[pytest.Item]) -> Iterator[pytest.Item]:
         mark = cases[0].get_closest_marker("sampled")
         for name in mark.args if mark else ():
             cases = _of_one_value(test, cases, name)
-        values = [_values(case) for case in cases]
-        whole = not all("family" in case for case in values) and mark is None
+        values = [_values(case, apart=mark is not None and mark.kwargs.get("apart", False)) for case in cases]
+        whole = not all({"family", "method"} & case.keys() for case in values) and mark is None
         yield from cases if whole else (cases[k] for k in sample(test, values))
 
 
@@ -59,8 +60,11 @@ def _of_one_value(test: str, cases: Sequence[pytest.Item], name: str) -> list[py
     return [case for case, value in zip(cases, values, strict=True) if value == chosen]
 
 
-def _values(item: pytest.Item) -> Values:
-    """By each ``parametrize`` of the test, whose names may be several; the method and the family also by themselves."""
+def _values(item: pytest.Item, *, apart: bool) -> Values:
+    """By each ``parametrize`` of the test, whose names may be several; the method and the family also by themselves.
+
+    Several names together are one parameter, whose values somebody chose, unless they are to be taken ``apart``.
+    """
     if not isinstance(item, pytest.Function) or not hasattr(item, "callspec"):
         return {}
     params = item.callspec.params
@@ -68,5 +72,7 @@ def _values(item: pytest.Item) -> Values:
     values: dict[str, object] = {name: id(value) for name, value in params.items()}
     for mark in item.iter_markers("parametrize"):
         names = mark.args[0].replace(" ", "").split(",") if isinstance(mark.args[0], str) else mark.args[0]
+        if apart and len(names) > 1:
+            continue
         values[",".join(names)] = tuple(id(params[name]) for name in names)
     return values | {name: params[name] for name in ("method", "family") if isinstance(params.get(name), str)}

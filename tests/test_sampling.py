@@ -21,10 +21,20 @@ def test_on_two(family, method, options):
 def test_without_families(number, dtype):
     pass
 
-@pytest.mark.sampled
 @pytest.mark.parametrize("trains", [False, True])
 @pytest.mark.parametrize("method", ["rep", "adp", "shared"])
-def test_marked(method, trains):
+def test_of_methods(method, trains):
+    pass
+
+@pytest.mark.sampled
+@pytest.mark.parametrize("trains", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_marked(size, trains):
+    pass
+
+@pytest.mark.sampled(apart=True)
+@pytest.mark.parametrize(("size", "trains"), [(1, False), (1, True), (2, False), (2, True), (3, False)])
+def test_of_pairs(size, trains):
     pass
 
 @pytest.mark.sampled("method")
@@ -40,6 +50,8 @@ def test_on_each_family(family):
 def test_without_parameters():
     pass
 """
+
+SAMPLED = ("test_on_two", "test_of_methods", "test_marked", "test_of_pairs", "test_of_one")
 
 
 @pytest.mark.parametrize("cases", [GRID, [case for case in GRID if case["method"] != "adp" or case["family"] == "t5"]])
@@ -75,13 +87,18 @@ def test_what_needs_no_sample_runs_whole(pytester):
     pytester.makeini("[pytest]\nmarkers = sampled")
     items = pytester.getitems(SOURCE)
     chosen = list(sampled(items))
-    others = [item for item in items if item.originalname not in ("test_on_two", "test_marked", "test_of_one")]
+    others = [item for item in items if item.originalname not in SAMPLED]
     assert [item for item in chosen if item in others] == others
     assert len(others) == 10 * 2 + 4 + 1
-    marked = [item.callspec.params for item in chosen if "test_marked" in item.name]
-    assert len(marked) == 3
-    assert {params["method"] for params in marked} == {"rep", "adp", "shared"}
-    assert {params["trains"] for params in marked} == {False, True}
+    for name, parameter, values in (
+        ("test_of_methods", "method", {"rep", "adp", "shared"}),
+        ("test_marked", "size", {1, 2, 3}),
+        ("test_of_pairs", "size", {1, 2, 3}),
+    ):
+        params = [item.callspec.params for item in chosen if item.originalname == name]
+        assert len(params) == 3
+        assert {each[parameter] for each in params} == values
+        assert {each["trains"] for each in params} == {False, True}
     of_one = [item.callspec.params for item in chosen if item.originalname == "test_of_one"]
     assert len({params["method"] for params in of_one}) == 1
     assert sorted(params["trains"] for params in of_one) == [False, True]

@@ -139,7 +139,8 @@ def test_runs_are_listed_shown_and_compared(bert, data_dir, capsys, tmp_path):
 
 def test_compare_answers_on_the_users_own_data(bert, reviews, capsys, tmp_path):
     columns = ["--data", reviews, "--text", "review", "--label", "mood", "--model", bert, "--cpu", "--jobs", 0]
-    narrow = ["--methods", "loretta_rep,ia3", "--ranks", "2,5", "--seeds", 2, "--set", "epochs=1", "--set", "limit=32", "-o", tmp_path]
+    short = ["--seeds", 2, "--set", "epochs=1", "--set", "limit=32"]
+    narrow = ["--methods", "loretta_rep,ia3", "--ranks", "2,5", *short, "-o", tmp_path]
     status, out, _ = call(capsys, "compare", *columns, *narrow)
     assert status == 0
     assert "loretta_rep, rank 5" in out

@@ -49,9 +49,9 @@ def test_a_finished_run_is_trained_on_with_more_epochs(bert, reviews, capsys, tm
 
 def test_nothing_goes_on_from_the_checkpoints_of_a_run_that_was_replaced(bert, reviews, capsys, tmp_path):
     folder = tmp_path / "run"
-    assert call(capsys, *train_arguments(bert, reviews, folder, "--set", "max_steps=4", "--set", "eval_steps=2"))[0] == 0
-    assert call(capsys, *train_arguments(bert, reviews, folder, "--set", "max_steps=3", "--overwrite"))[0] == 0
-    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["checkpoint-3"]
+    assert call(capsys, *train_arguments(bert, reviews, folder, "--set", "epochs=2", "--set", "limit=24"))[0] == 0
+    assert call(capsys, *train_arguments(bert, reviews, folder, "--set", "max_steps=2", "--overwrite"))[0] == 0
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["checkpoint-2"]
 
 
 @pytest.mark.parametrize(

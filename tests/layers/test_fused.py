@@ -1,6 +1,7 @@
 """The fused kernels against their plain twins in float64. Without a GPU they run in Triton's interpreter."""
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -41,12 +42,13 @@ BOTTLENECKS = [
 ]
 
 
-def cases(sizes: list[tuple[int, ...]]) -> pytest.MarkDecorator:
+def cases(sizes: list[tuple[int, ...]]) -> Callable:
     """Every size in float32, and every other one in the other dtypes: the interpreter is slow on large ones."""
     pairs = [
         (size, dtype) for dtype in DTYPES for size in sizes[:: 1 if dtype == torch.float32 or DEVICE == "cuda" else 2]
     ]
-    return pytest.mark.parametrize(("size", "dtype"), pairs, ids=str)
+    every = pytest.mark.parametrize(("size", "dtype"), pairs, ids=str)
+    return lambda test: pytest.mark.sampled(apart=True)(every(test))
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,6 @@ from loretta.training.checkpoints import can_be_read
 from loretta.training.run import train
 from loretta.training.trainer import TwoRateTrainer
 
-
 # three evaluations, with a checkpoint at each
 OPTIONS = {"max_steps": 9, "eval_steps": 3, "select_by": "loss"}
 

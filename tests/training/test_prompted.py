@@ -223,7 +223,8 @@ def test_training_lowers_the_loss(speller, prompted, tmp_path):
 
 
 def test_the_metric_may_choose_the_checkpoint(speller, prompted, tmp_path):
-    record = train(config_for(speller, "squad", prompted, tmp_path / "run", select_by="metric", max_steps=4, eval_steps=2))
+    options = {"select_by": "metric", "max_steps": 4, "eval_steps": 2}
+    record = train(config_for(speller, "squad", prompted, tmp_path / "run", **options))
     scores = {p.step: p.values["f1"] for p in record.history if p.split == "validation"}
     assert record.selected_by == "metric"
     assert scores[record.best_step] == max(scores.values())

@@ -41,6 +41,7 @@ NORM_OF_NO_ROW = {("deberta-v2", "adp", True)}
 EVERY = [(f, m, norms) for f in OPTIONS for m in CONFIGS for norms in (True, False)]
 
 
+@pytest.mark.sampled(apart=True)
 @pytest.mark.parametrize(
     ("family", "method", "train_norms"), [case for case in EVERY if case not in NO_ROWS | NORM_OF_NO_ROW]
 )
