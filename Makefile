@@ -15,7 +15,7 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-# The scripts of examples/, each in a process of its own
+# The scripts of examples/ and what launchers start, each in a process of its own
 test-examples: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist worksteal -m examples
 

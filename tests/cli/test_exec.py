@@ -100,6 +100,7 @@ def test_a_program_that_is_not_there_is_one_sentence(arguments, words, capsys):
     assert err.count("\n") == 1
 
 
+@pytest.mark.examples  # launchers that import torch, in half a minute of a core
 @pytest.mark.parametrize(
     "launcher",
     [
