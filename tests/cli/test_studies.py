@@ -297,4 +297,4 @@ def test_a_dry_run_counts_the_head_that_the_users_data_need(kind, bert, llama, c
     table.write_text(table.read_text() + "one more,1\n")
     status, _, err = call(capsys, "compare", *own, *sets)
     assert (status, err.count("\n")) == (2, 1)
-    assert f"'{table}' has changed since" in err
+    assert f"'{table}' is not what it began with" in err

@@ -6,11 +6,15 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from commands import assert_refused, call
 from interrupts import stopping_behind
+from safetensors.torch import load_file, save_file
 from training_data import config_for
+from transformers import AutoModel
 
 from loretta.errors import InputError, Stopped
+from loretta.population.training import train_together
 from loretta.training.data import load_config_task
 from loretta.training.model import find_start
 from loretta.training.run import train
@@ -74,8 +78,54 @@ def test_other_data_under_the_old_name_and_another_name_are_refused(moved):
         train(config.model_copy(update={"model": str(moved / "other")}), resume=True)
     (moved / "other").rename(moved / "bert")
     (moved / "mine.csv").write_text((moved / "mine.csv").read_text().replace("bad", "dull"))
-    with pytest.raises(InputError, match=r"mine\.csv' has changed since the run began"):
+    with pytest.raises(InputError, match=r"mine\.csv' is not what the run began with"):
         train(config, resume=True)
+
+
+def change(model: Path) -> None:
+    """The weights as another training left them, under the same name."""
+    weights = load_file(model / "model.safetensors")
+    weights["encoder.layer.1.output.dense.weight"] *= 1.02
+    save_file(weights, model / "model.safetensors", {"format": "pt"})
+
+
+def test_another_model_under_the_same_name_is_refused_by_all_that_use_the_run(moved, capsys, tmp_path):
+    """It was taken for the one that the run was trained on, and the scores were wrong without a word."""
+    change(moved / "bert")
+    model = ["--model", moved / "bert"]
+    status, _, err = call(capsys, "train", "--resume", moved / "run", *model, "--data", moved / "mine.csv")
+    assert_refused(status, err, [f"'{moved / 'bert'}' is not what the run began with", "--overwrite"])
+    others = f"the weights of '{moved / 'bert'}' are not those on which the run in '{moved / 'whole'}' was trained"
+    for words in (
+        ["eval", moved / "whole", "--cpu", "--data", moved / "mine.csv"],
+        ["predict", moved / "whole", "--cpu", "--text", "a good film"],
+        ["export", moved / "whole", "--to", "merged", "-o", tmp_path / "merged"],
+        ["export", moved / "whole" / "adapter", "--to", "merged", "-o", tmp_path / "merged"],
+    ):
+        assert_refused(*call(capsys, *words, *model)[::2], [others, "--model"])
+    start = config_for(str(moved / "bert"), str(moved / "mine.csv"), tmp_path / "next", start_from=str(moved / "whole"))
+    with pytest.raises(InputError, match="the weights of"):
+        train(start)
+    (moved / "whole" / "data.json").unlink()
+    assert find_start(start, load_config_task(start)), "a run of a version that took no note of its model"
+
+
+def test_a_model_that_is_updated_in_place_is_not_trained_on(moved, capsys):
+    config = config_for(str(moved / "bert"), str(moved / "mine.csv"), moved / "run", **OPTIONS)
+    change(moved / "bert")
+    for run in (train, lambda config, resume: train_together([config], resume=resume)):
+        with pytest.raises(InputError, match="bert' is not what the run began with"):
+            run(config, resume=True)
+
+
+def test_a_run_goes_on_with_its_weights_in_another_dtype_and_other_files(moved, capsys):
+    model = AutoModel.from_pretrained(moved / "bert", dtype=torch.float16)
+    (moved / "bert" / "model.safetensors").unlink()
+    model.save_pretrained(moved / "bert", max_shard_size="10KB")
+    assert len(list((moved / "bert").glob("*.safetensors"))) > 1
+    given = ["--model", moved / "bert", "--data", moved / "mine.csv"]
+    assert call(capsys, "train", "--resume", moved / "run", *given)[0] == 0
+    assert call(capsys, "eval", moved / "whole", *given, "--cpu")[0] == 0
 
 
 def test_a_training_starts_from_a_run_whose_model_moved(moved):

@@ -27,20 +27,18 @@ def evaluate(
     from loretta.training.data import load_config_task, load_other_task
     from loretta.training.predict import evaluate as score
     from loretta.training.predict import load_run
-    from loretta.training.sources import changed_files, was_trained_on
+    from loretta.training.sources import changed_places, is_data_of, was_trained_on
 
     loaded = load_run(run, model=model, cpu=cpu)
     config = loaded.config
     # without a file of its own a split was held out of the data
     option = split if split != "train" and getattr(config, split) is not None else "data"
-    if data is not None and option == "data" and not Path(config.data).exists() and was_trained_on(run, data):
-        moved = config.model_copy(update={"data": data})
-        if not changed_files(run, moved, ("data",)):
-            say(f"note: '{data}' is the data of the run, of which the {split} rows are scored", err=True)
-            config, data = moved, None
+    if data is not None and option == "data" and not Path(config.data).exists() and is_data_of(run, data):
+        say(f"note: '{data}' is the data of the run, of which the {split} rows are scored", err=True)
+        config, data = config.model_copy(update={"data": data}), None
     if data is None:
         task = load_config_task(config)
-        if changed := changed_files(run, config, (option,)):
+        if changed := changed_places(run, config, (option,)):
             raise InputError(
                 f"{changed} has changed since the run began, so that the {split} rows are others and may have been "
                 "trained: give --data FILE to score all rows of a file, or put the file back as it was"

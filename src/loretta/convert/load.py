@@ -19,6 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from loretta.errors import InputError
 from loretta.files import read_json, read_object
+from loretta.fingerprint import refuse_others
 from loretta.memory import is_out_of_memory
 from loretta.pretrained import NotLoaded, from_pretrained
 from loretta.tuners.adapter_file import PREFIX, check_finite
@@ -55,7 +56,10 @@ class SavedAdapter:
         return adapted
 
     def load_base(self, dtype: str = "auto") -> PreTrainedModel:
-        """The base model without the adapter, on the CPU. Raises InputError where it cannot be loaded."""
+        """The base model without the adapter, on the CPU.
+
+        Raises InputError where it cannot be loaded, or is not the one on which a run trained the adapter.
+        """
         wanted: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
         if n_labels := count_labels(_shapes(self.folder)):
             wanted["num_labels"] = n_labels
@@ -69,6 +73,8 @@ class SavedAdapter:
             raise InputError(
                 f"cannot load the base model '{self.base}' ({error}): give its folder or Hub id with --model"
             ) from None
+        if (self.folder.parent / "run.json").is_file():
+            refuse_others(self.folder.parent, self.base)
         return base
 
     def tokenizer(self) -> Any:

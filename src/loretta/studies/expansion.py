@@ -27,7 +27,7 @@ from loretta.studies.state import folder_state
 from loretta.studies.study import Frozen, Planned, Row, Study
 from loretta.training.config import RunConfig, read_config
 from loretta.training.methods import find_method
-from loretta.training.sources import changed_files, differing
+from loretta.training.sources import changed_places, differing
 from loretta.wording import nearest
 
 
@@ -328,10 +328,10 @@ def differences(root: Path, run: Planned) -> list[str]:
         before = RunConfig(**read_json(file)).model_dump()
     except (OSError, ValueError, TypeError):
         return [f"'{file}' is damaged or of another version"]
-    changed = changed_files(file.parent, run.run_config())
+    changed = changed_places(file.parent, run.run_config())
     return [
         *differing(before, {key: value for key, value in run.config.items() if key != "output"}),
-        *([f"{changed} has changed since"] if changed else []),
+        *([f"{changed} is not what it began with"] if changed else []),
     ]
 
 

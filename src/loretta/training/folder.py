@@ -46,14 +46,14 @@ class Place:
     def begin(self, config: RunConfig, *, overwrite: bool) -> None:
         """Make the folder, empty where it is to be overwritten, and note the options and the data in it.
 
-        Raises InputError for a run that goes on where its files have changed.
+        Raises InputError for a run that goes on where its data or its model have changed.
         """
-        from loretta.training.sources import changed_files, write_digests  # NumPy, which --help does without
+        from loretta.training.sources import changed_places, write_notes  # NumPy, which --help does without
 
-        if not overwrite and (changed := changed_files(self.work, config)):
+        if not overwrite and (changed := changed_places(self.work, config)):
             raise InputError(
-                f"cannot go on in '{self.folder}': {changed} has changed since the run began, and rows that were "
-                "trained may be held out now: give the file as it was, or --overwrite to begin anew"
+                f"cannot go on in '{self.folder}': {changed} is not what the run began with: give it as it was, or "
+                "--overwrite to begin anew"
             )
         if overwrite and self.work.is_dir():
             remove_temporaries(self.work)
@@ -73,7 +73,7 @@ class Place:
             return
         with temporary_folder(self.work) as new:
             (new / CONFIG).write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
-            write_digests(new, config)
+            write_notes(new, config)
             publish(new, self.work, last=CONFIG, keep=True)
 
     def finish(self, new: Path) -> None:
@@ -143,11 +143,11 @@ def find_place(config: RunConfig, *, resume: bool, overwrite: bool) -> Place:
     Raises InputError for a folder that holds anything else, unless ``resume`` finds the same run in it, or
     ``overwrite`` nothing that LoRETTA did not write.
     """
-    from loretta.training.sources import FILES  # NumPy, which --help does without
+    from loretta.fingerprint import NOTES  # torch, which --help does without
 
     folder = config.folder
     # a kill may have come between the first two files of a run
-    if is_free(folder, but={FILES} & read_list(folder).keys()):
+    if is_free(folder, but={NOTES} & read_list(folder).keys()):
         return Place(folder, folder)
     if RECORD in read_list(folder / NEXT) and (folder / NEXT / RECORD).is_file():
         Place(folder, folder / NEXT).replace()  # a kill came between the end of the run and this

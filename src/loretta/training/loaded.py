@@ -7,6 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from loretta.convert.load import load_adapter
+from loretta.fingerprint import refuse_others
 from loretta.locks import refuse_held
 from loretta.record import RunRecord
 from loretta.training.config import RunConfig, recorded_config
@@ -37,7 +38,7 @@ class LoadedRun:
 def load_run(folder: Path, *, model: str | None = None, cpu: bool = False) -> LoadedRun:
     """Load the adapter of a run folder onto its base model, or onto ``model`` where that has moved.
 
-    Raises InputError when the folder holds no run or the adapter does not fit.
+    Raises InputError when the folder holds no run, the adapter does not fit, or the model has other weights now.
     """
     refuse_held(folder)
     record = RunRecord.load(folder / "run.json")
@@ -61,6 +62,8 @@ def load_run(folder: Path, *, model: str | None = None, cpu: bool = False) -> Lo
         cpu=cpu,
         pad_token_id=tokenizer.pad_token_id,
     )
+    if not whole:
+        refuse_others(folder, name)
     adapted = base.eval() if whole else load_adapter(base, folder / ADAPTER)
     # a quantised base may already lie there, and not every one may be moved
     if torch.cuda.is_available() and not cpu and adapted.device.type == "cpu":

@@ -1,11 +1,13 @@
-"""Where a run's data come from: tasks with splits of their own, or the user's files, and whether these have changed."""
+"""Where a run's data and model come from, and whether what lies there has moved or changed."""
 
 import glob
 from collections.abc import Collection, Mapping
+from operator import eq
 from pathlib import Path
 from typing import Any
 
 from loretta.files import read_object, write_json
+from loretta.fingerprint import NOTES, fingerprint, is_same
 from loretta.tasks import STDLIB
 from loretta.tasks.glue import GLUE
 from loretta.tasks.prompted import PROMPTED
@@ -13,9 +15,9 @@ from loretta.tasks.sources import digests, names_files
 from loretta.training.config import RunConfig
 
 NAMED = {*GLUE, *PROMPTED, STDLIB}  # tasks with splits of their own
-FILES = "data.json"  # in the folder of a run: the SHA-256 of the user's files when it began, by option
 DATA = ("data", "validation", "test")
 PLACES = (*DATA, "model", "data_dir", "start_from")  # options of a run that may be paths
+NOTED = (*DATA, "model")  # those of which a run notes what lies there
 
 
 def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -30,7 +32,7 @@ def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 def has_moved(option: str, before: str | None, now: str | None) -> bool:
     """Whether a path leads to what another one led to: the same file, or one of its name where that is gone.
 
-    What a file of data holds is compared elsewhere (:func:`changed_files`).
+    What lies there is compared elsewhere (:func:`changed_places`).
     """
     if before is None or now is None or (option in DATA and not _is_path(before)):
         return False
@@ -47,29 +49,42 @@ def _is_path(given: str) -> bool:
     return given not in NAMED and names_files(given)
 
 
-def write_digests(folder: Path, config: RunConfig) -> None:
-    """Note in the folder of a run what the files are that it reads."""
-    write_json(folder / FILES, _digests(config))
+def write_notes(folder: Path, config: RunConfig) -> None:
+    """Note in the folder of a run what the files of data are that it reads, and the weights of its model."""
+    write_json(folder / NOTES, _notes(config, NOTED))
 
 
-def changed_files(folder: Path, config: RunConfig, options: Collection[str] = DATA) -> str:
-    """Which of the files that ``options`` name are others than when the run in ``folder`` began, in words.
+def changed_places(folder: Path, config: RunConfig, options: Collection[str] = NOTED) -> str:
+    """Where something else lies than when the run in ``folder`` began, of what ``options`` name, in words.
 
-    "" where they are the same, and for a run of a version that took no note of them.
+    "" where all is the same, and for a run of a version that took no note of it.
     """
-    before = read_object(folder / FILES) or {}
-    now = _digests(config) if before else {}
-    changed = [key for key in options if key in before and key in now and before[key] != now[key]]
+    before = read_object(folder / NOTES) or {}
+    now = _notes(config, [key for key in options if key in before])
+    changed = [key for key in now if not (is_same if key == "model" else eq)(before[key], now[key])]
     return " and ".join(f"'{getattr(config, key)}'" for key in changed)
 
 
+def is_data_of(folder: Path, data: str) -> bool:
+    """Whether ``data`` names the very files from which the run in ``folder`` took its training rows."""
+    return _is_path(data) and _trained(folder) == digests(data)
+
+
 def was_trained_on(folder: Path, data: str) -> bool:
-    """Whether ``data`` names a file from which the run in ``folder`` took its training rows, under whatever name."""
-    trained = (read_object(folder / FILES) or {}).get("data", [])
-    return _is_path(data) and not set(trained).isdisjoint(digests(data))
+    """Whether one of them is among the files that ``data`` names."""
+    return _is_path(data) and not set(_trained(folder)).isdisjoint(digests(data))
 
 
-def _digests(config: RunConfig) -> dict[str, list[str]]:
-    given = {key: getattr(config, key) for key in DATA}
-    files = {key: name for key, name in given.items() if name is not None and _is_path(name)}
-    return {key: digests(name) for key, name in files.items()}
+def _trained(folder: Path) -> list[str]:
+    found: list[str] = (read_object(folder / NOTES) or {}).get("data", [])
+    return found
+
+
+def _notes(config: RunConfig, options: Collection[str]) -> dict[str, Any]:
+    given = {key: getattr(config, key) for key in options}
+    notes: dict[str, Any] = {
+        key: digests(name) for key, name in given.items() if key in DATA and name is not None and _is_path(name)
+    }
+    if "model" in given and (found := fingerprint(config.model)) is not None:
+        notes["model"] = found
+    return notes

@@ -1,0 +1,114 @@
+"""The weights of a base model: what a run notes of them when it begins, and whether they are others now."""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers.modeling_utils import load_state_dict
+from transformers.utils import (
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+    cached_file,
+)
+from transformers.utils.hub import get_checkpoint_shard_files
+
+from loretta.errors import InputError
+from loretta.files import read_object
+
+NOTES = "data.json"  # in the folder of a run: what its files of data and its model were when it began, by option
+Fingerprint = Mapping[str, Mapping[str, str]]  # dtype -> part of the model -> digest
+
+# a model that is saved in one of these has the numbers of the model it came from, rounded to it
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_SAMPLE = 64  # numbers of each tensor
+_LAYER = re.compile(r"(?:^|\.)(\d+)\.")
+
+
+def fingerprint(model: str) -> Fingerprint | None:
+    """Digests of the weights in a model's folder, or of a Hub id in the cache; None where none can be read there.
+
+    A part is all tensors of one shape in the layers, or one tensor outside of them. Neither files nor dtype matter.
+    """
+    parts: dict[str, list[tuple[str, ...]]] = {}
+    try:
+        for file in _files(model):
+            found = Path(file).stat()
+            for part, digests in _tensors(file, found.st_size, found.st_mtime_ns):
+                parts.setdefault(part, []).append(digests)
+    except Exception:  # of damaged files: whoever loads the model says why
+        return None
+    if not parts:
+        return None
+    return {
+        str(dtype).removeprefix("torch."): {
+            part: _digest(*sorted(digests[k] for digests in found)) for part, found in sorted(parts.items())
+        }
+        for k, dtype in enumerate(_DTYPES)
+    }
+
+
+def is_same(before: Fingerprint, now: Fingerprint) -> bool:
+    """Whether two fingerprints are of the same weights, one of which may have been rounded to another dtype.
+
+    Parts that one of them lacks, as the head of the class that saved it, say nothing.
+    """
+
+    def agree(dtype: str) -> bool:
+        then, here = before[dtype], now.get(dtype, {})
+        shared = then.keys() & here.keys()
+        return bool(shared) and all(then[part] == here[part] for part in shared)
+
+    return any(agree(dtype) for dtype in before)
+
+
+def refuse_others(run: Path, model: str) -> None:
+    """Raise InputError where the weights of ``model`` are not those with which the run in the folder began."""
+    before = (read_object(run / NOTES) or {}).get("model")
+    if before and (now := fingerprint(model)) and not is_same(before, now):
+        raise InputError(
+            f"the weights of '{model}' are not those on which the run in '{run}' was trained: give these with --model"
+        )
+
+
+def _files(model: str) -> list[str]:
+    """The files of weights that transformers takes, as they lie on this machine."""
+    for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
+        try:
+            found = cached_file(model, name, local_files_only=True)
+        except OSError:
+            continue
+        if name not in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
+            return [found]
+        files: list[str] = get_checkpoint_shard_files(model, found, local_files_only=True)[0]
+        return files
+    return []
+
+
+@lru_cache(maxsize=1024)
+def _tensors(file: str, size: int, changed: int) -> list[tuple[str, tuple[str, ...]]]:
+    """Of each tensor in a file its part of the model, and a digest for each dtype."""
+    # the runs of a study share their model: it is read once as long as nobody writes to it
+    return [_of_tensor(name, tensor) for name, tensor in load_state_dict(file).items()]
+
+
+def _of_tensor(name: str, tensor: Tensor) -> tuple[str, tuple[str, ...]]:
+    layer, shape = _LAYER.search(name), str(tuple(tensor.shape))
+    sample = tensor.flatten()[:: max(1, tensor.numel() // _SAMPLE)].clone()
+    # numbers of a byte and less are whole ones, or codes of a quantiser
+    values = (sample.view(torch.uint8) if sample.itemsize == 1 else sample).float()
+    beside = (shape, "" if layer is None else layer[1])
+    digests = tuple(_digest(*beside, values.to(dtype).view(torch.uint8).numpy().tobytes()) for dtype in _DTYPES)
+    return (name if layer is None else f"layers {shape}"), digests
+
+
+def _digest(*parts: str | bytes) -> str:
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part.encode() if isinstance(part, str) else part)
+    return found.hexdigest()[:16]
