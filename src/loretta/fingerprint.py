@@ -26,7 +26,7 @@ Fingerprint = Mapping[str, Mapping[str, str]]  # dtype -> part of the model -> d
 
 # a model that is saved in one of these has the numbers of the model it came from, rounded to it
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-_SAMPLE = 64  # numbers of each tensor
+_RUNS, _LENGTH = 4, 16  # of each tensor this many runs of numbers, as each may be a page to read
 _LAYER = re.compile(r"(?:^|\.)(\d+)\.")
 
 
@@ -98,8 +98,12 @@ def _tensors(file: str, size: int, changed: int) -> list[tuple[str, tuple[str, .
 
 
 def _of_tensor(name: str, tensor: Tensor) -> tuple[str, tuple[str, ...]]:
-    layer, shape = _LAYER.search(name), str(tuple(tensor.shape))
-    sample = tensor.flatten()[:: max(1, tensor.numel() // _SAMPLE)].clone()
+    layer, shape, flat = _LAYER.search(name), str(tuple(tensor.shape)), tensor.flatten()
+    if len(flat) <= _RUNS * _LENGTH:
+        sample = flat.contiguous()
+    else:
+        last = len(flat) - _LENGTH
+        sample = torch.cat([flat[at : at + _LENGTH] for at in range(0, last + 1, last // (_RUNS - 1))])
     # numbers of a byte and less are whole ones, or codes of a quantiser
     values = (sample.view(torch.uint8) if sample.itemsize == 1 else sample).float()
     beside = (shape, "" if layer is None else layer[1])
