@@ -1,6 +1,7 @@
 """The weights of a base model: what a run notes of them when it begins, and whether they are others now."""
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping
 from functools import lru_cache
@@ -35,22 +36,11 @@ def fingerprint(model: str) -> Fingerprint | None:
 
     A part is all tensors of one shape in the layers, or one tensor outside of them. Neither files nor dtype matter.
     """
-    parts: dict[str, list[tuple[str, ...]]] = {}
     try:
-        for file in _files(model):
-            found = Path(file).stat()
-            for part, digests in _tensors(file, found.st_size, found.st_mtime_ns):
-                parts.setdefault(part, []).append(digests)
+        files = [(file, os.stat(file)) for file in _files(model)]
+        return _of_files(*((file, found.st_size, found.st_mtime_ns) for file, found in files)) if files else None
     except Exception:  # of damaged files: whoever loads the model says why
         return None
-    if not parts:
-        return None
-    return {
-        str(dtype).removeprefix("torch."): {
-            part: _digest(*sorted(digests[k] for digests in found)) for part, found in sorted(parts.items())
-        }
-        for k, dtype in enumerate(_DTYPES)
-    }
 
 
 def is_same(before: Fingerprint, now: Fingerprint) -> bool:
@@ -90,14 +80,24 @@ def _files(model: str) -> list[str]:
     return []
 
 
-@lru_cache(maxsize=1024)
-def _tensors(file: str, size: int, changed: int) -> list[tuple[str, tuple[str, ...]]]:
-    """Of each tensor in a file its part of the model, and a digest for each dtype."""
+@lru_cache
+def _of_files(*stamps: tuple[str, int, int]) -> Fingerprint:
     # the runs of a study share their model: it is read once as long as nobody writes to it
-    return [_of_tensor(name, tensor) for name, tensor in load_state_dict(file).items()]
+    parts: dict[str, list[tuple[str, ...]]] = {}
+    for file, _, _ in stamps:
+        for name, tensor in load_state_dict(file).items():
+            part, digests = _of_tensor(name, tensor)
+            parts.setdefault(part, []).append(digests)
+    return {
+        str(dtype).removeprefix("torch."): {
+            part: _digest(*sorted(digests[k] for digests in found)) for part, found in sorted(parts.items())
+        }
+        for k, dtype in enumerate(_DTYPES)
+    }
 
 
 def _of_tensor(name: str, tensor: Tensor) -> tuple[str, tuple[str, ...]]:
+    """The part of the model that a tensor belongs to, and its digest in each dtype."""
     layer, shape, flat = _LAYER.search(name), str(tuple(tensor.shape)), tensor.flatten()
     if len(flat) <= _RUNS * _LENGTH:
         sample = flat.contiguous()

@@ -202,8 +202,8 @@ def peft_config(
 
 def _refuse_idle(config: PeftConfig, model: nn.Module, options: Mapping[str, Any]) -> None:
     """Raise InputError for options with which nothing would be done, and nothing said."""
-    names = [name for name, _ in model.named_modules()]
-    whole = ["modules_to_save", "rank_pattern", "alpha_pattern"]
+    modules, parameters = ([name for name, _ in named] for named in (model.named_modules(), model.named_parameters()))
+    whole = ["modules_to_save", "rank_pattern", "alpha_pattern", "target_parameters"]
     some = ["exclude_modules"]  # of which one module is enough, as a list may serve several families
     if not isinstance(config, LorettaConfig):  # ours name what they do not find themselves
         some += ["feedforward_modules"]
@@ -211,23 +211,19 @@ def _refuse_idle(config: PeftConfig, model: nn.Module, options: Mapping[str, Any
         _refuse_effectless(config, options)
     for option in [option for option in (*whole, *some) if option in options]:
         given = getattr(config, option, None) or ()
-        lost = _without_module(given, names)
+        kind, there = ("module", modules) if option != "target_parameters" else ("parameter", parameters)
+        lost = _naming_nothing(given, there)
         if lost and (option in whole or isinstance(given, str) or len(lost) == len(given)):
-            guess = nearest(lost[0], sorted({name.rpartition(".")[2] for name in names}))
-            raise InputError(f"{option}: the model has no module {lost[0]!r}{guess}: give the end of a module's name")
-    ends = [f".{name}" for name, _ in model.named_parameters()]
-    for word in getattr(config, "target_parameters", None) or () if "target_parameters" in options else ():
-        if not any(end.endswith(f".{word}") for end in ends):
-            guess = nearest(word, sorted({end.rpartition(".")[2] for end in ends}))
-            raise InputError(f"target_parameters: the model has no parameter {word!r}{guess}: give the end of its name")
+            guess = nearest(lost[0], sorted({name.rpartition(".")[2] for name in there}))
+            raise InputError(f"{option}: the model has no {kind} {lost[0]!r}{guess}: give the end of a {kind}'s name")
     if options.get("layers_pattern") and options.get("layers_to_transform") is None:
         raise InputError("layers_pattern tells where the numbers of layers_to_transform stand: give these too")
-    if "layers_to_transform" in options and (sentence := no_such_layers(config, names)) is not None:
+    if "layers_to_transform" in options and (sentence := no_such_layers(config, modules)) is not None:
         raise InputError(sentence)
 
 
-def _without_module(given: str | Collection[str], names: Collection[str]) -> list[str]:
-    """The words of an option that name no module: an expression, expressions of ends as keys, or ends of names."""
+def _naming_nothing(given: str | Collection[str], names: Collection[str]) -> list[str]:
+    """The words of an option that are in no name: an expression, expressions of ends as keys, or ends of names."""
     if isinstance(given, str):
         wanted = {given: given}
     else:
