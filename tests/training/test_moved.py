@@ -95,7 +95,7 @@ def test_another_model_under_the_same_name_is_refused_by_all_that_use_the_run(mo
     model = ["--model", moved / "bert"]
     status, _, err = call(capsys, "train", "--resume", moved / "run", *model, "--data", moved / "mine.csv")
     assert_refused(status, err, [f"'{moved / 'bert'}' is not what the run began with", "--overwrite"])
-    others = f"the weights of '{moved / 'bert'}' are not those on which the run in '{moved / 'whole'}' was trained"
+    others = f"the base model '{moved / 'bert'}' has other weights than the one on which the run in '{moved / 'whole'}'"
     for words in (
         ["eval", moved / "whole", "--cpu", "--data", moved / "mine.csv"],
         ["predict", moved / "whole", "--cpu", "--text", "a good film"],
@@ -104,7 +104,7 @@ def test_another_model_under_the_same_name_is_refused_by_all_that_use_the_run(mo
     ):
         assert_refused(*call(capsys, *words, *model)[::2], [others, "--model"])
     start = config_for(str(moved / "bert"), str(moved / "mine.csv"), tmp_path / "next", start_from=str(moved / "whole"))
-    with pytest.raises(InputError, match="the weights of"):
+    with pytest.raises(InputError, match="has other weights than"):
         train(start)
     (moved / "whole" / "data.json").unlink()
     assert find_start(start, load_config_task(start)), "a run of a version that took no note of its model"
