@@ -62,8 +62,8 @@ def refuse_others(run: Path, model: str) -> None:
     before = (read_object(run / NOTES) or {}).get("model")
     if before and (now := fingerprint(model)) and not is_same(before, now):
         raise InputError(
-            f"the base model '{model}' has other weights than the one on which the run in '{run}' was trained: give that "
-            "one with --model"
+            f"the base model '{model}' has other weights than the one on which the run in '{run}' was trained: "
+            "give that one with --model"
         )
 
 
