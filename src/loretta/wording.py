@@ -4,12 +4,13 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 MAX_QUOTE = 60
 MAX_LISTED = 20
@@ -123,6 +124,20 @@ def as_json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
     """A line of JSON for each row, which a person may read: what is obeyed or hidden in it is escaped."""
     lines = (json.dumps(row, ensure_ascii=False, default=str) for row in rows)
     return "".join(OBEYED.sub(lambda found: json.dumps(found[0])[1:-1], line) + "\n" for line in lines)
+
+
+def table_of(names: Iterable[str], words: Collection[str] = (), *, fold: bool = False, **options: Any) -> "Table":
+    """rich's table: ``words`` are the columns on the left, which take several lines; with ``fold`` numbers do so too."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, **options)
+    for name in names:
+        is_left = name in words
+        table.add_column(
+            name, justify="left" if is_left else "right", overflow="fold" if fold or is_left else "ellipsis"
+        )
+    return table
 
 
 def as_text(*tables: Any, width: int = 160) -> str:

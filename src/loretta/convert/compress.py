@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -35,6 +33,7 @@ from loretta.tuners.placement import sign
 from loretta.tuners.rep import LorettaRepConfig, LorettaRepModel
 from loretta.tuners.rep.config import of_ranks
 from loretta.tuners.task_types import FINAL_LAYERS
+from loretta.wording import table_of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -276,9 +275,9 @@ def show(result: Compression, console: Console) -> None:
     """The tables for a person, and what to do next."""
     parents = [module.name.rpartition(".")[0].replace(".", "/") for module in result.modules]
     inside = posixpath.commonpath(parents).replace("/", ".")
-    modules = Table(box=box.SIMPLE_HEAD, title=f"modules of {inside}" if inside else None, title_justify="left")
-    for heading in ("module", "size", "rank", "TT rank", "error", "parameters"):
-        modules.add_column(heading, justify="left" if heading == "module" else "right", overflow="fold")
+    title = f"modules of {inside}" if inside else None
+    names = ("module", "size", "rank", "TT rank", "error", "parameters")
+    modules = table_of(names, ("module",), fold=True, title=title, title_justify="left")
     for module in result.modules:
         modules.add_row(
             module.name.removeprefix(inside).removeprefix("."),
@@ -290,9 +289,7 @@ def show(result: Compression, console: Console) -> None:
         )
     console.print(modules)
 
-    summary = Table(box=box.SIMPLE_HEAD)
-    for heading in ("", "before", "after", "of it"):
-        summary.add_column(heading, justify="left" if not heading else "right")
+    summary = table_of(("", "before", "after", "of it"), ("",))
     for what, old, new in (
         ("trained parameters", result.parameters_before, result.parameters),
         ("bytes of the weight file", result.bytes_before, result.bytes),

@@ -8,11 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.table import Table
-
 from loretta.errors import InputError
-from loretta.wording import as_text, nearest
+from loretta.wording import as_text, nearest, table_of
 
 if TYPE_CHECKING:
     from loretta.tuners.config import LorettaConfig
@@ -177,9 +174,7 @@ def list_presets() -> list[dict[str, Any]]:
 
 def preset_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The presets as a table."""
-    table = Table(box=box.SIMPLE_HEAD)
-    for name in rows[0]:
-        table.add_column(name, justify="right" if name == "parameters" else "left")
+    table = table_of(rows[0], rows[0].keys() - {"parameters"})
     for row in rows:
         table.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in row.values()))
     return as_text(table, width=140)

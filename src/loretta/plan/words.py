@@ -3,14 +3,11 @@
 from collections.abc import Sequence
 from html import escape
 
-from rich import box
-from rich.table import Table
-
 from loretta.plan.picture import train_svg
 from loretta.plan.plan import Plan
 from loretta.tt import TTShape
 from loretta.tuners.placement import Placement
-from loretta.wording import as_text
+from loretta.wording import as_text, table_of
 
 _WHERE = {"update": "added to the weight", "after": "after it", "before": "before it"}
 
@@ -131,9 +128,8 @@ def count_in_words(shape: TTShape) -> str:
 
 def tables(plan: Plan) -> str:
     """The plan as two tables: modules by kind, and totals beside LoRA and dense adapters."""
-    modules = Table(box=box.SIMPLE_HEAD)
-    for name in ("module", "count", "where", "in x out", "modes", "rank", "cut", "parameters each", "parameters"):
-        modules.add_column(name, justify="left" if name in ("module", "where", "modes") else "right")
+    names = ("module", "count", "where", "in x out", "modes", "rank", "cut", "parameters each", "parameters")
+    modules = table_of(names, ("module", "where", "modes"))
     for placement, count in plan.groups():
         ending = placement.name.rpartition(".")[2]
         for part, shape in (("down", placement.down), ("up", placement.up)):
@@ -153,9 +149,7 @@ def tables(plan: Plan) -> str:
                             f"{count * placement.bias_params:,}")  # fmt: skip
     for kind, count, each in plan.shared.counts if plan.shared else ():
         modules.add_row(kind, f"{count}", "", "", "", "", "", f"{each:,}", f"{count * each:,}")
-    totals = Table(box=box.SIMPLE_HEAD)
-    for name in ("", "LoRETTA", "LoRA r=8", "dense adapters, 64"):
-        totals.add_column(name, justify="left" if not name else "right")
+    totals = table_of(("", "LoRETTA", "LoRA r=8", "dense adapters, 64"), ("",))
     costs = [plan.cost, plan.lora, plan.dense]
     for kind, number in plan.parts.items():
         totals.add_row(kind, f"{number:,}")

@@ -6,16 +6,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.table import Table
-
 from loretta.errors import InputError
 from loretta.files import read_object
 from loretta.record import RunRecord, is_started
 from loretta.studies.state import State
-from loretta.wording import MISSING, duration, flat, size_words
+from loretta.wording import MISSING, duration, flat, size_words, table_of
 
 if TYPE_CHECKING:  # they import torch and SciPy, which a listing of runs does not need
+    from rich.table import Table
+
     from loretta.studies.paired import Difference
     from loretta.studies.results import Cell, Results
     from loretta.studies.sizes import Estimate
@@ -29,17 +28,11 @@ WITHOUT_TEXT = {
 }
 
 
-def _table(left: Iterable[str], right: Iterable[str], *, fold: bool = False, **options: Any) -> Table:
-    """A table with columns of words, then columns of numbers; with ``fold`` these too may take several lines."""
-    table = Table(box=box.SIMPLE_HEAD, caption_justify="left", **options)
-    for name in left:
-        table.add_column(name, overflow="fold")
-    for name in right:
-        table.add_column(name, justify="right", overflow="fold" if fold else "ellipsis")
-    return table
+def _table(left: Sequence[str], right: Sequence[str], *, fold: bool = False, **options: Any) -> "Table":
+    return table_of((*left, *right), left, fold=fold, caption_justify="left", **options)
 
 
-def results_table(results: "Results") -> Table:
+def results_table(results: "Results") -> "Table":
     """A row for each model and method (and order of a sequence), a column for each number."""
     study = results.study
     cells = results.final()
@@ -62,7 +55,7 @@ def results_table(results: "Results") -> Table:
     return table
 
 
-def compared_table(results: "Results") -> Table:
+def compared_table(results: "Results") -> "Table":
     """A comparison: the answer that needs no text, then each method with its rate, its score per seed and the mean."""
     from loretta.studies.compare import baseline_of, ends_of
 
@@ -90,7 +83,7 @@ def compared_table(results: "Results") -> Table:
     return table
 
 
-def differences_table(pairs: Sequence["Difference"], labels: Mapping[str, str]) -> Table:
+def differences_table(pairs: Sequence["Difference"], labels: Mapping[str, str]) -> "Table":
     """The best method against each of the others, on the same rows."""
     right = ("difference", "95% interval", "better on", "rows")
     table = _table(("best", "minus"), right, title="Differences on the same rows")
@@ -157,7 +150,9 @@ def number(value: int | None) -> str:
     return MISSING if value is None else f"{value:,}"
 
 
-def estimate_table(estimates: Sequence["Estimate"], printed: Mapping[tuple[str, str], str | None], title: str) -> Table:
+def estimate_table(
+    estimates: Sequence["Estimate"], printed: Mapping[tuple[str, str], str | None], title: str
+) -> "Table":
     """A row for each model and method of a dry run. ``printed`` is the paper's count by (model, row)."""
     right = ("runs", "parameters", "paper", "steps", "time", "memory")
     table = _table(("model", "method", "tasks"), right, title=title)
@@ -235,7 +230,7 @@ def _commands(file: Path, root: Path, folder: Path) -> list[str]:
         return []
 
 
-def runs_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+def runs_table(rows: Sequence[Mapping[str, Any]]) -> "Table":
     """A listing of runs."""
     table = _table(("run", "state"), ("score", "parameters", "seconds", "learning rate"), fold=True)
     for row in rows:
@@ -271,7 +266,7 @@ def comparison_rows(records: Mapping[str, RunRecord]) -> list[dict[str, Any]]:
     return rows
 
 
-def comparison_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> Table:
+def comparison_table(rows: Sequence[Mapping[str, Any]], names: Sequence[str]) -> "Table":
     """Runs side by side."""
     table = _table(("", *names), ())
     for row in rows:
