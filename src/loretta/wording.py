@@ -127,7 +127,7 @@ def as_json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
 
 
 def table_of(names: Iterable[str], words: Collection[str] = (), *, fold: bool = False, **options: Any) -> "Table":
-    """rich's table: ``words`` are the columns on the left, which take several lines; with ``fold`` numbers do so too."""
+    """rich's table: ``words`` are the columns on the left, which take several lines; with ``fold`` numbers do too."""
     from rich import box
     from rich.table import Table
 
