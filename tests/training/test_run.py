@@ -34,9 +34,16 @@ def finished(bert, reviews, tmp_path_factory):
 GENTLY = {"learning_rate": 3e-3, "head_learning_rate": 3e-3, "epochs": 12, "eval_steps": 30}
 LONGER = {**GENTLY, "head_learning_rate": 1e-2, "epochs": 20, "eval_steps": 40}
 LEARNS = {
-    **dict.fromkeys(("adapters", "p-tuning"), GENTLY),
+    "adapters": {**GENTLY, "epochs": 6},
+    "p-tuning": GENTLY,
     **dict.fromkeys(("head", "peft:vera"), LONGER),
-    "prefix": {**LONGER, "learning_rate": 0.1, "head_learning_rate": 3e-3, "method_args": {"num_virtual_tokens": 2}},
+    "prefix": {
+        **LONGER,
+        "epochs": 10,
+        "learning_rate": 0.1,
+        "head_learning_rate": 3e-3,
+        "method_args": {"num_virtual_tokens": 2},
+    },
 }
 
 

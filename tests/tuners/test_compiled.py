@@ -68,6 +68,7 @@ def assert_equal(got: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, 
     assert_gradients_near(got[1], expected[1])
 
 
+@pytest.mark.sampled("backend")
 @pytest.mark.parametrize(("family", "method", "backend"), CASES)
 def test_one_graph_with_equal_gradients(family, method, backend):
     model, inputs = small(family, method)
