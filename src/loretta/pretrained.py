@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -25,11 +26,18 @@ def from_pretrained(auto: Any, source: str, **wanted: Any) -> Any:
 
     Raises NotLoaded for whatever is wrong with the files, whose content libraries take for sound.
     """
+    if _is_path(source) and not Path(source).exists():  # of which transformers says that it is no name on the Hub
+        raise NotLoaded("there is no such folder")
     with _in_words():
         with suppress(OSError):  # some tokenizers have no configuration beside them
             local = wanted.get("local_files_only", False)
             _check_counts(PreTrainedConfig.get_config_dict(source, local_files_only=local)[0])
         return auto.from_pretrained(source, **_NO_CODE, **wanted)
+
+
+def _is_path(source: str) -> bool:
+    """Whether it cannot be a name on the Hub, which has one slash at most."""
+    return source.startswith(("/", ".", "~")) or source.count("/") > 1 or source.endswith("/")
 
 
 def from_config(auto: Any, config: Any) -> Any:

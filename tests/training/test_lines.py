@@ -143,6 +143,17 @@ def test_the_advice_follows_from_the_numbers():
     assert last.endswith("loretta compare --model m --data d.csv --label 'my label'")
 
 
+@pytest.mark.parametrize(("losses", "fitted"), [((0.5, 0.4, 0.6), True), ((0.6, 0.5, 0.4), False)])
+def test_a_score_that_stands_still_while_its_loss_falls_is_not_called_overfitting(losses, fitted):
+    record = record_of(confusion=[[29, 1], [1, 19]], losses=[0.5] * 6)
+    points = [
+        Point(step=k, epoch=k, split="validation", values={"loss": x}) for k, x in zip((2, 4, 6), losses, strict=True)
+    ]
+    trained = [point for point in record.history if point.split == "train"]
+    told = next_step(record.model_copy(update={"history": [*trained, *points]}))
+    assert ("fitted the training rows alone" in told) == fitted
+
+
 def test_a_line_of_progress_is_found_in_a_log(tmp_path):
     assert progress_line(10, 1200, 0.5, 3725) == "step 10 of 1,200, loss 0.5000, 1:02:05 left"
     (tmp_path / "a").mkdir()

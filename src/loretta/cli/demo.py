@@ -113,6 +113,8 @@ def run_demo(folder: Path, *, quick: bool = False, show: bool = True) -> dict[st
     for name, content in (("table.md", table), ("report.html", page), (DEMO, json.dumps(result, indent=2) + "\n")):
         write_listed(folder / name, content)
     console.print(table, markup=False, soft_wrap=True)
+    if quick:
+        console.print("note: 25 steps on 400 sentences, of one seed, compare no methods: leave --quick out for that")
     console.print(f"Everything, with curves: {folder / 'report.html'}", markup=False, soft_wrap=True)
     wrong = [method for method in configs if not same[str(folder / method)]]
     if wrong:

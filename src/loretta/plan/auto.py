@@ -12,7 +12,7 @@ from torch import nn
 from loretta.errors import InputError
 from loretta.plan.base_models import default_task_type, find_config, meta_model
 from loretta.plan.budget import Budget, highest_rank, with_rank
-from loretta.plan.front import ATTENTION, VALUES_AND_MLPS, Form, Kind, read_front
+from loretta.plan.front import ATTENTION, VALUES_AND_MLPS, Form, Kind, read_front, short
 from loretta.plan.plan import Plan, plan_model
 from loretta.plan.presets import loretta_configs
 from loretta.tuners.bypassed import read_only
@@ -114,8 +114,11 @@ def choose_form(
             if changed:
                 own = ", ".join(f"{name}={quoted(options[name])}" for name in sorted(changed))
                 why += f"; here it has {own} instead, which was not measured"
-            if best.tensor_rank < form.options["tensor_rank"]:
-                why += f"; only rank {best.tensor_rank} of it fits here, which was not measured"
+            if (rank := best.tensor_rank) != form.options["tensor_rank"]:
+                same = [f for f in forms if f.but_rank == form.but_rank and f.options["tensor_rank"] == rank]
+                had = f"has {short(same[0].scores[nearest].mean)} there" if same else "was not measured"
+                only = "only " if rank < form.options["tensor_rank"] else ""
+                why += f"; {only}rank {rank} of it fits here, which {had}"
             best.__dict__["_why"] = "; ".join([why, words[0]])
             return best, best_plan, [why, *words]
     if smallest is None:

@@ -61,6 +61,13 @@ class Form(_Plain):
     scores: dict[str, Score]
 
     @property
+    def but_rank(self) -> tuple[Any, ...]:
+        """What two forms have in common that differ in their rank alone: all else, and the scale at that rank."""
+        options = {key: value for key, value in self.options.items() if key not in ("tensor_rank", "lora_alpha", "r")}
+        scale = self.options.get("lora_alpha", 0) / self.options["tensor_rank"]
+        return self.method, scale, sorted(map(repr, options.items()))
+
+    @property
     def words(self) -> str:
         rank, modes = self.options["tensor_rank"], self.options.get("modes_per_side")
         shape = f"of {_MODES.get(modes, f'{modes} modes')} a side and rank {rank}" if modes else f"of rank {rank}"
@@ -105,8 +112,8 @@ class Front(_Plain):
         other = max(fits, key=lambda other: other.mean) if fits else min(model.others, key=lambda other: other.count)
         tasks = " and ".join([", ".join(model.tasks[:-1]), model.tasks[-1]] if model.tasks[1:] else model.tasks)
         return (
-            f"{form.words}: {_short(score.mean)} with {score.count:,} parameters on {name} (mean of {tasks}), "
-            f"where {other.name} has {_short(other.mean)} with {other.count:,}"
+            f"{form.words}: {short(score.mean)} with {score.count:,} parameters on {name} (mean of {tasks}), "
+            f"where {other.name} has {short(other.mean)} with {other.count:,}"
         )
 
 
@@ -116,5 +123,5 @@ def read_front() -> Front:
     return Front.model_validate_json(FRONT.read_text(encoding="utf-8"))
 
 
-def _short(score: float) -> str:
+def short(score: float) -> str:
     return f"{score:.3f}".replace("0.", ".", 1)

@@ -148,7 +148,10 @@ def next_step(record: RunRecord) -> str:
         )
     if len(checked) > 1 and record.best_step == last:
         return f"the last evaluation was the best one: {longer} may score higher"
-    if len(checked) > 2 and record.best_step <= last / 2:
+    held = {point.step: point.values["loss"] for point in checked if "loss" in point.values}
+    # a score of few rows stands still while their loss falls: that is no over-fitting
+    fell = held.get(last, math.inf) < held.get(record.best_step, -math.inf)
+    if len(checked) > 2 and record.best_step <= last / 2 and not fell:
         return (
             f"step {record.best_step} of {last} was the best, and what followed fitted the training rows alone: fewer "
             f"{longer.split()[0]}, --patience 2, or more data"
