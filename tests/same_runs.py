@@ -9,8 +9,11 @@ from loretta.training.config import RunConfig
 NOISE = 2e-4  # float32 sums in another order, after some steps of Adam
 
 
-def assert_same_run(together, alone):
-    """Two records and the adapters in their folders."""
+def assert_same_run(together, alone, *, signs=True):
+    """Two records and the adapters in their folders; without ``signs`` trains may differ in those of their cores.
+
+    A singular vector has no sign of its own, so rounding may turn a column of one core and a row of the next.
+    """
     assert [(p.split, p.step, p.epoch) for p in together.history] == [(p.split, p.step, p.epoch) for p in alone.history]
     for got, expected in zip(together.history, alone.history, strict=True):
         assert got.values == pytest.approx(expected.values, abs=NOISE, rel=NOISE)
@@ -21,5 +24,6 @@ def assert_same_run(together, alone):
     assert values[0].keys() == values[1].keys()
     for name in values[0]:
         if not name.endswith("key.bias"):  # whose gradient is rounding alone
-            assert torch.allclose(values[0][name], values[1][name], atol=1e-3), name
+            got, expected = (each[name] if signs or "loretta_" not in name else each[name].abs() for each in values)
+            assert torch.allclose(got, expected, atol=1e-3), name
     assert {path.name for path in folders[0].iterdir()} <= {path.name for path in folders[1].iterdir()}

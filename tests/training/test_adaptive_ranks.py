@@ -12,7 +12,6 @@ from tuners.wrapped import wrap
 from loretta import AdaptiveRanks
 from loretta.errors import InputError
 from loretta.plan import plan_model
-from loretta.population.training import why_alone
 from loretta.training import run as running
 from loretta.training.arguments import make_trainer
 from loretta.training.config import RunConfig
@@ -192,7 +191,3 @@ def test_what_cannot_be_is_said(options, words, bert, reviews, tmp_path):
 def test_a_callback_refuses_a_schedule_that_is_none():
     with pytest.raises(InputError, match=r"begin=0\.7"):
         AdaptiveRanks("2k", begin=0.7)
-
-
-def test_it_is_trained_alone(bert, reviews, tmp_path):
-    assert why_alone(adaptive(bert, reviews, tmp_path)) == "adaptive_ranks"

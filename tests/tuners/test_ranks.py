@@ -200,6 +200,21 @@ def test_an_untrained_adapter_is_cut_and_still_changes_nothing_and_learns():
     assert all(layer.loretta_rep_up["default"].values.grad.abs().max() > 0 for layer in ranked.layers.values())
 
 
+def test_what_is_not_finite_is_cut_first_and_is_no_error():
+    """So that a run whose values spoil before a look ends with the sentence on its loss."""
+    model, _ = wide("compact")
+    ranked = RankedTrains(model)
+    spoilt, *others = ranked.layers
+    with torch.no_grad():
+        ranked.layers[spoilt].loretta_rep_down["default"].values[0] = torch.inf
+    sizes = ranked.sizes()
+    assert ranked.masses()[spoilt] == [0.0] * len(sizes[spoilt])
+    ranked.lower(allot(ranked.masses(), sizes, ranked.n_params() - sizes[spoilt][-1] + sizes[spoilt][0]))
+    assert ranked.ranks[spoilt] == 1
+    assert [ranked.ranks[name] for name in others] == [len(sizes[name]) for name in others]
+    ranked.shrink()
+
+
 @pytest.mark.parametrize("kind", ["AdamW", "Adagrad", "NAdam", "Rprop", "SGD"])
 def test_an_optimizer_forgets_what_was_rewritten_and_nothing_else(kind):
     options = {"momentum": 0.9} if kind == "SGD" else {}

@@ -75,6 +75,7 @@ def save(loop: Loop) -> None:
             "best_metric": state.best_metric,
             "best_global_step": state.best_global_step,
             "log_history": state.log_history,
+            "stateful_callbacks": state.stateful_callbacks,
             "together": len(loop.members),
         }
         tensors = {name: tensor[k].detach().cpu().contiguous() for name, tensor in loop.tensors().items()}

@@ -27,6 +27,7 @@ from loretta.errors import InputError
 from loretta.population.graphs import Graphs
 from loretta.population.optimizer import MemberAdamW
 from loretta.population.population import Population
+from loretta.population.ranks import MemberRanks
 from loretta.population.rows import Rows, mean_of_batches, near, row_losses
 from loretta.training.batches import bucket
 from loretta.training.forms import Data
@@ -131,6 +132,7 @@ class Loop:
         self.save: Callable[[Loop], None] = lambda loop: None
         self.after_step: Callable[[Loop], None] = lambda loop: None
         self.args, self.kind = first.trainer.args, first.task.kind
+        self.ranks = MemberRanks(population, [member.trainer for member in members])
         self.device = population.values.device
         tokenizer: Any = first.trainer.processing_class
         cuda_graph = first.config.cuda_graph and self.device.type == "cuda"
@@ -163,6 +165,7 @@ class Loop:
             betas=(self.args.adam_beta1, self.args.adam_beta2),
             eps=self.args.adam_epsilon,
             max_norm=self.args.max_grad_norm,
+            forgets=bool(self.ranks.of),
         )
         self.best = population.values.clone()
         self.step, self.logged, self.seconds = 0, 0, 0.0
@@ -199,13 +202,19 @@ class Loop:
 
     def tensors(self) -> dict[str, Tensor]:
         """All tensors that training changes, with a row for each member."""
-        mean, square = self.optimizer.mean, self.optimizer.square
-        return {"values": self.population.values, "mean": mean, "square": square, "best": self.best, "loss": self.loss}
+        return {
+            "values": self.population.values, **self.optimizer.tensors(), "best": self.best, "loss": self.loss,
+        }  # fmt: skip
+
+    def kept(self, k: int) -> Tensor:
+        """Where a member's row has the values that it keeps."""
+        return self.best if self.members[k].trainer.state.best_global_step else self.population.values
 
     def train(self, until: int | None = None) -> None:
         """Train from :attr:`step` to the end, or to the step ``until``, after which all members are evaluated."""
         flow, rules, state = DefaultFlowCallback(), self.rules, copy(self.members[0].trainer.state)
         begin, before = time.perf_counter(), self.seconds
+        self.ranks.begin()
         self.population.train()
         self.population.gradient.zero_()
         with ExitStack() as stack:
@@ -223,6 +232,7 @@ class Loop:
                         control = flow.on_epoch_end(self.args, state, control)
                     for member in self._running():
                         member.trainer.state.global_step, member.trainer.state.epoch = self.step, state.epoch
+                    self.ranks.follow(self.optimizer, self.stopped)
                     if control.should_log:
                         self._log()
                     if control.should_evaluate or self.step == until:
@@ -310,11 +320,10 @@ class Loop:
     @torch.no_grad()
     def answers(self, split: str) -> list[PredictionOutput]:
         """The output of each member's Trainer for a split, with the values that the member keeps."""
-        keeps_best = [bool(member.trainer.state.best_global_step) for member in self.members]
-        now, best = self.population.values.clone(), torch.tensor(keeps_best, device=self.device)[:, None]
+        now, kept = self.population.values.clone(), torch.stack([self.kept(k)[k] for k in range(len(self.members))])
         rows = self.rows.get(split) or self._rows_of(split)
         with self._recordable():
-            self.population.values.copy_(torch.where(best, self.best, now))
+            self.population.values.copy_(kept)
             try:
                 return self._score(split, rows, split)
             finally:

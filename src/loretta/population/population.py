@@ -88,8 +88,9 @@ class Population(nn.Module):
         self.slices = {name: slice(end - size, end) for name, size, end in zip(order, sizes, ends, strict=True)}
         self.shapes = {name: parameters[name].shape for name in order}
         # one copy to the device for all tensors: a copy for each would wait for the GPU each time
-        rows = {id(start): torch.cat([start.values[name].detach().flatten() for name in order]) for start in starts}
-        self.values = torch.stack([rows[id(start)] for start in starts]).to(device, dtype)
+        distinct = {id(start.values): start.values for start in starts}
+        rows = {key: torch.cat([values[name].flatten() for name in order]) for key, values in distinct.items()}
+        self.values = torch.stack([rows[id(start.values)] for start in starts]).to(device, dtype)
         self.gradient = torch.zeros_like(self.values)
         stacked = {block: self._parameter(block) for block in blocks}
         differing = dict.fromkeys(name for start in starts for name in start.values if name not in self.slices)
@@ -278,6 +279,15 @@ class Population(nn.Module):
         """The trained parameters of one member by their ordinary names, from :attr:`values` or others (P, N)."""
         row = (self.values if values is None else values)[member]
         return {name: row[where].view(self.shapes[name]) for name, where in self.slices.items()}
+
+    @torch.no_grad()
+    def take(self, member: int, parameters: Sequence[nn.Parameter], values: Tensor) -> list[slice]:
+        """Copy parameters of the released model into a member's row of ``values``. Returns where they lie in it."""
+        names = {id(tensor): name for name, tensor in tensors_of(self.model).items()}
+        found = [self.slices[names[id(parameter)]] for parameter in parameters]
+        for where, parameter in zip(found, parameters, strict=True):
+            values[member, where] = parameter.flatten()
+        return found
 
     @contextmanager
     @torch.no_grad()

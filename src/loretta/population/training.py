@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -59,7 +60,6 @@ def why_alone(config: RunConfig) -> str | None:
         f"quantize={config.quantize}": config.quantize is not None,
         f"accumulate={config.accumulate}": config.accumulate > 1,
         "auto_batch": config.auto_batch,
-        "adaptive_ranks": bool(config.method_args.get("adaptive_ranks")),
         f"on_nan={config.on_nan}": config.on_nan != "stop",
     }
     return next((option for option, is_so in obstacles.items() if is_so), None)
@@ -167,6 +167,7 @@ def _train(
         # without it, runs that a kill leaves unwritten would go on with fewer others and other numbers of dropout
         save(loop)
     used = max(0, peak_memory() - memory)
+    loop.ranks.settle(loop.kept)
     predict_at_once(loop)
     records, published = [], []
     with ThreadPoolExecutor(WRITERS) as pool:
@@ -174,7 +175,7 @@ def _train(
             if k in loop.not_finite:
                 continue
             member.trainer.stopwatch.earlier = loop.seconds / len(configs)
-            with loop.population.released(k, loop.best if member.trainer.state.best_global_step else None):
+            with loop.population.released(k, loop.kept(k)), loop.ranks.shrunk(k):
                 record = finish(
                     replace(member, config=runs[k][0]),
                     member.trainer,
@@ -244,7 +245,8 @@ def prepare(configs: Sequence[RunConfig], scratch: Path) -> Loop:
             assert isinstance(model, PeftModel)
             skeleton = model if skeleton is None else skeleton
             models[same] = Start.of(model, skeleton)
-        starts.append(models[same])
+        # a copy of the config, which describes the ranks of one member in the end
+        starts.append(replace(models[same], config=copy(models[same].config)))
         data.append(replace(known[key], config=config))
     # a member's Trainer only scores the test split, so it need not record steps
     alone = [replace(each, config=each.config.model_copy(update={"cuda_graph": False})) for each in data]

@@ -75,29 +75,42 @@ class AdaptiveRanks(TrainerCallback, ExportableState):
     def on_step_end(
         self, args: Any, state: TrainerState, control: TrainerControl, optimizer: Any = None, **kwargs: Any
     ) -> None:
+        forget(optimizer, self.follow(state))
+
+    def due(self, state: TrainerState) -> list[int]:
+        """The looks, counted from 1, that fall on the step of now."""
         looks = self.cuts * LOOKS
         first, length = self.begin * state.max_steps, (self.end - self.begin) * state.max_steps
-        due = [k for k in range(1, looks + 1) if max(1, round(first + length * k / looks)) == state.global_step]
+        return [k for k in range(1, looks + 1) if max(1, round(first + length * k / looks)) == state.global_step]
+
+    def follow(self, state: TrainerState) -> list[nn.Parameter]:
+        """Look and cut where that is due. Returns the cores that were rewritten, which an optimizer should forget."""
+        due = self.due(state)
         if not due or self.trains is None:
-            return
+            return []
         self._look()
         cut = max((k // LOOKS for k in due if k % LOOKS == 0), default=None)
-        if cut is not None:
-            # as AdaLoRA's budget falls: fast at first, when the ranks that go have learned least
-            above = max(0, self.widest - self.room) * (1 - cut / self.cuts) ** 3
-            changed = self._lower(self.room + int(above))
-            forget(optimizer, changed)
-            if changed:
-                # an adapter of higher ranks is no candidate for the best one
-                state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+        if cut is None:
+            return []
+        # as AdaLoRA's budget falls: fast at first, when the ranks that go have learned least
+        above = max(0, self.widest - self.room) * (1 - cut / self.cuts) ** 3
+        changed = self._lower(self.room + int(above))
+        if changed:
+            # an adapter of higher ranks is no candidate for the best one
+            state.best_metric = state.best_global_step = state.best_model_checkpoint = None
+        return changed
+
+    def settle(self) -> list[nn.Parameter]:
+        """Cut what stopped before its last cut to the budget. Returns the cores that were rewritten."""
+        if self.trains is None or self.trains.n_params() <= self.room:
+            return []
+        self._look()
+        return self._lower(self.room)
 
     def on_train_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self.trains is None:
-            return
-        if self.trains.n_params() > self.room:  # stopped before the last cut
-            self._look()
-            self._lower(self.room)
-        self.trains.shrink()
+        if self.trains is not None:
+            self.settle()
+            self.trains.shrink()
 
     def notes(self) -> list[str]:
         """What came of it, in a sentence."""
@@ -123,7 +136,7 @@ class AdaptiveRanks(TrainerCallback, ExportableState):
             before = self.masses.get(name, now)
             self.masses[name] = [KEPT * b + (1 - KEPT) * n for b, n in zip(before, now, strict=True)]
 
-    def _lower(self, room: int) -> list[Any]:
+    def _lower(self, room: int) -> list[nn.Parameter]:
         assert self.trains is not None
         ranks, sizes = self.trains.ranks, self.trains.sizes()
         masses = {name: self.masses[name][: ranks[name]] for name in ranks}

@@ -7,7 +7,8 @@ end :meth:`RankedTrains.shrink` leaves an ordinary adapter with the final ranks 
 
 import heapq
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import cast
 
 import torch
@@ -78,11 +79,16 @@ class RankedTrains:
 
     @torch.no_grad()
     def masses(self) -> dict[str, list[float]]:
-        """What each module's change of its weight would lose at ranks 1, 2, ..., as squared singular values."""
+        """What each module's change of its weight would lose at ranks 1, 2, ..., as squared singular values.
+
+        A change that is not finite has nothing to lose.
+        """
         found = {}
         for name, layer in self.layers.items():
-            scale = layer.scaling[self.adapter_name] ** 2
-            lost = tt.discarded_mass(*layer.factors(self.adapter_name), self.shapes[name])
+            scale, factors = layer.scaling[self.adapter_name] ** 2, layer.factors(self.adapter_name)
+            lost = (
+                tt.discarded_mass(*factors, self.shapes[name]) if _finite(factors) else [0.0] * len(self.shapes[name])
+            )
             found[name] = [scale * mass for mass in lost]
         return found
 
@@ -95,9 +101,9 @@ class RankedTrains:
                 continue
             pair, shapes = self._trains(self.layers[name]), self.shapes[name][rank - 1]
             a_IR, b_RO = self.layers[name].factors(self.adapter_name)
-            if tt.product_norm(a_IR, b_RO) > 0:
+            if _finite((a_IR, b_RO)) and tt.product_norm(a_IR, b_RO) > 0:
                 cores = tt.fit_product(a_IR, b_RO, *shapes)
-            else:  # before its first step, or where no gradient came: any part of the start is as good
+            else:  # before its first step, or where no gradient came: any part is as good, and of what is not finite
                 cores = _leading(pair[0], shapes[0]), _leading(pair[1], shapes[1])
             for train, values in zip(pair, cores, strict=True):
                 train.assign(tt.pad_ranks(values, train.shape.ranks))
@@ -124,6 +130,20 @@ class RankedTrains:
             self.shapes[name] = self.shapes[name][: self.ranks[name]]
         self._describe()
         note_change()
+
+    @contextmanager
+    def shrunk(self) -> Iterator[None]:
+        """As :meth:`shrink`, and behind the block the model has its larger trains again, for others to use."""
+        large = [(layer, layer.placements[self.adapter_name], self._trains(layer)) for layer in self.layers.values()]
+        self.shrink()
+        try:
+            yield
+        finally:
+            for layer, placement, trains in large:
+                layer.placements[self.adapter_name] = placement
+                for part, train in zip(("down", "up"), trains, strict=True):
+                    layer._part(part)[self.adapter_name] = train
+            note_change()
 
     def _describe(self) -> None:
         """Write ranks and unchanged scales into the config, whose ``tensor_rank`` a train in the head has too."""
@@ -166,6 +186,10 @@ def allot(masses: Mapping[str, Sequence[float]], sizes: Mapping[str, Sequence[in
 def _leading(cores: Cores, shape: tt.TTShape) -> list[Tensor]:
     """The first entries of each rank: the whole train where the rest is zero."""
     return [core[:left, :, :right] for core, (left, _, right) in zip(cores, shape.cores, strict=True)]
+
+
+def _finite(tensors: Iterable[Tensor]) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def _exactly(name: str) -> str:
