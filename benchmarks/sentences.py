@@ -178,7 +178,7 @@ def of_choosing() -> Iterator[Said]:
     yield "that were run lie between {} and {} on MiniLM, and", (min(minilm_peaks), max(minilm_peaks))
     yield "between {} and {} on MPNet. So", (min(mpnet_peaks), max(mpnet_peaks))
     one = math.sqrt(min(both) * max(both))
-    yield "So {} is within a factor of {} of each", (one, max(both) / one)
+    yield "So {} is within a factor of {} of each", (one, math.ceil(10 * max(both) / one) / 10)
     ruled = {
         "compact": ("compact", "compact cores^1 r=4", "compact cores^1 r=32"),
         "LoRA": ("LoRA r=1", "LoRA^0.75 r=8", "LoRA^0.75 r=32"),
