@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from draws import seeded
-from population.in_float64 import DECAYS, RATES, ROWS, SIZE, batch, bert, losses, population
+from members import DECAYS, RATES, ROWS, SIZE, batch, bert, losses, population
 from same_runs import assert_same_run
 from tolerances import assert_near
 from torch import nn

@@ -6,8 +6,8 @@ from unittest.mock import Mock
 import peft
 import pytest
 import torch
+from members import DECAYS, RATES, ROWS, SIZE, batch, bert, llama, losses, member, population
 from packaging import version
-from population.in_float64 import DECAYS, RATES, ROWS, SIZE, batch, bert, llama, losses, member, population
 from tolerances import assert_near
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
