@@ -52,12 +52,12 @@ def test_the_demo_uses_the_best_learning_rates_of_the_search():
     assert {method: max(of, key=of.get) for method, of in searched(True, "validation").items()} == QUICK_LEARNING_RATES
 
 
-def test_compact_is_the_best_method_of_the_short_demo_as_the_readme_says():
+def test_lora_is_the_best_method_of_the_short_demo_as_the_readme_says():
     from loretta.cli.demo import QUICK_LEARNING_RATES
 
     scores = {method: of[QUICK_LEARNING_RATES[method]] for method, of in searched(True, "test").items()}
-    assert max(scores, key=scores.get) == "compact"
-    assert "in the mean of five seeds compact is then the best of the six" in " ".join(
+    assert max(scores, key=scores.get) == "lora"
+    assert "in the mean of five seeds LoRA is the best of the six there" in " ".join(
         (ROOT / "README.md").read_text().split()
     )
 

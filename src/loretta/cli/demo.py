@@ -28,7 +28,7 @@ DEMO = "demo.json"  # the last file to be written
 # all methods and has one rate beside an adapter; trained alone it does better with a higher one.
 HEAD_LEARNING_RATE = 0.1
 LEARNING_RATES = {"compact": 1.5e-3, "adp": 2e-3, "rep": 2e-3, "lora": 2e-3, "norms": 2e-3, "head": 0.3}
-QUICK_LEARNING_RATES = {"compact": 8e-3, "adp": 2e-3, "rep": 4e-3, "lora": 2e-3, "norms": 8e-3, "head": 0.2}
+QUICK_LEARNING_RATES = {"compact": 2e-3, "adp": 2e-3, "rep": 4e-3, "lora": 2e-3, "norms": 8e-3, "head": 0.2}
 LABELS = {
     "compact": "LoRETTA compact (rep)",
     "adp": "LoRETTA adp",
