@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from methods import GROUPS, METHODS, Method, grid
-from protocol import PER_RATE, TASKS, at_edge, best_rate, cell_of, interval
+from protocol import PER_RATE, TASKS, best_rate, cell_of, edge, interval
 
 Row = Mapping[str, Any]
 
@@ -120,9 +120,8 @@ def cells_beyond(rows: Sequence[Row], seeds: int = 0) -> list[Cell]:
     for row in rows:
         if len(row["seeds"]) < seeds:
             continue
-        if row["part"] in ("front", "rates") and row["method"] in METHODS and at_edge(row):
-            rate, rates = float(best_rate(row)), [float(rate) for rate in row["held_out"]]
-            rate = float(f"{rate * 2 if rate == max(rates) else rate / 2:.3g}")
+        if row["part"] in ("front", "rates") and row["method"] in METHODS and (where := edge(row)):
+            rate = float(f"{float(best_rate(row)) * (2 if where == '≥' else 0.5):.3g}")
             found.append(
                 Cell(
                     task=row["task"],

@@ -269,8 +269,20 @@ def tuned(rate: float) -> float:
     )
 
 
-def ruled_peaks(model: str) -> list[float]:
-    """The peaks of LoRA, shared and compact at all ranks, where one learning rate is to serve them all."""
-    ruled = re.compile(r"(?:LoRA|shared) r=1|compact|(?:LoRA|shared)\^0\.75 r=\d+|compact cores\^1 r=\d+")
-    found = [line for line in lines(CHOOSING, "rates") if "peak" in line.cells and line.cells["model"] == model]
-    return [number(line.cells["peak"]) for line in found if ruled.fullmatch(line.cells["form"])]
+# the forms where one learning rate is to serve all ranks, of which rank 1 needs no rule
+RULED = {
+    "LoRA": r"LoRA r=1|LoRA\^0\.75 r=\d+",
+    "shared": r"shared r=1|shared\^0\.75 r=\d+",
+    "compact": r"compact|compact cores\^1 r=\d+",
+}
+
+
+def ruled(model: str, *forms: str) -> list[dict[str, str]]:
+    """The curves of score against rate of these ``forms`` at all ranks, by the rule of each."""
+    found = [line.cells for line in lines(CHOOSING, "rates") if "peak" in line.cells and line.cells["model"] == model]
+    return [cells for cells in found if any(re.fullmatch(RULED[form], cells["form"]) for form in forms)]
+
+
+def ruled_peaks(model: str, *forms: str) -> list[float]:
+    """The learning rates at which these forms are best, or all."""
+    return [number(cells["peak"]) for cells in ruled(model, *(forms or RULED))]

@@ -133,8 +133,15 @@ def _best_rate(metric: str, held_out: tuple[tuple[str, tuple[float | None, ...]]
 
 def at_edge(row: Mapping[str, Any]) -> bool:
     """Whether the best rate is the lowest or the highest of the grid, so that a better one may lie beyond."""
+    return bool(edge(row))
+
+
+def edge(row: Mapping[str, Any]) -> str:
+    """Which way a better rate may lie beyond those that were run: "≥", "≤", or "" where the best one is within them."""
     rates = sorted(row["held_out"], key=float)
-    return len(rates) > 1 and best_rate(row) in (rates[0], rates[-1])
+    if len(rates) == 1:
+        return ""
+    return {rates[0]: "≤", rates[-1]: "≥"}.get(best_rate(row), "")
 
 
 def chosen(row: Mapping[str, Any], which: str) -> pd.Series:

@@ -6,7 +6,7 @@ from statistics import mean
 import pandas as pd
 from board import Board, Row, markdown, paired, signed, words
 from methods import GROUPS
-from protocol import at_edge, best_rate, by_seed, chosen, mean_by_seed
+from protocol import best_rate, by_seed, chosen, edge, mean_by_seed
 from verdicts import MODELS
 
 NONE = "Not measured yet.\n"
@@ -143,13 +143,6 @@ def at_rate(cells: Sequence[Row], rate: str) -> pd.Series | None:
     if not all(rate in row["held_out"] for row in cells):
         return None
     return mean_by_seed([by_seed(row, row["held_out"][rate]).fillna(0.0) for row in cells])
-
-
-def edge(row: Row) -> str:
-    """Which way the peak may lie beyond the rates that were run: "≥", "≤", or "" for one within them."""
-    if not at_edge(row):
-        return ""
-    return "≥" if best_rate(row) == max(row["held_out"], key=float) else "≤"
 
 
 def peak(row: Row) -> float:

@@ -15,6 +15,7 @@ from cited import (
     CHOOSING,
     PAGE,
     README,
+    RULED,
     beaten,
     both_encoders,
     cell,
@@ -32,6 +33,7 @@ from cited import (
     planned,
     rank,
     risen,
+    ruled,
     ruled_peaks,
     run,
     scored,
@@ -179,19 +181,13 @@ def of_choosing() -> Iterator[Said]:
     yield "between {} and {} on MPNet. So", (min(mpnet_peaks), max(mpnet_peaks))
     one = math.sqrt(min(both) * max(both))
     yield "So {} is within a factor of {} of each", (one, math.ceil(10 * max(both) / one) / 10)
-    ruled = {
-        "compact": ("compact", "compact cores^1 r=4", "compact cores^1 r=32"),
-        "LoRA": ("LoRA r=1", "LoRA^0.75 r=8", "LoRA^0.75 r=32"),
-        "shared": ("shared r=1", "shared^0.75 r=8", "shared^0.75 r=32"),
-    }
-    peaks = {of: [held_out("rates", "peak", "SmolLM2", form) for form in forms] for of, forms in ruled.items()}
+    peaks = {form: ruled_peaks("SmolLM2", form) for form in RULED}
     yield "compact's lie between {} and {}, LoRA's between {} and {}, shared's at {} or above.", (
         min(peaks["compact"]), max(peaks["compact"]), min(peaks["LoRA"]), max(peaks["LoRA"]), min(peaks["shared"]),
     )  # fmt: skip
     common = 4.24e-3
     lost = []
-    for form in (form for forms in ruled.values() for form in forms):
-        (curve,) = (line.cells for line in lines(CHOOSING, "rates") if {form, "SmolLM2"} <= line.words)
+    for curve in ruled("SmolLM2", *RULED):
         scores = {float(rate): float(score) for rate, score in curve.items() if rate.startswith("0.")}
         lost.append(max(scores.values()) - scores[common])
     yield "the one rate {} loses at most {} at any rank of the three forms.", (common, max(lost))
