@@ -37,30 +37,41 @@ Member = tuple[tuple[str, ...], int]  # an order or its beginning, and a seed
 def jobs(
     options: argparse.Namespace, known: Sequence[dict[str, Any]], split_of: Callable[[str], Path]
 ) -> list[tuple[str, Callable[[], dict[str, Any]]]]:
-    """The seeds that each method lacks, in the orders that its row has: a name, and what makes the row of them all."""
+    """What each method lacks: a name, and what makes the whole row.
+
+    A row gets one thing at a time, since both are added to the row that is there: first the orders that it lacks, with
+    the seeds that it has, and then the seeds, in the orders that it has.
+    """
     found, rows = [], {row["method"]: row for row in known}
+    orders, seeds = CYCLES if options.cycles else ORDERS, range(options.seeds)
     for name in options.methods:
-        row = rows.get(name)
-        orders = (
-            tuple(tuple(order.split(">")) for order in row["scores"]) if row else CYCLES if options.cycles else ORDERS
-        )
-        lacking = sorted({*range(options.seeds)} - {*(row["seeds"] if row else ())})
-        if lacking:
-            make = partial(measure, name, orders, lacking, options, split_of)
-            of_seeds = f"-from-{lacking[0]}" if row else ""
-            found.append((name.replace(" ", "-") + of_seeds, partial(_joined, row, make) if row else make))
+        label = name.replace(" ", "-")
+        if (row := rows.get(name)) is None:
+            found.append((label, partial(measure, name, orders, seeds, options, split_of)))
+            continue
+        as_before = argparse.Namespace(**{**vars(options), "share": row["share"]})
+        make = partial(measure, name, args=as_before, split_of=split_of)
+        if lacking := [order for order in orders if ">".join(order) not in row["scores"]]:
+            found.append((f"{label}-orders", partial(_joined, row, partial(make, lacking, row["seeds"]))))
+        elif more := sorted({*seeds} - {*row["seeds"]}):
+            of_row = [tuple(order.split(">")) for order in row["scores"]]
+            found.append((f"{label}-from-{more[0]}", partial(_joined, row, partial(make, of_row, more))))
     return found
 
 
 def _joined(row: dict[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """A row with more seeds of the same method and orders."""
+    """A row with further orders of its seeds, or further seeds of its orders."""
     more = make()
-    scores = {
-        order: {task: before + more["scores"][order][task] for task, before in of_order.items()}
-        for order, of_order in row["scores"].items()
-    }
-    both = {"seeds": row["seeds"] + more["seeds"], "seconds": row["seconds"] + more["seconds"]}
-    return {**more, **both, "scores": scores, "versions": joined_versions(row, more)}
+    if more["seeds"] == row["seeds"]:
+        seeds, scores = row["seeds"], {**row["scores"], **more["scores"]}
+    else:
+        seeds = row["seeds"] + more["seeds"]
+        scores = {
+            order: {task: before + more["scores"][order][task] for task, before in of_order.items()}
+            for order, of_order in row["scores"].items()
+        }
+    both = {"seeds": seeds, "scores": scores, "seconds": row["seconds"] + more["seconds"]}
+    return {**more, **both, "versions": joined_versions(row, more)}
 
 
 def measure(
@@ -78,6 +89,8 @@ def measure(
         found: dict[Member, Tensor] = {}
         for task in SEQUENCE:
             begun = {order[:length] for order in orders if order[length - 1] == task}
+            if not begun:  # of a row that lacks few orders
+                continue
             members = [(beginning, seed) for beginning in sorted(begun) for seed in seeds]
             loop = turn(name, task, [(m, values[m[0][:-1], m[1]]) for m in members], args, split_of(task))
             found |= {member: loop.population.values[k].clone() for k, member in enumerate(members)}

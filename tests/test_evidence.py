@@ -28,7 +28,6 @@ import campaign  # noqa: E402
 import causes  # noqa: E402
 import cells  # noqa: E402
 import claims  # noqa: E402
-import forgetting  # noqa: E402
 import forms  # noqa: E402
 import methods  # noqa: E402
 import protocol  # noqa: E402
@@ -302,33 +301,6 @@ def test_what_is_planned_is_of_methods_that_are_there():
         assert set(entry.get("methods", [])) <= known.keys()
         wanted += [name for name in named if name not in methods.GROUPS]
     assert set(wanted) <= methods.METHODS.keys()
-
-
-def test_three_of_the_orders_have_each_task_once_in_each_place():
-    assert set(forgetting.CYCLES) < set(forgetting.ORDERS)
-    assert all(set(of_place) == set(forgetting.SEQUENCE) for of_place in zip(*forgetting.CYCLES, strict=True))
-
-
-def test_seeds_that_a_method_lacks_join_its_row_in_the_orders_that_this_has(monkeypatch):
-    def measure(name, orders, seeds, args, split_of):
-        scores = {">".join(order): {task: [0.1 * seed for seed in seeds] for task in order} for order in orders}
-        return {"method": name, "scores": scores, "seeds": list(seeds), "seconds": 1.0, "versions": {"torch": "2"}}
-
-    monkeypatch.setattr(forgetting, "measure", measure)
-    options = argparse.Namespace(methods=["LoRA r=8", "norms"], seeds=2, cycles=True)
-    rows = [make() for _, make in forgetting.jobs(options, [], None)]
-    assert forgetting.jobs(options, rows, None) == []
-    options.seeds, options.cycles = 4, False
-    (name, make), (_, of_norms), (other, whole) = forgetting.jobs(
-        argparse.Namespace(**{**vars(options), "methods": ["LoRA r=8", "norms", "rep"]}), rows, None
-    )
-    assert (name, other) == ("LoRA-r=8-from-2", "rep")
-    row = make()
-    assert row["seeds"] == [0, 1, 2, 3]
-    assert row["scores"].keys() == {">".join(order) for order in forgetting.CYCLES}
-    assert all(some == pytest.approx([0, 0.1, 0.2, 0.3]) for of in row["scores"].values() for some in of.values())
-    assert of_norms()["seconds"] == 2
-    assert len(whole()["scores"]) == len(forgetting.ORDERS)
 
 
 def test_a_run_is_chosen_among_as_many_rates_as_every_other_method_has(tmp_path, monkeypatch):
