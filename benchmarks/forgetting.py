@@ -42,7 +42,8 @@ def jobs(
     A row gets one thing at a time, since both are added to the row that is there: first the orders that it lacks, with
     the seeds that it has, and then the seeds, in the orders that it has.
     """
-    found, rows = [], {row["method"]: row for row in known}
+    found: list[tuple[str, Callable[[], dict[str, Any]]]] = []
+    rows = {row["method"]: row for row in known}
     orders, seeds = CYCLES if options.cycles else ORDERS, range(options.seeds)
     for name in options.methods:
         label = name.replace(" ", "-")

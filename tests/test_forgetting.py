@@ -10,8 +10,8 @@ import torch
 
 sys.path.append(str(pathlib.Path(__file__).parents[1] / "benchmarks"))
 
-import forgetting  # noqa: E402
-from forgetting import CYCLES, ORDERS, SEQUENCE, jobs  # noqa: E402
+import forgetting
+from forgetting import CYCLES, ORDERS, SEQUENCE, jobs
 
 
 def names(orders):
