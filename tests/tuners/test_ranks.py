@@ -110,6 +110,12 @@ def test_what_is_cut_stays_cut_while_it_trains_and_the_small_trains_compute_the_
     assert sum(p.numel() for p in trains) > ranked.n_params()  # the tensors are those of before
     with torch.no_grad():
         expected = model(**inputs).logits
+    before = model.peft_config["default"].to_dict()
+    with ranked.shrunk():
+        assert model.get_nb_trainable_parameters()[0] == ranked.n_params()
+        assert model.peft_config["default"].rank_pattern
+    assert model.peft_config["default"].to_dict() == before
+    assert [parameter for parameter in model.parameters() if parameter.requires_grad] == trains
     ranked.shrink()
     assert model.get_nb_trainable_parameters()[0] == ranked.n_params()
     for name, after in updates(model, ranked).items():

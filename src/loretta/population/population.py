@@ -34,9 +34,12 @@ _ALIKE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.
 _ALONE = "this method cannot be trained in a population: train its runs one by one"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Start:
-    """The values from which one member starts, as a run alone would, where they differ from those of the others."""
+    """The values from which a member starts, as a run alone would, where they differ from those of the others.
+
+    Members of one seed share theirs.
+    """
 
     values: Mapping[str, Tensor]  # of trained tensors, and of frozen ones that are random
     scales: Mapping[str, float]  # adapted module -> factor on its effect
@@ -88,9 +91,8 @@ class Population(nn.Module):
         self.slices = {name: slice(end - size, end) for name, size, end in zip(order, sizes, ends, strict=True)}
         self.shapes = {name: parameters[name].shape for name in order}
         # one copy to the device for all tensors: a copy for each would wait for the GPU each time
-        distinct = {id(start.values): start.values for start in starts}
-        rows = {key: torch.cat([values[name].flatten() for name in order]) for key, values in distinct.items()}
-        self.values = torch.stack([rows[id(start.values)] for start in starts]).to(device, dtype)
+        rows = {start: torch.cat([start.values[name].flatten() for name in order]) for start in set(starts)}
+        self.values = torch.stack([rows[start] for start in starts]).to(device, dtype)
         self.gradient = torch.zeros_like(self.values)
         stacked = {block: self._parameter(block) for block in blocks}
         differing = dict.fromkeys(name for start in starts for name in start.values if name not in self.slices)

@@ -4,7 +4,6 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from copy import copy
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -245,8 +244,7 @@ def prepare(configs: Sequence[RunConfig], scratch: Path) -> Loop:
             assert isinstance(model, PeftModel)
             skeleton = model if skeleton is None else skeleton
             models[same] = Start.of(model, skeleton)
-        # a copy of the config, which describes the ranks of one member in the end
-        starts.append(replace(models[same], config=copy(models[same].config)))
+        starts.append(models[same])
         data.append(replace(known[key], config=config))
     # a member's Trainer only scores the test split, so it need not record steps
     alone = [replace(each, config=each.config.model_copy(update={"cuda_graph": False})) for each in data]
