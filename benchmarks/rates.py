@@ -32,25 +32,19 @@ def rates_table(found: Sequence[Row]) -> str:
 
 def peaks_table(some: Sequence[Row]) -> str:
     """By what factor the best rate of each form moves over its ranks; at rank 1 every scale is that of the form."""
-    peaks: dict[tuple[str, str], list[tuple[float, str]]] = {}
-    for row in some:
-        name = row["method"].split(" r=")[0]
-        peaks.setdefault((MODELS[row["model"]].partition(" ")[0], name), []).append((peak(row), edge(row)))
-    for row in some:
-        form, _, rank = row["method"].partition(" r=")
-        for (model, name), of in peaks.items():
-            if (
-                name.startswith((f"{form}^", f"{form} cores^"))
-                and rank in ("", "1")
-                and MODELS[row["model"]].startswith(f"{model} ")
-            ):
-                of.append((peak(row), edge(row)))
-    models = list(dict.fromkeys(model for model, _ in peaks))
+    forms = dict.fromkeys(row["method"].split(" r=")[0] for row in some)
+    models = dict.fromkeys(MODELS[row["model"]].partition(" ")[0] for row in some)
+
+    def is_of(form: str, model: str, row: Row) -> bool:
+        own, _, rank = row["method"].partition(" r=")
+        at_one = rank in ("", "1") and form.startswith((f"{own}^", f"{own} cores^"))
+        return (form == own or at_one) and MODELS[row["model"]].startswith(f"{model} ")
+
     lines = []
-    for name in dict.fromkeys(name for _, name in peaks):
-        moved = [peaks.get((model, name), []) for model in models]
+    for form in forms:
+        moved = [[(peak(row), edge(row)) for row in some if is_of(form, model, row)] for model in models]
         if any(of[1:] for of in moved):
-            lines.append([name, *(moved_by(of) if of[1:] else "" for of in moved)])
+            lines.append([form, *(moved_by(of) if of[1:] else "" for of in moved)])
     return markdown(lines, ["the peak moves over the ranks by a factor of", *models]) if lines else ""
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,9 +58,14 @@ def is_same(before: Fingerprint, now: Fingerprint) -> bool:
     return any(agree(dtype) for dtype in before)
 
 
+def read_notes(run: Path) -> dict[str, Any]:
+    """What the run in a folder noted when it began; nothing for one of a version that took no notes."""
+    return read_object(run / NOTES) or {}
+
+
 def refuse_others(run: Path, model: str) -> None:
     """Raise InputError where the weights of ``model`` are not those with which the run in the folder began."""
-    before = (read_object(run / NOTES) or {}).get("model")
+    before = read_notes(run).get("model")
     if before and (now := fingerprint(model)) and not is_same(before, now):
         raise InputError(
             f"the base model '{model}' has other weights than the one on which the run in '{run}' was trained: "

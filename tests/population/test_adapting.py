@@ -102,7 +102,7 @@ def configs(options, folder, **changes):
 
 @pytest.fixture(scope="module")
 def whole(adaptive, tmp_path_factory):
-    """(configs, records) of a population that nobody stopped: two members have one seed, one is not finite at a look."""
+    """(configs, records) of a population that nobody stopped: two members have one seed, and one is not finite."""
     runs = configs(adaptive, tmp_path_factory.mktemp("whole"))
     bad, twin = (
         RunConfig(**adaptive | {"learning_rate": rate, "output": f"{runs[0].folder}-{name}"})

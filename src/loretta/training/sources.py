@@ -6,8 +6,8 @@ from operator import eq
 from pathlib import Path
 from typing import Any
 
-from loretta.files import read_object, write_json
-from loretta.fingerprint import NOTES, fingerprint, is_same
+from loretta.files import write_json
+from loretta.fingerprint import NOTES, fingerprint, is_same, read_notes
 from loretta.tasks import STDLIB
 from loretta.tasks.glue import GLUE
 from loretta.tasks.prompted import PROMPTED
@@ -59,7 +59,7 @@ def changed_places(folder: Path, config: RunConfig, options: Collection[str] = N
 
     "" where all is the same, and for a run of a version that took no note of it.
     """
-    before = read_object(folder / NOTES) or {}
+    before = read_notes(folder)
     now = _notes(config, [key for key in options if key in before])
     changed = [key for key in now if not (is_same if key == "model" else eq)(before[key], now[key])]
     return " and ".join(f"'{getattr(config, key)}'" for key in changed)
@@ -67,17 +67,12 @@ def changed_places(folder: Path, config: RunConfig, options: Collection[str] = N
 
 def is_data_of(folder: Path, data: str) -> bool:
     """Whether ``data`` names the very files from which the run in ``folder`` took its training rows."""
-    return _is_path(data) and _trained(folder) == digests(data)
+    return _is_path(data) and read_notes(folder).get("data", []) == digests(data)
 
 
 def was_trained_on(folder: Path, data: str) -> bool:
     """Whether one of them is among the files that ``data`` names."""
-    return _is_path(data) and not set(_trained(folder)).isdisjoint(digests(data))
-
-
-def _trained(folder: Path) -> list[str]:
-    found: list[str] = (read_object(folder / NOTES) or {}).get("data", [])
-    return found
+    return _is_path(data) and not set(read_notes(folder).get("data", [])).isdisjoint(digests(data))
 
 
 def _notes(config: RunConfig, options: Collection[str]) -> dict[str, Any]:

@@ -134,7 +134,7 @@ class RankedTrains:
     @contextmanager
     def shrunk(self) -> Iterator[None]:
         """As :meth:`shrink`, and behind the block model and config have the larger trains again, for others to use."""
-        described = dict(vars(self.config))
+        described = dict(self.config.__dict__)
         large = [(layer, layer.placements[self.adapter_name], self._trains(layer)) for layer in self.layers.values()]
         self.shrink()
         try:
@@ -144,7 +144,7 @@ class RankedTrains:
                 layer.placements[self.adapter_name] = placement
                 for part, train in zip(("down", "up"), trains, strict=True):
                     layer._part(part)[self.adapter_name] = train
-            vars(self.config).update(described)
+            self.config.__dict__.update(described)
             note_change()
 
     def _describe(self) -> None:
