@@ -44,7 +44,8 @@ def test_members_have_the_ranks_and_values_of_models_alone():
     for each, state, model in zip(theirs, states[SIZE:], alone, strict=True):
         each.on_train_begin(None, state, None, model=model)
     rates, decays = (torch.tensor(each, dtype=torch.float64)[:, None] for each in (RATES, DECAYS))
-    ours = MemberAdamW(together.values, together.gradient, rates=rates, decays=decays, forgets=True)
+    both = {"rates": rates, "decays": decays, "slices": together.slices}
+    ours = MemberAdamW(together.values, together.gradient, **both, forgets=True)
     trained = [[p for p in model.parameters() if p.requires_grad] for model in alone]
     optimizers = [torch.optim.AdamW(ps, lr=r, weight_decay=d) for ps, r, d in zip(trained, RATES, DECAYS, strict=True)]
     for step in range(9):
@@ -170,7 +171,8 @@ def test_the_optimizer_of_all_forgets_as_that_of_one():
     theirs = [
         torch.optim.AdamW(ps, lr=r, weight_decay=d) for ps, r, d in zip(ones, (1e-2, 3e-2), (0.1, 0.0), strict=True)
     ]
-    ours = MemberAdamW(values, gradient, rates=rates, decays=decays, max_norm=0, forgets=True)
+    slices = {"first": slice(0, 4), "second": slice(4, 7)}
+    ours = MemberAdamW(values, gradient, rates=rates, decays=decays, slices=slices, max_norm=0, forgets=True)
     for step in range(6):
         gradient.copy_(torch.randn(2, 7, generator=draw, dtype=torch.float64))
         for parts, optimizer, row in zip(ones, theirs, gradient, strict=True):
@@ -178,6 +180,6 @@ def test_the_optimizer_of_all_forgets_as_that_of_one():
             optimizer.step()
         ours.step(torch.ones(2, 1, dtype=torch.float64))
         if step == 2:
-            ours.forget(1, [slice(4, 7)])
+            ours.forget(1, ["second"])
             forget(theirs[1], ones[1][1:])
     assert_near("values", values, torch.stack([torch.cat([part.detach() for part in parts]) for parts in ones]))

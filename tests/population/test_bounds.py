@@ -1,10 +1,12 @@
 """What populations compute at once: bounded, tried before the first step, and recorded where it can be."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
 import torch
 from same_runs import assert_same_run
+from torch.profiler import profile
 from training_data import sentences
 from transformers import BertConfig, PerceiverConfig
 
@@ -139,6 +141,27 @@ def test_members_whose_numbers_do_not_fit_into_the_free_memory_are_too_many(opti
     with pytest.raises(OutOfMemory, match=r"too small for 2 runs .*bytes of trained numbers, where 1,000 are free"):
         train_together(configs)
     assert not list(tmp_path.iterdir()), "nothing was begun"
+
+
+@pytest.mark.parametrize("differing", ["nothing", "rates", "ranks"])
+def test_a_step_takes_no_more_memory_than_members_are_counted_with(differing, options, tmp_path, reviews):
+    """Also where the head has a rate of its own, and where each parameter begins anew when ranks are cut."""
+    more = {
+        "nothing": {},
+        "rates": {"head_learning_rate": 0.1, "weight_decay": 0.1},
+        "ranks": {"method": "rep", "budget": "3k", "adaptive_ranks": True, "method_args": {"train_norms": False}},
+    }[differing]
+    configs = [RunConfig(**options | more | {"seed": seed, "output": f"{tmp_path}/{seed}"}) for seed in range(3)]
+    ready = training.prepare(configs, tmp_path / "scratch")
+    population = ready.population
+    start = {id(value): value for each in population.starts for value in each.values.values()}
+    kept = sum(value.nbytes for value in (*ready.tensors().values(), population.gradient, *start.values()))
+    with profile(profile_memory=True) as measured:
+        ready._update({})
+    sizes = [event.nbytes() for event in measured.profiler.kineto_results.events() if event.name() == "[memory]"]
+    of_step = max(itertools.accumulate(sizes))
+    assert of_step >= population.values.nbytes  # it is measured
+    assert kept + of_step <= 1.02 * training.OF_A_MEMBER * population.values.nbytes
 
 
 def test_a_recording_for_which_the_memory_is_too_small_is_trained_without(monkeypatch):

@@ -107,16 +107,11 @@ class Rules:
             found[key] = torch.tensor(list(order))
         return torch.stack([found[key] for key in self.order_of])
 
-    def of_numbers(self, population: Population, which: int) -> Tensor:
-        """The learning rates (0) or weight decays (1): (P, 1), or (P, N) where they differ within a member."""
-        values = population.values
-        if all(len({rule[which] for rule in rules.values()}) == 1 for rules in self.rates):
-            return values.new_tensor([[next(iter(rules.values()))[which]] for rules in self.rates])
-        matrix = torch.zeros_like(values)
-        for row, rules in zip(matrix, self.rates, strict=True):
-            for name, where in population.slices.items():
-                row[where] = rules[name][which]
-        return matrix
+    def of_parameters(self, population: Population, which: int) -> Tensor:
+        """The learning rates (0) or weight decays (1): (P, 1), or (P, parameters) where they differ within a member."""
+        found = [[rules[name][which] for name in population.slices] for rules in self.rates]
+        alike = all(len(set(of_member)) == 1 for of_member in found)
+        return population.values.new_tensor([of_member[:1] for of_member in found] if alike else found)
 
 
 class Loop:
@@ -160,8 +155,9 @@ class Loop:
         self.optimizer = MemberAdamW(
             population.values,
             population.gradient,
-            rates=rules.of_numbers(population, 0),
-            decays=rules.of_numbers(population, 1),
+            rates=rules.of_parameters(population, 0),
+            decays=rules.of_parameters(population, 1),
+            slices=population.slices,
             betas=(self.args.adam_beta1, self.args.adam_beta2),
             eps=self.args.adam_epsilon,
             max_norm=self.args.max_grad_norm,

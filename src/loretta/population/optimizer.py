@@ -3,10 +3,10 @@
 torch's AdamW has a rate for each group of tensors, and a population would need P times as many groups. Here each member
 is a row of one matrix.
 
-Axes: P members, N trained numbers of each.
+Axes: P members, N trained numbers of each, in K parameters.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,10 +17,10 @@ class MemberAdamW:
 
     Args:
         values, gradient: (P, N).
-        rates, decays: the highest learning rate and the weight decay, (P, N), or (P, 1) where they are the same for all
-            numbers of a member.
+        rates, decays: the highest learning rate and the weight decay, (P, K), or (P, 1) where a member has one of them.
+        slices: where the numbers of each parameter lie; only needed where something differs between parameters.
         max_norm: of a member's gradient; 0 for no clipping.
-        forgets: whether :meth:`forget` will be called, for which each number needs a count of its own.
+        forgets: whether :meth:`forget` will be called, for which each parameter needs a count of its own.
     """
 
     def __init__(
@@ -30,6 +30,7 @@ class MemberAdamW:
         *,
         rates: Tensor,
         decays: Tensor,
+        slices: Mapping[str, slice] | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         max_norm: float = 1.0,
@@ -40,8 +41,11 @@ class MemberAdamW:
         self.mean, self.square = torch.zeros_like(values), torch.zeros_like(values)
         # a tensor, so that a recorded step can count it up
         self.steps = torch.zeros((), dtype=torch.float64, device=values.device)
-        # (P, N): the step behind which the moments of a number began
-        self.began = torch.zeros_like(values, dtype=torch.int32) if forgets else None
+        self.slices = slices or {}
+        # (P, K): the step behind which the moments of a parameter began
+        self.began = values.new_zeros(len(values), len(self.slices), dtype=torch.float64) if forgets else None
+        sizes = torch.tensor([where.stop - where.start for where in self.slices.values()], dtype=torch.int)
+        self._parameter = torch.arange(len(sizes)).repeat_interleave(sizes).to(values.device, torch.int32)  # (N)
         self.norms = values.new_zeros(len(values))  # of the last gradients, before clipping
 
     @torch.no_grad()
@@ -57,10 +61,16 @@ class MemberAdamW:
         steps = self.steps if self.began is None else self.steps - self.began
         unbiased, unbiased_square = 1 - beta**steps, 1 - beta_square**steps
         rates = self.rates * factor
-        update = self.square.sqrt().div_(unbiased_square.sqrt().to(self.values.dtype)).add_(self.eps)
+        update = self.square.sqrt().div_(self._spread(unbiased_square.sqrt().to(self.values.dtype))).add_(self.eps)
         torch.div(self.mean, update, out=update)
-        update.mul_(rates / unbiased.to(self.values.dtype))
-        self.values.mul_(1 - rates * self.decays).sub_(update)
+        update.mul_(self._spread(rates / unbiased.to(self.values.dtype)))
+        self.values.mul_(self._spread(1 - rates * self.decays)).sub_(update)
+
+    def _spread(self, of_parameters: Tensor) -> Tensor:
+        """(P, N) from (P, K); what is the same for all parameters stays as it is."""
+        if of_parameters.dim() == 0 or of_parameters.shape[1] == 1:
+            return of_parameters
+        return of_parameters.index_select(1, self._parameter)
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint needs beside :attr:`steps`, with a row for each member."""
@@ -68,9 +78,10 @@ class MemberAdamW:
         return {"mean": self.mean, "square": self.square, **began}
 
     @torch.no_grad()
-    def forget(self, member: int, numbers: Sequence[slice]) -> None:
-        """Begin anew with numbers of a member that were rewritten, whose moments belong to other directions."""
+    def forget(self, member: int, parameters: Sequence[str]) -> None:
+        """Begin anew with parameters of a member that were rewritten, whose moments belong to other directions."""
         assert self.began is not None
-        for where in numbers:
-            self.mean[member, where] = self.square[member, where] = 0
-            self.began[member, where] = self.steps.to(torch.int32)
+        for k, (name, where) in enumerate(self.slices.items()):
+            if name in parameters:
+                self.mean[member, where] = self.square[member, where] = 0
+                self.began[member, k] = self.steps

@@ -283,13 +283,13 @@ class Population(nn.Module):
         return {name: row[where].view(self.shapes[name]) for name, where in self.slices.items()}
 
     @torch.no_grad()
-    def take(self, member: int, parameters: Sequence[nn.Parameter], values: Tensor) -> list[slice]:
-        """Copy parameters of the released model into a member's row of ``values``. Returns where they lie in it."""
-        names = {id(tensor): name for name, tensor in tensors_of(self.model).items()}
-        found = [self.slices[names[id(parameter)]] for parameter in parameters]
-        for where, parameter in zip(found, parameters, strict=True):
-            values[member, where] = parameter.flatten()
-        return found
+    def take(self, member: int, parameters: Sequence[nn.Parameter], values: Tensor) -> list[str]:
+        """Copy parameters of the released model into a member's row of ``values``. Returns their names."""
+        rewritten = {id(parameter) for parameter in parameters}
+        found = {name: tensor for name, tensor in tensors_of(self.model).items() if id(tensor) in rewritten}
+        for name, tensor in found.items():
+            values[member, self.slices[name]] = tensor.flatten()
+        return list(found)
 
     @contextmanager
     @torch.no_grad()

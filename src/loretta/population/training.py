@@ -42,7 +42,8 @@ OF_EACH_MEMBER = {
     "seed", "learning_rate", "head_learning_rate", "weight_decay", "warmup", "warmup_steps", "schedule", "output",
     "start_from",
 }  # fmt: skip
-OF_A_MEMBER = 6  # tensors of its trained numbers: values, gradient, two of AdamW, the best, and its start
+# tensors of its trained numbers at once: values, gradient, two of AdamW, the best, its start, and two of a step
+OF_A_MEMBER = 8
 TOGETHER = ("classification", "regression", "language_modeling")
 
 
