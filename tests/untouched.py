@@ -1,9 +1,10 @@
-"""Programs in processes that have imported torch and transformers, and neither PEFT nor anything of ours.
+"""Programs in processes that have imported torch, or also transformers, and neither PEFT nor anything of ours.
 
-They are forks of a process that conftest.py forks before it imports more: a new one takes five seconds of a core.
+They are forks of processes that conftest.py forks before it imports more: a new one takes up to nine seconds of a core.
 """
 
 import contextlib
+import importlib
 import os
 import signal
 import sys
@@ -13,7 +14,7 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
-_programs: Connection
+_programs: dict[str, Connection] = {}  # by what the process has imported
 
 
 class Done(NamedTuple):
@@ -42,27 +43,35 @@ class ending:
 
 
 def prepare() -> None:
-    """Fork the process from which programs are forked."""
-    global _programs
-    import transformers.modeling_utils  # noqa: F401
+    """Fork the processes from which programs are forked."""
+    for name in ("_dynamo", "_inductor.compile_fx", "distributed.tensor"):  # which transformers and bitsandbytes import
+        importlib.import_module(f"torch.{name}")
+    _fork("torch")
+    importlib.import_module("transformers.modeling_utils")
+    with contextlib.suppress(ImportError):  # half of the time that PEFT takes
+        importlib.import_module("bitsandbytes")
+    _fork("transformers")
 
+
+def _fork(imported: str) -> None:
     assert not {"loretta", "peft"} & sys.modules.keys()
-    _programs, theirs = Pipe()
+    _programs[imported], theirs = Pipe()
     if os.fork():
         theirs.close()
         return
     with ending(), contextlib.suppress(EOFError):  # at the end of the tests
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        _programs.close()
+        for ours in _programs.values():
+            ours.close()
         while True:
             theirs.send(_done(*theirs.recv()))
 
 
-def run(program: str, *arguments: object) -> Done:
-    """As ``python -c PROGRAM ARGUMENTS``."""
-    _programs.send((program, [*map(str, arguments)]))
-    assert _programs.poll(600), "the program takes more than ten minutes"
-    return Done(*_programs.recv())
+def run(program: str, *arguments: object, imported: str = "transformers") -> Done:
+    """As ``python -c PROGRAM ARGUMENTS``, where "torch" alone or also "transformers" is ``imported``."""
+    _programs[imported].send((program, [*map(str, arguments)]))
+    assert _programs[imported].poll(600), "the program takes more than ten minutes"
+    return Done(*_programs[imported].recv())
 
 
 def _done(program: str, arguments: list[str]) -> tuple[int, str, str]:
