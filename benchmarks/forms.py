@@ -208,7 +208,8 @@ def set_factors(loop: Loop, method: Method) -> None:
     """Put a method's factors on the rates of parameters, and of the cores of its trains."""
     if not method.factors and not method.bonds:
         return
-    rates = loop.optimizer.rates = loop.optimizer.rates.expand_as(loop.population.values).clone()
+    of_numbers = loop.optimizer.of_numbers(loop.optimizer.rates)
+    rates = loop.optimizer.rates = of_numbers.expand_as(loop.population.values).clone()
     for name, where in loop.population.slices.items():
         for word, factor in method.factors.items():
             if word in name:

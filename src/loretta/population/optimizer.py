@@ -17,7 +17,8 @@ class MemberAdamW:
 
     Args:
         values, gradient: (P, N).
-        rates, decays: the highest learning rate and the weight decay, (P, K), or (P, 1) where a member has one of them.
+        rates, decays: the highest learning rate and the weight decay: (P, K), or (P, 1) where a member has one of them,
+            or (P, N).
         slices: where the numbers of each parameter lie; only needed where something differs between parameters.
         max_norm: of a member's gradient; 0 for no clipping.
         forgets: whether :meth:`forget` will be called, for which each parameter needs a count of its own.
@@ -61,14 +62,14 @@ class MemberAdamW:
         steps = self.steps if self.began is None else self.steps - self.began
         unbiased, unbiased_square = 1 - beta**steps, 1 - beta_square**steps
         rates = self.rates * factor
-        update = self.square.sqrt().div_(self._spread(unbiased_square.sqrt().to(self.values.dtype))).add_(self.eps)
+        update = self.square.sqrt().div_(self.of_numbers(unbiased_square.sqrt().to(self.values.dtype))).add_(self.eps)
         torch.div(self.mean, update, out=update)
-        update.mul_(self._spread(rates / unbiased.to(self.values.dtype)))
-        self.values.mul_(self._spread(1 - rates * self.decays)).sub_(update)
+        update.mul_(self.of_numbers(rates / unbiased.to(self.values.dtype)))
+        self.values.mul_(self.of_numbers(1 - rates * self.decays)).sub_(update)
 
-    def _spread(self, of_parameters: Tensor) -> Tensor:
-        """(P, N) from (P, K); what is the same for all parameters stays as it is."""
-        if of_parameters.dim() == 0 or of_parameters.shape[1] == 1:
+    def of_numbers(self, of_parameters: Tensor) -> Tensor:
+        """(P, N) from (P, K); what is the same for all parameters, or of numbers already, stays as it is."""
+        if of_parameters.dim() == 0 or of_parameters.shape[1] in (1, self.values.shape[1]):
             return of_parameters
         return of_parameters.index_select(1, self._parameter)
 
