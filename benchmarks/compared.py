@@ -133,10 +133,6 @@ def so_in_results() -> dict[str, bool]:
             for seeds in cells(PAGE, "tables", "seeds", "SmolLM2", "stories", name)
         }
         == {"5"},
-        "At 10,000 and 20,000 the best other method has 5,000 numbers,": {
-            cell(PAGE, "texts", "best other method", size) for size in ("10,000", "20,000")
-        }
-        == {"Uni-LoRA d=5000 (5,000)"},
         # that one stands above it
         "No other form with fewer parameters is above LoRA r=8 in a mean.": len(above) == 1,
     }  # fmt: skip
@@ -145,7 +141,6 @@ def so_in_results() -> dict[str, bool]:
 def not_run_in_results() -> dict[str, bool]:
     return {
         "Table 4 on MPNet in three of the six orders": {*cells(PAGE, "forgetting", "orders", "MPNet")} == {"3"},
-        "Figure 4 of full fine-tuning.": not cells(PAGE, "overfitting", "score at the end", "full fine-tuning"),
         "full fine-tuning, dense adapters, prefixes and IA3 on DROP;": not any(
             cells(PAGE, "answers", "score", "drop", name)
             for name in ("full fine-tuning", "adapters b=64", "prefix 20", "IA3")
@@ -153,9 +148,6 @@ def not_run_in_results() -> dict[str, bool]:
         "dense adapters and prefixes on WSC and COPA;": not any(
             cells(PAGE, "answers", "score", task, name)
             for task in ("wsc", "copa") for name in ("adapters b=64", "prefix 20")
-        ),
-        "rates of shared above the highest of the six.": (
-            cell(CHOOSING, "rates", "SmolLM2", "shared^0.75") == "at an edge"
         ),
     }  # fmt: skip
 
@@ -176,6 +168,12 @@ def so_in_choosing() -> dict[str, bool]:
     sizes = {(m, f"{size:,}"): pair(PAGE, "tables", "difference", m, f"{size:,}") for m in ALL for size in SIZES}
     ahead = {at: gap for at, (gap, half) in sizes.items() if abs(gap) > half}
     texts = cells(CHOOSING, "texts", "") == ["level", *4 * ["better"]]
+    first = [
+        row
+        for row in rows_of("forms_mpnet.json")
+        if row["method"] in ("norms", "BitFit") and row["part"] == "front" and row["task"] in FIVE
+    ]
+    lowest = [float(best_rate(row)) for row in first]
     return {
         "on both encoders it loses to LoRA of rank 1 and to the norms alone.": (
             everywhere("worse", "rep", "LoRA r=1") and everywhere("worse", "rep", "norms")
@@ -199,21 +197,11 @@ def so_in_choosing() -> dict[str, bool]:
         "IA3 of PEFT is level with compact with norms on both encoders": everywhere("level", "IA3", COMPACT),
         "(37,632) is level with LoRA r=1.": came("MPNet", "compact", "LoRA r=1") == "level",
         "as with norms, and is level with it on both encoders.": everywhere("level", "compact", COMPACT),
-        "LoRA of rank 2 and 4 and LoRA with norms not on SmolLM2.": not any(
-            cells(CHOOSING, "front SmolLM2-135M-Instruct", "trained", name)
-            for name in ("LoRA r=2", "LoRA r=4", "LoRA r=1 + norms")
-        ),
-        "Uni-LoRA of 10,000 and 20,000 was not run there.": not any(
-            cells(CHOOSING, "front SmolLM2-135M-Instruct", "stories", name)
-            for name in ("Uni-LoRA d=10000", "Uni-LoRA d=20000")
-        ),
         "The norms alone and BitFit are best at the lowest of their three rates on all five tasks of MPNet": (
-            {
-                (len(row["held_out"]), edge(row))
-                for row in rows_of("forms_mpnet.json")
-                if row["method"] in ("norms", "BitFit") and row["part"] == "front" and row["task"] in FIVE
-            }
-            == {(3, "≤")}
+            lowest == 10 * [1.5e-3]
+        ),
+        "The norms got it on SST-2 alone, where it is not better.": (
+            [(row["method"], row["task"]) for row in first if len(row["held_out"]) > 3] == [("norms", "sst2")]
         ),
         "Uni-LoRA of 20,000 numbers is best at its lowest rate on MPNet, where seeds still fail, and on MiniLM.": (
             {

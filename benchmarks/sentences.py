@@ -182,18 +182,20 @@ def of_choosing() -> Iterator[Said]:
     one = math.sqrt(min(both) * max(both))
     yield "So {} is within a factor of {} of each", (one, math.ceil(10 * max(both) / one) / 10)
     peaks = {form: ruled_peaks("SmolLM2", form) for form in RULED}
-    yield "compact's lie between {} and {}, LoRA's between {} and {}, shared's at {} or above.", (
-        min(peaks["compact"]), max(peaks["compact"]), min(peaks["LoRA"]), max(peaks["LoRA"]), min(peaks["shared"]),
+    ends = {form: (min(of_form), max(of_form)) for form, of_form in peaks.items()}
+    yield "compact's peaks lie between {} and {}, LoRA's between {} and {}, shared's between {} and {}: each within", (
+        *ends["compact"], *ends["LoRA"], *ends["shared"],
     )  # fmt: skip
+    yield "all of them within {}. The curves", (max(map(max, ends.values())) / min(map(min, ends.values())),)
     common = 4.24e-3
     lost = []
     for curve in ruled("SmolLM2", *RULED):
-        scores = {float(rate): float(score) for rate, score in curve.items() if rate.startswith("0.")}
+        scores = {float(rate): float(score) for rate, score in curve.items() if rate.startswith("0.") and score}
         lost.append(max(scores.values()) - scores[common])
     yield "the one rate {} loses at most {} at any rank of the three forms.", (common, max(lost))
     yield "the peak moves by at most {} at the same rank", (max(max(a / b, b / a) for a, b in both_encoders()),)
     (whole,) = (line.cells for line in lines(CHOOSING, "rates") if {"compact^0.5 r=32", "MiniLM"} <= line.words)
-    alive = [float(column) for column, cell in whole.items() if column.startswith("0.") and float(cell) > 0]
+    alive = [float(column) for column, cell in whole.items() if column.startswith("0.") and float(cell or 0) > 0]
     yield "whatever the scale, seeds fail above {} at rank 32", (max(alive),)
     inner = "rep 2 modes, inner {}, cut {}"
     for name, shown in (
