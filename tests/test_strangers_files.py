@@ -38,9 +38,9 @@ def _fuzz():
 def test_damaged_and_hostile_files_are_taken_or_refused_in_one_sentence(monkeypatch):
     monkeypatch.setattr(typer.main, "get_command", get_command)
     fuzz = _fuzz()
-    found = fuzz.fuzz(1_000)  # `make fuzz` takes a hundred times as many
+    found = fuzz.fuzz(550)  # `make fuzz` takes two hundred times as many
     assert found["failures"] == []
-    assert found["inputs"] > 950
+    assert found["inputs"] > 520
     assert all({"taken", "refused"} <= outcomes.keys() for outcomes in found["outcomes"].values()), found
     assert found["peak_growth_gib"] < fuzz.GIB
 

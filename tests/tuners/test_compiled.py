@@ -15,7 +15,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from tuners.families import logits, loss_of
 from tuners.matrix import base_of, options_for, wrapped
-from tuners.wrapped import config_for, one_method, trainable, trained
+from tuners.wrapped import config_for, every_method, one_method, trainable, trained
 
 from loretta import PeftModel, get_peft_model, hotswap_adapter, serving
 from loretta.layers import fused, stacks
@@ -68,7 +68,7 @@ def assert_equal(got: tuple[Tensor, dict[str, Tensor]], expected: tuple[Tensor, 
     assert_gradients_near(got[1], expected[1])
 
 
-@pytest.mark.sampled("backend")
+@pytest.mark.sampled("backend", "method")
 @pytest.mark.parametrize(("family", "method", "backend"), CASES)
 def test_one_graph_with_equal_gradients(family, method, backend):
     model, inputs = small(family, method)
@@ -93,6 +93,7 @@ def test_each_train_as_one_matrix_without_biases(monkeypatch):
     assert_equal(got, step(model, model, inputs))
 
 
+@pytest.mark.sampled(apart=True)
 @pytest.mark.parametrize(("method", "as_one"), [("rep", False), ("adp", False), ("adp", True)])
 def test_the_backward_pass_is_handed_stacks_and_no_views_of_them(method, as_one, monkeypatch):
     """What is handed on costs the CPU of a step, each tensor the same."""
@@ -177,6 +178,7 @@ def two_adapters(method: str) -> tuple[PeftModel, dict[str, Tensor]]:
 
 
 every_mode = pytest.mark.parametrize("trains", [False, True], ids=["inference", "training"])
+one_mode = lambda test: pytest.mark.sampled("method", "trains")(every_method(every_mode(test)))  # noqa: E731
 
 
 def assert_same(compiled: Counted, model: PeftModel, inputs: dict[str, Tensor], *, trains: bool) -> Tensor:
@@ -190,8 +192,7 @@ def assert_same(compiled: Counted, model: PeftModel, inputs: dict[str, Tensor], 
     return answer
 
 
-@one_method
-@every_mode
+@one_mode
 def test_switching_compiles_once_for_each_adapter(method, trains):
     model, inputs = two_adapters(method)
     compiled = Counted(model)
@@ -201,8 +202,7 @@ def test_switching_compiles_once_for_each_adapter(method, trains):
     assert compiled.graphs == 2
 
 
-@one_method
-@every_mode
+@one_mode
 def test_two_active_adapters_have_each_their_own_scale(method, trains):
     """Their trains are equal, and are contracted as one group."""
     model, inputs = two_adapters(method)
@@ -225,8 +225,7 @@ def test_disabling_compiles_once_more(method):
     assert compiled.graphs == 2
 
 
-@one_method
-@every_mode
+@one_mode
 def test_other_models_and_other_threads_compile_nothing(method, trains):
     model, inputs = small("mlp", method)
     compiled = Counted(model)
@@ -238,8 +237,7 @@ def test_other_models_and_other_threads_compile_nothing(method, trains):
     assert compiled.graphs == 1
 
 
-@one_method
-@every_mode
+@one_mode
 def test_another_scale_compiles_nothing(method, trains, tmp_path):
     option = "lora_alpha" if method != "adp" else "scaling"
     for scale in (2, 4, 8):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tuners.contracted import adapted, adapted_rows, apart, assert_trained_near, gradients, loss, values_of, weighted
 from tuners.families import build, logits
-from tuners.wrapped import config_for, every_method, layers_of, one_method, trainable, trained
+from tuners.wrapped import config_for, every_method, layers_of, trainable, trained
 
 from loretta import get_peft_model
 from loretta.tuners.contraction import Contraction
@@ -143,7 +143,8 @@ def test_offloaded_parameters_are_left_to_their_layer():
         assert_near("base", logits(model, inputs), base)
 
 
-@one_method
+@pytest.mark.sampled("method", "init_weights")
+@every_method
 @pytest.mark.parametrize("init_weights", ["zero", "denoised"])
 def test_compiled_it_is_the_same_and_stays_compiled(method, init_weights):
     options = {"init_weights": init_weights, "rank_pattern": {} if method == "shared" else {"one": 2}}
