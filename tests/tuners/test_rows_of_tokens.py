@@ -63,6 +63,20 @@ def test_rows_compute_and_train_as_those_of_a_dense_embedding(family, method):
     assert_gradients_near(got, {**ref, name: weight.grad[TOKENS]})
 
 
+@every_method
+@pytest.mark.parametrize("family", ["gemma3_text", "opt"])  # tied, and not
+def test_the_reference_that_trl_copies_has_the_rows(family, method):
+    """TRL's DPO, GRPO, RLOO and KTO copy what has ``.default.`` in its name onto a second adapter named ``ref``."""
+    model, inputs = with_tokens(family, method, dtype=torch.float32)
+    expected = logits(trained(model), inputs)
+    model.add_adapter("ref", model.peft_config["default"])
+    for name, parameter in model.named_parameters():
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
+    model.set_adapter("ref")
+    assert torch.equal(logits(model.eval(), inputs), expected)
+
+
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
 @every_method
 @pytest.mark.parametrize("family", ["gemma3_text", "opt"])  # tied, and not

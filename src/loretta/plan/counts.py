@@ -42,7 +42,7 @@ class Holdings:
                 trained |= {f"{name}.modules_to_save.{adapter_name}.{each}" for each in own}
                 frozen += sum(tensor.numel() for key, tensor in module.saved(adapter_name).items() if key not in own)
             elif isinstance(module, TrainableTokensLayer) and adapter_name in module.trainable_tokens_delta:
-                trained.add(f"{name}.trainable_tokens_delta.{adapter_name}")
+                trained.add(f"{name}.trainable_tokens_delta.{adapter_name}.values")
             elif isinstance(module, AdaptedModule) and adapter_name in module.held:
                 for part in (*module.adapter_layer_names, *module.other_param_names):
                     held = getattr(module, part)

@@ -24,7 +24,7 @@ class Change(nn.Module):
 
     def __init__(self, values: Tensor) -> None:
         nn.Module.__init__(self)
-        self.values = nn.Parameter(values)
+        self.values = values if isinstance(values, nn.Parameter) else nn.Parameter(values)
 
 
 class ChangedModule(nn.Module, AdaptedModule):

@@ -1,7 +1,7 @@
 """The rows of single tokens that an adapter trains of an embedding (``trainable_token_indices``): PEFT's own layers."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.trainable_tokens import TrainableTokensLayer
@@ -15,10 +15,21 @@ from peft.utils.other import (
 from torch import Tensor, nn
 
 from loretta.errors import InputError
+from loretta.tuners.changes import Change
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.layer import is_offloaded
 from loretta.tuners.norms import named_whole
 from loretta.wording import nearest
+
+
+class RowsByAdapter(nn.ParameterDict):
+    """The rows of every adapter, each within a :class:`Change`, which says why."""
+
+    def __getitem__(self, key: str) -> nn.Parameter:
+        return cast(Change, super().__getitem__(key)).values
+
+    def __setitem__(self, key: str, value: Tensor) -> None:
+        super().__setitem__(key, Change(value))
 
 
 class TokenRows(TrainableTokensLayer):
@@ -61,6 +72,17 @@ class TokenWrapper(TrainableTokensWrapper):
 
     token_adapter: TokenRows
 
+    def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
+        places = super().adapter_state_dict_load_map(adapter_name)
+        return {name: f"{place}.values" for name, place in places.items()}
+
+    def adapter_state_dict(  # type: ignore[override]
+        self, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        # under PEFT's own name, as every adapter's file has it
+        named = {name.removesuffix(".values"): value for name, value in state_dict.items()}
+        return super().adapter_state_dict(adapter_name, named)
+
     @property
     def active_adapters(self) -> list[str]:
         """Those with rows here: transformers switches the layer within, past the wrapper."""
@@ -96,6 +118,13 @@ def adopt_tokens(model: nn.Module) -> None:
             # in place, for PEFT decides where they go and which of them are tied
             wrapper.__class__, wrapper.token_adapter.__class__ = TokenWrapper, TokenRows
             wrapper.token_adapter.known = {}  # type: ignore[assignment]
+            delta = wrapper.token_adapter.trainable_tokens_delta
+            if not isinstance(delta, RowsByAdapter):  # tied layers share one
+                rows = dict(delta)
+                delta.clear()
+                delta.__class__ = RowsByAdapter
+                for name, values in rows.items():
+                    delta[name] = values
 
 
 def has_rows(module: nn.Module, adapter_name: str) -> bool:
