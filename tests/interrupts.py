@@ -5,9 +5,11 @@ import math
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 import torch
+from filelock import FileLock
 from transformers import TrainerCallback
 
 from loretta.training import run as running
@@ -61,12 +63,18 @@ with contextlib.ExitStack() as stack:
 """
 
 
-def held_by_another(*places) -> subprocess.Popen:
+@contextlib.contextmanager
+def held_by_another(*places) -> Iterator[subprocess.Popen]:
     """A process that holds some places, files where their names have an ending, until it is killed."""
-    command = [sys.executable, "-c", HOLDING, *map(str, places)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert process.stdout.readline() == b"held\n"
-    return process
+    command, acquire = [sys.executable, "-c", HOLDING, *map(str, places)], FileLock.acquire
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process,
+    ):
+        assert process.stdout.readline() == b"held\n"
+        # it outlasts each second that a lock is waited for
+        patch.setattr(FileLock, "acquire", lambda self, timeout=None, **more: acquire(self, timeout=0, **more))
+        yield process
 
 
 def poisoned(monkeypatch, *steps, times=1):
