@@ -355,6 +355,7 @@ def test_both_llama_placements_are_named_options():
         ({"model": "bert-base", "task_type": "FLY"}, ["'FLY'"]),
         ({"model": "llama-2-7b", "budget": "10"}, ["10 parameters"]),
         ({"model": "bert-base", "num_labels": 0}, ["--num-labels 0"]),
+        ({"model": "bert-base", "num_labels": 10**25}, ["--num-labels 1000", "from 1 to 1000000"]),
         ({"model": "/no/such/model"}, ["'/no/such/model'", "there is no such folder"]),
         ({"model": "no/such/model"}, ["there is no such folder"]),
         ({"model": "bert-base", "sets": ["task_type=SEQ_CLS"]}, ["'task_type'", "tensor_rank"]),

@@ -70,6 +70,7 @@ def test_what_is_set_is_left_alone(bert, data_dir, tmp_path):
         ({"methods": ("lorra",)}, r"--methods lorra: unknown method 'lorra' \(did you mean 'lora'"),
         ({"models": ("no/such-model",)}, "--model 'no/such-model'"),
         ({"sets": {"colour": 1}}, "colour=1"),
+        ({"seeds": 10**25}, "--seeds 1000.*: give 1000 at most"),
     ],
 )
 def test_what_there_is_not_is_one_sentence(options, words, tmp_path):

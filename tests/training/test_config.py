@@ -154,6 +154,13 @@ def test_a_word_alone_is_the_end_of_a_name(method):
     assert adapted == {"q_proj", "k_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
+@pytest.mark.parametrize("key", ["batch_size", "eval_batch_size", "max_length", "max_steps", "epochs"])
+def test_a_number_that_overflows_is_refused(key):
+    """Loaders, tokenizers and clocks raised OverflowError, some of them behind the first step."""
+    with pytest.raises(InputError, match=rf"{key}=1.*: input should be less than"):
+        read_config(None, BASE, [f"{key}={10**25}"])
+
+
 @pytest.mark.parametrize("key", ["epochs", "seed", "limit", "learning_rate"])
 def test_true_is_no_number(key):
     """Pydantic takes it for 1: one row of the data, seed 1."""

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from draws import seed_torch, seeded
 from tolerances import assert_near
 from torch import nn
+from transformers import Wav2Vec2Config, Wav2Vec2ForCTC
 from tuners.families import logits
 from tuners.matrix import (
     GENERATIVE,
@@ -14,9 +16,9 @@ from tuners.matrix import (
     options_for,
     wrapped,
 )
-from tuners.wrapped import every_method, own_trains, snapshot, trainable, trained
+from tuners.wrapped import config_for, every_method, own_trains, snapshot, trainable, trained
 
-from loretta import PeftModel, get_peft_model
+from loretta import InputError, PeftModel, get_peft_model
 
 every_generative = pytest.mark.parametrize("family", GENERATIVE)
 
@@ -143,3 +145,28 @@ def test_modules_to_save(family, method, tmp_path):
         assert_merges(again, inputs)
     now = model.unload().state_dict()
     assert [name for name, value in values.items() if not torch.equal(now[name], value)] == []
+
+
+def of_sounds() -> nn.Module:
+    """A model with an lm_head and no embeddings of tokens, for which ``get_input_embeddings`` raises."""
+    seed_torch(0)
+    convolutions = {"conv_dim": (16, 16), "conv_stride": (5, 4), "conv_kernel": (8, 4), "num_feat_extract_layers": 2}
+    positions = {"num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2}
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 48}
+    return Wav2Vec2ForCTC(Wav2Vec2Config(vocab_size=32, **convolutions, **positions, **sizes)).eval()
+
+
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`:UserWarning")
+@every_method
+def test_an_adapter_on_a_head_of_a_model_without_embeddings_is_saved(method, tmp_path):
+    sounds = {"input_values": torch.randn(2, 800, generator=seeded(0))}
+    model = get_peft_model(of_sounds(), config_for(method, target_modules="all-linear"))
+    assert "lm_head" in model.peft_config["default"].target_modules
+    expected = logits(trained(model).eval(), sounds)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(of_sounds(), tmp_path).eval(), sounds), expected)
+
+
+def test_rows_of_tokens_of_a_model_without_embeddings_are_refused():
+    with pytest.raises(InputError, match="nothing in this model is called 'embed_tokens'"):
+        get_peft_model(of_sounds(), config_for("rep", target_modules="all-linear", trainable_token_indices=[3]))

@@ -121,8 +121,8 @@ def meta_model(config: PreTrainedConfig, task_type: str, *, num_labels: int = 2)
     """
     if task_type not in AUTO_CLASSES:
         raise InputError(f"task type {task_type!r} is none of {', '.join(AUTO_CLASSES)}")
-    if num_labels < 1:
-        raise InputError(f"--num-labels {num_labels} must be a whole number of at least 1")
+    if not 1 <= num_labels <= 1_000_000:
+        raise InputError(f"--num-labels {num_labels} must be a whole number from 1 to 1000000")
     auto = getattr(transformers, AUTO_CLASSES[task_type])
     if task_type in ("SEQ_CLS", "TOKEN_CLS", "IMAGE_CLS"):
         config.num_labels = num_labels

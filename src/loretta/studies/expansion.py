@@ -50,6 +50,8 @@ def expand(study: Study, options: Options, root: Path) -> Expansion:
     """
     if options.data_dir is not None and not Path(options.data_dir).expanduser().is_dir():
         raise InputError(f"--data-dir '{options.data_dir}' is no folder: give the one with a folder for each task")
+    if options.seeds is not None and options.seeds > 1000:  # all runs are planned before the first one begins
+        raise InputError(f"--seeds {options.seeds}: give 1000 at most")
     bases = _bases(study, options)
     rows = {base.folder: _rows(study, options, base) for base in bases}
     refuse_wrong_sets(study, options, [row for found in rows.values() for row in found])

@@ -119,7 +119,7 @@ class RunConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     )
     max_new_tokens: int = Field(default=50, ge=1, description="Of an answer that is generated.")
 
-    epochs: float = Field(default=3.0, gt=0, description="Passes over the training data.")
+    epochs: float = Field(default=3.0, gt=0, lt=1e6, description="Passes over the training data.")
     max_steps: int | None = Field(default=None, ge=1, description="Steps to train, in place of epochs.")
     batch_size: int = Field(
         default=16, ge=1, description="Examples in a training step, of all processes of a launcher together."
@@ -212,8 +212,12 @@ class RunConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     @field_validator("*", mode="before")
     @classmethod
     def _no_word_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        if isinstance(value, bool) and (set(_kinds(cls.model_fields[str(info.field_name)].annotation)) & {int, float}):
+        kinds = {*_kinds(cls.model_fields[str(info.field_name)].annotation)}
+        if isinstance(value, bool) and kinds & {int, float}:
             raise PydanticCustomError("number", "input should be a number")
+        # beyond 32 bits tokenizers, loaders and clocks overflow; a seed has a bound of its own
+        if isinstance(value, int) and int in kinds and value >= 1 << 31 and info.field_name != "seed":
+            raise PydanticCustomError("number", "input should be less than 2147483648")
         return value
 
     @property

@@ -4,7 +4,7 @@ import copy
 import warnings
 from collections.abc import Iterable
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 from accelerate import init_empty_weights
 from peft.tuners.tuners_utils import (
@@ -196,6 +196,22 @@ class LorettaModel(MergingTuner):
         """As PEFT's. Where it was active, all layers go on with the same one."""
         self._settle()  # another method's tuner tells ours of none that it has deleted
         super().delete_adapter(adapter_name)
+
+    @property
+    def get_input_embeddings(self) -> Any:
+        """The model's own, but None for a model without any, as one of sounds.
+
+        PEFT asks when it saves an adapter with an lm_head among its targets, and such a model raises.
+        """
+        find = self.model.get_input_embeddings
+
+        def found() -> nn.Module | None:
+            try:
+                return cast(nn.Module, find())
+            except NotImplementedError:
+                return None
+
+        return found
 
     @classmethod
     def default_targets(cls, config: LorettaConfig, model_config: dict) -> Any:

@@ -145,7 +145,7 @@ def rows_of_tokens(model: nn.Module, config: LorettaConfig) -> dict[str, int]:
         _check_tied(model, config)
     if given is None:
         return {}
-    inputs = _get_input_embeddings_name(model)
+    inputs = _inputs(model)
     if not isinstance(given, dict):
         given = {inputs or "embed_tokens": given}
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -173,6 +173,13 @@ def rows_of_tokens(model: nn.Module, config: LorettaConfig) -> dict[str, int]:
     return sizes
 
 
+def _inputs(model: nn.Module) -> str | None:
+    try:
+        return _get_input_embeddings_name(model)
+    except NotImplementedError:  # it reads no tokens, but images or sounds
+        return None
+
+
 def _tied_names(model: nn.Module) -> list[str]:
     # PEFT's name of a tied layer is that of the layer within, once another adapter trains its rows
     return [name.removesuffix(".token_adapter.base_layer") for name in _get_module_names_tied_with_embedding(model)]
@@ -181,7 +188,7 @@ def _tied_names(model: nn.Module) -> list[str]:
 def _check_tied(model: nn.Module, config: LorettaConfig) -> None:
     """Refuse to adapt or copy tied modules whose copies would not be tied, where that is asked for."""
     names = _tied_names(model)
-    names = [*names, _get_input_embeddings_name(model) or ""] if names else []
+    names = [*names, _inputs(model) or ""] if names else []
     if changed := [*named_whole(names, config), *_targeted(names, config)]:
         raise InputError(
             f"ensure_weight_tying ties rows of tokens, and not what modules_to_save and target_modules make of "
