@@ -69,6 +69,9 @@ def pytest_configure(config: pytest.Config) -> None:
     nn.Module.named_modules = importlib.import_module("module_walk").named_modules
     # datasets hashes each new table, for a cache of what is made of it
     importlib.import_module("datasets.arrow_dataset").generate_fingerprint = lambda dataset: f"{next(numbers):016x}"
+    # Accelerate looks for this package twice a step
+    optimizer = importlib.import_module("accelerate.optimizer")
+    optimizer.is_lomo_available = functools.cache(optimizer.is_lomo_available)
     for plugin in ("tiny_models", "study_data"):  # which the conftest.py of a folder may have imported before
         config.pluginmanager.register(importlib.import_module(plugin), plugin)
 
