@@ -154,7 +154,7 @@ def _why_no_record(folder: Path) -> str:
     if is_started(folder):
         return f"the run in '{folder}' is not finished: go on with loretta train --resume {shlex.quote(str(folder))}"
     if not folder.is_dir():
-        beside = os.listdir(folder.parent) if folder.parent.is_dir() else []
+        beside = [each.name for each in os.scandir(folder.parent) if each.is_dir()] if folder.parent.is_dir() else []
         return f"there is no folder '{folder}'{nearest(folder.name, beside)}: give one that `loretta train` wrote"
     runs = sorted(path.parent for path in folder.glob("*/run.json"))
     such = f", but folders of runs, such as '{runs[0]}': give one of them" if runs else ""

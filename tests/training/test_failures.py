@@ -112,6 +112,9 @@ def test_a_folder_without_a_finished_run_says_what_it_is(bert, reviews, tmp_path
     assert_refused(status, err, ["no run.json", "folders of runs, such as", "a run'"])
     status, _, err = call(capsys, "eval", tmp_path / "runs" / "arun")
     assert_refused(status, err, ["there is no folder", "did you mean 'a run'?"])
+    status, _, err = call(capsys, "eval", reviews)  # a file, which was told to be meant itself
+    assert_refused(status, err, ["there is no folder"])
+    assert "did you mean" not in err
 
 
 def test_a_run_goes_on_when_nobody_reads_what_it_says(monkeypatch):
