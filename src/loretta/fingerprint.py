@@ -1,6 +1,7 @@
 """The weights of a base model: what a run notes of them when it begins, and whether they are others now."""
 
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -22,6 +23,8 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from loretta.errors import InputError
 from loretta.files import read_object
+
+logger = logging.getLogger(__name__)
 
 NOTES = "data.json"  # in the folder of a run: what its files of data and its model were when it began, by option
 Fingerprint = Mapping[str, Mapping[str, str]]  # dtype -> part of the model -> digest
@@ -63,14 +66,20 @@ def read_notes(run: Path) -> dict[str, Any]:
     return read_object(run / NOTES) or {}
 
 
-def refuse_others(run: Path, model: str) -> None:
-    """Raise InputError where the weights of ``model`` are not those with which the run in the folder began."""
+def check_base(run: Path, model: str) -> None:
+    """Compare the weights of ``model`` with those with which the run in the folder began.
+
+    Of other weights in a model of another name, which somebody has asked for, the log says so. Raises InputError for
+    those under the name of the run's own model.
+    """
     before = read_notes(run).get("model")
-    if before and (now := fingerprint(model)) and not is_same(before, now):
-        raise InputError(
-            f"the base model '{model}' has other weights than the one on which the run in '{run}' was trained: "
-            "give that one with --model"
-        )
+    if not before or not (now := fingerprint(model)) or is_same(before, now):
+        return
+    other = f"the base model '{model}' has other weights than the one on which the run in '{run}' was trained"
+    own = (read_object(run / "run.json") or {}).get("model", model)
+    if Path(own).name == Path(model).name:
+        raise InputError(f"{other}: give that one with --model")
+    logger.warning("%s ('%s'): its answers and scores are not those of the run", other, own)
 
 
 def _files(model: str) -> list[str]:

@@ -9,14 +9,16 @@ import pytest
 import torch
 from commands import assert_refused, call
 from interrupts import stopping_behind
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from training_data import config_for
-from transformers import AutoModel
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 from loretta.errors import InputError, Stopped
 from loretta.population.training import train_together
 from loretta.training.data import load_config_task
 from loretta.training.model import find_start
+from loretta.training.predict import load_run
 from loretta.training.run import train
 from loretta.training.sources import has_moved
 
@@ -110,6 +112,30 @@ def test_another_model_under_the_same_name_is_refused_by_all_that_use_the_run(mo
     assert find_start(start, load_config_task(start)), "a run of a version that took no note of its model"
 
 
+def test_another_model_that_is_asked_for_by_name_is_taken_as_peft_takes_it_and_said(moved, capsys, caplog):
+    change(moved / "bert")
+    other = (moved / "bert").rename(moved / "continued")
+    said = f"'{other}' has other weights than the one on which the run in '{moved / 'whole'}' was trained ('"
+    ids = torch.arange(12).view(2, 6)
+    with torch.no_grad(), caplog.at_level("WARNING"):
+        ours = load_run(moved / "whole", model=str(other), cpu=True).model(input_ids=ids).logits
+        assert said in caplog.text
+        base = AutoModelForSequenceClassification.from_pretrained(other, num_labels=2)
+        theirs = PeftModel.from_pretrained(base, moved / "whole" / "adapter").eval()(input_ids=ids).logits
+    assert ours.equal(theirs)
+    for words in (
+        ["eval", moved / "whole", "--cpu", "--data", moved / "mine.csv"],
+        ["export", moved / "whole", "--to", "merged", "-o", moved / "merged"],
+    ):
+        caplog.clear()
+        assert call(capsys, *words, "--model", other)[0] == 0
+        assert said in caplog.text
+    (moved / "whole" / "data.json").unlink()
+    caplog.clear()
+    load_run(moved / "whole", model=str(other), cpu=True)
+    assert said not in caplog.text, "a run of a version that took no note of its model"
+
+
 def test_a_model_that_is_updated_in_place_is_not_trained_on(moved, capsys):
     config = config_for(str(moved / "bert"), str(moved / "mine.csv"), moved / "run", **OPTIONS)
     change(moved / "bert")
@@ -126,6 +152,21 @@ def test_a_run_goes_on_with_its_weights_in_another_dtype_and_other_files(moved, 
     given = ["--model", moved / "bert", "--data", moved / "mine.csv"]
     assert call(capsys, "train", "--resume", moved / "run", *given)[0] == 0
     assert call(capsys, "eval", moved / "whole", *given, "--cpu")[0] == 0
+
+
+def test_a_run_goes_on_only_where_its_start_is_the_same(bert, reviews, tmp_path):
+    """Trained anew under its name, the run that it started from has other weights."""
+    first = config_for(bert, reviews, tmp_path / "first", method="norms", max_steps=1)
+    train(first)
+    shutil.copytree(tmp_path / "first", tmp_path / "copy" / "first")
+    second = config_for(bert, reviews, tmp_path / "second", method="norms", epochs=2, start_from=str(first.folder))
+    with stopping_behind(6, signal.SIGTERM), pytest.raises(Stopped):
+        train(second)
+    train(first.model_copy(update={"seed": 1}), overwrite=True)
+    with pytest.raises(InputError, match="first' is not what the run began with"):
+        train(second, resume=True)
+    shutil.rmtree(first.folder)
+    assert train(second.model_copy(update={"start_from": str(tmp_path / "copy" / "first")}), resume=True)
 
 
 def test_a_training_starts_from_a_run_whose_model_moved(moved):

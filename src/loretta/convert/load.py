@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from loretta.errors import InputError
 from loretta.files import read_json, read_object
-from loretta.fingerprint import refuse_others
+from loretta.fingerprint import check_base
 from loretta.memory import is_out_of_memory
 from loretta.pretrained import NotLoaded, from_pretrained
 from loretta.tuners.adapter_file import PREFIX, check_finite
@@ -58,7 +58,7 @@ class SavedAdapter:
     def load_base(self, dtype: str = "auto") -> PreTrainedModel:
         """The base model without the adapter, on the CPU.
 
-        Raises InputError where it cannot be loaded, or is not the one on which a run trained the adapter.
+        Raises InputError where it cannot be loaded, or has other weights than when a run trained the adapter on it.
         """
         wanted: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
         if n_labels := count_labels(_shapes(self.folder)):
@@ -74,7 +74,7 @@ class SavedAdapter:
                 f"cannot load the base model '{self.base}' ({error}): give its folder or Hub id with --model"
             ) from None
         if (self.folder.parent / "run.json").is_file():
-            refuse_others(self.folder.parent, self.base)
+            check_base(self.folder.parent, self.base)
         return base
 
     def tokenizer(self) -> Any:

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from loretta.convert.load import load_adapter
-from loretta.fingerprint import refuse_others
+from loretta.fingerprint import check_base
 from loretta.locks import refuse_held
 from loretta.record import RunRecord
 from loretta.training.config import RunConfig, recorded_config
@@ -38,7 +38,8 @@ class LoadedRun:
 def load_run(folder: Path, *, model: str | None = None, cpu: bool = False) -> LoadedRun:
     """Load the adapter of a run folder onto its base model, or onto ``model`` where that has moved.
 
-    Raises InputError when the folder holds no run, the adapter does not fit, or the model has other weights now.
+    Raises InputError when the folder holds no run, the adapter does not fit, or the run's own model has other weights
+    now; of a model of another name with other weights the log says so.
     """
     refuse_held(folder)
     record = RunRecord.load(folder / "run.json")
@@ -63,7 +64,7 @@ def load_run(folder: Path, *, model: str | None = None, cpu: bool = False) -> Lo
         pad_token_id=tokenizer.pad_token_id,
     )
     if not whole:
-        refuse_others(folder, name)
+        check_base(folder, name)
     adapted = base.eval() if whole else load_adapter(base, folder / ADAPTER)
     # a quantised base may already lie there, and not every one may be moved
     if torch.cuda.is_available() and not cpu and adapted.device.type == "cpu":

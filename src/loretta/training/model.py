@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from loretta.convert.load import quiet_transformers, readable_weights
 from loretta.errors import InputError
-from loretta.fingerprint import refuse_others
+from loretta.fingerprint import check_base
 from loretta.layers.fused import HALF
 from loretta.memory import saying_what_helps
 from loretta.pretrained import NotLoaded, from_pretrained
@@ -226,7 +226,7 @@ def find_start(config: RunConfig, task: Task | PromptedTask) -> Path:
             f"cannot start from '{folder}' ({'; '.join(different)}): give a run that differs in its data alone"
         )
     if find_method(config.method) is not FULL:  # which brings its own weights
-        refuse_others(folder, config.model)
+        check_base(folder, config.model)
     return folder / ADAPTER
 
 

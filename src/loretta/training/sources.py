@@ -8,6 +8,7 @@ from typing import Any
 
 from loretta.files import write_json
 from loretta.fingerprint import NOTES, fingerprint, is_same, read_notes
+from loretta.owned import read_list
 from loretta.tasks import STDLIB
 from loretta.tasks.glue import GLUE
 from loretta.tasks.prompted import PROMPTED
@@ -17,7 +18,7 @@ from loretta.training.config import RunConfig
 NAMED = {*GLUE, *PROMPTED, STDLIB}  # tasks with splits of their own
 DATA = ("data", "validation", "test")
 PLACES = (*DATA, "model", "data_dir", "start_from")  # options of a run that may be paths
-NOTED = (*DATA, "model")  # those of which a run notes what lies there
+NOTED = (*DATA, "model", "start_from")  # those of which a run notes what lies there
 
 
 def differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -50,7 +51,7 @@ def _is_path(given: str) -> bool:
 
 
 def write_notes(folder: Path, config: RunConfig) -> None:
-    """Note in the folder of a run what the files of data are that it reads, and the weights of its model."""
+    """Note in the folder of a run what the files of data are that it reads, and the weights that it begins with."""
     write_json(folder / NOTES, _notes(config, NOTED))
 
 
@@ -82,4 +83,8 @@ def _notes(config: RunConfig, options: Collection[str]) -> dict[str, Any]:
     }
     if "model" in given and (found := fingerprint(config.model)) is not None:
         notes["model"] = found
+    if given.get("start_from") is not None:
+        listed = read_list(Path(given["start_from"])).items()
+        if weights := {n: [each.sha256 for each in versions] for n, versions in listed if n.endswith(".safetensors")}:
+            notes["start_from"] = weights
     return notes

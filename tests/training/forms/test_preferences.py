@@ -180,7 +180,11 @@ def test_a_run_that_starts_from_another_is_held_to_that(method, speller, capsys,
     status, out, err = call(capsys, "eval", tmp_path / "second", "--split", "test", "--cpu", "--json")
     assert status == 0, err
     assert {name: json.loads(out)[name] for name in record.test} == pytest.approx(record.test, rel=1e-4)
-    (tmp_path / "first").rename(tmp_path / "gone")
+    (tmp_path / "first").rename(tmp_path / "kept")
+    shutil.copytree(tmp_path / "second", tmp_path / "first")
+    status, _, err = call(capsys, "eval", tmp_path / "second", "--cpu")
+    assert_refused(status, err, [f"held to the run '{tmp_path / 'first'}', which is another one now"])
+    shutil.rmtree(tmp_path / "first")
     status, _, err = call(capsys, "eval", tmp_path / "second", "--cpu")
     assert_refused(status, err, ["the pairs are held to the run", "which is gone"])
 
