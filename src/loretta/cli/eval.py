@@ -32,9 +32,7 @@ def evaluate(
     loaded = load_run(run, model=model, cpu=cpu)
     config = loaded.config
     if loaded.kind == "preference" and (changed := changed_places(run, config, ("start_from",))):
-        raise InputError(
-            f"the pairs are held to the run {changed}, which is another one now: put it back"
-        )
+        raise InputError(f"the pairs are held to the run {changed}, which is another one now: put it back")
     # without a file of its own a split was held out of the data
     option = split if split != "train" and getattr(config, split) is not None else "data"
     if data is not None and option == "data" and not Path(config.data).exists() and is_data_of(run, data):
