@@ -3,20 +3,20 @@
     python benchmarks/learning_rates.py -o benchmarks/results/learning_rates.json
 
 Seeds and rates of a method are trained at once, as a population, on the GPU where there is one. A row is one run of the
-demo's length, or with --quick of its short form; the last lines are means.
+demo's length, or with --quick of its short form, and says on which machine and with which versions it was made: methods
+of one form are compared on one machine alone. The last lines are means.
 """
 
 import argparse
 import json
-import platform
 import tempfile
 from collections import defaultdict
-from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
 import torch
+from timing import about
 
 from loretta.cli.demo import HEAD_LEARNING_RATE, LEARNING_RATES, encoder_folder, run_config
 from loretta.population.training import train_together
@@ -52,10 +52,16 @@ def measure(method: str, args: argparse.Namespace) -> list[dict[str, Any]]:
             "validation": record.validation["accuracy"],
             "test": (record.test or {})["accuracy"],
             "trainable": record.parameters.trainable,
-            "device": record.device,
+            **made_here(),
         }
         for point, record in zip(points, records, strict=True)
     ]
+
+
+def made_here() -> dict[str, Any]:
+    """The machine and the versions that a row is of."""
+    found = about("cuda" if torch.cuda.is_available() else "cpu", "float32")
+    return {key: found[key] for key in ("device", "processor", "versions")}
 
 
 def main() -> None:
@@ -70,6 +76,12 @@ def main() -> None:
     args.model = args.model or encoder_folder()
     rows: list[dict[str, Any]] = json.loads(args.output.read_text())["rows"] if args.output.exists() else []
     rows = [row for row in rows if row["method"] not in args.methods or row["quick"] != args.quick]
+    others = {r["method"] for r in rows if r["quick"] == args.quick and not made_here().items() <= r.items()}
+    if others:
+        parser.error(
+            f"{', '.join(sorted(others))} in '{args.output}' were measured on another machine or with other versions, and "
+            "cannot join these: measure all methods here (no --methods), or give another --output"
+        )
     for method in args.methods:
         rows += measure(method, args)
         write(args.output, rows)
@@ -77,10 +89,8 @@ def main() -> None:
 
 
 def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    packages = ("torch", "transformers", "peft")
-    versions = {"python": platform.python_version(), **{name: version(name) for name in packages}}
     rows = sorted(rows, key=lambda row: (row["quick"], row["method"], row["learning_rate"], row["seed"]))
-    path.write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+    path.write_text(json.dumps({"rows": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 def summarise(rows: list[dict[str, Any]]) -> None:
