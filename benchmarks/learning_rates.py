@@ -79,8 +79,8 @@ def main() -> None:
     others = {r["method"] for r in rows if r["quick"] == args.quick and not made_here().items() <= r.items()}
     if others:
         parser.error(
-            f"{', '.join(sorted(others))} in '{args.output}' were measured on another machine or with other versions, and "
-            "cannot join these: measure all methods here (no --methods), or give another --output"
+            f"{', '.join(sorted(others))} in '{args.output}' were measured on another machine or with other versions, "
+            "and cannot join these: measure all methods here (no --methods), or give another --output"
         )
     for method in args.methods:
         rows += measure(method, args)
