@@ -135,7 +135,15 @@ def so_in_results() -> dict[str, bool]:
         == {"5"},
         # that one stands above it
         "No other form with fewer parameters is above LoRA r=8 in a mean.": len(above) == 1,
+        "Uni-LoRA of 10,000 is best at the highest of its three rates,": uni_at_its_edge(),
     }  # fmt: skip
+
+
+def uni_at_its_edge() -> bool:
+    rows = [*rows_of("peers_smollm2.json"), *rows_of("forms_smollm2.json")]
+    texts = {row["method"]: row for row in rows if (row["part"], row["task"]) == ("front", "stories")}
+    uni, shared = texts["Uni-LoRA d=10000"], texts["shared r=2"]
+    return (len(uni["held_out"]), edge(uni)) == (3, "≥") and len(shared["held_out"]) > 3
 
 
 def not_run_in_results() -> dict[str, bool]:
@@ -215,6 +223,7 @@ def so_in_choosing() -> dict[str, bool]:
             }
             == {"≤"}
         ),
+        "10,000 is best at the highest of its three rates,": uni_at_its_edge(),
         "No seed of it fails on CoLA, MRPC or STS-B at any of its rates.": (
             {fallen(rate, "compact v, MLP + scales") for rate in ("0.003", "0.0015", "0.00075")} == {(0, 3)}
         ),
