@@ -3,12 +3,20 @@
 from collections.abc import Sequence
 
 from board import Board, Row, markdown, signed
+from protocol import SEEN
 from verdicts import MODELS
 
 MINILM, MPNET, _ = MODELS
 # a model, one method, the other, and the tasks of a mean (None: those that it has everywhere)
 Pair = tuple[str, str, str, tuple[str, ...] | None]
 WITHOUT_RTE = ("cola", "mrpc", "stsb", "sst2")
+OF_SEEN = (
+    ("compact", "LoRA r=8"),
+    ("rep", "LoRA r=1"),
+    ("Uni-LoRA d=5000", "shared r=1"),
+    ("full fine-tuning", "shared r=4 + norms"),
+    ("IA3", "compact"),
+)
 OFFICIAL: tuple[Pair, ...] = (
     (MINILM, "IA3", "compact", None),
     (MPNET, "rep", "LoRA r=1 v", None),
@@ -18,6 +26,15 @@ OFFICIAL: tuple[Pair, ...] = (
     (MPNET, "shared r=1", "LoRA r=1 last 3", None),
     (MPNET, "full fine-tuning", "compact + norms", None),
     (MPNET, "full fine-tuning", "LoRA r=8", None),
+    (MINILM, "full fine-tuning", "compact + norms", None),
+    (MINILM, "full fine-tuning", "LoRA r=8", None),
+    (MINILM, "rep + norms", "LoRA r=2", None),
+    (MPNET, "rep + norms", "LoRA r=2", None),
+    (MINILM, "LoRA r=1 all linear", "compact + norms", None),
+    (MINILM, "adapters b=64", "adp + norms", None),
+    (MPNET, "adapters b=64", "adp + norms", None),
+    (MINILM, "adapters b=64", "compact + norms", None),
+    *((model, one, other, SEEN) for one, other in OF_SEEN for model in (MINILM, MPNET)),
 )
 HELD_OUT: tuple[Pair, ...] = (
     (MPNET, "compact v, MLP + k,v scales", "compact v, MLP", None),
