@@ -173,6 +173,7 @@ def not_run_in_results() -> dict[str, bool]:
             not answered("wsc", "full fine-tuning", "adapters b=64", "prefix 20", "rep + norms")
             and cells(PAGE, "answers", "seeds", "wsc", "IA3") == ["2"]
         ),
+        "of the paper's own rep and adp, by the rank of their trains.": not cells(CHOOSING, "rates", "peak", "rep r=5"),
         "dense adapters, prefixes and rep on COPA;": not answered("copa", "adapters b=64", "prefix 20", "rep + norms"),
     }  # fmt: skip
 

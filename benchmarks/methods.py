@@ -213,6 +213,12 @@ HEADS = [
     for form in ("rep", "rep + norms", "adp", "adp + norms")
     for head in ("dense", "tensorized")
 ]
+# the paper's Table 6 at one scale: its forms by the rank of their trains, with frozen norms
+RANKS = [
+    replace(METHODS[form], name=f"{form} r={rank}", options={"tensor_rank": rank, **scale})
+    for rank in (32, 1, 5, 16)
+    for form, scale in (("rep", {"lora_alpha": 3.2 * rank}), ("adp", {}))
+]
 ONE_MODE = {"r": 1, "tensor_rank": 1, "modes_per_side": 1, "lora_alpha": 2}  # LoRA of rank 1
 WITH_SCALES = [
     with_scales(METHODS["shared r=2"]),
@@ -231,7 +237,7 @@ WITH_SCALES = [
     with_scales(METHODS["shared r=3 attention"], "v"),
     with_scales(METHODS["shared r=2"], "v"),
 ]
-METHODS |= {method.name: method for method in SCALED + BONDS + SHAPES + HEADS + WITH_SCALES}
+METHODS |= {method.name: method for method in SCALED + BONDS + SHAPES + HEADS + RANKS + WITH_SCALES}
 
 
 # in the order of their value; which tasks and in which order is for the command
@@ -289,6 +295,7 @@ GROUPS: dict[str, list[str]] = {
     "even_rates": ["compact cores^1 r=32", "compact", "compact cores^1 r=4"],
     # the ends of the ranks, for a model whose cells take longer
     "few_rates": ["LoRA r=1", "compact", "shared r=1", "LoRA r=32", "compact r=32", "shared r=32"],
+    "paper_rates": [method.name for method in RANKS],
     "shapes": [method.name for method in SHAPES],
     "heads": [method.name for method in HEADS if method.method == "rep"],
     "adp_heads": [method.name for method in HEADS if method.method == "adp"],

@@ -56,7 +56,9 @@ def moved_by(peaks: Sequence[tuple[float, str]]) -> str:
     return f"{'≥ ' if below or above else ''}{high / low:.1f}"
 
 
-RANKED = {"LoRA": "LoRA", "shared": "shared", "compact": "compact", "compact cores^1": "compact with `even_rates`"}
+RANKED = {"LoRA": "LoRA", "shared": "shared", "compact": "compact", "compact cores^1": "compact with `even_rates`"} | {
+    form: f"{form}, by the rank of its trains" for form in ("rep", "adp")
+}
 
 
 def ranks_table(found: Sequence[Row]) -> str:
