@@ -22,9 +22,15 @@ def forgetting_rows() -> list[Row]:
     return json.loads(file.read_text()) if file.exists() else []
 
 
-def average(row: Row) -> Scores:
-    """The mean accuracy on the three tasks over all orders, for each seed."""
-    return _over_seeds(row, [scores for of_order in row["scores"].values() for scores in of_order.values()])
+def average(row: Row, orders: Sequence[str]) -> Scores:
+    """The mean accuracy on the three tasks over these orders, for each seed."""
+    return _over_seeds(row, [scores for order in orders for scores in row["scores"][order].values()])
+
+
+def kept(row: Row, other: Row) -> Scores:
+    """By how much a method keeps more than another one, in the orders that both have, for each seed."""
+    orders = [order for order in row["scores"] if order in other["scores"]]
+    return paired(average(row, orders), average(other, orders))
 
 
 def _over_seeds(row: Row, some: Sequence[Sequence[float]]) -> Scores:
@@ -46,12 +52,12 @@ def forgetting_table(rows: Sequence[Row]) -> str:
         reference = references.get(row["model"])
         own = row["scores"][PAPER]
         papers = [f"{mean(own[task]):.3f}" for task in PAPER.split(">")]
-        gap = "" if reference is None or row is reference else signed(paired(average(row), average(reference)))
+        gap = "" if reference is None or row is reference else signed(kept(row, reference))
         lines.append(
             [
                 row["method"], SHORT[row["model"]], f"{row['trained']:,}", *papers,
                 words(_over_seeds(row, list(own.values()))), *[f"{mean(_at(row, place)):.3f}" for place in range(3)],
-                words(average(row)), str(len(row["scores"])), gap,
+                words(average(row, list(row["scores"]))), str(len(row["scores"])), gap,
             ]
         )  # fmt: skip
     columns = ["SST-2", "MRPC", "QNLI", "mean", "first", "second", "third", "mean of orders", "orders"]

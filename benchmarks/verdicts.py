@@ -6,7 +6,7 @@ from functools import partial
 
 from board import Board, Row, Scores, markdown, paired, signed, verdict, words
 from protocol import CONSTANT, SEEN, TASKS, best_rate, by_seed, interval, mean_by_seed
-from retention import average, forgetting_rows, risen
+from retention import forgetting_rows, kept, risen
 from runs import tuned
 
 MODELS = {
@@ -98,21 +98,21 @@ def said(difference: Collection[float], margin: float, *, strictly: bool) -> str
     return f"{word} ({signed(difference)})"
 
 
-def _both(rows: dict[str, Row], value: Callable[[Row], Scores], sign: int) -> str:
-    """What is said of adp and of rep, against LoRA r=8."""
+def _both(rows: dict[str, Row], gain: Callable[[Row, Row], Scores]) -> str:
+    """What is said of adp and of rep, by what each gains over LoRA r=8."""
     if "LoRA r=8" not in rows:
         return OPEN
     words = []
     for method in ("adp + norms", "rep + norms"):
         if method in rows:
-            gaps = sign * paired(value(rows[method]), value(rows["LoRA r=8"]))
-            words.append(f"{method.partition(' ')[0]} {said(gaps, 0.0, strictly=True)}")
+            gains = gain(rows[method], rows["LoRA r=8"])
+            words.append(f"{method.partition(' ')[0]} {said(gains, 0.0, strictly=True)}")
     return ", ".join(words) or OPEN
 
 
 def _kept(found: Sequence[Row], model: str) -> str:
     rows = {row["method"]: row for row in forgetting_rows() if row["model"] == model}
-    return "" if model.startswith("SmolLM2") else _both(rows, average, 1)
+    return "" if model.startswith("SmolLM2") else _both(rows, kept)
 
 
 def _read(found: Sequence[Row], model: str) -> str:
@@ -125,10 +125,10 @@ def _read(found: Sequence[Row], model: str) -> str:
     if not whole:
         return ""
 
-    def value(row: Row) -> Scores:
+    def loss(row: Row) -> Scores:
         return mean_by_seed([by_seed(one, one["wiki"][best_rate(one)]) for one in whole[row["method"]]])
 
-    return _both({method: some[0] for method, some in whole.items()}, value, -1)
+    return _both({method: some[0] for method, some in whole.items()}, lambda row, other: paired(loss(other), loss(row)))
 
 
 def _risen(found: Sequence[Row], model: str) -> str:
@@ -139,10 +139,12 @@ def _risen(found: Sequence[Row], model: str) -> str:
     most = max(map(len, of_tasks.values()), default=0)
     whole = {method: some for method, some in of_tasks.items() if len(some) == most}
 
-    def value(row: Row) -> Scores:
+    def loss(row: Row) -> Scores:
         return mean_by_seed([risen(one) for one in whole[row["method"]]])
 
-    return "" if model.startswith("SmolLM2") else _both({m: some[0] for m, some in whole.items()}, value, -1)
+    if model.startswith("SmolLM2"):
+        return ""
+    return _both({method: some[0] for method, some in whole.items()}, lambda row, other: paired(loss(other), loss(row)))
 
 
 def verdict_sentence(model: str, task: str, found: Sequence[Row]) -> str:

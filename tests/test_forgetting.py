@@ -12,6 +12,7 @@ sys.path.append(str(pathlib.Path(__file__).parents[1] / "benchmarks"))
 
 import forgetting
 from forgetting import CYCLES, ORDERS, SEQUENCE, jobs
+from retention import kept
 
 
 def names(orders):
@@ -111,3 +112,12 @@ def test_each_order_goes_on_from_the_values_of_its_own_beginning(orders, monkeyp
         ">".join(order): {task: [int(f"{seed}{digits[order]}") for seed in (4, 7)] for task in SEQUENCE}
         for order in orders
     }
+
+
+def test_methods_are_compared_in_the_orders_that_both_have():
+    def row(orders, more):
+        scores = {o: {task: [score(o, seed) + more for seed in (0, 1)] for task in SEQUENCE} for o in names(orders)}
+        return {"seeds": [0, 1], "scores": scores}
+
+    for one, other in ((ORDERS, CYCLES), (CYCLES, ORDERS), (CYCLES, CYCLES)):
+        assert list(kept(row(one, 0.5), row(other, 0.0))) == pytest.approx([0.5, 0.5])
