@@ -196,18 +196,12 @@ def of_choosing() -> Iterator[Said]:
         *ends["compact"], *ends["LoRA"], *ends["shared"],
     )  # fmt: skip
     yield "all of them within {}. The curves", (max(map(max, ends.values())) / min(map(min, ends.values())),)
-    common = 4.24e-3
-    lost = []
-    for curve in ruled("SmolLM2", *RULED):
-        scores = {float(rate): float(score) for rate, score in curve.items() if rate.startswith("0.") and score}
-        lost.append(max(scores.values()) - scores[common])
-    yield "the one rate {} loses at most {} at any rank of the three forms.", (common, max(lost))
-    near = 2.12e-3
-    behind = []
-    for curve in ruled("MiniLM", *RULED) + ruled("MPNet", *RULED):
-        scores = {float(rate): float(score) for rate, score in curve.items() if rate.startswith("0.") and score}
-        behind.append(max(scores.values()) - scores[near])
-    yield "The nearest rate that was, {}, loses up to {} of Matthews' correlation there.", (near, max(behind))
+    common, near = 4.24e-3, 2.12e-3
+    yield "the one rate {} loses at most {} at any rank of the three forms.", (common, lost_at(common, "SmolLM2"))
+    yield (
+        "The nearest rate that was, {}, loses up to {} of Matthews' correlation there.",
+        (near, lost_at(near, "MiniLM", "MPNet")),
+    )
     everywhere = [*both, *(peak for of_form in peaks.values() for peak in of_form)]
     yield "the peaks lie within {}: one rate for all three", (max(everywhere) / min(everywhere),)
     yield "the peak moves by at most {} at the same rank", (max(max(a / b, b / a) for a, b in both_encoders()),)
@@ -227,6 +221,14 @@ def of_choosing() -> Iterator[Said]:
         held_out(minilm, "mean", "compact inner 8 + norms"), held_out(minilm, "mean", compact),
         held_out(minilm, "trained", "compact inner 8 + norms") / held_out(minilm, "trained", compact) - 1,
     )  # fmt: skip
+
+
+def lost_at(rate: float, *models: str) -> float:
+    """What one rate loses to the best one of a form and rank, where that is the most."""
+    curves = [curve for model in models for curve in ruled(model, *RULED)]
+    scores = [{float(at): float(score) for at, score in curve.items() if at.startswith("0.") and score}
+              for curve in curves]  # fmt: skip
+    return max(max(of.values()) - of[rate] for of in scores)
 
 
 def of_cores() -> Iterator[Said]:
