@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer
 from tuners.families import OPTIONS, build, logits, loss_of, natural_task, randomise
 from tuners.matrix import base_of, options_for, wrapped
 from tuners.pairs import expected_rows, pair
-from tuners.wrapped import config_for, every_method, replica_of, trainable, trained, wrap
+from tuners.wrapped import config_for, every_method, replica_of, take_reference, trainable, trained, wrap
 
 import loretta
 from loretta import get_peft_model
@@ -343,14 +343,9 @@ def test_changes_that_were_parameters_of_the_norm_load(low_cpu_mem_usage, method
 @every_method
 @pytest.mark.parametrize("family", ["bert", "llama", "t5"])
 def test_the_reference_that_trl_copies_is_the_adapter(family, method):
-    """TRL's DPO, GRPO, RLOO and KTO copy what has ``.default.`` in its name onto a second adapter named ``ref``."""
     model, inputs = wrap(family, method)
     expected = logits(trained(model), inputs)
-    model.add_adapter("ref", model.peft_config["default"])
-    for name, parameter in model.named_parameters():
-        if ".default." in name:
-            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
-    model.set_adapter("ref")
+    take_reference(model)
     assert torch.equal(logits(model.eval(), inputs), expected)
 
 

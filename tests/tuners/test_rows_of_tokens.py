@@ -12,7 +12,7 @@ from tolerances import assert_gradients_near, assert_near
 from torch import nn
 from transformers import BertForMaskedLM
 from tuners.families import build, config_of, logits, loss_of
-from tuners.wrapped import config_for, every_method, trainable, trained, wrap
+from tuners.wrapped import config_for, every_method, take_reference, trainable, trained, wrap
 
 from loretta import InputError, PeftModel, export_lora, get_peft_model, hotswap_adapter, plan_model, rename_adapter
 from loretta.plan.plan import read_plan
@@ -66,14 +66,9 @@ def test_rows_compute_and_train_as_those_of_a_dense_embedding(family, method):
 @every_method
 @pytest.mark.parametrize("family", ["gemma3_text", "opt"])  # tied, and not
 def test_the_reference_that_trl_copies_has_the_rows(family, method):
-    """TRL's DPO, GRPO, RLOO and KTO copy what has ``.default.`` in its name onto a second adapter named ``ref``."""
     model, inputs = with_tokens(family, method, dtype=torch.float32)
     expected = logits(trained(model), inputs)
-    model.add_adapter("ref", model.peft_config["default"])
-    for name, parameter in model.named_parameters():
-        if ".default." in name:
-            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
-    model.set_adapter("ref")
+    take_reference(model)
     assert torch.equal(logits(model.eval(), inputs), expected)
 
 

@@ -54,6 +54,15 @@ def shared_by_hand(layer: SharedLinear, adapter: str = "default") -> tuple[Tenso
     return left, of_layer[seat.layer] @ of_projection[seat.projection], right
 
 
+def take_reference(model: PeftModel) -> None:
+    """As TRL's DPO, GRPO, RLOO and KTO: what has ``.default.`` in its name is copied to an adapter named ``ref``."""
+    model.add_adapter("ref", model.peft_config["default"])
+    for name, parameter in model.named_parameters():
+        if ".default." in name:
+            model.get_parameter(name.replace(".default.", ".ref.")).data.copy_(parameter.data)
+    model.set_adapter("ref")
+
+
 def trained(model: PeftModel, seed: int = 1, scale: float = 0.1) -> PeftModel:
     """Noise on everything that trains: no core, bias or norm keeps a value that it could have got by default.
 
