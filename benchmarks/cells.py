@@ -32,6 +32,7 @@ PARTS = {
     "wide_bonds": Part(name="rates", rates=6, seeds=3),
     "even_rates": Part(name="rates", rates=6, seeds=3),
     "few_rates": Part(name="rates", rates=6, seeds=2),
+    "larger_rates": Part(name="rates", rates=6, seeds=2),
     "paper_rates": Part(name="rates", rates=6, seeds=2),
     "peer_rates": Part(name="rates", rates=6, seeds=2),
     "peer_rates_576": Part(name="rates", rates=6, seeds=2),

@@ -1,5 +1,6 @@
 """The methods that the evidence compares, each with the middle of its grid of learning rates."""
 
+import re
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -157,6 +158,13 @@ def scaled(method: Method, rank: int, power: float) -> Method:
     return replace(method, name=f"{form}^{power:g} {rest}", options=options)
 
 
+def times(method: Method, factor: float) -> Method:
+    """A method with ``factor`` times its scale."""
+    form, *rest = re.split(r"(?=[ ^])", method.name, maxsplit=1)
+    options = {**method.options, "lora_alpha": round(factor * method.options["lora_alpha"], 3)}
+    return replace(method, name="".join([form, f" x{factor:g}", *rest]), options=options)
+
+
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
@@ -202,6 +210,17 @@ BONDS = [
     for rank in (32, 4, 16)
     for power in (0.5, 0.75, 1.0)
 ]
+# what has one rate at every rank, at scales as much larger as the weights of SmolLM2 are than those of the encoders, and
+# at the square of that
+LARGER = [
+    times(method, factor)
+    for factor in (2.8, 8)
+    for method in (
+        *(METHODS[name] for name in ("LoRA r=1", "shared r=1", "compact")),
+        *(method for method in SCALED if "^0.75" in method.name),
+        *(method for method in BONDS if method.name in ("compact cores^1 r=32", "compact cores^1 r=4")),
+    )
+]
 # the paper's Table 7 on width 384, where adp has 4 modes a train by itself
 SHAPES = [
     replace(METHODS["adp + norms"], name=f"adp + norms, {n} modes", options={"shapes": shapes(384, 64, n)})
@@ -237,7 +256,7 @@ WITH_SCALES = [
     with_scales(METHODS["shared r=3 attention"], "v"),
     with_scales(METHODS["shared r=2"], "v"),
 ]
-METHODS |= {method.name: method for method in SCALED + BONDS + SHAPES + HEADS + RANKS + WITH_SCALES}
+METHODS |= {method.name: method for method in SCALED + BONDS + LARGER + SHAPES + HEADS + RANKS + WITH_SCALES}
 
 
 # in the order of their value; which tasks and in which order is for the command
@@ -295,6 +314,7 @@ GROUPS: dict[str, list[str]] = {
     "even_rates": ["compact cores^1 r=32", "compact", "compact cores^1 r=4"],
     # the ends of the ranks, for a model whose cells take longer
     "few_rates": ["LoRA r=1", "compact", "shared r=1", "LoRA r=32", "compact r=32", "shared r=32"],
+    "larger_rates": [method.name for method in LARGER],
     "paper_rates": [method.name for method in RANKS],
     "shapes": [method.name for method in SHAPES],
     "heads": [method.name for method in HEADS if method.method == "rep"],
