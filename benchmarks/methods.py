@@ -210,8 +210,8 @@ BONDS = [
     for rank in (32, 4, 16)
     for power in (0.5, 0.75, 1.0)
 ]
-# what has one rate at every rank, at scales as much larger as the weights of SmolLM2 are than those of the encoders, and
-# at the square of that
+# what has one rate at every rank, at a scale as many times larger as the weights of SmolLM2 are than those of the
+# encoders, and at the square of that
 LARGER = [
     times(method, factor)
     for factor in (2.8, 8)
