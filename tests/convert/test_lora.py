@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tolerances import assert_near
 from torch import Tensor, nn
+from tuners import experts
 from tuners.families import OPTIONS, build, logits, natural_task
 from tuners.wrapped import config_for, snapshot, trained, wrap
 
@@ -319,3 +320,21 @@ def test_an_adapter_within_the_layers_of_another_method_is_written_under_its_own
     export_lora(model, tmp_path / "lora", "ours")
     again = PeftModel.from_pretrained(build("llama", dtype=torch.float64)[0], tmp_path / "lora").double().eval()
     assert_near("logits", logits(again, inputs), expected)
+
+
+# PEFT reads "gate_proj" in a LoRA of these families as the experts, which transformers 5 holds as one parameter
+@pytest.mark.parametrize(
+    ("method", "targets"), [("rep", "all-linear"), ("shared", ["q_a_proj", "up_proj"]), ("rep", ["gate_proj"])]
+)
+def test_shared_experts_reach_stock_peft_and_not_as_the_experts(method, targets, tmp_path):
+    ours = config_for(method, target_modules=targets, train_norms=False, lora_dropout=0.1)
+    model = trained(get_peft_model(experts.build("deepseek_v3", torch.float64), ours)).double().eval()
+    expected = logits(model, experts.INPUTS)
+    export_lora(model, tmp_path / "lora")
+    base = experts.build("deepseek_v3", torch.float64)
+    lora = PeftModel.from_pretrained(base, tmp_path / "lora", autocast_adapter_dtype=False).eval()
+    assert_near("logits", logits(lora, experts.INPUTS), expected)
+    merged, weights = lora.merge_and_unload().state_dict(), model.get_base_model().state_dict()
+    for name, layer in rep_layers(model).items():
+        before = weights[f"{name}.base_layer.weight"]
+        assert_near(name, merged[f"{name}.weight"] - before, layer.get_delta_weight("default"))

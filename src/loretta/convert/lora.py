@@ -14,8 +14,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import ModulesToSaveWrapper
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
 from loretta.convert.load import CONFIG, WEIGHTS
@@ -35,7 +37,8 @@ def export_lora(
 
     Each update becomes a LoRA of rank ``min(r, tensor_rank)`` at most (a denoised start adds its own rank), from the
     contracted trains: nothing is approximated. Trained heads are written dense, as ``modules_to_save``, and the updates
-    of experts as a LoRA on ``target_parameters``, which repeats what they share for each of them.
+    of experts as a LoRA on ``target_parameters``, which repeats what they share for each of them. So are those of
+    linear layers that PEFT would take for experts by their names.
 
     Raises InputError when the adapter is neither, trains layer norms or scales, or ``folder`` is taken.
     """
@@ -55,11 +58,14 @@ def export_lora(
     linear = {name: layer for name, layer in layers.items() if not isinstance(layer, RepExperts)}
     experts = _named_by_peft([layer for layer in layers.values() if isinstance(layer, RepExperts)], adapter_name)
     pairs = {name: lora_pair(layer, adapter_name) for name, layer in linear.items()}
-    parameters = {name: layer.placements[adapter_name].name for name, layer in experts.items()}
-    ranks = {name: a_RI.shape[0] for name, (a_RI, _) in pairs.items()}
+    modules = linear.keys() - _taken_for_experts(linear.keys(), base)
+    parameters = {name: f"{name}.weight" for name in linear.keys() - modules}
+    parameters |= {name: layer.placements[adapter_name].name for name, layer in experts.items()}
+    ranks = {parameters.get(name, name): a_RI.shape[0] for name, (a_RI, _) in pairs.items()}
     ranks |= {parameters[name]: layer.factors(adapter_name)[0].shape[1] for name, layer in experts.items()}
     rank = max(ranks.values())
-    # PEFT's patterns are for modules: the experts of a smaller rank are filled up with zeros
+    # PEFT's patterns are for modules: the parameters of a smaller rank are filled up with zeros
+    pairs |= {name: _filled(*pairs[name], rank) for name in linear.keys() - modules}
     pairs |= {name: expert_pair(layer, adapter_name, rank) for name, layer in experts.items()}
     pattern = _rank_pattern({**ranks, **dict.fromkeys(parameters.values(), rank)}, rank)
     lora = LoraConfig(
@@ -69,13 +75,13 @@ def export_lora(
         lora_alpha=rank,
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
-        target_modules=cast(Any, _target_modules(linear.keys(), base, list(copies))),
+        target_modules=cast(Any, _target_modules(modules, base, list(copies))),
         target_parameters=list(parameters.values()) or None,
         modules_to_save=list(copies) or None,
         trainable_token_indices=config.trainable_token_indices,
         ensure_weight_tying=config.ensure_weight_tying,
         fan_in_fan_out=any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers.values()),
-        lora_dropout=config.lora_dropout,
+        lora_dropout=0.0 if parameters else config.lora_dropout,  # PEFT knows none on parameters, and serves the same
         bias=cast(Any, config.bias if config.bias in ("none", "all") else "lora_only"),
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path or getattr(base, "name_or_path", None),
@@ -118,6 +124,28 @@ def _named_by_peft(layers: Collection[RepExperts], adapter_name: str) -> dict[st
         order = [name for name, _ in module.named_parameters(recurse=False) if name in by_parameter]
         named |= {at + ".base_layer" * depth: by_parameter[name] for depth, name in enumerate(reversed(order))}
     return named
+
+
+def _taken_for_experts(names: Collection[str], base: nn.Module) -> set[str]:
+    """The modules of whose names PEFT reads a LoRA on transformers' fused experts.
+
+    It does so by the ending, for files of transformers 4: DeepSeek's shared experts and dense layers have it too.
+    """
+    taken = set()
+    for ending in {_ending(name) for name in names}:
+        config = LoraConfig(target_modules=[ending])
+        try:
+            convert_peft_config_for_transformers(config, base, None)
+        except ValueError:  # up_proj without gate_proj, which are one parameter of the experts
+            taken.add(ending)
+        else:
+            taken |= {ending} - set(config.target_modules or ())
+    return {name for name in names if _ending(name) in taken}
+
+
+def _filled(a_RI: Tensor, b_OR: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    more = rank - a_RI.shape[0]
+    return pad(a_RI, (0, 0, 0, more)), pad(b_OR, (0, more))
 
 
 def _target_modules(adapted: Collection[str], base: nn.Module, modules_to_save: list[str]) -> set[str] | str:
