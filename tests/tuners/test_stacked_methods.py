@@ -1,17 +1,19 @@
 """Adapters of two methods on one module: each is switched, saved and loaded as if it were there alone."""
 
 import copy
+from itertools import permutations
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, set_peft_model_state_dict
+from draws import seed_torch
+from peft import IA3Config, LoraConfig, PeftModel, set_peft_model_state_dict
 from tolerances import assert_near
-from torch import Tensor
-from tuners.families import build, logits
-from tuners.wrapped import config_for, every_method, trained
+from torch import Tensor, nn
+from tuners.families import build, logits, randomise
+from tuners.wrapped import CONFIGS, Two, config_for, every_method, trained
 
 from loretta import InputError, get_peft_model
-from loretta.tuners.adapted import AdaptedModule
+from loretta.tuners.adapted import AdaptedModule, chain
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Already found a `peft_config`",
@@ -56,6 +58,79 @@ def test_an_adapter_that_lies_within_another_methods_is_saved_under_its_own_name
     assert_near("alone again", logits(model, inputs), first)
     model.delete_adapter("one")
     assert torch.equal(logits(model, inputs), plain)
+
+
+@every_method
+def test_a_lora_that_came_first_is_saved_under_its_own_names(method, tmp_path):
+    """It came back as nothing: its tensors were called base_layer.lora_A."""
+    model, inputs = build("llama", dtype=torch.float64)
+    model.add_adapter(LATER["lora"](), "lora")
+    expected = logits(trained(model).eval(), inputs)
+    model.add_adapter(config_for(method, target_modules=["q_proj", "v_proj"], train_scales=["keys"]), "ours")
+    trained(model, seed=2)
+    model.set_adapter("lora")
+    assert_near("beside ours", logits(model, inputs), expected)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(build("llama", dtype=torch.float64)[0], tmp_path).eval()
+    assert_near("with PEFT", logits(again, inputs), expected)
+    other, _ = build("llama", dtype=torch.float64)
+    other.load_adapter(tmp_path)
+    assert_near("with transformers", logits(other.eval(), inputs), expected)
+
+
+ON_ONE = {
+    "a lora": LoraConfig(target_modules=["one"]),
+    **{f"a {method}": config_for(method, target_modules=["one"]) for method in CONFIGS},
+}
+
+
+def put(model: nn.Module, name: str) -> nn.Module:
+    """One of ``ON_ONE``, whose numbers are the same whatever else is on the model."""
+    get_peft_model(model, copy.deepcopy(ON_ONE[name]), name)
+    own = sorted((key, value) for key, value in model.named_parameters() if f".{name}." in key)
+    with torch.no_grad():
+        for _, value in own:
+            value.zero_()
+    randomise([value for _, value in own], seed=[*ON_ONE].index(name), scale=0.3)
+    return model.double()
+
+
+@pytest.mark.parametrize("first", ON_ONE)
+def test_each_method_on_one_layer_adds_what_it_adds_alone_in_any_order(first):
+    """What adp computes saw the updates of the methods that came before it, and of no other."""
+    seed_torch(0)
+    base, x = Two().double(), torch.randn(5, 12, dtype=torch.float64)
+    plain = base.one(x)
+    expected = plain + sum(put(copy.deepcopy(base), name).one(x) - plain for name in ON_ONE)
+    for rest in permutations(name for name in ON_ONE if name != first):
+        model = copy.deepcopy(base)
+        for name in (first, *rest):
+            put(model, name)
+        for layer in chain(model.one):
+            layer.set_adapter([*ON_ONE])
+        assert_near(str((first, *rest)), model.one(x), expected)
+
+
+@pytest.mark.parametrize("name", ON_ONE)
+def test_ia3_scales_what_came_before_it_be_it_lora_or_ours(name):
+    seed_torch(0)
+    base, x = Two().double(), torch.randn(5, 12, dtype=torch.float64)
+    scale, scaled = 1.5, copy.deepcopy(base)
+    for parameter in scaled.parameters():
+        parameter.data *= scale
+    around, within = scale * put(copy.deepcopy(base), name).one(x), put(scaled, name).one(x)
+    for ia3_last, expected in ((True, around), (False, within)):
+        model = copy.deepcopy(base)
+        for each in (name, "scales") if ia3_last else ("scales", name):
+            if each == name:
+                put(model, name)
+            else:
+                get_peft_model(model, IA3Config(target_modules=["one"], feedforward_modules=[]), each)
+        for layer in chain(model.one):
+            layer.set_adapter([name, "scales"])
+            for factor in getattr(layer, "ia3_l", {}).values():
+                factor.data.fill_(scale)
+        assert_near(f"{name}, ia3_last={ia3_last}", model.one(x), expected)
 
 
 @every_method

@@ -1,11 +1,13 @@
 """What trained norms, trained scales and layers with trains share, and the order in which layers merge."""
 
+import traceback
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers.integrations import PeftAdapterMixin
 
 
 def chain(module: Any) -> Iterator[Any]:
@@ -52,6 +54,11 @@ def settle(model: nn.Module, adapters: Iterable[str], followers: list[Any], bias
 def is_finite(values: Tensor) -> bool:
     """Whether no value is NaN or infinite. ``isfinite`` makes several tensors of their size, in ten times as long."""
     return not values.numel() or all(bool(end.isfinite()) for end in values.detach().aminmax())
+
+
+def transformers_loads() -> bool:
+    """Whether transformers' ``load_adapter`` is loading, which finds tensors by the names that they have alone."""
+    return any(frame.f_code is PeftAdapterMixin.load_adapter.__code__ for frame, _ in traceback.walk_stack(None))
 
 
 class AdaptedModule(BaseTunerLayer):

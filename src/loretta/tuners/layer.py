@@ -8,6 +8,7 @@ from typing import Any, cast
 
 import torch
 from accelerate.utils import align_module_device
+from peft.tuners.lora import LoraLayer
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
@@ -15,7 +16,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from loretta import quantizer_logs, tt
 from loretta.layers.fused import HALF
 from loretta.layers.trains import Cores
-from loretta.tuners.adapted import AdaptedModule
+from loretta.tuners.adapted import AdaptedModule, transformers_loads
 from loretta.tuners.calls import Factors, hidden_from_checkpoints
 from loretta.tuners.contraction import find_factors, note_change
 from loretta.tuners.joint import JointLayer, Place, finish
@@ -252,6 +253,26 @@ class LorettaLayer(JointLayer, AdaptedModule):
     def _rows_by_adapter(adapter_names: Sequence[str], known: Sequence[str]) -> Iterator[tuple[str, list[int]]]:
         """(adapter, its rows) for every adapter of a mixed batch that this layer has; "__base__" is none of them."""
         return ((name, rows) for name, rows in rows_by_adapter(adapter_names) if name in known)
+
+
+def within_updates(parent: nn.Module, child: str, prefix: str) -> tuple[nn.Module, str]:
+    """Where the method with this ``prefix`` has its layer, or puts it: within the updates that other methods add.
+
+    So adp sees what the base computes, whichever came first. And LoRA's tensors keep the names that its file has, where
+    ours are translated. Transformers' ``load_adapter`` finds ours around all others only.
+    """
+    layer: Any = getattr(parent, child)
+    while getattr(layer, "prefix", "") != prefix and _is_update(layer) and not transformers_loads():
+        parent, child, layer = layer, "base_layer", layer.base_layer
+    return parent, child
+
+
+def _is_update(module: nn.Module) -> bool:
+    """Whether a layer adds to what the layer within computes, and knows that by one name."""
+    if isinstance(module, LorettaLayer):
+        return not module.cannot_merge
+    # LoRA's layer for GPTQ and AWQ calls it as ``quant_linear_module``
+    return isinstance(module, LoraLayer) and [*module._modules.values()].count(module.base_layer) == 1
 
 
 def is_bare_linear(module: nn.Module) -> bool:

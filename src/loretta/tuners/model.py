@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import (
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from peft.utils.quantization_utils import get_quantization_kwargs
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from loretta.errors import InputError
 from loretta.tuners.adapted import AdaptedModule, settle
@@ -22,6 +23,7 @@ from loretta.tuners.adapter_file import check_not_merged, check_tensors, names_a
 from loretta.tuners.apart import check_apart
 from loretta.tuners.biases import biases_alone, biases_here, without_merged
 from loretta.tuners.bypassed import check_called, under_other_names
+from loretta.tuners.card import TAGS
 from loretta.tuners.changes import put_changes
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.contraction import Contraction
@@ -29,7 +31,7 @@ from loretta.tuners.copies import AdapterCopy, check_copies_are_here, rename_cop
 from loretta.tuners.heads import agree_on_origins, copy_cost, head_names, install_head
 from loretta.tuners.in_place import take_over
 from loretta.tuners.labels import fit_final_layer, note_labels
-from loretta.tuners.layer import LorettaLayer, at_least_float32, is_offloaded, keep_differentiable
+from loretta.tuners.layer import LorettaLayer, at_least_float32, is_offloaded, keep_differentiable, within_updates
 from loretta.tuners.merging import MergingTuner
 from loretta.tuners.mixed import check_rows_first, naming, passing
 from loretta.tuners.names import check_adapter_name, check_endings
@@ -121,6 +123,8 @@ class LorettaModel(MergingTuner):
             self.disable_adapter_layers()  # the new layers, too
         Contraction.attach(model)
         Watch.attach(model)
+        if isinstance(model, PreTrainedModel):
+            model.add_model_tags([*TAGS])  # which are in every card that transformers or TRL writes
 
     def _plan(
         self, model: nn.Module, config: LorettaConfig, asked: Any, whole: list[str], scaled: Iterable[str]
@@ -230,16 +234,18 @@ class LorettaModel(MergingTuner):
         if isinstance(target, TrainedNorm) or is_norm(target):  # the weights to be loaded name the targets
             self._train_norm(current_key, adapter_name)
             return
-        if not (isinstance(target, LorettaLayer) and target.prefix == self.prefix):
-            # around those of other methods: transformers' own load_adapter finds the tensors there alone
-            target = self.put_layer(target, parent, target_name, current_key)
-        self._update_layer(target, adapter_name, peft_config, current_key, _base_of(target))
+        layer = self.layer_at(parent, target_name, current_key)
+        self._update_layer(layer, adapter_name, peft_config, current_key, _base_of(target))
 
-    def put_layer(self, target: nn.Module, parent: nn.Module, target_name: str, current_key: str) -> Any:
-        """A layer of this method, without trains yet, in the place of a linear layer."""
-        layer: Any = self.layer_cls(target, name=current_key, **get_quantization_kwargs(self.model))
+    def layer_at(self, parent: nn.Module, child: str, name: str) -> Any:
+        """This method's layer at a linear layer, made where there is none."""
+        parent, child = within_updates(parent, child, self.prefix)
+        target = getattr(parent, child)
+        if getattr(target, "prefix", "") == self.prefix:
+            return target
+        layer: Any = self.layer_cls(target, name=name, **get_quantization_kwargs(self.model))
         layer.set_adapter(self.active_adapters)
-        self._replace_module(parent, target_name, layer, target)
+        self._replace_module(parent, child, layer, target)
         return layer
 
     def _update_layer(self, layer: Any, adapter_name: str, config: Any, name: str, module: nn.Module) -> None:

@@ -2,7 +2,6 @@
 
 import copy
 import re
-import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any, get_args
@@ -10,11 +9,11 @@ from typing import Any, get_args
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from torch import Tensor, nn
-from transformers.integrations import PeftAdapterMixin
 from transformers.pytorch_utils import Conv1D
 
 from loretta.errors import InputError
 from loretta.tuners.adapted import chain as layers_from
+from loretta.tuners.adapted import transformers_loads
 from loretta.tuners.changes import ChangedModule, put_changes
 from loretta.tuners.config import LorettaConfig, Place
 from loretta.tuners.layer import parameter_of
@@ -170,9 +169,7 @@ def check_scales_load(model: nn.Module, scaled: Iterable[str], prefix: str) -> N
 
     Its report of missing keys would say so, and the scales stay zero. Raises InputError that names the first.
     """
-    if not any(frame.f_code is PeftAdapterMixin.load_adapter.__code__ for frame, _ in traceback.walk_stack(None)):
-        return
-    for name in scaled:
+    for name in scaled if transformers_loads() else ():
         layers = layers_from(model.get_submodule(name))
         if any(not isinstance(layer, TrainedScale) and getattr(layer, "prefix", "") != prefix for layer in layers):
             raise InputError(
@@ -188,10 +185,10 @@ def put_scales(tuner: Any, scaled: Mapping[str, str], adapter_name: str) -> None
     the same whether or not the adapter trains that layer too.
     """
     for path, side in scaled.items():
+        if not any(getattr(part, "prefix", "") == tuner.prefix for part in tuner.model.get_submodule(path).modules()):
+            parent, _, child = path.rpartition(".")
+            tuner.layer_at(tuner.model.get_submodule(parent), child, path)
         name, module = path, tuner.model.get_submodule(path)
-        if not any(getattr(part, "prefix", "") == tuner.prefix for part in module.modules()):
-            parent, _, last = path.rpartition(".")
-            module = tuner.put_layer(module, tuner.model.get_submodule(parent), last, path)
         while hasattr(module, "base_layer") and not isinstance(module, TrainedScale):
             name, module = f"{name}.base_layer", module.base_layer
         put_changes(tuner, TrainedScale, name, adapter_name, side)
