@@ -10,7 +10,9 @@ import huggingface_hub.repocard
 import pytest
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import EntryNotFoundError
+from peft import LoraConfig
 from tolerances import assert_near
+from transformers import Trainer, TrainingArguments
 from tuners.families import build, logits
 from tuners.wrapped import config_for, every_method, own_trains, trained, wrap
 
@@ -331,6 +333,37 @@ def test_push_to_hub_uploads_the_adapter_and_keeps_a_card_that_is_there(hub, tmp
     ModelCard.load(tmp_path / "adapter" / "README.md").save(hub.root / "me/critic/README.md")
     model.push_to_hub("me/critic")
     assert "import loretta" in ModelCard.load("me/critic").text
+
+
+@pytest.mark.parametrize("method", ["rep", "lora"])
+def test_a_trainers_card_has_our_part_beside_its_own(method, hub, tmp_path):
+    config = LoraConfig(task_type="CAUSAL_LM") if method == "lora" else config_for(method, task_type="CAUSAL_LM")
+    model = get_peft_model(build("llama")[0], config)
+    arguments = TrainingArguments(str(tmp_path / "run"), hub_model_id="me/critic", report_to=[], use_cpu=True)
+    Trainer(model, arguments).push_to_hub()
+    card, ours = ModelCard.load("me/critic"), method == "rep"
+    assert "### Training hyperparameters" in card.text
+    assert card.text.count("import loretta") == ours
+    assert ("loretta" in card.data.tags) == ours
+
+
+def test_trls_card_has_our_tag(hub, tmp_path):
+    from trl.trainer.base_trainer import _BaseTrainer
+
+    model, _ = wrap("llama", "rep")
+    arguments = TrainingArguments(str(tmp_path / "run"), hub_model_id="me/critic", report_to=[], use_cpu=True)
+    _BaseTrainer(model, arguments).push_to_hub()
+    card = ModelCard.load("me/critic")
+    assert "TRL" in card.text
+    assert "loretta" in card.data.tags
+
+
+def test_a_damaged_file_that_lies_in_the_folder_stops_no_saving(tmp_path):
+    model, _ = wrap("llama", "rep")
+    model.save_pretrained(str(tmp_path))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"cut off")
+    model.save_pretrained(str(tmp_path))
+    assert "import loretta" in card_of(tmp_path).text
 
 
 def test_the_placeholders_are_recognised():

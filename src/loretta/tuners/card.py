@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from loretta.record import RunRecord  # pydantic is not to be imported with every `import loretta`
 
 README = "README.md"
-_TAGS = ("loretta", "tensor-train")
+TAGS = ("loretta", "tensor-train")
 # the options that repeat a run
 _SETTINGS = ("learning_rate", "head_learning_rate", "epochs", "batch_size", "max_length", "schedule", "limit", "seed")
 _PIPELINES = {"CAUSAL_LM": "text-generation", "SEQ_CLS": "text-classification", "TOKEN_CLS": "token-classification"}
@@ -84,7 +84,7 @@ def leave_out_local_base(folder: Path) -> None:
 
 def _describe(card: ModelCard, config: Mapping[str, Any], base: str | None) -> None:
     card.data["library_name"] = "peft"
-    card.data["tags"] = [*(card.data.get("tags") or []), *_TAGS]
+    card.data["tags"] = [*(card.data.get("tags") or []), *TAGS]
     _name_base(card, base)
     if not card.data.get("pipeline_tag") and config["task_type"] in _PIPELINES:
         card.data["pipeline_tag"] = _PIPELINES[config["task_type"]]

@@ -1,13 +1,22 @@
-"""The only file that touches PEFT's private enum and registry.
+"""The only file that touches PEFT's private enum and registry, and a method of its class.
 
 ``PeftType`` is a closed enum and PEFT has no entry point for methods of other packages, so the member is added
-here and everything else goes through PEFT's own ``register_peft_method``.
+here and everything else goes through PEFT's own ``register_peft_method``. Nor does PEFT ask a method for its part of a
+model card.
 """
 
-from peft import PeftType
+from contextlib import suppress
+from functools import wraps
+from pathlib import Path
+
+from peft import PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import register_peft_method
+from peft.utils import CONFIG_NAME, register_peft_method
+from safetensors import SafetensorError
+
+from loretta.files import read_object
+from loretta.tuners.card import write_card
 
 
 def add_peft_type(name: str) -> PeftType:
@@ -31,6 +40,7 @@ def register(name: str, config_cls: type, model_cls: type[BaseTuner]) -> None:
 
     A second call (re-import, ``importlib.reload``) replaces the classes.
     """
+    keep_our_part_of_cards()
     peft_type = add_peft_type(name.upper())
     if peft_type in PEFT_TYPE_TO_CONFIG_MAPPING:
         from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
@@ -39,3 +49,21 @@ def register(name: str, config_cls: type, model_cls: type[BaseTuner]) -> None:
         PEFT_TYPE_TO_TUNER_MAPPING[peft_type] = model_cls
     else:
         register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)
+
+
+def keep_our_part_of_cards() -> None:
+    """Have PEFT write our part too where it adds its own to a card that the Trainer has laid over ours."""
+    pefts_own = PeftModel.create_or_update_model_card
+    if hasattr(pefts_own, "__wrapped__"):  # by an earlier call
+        return
+
+    @wraps(pefts_own)
+    def create_or_update_model_card(self: PeftModel, output_dir: str) -> None:
+        pefts_own(self, output_dir)
+        method, folder = str(self.active_peft_config.peft_type.value), Path(output_dir)
+        # save_pretrained calls this before it writes: what lies there may be another adapter, or damaged
+        if method.startswith("LORETTA_") and (read_object(folder / CONFIG_NAME) or {}).get("peft_type") == method:
+            with suppress(OSError, ValueError, SafetensorError):
+                write_card(folder)
+
+    PeftModel.create_or_update_model_card = create_or_update_model_card  # type: ignore[method-assign]
