@@ -76,6 +76,21 @@ def test_the_command_writes_a_lora_adapter(saved, capsys, tmp_path):
     assert_near("logits", scores(lora), scores(ours))
 
 
+@pytest.mark.parametrize("to", ["lora", "merged"])
+def test_an_export_names_the_base_that_it_was_made_on(to, saved, capsys, tmp_path):
+    """Another one that is asked for is taken, where the adapter fits it, and has to be seen in what leaves."""
+    shutil.copytree(saved / "base", tmp_path / "continued")
+    for model in ([], ["--model", tmp_path / "continued"]):
+        base = str(model[-1] if model else saved / "base")
+        status, out, _ = call(capsys, saved / "rep", "--to", to, tmp_path / "out", "--overwrite", *model)
+        assert (status, out.splitlines()[0].endswith(f", on {base}")) == (0, True)
+        assert to == "merged" or read_config(tmp_path / "out")["base_model_name_or_path"] == base
+    status, out, err = call(capsys, saved / "rep", "--to", to, tmp_path / "none", "--model", saved / "other")
+    assert (status, out) == (2, "")
+    assert "--model" in err
+    assert not (tmp_path / "none").exists()
+
+
 def test_the_command_writes_a_whole_model(saved, capsys, tmp_path):
     status, out, _ = call(capsys, saved / "norms", "--to", "merged", tmp_path / "out", "--json")
     report = json.loads(out)

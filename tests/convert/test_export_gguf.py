@@ -67,9 +67,15 @@ def rotate(x_H: Tensor, angles: Tensor, *, neighbours: bool) -> Tensor:
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_the_file_holds_the_updates(family, gguf, tmp_path):
     model = rep(family)
+    model.get_base_model().config.name_or_path = "me/the-base"
     report = export_gguf_lora(model, tmp_path / "out.gguf")
+    assert report.base == "me/the-base"
     fields, tensors = read(gguf, tmp_path / "out.gguf")
-    assert {key: fields[key] for key in ("general.type", "general.architecture", "adapter.type")} == {
+    assert {
+        key: fields[key]
+        for key in ("general.type", "general.architecture", "adapter.type", "general.base_model.0.name")
+    } == {
+        "general.base_model.0.name": "the-base",
         "general.type": "adapter",
         "general.architecture": "llama",
         "adapter.type": "lora",

@@ -39,7 +39,7 @@ def export(
         print_json(dataclasses.asdict(written))
         return
     ranks = ", ".join(f"{count} of rank {rank}" for rank, count in written.ranks.items())
-    say(f"{to} in {written.dtype}: {sum(written.ranks.values())} modules adapted ({ranks})")
+    say(f"{to} in {written.dtype}: {sum(written.ranks.values())} modules adapted ({ranks}), on {written.base}")
     if written.whole:
         say(f"written whole: {', '.join(written.whole)}")
     say(f"{written.bytes_before:,} bytes of tensors became {written.bytes_after:,}; see {written.path}")

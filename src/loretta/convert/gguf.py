@@ -72,11 +72,15 @@ def export_gguf_lora(
         # llama.cpp has one alpha, and divides it by each tensor's own rank
         b_OR = b_OR * (ranks[name] / alpha)
         tensors |= {f"{target}.weight.lora_a": a_RI.float(), f"{target}.weight.lora_b": b_OR.float()}
-    with writing(Path(file), file=True, overwrite=overwrite, keep=[base_config.name_or_path]) as new:
+    base = base_config.name_or_path
+    with writing(Path(file), file=True, overwrite=overwrite, keep=[base]) as new:
         writer = gguf.GGUFWriter(new, gguf.MODEL_ARCH_NAMES[arch])
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
+        if base:
+            writer.add_base_model_count(1)
+            writer.add_base_model_name(0, Path(base).name)
         for name, tensor in tensors.items():
             writer.add_tensor(name, own_memory(tensor).numpy())
         writer.write_header_to_file()
@@ -84,4 +88,4 @@ def export_gguf_lora(
         writer.write_tensors_to_file()
         writer.close()
     before = get_peft_model_state_dict(model, adapter_name=adapter_name)
-    return report_of("gguf-lora", file, ranks, copies, torch.float32, before.values(), tensors.values())
+    return report_of("gguf-lora", file, base, ranks, copies, torch.float32, before.values(), tensors.values())

@@ -106,7 +106,9 @@ def export_lora(
         lora.save_pretrained(str(new))
         save_file({key: own_memory(value) for key, value in tensors.items()}, new / WEIGHTS, metadata={"format": "pt"})
     dtype = next(iter(pairs.values()))[0].dtype
-    return report_of("lora", folder, ranks, copies, dtype, before.values(), tensors.values())
+    return report_of(
+        "lora", folder, lora.base_model_name_or_path, ranks, copies, dtype, before.values(), tensors.values()
+    )
 
 
 def _named_by_peft(layers: Collection[RepExperts], adapter_name: str) -> dict[str, RepExperts]:

@@ -53,7 +53,7 @@ def export_merged(
             _check_it_comes_back(merged, new, tied_copies[0])
         if tokenizer is not None:
             tokenizer.save_pretrained(str(new))
-    return report_of("merged", folder, ranks, whole, merged.dtype, before.values(), list(merged.parameters()))
+    return report_of("merged", folder, base, ranks, whole, merged.dtype, before.values(), list(merged.parameters()))
 
 
 def _check_it_comes_back(merged: Any, folder: Path, copied: str) -> None:

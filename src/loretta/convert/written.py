@@ -24,6 +24,7 @@ class Export:
 
     to: str
     path: str
+    base: str  # the model that the adapter was loaded on
     ranks: Mapping[int, int]  # rank of the update -> number of modules
     whole: tuple[str, ...]  # modules that were trained whole (heads, norms) and are written whole
     dtype: str
@@ -91,6 +92,7 @@ def own_memory(tensor: Tensor) -> Tensor:
 def report_of(
     to: str,
     path: str | os.PathLike,
+    base: str | None,
     ranks: Mapping[str, int],
     copies: Collection[str],
     dtype: torch.dtype,
@@ -101,6 +103,7 @@ def report_of(
     return Export(
         to=to,
         path=str(path),
+        base=base or "",
         ranks=dict(sorted(Counter(ranks.values()).items())),
         whole=tuple(copies),
         dtype=str(dtype).removeprefix("torch."),
