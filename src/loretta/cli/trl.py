@@ -4,6 +4,8 @@ import importlib.util
 import logging
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,9 +51,36 @@ def trl(
         raise InputError(f"loretta trl {given}: give one of {', '.join(COMMANDS)}")
     if importlib.util.find_spec("trl") is None:
         raise InputError("`loretta trl` runs TRL, which is not installed: pip install 'loretta-peft[trl]'")
+    from transformers import set_seed
+
+    script = importlib.import_module(f"trl.scripts.{command}")
+    (script_args, training_args, model_args, dataset_args), method, of_method = _parsed(command, script, options or [])
+    _check_options(command, method, of_method, script_args, training_args, model_args)
+    _check_data(command, script_args, training_args, model_args, dataset_args)
+    set_seed(training_args.seed)  # a new adapter is random
+    # TRL's trainers take a model that is ready where their scripts hand on the name of one
+    model_args.model_name_or_path = _adapted(
+        model_args,
+        training_args.model_init_kwargs or {},
+        kind="regression" if command == "reward" else "chat",
+        method=method,
+        options=of_method,
+    )
+    # TRL says of such a model that it ignores what it has been loaded with
+    logging.getLogger(f"trl.trainer.{command}_trainer").addFilter(
+        lambda r: "already instantiated" not in r.getMessage()
+    )
+    with _failing_in_a_sentence(command):
+        script.main(script_args, training_args, model_args, dataset_args)
+
+
+def _parsed(command: str, script: Any, options: list[str]) -> tuple[list[Any], str, dict[str, Any]]:
+    """TRL's arguments in the order of its scripts, the method, and the options of that.
+
+    Raises InputError for what no command takes.
+    """
     from dataclasses import dataclass, field
 
-    from transformers import Trainer, set_seed
     from trl import TrlParser
 
     @dataclass
@@ -63,46 +92,35 @@ def trl(
             default_factory=list, metadata={"help": "Options of the method: --set tensor_rank=8 r=4."}
         )
 
-    script = importlib.import_module(f"trl.scripts.{command}")
     kinds: list[Any] = [*script.make_parser().dataclass_types, MethodArguments]
     parser = TrlParser(kinds, prog=f"loretta trl {command}")
     try:
-        *parsed, chosen = parser.parse_args_and_config(options or [])
+        *parsed, chosen = parser.parse_args_and_config(options)
     except (OSError, ValueError) as error:
         raise InputError(
             f"loretta trl {command}: {one_line(error)}: `loretta trl {command} --help` lists all"
         ) from None
-    script_args, training_args, model_args, dataset_args = parsed
+    _, training_args, model_args, _ = parsed
     if model_args.use_peft:
         raise InputError("--use_peft is TRL's LoRA: leave it out, --method says what is trained (lora is one of them)")
     if model_args.model_name_or_path is None:
         raise InputError(f"`loretta trl {command}` needs a model: give --model_name_or_path")
     if training_args.trust_remote_code or (training_args.model_init_kwargs or {}).get("trust_remote_code"):
         raise InputError("--trust_remote_code: loretta runs no code of a model: leave it out, or use `trl` itself")
-    options_of_method = dict(
-        parse_option(word) for word in ([chosen.set] if isinstance(chosen.set, str) else chosen.set)
-    )
-    _check_options(command, chosen.method, options_of_method, script_args, training_args, model_args)
-    _check_data(command, script_args, training_args, model_args, dataset_args)
-    set_seed(training_args.seed)  # a new adapter is random
-    # TRL's trainers take a model that is ready where their scripts hand on the name of one
-    model_args.model_name_or_path = _adapted(
-        model_args,
-        training_args.model_init_kwargs or {},
-        kind="regression" if command == "reward" else "chat",
-        method=chosen.method,
-        options=options_of_method,
-    )
-    # TRL says of such a model that it ignores what it has been loaded with
-    logging.getLogger(f"trl.trainer.{command}_trainer").addFilter(
-        lambda r: "already instantiated" not in r.getMessage()
-    )
+    sets = [chosen.set] if isinstance(chosen.set, str) else chosen.set
+    return parsed, chosen.method, dict(map(parse_option, sets))
+
+
+@contextmanager
+def _failing_in_a_sentence(command: str) -> Iterator[None]:
+    """Raise InputError in place of an error before the first step, and of one in code of the user's own."""
+    from transformers import Trainer
+
     try:
-        script.main(script_args, training_args, model_args, dataset_args)
+        yield
+    except InputError:
+        raise
     except Exception as error:
-        begun = any(frame.f_code is Trainer.train.__code__ for frame, _ in traceback.walk_tb(error.__traceback__))
-        if isinstance(error, InputError):
-            raise
         own = _of_the_user(traceback.extract_tb(error.__traceback__))
         if own and processes.is_first():  # of another process, which may be the only one to fail, all is shown
             print("\n" + "".join(own.format()), end="", file=sys.stderr)  # behind a bar of progress
@@ -110,6 +128,7 @@ def trl(
                 f"loretta trl {command}: {type(error).__name__} ({one_line(error)}) in line {own[0].lineno} of "
                 f"'{own[0].filename}' ({own[0].name}): mend it"
             ) from None
+        begun = any(frame.f_code is Trainer.train.__code__ for frame, _ in traceback.walk_tb(error.__traceback__))
         if begun or not isinstance(error, OSError | ValueError):
             raise
         raise InputError(f"loretta trl {command}: {one_line(error)}") from None
