@@ -80,24 +80,7 @@ def load_task(
     if data == STDLIB:
         _refuse(options, set(options), f"'{STDLIB}', which is built from the running Python")
         return stdlib.load()
-
-    if is_hub_id(data) or is_saved(data):
-        _refuse(options, {"--data-dir", "--separator"}, f"'{data}', a dataset with splits of its own")
-        splits: dict[str, Source] = {**(load_saved(data, split) if is_saved(data) else load_hub(data, split))}
-        given = {"validation": validation, "test": test}
-        splits |= {role: _find(file, None) for role, file in given.items() if file is not None}
-    elif names_files(data):
-        _refuse(options, {"--data-dir", "--split"}, f"the file '{data}'")
-        named = {"train": data, "validation": validation, "test": test}
-        files = {role: os.fspath(name) for role, name in named.items() if name is not None}
-        found = {name: _find(name, separator) for name in dict.fromkeys(files.values())}
-        splits = {role: found[name] for role, name in files.items()}
-    else:
-        names = (*glue.GLUE, STDLIB)
-        raise InputError(
-            f"unknown data {quoted(data)}{nearest(data, names)}: give one of {listed(names)}, a dataset on the Hub "
-            f"(org/name), or a file that ends in {ENDINGS_IN_WORDS}"
-        )
+    splits = _splits(data, options)
     path, others = splits["train"], [splits[role] for role in ("validation", "test") if role in splits]
     more: dict[str, Any] = {"validation_path": splits.get("validation"), "test_path": splits.get("test"), "seed": seed}
     if ending(path) in TEXT_ENDINGS:
@@ -134,6 +117,25 @@ def load_task(
         more["test_path"] = None
     task = load_table(path, text=text or "text", text_pair=text_pair, label=label, kind=kind, known=known, **more)
     return replace(task, notes=(*task.notes, *[f"the test split of '{data}' has no labels: left out"] * unlabelled))
+
+
+def _splits(data: str, options: Mapping[str, Any]) -> dict[str, Source]:
+    """What holds the rows of each split. Raises InputError where ``data`` names nothing that can be read."""
+    beside = {"validation": options["--validation"], "test": options["--test"]}
+    if is_hub_id(data) or is_saved(data):
+        _refuse(options, {"--data-dir", "--separator"}, f"'{data}', a dataset with splits of its own")
+        own = (load_saved if is_saved(data) else load_hub)(data, options["--split"])
+        return {**own, **{role: _find(file, None) for role, file in beside.items() if file is not None}}
+    if not names_files(data):
+        names = (*glue.GLUE, STDLIB)
+        raise InputError(
+            f"unknown data {quoted(data)}{nearest(data, names)}: give one of {listed(names)}, a dataset on the Hub "
+            f"(org/name), or a file that ends in {ENDINGS_IN_WORDS}"
+        )
+    _refuse(options, {"--data-dir", "--split"}, f"the file '{data}'")
+    files = {role: os.fspath(name) for role, name in {"train": data, **beside}.items() if name is not None}
+    found = {name: _find(name, options["--separator"]) for name in dict.fromkeys(files.values())}
+    return {role: found[name] for role, name in files.items()}
 
 
 def _has_no_labels(test: Source | None, label: str) -> bool:
