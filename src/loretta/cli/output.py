@@ -73,6 +73,15 @@ def say(text: object, *, err: bool = False) -> None:
     typer.echo(wording.spelled(text), err=err)
 
 
+@contextmanager
+def writing_output(given: Path) -> Iterator[None]:
+    """Raise InputError in place of the error that says why ``--output`` cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"--output '{given}' cannot be written ({error.strerror or error}): give another") from None
+
+
 def existing(folder: Path) -> Path:
     """The folder itself. Raises InputError where there is none."""
     if not folder.is_dir():

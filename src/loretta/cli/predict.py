@@ -14,7 +14,7 @@ import typer
 
 from loretta import wording
 from loretta.cli.options import Cpu, Json, MaxNewTokens, Model, RunFolder, Temperature, TopP
-from loretta.cli.output import answer, say
+from loretta.cli.output import answer, say, writing_output
 from loretta.errors import InputError
 from loretta.locks import hold_file
 from loretta.owned import refuse_to_replace_file, write_listed
@@ -82,7 +82,7 @@ def predict(
             document = stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8"))
             rows = _also_as_json(rows, document)
         if output is not None:
-            with _saying_why(output):
+            with writing_output(output):
                 _write(rows, output, overwrite=overwrite)
         elif document is not None:
             deque(rows, maxlen=0)
@@ -147,18 +147,10 @@ def _holding(output: Path | None, file: Path | None, *, overwrite: bool) -> Iter
         return
     _check_output(output, file, overwrite=overwrite)
     with ExitStack() as stack:
-        with _saying_why(output):
+        with writing_output(output):
             stack.enter_context(hold_file(output))
         _check_output(output, file, overwrite=overwrite)  # another process may have written it since
         yield
-
-
-@contextmanager
-def _saying_why(output: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"--output '{output}' cannot be written ({error.strerror or error}): give another") from None
 
 
 def _check_output(output: Path, file: Path | None, *, overwrite: bool) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from loretta.cli.options import Json
-from loretta.cli.output import answer, say
+from loretta.cli.output import answer, say, writing_output
 from loretta.errors import InputError
 from loretta.owned import refuse_to_replace_file, write_listed
 
@@ -55,8 +55,6 @@ def report(
         raise InputError(f"--output '{given}' is a folder: give a file")
     refuse_to_replace_file(file, overwrite=overwrite)
     content = report_on(runs, form)
-    try:
+    with writing_output(given):
         write_listed(file, content, overwrite=overwrite)
-    except OSError as error:
-        raise InputError(f"--output '{given}' cannot be written ({error.strerror or error}): give another") from None
     say(f"written to {given}", err=True)
