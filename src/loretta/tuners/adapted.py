@@ -17,6 +17,11 @@ def chain(module: Any) -> Iterator[Any]:
         module = getattr(module, "base_layer", None)
 
 
+def base_of(module: nn.Module) -> nn.Module:
+    """The base's own module below all layers around it; the module itself where there are none."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
 def merge_below(layer: Any, safe_merge: bool, adapter_names: Collection[str] | None) -> None:
     """Merge all that a layer of any method wraps, the innermost first: PEFT's own merging passes it over."""
     below = layer.base_layer
@@ -61,6 +66,15 @@ def transformers_loads() -> bool:
     return any(frame.f_code is PeftAdapterMixin.load_adapter.__code__ for frame, _ in traceback.walk_stack(None))
 
 
+def rename_in(layer: Any, old: str, new: str) -> None:
+    """Give one adapter of a layer, of any method, another name."""
+    for part in (*layer.adapter_layer_names, *layer.other_param_names):
+        if old in (by_adapter := getattr(layer, part)):
+            by_adapter[new] = by_adapter.pop(old)
+    layer.merged_adapters = [new if name == old else name for name in layer.merged_adapters]
+    layer._active_adapter = [new if name == old else name for name in layer.active_adapters]
+
+
 class AdaptedModule(BaseTunerLayer):
     """What trained norms and layers with trains share: new names of adapters, switching, and mixed batches."""
 
@@ -97,12 +111,7 @@ class AdaptedModule(BaseTunerLayer):
 
     def rename_adapter(self, old: str, new: str) -> None:
         """Give one adapter another name; nothing happens when this module does not have it."""
-        for part in (*self.adapter_layer_names, *self.other_param_names):
-            by_adapter = getattr(self, part)
-            if old in by_adapter:
-                by_adapter[new] = by_adapter.pop(old)
-        self.merged_adapters = [new if name == old else name for name in self.merged_adapters]
-        self._active_adapter = [new if name == old else name for name in self.active_adapters]
+        rename_in(self, old, new)
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """As PEFT's."""

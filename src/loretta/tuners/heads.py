@@ -1,7 +1,8 @@
 """The classification head: what happens to each of its modules (LoRETTA section B), and the cost of head and norms."""
 
 import logging
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,6 +16,7 @@ from transformers.integrations import is_fsdp_enabled
 
 from loretta import tt
 from loretta.errors import InputError
+from loretta.tuners.adapted import base_of
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.copies import AdapterCopy, CopyPolicy
 from loretta.tuners.names import parts_of_adapters
@@ -48,12 +50,11 @@ def copy_cost(model: nn.Module, config: LorettaConfig) -> CopyCost:
     whole = [name for name in named_whole(outer_modules(model), config) if name not in heads]
     _check_plain(model, [*heads, *whole])
     norms = norms_of(model, outside=[*heads, *whole]) if config.train_norms else []
-    n_norms = sum(parameter.numel() for name in norms for parameter in own_parameters(model.get_submodule(name)))
-    head = frozen = 0
-    parts: list[str] = []
+    trained = Counter(norms=sum(_count(own_parameters(model.get_submodule(name))) for name in norms))
+    frozen, parts = 0, []
     for name, policy in heads.items():
-        copy, trains = model.get_submodule(name), 0
-        total = sum(parameter.numel() for parameter in copy.parameters())
+        copy = model.get_submodule(name)
+        total = _count(copy.parameters())
         for path in policy.tensorized:
             dense = cast(nn.Linear, copy.get_submodule(path))
             size = dense.in_features, dense.out_features
@@ -62,24 +63,23 @@ def copy_cost(model: nn.Module, config: LorettaConfig) -> CopyCost:
             except ValueError as error:
                 raise InputError(f"'{name}': {error}") from None
             check_size(name, f"a train of rank {quoted(policy.rank)}", shape.n_params, size[0] * size[1])
-            trains += shape.n_params + (0 if dense.bias is None else dense.bias.numel())
-            total -= sum(parameter.numel() for parameter in dense.parameters())
-            frozen += shape.n_params if policy.as_change else 0
-            frozen += sum(parameter.numel() for parameter in dense.parameters()) if policy.saves_base else 0
+            trained["head"] += shape.n_params + (0 if dense.bias is None else dense.bias.numel())
+            total -= _count(dense.parameters())
+            frozen += shape.n_params * policy.as_change + _count(dense.parameters()) * policy.saves_base
         parts.append(f"{name}: {_in_words(policy)}")
-        frozen += total if policy.frozen else 0
-        whole_part = 0 if policy.frozen else total
-        n_norms += whole_part if is_norm(copy) else 0
-        head += trains + (0 if is_norm(copy) else whole_part)
+        if policy.frozen:
+            frozen += total
+        else:
+            trained["norms" if is_norm(copy) else "head"] += total
     for name in whole:
         module = _original(model.get_submodule(name))
-        n_parameters = sum(parameter.numel() for parameter in module.parameters())
-        if is_norm(module):
-            n_norms += n_parameters
-        else:
-            head += n_parameters
+        trained["norms" if is_norm(module) else "head"] += _count(module.parameters())
     tokens = sum(rows_of_tokens(model, config).values())
-    return CopyCost(norms=n_norms, head=head, frozen=frozen, tokens=tokens, parts=tuple(parts))
+    return CopyCost(norms=trained["norms"], head=trained["head"], frozen=frozen, tokens=tokens, parts=tuple(parts))
+
+
+def _count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)
 
 
 def _check_plain(model: nn.Module, copied: Sequence[str]) -> None:
@@ -147,8 +147,7 @@ def head_names(model: nn.Module, config: LorettaConfig) -> list[str]:
 
 def _original(module: nn.Module) -> nn.Module:
     """The base model's own module, whatever other adapters have put around it."""
-    module = module.original_module if isinstance(module, ModulesToSaveWrapper) else module
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return base_of(module.original_module if isinstance(module, ModulesToSaveWrapper) else module)
 
 
 class Head:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from loretta.errors import InputError
-from loretta.tuners.adapted import AdaptedModule, settle
+from loretta.tuners.adapted import AdaptedModule, base_of, settle
 from loretta.tuners.adapter_file import check_not_merged, check_tensors, names_alone, renamed
 from loretta.tuners.apart import check_apart
 from loretta.tuners.biases import biases_alone, biases_here, without_merged
@@ -137,7 +137,7 @@ class LorettaModel(MergingTuner):
         targeted = copy.copy(config)
         targeted.modules_to_save = whole
         modules = matched_modules(targeted, model, required=not config.target_parameters)
-        placements = self.place_all(config, [(n, _base_of(m)) for n, m in modules])
+        placements = self.place_all(config, [(n, base_of(m)) for n, m in modules])
         names = list(dict.fromkeys([*(placement.name for placement in placements), *scaled]))
         placements += self.place_parameters(config, model)
         self.planned = {placement.name: placement for placement in placements}
@@ -235,7 +235,7 @@ class LorettaModel(MergingTuner):
             self._train_norm(current_key, adapter_name)
             return
         layer = self.layer_at(parent, target_name, current_key)
-        self._update_layer(layer, adapter_name, peft_config, current_key, _base_of(target))
+        self._update_layer(layer, adapter_name, peft_config, current_key, base_of(target))
 
     def layer_at(self, parent: nn.Module, child: str, name: str) -> Any:
         """This method's layer at a linear layer, made where there is none."""
@@ -252,9 +252,10 @@ class LorettaModel(MergingTuner):
         layer.update_layer(adapter_name, self.place(config, name, module), config)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, AuxiliaryTrainingWrapper) or is_offloaded(_base_of(child)):
-            # PEFT would give the copy's weights to the module that replaces it, and send trains to the meta device,
-            # where an offloaded weight is between calls
+        of_experts = isinstance(child, LorettaLayer) and child.parameter_name != "weight"
+        if isinstance(child, AuxiliaryTrainingWrapper) or of_experts or is_offloaded(base_of(child)):
+            # PEFT would give the copy's weights to the module that replaces it, look for the one weight of experts, and
+            # send trains to the meta device, where an offloaded weight is between calls
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
@@ -382,7 +383,3 @@ class LorettaModel(MergingTuner):
 def _uncompiled(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors by the names that they have where no part of the model was compiled by ``torch.compile(part)``."""
     return {key.replace("._orig_mod.", "."): tensor for key, tensor in tensors.items()}
-
-
-def _base_of(module: nn.Module) -> nn.Module:
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module

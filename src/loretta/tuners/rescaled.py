@@ -7,13 +7,13 @@ from itertools import chain
 from typing import Any, get_args
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, check_target_module_exists
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from loretta.errors import InputError
+from loretta.tuners.adapted import base_of, transformers_loads
 from loretta.tuners.adapted import chain as layers_from
-from loretta.tuners.adapted import transformers_loads
 from loretta.tuners.changes import ChangedModule, put_changes
 from loretta.tuners.config import LorettaConfig, Place
 from loretta.tuners.layer import parameter_of
@@ -150,7 +150,7 @@ def scaled_modules(model: nn.Module, config: LorettaConfig) -> Iterator[tuple[st
     whole = tuple(f"{name}." for name in named_whole(modules, config))
     for name, module in modules.items():
         place = next((p for p in found if names[p] and re.fullmatch(rf"(.*\.)?{names[p]}", name)), None)
-        size = linear_size(module.get_base_layer() if isinstance(module, BaseTunerLayer) else module)
+        size = linear_size(base_of(module))
         alike.target_modules = {name.rpartition(".")[2]}  # type: ignore[assignment]
         if place is None or size is None:
             continue

@@ -15,6 +15,7 @@ from peft.utils.other import (
 from torch import Tensor, nn
 
 from loretta.errors import InputError
+from loretta.tuners.adapted import rename_in
 from loretta.tuners.changes import Change
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.layer import is_offloaded
@@ -102,13 +103,8 @@ class TokenWrapper(TrainableTokensWrapper):
 
     def rename_adapter(self, old: str, new: str) -> None:
         """Give one adapter's rows another name. A tied layer has the dictionaries of the one that it is tied to."""
-        layer = self.token_adapter
-        for part in (*layer.adapter_layer_names, *layer.other_param_names):
-            if old in (by_adapter := getattr(layer, part)):
-                by_adapter[new] = by_adapter.pop(old)
+        rename_in(self.token_adapter, old, new)
         self._adapters = {new if name == old else name for name in self._adapters}
-        layer.merged_adapters = [new if name == old else name for name in layer.merged_adapters]
-        layer._active_adapter = [new if name == old else name for name in layer.active_adapters]
 
 
 def adopt_tokens(model: nn.Module) -> None:

@@ -138,12 +138,6 @@ class LorettaRepModel(LorettaModel):
         layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         setattr(self.model.get_submodule(parent), child, layer)
 
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(child, RepExperts):  # which has no one weight that PEFT could look at
-            setattr(parent, child_name, new_module)
-        else:
-            super()._replace_module(parent, child_name, new_module, child)
-
     def add_weighted_adapter(
         self,
         adapters: Sequence[str],
@@ -196,35 +190,8 @@ class LorettaRepModel(LorettaModel):
             # trains whose shapes were given do not add up at the ranks of the planned ones
             if error is not None or (rank is None and fits[name].error > EXACT):
                 fits[name] = smallest_fit(update, bottleneck, error or 0.0)
-        # the sum takes over the modules trained whole of the adapter that has some
-        heads = self._layers(ModulesToSaveWrapper)
-        with_head = (a for a in adapters if any(a in head.modules_to_save for head in heads))
-        first = cast(LorettaRepConfig, self.peft_config[next(with_head, adapters[0])])
-        with_tokens = next((config for config in configs if config.trainable_token_indices), first)
-        norms = any(config.train_norms for config in configs)
-        # of the head's trains the config says the rank, and the shapes of their sizes
-        head_sizes = {f"{train.in_features}x{train.out_features}" for train in self._layers(TTLinear)}
-        scales = list(dict.fromkeys(place for config in configs for place in config.train_scales))
-        # the config of one of the adapters, for the modules of all of them
-        self.peft_config[adapter_name] = replace(
-            first,
-            r=bottleneck,
-            **of_ranks({name: fit.rank for name, fit in fits.items()}, first.tensor_rank if head_sizes else None),
-            use_rslora=False,
-            shapes={size: modes for size, modes in first.shapes.items() if size in head_sizes},
-            modes_per_side=None,
-            init_weights="zero",
-            train_norms=norms,
-            train_scales=scales,
-            trainable_token_indices=with_tokens.trainable_token_indices,
-            ensure_weight_tying=with_tokens.ensure_weight_tying,
-            target_modules=list(fits),
-            exclude_modules=None,
-            layers_to_transform=None,
-            layers_pattern=None,
-            base_signature=None,
-            head_origins=getattr(first, "_origins_found", first.head_origins),
-        )
+        ranks = {name: fit.rank for name, fit in fits.items()}
+        self.peft_config[adapter_name] = self._config_of_sum(adapters, bottleneck, ranks)
         self.inject_adapter(self.model, adapter_name)
         # PeftModel does this for the adapters that it adds; a sum in the dtype of the base would be rounded
         dtypes = {at.factors(a)[0].dtype for by_adapter in layers.values() for a, at in by_adapter.items()}
@@ -235,6 +202,38 @@ class LorettaRepModel(LorettaModel):
                 down.assign(list(fit.down))
                 up.assign(list(fit.up))
         self._combine_changes_and_heads(adapters, weights, adapter_name)
+
+    def _config_of_sum(self, adapters: Sequence[str], bottleneck: int, ranks: Mapping[str, int]) -> LorettaRepConfig:
+        """The config of one of the adapters, for the modules of all of them, whose trains have these ``ranks``."""
+        configs = [cast(LorettaRepConfig, self.peft_config[adapter]) for adapter in adapters]
+        # the sum takes over the modules trained whole of the adapter that has some
+        heads = self._layers(ModulesToSaveWrapper)
+        with_head = (a for a in adapters if any(a in head.modules_to_save for head in heads))
+        first = cast(LorettaRepConfig, self.peft_config[next(with_head, adapters[0])])
+        with_tokens = next((config for config in configs if config.trainable_token_indices), first)
+        norms = any(config.train_norms for config in configs)
+        # of the head's trains the config says the rank, and the shapes of their sizes
+        head_sizes = {f"{train.in_features}x{train.out_features}" for train in self._layers(TTLinear)}
+        scales = list(dict.fromkeys(place for config in configs for place in config.train_scales))
+        return replace(
+            first,
+            r=bottleneck,
+            **of_ranks(ranks, first.tensor_rank if head_sizes else None),
+            use_rslora=False,
+            shapes={size: modes for size, modes in first.shapes.items() if size in head_sizes},
+            modes_per_side=None,
+            init_weights="zero",
+            train_norms=norms,
+            train_scales=scales,
+            trainable_token_indices=with_tokens.trainable_token_indices,
+            ensure_weight_tying=with_tokens.ensure_weight_tying,
+            target_modules=list(ranks),
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+            base_signature=None,
+            head_origins=getattr(first, "_origins_found", first.head_origins),
+        )
 
     @torch.no_grad()
     def _combine_changes_and_heads(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
