@@ -130,6 +130,11 @@ class RunRecord(BaseModel, frozen=True, ser_json_inf_nan="constants"):
             return {**raw, "kind": "language_modeling" if raw.get("metric") == "perplexity" else by_labels}
         return raw
 
+    @property
+    def scores(self) -> dict[str, float]:
+        """Those of the test split, or of validation where there is none."""
+        return self.validation if self.test is None else self.test
+
     @classmethod
     def load(cls, path: Path) -> "RunRecord":
         """Read a ``run.json``. Raises InputError when it is missing or is not one."""

@@ -1,16 +1,19 @@
-"""How values become words: short quotes, lists, nearest names, sizes, nested settings, tables, JSON."""
+"""How values become words: short quotes, lists, groups, nearest names, sizes, nested settings, tables, JSON."""
 
 import difflib
 import json
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
+
+Item = TypeVar("Item")
+Key = TypeVar("Key", bound=Hashable)
 
 MAX_QUOTE = 60
 MAX_LISTED = 20
@@ -96,6 +99,14 @@ def size_words(n_bytes: int | None) -> str:
 def duration(seconds: float | None) -> str:
     """As 0:01:30 or "3 days, 4:00:00"."""
     return MISSING if seconds is None else str(timedelta(seconds=round(seconds)))
+
+
+def grouped(items: Iterable[Item], key: Callable[[Item], Key]) -> dict[Key, list[Item]]:
+    """The items by their key, groups and items in the order of the first ones."""
+    found: dict[Key, list[Item]] = {}
+    for item in items:
+        found.setdefault(key(item), []).append(item)
+    return found
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

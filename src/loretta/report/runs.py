@@ -12,7 +12,7 @@ from loretta.report import page, tables
 from loretta.report.figures import Chart, Line, Look, drawable
 from loretta.report.tables import Cell, Column, Row, Table
 from loretta.tt import TTShape
-from loretta.wording import MISSING, distinct, flat
+from loretta.wording import MISSING, distinct, flat, grouped
 
 
 def render(records: Sequence[RunRecord], *, title: str | None = None, notes: Sequence[str] = ()) -> str:
@@ -184,10 +184,7 @@ def labels_of(records: Sequence[RunRecord]) -> list[str]:
     keys = dict.fromkeys(key for setting in settings for key in setting)
     # the folder comes last: it always differs and says the least
     for key in sorted(keys, key=lambda key: key == "output"):
-        by_label: dict[str, list[int]] = {}
-        for index, part in enumerate(parts):
-            by_label.setdefault(" · ".join(part), []).append(index)
-        for namesakes in by_label.values():
+        for namesakes in grouped(range(len(parts)), lambda index: " · ".join(parts[index])).values():
             if len({settings[index].get(key, MISSING) for index in namesakes}) > 1:
                 for index in namesakes:
                     parts[index].append(f"{key.rpartition('.')[2]} {settings[index].get(key, MISSING)}")

@@ -17,7 +17,7 @@ from loretta.studies.results import Cell as Measured
 from loretta.studies.show import printed_models, with_half
 from loretta.studies.state import measured, state_of
 from loretta.studies.study import Planned
-from loretta.wording import MISSING, distinct
+from loretta.wording import MISSING, distinct, grouped
 
 SHOWN = {"models", "tasks", "methods"}  # options that the page shows elsewhere, as what was run
 
@@ -167,9 +167,7 @@ def _notes(results: Results) -> list[str]:
         task = cell.task if cell.stage is None else cell.order[cell.stage - 1]
         of_task.setdefault(task if results.study.kind == "train" else "", {}).update(dict.fromkeys(cell.notes))
     # tasks with the same notes share one sentence
-    same_words: dict[str, list[str]] = {}
-    for task, words in of_task.items():
-        same_words.setdefault("; ".join(words), []).append(task)
+    same_words = grouped(of_task, lambda task: "; ".join(of_task[task]))
     notes += [f"{', '.join(tasks)}: {words}" if any(tasks) else words for words, tasks in same_words.items() if words]
     return list(dict.fromkeys(notes))
 

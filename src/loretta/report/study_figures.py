@@ -4,6 +4,7 @@ import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from loretta.studies.results import AVERAGE, Cell, Results
 from loretta.studies.show import figure
 from loretta.tasks.metrics import metric_range
 from loretta.tuners.config import LorettaConfig
+from loretta.wording import grouped
 
 SMOOTHED = 20  # evaluations in a smoothing window, as in the paper's Figure 4
 PARAMETERS = "trained parameters"
@@ -76,13 +78,11 @@ def _against_parameters(results: Results, looks: Mapping[str, Look]) -> list[Gro
 
 def _scatters(results: Results, tasks: Iterable[str], looks: Mapping[str, Look]) -> list[Chart]:
     charts = []
-    for model in _models(results):
-        for task in tasks:
-            cells = [cell for cell in results.final() if (cell.model, cell.task) == (model, task)]
-            if lines := _scatter(cells, results.study.scale, looks):
-                better = all(cell.higher_is_better for cell in cells if cell.mean is not None)
-                notes = ["" if better else "Lower is better.", FRONT if lines[-1].label == FRONT_NAME else ""]
-                charts.append(_chart(results, task, cells, lines, *notes, x_label=PARAMETERS, x_scale="log"))
+    for task, cells in _of_tasks(results, tasks):
+        if lines := _scatter(cells, results.study.scale, looks):
+            better = all(cell.higher_is_better for cell in cells if cell.mean is not None)
+            notes = ["" if better else "Lower is better.", FRONT if lines[-1].label == FRONT_NAME else ""]
+            charts.append(_chart(results, task, cells, lines, *notes, x_label=PARAMETERS, x_scale="log"))
     return charts
 
 
@@ -171,10 +171,10 @@ def _printed(
     return [Line(label=label, look=look, x=x, y=y, joined=joined, hollow=True, in_legend=in_legend)]
 
 
-def _of_tasks(results: Results) -> Iterable[tuple[str, list[Cell]]]:
+def _of_tasks(results: Results, tasks: Iterable[str]) -> Iterable[tuple[str, list[Cell]]]:
     """Each task with its cells, once for each model that has scores of it."""
     for model in _models(results):
-        for task in results.study.tasks:
+        for task in tasks:
             cells = [cell for cell in results.final() if (cell.model, cell.task) == (model, task)]
             if any(cell.mean is not None for cell in cells):
                 yield task, cells
@@ -191,14 +191,11 @@ def _note(cells: Iterable[Cell], lines: Iterable[Line]) -> str:
 def _ranks(results: Results) -> list[Chart]:
     ranks = _rank_of_rows(results)
     charts = []
-    for task, cells in _of_tasks(results):
-        methods: dict[str, list[tuple[float, Cell]]] = {}
-        for cell in cells:
-            if cell.row in ranks:
-                methods.setdefault(cell.method, []).append((float(ranks[cell.row]), cell))
+    for task, cells in _of_tasks(results, results.study.tasks):
+        methods = grouped((cell for cell in cells if cell.row in ranks), lambda cell: cell.method)
         lines = []
-        for k, points in enumerate(methods.values()):
-            points.sort(key=lambda point: point[0])
+        for k, of_method in enumerate(methods.values()):
+            points = sorted(((float(ranks[cell.row]), cell) for cell in of_method), key=lambda point: point[0])
             name = points[0][1].label.partition(",")[0]
             lines.append(_line(name, Look.of(k), points, results.study.scale, joined=True))
             lines += _printed(f"{name}, paper", Look.of(k), points, joined=True)
@@ -220,7 +217,7 @@ def _rank_of_rows(results: Results) -> dict[str, int]:
 
 def _shapes(results: Results) -> list[Chart]:
     charts = []
-    for task, cells in _of_tasks(results):
+    for task, cells in _of_tasks(results, results.study.tasks):
         labels = [cell.label for cell in cells]
         # the part that tells "LoRETTA adp, 5 modes" from "LoRETTA adp, 3 modes"
         tails = {label.rpartition(", ")[2] for label in labels}
@@ -314,16 +311,13 @@ def smooth(seeds: Sequence[Sequence[tuple[int, float]]]) -> tuple[list[tuple[int
     The window holds 20 evaluations, or a tenth of them where there are fewer than 200, so that a short curve keeps its
     shape. Returns (step, mean, standard deviation) for each step, and the width of the window.
     """
-    by_step: dict[int, list[float]] = {}
-    for curve in seeds:
-        for step, value in curve:
-            by_step.setdefault(step, []).append(value)
+    by_step = grouped(chain(*seeds), lambda point: point[0])
     steps = sorted(by_step)
     window = min(SMOOTHED, max(1, math.ceil(len(steps) / 10)))
     smoothed = []
     for k, step in enumerate(steps):
         around = steps[max(0, k - window // 2) : k + (window + 1) // 2]
-        values = [value for near in around for value in by_step[near]]
+        values = [value for near in around for _, value in by_step[near]]
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         smoothed.append((step, statistics.fmean(values), spread))
     return smoothed, window

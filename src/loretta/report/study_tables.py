@@ -14,7 +14,7 @@ from loretta.studies.results import Cell as Measured
 from loretta.studies.show import figure, printed_models, with_half
 from loretta.studies.study import Planned
 from loretta.tuners.config import LorettaConfig
-from loretta.wording import MISSING
+from loretta.wording import MISSING, grouped
 
 Anchors = Mapping[tuple, str]  # key_of a cell -> the id of the place with its runs
 STRONGEST_SHADE = 0.4
@@ -236,11 +236,8 @@ def _tried(results: Results, root: Path) -> Table:
     is_scored = any(cell.split == "validation" for cell in results.cells)
     meaning = ": scores of that split favour what was chosen" if is_scored else "; the test split was not looked at"
     caption = f"Chosen on the validation split with one seed{meaning}."
-    cells: dict[tuple[str, str, str], list[Planned]] = {}
-    for run in results.planned:
-        cells.setdefault((run.label, run.model, run.task), []).append(run)
     rows = []
-    for (label, model, task), runs in cells.items():
+    for (label, model, task), runs in grouped(results.planned, lambda run: (run.label, run.model, run.task)).items():
         if any(run.candidate for run in runs):
             first = runs[0].seed
             tried = [_one_try(results, root, run) for run in runs if run.seed == first]

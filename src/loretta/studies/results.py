@@ -3,7 +3,7 @@
 import math
 import shlex
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from loretta.studies.state import COST, COUNT, State, evaluations, measured, sta
 from loretta.studies.study import Planned, Row, Study
 from loretta.tasks.metrics import LOWER_IS_BETTER
 from loretta.training.baseline import beats_baseline, chance_of
+from loretta.wording import grouped
 
 STUDY = "study.json"
 CONFIDENCE = 0.95
@@ -158,10 +159,7 @@ def _collect(root: Path, file: Path) -> Results:
     except (ValueError, KeyError, TypeError, OSError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"'{file}' is damaged or of another version ({reason}): run the study again") from None
-    groups: dict[tuple, list[Planned]] = {}
-    for run in planned:
-        if not run.candidate:
-            groups.setdefault(run.cell, []).append(run)
+    groups = grouped((run for run in planned if not run.candidate), lambda run: run.cell)
     cells = [cell for runs in groups.values() for cell in _cells(root, study, runs)]
     return Results(
         study=study, options=options, commands=commands, planned=planned, cells=(*cells, *_averages(study, cells))
@@ -181,35 +179,47 @@ def _cells(root: Path, study: Study, runs: list[Planned]) -> list[Cell]:
     return [_trained(root, study, runs, task=first.task)]
 
 
-def _trained(root: Path, study: Study, runs: list[Planned], *, task: str, stage: int | None = None) -> Cell:
-    scores, missing, records = [], [], []
-    metric = study.metrics.get(task)
+def _numbers(
+    root: Path, runs: Sequence[Planned], score_of: Callable[[Planned], Score | str]
+) -> tuple[list[Score], list[Missing]]:
+    """The scores of runs, and the runs without one. Of a finished run ``score_of`` may say in words why it has none."""
+    scores, missing = list[Score](), list[Missing]()
     for run in runs:
         state, reason = state_of(root, run)
-        if state != "finished":
-            missing.append(Missing(seed=run.seed, folder=run.folder, state=state, reason=reason))
-            continue
         try:
-            record = RunRecord.load(root / run.folder / "run.json")
+            found = score_of(run) if state == "finished" else reason
         except InputError as error:
-            missing.append(Missing(seed=run.seed, folder=run.folder, state="failed", reason=str(error)))
-            continue
+            state, found = "failed", str(error)
+        if isinstance(found, Score):
+            scores.append(found)
+        else:
+            missing.append(Missing(seed=run.seed, folder=run.folder, state=state, reason=found))
+    return scores, missing
+
+
+def _trained(root: Path, study: Study, runs: list[Planned], *, task: str, stage: int | None = None) -> Cell:
+    records: list[RunRecord] = []
+    metric = study.metrics.get(task)
+
+    def score_of(run: Planned) -> Score | str:
+        nonlocal metric
+        record = RunRecord.load(root / run.folder / "run.json")
         if stage is None:
-            values = record.validation if record.test is None else record.test
-            metric = metric or record.metric
+            values, default = record.scores, record.metric
         else:
             values = evaluations(root / run.folder)[task]
-            metric = metric or next(iter(values))
+            default = next(iter(values))
+        metric = metric or default
         if metric not in values:
-            reason = f"its record has no {metric}, only {', '.join(values)}"
-            missing.append(Missing(seed=run.seed, folder=run.folder, state="finished", reason=reason))
-            continue
+            return f"its record has no {metric}, only {', '.join(values)}"
         records.append(record)
         score = _score(root, run, values[metric], values, record)
-        if record.answers and stage is None:
-            chance = 1.0 if beats_baseline(record) is False else chance_of(record)
-            score = score.model_copy(update={"baseline": record.answers.baseline.get(metric), "chance": chance})
-        scores.append(score)
+        if not record.answers or stage is not None:
+            return score
+        chance = 1.0 if beats_baseline(record) is False else chance_of(record)
+        return score.model_copy(update={"baseline": record.answers.baseline.get(metric), "chance": chance})
+
+    scores, missing = _numbers(root, runs, score_of)
     last = records[-1] if records else None
     return _cell(
         study,
@@ -219,32 +229,27 @@ def _trained(root: Path, study: Study, runs: list[Planned], *, task: str, stage:
         metric=metric or "",
         split="" if last is None else "validation" if stage is not None or last.test is None else "test",
         higher_is_better=metric not in ("loss", *LOWER_IS_BETTER),
-        asked=len(runs),
-        scores=scores,
-        missing=missing,
         parameters=last.parameters.trainable if last else None,
         adapter_bytes=last.adapter_bytes if last else None,
         notes=tuple(dict.fromkeys(note for record in records for note in record.notes)),
+        asked=len(runs),
+        scores=scores,
+        missing=missing,
     )
 
 
 def _measured(root: Path, study: Study, runs: list[Planned], file: str, name: str) -> Cell:
-    scores, missing, notes, content = [], [], (), {}
-    for run in runs:
-        state, reason = state_of(root, run)
-        if state == "finished":
-            try:
-                content = measured(root / run.folder / file)
-            except InputError as error:
-                missing.append(Missing(seed=run.seed, folder=run.folder, state="failed", reason=str(error)))
-                continue
-            notes = tuple(content["notes"])
-            if content[name] is not None:
-                numbers = {key: value for key, value in content.items() if isinstance(value, int | float)}
-                scores.append(_score(root, run, content[name], numbers, None))
-                continue
-            reason = content["notes"][0]
-        missing.append(Missing(seed=run.seed, folder=run.folder, state=state, reason=reason))
+    content: dict[str, Any] = {"notes": ()}
+
+    def score_of(run: Planned) -> Score | str:
+        nonlocal content
+        content = measured(root / run.folder / file)
+        if content[name] is None:
+            return str(content["notes"][0])
+        numbers = {key: value for key, value in content.items() if isinstance(value, int | float)}
+        return _score(root, run, content[name], numbers, None)
+
+    scores, missing = _numbers(root, runs, score_of)
     return _cell(
         study,
         runs[0],
@@ -252,12 +257,12 @@ def _measured(root: Path, study: Study, runs: list[Planned], file: str, name: st
         metric=name,
         split="",
         higher_is_better=False,
+        parameters=content.get("parameters"),
+        adapter_bytes=content.get("bytes"),
+        notes=tuple(content["notes"]),
         asked=len(runs),
         scores=scores,
         missing=missing,
-        parameters=content.get("parameters"),
-        adapter_bytes=content.get("bytes"),
-        notes=notes,
     )
 
 
@@ -302,10 +307,8 @@ def find_row(study: Study, name: str, model: str) -> Row | None:
 
 def _averages(study: Study, cells: Iterable[Cell]) -> list[Cell]:
     """The mean over all tasks of a study with several tasks, for each seed that has a score on all of them."""
-    groups: dict[tuple, list[Cell]] = {}
-    for cell in cells:
-        if cell.task in study.tasks and _is_final(cell):
-            groups.setdefault((cell.model, cell.row, cell.order), []).append(cell)
+    of_tasks = (cell for cell in cells if cell.task in study.tasks and _is_final(cell))
+    groups = grouped(of_tasks, lambda cell: (cell.model, cell.row, cell.order))
     averages = []
     for group in groups.values():
         if len(study.tasks) < 2 or len(group) < len(study.tasks):

@@ -10,7 +10,7 @@ from loretta.errors import InputError
 from loretta.files import read_object
 from loretta.record import RunRecord, is_started
 from loretta.studies.state import State
-from loretta.wording import MISSING, duration, flat, size_words, table_of
+from loretta.wording import MISSING, duration, flat, grouped, size_words, table_of
 
 if TYPE_CHECKING:  # they import torch and SciPy, which a listing of runs does not need
     from rich.table import Table
@@ -156,10 +156,7 @@ def estimate_table(
     """A row for each model and method of a dry run. ``printed`` is the paper's count by (model, row)."""
     right = ("runs", "parameters", "paper", "steps", "time", "memory")
     table = _table(("model", "method", "tasks"), right, title=title)
-    groups: dict[tuple[str, str], list[Estimate]] = {}
-    for estimate in estimates:
-        groups.setdefault((estimate.run.model, estimate.run.row), []).append(estimate)
-    for key, group in groups.items():
+    for key, group in grouped(estimates, lambda estimate: (estimate.run.model, estimate.run.row)).items():
         sizes = sorted({estimate.size.trained for estimate in group if estimate.size})
         reason = next((estimate.reason for estimate in group if estimate.reason), "")
         counts = f"{sizes[0]:,}" + (f" to {sizes[-1]:,}" if len(sizes) > 1 else "") if sizes else MISSING
@@ -191,13 +188,12 @@ def run_row(root: Path, folder: Path, state: State, reason: str) -> dict[str, An
             record = RunRecord.load(folder / "run.json")
         except InputError as error:
             return row | {"state": "failed", "reason": str(error)}
-        values = record.validation if record.test is None else record.test
         row |= {
             "method": record.method,
             "seed": record.seed,
             "learning_rate": record.learning_rate or record.config.get("learning_rate"),
             "metric": record.metric,
-            "score": values.get(record.metric),
+            "score": record.scores.get(record.metric),
             "parameters": record.parameters.trainable,
             "seconds": record.train_seconds,
         }

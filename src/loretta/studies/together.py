@@ -10,7 +10,7 @@ from loretta.studies.sizes import estimate, kind_and_labels
 from loretta.studies.state import state_of
 from loretta.studies.study import Planned
 from loretta.training.config import RunConfig
-from loretta.wording import duration
+from loretta.wording import duration, grouped
 
 MOST_TOGETHER = 64  # more runs do not keep a GPU busier (benchmarks/population.py)
 
@@ -54,10 +54,9 @@ def words_before(root: Path, runs: Sequence[Planned], population: int) -> str | 
     """A sentence on the unfinished runs that are trained one by one: how many, how long, why; None without any."""
     from loretta.studies.show import total
 
-    cells: dict[Any, list[Planned]] = defaultdict(list)
-    for run in runs if population > 1 else ():
-        if run.kind == "train" and state_of(root, run)[0] not in ("finished", "stopped"):
-            cells[run.cell].append(run)
+    trained = (run for run in runs if population > 1 and run.kind == "train")
+    unfinished = (run for run in trained if state_of(root, run)[0] not in ("finished", "stopped"))
+    cells = grouped(unfinished, lambda run: run.cell)
     reasons: dict[str, list[Planned]] = defaultdict(list)
     for group in cells.values():
         known = next((run for run in group if run.config is not None), None)

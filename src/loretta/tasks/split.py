@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypedDict, TypeVar, Unpack
 
 from loretta.errors import InputError
+from loretta.wording import grouped
 
 if TYPE_CHECKING:
     from loretta.tasks.sources import Source
@@ -94,13 +95,9 @@ def hold_out(
     different texts, and never all. Rows with the same texts, whatever their case and spacing, stay on one side. Nothing
     is held out where no label has two different texts. The same input and seed give the same split on every machine.
     """
-    rows_of_text: dict[tuple[str, ...], list[int]] = {}
-    for row, text in enumerate(texts):
-        rows_of_text.setdefault(text_key(text), []).append(row)
+    rows_of_text = grouped(range(len(texts)), lambda row: text_key(texts[row]))
     # texts that occur with the same two labels form a stratum of their own, so that no label can lose its last row
-    strata: dict[frozenset[Hashable], list[list[int]]] = {}
-    for rows in rows_of_text.values():
-        strata.setdefault(frozenset(labels[row] for row in rows), []).append(rows)
+    strata = grouped(rows_of_text.values(), lambda rows: frozenset(labels[row] for row in rows))
 
     rng = random.Random(seed)
     held: set[int] = set()

@@ -12,8 +12,7 @@ CHANCE = 0.05  # above this probability a difference may be chance
 
 def beats_baseline(record: RunRecord) -> bool | None:
     """Whether a run scores better than what needs no text; None where there is nothing to compare with."""
-    answers = record.answers
-    values = record.validation if record.test is None else record.test
+    answers, values = record.answers, record.scores
     if answers is None or record.metric not in answers.baseline or record.metric not in values:
         return None
     # any scores that are not all the same have a correlation
@@ -31,7 +30,7 @@ def chance_of(record: RunRecord) -> float | None:
     if record.answers is None:
         return None
     if record.metric in CORRELATIONS:
-        score = (record.validation if record.test is None else record.test)[record.metric]
+        score = record.scores[record.metric]
         free = record.answers.rows - 2
         return float(t.sf(score * np.sqrt(free / max(1 - score**2, 1e-12)), free)) if free > 0 else None
     if (
