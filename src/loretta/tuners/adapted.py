@@ -34,7 +34,7 @@ def merge_below(layer: Any, safe_merge: bool, adapter_names: Collection[str] | N
 
 
 def put_back(before: Sequence[tuple[Any, list[str]]]) -> None:
-    """Have layers, given with those around them first, merge what they had merged, and nothing else."""
+    """Bring layers, the outermost first, back to the adapters that each of them had merged ``before``."""
     changed = [(layer, names) for layer, names in before if layer.merged_adapters != names]
     for layer, _ in changed:
         if layer.merged:
@@ -46,7 +46,7 @@ def put_back(before: Sequence[tuple[Any, list[str]]]) -> None:
 
 
 def settle(model: nn.Module, adapters: Iterable[str], followers: list[Any], biases: Any) -> None:
-    """Tell all layers of ours where they are, which a layer around them does not, and what else there is."""
+    """Tell every layer of ours its place in the model, all adapters, the copied modules and the trained biases."""
     for holder in model.modules():
         for name, child in [] if isinstance(holder, BaseTunerLayer) else holder.named_children():
             for layer in chain(child):

@@ -68,9 +68,9 @@ def check_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[str, Ten
 
 
 def names_alone(model: nn.Module, prefix: str, adapter_name: str) -> dict[str, str]:
-    """Parts of an adapter, of the method with this ``prefix``, within layers of others: name -> name where it is alone.
+    """How the names of an adapter's parts begin here -> how they begin on a model without other methods' layers.
 
-    An adapter is saved and loaded under the names that it has alone.
+    An adapter of the method with this ``prefix`` is saved and loaded under the latter.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     found = {}

@@ -80,7 +80,7 @@ class BaseBiases:
 
 
 def without_merged(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """All tensors of a model; those that norms and scales of other adapters are merged into, as they are without."""
+    """All tensors of a model, with the base's own values where norms and scales are merged into them."""
     found = dict(tensors)
     for path, module in model.named_modules():
         for name, value in module.unmerged.items() if isinstance(module, ChangedModule) else ():

@@ -74,7 +74,7 @@ def write_card(folder: Path, run: "RunRecord | None" = None, *, learning_rate: f
 
 
 def leave_out_local_base(folder: Path) -> None:
-    """As :func:`write_card` does, in the card that PEFT wrote beside an adapter of another method, if there is one."""
+    """Name no base that is a local folder in the card of another method's adapter, which PEFT wrote."""
     if (folder / README).is_file():
         config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
         card = ModelCard.load(folder / README)

@@ -109,7 +109,7 @@ class MergingTuner(BaseTuner):
         return list(dict.fromkeys([*merged, *more]))
 
     def _follow_merge(self) -> None:
-        """Have what a merged adapter does not act on stop with the active ones, and copies compute with its own."""
+        """Let no active adapter compute beside merged ones, and have copied modules be those of the merged ones."""
         merged = self._merged()
         for layer in [*self._layers(AdaptedModule), *self._layers(TokenRows)]:
             layer.merged_adapters += [name for name in merged if name not in layer.merged_adapters]
