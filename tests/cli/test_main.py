@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import shutil
+from itertools import product
 from pathlib import Path
 
 import pyarrow
@@ -152,8 +153,10 @@ def test_the_second_of_two_calls_into_one_output_is_refused(trained, capsys, tmp
         other.kill()
 
 
-@pytest.mark.parametrize("verb", ["train", "export", "predict", "report"])
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS])
+@pytest.mark.parametrize(
+    ("number", "verb"),
+    [(errno.EFBIG, "train"), *product([errno.ENOSPC, errno.EROFS], ["train", "export", "predict", "report"])],
+)
 def test_a_disk_that_takes_nothing_is_one_sentence_and_leaves_nothing(
     number, verb, trained, bert, reviews, capsys, tmp_path, monkeypatch
 ):

@@ -33,8 +33,18 @@ from loretta.wording import printable
 
 # verbs that load models or data
 LOADING = {"train", "trl", "eval", "predict", "chat", "plan", "export", "compress", "reproduce", "compare"}
-# a disk that is full, read-only, broken or gone
-DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT, errno.ESTALE}
+# a disk that is full (or takes no file of that size), read-only, broken or gone
+DISK = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+    errno.ENOENT,
+    errno.ESTALE,
+}
 # a path of the user that is too long, or whose links lead in a circle
 NAMES = {errno.ENAMETOOLONG, errno.ELOOP}
 
