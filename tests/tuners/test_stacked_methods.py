@@ -7,6 +7,7 @@ import pytest
 import torch
 from draws import seed_torch
 from peft import IA3Config, LoraConfig, PeftModel, set_peft_model_state_dict
+from peft.tuners.lora.gptq import GPTQLoraLinear
 from tolerances import assert_near
 from torch import Tensor, nn
 from tuners.families import build, logits, randomise
@@ -78,6 +79,20 @@ def test_a_lora_that_came_first_is_saved_under_its_own_names(method, tmp_path):
     assert_near("with transformers", logits(other.eval(), inputs), expected)
 
 
+@every_method
+def test_transformers_loads_ours_where_a_lora_lies_already(method, tmp_path):
+    """It finds tensors by the names that an adapter has alone, so ours lies around the LoRA then."""
+    for name, config in ("lora", LATER["lora"]()), ("ours", config_for(method, target_modules=["q_proj", "v_proj"])):
+        model, inputs = build("llama", dtype=torch.float64)
+        trained(get_peft_model(model, config)).save_pretrained(tmp_path / name)
+    expected = logits(model.eval(), inputs)
+    both, _ = build("llama", dtype=torch.float64)
+    for name in ("lora", "ours"):
+        both.load_adapter(str(tmp_path / name), name)
+    both.set_adapter("ours")
+    assert_near("ours", logits(both.eval(), inputs), expected)
+
+
 ON_ONE = {
     "a lora": LoraConfig(target_modules=["one"]),
     **{f"a {method}": config_for(method, target_modules=["one"]) for method in CONFIGS},
@@ -109,6 +124,18 @@ def test_each_method_on_one_layer_adds_what_it_adds_alone_in_any_order(first):
         for layer in chain(model.one):
             layer.set_adapter([*ON_ONE])
         assert_near(str((first, *rest)), model.one(x), expected)
+
+
+@pytest.mark.parametrize("name", [name for name in ON_ONE if name != "a lora"])
+def test_a_lora_that_calls_what_it_wraps_by_another_name_has_ours_around_it(name):
+    """As PEFT's for GPTQ and AWQ: an adapter put in the place of ``base_layer`` would never be called."""
+    seed_torch(0)
+    base, x = Two().double(), torch.randn(5, 12, dtype=torch.float64)
+    plain = base.one(x)
+    alone = put(copy.deepcopy(base), name).one(x)
+    base.one = GPTQLoraLinear(base.one, "other", LoraConfig(r=2), r=2).double()  # B is zero: no update of its own
+    assert torch.equal(base.one(x), plain)
+    assert_near(name, put(base, name).one(x), alone)
 
 
 @pytest.mark.parametrize("name", ON_ONE)
