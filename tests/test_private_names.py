@@ -64,7 +64,6 @@ BY_OWNER = {
         "_adapters": PRESENT,
     },
     "peft.utils.other.TrainableTokensWrapper": {
-        "_active_adapter": PRESENT,
         "_adapters": PRESENT,
     },
     "peft.utils.other": {
