@@ -49,6 +49,15 @@ def test_what_comes_later_wins_and_options_of_the_method_add_up(tmp_path):
     assert config.method_args == {"r": 16, "tensor_rank": 3, "lora_alpha": 5}
 
 
+def test_home_is_found_in_a_file_of_options_as_a_shell_finds_it(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run.yaml").write_text("model: ~/base\ndata: cola\noutput: ~/runs/a~b\n")
+    config = read_config(tmp_path / "run.yaml", {"start_from": "~/first"})
+    assert [config.model, config.output] == [str(tmp_path / "base"), str(tmp_path / "runs" / "a~b")]
+    assert config.start_from == str(tmp_path / "first")
+    assert RunConfig(model="org/~name", data="cola").model == "org/~name"
+
+
 def test_a_file_with_two_names_of_one_option_is_refused(tmp_path):
     (tmp_path / "run.yaml").write_text("lr: 0.1\nlearning_rate: 0.2\n")
     with pytest.raises(InputError, match=r"has both 'lr' and 'learning_rate', which are one"):

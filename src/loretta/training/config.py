@@ -1,5 +1,6 @@
 """The options of one run as plain frozen data: from a YAML file, the command line, and ``--set key=value``."""
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -208,6 +209,12 @@ class RunConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
         if "budget" in given and "adaptive_ranks" not in given:
             kept["method"] = raw.get("method") or "auto"
         return {**kept, "method_args": {**raw.get("method_args", {}), **given}}
+
+    @field_validator("model", "start_from", "output")
+    @classmethod
+    def _from_home(cls, value: str | None) -> str | None:
+        """As ``data`` is read: no shell expands ``~`` in a file of options, nor bash in ``--output=~/runs``."""
+        return os.path.expanduser(value) if value is not None else None
 
     @field_validator("*", mode="before")
     @classmethod
