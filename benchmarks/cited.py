@@ -277,12 +277,20 @@ RULED = {
 }
 
 
-def ruled(model: str, *forms: str) -> list[dict[str, str]]:
-    """The curves of score against rate of these ``forms`` at all ranks, by the rule of each."""
+def ruled(model: str, *forms: str, times: str = "") -> list[dict[str, str]]:
+    """The curves of score against rate of these ``forms`` at all ranks, by the rule of each.
+
+    ``times`` are those of its scale, as in "x2.8".
+    """
     found = [line.cells for line in lines(CHOOSING, "rates") if "peak" in line.cells and line.cells["model"] == model]
-    return [cells for cells in found if any(re.fullmatch(RULED[form], cells["form"]) for form in forms)]
+    scaled = [(cells, *re.fullmatch(r"(\w+)(?: (x[\d.]+))?(.*)", cells["form"]).groups()) for cells in found]
+    return [
+        cells
+        for cells, form, factor, rest in scaled
+        if (factor or "") == times and form in forms and re.fullmatch(RULED[form], form + rest)
+    ]
 
 
-def ruled_peaks(model: str, *forms: str) -> list[float]:
+def ruled_peaks(model: str, *forms: str, times: str = "") -> list[float]:
     """The learning rates at which these forms are best, or all."""
-    return [number(cells["peak"]) for cells in ruled(model, *(forms or RULED))]
+    return [number(cells["peak"]) for cells in ruled(model, *(forms or RULED), times=times)]

@@ -23,6 +23,7 @@ from rates import heads_table, one_rate_table, ranks_table, rates_table, shapes_
 from retention import forgetting_rows, forgetting_table, overfitting_table, reading_table
 from runs import adaptive_table, answers_table, conditioning_tables, instruct_table
 from tables import RESULTS, ROOT, filled
+from units import units_table
 from verdicts import (
     MODELS,
     SIZES,
@@ -264,6 +265,7 @@ def source(some: Sequence[Row]) -> str:
 def choosing_sections(found: Sequence[Row]) -> dict[str, str]:
     sections = {
         "rates": rates_table(found),
+        "units": units_table(),
         "peers": peers_table(found),
         "one rate": one_rate_table(found),
         "fits": fits_table(),

@@ -67,7 +67,7 @@ def of_results() -> Iterator[Said]:
         row for file in ("minilm", "mpnet") for kind in ("forms", "peers") for row in rows_of(f"{kind}_{file}.json")
         if row["part"] == "front" and row["task"] in SEEN
     ]  # fmt: skip
-    yield "In {} of {} cells of these tasks the best of three rates is at an end", (
+    yield "In {} of {} cells of these tasks the best rate is at an end", (
         sum(bool(edge(row)) for row in seen), len(seen),
     )  # fmt: skip
     yield "On MNLI {} of {} forms are below LoRA r=8 on MiniLM.", beaten("MiniLM", "mnli")
@@ -80,7 +80,7 @@ def of_results() -> Iterator[Said]:
     mrpc_lost, cola_lost = beaten("MPNet", "mrpc"), beaten("MPNet", "cola")
     yield "Of {} forms {} are below LoRA r=8 on MRPC and {} on CoLA.", (*mrpc_lost[::-1], cola_lost[0])
     of_values, rep = (official("tables", "trained", "MPNet", "cola", name) for name in ("LoRA r=1 v", "rep"))
-    yield "which has a {} less. Its trains", (1 - of_values / rep,)
+    yield "which has a {} less. Beside", (1 - of_values / rep,)
     yield "Of {} forms {} are below LoRA r=8 on SST-2", sst2[::-1]
     yield "On CoLA {} are.", cola[:1]
     yield "LoRA of {} times the parameters.", (times,)
@@ -103,6 +103,10 @@ def of_results() -> Iterator[Said]:
     yield "LoRA goes from {} to {}, with {} times as many", gained("LoRA")
     gains = [rank(form, 32, "SmolLM2")[0] - rank(form, 1, "SmolLM2")[0] for form in ("LoRA", "compact", "shared")]
     yield "On SmolLM2's SST-2 rank 32 gains {} to {}.", (min(gains), max(gains))
+    rep, adp = (f"{form}, by the rank of its trains" for form in ("rep", "adp"))
+    ends = [rank(rep, of, model)[0] for model in ("MPNet", "SmolLM2") for of in (1, 32)]
+    yield "by the rank of its trains it goes from {} to {} on MPNet and from {} to {} on SmolLM2.", tuple(ends)
+    yield "Adp has {} at rank 1 and {} at rank 5 on MPNet,", tuple(rank(adp, of, "MPNet")[0] for of in (1, 5))
     yield "the held-out loss of adp rises by {} from its minimum and rep's by {}", (
         risen("adp + norms"), risen("rep + norms"),
     )  # fmt: skip
@@ -203,7 +207,8 @@ def of_choosing() -> Iterator[Said]:
         (near, lost_at(near, "MiniLM", "MPNet")),
     )
     everywhere = [*both, *(peak for of_form in peaks.values() for peak in of_form)]
-    yield "the peaks lie within {}: one rate for all three", (max(everywhere) / min(everywhere),)
+    yield "From the encoders to the decoder the peaks lie within {}.", (max(everywhere) / min(everywhere),)
+    yield from in_units(both)
     yield "the peak moves by at most {} at the same rank", (max(max(a / b, b / a) for a, b in both_encoders()),)
     (whole,) = (line.cells for line in lines(CHOOSING, "rates") if {"compact^0.5 r=32", "MiniLM"} <= line.words)
     alive = [float(column) for column, cell in whole.items() if column.startswith("0.") and float(cell or 0) > 0]
@@ -223,9 +228,52 @@ def of_choosing() -> Iterator[Said]:
     )  # fmt: skip
 
 
-def lost_at(rate: float, *models: str) -> float:
+def in_units(encoders: list[float]) -> Iterator[Said]:
+    """One learning rate where the decoder's scale is in units of its weights; the peaks of the encoders are given."""
+    factor = "x2.8"
+    ends = {form: (min(at), max(at)) for form in RULED if (at := ruled_peaks("SmolLM2", form, times=factor))}
+    sizes = {row["model"]: (row["qv"], row["all"]) for row in rows_of("units.json")}
+    *encoder, decoder = (sizes[model] for model in MODELS)
+    ratios = [large / mean(small) for large, *small in zip(decoder, *encoder, strict=True)]
+    yield "What is adapted of SmolLM2 is about {} times as large", (math.sqrt(math.prod(ratios)),)
+    yield (
+        "LoRA's peaks on SmolLM2 lie between {} and {}, compact's between {} and {}, shared's between {} and {}. All",
+        (*ends["LoRA"], *ends["compact"], *ends["shared"]),
+    )
+    every = [*encoders, *(end for both in ends.values() for end in both)]
+    yield "All peaks of the three models then lie within {}.", (max(every) / min(every),)
+    yield "a scale in units of the weights brings the models within {}", (max(every) / min(every),)
+    yield "With {} times its scale, so with lora_alpha={} * rank", (2.8, 2 * 2.8)
+    yield "At 8 times the scale, about the square of {},", (2.8,)
+    yield "root mean squares, about {} on the encoders.", (mean(size for small in encoder for size in small),)
+    one = math.sqrt(min(every) * max(every))
+    yield "Then {} is within a factor of {} of every peak", (one, math.ceil(10 * max(every) / one) / 10)
+    near = 2.12e-3
+    yield "At {}, the nearest rate that was run, the decoder loses at most {} at any rank.", (
+        near, lost_at(near, "SmolLM2", times=factor),
+    )  # fmt: skip
+    moved = [
+        before / after
+        for form in RULED
+        for before, after in zip(ruled_peaks("SmolLM2", form), ruled_peaks("SmolLM2", form, times=factor), strict=True)
+    ]
+    yield "as the root of the scale, by {}, since", (math.sqrt(2.8),)
+    yield "both factors; it moves by {} to {}.", (min(moved), max(moved))
+    largest = ruled_peaks("SmolLM2", "compact", times="x8")
+    yield "compact's peaks lie between {} and {}, below those of the encoders.", (min(largest), max(largest))
+    peaks = {form: [moved_by(form, model) for model in ("MiniLM", "MPNet", "SmolLM2")] for form in ("adp", "rep")}
+    yield "adp's peak moves by {}, {} and {} on MiniLM, MPNet and SmolLM2, and rep's by {}, {} and at least {}.", (
+        *peaks["adp"], *peaks["rep"],
+    )  # fmt: skip
+
+
+def moved_by(form: str, model: str) -> float:
+    return number(cell(CHOOSING, "rates", model, form).strip("≥ "))
+
+
+def lost_at(rate: float, *models: str, times: str = "") -> float:
     """What one rate loses to the best one of a form and rank, where that is the most."""
-    curves = [curve for model in models for curve in ruled(model, *RULED)]
+    curves = [curve for model in models for curve in ruled(model, *RULED, times=times)]
     scores = [{float(at): float(score) for at, score in curve.items() if at.startswith("0.") and score}
               for curve in curves]  # fmt: skip
     return max(max(of.values()) - of[rate] for of in scores)
