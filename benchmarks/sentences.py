@@ -248,6 +248,9 @@ def in_units(encoders: list[float]) -> Iterator[Said]:
     yield "root mean squares, about {} on the encoders.", (mean(size for small in encoder for size in small),)
     one = math.sqrt(min(every) * max(every))
     yield "Then {} is within a factor of {} of every peak", (one, math.ceil(10 * max(every) / one) / 10)
+    curves = [*ruled("MiniLM", *RULED), *ruled("MPNet", *RULED), *ruled("SmolLM2", *RULED, times=factor)]
+    best = {max(of := scores_of(curve), key=of.__getitem__) for curve in curves}
+    yield "a factor of 2 apart, the best is {} or {} in all {} curves.", (*sorted(best), len(curves))
     near = 2.12e-3
     yield "At {}, the nearest rate that was run, the decoder loses at most {} at any rank.", (
         near, lost_at(near, "SmolLM2", times=factor),
@@ -274,9 +277,11 @@ def moved_by(form: str, model: str) -> float:
 def lost_at(rate: float, *models: str, times: str = "") -> float:
     """What one rate loses to the best one of a form and rank, where that is the most."""
     curves = [curve for model in models for curve in ruled(model, *RULED, times=times)]
-    scores = [{float(at): float(score) for at, score in curve.items() if at.startswith("0.") and score}
-              for curve in curves]  # fmt: skip
-    return max(max(of.values()) - of[rate] for of in scores)
+    return max(max(of.values()) - of[rate] for of in map(scores_of, curves))
+
+
+def scores_of(curve: dict[str, str]) -> dict[float, float]:
+    return {float(at): float(score) for at, score in curve.items() if at.startswith("0.") and score}
 
 
 def of_cores() -> Iterator[Said]:
