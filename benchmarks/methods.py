@@ -152,17 +152,21 @@ def with_scales(method: Method, places: str = "", *, middle: float = 1.5e-3, tim
 
 
 def scaled(method: Method, rank: int, power: float) -> Method:
-    """A method whose scale, 2 at every rank, falls as that power of its rank."""
+    """A method whose scale, the same at every rank, falls as that power of its rank."""
     form, _, rest = method.name.partition(" ")
-    options = {**method.options, "lora_alpha": round(method.options["lora_alpha"] / rank**power, 3)}
-    return replace(method, name=f"{form}^{power:g} {rest}", options=options)
+    return replace(method, name=f"{form}^{power:g} {rest}", options=with_scale(method, 1 / rank**power))
 
 
 def times(method: Method, factor: float) -> Method:
     """A method with ``factor`` times its scale."""
     form, *rest = re.split(r"(?=[ ^])", method.name, maxsplit=1)
-    options = {**method.options, "lora_alpha": round(factor * method.options["lora_alpha"], 3)}
-    return replace(method, name="".join([form, f" x{factor:g}", *rest]), options=options)
+    return replace(method, name="".join([form, f" x{factor:g}", *rest]), options=with_scale(method, factor))
+
+
+def with_scale(method: Method, factor: float) -> dict[str, Any]:
+    """The options with ``factor`` times the scale. Adp's is the factor on its output, whatever its rank."""
+    option, own = ("scaling", 1.0) if method.method == "adp" else ("lora_alpha", method.options["lora_alpha"])
+    return {**method.options, option: round(factor * own, 4)}
 
 
 METHODS: dict[str, Method] = {
@@ -238,6 +242,15 @@ RANKS = [
     for rank in (32, 1, 5, 16)
     for form, scale in (("rep", {"lora_alpha": 3.2 * rank}), ("adp", {}))
 ]
+# the same at a scale that falls as LoRA's: adp's is 2 at rank 1, as LoRA's, and rep's 4; on the decoder 2.8 times that
+STEADY = [
+    times(scaled(method, method.options["tensor_rank"], 0.75), {"rep": 1.25, "adp": 2}[method.method])
+    for method in RANKS
+]
+STEADY_DECODER = [
+    times(scaled(method, method.options["tensor_rank"], 0.75), {"rep": 3.5, "adp": 5.6}[method.method])
+    for method in RANKS
+]
 ONE_MODE = {"r": 1, "tensor_rank": 1, "modes_per_side": 1, "lora_alpha": 2}  # LoRA of rank 1
 WITH_SCALES = [
     with_scales(METHODS["shared r=2"]),
@@ -256,7 +269,8 @@ WITH_SCALES = [
     with_scales(METHODS["shared r=3 attention"], "v"),
     with_scales(METHODS["shared r=2"], "v"),
 ]
-METHODS |= {method.name: method for method in SCALED + BONDS + LARGER + SHAPES + HEADS + RANKS + WITH_SCALES}
+METHODS |= {method.name: method for method in SCALED + BONDS + LARGER + SHAPES + HEADS + RANKS + STEADY}
+METHODS |= {method.name: method for method in STEADY_DECODER + WITH_SCALES}
 
 
 # in the order of their value; which tasks and in which order is for the command
@@ -316,6 +330,13 @@ GROUPS: dict[str, list[str]] = {
     "few_rates": ["LoRA r=1", "compact", "shared r=1", "LoRA r=32", "compact r=32", "shared r=32"],
     "larger_rates": [method.name for method in LARGER],
     "paper_rates": [method.name for method in RANKS],
+    "paper_steady": [method.name for method in STEADY],
+    "paper_steady_decoder": [method.name for method in STEADY_DECODER],
+    # every form with its rule
+    "ruled": [
+        "LoRA r=1", "LoRA^0.75 r=8", "LoRA^0.75 r=32", "shared r=1", "shared^0.75 r=8", "shared^0.75 r=32", "compact",
+        "compact cores^1 r=4", "compact cores^1 r=32", *(method.name for method in STEADY),
+    ],
     "shapes": [method.name for method in SHAPES],
     "heads": [method.name for method in HEADS if method.method == "rep"],
     "adp_heads": [method.name for method in HEADS if method.method == "adp"],
