@@ -5,9 +5,15 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers.integrations import PeftAdapterMixin
+
+from loretta.errors import InputError
+
+# PEFT's layers whose effect depends on the base's weight (as DoRA's), and not on what the layer within computes
+_READ_THE_WEIGHT = {"GloraLayer", "HiraLayer", "HRALayer", "PeanutLayer", "SupertuningLayer"}
 
 
 def chain(module: Any) -> Iterator[Any]:
@@ -31,6 +37,13 @@ def merge_below(layer: Any, safe_merge: bool, adapter_names: Collection[str] | N
         here = below.held if isinstance(below, AdaptedModule) else below._get_available_adapters()
         if new := [name for name in asked if name in here and name not in below.merged_adapters]:
             below.merge(safe_merge, new)
+
+
+def _reads_the_weight(layer: Any, adapter_name: str) -> bool:
+    if isinstance(layer, LoraLayer):
+        return layer.use_dora.get(adapter_name, False)
+    reads = any(cls.__name__ in _READ_THE_WEIGHT for cls in type(layer).__mro__)
+    return reads and adapter_name in layer._get_available_adapters()
 
 
 def put_back(before: Sequence[tuple[Any, list[str]]]) -> None:
@@ -99,6 +112,19 @@ class AdaptedModule(BaseTunerLayer):
         found = [*chain(getattr(*self.home, None))] if self.home is not None else []
         return found[: found.index(self)] if self in found else []
 
+    def check_around(self) -> None:
+        """Refuse to merge below an adapter that acts and reads the base's weight: it would have another effect then.
+
+        Raises InputError that names it.
+        """
+        for layer in self.layers_around():
+            acting = dict.fromkeys([*([] if layer.disable_adapters else layer.active_adapters), *layer.merged_adapters])
+            if found := next((name for name in acting if _reads_the_weight(layer, name)), None):
+                raise InputError(
+                    f"cannot merge what lies within the adapter {found!r}, which acts and computes with the base's "
+                    f"own weight, as DoRA does: keep both unmerged, or have {found!r} not act (set_adapter of its model)"
+                )
+
     @contextmanager
     def merged_before_others(self) -> Iterator[None]:
         """In it no layer around this one is merged: PEFT merges the outermost first, and a factor is no sum."""
@@ -106,6 +132,9 @@ class AdaptedModule(BaseTunerLayer):
         put_back([(layer, []) for layer, _ in around])
         try:
             yield
+        except InputError:  # they are not to be merged either: PEFT has just done so
+            around.clear()
+            raise
         finally:  # also where a safe merge is refused
             put_back(around)
 

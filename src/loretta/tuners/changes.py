@@ -146,6 +146,7 @@ class ChangedModule(nn.Module, AdaptedModule):
         if not new:
             return
         with self.merged_before_others():
+            self.check_around()
             values = self.with_changes(dict.fromkeys([*self.merged_adapters, *new], 1.0))
             if safe_merge and not all(map(is_finite, values.values())):
                 raise ValueError(f"NaNs detected in the merged weights. The adapter {new[-1]} seems to be broken")

@@ -31,8 +31,8 @@ def check_mergeable(model: nn.Module, merged: Collection[str]) -> None:
 
     An update of a tied output layer would change the input embedding too. An update of a weight that is computed from
     other parameters would be lost at the next call. In a layer that does more than multiply with its weight, an update
-    of the weight has not the effect of one beside the layer. Weights on which no ``merged`` adapter acts may be any of
-    these.
+    of the weight has not the effect of one beside the layer, nor has it within an adapter that reads the weight.
+    Weights on which no ``merged`` adapter acts may be any of these.
 
     Raises InputError that names the first such module, and ValueError for an adapter that no weight has the effect of.
     """
@@ -44,6 +44,7 @@ def check_mergeable(model: nn.Module, merged: Collection[str]) -> None:
             continue
         if module.cannot_merge:
             raise ValueError(module.cannot_merge)
+        module.check_around()
         base = module.get_base_layer()
         weights: list[Tensor] = list(base.parameters(recurse=False))
         if isinstance(module, LorettaLayer):

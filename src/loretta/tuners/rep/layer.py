@@ -189,6 +189,8 @@ class RepLinear(LorettaLayer):
         """
         new = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.n_pairs]
         with self.merged_before_others():
+            if new:
+                self.check_around()
             merge_below(self, safe_merge, adapter_names)
             for name in new:
                 self._add_to_base(self.get_delta_weight(name), name, safe=safe_merge)
