@@ -122,7 +122,7 @@ class AdaptedModule(BaseTunerLayer):
             if found := next((name for name in acting if _reads_the_weight(layer, name)), None):
                 raise InputError(
                     f"cannot merge what lies within the adapter {found!r}, which acts and computes with the base's "
-                    f"own weight, as DoRA does: keep both unmerged, or have {found!r} not act (set_adapter of its model)"
+                    f"own weight, as DoRA does: keep both unmerged or have {found!r} not act (set_adapter of its model)"
                 )
 
     @contextmanager
