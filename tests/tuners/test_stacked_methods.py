@@ -1,12 +1,14 @@
 """Adapters of two methods on one module: each is switched, saved and loaded as if it were there alone."""
 
 import copy
+import warnings
 from itertools import permutations
 
 import pytest
 import torch
 from draws import seed_torch
-from peft import IA3Config, LoraConfig, PeftModel, set_peft_model_state_dict
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import get_peft_model as peft_model
 from peft.tuners.lora.gptq import GPTQLoraLinear
 from tolerances import assert_near
 from torch import Tensor, nn
@@ -305,3 +307,23 @@ def test_scales_that_transformers_would_not_load_within_another_methods_layer_ar
     first.load_adapter(str(tmp_path / "lora"), "lora")
     first.set_adapter("ours")
     assert_near("logits", logits(first.eval(), inputs), expected)
+
+
+@every_method
+@pytest.mark.parametrize(
+    ("bias", "target", "names"), [("lora_only", "query", 2), ("all", "key", 2), ("lora_only", "key", 0)]
+)
+def test_biases_that_a_loras_file_loses_below_ours_are_counted(bias, target, names, method):
+    """PEFT saves them by their names here, and a model with that LoRA alone has none of these."""
+    config = LoraConfig(target_modules=["query"], bias=bias)
+    base, _ = build("bert")
+    lora = peft_model(base, config, "first")
+    alone = get_peft_model_state_dict(lora, adapter_name="first").keys()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        get_peft_model(base, config_for(method, target_modules=[target], train_norms=False), "ours")
+    lost = alone - get_peft_model_state_dict(lora, adapter_name="first").keys()
+    assert len(lost) == names
+    sentences = [str(each.message) for each in said if "'first' trains biases" in str(each.message)]
+    assert [f"would lose {names} of them" in sentence for sentence in sentences] == [True] * bool(names)
+    assert all(min(lost).removeprefix("base_model.model.") in sentence for sentence in sentences)

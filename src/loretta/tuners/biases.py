@@ -2,13 +2,16 @@
 
 import warnings
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from loretta.tuners.adapted import AdaptedModule
 from loretta.tuners.adapter_file import PREFIX
 from loretta.tuners.changes import ChangedModule
+from loretta.tuners.config import LorettaConfig
 from loretta.tuners.layer import LorettaLayer
 from loretta.tuners.names import name_in_base, parts_of_adapters
 
@@ -96,11 +99,33 @@ def biases_alone(model: nn.Module, adapter_name: str) -> dict[str, str]:
     for name in layers:
         within, own = name, 0
         while within in layers:
-            own += adapter_name in getattr(layers[within], "held", ())
+            here: Any = layers[within]
+            own += adapter_name in (here.held if isinstance(here, AdaptedModule) else here._get_available_adapters())
             within += ".base_layer"
         if not name.endswith(".base_layer"):
             found[f"{within}.bias"] = name + own * ".base_layer" + ".bias"
     return found
+
+
+def of_other_methods(model: nn.Module, configs: Mapping[str, Any]) -> list[str]:
+    """A sentence for each adapter of another method whose trained biases lie below layers of ours.
+
+    PEFT saves them by their names here, and finds none of them in a model without ours.
+    """
+    said, names = [], {name for name, _ in model.named_parameters()}
+    for adapter, config in configs.items():
+        bias = getattr(config, "bias", "none")
+        if isinstance(config, LorettaConfig) or bias == "none":
+            continue
+        alone = {here: name for here, name in biases_alone(model, adapter).items() if here in names}
+        adapted = [(here, name) for here, name in alone.items() if bias == "all" or ".base_layer." in name]
+        if lost := [name for here, name in adapted if here != name]:
+            said.append(
+                f"the adapter {adapter!r} trains biases of the base (bias={bias!r}): from now on its file would lose "
+                f"{len(lost)} of them, the first is '{lost[0]}', and those that require a gradient train with every "
+                "adapter: save it before, and load it into a model of its own"
+            )
+    return said
 
 
 def biases_here(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from loretta.errors import InputError
 from loretta.tuners.adapted import AdaptedModule, base_of, settle
 from loretta.tuners.adapter_file import check_not_merged, check_tensors, names_alone, renamed
 from loretta.tuners.apart import check_apart
-from loretta.tuners.biases import biases_alone, biases_here, without_merged
+from loretta.tuners.biases import biases_alone, biases_here, of_other_methods, without_merged
 from loretta.tuners.bypassed import check_called, under_other_names
 from loretta.tuners.card import TAGS
 from loretta.tuners.changes import put_changes
@@ -119,6 +119,8 @@ class LorettaModel(MergingTuner):
             norm.expects_values_of = adapter_name
         self._settle()
         self._biases().follow(self.active_adapters, inference_mode=config.inference_mode)
+        for sentence in of_other_methods(model, self.peft_config):
+            warnings.warn(sentence, stacklevel=2)
         if is_disabled:
             self.disable_adapter_layers()  # the new layers, too
         Contraction.attach(model)
