@@ -13,7 +13,13 @@ import pyarrow.parquet
 import pytest
 from commands import assert_refused, call, train_arguments
 from interrupts import held_by_another
+from peft import LoraConfig, get_peft_model
 from training_data import sentences
+from transformers import AutoModel
+
+from loretta.cli import main as cli
+from loretta.cli import runs
+from loretta.cli.options import PATHS
 
 
 def test_train_writes_what_it_says(trained):
@@ -277,3 +283,38 @@ def test_a_folder_that_is_no_run_is_named(capsys, tmp_path):
 def test_usage_errors_have_status_2(capsys):
     assert call(capsys, "train", "--no-such-option")[0] == 2
     assert call(capsys, "fly")[0] == 2
+
+
+def test_a_tilde_that_no_shell_has_read_is_the_home_folder(trained, bert, capsys, tmp_path, monkeypatch):
+    """As in ``--output=~/whole``, which made a folder called ~ where the command was called."""
+    home, here = tmp_path / "home", tmp_path / "here"
+    here.mkdir()
+    shutil.copytree(trained, home / "run")
+    (home / "bert").symlink_to(bert)
+    (home / "texts.txt").write_text("a long day\n")
+    lora = LoraConfig(target_modules=["query"], init_lora_weights=False)
+    get_peft_model(AutoModel.from_pretrained(bert), lora).save_pretrained(home / "lora")
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    for arguments in (
+        ["runs", "ls", "~"],
+        ["runs", "show", "~/run"],
+        ["eval", "~/run", "--model=~/bert"],
+        ["predict", "~/run", "--text", "~", "--output=~/answers.csv"],
+        ["export", "~/run", "--to", "merged", "--output=~/whole", "--model=~/bert"],
+        ["compress", "~/lora", "--rank", 2, "--text=~/texts.txt", "--output=~/small", "--model=~/bert"],
+        ["report", "~/run", "--output=~/page.html"],
+        ["plan", "--model=~/bert"],
+    ):
+        status, _, err = call(capsys, *arguments)
+        assert status == 0, (arguments, err)
+    assert {"answers.csv", "whole", "small", "page.html"} <= {path.name for path in home.iterdir()}
+    assert (home / "answers.csv").read_text().splitlines()[1].startswith("~,")  # a text is no path
+    assert not [*here.iterdir()]
+
+
+def test_every_option_that_takes_a_path_reads_a_tilde():
+    verbs = [command.callback for group in (cli.app, runs.app) for command in group.registered_commands]
+    hints = {name: hint for verb in verbs if verb for name, hint in verb.__annotations__.items()}
+    paths = {name for name, hint in hints.items() if "pathlib.Path" in str(hint)}
+    assert {"adapter", "config", "output", "run"} < paths <= PATHS

@@ -157,6 +157,17 @@ def _ended_by_signals(verb: str) -> Iterator[None]:
             signal.signal(number, signal.SIG_DFL)
 
 
+# options that name a file or folder, and arguments; data are read so by every road
+PATHS = {"adapter", "config", "data_dir", "file", "folder", "model", "out", "output", "run", "runs"}
+
+
+def _from_home(value: Any) -> Any:
+    """With ``~`` as the home folder: a shell leaves it as it is in ``--output=~/runs`` and in quotes."""
+    if isinstance(value, str | Path):
+        return type(value)(os.path.expanduser(value))
+    return [*map(_from_home, value)] if isinstance(value, list | tuple) else value
+
+
 class Command(TyperCommand):
     """A verb whose ``--help`` lists options in groups, and that suggests ours for the names of other programs.
 
@@ -179,6 +190,7 @@ class Command(TyperCommand):
             raise typer.Exit(130) from None
 
     def _invoke(self, ctx: Any) -> Any:
+        ctx.params |= {name: _from_home(value) for name, value in ctx.params.items() if name in PATHS}
         try:
             return super().invoke(ctx)
         except (MemoryError, OSError, RuntimeError):

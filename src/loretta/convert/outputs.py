@@ -1,5 +1,6 @@
 """How far the outputs of two adapters on one base model are apart, on text that a user gives."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,12 +43,13 @@ class Difference:
 
 def read_texts(text: str) -> list[str]:
     """The lines of the file that ``text`` names, or the text itself. Raises InputError when there is none in it."""
+    path = Path(os.path.expanduser(text))
     try:
-        is_file = Path(text).is_file()
+        is_file = path.is_file()
     except OSError:  # a long text is no possible name of a file
         is_file = False
     try:
-        lines = Path(text).read_text(encoding="utf-8").splitlines() if is_file else [text]
+        lines = path.read_text(encoding="utf-8").splitlines() if is_file else [text]
     except UnicodeDecodeError:
         raise InputError(f"--text '{text}' is no text file in UTF-8: give a file with a text in every line") from None
     if not (texts := [line for line in lines if line.strip()]):
