@@ -167,6 +167,13 @@ BAD = {
         lambda folder: (folder / "adapter_config.json").write_text('{"peft_type": "LORETTA_REP"}'),
         [], ["--model"],
     ),
+    "a number as the base": (
+        "rep",
+        lambda folder: (folder / "adapter_config.json").write_text(
+            json.dumps({**read_config(folder), "base_model_name_or_path": 5})
+        ),
+        [], ["adapter_config.json", "damaged"],
+    ),
     "unknown format": ("rep", None, ["--to", "onnx"], ["'onnx'", "lora, merged, gguf-lora"]),
     "a dtype for a LoRA": ("rep", None, ["--dtype", "bfloat16"], ["'bfloat16'", "--to merged"]),
     "unknown dtype": ("rep", None, ["--dtype", "int3"], ["'int3'", "bfloat16"]),

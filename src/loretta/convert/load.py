@@ -96,9 +96,10 @@ def find_adapter(path: Path, model: str | None = None) -> SavedAdapter:
     folder = path / "adapter" if (path / "adapter" / CONFIG).is_file() else path
     require_adapter(folder)
     config = read_object(folder / CONFIG)
-    if config is None or "peft_type" not in config:
+    named = config and config.get("base_model_name_or_path")
+    if config is None or "peft_type" not in config or not isinstance(named, str | None):
         raise InputError(f"'{folder / CONFIG}' is damaged or not an adapter's: copy it again")
-    base = model or config.get("base_model_name_or_path")
+    base = model or named
     label_names: tuple[str, ...] = ()
     if (run := folder.parent / "run.json").is_file():
         from loretta.record import RunRecord  # only here: `import loretta` does without pydantic
