@@ -24,8 +24,8 @@ EXAMPLES = {
         "`--epochs` how long and how fast, and `--resume RUN` goes on.",
     ),
     "eval": (
-        "loretta eval runs/reviews-compact-s0 --split test",
-        "`--data FILE` scores another file with the same columns.",
+        "loretta eval runs/reviews-compact-s0",
+        "`--data FILE` scores another file with the same columns, `--split test` the test rows of a run that has some.",
     ),
     "predict": (
         "loretta predict runs/reviews-compact-s0 new.csv -o answers.csv --probabilities",

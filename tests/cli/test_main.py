@@ -275,6 +275,19 @@ def test_another_base_and_a_damaged_file_are_refused_and_left_alone(trained, oth
     assert len(weights.read_bytes()) == 200
 
 
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"{}", b"\xff\xfe"])
+def test_a_run_whose_adapter_has_a_damaged_config_is_named(content, trained, capsys, tmp_path):
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    (copy / "adapter" / "adapter_config.json").write_bytes(content)
+    for words in (
+        ["eval", copy, "--cpu"],
+        ["predict", copy, "--text", "a film", "--cpu"],
+        ["export", copy, "--to", "merged", "-o", tmp_path / "out"],
+    ):
+        status, _, err = call(capsys, *words)
+        assert_refused(status, err, ["adapter_config.json", "damaged"])
+
+
 def test_a_folder_that_is_no_run_is_named(capsys, tmp_path):
     status, _, err = call(capsys, "eval", tmp_path, "--cpu")
     assert_refused(status, err, [str(tmp_path), "run.json"])

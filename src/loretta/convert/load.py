@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from loretta.errors import InputError
-from loretta.files import read_json, read_object
+from loretta.files import read_object
 from loretta.fingerprint import check_base
 from loretta.memory import is_out_of_memory
 from loretta.pretrained import NotLoaded, from_pretrained
@@ -95,11 +95,8 @@ def find_adapter(path: Path, model: str | None = None) -> SavedAdapter:
     """
     folder = path / "adapter" if (path / "adapter" / CONFIG).is_file() else path
     require_adapter(folder)
-    config = read_object(folder / CONFIG)
-    named = config and config.get("base_model_name_or_path")
-    if config is None or "peft_type" not in config or not isinstance(named, str | None):
-        raise InputError(f"'{folder / CONFIG}' is damaged or not an adapter's: copy it again")
-    base = model or named
+    config = _read_config(folder)
+    base = model or config.get("base_model_name_or_path")
     label_names: tuple[str, ...] = ()
     if (run := folder.parent / "run.json").is_file():
         from loretta.record import RunRecord  # only here: `import loretta` does without pydantic
@@ -109,6 +106,13 @@ def find_adapter(path: Path, model: str | None = None) -> SavedAdapter:
     if not base:
         raise InputError(f"the adapter in '{folder}' does not say which base model it is for: give --model")
     return SavedAdapter(folder=folder, config=config, base=base, label_names=label_names)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    config = read_object(folder / CONFIG) or {}
+    if "peft_type" not in config or not isinstance(config.get("base_model_name_or_path"), str | None):
+        raise InputError(f"'{folder / CONFIG}' is damaged or not an adapter's: copy it again")
+    return config
 
 
 def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
@@ -147,7 +151,7 @@ def readable_weights(folder: Path) -> Path:
 
 def _check_own(base: nn.Module, folder: Path) -> None:
     """Refuse tensors that would overwrite the base model. LoRETTA's tuners do so too; other methods do not look."""
-    config = read_json(folder / CONFIG)
+    config = _read_config(folder)
     if str(config.get("peft_type")).startswith("LORETTA"):
         return
     state = base.state_dict()
