@@ -17,6 +17,7 @@ from loretta.studies.expansion import expand
 from loretta.studies.halving import Stand, cost, note, rungs, search
 from loretta.studies.results import collect
 from loretta.studies.runner import run_study
+from loretta.studies.show import next_command
 from loretta.studies.state import folder_state
 from loretta.studies.study import load_study
 from loretta.training.config import RunConfig
@@ -111,6 +112,7 @@ def test_a_search_end_to_end(population, bert, data_dir, tmp_path, monkeypatch):
     for outcome in stopped:
         assert re.search(rf"of {STEPS}, loss [\d.e+-]+, accuracy [\d.]+$", outcome.reason)
         assert folder_state(tmp_path / outcome.folder) == ("stopped", outcome.reason)
+        assert next_command(tmp_path, tmp_path / outcome.folder, "stopped") is None  # the search is over
         assert not (tmp_path / outcome.folder / "checkpoints").exists()
     if population > 1:
         assert prepared == [8, 2, 1], "a paused run is done, and not begun again to find that out"

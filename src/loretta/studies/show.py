@@ -201,8 +201,11 @@ def run_row(root: Path, folder: Path, state: State, reason: str) -> dict[str, An
 
 
 def next_command(root: Path, folder: Path, state: State) -> str | None:
-    """The command that goes on with a run: that of the study that planned it, else its own; None while it runs."""
-    if state == "running":
+    """The command that goes on with a run: that of the study that planned it, else its own.
+
+    None while it runs, and where a search has stopped it.
+    """
+    if state in ("running", "stopped"):
         return None
     if state == "finished":
         kept = (folder / "run.json").is_file()
