@@ -36,6 +36,7 @@ PARTS = {
     "paper_rates": Part(name="rates", rates=6, seeds=2),
     "paper_steady": Part(name="rates", rates=6, seeds=3),
     "paper_steady_decoder": Part(name="rates", rates=6, seeds=3),
+    "paper_bonds": Part(name="rates", rates=6, seeds=3),
     "ruled": Part(name="rates", rates=6, seeds=3),
     "peer_rates": Part(name="rates", rates=6, seeds=2),
     "peer_rates_576": Part(name="rates", rates=6, seeds=2),

@@ -10,8 +10,10 @@ from statistics import mean, median
 from typing import Any
 
 import evidence
-from board import Board, verdict
+from board import Board, paired, verdict
 from protocol import interval
+from rates import SECOND
+from retention import REFERENCE, SHORT, average, forgetting_rows
 from tables import RESULTS, ROOT
 from verdicts import MODELS
 
@@ -182,8 +184,9 @@ def epochs(model: str) -> float:
 
 
 def rank(form: str, of: int, model: str) -> tuple[float, float]:
-    """The held-out score and the parameters of a form at a rank, on the one task of the table of ranks."""
-    one = cell(PAGE, "ranks", f"rank {of}", form, model)
+    """The held-out score and the parameters of a form at a rank, on the first task of the table of ranks."""
+    task = "sst2-words" if model == "SmolLM2" else "cola"
+    one = cell(PAGE, "ranks", f"rank {of}", form, model, task)
     return number(one), counted(one)
 
 
@@ -246,14 +249,24 @@ def tiny(task: str) -> float:
 
 
 def both_encoders() -> list[tuple[float, float]]:
-    """The peaks of one form at one rank on MiniLM and on MPNet."""
+    """The peaks of one form at one rank on MiniLM and on MPNet, where both lie within their grids."""
     peaks = [
         (line.cells["form"], line.words, number(line.cells["peak"]))
         for line in lines(CHOOSING, "rates")
-        if "peak" in line.cells
+        if "peak" in line.cells and line.cells["task"] == "cola" and line.cells["peak"][0] not in "≤≥"
     ]
     minilm, mpnet = ({form: at for form, words, at in peaks if name in words} for name in ("MiniLM", "MPNet"))
     return [(minilm[form], mpnet[form]) for form in minilm.keys() & mpnet.keys()]
+
+
+def by_order(form: str, model: str) -> tuple[float, float]:
+    """How far a form ends below LoRA r=8 in one order of three tasks, and how far above it in another, at most."""
+    one, other = (
+        next(row for row in forgetting_rows() if SHORT[row["model"]] == model and row["method"] == method)
+        for method in (form, REFERENCE)
+    )
+    gaps = [float(paired(average(one, [order]), average(other, [order])).mean()) for order in one["scores"]]
+    return -min(gaps), max(gaps)
 
 
 def core(column: str, method: str, name: str, behind: int = 0) -> float:
@@ -277,12 +290,13 @@ RULED = {
 }
 
 
-def ruled(model: str, *forms: str, times: str = "") -> list[dict[str, str]]:
+def ruled(model: str, *forms: str, times: str = "", second: bool = False) -> list[dict[str, str]]:
     """The curves of score against rate of these ``forms`` at all ranks, by the rule of each.
 
-    ``times`` are those of its scale, as in "x2.8".
+    ``times`` are those of its scale, as in "x2.8". ``second`` are those of the second task.
     """
     found = [line.cells for line in lines(CHOOSING, "rates") if "peak" in line.cells and line.cells["model"] == model]
+    found = [cells for cells in found if (cells["task"] == SECOND) == second]
     scaled = [(cells, *re.fullmatch(r"(\w+)(?: (x[\d.]+))?(.*)", cells["form"]).groups()) for cells in found]
     return [
         cells
@@ -291,6 +305,6 @@ def ruled(model: str, *forms: str, times: str = "") -> list[dict[str, str]]:
     ]
 
 
-def ruled_peaks(model: str, *forms: str, times: str = "") -> list[float]:
+def ruled_peaks(model: str, *forms: str, times: str = "", second: bool = False) -> list[float]:
     """The learning rates at which these forms are best, or all."""
-    return [number(cells["peak"]) for cells in ruled(model, *(forms or RULED), times=times)]
+    return [number(cells["peak"]) for cells in ruled(model, *(forms or RULED), times=times, second=second)]

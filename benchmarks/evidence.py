@@ -21,7 +21,7 @@ from predictions import predicted
 from protocol import LEAKS, METRICS, at_edge, best_rate, interval, read_rows
 from rates import heads_table, one_rate_table, ranks_table, rates_table, shapes_table
 from retention import forgetting_rows, forgetting_table, overfitting_table, reading_table
-from runs import adaptive_table, answers_table, conditioning_tables, instruct_table
+from runs import adaptive_table, answers_table, conditioning_tables, instruct_table, two_rates_table
 from tables import RESULTS, ROOT, filled
 from units import units_table
 from verdicts import (
@@ -249,6 +249,7 @@ def results_page(found: Sequence[Row]) -> dict[str, str]:
         "reading": reading_table(found),
         "instruct": instruct_table(),
         "answers": answers_table(),
+        "two rates": two_rates_table(),
         "not run": not_run(found),
     }
 

@@ -251,6 +251,10 @@ STEADY_DECODER = [
     times(scaled(method, method.options["tensor_rank"], 0.75), {"rep": 3.5, "adp": 5.6}[method.method])
     for method in RANKS
 ]
+# at the fixed scale, with rates of single cores by what each sums, as compact's
+PAPER_BONDS = [
+    replace(method, name=f"{method.method} cores^1 r={method.options['tensor_rank']}", bonds=1.0) for method in RANKS
+]
 ONE_MODE = {"r": 1, "tensor_rank": 1, "modes_per_side": 1, "lora_alpha": 2}  # LoRA of rank 1
 WITH_SCALES = [
     with_scales(METHODS["shared r=2"]),
@@ -270,7 +274,7 @@ WITH_SCALES = [
     with_scales(METHODS["shared r=2"], "v"),
 ]
 METHODS |= {method.name: method for method in SCALED + BONDS + LARGER + SHAPES + HEADS + RANKS + STEADY}
-METHODS |= {method.name: method for method in STEADY_DECODER + WITH_SCALES}
+METHODS |= {method.name: method for method in STEADY_DECODER + PAPER_BONDS + WITH_SCALES}
 
 
 # in the order of their value; which tasks and in which order is for the command
@@ -332,6 +336,7 @@ GROUPS: dict[str, list[str]] = {
     "paper_rates": [method.name for method in RANKS],
     "paper_steady": [method.name for method in STEADY],
     "paper_steady_decoder": [method.name for method in STEADY_DECODER],
+    "paper_bonds": [method.name for method in PAPER_BONDS],
     # every form with its rule
     "ruled": [
         "LoRA r=1", "LoRA^0.75 r=8", "LoRA^0.75 r=32", "shared r=1", "shared^0.75 r=8", "shared^0.75 r=32", "compact",

@@ -33,6 +33,11 @@ def kept(row: Row, other: Row) -> Scores:
     return paired(average(row, orders), average(other, orders))
 
 
+def kept_of_earlier(row: Row, other: Row) -> Scores:
+    """The same of the two tasks that are not the last of an order: what is left of what was learned before."""
+    return paired(*(mean_by_seed([_at(one, place) for place in (0, 1)]) for one in (row, other)))
+
+
 def _over_seeds(row: Row, some: Sequence[Sequence[float]]) -> Scores:
     return mean_by_seed([by_seed(row, scores) for scores in some])
 
@@ -52,16 +57,18 @@ def forgetting_table(rows: Sequence[Row]) -> str:
         reference = references.get(row["model"])
         own = row["scores"][PAPER]
         papers = [f"{mean(own[task]):.3f}" for task in PAPER.split(">")]
-        gap = "" if reference is None or row is reference else signed(kept(row, reference))
+        both = None if reference is None or row is reference else (row, reference)
+        gaps = ["" if both is None else signed(of(*both)) for of in (kept, kept_of_earlier)]
         lines.append(
             [
                 row["method"], SHORT[row["model"]], f"{row['trained']:,}", *papers,
                 words(_over_seeds(row, list(own.values()))), *[f"{mean(_at(row, place)):.3f}" for place in range(3)],
-                words(average(row, list(row["scores"]))), str(len(row["scores"])), gap,
+                words(average(row, list(row["scores"]))), str(len(row["scores"])), *gaps,
             ]
         )  # fmt: skip
     columns = ["SST-2", "MRPC", "QNLI", "mean", "first", "second", "third", "mean of orders", "orders"]
-    return markdown(lines, ["method", "model", "trained", *columns, f"to {REFERENCE}"], left=2)
+    last = [f"to {REFERENCE}", f"first two to {REFERENCE}"]
+    return markdown(lines, ["method", "model", "trained", *columns, *last], left=2)
 
 
 def risen(row: Row) -> Scores:

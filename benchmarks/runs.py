@@ -16,6 +16,9 @@ NONE = "Not measured yet.\n"
 Best = tuple[tuple[str, str], float, list[Row]]  # a task and a method, the chosen rate, its runs by seed
 
 
+SEEDS_OF_TWO = 3
+
+
 def runs_of(name: str, worth: Callable[[Row], float]) -> list[Best]:
     """The runs of a file by task and method, at the rate whose seeds are worth the most.
 
@@ -172,3 +175,30 @@ def answers_table() -> str:
         lines.append([method, *of_task, *gaps, str(len(some)), "" if method == UNTRAINED else f"{rate:g}"])
     columns = ["method", "task", "score is", "trained", "score", "to LoRA r=8", "to untrained", "seeds", "rate"]
     return markdown(lines, columns, left=3) if lines else NONE
+
+
+def two_rates_table() -> str:
+    """Where a task with answers was run at two rates: what the held-out loss chooses, and what is chosen then."""
+    found: dict[tuple[str, str], dict[float, dict[int, Row]]] = {}
+    for row in json.loads((RESULTS / "answers.json").read_text()):
+        found.setdefault((row["task"], row["method"]), {}).setdefault(row["rate"], {})[row["seed"]] = row
+    pairs = {}
+    for key, rates in found.items():
+        seeds = set.intersection(*map(set, rates.values()))
+        if len(rates) == 2 and len(seeds) >= SEEDS_OF_TWO:
+            pairs[key] = {rate: [rates[rate][seed] for seed in sorted(seeds)] for rate in sorted(rates)}
+    at_best = {
+        key: by_seed(min(rates.values(), key=lambda some: mean(row["held_out"] for row in some)), "official")
+        for key, rates in pairs.items()
+    }
+    lines = []
+    for (task, method), rates in sorted(pairs.items(), key=lambda one: (one[0][0], one[1][min(one[1])][0]["trained"])):
+        cells = [
+            f"{words(by_seed(some, 'official'))} ({mean(row['held_out'] for row in some):.3f})"
+            for some in rates.values()
+        ]
+        least = min(rates, key=lambda rate: mean(row["held_out"] for row in rates[rate]))
+        gap = "" if method == "LoRA r=8" else signed(paired(at_best[task, method], at_best[task, "LoRA r=8"]))
+        lines.append([method, task, *cells, f"{least:g}", gap])
+    columns = ["method", "task", "at the lower rate (loss)", "at the higher rate (loss)", "the loss takes"]
+    return markdown(lines, [*columns, "then to LoRA r=8"], left=2) if lines else NONE

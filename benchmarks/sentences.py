@@ -15,9 +15,8 @@ from cited import (
     CHOOSING,
     PAGE,
     README,
-    RULED,
     beaten,
-    both_encoders,
+    by_order,
     cell,
     cells,
     core,
@@ -27,15 +26,12 @@ from cited import (
     first,
     gained,
     held_out,
-    lines,
     number,
     official,
     planned,
     rank,
     risen,
     rows_of,
-    ruled,
-    ruled_peaks,
     run,
     scored,
     searched,
@@ -46,11 +42,10 @@ from cited import (
 )
 from prompts import TRAINED
 from protocol import HEAD_RATE, SEEN, TASKS, edge
+from rated import Said, of_rates
 from tables import ROOT
 from targets import LIMIT
 from verdicts import MARGIN, MODELS
-
-Said = tuple[str, tuple[float, ...]]
 
 
 def of_results() -> Iterator[Said]:
@@ -70,6 +65,17 @@ def of_results() -> Iterator[Said]:
     yield "In {} of {} cells of these tasks the best rate is at an end", (
         sum(bool(edge(row)) for row in seen), len(seen),
     )  # fmt: skip
+    others = [
+        [
+            bool(edge(row)) for kind in ("forms", "peers") for row in rows_of(f"{kind}_{file}.json")
+            if row["part"] == "front" and row["task"] not in SEEN
+        ]
+        for file in ("minilm", "mpnet", "smollm2")
+    ]  # fmt: skip
+    yield (
+        "in {} of {} cells of MiniLM, in {} of {} of MPNet (QNLI, MNLI and QQP apart) and in {} of {} of SmolLM2.",
+        (*(count for of in others for count in (sum(of), len(of))),),
+    )
     yield "On MNLI {} of {} forms are below LoRA r=8 on MiniLM.", beaten("MiniLM", "mnli")
     yield "On MPNet's RTE {} of {} forms lose to LoRA r=8, and", rte
     yield "in instruction tuning LoRA with {} times the parameters", (times,)
@@ -104,6 +110,10 @@ def of_results() -> Iterator[Said]:
     gains = [rank(form, 32, "SmolLM2")[0] - rank(form, 1, "SmolLM2")[0] for form in ("LoRA", "compact", "shared")]
     yield "On SmolLM2's SST-2 rank 32 gains {} to {}.", (min(gains), max(gains))
     rep, adp = (f"{form}, by the rank of its trains" for form in ("rep", "adp"))
+    yield (
+        "At rank 32 the paper's rep ({}) and adp ({}) are below LoRA ({}) on MPNet,",
+        tuple(rank(form, 32, "MPNet")[0] for form in (rep, adp, "LoRA")),
+    )
     ends = [rank(rep, of, model)[0] for model in ("MPNet", "SmolLM2") for of in (1, 32)]
     yield "by the rank of its trains it goes from {} to {} on MPNet and from {} to {} on SmolLM2.", tuple(ends)
     yield "Adp has {} at rank 1 and {} at rank 5 on MPNet,", tuple(rank(adp, of, "MPNet")[0] for of in (1, 5))
@@ -125,7 +135,10 @@ def of_results() -> Iterator[Said]:
     yield "the higher of its two rates by far ({} for {} on held-out rows)", (tuned(1.5e-3), tuned(7.5e-4))
     share = official("instruct", "trained", "shared r=4 + norms") / official("instruct", "trained", "LoRA r=2")
     yield "Shared r=4 has less than {} of LoRA r=2's parameters", (share,)
-    yield "every method gains at least {} of F1 on SQuAD", (sorted(squad)[1],)
+    yield "every method gains at least {} of F1 on SQuAD", (math.floor(100 * sorted(squad)[1]) / 100,)
+    yield "on MPNet adp is between {} lower and {} higher.", by_order("adp + norms", "MPNet")
+    lowest = list(map(number, cells(PAGE, "overfitting", "lowest loss", "MiniLM", "rte")))
+    yield "their lowest losses are {} to {}, and a coin's is {}.", (min(lowest), max(lowest), math.log(2))
     yield "that was run goes from {} to between {} and {} of F1", (
         official("answers", "score", "drop", "untrained"), min(drop), max(drop),
     )  # fmt: skip
@@ -187,32 +200,7 @@ def of_choosing() -> Iterator[Said]:
         "Uni-LoRA {} ({}), VeRA {} ({}), TinyLoRA {} ({}), VB-LoRA {} ({}), FourierFT {} ({}).",
         (searched("peers_smollm2.json", "Uni-LoRA", "VeRA", "TinyLoRA", "VB-LoRA", "FourierFT")),
     )
-    yield "a peak is no surer than a factor of {}.", (math.sqrt(2),)
-    minilm_peaks, mpnet_peaks = ruled_peaks("MiniLM"), ruled_peaks("MPNet")
-    both = [*minilm_peaks, *mpnet_peaks]
-    yield "that were run lie between {} and {} on MiniLM, and", (min(minilm_peaks), max(minilm_peaks))
-    yield "between {} and {} on MPNet. So", (min(mpnet_peaks), max(mpnet_peaks))
-    one = math.sqrt(min(both) * max(both))
-    yield "So {} is within a factor of {} of each", (one, math.ceil(10 * max(both) / one) / 10)
-    peaks = {form: ruled_peaks("SmolLM2", form) for form in RULED}
-    ends = {form: (min(of_form), max(of_form)) for form, of_form in peaks.items()}
-    yield "compact's peaks lie between {} and {}, LoRA's between {} and {}, shared's between {} and {}: each within", (
-        *ends["compact"], *ends["LoRA"], *ends["shared"],
-    )  # fmt: skip
-    yield "all of them within {}. The curves", (max(map(max, ends.values())) / min(map(min, ends.values())),)
-    common, near = 4.24e-3, 2.12e-3
-    yield "the one rate {} loses at most {} at any rank of the three forms.", (common, lost_at(common, "SmolLM2"))
-    yield (
-        "The nearest rate that was, {}, loses up to {} of Matthews' correlation there.",
-        (near, lost_at(near, "MiniLM", "MPNet")),
-    )
-    everywhere = [*both, *(peak for of_form in peaks.values() for peak in of_form)]
-    yield "From the encoders to the decoder the peaks lie within {}.", (max(everywhere) / min(everywhere),)
-    yield from in_units(both)
-    yield "the peak moves by at most {} at the same rank", (max(max(a / b, b / a) for a, b in both_encoders()),)
-    (whole,) = (line.cells for line in lines(CHOOSING, "rates") if {"compact^0.5 r=32", "MiniLM"} <= line.words)
-    alive = [float(column) for column, cell in whole.items() if column.startswith("0.") and float(cell or 0) > 0]
-    yield "whatever the scale, seeds fail above {} at rank 32", (max(alive),)
+    yield from of_rates()
     inner = "rep 2 modes, inner {}, cut {}"
     for name, shown in (
         (inner.format(8, 2), "in place of 1 gives {} for {} times the parameters"),
@@ -226,62 +214,6 @@ def of_choosing() -> Iterator[Said]:
         held_out(minilm, "mean", "compact inner 8 + norms"), held_out(minilm, "mean", compact),
         held_out(minilm, "trained", "compact inner 8 + norms") / held_out(minilm, "trained", compact) - 1,
     )  # fmt: skip
-
-
-def in_units(encoders: list[float]) -> Iterator[Said]:
-    """One learning rate where the decoder's scale is in units of its weights; the peaks of the encoders are given."""
-    factor = "x2.8"
-    ends = {form: (min(at), max(at)) for form in RULED if (at := ruled_peaks("SmolLM2", form, times=factor))}
-    sizes = {row["model"]: (row["qv"], row["all"]) for row in rows_of("units.json")}
-    *encoder, decoder = (sizes[model] for model in MODELS)
-    ratios = [large / mean(small) for large, *small in zip(decoder, *encoder, strict=True)]
-    yield "What is adapted of SmolLM2 is about {} times as large", (math.sqrt(math.prod(ratios)),)
-    yield (
-        "LoRA's peaks on SmolLM2 lie between {} and {}, compact's between {} and {}, shared's between {} and {}. All",
-        (*ends["LoRA"], *ends["compact"], *ends["shared"]),
-    )
-    every = [*encoders, *(end for both in ends.values() for end in both)]
-    yield "All peaks of the three models then lie within {}.", (max(every) / min(every),)
-    yield "a scale in units of the weights brings the models within {}", (max(every) / min(every),)
-    yield "With {} times its scale, so with lora_alpha={} * rank", (2.8, 2 * 2.8)
-    yield "At 8 times the scale, about the square of {},", (2.8,)
-    yield "root mean squares, about {} on the encoders.", (mean(size for small in encoder for size in small),)
-    one = math.sqrt(min(every) * max(every))
-    yield "Then {} is within a factor of {} of every peak", (one, math.ceil(10 * max(every) / one) / 10)
-    curves = [*ruled("MiniLM", *RULED), *ruled("MPNet", *RULED), *ruled("SmolLM2", *RULED, times=factor)]
-    best = {max(of := scores_of(curve), key=of.__getitem__) for curve in curves}
-    yield "a factor of 2 apart, the best is {} or {} in all {} curves.", (*sorted(best), len(curves))
-    near = 2.12e-3
-    yield "At {}, the nearest rate that was run, the decoder loses at most {} at any rank.", (
-        near, lost_at(near, "SmolLM2", times=factor),
-    )  # fmt: skip
-    moved = [
-        before / after
-        for form in RULED
-        for before, after in zip(ruled_peaks("SmolLM2", form), ruled_peaks("SmolLM2", form, times=factor), strict=True)
-    ]
-    yield "as the root of the scale, by {}, since", (math.sqrt(2.8),)
-    yield "both factors; it moves by {} to {}.", (min(moved), max(moved))
-    largest = ruled_peaks("SmolLM2", "compact", times="x8")
-    yield "compact's peaks lie between {} and {}, below those of the encoders.", (min(largest), max(largest))
-    peaks = {form: [moved_by(form, model) for model in ("MiniLM", "MPNet", "SmolLM2")] for form in ("adp", "rep")}
-    yield "adp's peak moves by {}, {} and {} on MiniLM, MPNet and SmolLM2, and rep's by {}, {} and at least {}.", (
-        *peaks["adp"], *peaks["rep"],
-    )  # fmt: skip
-
-
-def moved_by(form: str, model: str) -> float:
-    return number(cell(CHOOSING, "rates", model, form).strip("≥ "))
-
-
-def lost_at(rate: float, *models: str, times: str = "") -> float:
-    """What one rate loses to the best one of a form and rank, where that is the most."""
-    curves = [curve for model in models for curve in ruled(model, *RULED, times=times)]
-    return max(max(of.values()) - of[rate] for of in map(scores_of, curves))
-
-
-def scores_of(curve: dict[str, str]) -> dict[float, float]:
-    return {float(at): float(score) for at, score in curve.items() if at.startswith("0.") and score}
 
 
 def of_cores() -> Iterator[Said]:

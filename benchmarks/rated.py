@@ -1,0 +1,141 @@
+"""Sentences of docs/choosing.md on learning rates, with their figures."""
+
+import math
+from collections.abc import Iterator
+from statistics import mean
+
+from cited import CHOOSING, RULED, both_encoders, cell, held_out, lines, number, rows_of, ruled, ruled_peaks
+from rates import SECOND
+from verdicts import MODELS
+
+Said = tuple[str, tuple[float, ...]]
+
+
+def of_rates() -> Iterator[Said]:
+    """One learning rate over ranks, forms, models and tasks."""
+    yield "a peak is no surer than a factor of {}.", (math.sqrt(2),)
+    minilm_peaks, mpnet_peaks = ruled_peaks("MiniLM"), ruled_peaks("MPNet")
+    both = [*minilm_peaks, *mpnet_peaks]
+    yield "that were run lie between {} and {} on MiniLM, and", (min(minilm_peaks), max(minilm_peaks))
+    yield "between {} and {} on MPNet. So", (min(mpnet_peaks), max(mpnet_peaks))
+    one = math.sqrt(min(both) * max(both))
+    yield "So {} is within a factor of {} of each", (one, math.ceil(10 * max(both) / one) / 10)
+    peaks = {form: ruled_peaks("SmolLM2", form) for form in RULED}
+    ends = {form: (min(of_form), max(of_form)) for form, of_form in peaks.items()}
+    yield "compact's peaks lie between {} and {}, LoRA's between {} and {}, shared's between {} and {}: each within", (
+        *ends["compact"], *ends["LoRA"], *ends["shared"],
+    )  # fmt: skip
+    yield "all of them within {}. The curves", (max(map(max, ends.values())) / min(map(min, ends.values())),)
+    common, near = 4.24e-3, 2.12e-3
+    yield "the one rate {} loses at most {} at any rank of the three forms.", (common, lost_at(common, "SmolLM2"))
+    yield (
+        "The nearest rate that was, {}, loses up to {} of Matthews' correlation there.",
+        (near, lost_at(near, "MiniLM", "MPNet")),
+    )
+    yield "at the next one, {}, seeds fail, and MPNet loses up to {}.", (common, lost_at(common, "MPNet"))
+    yield from on_second_task()
+    everywhere = [*both, *(peak for of_form in peaks.values() for peak in of_form)]
+    yield "From the encoders to the decoder the peaks lie within {}.", (max(everywhere) / min(everywhere),)
+    yield from in_units(both)
+    yield "the peak moves by at most {} at the same rank", (max(max(a / b, b / a) for a, b in both_encoders()),)
+    (whole,) = (line.cells for line in lines(CHOOSING, "rates") if {"compact^0.5 r=32", "MiniLM"} <= line.words)
+    alive = [float(column) for column, cell in whole.items() if column.startswith("0.") and float(cell or 0) > 0]
+    yield "whatever the scale, seeds fail above {} at rank 32", (max(alive),)
+
+
+def in_units(encoders: list[float]) -> Iterator[Said]:
+    """One learning rate where the decoder's scale is in units of its weights; the peaks of the encoders are given."""
+    factor = "x2.8"
+    ends = {form: (min(at), max(at)) for form in RULED if (at := ruled_peaks("SmolLM2", form, times=factor))}
+    sizes = {row["model"]: (row["qv"], row["all"]) for row in rows_of("units.json")}
+    *encoder, decoder = (sizes[model] for model in MODELS)
+    ratios = [large / mean(small) for large, *small in zip(decoder, *encoder, strict=True)]
+    yield "What is adapted of SmolLM2 is about {} times as large", (math.sqrt(math.prod(ratios)),)
+    yield (
+        "LoRA's peaks on SmolLM2 lie between {} and {}, compact's between {} and {}, shared's between {} and {}. All",
+        (*ends["LoRA"], *ends["compact"], *ends["shared"]),
+    )
+    every = [*encoders, *(end for both in ends.values() for end in both)]
+    within = math.ceil(10 * max(every) / min(every)) / 10
+    yield "All peaks of the three models then lie within {},", (within,)
+    yield "a scale in units of the weights brings it within {}.", (within,)
+    yield "With {} times its scale, so with lora_alpha={} * rank", (2.8, 2 * 2.8)
+    yield "At 8 times the scale, about the square of {},", (2.8,)
+    yield "So a factor of {} fits,", (2.8,)
+    yield "and {} times that on SmolLM2.", (2.8,)
+    yield "root mean squares, about {} on the encoders.", (mean(size for small in encoder for size in small),)
+    one = math.sqrt(min(every) * max(every))
+    yield "Then {} is within a factor of {} of every peak", (one, math.ceil(10 * max(every) / one) / 10)
+    curves = [*ruled("MiniLM", *RULED), *ruled("MPNet", *RULED), *ruled("SmolLM2", *RULED, times=factor)]
+    best = {max(of := scores_of(curve), key=of.__getitem__) for curve in curves}
+    yield "a factor of 2 apart, the best is {} or {} in all {} curves.", (*sorted(best), len(curves))
+    near = 2.12e-3
+    yield "At {}, the nearest rate that was run, the decoder loses at most {} at any rank.", (
+        near, lost_at(near, "SmolLM2", times=factor),
+    )  # fmt: skip
+    moved = [
+        before / after
+        for form in RULED
+        for before, after in zip(ruled_peaks("SmolLM2", form), ruled_peaks("SmolLM2", form, times=factor), strict=True)
+    ]
+    yield "as the root of the scale, by {}, since", (math.sqrt(2.8),)
+    yield "both factors; it moves by {} to {}.", (min(moved), max(moved))
+    largest = ruled_peaks("SmolLM2", "compact", times="x8")
+    yield "compact's peaks lie between {} and {}, below those of the encoders.", (min(largest), max(largest))
+    peaks = {form: [moved_by(form, model) for model in ("MiniLM", "MPNet", "SmolLM2")] for form in ("adp", "rep")}
+    yield "adp's peak moves by {}, {} and {} on MiniLM, MPNet and SmolLM2, and rep's by {}, {} and at least {}.", (
+        *peaks["adp"], *peaks["rep"],
+    )  # fmt: skip
+
+
+def on_second_task() -> Iterator[Said]:
+    """One learning rate on STS-B, and what LoRA's rule does to rep and adp."""
+    minilm = ruled_peaks("MiniLM", second=True)
+    few = [*ruled_peaks("MPNet", "LoRA", second=True), *ruled_peaks("MPNet", "compact", second=True)]
+    shared = ruled_peaks("MPNet", "shared", second=True)
+    yield (
+        "On MiniLM they are between {} and {}, on MPNet those of LoRA and compact between {} and {}, those of shared "
+        "between {} and {}.",
+        (min(minilm), max(minilm), min(few), max(few), min(shared), max(shared)),
+    )
+    best = {max(of := scores_of(curve), key=of.__getitem__) for curve in ruled("MPNet", "LoRA", "compact", second=True)}
+    (best_rate,) = best
+    yield "Of the rates that were run {} is the best for LoRA and compact on MPNet,", (best_rate,)
+    yield (
+        "On STS-B LoRA's moves by {} on MiniLM and {} on MPNet, shared's by {} and {}.",
+        tuple(
+            moved_by(form, f"{model}, stsb") for form in ("LoRA^0.75", "shared^0.75") for model in ("MiniLM", "MPNet")
+        ),
+    )
+    yield "On STS-B it stays, {} on both.", (moved_by("compact cores^1", "MiniLM, stsb"),)
+    rep, adp = "rep x1.25^0.75", "adp x2^0.75"
+    yield (
+        "rep's moves by {} and {}, adp's by at least {} and by {}.",
+        tuple(moved_by(form, f"MPNet{task}") for form in (rep, adp) for task in ("", ", stsb")),
+    )
+    yield (
+        "On MiniLM's STS-B rep's moves by {} and adp's by at least {}.",
+        tuple(moved_by(form, "MiniLM, stsb") for form in (rep, adp)),
+    )
+    decoder = [held_out("rates", "peak", f"rep x3.5^0.75 r={rank}", "SmolLM2") for rank in (5, 16, 32)]
+    yield "On SmolLM2 rep's lies between {} and {} from rank 5 to 32,", (min(decoder), max(decoder))
+    widest = [
+        scores_of(line.cells) for line in lines(CHOOSING, "rates")
+        if {"adp x2^0.75 r=32", SECOND} <= line.words and "peak" in line.cells
+    ]  # fmt: skip
+    (failing,) = {min(rate for rate, score in of.items() if score < max(of.values()) / 2) for of in widest}
+    yield "and still its seeds fail on STS-B from {} on, on both encoders.", (failing,)
+
+
+def moved_by(form: str, model: str) -> float:
+    return number(cell(CHOOSING, "rates", model, form).strip("≥ "))
+
+
+def lost_at(rate: float, *models: str, times: str = "") -> float:
+    """What one rate loses to the best one of a form and rank, where that is the most."""
+    curves = [curve for model in models for curve in ruled(model, *RULED, times=times)]
+    return max(max(of.values()) - of[rate] for of in map(scores_of, curves))
+
+
+def scores_of(curve: dict[str, str]) -> dict[float, float]:
+    return {float(at): float(score) for at, score in curve.items() if at.startswith("0.") and score}
