@@ -310,6 +310,20 @@ def test_scales_that_transformers_would_not_load_within_another_methods_layer_ar
 
 
 @every_method
+@pytest.mark.parametrize(("bias", "norms"), [("lora_only", False), ("all", True)])
+def test_a_loras_file_with_biases_is_loaded_onto_a_model_that_has_ours(bias, norms, method, tmp_path):
+    """Its names are those of a model without ours: PEFT dropped the biases without a word."""
+    base, inputs = build("bert", dtype=torch.float64)
+    lora = trained(peft_model(base, LoraConfig(target_modules=["query", "key"], bias=bias)))
+    expected = logits(lora.eval(), inputs)
+    lora.save_pretrained(tmp_path)
+    base, _ = build("bert", dtype=torch.float64)
+    ours = get_peft_model(base, config_for(method, target_modules=["query"], train_norms=norms), "ours")
+    again = PeftModel.from_pretrained(ours.get_base_model(), tmp_path)
+    assert_near("logits", logits(again.eval(), inputs), expected)
+
+
+@every_method
 @pytest.mark.parametrize(
     ("bias", "target", "names"), [("lora_only", "query", 2), ("all", "key", 2), ("lora_only", "key", 0)]
 )

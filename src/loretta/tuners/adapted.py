@@ -102,6 +102,12 @@ class AdaptedModule(BaseTunerLayer):
     cast_input_dtype_enabled = True  # PEFT's disable_input_dtype_casting sets it: nothing here casts its input
     cannot_merge = ""  # why no weight has the effect of what an adapter has here
 
+    def give_bias_to_base(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Before a state is loaded: a bias that another method's file has for what it wraps lies below this module."""
+        here, below = f"{prefix}bias", f"{prefix}base_layer.bias"
+        if here in state_dict and below not in state_dict:
+            state_dict[below] = state_dict.pop(here)
+
     @property
     def held(self) -> list[str]:
         """The adapters that have a part here."""

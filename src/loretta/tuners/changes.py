@@ -54,6 +54,10 @@ class ChangedModule(nn.Module, AdaptedModule):
         self.merged_adapters: list[str] = []
         self.unmerged: dict[str, Tensor] = {}  # the base's own values, while adapters are merged into them
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.give_bias_to_base(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def update_layer(self, adapter_name: str, prefix: str, *side: str) -> None:
         """Add one adapter, of the method with this ``prefix``, whose changes are zeros."""
         raise NotImplementedError

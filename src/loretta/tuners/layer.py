@@ -61,6 +61,10 @@ class LorettaLayer(JointLayer, AdaptedModule):
         self.on_read: Callable[[LorettaLayer], None] | None = None  # called when others read the weight
         self.was_bypassed = False  # others computed with the weight and did not call the layer
 
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        self.give_bias_to_base(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def _size(self, name: str) -> tuple[int, int]:
         """(in, out) of the adapted layer. Raises InputError, which names the module, for a layer of another kind."""
         return require_linear(name, self.get_base_layer())
