@@ -35,16 +35,17 @@ def kept(row: Row, other: Row) -> Scores:
 
 def kept_of_earlier(row: Row, other: Row) -> Scores:
     """The same of the two tasks that are not the last of an order: what is left of what was learned before."""
-    return paired(*(mean_by_seed([_at(one, place) for place in (0, 1)]) for one in (row, other)))
+    orders = [order for order in row["scores"] if order in other["scores"]]
+    return paired(*(mean_by_seed([_at(one, place, orders) for place in (0, 1)]) for one in (row, other)))
 
 
 def _over_seeds(row: Row, some: Sequence[Sequence[float]]) -> Scores:
     return mean_by_seed([by_seed(row, scores) for scores in some])
 
 
-def _at(row: Row, place: int) -> Scores:
-    """The mean accuracy on the task that was trained at a place of the order, over all orders, for each seed."""
-    return _over_seeds(row, [of_order[order.split(">")[place]] for order, of_order in row["scores"].items()])
+def _at(row: Row, place: int, orders: Sequence[str]) -> Scores:
+    """The mean accuracy on the task that was trained at a place of these orders, for each seed."""
+    return _over_seeds(row, [row["scores"][order][order.split(">")[place]] for order in orders])
 
 
 def forgetting_table(rows: Sequence[Row]) -> str:
@@ -57,12 +58,13 @@ def forgetting_table(rows: Sequence[Row]) -> str:
         reference = references.get(row["model"])
         own = row["scores"][PAPER]
         papers = [f"{mean(own[task]):.3f}" for task in PAPER.split(">")]
+        places = [f"{mean(_at(row, place, list(row['scores']))):.3f}" for place in range(3)]
         both = None if reference is None or row is reference else (row, reference)
         gaps = ["" if both is None else signed(of(*both)) for of in (kept, kept_of_earlier)]
         lines.append(
             [
                 row["method"], SHORT[row["model"]], f"{row['trained']:,}", *papers,
-                words(_over_seeds(row, list(own.values()))), *[f"{mean(_at(row, place)):.3f}" for place in range(3)],
+                words(_over_seeds(row, list(own.values()))), *places,
                 words(average(row, list(row["scores"]))), str(len(row["scores"])), *gaps,
             ]
         )  # fmt: skip

@@ -321,6 +321,23 @@ def test_a_run_is_chosen_among_as_many_rates_as_every_other_method_has(tmp_path,
     assert best == {"LoRA r=8": 7.5e-4, "IA3": 2e-2}
 
 
+def test_of_two_rates_the_held_out_loss_takes_one_and_not_the_score(tmp_path, monkeypatch):
+    def rows(method, rate, losses, scores):
+        of = {"task": "t", "method": method, "rate": rate, "trained": len(method)}
+        return [
+            of | {"seed": k, "held_out": x, "official": y} for k, (x, y) in enumerate(zip(losses, scores, strict=True))
+        ]
+
+    found = rows("LoRA r=8", 1e-3, [1, 1, 1, 9], [0.3, 0.4, 0.5, 0.0]) + rows("LoRA r=8", 2e-3, [2, 2, 2], [0.9] * 3)
+    found += rows("IA3", 1e-2, [2, 2, 2], [0.5] * 3) + rows("IA3", 2e-2, [1, 2, 2], [0.4, 0.5, 0.6])
+    found += rows("few", 1e-2, [1, 1], [1, 1]) + rows("few", 2e-2, [1, 1], [1, 1])
+    (tmp_path / "answers.json").write_text(json.dumps(found))
+    monkeypatch.setattr(runs, "RESULTS", tmp_path)
+    ia3, lora = ([cell.strip() for cell in line.split("|")][1:-1] for line in runs.two_rates_table().splitlines()[2:])
+    assert (lora[0], lora[4:], lora[2][-7:]) == ("LoRA r=8", ["0.001", ""], "(1.000)")
+    assert (ia3[0], ia3[4], ia3[5][:6]) == ("IA3", "0.02", "+0.100")
+
+
 def test_populations_can_be_told_to_use_no_kernels_of_ours():
     with plain_functions():
         assert (Population.modes_on_gpu, members.has_triton()) == ((), False)

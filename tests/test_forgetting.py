@@ -12,7 +12,7 @@ sys.path.append(str(pathlib.Path(__file__).parents[1] / "benchmarks"))
 
 import forgetting
 from forgetting import CYCLES, ORDERS, SEQUENCE, jobs
-from retention import kept
+from retention import kept, kept_of_earlier
 
 
 def names(orders):
@@ -121,3 +121,16 @@ def test_methods_are_compared_in_the_orders_that_both_have():
 
     for one, other in ((ORDERS, CYCLES), (CYCLES, ORDERS), (CYCLES, CYCLES)):
         assert list(kept(row(one, 0.5), row(other, 0.0))) == pytest.approx([0.5, 0.5])
+
+
+def test_what_is_kept_of_earlier_tasks_leaves_out_the_last_of_each_order():
+    def row(orders, last):
+        places = {o: o.split(">") for o in names(orders)}
+        scores = {o: {t: [last if t == of[-1] else 0.5] * 2 for t in of} for o, of in places.items()}
+        return {"seeds": [0, 1], "scores": scores}
+
+    one, other = row(ORDERS, 0.9), row(ORDERS, 0.1)
+    other["scores"][names(ORDERS)[0]] = {task: [0.2, 0.2] for task in SEQUENCE}
+    assert list(kept_of_earlier(one, other)) == pytest.approx([0.3 / len(ORDERS)] * 2)
+    first = {**one, "scores": {names(ORDERS)[0]: one["scores"][names(ORDERS)[0]]}}
+    assert list(kept_of_earlier(first, other)) == pytest.approx([0.3] * 2)
