@@ -8,6 +8,8 @@ from cited import CHOOSING, RULED, both_encoders, cell, held_out, lines, number,
 from rates import SECOND
 from verdicts import MODELS
 
+from loretta.training.methods import METHODS, PAPERS_RANK
+
 Said = tuple[str, tuple[float, ...]]
 
 
@@ -108,6 +110,7 @@ def on_second_task() -> Iterator[Said]:
         ),
     )
     yield "On STS-B it stays, {} on both.", (moved_by("compact cores^1", "MiniLM, stsb"),)
+    yield from of_root()
     rep, adp = "rep x1.25^0.75", "adp x2^0.75"
     yield (
         "rep's moves by {} and {}, adp's by at least {} and by {}.",
@@ -125,6 +128,34 @@ def on_second_task() -> Iterator[Said]:
     ]  # fmt: skip
     (failing,) = {min(rate for rate, score in of.items() if score < max(of.values()) / 2) for of in widest}
     yield "and still its seeds fail on STS-B from {} on, on both encoders.", (failing,)
+
+
+def of_root() -> Iterator[Said]:
+    """What is left of the movement of rep's and adp's peaks where the rate is divided by the root of the rank."""
+    yield (
+        "adp's peak then moves by {} on MiniLM, {} on MPNet and {} on SmolLM2, rep's by {}, {} and at least {}.",
+        tuple(rooted(form, model) for form in ("adp", "rep") for model in ("MiniLM", "MPNet", "SmolLM2")),
+    )
+    yield (
+        "On STS-B, at the falling scale, adp's moves by at least {} and by {}, rep's by {} and {}.",
+        tuple(
+            rooted(form, model, SECOND) for form in ("adp x2^0.75", "rep x1.25^0.75") for model in ("MiniLM", "MPNet")
+        ),
+    )
+    yield "start at {} times the root of {} over the rank: at {} adp's seeds fail at rank 32.", (
+        METHODS["adp"].learning_rate, PAPERS_RANK, METHODS["adp"].learning_rate,
+    )  # fmt: skip
+
+
+def rooted(form: str, model: str, task: str = "") -> float:
+    """The factor between the peaks of a form, each times the root of its rank."""
+    peaks = [
+        number(line.cells["peak"]) * math.sqrt(float(line.cells["form"].rpartition(" r=")[2]))
+        for line in lines(CHOOSING, "rates")
+        if "peak" in line.cells and line.cells["form"].startswith(f"{form} r=") and line.cells["model"] == model
+        and (line.cells["task"] == task if task else line.cells["task"] != SECOND)
+    ]  # fmt: skip
+    return max(peaks) / min(peaks)
 
 
 def moved_by(form: str, model: str) -> float:

@@ -133,6 +133,23 @@ def test_shared_and_lora_start_at_twice_the_rate_on_a_model_that_writes(name, op
     assert starting_rate(name, wrap(build("llama")[0], name, "language_modeling", options)) == rate
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "times"),
+    [
+        ("adp", {"tensor_rank": 5}, 1),
+        ("adp", {"tensor_rank": 1}, 1),
+        ("adp", {"tensor_rank": 20}, 0.5),
+        ("rep", {"tensor_rank": 5, "rank_pattern": {"q_proj": 45}}, 1 / 3),
+        ("rep", {"tensor_rank": 20, "even_rates": True}, 1),
+        ("compact", {"tensor_rank": 20}, 1),
+        ("adapters", {"tensor_rank": 20}, 1),
+    ],
+)
+def test_the_rate_of_the_papers_forms_falls_as_the_root_of_a_rank_above_the_papers(name, options, times):
+    wrapped = wrap(build("llama")[0], name, "language_modeling", options)
+    assert starting_rate(name, wrapped) == pytest.approx(find_method(name).learning_rate * times)
+
+
 # Dense adapters
 
 

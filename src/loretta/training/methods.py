@@ -59,6 +59,7 @@ _REP = Method(config=LorettaRepConfig, learning_rate=1.5e-3)
 _COMPACT = Method(config=LorettaRepConfig, options=COMPACT, learning_rate=1.5e-3)
 _ADP = Method(config=LorettaAdpConfig, learning_rate=1.5e-3)
 _SHARED = Method(config=LorettaSharedConfig, learning_rate=7.5e-4)
+PAPERS_RANK = 5  # of rep's and adp's trains in the paper, up to which their rate holds
 SHARED_RANK_1 = 1.5e-3  # the best rate of a shared train of rank 1, whose seeds do not fail at it
 OF_BUDGET = {"budget", "adaptive_ranks"}  # options of a LoRETTA method beside those of its config
 # options of PEFT's configs that a run sets itself
@@ -112,12 +113,21 @@ def find_method(name: str) -> Method:
 def starting_rate(name: str, model: nn.Module) -> float:
     """The learning rate of a method on its wrapped model: of "auto" that of the form which the budget chose.
 
-    On a model that writes LoRA and shared trains start at twice the rate, which no seed fails at (docs/choosing.md).
+    On a model that writes LoRA and shared trains start at twice the rate, which no seed fails at. Above the paper's
+    rank the rate of rep and adp falls as the root of the rank: seeds fail at a fixed one (docs/choosing.md).
     """
     configs = getattr(model, "peft_config", {}).values()
     shared = [config for config in configs if isinstance(config, LorettaSharedConfig)]
     writes = any(config.task_type == TaskType.CAUSAL_LM for config in configs)
-    times = 2 if writes and (shared or name == "lora") else 1
+    times = 2.0 if writes and (shared or name == "lora") else 1.0
+    uneven = [
+        config
+        for config in configs
+        if (isinstance(config, LorettaAdpConfig) and not config.dense)
+        or (isinstance(config, LorettaRepConfig) and not config.even_rates)
+    ]
+    if ranks := [rank for config in uneven for rank in (config.tensor_rank, *config.rank_pattern.values())]:
+        times *= math.sqrt(PAPERS_RANK / max(PAPERS_RANK, *ranks))
     if any(config.tensor_rank == 1 for config in shared):
         return times * SHARED_RANK_1
     chosen = {type(config) for config in configs} if name == "auto" else set()
