@@ -1,6 +1,7 @@
 """`loretta trl`: TRL's own scripts train a method of ours as they train their LoRA."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -110,9 +111,27 @@ def test_what_trl_would_meet_with_a_traceback_or_do_wrong_is_refused(case, spell
 
 
 @pytest.mark.parametrize(
+    ("command", "data"), [("sft", "texts"), ("dpo", "pairs"), ("reward", "pairs"), ("grpo", "texts")]
+)
+def test_a_tokenizer_without_an_end_of_texts_is_refused_where_trl_adds_it(command, data, speller, rows, capsys):
+    """TRL's trainers asked whether a text ends with None."""
+    shutil.copytree(speller, rows / "endless")
+    endless = AutoTokenizer.from_pretrained(speller)
+    endless.eos_token = None
+    endless.save_pretrained(rows / "endless")
+    given = options(data, "out", "--model_name_or_path", "endless")
+    status, _, err = call(capsys, "trl", command, *given)
+    assert_refused(status, err, ["has no token that ends a text", f"trl {command}"])
+    assert ("--eos_token" in err) == (command in ("sft", "reward"))
+    if command == "sft":
+        status, _, err = call(capsys, "trl", command, *given, "--eos_token", "</s>")
+        assert status == 0, err
+
+
+@pytest.mark.parametrize(
     ("model", "more", "words"),
     [
-        ("./none", [], ["cannot load a model from './none'"]),
+        ("./none", [], ["cannot load a tokenizer from './none' (there is no such folder)"]),
         ("some/model", ["--model_revision", "v1"], ["--model_revision v1", "hf download some/model --revision v1"]),
     ],
 )

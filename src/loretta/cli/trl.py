@@ -29,6 +29,7 @@ COLUMNS: dict[str, tuple[tuple[str, ...], ...]] = {
     "reward": (*_PAIRS, ("chosen_ids", "rejected_ids"), ("chosen_input_ids", "rejected_input_ids")),
     **dict.fromkeys(("grpo", "rloo"), (("prompt",),)),
 }
+TOKENISED = {"input_ids", "chosen_ids", "chosen_input_ids"}  # columns of texts that are tokens already
 
 
 def trl(
@@ -241,6 +242,13 @@ def _check_columns(command: str, rows: Any, training_args: Any, model_args: Any)
         raise InputError(
             f"the data are conversations, and the tokenizer of '{model}' has no chat template: give a model with one, "
             "or plain text"
+        )
+    is_text = not is_conversational(rows[0]) and TOKENISED.isdisjoint(rows.column_names)
+    if is_text and getattr(training_args, "eos_token", None) is None and _tokenizer(model).eos_token is None:
+        option = "--eos_token, " if hasattr(training_args, "eos_token") else ""
+        raise InputError(
+            f"the tokenizer of '{model}' has no token that ends a text, and trl {command} ends texts with it: give "
+            f"{option}a model whose tokenizer has one, or conversations"
         )
 
 
