@@ -11,7 +11,7 @@ from typing import Any
 
 import evidence
 from board import Board, paired, verdict
-from protocol import interval
+from protocol import SEEN, interval
 from rates import SECOND
 from retention import REFERENCE, SHORT, average, forgetting_rows
 from tables import RESULTS, ROOT
@@ -248,14 +248,18 @@ def tiny(task: str) -> float:
     return max(mean(scores) for scores in rows[0]["held_out"].values())
 
 
+def curves() -> list[dict[str, str]]:
+    """The lines of score against rate, with the peak of each."""
+    return [line.cells for line in lines(CHOOSING, "rates") if "peak" in line.cells]
+
+
 def both_encoders() -> list[tuple[float, float]]:
     """The peaks of one form at one rank on MiniLM and on MPNet, where both lie within their grids."""
-    peaks = [
-        (line.cells["form"], line.words, number(line.cells["peak"]))
-        for line in lines(CHOOSING, "rates")
-        if "peak" in line.cells and line.cells["task"] == "cola" and line.cells["peak"][0] not in "≤≥"
-    ]
-    minilm, mpnet = ({form: at for form, words, at in peaks if name in words} for name in ("MiniLM", "MPNet"))
+    found = [cells for cells in curves() if cells["task"] == "cola" and cells["peak"][0] not in "≤≥"]
+    minilm, mpnet = (
+        {cells["form"]: number(cells["peak"]) for cells in found if cells["model"] == model}
+        for model in ("MiniLM", "MPNet")
+    )
     return [(minilm[form], mpnet[form]) for form in minilm.keys() & mpnet.keys()]
 
 
@@ -267,6 +271,12 @@ def by_order(form: str, model: str) -> tuple[float, float]:
     )
     gaps = [float(paired(average(one, [order]), average(other, [order])).mean()) for order in one["scores"]]
     return -min(gaps), max(gaps)
+
+
+def fronts(file: str, *, seen: bool) -> list[dict[str, Any]]:
+    """The cells of an encoder's or the decoder's front, of ours and of PEFT's methods: on texts it has met, or not."""
+    found = [*rows_of(f"forms_{file}.json"), *rows_of(f"peers_{file}.json")]
+    return [row for row in found if row["part"] == "front" and (row["task"] in SEEN) == seen]
 
 
 def core(column: str, method: str, name: str, behind: int = 0) -> float:
@@ -295,8 +305,7 @@ def ruled(model: str, *forms: str, times: str = "", second: bool = False) -> lis
 
     ``times`` are those of its scale, as in "x2.8". ``second`` are those of the second task.
     """
-    found = [line.cells for line in lines(CHOOSING, "rates") if "peak" in line.cells and line.cells["model"] == model]
-    found = [cells for cells in found if (cells["task"] == SECOND) == second]
+    found = [cells for cells in curves() if cells["model"] == model and (cells["task"] == SECOND) == second]
     scaled = [(cells, *re.fullmatch(r"(\w+)(?: (x[\d.]+))?(.*)", cells["form"]).groups()) for cells in found]
     return [
         cells

@@ -6,14 +6,15 @@ stands below, with whether it is so.
 
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 from cited import CHOOSING, PAGE, cell, cells, fallen, gap, less, lines, number, ours, pair, rows_of, verdict_of
 from named import WITHOUT_RTE
 from protocol import SEEN, best_rate, edge, interval
+from runs import by_rate, by_seed
 from sentences import Said
 from verdicts import MARGIN, MODELS, SIZES
 
@@ -173,15 +174,9 @@ def so_in_results() -> dict[str, bool]:
 
 def answered(task: str, method: str) -> tuple[float, float]:
     """The held-out loss of a task with answers beside that of LoRA r=8, at the rate of five seeds."""
-    of = {
-        name: {row["seed"]: row["held_out"] for row in rows_of("answers.json") if is_middle(row, task, name)}
-        for name in (method, "LoRA r=8")
-    }
-    return interval([of[method][seed] - of["LoRA r=8"][seed] for seed in sorted(of[method])])
-
-
-def is_middle(row: dict[str, Any], task: str, method: str) -> bool:
-    return (row["task"], row["method"], row["rate"]) == (task, method, 1.5e-3)
+    runs = by_rate("answers.json")[task]
+    own, other = (by_seed(runs[name][1.5e-3], "held_out") for name in (method, "LoRA r=8"))
+    return interval(list(own - other))
 
 
 def is_above(difference: str) -> bool:
@@ -191,12 +186,7 @@ def is_above(difference: str) -> bool:
 
 def not_run_in_results() -> dict[str, bool]:
     lower = [row for row in rows_of("answers.json") if row["rate"] in (7.5e-4, 5e-3, 2.5e-5)]
-    seeds = {
-        (row["task"], row["method"]): sum(
-            (other["task"], other["method"]) == (row["task"], row["method"]) for other in lower
-        )
-        for row in lower
-    }
+    seeds = Counter((row["task"], row["method"]) for row in lower)
     whole = {of for of, count in seeds.items() if count == 3}
     five = ("LoRA r=8", COMPACT, ADP, "IA3", "full fine-tuning")
     return {

@@ -243,14 +243,10 @@ RANKS = [
     for form, scale in (("rep", {"lora_alpha": 3.2 * rank}), ("adp", {}))
 ]
 # the same at a scale that falls as LoRA's: adp's is 2 at rank 1, as LoRA's, and rep's 4; on the decoder 2.8 times that
-STEADY = [
-    times(scaled(method, method.options["tensor_rank"], 0.75), {"rep": 1.25, "adp": 2}[method.method])
-    for method in RANKS
-]
-STEADY_DECODER = [
-    times(scaled(method, method.options["tensor_rank"], 0.75), {"rep": 3.5, "adp": 5.6}[method.method])
-    for method in RANKS
-]
+STEADY, STEADY_DECODER = (
+    [times(scaled(method, method.options["tensor_rank"], 0.75), of_form[method.method]) for method in RANKS]
+    for of_form in ({"rep": 1.25, "adp": 2}, {"rep": 3.5, "adp": 5.6})
+)
 # at the fixed scale, with rates of single cores by what each sums, as compact's
 PAPER_BONDS = [
     replace(method, name=f"{method.method} cores^1 r={method.options['tensor_rank']}", bonds=1.0) for method in RANKS
@@ -273,8 +269,8 @@ WITH_SCALES = [
     with_scales(METHODS["shared r=3 attention"], "v"),
     with_scales(METHODS["shared r=2"], "v"),
 ]
-METHODS |= {method.name: method for method in SCALED + BONDS + LARGER + SHAPES + HEADS + RANKS + STEADY}
-METHODS |= {method.name: method for method in STEADY_DECODER + PAPER_BONDS + WITH_SCALES}
+of_ranks = RANKS + STEADY + STEADY_DECODER + PAPER_BONDS
+METHODS |= {method.name: method for method in SCALED + BONDS + LARGER + SHAPES + HEADS + of_ranks + WITH_SCALES}
 
 
 # in the order of their value; which tasks and in which order is for the command

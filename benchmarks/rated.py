@@ -4,13 +4,14 @@ import math
 from collections.abc import Iterator
 from statistics import mean
 
-from cited import CHOOSING, RULED, both_encoders, cell, held_out, lines, number, rows_of, ruled, ruled_peaks
+from cited import CHOOSING, RULED, both_encoders, cell, curves, held_out, lines, number, rows_of, ruled, ruled_peaks
 from rates import SECOND
 from verdicts import MODELS
 
 from loretta.training.methods import METHODS, PAPERS_RANK
 
 Said = tuple[str, tuple[float, ...]]
+REP, ADP = "rep x1.25^0.75", "adp x2^0.75"  # with a scale that falls as LoRA's
 
 
 def of_rates() -> Iterator[Said]:
@@ -111,21 +112,17 @@ def on_second_task() -> Iterator[Said]:
     )
     yield "On STS-B it stays, {} on both.", (moved_by("compact cores^1", "MiniLM, stsb"),)
     yield from of_root()
-    rep, adp = "rep x1.25^0.75", "adp x2^0.75"
     yield (
         "rep's moves by {} and {}, adp's by at least {} and by {}.",
-        tuple(moved_by(form, f"MPNet{task}") for form in (rep, adp) for task in ("", ", stsb")),
+        tuple(moved_by(form, f"MPNet{task}") for form in (REP, ADP) for task in ("", ", stsb")),
     )
     yield (
         "On MiniLM's STS-B rep's moves by {} and adp's by at least {}.",
-        tuple(moved_by(form, "MiniLM, stsb") for form in (rep, adp)),
+        tuple(moved_by(form, "MiniLM, stsb") for form in (REP, ADP)),
     )
     decoder = [held_out("rates", "peak", f"rep x3.5^0.75 r={rank}", "SmolLM2") for rank in (5, 16, 32)]
     yield "On SmolLM2 rep's lies between {} and {} from rank 5 to 32,", (min(decoder), max(decoder))
-    widest = [
-        scores_of(line.cells) for line in lines(CHOOSING, "rates")
-        if {"adp x2^0.75 r=32", SECOND} <= line.words and "peak" in line.cells
-    ]  # fmt: skip
+    widest = [scores_of(of) for of in curves() if (of["form"], of["task"]) == (f"{ADP} r=32", SECOND)]
     (failing,) = {min(rate for rate, score in of.items() if score < max(of.values()) / 2) for of in widest}
     yield "and still its seeds fail on STS-B from {} on, on both encoders.", (failing,)
 
@@ -138,23 +135,20 @@ def of_root() -> Iterator[Said]:
     )
     yield (
         "On STS-B, at the falling scale, adp's moves by at least {} and by {}, rep's by {} and {}.",
-        tuple(
-            rooted(form, model, SECOND) for form in ("adp x2^0.75", "rep x1.25^0.75") for model in ("MiniLM", "MPNet")
-        ),
+        tuple(rooted(form, model, second=True) for form in (ADP, REP) for model in ("MiniLM", "MPNet")),
     )
     yield "start at {} times the root of {} over the rank: at {} adp's seeds fail at rank 32.", (
         METHODS["adp"].learning_rate, PAPERS_RANK, METHODS["adp"].learning_rate,
     )  # fmt: skip
 
 
-def rooted(form: str, model: str, task: str = "") -> float:
+def rooted(form: str, model: str, *, second: bool = False) -> float:
     """The factor between the peaks of a form, each times the root of its rank."""
     peaks = [
-        number(line.cells["peak"]) * math.sqrt(float(line.cells["form"].rpartition(" r=")[2]))
-        for line in lines(CHOOSING, "rates")
-        if "peak" in line.cells and line.cells["form"].startswith(f"{form} r=") and line.cells["model"] == model
-        and (line.cells["task"] == task if task else line.cells["task"] != SECOND)
-    ]  # fmt: skip
+        number(of["peak"]) * math.sqrt(float(of["form"].rpartition(" r=")[2]))
+        for of in curves()
+        if of["form"].startswith(f"{form} r=") and of["model"] == model and (of["task"] == SECOND) == second
+    ]
     return max(peaks) / min(peaks)
 
 

@@ -34,20 +34,21 @@ def rates_table(found: Sequence[Row]) -> str:
 def peaks_table(some: Sequence[Row]) -> str:
     """By what factor the best rate of each form moves over its ranks; at rank 1 every scale is that of the form."""
     forms = dict.fromkeys(row["method"].split(" r=")[0] for row in some)
-    places = sorted({(row["task"] == SECOND, list(MODELS).index(row["model"])) for row in some})
+    columns: dict[str, list[Row]] = {}
+    for second in (False, True):
+        for model, shown in MODELS.items():
+            here = [row for row in some if row["model"] == model and (row["task"] == SECOND) == second]
+            columns |= {shown.partition(" ")[0] + f", {SECOND}" * second: here} if here else {}
 
-    def is_of(form: str, place: tuple[bool, int], row: Row) -> bool:
+    def is_of(form: str, row: Row) -> bool:
         own, _, rank = row["method"].partition(" r=")
-        at_one = rank in ("", "1") and form.startswith((f"{own}^", f"{own} cores^"))
-        return (form == own or at_one) and place == (row["task"] == SECOND, list(MODELS).index(row["model"]))
+        return form == own or (rank in ("", "1") and form.startswith((f"{own}^", f"{own} cores^")))
 
     lines = []
     for form in forms:
-        moved = [[(peak(row), edge(row)) for row in some if is_of(form, place, row)] for place in places]
+        moved = [[(peak(row), edge(row)) for row in here if is_of(form, row)] for here in columns.values()]
         if any(of[1:] for of in moved):
             lines.append([form, *(moved_by(of) if of[1:] else "" for of in moved)])
-    names = [shown.partition(" ")[0] for shown in MODELS.values()]
-    columns = [f"{names[model]}, {SECOND}" if second else names[model] for second, model in places]
     return markdown(lines, ["the peak moves over the ranks by a factor of", *columns]) if lines else ""
 
 

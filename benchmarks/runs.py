@@ -15,8 +15,16 @@ from tables import RESULTS
 NONE = "Not measured yet.\n"
 Best = tuple[tuple[str, str], float, list[Row]]  # a task and a method, the chosen rate, its runs by seed
 
+SEEDS_OF_TWO = 3  # that both rates have
 
-SEEDS_OF_TWO = 3
+
+def by_rate(name: str) -> dict[str, dict[str, dict[float, list[Row]]]]:
+    """The runs of a file by task, method and rate, in the order of their seeds."""
+    file = RESULTS / name
+    found: dict[str, dict[str, dict[float, list[Row]]]] = {}
+    for row in sorted(json.loads(file.read_text()) if file.exists() else [], key=lambda row: row["seed"]):
+        found.setdefault(row["task"], {}).setdefault(row["method"], {}).setdefault(row["rate"], []).append(row)
+    return found
 
 
 def runs_of(name: str, worth: Callable[[Row], float]) -> list[Best]:
@@ -25,12 +33,8 @@ def runs_of(name: str, worth: Callable[[Row], float]) -> list[Best]:
     A method has the seeds that its rates have in common, and all trained methods of a task as many rates, those nearest
     the middle of their grids, so that none is chosen from more.
     """
-    file = RESULTS / name
-    found: dict[str, dict[str, dict[float, list[Row]]]] = {}
-    for row in sorted(json.loads(file.read_text()) if file.exists() else [], key=lambda row: row["seed"]):
-        found.setdefault(row["task"], {}).setdefault(row["method"], {}).setdefault(row["rate"], []).append(row)
     best = []
-    for task, methods in found.items():
+    for task, methods in by_rate(name).items():
         whole = {method: _whole(METHODS[method].middle, rates) for method, rates in methods.items()}
         least = min((len(rates) for method, rates in whole.items() if method != UNTRAINED), default=1)
         for method, rates in sorted(whole.items()):
@@ -179,26 +183,22 @@ def answers_table() -> str:
 
 def two_rates_table() -> str:
     """Where a task with answers was run at two rates: what the held-out loss chooses, and what is chosen then."""
-    found: dict[tuple[str, str], dict[float, dict[int, Row]]] = {}
-    for row in json.loads((RESULTS / "answers.json").read_text()):
-        found.setdefault((row["task"], row["method"]), {}).setdefault(row["rate"], {})[row["seed"]] = row
-    pairs = {}
-    for key, rates in found.items():
-        seeds = set.intersection(*map(set, rates.values()))
-        if len(rates) == 2 and len(seeds) >= SEEDS_OF_TWO:
-            pairs[key] = {rate: [rates[rate][seed] for seed in sorted(seeds)] for rate in sorted(rates)}
-    at_best = {
-        key: by_seed(min(rates.values(), key=lambda some: mean(row["held_out"] for row in some)), "official")
-        for key, rates in pairs.items()
-    }
     lines = []
-    for (task, method), rates in sorted(pairs.items(), key=lambda one: (one[0][0], one[1][min(one[1])][0]["trained"])):
-        cells = [
-            f"{words(by_seed(some, 'official'))} ({mean(row['held_out'] for row in some):.3f})"
-            for some in rates.values()
-        ]
-        least = min(rates, key=lambda rate: mean(row["held_out"] for row in rates[rate]))
-        gap = "" if method == "LoRA r=8" else signed(paired(at_best[task, method], at_best[task, "LoRA r=8"]))
-        lines.append([method, task, *cells, f"{least:g}", gap])
+    for task, methods in sorted(by_rate("answers.json").items()):
+        both: dict[str, dict[float, list[Row]]] = {}
+        for method, rates in methods.items():
+            seeds = set.intersection(*({row["seed"] for row in some} for some in rates.values()))
+            if len(rates) == 2 and len(seeds) >= SEEDS_OF_TWO:
+                both[method] = {rate: [row for row in rates[rate] if row["seed"] in seeds] for rate in sorted(rates)}
+        taken = {method: min(rates, key=lambda rate: _loss(rates[rate])) for method, rates in both.items()}
+        at_best = {method: by_seed(both[method][rate], "official") for method, rate in taken.items()}
+        for method, rate in sorted(taken.items(), key=lambda one: both[one[0]][one[1]][0]["trained"]):
+            cells = [f"{words(by_seed(some, 'official'))} ({_loss(some):.3f})" for some in both[method].values()]
+            gap = "" if method == "LoRA r=8" else signed(paired(at_best[method], at_best["LoRA r=8"]))
+            lines.append([method, task, *cells, f"{rate:g}", gap])
     columns = ["method", "task", "at the lower rate (loss)", "at the higher rate (loss)", "the loss takes"]
     return markdown(lines, [*columns, "then to LoRA r=8"], left=2) if lines else NONE
+
+
+def _loss(some: list[Row]) -> float:
+    return mean(row["held_out"] for row in some)

@@ -24,6 +24,7 @@ from cited import (
     epochs,
     fallen,
     first,
+    fronts,
     gained,
     held_out,
     number,
@@ -31,7 +32,6 @@ from cited import (
     planned,
     rank,
     risen,
-    rows_of,
     run,
     scored,
     searched,
@@ -41,7 +41,7 @@ from cited import (
     tuned,
 )
 from prompts import TRAINED
-from protocol import HEAD_RATE, SEEN, TASKS, edge
+from protocol import HEAD_RATE, TASKS, edge
 from rated import Said, of_rates
 from tables import ROOT
 from targets import LIMIT
@@ -58,20 +58,9 @@ def of_results() -> Iterator[Said]:
     squad = list(map(number, cells(PAGE, "answers", "to untrained", "squad")))
     parts = shares()
     compact = "compact + norms"
-    seen = [
-        row for file in ("minilm", "mpnet") for kind in ("forms", "peers") for row in rows_of(f"{kind}_{file}.json")
-        if row["part"] == "front" and row["task"] in SEEN
-    ]  # fmt: skip
-    yield "In {} of {} cells of these tasks the best rate is at an end", (
-        sum(bool(edge(row)) for row in seen), len(seen),
-    )  # fmt: skip
-    others = [
-        [
-            bool(edge(row)) for kind in ("forms", "peers") for row in rows_of(f"{kind}_{file}.json")
-            if row["part"] == "front" and row["task"] not in SEEN
-        ]
-        for file in ("minilm", "mpnet", "smollm2")
-    ]  # fmt: skip
+    seen = [bool(edge(row)) for file in ("minilm", "mpnet") for row in fronts(file, seen=True)]
+    yield "In {} of {} cells of these tasks the best rate is at an end", (sum(seen), len(seen))
+    others = [[bool(edge(row)) for row in fronts(file, seen=False)] for file in ("minilm", "mpnet", "smollm2")]
     yield (
         "in {} of {} cells of MiniLM, in {} of {} of MPNet (QNLI, MNLI and QQP apart) and in {} of {} of SmolLM2.",
         (*(count for of in others for count in (sum(of), len(of))),),

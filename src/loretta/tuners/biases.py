@@ -112,11 +112,12 @@ def of_other_methods(model: nn.Module, configs: Mapping[str, Any]) -> list[str]:
 
     PEFT saves them by their names here, and finds none of them in a model without ours.
     """
-    said, names = [], {name for name, _ in model.named_parameters()}
-    for adapter, config in configs.items():
-        bias = getattr(config, "bias", "none")
-        if isinstance(config, LorettaConfig) or bias == "none":
-            continue
+    others = {
+        adapter: getattr(of, "bias", "none") for adapter, of in configs.items() if not isinstance(of, LorettaConfig)
+    }
+    trained = {adapter: bias for adapter, bias in others.items() if bias != "none"}
+    said, names = [], {name for name, _ in model.named_parameters()} if trained else set()
+    for adapter, bias in trained.items():
         alone = {here: name for here, name in biases_alone(model, adapter).items() if here in names}
         adapted = [(here, name) for here, name in alone.items() if bias == "all" or ".base_layer." in name]
         if lost := [name for here, name in adapted if here != name]:
