@@ -38,6 +38,11 @@ NORMS = {
 LAYER_NORMS = {"attention": r"(attention\..*LayerNorm|input_layernorm)", None: r".*(LayerNorm|layernorm)"}
 # what IA3 rescales on a family that PEFT has no targets for
 IA3 = {"mpnet": {"target_modules": ["attn.k", "attn.v", "output.dense"], "feedforward_modules": ["output.dense"]}}
+# what full fine-tuning trains, in a copy for each member: the words' embeddings and every layer
+WHOLE = {
+    **dict.fromkeys(["bert", "mpnet"], ["encoder", "word_embeddings"]),
+    "llama": ["embed_tokens", "self_attn", "mlp", *NORMS["llama"]],
+}
 # hidden layers of heads, which few methods train
 HIDDEN = (
     "pooler.dense",
@@ -84,6 +89,8 @@ class Method:
         if self.method == "norms" and (chosen or self.targets):
             numbers = "|".join(map(str, chosen)) or r"\d+"
             return {**self.options, "target_modules": rf".*\.({numbers})\.{LAYER_NORMS[self.targets]}"}
+        if self.name == FULL:
+            return {**self.options, "modules_to_save": WHOLE[kind]}
         if self.targets is None:
             return dict(self.options)
         some = {"layers_to_transform": list(chosen)} if chosen else {}
@@ -175,10 +182,9 @@ METHODS: dict[str, Method] = {
         Method(name=UNTRAINED, family="base", method="lora", options={"r": 1}, targets="qv"),
         Method(name="head only", family="base", method="head", middle=1e-2),
         Method(name="norms", family="base", method="norms", norms=True, middle=3e-3),
-        # of an encoder: the words' embeddings and every layer, in a copy for each member
         Method(
             name=FULL, family="base", method="peft:lora", middle=5e-5, together=5,
-            options={"target_modules": DUMMY_TARGET_MODULES, "modules_to_save": ["encoder", "word_embeddings"]},
+            options={"target_modules": DUMMY_TARGET_MODULES},
         ),
         Method(name="BitFit", family="base", method="bitfit", middle=3e-3),
         Method(name="IA3", family="PEFT", method="ia3", middle=1e-2),
