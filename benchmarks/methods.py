@@ -40,7 +40,8 @@ LAYER_NORMS = {"attention": r"(attention\..*LayerNorm|input_layernorm)", None: r
 IA3 = {"mpnet": {"target_modules": ["attn.k", "attn.v", "output.dense"], "feedforward_modules": ["output.dense"]}}
 # what full fine-tuning trains, in a copy for each member: the words' embeddings and every layer
 WHOLE = {
-    **dict.fromkeys(["bert", "mpnet"], ["encoder", "word_embeddings"]),
+    "bert": ["encoder", "word_embeddings"],
+    "mpnet": ["encoder", "word_embeddings"],
     "llama": ["embed_tokens", "self_attn", "mlp", *NORMS["llama"]],
 }
 # hidden layers of heads, which few methods train
