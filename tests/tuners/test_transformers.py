@@ -1,5 +1,7 @@
 """Adapters without PEFT's wrapper: injected, through the methods of transformers' models, and by the auto classes."""
 
+import itertools
+import shutil
 import warnings
 
 import pytest
@@ -11,6 +13,7 @@ from peft import (
     AutoPeftModelForSeq2SeqLM,
     AutoPeftModelForSequenceClassification,
     AutoPeftModelForTokenClassification,
+    LoraConfig,
     PeftModel,
     get_peft_model_state_dict,
     inject_adapter_in_model,
@@ -37,9 +40,10 @@ from tuners.matrix import (
     options_for,
     wrapped,
 )
-from tuners.wrapped import every_method, own_trains, trainable, trained
+from tuners.wrapped import CONFIGS, config_for, every_method, own_trains, trainable, trained
 
 from loretta import get_peft_model
+from loretta.errors import InputError
 
 # PEFT warns of a second adapter that is added without its wrapper, and transformers adds every one so
 beside_another = pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute:UserWarning")
@@ -109,6 +113,51 @@ def test_the_methods_of_transformers_models(family, train_norms, method, tmp_pat
     model.set_adapter("second")
     model.load_adapter(tmp_path, adapter_name="third")  # beside others it is the active one, with its head
     assert torch.equal(logits(model.eval(), inputs), expected["first"])
+
+
+def forms(method: str) -> dict[str, dict]:
+    """Options of one method whose files have other tensors."""
+    start = {} if method == "shared" else {"denoised": {"init_weights": "denoised"}}
+    return {"plain": {}, "no norms": {"train_norms": False}, "scales": {"train_scales": ["keys"]}, **start}
+
+
+@every_method
+def test_a_file_that_is_not_its_configs_is_refused_where_transformers_loads_it(method, tmp_path):
+    """transformers reports what is missing and computes with the rest: with no train where the method is another."""
+    others = {f"{other} {form}": (other, options) for other in CONFIGS for form, options in forms(other).items()}
+    others["lora"] = ("lora", {})
+    for name, (other, options) in others.items():
+        config = LoraConfig() if other == "lora" else config_for(other, **options)
+        trained(get_peft_model(base_of("llama")[0], config)).save_pretrained(tmp_path / name)
+    model, inputs = base_of("llama")
+    plain = logits(model.eval(), inputs)
+    for form, name in itertools.product(forms(method), others):
+        if form != "plain" and others[name][0] != method:
+            continue  # no key of another method is known, whatever the form
+        own, mixed = f"{method} {form}", tmp_path / "mixed"
+        shutil.copytree(tmp_path / name, mixed, dirs_exist_ok=True)
+        shutil.copy(tmp_path / own / "adapter_config.json", mixed)
+        if name == own:
+            model.load_adapter(mixed)
+            assert not torch.equal(logits(model, inputs), plain)
+            model.delete_adapter("default")
+            continue
+        with pytest.raises(InputError, match=r"mixed' (lacks|also holds) '.*loretta_|also holds '.*lora_"):
+            model.load_adapter(mixed)
+        assert torch.equal(logits(model, inputs), plain)
+        assert not any(".default." in key for key in model.state_dict())
+
+
+@every_method
+def test_an_adapter_with_nan_is_refused_where_transformers_loads_it(method, tmp_path):
+    model = get_peft_model(base_of("llama")[0], config_for(method))
+    next(value for key, value in model.named_parameters() if f"loretta_{method}_" in key).data.fill_(torch.nan)
+    model.save_pretrained(tmp_path)
+    again, inputs = base_of("llama")
+    plain = logits(again.eval(), inputs)
+    with pytest.raises(InputError, match=r"holds NaN or infinity in '.*values'"):
+        again.load_adapter(tmp_path)
+    assert torch.equal(logits(again, inputs), plain)
 
 
 @every_method

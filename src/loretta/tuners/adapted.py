@@ -1,5 +1,6 @@
 """What trained norms, trained scales and layers with trains share, and the order in which layers merge."""
 
+import inspect
 import traceback
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -76,7 +77,8 @@ def is_finite(values: Tensor) -> bool:
 
 def transformers_loads() -> bool:
     """Whether transformers' ``load_adapter`` is loading, which finds tensors by the names that they have alone."""
-    return any(frame.f_code is PeftAdapterMixin.load_adapter.__code__ for frame, _ in traceback.walk_stack(None))
+    code = inspect.unwrap(PeftAdapterMixin.load_adapter).__code__
+    return any(frame.f_code is code for frame, _ in traceback.walk_stack(None))
 
 
 def rename_in(layer: Any, old: str, new: str) -> None:

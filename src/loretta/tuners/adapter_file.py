@@ -1,6 +1,7 @@
 """Checks of an adapter's file: it may hold finite numbers only, under the keys of the adapter only."""
 
 from collections.abc import Collection, Iterable, Mapping
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -14,6 +15,7 @@ from loretta.tuners.rescaled import TrainedScale
 from loretta.wording import quoted
 
 PREFIX = "base_model.model."  # begins the keys of the files that PeftModel writes
+OF_BASE = (".base_weight", ".base_bias")  # what a layer of the head with a train holds of the base
 
 
 def check_not_merged(model: nn.Module, adapter_name: str) -> None:
@@ -65,6 +67,27 @@ def check_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[str, Ten
                 f"the adapter's file also holds {quoted(key)}, which would overwrite the base model: load adapters "
                 "from where you trust, or remove that tensor"
             )
+
+
+def check_whole(model: nn.Module, adapter_name: str, loaded: Any, source: Any) -> None:
+    """Refuse what transformers has loaded as an adapter of a model, where it ``loaded`` less or had more than that.
+
+    Raises InputError that names the first tensor.
+    """
+    # a layer of the head that came with the base lies in no file of an adapter
+    lacking = [key for key in sorted(loaded.missing_keys) if f".{adapter_name}." in key and not key.endswith(OF_BASE)]
+    beyond = sorted(loaded.unexpected_keys)
+    if lacking or beyond:
+        what = f"lacks {quoted(lacking[0])}" if lacking else f"also holds {quoted(beyond[0])}"
+        raise InputError(
+            f"the file of the adapter {str(source or adapter_name)!r} {what}: it and the config beside it are not of "
+            "one adapter, or it was saved by an earlier version, or another method's layer lies there already; "
+            "PeftModel.from_pretrained loads what fits and says what does not"
+        )
+    check_finite(
+        ((key, tensor) for key, tensor in model.state_dict().items() if f".{adapter_name}." in key),
+        "the adapter's file",
+    )
 
 
 def names_alone(model: nn.Module, prefix: str, adapter_name: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The only file that touches PEFT's private enum and registry, and a method of its class.
+"""The only file that touches PEFT's private enum and registry, and replaces methods of others.
 
 ``PeftType`` is a closed enum and PEFT has no entry point for methods of other packages, so the member is added
 here and everything else goes through PEFT's own ``register_peft_method``. Nor does PEFT ask a method for its part of a
@@ -8,14 +8,18 @@ model card.
 from contextlib import suppress
 from functools import wraps
 from pathlib import Path
+from typing import Any
 
 from peft import PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import CONFIG_NAME, register_peft_method
 from safetensors import SafetensorError
+from transformers.integrations import PeftAdapterMixin
 
+from loretta.errors import InputError
 from loretta.files import read_object
+from loretta.tuners.adapter_file import check_whole
 from loretta.tuners.card import write_card
 
 
@@ -41,6 +45,7 @@ def register(name: str, config_cls: type, model_cls: type[BaseTuner]) -> None:
     A second call (re-import, ``importlib.reload``) replaces the classes.
     """
     keep_our_part_of_cards()
+    check_what_transformers_loads()
     peft_type = add_peft_type(name.upper())
     if peft_type in PEFT_TYPE_TO_CONFIG_MAPPING:
         from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
@@ -67,3 +72,27 @@ def keep_our_part_of_cards() -> None:
                 write_card(folder)
 
     PeftModel.create_or_update_model_card = create_or_update_model_card  # type: ignore[method-assign]
+
+
+def check_what_transformers_loads() -> None:
+    """Have the models of transformers refuse an adapter of ours that they have not loaded whole.
+
+    Their ``load_adapter`` reports what the file lacks, or has too much, and computes with the rest.
+    """
+    transformers_own = PeftAdapterMixin.load_adapter
+    if hasattr(transformers_own, "__wrapped__"):  # by an earlier call
+        return
+
+    @wraps(transformers_own)
+    def load_adapter(self: Any, peft_model_id: Any = None, adapter_name: str | None = None, *rest: Any, **options: Any):
+        loaded = transformers_own(self, peft_model_id, adapter_name, *rest, **options)
+        name = adapter_name or "default"
+        if str(self.peft_config[name].peft_type.value).startswith("LORETTA_"):
+            try:
+                check_whole(self, name, loaded, peft_model_id)
+            except InputError:
+                self.delete_adapter(name)
+                raise
+        return loaded
+
+    PeftAdapterMixin.load_adapter = load_adapter
