@@ -5,6 +5,7 @@ random models and the table of the tests, without a network; a test runs them ag
 for figures behind a decimal point and times.
 """
 
+import argparse
 import contextlib
 import io
 import json
@@ -256,8 +257,13 @@ def write(target: Path, text: str, seconds: str) -> str:
 
 
 if __name__ == "__main__":
-    if folders := sys.argv[1:]:
-        Path(folders[0]).mkdir(parents=True)
-        prepare(Path(folders[0]))
-    else:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path, nargs="?", help="make the models and tables of the page here instead")
+    folder = parser.parse_args().folder
+    if folder is None:
         print(write(Path(__file__).with_suffix(".md"), *page()))
+    elif folder.exists():
+        parser.error(f"'{folder}' is there already")
+    else:
+        folder.mkdir(parents=True)
+        prepare(folder)

@@ -12,7 +12,9 @@ from loretta.studies.configs import Options
 from loretta.studies.expansion import expand
 from loretta.studies.results import collect, collect_all, interval
 from loretta.studies.runner import write_study
+from loretta.studies.show import results_table
 from loretta.studies.study import load_study
+from loretta.wording import as_text
 
 
 def test_interval_by_hand():
@@ -58,6 +60,8 @@ def test_cells_and_what_is_missing(tmp_path):
         (2, "failed", "OutOfMemoryError: no room")
     ]
     assert (rte.parameters, rte.adapter_bytes, rte.printed_parameters) == (10, 40, "0.10M")
+    shown = as_text(results_table(results)).splitlines()
+    assert any(line.endswith("74.00 ± 9.94 [75.50]   85.00 ± 63.53 (2 of 3 seeds) [93.53]") for line in shown)
     assert rte.scores[0].repeat.startswith(f"loretta train --config {tmp_path}/deberta-base/rte/loretta_adp/s0/config")
 
 

@@ -16,7 +16,7 @@ from transformers import Trainer, TrainingArguments
 from tuners.families import build, logits
 from tuners.wrapped import config_for, every_method, own_trains, trained, wrap
 
-from loretta import PeftModel, get_peft_model
+from loretta import InputError, PeftModel, export_lora, get_peft_model
 from loretta.plan import read_plan, trainable_by_kind
 from loretta.tuners.card import write_card
 
@@ -139,6 +139,30 @@ def test_its_program_loads_the_adapter(family, method, task, base, tmp_path, mon
     for program in merge:
         exec(program, names)
         assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("method", ["rep", "shared"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"train_norms": False},
+        {"train_norms": False, "train_scales": ["mlp"]},
+        {"train_norms": False, "modules_to_save": ["norm"]},
+        {"train_norms": False, "modules_to_save": ["lm_head"]},
+    ],
+    ids=str,
+)
+def test_it_promises_a_lora_where_one_can_be_written(options, method, tmp_path):
+    model = saved(tmp_path, "llama", method, "CAUSAL_LM", **options)
+    try:
+        export_lora(model, tmp_path / "lora")
+        written = True
+    except InputError as error:
+        assert "--to merged" in str(error)
+        written = False
+    text = card_of(tmp_path).text
+    assert ("export --to lora" in text, "export --to merged" in text) == (written, not written)
 
 
 def with_adapter(model, method: str, task: str | None) -> PeftModel:

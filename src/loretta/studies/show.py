@@ -125,7 +125,7 @@ def _score(cell: "Cell | None", scale: float) -> str:
     words = with_half(cell.mean, cell.high, scale)
     if cell.finished < cell.asked:
         words += f" ({cell.seeds})"
-    return words if cell.printed is None else rf"{words} \[{figure(cell.printed, scale)}]"
+    return words if cell.printed is None else f"{words} [{figure(cell.printed, scale)}]"
 
 
 def with_half(mean: float | None, high: float | None, scale: float) -> str:
