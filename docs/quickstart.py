@@ -26,7 +26,8 @@ sys.path.insert(0, str(ROOT / "tests"))
 HEADER = """# The first hour
 
 What each command prints, one after the other, on a random BERT and a random LLaMA of two layers, whose words are those
-of a table of 96 reviews. From a checkout of the repository, this makes them in a folder to follow along in:
+of a table of 96 reviews. Bars and the libraries' own lines are left out. From a checkout of the repository, this makes
+them in a folder to follow along in:
 
 ```bash
 python docs/quickstart.py first-hour
@@ -86,7 +87,8 @@ STEPS: list[tuple[str, str, list[str]]] = [
     ),
     (
         "Use it",
-        "A file keeps all its columns.",
+        "A file keeps all its columns. transformers' pipeline also reports tensors as `MISSING`, and "
+        "[none is](troubleshooting.md#missing-in-the-report-of-modelload_adapter).",
         [
             "loretta eval runs/first --cpu",
             "loretta predict runs/first new.csv --probabilities --cpu -o answers.csv",

@@ -1,5 +1,6 @@
 """The model card tells the truth about the adapter beside it, and leaves alone what others wrote."""
 
+import contextlib
 import re
 import shutil
 from collections import Counter
@@ -155,12 +156,9 @@ def test_its_program_loads_the_adapter(family, method, task, base, tmp_path, mon
 )
 def test_it_promises_a_lora_where_one_can_be_written(options, method, tmp_path):
     model = saved(tmp_path, "llama", method, "CAUSAL_LM", **options)
-    try:
+    with contextlib.suppress(InputError):
         export_lora(model, tmp_path / "lora")
-        written = True
-    except InputError as error:
-        assert "--to merged" in str(error)
-        written = False
+    written = (tmp_path / "lora").exists()
     text = card_of(tmp_path).text
     assert ("export --to lora" in text, "export --to merged" in text) == (written, not written)
 
