@@ -25,8 +25,17 @@ def texts(task):
 def test_files_follow_each_other(folder):
     """In a list, by a pattern, in a folder; on every side of the split."""
     expected = [f"text {k}" for k in range(10)]
-    for given in (f"{folder}/a.csv,{folder}/b.tsv", f"{folder}/*.?sv", f"{folder}", f"{folder}/**/*.?sv"):
-        assert texts(load_task(given, label="label")) == expected
+    names = {
+        f"{folder}/a.csv,{folder}/b.tsv": "a.csv and 1 more",
+        f"{folder}/a.csv,{folder}/b*": "a.csv and 1 more",
+        f"{folder}/*.?sv": "*.?sv",
+        f"{folder}": folder.name,
+        f"{folder}/**/*.?sv": "*.?sv",
+    }
+    for given, name in names.items():
+        task = load_task(given, label="label")
+        assert (texts(task), task.name) == (expected, name)
+        assert f" of the 10 rows of '{name}' were held out" in task.notes[0]
     task = load_task(f"{folder}/a.csv", label="label", validation=f"{folder}/*.tsv")
     assert list(task.validation["text"]) == expected[6:]
     odd = folder / "a,b.csv"

@@ -120,7 +120,7 @@ def record_of(*, confusion, losses=(0.7, 0.6), best=2, evaluations=2, **more) ->
 def test_the_advice_follows_from_the_numbers():
     majority = record_of(confusion=[[30, 0], [20, 0]])
     assert beats_baseline(majority) is False
-    assert "every answer is one class: 'a'" in last_lines(majority)
+    assert "every answer is the same: 'a'" in last_lines(majority)
     assert "raise the rate, --lr 0.0015" in next_step(majority)
     assert "lower the rate, --lr 0.00033" in next_step(record_of(confusion=[[30, 0], [20, 0]], losses=(0.7, 3.0)))
     assert "not finite" in next_step(record_of(confusion=[[30, 0], [20, 0]], losses=(0.7, math.nan)))

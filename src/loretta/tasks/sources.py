@@ -53,7 +53,11 @@ class Files:
 
     @property
     def name(self) -> str:
-        return Path(self.given).name if len(self.files) > 1 else self.files[0].name
+        """That of the file, of the folder or pattern, or of the first of several that were named."""
+        first = self.files[0].name
+        if len(self.files) == 1:
+            return first
+        return Path(self.given).name if _is_one(self.given) else f"{first} and {len(self.files) - 1} more"
 
     def __str__(self) -> str:
         return f"{self.files[0]} and {len(self.files) - 1} more" if len(self.files) > 1 else str(self.files[0])
@@ -67,7 +71,7 @@ def find_files(given: str, separator: str | None = None) -> Path | Files:
 
     Raises InputError for none, for files of different kinds, and for a ``separator`` where none is CSV or TSV.
     """
-    parts = [given] if "," not in given or os.path.exists(given) else [part.strip() for part in given.split(",")]
+    parts = [given] if _is_one(given) else [part.strip() for part in given.split(",")]
     files = [file for part in parts for file in _expand(part)]
     endings = {read.ending(file) for file in files}
     if len(files) > 1 and len({ending in TEXT_ENDINGS for ending in endings}) > 1:
@@ -80,6 +84,11 @@ def find_files(given: str, separator: str | None = None) -> Path | Files:
         if len(mark) != 1 or mark in '"\r\n':
             raise InputError(f"--separator {quoted(separator)} is not one character: give ';', '|' or tab")
     return files[0] if len(files) == 1 and mark is None else Files(given, tuple(files), mark, [])
+
+
+def _is_one(given: str) -> bool:
+    """Whether it is one name and not several with commas between them."""
+    return "," not in given or os.path.exists(given)
 
 
 def _expand(given: str) -> list[Path]:

@@ -116,7 +116,7 @@ def last_lines(record: RunRecord) -> list[str]:
         values = ", ".join(f"{name} {value:.4f}" for name, value in answers.baseline.items() if name != "loss")
         lines.append(f"for comparison: {answers.constant} scores {values} on {answers.split}")
         if answers.only is not None:
-            lines.append(f"every answer is one class: {quoted(answers.only)}")
+            lines.append(f"every answer is the same: {quoted(answers.only)}")
     return [*lines, f"next: {next_step(record)}"]
 
 
