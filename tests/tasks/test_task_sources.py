@@ -118,10 +118,10 @@ def hub(monkeypatch):
 
     splits = DatasetDict({"train": rows(0, 8), "dev": rows(8, 12), "extra": rows(12, 15)})
 
-    def load_dataset(name, config=None, *, split=None):
+    def load_dataset(name, config=None):
         if (name, config) != ("org/moods", "small"):
             raise FileNotFoundError(f"Couldn't find {name}")
-        return splits if split is None else splits[split]
+        return splits
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
 
@@ -131,12 +131,13 @@ def test_a_dataset_on_the_hub(hub, folder, refused):
     assert (task.name, task.label_names) == ("org/moods:small", ("high", "low")), "classes by their names"
     assert (list(task.train["text"]), len(task.validation), task.test) == ([f"text {k}" for k in range(8)], 4, None)
     other = load_task("org/moods:small", label="mood", split="train=dev,test=extra", validation=None)
-    assert (len(other.train), len(other.validation), len(other.test)) == (4, 4, 3)
-    assert len(load_task("org/moods:small", label="mood", split="extra").train) == 3
+    assert (len(other.train), len(other.validation), len(other.test)) == (2, 2, 3), "dev is not validated on too"
+    part = load_task("org/moods:small", label="mood", split="train=train[:6],validation=train[75%:]+dev[:1]")
+    assert list(part.train["text"]) == [f"text {k}" for k in range(6)]
+    assert list(part.validation["text"]) == ["text 6", "text 7", "text 8"]
     refused(lambda: load_task("org/moods", label="mood"), "no dataset that can be loaded", "Couldn't find org/moods")
-    refused(
-        lambda: load_task("org/moods:small", label="mood", split="none"), "no dataset that can be loaded", "--split"
-    )
+    for split in ("none", "none[:2]", "train[:x]"):
+        refused(lambda split=split: load_task("org/moods:small", label="mood", split=split), f"no split '{split}'")
     refused(lambda: load_task("org/moods:small", label="mood", split="vali=dev"), "'vali'", "is none of 'train'")
     refused(lambda: load_task("org/moods:small", label="mood", text="words"), "has no column 'words'", "'text', 'mood'")
     refused(lambda: load_task("org/moods:small", label="mood", separator=";"), "--separator does not fit")
@@ -182,8 +183,11 @@ def test_a_dataset_of_save_to_disk(tmp_path, refused):
     assert (list(task.train["text"]), list(task.validation["text"])) == (rows["text"][:8], rows["text"][8:])
     assert task.test is None
     assert task.notes == (f"the test split of '{tmp_path / 'parts'}' has no labels: left out",)
-    assert len(load_task(tmp_path / "parts", label="mood", split="dev").train) == 4
+    task = load_task(tmp_path / "parts", label="mood", split="dev")
+    assert texts(task) == sorted(rows["text"][8:]), "each row on one side"
+    assert list(load_task(tmp_path / "parts", label="mood", split="train[4:]").train["text"]) == rows["text"][4:8]
     refused(lambda: load_task(tmp_path / "parts", label="mood", split="none"), "no split 'none'", "'train', 'dev'")
+    refused(lambda: load_task(tmp_path / "parts", label="mood", split="train[9:]"), "has no rows in 'train[9:]'")
     refused(lambda: load_task(tmp_path / "one", label="mood", test=tmp_path / "parts"), "give it alone, as --data")
     (tmp_path / "one" / "data-00000-of-00001.arrow").write_bytes(b"no Arrow")
     refused(lambda: load_task(tmp_path / "one", label="mood"), "is a damaged dataset")

@@ -179,12 +179,7 @@ def load_saved(given: str, split: str | None) -> dict[str, HubSplit]:
         found = load_from_disk(os.path.expanduser(given))
     except Exception as error:  # of damaged files
         raise InputError(f"'{given}' is a damaged dataset ({one_line(error)}): save it again") from None
-    whole: Any = {"train": found} if isinstance(found, Dataset) else found
-    asked = read_split(split)
-    for part in asked.values():
-        if part not in whole:
-            raise InputError(f"'{given}' has no split {quoted(part)}: give --split NAME, one of {listed(whole)}")
-    return _by_role(given, {role: whole[part] for role, part in asked.items()}, asked, whole)
+    return _by_role(given, {"train": found} if isinstance(found, Dataset) else found, read_split(split))
 
 
 def load_hub(given: str, split: str | None) -> dict[str, HubSplit]:
@@ -203,20 +198,33 @@ def load_hub(given: str, split: str | None) -> dict[str, HubSplit]:
         whole = load_dataset(name, config or None)
         if not isinstance(whole, DatasetDict):
             raise ValueError("it has no splits")
-        parts = {role: load_dataset(name, config or None, split=part) for role, part in asked.items()}
-    except Exception as error:  # of the Hub, the network, the files, the split
+    except Exception as error:  # of the Hub, the network, the files
         raise InputError(
             f"'{given}' is no file here, and no dataset that can be loaded from the Hub ({one_line(error)}): "
-            "mend the name, its config (org/name:config) or --split"
+            "mend the name or its config (org/name:config)"
         ) from None
-    return _by_role(given, parts, asked, whole)
+    return _by_role(given, whole, asked)
 
 
-def _by_role(given: str, parts: Mapping[str, Any], asked: Mapping[str, str], whole: Any) -> dict[str, HubSplit]:
-    """The splits that were asked for, and others of ``whole`` whose names say their role."""
-    found = {role: HubSplit(given, asked[role], data) for role, data in parts.items()}
+def _by_role(given: str, whole: "Mapping[str, datasets.Dataset]", asked: Mapping[str, str]) -> dict[str, HubSplit]:
+    """The splits or parts that were asked for, and of the others those whose names say their role."""
+    from datasets import ReadInstruction, concatenate_datasets
+
+    found, taken, lengths = {}, set(), {name: len(rows) for name, rows in whole.items()}
+    for role, words in asked.items():
+        try:
+            parts = ReadInstruction.from_spec(words).to_absolute(lengths)
+        except (ValueError, AssertionError):
+            raise InputError(
+                f"'{given}' has no split {quoted(words)}: give --split NAME, one of {listed(whole)}, or NAME[:1000]"
+            ) from None
+        if any(part.from_ >= part.to for part in parts):
+            raise InputError(f"'{given}' has no rows in {quoted(words)}: its splits have {lengths}")
+        rows = concatenate_datasets([whole[part.splitname].select(range(part.from_, part.to)) for part in parts])
+        found[role] = HubSplit(given, words, rows)
+        taken |= {part.splitname for part in parts}
     for role, names in SPLITS.items():
-        there = next((each for each in names if each in whole), None)
+        there = next((each for each in names if each in whole and each not in taken), None)
         if role not in found and there is not None:
             found[role] = HubSplit(given, there, whole[there])
     if "train" not in found:
