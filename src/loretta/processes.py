@@ -6,6 +6,7 @@ have to come to them, in the same order.
 
 import itertools
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -40,6 +41,16 @@ def rank() -> int:
 def is_first() -> bool:
     """Whether this process speaks and writes for all that train together."""
     return rank() == 0
+
+
+def leave_it_to_the_first(seconds: float = 10) -> None:
+    """Wait for the launcher to end this process, where it fails; return in the first one, and where no other failed.
+
+    All processes mostly fail alike. The launcher ends the others as soon as one is gone, which has to be the one that
+    speaks.
+    """
+    if not is_first():
+        time.sleep(seconds)
 
 
 def is_sharded() -> bool:

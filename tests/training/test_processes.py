@@ -211,6 +211,19 @@ def test_other_verbs_are_for_one_process(monkeypatch, capsys):
     assert "'compare' is the work of one process" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_that_alone_fails_speaks_later_than_the_first_would(rank, monkeypatch, capsys):
+    waits = []
+    monkeypatch.setattr(processes.time, "sleep", lambda seconds: waits.append((seconds, capsys.readouterr().err)))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setattr("sys.argv", ["loretta", "compare", "--model", "x"])
+    with pytest.raises(SystemExit):
+        main()
+    assert waits == [(10, "")] * rank, "a launcher ends it while it waits"
+    assert "'compare' is the work of one process" in capsys.readouterr().err
+
+
 def test_fsdp_is_for_several_processes(folder):
     with pytest.raises(InputError, match="torchrun"):
         train(config_of(folder, "encoder", "rep", "fsdp-alone", fsdp=True))

@@ -98,8 +98,8 @@ def main() -> None:
     try:
         app(prog_name="loretta")
     except InputError as error:
-        if processes.is_first():  # all processes fail alike, so one of them speaks
-            print(f"loretta: {printable(error)}", file=sys.stderr)
+        processes.leave_it_to_the_first()
+        print(f"loretta: {printable(error)}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
         if error.errno not in DISK | NAMES:
