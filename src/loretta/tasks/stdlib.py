@@ -75,7 +75,7 @@ def load(root: Path | None = None) -> Task:
         label_names=tuple(parts),
         metrics=("accuracy",),
         **{split: _dataset(rows) for split, rows in splits.items()},
-        notes=(f"{n_sentences} sentences from the documentation in Python {platform.python_version()}'s sources",),
+        notes=(f"{n_sentences:,} sentences from the documentation in Python {platform.python_version()}'s sources",),
     )
 
 
