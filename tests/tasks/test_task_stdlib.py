@@ -33,7 +33,7 @@ def test_sizes(task):
     total = sum(sizes)
     assert 3000 <= total <= 3900
     assert [size / total for size in sizes] == [pytest.approx(share, abs=0.01) for share in (0.7, 0.1, 0.2)]
-    assert str(total) in task.notes[0]
+    assert f"{total:,}" in task.notes[0]
 
 
 def test_every_part_is_in_every_split_and_none_dominates(task):
