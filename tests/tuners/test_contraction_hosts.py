@@ -63,6 +63,18 @@ def test_functional_transforms_pass_through(method):
 
 
 @every_method
+@pytest.mark.parametrize("options", [{"init_weights": "denoised"}, {"train_head": "frozen"}], ids=str)
+def test_the_first_training_call_may_be_one_of_a_transform(method, options):
+    """What is frozen is looked at in that call, and torch.func lets nobody freeze."""
+    if "init_weights" in options and method != "rep":
+        options = {}
+    model, inputs = adapted("bert", method, task="SEQ_CLS", **options)
+    values = {name: value.detach() for name, value in trainable(model).items()}
+    got = torch.func.grad(lambda values: weighted(functional_call(model.train(), values, (), inputs).logits))(values)
+    assert_trained_near(got, gradients(model, lambda: loss(model, inputs).backward()))
+
+
+@every_method
 def test_transposed_inputs(method):
     model = adapted_rows(method)
     x = torch.randn(12, 2, 3, dtype=torch.float64)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from draws import seed_torch
+from peft import PeftModel
 from tuners.families import build, logits
 from tuners.wrapped import config_for, every_method, trained
 
@@ -80,3 +81,27 @@ def test_a_head_that_holds_something_keeps_its_rows(method):
     with pytest.raises(InputError, match="num_labels=3"):
         model.add_adapter("other", config(method, ["a", "b", "c"]))
     assert torch.equal(logits(model, inputs), expected)
+
+
+@every_method
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_a_head_of_another_number_of_classes_is_refused_in_a_sentence(method, tmp_path):
+    """torch spoke of a size mismatch in load_state_dict; LoRA's copies still end so."""
+    model, inputs = build("bert", "SEQ_CLS", num_labels=3)
+    model = trained(get_peft_model(model, config_for(method, task_type="SEQ_CLS"))).eval()
+    model.save_pretrained(tmp_path)
+    words = r"classifier.*\(3, ?\d*\), and this model has \(2, ?\d*\) there: load the model with num_labels=3"
+    with pytest.raises(InputError, match=words):
+        PeftModel.from_pretrained(build("bert", "SEQ_CLS", num_labels=2)[0], tmp_path)
+    second = get_peft_model(build("bert", "SEQ_CLS", num_labels=2)[0], config_for(method, task_type="SEQ_CLS"))
+    with pytest.raises(InputError, match=words):
+        second.load_adapter(tmp_path, "second")
+    native, _ = build("bert", "SEQ_CLS", num_labels=2)
+    plain = logits(native.eval(), inputs)
+    with pytest.raises(InputError, match=r"have other sizes on this model, .* with num_labels for as many classes"):
+        native.load_adapter(tmp_path)
+    assert torch.equal(logits(native, inputs), plain)
+    with pytest.warns(UserWarning, match="ignore_mismatched_sizes=True"):  # as PEFT's: the head of the base stays
+        PeftModel.from_pretrained(build("bert", "SEQ_CLS", num_labels=2)[0], tmp_path, ignore_mismatched_sizes=True)
+    again = PeftModel.from_pretrained(build("bert", "SEQ_CLS", num_labels=3)[0], tmp_path)
+    assert torch.equal(logits(again.eval(), inputs), logits(model, inputs))

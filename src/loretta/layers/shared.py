@@ -157,6 +157,8 @@ def shared_factors(parts: Parts, seats: Sequence[Seat]) -> tuple[Tensor, Tensor]
 
 
 def _chosen(cores_NRS: Tensor, numbers: Sequence[int]) -> Tensor:
+    if len(numbers) == 1:  # of a layer on its own, as within a checkpoint: torch compiles none with an unbind in it
+        return cores_NRS.narrow(-3, numbers[0], 1)
     # unbind and stack, because an index tensor would have to be copied to the device in every call
     cores = cores_NRS.unbind(-3)
     return torch.stack([cores[number] for number in numbers], dim=-3)

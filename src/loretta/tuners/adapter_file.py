@@ -39,11 +39,14 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], whose: str) -> None:
             )
 
 
-def check_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor], own: Collection[str]) -> None:
+def check_tensors(
+    model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor], own: Collection[str], *, resized: bool = False
+) -> None:
     """Refuse tensors that are not finite, and those that would overwrite the base model.
 
     Beside the trains (``own`` keys) an adapter may bring its copies of modules trained whole, trained biases of the
     base, and embeddings, which PEFT saves where they were resized: rows beyond those of the checkpoint may differ.
+    With ``resized`` copies may have another size here: PEFT leaves them as they are.
 
     Raises InputError that names the first key.
     """
@@ -51,7 +54,7 @@ def check_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[str, Ten
     allowed = tuple(f"{name}." for name in _homes(model, adapter_name))
     base = model.state_dict() if len(tensors) > len(own) else {}
     resizable = _embeddings(model) if base else ()
-    for given in tensors.keys() - own:
+    for given in sorted(tensors.keys() - own):
         of_a_head = ".cores." in given and not any(n.startswith(allowed) for n in (given, given.removeprefix(PREFIX)))
         if of_a_head or any(part.startswith("loretta_") for part in given.split(".")):
             raise InputError(
@@ -60,6 +63,9 @@ def check_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[str, Ten
             )
         # PEFT passes over tensors of modules that this model lacks
         key = given if given in base else given.removeprefix(PREFIX)
+        if key in base and key.startswith(allowed) and base[key].shape != tensors[given].shape and not resized:
+            name = key.removeprefix(PREFIX).replace(f".modules_to_save.{adapter_name}.", ".")
+            raise InputError(_of_another_size(name, tensors[given].shape, base[key].shape))
         if key not in base or key.endswith(".bias") or key.startswith(allowed):
             continue
         if not (key.startswith(resizable) and _keeps_rows(base[key], tensors[given], _rows_of_checkpoint(model))):
@@ -69,11 +75,26 @@ def check_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[str, Ten
             )
 
 
+def _of_another_size(name: str, given: torch.Size, here: torch.Size) -> str:
+    """What is wrong with a copied module, in most cases the last layer of a head, which has a row for each class."""
+    rows = given[1:] == here[1:]
+    mend = f"with num_labels={given[0]}, if these are classes" if rows else "as it was when the adapter was trained"
+    return (
+        f"the adapter's file holds {quoted(name)} of the size {tuple(given)}, and this model has {tuple(here)} there: "
+        f"load the model {mend}"
+    )
+
+
 def check_whole(model: nn.Module, adapter_name: str, loaded: Any, source: Any) -> None:
     """Refuse what transformers has loaded as an adapter of a model, where it ``loaded`` less or had more than that.
 
-    Raises InputError that names the first tensor.
+    ``loaded`` is None where tensors had other sizes, which its report names. Raises InputError that names the first.
     """
+    if loaded is None:
+        raise InputError(
+            f"tensors of the adapter {str(source or adapter_name)!r} have other sizes on this model, as the report "
+            "above says: load the model that it was trained on, with num_labels for as many classes as it has"
+        )
     # a layer of the head that came with the base lies in no file of an adapter
     lacking = [key for key in sorted(loaded.missing_keys) if f".{adapter_name}." in key and not key.endswith(OF_BASE)]
     beyond = sorted(loaded.unexpected_keys)

@@ -15,7 +15,7 @@ from loretta import tt
 from loretta.errors import InputError
 from loretta.layers.fused import HALF
 from loretta.layers.trains import TTLinear
-from loretta.tuners.layer import is_offloaded
+from loretta.tuners.layer import freeze_in_dtype, is_offloaded
 from loretta.tuners.mixed import in_turn
 from loretta.tuners.norms import call_here
 
@@ -159,10 +159,10 @@ class AdapterCopy(ModulesToSaveWrapper):
                 train = copied.get_submodule(path)
                 if isinstance(train, ChangedLinear) and train.start is not None:
                     # rounded as the cores have been, as by TRL: they were equal
-                    train.start.to(train.cores.values.dtype)
+                    freeze_in_dtype(train.start, train.cores.values.dtype)
             trained = self.trained(adapter_name)
             for name, parameter in copied.named_parameters():
-                if name not in trained:
+                if name not in trained and parameter.requires_grad:
                     parameter.requires_grad_(False)
 
     def trained(self, adapter_name: str) -> set[str]:

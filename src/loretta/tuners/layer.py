@@ -205,9 +205,8 @@ class LorettaLayer(JointLayer, AdaptedModule):
         """
         for part in self.trains:
             if part.startswith("start_"):
-                self._part(part).requires_grad_(False)
                 for name, start in self._part(part).items():
-                    start.to(cast(Cores, self._part(part.removeprefix("start_"))[name]).values.dtype)
+                    freeze_in_dtype(start, cast(Cores, self._part(part.removeprefix("start_"))[name]).values.dtype)
 
     def set_scaling(self, adapter_name: str, config: Any) -> None:
         """Take the factor on one adapter's effect from its config."""
@@ -257,6 +256,19 @@ class LorettaLayer(JointLayer, AdaptedModule):
     def _rows_by_adapter(adapter_names: Sequence[str], known: Sequence[str]) -> Iterator[tuple[str, list[int]]]:
         """(adapter, its rows) for every adapter of a mixed batch that this layer has; "__base__" is none of them."""
         return ((name, rows) for name, rows in rows_by_adapter(adapter_names) if name in known)
+
+
+def freeze_in_dtype(module: nn.Module, dtype: torch.dtype) -> None:
+    """Freeze a module, and cast it to ``dtype``.
+
+    What is so already is left alone: within torch.func's transforms torch lets nobody freeze, and crashes behind them
+    where a cast has set the ``data`` of a parameter.
+    """
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.requires_grad_(False)
+    if any(tensor.dtype != dtype for tensor in (*module.parameters(), *module.buffers())):
+        module.to(dtype)
 
 
 def within_updates(parent: nn.Module, child: str, prefix: str) -> tuple[nn.Module, str]:

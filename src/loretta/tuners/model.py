@@ -1,6 +1,7 @@
 """What the tuners of all methods share: planning before injection, norms and heads, mixed batches, load checks."""
 
 import copy
+import sys
 import warnings
 from collections.abc import Iterable
 from contextlib import contextmanager, nullcontext
@@ -374,7 +375,9 @@ class LorettaModel(MergingTuner):
                     f"this adapter was trained for another base model: '{key}' needs {tuple(parameter.shape)} here "
                     f"and the file {what}; load it with '{base}'"
                 )
-        check_tensors(model, adapter_name, loaded, own=expected.keys())
+        # PEFT's option for copies, which it does not hand on
+        resized = bool(sys._getframe(1).f_locals.get("ignore_mismatched_sizes"))
+        check_tensors(model, adapter_name, loaded, own=expected.keys(), resized=resized)
         take_over(model, config, adapter_name)
         layer = next(module for module in model.modules() if isinstance(module, AdaptedModule))
         if adapter_name in layer.biases.options and adapter_name not in layer.active_adapters:

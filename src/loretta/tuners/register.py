@@ -77,7 +77,8 @@ def keep_our_part_of_cards() -> None:
 def check_what_transformers_loads() -> None:
     """Have the models of transformers refuse an adapter of ours that they have not loaded whole.
 
-    Their ``load_adapter`` reports what the file lacks, or has too much, and computes with the rest.
+    Their ``load_adapter`` reports what the file lacks, or has too much, and computes with the rest. Where a size is
+    another one it fails, and leaves the adapter on the model.
     """
     transformers_own = PeftAdapterMixin.load_adapter
     if hasattr(transformers_own, "__wrapped__"):  # by an earlier call
@@ -85,9 +86,15 @@ def check_what_transformers_loads() -> None:
 
     @wraps(transformers_own)
     def load_adapter(self: Any, peft_model_id: Any = None, adapter_name: str | None = None, *rest: Any, **options: Any):
-        loaded = transformers_own(self, peft_model_id, adapter_name, *rest, **options)
         name = adapter_name or "default"
-        if str(self.peft_config[name].peft_type.value).startswith("LORETTA_"):
+        is_ours = lambda: str(self.peft_config[name].peft_type.value).startswith("LORETTA_")  # noqa: E731
+        try:
+            loaded = transformers_own(self, peft_model_id, adapter_name, *rest, **options)
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error) or not is_ours():
+                raise
+            loaded = None
+        if is_ours():
             try:
                 check_whole(self, name, loaded, peft_model_id)
             except InputError:
