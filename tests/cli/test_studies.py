@@ -176,6 +176,17 @@ BAD = {
     "unknown method": (["reproduce", "table1", "--methods", "lorra"], "did you mean 'lora'"),
     "bad rates": (["reproduce", "table1", "--rates", "fast"], "--rates 'fast'"),
     "rate of 0": (["reproduce", "table1", "--rates", "0"], "above 0"),
+    "a rate and rates": (["reproduce", "table1", "--rates", "1e-3,1e-2", "--lr", "1e-3"], "learning_rate=0.001 is one"),
+    "a rate and a sweep": (["reproduce", "table1", "--sweep", "--set", "lr=1e-3"], "learning_rate=0.001 is one"),
+    "one and several": (
+        ["compare", "--data", "rte", "--try", "adp.tensor_rank=2,5", "--set", "loretta_adp.tensor_rank=4"],
+        "loretta_adp.tensor_rank=4 is one",
+    ),
+    "a batch and batches": (["reproduce", "table1", "--sweep-batches", "--batch-size", "8"], "batch_size=8 is one"),
+    "ranks of none": (
+        ["compare", "--data", "rte", "--methods", "ia3", "--ranks", "2"],
+        "--ranks is for 'compact',",
+    ),
     "bad set": (["reproduce", "table1", "--set", "epochs"], "key=value"),
     "bad value": (["reproduce", "table1", "--set", "epochs=-1"], "epochs"),
     "words for a number": (["reproduce", "table1", "--set", "learning_rate=fast"], "learning_rate='fast'"),

@@ -147,7 +147,7 @@ def test_too_few_seeds_say_little(tmp_path):
 
 
 def test_rows_of_a_comparison():
-    study = comparison("my.csv", ["lora", "adp", "rep", "ia3"], ranks=[2, 20], seeds=5, settings={})
+    study = comparison("my.csv", ["lora", "adp", "rep", "ia3", "compact"], ranks=[2, 20], seeds=5, settings={})
     assert {row.name: row.options for row in study.rows} == {
         "lora-r2": {"r": 2, "lora_alpha": 4},
         "lora-r20": {"r": 20, "lora_alpha": 40},
@@ -156,6 +156,8 @@ def test_rows_of_a_comparison():
         "loretta_rep-r2": {"tensor_rank": 2, "r": 8},
         "loretta_rep-r20": {"tensor_rank": 20, "r": 20},
         "ia3": {},
+        "compact-r2": {"tensor_rank": 2},
+        "compact-r20": {"tensor_rank": 20},
     }
     with pytest.raises(InputError, match="unknown method 'lorra'"):
         comparison("my.csv", ["lorra"], settings={})

@@ -130,6 +130,23 @@ def sweep_options(sweep: bool, search: str | None, rates: str | None, tries: Seq
     }
 
 
+def _refuse_fixed(settings: Mapping[str, Any], swept: Mapping[str, Any], *, batches: bool) -> None:
+    """Raise InputError for an option that is given one value and is to be chosen among several."""
+    from loretta.studies.configs import ALIASES as METHODS
+
+    def whole(key: str) -> str:
+        method, *name = key.split(".")
+        return ".".join([METHODS.get(method, method), *name])
+
+    of_rates = {"learning_rate": swept["sweep"] or swept["rates"], "batch_size": batches}
+    tried = {*map(whole, swept["tries"]), *(key for key, is_tried in of_rates.items() if is_tried)}
+    if fixed := next((key for key in settings if whole(key) in tried), None):
+        raise InputError(
+            f"{fixed}={settings[fixed]!r} is one value for all runs, and the sweep chooses among several: give it in "
+            "--rates or --try, or leave the sweep out"
+        )
+
+
 def population_size(given: str) -> int | None:
     """The value of ``--population``; None for "auto"."""
     if given == "auto":
@@ -172,7 +189,9 @@ def carry_out(
     together, is_comparison = population_size(population), study.view == "compare"
     whole = {"limit": given.pop("limit"), "data_dir": given.pop("data_dir"), "cpu": bool(given.pop("cpu"))}
     swept = sweep_options(sweep, search, rates, tries)
-    options = Options(**narrowed, **whole, **swept, sets=run_settings(given, sets))
+    settings = run_settings(given, sets)
+    _refuse_fixed(settings, swept, batches=bool(narrowed.get("batches")))
+    options = Options(**narrowed, **whole, **swept, sets=settings)
     if is_comparison:
         check_data(study, options, root)
     if dry_run:

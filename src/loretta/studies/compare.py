@@ -18,10 +18,11 @@ from loretta.studies.study import Grid, Row, Study
 from loretta.tasks.metrics import metric_range
 from loretta.training.baseline import CHANCE
 from loretta.training.methods import find_method
+from loretta.wording import listed
 
 # a factor of 5 between neighbours, around the methods' defaults (loretta.training.methods)
 RATES = (2e-4, 1e-3, 5e-3)
-_RANKED = ("loretta_adp", "loretta_rep", "loretta_shared", "lora")
+_RANKED = ("compact", "loretta_adp", "loretta_rep", "loretta_shared", "lora")
 
 
 def comparison(
@@ -41,6 +42,8 @@ def comparison(
         find_method(method)
         for row in _rows(method, ranks):
             rows[row.name] = row
+    if ranks and not any(row.method in _RANKED for row in rows.values()):
+        raise InputError(f"--ranks is for {listed(_RANKED)}, and --methods has none of them: leave it out")
     task = Path(data).stem if Path(data).suffix else data
     return Study(
         name="compare",
