@@ -35,6 +35,13 @@ def from_pretrained(auto: Any, source: str, **wanted: Any) -> Any:
         return auto.from_pretrained(source, **_NO_CODE, **wanted)
 
 
+def has_config(source: str) -> bool:
+    """Whether a folder, or what is here of a name on the Hub, has the configuration of a model."""
+    with suppress(OSError, ValueError):
+        return bool(PreTrainedConfig.get_config_dict(source, local_files_only=True)[0])
+    return False
+
+
 def _is_path(source: str) -> bool:
     """Whether it cannot be a name on the Hub, which has one slash at most."""
     return source.startswith(("/", ".", "~")) or source.count("/") > 1 or source.endswith("/")

@@ -131,7 +131,7 @@ def test_a_tokenizer_without_an_end_of_texts_is_refused_where_trl_adds_it(comman
 @pytest.mark.parametrize(
     ("model", "more", "words"),
     [
-        ("./none", [], ["cannot load a tokenizer from './none' (there is no such folder)"]),
+        ("./none", [], ["cannot load a model from './none' (there is no such folder)", "--model_name_or_path"]),
         ("some/model", ["--model_revision", "v1"], ["--model_revision v1", "hf download some/model --revision v1"]),
     ],
 )

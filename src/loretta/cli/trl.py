@@ -182,7 +182,10 @@ def _check_options(
         )
     template = getattr(training_args, "chat_template_path", None)
     if template is not None and form.config is not None and not Path(template).is_file():
-        known, tokens = _tokenizer(name).vocab, _tokenizer(template).added_tokens_decoder.values()
+        known, tokens = (
+            _tokenizer(name).vocab,
+            _tokenizer(template, "--chat_template_path").added_tokens_decoder.values(),
+        )
         if new := [token.content for token in tokens if token.content not in known]:
             raise InputError(
                 f"--chat_template_path {template}: its tokens {', '.join(new)} are new to the model, and an adapter "
@@ -252,13 +255,13 @@ def _check_columns(command: str, rows: Any, training_args: Any, model_args: Any)
         )
 
 
-def _tokenizer(model: str) -> Any:
+def _tokenizer(model: str, option: str = "--model_name_or_path") -> Any:
     from transformers import AutoTokenizer
 
     from loretta.pretrained import from_pretrained
     from loretta.training.model import loading
 
-    with loading("tokenizer", model):
+    with loading("tokenizer", model, option=option):
         return from_pretrained(AutoTokenizer, model)
 
 
@@ -279,6 +282,6 @@ def _adapted(given: Any, init: dict[str, Any], *, kind: str, method: str, option
     if quantization is not None:
         wanted["quantization_config"] = quantization
     model = str(given.model_name_or_path)
-    with loading("model", model):
+    with loading("model", model, option="--model_name_or_path"):
         base = from_pretrained(getattr(transformers, AUTO_CLASSES[TASK_TYPES[kind]]), model, **wanted)
     return wrap(base, method, kind, options)

@@ -19,7 +19,7 @@ from loretta.errors import InputError
 from loretta.fingerprint import check_base
 from loretta.layers.fused import HALF
 from loretta.memory import saying_what_helps
-from loretta.pretrained import NotLoaded, from_pretrained
+from loretta.pretrained import NotLoaded, from_pretrained, has_config
 from loretta.record import RunRecord
 from loretta.tasks.base import Task
 from loretta.tasks.prompted import PromptedTask
@@ -41,14 +41,15 @@ TASK_TYPES = {
 
 
 @contextmanager
-def loading(what: str, model: str) -> Iterator[None]:
-    """Say in one sentence that a model or a tokenizer cannot be loaded, and why."""
+def loading(what: str, model: str, *, option: str = "--model") -> Iterator[None]:
+    """Say in one sentence that a model or a tokenizer cannot be loaded, and why; ``option`` names it."""
     try:
         yield
     except NotLoaded as error:
+        what = what if has_config(model) else "model"  # the tokenizer is asked for first, and nothing is there
         raise InputError(
             f"cannot load a {what} from '{model}' ({one_line(error)}): give a Hub id that can be reached, or a model's "
-            "folder, with --model"
+            f"folder, with {option}"
         ) from None
 
 
