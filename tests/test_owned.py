@@ -1,5 +1,6 @@
 """What LoRETTA may remove: what is on its own list and unchanged, and nothing else."""
 
+import errno
 import json
 import os
 import shutil
@@ -11,7 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from loretta import owned
-from loretta.errors import InputError
+from loretta.errors import InputError, Stopped
+from loretta.folders import stopping_if_not_written
 from loretta.owned import (
     LIST,
     building,
@@ -163,9 +165,28 @@ def test_a_failed_write_leaves_no_folder(kind, tmp_path):
             (new / "a").write_text("half")
             raise kind("full")
 
-    with pytest.raises(InputError, match=r"cannot write.*full"):
+    with pytest.raises(InputError, match=r"cannot write.*full.*: make room, or give another"):
         fail()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "mend"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "make room"),
+        (OSError(errno.EROFS, "Read-only file system"), "make it writable"),
+        (PermissionError(errno.EPERM, "Operation not permitted"), "make it writable"),
+        (SafetensorError("I/O error: Read-only file system (os error 30)"), "make it writable"),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), "make room"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory"), "put it back"),
+        (Exception("Permission denied (os error 13)"), "make it writable"),  # tokenizers'
+    ],
+    ids=str,
+)
+def test_a_failed_write_says_what_helps(error, mend):
+    words = rf"cannot write a file \(.*\): {mend}, and go on"
+    with pytest.raises(Stopped, match=words), stopping_if_not_written("a file", "go on"):
+        raise error
 
 
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600)])

@@ -1,5 +1,6 @@
 """Folders that are built under a temporary name, and what a kill leaves of them."""
 
+import errno
 import itertools
 import os
 import re
@@ -73,6 +74,15 @@ def why_not_written(error: BaseException) -> str | None:
     return "the disk did not take all of it" if is_torchs else None
 
 
+def what_helps(error: BaseException) -> str:
+    """What to do about an error of :func:`why_not_written`, of which safetensors and tokenizers tell the number."""
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    number = error.errno if isinstance(error, OSError) else int(told[1]) if told else None
+    if number in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "make it writable"
+    return "put it back" if number in (errno.ENOENT, errno.ESTALE) else "make room"
+
+
 @contextmanager
 def stopping_if_not_written(what: str, mend: str) -> Iterator[None]:
     """Raise Stopped, which ends in ``mend``, in place of an error that means that a disk did not take ``what``."""
@@ -81,7 +91,7 @@ def stopping_if_not_written(what: str, mend: str) -> Iterator[None]:
     except Exception as error:
         if (reason := why_not_written(error)) is None:
             raise
-        words = f"cannot write {what} ({reason}): make room, and {mend}"
+        words = f"cannot write {what} ({reason}): {what_helps(error)}, and {mend}"
         raise Stopped(words, exit_status=74) from None  # EX_IOERR of sysexits.h
 
 

@@ -18,7 +18,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator
 
 from loretta.errors import InputError
 from loretta.files import read_plain, write_whole
-from loretta.folders import LIST, is_temporary, sync, temporary_folder, why_not_written
+from loretta.folders import LIST, is_temporary, sync, temporary_folder, what_helps, why_not_written
 from loretta.locks import hold_file
 
 WAIT = 60.0  # seconds, for another process that puts something on the list of the same folder
@@ -179,7 +179,7 @@ def building(folder: Path, *, last: Sequence[str], option: str, keep: bool = Fal
             with suppress(OSError):
                 folder.rmdir()
         if (reason := why_not_written(error)) is not None:
-            raise InputError(f"cannot write to '{folder}' ({reason}): make room, or give {option}") from None
+            raise InputError(f"cannot write to '{folder}' ({reason}): {what_helps(error)}, or give {option}") from None
         raise
 
 

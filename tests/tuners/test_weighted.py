@@ -202,6 +202,7 @@ def test_two_heads_are_refused():
         ({"weights": [1.0]}, "2 adapters and 1 weights"),
         ({"adapter_name": "third"}, "'third' is taken"),
         ({"combination_type": "ties"}, "'ties' is none of"),
+        ({"combination_type": "dare_ties", "density": 0.5}, "'dare_ties' is none of .*; density=0.5 is no option"),
         ({"rank": 2, "error": 0.1}, "two budgets"),
         ({"rank": 0}, "rank=0"),
         ({"error": -1.0}, "error=-1.0"),

@@ -148,6 +148,7 @@ class LorettaRepModel(LorettaModel):
         rank: int | None = None,
         error: float | None = None,
         svd_rank: int | None = None,
+        **of_lora: Any,
     ) -> None:
         """Add an adapter whose update is the weighted sum of the updates of others; it is not active.
 
@@ -164,11 +165,13 @@ class LorettaRepModel(LorettaModel):
                 largest rank of the given adapters.
             error: in place of ``rank``: the relative Frobenius error that each module's update may have.
             svd_rank: bottleneck of the new trains for "svd". Default: the largest ``r`` of the given adapters.
+            of_lora: what LoRA's method of this name takes beside these, such as ``density``, and is refused.
 
         Raises InputError for unknown or taken names, budgets that make no sense, and adapters with heads of their own.
         """
         summands = self._bad_summands(adapters, weights, adapter_name)
-        if problems := [*summands, *_bad_budget(combination_type, rank, error, svd_rank)]:
+        unknown = [f"{name}={value!r} is no option of rep's sums" for name, value in of_lora.items()]
+        if problems := [*summands, *_bad_budget(combination_type, rank, error, svd_rank), *unknown]:
             raise InputError("cannot add a weighted adapter: " + "; ".join(problems))
         layers: dict[str, dict[str, RepLinear]] = {}  # by module and adapter: several where other methods' lie between
         for name, layer in self.model.named_modules():
