@@ -62,6 +62,17 @@ def test_long_texts_are_refused_at_the_door_and_cut_where_they_come_later(bert, 
     assert "longer" not in call(capsys, "eval", tmp_path / "run", "--data", reviews, "--cpu")[2]
 
 
+@pytest.mark.parametrize(("family", "auto"), [("bert", AutoModel), ("llama", AutoModelForCausalLM)])
+def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(family, auto, bert, reviews, tmp_path, capsys):
+    auto.from_config(AutoConfig.for_model(family, **{**SMALL, "vocab_size": 12})).save_pretrained(tmp_path / "small")
+    AutoTokenizer.from_pretrained(bert).save_pretrained(tmp_path / "small")
+    label = ["--label", "mood"] if family == "bert" else ["--kind", "language_modeling", "--max-length", 8]
+    given = ["--data", reviews, "--text", "review", *label, "--cpu", "-o", tmp_path / "no"]
+    status, _, err = call(capsys, "train", "--model", tmp_path / "small", *given)
+    assert_refused(status, err, ["has embeddings for 12 tokens", "with its own tokenizer"])
+    assert not (tmp_path / "no").exists()
+
+
 @pytest.mark.parametrize("method", ["rep", "prompt"])
 def test_a_decoder_ends_at_its_last_position(method, llama, tmp_path, capsys):
     """GPT-2 of 24 positions, of which a trained prompt takes 5: behind them there is nothing to compute with."""

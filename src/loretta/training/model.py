@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 import transformers
 from datasets import Dataset
@@ -277,13 +279,31 @@ def check_positions(config: RunConfig, model: nn.Module, encoded: Mapping[str, A
         return
     if room < 2:
         raise InputError(f"num_virtual_tokens: '{config.model}' has no positions left for a text: give fewer")
-    rows = [
-        data["input_ids"] for data in encoded.values() if isinstance(data, Dataset) and "input_ids" in data.features
-    ]
     # those of TRL's trainers are cut later
-    longest = max((len(ids) for column in rows for ids in column), default=config.max_length)
+    lengths = [pc.max(pc.list_value_length(rows)).as_py() or 0 for rows in _encoded(encoded)]
+    longest = max(lengths, default=config.max_length)
     if longest > room:
         raise InputError(
             f"max_length={config.max_length}: '{config.model}' has positions for {room:,} tokens, and the longest text "
             f"has {longest:,}: give --max-length {room} or less"
         )
+
+
+def check_tokens(config: RunConfig, model: nn.Module, encoded: Mapping[str, Any]) -> None:
+    """Raise InputError where the data have a token that the model has no embedding for: its tokenizer is another's."""
+    try:
+        table = model.get_input_embeddings()  # type: ignore[operator]
+    except NotImplementedError:
+        return
+    largest = max((pc.max(pc.list_flatten(rows)).as_py() or 0 for rows in _encoded(encoded)), default=0)
+    if isinstance(table, nn.Embedding) and largest >= table.num_embeddings:
+        raise InputError(
+            f"'{config.model}' has embeddings for {table.num_embeddings:,} tokens, and its tokenizer gives token "
+            f"{largest:,} in these data: they are not of one model, give it with its own tokenizer"
+        )
+
+
+def _encoded(splits: Mapping[str, Any]) -> list[pa.ChunkedArray]:
+    """The rows of token ids of the splits that have them before training, in Arrow's form."""
+    found = [each for each in splits.values() if isinstance(each, Dataset) and "input_ids" in each.features]
+    return [each.with_format("arrow")["input_ids"][:] for each in found]

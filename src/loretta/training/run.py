@@ -26,7 +26,7 @@ from loretta.training.folder import ADAPTER, find_place, noting_failure
 from loretta.training.forms import Data
 from loretta.training.hub import check_hub, push
 from loretta.training.lines import first_lines, say_lines
-from loretta.training.model import TASK_TYPES, Trained, check_positions, load_tokenizer, prepare_model
+from loretta.training.model import TASK_TYPES, Trained, check_positions, check_tokens, load_tokenizer, prepare_model
 from loretta.training.pause import PauseBehind, Paused, paused_at, step_of
 from loretta.training.stop import StopAtSignal, stopping_at_signals
 from loretta.wording import spelled
@@ -157,4 +157,5 @@ def _prepare(config: RunConfig) -> tuple[Data, Trained, bool]:
     set_seed(config.seed)
     model, bf16 = prepare_model(config, task, tokenizer)
     check_positions(config, model, data.splits)
+    check_tokens(config, model, data.splits)
     return data, model, bf16
