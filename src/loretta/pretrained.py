@@ -37,7 +37,7 @@ def from_pretrained(auto: Any, source: str, **wanted: Any) -> Any:
 
 def has_config(source: str) -> bool:
     """Whether a folder, or what is here of a name on the Hub, has the configuration of a model."""
-    with suppress(OSError, ValueError):
+    with suppress(NotLoaded), _in_words():
         return bool(PreTrainedConfig.get_config_dict(source, local_files_only=True)[0])
     return False
 
