@@ -47,7 +47,7 @@ from loretta.training.data import encode_splits, load_config_task
 from loretta.training.methods import virtual_tokens
 from loretta.training.model import load_tokenizer
 from loretta.tuners.adp.layer import AdpLinear
-from loretta.tuners.rep.layer import RepLinear, larger_starts
+from loretta.tuners.rep.layer import RepLinear
 
 # tokens of all members: as many as one part of a step has, and as are scored at once; of large models fewer, so that
 # eight processes find room on one GPU
@@ -221,7 +221,7 @@ def set_factors(loop: Loop, method: Method) -> None:
             layers = [(name, m) for name, m in skeleton.named_modules() if isinstance(m, (RepLinear, AdpLinear))]
         for name, layer in layers:
             placement = layer.placements["default"]
-            sides = zip(("down", "up"), larger_starts(placement), (placement.down, placement.up), strict=True)
+            sides = zip(("down", "up"), placement.larger_starts(), (placement.down, placement.up), strict=True)
             for part, larger, shape in sides:
                 each = torch.tensor(larger).repeat_interleave(torch.tensor([math.prod(core) for core in shape.cores]))
                 where = loop.population.slices[f"{name}.{layer.prefix}{part}.default.values"]

@@ -38,6 +38,7 @@ def test_shared_and_lora_start_at_twice_the_rate_on_a_model_that_writes(name, op
         ("adp", {"tensor_rank": 20}, 0.5),
         ("rep", {"tensor_rank": 5, "rank_pattern": {"q_proj": 45}}, 1 / 3),
         ("rep", {"tensor_rank": 20, "even_rates": True}, 1),
+        ("adp", {"tensor_rank": 20, "even_rates": True}, 1),
         ("compact", {"tensor_rank": 20}, 1),
         ("adapters", {"tensor_rank": 20}, 1),
     ],

@@ -11,7 +11,7 @@ from torch import nn
 from tuners.families import build
 from tuners.wrapped import layers_of
 
-from loretta import LorettaRepConfig, get_peft_model
+from loretta import LorettaAdpConfig, LorettaRepConfig, get_peft_model
 
 # of a layer 24 -> 32 with two modes a side: each core's numbers, and how many of a rank it sums beside those of compact
 PLAN = {"r": 6, "tensor_rank": 6, "modes_per_side": 2, "lora_alpha": 12, "target_modules": ["lin"]}
@@ -128,3 +128,96 @@ def test_a_saved_adapter_keeps_what_it_has(tmp_path):
         assert again.get_base_model().lin.scaling == layer.scaling
         with torch.no_grad():
             assert (again(x) - model(x)).norm() <= 1e-6 * model(x).norm()
+
+
+# of an adapter of width 24 and a bottleneck of 6 with three modes each, by the ranks of 8 that the cores sum beside 4
+ADAPTER = {"bottleneck_size": 6, "tensor_rank": 8, "target_modules": ["lin"]}
+LARGER = [1, 2, 2, 6, 2, 2]
+
+
+class Square(Single):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(24, 24).double()
+
+
+def adapted(even, **options):
+    seed_torch(0)
+    config = LorettaAdpConfig(**{**ADAPTER, "even_rates": even, **options})
+    model = get_peft_model(Square(), config, autocast_adapter_dtype=False).double()
+    layer = model.get_base_model().lin
+    for bias in layer.loretta_adp_bias["default"].values():
+        nn.init.normal_(bias, generator=seeded(3))
+    return model, layer
+
+
+def adapter_cores(layer):
+    return [core for part in (layer.loretta_adp_down, layer.loretta_adp_up) for core in part["default"]]
+
+
+@pytest.mark.parametrize("act", ["relu", "gelu"])
+@pytest.mark.parametrize("start", ["zero", "gaussian", "denoised"])
+def test_an_adapter_of_larger_cores_computes_the_same(start, act):
+    x = torch.randn(5, 24, dtype=torch.float64, generator=seeded(2))
+    (plain_model, plain), (even_model, even) = (
+        adapted(even, init_weights=start, non_linearity=act) for even in (False, True)
+    )
+    for small, large, factor in zip(adapter_cores(plain), adapter_cores(even), LARGER, strict=True):
+        assert_near("core", large, factor * small)
+    assert_near("output", even_model(x), plain_model(x))
+    if start == "denoised":
+        return  # the start is subtracted
+    cores = adapter_cores(even)
+    down, up = (torch.einsum("aib,bjc,ckd->ijk", *three) for three in (cores[:3], cores[3:]))
+    biases = even.loretta_adp_bias["default"]
+    y = even.base_layer(x)
+    hidden = getattr(nn.functional, act)(y @ down.reshape(24, 6) / 4 + biases["down"])
+    assert_near("by hand", even_model(x), y + hidden @ up.reshape(6, 24) / 24 + biases["up"])
+
+
+def test_each_core_of_an_adapter_has_a_rate_of_its_own_and_its_biases_keep_theirs():
+    rate, moved = 1e-3, []
+    for even in (False, True):
+        model, layer = adapted(even, init_weights="gaussian", non_linearity="gelu")
+        numbers = [*adapter_cores(layer), *layer.loretta_adp_bias["default"].values()]
+        before = [value.detach().clone() for value in numbers]
+        model(torch.randn(7, 24, generator=seeded(1), dtype=torch.float64)).square().sum().backward()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        torch.optim.AdamW(trained, lr=rate, weight_decay=0, eps=1e-30).step()
+        now = [*adapter_cores(layer), *layer.loretta_adp_bias["default"].values()]
+        larger = [*(LARGER if even else [1.0] * 6), 1.0, 1.0]
+        moved.append([(a - b) / k for a, b, k in zip(now, before, larger, strict=True)])
+    for plain, even, factor in zip(*moved, [*LARGER, 1, 1], strict=True):
+        assert_near("step", even, plain / factor)
+        assert plain.abs().max().item() == pytest.approx(rate, rel=1e-6)
+
+
+def test_adapters_with_and_without_it_lie_on_one_model(tmp_path):
+    """Trains of one shape are contracted together: those that are divided, and those that are not, are not."""
+    x = torch.randn(6, 24, dtype=torch.float64, generator=seeded(2))
+    expected = {}
+    for even in (False, True):
+        model, layer = adapted(even, init_weights="gaussian")
+        model.save_pretrained(tmp_path / str(even))
+        expected[str(even)] = model(x).detach()
+    base = Square()
+    base.lin.load_state_dict(layer.base_layer.state_dict())
+    both = PeftModel.from_pretrained(base, tmp_path / "True", "True", autocast_adapter_dtype=False).double().eval()
+    both.load_adapter(tmp_path / "False", "False", autocast_adapter_dtype=False)
+    both.double()
+    with torch.no_grad():
+        for name, wanted in expected.items():
+            both.set_adapter(name)
+            assert (both(x) - wanted).norm() <= 1e-6 * wanted.norm()
+        names = ["True", "False"] * 3
+        rows = torch.stack([expected[name][k] for k, name in enumerate(names)])
+        assert (both(x, adapter_names=names) - rows).norm() <= 1e-6 * rows.norm()
+        both.base_model.set_adapter(["True", "False"])
+        y = base.lin.base_layer(x) if hasattr(base.lin, "base_layer") else layer.base_layer(x)
+        together = expected["True"] + expected["False"] - y
+        assert (both(x) - together).norm() <= 1e-6 * together.norm()
+
+
+def test_dense_adapters_have_no_cores_to_give_a_rate():
+    with pytest.raises(ValueError, match="even_rates gives each core of a train its rate"):
+        LorettaAdpConfig(dense=True, even_rates=True)

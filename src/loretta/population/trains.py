@@ -152,8 +152,9 @@ class TrainGroup:
             factors = (bias_down, left, None, None, None, last * self.scale)
         else:
             folded = self.folds
-            one_C, left_HC, mid_Cb = _with_bias(*halves(down_MP, down), bias_down)
-            one_D, mid_bD, up_DH = _with_bias(*halves(up_MP, up), bias_up if folded else None)
+            down_halves, up_halves = self.placement.evened(halves(down_MP, down), halves(up_MP, up))
+            one_C, left_HC, mid_Cb = _with_bias(*down_halves, bias_down)
+            one_D, mid_bD, up_DH = _with_bias(*up_halves, bias_up if folded else None)
             factors = (one_C, left_HC, mid_Cb, one_D, mid_bD, up_DH * self.scale)
         # unbind and not an index: its backward pass is one stack
         none = [None] * len(self.sites)

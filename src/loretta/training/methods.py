@@ -123,8 +123,8 @@ def starting_rate(name: str, model: nn.Module) -> float:
     uneven = [
         config
         for config in configs
-        if (isinstance(config, LorettaAdpConfig) and not config.dense)
-        or (isinstance(config, LorettaRepConfig) and not config.even_rates)
+        if isinstance(config, LorettaAdpConfig | LorettaRepConfig)
+        and not (config.even_rates or getattr(config, "dense", False))
     ]
     if ranks := [rank for config in uneven for rank in (config.tensor_rank, *config.rank_pattern.values())]:
         times *= math.sqrt(PAPERS_RANK / max(PAPERS_RANK, *ranks))

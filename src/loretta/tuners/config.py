@@ -18,6 +18,9 @@ NOTHING_LEARNED = "{}={!r} scales the adapter to nothing, so that it learns noth
 Place = Literal["keys", "values", "mlp"]  # of scales
 
 
+EVEN_RANK = 4  # compact's, at which no core starts larger with `even_rates`
+
+
 @dataclass
 class LorettaConfig(PeftConfig):
     """What rep, adp and shared have in common.

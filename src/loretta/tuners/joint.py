@@ -12,11 +12,10 @@ from loretta.layers.trains import halves
 from loretta.tuners import calls
 from loretta.tuners.calls import Factors, Pair
 from loretta.tuners.gathered import whole_stacks
-from loretta.tuners.placement import Placement
+from loretta.tuners.placement import Halves, Placement
 from loretta.tuners.recorded import Recordings, serves
 from loretta.tuners.scales import Scales
 
-Halves = tuple[Tensor, Tensor]
 # Where a parameter lies: a dictionary of modules, a key, and the parameter's name in that module. It is looked up in
 # every call, because functional_call, FSDP and others replace parameters.
 Place = tuple[nn.ModuleDict, str, str]

@@ -151,6 +151,12 @@ class LorettaLayer(JointLayer, AdaptedModule):
         self.n_pairs[adapter_name] = 2 if init_weights == "denoised" else 1
         note_change()
 
+    def _start_larger(self, adapter_name: str) -> None:
+        """With ``even_rates``: multiply each core by its factor of :meth:`Placement.larger_starts`."""
+        for pair in self._trains(adapter_name):
+            for cores, larger in zip(pair, self.placements[adapter_name].larger_starts(), strict=True):
+                cores.assign([factor * core for core, factor in zip(cores, larger, strict=True)])
+
     def _finish_adding(self, adapter_name: str, dropout: float) -> None:
         self._part("dropout")[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
         self.drops[adapter_name] = bool(dropout)

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from math import prod
 from typing import Any, cast
 
 import torch
@@ -13,7 +14,7 @@ from peft.utils import NoMatchingPeftModuleError
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from peft.utils.quantization_utils import resolve_quantization_backend
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from loretta import tt
@@ -21,10 +22,12 @@ from loretta.errors import InputError
 from loretta.layers.shared import Seat
 from loretta.layers.trains import Cores
 from loretta.tuners.bypassed import read_only
-from loretta.tuners.config import LorettaConfig
+from loretta.tuners.config import EVEN_RANK, LorettaConfig
 from loretta.tuners.schema import check_expressions, check_size
 from loretta.tuners.task_types import HEADS
 from loretta.wording import nearest, quoted
+
+Halves = tuple[Tensor, Tensor]
 
 
 class NothingMatchedError(InputError, NoMatchingPeftModuleError):
@@ -38,6 +41,7 @@ class Placement:
     ``where`` is "update" (rep and shared: added to the weight), "after" or "before" (adp: on the module's output or
     input). With a ``seat`` the two trains are sides of one that all modules share, and are counted there. With
     ``experts`` the first mode of ``down`` is the expert, and ``name`` is a parameter that holds the matrices of all.
+    ``even`` is adp's `even_rates`: cores start larger (:meth:`larger_starts`), and the trains compute without that.
     """
 
     name: str
@@ -47,6 +51,26 @@ class Placement:
     bias_params: int = 0
     seat: Seat | None = None
     experts: int = 0
+    even: bool = False
+
+    def larger_starts(self) -> tuple[list[float], list[float]]:
+        """The factors by which the cores of both trains start larger with ``even_rates``; all are 1 at compact's ranks.
+
+        A core's factor is the rank before it over compact's rank, for it sums over that rank. In ``up`` it is also the
+        part of the core's mode that spells the bottleneck, over which it sums too.
+        """
+        down, up = (
+            [left / EVEN_RANK if left > 1 else 1.0 for left, _, _ in shape.cores] for shape in (self.down, self.up)
+        )
+        parts = [mode // self.up.out_part(k) for k, mode in enumerate(self.up.modes)]
+        return down, [factor * part for factor, part in zip(up, parts, strict=True)]
+
+    def evened(self, down: Halves, up: Halves) -> tuple[Halves, Halves]:
+        """The halves of both trains as they compute: ``even`` takes back by how much their cores started larger."""
+        if not self.even:
+            return down, up
+        by_down, by_up = (1 / prod(larger) for larger in self.larger_starts())
+        return (down[0], down[1] * by_down), (up[0] * by_up, up[1])
 
     @property
     def core_params(self) -> int:

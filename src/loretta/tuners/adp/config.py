@@ -24,6 +24,10 @@ class LorettaAdpConfig(LorettaConfig):
         adapter_dropout: dropout on the activated bottleneck.
         scaling: factor on the adapter's output.
         train_bias: whether the two trains of an adapter have biases, of ``bottleneck_size`` and the width.
+        even_rates: one learning rate for every rank, as :class:`LorettaRepConfig` has it: each core starts larger by
+            how many numbers it sums, and the train computes without that, so that Adam gives each core a rate of its
+            own. It has no effect on biases. Above rank 5 seeds fail at the rates that rank 5 likes without it
+            (docs/choosing.md, "One learning rate").
         placement: where adapters go by default, for models with gate, up and down projections: "blocks", after
             attention and after the feed-forward block (the paper's text), or "mlp", before the gate and up projections
             and after the down projection (the paper's LLaMA tables).
@@ -38,6 +42,7 @@ class LorettaAdpConfig(LorettaConfig):
     adapter_dropout: float = 0.0
     scaling: float = 1.0
     train_bias: bool = True
+    even_rates: bool = False
     placement: Literal["blocks", "mlp"] = "blocks"
     insert_before: list[str] = field(default_factory=lambda: ["gate_proj", "up_proj", "gate_up_proj"])
 
@@ -49,6 +54,8 @@ class LorettaAdpConfig(LorettaConfig):
         problems = [*super()._problems(), *self._below_one("bottleneck_size", self.bottleneck_size)]
         problems += [*self._not_among("placement"), *self._no_effect("scaling", self.scaling)]
         problems += self._no_experts("an adapter has its place after a module, and not inside the experts")
+        if self.even_rates and self.dense:
+            problems.append("even_rates gives each core of a train its rate, and dense has no trains: leave it out")
         if self.non_linearity not in ACT2FN:
             problems.append(f"non_linearity={self.non_linearity!r} is none of {', '.join(sorted(ACT2FN))}")
         if not 0 <= self.adapter_dropout < 1:

@@ -17,9 +17,9 @@ from loretta.layers.stacks import bottleneck_of
 from loretta.layers.trains import arranged, fold_bias, one_matrix_each
 from loretta.tuners.adp.config import LorettaAdpConfig
 from loretta.tuners.calls import Factors
-from loretta.tuners.joint import Halves, Place
+from loretta.tuners.joint import Place
 from loretta.tuners.layer import BY_ADAPTER, LorettaLayer, is_bare_linear, lies_in_rows, parameter_of, works_in
-from loretta.tuners.placement import Placement
+from loretta.tuners.placement import Halves, Placement
 
 CANNOT_MERGE = (
     "LoRETTA_adp cannot be merged: its adapters have a non-linearity between the two trains, so no change of the base "
@@ -53,6 +53,8 @@ class AdpLinear(LorettaLayer):
                 {part: nn.Parameter(torch.zeros(size)) for part, size in sizes.items()}
             )
         self._add_trains(adapter_name, placement, str(config.init_weights), config.adapter_dropout)
+        if placement.even:
+            self._start_larger(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def set_scaling(self, adapter_name: str, config: LorettaAdpConfig) -> None:
@@ -69,13 +71,14 @@ class AdpLinear(LorettaLayer):
     def group_key(self, adapter_name: str, pair: int) -> Hashable:
         if len(self.placements[adapter_name].down.modes) == 1:
             return None  # dense matrices have nothing to contract, and to stack those of all layers would copy them
-        return super().group_key(adapter_name, pair), self._is_plain(adapter_name)
+        return super().group_key(adapter_name, pair), self._is_plain(adapter_name), self.placements[adapter_name].even
 
     def to_factors(self, adapter_name: str, down: Halves, up: Halves, biases: Sequence[Tensor]) -> Factors:
         """The halves of down (H, C), (C, b) and up (b, D), (D, H); with biases each after a vector, as `fold_bias`.
 
         Or the three of `one_matrix_each`.
         """
+        down, up = self.placements[adapter_name].evened(down, up)
         if self._is_plain(adapter_name) and fused.one_matrix_pays(down[0], self.working_dtype()):
             return one_matrix_each(down, up, *(biases or (None, None)))
         if not biases:

@@ -37,6 +37,7 @@ class LorettaAdpModel(LorettaModel):
             bias_params=width + bottleneck if config.train_bias else 0,
             down=down,
             up=up,
+            even=config.even_rates,
         )
 
     @classmethod

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from loretta.tuners.config import LorettaUpdateConfig
+from loretta.tuners.config import EVEN_RANK, LorettaUpdateConfig
 from loretta.tuners.register import add_peft_type
 
 # the scale of the update is 2, as that of LoRA with its usual alpha of twice its rank
 COMPACT: dict[str, Any] = {
     "r": 1,
-    "tensor_rank": 4,
+    "tensor_rank": EVEN_RANK,
     "modes_per_side": 2,
     "lora_alpha": 8,
     "target_modules": "all-linear",

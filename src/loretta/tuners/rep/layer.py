@@ -22,24 +22,9 @@ from loretta.layers.trains import add_update, arranged, update_factors
 from loretta.tuners.adapted import is_finite, merge_below
 from loretta.tuners.calls import Factors
 from loretta.tuners.contraction import note_change
-from loretta.tuners.joint import Halves
 from loretta.tuners.layer import BY_ADAPTER, LorettaLayer, fitting, is_bare_linear, lies_in_rows, works_in
-from loretta.tuners.placement import Placement, rank_for
-from loretta.tuners.rep.config import COMPACT, LorettaRepConfig
-
-
-def larger_starts(placement: Placement) -> tuple[list[float], list[float]]:
-    """The factors by which the cores of both trains start larger with ``even_rates``; all are 1 at compact's ranks.
-
-    A core's factor is the rank before it over compact's rank, for it sums over that rank. In ``up`` it is also the part
-    of the core's mode that spells the bottleneck, over which it sums too.
-    """
-    down, up = (
-        [left / COMPACT["tensor_rank"] if left > 1 else 1.0 for left, _, _ in shape.cores]
-        for shape in (placement.down, placement.up)
-    )
-    parts = [mode // placement.up.out_part(k) for k, mode in enumerate(placement.up.modes)]
-    return down, [factor * part for factor, part in zip(up, parts, strict=True)]
+from loretta.tuners.placement import Halves, Placement, rank_for
+from loretta.tuners.rep.config import LorettaRepConfig
 
 
 class RepLinear(LorettaLayer):
@@ -60,9 +45,7 @@ class RepLinear(LorettaLayer):
         """Add one adapter's trains, with the starting values that ``config.init_weights`` names."""
         self._add_trains(adapter_name, placement, str(config.init_weights), config.lora_dropout)
         if config.even_rates:
-            for pair in self._trains(adapter_name):
-                for cores, larger in zip(pair, larger_starts(placement), strict=True):
-                    cores.assign([factor * core for core, factor in zip(cores, larger, strict=True)])
+            self._start_larger(adapter_name)
         self.set_scaling(adapter_name, config)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -76,7 +59,7 @@ class RepLinear(LorettaLayer):
         rank = rank_for(config, name)
         alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), name), config.lora_alpha)
         even = isinstance(config, LorettaRepConfig) and config.even_rates  # a shared train has no such option
-        larger = math.prod(chain(*larger_starts(placement))) if even else 1.0
+        larger = math.prod(chain(*placement.larger_starts())) if even else 1.0
         self.scaling[adapter_name] = alpha / (math.sqrt(rank) if config.use_rslora else rank) / larger
 
     def factors(self, adapter_name: str) -> tuple[Tensor, Tensor]:
