@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -314,6 +315,16 @@ def test_whole_norms_load_through_transformers(old, is_trainable):
     model.load_adapter(folder, adapter_name="mine", is_trainable=is_trainable)
     assert_near("logits", logits(model.eval(), inputs), expected)
     assert all(norm.change("mine") for norm in norms(model).values())
+
+
+def test_a_file_of_whole_norms_that_lacks_one_is_refused_by_transformers(old, tmp_path):
+    family, folder, _, _ = old
+    shutil.copytree(folder, tmp_path / "some")
+    tensors = load_file(tmp_path / "some" / WEIGHTS)
+    lost = next(key for key in tensors if key.lower().endswith("norm.weight"))
+    save_file({k: v for k, v in tensors.items() if k != lost}, tmp_path / "some" / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(loretta.InputError, match=r"lacks .*norm_weight"):
+        build(family)[0].load_adapter(tmp_path / "some", adapter_name="mine")
 
 
 def test_whole_norms_are_swapped_in(old):

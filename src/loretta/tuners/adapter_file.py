@@ -11,6 +11,7 @@ from transformers import AutoConfig
 
 from loretta.errors import InputError
 from loretta.tuners.adapted import AdaptedModule, chain
+from loretta.tuners.norms import TrainedNorm
 from loretta.tuners.rescaled import TrainedScale
 from loretta.wording import quoted
 
@@ -98,6 +99,10 @@ def check_whole(model: nn.Module, adapter_name: str, loaded: Any, source: Any) -
     parameters = dict(model.named_parameters(remove_duplicate=False))
     # tied ones lie in the file once; a layer of the head that came with the base lies in no file of an adapter
     held = {id(parameter) for key, parameter in parameters.items() if key not in loaded.missing_keys}
+    for norm in (norm for norm in model.modules() if isinstance(norm, TrainedNorm)):
+        if norm.expects_values_of == adapter_name:  # an earlier version saved its norms whole
+            changes = norm.change(adapter_name)
+            held |= {id(changes[name]) for name in norm.came_whole}
     lacking = [
         key
         for key in sorted(loaded.missing_keys)

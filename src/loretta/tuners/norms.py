@@ -87,6 +87,7 @@ class TrainedNorm(ChangedModule):
         self.parameter_names = tuple(own)
         self.in_features = self.out_features = max(parameter.shape[-1] for parameter in own.values())
         self.expects_values_of: str | None = None
+        self.came_whole: set[str] = set()  # the parameters whose values that adapter's file brought
 
     def update_layer(self, adapter_name: str, prefix: str, *side: str) -> None:
         self.hold(adapter_name, prefix, {name: self._own(name) for name in self.parameter_names})
@@ -118,6 +119,7 @@ class TrainedNorm(ChangedModule):
     def __setattr__(self, name: str, value: Any) -> None:
         if isinstance(value, nn.Parameter) and name in self.__dict__.get("parameter_names", ()):
             assert self.expects_values_of is not None, f"the {name} of a trained norm is that of its base_layer"
+            self.came_whole.add(name)
             with torch.no_grad():
                 for attribute, change in self.take_values(self.expects_values_of, {name: value}).items():
                     getattr(self, attribute)[self.expects_values_of].values.copy_(change)
