@@ -6,7 +6,7 @@ from board import Board, Row, markdown, signed
 from protocol import SEEN
 from verdicts import MODELS
 
-MINILM, MPNET, _ = MODELS
+MINILM, MPNET, SMOLLM2 = MODELS
 # a model, one method, the other, and the tasks of a mean (None: those that it has everywhere)
 Pair = tuple[str, str, str, tuple[str, ...] | None]
 WITHOUT_RTE = ("cola", "mrpc", "stsb", "sst2")
@@ -31,6 +31,8 @@ OFFICIAL: tuple[Pair, ...] = (
     (MINILM, "rep + norms", "LoRA r=2", None),
     (MPNET, "rep + norms", "LoRA r=2", None),
     (MINILM, "LoRA r=1 all linear", "compact + norms", None),
+    (SMOLLM2, "LoRA r=1 all linear", "compact + norms", None),
+    (SMOLLM2, "full fine-tuning", "compact + norms", None),
     (MINILM, "adapters b=64", "adp + norms", None),
     (MPNET, "adapters b=64", "adp + norms", None),
     (MINILM, "adapters b=64", "compact + norms", None),
@@ -53,6 +55,8 @@ HELD_OUT: tuple[Pair, ...] = (
     (MPNET, "VB-LoRA h=90, b=256", "compact + norms", None),
     (MPNET, "Uni-LoRA d=5000", "LoRA r=1 v last 3", None),
     (MPNET, "compact + norms", "LoRA r=8", ("qnli",)),
+    (SMOLLM2, "LoRA r=1 all linear", "compact + norms", None),
+    (SMOLLM2, "full fine-tuning", "compact + norms", None),
     (MINILM, "compact + norms", "LoRA r=8", ("qnli", "mnli", "qqp")),
     (MINILM, "adp + norms", "LoRA r=8", ("mnli",)),
     (MINILM, "rep + norms", "LoRA r=8", ("mnli",)),

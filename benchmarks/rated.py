@@ -1,6 +1,7 @@
 """Sentences of docs/choosing.md on learning rates, with their figures."""
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from statistics import mean
 
@@ -133,13 +134,60 @@ def of_root() -> Iterator[Said]:
         "adp's peak then moves by {} on MiniLM, {} on MPNet and {} on SmolLM2, rep's by {}, {} and at least {}.",
         tuple(rooted(form, model) for form in ("adp", "rep") for model in ("MiniLM", "MPNet", "SmolLM2")),
     )
+    yield from of_cores()
     yield (
         "On STS-B, at the falling scale, adp's moves by at least {} and by {}, rep's by {} and {}.",
         tuple(rooted(form, model, second=True) for form in (ADP, REP) for model in ("MiniLM", "MPNet")),
     )
-    yield "start at {} times the root of {} over the rank: at {} adp's seeds fail at rank 32.", (
-        METHODS["adp"].learning_rate, PAPERS_RANK, METHODS["adp"].learning_rate,
-    )  # fmt: skip
+    first = METHODS["adp"].learning_rate
+    yield (
+        "start at {} times the root of {} over the rank, but for those with even_rates: at {} adp's seeds fail",
+        (first, PAPERS_RANK, first),
+    )
+
+
+def of_cores() -> Iterator[Said]:
+    """Rep and adp with a rate for each core, from the paper's rank on."""
+    places = (("MPNet", "cola"), ("MPNet", SECOND), ("MiniLM", SECOND), ("SmolLM2", "sst2-words"))
+    adp, rep = ([cores_curves(form, *place) for place in places] for form in ("adp", "rep"))
+    yield (
+        "from rank 5 to 32 its peak moves by {} on MPNet's CoLA, by {} on its STS-B, by {} on MiniLM's STS-B and by {} "
+        "on SmolLM2.",
+        tuple(spread(some) for some in adp),
+    )
+    cola, wide, small, decoder = (spread(some) for some in rep)
+    yield (
+        "Rep's peaks move by {} on MiniLM's STS-B, by {} on MPNet's, by at least {} on SmolLM2, and by {} on MPNet's "
+        "CoLA,",
+        (small, wide, decoder, cola),
+    )
+    peaks = [number(of["peak"]) for some in adp for of in some]
+    yield "Adp's lie between {} and {} then,", (min(peaks), max(peaks))
+    every = [of for of in curves() if of["form"].startswith("adp cores^1 ")]
+    best = Counter(max(of := scores_of(curve), key=of.__getitem__) for curve in every)
+    (lower, one), (upper, other) = sorted(best.most_common(2))
+    yield "the best is {} or {} in {} of {} curves;", (lower, upper, one + other, len(every))
+    scores = [
+        max(scores_of(of).values())
+        for model, task in (places[0], places[3])
+        for name in ("adp cores^1 r=32", "adp r=32")
+        for of in curves()
+        if (of["form"], of["model"], of["task"]) == (name, model, task)
+    ]
+    yield "{} on MPNet's CoLA, for {} with one rate for all cores, and {} on SmolLM2, for {}.", tuple(scores)
+    failing = scores_of(rep[0][0])
+    yield "where seeds of rank 5 fail at {}.", (min(rate for rate, of in failing.items() if rate > 1e-3 and of < 0.2),)
+
+
+def cores_curves(form: str, model: str, task: str) -> list[dict[str, str]]:
+    """The curves of a form with a rate for each core, but for that of rank 1, which has no other rate."""
+    found = [of for of in curves() if of["form"].startswith(f"{form} cores^1 r=")]
+    return [of for of in found if (of["model"], of["task"]) == (model, task) and not of["form"].endswith("r=1")]
+
+
+def spread(some: list[dict[str, str]]) -> float:
+    peaks = [number(of["peak"]) for of in some]
+    return max(peaks) / min(peaks)
 
 
 def rooted(form: str, model: str, *, second: bool = False) -> float:

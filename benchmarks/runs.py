@@ -186,9 +186,12 @@ def two_rates_table() -> str:
     lines = []
     for task, methods in sorted(by_rate("answers.json").items()):
         both: dict[str, dict[float, list[Row]]] = {}
-        for method, rates in methods.items():
+        for method, at_rates in methods.items():
+            rates = {rate: some for rate, some in at_rates.items() if len(some) >= SEEDS_OF_TWO}
+            if len(rates) != 2:
+                continue
             seeds = set.intersection(*({row["seed"] for row in some} for some in rates.values()))
-            if len(rates) == 2 and len(seeds) >= SEEDS_OF_TWO:
+            if len(seeds) >= SEEDS_OF_TWO:
                 both[method] = {rate: [row for row in rates[rate] if row["seed"] in seeds] for rate in sorted(rates)}
         taken = {method: min(rates, key=lambda rate: _loss(rates[rate])) for method, rates in both.items()}
         at_best = {method: by_seed(both[method][rate], "official") for method, rate in taken.items()}
