@@ -317,6 +317,7 @@ def test_whole_norms_load_through_transformers(old, is_trainable):
     assert all(norm.change("mine") for norm in norms(model).values())
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning", "ignore:Adapter mine was active")
 def test_a_file_of_whole_norms_that_lacks_one_is_refused_by_transformers(old, tmp_path):
     family, folder, _, _ = old
     shutil.copytree(folder, tmp_path / "some")
@@ -325,6 +326,10 @@ def test_a_file_of_whole_norms_that_lacks_one_is_refused_by_transformers(old, tm
     save_file({k: v for k, v in tensors.items() if k != lost}, tmp_path / "some" / WEIGHTS, metadata={"format": "pt"})
     with pytest.raises(loretta.InputError, match=r"lacks .*norm_weight"):
         build(family)[0].load_adapter(tmp_path / "some", adapter_name="mine")
+    model, _ = build(family)
+    model.load_adapter(folder, adapter_name="whole")
+    with pytest.raises(loretta.InputError, match=r"lacks .*norm_weight"):
+        model.load_adapter(tmp_path / "some", adapter_name="mine")
 
 
 def test_whole_norms_are_swapped_in(old):

@@ -117,7 +117,7 @@ class LorettaModel(MergingTuner):
                 self._train_norm(name, adapter_name)
             put_scales(self, scaled, adapter_name)
         for norm in self._layers(TrainedNorm) if config.holds_whole_norms else ():
-            norm.expects_values_of = adapter_name
+            norm.expect_values_of(adapter_name)
         self._settle()
         self._biases().follow(self.active_adapters, inference_mode=config.inference_mode)
         for sentence in of_other_methods(model, self.peft_config):

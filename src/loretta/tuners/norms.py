@@ -86,8 +86,9 @@ class TrainedNorm(ChangedModule):
         own = dict(base_layer.named_parameters(recurse=False))
         self.parameter_names = tuple(own)
         self.in_features = self.out_features = max(parameter.shape[-1] for parameter in own.values())
-        self.expects_values_of: str | None = None
-        self.came_whole: set[str] = set()  # the parameters whose values that adapter's file brought
+        self.expects_values_of: str | None
+        self.came_whole: set[str]  # the parameters whose values that adapter's file brought
+        self.expect_values_of(None)
 
     def update_layer(self, adapter_name: str, prefix: str, *side: str) -> None:
         self.hold(adapter_name, prefix, {name: self._own(name) for name in self.parameter_names})
@@ -104,6 +105,10 @@ class TrainedNorm(ChangedModule):
         holders = (getattr(self, attribute) for attribute in self.adapter_layer_names)
         parts = [self.base_layer, *(changes[name] for changes in holders for name in weights if name in changes)]
         return call_here(self.base_layer, parts, lambda: self.with_changes(weights), args, kwargs)
+
+    def expect_values_of(self, adapter_name: str | None) -> None:
+        """Offer the names under which an adapter's file of an earlier version holds this norm whole; none for None."""
+        self.expects_values_of, self.came_whole = adapter_name, set()
 
     def take_values(self, adapter_name: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Turn whole parameters, as adapters once held them, into changes: attribute name -> change of the base."""
@@ -153,7 +158,7 @@ def values_as_changes(model: nn.Module, adapter_name: str, tensors: Mapping[str,
     translated = dict(tensors)
     for path, norm in model.named_modules():
         if isinstance(norm, TrainedNorm) and adapter_name in norm.held:
-            norm.expects_values_of = None
+            norm.expect_values_of(None)
             for start in ("", "base_model.model."):
                 found = {n: translated.pop(f"{start}{path}.{n}", None) for n in norm.parameter_names}
                 values = {name: value for name, value in found.items() if value is not None}
