@@ -16,8 +16,6 @@ TrainHead = Literal["tensorized", "tensorized_only", "dense", "frozen"]
 InitWeights = Literal["zero", "denoised", "gaussian"]
 NOTHING_LEARNED = "{}={!r} scales the adapter to nothing, so that it learns nothing: give another number"
 Place = Literal["keys", "values", "mlp"]  # of scales
-
-
 EVEN_RANK = 4  # compact's, at which no core starts larger with `even_rates`
 
 

@@ -10,7 +10,7 @@ from functools import wraps
 from pathlib import Path
 from typing import Any
 
-from peft import PeftModel, PeftType
+from peft import PeftConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import CONFIG_NAME, register_peft_method
@@ -87,14 +87,13 @@ def check_what_transformers_loads() -> None:
     @wraps(transformers_own)
     def load_adapter(self: Any, peft_model_id: Any = None, adapter_name: str | None = None, *rest: Any, **options: Any):
         name = adapter_name or "default"
-        is_ours = lambda: str(self.peft_config[name].peft_type.value).startswith("LORETTA_")  # noqa: E731
         try:
             loaded = transformers_own(self, peft_model_id, adapter_name, *rest, **options)
         except RuntimeError as error:
-            if "ignore_mismatched_sizes" not in str(error) or not is_ours():
+            if "ignore_mismatched_sizes" not in str(error) or not _is_ours(self.peft_config[name]):
                 raise
             loaded = None
-        if is_ours():
+        if _is_ours(self.peft_config[name]):
             try:
                 check_whole(self, name, loaded, peft_model_id)
             except InputError:
@@ -103,3 +102,7 @@ def check_what_transformers_loads() -> None:
         return loaded
 
     PeftAdapterMixin.load_adapter = load_adapter
+
+
+def _is_ours(config: PeftConfig) -> bool:
+    return PeftType(config.peft_type).value.startswith("LORETTA_")
