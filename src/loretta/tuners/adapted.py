@@ -90,10 +90,9 @@ def rename_in(layer: Any, old: str, new: str) -> None:
     layer._active_adapter = [new if name == old else name for name in layer.active_adapters]
 
 
-class AdaptedModule(BaseTunerLayer):
+class AdaptedModule(BaseTunerLayer, nn.Module):
     """What trained norms and layers with trains share: new names of adapters, switching, and mixed batches."""
 
-    base_layer: Any
     # the module that holds the outermost layer around this one, and its name there; torch registers no tuple as a part
     home: tuple[nn.Module, str] | None = None
     # all adapters of the model: where the active one is deleted, PEFT takes the first of these, the same in each layer
@@ -104,11 +103,20 @@ class AdaptedModule(BaseTunerLayer):
     cast_input_dtype_enabled = True  # PEFT's disable_input_dtype_casting sets it: nothing here casts its input
     cannot_merge = ""  # why no weight has the effect of what an adapter has here
 
-    def give_bias_to_base(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Before a state is loaded: a bias that another method's file has for what it wraps lies below this module."""
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer: Any = base_layer
+        self.known = {}
+        self._active_adapter: list[str] = []
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """As torch's. A bias that another method's file has for what it wraps lies below this module."""
         here, below = f"{prefix}bias", f"{prefix}base_layer.bias"
         if here in state_dict and below not in state_dict:
             state_dict[below] = state_dict.pop(here)
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def held(self) -> list[str]:

@@ -27,7 +27,7 @@ class Change(nn.Module):
         self.values = values if isinstance(values, nn.Parameter) else nn.Parameter(values)
 
 
-class ChangedModule(nn.Module, AdaptedModule):
+class ChangedModule(AdaptedModule):
     """A module that computes with its base's parameters and the changes of the active adapters.
 
     The changes lie in dictionaries by adapter, one for each name, named after the prefix of the adapter's method and
@@ -43,20 +43,11 @@ class ChangedModule(nn.Module, AdaptedModule):
     parameter_names: tuple[str, ...]  # of the base, which the changes act on
 
     def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__()
-        self.base_layer = base_layer
+        super().__init__(base_layer)
         self.training = base_layer.training
         self.adapter_layer_names = ()
         self.other_param_names = ("known",)
-        self.known: dict[str, None] = {}
-        self._active_adapter: list[str] = []
-        self._disable_adapters = False
-        self.merged_adapters: list[str] = []
         self.unmerged: dict[str, Tensor] = {}  # the base's own values, while adapters are merged into them
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        self.give_bias_to_base(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def update_layer(self, adapter_name: str, prefix: str, *side: str) -> None:
         """Add one adapter, of the method with this ``prefix``, whose changes are zeros."""

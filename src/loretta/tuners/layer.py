@@ -39,17 +39,12 @@ class LorettaLayer(JointLayer, AdaptedModule):
     trains: tuple[str, ...] = ("down", "up", "start_down", "start_up")  # names of the dictionaries
 
     def __init__(self, base_layer: nn.Module, *, name: str, **quantization_kwargs) -> None:
-        super().__init__()
-        self.base_layer = base_layer
+        super().__init__(base_layer)
         self.in_features, self.out_features = self._size(name)
         keep_differentiable(self.get_base_layer())
         self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **quantization_kwargs)
         if self.quantization_backend is not None:
             quantizer_logs.show()
-        self._disable_adapters = False
-        self._active_adapter = []
-        self.merged_adapters = []
-        self.known = {}
         for part in (*self.trains, "dropout"):
             self.add_module(self.prefix + part, nn.ModuleDict())
         self.scaling = Scales()
@@ -60,10 +55,6 @@ class LorettaLayer(JointLayer, AdaptedModule):
         self.drops: dict[str, bool] = {}
         self.on_read: Callable[[LorettaLayer], None] | None = None  # called when others read the weight
         self.was_bypassed = False  # others computed with the weight and did not call the layer
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        self.give_bias_to_base(state_dict, prefix)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _size(self, name: str) -> tuple[int, int]:
         """(in, out) of the adapted layer. Raises InputError, which names the module, for a layer of another kind."""

@@ -18,7 +18,7 @@ from loretta.tuners.mergeable import check_mergeable, check_mergeable_names
 from loretta.tuners.tokens import TokenRows
 from loretta.tuners.watch import Watch
 
-Layer = TypeVar("Layer", bound=nn.Module | AdaptedModule)
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 def _merge_layer(layer: Any, safe_merge: bool, adapter_names: list[str] | None) -> None:
