@@ -8,7 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from loretta.training.methods import METHODS, SHARED_RANK_1
+from loretta import LorettaSharedConfig
+from loretta.training.methods import METHODS
 
 BENCHMARKS = pathlib.Path(__file__).parents[1] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
@@ -92,7 +93,8 @@ def test_a_method_starts_at_the_rate_that_held_out_rows_of_both_encoders_liked_b
         of_models = [rates.at_rate([one.cells[method, task] for task in one.common], rate) for one in boards]
         if all(scores is not None for scores in of_models):
             means[float(rate)] = sum(scores.mean() for scores in of_models)
-    own = SHARED_RANK_1 if name == "shared of rank 1" else METHODS[name].learning_rate
+    rank_1 = LorettaSharedConfig(tensor_rank=1)
+    own = METHODS["shared"].rate_of(rank_1) if name == "shared of rank 1" else METHODS[name].learning_rate
     assert own == max(means, key=means.__getitem__), means
 
 

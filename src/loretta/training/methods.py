@@ -13,6 +13,7 @@ from peft import (
     LNTuningConfig,
     LoraConfig,
     PeftConfig,
+    PeftModel,
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
@@ -39,6 +40,8 @@ from loretta.tuners.shared import LorettaSharedConfig
 from loretta.tuners.task_types import is_final
 from loretta.wording import nearest, one_line, quoted
 
+PAPERS_RANK = 5  # of rep's and adp's trains in the paper, up to which their rate holds
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Method:
@@ -50,17 +53,38 @@ class Method:
     config: type[PeftConfig] | None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     learning_rate: float = 1e-3
+    times: Callable[[Any], float] = lambda config: 1.0  # what an adapter's config multiplies the rate with
     targets: Callable[[nn.Module], list[str] | str] | None = None
+
+    def rate_of(self, config: PeftConfig) -> float:
+        """The learning rate at which an adapter with this config starts."""
+        return self.learning_rate * self.times(config)
+
+
+def _of_rank(config: LorettaRepConfig | LorettaAdpConfig) -> float:
+    """Above the paper's rank the rate falls as the root of the rank: seeds fail at a fixed one (docs/choosing.md)."""
+    if config.even_rates or getattr(config, "dense", False):
+        return 1.0
+    return math.sqrt(PAPERS_RANK / max(PAPERS_RANK, config.tensor_rank, *config.rank_pattern.values()))
+
+
+def _of_writing(config: PeftConfig) -> float:
+    """A model that writes is trained at twice the rate, which no seed fails at (docs/choosing.md)."""
+    return 2.0 if config.task_type == TaskType.CAUSAL_LM else 1.0
+
+
+def _of_shared(config: LorettaSharedConfig) -> float:
+    """Twice the rate is the best of rank 1, whose seeds do not fail at it."""
+    return _of_writing(config) * (2.0 if config.tensor_rank == 1 else 1.0)
 
 
 FULL = Method(config=None, learning_rate=5e-5)
 # of the rates that were measured, the best on held-out rows of two encoders (docs/choosing.md), as a test repeats
-_REP = Method(config=LorettaRepConfig, learning_rate=1.5e-3)
-_COMPACT = Method(config=LorettaRepConfig, options=COMPACT, learning_rate=1.5e-3)
-_ADP = Method(config=LorettaAdpConfig, learning_rate=1.5e-3)
-_SHARED = Method(config=LorettaSharedConfig, learning_rate=7.5e-4)
-PAPERS_RANK = 5  # of rep's and adp's trains in the paper, up to which their rate holds
-SHARED_RANK_1 = 1.5e-3  # the best rate of a shared train of rank 1, whose seeds do not fail at it
+_REP = Method(config=LorettaRepConfig, learning_rate=1.5e-3, times=_of_rank)
+_COMPACT = dataclasses.replace(_REP, options=COMPACT)
+_ADP = Method(config=LorettaAdpConfig, learning_rate=1.5e-3, times=_of_rank)
+_SHARED = Method(config=LorettaSharedConfig, learning_rate=7.5e-4, times=_of_shared)
+_FORMS: dict[type[PeftConfig], Method] = {LorettaRepConfig: _REP, LorettaAdpConfig: _ADP, LorettaSharedConfig: _SHARED}
 OF_BUDGET = {"budget", "adaptive_ranks"}  # options of a LoRETTA method beside those of its config
 # options of PEFT's configs that a run sets itself
 OF_RUN = {
@@ -81,8 +105,8 @@ METHODS: dict[str, Method] = {
     "loretta_adp": _ADP,
     "loretta_shared": _SHARED,
     "ft": FULL,
-    "adapters": Method(config=LorettaAdpConfig, options={"dense": True}, learning_rate=1e-3),
-    "lora": Method(config=LoraConfig, options={"r": 8, "lora_alpha": 16}, learning_rate=7.5e-4),
+    "adapters": Method(config=LorettaAdpConfig, options={"dense": True}, times=_of_rank),
+    "lora": Method(config=LoraConfig, options={"r": 8, "lora_alpha": 16}, learning_rate=7.5e-4, times=_of_writing),
     "prefix": Method(config=PrefixTuningConfig, options=_PROMPT, learning_rate=1e-2),
     "prompt": Method(config=PromptTuningConfig, options=_PROMPT, learning_rate=1e-2),
     "p-tuning": Method(config=PromptEncoderConfig, options={**_PROMPT, "encoder_hidden_size": 768}, learning_rate=1e-3),
@@ -111,28 +135,12 @@ def find_method(name: str) -> Method:
 
 
 def starting_rate(name: str, model: nn.Module) -> float:
-    """The learning rate of a method on its wrapped model: of "auto" that of the form which the budget chose.
-
-    On a model that writes LoRA and shared trains start at twice the rate, which no seed fails at. Above the paper's
-    rank the rate of rep and adp falls as the root of the rank: seeds fail at a fixed one (docs/choosing.md).
-    """
-    configs = getattr(model, "peft_config", {}).values()
-    shared = [config for config in configs if isinstance(config, LorettaSharedConfig)]
-    writes = any(config.task_type == TaskType.CAUSAL_LM for config in configs)
-    times = 2.0 if writes and (shared or name == "lora") else 1.0
-    uneven = [
-        config
-        for config in configs
-        if isinstance(config, LorettaAdpConfig | LorettaRepConfig)
-        and not (config.even_rates or getattr(config, "dense", False))
-    ]
-    if ranks := [rank for config in uneven for rank in (config.tensor_rank, *config.rank_pattern.values())]:
-        times *= math.sqrt(PAPERS_RANK / max(PAPERS_RANK, *ranks))
-    if any(config.tensor_rank == 1 for config in shared):
-        return times * SHARED_RANK_1
-    chosen = {type(config) for config in configs} if name == "auto" else set()
-    of_form = (form.learning_rate for form in (_REP, _ADP, _SHARED) if form.config in chosen)
-    return times * next(of_form, find_method(name).learning_rate)
+    """The learning rate of a method on its wrapped model: of "auto" that of the form which the budget chose."""
+    method = find_method(name)
+    if not isinstance(model, PeftModel):  # which is fine-tuned whole
+        return method.learning_rate
+    config = model.active_peft_config
+    return (_FORMS[type(config)] if name == "auto" else method).rate_of(config)
 
 
 def virtual_tokens(name: str, options: Mapping[str, Any]) -> int:
