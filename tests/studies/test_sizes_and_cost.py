@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import nn
 from training_data import config_for, sentences
+from transformers import BertConfig
 
-from loretta.plan import find_preset
+from loretta.plan import find_preset, meta_model
 from loretta.studies.configs import Options
 from loretta.studies.cost import count_flops, measure
 from loretta.studies.expansion import expand
@@ -42,6 +43,21 @@ def test_every_row_trains_what_its_preset_counts(name, tmp_path):
     assert {(row.model, row.name): find_preset(row.preset).count for row in rows} == {
         (row.model, row.name): found[row.model, row.name] for row in rows
     }
+
+
+def test_all_rows_are_counted_on_one_bare_model(monkeypatch, tmp_path):
+    built = []
+    monkeypatch.setattr(
+        "loretta.studies.sizes.meta_model", lambda *args, **kwargs: built.append(args) or meta_model(*args, **kwargs)
+    )
+    BertConfig(hidden_size=8, num_hidden_layers=2, num_attention_heads=2).save_pretrained(tmp_path / "bert")
+    # between two methods of ours one of PEFT, whose layers would be counted as the model's
+    rows = ("loretta_adp", "lora-r8", "ft", "loretta_rep")
+    options = {"models": (str(tmp_path / "bert"),), "tasks": ("sst2",), "methods": rows, "seeds": 1}
+    _, estimates, _ = sizes("table1", tmp_path, **options)
+    assert {item.run.row for item in estimates} == {*rows}
+    assert len({item.size.model for item in estimates}) == 1
+    assert len(built) == 1
 
 
 # of table 1, rows without a preset: what the paper prints in millions

@@ -1,5 +1,6 @@
 """The cost of one training step: floating-point operations and the time of memory copies (the paper's Table 5)."""
 
+import copy
 import shlex
 import statistics
 import sys
@@ -33,7 +34,7 @@ def measure(config: RunConfig, folder: Path, sizes: str) -> None:
     task_type, n_labels = task_type_of(config, sizes)
     kind = "classification" if task_type == "SEQ_CLS" else "language_modeling"
     with torch.device("meta"):
-        base = bare_model(sizes, task_type, n_labels, config.dtype)
+        base = copy.deepcopy(bare_model(sizes, task_type, n_labels, config.dtype))
         bare = wrap(base, config.method, kind, config.method_args, config.head_policy)
     flops = count_flops(bare, _batch(config, bare, kind, torch.device("meta")))
     notes = [

@@ -1,5 +1,6 @@
 """Estimates for a run before it starts: what it trains, its memory and its time, from the model's sizes alone."""
 
+import copy
 import json
 import time
 from collections.abc import Iterable, Sequence
@@ -254,7 +255,8 @@ def _size(sizes: str, method: str, options: str, dtype: str, task_type: str, n_l
         with torch.device("meta"):
             kinds = {"SEQ_CLS": "classification", "TOKEN_CLS": "token_classification"}
             kind = kinds.get(task_type, "language_modeling")
-            trained = saved = sum(trainable_by_kind(wrap(base, method, kind, args, head_policy)).values())
+            wrapped = wrap(copy.deepcopy(base), method, kind, args, head_policy)
+        trained = saved = sum(trainable_by_kind(wrapped).values())
     return Size(
         trained=trained,
         saved=saved,
@@ -268,8 +270,12 @@ def _size(sizes: str, method: str, options: str, dtype: str, task_type: str, n_l
     )
 
 
-def bare_model(sizes: str, task_type: str, n_labels: int, dtype: str):
-    """The base model on the meta device, in the ``dtype`` of a run; "auto" is that of the model's configuration."""
+@lru_cache(maxsize=16)
+def bare_model(sizes: str, task_type: str, n_labels: int, dtype: str) -> Any:
+    """The base model on the meta device, in the ``dtype`` of a run; "auto" is that of the model's configuration.
+
+    All callers get the same module: copy it before it is wrapped.
+    """
     base = meta_model(find_config(sizes), task_type, num_labels=max(1, n_labels))
     return base if dtype == "auto" else base.to(getattr(torch, dtype))
 
