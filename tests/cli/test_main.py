@@ -42,6 +42,20 @@ def test_train_answers_with_one_json_document(bert, reviews, capsys, tmp_path):
     assert "step 10: validation loss" in err, "what a run says as it goes is no part of the answer"
 
 
+@pytest.mark.parametrize("given", [[], ["--method", "loretta_rep"], ["--budget", "30k"], ["--set", "tensor_rank=2"]])
+def test_a_plan_is_that_of_the_run_with_the_same_words(given, bert, reviews, capsys, tmp_path):
+    status, out, err = call(capsys, *train_arguments(bert, reviews, tmp_path, "--max-steps", 1, "--json", *given))
+    assert status == 0, err
+    trained = json.loads(out)["parameters"]
+    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    status, out, err = call(capsys, "plan", "--model", bert, "--task-type", "SEQ_CLS", "--json", *given)
+    assert status == 0, err
+    plan = json.loads(out)
+    assert plan["trainable"] == sum(count for kind, count in trained.items() if kind != "total")
+    planned = {key: plan["options"][key] for key in ("r", "tensor_rank", "lora_alpha", "modes_per_side", "even_rates")}
+    assert planned == {key: saved[key] for key in planned}
+
+
 def test_resume_needs_nothing_but_the_folder(trained, capsys):
     status, out, _ = call(capsys, "train", "--resume", "-o", trained, "--json")
     assert status == 0

@@ -351,7 +351,7 @@ def test_both_llama_placements_are_named_options():
         ({"preset": "paper/debertta-adp"}, ["did you mean 'paper/deberta-adp"]),
         ({"preset": "paper/deberta-adp", "method": "rep"}, ["'adp'", "'rep'"]),
         ({"model": "bert-base", "sets": ["tensor_rnk=2"]}, ["'tensor_rnk'", "tensor_rank"]),
-        ({"model": "bert-base", "sets": ["shapes={768x8: [8, 8]}"]}, ["[8, 8]", "6,144"]),
+        ({"model": "bert-base", "method": "rep", "sets": ["shapes={768x8: [8, 8]}"]}, ["[8, 8]", "6,144"]),
         ({"model": "bert-base", "task_type": "FLY"}, ["'FLY'"]),
         ({"model": "llama-2-7b", "budget": "10"}, ["10 parameters"]),
         ({"model": "bert-base", "num_labels": 0}, ["--num-labels 0"]),

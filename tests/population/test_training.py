@@ -139,7 +139,9 @@ def test_a_run_that_is_not_finite_ends_alone(options, tmp_path):
         train(bad, resume=True)
 
 
-@pytest.mark.parametrize("option", [{"on_nan": "rollback"}, {"accumulate": 2}, {"method": "ft"}])
+@pytest.mark.parametrize(
+    "option", [{"on_nan": "rollback"}, {"accumulate": 2}, {"method": "ft"}, {"push_to_hub": "me/mine"}]
+)
 def test_a_run_that_is_trained_alone_is_named_with_the_option(option, options):
     ((name, value),) = option.items()
     with pytest.raises(InputError, match=f"a run with {name}={value} is trained alone"):

@@ -130,6 +130,13 @@ def test_a_network_that_fails_after_the_training_costs_nothing(how, hub, bert, r
     assert_refused(status, err, [said, f"hf upload me/mine {adapter}"])
     assert (tmp_path / "run" / "run.json").is_file()
     assert not (tmp_path / "run" / "error.json").exists()
+    hub.broken, sent = None, hub.repositories["me/mine"]
+    assert not sent
+    again = call(capsys, "train", "--resume", tmp_path / "run")
+    assert f"uploaded: {hub.address}/me/mine" in again[1]
+    assert sent.keys() >= {"adapter_config.json", "adapter_model.safetensors"}
+    again = call(capsys, "train", "--resume", tmp_path / "run", "--push-to-hub", "me/other")
+    assert f"uploaded: {hub.address}/me/other" in again[1]
 
 
 def test_nobody_trains_for_a_hub_that_does_not_know_them(hub, bert, reviews, tmp_path, capsys, monkeypatch):

@@ -73,6 +73,25 @@ def test_rows_that_were_held_out_are_scored_where_the_data_moved(moved, project,
     assert "of which" not in call(capsys, "eval", moved / "whole", *given)[2], "another file: all of its rows"
 
 
+def test_a_finished_run_takes_the_new_places_of_its_model_and_data(moved, project, capsys):
+    """It was returned as it was, and `eval` looked for both in the old folder."""
+    given = ["--model", moved / "bert", "--data", moved / "mine.csv"]
+    before = json.loads((moved / "whole" / "run.json").read_text())
+    (moved / "mine.csv").write_text((moved / "mine.csv").read_text() + "more,good\n")
+    status, _, err = call(capsys, "train", "--resume", moved / "whole", *given)
+    assert_refused(status, err, [f"{moved / 'mine.csv'}' is not what the run began with"])
+    assert json.loads((moved / "whole" / "run.json").read_text()) == before
+    shutil.copy(project[0] / "mine.csv", moved / "mine.csv")
+    status, out, err = call(capsys, "train", "--resume", moved / "whole", *given, "--json")
+    assert status == 0, err
+    new = {"model": str(moved / "bert"), "data": str(moved / "mine.csv")}
+    record = json.loads((moved / "whole" / "run.json").read_text())
+    expected = {**before, "model": new["model"], "config": {**before["config"], **new}}
+    assert json.loads(out) == record == expected
+    assert call(capsys, "eval", moved / "whole", "--cpu")[0] == 0
+    assert call(capsys, "train", "--resume", moved / "whole", "--epochs", 2)[0] == 0
+
+
 def test_other_data_under_the_old_name_and_another_name_are_refused(moved):
     config = config_for(str(moved / "bert"), str(moved / "mine.csv"), moved / "run", **OPTIONS)
     (moved / "bert").rename(moved / "other")

@@ -12,7 +12,9 @@ def plan(
     model: Annotated[str | None, typer.Option(help="Hub id, folder, or a name such as llama-2-70b.")] = None,
     method: Annotated[
         str | None,
-        typer.Option(metavar="auto|compact|rep|adp|shared", help="Default: rep, the preset's, or with a budget auto."),
+        typer.Option(
+            metavar="auto|compact|rep|adp|shared", help="Default: compact, the preset's, or with a budget auto."
+        ),
     ] = None,
     preset: Annotated[
         str | None, typer.Option(help="A configuration of the paper (--presets lists them), or auto, as --method auto.")

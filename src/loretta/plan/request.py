@@ -82,7 +82,9 @@ def make_plan(
     name = model or (found.model if found else None)
     if name is None:
         raise InputError("give --model (a Hub id, a folder, or a name such as llama-2-7b) or --preset")
-    method = method or (found.method if found else "rep")
+    method = (method or (found.method if found else "compact")).removeprefix(
+        "loretta_"
+    )  # as `loretta train` names them
     config = find_config(name)
     task_type = task_type or (found.task_type if found else default_task_type(config))
     base = meta_model(config, task_type, num_labels=num_labels)

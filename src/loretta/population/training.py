@@ -60,6 +60,8 @@ def why_alone(config: RunConfig) -> str | None:
         f"quantize={config.quantize}": config.quantize is not None,
         f"accumulate={config.accumulate}": config.accumulate > 1,
         "auto_batch": config.auto_batch,
+        "fsdp": config.fsdp,
+        f"push_to_hub={config.push_to_hub}": config.push_to_hub is not None,
         f"on_nan={config.on_nan}": config.on_nan != "stop",
     }
     return next((option for option, is_so in obstacles.items() if is_so), None)
@@ -127,7 +129,10 @@ def _train_all(
     places = [find_place(config, resume=resume, overwrite=overwrite) for config in configs]
     left = [(config, place) for config, place in zip(configs, places, strict=True) if not (resume and place.finished)]
     records = iter(_train(left, stop, overwrite=overwrite, until=until, graphs=graphs) if left else [])
-    return [place.result() if resume and place.finished else next(records) for place in places]
+    return [
+        place.result(config) if resume and place.finished else next(records)
+        for config, place in zip(configs, places, strict=True)
+    ]
 
 
 def _train(

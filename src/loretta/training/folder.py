@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from loretta.errors import InputError, Stopped
-from loretta.files import read_plain
+from loretta.files import read_plain, write_json
 from loretta.folders import remove_temporaries, set_aside, temporary_folder
 from loretta.owned import NEXT, forget, is_free, publish, read_list, refuse_to_replace, remove_listed, write_listed
 from loretta.record import RunRecord, is_started
@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 ADAPTER, LABELS, CHECKPOINTS, TENSORBOARD = "adapter", "labels", "checkpoints", "tensorboard"
 CONFIG, RECORD, PREDICTIONS, REPORT = "config.json", "run.json", "predictions.jsonl", "report.html"
 ERROR = "error.json"  # of a run that failed, until it is tried again
+CHANGED = "cannot go on in '{}': {} is not what the run began with: give it as it was, or --overwrite to begin anew"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,10 +52,7 @@ class Place:
         from loretta.training.sources import changed_places, write_notes  # NumPy, which --help does without
 
         if not overwrite and (changed := changed_places(self.work, config)):
-            raise InputError(
-                f"cannot go on in '{self.folder}': {changed} is not what the run began with: give it as it was, or "
-                "--overwrite to begin anew"
-            )
+            raise InputError(CHANGED.format(self.folder, changed))
         if overwrite and self.work.is_dir():
             remove_temporaries(self.work)
             remove_listed(self.work)
@@ -88,10 +86,26 @@ class Place:
         if self.work != self.folder:
             self._take_place()
 
-    def result(self) -> RunRecord:
-        """The record of the finished run, which takes the place of the earlier one."""
+    def result(self, config: RunConfig) -> RunRecord:
+        """The record of the finished run, which takes the place of the earlier one.
+
+        It names the data and the model where ``config`` does. Raises InputError where others lie there.
+        """
+        from loretta.training.sources import PLACES, changed_places  # NumPy, which --help does without
+
         self.replace()
-        return RunRecord.load(self.folder / RECORD)
+        record = RunRecord.load(self.folder / RECORD)
+        now = config.model_dump(include={*PLACES, "push_to_hub"})
+        if {key: record.config.get(key) for key in now} == now:
+            return record
+        if changed := changed_places(self.folder, config):
+            raise InputError(CHANGED.format(self.folder, changed))
+        record = record.model_copy(update={"config": {**record.config, **now}, "model": config.model})
+        with temporary_folder(self.folder) as new:
+            write_json(new / CONFIG, record.config)
+            write_json(new / RECORD, record.model_dump())
+            publish(new, self.folder, last=RECORD, keep=True)
+        return record
 
     def _take_place(self) -> None:
         from loretta.training.checkpoints import remove_checkpoints  # torch, which --help does without

@@ -22,7 +22,7 @@ from loretta.training.batches import stop_workers
 from loretta.training.config import RunConfig
 from loretta.training.data import check_loss, encode_splits, load_config_task
 from loretta.training.finish import finish
-from loretta.training.folder import ADAPTER, find_place, noting_failure
+from loretta.training.folder import ADAPTER, Place, find_place, noting_failure
 from loretta.training.forms import Data
 from loretta.training.hub import check_hub, push
 from loretta.training.lines import first_lines, say_lines
@@ -89,7 +89,7 @@ def _train(
 ) -> Any:
     place = processes.by_first(lambda: find_place(config, resume=resume, overwrite=overwrite))
     if place.finished and resume:
-        return processes.by_first(place.result)
+        return processes.by_first(lambda: _upload(place.result(config), config, place, say))
     helping = partial(saying_what_helps, *memory_words(config))
     before = 0  # the peak of an accelerator counts whole
     if config.cpu or not torch.cuda.is_available():
@@ -121,7 +121,12 @@ def _train(
             record = finish(data, trainer, place=place, peak_memory_bytes=memory)
         finally:
             stop_workers(trainer)
-    if config.push_to_hub is not None and processes.is_first():
+    return _upload(record, config, place, say) if processes.is_first() else record
+
+
+def _upload(record: RunRecord, config: RunConfig, place: Place, say: Callable[[str], None]) -> RunRecord:
+    """Send the adapter of a finished run to the Hub where it is asked for."""
+    if config.push_to_hub is not None:
         say(f"uploaded: {push(place.folder / ADAPTER, config.push_to_hub)}")
     return record
 
