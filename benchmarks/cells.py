@@ -33,6 +33,8 @@ PARTS = {
     "even_rates": Part(name="rates", rates=6, seeds=3),
     "few_rates": Part(name="rates", rates=6, seeds=2),
     "larger_rates": Part(name="rates", rates=6, seeds=2),
+    "smaller_rates": Part(name="rates", rates=6, seeds=3),
+    "ruled_ends": Part(name="rates", rates=6, seeds=3),
     "paper_rates": Part(name="rates", rates=6, seeds=2),
     "paper_steady": Part(name="rates", rates=6, seeds=3),
     "paper_steady_decoder": Part(name="rates", rates=6, seeds=3),

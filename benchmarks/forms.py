@@ -33,7 +33,7 @@ import transformers
 from cells import PER_RATE, Cell, cells_beyond, cells_of, command_of, joined, left, table
 from claims import Worker, oversee, take
 from encoders import graphable
-from methods import HIDDEN, IA3, METHODS, NO_BIAS, NORMS, OURS, TARGETS, UNTRAINED, Method
+from methods import HIDDEN, IA3, METHODS, NO_BIAS, NORMS, OURS, UNTRAINED, Method, places_of
 from prompts import give_head, option_tokens, perplexities, write_words
 from protocol import HEAD_RATE, OFFICIAL_LENGTH, TASKS, read_rows, split
 
@@ -148,7 +148,7 @@ def targets_of(method: Method, args: argparse.Namespace) -> dict[str, Any]:
     if method.targets in (None, "qv"):
         return {}
     kind = transformers.AutoConfig.from_pretrained(str(args.model)).model_type
-    return {"target_modules": "all-linear" if method.targets == "all" else TARGETS[method.targets][kind]}
+    return {"target_modules": "all-linear" if method.targets == "all" else places_of(method.targets, kind)}
 
 
 def measure(cell: Cell, args: argparse.Namespace, data: Path) -> dict[str, Any]:

