@@ -6,8 +6,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
 from transformers import PreTrainedConfig
 
+from loretta.errors import InputError
 from loretta.memory import is_out_of_memory
 from loretta.wording import one_line, quoted
 
@@ -40,6 +43,34 @@ def has_config(source: str) -> bool:
     with suppress(NotLoaded), _in_words():
         return bool(PreTrainedConfig.get_config_dict(source, local_files_only=True)[0])
     return False
+
+
+OTHER_TOKENS = (
+    "{!r} has embeddings for {:,} tokens, and its tokenizer gives token {:,}{}: they are not of one model, give it "
+    "with its own tokenizer"
+)
+
+
+def refusing_other_tokens(model: nn.Module, name: str) -> None:
+    """Have ``model`` raise InputError where it gets a token that it has no embedding for, as of another's tokenizer."""
+    if (table := embeddings_of(model)) is not None:
+
+        def look(module: nn.Module, given: tuple[Any, ...]) -> None:
+            if not given or not given[0].numel() or (given[0].is_cuda and torch.cuda.is_current_stream_capturing()):
+                return
+            if (largest := int(given[0].max())) >= table.num_embeddings:
+                raise InputError(OTHER_TOKENS.format(name, table.num_embeddings, largest, ""))
+
+        table.register_forward_pre_hook(look)
+
+
+def embeddings_of(model: nn.Module) -> nn.Embedding | None:
+    """The embeddings of a model's tokens, which PEFT may have wrapped."""
+    try:
+        table = model.get_input_embeddings()  # type: ignore[operator]
+    except (NotImplementedError, AttributeError):
+        return None
+    return next((each for each in table.modules() if isinstance(each, nn.Embedding)), None)
 
 
 def _is_path(source: str) -> bool:

@@ -2,17 +2,22 @@
 
 import csv
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 from commands import assert_refused, call
 from training_data import config_for, sentences
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
+from loretta.errors import InputError
+from loretta.population.training import train_together
 from loretta.training.config import RunConfig
 from loretta.training.model import positions_of
-from loretta.training.predict import load_run, predict
+from loretta.training.predict import Sampling, answer_chat, load_run, predict
 from loretta.training.run import train
 
+EXAMPLES = Path(__file__).parents[2] / "docs" / "data"
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 40}
 LIMITS = {
     ("bert", "max_position_embeddings"): 24,
@@ -71,6 +76,71 @@ def test_a_tokenizer_with_more_tokens_than_the_model_is_refused(family, auto, be
     status, _, err = call(capsys, "train", "--model", tmp_path / "small", *given)
     assert_refused(status, err, ["has embeddings for 12 tokens", "with its own tokenizer"])
     assert not (tmp_path / "no").exists()
+
+
+def shrunk(model: str, folder) -> str:
+    """The same decoder with embeddings for 12 tokens, and the tokenizer of all of them."""
+    config = AutoConfig.from_pretrained(model, vocab_size=12)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    return str(folder)
+
+
+FORMS = {
+    "chats": {"data": str(EXAMPLES / "chat.jsonl"), "max_length": 256},
+    "completions": {"data": str(EXAMPLES / "completions.csv"), "max_length": 256},
+    "preferences": {"data": str(EXAMPLES / "preferences.jsonl"), "max_length": 256},
+    "options in words": {"data": "copa"},
+    "answers in words": {"data": "squad"},
+    "new tokens": {"data": "copa", "method_args": {"trainable_token_indices": [3]}},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_tokens_of_another_model_are_refused_in_every_form_of_data(form, speller, prompted, tmp_path):
+    """Torch said "index out of range in self", and on a GPU the process was lost."""
+    if form in ("chats", "completions", "preferences"):
+        pytest.importorskip("trl")
+    data = {"method": "rep", **FORMS[form]}
+    if "/" not in data["data"]:
+        data["data_dir"] = prompted
+    config = RunConfig(model=shrunk(speller, tmp_path / "s"), output=str(tmp_path / "no"), cpu=True, **data)
+    with pytest.raises(InputError, match=r"embeddings for 12 tokens, and its tokenizer gives token \d+ in these data"):
+        train(config)
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_padding_token_that_the_model_does_not_have_is_refused(bert, reviews, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(bert)
+    AutoModel.from_config(AutoConfig.from_pretrained(bert, vocab_size=len(tokenizer))).save_pretrained(
+        tmp_path / "more"
+    )
+    tokenizer.add_special_tokens({"pad_token": "<filler>"})
+    tokenizer.save_pretrained(tmp_path / "more")
+    with pytest.raises(InputError, match=r"gives token .* to fill up rows"):
+        train(config_for(str(tmp_path / "more"), reviews, tmp_path / "no"))
+
+
+def test_tokens_of_another_model_are_refused_by_a_population(llama, tmp_path):
+    (tmp_path / "text.txt").write_text("\n\n".join(text for text, _ in sentences(60)))
+    options = {"model": shrunk(llama, tmp_path / "s"), "data": str(tmp_path / "text.txt"), "max_length": 8, "cpu": True}
+    with pytest.raises(InputError, match="embeddings for 12 tokens"):
+        train_together([RunConfig(**options, seed=k, output=str(tmp_path / f"{k}")) for k in (0, 1)])
+
+
+def test_a_loaded_run_refuses_tokens_that_its_model_does_not_have(speller, prompted, tmp_path, capsys):
+    run, more = tmp_path / "run", shutil.copytree(speller, tmp_path / "more")
+    options = {"data": "squad", "data_dir": prompted, "max_steps": 1, "cpu": True, "method": "rep"}
+    train(RunConfig(model=str(more), output=str(run), **options))
+    tokenizer = json.loads((more / "tokenizer.json").read_text())
+    tokenizer["model"]["vocab"]["i"] = 4000
+    (more / "tokenizer.json").write_text(json.dumps(tokenizer))
+    for words in (["eval", run], ["predict", run, "--text", "It is"]):
+        assert_refused(
+            *call(capsys, *words, "--cpu")[::2], ["its tokenizer gives token 4,000", "with its own tokenizer"]
+        )
+    with pytest.raises(InputError, match="gives token 4,000"):
+        answer_chat(load_run(run, cpu=True), [{"role": "user", "content": "It is"}], Sampling())
 
 
 @pytest.mark.parametrize("method", ["rep", "prompt"])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from loretta.convert.load import SavedAdapter
 from loretta.errors import InputError
+from loretta.pretrained import refusing_other_tokens
 
 MAX_TOKENS = 512  # of each text; the rest is cut off
 
@@ -75,6 +76,7 @@ class Comparison:
             for row in self._inputs:
                 row["decoder_input_ids"] = row["input_ids"]
         model = saved.load()
+        refusing_other_tokens(model, saved.base)
         self._outputs = _outputs(model, self._inputs)
         self.of_adapter: Difference | None = None
         has_biases = saved.config.get("bias", "none") != "none"

@@ -25,7 +25,7 @@ from loretta.tasks.base import Task
 from loretta.tasks.glue import GLUE
 from loretta.training.arguments import make_trainer
 from loretta.training.config import RunConfig
-from loretta.training.data import encode_splits, load_config_task
+from loretta.training.data import check_tokens, encode_splits, load_config_task
 from loretta.training.finish import finish
 from loretta.training.finite import MEND, STATUS
 from loretta.training.folder import Place, find_place
@@ -248,6 +248,7 @@ def prepare(configs: Sequence[RunConfig], scratch: Path) -> Loop:
             set_seed(config.seed)
             model, _ = prepare_model(config, known[key].task, tokenizer)
             assert isinstance(model, PeftModel)
+            check_tokens(known[key], model)
             skeleton = model if skeleton is None else skeleton
             models[same] = Start.of(model, skeleton)
         starts.append(models[same])

@@ -4,11 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from loretta.errors import InputError
 from loretta.files import read_object
 from loretta.plan import default_task_type, find_config
+from loretta.pretrained import OTHER_TOKENS, embeddings_of
 from loretta.record import RunRecord
 from loretta.tasks import load_task
 from loretta.tasks.base import KINDS, Known, Task
@@ -126,6 +128,19 @@ def check_loss(config: RunConfig, task: Task | PromptedTask) -> None:
 
 def _kind(task: Task | PromptedTask) -> str:
     return task.kind.replace("_", " ")
+
+
+def check_tokens(data: Data, model: nn.Module) -> None:
+    """Raise InputError where the data have a token that the model has no embedding for: its tokenizer is another's."""
+    if (table := embeddings_of(model)) is None:
+        return
+    room, form = table.num_embeddings, form_of(data.task.kind)
+    given = max((form.largest_token(rows) for rows in data.splits.values()), default=0)
+    if given >= room:
+        raise InputError(OTHER_TOKENS.format(data.config.model, room, given, " in these data"))
+    # blocks of text are of one length
+    if data.task.kind != "language_modeling" and (filler := data.tokenizer.pad_token_id or 0) >= room:
+        raise InputError(OTHER_TOKENS.format(data.config.model, room, filler, " to fill up rows"))
 
 
 def encode_splits(config: RunConfig, task: Task | PromptedTask, tokenizer: PreTrainedTokenizerBase) -> Data:

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from loretta.convert.load import load_adapter
 from loretta.fingerprint import check_base
 from loretta.locks import refuse_held
+from loretta.pretrained import refusing_other_tokens
 from loretta.record import RunRecord
 from loretta.training.config import RunConfig, recorded_config
 from loretta.training.folder import ADAPTER
@@ -66,6 +67,7 @@ def load_run(folder: Path, *, model: str | None = None, cpu: bool = False) -> Lo
     if not whole:
         check_base(folder, name)
     adapted = base.eval() if whole else load_adapter(base, folder / ADAPTER)
+    refusing_other_tokens(adapted, name)
     # a quantised base may already lie there, and not every one may be moved
     if torch.cuda.is_available() and not cpu and adapted.device.type == "cpu":
         adapted = adapted.cuda()

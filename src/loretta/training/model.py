@@ -289,20 +289,6 @@ def check_positions(config: RunConfig, model: nn.Module, encoded: Mapping[str, A
         )
 
 
-def check_tokens(config: RunConfig, model: nn.Module, encoded: Mapping[str, Any]) -> None:
-    """Raise InputError where the data have a token that the model has no embedding for: its tokenizer is another's."""
-    try:
-        table = model.get_input_embeddings()  # type: ignore[operator]
-    except NotImplementedError:
-        return
-    largest = max((pc.max(pc.list_flatten(rows)).as_py() or 0 for rows in _encoded(encoded)), default=0)
-    if isinstance(table, nn.Embedding) and largest >= table.num_embeddings:
-        raise InputError(
-            f"'{config.model}' has embeddings for {table.num_embeddings:,} tokens, and its tokenizer gives token "
-            f"{largest:,} in these data: they are not of one model, give it with its own tokenizer"
-        )
-
-
 def _encoded(splits: Mapping[str, Any]) -> list[pa.ChunkedArray]:
     """The rows of token ids of the splits that have them before training, in Arrow's form."""
     found = [each for each in splits.values() if isinstance(each, Dataset) and "input_ids" in each.features]

@@ -20,13 +20,13 @@ from loretta.record import RunRecord
 from loretta.training.arguments import check_processes, known_optimizer, make_trainer, reporters
 from loretta.training.batches import stop_workers
 from loretta.training.config import RunConfig
-from loretta.training.data import check_loss, encode_splits, load_config_task
+from loretta.training.data import check_loss, check_tokens, encode_splits, load_config_task
 from loretta.training.finish import finish
 from loretta.training.folder import ADAPTER, Place, find_place, noting_failure
 from loretta.training.forms import Data
 from loretta.training.hub import check_hub, push
 from loretta.training.lines import first_lines, say_lines
-from loretta.training.model import TASK_TYPES, Trained, check_positions, check_tokens, load_tokenizer, prepare_model
+from loretta.training.model import TASK_TYPES, Trained, check_positions, load_tokenizer, prepare_model
 from loretta.training.pause import PauseBehind, Paused, paused_at, step_of
 from loretta.training.stop import StopAtSignal, stopping_at_signals
 from loretta.wording import spelled
@@ -162,5 +162,5 @@ def _prepare(config: RunConfig) -> tuple[Data, Trained, bool]:
     set_seed(config.seed)
     model, bf16 = prepare_model(config, task, tokenizer)
     check_positions(config, model, data.splits)
-    check_tokens(config, model, data.splits)
+    check_tokens(data, model)
     return data, model, bf16

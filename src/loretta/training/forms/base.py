@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase, ProgressCallback, TrainingArguments
 
 from loretta.record import Answers
@@ -52,6 +53,10 @@ class Form(Protocol):
 
     def encode(self, config: RunConfig, task: Any, tokenizer: PreTrainedTokenizerBase, split: str) -> Any:
         """A split as the trainer takes it. Raises InputError for rows that do not fit the tokenizer or the length."""
+
+    def largest_token(self, rows: Any) -> int:
+        """The largest token of an encoded split; by default of a data set with ``input_ids``."""
+        return pc.max(pc.list_flatten(rows.with_format("arrow")["input_ids"][:])).as_py() or 0
 
     def lengths(self, data: Data) -> list[str]:
         """Sentences on how many examples are too long, and what these lose."""

@@ -17,7 +17,7 @@ from loretta.tasks.base import Task
 from loretta.training.config import RunConfig
 from loretta.training.folder import ADAPTER
 from loretta.training.forms.base import Data, Recipe, Row
-from loretta.training.forms.turns import CHECKPOINTING, Rows, Turns, count_tokens, prepare, trl_data, with_trl
+from loretta.training.forms.turns import CHECKPOINTING, Rows, Turns, prepare, tokens_of, trl_data, with_trl
 from loretta.training.methods import virtual_tokens
 from loretta.training.model import load_base, start_from, trains_base
 from loretta.training.trainer import TwoRateTrainer
@@ -29,8 +29,8 @@ class Preferences(Turns):
     def encode(self, config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, split: str) -> Rows:
         data, notes = getattr(task, split), prepare(config, task, tokenizer)
         answers = ("chosen", "rejected")
-        tokens = [max(count_tokens(tokenizer, row, task, config, answer) for answer in answers) for row in data]
-        return Rows(data=data, tokens=tokens, notes=tuple(notes))
+        tokens = [[tokens_of(tokenizer, row, task, config, answer) for answer in answers] for row in data]
+        return Rows.of(data, tokens, notes)
 
     def recipe(self, data: Data) -> Recipe:
         config = data.config

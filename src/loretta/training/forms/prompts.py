@@ -67,6 +67,9 @@ class Prompts(Form):
         gold_alone = split == "train" and loss_of(config, task) == "language_modeling"
         return encode_examples(getattr(task, split), tokenizer, config, gold_alone=gold_alone)
 
+    def largest_token(self, rows: Sequence[Texts]) -> int:
+        return max((max(option.ids) for text in rows for option in text.options), default=0)
+
     def lengths(self, data: Data) -> list[str]:
         return self.notes(data) or [f"no prompt is longer than max_length={data.config.max_length} allows"]
 

@@ -51,7 +51,15 @@ class Rows:
 
     data: Dataset
     tokens: list[int]  # of each row, before it is cut
+    largest: int  # the largest token of all
     notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, data: Dataset, tokens: Sequence[Sequence[list[int]]], notes: Sequence[str]) -> "Rows":
+        """``data``, of whose rows each has one or several texts of ``tokens``."""
+        lengths = [max(map(len, texts)) for texts in tokens]
+        largest = max((max(text, default=0) for texts in tokens for text in texts), default=0)
+        return cls(data=data, tokens=lengths, largest=largest, notes=tuple(notes))
 
     def __len__(self) -> int:
         return len(self.data)
@@ -67,7 +75,10 @@ class Turns(Form):
         if task.columns == ("messages",) and not _marks_answers(tokenizer):
             notes.append("the chat template does not mark the answers: each answer is a row with what came before it")
             data = Dataset.from_list([row for messages in data["messages"] for row in one_answer_each(messages)])
-        return Rows(data=data, tokens=[count_tokens(tokenizer, row, task, config) for row in data], notes=tuple(notes))
+        return Rows.of(data, [[tokens_of(tokenizer, row, task, config)] for row in data], notes)
+
+    def largest_token(self, rows: Rows) -> int:
+        return rows.largest
 
     def lengths(self, data: Data) -> list[str]:
         fit = [] if self._cut(data) else [f"no row is longer than max_length={data.config.max_length} tokens"]
@@ -231,19 +242,20 @@ def _marks_answers(tokenizer: PreTrainedTokenizerBase) -> bool:
     return True
 
 
-def count_tokens(
+def tokens_of(
     tokenizer: PreTrainedTokenizerBase,
     row: Mapping[str, Any],
     task: Task,
     config: RunConfig,
     answer: str = "completion",
-) -> int:
-    """Tokens of a row with its ``answer``. Raises InputError where the chat template refuses it."""
+) -> list[int]:
+    """The tokens of a row with its ``answer``. Raises InputError where the chat template refuses it."""
     if isinstance(row.get("prompt"), str):
-        return len(tokenizer(row["prompt"] + row[answer] + tokenizer.eos_token, verbose=False)["input_ids"])
+        return list(tokenizer(row["prompt"] + row[answer] + tokenizer.eos_token, verbose=False)["input_ids"])
     messages = row["messages"] if "messages" in row else row["prompt"] + row[answer]
     try:
-        return len(tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, verbose=False)["input_ids"])
+        found = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, verbose=False)
+        return list(found["input_ids"])
     except Exception as error:  # a template is a program that raises what it likes
         raise InputError(
             f"the chat template of '{config.model}' refuses a chat of '{task.name}' that begins with "
