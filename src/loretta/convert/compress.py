@@ -138,13 +138,17 @@ def compress(
                 difference=comparison.with_adapter(new) if comparison else None,
                 given_difference=comparison.of_adapter if comparison else None,
             )
-            text = (new / README).read_text(encoding="utf-8").rstrip()
-            origin = (
-                f"Not trained as such: `loretta compress` made it from an adapter of the method {result.method}. "
-                f"The relative error of its updates is {_percent(result.error)}."
-            )
-            write_whole(new / README, f"{text}\n\n{origin}\n")
+            _note_origin(new / README, result)
     return result
+
+
+def _note_origin(card: Path, result: Compression) -> None:
+    text = card.read_text(encoding="utf-8").rstrip()
+    origin = (
+        f"Not trained as such: `loretta compress` made it from an adapter of the method {result.method}. "
+        f"The relative error of its updates is {_percent(result.error)}."
+    )
+    write_whole(card, f"{text}\n\n{origin}\n")
 
 
 def _fit_all(

@@ -43,17 +43,7 @@ def export_lora(
     Raises InputError when the adapter is neither, trains layer norms or scales, or ``folder`` is taken.
     """
     config, layers, copies = read_adapter(model, adapter_name)
-    scales = trained_scales(model, adapter_name)
-    if norms := trained_norms(model, adapter_name):
-        raise InputError(
-            f"the adapter trains {len(norms)} layer norms (such as '{norms[0]}'), which no engine loads with a LoRA "
-            f"adapter: train with train_norms=False{', train_scales=[]' if scales else ''}, or export with --to merged"
-        )
-    if scales:
-        raise InputError(
-            f"the adapter scales {len(scales)} layers (such as '{scales[0]}'), which no LoRA does: train with "
-            "train_scales=[], or export with --to merged"
-        )
+    _refuse_norms_and_scales(model, adapter_name)
     base = model.get_base_model()
     linear = {name: layer for name, layer in layers.items() if not isinstance(layer, RepExperts)}
     experts = _named_by_peft([layer for layer in layers.values() if isinstance(layer, RepExperts)], adapter_name)
@@ -97,10 +87,7 @@ def export_lora(
     for name, (a_RI, b_OR) in pairs.items():
         tensors |= {f"{PREFIX}{name}.lora_A.weight": a_RI, f"{PREFIX}{name}.lora_B.weight": b_OR}
     for name, wrapper in copies.items():
-        own = copy.deepcopy(wrapper)  # the model keeps its trains
-        own.set_adapter(adapter_name)
-        state = own.unload_and_optionally_merge_module(True, False, [adapter_name]).state_dict()
-        tensors |= {f"{PREFIX}{name}.{key}": value for key, value in state.items()}
+        tensors |= {f"{PREFIX}{name}.{key}": value for key, value in _dense(wrapper, adapter_name).items()}
     keep = [getattr(base, "name_or_path", None)]
     with writing(Path(folder), file=False, overwrite=overwrite, keep=keep, kind=CONFIG) as new:
         lora.save_pretrained(str(new))
@@ -109,6 +96,27 @@ def export_lora(
     return report_of(
         "lora", folder, lora.base_model_name_or_path, ranks, copies, dtype, before.values(), tensors.values()
     )
+
+
+def _refuse_norms_and_scales(model: PeftModel, adapter_name: str) -> None:
+    scales = trained_scales(model, adapter_name)
+    if norms := trained_norms(model, adapter_name):
+        raise InputError(
+            f"the adapter trains {len(norms)} layer norms (such as '{norms[0]}'), which no engine loads with a LoRA "
+            f"adapter: train with train_norms=False{', train_scales=[]' if scales else ''}, or export with --to merged"
+        )
+    if scales:
+        raise InputError(
+            f"the adapter scales {len(scales)} layers (such as '{scales[0]}'), which no LoRA does: train with "
+            "train_scales=[], or export with --to merged"
+        )
+
+
+def _dense(wrapper: ModulesToSaveWrapper, adapter_name: str) -> dict[str, Tensor]:
+    """The tensors of an adapter's copy of a module, with dense layers in place of its trains."""
+    own = copy.deepcopy(wrapper)  # the model keeps its trains
+    own.set_adapter(adapter_name)
+    return own.unload_and_optionally_merge_module(True, False, [adapter_name]).state_dict()
 
 
 def _named_by_peft(layers: Collection[RepExperts], adapter_name: str) -> dict[str, RepExperts]:

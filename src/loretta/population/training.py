@@ -49,9 +49,8 @@ TOGETHER = ("classification", "regression", "language_modeling")
 
 def why_alone(config: RunConfig) -> str | None:
     """The first option for which a run cannot be trained with others; None where it can."""
-    method = find_method(config.method)
     obstacles = {
-        f"method={config.method}": method is FULL or method.config is None,
+        f"method={config.method}": find_method(config.method) is FULL,
         "gradient_checkpointing": config.gradient_checkpointing,
         "target_parameters": bool(config.method_args.get("target_parameters")),
         "tensorboard": config.tensorboard,
@@ -162,36 +161,14 @@ def _train(
     stop.end()
     if pause is not None and loop.step <= pause < loop.rules.steps:
         save(loop)
-        # a member that is not finite has no score
-        logs = [[] if k in loop.not_finite else m.trainer.state.log_history for k, m in enumerate(loop.members)]
-        return [
-            paused_at(log, member.task, loop.step, loop.rules.steps)
-            for member, log in zip(loop.members, logs, strict=True)
-        ]
+        return _paused(loop)
     if len(runs) > 1:
         # without it, runs that a kill leaves unwritten would go on with fewer others and other numbers of dropout
         save(loop)
     used = max(0, peak_memory() - memory)
     loop.ranks.settle(loop.kept)
     predict_at_once(loop)
-    records, published = [], []
-    with ThreadPoolExecutor(WRITERS) as pool:
-        for k, member in enumerate(loop.members):
-            if k in loop.not_finite:
-                continue
-            member.trainer.stopwatch.earlier = loop.seconds / len(configs)
-            with loop.population.released(k, loop.kept(k)), loop.ranks.shrunk(k):
-                record = finish(
-                    replace(member, config=runs[k][0]),
-                    member.trainer,
-                    place=runs[k][1],
-                    peak_memory_bytes=used,
-                    population=len(configs),
-                    publishing=lambda publish: published.append(pool.submit(publish)),
-                )
-            records.append(record)
-    for each in published:
-        each.result()
+    records = _write(loop, runs, used)
     finished = [member for k, member in enumerate(loop.members) if k not in loop.not_finite]
     for_all(lambda member: remove_files(member.config.folder), finished)
     if loop.not_finite:
@@ -200,6 +177,35 @@ def _train(
             f"{len(loop.not_finite)} of {len(runs)} runs are not finite ({where}), the others are written: {MEND}",
             exit_status=STATUS,
         )
+    return records
+
+
+def _paused(loop: Loop) -> list[Paused]:
+    # a member that is not finite has no score
+    logs = [[] if k in loop.not_finite else m.trainer.state.log_history for k, m in enumerate(loop.members)]
+    return [paused_at(log, loop.members[k].task, loop.step, loop.rules.steps) for k, log in enumerate(logs)]
+
+
+def _write(loop: Loop, runs: Sequence[tuple[RunConfig, Place]], memory: int) -> list[RunRecord]:
+    """Write the folders of all members that are finite, and publish them where that is asked, many at once."""
+    records, published = [], []
+    with ThreadPoolExecutor(WRITERS) as pool:
+        for k, member in enumerate(loop.members):
+            if k in loop.not_finite:
+                continue
+            member.trainer.stopwatch.earlier = loop.seconds / len(runs)
+            with loop.population.released(k, loop.kept(k)), loop.ranks.shrunk(k):
+                record = finish(
+                    replace(member, config=runs[k][0]),
+                    member.trainer,
+                    place=runs[k][1],
+                    peak_memory_bytes=memory,
+                    population=len(runs),
+                    publishing=lambda publish: published.append(pool.submit(publish)),
+                )
+            records.append(record)
+    for each in published:
+        each.result()
     return records
 
 
