@@ -9,6 +9,7 @@ from tuners.families import build
 from loretta.errors import InputError
 from loretta.options import read_yaml, with_lists
 from loretta.plan import plan_model
+from loretta.studies.compare import comparison
 from loretta.training.config import ALIASES, GROUPS, RunConfig, read_config
 from loretta.training.methods import METHODS, find_method, peft_config, refuse_unknown_options
 from loretta.tuners.rep import LorettaRepConfig
@@ -246,6 +247,30 @@ def test_a_budget_is_an_option_of_the_method_and_alone_it_chooses_the_method():
     assert read_config(None, {"model": "m", "data": "d"}, ["budget=50k"]) == alone
     beside = RunConfig(model="m", data="d", method="rep", method_args={"r": 4}, budget="50k")
     assert (beside.method, beside.method_args) == ("rep", {"r": 4, "budget": "50k"})
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        ("my/reviews.csv", "reviews"),
+        ("a.csv,b.csv", "a-b"),
+        ("x/a.csv, y/b.csv", "a-b"),
+        ("a.csv,b.csv,c.csv,d.csv,e.csv", "a-b-c-and-2-more"),
+        ("my/a.CSV.gz", "a"),
+        ("my/reviews.v2/", "reviews.v2"),
+        ("my/reviews/*.csv", "reviews"),
+        ("my/part-*.jsonl", "part"),
+        ("org/words:v1.2", "words-v1.2"),
+        ("org/words-2.0", "words-2.0"),
+        ("*.csv", "data"),
+        ("mrpc", "mrpc"),
+    ],
+)
+def test_a_run_and_a_comparison_are_called_as_their_data(data, name):
+    """They were called as what stands before the last dot: "a.csv-b", "a.csv" and "words-v1"."""
+    assert str(RunConfig(model="m", data=data).folder) == f"runs/{name}-compact-s0"
+    study = comparison(data, ["lora", "ia3"], seeds=1, settings={})
+    assert (study.title, study.tasks) == (f"Which method for {name}", (name,))
 
 
 @pytest.mark.parametrize("policy", ["method", "full", "frozen"])

@@ -16,6 +16,7 @@ from loretta.studies.paired import Difference
 from loretta.studies.results import Cell, Results
 from loretta.studies.study import Grid, Row, Study
 from loretta.tasks.metrics import metric_range
+from loretta.tasks.read import short_name
 from loretta.training.baseline import CHANCE
 from loretta.training.methods import find_method
 from loretta.wording import listed
@@ -44,7 +45,7 @@ def comparison(
             rows[row.name] = row
     if ranks and not any(row.method in _RANKED for row in rows.values()):
         raise InputError(f"--ranks is for {listed(_RANKED)}, and --methods has none of them: leave it out")
-    task = Path(data).stem if Path(data).suffix else data
+    task = short_name(data)
     return Study(
         name="compare",
         title=f"Which method for {task}",

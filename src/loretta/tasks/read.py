@@ -38,6 +38,24 @@ def ending(path: Path) -> str:
     return inner if inner != ".parquet" and inner in (*TABLE_ENDINGS, *TEXT_ENDINGS) else inner + ".gz"
 
 
+def short_name(given: str) -> str:
+    """What data are called in titles and as a folder: the names of files without folders and endings.
+
+    A pattern without a letter, as ``reviews/*.csv``, is called as its folder; of more than three files the first count.
+    """
+    parts = [given] if os.path.exists(given) else given.split(",")
+    names = [_bare(Path(part.strip())) for part in parts]
+    more = f"-and-{len(names) - 3}-more" if len(names) > 3 else ""
+    return ("-".join(name for name in names[:3] if name) or "data") + more
+
+
+def _bare(path: Path) -> str:
+    known = ending(path) in (*TABLE_ENDINGS, *TEXT_ENDINGS)
+    endings = "".join(path.suffixes[-2 if path.suffix.lower() == ".gz" else -1 :]) if known else ""
+    name = re.sub(r"[^\w.-]+", "-", path.name.removesuffix(endings)).strip("-.")
+    return name or (_bare(path.parent) if path.parent.name else "")
+
+
 def column_names(path: Path, separator: str | None = None) -> tuple[str, ...]:
     """The columns of a table, in the order of the file. Raises InputError as :func:`read_columns` does."""
     return _parquet_names(path) if _format(path, TABLE_ENDINGS) == ".parquet" else tuple(_parse(path, separator))

@@ -1,7 +1,6 @@
 """The options of one run as plain frozen data: from a YAML file, the command line, and ``--set key=value``."""
 
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -22,6 +21,7 @@ from loretta.errors import InputError
 from loretta.files import read_plain
 from loretta.options import parse_option, read_yaml
 from loretta.tasks.base import Kind
+from loretta.tasks.read import short_name
 from loretta.wording import one_line
 
 Quantization = Literal["nf4", "fp4", "int8", "torchao-int8", "fp8"]
@@ -229,9 +229,7 @@ class RunConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
 
     @property
     def folder(self) -> Path:
-        # of a pattern or a Hub id what a folder may be called
-        data = re.sub(r"[^\w.-]+", "-", Path(self.data).stem).strip("-") or "data"
-        return Path(self.output or f"runs/{data}-{self.method.replace(':', '-')}-s{self.seed}")
+        return Path(self.output or f"runs/{short_name(self.data)}-{self.method.replace(':', '-')}-s{self.seed}")
 
 
 # how --help groups the options
