@@ -1,3 +1,4 @@
+import datasets
 import pytest
 
 from loretta.errors import InputError
@@ -18,3 +19,32 @@ def refused():
         return message
 
     return check
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Let the Hub answer with the rows of two splits, or raise; returns the list of what it is asked for."""
+
+    def answer(*splits, error=None):
+        asked = []
+
+        def load_dataset(*args, split):
+            asked.append((*args, split))
+            if error is not None:
+                raise error
+            return [datasets.Dataset.from_list(rows) for rows in splits]
+
+        monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+        return asked
+
+    return answer
+
+
+@pytest.fixture(
+    params=[ConnectionError("Couldn't reach it\nat all"), datasets.exceptions.DatasetNotFoundError("no such")],
+    ids=["unreachable", "without it"],
+)
+def why_no_hub(request, hub):
+    """The first line of what the Hub raises, whatever it is asked for."""
+    hub(error=request.param)
+    return str(request.param).split("\n")[0]

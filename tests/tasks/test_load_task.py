@@ -18,18 +18,18 @@ def table(tmp_path):
     return path
 
 
-def test_a_glue_task(monkeypatch, tmp_path):
+def test_the_name_of_a_glue_task_is_loaded_as_one(monkeypatch, tmp_path):
     monkeypatch.setattr("loretta.tasks.glue.load", lambda name, data_dir: (name, data_dir))
     assert load_task("rte", data_dir=str(tmp_path), seed=3) == ("rte", tmp_path)
     assert load_task("stsb") == ("stsb", None)
 
 
-def test_the_demo(monkeypatch):
+def test_stdlib_is_the_demo(monkeypatch):
     monkeypatch.setattr("loretta.tasks.stdlib.load", lambda: "the demo")
     assert load_task("stdlib") == "the demo"
 
 
-def test_a_table(table):
+def test_options_name_the_columns_and_the_kind_of_a_table(table):
     task = load_task(str(table), label="stars")
     assert task.train["text"][0].startswith("t")
     assert task.label_names == ("0", "1")
@@ -54,7 +54,7 @@ def test_the_seed_reaches_the_split(table):
     assert first != second
 
 
-def test_text_alone(table, tmp_path):
+def test_text_without_labels_is_for_language_modelling(table, tmp_path):
     assert load_task(str(table), text="body", kind="language_modeling").train["text"][0].startswith("b")
     (tmp_path / "a.txt").write_text("one\n\ntwo\n\nthree")
     for kind in (None, "language_modeling"):
@@ -73,7 +73,7 @@ def test_a_path_need_not_be_a_string(table):
     assert load_task(table, label="stars").name == "reviews.csv"
 
 
-def test_a_file_next_door_and_at_home(table, monkeypatch):
+def test_a_file_is_found_next_door_and_at_home(table, monkeypatch):
     monkeypatch.chdir(table.parent)
     monkeypatch.setenv("HOME", str(table.parent))
     assert (
@@ -95,18 +95,18 @@ def test_a_file_next_door_and_at_home(table, monkeypatch):
         ("zero\0byte.csv", [r"'zero\x00byte.csv' holds", "a zero byte"]),
     ],
 )
-def test_unknown_data(refused, data, pieces):
+def test_data_that_are_nowhere_are_refused(refused, data, pieces):
     refused(lambda: load_task(data), *pieces)
 
 
-def test_a_folder_and_a_strange_ending(refused, tmp_path):
+def test_a_folder_and_a_strange_ending_are_refused(refused, tmp_path):
     refused(lambda: load_task(str(tmp_path)), f"'{tmp_path}' is a folder")
     path = tmp_path / "a.xlsx"
     path.write_text("x")
     refused(lambda: load_task(str(path)), "'.xlsx'", ".csv")
 
 
-def test_columns_that_must_be_named(table, refused):
+def test_columns_that_cannot_be_guessed_have_to_be_named(table, refused):
     columns = "'text', 'body', 'stars'"
     refused(lambda: load_task(str(table)), f"'{table}'", "give --label COLUMN", columns, "language_modeling")
     refused(lambda: load_task(str(table), text="body"), "give --label COLUMN", columns)
@@ -131,7 +131,7 @@ def test_columns_that_must_be_named(table, refused):
         ("a.csv", {"kind": "clasification"}, ["'clasification'", "did you mean 'classification'?"]),
     ],
 )
-def test_options_that_do_not_fit(refused, data, options, pieces):
+def test_options_that_do_not_fit_the_data_are_refused(refused, data, options, pieces):
     refused(lambda: load_task(data, **options), *pieces)
 
 

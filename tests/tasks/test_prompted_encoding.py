@@ -116,7 +116,7 @@ def test_a_completion_that_does_not_fit(tokenizer, refused):
     refused(lambda: encode_pair(tokenizer, "It was", " the hen", needed - 1), "' the hen'", str(needed - 1), "raise")
 
 
-def test_a_completion_without_tokens(tokenizer, refused):
+def test_a_completion_without_tokens_is_refused(tokenizer, refused):
     refused(lambda: encode_pair(tokenizer, "It was", "", 64), "''", "no tokens")
 
 

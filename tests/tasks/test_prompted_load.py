@@ -4,7 +4,6 @@ import os
 import random
 from pathlib import Path
 
-import datasets
 import pytest
 from tasks.prompted_rows import ROWS
 
@@ -56,7 +55,7 @@ def test_the_defaults_are_the_papers():
 
 
 @pytest.mark.parametrize("name", PROMPTED)
-def test_rows_from_a_folder(name, folder):
+def test_rows_of_a_folder_are_drawn_as_asked(name, folder):
     spec = PROMPTED[name]
     task = load_prompted(name, data_dir=folder(name), sample=Sample(train=6, validation=3, test=4))
     assert (task.name, task.kind, task.metrics, task.label_names) == (name, spec.kind, spec.metrics, spec.label_names)
@@ -169,7 +168,7 @@ def test_train_rows_cut_out_of_the_validation_split(folder):
     assert "9 of the official" in load_prompted("drop", data_dir=data_dir, sample=Sample(train=2)).notes[0]
 
 
-def test_limited(folder):
+def test_a_limit_cuts_each_split_and_notes_it(folder):
     task = load_prompted("boolq", data_dir=folder("boolq", 40, 20), sample=Sample(train=10, validation=5, test=5))
     cut = task.limited(7)
     assert (cut.train, cut.validation, cut.test) == (task.train[:7], task.validation, task.test)
@@ -177,39 +176,24 @@ def test_limited(folder):
 
 
 @pytest.mark.parametrize("name", ["boolq", "squad", "drop", "sst2"])
-def test_rows_from_the_hub(monkeypatch, folder, name):
-    asked = []
-
-    def load_dataset(*args, split):
-        asked.append((*args, split))
-        return [datasets.Dataset.from_list(rows_of(name, n)) for n in (12, 5)]
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+def test_rows_from_the_hub_are_those_of_a_folder(hub, folder, name):
+    asked = hub(rows_of(name, 12), rows_of(name, 5))
     sample = Sample(train=6, validation=3, test=4)
-    hub, local = (load_prompted(name, sample=sample, data_dir=place) for place in (None, folder(name)))
+    remote, local = (load_prompted(name, sample=sample, data_dir=place) for place in (None, folder(name)))
     assert asked == [(*PROMPTED[name].hub, ["train", "validation"])]
-    assert (hub.train, hub.validation, hub.test) == (local.train, local.validation, local.test)
-    assert set(hub.notes) - set(local.notes) == ({PROMPTED["drop"].hub_note} if name == "drop" else set())
+    assert (remote.train, remote.validation, remote.test) == (local.train, local.validation, local.test)
+    assert set(remote.notes) - set(local.notes) == ({PROMPTED["drop"].hub_note} if name == "drop" else set())
 
 
-@pytest.mark.parametrize(
-    "error", [ConnectionError("Couldn't reach it\nat all"), datasets.exceptions.DatasetNotFoundError("no such")]
-)
-def test_no_hub(monkeypatch, refused, error):
-    def load_dataset(*args, **kwargs):
-        raise error
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    refused(
-        lambda: load_prompted("copa"), "'copa'", str(error).split("\n")[0], "network", "--data-dir", "copa/train.jsonl"
-    )
+def test_a_hub_that_cannot_be_reached_is_one_sentence(why_no_hub, refused):
+    refused(lambda: load_prompted("copa"), "'copa'", why_no_hub, "network", "--data-dir", "copa/train.jsonl")
 
 
-def test_unknown_name(refused):
+def test_an_unknown_task_is_refused_with_the_nearest_name(refused):
     refused(lambda: load_prompted("Bool-Q"), "'Bool-Q'", "did you mean 'boolq'?", "'record'")
 
 
-def test_missing_files(folder, refused, tmp_path):
+def test_a_missing_file_is_named(folder, refused, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     refused(lambda: load_prompted("cb", data_dir=elsewhere), f"'{elsewhere}/cb/train.jsonl.gz'", "give a --data-dir")
     path = folder("cb") / "cb" / "validation.jsonl.gz"
@@ -226,37 +210,37 @@ def test_missing_files(folder, refused, tmp_path):
         ("boolq", {"passage": None}, ["a text as 'passage', not None", "row 2"]),
     ],
 )
-def test_bad_cells(folder, refused, name, change, pieces):
+def test_a_cell_that_is_no_answer_is_named_with_its_row(folder, refused, name, change, pieces):
     rows = rows_of(name, 3)
     rows[1].update(change)
     data_dir = folder(name, rows)
     refused(lambda: load_prompted(name, data_dir=data_dir), f"'{data_dir}/{name}/train.jsonl.gz'", *pieces)
 
 
-def test_missing_field(folder, refused):
+def test_a_missing_field_is_named(folder, refused):
     data_dir = folder("record", [{"passage": "a", "query": "b", "answers": ["c"]}])
     refused(lambda: load_prompted("record", data_dir=data_dir), "no column 'entities'", "'passage'")
 
 
 @pytest.mark.parametrize(("train", "validation"), [(1, 5), (5, [{**ROWS["cb"], "label": -1}])])
-def test_too_few_rows(folder, refused, train, validation):
+def test_too_few_rows_are_refused(folder, refused, train, validation):
     data_dir = folder("cb", train, validation)
     refused(lambda: load_prompted("cb", data_dir=data_dir), "usable rows for 'cb'", "add rows")
 
 
-def test_one_text_only(folder, refused):
+def test_rows_with_one_text_are_refused(folder, refused):
     data_dir = folder("cb", [ROWS["cb"]] * 5)
     refused(lambda: load_prompted("cb", data_dir=data_dir), "too few different texts", "add rows with different texts")
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
-def test_a_sample_of_nothing(refused, split):
+def test_a_sample_of_nothing_is_refused(refused, split):
     refused(lambda: Sample(**{split: 0}), f"1 {split} example", "got 0")
 
 
 @pytest.mark.skipif(not Path(DATA_DIR).is_dir(), reason=f"no data at LORETTA_DATA_DIR={DATA_DIR}")
 @pytest.mark.parametrize("name", PROMPTED)
-def test_real_files(name):
+def test_the_gold_answers_of_real_files_score_1(name):
     task = load_prompted(name, data_dir=DATA_DIR)
     assert not set(prompts(task.train)) & set(prompts(task.validation))
     gold = [example.correct[0] if task.kind == "choice" else example.completion for example in task.test]

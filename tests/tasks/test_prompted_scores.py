@@ -39,7 +39,7 @@ def test_accuracy_and_f1_of_wsc():
 
 
 @pytest.mark.parametrize("name", ["boolq", "copa", "sst2", "rte"])
-def test_accuracy(name):
+def test_accuracy_is_the_share_of_right_choices(name):
     assert task(name).score([1, 1, 0], choices(1, 0, 0)) == {"accuracy": pytest.approx(2 / 3)}
 
 
@@ -81,7 +81,7 @@ def test_record_takes_the_nearest_of_several_answers():
         ("1,000", ("1000",), 1, 1),  # punctuation goes, even inside numbers
     ],
 )
-def test_squad(prediction, golds, f1, exact):
+def test_squad_scores_the_nearest_gold_answer_by_hand(prediction, golds, f1, exact):
     example = Example(prompt="", answers=golds)
     assert score_squad([prediction], [example]) == {"f1": pytest.approx(f1), "exact_match": exact}
 
@@ -133,7 +133,7 @@ def test_generated_text_counts_up_to_the_line_end():
         (["the"], ["an"], 1, 1),
     ],
 )
-def test_drop(predicted, gold, f1, exact):
+def test_drop_scores_by_hand(predicted, gold, f1, exact):
     assert drop_scores(predicted, gold) == (f1, exact)
 
 
@@ -167,5 +167,5 @@ def test_scores_have_the_keys_of_the_metrics():
 
 
 @pytest.mark.parametrize(("predictions", "n"), [([], 0), ([0], 2)])
-def test_refusals(refused, predictions, n):
+def test_predictions_that_are_not_as_many_as_the_examples_are_refused(refused, predictions, n):
     refused(lambda: task("boolq").score(predictions, choices(*[0] * n)), f"{len(predictions)} predictions", f"{n} ex")

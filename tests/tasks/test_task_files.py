@@ -146,7 +146,7 @@ GOOD = [("a", "p", 0), ("b", "p", 0), ("c", "p", 1), ("d", "p", 1)]
         ([(f"t{n}", "p", n) for n in range(51)], ["51 different whole numbers", "--kind regression"]),
     ],
 )
-def test_bad_rows(tmp_path, refused, rows, pieces):
+def test_rows_that_cannot_be_trained_are_refused(tmp_path, refused, rows, pieces):
     path = write(tmp_path / "a.csv", rows)
     refused(lambda: load_table(path, text="text", label="label"), f"'{path}'", *pieces)
 
@@ -161,7 +161,7 @@ def test_bad_rows(tmp_path, refused, rows, pieces):
         ('{"text": "b", "label": [1, 2]}', ["'label'", "[1, 2]", "row 2", "not one label"]),
     ],
 )
-def test_bad_cells_of_other_types(tmp_path, refused, row, pieces):
+def test_cells_that_are_no_text_or_label_are_refused(tmp_path, refused, row, pieces):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a", "label": 1}\n' + row)
     refused(lambda: load_table(path, text="text", label="label"), f"'{path}'", *pieces)
@@ -187,11 +187,11 @@ def test_one_column_cannot_play_two_parts(reviews, refused):
     refused(lambda: load_table(reviews, text="text", text_pair="text", label="label"), "'text'", "twice")
 
 
-def test_language_modelling_has_no_labels(reviews, refused):
+def test_language_modelling_with_labels_is_refused(reviews, refused):
     refused(lambda: load_table(reviews, text="text", label="label", kind="language_modeling"), "'label'")
 
 
-def test_plain_text(tmp_path):
+def test_plain_text_is_split_by_paragraphs(tmp_path):
     path = tmp_path / "book.txt"
     path.write_text("\n\n".join(f"Paragraph {n}\nwith two lines." for n in range(30)))
     task = load_text(path)
@@ -206,7 +206,7 @@ def test_plain_text(tmp_path):
     assert load_text(path, seed=1).validation.to_dict() != task.validation.to_dict()
 
 
-def test_a_column_of_documents(tmp_path, reviews):
+def test_a_column_of_a_table_can_be_the_documents(tmp_path, reviews):
     task = load_text(reviews, text="pair")
     assert set(task.validation["text"]) <= {f"so {n}" for n in range(30)}
     assert not texts(task.train) & texts(task.validation)
@@ -230,7 +230,7 @@ def test_a_column_of_documents(tmp_path, reviews):
         ("a.jsonl", '{"text": 1}', ["1 is not text", "not text"]),
     ],
 )
-def test_bad_documents(tmp_path, refused, name, content, pieces):
+def test_documents_that_cannot_be_trained_on_are_refused(tmp_path, refused, name, content, pieces):
     path = tmp_path / name
     path.write_text(content)
     refused(lambda: load_text(path), f"'{path}'", *pieces)

@@ -3,7 +3,6 @@ import json
 import os
 from pathlib import Path
 
-import datasets
 import pytest
 
 from loretta.tasks import glue, metrics
@@ -40,7 +39,7 @@ def test_the_eight_tasks_of_the_paper():
 
 
 @pytest.mark.parametrize("name", glue.GLUE)
-def test_rows_from_a_folder(folder, name):
+def test_rows_of_a_folder_become_the_official_task(folder, name):
     official, task = glue.GLUE[name], glue.load(name, data_dir=folder)
     assert (task.name, task.metrics, task.label_names, task.test) == (
         name,
@@ -76,14 +75,8 @@ def test_official_sizes_need_no_note(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["mnli", "stsb"])
-def test_rows_from_the_hub(monkeypatch, folder, name):
-    asked = []
-
-    def load_dataset(*args, split):
-        asked.append((*args, split))
-        return [datasets.Dataset.from_list(rows_of(name, n)) for n in (6, 4)]
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+def test_rows_from_the_hub_are_those_of_a_folder(hub, folder, name):
+    asked = hub(rows_of(name, 6), rows_of(name, 4))
     task, from_folder = glue.load(name), glue.load(name, data_dir=folder)
     split = "validation_matched" if name == "mnli" else "validation"
     assert asked == [("nyu-mll/glue", name, ["train", split])]
@@ -91,22 +84,15 @@ def test_rows_from_the_hub(monkeypatch, folder, name):
     assert task.validation.to_dict() == from_folder.validation.to_dict()
 
 
-@pytest.mark.parametrize(
-    "error", [ConnectionError("Couldn't reach it\nat all"), datasets.exceptions.DatasetNotFoundError("no such")]
-)
-def test_no_hub(monkeypatch, refused, error):
-    def load_dataset(*args, **kwargs):
-        raise error
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    refused(lambda: glue.load("rte"), "'rte'", str(error).split("\n")[0], "network", "--data-dir", "rte/train.jsonl.gz")
+def test_a_hub_that_cannot_be_reached_is_one_sentence(why_no_hub, refused):
+    refused(lambda: glue.load("rte"), "'rte'", why_no_hub, "network", "--data-dir", "rte/train.jsonl.gz")
 
 
-def test_unknown_name(refused):
+def test_an_unknown_task_is_refused_with_the_nearest_name(refused):
     refused(lambda: glue.load("SST-2"), "'SST-2'", "did you mean 'sst2'?", "'mnli'")
 
 
-def test_missing_folder_and_file(folder, refused):
+def test_a_missing_folder_or_file_is_named(folder, refused):
     elsewhere = folder / "elsewhere"
     refused(lambda: glue.load("rte", data_dir=elsewhere), f"'{elsewhere}/rte/train.jsonl.gz'", "give a --data-dir with")
     path = folder / "mnli" / "validation_matched.jsonl.gz"
@@ -125,7 +111,7 @@ def test_missing_folder_and_file(folder, refused):
         ("stsb", {"sentence2": None}, ["None as 'sentence2'", "row 2", "a text"]),
     ],
 )
-def test_bad_cells(folder, refused, name, change, pieces):
+def test_a_cell_that_is_no_label_or_text_is_named_with_its_row(folder, refused, name, change, pieces):
     path = folder / name / "train.jsonl.gz"
     rows = rows_of(name, 3)
     rows[1].update(change)
@@ -133,7 +119,7 @@ def test_bad_cells(folder, refused, name, change, pieces):
     refused(lambda: glue.load(name, data_dir=folder), f"'{path}'", *pieces)
 
 
-def test_missing_field(folder, refused):
+def test_a_missing_field_is_named(folder, refused):
     path = folder / "cola" / "train.jsonl.gz"
     write_rows(path, [{"text": "a", "label": 0}])
     refused(lambda: glue.load("cola", data_dir=folder), f"'{path}'", "no column 'sentence'", "'text', 'label'")
@@ -141,7 +127,7 @@ def test_missing_field(folder, refused):
 
 @pytest.mark.skipif(DATA_DIR is None, reason="LORETTA_DATA_DIR, a folder with GLUE's files, is not set")
 @pytest.mark.parametrize("name", glue.GLUE)
-def test_real_files(name):
+def test_real_files_have_the_official_rows_and_labels(name):
     task = glue.load(name, data_dir=Path(DATA_DIR))
     assert len(task.validation) == glue.GLUE[name].validation_rows
     if task.kind == "classification":

@@ -72,11 +72,11 @@ def test_fifty_whole_numbers_are_classes_and_fifty_one_must_be_told(refused):
         ([1, 10**400, 2], "regression", ["100000", "row 2", "finite"]),
     ],
 )
-def test_refused_training_labels(refused, cells, kind, pieces):
+def test_labels_that_cannot_be_trained_are_refused(refused, cells, kind, pieces):
     refused(lambda: scheme_of(cells, kind), *pieces)
 
 
-def test_labels_that_training_has_not(refused):
+def test_labels_that_training_has_not_are_refused(refused):
     scheme = scheme_of(["pos", "neg"])
     cells = ["pos", "neutral", "neutral", "mixed"]
     refused(lambda: scheme.encode(cells, OTHER), "'val.csv'", "'train.csv'", "'neutral' in 2 rows", "'mixed' in 1 row")
@@ -95,7 +95,7 @@ def test_many_unseen_labels_are_counted(refused):
     refused(lambda: scheme_of(["a", "b"]).encode([f"z{n}" for n in range(9)], OTHER), "and 4 other labels")
 
 
-def test_a_word_among_scores(refused):
+def test_a_word_among_scores_is_refused(refused):
     refused(lambda: scheme_of([0.5, 1.5]).encode([1.0, "bad"], OTHER), "'bad'", "row 2", "'val.csv'")
 
 

@@ -86,7 +86,7 @@ def test_half_precision_scores_do_not_overflow():
     assert compute(["mse"], np.array([300, 0], np.float16), np.array([0, 0], np.float16)) == {"mse": 45_000.0}
 
 
-def test_direction():
+def test_all_metrics_but_errors_are_better_when_higher():
     ups = [name for name in ("accuracy", "f1", "macro_f1", "mcc", "spearman", "pearson") if higher_is_better(name)]
     assert len(ups) == 6
     assert not higher_is_better("mse")
@@ -103,7 +103,7 @@ def test_direction():
         (["f1"], [0, 2], [0, 1], ["class 2", "'macro_f1'"]),
     ],
 )
-def test_refusals(refused, names, predicted, expected, pieces):
+def test_predictions_that_cannot_be_scored_are_refused(refused, names, predicted, expected, pieces):
     refused(lambda: compute(names, predicted, expected), *pieces)
 
 

@@ -38,7 +38,7 @@ def test_every_format_gives_the_same_cells(tmp_path, name, content):
     assert {*NAMES} <= {*column_names(path)}
 
 
-def test_parquet(tmp_path):
+def test_parquet_gives_the_same_cells(tmp_path):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({**WANTED, "vector": [[1.0], [2.0]]}), path)
     assert read_columns(path, NAMES) == WANTED
@@ -134,13 +134,13 @@ BAD_CONTENT = [
 
 
 @pytest.mark.parametrize(("name", "content", "pieces"), BAD_CONTENT)
-def test_bad_tables(tmp_path, refused, name, content, pieces):
+def test_a_table_that_cannot_be_read_is_named_with_the_reason(tmp_path, refused, name, content, pieces):
     path = tmp_path / name
     path.write_bytes(content)
     refused(lambda: read_columns(path, NAMES), f"'{path}'", *pieces)
 
 
-def test_parquet_refusals(tmp_path, refused):
+def test_parquet_without_the_column_or_without_rows_is_refused(tmp_path, refused):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"texts": ["a"], "label": ["x"]}), path)
     refused(lambda: read_columns(path, NAMES), "no column 'text'", "did you mean 'texts'?", "'texts', 'label'")
@@ -148,7 +148,7 @@ def test_parquet_refusals(tmp_path, refused):
     refused(lambda: read_columns(path, NAMES), f"'{path}'", "no rows")
 
 
-def test_a_parquet_file_with_a_broken_page(tmp_path, refused):
+def test_a_parquet_file_with_a_broken_page_is_refused(tmp_path, refused):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": ["a" * 100] * 50, "label": ["x"] * 50}), path, compression="snappy")
     data = bytearray(path.read_bytes())
@@ -157,14 +157,14 @@ def test_a_parquet_file_with_a_broken_page(tmp_path, refused):
     refused(lambda: read_columns(path, NAMES), f"'{path}'", "damaged Parquet file")
 
 
-def test_parquet_text_that_is_not_utf8(tmp_path, refused):
+def test_parquet_text_that_is_not_utf8_is_refused(tmp_path, refused):
     path, offsets = tmp_path / "a.parquet", pa.py_buffer(struct.pack("=2i", 0, 1))
     text = pa.Array.from_buffers(pa.string(), 1, [None, offsets, pa.py_buffer(b"\xe9")])
     pq.write_table(pa.table({"text": text, "label": ["x"]}), path)
     refused(lambda: read_columns(path, NAMES), f"'{path}'", "damaged Parquet file", "0xe9")
 
 
-def test_a_parquet_column_whose_name_is_not_utf8(tmp_path, refused):
+def test_a_parquet_column_whose_name_is_not_utf8_is_refused(tmp_path, refused):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"text": ["a"], "label": ["x"]}), path, store_schema=False)
     path.write_bytes(path.read_bytes().replace(b"label", b"lab\xe9l"))
@@ -173,7 +173,7 @@ def test_a_parquet_column_whose_name_is_not_utf8(tmp_path, refused):
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.parquet"])
-def test_a_file_without_permission(tmp_path, monkeypatch, refused, name):
+def test_a_file_without_permission_is_refused(tmp_path, monkeypatch, refused, name):
     def denied(*args, **kwargs):
         raise PermissionError(13, "Permission denied")
 
@@ -183,7 +183,7 @@ def test_a_file_without_permission(tmp_path, monkeypatch, refused, name):
     refused(lambda: read_columns(path, NAMES), f"'{path}' cannot be read (Permission denied)", "check its permissions")
 
 
-def test_missing_file_and_folder(tmp_path, refused):
+def test_a_missing_file_and_a_folder_are_refused(tmp_path, refused):
     (tmp_path / "reviews.csv").write_text(CSV)
     missing = tmp_path / "review.csv"
     refused(lambda: read_columns(missing, NAMES), f"'{missing}' does not exist", "did you mean 'reviews.csv'?")
@@ -213,7 +213,7 @@ def test_documents_are_paragraphs(tmp_path, content):
         ("a.csv", b"text", ["'.csv'", "plain text ends in .txt or .md"]),
     ],
 )
-def test_bad_documents(tmp_path, refused, name, content, pieces):
+def test_documents_that_cannot_be_read_are_named_with_the_reason(tmp_path, refused, name, content, pieces):
     path = tmp_path / name
     path.write_bytes(content)
     refused(lambda: read_documents(path), f"'{path}'", *pieces)
@@ -223,7 +223,7 @@ def test_bad_documents(tmp_path, refused, name, content, pieces):
     ("name", "expected"),
     [("a.b.csv", ".csv"), ("A.JSONL.GZ", ".jsonl"), ("a", ""), ("a.gz", ".gz"), ("a.parquet.gz", ".parquet.gz")],
 )
-def test_ending(tmp_path, name, expected):
+def test_the_ending_is_small_and_of_what_gzip_holds(tmp_path, name, expected):
     assert ending(tmp_path / name) == expected
 
 

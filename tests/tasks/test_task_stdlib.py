@@ -17,7 +17,7 @@ def keys(dataset):
     return [text.casefold() for text in dataset["text"]]
 
 
-def test_form(task):
+def test_it_is_a_classification_of_texts_by_packages_of_python(task):
     assert (task.name, task.kind, task.columns) == ("stdlib", "classification", ("text",))
     assert task.metrics == ("accuracy",)
     assert all(getattr(task, split).column_names == ["text", "label"] for split in SPLITS)
@@ -28,7 +28,7 @@ def test_form(task):
     assert not set(task.label_names) & stdlib.LEFT_OUT
 
 
-def test_sizes(task):
+def test_three_splits_have_seven_one_and_two_tenths(task):
     sizes = [len(getattr(task, split)) for split in SPLITS]
     total = sum(sizes)
     assert 3000 <= total <= 3900
@@ -42,7 +42,7 @@ def test_every_part_is_in_every_split_and_none_dominates(task):
     assert max(sum(counts, Counter()).values()) <= stdlib.MAX_PER_PART
 
 
-def test_no_sentence_twice(task):
+def test_no_sentence_is_there_twice(task):
     everything = [key for split in SPLITS for key in keys(getattr(task, split))]
     assert len(everything) == len(set(everything))
 
@@ -69,7 +69,7 @@ def test_a_second_build_is_the_same(task):
     assert all(getattr(again, split).to_dict() == getattr(task, split).to_dict() for split in SPLITS)
 
 
-def test_nothing_is_imported(tmp_path):
+def test_modules_are_parsed_and_not_imported(tmp_path):
     (tmp_path / "trap.py").write_text(
         '"""The module must be parsed and never be imported at all."""\nraise SystemExit\n'
     )
@@ -107,7 +107,7 @@ def tree(tmp_path):
     return tmp_path
 
 
-def test_parts_and_their_own_sentences(tree):
+def test_each_part_has_the_sentences_that_are_its_own(tree):
     found = {part: sentences for part, sentences in stdlib.sentences_by_part(tree).items() if sentences}
     assert found == {"alpha": [FIRST, THIRD], "beta": [INNER]}
 
@@ -127,7 +127,7 @@ def test_parts_and_their_own_sentences(tree):
         ("and this does not begin as the sentences of a language do.", []),
     ],
 )
-def test_prose(docstring, sentences):
+def test_a_docstring_is_read_as_its_sentences_of_prose(docstring, sentences):
     assert list(stdlib.prose(docstring)) == sentences
 
 
@@ -139,7 +139,7 @@ def numbered(n, word):
     ]
 
 
-def test_small_parts_and_large_parts(tmp_path):
+def test_parts_that_are_too_small_are_left_out_and_large_ones_cut(tmp_path):
     for part, n in {"large": 450, "small": 20, "tiny": 5}.items():
         (tmp_path / f"{part}.py").write_text(docstring(*numbered(n, part)))
     task = stdlib.load(tmp_path)
@@ -152,11 +152,11 @@ def test_small_parts_and_large_parts(tmp_path):
 
 
 @pytest.mark.parametrize("parts", [{}, {"only": 300}, {"one": 50, "two": 50}])
-def test_too_little_documentation(tmp_path, refused, parts):
+def test_too_little_documentation_is_refused(tmp_path, refused, parts):
     for part, n in parts.items():
         (tmp_path / f"{part}.py").write_text(docstring(*numbered(n, part)))
     refused(lambda: stdlib.load(tmp_path), f"'{tmp_path}'", f"{len(parts)} parts", f"{sum(parts.values())} sentences")
 
 
-def test_no_sources_at_all(tmp_path, refused):
+def test_a_python_without_sources_is_refused(tmp_path, refused):
     refused(lambda: stdlib.load(tmp_path / "python311.zip"), "python311.zip", "0 parts")

@@ -17,7 +17,7 @@ def row(tokens, tags, column="tags"):
     return {"tokens": tokens.split(), column: tags.split()}
 
 
-def test_tokens_and_tags(tmp_path):
+def test_tokens_and_tags_become_a_task(tmp_path):
     task = load_task(EXAMPLES / "names.jsonl")
     assert (task.kind, task.columns, task.metrics[0]) == ("token_classification", ("tokens",), "entity_f1")
     assert task.label_names == ("B-LOC", "B-PER", "I-LOC", "I-PER", "O")
@@ -49,7 +49,7 @@ def test_a_row_that_cannot_be_trained_is_named(bad, pieces, tmp_path, refused):
     refused(lambda: load_task(path), f"row 2 of '{path}'", *pieces)
 
 
-def test_tags_that_training_has_not(tmp_path, refused):
+def test_tags_that_training_has_not_are_refused(tmp_path, refused):
     path, other = write(tmp_path / "t.jsonl", row("a b", "B-X O")), write(tmp_path / "v.jsonl", row("a b", "O B-Y"))
     refused(lambda: load_task(path, validation=other), f"row 1 of '{other}', column 'tags'", "'B-Y'", "'B-X', 'O'")
     refused(lambda: load_task(path), "too few different rows to split (1 in all)")
