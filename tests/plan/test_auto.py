@@ -159,7 +159,8 @@ def test_the_figures_are_those_of_the_model_most_like_the_given_one():
     both = next(form for form in forms if len(form.scores) > 1)
     for name, score in both.scores.items():
         model = read_front().models[name]
-        why = read_front().why(both, model.kind, model.width)
+        assert read_front().nearest(model.kind, model.width) == name
+        why = read_front().why(both, name)
         assert f"{score.count:,} parameters on {name}" in why
         # the strongest rival of its size, and not one of about as many parameters that learned little
         best = sorted((o for o in model.others if o.count <= 1.25 * score.count), key=lambda other: other.mean)[-1]

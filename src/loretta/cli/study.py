@@ -132,11 +132,11 @@ def sweep_options(sweep: bool, search: str | None, rates: str | None, tries: Seq
 
 def _refuse_fixed(settings: Mapping[str, Any], swept: Mapping[str, Any], *, batches: bool) -> None:
     """Raise InputError for an option that is given one value and is to be chosen among several."""
-    from loretta.studies.configs import ALIASES as METHODS
+    from loretta.studies.configs import full_name
 
     def whole(key: str) -> str:
         method, *name = key.split(".")
-        return ".".join([METHODS.get(method, method), *name])
+        return ".".join([full_name(method), *name])
 
     of_rates = {"learning_rate": swept["sweep"] or swept["rates"], "batch_size": batches}
     tried = {*map(whole, swept["tries"]), *(key for key, is_tried in of_rates.items() if is_tried)}

@@ -85,14 +85,14 @@ def choose_form(
             f"a budget chooses the form, so {', '.join(map(repr, wrong))} cannot be given beside it: name a method "
             "too, or leave that out"
         )
-    front, (kind, width) = read_front(), _kind_and_width(model)
+    front = read_front()
+    nearest = front.nearest(*_kind_and_width(model))
     asked = options.get("train_norms")
-    forms = [form for form in front.ranked(kind, width) if asked in (None, form.options["train_norms"])]
+    forms = [form for form in front.ranked(nearest) if asked in (None, form.options["train_norms"])]
     if asked is False and not options.get("train_scales"):  # it is to be a LoRA
         forms = [form for form in forms if not form.options.get("train_scales")]
     smallest: Plan | None = None
     refusal: InputError | None = None
-    nearest = front.nearest(kind, width)
     # what has to be cut the least is the most like what was measured
     smallest_first = sorted(forms, key=lambda form: form.scores[nearest].count)
     for at_rank_1 in (False, True):
@@ -109,7 +109,7 @@ def choose_form(
             if not budget.fits(plan):
                 continue
             best, best_plan, words = highest_rank(config, plan, model, budget)
-            why = front.why(form, kind, width)
+            why = front.why(form, nearest)
             changed = [n for n in _OF_THE_MEASUREMENT & options.keys() if options[n] != form.options.get(n)]
             if changed:
                 own = ", ".join(f"{name}={quoted(options[name])}" for name in sorted(changed))

@@ -4,6 +4,7 @@
 """
 
 import math
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -76,7 +77,7 @@ class Form(_Plain):
         places = _PLACES.get(self.options.get("target_modules", ""), places)
         beside = ["the norms"] if self.options["train_norms"] else []
         if scaled := ["MLPs" if place == "mlp" else place for place in self.options.get("train_scales", [])]:
-            beside.append("scales of " + " and ".join(filter(None, [", ".join(scaled[:-1]), scaled[-1]])))
+            beside.append(f"scales of {_enumerated(scaled)}")
         return f"{self.method} {shape} {places}" + (f" with {' and '.join(beside)}" if beside else "")
 
 
@@ -97,23 +98,19 @@ class Front(_Plain):
             ),
         )
 
-    def ranked(self, kind: Kind, width: int | None) -> list[Form]:
-        """The forms that were measured on the model most like the given one, from the best gain down."""
-        name = self.nearest(kind, width)
-        some = [form for form in self.forms if name in form.scores]
-        return sorted(some, key=lambda form: -form.scores[name].gain)
+    def ranked(self, name: str) -> list[Form]:
+        """The forms that were measured on the model of that name, from the best gain down."""
+        return sorted((form for form in self.forms if name in form.scores), key=lambda form: -form.scores[name].gain)
 
-    def why(self, form: Form, kind: Kind, width: int | None) -> str:
-        """The score of a form on the measured model that is most like the given one, beside the best other method there
-        with at most a quarter more parameters."""
-        name = self.nearest(kind, width)
+    def why(self, form: Form, name: str) -> str:
+        """The score of a form on a measured model, beside the best other method there with at most a quarter more
+        parameters."""
         model, score = self.models[name], form.scores[name]
         fits = [other for other in model.others if other.count <= MORE * score.count]
         other = max(fits, key=lambda other: other.mean) if fits else min(model.others, key=lambda other: other.count)
-        tasks = " and ".join([", ".join(model.tasks[:-1]), model.tasks[-1]] if model.tasks[1:] else model.tasks)
         return (
-            f"{form.words}: {short(score.mean)} with {score.count:,} parameters on {name} (mean of {tasks}), "
-            f"where {other.name} has {short(other.mean)} with {other.count:,}"
+            f"{form.words}: {short(score.mean)} with {score.count:,} parameters on {name} (mean of "
+            f"{_enumerated(model.tasks)}), where {other.name} has {short(other.mean)} with {other.count:,}"
         )
 
 
@@ -121,6 +118,11 @@ class Front(_Plain):
 def read_front() -> Front:
     """The measured front that the package carries."""
     return Front.model_validate_json(FRONT.read_text(encoding="utf-8"))
+
+
+def _enumerated(words: Sequence[str]) -> str:
+    """As "a, b and c"."""
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))
 
 
 def short(score: float) -> str:

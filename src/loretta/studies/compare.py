@@ -10,7 +10,7 @@ from typing import Any
 from scipy.stats import combine_pvalues
 
 from loretta.errors import InputError
-from loretta.studies.configs import ALIASES, Options
+from loretta.studies.configs import Options, full_name
 from loretta.studies.expansion import expand
 from loretta.studies.paired import Difference
 from loretta.studies.results import Cell, Results
@@ -39,7 +39,7 @@ def comparison(
         raise InputError("--methods is empty: give at least two, for example lora,loretta_adp,loretta_rep,ia3")
     rows: dict[str, Row] = {}
     for given in methods:
-        method = ALIASES.get(given, given)
+        method = full_name(given)
         find_method(method)
         for row in _rows(method, ranks):
             rows[row.name] = row

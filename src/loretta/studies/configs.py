@@ -22,9 +22,13 @@ from loretta.training.methods import refuse_unknown_options, virtual_tokens
 from loretta.tt.modes import most_balanced
 from loretta.wording import nearest
 
-ALIASES = {"adp": "loretta_adp", "rep": "loretta_rep", "shared": "loretta_shared"}
 OF_A_FILE = ("text", "text_pair", "label", "kind", "separator", "split")
 FEWEST_EVALUATIONS = 3  # of a run: with fewer there is no choice of checkpoints
+
+
+def full_name(method: str) -> str:
+    """The name by which studies have a method: "loretta_rep" for "rep"."""
+    return f"loretta_{method}" if method in ("adp", "rep", "shared") else method
 
 
 class Options(Frozen):
@@ -111,7 +115,7 @@ def refuse_wrong_sets(study: Study, options: Options, rows: Sequence[Row]) -> No
     for flag, key, value in given:
         method, dot, option = key.partition(".")
         if dot:
-            found = ALIASES.get(method, method)
+            found = full_name(method)
             if found not in names:
                 raise InputError(
                     f"{flag} {key}={value}: {study.name} runs no method {method!r}{nearest(found, tuple(names))}: "
@@ -137,7 +141,7 @@ def _method_args(options: Options, base: Base, row: Row) -> dict[str, Any]:
 def _is_of_method(key: str, row: Row) -> bool:
     """Whether ``key`` is METHOD.option, and METHOD the name or the method of a row."""
     method, dot, _ = key.partition(".")
-    return bool(dot) and ALIASES.get(method, method) in (row.name, row.method)
+    return bool(dot) and full_name(method) in (row.name, row.method)
 
 
 def shapes(width: int, bottleneck: int, count: int) -> dict[str, list[int]]:

@@ -13,10 +13,10 @@ from loretta.plan import FAMILIES, default_task_type, find_config
 from loretta.record import RunRecord
 from loretta.studies import halving
 from loretta.studies.configs import (
-    ALIASES,
     Base,
     Options,
     config_of,
+    full_name,
     rate_suffix,
     refuse_wrong_sets,
     total_steps,
@@ -112,7 +112,7 @@ def _rows(study: Study, options: Options, base: Base) -> list[Row]:
         return list(rows.values())
     chosen: dict[str, Row] = {}
     for word in options.methods:
-        named = ALIASES.get(word, word)
+        named = full_name(word)
         exact = [rows[named]] if named in rows else []
         for row in exact or [row for row in rows.values() if row.method == named] or [_other(named, study)]:
             chosen[row.name] = row
@@ -271,7 +271,7 @@ def _candidates(study: Study, options: Options, row: Row) -> list[dict[str, Any]
     tries = tried_by(options, row)
     if not (options.sweep or options.rates or options.batches or tries):
         return [{}]
-    grid = study.grids.get(ALIASES.get(row.method, row.method))
+    grid = study.grids.get(full_name(row.method))
     rates = options.rates or (grid.learning_rate if grid and (options.sweep or options.batches) else ())
     axes: dict[str, Sequence[Any]] = {}
     if rates and "learning_rate" not in options.sets:
