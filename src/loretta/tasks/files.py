@@ -192,9 +192,7 @@ def _task(
         columns=("text", "text_pair")[: len(splits.train[0].texts)],
         label_names=label_names,
         metrics=METRICS[kind],
-        train=_dataset(splits.train),
-        validation=_dataset(splits.validation),
-        test=None if splits.test is None else _dataset(splits.test),
+        **splits.datasets(_dataset),
         notes=(*splits.notes, *overlaps, *notes),
     )
 

@@ -3,7 +3,7 @@
 import random
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Generic, TypedDict, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Generic, TypedDict, TypeVar, Unpack
 
 from loretta.errors import InputError
 from loretta.wording import grouped
@@ -32,6 +32,11 @@ class Splits(Generic[Row]):
     validation: list[Row]
     test: list[Row] | None
     notes: list[str]
+
+    def datasets(self, of: Callable[[list[Row]], Any]) -> dict[str, Any]:
+        """What ``of`` makes of the rows of each split, by the split's name in a Task."""
+        test = None if self.test is None else of(self.test)
+        return {"train": of(self.train), "validation": of(self.validation), "test": test}
 
 
 def split_rows(

@@ -66,9 +66,7 @@ def load_tokens(
         columns=("tokens",),
         label_names=labels,
         metrics=ENTITY_METRICS if all(ENTITY_TAG.fullmatch(label) for label in labels) else TAG_METRICS,
-        train=_dataset(splits.train, labels),
-        validation=_dataset(splits.validation, labels),
-        test=None if splits.test is None else _dataset(splits.test, labels),
+        **splits.datasets(lambda rows: _dataset(rows, labels)),
         notes=tuple(splits.notes),
     )
 

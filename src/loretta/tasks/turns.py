@@ -15,6 +15,7 @@ SHARE = 0.1  # of the rows, held out for validation
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # ShareGPT's names
 OTHER_ROLES = {"human": "user", "gpt": "assistant"}
+OTHER_KEYS = {"role": "from", "content": "value"}
 METRICS = ("perplexity",)
 REWARDS = ("rewards/accuracies", "rewards/margins")
 
@@ -37,6 +38,8 @@ def load_turns(path: Source, *, kind: Kind | None = None, **files: Unpack[OtherF
     Raises InputError: a file that cannot be read, a row that cannot be trained, files of different forms, or too few
     rows to split.
     """
+    from datasets import Dataset
+
     splits = split_rows(
         path,
         read_turns(path, kind),
@@ -63,9 +66,7 @@ def load_turns(path: Source, *, kind: Kind | None = None, **files: Unpack[OtherF
         columns=columns,
         label_names=(),
         metrics=REWARDS if found == "preference" else METRICS,
-        train=_dataset(splits.train),
-        validation=_dataset(splits.validation),
-        test=None if splits.test is None else _dataset(splits.test),
+        **splits.datasets(Dataset.from_list),
         notes=tuple(splits.notes),
     )
 
@@ -201,7 +202,7 @@ OPTIONAL = ("input", "system")
 READERS: dict[tuple[str, ...], Callable[[Cells], Row]] = {
     ("messages",): _chat,
     ("chosen", "rejected"): _preference,
-    ("conversations",): lambda row: _chat(row, "conversations", role="from", content="value"),
+    ("conversations",): lambda row: _chat(row, "conversations", **OTHER_KEYS),
     ("prompt", "completion"): _prompt_completion,
     ("instruction", "output"): _alpaca,
 }
@@ -220,7 +221,7 @@ def asked_of(columns: Mapping[str, list[Any]], file: Path, *, column: str) -> li
 
 
 def _asked(row: Cells, column: str) -> Any:
-    for name, keys in (("messages", {}), ("conversations", {"role": "from", "content": "value"})):
+    for name, keys in (("messages", {}), ("conversations", OTHER_KEYS)):
         if name in row.values:
             messages = row.messages(name, **keys)
             while messages and messages[-1]["role"] == "assistant":
@@ -239,9 +240,3 @@ def _asked(row: Cells, column: str) -> Any:
 def key_of(row: Row) -> tuple[str, ...]:
     """A key that rows with the same question share, whatever its case and spacing."""
     return text_key(question(row))
-
-
-def _dataset(rows: Sequence[Row]) -> Any:
-    from datasets import Dataset
-
-    return Dataset.from_list(list(rows))
