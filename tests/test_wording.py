@@ -27,7 +27,7 @@ def test_nearest_name_whatever_the_case_and_hyphens(name, hint):
     ("n_bytes", "words"),
     [(None, "–"), (0, "0 B"), (1023, "1023 B"), (1536, "1.5 KiB"), (2**20 - 1, "1.0 MiB"), (5 * 2**40, "5.0 TiB")],
 )
-def test_sizes(n_bytes, words):
+def test_sizes_are_in_the_unit_below_1024(n_bytes, words):
     assert size_words(n_bytes) == words
 
 
@@ -40,7 +40,7 @@ def test_a_message_of_a_library_on_one_line():
     assert one_line("x" * 9, most=4) == "xxxx..."
 
 
-def test_each_text_once():
+def test_distinct_texts_keep_their_first_order():
     assert distinct(["b", "a", "b"]) == "b, a"
 
 
@@ -59,7 +59,7 @@ def test_json_that_every_reader_takes():
     assert text.endswith("}\n")
 
 
-def test_json_lines():
+def test_lines_of_json_escape_what_a_terminal_obeys():
     rows = [{"text": "one\ntwo", "score": 0.5}, {"text": "é中 \u2028\u202e\u200e\U000e0041\ud800\x9b"}]
     text = as_json_lines(rows)
     assert "é中" in text

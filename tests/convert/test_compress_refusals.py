@@ -33,7 +33,7 @@ from loretta.convert.compress import compress
     ],
     ids=str,
 )
-def test_budgets_that_are_none(decoder, tmp_path, budget):
+def test_budgets_that_are_none_are_refused(decoder, tmp_path, budget):
     with pytest.raises(InputError, match=r"--rank|--error"):
         compress(decoder[0], tmp_path / "out", **budget)
     assert not (tmp_path / "out").exists()
@@ -56,14 +56,14 @@ def test_adapters_that_are_no_plain_lora(decoder, tmp_path, changes, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_real_dora(tmp_path):
+def test_a_dora_is_refused(tmp_path):
     model, _ = saved_base(tmp_path / "base", "llama", "CAUSAL_LM")
     lora(model, "CAUSAL_LM", target_modules=["q_proj"], use_dora=True).save_pretrained(tmp_path / "dora")
     with pytest.raises(InputError, match="is a DoRA"):
         compress(tmp_path / "dora", tmp_path / "out", rank=2)
 
 
-def test_a_real_loretta_adapter(tmp_path):
+def test_a_loretta_adapter_is_refused(tmp_path):
     wrap("llama", "rep")[0].save_pretrained(tmp_path / "rep")
     change_config(tmp_path / "rep", base_model_name_or_path="base")
     with pytest.raises(InputError, match="is a LoRETTA adapter already"):
@@ -86,7 +86,7 @@ def test_other_methods_without_low_rank_updates(tmp_path, config, message):
         compress(tmp_path / "given", tmp_path / "out", rank=2)
 
 
-def test_an_embedding_in_a_lora(tmp_path):
+def test_a_lora_with_an_embedding_is_refused(tmp_path):
     model, _ = saved_base(tmp_path / "base", "gpt2", "CAUSAL_LM")
     given = lora(model, "CAUSAL_LM", target_modules=["wpe", "c_attn"])
     given.save_pretrained(tmp_path / "lora", save_embedding_layers=False)
@@ -94,7 +94,7 @@ def test_an_embedding_in_a_lora(tmp_path):
         compress(tmp_path / "lora", tmp_path / "out", rank=2)
 
 
-def test_a_folder_without_an_adapter(tmp_path):
+def test_a_folder_without_an_adapter_is_refused(tmp_path):
     with pytest.raises(InputError, match="holds no adapter"):
         compress(tmp_path, tmp_path / "out", rank=2)
 
@@ -152,12 +152,12 @@ def test_a_file_of_something_else_than_text(decoder, tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "  \n"])
-def test_no_text(decoder, tmp_path, text):
+def test_a_text_without_words_is_refused(decoder, tmp_path, text):
     with pytest.raises(InputError, match="holds no text"):
         compress(decoder[0], tmp_path / "out", rank=2, text=text)
 
 
-def test_text_without_a_tokenizer(decoder, tmp_path):
+def test_text_without_a_tokenizer_is_refused(decoder, tmp_path):
     with pytest.raises(InputError, match="has no tokenizer"):
         compress(decoder[0], tmp_path / "out", rank=2, text="a film")
 

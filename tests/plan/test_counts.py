@@ -41,7 +41,7 @@ def counted(model: PreTrainedModel, config) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("family", ["deberta", "roberta"])
-def test_table_1_adp(family):
+def test_adp_trains_what_table_1_prints(family):
     counts = counted(classifier(family), LorettaAdpConfig(task_type="SEQ_CLS"))
     assert counts == {
         "cores": 24 * (2392 - 832),
@@ -63,7 +63,7 @@ def test_table_1_adp(family):
         ("roberta", "tensorized", 27_840, 69_466),
     ],
 )
-def test_table_1_rep(family, train_head, cores, total):
+def test_rep_trains_what_table_1_prints(family, train_head, cores, total):
     counts = counted(classifier(family), LorettaRepConfig(task_type="SEQ_CLS", train_head=train_head))
     head = 1_688 + (1_538 if train_head == "tensorized" else 0)
     assert counts == {"cores": cores, "biases": 0, "norms": 38_400, "head": head, "scales": 0, "tokens": 0, "other": 0}
@@ -73,14 +73,14 @@ def test_table_1_rep(family, train_head, cores, total):
 # Tables 2 and 3
 
 
-def test_llama_adp():
+def test_adp_on_llama_trains_what_the_paper_prints():
     counts = counted(llama(), LorettaAdpConfig(task_type="CAUSAL_LM", placement="mlp", tensor_rank=5))
     assert counts["norms"] == 266_240
     assert counts["head"] == counts["other"] == 0
     assert sum(counts.values()) == 876_800
 
 
-def test_llama_rep():
+def test_rep_on_llama_trains_what_the_paper_prints():
     counts = counted(llama(), LorettaRepConfig(task_type="CAUSAL_LM", r=16, tensor_rank=8))
     assert counts["norms"] == 266_240
     assert counts["cores"] == 507_904 - 266_240 == sum(counts.values()) - 266_240

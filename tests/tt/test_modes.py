@@ -34,7 +34,7 @@ sizes = st.integers(1, 20_000)
 
 
 @pytest.mark.parametrize("size", TABLE_10)
-def test_table_10(size):
+def test_the_modes_of_table_10_are_planned(size):
     shape = plan_shape(*size, rank=5)
     assert list(shape.modes) == TABLE_10[size]
     assert shape.aligned
@@ -45,7 +45,7 @@ def test_paper_modes_hold_table_10_and_one_shape_more():
     assert PAPER_MODES.keys() == TABLE_10.keys() | {FUSED_IN_PROJ}
 
 
-def test_which_modes_win():
+def test_given_modes_win_over_overrides_and_these_over_the_paper():
     overrides = {"768x64": [16, 3, 16, 64], "100x10": [10, 10, 10], "64x768": [1]}
     assert plan_shape(768, 64, rank=2, modes=[64, 12, 64], overrides=overrides).modes == (64, 12, 64)
     assert plan_shape(768, 64, rank=2, overrides=overrides).modes == (16, 3, 16, 64)
