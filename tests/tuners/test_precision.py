@@ -1,11 +1,12 @@
 """Every family in half and double precision, under autocast, and moved to other dtypes and devices."""
 
 import copy
+from collections import OrderedDict
 
 import pytest
 import torch
 from tolerances import assert_as_near, assert_gradients_near, assert_near
-from torch import Tensor
+from torch import Tensor, nn
 from tuners.families import build, logits, loss_of
 from tuners.matrix import (
     adapted,
@@ -16,7 +17,7 @@ from tuners.matrix import (
 )
 from tuners.wrapped import config_for, every_method, trainable, trained
 
-from loretta import PeftModel, get_peft_model
+from loretta import InputError, LorettaAdpConfig, LorettaRepConfig, LorettaSharedConfig, PeftModel, get_peft_model
 from loretta.tuners.copies import AdapterCopy
 
 
@@ -31,6 +32,7 @@ def assert_adapter_as_near(got: dict[str, Tensor], expected: dict[str, Tensor]) 
     assert_as_near("logits", got["adapter"], expected["adapter"], beside=(got["base"], expected["base"]))
 
 
+CONFIGS = {"rep": LorettaRepConfig, "shared": LorettaSharedConfig}
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
 
 
@@ -166,3 +168,43 @@ def test_what_trains_in_half_precision_outside_of_the_trains_is_named(method):
         model, inputs = wrapped(family, method, base={"dtype": torch.bfloat16}, **options)
         with pytest.warns(UserWarning, match=r"outside of the trains .*(lm_head|bias).* train in half precision"):
             model.train()(**inputs)
+
+
+class Scaled(nn.Linear):
+    """A layer whose weight is in steps of a hundredth, as in checkpoints that no library of quantisation knows."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight.float() / 100, self.bias)
+
+
+@pytest.mark.parametrize("method", ["rep", "shared"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int32, torch.bool, torch.float8_e4m3fn])
+def test_no_update_is_rounded_into_a_weight_of_whole_numbers(dtype, method):
+    """It was, without a word: the merged model computed something else."""
+    base = nn.Sequential(OrderedDict(up=Scaled(16, 16)))
+    weight = (30 * torch.rand(16, 16)).to(dtype)
+    base.up.weight = nn.Parameter(weight.clone(), requires_grad=False)
+    model = trained(get_peft_model(base, CONFIGS[method](target_modules=["up"], train_norms=False)))
+    x, layer = torch.randn(3, 16), model.base_model.model.up
+    expected = nn.functional.linear(x, weight.float() / 100 + layer.get_delta_weight("default"), base.up.bias)
+    assert_near("output", model(x), expected)
+    with pytest.raises(InputError, match=rf"cannot merge into 'up', whose weight of {dtype}"):
+        model.merge_adapter()
+    assert layer.base_layer.weight.equal(weight)
+
+
+@pytest.mark.parametrize("method", ["rep", "shared"])
+def test_an_update_of_complex_weights_acts_on_both_parts(method):
+    base = nn.Sequential(OrderedDict(up=nn.Linear(16, 16, dtype=torch.complex128)))
+    model = trained(get_peft_model(base, CONFIGS[method](target_modules=["up"], train_norms=False))).double()
+    x, layer = torch.randn(3, 16, dtype=torch.complex128), model.base_model.model.up
+    weight = layer.base_layer.weight + layer.get_delta_weight("default")
+    expected = x @ weight.T + layer.base_layer.bias
+    torch.testing.assert_close(model(x), expected)
+    torch.testing.assert_close(model.merge_and_unload()(x), expected)
+
+
+def test_adp_says_that_it_has_no_complex_form():
+    base = nn.Sequential(OrderedDict(up=nn.Linear(16, 16, dtype=torch.complex64)))
+    with pytest.raises(InputError, match=r"'up' gives complex numbers, and adp's bottleneck has a non-linearity"):
+        get_peft_model(base, LorettaAdpConfig(target_modules=["up"], train_norms=False))

@@ -84,6 +84,11 @@ def _check_layer(name: str, layer: LorettaLayer, base: nn.Module) -> None:
             "loaded, or merge it into the base model before quantisation"
         )
     weight = layer._base_weight()
+    if layer.quantization_backend is None and not can_add_up(weight):
+        raise InputError(
+            f"cannot merge into '{name}', whose weight of {weight.dtype} no update can be added to: keep the adapter "
+            "unmerged, or merge it into the base model in floating point"
+        )
     if layer.parameter_name not in dict(base.named_parameters(recurse=False)) and weight.is_floating_point():
         raise InputError(
             f"cannot merge into '{name}', whose weight is computed from other parameters: keep the adapter "
@@ -99,6 +104,11 @@ def _check_layer(name: str, layer: LorettaLayer, base: nn.Module) -> None:
             f"cannot merge into '{name}', whose weight the model reads without calling it: what the adapter had no "
             "effect on would change; keep it unmerged, or leave the module out with exclude_modules"
         )
+
+
+def can_add_up(weight: Tensor) -> bool:
+    """Whether a weight holds what is added to it: whole numbers would be rounded, and float8 has no sum."""
+    return weight.is_complex() or (weight.is_floating_point() and weight.element_size() > 1)
 
 
 def _check_scale(name: str, scale: TrainedScale) -> None:

@@ -2,6 +2,7 @@
 
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from loretta.errors import InputError
@@ -24,6 +25,11 @@ class LorettaAdpModel(LorettaModel):
     def place(config: LorettaAdpConfig, name: str, module: nn.Module) -> Placement:
         """Plan width x b and b x width. Raises InputError when the target is not linear or a shape does not fit."""
         in_features, out_features = require_linear(name, module)
+        if torch.is_tensor(weight := getattr(module, "weight", None)) and weight.is_complex():
+            raise InputError(
+                f"'{name}' gives complex numbers, and adp's bottleneck has a non-linearity for real ones alone: leave "
+                "it out with exclude_modules, or take rep"
+            )
         before = name.endswith(tuple(config.insert_before))
         width, bottleneck = in_features if before else out_features, config.bottleneck_size
         rank = rank_for(config, name)
