@@ -22,6 +22,7 @@ from protocol import LEAKS, METRICS, at_edge, best_rate, interval, read_rows
 from rates import heads_table, one_rate_table, ranks_table, rates_table, shapes_table
 from retention import forgetting_rows, forgetting_table, overfitting_table, reading_table
 from runs import adaptive_table, answers_table, conditioning_tables, instruct_table, two_rates_table
+from second import second_tables
 from tables import RESULTS, ROOT, filled
 from units import units_table
 from verdicts import (
@@ -267,6 +268,7 @@ def choosing_sections(found: Sequence[Row]) -> dict[str, str]:
     sections = {
         "rates": rates_table(found),
         "units": units_table(),
+        "second": second_tables(),
         "peers": peers_table(found),
         "one rate": one_rate_table(found),
         "fits": fits_table(),

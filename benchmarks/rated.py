@@ -7,6 +7,7 @@ from statistics import mean
 
 from cited import CHOOSING, RULED, both_encoders, cell, curves, held_out, lines, number, rows_of, ruled, ruled_peaks
 from rates import SECOND
+from second import second_peaks
 from verdicts import MODELS
 
 from loretta.training.methods import METHODS, PAPERS_RANK
@@ -65,7 +66,11 @@ def in_units(encoders: list[float]) -> Iterator[Said]:
     yield "a scale in units of the weights brings it within {}.", (within,)
     yield "With {} times its scale, so with lora_alpha={} * rank", (2.8, 2 * 2.8)
     yield "At 8 times the scale, about the square of {},", (2.8,)
-    yield "So a factor of {} fits,", (2.8,)
+    fixed = [*encoders, *(peak for form in RULED for peak in ruled_peaks("SmolLM2", form)), *second_peaks()]
+    of_four = [*every, *second_peaks(in_units=True)]
+    yield "such a scale brings all peaks within {}, where a fixed one leaves {}.", (
+        max(of_four) / min(of_four), max(fixed) / min(fixed),
+    )  # fmt: skip
     yield "and {} times that on SmolLM2.", (2.8,)
     yield "root mean squares, about {} on the encoders.", (mean(size for small in encoder for size in small),)
     one = math.sqrt(min(every) * max(every))

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 import transformers
 from board import markdown
-from methods import TARGETS
+from methods import places_of
+from second import MODEL as SECOND
 from tables import RESULTS
 from verdicts import MODELS
 
@@ -34,7 +35,7 @@ def row_of(name: str, folder: Path) -> dict[str, Any]:
     kind = model.config.model_type
     return {
         "model": name,
-        **{places: size(model, TARGETS[places][kind]) for places in PLACES},
+        **{places: size(model, places_of(places, kind)) for places in PLACES},
         "versions": {module.__name__: module.__version__ for module in (torch, transformers)},
         "command": "python benchmarks/units.py --models FOLDER --out FILE",
     }
@@ -42,7 +43,8 @@ def row_of(name: str, folder: Path) -> dict[str, Any]:
 
 def units_table() -> str:
     rows = {row["model"]: row for row in json.loads((RESULTS / "units.json").read_text())}
-    lines = [[shown.partition(" ")[0], *(f"{rows[name][p]:.3f}" for p in PLACES)] for name, shown in MODELS.items()]
+    names = {name: shown.partition(" ")[0] for name, shown in MODELS.items()} | {SECOND: "Gemma 3"}
+    lines = [[shown, *(f"{rows[name][p]:.3f}" for p in PLACES)] for name, shown in names.items()]
     return markdown(lines, ["root mean square of the weights", *PLACES.values()])
 
 
@@ -51,7 +53,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
-    rows = [row_of(name, args.models / name) for name in MODELS]
+    rows = [row_of(name, args.models / name) for name in (*MODELS, SECOND)]
     args.out.write_text(json.dumps(rows, indent=1) + "\n")
     print(json.dumps(rows, indent=1))
 
