@@ -134,6 +134,14 @@ def test_options_are_checked_before_torch_is_imported(loretta):
         ),
         (["export", "run", "--to", "lora"], "give -o with the folder to write"),
         (["report", "run", "--json", "-o", "report.md"], "leave --output and --format out"),
+        # as "$RUN" is where the variable has no value
+        (["train", "--model", "m", "--data", "d", "--output", ""], "--output is given and empty"),
+        (["train", "--model", "m", "--data", "d", "--data-dir="], "--data-dir is given and empty"),
+        (["train", "--model", "m", "--data", "d", "--budget", ""], "--budget is given and empty"),
+        (["eval", "run", "--model", ""], "--model is given and empty"),
+        (["report", ""], "an argument is given and empty"),
+        (["runs", "ls", ""], "an argument is given and empty"),
+        (["compare", "--data", "d", "-o", "", "--dry-run"], "-o is given and empty"),
     ],
 )
 def test_words_that_contradict_each_other_are_refused_at_once(loretta, arguments, words):

@@ -17,6 +17,16 @@ from loretta.tuners.rep import LorettaRepConfig
 BASE = {"model": "m", "data": "d"}
 
 
+@pytest.mark.parametrize("key", ["output", "budget", "data_dir", "validation"])
+def test_an_empty_word_is_no_value(key, tmp_path):
+    (tmp_path / "run.yaml").write_text(f"{key}: ''\n")
+    for given in ((tmp_path / "run.yaml", BASE), (None, BASE, [f"{key}=''"]), (None, BASE | {key: ""})):
+        with pytest.raises(InputError, match=f"run options: {key} given and empty"):
+            read_config(*given)
+    (tmp_path / "run.yaml").write_text(f"{key}:\n")  # not given
+    assert read_config(tmp_path / "run.yaml", BASE) == RunConfig(**BASE)
+
+
 @pytest.mark.parametrize(
     ("key", "text", "value"),
     [

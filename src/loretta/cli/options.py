@@ -17,7 +17,7 @@ from typer.core import TyperCommand
 
 from loretta import processes
 from loretta.cli.output import answer_json
-from loretta.errors import OutOfMemory, Stopped
+from loretta.errors import InputError, OutOfMemory, Stopped
 from loretta.training.config import ALIASES, GROUPS, RunConfig
 from loretta.wording import printable
 
@@ -168,6 +168,15 @@ def _from_home(value: Any) -> Any:
     return [*map(_from_home, value)] if isinstance(value, list | tuple) else value
 
 
+def _refuse_empty(words: list[str]) -> None:
+    """As ``--output "$RUN"`` is without that variable: it would be the default, or this folder, or no bound."""
+    for before, word in zip(["", *words], words, strict=False):
+        name = before if word == "" else word.removesuffix("=")
+        if word == "" or (name != word and name.startswith("--") and "=" not in name):
+            given = f"{name} is" if name.startswith("-") else "an argument is"
+            raise InputError(f"{given} given and empty: say what is meant, or leave it out")
+
+
 class Command(TyperCommand):
     """A verb whose ``--help`` lists options in groups, and that suggests ours for the names of other programs.
 
@@ -201,6 +210,8 @@ class Command(TyperCommand):
                 raise
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if not ctx.ignore_unknown_options:
+            _refuse_empty(args)
         try:
             return super().parse_args(ctx, args)
         except Exception as error:

@@ -268,6 +268,8 @@ def read_config(path: Path | None, options: Mapping[str, Any], sets: Sequence[st
     raw |= {key: value for key, value in options.items() if value is not None}
     for word in sets:
         _put(raw, *parse_option(word))
+    if empty := [key for key in RunConfig.model_fields if raw.get(key) == ""]:
+        raise InputError(f"run options: {', '.join(empty)} given and empty: say what is meant, or leave it out")
     try:
         return RunConfig(**raw)
     except ValidationError as error:
