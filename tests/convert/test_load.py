@@ -5,13 +5,11 @@ import json
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from tuners.families import build, logits
 from tuners.wrapped import every_method, trained, wrap
 
 from loretta import InputError
 from loretta.convert.load import load_adapter
-from loretta.tuners.layer import LorettaLayer
 
 
 @pytest.fixture
@@ -44,20 +42,3 @@ def test_a_train_without_a_place_is_refused_and_not_left_out(saved):
     for load in (load_adapter, PeftModel.from_pretrained):
         with pytest.raises(InputError, match=r"bert\.pooler\.dense\.cores\.values.*has no place"):
             load(build("bert")[0], folder)
-
-
-@pytest.mark.parametrize("method", ["rep", "adp"])
-def test_a_tensor_for_each_core_is_refused_with_the_reason(saved):
-    model, *_, folder = saved
-    values = load_file(folder / "adapter_model.safetensors")
-    for name, layer in model.get_base_model().named_modules():
-        if isinstance(layer, LorettaLayer):
-            for part in layer.adapter_layer_names[:2]:
-                key = f"base_model.model.{name}.{part}"
-                del values[f"{key}.values"]
-                values |= {
-                    f"{key}.{k}": core.detach().clone() for k, core in enumerate(getattr(layer, part)["default"])
-                }
-    save_file(values, folder / "adapter_model.safetensors")
-    with pytest.raises(InputError, match=r"holds a tensor for each core.*train the adapter again"):
-        load_adapter(build("bert")[0], folder)

@@ -26,7 +26,6 @@ from tuners.wrapped import config_for, every_method, trainable, trained
 
 from loretta import get_peft_model
 from loretta.errors import InputError
-from loretta.layers.trains import TTLinear
 
 TINY = {
     "distilbert": {"vocab_size": 64, "dim": 32, "hidden_dim": 48, "n_layers": 1, "n_heads": 4},
@@ -232,20 +231,6 @@ def test_an_adapter_beside_a_loaded_head_is_refused_where_the_head_is_random(met
     make("roberta").base_model.save_pretrained(tmp_path / "base")
     with pytest.raises(InputError, match="brings 'classifier', which is random here"):
         PeftModel.from_pretrained(load("roberta", tmp_path / "base"), tmp_path / "adapter")
-
-
-@every_method
-def test_a_train_that_stood_in_for_a_loaded_layer_still_does(method, loaded, tmp_path):
-    """Adapters were once trained so, and their files do not say of what origin the head was."""
-    base = loaded("roberta")
-    model = get_peft_model(copy.deepcopy(base), options("roberta", method, train_norms=False))
-    inner = model.get_base_model().classifier.modules_to_save["default"]
-    inner.set_submodule("dense", TTLinear.from_dense(base.classifier.dense, inner.dense.cores.shape))
-    expected = outputs("roberta", trained(model).eval())
-    model.peft_config["default"]._origins_found = None
-    model.save_pretrained(tmp_path / "adapter")
-    again = PeftModel.from_pretrained(loaded("roberta"), tmp_path / "adapter").eval()
-    assert torch.equal(outputs("roberta", again), expected)
 
 
 @every_method

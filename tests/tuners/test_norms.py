@@ -1,8 +1,6 @@
 """Trained norms: each adapter's change of weight and bias, held in float32 and added when the norm computes."""
 
 import copy
-import json
-import shutil
 
 import pytest
 import torch
@@ -10,11 +8,11 @@ from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import ModulesToSaveWrapper
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tolerances import assert_as_near, assert_near
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer
-from tuners.families import OPTIONS, build, logits, loss_of, natural_task, randomise
+from tuners.families import OPTIONS, build, logits, loss_of, randomise
 from tuners.matrix import base_of, options_for, wrapped
 from tuners.pairs import expected_rows, pair
 from tuners.wrapped import config_for, every_method, replica_of, take_reference, trainable, trained, wrap
@@ -268,92 +266,6 @@ def test_a_merged_model_has_one_dtype():
 def test_without_autocast_they_stay_in_the_dtype_of_the_base(method):
     model, _ = wrapped("llama", method, base=HALF, autocast_adapter_dtype=False)
     assert {parameter.dtype for parameter in trainable(model).values()} == {torch.bfloat16}
-
-
-# Adapters that were saved when norms were still copied whole
-
-
-@pytest.fixture(params=["llama", "bert", "t5"])
-def old(request, tmp_path):
-    """A family, a method's adapter of it in the old format, its inputs, and the logits that it has to give."""
-    family = request.param
-    model, inputs = wrap(family, "rep", train_head="dense")
-    expected = logits(trained(model), inputs)
-    model.save_pretrained(tmp_path)
-    tensors = load_file(tmp_path / WEIGHTS)
-    whole = with_changed_norms(build(family)[0], model, "default")
-    for key in [key for key in tensors if "_norm_" in key]:
-        path, _, name = key.removeprefix("base_model.model.").removesuffix(".values").partition(".loretta_rep_norm_")
-        del tensors[key]
-        tensors[f"base_model.model.{path}.{name}"] = whole.get_submodule(path).get_parameter(name).detach().clone()
-    save_file(tensors, tmp_path / WEIGHTS, metadata={"format": "pt"})
-    config = json.loads((tmp_path / "adapter_config.json").read_text())
-    del config["head_origins"]
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
-    return family, tmp_path, inputs, expected
-
-
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_whole_norms_load_as_changes(old, low_cpu_mem_usage):
-    family, folder, inputs, expected = old
-    model = PeftModel.from_pretrained(
-        build(family)[0], folder, adapter_name="mine", low_cpu_mem_usage=low_cpu_mem_usage
-    ).eval()
-    assert_near("logits", logits(model, inputs), expected)
-    with model.disable_adapter():
-        assert torch.equal(logits(model, inputs), logits(build(family)[0], inputs))
-    assert not any(name.endswith("norm.weight") for name in model.state_dict())
-    model.save_pretrained(folder / "again")
-    again = PeftModel.from_pretrained(build(family)[0], folder / "again" / "mine").eval()
-    assert torch.equal(logits(again, inputs), logits(model, inputs))
-
-
-@pytest.mark.parametrize("is_trainable", [False, True])
-def test_whole_norms_load_through_transformers(old, is_trainable):
-    family, folder, inputs, expected = old
-    model, _ = build(family)
-    model.load_adapter(folder, adapter_name="mine", is_trainable=is_trainable)
-    assert_near("logits", logits(model.eval(), inputs), expected)
-    assert all(norm.change("mine") for norm in norms(model).values())
-
-
-@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning", "ignore:Adapter mine was active")
-def test_a_file_of_whole_norms_that_lacks_one_is_refused_by_transformers(old, tmp_path):
-    family, folder, _, _ = old
-    shutil.copytree(folder, tmp_path / "some")
-    tensors = load_file(tmp_path / "some" / WEIGHTS)
-    lost = next(key for key in tensors if key.lower().endswith("norm.weight"))
-    save_file({k: v for k, v in tensors.items() if k != lost}, tmp_path / "some" / WEIGHTS, metadata={"format": "pt"})
-    with pytest.raises(loretta.InputError, match=r"lacks .*norm_weight"):
-        build(family)[0].load_adapter(tmp_path / "some", adapter_name="mine")
-    model, _ = build(family)
-    model.load_adapter(folder, adapter_name="whole")
-    with pytest.raises(loretta.InputError, match=r"lacks .*norm_weight"):
-        model.load_adapter(tmp_path / "some", adapter_name="mine")
-
-
-def test_whole_norms_are_swapped_in(old):
-    family, folder, inputs, expected = old
-    model, _ = wrap(family, "rep", natural_task(family), train_head="dense")
-    loretta.hotswap_adapter(trained(model, seed=7), folder)
-    assert_near("logits", logits(model, inputs), expected)
-
-
-@every_method
-@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_changes_that_were_parameters_of_the_norm_load(low_cpu_mem_usage, method, tmp_path):
-    """Their names in a file had no ``values`` at their end."""
-    model, inputs = wrap("bert", method)
-    expected = logits(trained(model), inputs)
-    model.save_pretrained(tmp_path)
-    tensors = {(k.removesuffix(".values") if "_norm_" in k else k): v for k, v in load_file(tmp_path / WEIGHTS).items()}
-    assert any(key.endswith(f"loretta_{method}_norm_weight") for key in tensors)
-    save_file(tensors, tmp_path / WEIGHTS, metadata={"format": "pt"})
-    again = PeftModel.from_pretrained(build("bert")[0], tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).eval()
-    assert torch.equal(logits(again, inputs), expected)
-    other = trained(wrap("bert", method)[0], seed=9)
-    loretta.hotswap_adapter(other, tmp_path)
-    assert_near("swapped in", logits(other, inputs), expected)
 
 
 @every_method

@@ -1,6 +1,5 @@
 """Load an adapter from its folder, with the base model, head and tokenizer that it needs."""
 
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,8 +27,6 @@ from loretta.tuners.labels import both_ways
 from loretta.tuners.names import name_in_base
 from loretta.tuners.task_types import base_class, count_labels
 from loretta.wording import one_line, quoted
-
-_A_CORE = re.compile(r"\.(loretta_(rep|adp)_(down|up)|cores)\.0$")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,14 +135,10 @@ def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
 def readable_weights(folder: Path) -> Path:
     """The file with the tensors of the adapter in ``folder``.
 
-    Raises InputError when it is missing or damaged, or of the layout before 23 November 2026, a tensor for each core.
+    Raises InputError when it is missing or damaged.
     """
     require_adapter(folder)
-    if any(_A_CORE.search(key) for key in _shapes(folder)):
-        raise InputError(
-            f"'{folder / WEIGHTS}' holds a tensor for each core, as loretta wrote adapters before 23 November 2026, "
-            "which this version does not read: train the adapter again"
-        )
+    _shapes(folder)
     return folder / WEIGHTS
 
 

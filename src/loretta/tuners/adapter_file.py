@@ -11,7 +11,6 @@ from transformers import AutoConfig
 
 from loretta.errors import InputError
 from loretta.tuners.adapted import AdaptedModule, chain
-from loretta.tuners.norms import TrainedNorm
 from loretta.tuners.rescaled import TrainedScale
 from loretta.wording import quoted
 
@@ -99,10 +98,6 @@ def check_whole(model: nn.Module, adapter_name: str, loaded: Any, source: Any) -
     parameters = dict(model.named_parameters(remove_duplicate=False))
     # tied ones lie in the file once; a layer of the head that came with the base lies in no file of an adapter
     held = {id(parameter) for key, parameter in parameters.items() if key not in loaded.missing_keys}
-    for norm in (norm for norm in model.modules() if isinstance(norm, TrainedNorm)):
-        if norm.expects_values_of == adapter_name:  # an earlier version saved its norms whole
-            changes = norm.change(adapter_name)
-            held |= {id(changes[name]) for name in norm.came_whole}
     lacking = [
         key
         for key in sorted(loaded.missing_keys)
@@ -113,7 +108,7 @@ def check_whole(model: nn.Module, adapter_name: str, loaded: Any, source: Any) -
         what = f"lacks {quoted(lacking[0])}" if lacking else f"also holds {quoted(beyond[0])}"
         raise InputError(
             f"the file of the adapter {str(source or adapter_name)!r} {what}: it and the config beside it are not of "
-            "one adapter, or it was saved by an earlier version, or another method's layer lies there already; "
+            "one adapter, or another method's layer lies there already; "
             "PeftModel.from_pretrained loads what fits and says what does not"
         )
     check_finite(

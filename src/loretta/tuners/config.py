@@ -125,16 +125,6 @@ class LorettaConfig(PeftConfig):
         """Why this form was chosen, where a budget chose it (:func:`loretta.auto_config`); it is not saved."""
         return str(self.__dict__.get("_why", ""))
 
-    @property
-    def holds_whole_norms(self) -> bool:
-        """Whether this is the config of an adapter that was saved when norms were still copied whole."""
-        return self.base_signature is not None and self.head_origins is None
-
-    @property
-    def lacks_origins(self) -> bool:
-        """Whether a saved adapter's config does not say where its head came from, as the first ones did not."""
-        return self.base_signature is not None and not self.head_origins
-
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """As PEFT's. Within ``PeftModel.save_pretrained`` it writes the model card of this adapter too."""
         # only PeftModel passes this, and it has written the weights by then; transformers' add_adapter has not

@@ -108,7 +108,7 @@ def agree_on_origins(model: nn.Module, config: LorettaConfig) -> None:
 
     With transformers' RAM-efficient loading for FSDP the others hold no weights, and take all of them for loaded.
     """
-    if config.head_origins is None and not config.holds_whole_norms and is_fsdp_enabled():
+    if config.head_origins is None and is_fsdp_enabled():
         found = [Head(model, config).origins if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(found)
         config.head_origins = found[0]
@@ -215,13 +215,11 @@ class Head:
 
     def _others(self) -> list[str]:
         """Modules of the head beside the final ones: around the base model, and fresh layers within it."""
-        if self._config.head_origins:
-            return self._recorded()
+        if self._config.head_origins is not None:
+            return self._recorded(self._config.head_origins)
         inside = tuple(final + "." for final in self._finals)
         names = [name for name in self._modules if name not in self._finals and not name.startswith(inside)]
-        hidden = [name for name in names if name.endswith(HIDDEN_LAYERS)]
-        if self._config.lacks_origins:
-            return hidden if self._finals and self._config.task_type == TaskType.SEQ_CLS else []
+        hidden = names if self._config.task_type == TaskType.SEQ_CLS else []
         leaves = [
             name
             for name in names
@@ -234,12 +232,11 @@ class Head:
         adapters = parts_of_adapters(self._model)  # transformers marks those that it loads, too
         knows = any(_is_marked(p) for n, p in self._model.named_parameters() if not n.startswith(adapters))
         fresh = [name for name in leaves if knows and is_fresh_layer(self._modules[name])]
-        if self._config.task_type != TaskType.SEQ_CLS:
-            hidden = []
+        hidden = [name for name in hidden if name.endswith(HIDDEN_LAYERS)]
         return [name for name in names if name in {*hidden, *around, *fresh}]
 
-    def _recorded(self) -> list[str]:
-        recorded = [name for name in self._config.head_origins or {} if name not in self._finals]
+    def _recorded(self, origins: Iterable[str]) -> list[str]:
+        recorded = [name for name in origins if name not in self._finals]
         if lacking := [name for name in recorded if name not in self._modules]:
             raise InputError(
                 f"this adapter was trained for another base model: it holds '{lacking[0]}' of a head, which this model "
@@ -265,8 +262,6 @@ class Head:
                     f"this adapter was trained for a base model that brings '{name}', which is random here: load it "
                     f"with '{self._config.base_model_name_or_path or 'the model it was trained on'}'"
                 )
-        elif self._config.lacks_origins:
-            origin = "loaded" if self._was_pretrained(name, module) else "fresh"
         else:
             origin = self._origin_of(name, module)
         self.origins[name] = origin
@@ -289,12 +284,6 @@ class Head:
     def _lies_in_base(self, name: str) -> bool:
         prefix = getattr(self._model, "base_model_prefix", "")
         return bool(prefix) and name.startswith(prefix + ".")
-
-    def _was_pretrained(self, name: str, module: nn.Module) -> bool:
-        """The rule for adapters whose files hold no origins: only layers in the base model could be loaded."""
-        weight, bias = getattr(module, "weight", None), getattr(module, "bias", None)
-        has_come = _is_marked(weight) or bias is None or bias.is_meta or bool(bias.any())
-        return self._lies_in_base(name) and has_come
 
 
 def _is_marked(parameter: Any) -> bool:

@@ -14,7 +14,6 @@ from loretta.errors import InputError
 from loretta.tuners.adapter_file import check_not_merged
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.layer import LorettaLayer
-from loretta.tuners.norms import values_as_changes
 
 # options that say by how much an adapter's effect is multiplied, and nothing else
 SCALES = ("lora_alpha", "alpha_pattern", "use_rslora", "scaling")
@@ -49,7 +48,7 @@ def hotswap_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "d
     check_not_merged(model, adapter_name)
     now, new = model.peft_config[adapter_name], read_config(folder, **load_kwargs)
     check_takes_place(now, new, adapter_name, folder)
-    values = values_as_changes(model, adapter_name, load_peft_weights(str(folder), device="cpu", **load_kwargs))
+    values = load_peft_weights(str(folder), device="cpu", **load_kwargs)
     expected = get_peft_model_state_dict(model, adapter_name=adapter_name)
     wrong = sorted(expected.keys() ^ values.keys())
     wrong += sorted(key for key in expected.keys() & values.keys() if expected[key].shape != values[key].shape)

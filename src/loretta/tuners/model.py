@@ -36,7 +36,7 @@ from loretta.tuners.layer import LorettaLayer, at_least_float32, is_offloaded, k
 from loretta.tuners.merging import MergingTuner
 from loretta.tuners.mixed import check_rows_first, naming, passing
 from loretta.tuners.names import check_adapter_name, check_endings
-from loretta.tuners.norms import TrainedNorm, is_norm, norms_of, values_as_changes
+from loretta.tuners.norms import TrainedNorm, is_norm, norms_of
 from loretta.tuners.placement import Placement, check_signature, expand_targets, matched_modules, sign, unused_options
 from loretta.tuners.rescaled import check_scales_load, put_scales, scaled_modules
 from loretta.tuners.targets import chosen_targets
@@ -116,8 +116,6 @@ class LorettaModel(MergingTuner):
             for name in norms_of(model) if config.train_norms else ():
                 self._train_norm(name, adapter_name)
             put_scales(self, scaled, adapter_name)
-        for norm in self._layers(TrainedNorm) if config.holds_whole_norms else ():
-            norm.expect_values_of(adapter_name)
         self._settle()
         self._biases().follow(self.active_adapters, inference_mode=config.inference_mode)
         for sentence in of_other_methods(model, self.peft_config):
@@ -361,7 +359,6 @@ class LorettaModel(MergingTuner):
         state_dict = renamed(_uncompiled(state_dict), {name.removesuffix("_orig_mod"): name + "." for name in compiled})
         alone = names_alone(model, cls.prefix, adapter_name)
         state_dict = renamed(state_dict, {name: here for here, name in alone.items()})
-        state_dict = values_as_changes(model, adapter_name, state_dict)
         state_dict = biases_here(model, state_dict)
         loaded = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)

@@ -86,9 +86,6 @@ class TrainedNorm(ChangedModule):
         own = dict(base_layer.named_parameters(recurse=False))
         self.parameter_names = tuple(own)
         self.in_features = self.out_features = max(parameter.shape[-1] for parameter in own.values())
-        self.expects_values_of: str | None
-        self.came_whole: set[str]  # the parameters whose values that adapter's file brought
-        self.expect_values_of(None)
 
     def update_layer(self, adapter_name: str, prefix: str, *side: str) -> None:
         self.hold(adapter_name, prefix, {name: self._own(name) for name in self.parameter_names})
@@ -106,31 +103,6 @@ class TrainedNorm(ChangedModule):
         parts = [self.base_layer, *(changes[name] for changes in holders for name in weights if name in changes)]
         return call_here(self.base_layer, parts, lambda: self.with_changes(weights), args, kwargs)
 
-    def expect_values_of(self, adapter_name: str | None) -> None:
-        """Offer the names under which an adapter's file of an earlier version holds this norm whole; none for None."""
-        self.expects_values_of, self.came_whole = adapter_name, set()
-
-    def take_values(self, adapter_name: str, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Turn whole parameters, as adapters once held them, into changes: attribute name -> change of the base."""
-        attributes = self.attributes(adapter_name)
-        return {attributes[name]: value - self._own(name).to(value.device) for name, value in values.items()}
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if self.expects_values_of is not None:
-            # transformers loads what lies under a name of the state dict, and then sets the attribute
-            destination |= {prefix + name: self._own(name).detach() for name in self.parameter_names}
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, nn.Parameter) and name in self.__dict__.get("parameter_names", ()):
-            assert self.expects_values_of is not None, f"the {name} of a trained norm is that of its base_layer"
-            self.came_whole.add(name)
-            with torch.no_grad():
-                for attribute, change in self.take_values(self.expects_values_of, {name: value}).items():
-                    getattr(self, attribute)[self.expects_values_of].values.copy_(change)
-        else:
-            super().__setattr__(name, value)
-
     @property
     def weight(self) -> Tensor:
         """The weight that the norm computes with, for code that reads it past the module."""
@@ -147,27 +119,6 @@ class TrainedNorm(ChangedModule):
     def __getattr__(self, name: str) -> Any:
         # one that is no property here, of a norm with parameters of other names
         return self._effective(name) if name in self.__dict__.get("parameter_names", ()) else super().__getattr__(name)
-
-
-def values_as_changes(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Saved tensors of an adapter, with norms that were saved as whole values turned into changes.
-
-    Adapters once held copies of the norms, under the names of the base's own parameters, and then changes that were
-    parameters of the norm.
-    """
-    translated = dict(tensors)
-    for path, norm in model.named_modules():
-        if isinstance(norm, TrainedNorm) and adapter_name in norm.held:
-            norm.expect_values_of(None)
-            for start in ("", "base_model.model."):
-                found = {n: translated.pop(f"{start}{path}.{n}", None) for n in norm.parameter_names}
-                values = {name: value for name, value in found.items() if value is not None}
-                changes = norm.take_values(adapter_name, values)
-                translated |= {f"{start}{path}.{attribute}": change for attribute, change in changes.items()}
-                for attribute in norm.adapter_layer_names:
-                    if (change := translated.pop(f"{start}{path}.{attribute}", None)) is not None:
-                        translated[f"{start}{path}.{attribute}.values"] = change
-    return translated
 
 
 def call_here(
