@@ -123,7 +123,6 @@ BY_OWNER = {
         "_modules": PRESENT,
         "_non_persistent_buffers_set": PRESENT,
         "_parameters": PRESENT,
-        "_save_to_state_dict": "(self, destination, prefix, keep_vars)",
     },
     "torch.nn.modules.module": {
         "_has_any_global_hook": "()",

@@ -68,11 +68,6 @@ def read_list(folder: Path) -> Listed:
         return {}
 
 
-def has_list(folder: Path) -> bool:
-    """Whether a folder has a list, though it be damaged: versions before there were lists left none."""
-    return os.path.lexists(folder / LIST)
-
-
 def write_list(folder: Path, files: Mapping[str, tuple[Written, ...]]) -> None:
     """Note what is written into a folder, now or next."""
     write_whole(folder / LIST, FileList(files=dict(sorted(files.items()))).model_dump_json(indent=1) + "\n")
@@ -113,8 +108,8 @@ def forget(file: Path) -> None:
         file.unlink(missing_ok=True)
         if left:
             write_list(file.parent, left)
-        elif has_list(file.parent):
-            (file.parent / LIST).unlink()
+        else:
+            (file.parent / LIST).unlink(missing_ok=True)
 
 
 def refuse_to_replace(

@@ -64,16 +64,16 @@ def test_resume_needs_nothing_but_the_folder(trained, capsys):
     assert_refused(status, err, ["cannot resume", "epochs was 1.0 and is 0.5"])
 
 
-def test_a_finished_run_of_a_version_without_lists_is_of_use(trained, capsys, tmp_path):
+def test_a_finished_run_whose_list_is_gone_is_of_use(trained, capsys, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(trained, run)
     (run / ".loretta.json").unlink()
-    (run / "report.html").write_text("of that version")
+    (run / "report.html").write_text("somebody's")
     record = json.loads((run / "run.json").read_text())
     status, out, err = call(capsys, "train", "--resume", "-o", run, "--json")
     assert (status, json.loads(out)) == (0, record)
     assert "report.html' is not as loretta wrote it, and stays" in err
-    assert (run / "report.html").read_text() == "of that version"
+    assert (run / "report.html").read_text() == "somebody's"
     for verb in (
         ["eval", run, "--cpu"],
         ["predict", run, "--text", "a good film", "--cpu"],

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from loretta.errors import InputError
 from loretta.folders import set_aside, stopping_if_not_written, temporary_folder
-from loretta.owned import find_foreign, forget, has_list, publish
+from loretta.owned import find_foreign, forget, publish
 from loretta.population.loop import Loop, Member
 from loretta.training.checkpoints import GO_ON
 from loretta.training.folder import CHECKPOINTS
@@ -104,18 +104,14 @@ def _write(file: Path, tensors: dict[str, Tensor], words: dict[str, Any]) -> Non
 def restore(loop: Loop) -> None:
     """Bring a new loop to the last step of which all members have a file; without one nothing happens.
 
-    Files that somebody has changed, or that cannot be read, are set aside under another name.
+    Files that somebody has changed are set aside under another name.
     """
     common = set.intersection(*(set(_files(member)) for member in loop.members))
     for step in sorted(common, reverse=True):
         files = [_files(member)[step] for member in loop.members]
-        damaged = [file for file in files if has_list(file.parent) and find_foreign(file)]
-        try:
-            if not damaged:
-                _load(loop, files)
-        except (SafetensorError, KeyError, ValueError, OSError):
-            damaged = files  # an earlier version kept no list by which to find the damaged ones
+        damaged = [file for file in files if find_foreign(file)]
         if not damaged:
+            _load(loop, files)
             loop.step = step
             loop.optimizer.steps.fill_(step)
             return
@@ -127,7 +123,7 @@ def _load(loop: Loop, files: Sequence[Path]) -> None:
     read = []
     for file in files:
         with safe_open(file, framework="pt") as content:
-            words = json.loads((content.metadata() or {})["state"])
+            words = json.loads(content.metadata()["state"])
             read.append((words, {name: content.get_tensor(name) for name in content.keys()}))  # noqa: SIM118
     for name, tensor in loop.tensors().items():
         for k, (_, tensors) in enumerate(read):
@@ -135,14 +131,14 @@ def _load(loop: Loop, files: Sequence[Path]) -> None:
                 raise InputError(f"'{files[k]}' is of another adapter: remove it")
             tensor[k].copy_(tensors[name])
     # in a population of another size each member draws other numbers anyway
-    if {words.pop("together", None) for words, _ in read} == {len(loop.members)} and RANDOM in read[0][1]:
+    if {words.pop("together") for words, _ in read} == {len(loop.members)}:
         torch.set_rng_state(read[0][1][RANDOM])
         if loop.device.type == "cuda" and RANDOM_CUDA in read[0][1]:
             torch.cuda.set_rng_state(read[0][1][RANDOM_CUDA], loop.device)
     for k, (member, (words, _)) in enumerate(zip(loop.members, read, strict=True)):
         loop.logged, loop.seconds = words.pop("logged"), words.pop("seconds")
         loop.stopped[k] = words.pop("stopped")
-        if (step := words.pop("not_finite", None)) is not None:  # files of earlier versions lack it
+        if (step := words.pop("not_finite")) is not None:
             loop.not_finite[k] = step
         for name, value in words.items():
             setattr(member.trainer.state, name, value)

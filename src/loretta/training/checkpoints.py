@@ -4,7 +4,6 @@ import contextlib
 import json
 import logging
 import os
-import zipfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -12,19 +11,16 @@ from typing import Any, cast
 
 import torch
 from peft import PeftModel
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
 from loretta import processes
-from loretta.convert.load import quiet_transformers, readable_weights
-from loretta.errors import InputError
+from loretta.convert.load import quiet_transformers
 from loretta.folders import set_aside, stopping_if_not_written, sync, temporary_folder
-from loretta.owned import describe, find_foreign, has_list, is_whole, remove_listed, write_list
+from loretta.owned import describe, find_foreign, is_whole, remove_listed, write_list
 from loretta.training.sharded import load_adapter, load_optimizer, share_blocks, whole_optimizer, whole_weights
-from loretta.wording import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -42,33 +38,12 @@ def find_checkpoint(folder: Path) -> Path | None:
     for path in sorted(folder.glob(f"{NAME}*"), key=_step, reverse=True):
         if _step(path) < 0:
             continue
-        if can_be_read(path) and ((best := _best(path)) in (None, path) or can_be_read(best)):
+        if is_whole(path) and ((best := _best(path)) in (None, path) or is_whole(best)):
             logger.warning("going on from step %d ('%s')", _step(path), path)
             return path
         aside = set_aside(path)
         logger.warning("'%s' is damaged, or the best one before it is: set aside as '%s'", path, aside.name)
     return None
-
-
-def can_be_read(path: Path) -> bool:
-    """Whether a checkpoint is as it was written; one without a list, of an earlier version, is if all of it opens."""
-    if has_list(path):
-        return is_whole(path)
-    try:
-        json.loads((path / TRAINER_STATE_NAME).read_bytes())
-        pickled = [path / OPTIMIZER_NAME, path / SCHEDULER_NAME, *path.glob("rng_state*.pth")]
-        weights = list(path.glob("*.safetensors"))
-        for file in weights:
-            with safe_open(file, framework="pt"):  # compares the size with what the header promises
-                continue
-        for file in pickled:
-            # torch.save writes a zip, whose checksums tell damage without running what is pickled in it
-            with zipfile.ZipFile(file) as content:
-                if content.testzip() is not None:
-                    return False
-        return len(pickled) > 2 and bool(weights)
-    except (OSError, ValueError, SafetensorError, zipfile.BadZipFile, EOFError):
-        return False
 
 
 def remove_checkpoints(folder: Path) -> None:
@@ -112,8 +87,7 @@ class LossWindow(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"loss": self.loss, "logged": logged}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # a checkpoint of an earlier version holds none, and the window begins where the Trainer says
-        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        saved = state.stateful_callbacks[type(self).__name__]
         if state.global_step > 0:
             trainer: Any = self.trainer
             trainer._tr_loss.fill_(saved["attributes"]["loss"])
@@ -218,8 +192,6 @@ class WholeCheckpointsTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if isinstance(self.model, PeftModel):
-            readable_weights(Path(resume_from_checkpoint))
         if not self.load_trained(Path(resume_from_checkpoint)):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -245,17 +217,10 @@ class WholeCheckpointsTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        try:
-            if self.is_fsdp_enabled and checkpoint is not None:
-                self._load_whole(Path(checkpoint))
-            else:
-                super()._load_optimizer_and_scheduler(checkpoint)
-        except ValueError as error:  # torch's, where the groups have other sizes
-            raise InputError(
-                f"cannot go on from '{checkpoint}' ({one_line(error)}): an earlier version of loretta, which put the "
-                "parameters into other groups, began this run: go on with that version, or begin again with another "
-                "--output"
-            ) from None
+        if self.is_fsdp_enabled and checkpoint is not None:
+            self._load_whole(Path(checkpoint))
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_whole(self, checkpoint: Path) -> None:
         assert self.lr_scheduler is not None

@@ -11,7 +11,7 @@ from typing import Any
 
 from loretta.errors import InputError, Stopped
 from loretta.files import read_plain, write_json
-from loretta.folders import remove_temporaries, set_aside, temporary_folder
+from loretta.folders import remove_temporaries, temporary_folder
 from loretta.owned import NEXT, forget, is_free, publish, read_list, refuse_to_replace, remove_listed, write_listed
 from loretta.record import RunRecord, is_started
 from loretta.training.config import RunConfig, recorded_config
@@ -61,14 +61,8 @@ class Place:
         for folder in (self.work, self.work / CHECKPOINTS):
             if folder.is_dir():
                 remove_temporaries(folder)
-        listed = read_list(self.work)
-        if (self.work / CONFIG).is_file() and CONFIG not in listed:
-            # a version that kept no lists wrote this folder: a half-written end of its run would block ours
-            for name in (ADAPTER, PREDICTIONS):
-                if (self.work / name).exists() and not any(Path(file).parts[0] == name for file in listed):
-                    aside = set_aside(self.work / name)
-                    logger.warning("'%s' may be damaged: set aside as '%s'", self.work / name, aside.name)
-            return
+        if (self.work / CONFIG).is_file() and CONFIG not in read_list(self.work):
+            return  # a run whose list is gone goes on, too
         with temporary_folder(self.work) as new:
             (new / CONFIG).write_text(config.model_dump_json(indent=2) + "\n", encoding="utf-8")
             write_notes(new, config)

@@ -76,8 +76,7 @@ class Stopwatch(TrainerCallback, ExportableState):
         return {"args": {}, "attributes": {"earlier": self.seconds}}
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        # a checkpoint of an earlier version holds none
-        saved = state.stateful_callbacks.setdefault(type(self).__name__, self.state())
+        saved = state.stateful_callbacks[type(self).__name__]
         self.earlier, self.begin = saved["attributes"]["earlier"], time.perf_counter()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
