@@ -14,11 +14,19 @@ from safetensors import SafetensorError
 
 from loretta.errors import Stopped
 from loretta.files import TEMPORARY
-from loretta.wording import one_line
+from loretta.wording import nearest, one_line
 
 LIST = ".loretta.json"  # of what we wrote into a folder
 # a process locks this file in the folder it works in; unlocked, it means nothing. Names of locks of files end so too
 LOCK = ".loretta.lock"
+
+
+def no_folder(path: Path) -> str:
+    """What to say of a path that is no folder, with the name beside it that was perhaps meant."""
+    if path.exists():
+        return f"'{path}' is a file and no folder"
+    beside = [each.name for each in os.scandir(path.parent) if each.is_dir()] if path.parent.is_dir() else []
+    return f"there is no folder '{path}'{nearest(path.name, beside)}"
 
 
 @contextmanager

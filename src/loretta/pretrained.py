@@ -29,7 +29,7 @@ def from_pretrained(auto: Any, source: str, **wanted: Any) -> Any:
 
     Raises NotLoaded for whatever is wrong with the files, whose content libraries take for sound.
     """
-    if _is_path(source) and not Path(source).exists():  # of which transformers says that it is no name on the Hub
+    if is_gone(source):  # of which transformers says that it is no name on the Hub
         raise NotLoaded("there is no such folder")
     with _in_words():
         with suppress(OSError):  # some tokenizers have no configuration beside them
@@ -73,9 +73,10 @@ def embeddings_of(model: nn.Module) -> nn.Embedding | None:
     return next((each for each in table.modules() if isinstance(each, nn.Embedding)), None)
 
 
-def _is_path(source: str) -> bool:
-    """Whether it cannot be a name on the Hub, which has one slash at most."""
-    return source.startswith(("/", ".", "~")) or source.count("/") > 1 or source.endswith("/")
+def is_gone(source: str) -> bool:
+    """Whether it is a path that leads to nothing: a name on the Hub has one slash at most."""
+    is_path = source.startswith(("/", ".", "~")) or source.count("/") > 1 or source.endswith("/")
+    return is_path and not Path(source).exists()
 
 
 def from_config(auto: Any, config: Any) -> Any:

@@ -1,6 +1,5 @@
 """What a run leaves behind: the content of ``run.json``."""
 
-import os
 import shlex
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,8 +8,8 @@ from pydantic import BaseModel, Field, model_validator
 
 from loretta.errors import InputError
 from loretta.files import read_object, read_plain
+from loretta.folders import no_folder
 from loretta.tt import TTShape
-from loretta.wording import nearest
 
 # no machine has more of anything, and floats hold it
 Count = Annotated[int, Field(ge=0, lt=2**63)]
@@ -159,8 +158,7 @@ def _why_no_record(folder: Path) -> str:
     if is_started(folder):
         return f"the run in '{folder}' is not finished: go on with loretta train --resume {shlex.quote(str(folder))}"
     if not folder.is_dir():
-        beside = [each.name for each in os.scandir(folder.parent) if each.is_dir()] if folder.parent.is_dir() else []
-        return f"there is no folder '{folder}'{nearest(folder.name, beside)}: give one that `loretta train` wrote"
+        return f"{no_folder(folder)}: give one that `loretta train` wrote"
     runs = sorted(path.parent for path in folder.glob("*/run.json"))
     such = f", but folders of runs, such as '{runs[0]}': give one of them" if runs else ""
     return f"no run.json in '{folder}'{such or ': give the folder that `loretta train` wrote'}"

@@ -44,8 +44,8 @@ def reloaded(base: Path, family: str, task: str | None, folder: Path) -> PeftMod
     return PeftModel.from_pretrained(model, str(folder)).eval()
 
 
-def add_tokenizer(folder: Path) -> None:
-    words = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 4, "good": 5, "film": 6}, unk_token="[UNK]"))
+def add_tokenizer(folder: Path, **more: int) -> None:
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "a": 4, "good": 5, "film": 6, **more}, unk_token="[UNK]"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     PreTrainedTokenizerFast(tokenizer_object=words, unk_token="[UNK]").save_pretrained(folder)
 

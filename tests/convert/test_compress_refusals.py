@@ -162,6 +162,21 @@ def test_text_without_a_tokenizer_is_refused(decoder, tmp_path):
         compress(decoder[0], tmp_path / "out", rank=2, text="a film")
 
 
+def test_a_token_without_an_embedding_is_refused(decoder, tmp_path):
+    folder, given, _ = decoder
+    room = given.get_input_embeddings().num_embeddings
+    add_tokenizer(tmp_path / "base", last=room - 1, beyond=room)
+    compress(folder, tmp_path / "fits", rank=2, text="a good last")
+    with pytest.raises(InputError, match=f"embeddings for {room} tokens, and its tokenizer gives token {room}"):
+        compress(folder, tmp_path / "out", rank=2, text="a film beyond")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_model_that_is_gone_is_no_name_for_an_adapter(decoder, tmp_path):
+    with pytest.raises(InputError, match=r"--model: there is no folder '.*bse' \(did you mean 'base'\?\)"):
+        compress(decoder[0], tmp_path / "out", rank=2, model=str(tmp_path / "bse"))
+
+
 def test_what_lies_in_the_folder_is_kept(decoder, tmp_path):
     folder, _, _ = decoder
     with pytest.raises(InputError, match="what is to be compressed"):

@@ -19,6 +19,7 @@ from loretta.plan.auto import attention_layers, choose_form, options_on, values_
 from loretta.plan.budget import MAX_RANK, with_rank
 from loretta.plan.front import FRONT, read_front
 from loretta.plan.presets import loretta_configs
+from loretta.training.methods import peft_config
 
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
@@ -189,6 +190,8 @@ def test_without_a_budget_it_is_compact():
     result = make_plan(model="bert-base", preset="auto")
     assert (result.plan.method, result.options["modes_per_side"]) == ("rep", 2)
     assert "compact" in result.notes[0]
+    trained = peft_config("auto", meta_model(find_config("bert-base"), "SEQ_CLS"), "SEQ_CLS", {})
+    assert (type(trained), trained.to_dict(), trained.why) == (type(config), config.to_dict(), config.why)
 
 
 def test_options_of_all_forms_may_stand_beside_a_budget_and_those_of_one_may_not():

@@ -100,6 +100,10 @@ def test_nothing_learned_is_said_before_anything_else(tmp_path):
     found = verdict(results, differences(results, tmp_path))
     assert (found.best, found.smallest, found.learned) == (None, None, False)
     assert found.words.startswith("Nothing was learned: the methods score accuracy 0.5000")
+    assert "give more --max-steps, a higher --lr" in found.words, "these runs were given steps"
+    without = [run.model_copy(update={"config": run.config | {"max_steps": None}}) for run in results.planned]
+    longer = verdict(results.model_copy(update={"planned": tuple(without)})).words
+    assert "give more --epochs, a higher --lr" in longer
 
 
 def test_a_lucky_run_is_no_learning(tmp_path):

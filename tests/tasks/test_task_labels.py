@@ -23,6 +23,7 @@ def scheme_of(cells, kind=None):
         (["1", "1.0", "0"], ("0", "1"), [1, 1, 0]),
         ([" pos", "pos ", "neg"], ("neg", "pos"), [1, 1, 0]),
         ([True, False, True], ("False", "True"), [1, 0, 1]),
+        ([True, "False", "unknown"], ("False", "True", "unknown"), [1, 0, 2]),
         (["a", 1, "a"], ("1", "a"), [1, 0, 1]),
         (["007", "10", "007"], ("007", "10"), [0, 1, 0]),
         # ids of other programs, which are one number in float64
@@ -70,6 +71,11 @@ def test_fifty_whole_numbers_are_classes_and_fifty_one_must_be_told(refused):
         (["1", "inf", "2"], "regression", ["'inf'", "row 2"]),
         ([1.0, float("inf"), 2.5], "regression", ["inf", "row 2"]),
         ([1, 10**400, 2], "regression", ["100000", "row 2", "finite"]),
+        # one label as JSON writes truth, and as other programs do
+        ([True, False, 1, False], None, ["row 3", "1 stands beside true", "write all labels in one way"]),
+        ([False, True, True, "0"], None, ["row 4", "'0' stands beside false"]),
+        (["yes", False, "no", "false"], None, ["row 4", "'false' stands beside false"]),
+        ([0, 1, 0.0, True, 1], "classification", ["row 1", "0 stands beside true"]),
     ],
 )
 def test_labels_that_cannot_be_trained_are_refused(refused, cells, kind, pieces):
@@ -125,7 +131,9 @@ def test_what_looks_like_a_mistake_in_the_classes_is_named():
     ]
 
 
-@pytest.mark.parametrize("cells", [[1, "None", 2, 1], ["1", "2", "None"], [1, 2.0, 3], ["007", "7"], [True, 0, True]])
+@pytest.mark.parametrize(
+    "cells", [[1, "None", 2, 1], ["1", "2", "None"], [1, 2.0, 3], ["007", "7"], [True, "maybe", True]]
+)
 def test_what_was_trained_reads_as_it_did_then(cells):
     then = decide(cells, kind="classification", column="label", path=OTHER)
     known = Known(data="train.csv", label_names=then.names)

@@ -11,6 +11,7 @@ import typer
 
 from loretta import wording
 from loretta.errors import InputError
+from loretta.folders import no_folder
 from loretta.wording import as_json
 
 if TYPE_CHECKING:
@@ -85,5 +86,5 @@ def writing_output(given: Path) -> Iterator[None]:
 def existing(folder: Path) -> Path:
     """The folder itself. Raises InputError where there is none."""
     if not folder.is_dir():
-        raise InputError(f"there is no folder '{folder}': give the --output of a study, or a run in it")
+        raise InputError(f"{no_folder(folder)}: give the --output of a study, or a run in it")
     return folder

@@ -48,6 +48,8 @@ def predict(
     """
     if (file is None) == (text is None):
         raise InputError("give either a FILE or --text (repeatable), and not both")
+    if file is not None and text_pair:
+        raise InputError(f"--text-pair goes with --text, and '{file}' has the second texts in a column: leave it out")
     with ExitStack() as stack:
         stack.enter_context(_holding(output, file, overwrite=overwrite))
         from loretta.training.forms import form_of

@@ -92,9 +92,11 @@ def run_settings(given: Mapping[str, Any], sets: Sequence[str] | None) -> dict[s
 
 def words(option: str, given: str | None) -> tuple[str, ...]:
     """The words between the commas of an option. Raises InputError where it is given and names nothing."""
-    found = tuple(word.strip() for word in (given or "").split(",") if word.strip())
-    if given is not None and not found:
+    found = tuple(word.strip() for word in given.split(",")) if given is not None else ()
+    if found and not any(found):
         raise InputError(f"{option} {given!r} names nothing: write words with commas between them, or leave it out")
+    if not all(found):
+        raise InputError(f"{option} {given!r} has a comma with nothing on one side of it: leave that comma out")
     return found
 
 
@@ -185,6 +187,8 @@ def carry_out(
     """
     from loretta.studies.compare import baseline_of, check_data, verdict
     from loretta.studies.configs import Options
+    from loretta.studies.expansion import expand
+    from loretta.training.arguments import check_options
 
     together, is_comparison = population_size(population), study.view == "compare"
     whole = {"limit": given.pop("limit"), "data_dir": given.pop("data_dir"), "cpu": bool(given.pop("cpu"))}
@@ -192,6 +196,9 @@ def carry_out(
     settings = run_settings(given, sets)
     _refuse_fixed(settings, swept, batches=bool(narrowed.get("batches")))
     options = Options(**narrowed, **whole, **swept, sets=settings)
+    # once for each method, and not in each of its runs
+    for run in {run.method: run for run in expand(study, options, root).runs if run.config is not None}.values():
+        check_options(run.run_config())
     if is_comparison:
         check_data(study, options, root)
     if dry_run:

@@ -9,6 +9,7 @@ from loretta import processes
 from loretta.cli.options import Json, run_options
 from loretta.cli.output import print_json, say, scores
 from loretta.errors import InputError
+from loretta.folders import no_folder
 from loretta.record import is_started
 from loretta.training.config import read_config
 from loretta.training.folder import CONFIG
@@ -45,6 +46,8 @@ def train(
         if given["output"] not in (None, str(run)):
             raise InputError(f"'{run}' and --output {given['output']} both name the folder: leave one of them out")
         given["output"] = str(run)
+        if not run.is_dir():
+            raise InputError(f"{no_folder(run)}: `loretta runs ls` lists the runs")
         if not is_started(run):
             raise InputError(f"'{run}' holds no run to go on with: `loretta runs ls` lists them")
     if resume and overwrite:

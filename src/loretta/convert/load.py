@@ -19,8 +19,9 @@ from transformers.utils import logging as transformers_logging
 from loretta.errors import InputError
 from loretta.files import read_object
 from loretta.fingerprint import check_base
+from loretta.folders import no_folder
 from loretta.memory import is_out_of_memory
-from loretta.pretrained import NotLoaded, from_pretrained
+from loretta.pretrained import NotLoaded, from_pretrained, is_gone
 from loretta.tuners.adapter_file import PREFIX, check_finite
 from loretta.tuners.card import saved_shapes
 from loretta.tuners.labels import both_ways
@@ -92,6 +93,8 @@ def find_adapter(path: Path, model: str | None = None) -> SavedAdapter:
     """
     folder = path / "adapter" if (path / "adapter" / CONFIG).is_file() else path
     require_adapter(folder)
+    if model is not None and is_gone(model):
+        raise InputError(f"--model: {no_folder(Path(model))}: give the base model's folder or Hub id")
     config = _read_config(folder)
     base = model or config.get("base_model_name_or_path")
     label_names: tuple[str, ...] = ()
@@ -179,6 +182,8 @@ def is_trained_whole(name: str, config: Mapping[str, Any]) -> bool:
 
 def require_adapter(folder: Path) -> None:
     """Raise InputError when the files of an adapter are not in ``folder``."""
+    if not folder.is_dir():
+        raise InputError(f"{no_folder(folder)}: give one that save_pretrained or `loretta train` wrote")
     if not (folder / CONFIG).is_file() or not (folder / WEIGHTS).is_file():
         raise InputError(
             f"'{folder}' holds no adapter ({CONFIG} and {WEIGHTS}): "

@@ -1,6 +1,7 @@
 """How far the outputs of two adapters on one base model are apart, on text that a user gives."""
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from loretta.errors import InputError
 from loretta.pretrained import refusing_other_tokens
 
 MAX_TOKENS = 512  # of each text; the rest is cut off
+_LIKE_A_PATH = re.compile(r"(~|\.{1,2})?/\S+|\S+\.(txt|md)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,9 +48,12 @@ def read_texts(text: str) -> list[str]:
     """The lines of the file that ``text`` names, or the text itself. Raises InputError when there is none in it."""
     path = Path(os.path.expanduser(text))
     try:
-        is_file = path.is_file()
+        is_file, is_folder = path.is_file(), bool(text) and path.is_dir()
     except OSError:  # a long text is no possible name of a file
-        is_file = False
+        is_file = is_folder = False
+    if is_folder or (not is_file and _LIKE_A_PATH.fullmatch(text)):
+        why = "is a folder" if is_folder else "leads to no file"
+        raise InputError(f"--text '{text}' {why}: give a file with a text in every line, or a text")
     try:
         lines = path.read_text(encoding="utf-8").splitlines() if is_file else [text]
     except UnicodeDecodeError:

@@ -67,10 +67,15 @@ def auto_config(
     if isinstance(model, PeftModel):
         raise InputError("auto_config: the model has an adapter already, so give the base model without one")
     if budget is None:
-        config: LorettaConfig = LorettaRepConfig.compact(task_type=task_type, **options)
-        config.__dict__["_why"] = NO_BUDGET
-        return config
+        return without_budget(task_type, options)
     return choose_form(model, Budget.parse(budget), task_type, options)[0]
+
+
+def without_budget(task_type: str | None, options: Mapping[str, Any]) -> LorettaRepConfig:
+    """Compact, which is what "auto" is where no budget says how large it may be."""
+    config = LorettaRepConfig.compact(task_type=task_type, **options)
+    config.__dict__["_why"] = NO_BUDGET
+    return config
 
 
 def choose_form(

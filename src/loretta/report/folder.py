@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from loretta.errors import InputError
+from loretta.folders import no_folder
 from loretta.record import RunRecord
 from loretta.report import runs, study, text
 from loretta.report.study import section_of
@@ -22,7 +23,7 @@ def report_on(root: Path, form: str) -> str:
     if form not in FORMATS:
         raise InputError(f"unknown format {form!r}: choose one of {', '.join(FORMATS)}")
     if not root.is_dir():
-        raise InputError(f"there is no folder '{root}': give the --output of a study, or a folder with runs")
+        raise InputError(f"{no_folder(root)}: give the --output of a study, or a folder with runs")
     if not any(root.glob("study*.json")):
         return _of_runs(root, form)
     studies = collect_all(root)

@@ -168,11 +168,12 @@ def verdict(results: Results, pairs: Sequence[Difference] = ()) -> Verdict:
 def _nothing_learned(results: Results, cells: Sequence[Cell]) -> str:
     scores = [score.value for cell in cells for score in cell.scores]
     found = f"{min(scores):.4f}" if min(scores) == max(scores) else f"{min(scores):.4f} to {max(scores):.4f}"
+    longer = "--max-steps" if any((run.config or {}).get("max_steps") for run in results.planned) else "--epochs"
     beyond = "" if all(score.value == score.baseline for cell in cells for score in cell.scores) else " beyond chance"
     return (
         f"Nothing was learned{beyond}: the methods score {cells[0].metric} {found}, and an answer that needs no text "
         f"{baseline_of(results):.4f}, so this says nothing about which method is better. Advice: give more "
-        "--epochs, a higher --lr, or --sweep with other --rates before you compare."
+        f"{longer}, a higher --lr, or --sweep with other --rates before you compare."
     )
 
 

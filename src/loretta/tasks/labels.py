@@ -106,7 +106,8 @@ def decide(cells: Sequence[Any], *, kind: Kind | None, column: str, path: Source
     are scores. Class ids follow the sorted labels, numbers by size; space around a label does not count, and
     1, "1" and 1.0 are the same label, unless there are codes such as 007 among them.
 
-    Raises InputError: the kind cannot be told, a score is no number, or there is only one class or score.
+    Raises InputError: the kind cannot be told, a score is no number, there is only one class or score, or truth values
+    of JSON stand beside words or numbers that read as such.
     """
     numbers = [_number(cell) for cell in cells]
     strays = [at for at, number in enumerate(numbers) if number is None]
@@ -116,6 +117,7 @@ def decide(cells: Sequence[Any], *, kind: Kind | None, column: str, path: Source
         numeric = True
         values: list[Any] = sorted(set(_all_numbers(cells, column, path)))
     else:
+        _refuse_mixed_truths(cells, column, path)
         # 007 is a code, and its zeros a part of its name
         numeric = not strays and not any(isinstance(cell, str) and PADDED.fullmatch(cell.strip()) for cell in cells)
         values = sorted({_value(cell, numeric) for cell in cells})
@@ -126,6 +128,18 @@ def decide(cells: Sequence[Any], *, kind: Kind | None, column: str, path: Source
         )
     classes = () if kind == "regression" else tuple(values)
     return LabelScheme(kind=kind, column=column, source=path, numeric=numeric, classes=classes)
+
+
+def _refuse_mixed_truths(cells: Sequence[Any], column: str, path: Source) -> None:
+    # True == 1 to Python, and neither is "true": as classes they would be two or three
+    truth = next((cell for cell in cells if isinstance(cell, bool)), None)
+    if truth is None:
+        return
+    for at, cell in enumerate(cells):
+        reads = _number(cell) in (0, 1) or str(cell).strip().lower() in ("true", "false")
+        if reads and not isinstance(cell, bool) and str(cell).strip() not in ("True", "False"):
+            what = f"{cell!r} stands beside {str(truth).lower()}, a truth value of JSON: write all labels in one way"
+            raise wrong_cell(path, at, column, what)
 
 
 def known_scheme(known: Known, kind: Kind, *, column: str) -> "LabelScheme | LabelSets":

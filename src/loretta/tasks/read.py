@@ -1,5 +1,6 @@
 """A file of the user -> named columns of cells, or documents. Every bad file is refused here."""
 
+import codecs
 import csv
 import gzip
 import io
@@ -131,6 +132,8 @@ def text_of(path: Path) -> str:
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
+        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise _other(path, "it is text in UTF-16 or UTF-32: save it as UTF-8") from None
         line = data[: error.start].count(b"\n") + 1
         raise _other(path, f"line {line} holds the byte 0x{data[error.start]:02x}, which is not UTF-8") from None
     if "\0" in text:

@@ -72,6 +72,8 @@ def find_files(given: str, separator: str | None = None) -> Path | Files:
     Raises InputError for none, for files of different kinds, and for a ``separator`` where none is CSV or TSV.
     """
     parts = [given] if _is_one(given) else [part.strip() for part in given.split(",")]
+    if "" in parts:
+        raise InputError(f"'{given}' has a comma with no name on one side of it: leave that comma out")
     files = [file for part in parts for file in _expand(part)]
     endings = {read.ending(file) for file in files}
     if len(files) > 1 and len({ending in TEXT_ENDINGS for ending in endings}) > 1:

@@ -1,5 +1,6 @@
 """Which trainer a run has, and what it is told."""
 
+import importlib.util
 import os
 from collections.abc import Callable
 from functools import partial
@@ -14,6 +15,7 @@ from transformers.training_args import OptimizerNames
 
 from loretta import processes
 from loretta.errors import InputError
+from loretta.plan.budget import Budget
 from loretta.tasks import metrics
 from loretta.tasks.base import Task
 from loretta.tasks.prompted import PromptedTask
@@ -22,7 +24,7 @@ from loretta.training.config import RunConfig
 from loretta.training.folder import CHECKPOINTS, TENSORBOARD
 from loretta.training.forms import Data, form_of
 from loretta.training.graphs import CudaGraphTrainer
-from loretta.training.methods import METHODS, find_method, starting_rate
+from loretta.training.methods import METHODS, find_method, refuse_unknown_options, starting_rate
 from loretta.training.model import Trained
 from loretta.training.trainer import TwoRateTrainer
 from loretta.tuners.config import LorettaConfig
@@ -83,6 +85,18 @@ def _begin(name: str, on_train_begin: Callable[..., Any], *args: Any, **kwargs: 
             f"report_to {quoted(name)} cannot start ({one_line(error)}): see to that and go on with --resume, or leave "
             "it out"
         ) from None
+
+
+def check_options(config: RunConfig) -> None:
+    """Raise InputError for what neither data nor a model has to be loaded for to be seen to be wrong."""
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise InputError("--tensorboard needs the package tensorboard: pip install 'loretta-peft[tensorboard]'")
+    reporters(config)
+    if config.optimizer is not None:
+        known_optimizer(config.optimizer)
+    refuse_unknown_options(config.method, config.method_args.keys())
+    if (budget := config.method_args.get("budget")) is not None:
+        Budget.parse(budget)
 
 
 def check_processes(config: RunConfig) -> None:

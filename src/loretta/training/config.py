@@ -303,7 +303,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(f"the config file '{path}' does not exist: give the path of a YAML file") from None
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise InputError(f"the config file '{path}' is not YAML: {one_line(error)}") from None
+        if isinstance(error, OSError):
+            raise InputError(f"the config file '{path}' cannot be read ({error.strerror}): give a YAML file") from None
+        raise InputError(f"the config file '{path}' is not YAML in UTF-8: {one_line(error)}") from None
     if not isinstance(raw, dict):
         raise InputError(f"the config file '{path}' holds no keys: write lines such as 'epochs: 3'")
     for other, key in ALIASES.items():

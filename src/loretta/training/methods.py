@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from loretta.errors import InputError
 from loretta.options import with_lists
-from loretta.plan.auto import choose_form
+from loretta.plan.auto import choose_form, without_budget
 from loretta.plan.budget import Budget, choose, with_rank
 from loretta.training.config import ALIASES, HeadPolicy, RunConfig
 from loretta.tuners.adp import LorettaAdpConfig
@@ -306,7 +306,7 @@ def _within(
     """The config, where there is a budget as large as that allows."""
     if cls is LorettaConfig:
         if budget is None:
-            raise InputError("method 'auto' chooses a form by a budget: give one, such as --budget 100k")
+            return without_budget(task_type, options)
         return choose_form(model, Budget.parse(budget), task_type, options)[0]
     config = cls(task_type=task_type, **options)
     if budget is not None:

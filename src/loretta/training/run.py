@@ -1,6 +1,5 @@
 """One run: from its options to its folder, through Hugging Face's Trainer."""
 
-import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -13,11 +12,10 @@ import torch
 from transformers import set_seed
 
 from loretta import processes
-from loretta.errors import InputError
 from loretta.locks import hold
 from loretta.memory import free_memory, peak_memory, saying_what_helps
 from loretta.record import RunRecord
-from loretta.training.arguments import check_processes, known_optimizer, make_trainer, reporters
+from loretta.training.arguments import check_options, check_processes, make_trainer
 from loretta.training.batches import stop_workers
 from loretta.training.config import RunConfig
 from loretta.training.data import check_loss, check_tokens, encode_splits, load_config_task
@@ -145,11 +143,7 @@ def _prepare(config: RunConfig) -> tuple[Data, Trained, bool]:
 
     Everything that a user can get wrong is found here.
     """
-    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise InputError("--tensorboard needs the package tensorboard: pip install 'loretta-peft[tensorboard]'")
-    reporters(config)
-    if config.optimizer is not None:
-        known_optimizer(config.optimizer)
+    check_options(config)
     if config.push_to_hub is not None:
         check_hub(config.push_to_hub)
     check_processes(config)

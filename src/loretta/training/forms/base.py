@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import pyarrow.compute as pc
 from transformers import PreTrainedTokenizerBase, ProgressCallback, TrainingArguments
 
+from loretta.errors import InputError
 from loretta.record import Answers
 from loretta.tasks.files import refuse_missing
 from loretta.tasks.glue import GLUE
@@ -114,6 +115,8 @@ class Form(Protocol):
 
     def predict(self, run: LoadedRun, asked: Asked, *, all_probabilities: bool, go_on: Any) -> Iterator[Row]:
         """An answer for each example of :meth:`asked`, one after the other; by default the model's continuation."""
+        if all_probabilities:
+            raise InputError(f"the run was trained on a {run.kind} task and has no classes: leave --probabilities out")
         for example in asked[0]:
             yield {"continuation": go_on(run, example)}
 

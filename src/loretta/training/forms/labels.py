@@ -92,7 +92,7 @@ class Labels(Form):
             raise InputError(f"{given}: {'give the pair too' if len(asked) < len(columns) else 'leave the pair out'}")
         names = run.record.label_names
         if all_probabilities and not names:
-            raise InputError(f"the run was trained on a {run.kind} task, which has scores and no probabilities")
+            raise InputError(f"the run was trained on a {run.kind} task, which has scores: leave --probabilities out")
         for logits in logits_of_texts(run, asked):
             rows = self.rows_of(logits, names, all_of_them=all_probabilities)
             # the largest of numbers that are NaN is the first

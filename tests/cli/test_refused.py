@@ -1,0 +1,73 @@
+"""What a command cannot take is refused in a sentence that tells the reason; nothing that is given is passed over."""
+
+import pytest
+from commands import assert_refused, call, train_arguments
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("export", "{}", "--to", "merged", "-o", "out"),
+        ("compress", "{}", "--rank", 2),
+        ("eval", "{}"),
+        ("predict", "{}", "--text", "a film"),
+        ("chat", "{}"),
+        ("report", "{}"),
+        ("runs", "ls", "{}"),
+        ("runs", "show", "{}"),
+        ("train", "--resume", "{}"),
+    ],
+    ids=lambda words: " ".join(map(str, words[:2])),
+)
+def test_a_folder_that_is_not_there_is_told_from_one_without_what_is_wanted(words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-run").mkdir()
+    status, _, err = call(capsys, *(str(word).format("my-rn") for word in words))
+    assert_refused(status, err, ["there is no folder 'my-rn' (did you mean 'my-run'?)"])
+    (tmp_path / "a-file").write_text("no folder")
+    status, _, err = call(capsys, *(str(word).format("a-file") for word in words))
+    assert_refused(status, err, ["'a-file' is a file and no folder"])
+    status, _, err = call(capsys, *(str(word).format("my-run") for word in words))
+    assert status == (0 if words[1] == "ls" else 2)
+    assert "no folder" not in err
+
+
+def test_second_texts_beside_a_file_are_refused(trained, reviews, capsys):
+    status, _, err = call(capsys, "predict", trained, reviews, "--text-pair", "a film", "--cpu")
+    assert_refused(status, err, ["--text-pair goes with --text", reviews])
+
+
+def test_a_decoder_has_no_probabilities_of_classes(teller, capsys):
+    status, out, err = call(capsys, "predict", teller, "--text", "a film", "--probabilities", "--cpu")
+    assert_refused(status, err, ["language_modeling", "leave --probabilities out"])
+    assert out == ""
+
+
+@pytest.mark.parametrize("given", ["{0},,{0}", ",{0}", "{0},"])
+def test_an_empty_name_between_commas_is_not_this_folder(given, bert, reviews, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other.csv").write_text("review,mood\na film,pos\na plot,neg\n")
+    status, _, err = call(capsys, *train_arguments(bert, given.format(reviews), tmp_path / "run"))
+    assert_refused(status, err, ["has a comma with no name on one side of it"])
+
+
+ONCE = {
+    "a budget for LoRA": (["--budget", "5k"], "not for 'lora'"),
+    "no budget": (["--methods", "compact", "--budget", "word"], "the budget 'word' is not a size"),
+    "no optimizer": (["--optimizer", "adamw_trch"], "did you mean 'adamw_torch'"),
+    "an empty method": (["--methods", "lora,,compact"], "--methods 'lora,,compact' has a comma with nothing"),
+    "an empty rank": (["--ranks", "2,"], "--ranks '2,' is not a list of whole numbers"),
+}
+
+
+@pytest.mark.parametrize("dry", [True, False])
+@pytest.mark.parametrize("case", ONCE)
+def test_options_that_no_run_could_take_are_refused_before_the_first(case, dry, bert, reviews, capsys, tmp_path):
+    more, words = ONCE[case]
+    data = ["--data", reviews, "--text", "review", "--label", "mood", "--max-steps", 1, "--seeds", 1, "--cpu"]
+    given = [] if "--methods" in more else ["--methods", "lora,compact"]
+    dry_run = ["--dry-run"] if dry else []
+    root = tmp_path / "runs"
+    status, _, err = call(capsys, "compare", "--model", bert, *data, *given, *more, *dry_run, "-o", root)
+    assert_refused(status, err, [words])
+    assert not root.exists()
