@@ -59,7 +59,8 @@ def test_nothing_goes_on_from_the_checkpoints_of_a_run_that_was_replaced(bert, r
     [
         (["{run}"], ["give --resume RUN to go on", "-o {run}"]),
         (["--resume", "{run}", "-o", "other"], ["both name the folder"]),
-        (["--resume", "{run}/nowhere"], ["holds no run to go on with"]),
+        (["--resume", "{run}/nowhere"], ["there is no folder '{run}/nowhere'"]),
+        (["--resume", "{run}/adapter"], ["holds no run to go on with"]),
         (["--resume", "{run}", "--epochs", "0.5"], ["epochs was 1.0 and is 0.5", "may grow"]),
     ],
 )
