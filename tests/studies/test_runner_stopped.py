@@ -30,7 +30,6 @@ from loretta.studies.state import beside, folder_state, held_by
 from loretta.studies.study import load_study
 from loretta.studies.unit import DONE, UnitProcess, _read_units
 from loretta.training import arguments
-from loretta.training import run as training_run
 from loretta.training.config import RunConfig
 from loretta.training.run import train
 
@@ -243,8 +242,7 @@ def test_a_process_that_spoils_a_recording_is_followed_by_one_without(
 def test_a_process_whose_run_was_reported_to_a_service_takes_no_other(given, bert, data_dir, tmp_path, monkeypatch):
     """Else the next run would be written into the open run of wandb."""
     fork_units(monkeypatch)
-    for module in (training_run, arguments):
-        monkeypatch.setattr(module, "reporters", lambda config: [])
+    monkeypatch.setattr(arguments, "reporters", lambda config: [])
     options = options_for(bert, data_dir, tasks=("rte",), methods=("bitfit",), seeds=2, sets={"report_to": "wandb"})
     assert run_study(load_study("table1"), options, tmp_path, jobs=1).complete
     assert given == [["bitfit/s0"], ["bitfit/s1"]]

@@ -293,10 +293,8 @@ def test_what_a_run_trains_is_within_its_budget_whatever_becomes_of_the_head(met
     assert config.train_head == {"method": "tensorized", "full": "dense", "frozen": "frozen"}[policy]
 
 
-def test_auto_needs_a_budget_and_other_methods_have_none():
+def test_a_budget_is_for_the_methods_of_loretta():
     model = build("bert")[0]
-    with pytest.raises(InputError, match="--budget 100k"):
-        peft_config("auto", model, "SEQ_CLS", {})
     with pytest.raises(InputError, match=r"budget: for the methods of LoRETTA .* and not for 'lora'"):
         peft_config("lora", model, "SEQ_CLS", {"budget": "4k"})
 
