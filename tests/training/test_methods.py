@@ -1,5 +1,6 @@
 """Every method by its name: what it trains, that it comes back as it was, sees the same data, can be gone on with."""
 
+import copy
 import json
 
 import pytest
@@ -90,6 +91,16 @@ def test_a_method_trains_what_it_says_and_nothing_else(method, family, kind):
         if not (wanted and name.endswith("key.bias")):
             assert torch.equal(parameter, before[name]) != wanted, name
     assert sum(trainable_by_kind(model).values()) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("method", ["rep", "adp", "shared", "lora", "ia3"])
+def test_options_stay_as_they_were_given(method):
+    """PEFT puts the names of a head into the list of a config, which no other model has modules for."""
+    options = {"modules_to_save": ["encoder.layer.1"], "target_modules": ["layer.0.output.dense"]}
+    given = copy.deepcopy(options)
+    for _ in range(2):
+        wrap(build("bert")[0], method, "classification", options)
+        assert options == given
 
 
 @pytest.fixture(scope="module")

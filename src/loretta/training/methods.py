@@ -1,5 +1,6 @@
 """The methods that a run can train, each as a PEFT config: the same trainer, data order and head for all."""
 
+import copy
 import dataclasses
 import inspect
 import math
@@ -187,7 +188,8 @@ def peft_config(
     method = find_method(name)
     assert method.config is not None, f"{name} trains the model itself"
     refuse_unknown_options(name, options.keys())
-    merged = {**method.options, **with_lists(options, method.config)}
+    # copied, because PEFT puts the names of a head's modules into the list of a config
+    merged = copy.deepcopy({**method.options, **with_lists(options, method.config)})
     if method.targets is not None and "target_modules" not in merged:
         merged["target_modules"] = method.targets(model)
     if "train_head" in options and head_policy != "method":
