@@ -51,11 +51,13 @@ CASES = [
     (bert, "prefix", [{"num_virtual_tokens": 3}] * SIZE, 3),
     (bert, "adp", [{"train_scales": ["keys", "values", "mlp"]}] * SIZE, 3),
     (llama, "rep", [{}] * SIZE, 3),
+    (llama, "rep", [{"modules_to_save": ["layers.1"]}] * SIZE, 3),
     (llama, "shared", [{"target_modules": "all-linear", "train_scales": ["keys", "values", "mlp"]}] * SIZE, 3),
     (llama, "shared", [{"target_modules": "all-linear", "init_weights": "gaussian"}] * SIZE, 3),
     (llama, "adp", [{"placement": "mlp"}] * SIZE, 3),
     (llama, "adapters", [{"init_weights": "denoised"}] * SIZE, 3),
     (llama, "lora", [{}] * SIZE, 3),
+    (llama, "lora", [{"modules_to_save": ["layers.1"], "layers_to_transform": [0]}] * SIZE, 3),
     (llama, "norms", [{}] * SIZE, 3),
     (llama, "ia3", [{}] * SIZE, 3),
     (llama, "prefix", [{"num_virtual_tokens": 3}] * SIZE, 3),
@@ -174,6 +176,14 @@ def test_short_rows_are_laid_beside_each_other_in_attention(at_once, tokens, mon
     assert shapes == [{7}, {tokens}]
     for name, got, expected in zip(("logits", "gradient"), found[1], found[0], strict=True):
         assert_near(name, got, expected)
+
+
+@pytest.mark.parametrize(("make", "layer"), [(bert, "layer.1"), (llama, "layers.1")])
+def test_a_layer_that_each_member_trains_whole_packs_no_rows(make, layer):
+    together, _ = population(make, "rep", [{"modules_to_save": [layer]}] * SIZE)
+    together.modes = (PackedAttention,)
+    ids, mask, _ = batch(0, causal=False)
+    together.check({"input_ids": ids, "attention_mask": mask})
 
 
 @pytest.mark.parametrize("modes", [(), (PackedAttention,)])

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
@@ -46,12 +47,13 @@ class PackedAttention(TorchFunctionMode):
     ) -> Tensor:
         """(B, H, T, D) each, and a mask (B, 1, T or 1, T) of bools or of numbers to add."""
         n_rows, n_tokens = query.shape[0], query.shape[-2]
-        count = next(n for n in range(max(1, AT_ONCE // n_tokens), 0, -1) if n_rows % (n * self.members) == 0)
         alike = query.dim() == 4 and query.shape == key.shape == value.shape
         whole = alike and attn_mask is not None and attn_mask.dim() == 4 and attn_mask.shape[:2] == (n_rows, 1)
-        if not whole or options.get("is_causal"):
+        # under vmap, in a layer that each member trains whole, the rows are those of one member
+        if not whole or options.get("is_causal") or is_functorch_wrapped_tensor(query):
             return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask, **options)
         assert attn_mask is not None
+        count = next(n for n in range(max(1, AT_ONCE // n_tokens), 0, -1) if n_rows % (n * self.members) == 0)
         mask = self._beside(attn_mask, count, query)
         # a view where tokens come before heads in memory, as in transformers
         q, k, v = (

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from loretta.layers.fused import has_triton
+from loretta.population.attention import BACKENDS
 from loretta.tuners.norms import TrainedNorm
 from loretta.tuners.rescaled import TIMES, TrainedScale
 
@@ -66,10 +68,15 @@ class Members(nn.Module):
             left = iter(rows)
             own = [next(left) if isinstance(value, Tensor) else value for value in args]
             named = {key: next(left) if isinstance(value, Tensor) else value for key, value in kwargs.items()}
-            with OwnZeros(next(iter(values_of_one.values()))):
+            first = next(iter(values_of_one.values()))
+            # vmap has no rule for the CPU's flash attention
+            with OwnZeros(first), sdpa_kernel(BACKENDS if first.is_cuda else SDPBackend.MATH):
                 return functional_call(self.module, values_of_one, tuple(own), named)
 
-        return vmap(one, randomness="different")(values, [self.grouped(x) for x in tensors]).flatten(0, 1)
+        # a tensor of one row serves all members' rows, as the positions of a decoder's layer do
+        dims = [None if len(x) == 1 else 0 for x in tensors]
+        rows = [x if dim is None else self.grouped(x) for x, dim in zip(tensors, dims, strict=True)]
+        return vmap(one, in_dims=(0, dims), randomness="different")(values, rows).flatten(0, 1)
 
 
 class OwnZeros(TorchFunctionMode):

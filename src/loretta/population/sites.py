@@ -55,7 +55,7 @@ def site_of(model: nn.Module, name: str) -> str:
     owner = modules[-1][1]
     if type(owner) in (nn.Linear, nn.LayerNorm):
         return path
-    layers = [at for at, module in modules if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    layers = [at for at, module in modules if isinstance(module, BaseTunerLayer)]
     return layers[0] if layers else path
 
 
