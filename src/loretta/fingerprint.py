@@ -62,7 +62,7 @@ def is_same(before: Fingerprint, now: Fingerprint) -> bool:
 
 
 def read_notes(run: Path) -> dict[str, Any]:
-    """What the run in a folder noted when it began; nothing for one of a version that took no notes."""
+    """What the run in a folder noted when it began; nothing where the notes are lost."""
     return read_object(run / NOTES) or {}
 
 

@@ -21,7 +21,6 @@ class ParameterCounts(BaseModel, frozen=True):
     cores: Count = Field(description="entries of the tensor-train cores, one of which may be a matrix")
     biases: Count = Field(description="of the adapters or of the base model")
     norms: Count = Field(description="weights and biases of normalisation layers")
-    # earlier records count scales as other
     scales: Count = Field(default=0, description="factors on keys, values and MLPs")
     tokens: Count = Field(default=0, description="rows of embeddings that belong to single tokens")
     head: Count = Field(description="the task's own output layer")
@@ -104,11 +103,11 @@ class RunRecord(BaseModel, frozen=True, ser_json_inf_nan="constants"):
     notes: list[str] = []  # what a reader should know about the data, a sentence each
     label_names: list[str] = []  # classification: class id -> name
     label_counts: dict[str, list[int]] = {}  # classification: split -> rows of each class
-    answers: Answers | None = None  # None: generated answers, and records of earlier versions
+    answers: Answers | None = None  # None: generated answers and language models
     metric: str  # the task's first
     higher_is_better: bool
     selected_by: str = "metric"  # or "loss": what chose the best checkpoint, on validation
-    learning_rate: float | None = None  # the highest of the schedule; None: a record of an earlier version
+    learning_rate: float | None = None  # the highest of the schedule
     parameters: ParameterCounts
     trains: list[Train] = []
     adapter_bytes: Count
@@ -119,15 +118,6 @@ class RunRecord(BaseModel, frozen=True, ser_json_inf_nan="constants"):
     best_step: int
     validation: dict[str, float]  # at the best step
     test: dict[str, float] | None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _name_the_kind(cls, raw: Any) -> Any:
-        """The first records did not say it: there were three kinds, which labels and metric tell apart."""
-        if isinstance(raw, dict) and not raw.get("kind"):
-            by_labels = "classification" if raw.get("label_names") else "regression"
-            return {**raw, "kind": "language_modeling" if raw.get("metric") == "perplexity" else by_labels}
-        return raw
 
     @property
     def scores(self) -> dict[str, float]:

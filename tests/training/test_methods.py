@@ -1,7 +1,6 @@
 """Every method by its name: what it trains, that it comes back as it was, sees the same data, can be gone on with."""
 
 import copy
-import json
 
 import pytest
 import torch
@@ -371,17 +370,3 @@ def test_what_does_not_go_together_is_one_sentence(model, changes, words, reques
 def test_a_prefix_needs_past_keys():
     with pytest.raises(InputError, match="method 'prefix' does not fit this model: its layers take no past keys"):
         wrap(build("deberta")[0], "prefix", "classification", {})
-
-
-def test_records_without_a_kind_are_understood(bert, reviews, tmp_path):
-    record = train(config_for(bert, reviews, tmp_path / "run", max_steps=1))
-    path = tmp_path / "run" / "run.json"
-    raw = json.loads(path.read_text())
-    for key in ("kind", "selected_by"):
-        del raw[key]
-    for key in ("head_policy", "start_from", "prompted", "train_as", "sample", "max_steps"):
-        del raw["config"][key]
-    path.write_text(json.dumps(raw))
-    loaded = load_run(tmp_path / "run", cpu=True)
-    assert loaded.kind == "classification"
-    assert loaded.record.model_copy(update={"config": record.config}) == record

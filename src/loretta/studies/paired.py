@@ -43,7 +43,7 @@ class Difference(BaseModel, frozen=True):
 def differences(results: Results, root: Path) -> list[Difference]:
     """The best method of a comparison against each of the others, on the seeds and rows that both have.
 
-    A method without answers for each row is left out: generated answers, language models, runs of earlier versions.
+    A method without answers for each row is left out: generated answers and language models.
     """
     cells = [cell for cell in results.final() if cell.task in results.study.tasks and cell.mean is not None]
     cells = [cell for cell in cells if np.isfinite(cell.mean) and cell.metric not in ("perplexity", "loss")]  # type: ignore[arg-type]

@@ -58,7 +58,7 @@ def write_notes(folder: Path, config: RunConfig) -> None:
 def changed_places(folder: Path, config: RunConfig, options: Collection[str] = NOTED) -> str:
     """Where something else lies than when the run in ``folder`` began, of what ``options`` name, in words.
 
-    "" where all is the same, and for a run of a version that took no note of it.
+    "" where all is the same, and where the notes are lost.
     """
     before = read_notes(folder)
     now = _notes(config, [key for key in options if key in before])
