@@ -1,5 +1,6 @@
 """Load an adapter from its folder, with the base model, head and tokenizer that it needs."""
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -118,20 +119,23 @@ def _read_config(folder: Path) -> dict[str, Any]:
 def load_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     """``base`` with the adapter saved in ``folder``, in eval mode.
 
-    Raises InputError for a missing or damaged file, and for an adapter of another base model.
+    Raises InputError for a missing or damaged file, for one that lacks tensors of the adapter that the config beside it
+    describes, and for an adapter of another base model.
     """
     weights = readable_weights(folder)
     with safe_open(weights, framework="pt") as file:
         check_finite(((key, file.get_tensor(key)) for key in file.keys()), f"'{weights}'")  # noqa: SIM118 (no mapping)
     _check_own(base, folder)
     try:
-        return PeftModel.from_pretrained(base, str(folder)).eval()
-    except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError, OverflowError) as error:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", ".*Found missing adapter keys")  # PEFT leaves these parts untrained
+            return PeftModel.from_pretrained(base, str(folder)).eval()
+    except (UserWarning, LookupError, RuntimeError, ValueError, TypeError, AttributeError, OverflowError) as error:
         if is_out_of_memory(error):
             raise
         raise InputError(
             f"the adapter in '{folder}' does not fit the base model '{base.config.name_or_path}' "
-            f"({one_line(error)}): give the one it was trained on with --model"
+            f"({one_line(error)}): give the one it was trained on with --model, or copy the adapter again"
         ) from None
 
 
