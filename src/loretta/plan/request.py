@@ -5,6 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import nn
+
 from loretta.errors import InputError
 from loretta.options import parse_option, with_lists
 from loretta.plan.auto import NO_BUDGET, choose_form
@@ -72,19 +74,7 @@ def make_plan(
     what a budget without a method takes, is the form that measured best among those that fit. Raises InputError for
     everything that a user can mend.
     """
-    if preset == "auto" or (budget is not None and method is None and preset is None):
-        if method not in (None, "auto"):
-            raise InputError(f"the preset 'auto' chooses the method, so leave out {method!r}, or the preset")
-        preset, method = None, "auto"
-    found = find_preset(preset) if preset is not None else None
-    if found is not None and method not in (None, found.method):
-        raise InputError(f"the preset {preset!r} is of method {found.method!r}, not {method!r}: leave one of them out")
-    name = model or (found.model if found else None)
-    if name is None:
-        raise InputError("give --model (a Hub id, a folder, or a name such as llama-2-7b) or --preset")
-    method = (method or (found.method if found else "compact")).removeprefix(
-        "loretta_"
-    )  # as `loretta train` names them
+    name, method, found = _asked(model, method, preset, budget)
     config = find_config(name)
     task_type = task_type or (found.task_type if found else default_task_type(config))
     base = meta_model(config, task_type, num_labels=num_labels)
@@ -106,41 +96,54 @@ def make_plan(
         )  # fmt: skip
     options = {**(found.options if found else {}), **given}
     peft_task = None if task_type == "IMAGE_CLS" else task_type
-    if method == "auto":
-        assert budget is not None
-        options = with_lists(options, LorettaConfig)
-        loretta_config, plan, reasons = choose_form(base, Budget.parse(budget), peft_task, options)
-        method, notes = plan.method, (*notes, *reasons)
-    elif budget is None:
-        loretta_config = _config(configs[method], options, peft_task)
-        plan = plan_model(base, loretta_config)
-    else:
-        loretta_config, plan, reasons = choose(base, _config(configs[method], options, peft_task), Budget.parse(budget))
-        notes = (*notes, *reasons)
-    shown = {field.name: getattr(loretta_config, field.name) for field in dataclasses.fields(loretta_config)}
+    loretta_config, plan, reasons = _planned(base, method, options, peft_task, budget)
+    shown = {option: getattr(loretta_config, option) for option in _options_of(plan.method)}
     return PlanResult(
         model=name,
         task_type=task_type,
         trainable=plan.trainable,
         plan=plan,
-        options={key: sorted(value) if isinstance(value, set) else value for key, value in shown.items()
-                 if key in _shown(method)},
+        options={key: sorted(value) if isinstance(value, set) else value for key, value in shown.items()},
         preset=found,
-        notes=notes,
-    )  # fmt: skip
+        notes=(*notes, *reasons),
+    )
 
 
-def _config(cls: type[LorettaConfig], options: Mapping[str, Any], task_type: str | None) -> LorettaConfig:
-    known = sorted(_shown(next(method for method, config in loretta_configs().items() if config is cls)))
-    unknown = sorted(options.keys() - known)
-    if unknown:
+def _asked(
+    model: str | None, method: str | None, preset: str | None, budget: str | None
+) -> tuple[str, str, Preset | None]:
+    """The names of the model and the method, and the preset that brings them."""
+    if preset == "auto" or (budget is not None and method is None and preset is None):
+        if method not in (None, "auto"):
+            raise InputError(f"the preset 'auto' chooses the method, so leave out {method!r}, or the preset")
+        preset, method = None, "auto"
+    found = find_preset(preset) if preset is not None else None
+    if found is not None and method not in (None, found.method):
+        raise InputError(f"the preset {preset!r} is of method {found.method!r}, not {method!r}: leave one of them out")
+    name = model or (found.model if found else None)
+    if name is None:
+        raise InputError("give --model (a Hub id, a folder, or a name such as llama-2-7b) or --preset")
+    method = method or (found.method if found else "compact")
+    return name, method.removeprefix("loretta_"), found  # `loretta train` has names with the prefix, too
+
+
+def _planned(
+    base: nn.Module, method: str, options: Mapping[str, Any], task_type: str | None, budget: str | None
+) -> tuple[LorettaConfig, Plan, Sequence[str]]:
+    """The config of a method, or of the one that a budget chooses, its plan, and the reasons for a choice."""
+    if method == "auto":
+        assert budget is not None
+        return choose_form(base, Budget.parse(budget), task_type, with_lists(options, LorettaConfig))
+    cls, known = loretta_configs()[method], sorted(_options_of(method))
+    if unknown := sorted(options.keys() - known):
         raise InputError(f"unknown option {', '.join(map(repr, unknown))}: the method takes {', '.join(known)}")
-    return cls(task_type=task_type, **with_lists(options, cls))
+    config = cls(task_type=task_type, **with_lists(options, cls))
+    return (config, plan_model(base, config), ()) if budget is None else choose(base, config, Budget.parse(budget))
 
 
-def _shown(method: str) -> set[str]:
+def _options_of(method: str) -> list[str]:
     inherited = {field.name for field in dataclasses.fields(LorettaConfig.__mro__[1])}
-    return {field.name for field in dataclasses.fields(loretta_configs()[method])} - inherited
+    return [field.name for field in dataclasses.fields(loretta_configs()[method]) if field.name not in inherited]
 
 
 def _preset_notes(preset: Preset | None, model: str) -> tuple[str, ...]:
