@@ -113,7 +113,7 @@ def test_a_folder_without_a_finished_run_says_what_it_is(bert, reviews, tmp_path
     status, _, err = call(capsys, "eval", tmp_path / "runs" / "arun")
     assert_refused(status, err, ["there is no folder", "did you mean 'a run'?"])
     status, _, err = call(capsys, "eval", reviews)  # a file, which was told to be meant itself
-    assert_refused(status, err, ["there is no folder"])
+    assert_refused(status, err, ["is a file and no folder"])
     assert "did you mean" not in err
 
 
