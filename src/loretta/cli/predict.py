@@ -52,25 +52,13 @@ def predict(
         raise InputError(f"--text-pair goes with --text, and '{file}' has the second texts in a column: leave it out")
     with ExitStack() as stack:
         stack.enter_context(_holding(output, file, overwrite=overwrite))
-        from loretta.training.forms import form_of
         from loretta.training.predict import Sampling, answers, load_run, refuse_classifier, reply
 
         sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
         loaded = load_run(run, model=model, cpu=cpu)
         if sampling != Sampling():
             refuse_classifier(loaded, "leave --max-new-tokens, --temperature and --top-p out")
-        if file is None:
-            if text_pair and len(text or ()) != len(text_pair):
-                raise InputError(
-                    f"{len(text or ())} --text and {len(text_pair)} --text-pair: give one pair for each text"
-                )
-            columns: dict[str, Any] = dict(
-                zip(("text", "text_pair"), [text or [], *([text_pair] if text_pair else [])], strict=False)
-            )
-            texts = list(columns.values())
-        else:
-            columns = _all_columns(file, loaded.config.separator)
-            texts = form_of(loaded.kind).asked(loaded.config, columns, file)
+        columns, texts = _asked(loaded, file, text or [], text_pair or [])
         found = answers(
             loaded,
             texts,
@@ -99,6 +87,21 @@ def predict(
             document.seek(0)
             for part in iter(lambda: document.read(1 << 20), ""):
                 answer(part)
+
+
+def _asked(
+    run: "LoadedRun", file: Path | None, text: list[str], text_pair: list[str]
+) -> tuple[Mapping[str, Sequence[Any]], Sequence[Sequence[Any]]]:
+    """All columns of the rows, and those that are answered."""
+    from loretta.training.forms import form_of
+
+    if file is not None:
+        columns = _all_columns(file, run.config.separator)
+        return columns, form_of(run.kind).asked(run.config, columns, file)
+    if text_pair and len(text) != len(text_pair):
+        raise InputError(f"{len(text)} --text and {len(text_pair)} --text-pair: give one pair for each text")
+    columns = {"text": text, **({"text_pair": text_pair} if text_pair else {})}
+    return columns, list(columns.values())
 
 
 def _beside(columns: Mapping[str, Sequence[Any]], answers: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -19,7 +19,10 @@ from loretta.training.config import ALIASES, read_sample
 from loretta.wording import duration
 
 if TYPE_CHECKING:
+    from loretta.studies.compare import Verdict
     from loretta.studies.configs import Options
+    from loretta.studies.paired import Difference
+    from loretta.studies.results import Results
     from loretta.studies.runner import Summary
     from loretta.studies.study import Study
 
@@ -185,7 +188,7 @@ def carry_out(
 
     ``narrowed`` are the models, tasks, ... that are asked for, ``given`` the options of every run, both by name.
     """
-    from loretta.studies.compare import baseline_of, check_data, verdict
+    from loretta.studies.compare import check_data, verdict
     from loretta.studies.configs import Options
     from loretta.studies.expansion import expand
     from loretta.training.arguments import check_options
@@ -207,7 +210,6 @@ def carry_out(
     from loretta.studies.paired import differences
     from loretta.studies.results import collect
     from loretta.studies.runner import run_study
-    from loretta.studies.show import compared_table, differences_table, results_table
 
     command = shlex.join(["loretta", *sys.argv[1:]])
     with following(root, jobs=jobs) as watch:
@@ -217,32 +219,49 @@ def carry_out(
     pairs = differences(results, root) if is_comparison else []
     found = verdict(results, pairs) if is_comparison else None
     if as_json:
-        content: dict[str, Any] = {
-            "outcomes": [dataclasses.asdict(outcome) for outcome in summary.outcomes],
-            "notes": summary.notes,
-        }
-        if is_comparison:
-            content |= {
-                "baseline": baseline_of(results),
-                "differences": [{**pair.model_dump(mode="json"), "clear": pair.clear} for pair in pairs],
-            }
-        content |= {"verdict": found.words if found else None}
-        print_json({**content, "cells": [cell.model_dump(mode="json") for cell in results.cells]})
+        print_json(_as_document(results, summary, pairs, found))
     else:
-        if found is not None and not found.learned:
-            say(found.words)
-        console().print((compared_table if is_comparison else results_table)(results))
-        if pairs:
-            console().print(differences_table(pairs, {cell.row: cell.label for cell in results.cells}))
-        for note in dict.fromkeys([*study.notes, *summary.notes]):
-            say(f"note: {note}")
-        if found is not None and found.learned:
-            say(found.words)
-        say(_summary_words(summary))
+        _say_results(results, summary, pairs, found)
         beside = "" if is_comparison else ", beside the paper's numbers"
         say(f"All of it{beside}: loretta report {shlex.quote(str(root))} -o report.html")
     if not summary.complete:
         raise typer.Exit(1)
+
+
+def _as_document(
+    results: "Results", summary: "Summary", pairs: "Sequence[Difference]", found: "Verdict | None"
+) -> dict[str, Any]:
+    from loretta.studies.compare import baseline_of
+
+    compared: dict[str, Any] = {}
+    if results.study.view == "compare":
+        differences = [{**pair.model_dump(mode="json"), "clear": pair.clear} for pair in pairs]
+        compared = {"baseline": baseline_of(results), "differences": differences}
+    return {
+        "outcomes": [dataclasses.asdict(outcome) for outcome in summary.outcomes],
+        "notes": summary.notes,
+        **compared,
+        "verdict": found.words if found else None,
+        "cells": [cell.model_dump(mode="json") for cell in results.cells],
+    }
+
+
+def _say_results(
+    results: "Results", summary: "Summary", pairs: "Sequence[Difference]", found: "Verdict | None"
+) -> None:
+    from loretta.studies.show import compared_table, differences_table, results_table
+
+    study = results.study
+    if found is not None and not found.learned:
+        say(found.words)
+    console().print((compared_table if study.view == "compare" else results_table)(results))
+    if pairs:
+        console().print(differences_table(pairs, {cell.row: cell.label for cell in results.cells}))
+    for note in dict.fromkeys([*study.notes, *summary.notes]):
+        say(f"note: {note}")
+    if found is not None and found.learned:
+        say(found.words)
+    say(_summary_words(summary))
 
 
 def _dry_run(study: "Study", options: "Options", root: Path, *, as_json: bool) -> None:
