@@ -187,10 +187,6 @@ def test_one_column_cannot_play_two_parts(reviews, refused):
     refused(lambda: load_table(reviews, text="text", text_pair="text", label="label"), "'text'", "twice")
 
 
-def test_language_modelling_with_labels_is_refused(reviews, refused):
-    refused(lambda: load_table(reviews, text="text", label="label", kind="language_modeling"), "'label'")
-
-
 def test_plain_text_is_split_by_paragraphs(tmp_path):
     path = tmp_path / "book.txt"
     path.write_text("\n\n".join(f"Paragraph {n}\nwith two lines." for n in range(30)))

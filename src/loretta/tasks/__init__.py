@@ -1,7 +1,7 @@
 """Data and metrics for supervised runs: GLUE, the user's own files, and a built-in demo task."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -81,14 +81,10 @@ def load_task(
         _refuse(options, set(options), f"'{STDLIB}', which is built from the running Python")
         return stdlib.load()
     splits = _splits(data, options)
-    path, others = splits["train"], [splits[role] for role in ("validation", "test") if role in splits]
+    path = splits["train"]
     more: dict[str, Any] = {"validation_path": splits.get("validation"), "test_path": splits.get("test"), "seed": seed}
     if ending(path) in TEXT_ENDINGS:
-        # --text may name a column of a validation or test file that is a table
-        columnless = {"--text"} if all(ending(other) in TEXT_ENDINGS for other in others) else set()
-        _refuse(options, {"--text-pair", "--label"} | columnless, f"'{data}', plain text without columns")
-        if kind not in (None, "language_modeling"):
-            raise InputError(f"--kind {kind} does not fit '{data}', plain text without labels: leave it out")
+        _refuse_columns(data, splits.values(), options)
         return load_text(path, text=text, **more)
     if kind == "language_modeling":
         _refuse(options, {"--text-pair", "--label"}, "--kind language_modeling, which reads one column of text")
@@ -103,12 +99,7 @@ def load_task(
     if kind == "token_classification" or (kind is None and label is None and text is None and tags_of(columns)):
         _refuse(options, {"--text-pair"}, f"'{data}', which has tokens and tags")
         return load_tokens(path, tokens=text, tags=label, known=known, **more)
-    label = label or ("label" if "label" in columns else None)
-    if label is None:
-        raise InputError(
-            f"'{data}' needs labels: give --label COLUMN, one of {listed(columns)}, "
-            f"or --kind language_modeling to train on its text alone; {FORMS_IN_WORDS}"
-        )
+    label = label or _own_label(data, columns)
     # where there is one column only, load_table says that the separator may be wrong
     if text is None and "text" not in columns and len(columns) > 1:
         raise InputError(f"'{data}' has no column 'text': give --text COLUMN, one of {listed(columns)}")
@@ -136,6 +127,24 @@ def _splits(data: str, options: Mapping[str, Any]) -> dict[str, Source]:
     files = {role: os.fspath(name) for role, name in {"train": data, **beside}.items() if name is not None}
     found = {name: _find(name, options["--separator"]) for name in dict.fromkeys(files.values())}
     return {role: found[name] for role, name in files.items()}
+
+
+def _refuse_columns(data: str, splits: Collection[Source], options: Mapping[str, Any]) -> None:
+    """Refuse options of a table for plain text, but that of a column of another file, which may be a table."""
+    columnless = {"--text"} if all(ending(each) in TEXT_ENDINGS for each in splits) else set()
+    _refuse(options, {"--text-pair", "--label"} | columnless, f"'{data}', plain text without columns")
+    if (kind := options["--kind"]) not in (None, "language_modeling"):
+        raise InputError(f"--kind {kind} does not fit '{data}', plain text without labels: leave it out")
+
+
+def _own_label(data: str, columns: Sequence[str]) -> str:
+    """The column of labels where none is given."""
+    if "label" not in columns:
+        raise InputError(
+            f"'{data}' needs labels: give --label COLUMN, one of {listed(columns)}, "
+            f"or --kind language_modeling to train on its text alone; {FORMS_IN_WORDS}"
+        )
+    return "label"
 
 
 def _has_no_labels(test: Source | None, label: str) -> bool:

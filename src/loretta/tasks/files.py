@@ -89,8 +89,6 @@ def load_table(
     Raises InputError: a file or column that cannot be read, a missing cell, labels whose kind cannot be told or that
     training lacks, or too few rows to split.
     """
-    if kind == "language_modeling":
-        raise InputError(f"kind 'language_modeling' has no labels, got the column {quoted(label)}: drop one of the two")
     text_columns = (text,) if text_pair is None else (text, text_pair)
     labels = label_columns(label, column_names(path)) if "," in label else (label,)
     if len(set(names := (*text_columns, *labels))) < len(names):
@@ -128,16 +126,20 @@ def load_table(
         share=TABLE_SHARE,
         **files,
     )
-    notes = []
-    if files.get("validation_path") is None and scheme.classes:
-        lost = {row.label for row in splits.train} - {row.label for row in splits.validation}
-        if lost:
-            shown = listed(scheme.names[int(at)] for at in sorted(lost))
-            notes.append(f"too few different texts to hold any out: validation has no rows of class {shown}")
+    notes = _not_held_out(splits, scheme) if files.get("validation_path") is None else []
     notes += doubts(scheme.names, [counts[name if several else str(at)] for at, name in enumerate(scheme.names)])
     notes += _doubts_of_texts(rows, text)
     notes += _doubts_of_quotes(path, rows, scheme)
     return _task(path, scheme.kind, splits, scheme.names, notes)
+
+
+def _not_held_out(splits: Splits[Row], scheme: LabelScheme | LabelSets) -> list[str]:
+    """A sentence on classes of which the split for validation has no row."""
+    lost = {row.label for row in splits.train} - {row.label for row in splits.validation} if scheme.classes else ()
+    if not lost:
+        return []
+    shown = listed(scheme.names[int(at)] for at in sorted(lost))
+    return [f"too few different texts to hold any out: validation has no rows of class {shown}"]
 
 
 def _doubts_of_texts(rows: Sequence[Row], column: str) -> list[str]:
