@@ -4,6 +4,7 @@
 have to come to them, in the same order.
 """
 
+import importlib.util
 import itertools
 import os
 import time
@@ -25,6 +26,8 @@ _FSDP2 = {
     "FSDP_RESHARD_AFTER_FORWARD": "true",
     _FIRST_LOADS: "true",
 }
+# as ``accelerate launch --use_deepspeed`` sets them, and what each of them needs
+_ENGINES = {"ACCELERATE_USE_DEEPSPEED": "deepspeed", "ACCELERATE_USE_MEGATRON_LM": "megatron"}
 _MEETINGS = itertools.count()
 
 
@@ -58,6 +61,16 @@ def is_sharded() -> bool:
     return count() > 1 and os.environ.get(FSDP, "false").lower() in ("true", "1")
 
 
+def refuse_missing_engine() -> None:
+    """Raise InputError where the launcher asks for DeepSpeed or Megatron and it is not installed."""
+    for variable, package in _ENGINES.items():
+        if os.environ.get(variable, "false").lower() in ("true", "1") and importlib.util.find_spec(package) is None:
+            raise InputError(
+                f"{variable} asks for the package {package}, which is not installed: install it, or leave it out of "
+                "the command or config of accelerate launch"
+            )
+
+
 def load_in_each() -> None:
     """Have every process read the weights of the base, also where they are shared out, until the run ends.
 
@@ -70,8 +83,9 @@ def load_in_each() -> None:
 def joined(*, cpu: bool = False, fsdp: bool = False) -> Iterator[None]:
     """Let the processes of a launcher talk to each other until the block ends; of one process nothing changes.
 
-    Raises InputError where ``fsdp`` is asked of one process, or FSDP 1 of any.
+    Raises InputError where ``fsdp`` is asked of one process, FSDP 1 of any, or an engine that is not installed.
     """
+    refuse_missing_engine()
     if count() == 1:
         if fsdp:
             raise InputError(

@@ -164,6 +164,20 @@ def test_a_failure_of_the_training_itself_is_no_mistake_of_the_input(speller, ro
 @pytest.mark.parametrize(
     ("given", "words"),
     [
+        (["--deepspeed", "zero.json"], "deepspeed"),
+        (["--report_to", "wandb"], "pip install wandb"),
+        (["--optim", "galore_adamw"], "install `galore_torch`"),
+        (["--use_liger_kernel"], "pip install liger-kernel"),
+    ],
+)
+def test_a_package_that_is_not_installed_is_named(given, words, speller, rows, capsys):
+    status, _, err = call(capsys, "trl", "sft", *options("texts", "out", "--model_name_or_path", speller, *given))
+    assert_refused(status, err, [words])
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
         ([], ["needs a command: give one of sft"]),
         (["stf"], ["did you mean 'sft'?"]),
         (["sft", "--use_cpu"], ["--model_name_or_path"]),

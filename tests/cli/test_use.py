@@ -181,6 +181,8 @@ def test_a_listing_says_how_to_go_on(mine, bert, capsys, tmp_path):
     ("given", "words"),
     [
         (["--optimizer", "adamw_torhc"], ["'adamw_torhc' (did you mean 'adamw_torch'?)"]),
+        (["--report-to", ","], ["report_to '': the Trainer has"]),
+        (["--optimizer", "galore_adamw"], ["optimizer 'galore_adamw' cannot be had", "install `galore_torch`"]),
         (["--report-to", "wandbb"], ["'wandbb' (did you mean 'wandb'?)"]),
         (["--push-to-hub", "not a name"], ["'not a name' is no Hub id"]),
         (["--push-to-hub", "me/mine"], ["'me/mine'", "hf auth login"]),

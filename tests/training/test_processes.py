@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -227,6 +228,17 @@ def test_a_process_that_alone_fails_speaks_later_than_the_first_would(rank, monk
 def test_fsdp_is_for_several_processes(folder):
     with pytest.raises(InputError, match="torchrun"):
         train(config_of(folder, "encoder", "rep", "fsdp-alone", fsdp=True))
+
+
+@pytest.mark.parametrize(
+    ("variable", "package"), [("ACCELERATE_USE_DEEPSPEED", "deepspeed"), ("ACCELERATE_USE_MEGATRON_LM", "megatron")]
+)
+def test_an_engine_that_a_launcher_asks_for_and_is_not_installed_is_named(variable, package, folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)  # also where it is installed
+    monkeypatch.setenv(variable, "true")
+    with pytest.raises(InputError, match=f"{variable} asks for the package {package}, which is not installed"):
+        train(config_of(folder, "encoder", "rep", package))
+    assert not (folder / package).exists()
 
 
 def join_again_and_again(rank: int, port: int) -> None:

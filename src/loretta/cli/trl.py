@@ -97,7 +97,7 @@ def _parsed(command: str, script: Any, options: list[str]) -> tuple[list[Any], s
     parser = TrlParser(kinds, prog=f"loretta trl {command}")
     try:
         *parsed, chosen = parser.parse_args_and_config(options)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:  # such as DeepSpeed, which is not installed
         raise InputError(
             f"loretta trl {command}: {one_line(error)}: `loretta trl {command} --help` lists all"
         ) from None
@@ -130,7 +130,9 @@ def _failing_in_a_sentence(command: str) -> Iterator[None]:
                 f"'{own[0].filename}' ({own[0].name}): mend it"
             ) from None
         begun = any(frame.f_code is Trainer.train.__code__ for frame, _ in traceback.walk_tb(error.__traceback__))
-        if begun or not isinstance(error, OSError | ValueError):
+        # a package that is not installed, of which some callbacks say so as a RuntimeError
+        lacks = isinstance(error, ImportError) or "pip install" in str(error)
+        if not lacks and (begun or not isinstance(error, OSError | ValueError)):
             raise
         raise InputError(f"loretta trl {command}: {one_line(error)}") from None
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from peft.config import PromptLearningConfig
-from transformers import EarlyStoppingCallback
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.integrations import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.training_args import OptimizerNames
 
@@ -186,16 +186,25 @@ def training_options(config: RunConfig, folder: Path, *, best_by: str, greater_i
 
 
 def known_optimizer(name: str) -> str:
-    """The name of one of the Trainer's optimizers. Raises InputError with the nearest one for any other."""
+    """The name of one of the Trainer's optimizers.
+
+    Raises InputError with the nearest one for any other, and for one that needs a package which is not installed.
+    """
     names = [member.value for member in OptimizerNames]
     if name not in names:
         raise InputError(f"optimizer {quoted(name)}{nearest(name, names)}: the Trainer has {', '.join(names)}")
+    defaults = object.__new__(TrainingArguments)  # whole ones would choose the device, and for all that follow
+    defaults.optim = name
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(defaults)
+    except (ImportError, ValueError) as error:
+        raise InputError(f"optimizer {quoted(name)} cannot be had ({one_line(error)}): take another") from None
     return name
 
 
 def reporters(config: RunConfig) -> list[str]:
     """The loggers of the Trainer. Raises InputError for one that it does not know or that is not installed."""
-    asked = [word.strip() for word in (config.report_to or "").split(",") if word.strip()]
+    asked = [word.strip() for word in config.report_to.split(",")] if config.report_to else []
     there = get_available_reporting_integrations() if asked else []
     for name in asked:
         if name not in INTEGRATION_TO_CALLBACK:
