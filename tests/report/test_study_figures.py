@@ -8,6 +8,7 @@ import pytest
 from report.pages import Page
 from report.study_runs import Folder
 
+from loretta.report.figures import compact
 from loretta.report.folder import report_on
 from loretta.report.study import section_of
 from loretta.report.study_figures import count_of, pareto, smooth
@@ -30,6 +31,11 @@ def test_a_printed_point_alone_is_in_the_legend(tmp_path: Path):
     made.score("small", "sst2", (0.6,))
     page = Page(report_on(made.write(), "html"))
     assert "Big, paper" in page.figures[0]
+
+
+def test_a_count_at_an_axis_is_short():
+    counts = (7, 54_321, 999_499, 999_999, 1.5e6, 999_999_999)
+    assert [compact(count) for count in counts] == ["7", "54.3K", "999K", "1M", "1.5M", "1B"]
 
 
 def test_pareto_by_hand():

@@ -227,6 +227,7 @@ def _steps_per_decade(chart: Chart) -> tuple[int, ...]:
 
 def compact(value: float) -> str:
     """A count in at most four characters and a letter: 54K, 1.5M."""
+    value = float(f"{value:.3g}")
     for size, letter in ((1e9, "B"), (1e6, "M"), (1e3, "K")):
         if value >= size:
             return f"{value / size:.3g}{letter}"
