@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 import transformers
@@ -280,16 +279,11 @@ def check_positions(config: RunConfig, model: nn.Module, encoded: Mapping[str, A
     if room < 2:
         raise InputError(f"num_virtual_tokens: '{config.model}' has no positions left for a text: give fewer")
     # those of TRL's trainers are cut later
-    lengths = [pc.max(pc.list_value_length(rows)).as_py() or 0 for rows in _encoded(encoded)]
-    longest = max(lengths, default=config.max_length)
+    cut = [each for each in encoded.values() if isinstance(each, Dataset) and "input_ids" in each.features]
+    columns = [each.with_format("arrow")["input_ids"][:] for each in cut]
+    longest = max((pc.max(pc.list_value_length(ids)).as_py() or 0 for ids in columns), default=config.max_length)
     if longest > room:
         raise InputError(
             f"max_length={config.max_length}: '{config.model}' has positions for {room:,} tokens, and the longest text "
             f"has {longest:,}: give --max-length {room} or less"
         )
-
-
-def _encoded(splits: Mapping[str, Any]) -> list[pa.ChunkedArray]:
-    """The rows of token ids of the splits that have them before training, in Arrow's form."""
-    found = [each for each in splits.values() if isinstance(each, Dataset) and "input_ids" in each.features]
-    return [each.with_format("arrow")["input_ids"][:] for each in found]
