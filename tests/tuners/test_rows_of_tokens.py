@@ -98,6 +98,22 @@ def test_rows_are_saved_and_loaded_by_every_way(family, method, tmp_path):
     assert load_file(tmp_path / "renamed/other/adapter_model.safetensors").keys() >= {*saved}
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`:UserWarning")
+@every_method
+def test_an_adapter_without_rows_is_saved_and_loaded_beside_one_with_some(method, tmp_path):
+    """PEFT looks for the rows of every adapter of a model in its tensors, and in its file."""
+    model, inputs = with_tokens("llama", method, dtype=torch.float32)
+    model.add_adapter("plain", config_for(method))
+    model.set_adapter("plain")
+    expected = logits(trained(model, seed=2), inputs)
+    model.save_pretrained(tmp_path)
+    alone = PeftModel.from_pretrained(build("llama")[0], tmp_path / "plain").eval()
+    assert torch.equal(logits(alone, inputs), expected)
+    model.load_adapter(tmp_path / "plain", "again")
+    model.set_adapter("again")
+    assert torch.equal(logits(model.eval(), inputs), expected)
+
+
 @pytest.mark.parametrize("family", ["gemma3_text", "opt"])
 @pytest.mark.parametrize("method", ["rep", "shared"])
 def test_adapters_with_rows_and_without_merge_and_switch(family, method):

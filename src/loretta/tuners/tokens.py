@@ -69,12 +69,12 @@ class TokenRows(TrainableTokensLayer):
 
 
 class TokenWrapper(TrainableTokensWrapper):
-    """PEFT's wrapper of a module with rows for tokens."""
+    """PEFT's wrapper of a module with rows for tokens. Adapters that train none here have nothing here to be saved."""
 
     token_adapter: TokenRows
 
     def adapter_state_dict_load_map(self, adapter_name: str) -> dict[str, str]:
-        places = super().adapter_state_dict_load_map(adapter_name)
+        places = super().adapter_state_dict_load_map(adapter_name) if adapter_name in self._adapters else {}
         return {name: f"{place}.values" for name, place in places.items()}
 
     def adapter_state_dict(  # type: ignore[override]
@@ -82,7 +82,7 @@ class TokenWrapper(TrainableTokensWrapper):
     ) -> dict[str, Tensor]:
         # under PEFT's own name, as every adapter's file has it
         named = {name.removesuffix(".values"): value for name, value in state_dict.items()}
-        return super().adapter_state_dict(adapter_name, named)
+        return super().adapter_state_dict(adapter_name, named) if adapter_name in self._adapters else {}
 
     @property
     def active_adapters(self) -> list[str]:
