@@ -55,6 +55,9 @@ ONCE = {
     "a budget for LoRA": (["--budget", "5k"], "not for 'lora'"),
     "no budget": (["--methods", "compact", "--budget", "word"], "the budget 'word' is not a size"),
     "no optimizer": (["--optimizer", "adamw_trch"], "did you mean 'adamw_torch'"),
+    "processes for each run": (["--fsdp"], "--fsdp shares a run out over several processes"),
+    "no values to try": (["--try", "lora.r"], "--try 'lora.r' is not of the form KEY=VALUE,VALUE"),
+    "an empty value to try": (["--try", "lora.r=2,,4"], "--try lora.r '2,,4' has a comma with nothing"),
     "an empty method": (["--methods", "lora,,compact"], "--methods 'lora,,compact' has a comma with nothing"),
     "an empty rank": (["--ranks", "2,"], "--ranks '2,' is not a list of whole numbers"),
 }
@@ -71,3 +74,23 @@ def test_options_that_no_run_could_take_are_refused_before_the_first(case, dry, 
     status, _, err = call(capsys, "compare", "--model", bert, *data, *given, *more, *dry_run, "-o", root)
     assert_refused(status, err, [words])
     assert not root.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["plan", "--model", "{bert}", "--explain", "--json"], "--explain is a page in words: give one of them"),
+        (["plan", "--model", "{llama}", "--num-labels", 5], "--num-labels 5 is for a head of labels, which CAUSAL_LM"),
+        (["train", "--bf16", "--dtype", "float16"], "dtype='float16' rounds weights to float16: give one"),
+        (["train", "--head-learning-rate", 1e-3, "--set", "train_head=frozen"], "no final layer of a head is trained"),
+    ],
+)
+def test_options_that_contradict_each_other_or_the_model_are_refused(
+    words, reason, bert, llama, reviews, capsys, tmp_path
+):
+    verb, *more = (str(word).format(bert=bert, llama=llama) for word in words)
+    given = [verb, *more] if verb == "plan" else train_arguments(bert, reviews, tmp_path / "run", *more)
+    status, out, err = call(capsys, *given)
+    assert_refused(status, err, [reason])
+    assert out == ""
+    assert not (tmp_path / "run").exists()

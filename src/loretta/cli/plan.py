@@ -6,6 +6,7 @@ import typer
 
 from loretta.cli.options import Json
 from loretta.cli.output import print_json, say
+from loretta.errors import InputError
 
 
 def plan(
@@ -20,7 +21,7 @@ def plan(
         str | None, typer.Option(help="A configuration of the paper (--presets lists them), or auto, as --method auto.")
     ] = None,
     task_type: Annotated[str | None, typer.Option(help="SEQ_CLS, CAUSAL_LM, ...; default: by the model.")] = None,
-    num_labels: Annotated[int, typer.Option(help="Labels of a classification head.")] = 2,
+    num_labels: Annotated[int | None, typer.Option(help="Labels of a classification head; default: 2.")] = None,
     budget: Annotated[
         str | None,
         typer.Option(
@@ -36,6 +37,8 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Show what LoRETTA will do to a model, from its configuration alone."""
+    if explain and as_json:
+        raise InputError("--json is for programs and --explain is a page in words: give one of them")
     if presets:
         from loretta.plan import list_presets, preset_table
 

@@ -124,9 +124,11 @@ def sweep_options(sweep: bool, search: str | None, rates: str | None, tries: Seq
         raise InputError(f"--search {search!r} is unknown: write grid or halving")
     values: dict[str, tuple[Any, ...]] = {}
     for word in tries or ():
-        key, _, given = word.partition("=")
+        key, equals, given = word.partition("=")
+        if not equals:
+            raise InputError(f"--try {word!r} is not of the form KEY=VALUE,VALUE: write --try rep.tensor_rank=2,5")
         key = ALIASES.get(key, key)
-        values[key] = tuple(dict.fromkeys(parse_option(f"{key}={value}")[1] for value in words("--try", given)))
+        values[key] = tuple(dict.fromkeys(parse_option(f"{key}={value}")[1] for value in words(f"--try {key}", given)))
     return {
         "sweep": sweep or (search is not None and not values),
         "search": search or "grid",
@@ -197,6 +199,10 @@ def carry_out(
     whole = {"limit": given.pop("limit"), "data_dir": given.pop("data_dir"), "cpu": bool(given.pop("cpu"))}
     swept = sweep_options(sweep, search, rates, tries)
     settings = run_settings(given, sets)
+    if settings.get("fsdp"):
+        raise InputError(
+            "--fsdp shares a run out over several processes, and a study has one for each run: leave it out"
+        )
     _refuse_fixed(settings, swept, batches=bool(narrowed.get("batches")))
     options = Options(**narrowed, **whole, **swept, sets=settings)
     # once for each method, and not in each of its runs

@@ -114,6 +114,9 @@ def default_task_type(config: PreTrainedConfig) -> str:
     return "CAUSAL_LM"
 
 
+WITH_LABELS = ("SEQ_CLS", "TOKEN_CLS", "IMAGE_CLS")
+
+
 def meta_model(config: PreTrainedConfig, task_type: str, *, num_labels: int = 2) -> nn.Module:
     """The model of a configuration on the meta device: every module and size, no memory.
 
@@ -124,7 +127,7 @@ def meta_model(config: PreTrainedConfig, task_type: str, *, num_labels: int = 2)
     if not 1 <= num_labels <= 1_000_000:
         raise InputError(f"--num-labels {num_labels} must be a whole number from 1 to 1000000")
     auto = getattr(transformers, AUTO_CLASSES[task_type])
-    if task_type in ("SEQ_CLS", "TOKEN_CLS", "IMAGE_CLS"):
+    if task_type in WITH_LABELS:
         config.num_labels = num_labels
     try:
         with torch.device("meta"):

@@ -10,7 +10,7 @@ from torch import nn
 from loretta.errors import InputError
 from loretta.options import parse_option, with_lists
 from loretta.plan.auto import NO_BUDGET, choose_form
-from loretta.plan.base_models import default_task_type, find_config, meta_model
+from loretta.plan.base_models import WITH_LABELS, default_task_type, find_config, meta_model
 from loretta.plan.budget import Budget, choose
 from loretta.plan.plan import Plan, count_baseline, plan_model
 from loretta.plan.presets import Preset, find_preset, loretta_configs
@@ -64,7 +64,7 @@ def make_plan(
     method: str | None = None,
     preset: str | None = None,
     task_type: str | None = None,
-    num_labels: int = 2,
+    num_labels: int | None = None,
     budget: str | None = None,
     sets: Sequence[str] = (),
 ) -> PlanResult:
@@ -77,7 +77,9 @@ def make_plan(
     name, method, found = _asked(model, method, preset, budget)
     config = find_config(name)
     task_type = task_type or (found.task_type if found else default_task_type(config))
-    base = meta_model(config, task_type, num_labels=num_labels)
+    if num_labels is not None and task_type not in WITH_LABELS:
+        raise InputError(f"--num-labels {num_labels} is for a head of labels, which {task_type} has not: leave it out")
+    base = meta_model(config, task_type, num_labels=2 if num_labels is None else num_labels)
     notes = _preset_notes(found, name)
     given = dict(parse_option(word) for word in sets)
     if method == "auto" and budget is None:

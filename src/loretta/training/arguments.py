@@ -94,6 +94,8 @@ def check_options(config: RunConfig) -> None:
     reporters(config)
     if config.optimizer is not None:
         known_optimizer(config.optimizer)
+    if config.bf16 and config.dtype == "float16":
+        raise InputError("bf16 computes in bfloat16, and dtype='float16' rounds weights to float16: give one")
     refuse_unknown_options(config.method, config.method_args.keys())
     if (budget := config.method_args.get("budget")) is not None:
         Budget.parse(budget)

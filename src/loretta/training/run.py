@@ -12,6 +12,7 @@ import torch
 from transformers import set_seed
 
 from loretta import processes
+from loretta.errors import InputError
 from loretta.locks import hold
 from loretta.memory import free_memory, peak_memory, saying_what_helps
 from loretta.record import RunRecord
@@ -27,6 +28,7 @@ from loretta.training.lines import first_lines, say_lines
 from loretta.training.model import TASK_TYPES, Trained, check_positions, load_tokenizer, prepare_model
 from loretta.training.pause import PauseBehind, Paused, paused_at, step_of
 from loretta.training.stop import StopAtSignal, stopping_at_signals
+from loretta.tuners.task_types import is_final_layer
 from loretta.wording import spelled
 
 
@@ -155,6 +157,9 @@ def _prepare(config: RunConfig) -> tuple[Data, Trained, bool]:
         processes.load_in_each()
     set_seed(config.seed)
     model, bf16 = prepare_model(config, task, tokenizer)
+    named = model.named_parameters()
+    if config.head_learning_rate is not None and not any(p.requires_grad and is_final_layer(name) for name, p in named):
+        raise InputError("head_learning_rate: no final layer of a head is trained, which it would be for: leave it out")
     check_positions(config, model, data.splits)
     check_tokens(data, model)
     return data, model, bf16
