@@ -27,6 +27,7 @@ CASES = [
     (bert, "rep", [{"lora_alpha": alpha} for alpha in (8, 16, 4)], 12),
     (bert, "rep", [{"init_weights": "denoised", "bias": "all"}] * SIZE, 3),
     (bert, "rep", [{"init_weights": "gaussian", "train_head": "dense", "train_norms": False}] * SIZE, 3),
+    (bert, "rep", [{"modules_to_save": ["word_embeddings"]} for _ in range(SIZE)], 3),
     (bert, "shared", [{"tensor_rank": 4, "lora_alpha": alpha} for alpha in (8, 16, 4)], 5),
     (bert, "shared", [{"init_weights": "denoised", "target_modules": "all-linear"}] * SIZE, 3),
     (bert, "adp", [{"scaling": scaling} for scaling in (1.0, 0.5, 2.0)], 5),

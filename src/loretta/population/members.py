@@ -70,7 +70,7 @@ class Members(nn.Module):
             named = {key: next(left) if isinstance(value, Tensor) else value for key, value in kwargs.items()}
             first = next(iter(values_of_one.values()))
             # vmap has no rule for the CPU's flash attention
-            with OwnZeros(first), sdpa_kernel(BACKENDS if first.is_cuda else SDPBackend.MATH):
+            with OfMembers(first), sdpa_kernel(BACKENDS if first.is_cuda else SDPBackend.MATH):
                 return functional_call(self.module, values_of_one, tuple(own), named)
 
         # a tensor of one row serves all members' rows, as the positions of a decoder's layer do
@@ -79,10 +79,14 @@ class Members(nn.Module):
         return vmap(one, in_dims=(0, dims), randomness="different")(values, rows).flatten(0, 1)
 
 
-class OwnZeros(TorchFunctionMode):
-    """Under vmap, makes ``torch.zeros`` give each member zeros of its own, by any tensor of the members.
+class OfMembers(TorchFunctionMode):
+    """Under vmap, has ``torch.zeros`` and embeddings do for each member what they do for a run alone.
 
-    Some methods write trained numbers into zeros, and vmap refuses to write them into a tensor that members share.
+    Some methods write trained numbers into zeros, and vmap refuses to write them into a tensor that members share. Of
+    an embedding with a ``padding_idx``, whose row does not train, vmap keeps that of the first member alone.
+
+    Args:
+        like: any tensor of the members.
     """
 
     def __init__(self, like: Tensor) -> None:
@@ -92,8 +96,15 @@ class OwnZeros(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
+        if func is nn.functional.embedding:
+            return _embedding(*args, **(kwargs or {}))
         found = func(*args, **(kwargs or {}))
         return found + self.zero.to(found.dtype) if func is torch.zeros else found
+
+
+def _embedding(ids: Tensor, weight: Tensor, padding_idx: int | None = None, *rest: Any, **options: Any) -> Tensor:
+    found = nn.functional.embedding(ids, weight, None, *rest, **options)
+    return found if padding_idx is None else torch.where((ids == padding_idx)[..., None], found.detach(), found)
 
 
 class MemberVBLoRA(Members):
