@@ -232,7 +232,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_changed(family, op
 
 
 def wrap_options(method, **options):
-    return config_for(method, task_type="CAUSAL_LM", **options)
+    return config_for(method, **{"task_type": "CAUSAL_LM", **options})
 
 
 @every_method
@@ -255,6 +255,42 @@ def test_adapters_of_one_model_keep_rows_and_whole_embeddings_apart(method):
             model.add_adapter("second", wrap_options(method, **options[1]))
     model.delete_adapter("default")  # what no adapter has any more is in nobody's way
     model.add_adapter("third", wrap_options(method, trainable_token_indices=TOKENS))
+
+
+@every_method
+@pytest.mark.parametrize("family", ["gpt2", "t5", "bart", "opt", "llama"])  # tied, and not
+def test_rows_of_an_adapter_that_is_not_active_do_nothing(family, method, tmp_path):
+    """PEFT activates the rows of each layer that is tied to the embeddings, and looks for rows of all adapters."""
+    expected = {}
+    for seed, (name, indices) in enumerate({"rows": TOKENS, "plain": None}.items()):
+        model, inputs = with_tokens(family, method, indices, dtype=torch.float32)
+        expected[name] = logits(trained(model, seed=seed), inputs)
+        model.save_pretrained(tmp_path / name)
+    for first, second in (("plain", "rows"), ("rows", "plain")):
+        model = PeftModel.from_pretrained(build(family)[0], tmp_path / first, first).eval()
+        model.load_adapter(tmp_path / second, second)
+        for name in (first, second, first):
+            assert torch.equal(logits(model.eval(), inputs), expected[name])
+            model.set_adapter(second if name == first else first)
+        model.save_pretrained(tmp_path / "both")
+        for name in expected:
+            again = PeftModel.from_pretrained(build(family)[0], tmp_path / "both" / name)
+            assert torch.equal(logits(again.eval(), inputs), expected[name])
+    task = model.peft_config["rows"].task_type
+    model.add_adapter("new", wrap_options(method, task_type=task, trainable_token_indices=TOKENS))
+    assert not [name for name in trainable(model) if ".new." in name]
+
+
+@every_method
+def test_a_layer_that_is_tied_for_one_adapter_has_no_rows_of_its_own_for_another(method):
+    """It has one dictionary of rows for all adapters: the embeddings', or one of its own."""
+    tied, apart, alone = TOKENS, {"embed_tokens": [3], "lm_head": [4]}, {"lm_head": [4]}
+    for first, second in (tied, apart), (apart, tied), (tied, alone), (alone, tied):
+        model, inputs = with_tokens("gemma3_text", method, first)
+        expected = logits(trained(model), inputs)
+        with pytest.raises(InputError, match="'lm_head' would follow the rows of the embeddings"):
+            model.add_adapter("second", wrap_options(method, trainable_token_indices=second))
+        assert torch.equal(logits(model, inputs), expected)
 
 
 def test_rows_of_a_weight_that_others_use_are_not_merged():

@@ -111,6 +111,8 @@ class LorettaModel(MergingTuner):
             # PEFT has activated the adapter before it had a copy, and transformers' load_adapter leaves it at that
             if adapter_name in self.active_adapters and adapter_name in copied._get_available_adapters():
                 copied.set_adapter(adapter_name, inference_mode=config.inference_mode)
+            elif adapter_name in copied.active_adapters:  # PEFT activates rows of tied layers, whatever is active
+                copied.set_adapter([])
         note_labels(model, config, adapter_name)
         with init_empty_weights() if low_cpu_mem_usage else nullcontext():
             for name in norms_of(model) if config.train_norms else ():

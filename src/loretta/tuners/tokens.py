@@ -149,6 +149,7 @@ def rows_of_tokens(model: nn.Module, config: LorettaConfig) -> dict[str, int]:
     for end, indices in given.items():
         asked |= dict.fromkeys(_ending(modules, end), indices)
     sizes = {name: _size(name, modules[name], indices) for name, indices in asked.items()}
+    tied: list[str] = []
     if inputs in asked and BaseTuner.get_model_config(model).get("tie_word_embeddings"):
         names = _tied_names(model)
         apart = [name for name in names if asked.get(name, asked[inputs]) != asked[inputs]]
@@ -158,8 +159,10 @@ def rows_of_tokens(model: nn.Module, config: LorettaConfig) -> dict[str, int]:
                 "which is tied to it: give the same"
             )
         # PEFT ties none of them where one has other rows
-        sizes |= {name: _size(name, modules[name], ()) for name in names if name in modules and not apart}
+        tied = [name for name in names if name in modules and not apart]
+        sizes |= {name: _size(name, modules[name], ()) for name in tied}
     for name in sizes:
+        _check_ties_agree(name, modules[name], is_tied=name in tied)
         for option, does in (("modules_to_save", named_whole), ("target_modules", _targeted)):
             if does([name], config):
                 raise InputError(
@@ -189,6 +192,20 @@ def _check_tied(model: nn.Module, config: LorettaConfig) -> None:
         raise InputError(
             f"ensure_weight_tying ties rows of tokens, and not what modules_to_save and target_modules make of "
             f"'{changed[0]}': leave it out, or give trainable_token_indices instead"
+        )
+
+
+def _check_ties_agree(name: str, module: nn.Module, *, is_tied: bool) -> None:
+    """Refuse rows of its own for a layer that follows the embeddings' rows of another adapter, and the reverse.
+
+    PEFT's layer does one of the two for all adapters: some would compute with the rows of another layer, or with none.
+    """
+    if isinstance(module, TrainableTokensWrapper) and bool(module.token_adapter.tied_adapter) != is_tied:
+        other = sorted(module._get_available_adapters())[0]
+        raise InputError(
+            f"trainable_token_indices: '{name}' would follow the rows of the embeddings that it is tied to for one of "
+            f"this adapter and {other!r}, and have rows of its own for the other: give both the same modules, or put "
+            "them on models of their own"
         )
 
 
