@@ -1,7 +1,9 @@
 """Adapted modules whose weight the model reads without calling them are refused, or named when the model runs."""
 
 import copy
+import dis
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from tuners.families import OPTIONS, build, loss_of, natural_task, randomise
 from tuners.wrapped import CONFIGS, config_for, every_method, own_trains, trained
 
 from loretta import InputError, get_peft_model
-from loretta.tuners.bypassed import read_only_children
+from loretta.tuners.bypassed import _uses, read_only_children
 from loretta.tuners.layer import LorettaLayer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*deprecated.*:FutureWarning")
@@ -299,3 +301,18 @@ def test_what_rwkv_divides_in_evaluation_is_refused_and_the_rest_evaluates_as_it
         with torch.no_grad():
             in_evaluation = model.eval()(input_ids=ids).logits
         torch.testing.assert_close(in_evaluation, in_training, rtol=1e-3, atol=1e-3)  # norms see their epsilon
+
+
+@pytest.mark.parametrize("pair", ["LOAD_FAST_LOAD_FAST", "LOAD_FAST_BORROW_LOAD_FAST_BORROW", "STORE_FAST_LOAD_FAST"])
+def test_two_names_that_python_loads_at_once(pair, monkeypatch):
+    """As Python 3.13 and 3.14 compile ``linear(x, self.out.weight)``."""
+    code = [
+        ("LOAD_GLOBAL", "linear"),
+        (pair, ("x", "self")),
+        ("LOAD_ATTR", "out"),
+        ("LOAD_ATTR", "weight"),
+        ("CALL", 2),
+    ]
+    instructions = [SimpleNamespace(opname=name, argval=value) for name, value in code]
+    monkeypatch.setattr(dis, "get_instructions", lambda _: iter(instructions))
+    assert list(_uses(told.__code__)) == [("out", ["weight"])]

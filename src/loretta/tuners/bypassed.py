@@ -130,5 +130,7 @@ def _uses(code: CodeType) -> Iterator[tuple[str, list[str]]]:
             continue
         if loaded:
             yield loaded[0], loaded[1:]
-        is_self = instruction.opname.startswith(("LOAD_FAST", "LOAD_DEREF")) and instruction.argval == "self"
-        loaded = [] if is_self else None
+        is_name = "LOAD_FAST" in instruction.opname or instruction.opname == "LOAD_DEREF"
+        # Python 3.13 loads two names at once, and reads attributes of the second
+        names = instruction.argval if isinstance(instruction.argval, tuple) else (instruction.argval,)
+        loaded = [] if is_name and names[-1] == "self" else None
