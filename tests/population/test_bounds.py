@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from same_runs import assert_same_run
+from torch import nn
 from torch.profiler import profile
 from training_data import sentences
-from transformers import BertConfig, PerceiverConfig
+from transformers import AlbertConfig, BertConfig, ElectraConfig, PerceiverConfig, T5Config
 
 from loretta.errors import NotRecorded, OutOfMemory
 from loretta.population import graphs, loop, training
@@ -126,6 +127,24 @@ def test_no_part_of_a_step_is_larger_than_what_is_computed_at_once(rows, options
 )
 def test_a_large_gpu_computes_more_at_once(memory, layers, width, tokens):
     assert loop.largest_part(int(memory), layers) // width == tokens
+
+
+@pytest.mark.parametrize(
+    ("config", "width"),
+    [
+        (ElectraConfig(embedding_size=16, hidden_size=48), 48),
+        (AlbertConfig(embedding_size=16, hidden_size=64), 64),
+        (T5Config(d_model=24), 24),
+        (PerceiverConfig(), 16),
+    ],
+    ids=lambda each: getattr(each, "model_type", None),
+)
+def test_the_width_is_that_of_the_hidden_states(config, width):
+    """Of ELECTRA and ALBERT embeddings are smaller, and as many tokens more were computed at once."""
+    model = SimpleNamespace(
+        get_base_model=lambda: SimpleNamespace(config=config), get_input_embeddings=lambda: nn.Embedding(9, 16)
+    )
+    assert Population.width.fget(SimpleNamespace(model=model)) == width
 
 
 @pytest.mark.parametrize(("config", "layers"), [(BertConfig(num_hidden_layers=3), 3), (PerceiverConfig(), None)])

@@ -111,8 +111,10 @@ class Population(nn.Module):
 
     @property
     def width(self) -> int:
-        """Size of the base's hidden states."""
-        return int(self.model.get_input_embeddings().weight.shape[1])
+        """Size of the base's hidden states, which embeddings may be smaller than."""
+        config: Any = self.model.get_base_model().config
+        embedded = self.model.get_input_embeddings().weight.shape[1]
+        return int(getattr(config.get_text_config(), "hidden_size", embedded))
 
     @property
     def layers(self) -> int | None:
