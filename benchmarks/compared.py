@@ -149,9 +149,9 @@ def so_in_results() -> dict[str, bool]:
                 for line in lines(PAGE, "answers")
                 if line.cells["task"] == "copa" and is_above(line.cells["to untrained"])
             ]
-            == [REP, "LoRA r=8"]
+            == ["LoRA r=8"]
         ),
-        "These three have five seeds at 1.5e-3.": {
+        "These three have five seeds at 1.5e-3 and at half of it.": {
             (line.cells["seeds"], line.cells["rate"])
             for line in lines(PAGE, "answers")
             if line.cells["task"] in ("squad", "drop") and line.cells["method"] in (COMPACT, ADP, "LoRA r=8")
@@ -192,7 +192,6 @@ def is_above(difference: str) -> bool:
 def not_run_in_results() -> dict[str, bool]:
     lower = [row for row in rows_of("answers.json") if row["rate"] in (7.5e-4, 5e-3, 2.5e-5)]
     seeds = Counter((row["task"], row["method"]) for row in lower)
-    whole = {of for of, count in seeds.items() if count == 3}
     five = ("LoRA r=8", COMPACT, ADP, "IA3", "full fine-tuning")
     forms = {row["method"] for row in rows_of("forms_smollm2.json") if row["family"] == "LoRETTA"}
     return {
@@ -201,12 +200,18 @@ def not_run_in_results() -> dict[str, bool]:
         }
         == {(6, 5)},
         "a second rate of what has answers, but for five methods;": (
-            whole == {(task, method) for task in ("squad", "drop", "wsc", "copa") for method in five}
+            seeds.keys() == {(task, method) for task in ("squad", "drop", "wsc", "copa") for method in five}
         ),
-        "At a second rate WSC and COPA say the same: no difference to LoRA r=8 is sure.": not any(
-            is_sure(line.cells["then to LoRA r=8"])
-            for line in lines(PAGE, "two rates")
-            if line.cells["task"] in ("wsc", "copa")
+        "At two rates, five seeds, with the held-out loss in brackets (full fine-tuning has four on DROP at 2.5e-5):": (
+            {of: count for of, count in seeds.items() if count != 5} == {("drop", "full fine-tuning"): 4}
+        ),
+        "At a second rate COPA says the same, and on WSC IA3 alone is below LoRA r=8 by its interval": (
+            [
+                (line.cells["task"], line.cells["method"])
+                for line in lines(PAGE, "two rates")
+                if line.cells["task"] in ("wsc", "copa") and is_sure(line.cells["then to LoRA r=8"])
+            ]
+            == [("wsc", "IA3")]
         ),
         "and no form of LoRETTA comes near it.": all(
             number(line.cells["to LoRA r=8"]) > -0.03
@@ -253,10 +258,12 @@ def so_in_choosing() -> dict[str, bool]:
             verdict_of("official", "MiniLM", COMPACT, "LoRA r=8", "sst2") == "worse"
         ),
         "It is level with LoRA of rank 8 on query and value on all three models.": level,
-        "All three wins are on MPNet. At 10,000 it is one train of rank 1, at 20,000 compact on the values": (
-            at_sizes("better") == {("MPNet", size) for size in ("10,000", "20,000", "80,000")}
+        "Both wins are on MPNet. At 10,000 it is one train of rank 1, at 20,000 compact on the values": (
+            at_sizes("better") == {("MPNet", size) for size in ("10,000", "20,000")}
         ),
-        "at 80,000 one train of rank 4 with scales.": best["MPNet"] == "shared r=4 + scales",
+        "With five seeds compact with IA3's factors of keys and values (56,064) has the higher mean": (
+            best["MPNet"] == "compact + k,v scales"
+        ),
         "the official rows it is level with the best in all 15": not ahead,
         "By the loss on texts it wins four of five sizes of the decoder, and is level at 5,000.": texts,
         "From 10,000 to 40,000 its loss on texts is the lowest of all that were run, at 5,000 it is level": texts,
