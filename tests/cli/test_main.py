@@ -340,6 +340,14 @@ def test_a_tilde_that_no_shell_has_read_is_the_home_folder(trained, bert, capsys
     assert not [*here.iterdir()]
 
 
+def test_the_home_of_a_user_that_there_is_not_becomes_no_folder_here(trained, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for words in (("train", "-o", "~nobody-here/run"), ("export", trained, "--to", "merged", "-o", "~nobody-here/run")):
+        status, _, err = call(capsys, *words)
+        assert_refused(status, err, ["'~nobody-here/run' begins with the home of a user that there is not"])
+    assert not list(tmp_path.iterdir())
+
+
 def test_every_option_that_takes_a_path_reads_a_tilde():
     verbs = [command.callback for group in (cli.app, runs.app) for command in group.registered_commands]
     hints = {name: hint for verb in verbs if verb for name, hint in verb.__annotations__.items()}

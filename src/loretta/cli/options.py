@@ -162,9 +162,17 @@ PATHS = {"adapter", "config", "data_dir", "file", "folder", "model", "out", "out
 
 
 def _from_home(value: Any) -> Any:
-    """With ``~`` as the home folder: a shell leaves it as it is in ``--output=~/runs`` and in quotes."""
+    """With ``~`` as the home folder: a shell leaves it as it is in ``--output=~/runs`` and in quotes.
+
+    Raises InputError for the home of a user that there is not, which would become a folder here.
+    """
     if isinstance(value, str | Path):
-        return type(value)(os.path.expanduser(value))
+        whole = os.path.expanduser(value)
+        if whole.startswith("~") and not os.path.lexists(whole):
+            raise InputError(
+                f"'{value}' begins with the home of a user that there is not: write ./{value} for one here"
+            )
+        return type(value)(whole)
     return [*map(_from_home, value)] if isinstance(value, list | tuple) else value
 
 
