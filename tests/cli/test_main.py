@@ -344,7 +344,7 @@ def test_the_home_of_a_user_that_there_is_not_becomes_no_folder_here(trained, ca
     monkeypatch.chdir(tmp_path)
     for words in (("train", "-o", "~nobody-here/run"), ("export", trained, "--to", "merged", "-o", "~nobody-here/run")):
         status, _, err = call(capsys, *words)
-        assert_refused(status, err, ["'~nobody-here/run' begins with the home of a user that there is not"])
+        assert_refused(status, err, ["'~nobody-here/run' begins with the home of no user here"])
     assert not list(tmp_path.iterdir())
 
 

@@ -347,3 +347,16 @@ def test_the_trainer_resumes_from_a_checkpoint(family, method, tmp_path):
     for name, parameter in whole.items():
         assert torch.equal(resumed[name], parameter), name
         assert not torch.equal(fresh[name], parameter), name
+
+
+@pytest.mark.parametrize("method", ["rep", "adp", "shared"])
+def test_a_class_without_the_head_of_an_adapter_is_named_with_the_one_that_has_it(method, tmp_path):
+    base, inputs = build("bert", "SEQ_CLS")
+    base.save_pretrained(tmp_path / "base")
+    base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    model = trained(get_peft_model(base, config_for(method, task_type="SEQ_CLS")).eval())
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(InputError, match=r"or with its head: it holds .* load it with .* as AutoModelForSequenceCl"):
+        AutoModel.from_pretrained(tmp_path / "adapter")
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "adapter").eval()
+    assert torch.equal(logits(loaded, inputs), logits(model, inputs))

@@ -169,9 +169,7 @@ def _from_home(value: Any) -> Any:
     if isinstance(value, str | Path):
         whole = os.path.expanduser(value)
         if whole.startswith("~") and not os.path.lexists(whole):
-            raise InputError(
-                f"'{value}' begins with the home of a user that there is not: write ./{value} for one here"
-            )
+            raise InputError(f"'{value}' begins with the home of no user here: write ./{value} for a folder")
         return type(value)(whole)
     return [*map(_from_home, value)] if isinstance(value, list | tuple) else value
 

@@ -22,7 +22,7 @@ from loretta.tuners.copies import AdapterCopy, CopyPolicy
 from loretta.tuners.names import parts_of_adapters
 from loretta.tuners.norms import is_norm, named_whole, norms_of, outer_modules, own_parameters
 from loretta.tuners.schema import check_size
-from loretta.tuners.task_types import FINAL_LAYERS, HIDDEN_LAYERS, is_final
+from loretta.tuners.task_types import AUTO_CLASSES, FINAL_LAYERS, HIDDEN_LAYERS, is_final
 from loretta.tuners.tokens import rows_of_tokens
 from loretta.wording import quoted
 
@@ -238,9 +238,11 @@ class Head:
     def _recorded(self, origins: Iterable[str]) -> list[str]:
         recorded = [name for name in origins if name not in self._finals]
         if lacking := [name for name in recorded if name not in self._modules]:
+            kind = AUTO_CLASSES.get(self._config.task_type or "")
             raise InputError(
-                f"this adapter was trained for another base model: it holds '{lacking[0]}' of a head, which this model "
-                f"does not have; load it with '{self._config.base_model_name_or_path}'"
+                f"this adapter was trained for another base model, or with its head: it holds '{lacking[0]}' of one, "
+                f"which this model does not have; load it with '{self._config.base_model_name_or_path}'"
+                f"{f' as {kind}' if kind else ''}"
             )
         return recorded
 
