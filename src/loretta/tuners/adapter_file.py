@@ -108,8 +108,7 @@ def check_whole(model: nn.Module, adapter_name: str, loaded: Any, source: Any) -
         what = f"lacks {quoted(lacking[0])}" if lacking else f"also holds {quoted(beyond[0])}"
         raise InputError(
             f"the file of the adapter {str(source or adapter_name)!r} {what}: it and the config beside it are not of "
-            "one adapter, or another method's layer lies there already; "
-            "PeftModel.from_pretrained loads what fits and says what does not"
+            "one adapter, or another method's layer lies there already, where PeftModel.from_pretrained loads it"
         )
     check_finite(
         ((key, tensor) for key, tensor in model.state_dict().items() if f".{adapter_name}." in key),
