@@ -1,5 +1,7 @@
 """What a command cannot take is refused in a sentence that tells the reason; nothing that is given is passed over."""
 
+import io
+
 import pytest
 from commands import assert_refused, call, train_arguments
 
@@ -94,3 +96,21 @@ def test_options_that_contradict_each_other_or_the_model_are_refused(
     assert_refused(status, err, [reason])
     assert out == ""
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [
+        (["predict", "{run}", "--text", "caf\udce9"], "--text"),
+        (["predict", "{run}", "--text", "a", "--text-pair", "caf\udce9"], "--text-pair"),
+        (["chat", "{run}", "--system", "caf\udce9"], "--system"),
+        (["chat", "{run}"], "the message"),
+        (["compress", "{run}/adapter", "--rank", 2, "--text", "caf\udce9"], "--text"),
+    ],
+    ids=lambda words: str(words[0]) if isinstance(words, list) else words,
+)
+def test_a_text_in_another_encoding_is_refused(words, name, teller, capsys, monkeypatch):
+    """A byte that is not UTF-8 reaches Python as half a character; tokenizers ended in a TypeError."""
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
+    status, _, err = call(capsys, *(str(word).format(run=teller) for word in words))
+    assert_refused(status, err, [f"{name} 'caf\\udce9' is not UTF-8"])

@@ -1,11 +1,12 @@
 """``loretta chat``."""
 
+import io
 import sys
 from typing import Annotated
 
 import typer
 
-from loretta.cli.options import Cpu, Json, MaxNewTokens, Model, RunFolder, Temperature, TopP
+from loretta.cli.options import Cpu, Json, MaxNewTokens, Model, RunFolder, Temperature, TopP, refuse_other_encodings
 from loretta.cli.output import print_json, say
 from loretta.errors import InputError
 
@@ -23,6 +24,7 @@ def chat(
     """Talk to a trained decoder: a message a line, /clear to begin again, the end of the input to leave."""
     from loretta.training.predict import Sampling, answer_chat, load_run, refuse_classifier
 
+    refuse_other_encodings("--system", system or "")
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
     loaded = load_run(run, model=model, cpu=cpu)
     refuse_classifier(loaded, "use `loretta predict`")
@@ -31,6 +33,8 @@ def chat(
     start = [{"role": "system", "content": system}] if system else []
     messages, turns = list(start), []
     interactive = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # a message in another encoding is told below
     while True:
         if interactive:
             typer.echo("> ", nl=False, err=True)
@@ -44,6 +48,7 @@ def chat(
             continue
         messages.append({"role": "user", "content": words})
         try:
+            refuse_other_encodings("the message", words)
             answer = answer_chat(loaded, messages, sampling, show=interactive)
         except InputError as error:
             if not interactive:

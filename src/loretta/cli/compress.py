@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from loretta.cli.options import Json, Model, Overwrite
+from loretta.cli.options import Json, Model, Overwrite, refuse_other_encodings
 from loretta.cli.output import console, print_json
 
 
@@ -35,6 +35,7 @@ def compress(
     from loretta.convert.compress import compress as convert
     from loretta.convert.compress import show
 
+    refuse_other_encodings("--text", text or "")
     progress = Console(stderr=True)
     result = convert(
         adapter,

@@ -19,7 +19,7 @@ from loretta import processes
 from loretta.cli.output import answer_json
 from loretta.errors import InputError, OutOfMemory, Stopped
 from loretta.training.config import ALIASES, GROUPS, RunConfig
-from loretta.wording import printable
+from loretta.wording import printable, quoted
 
 Json = Annotated[
     bool,
@@ -181,6 +181,15 @@ def _refuse_empty(words: list[str]) -> None:
         if word == "" or (name != word and name.startswith("--") and "=" not in name):
             given = f"{name} is" if name.startswith("-") else "an argument is"
             raise InputError(f"{given} given and empty: say what is meant, or leave it out")
+
+
+def refuse_other_encodings(name: str, *texts: str) -> None:
+    """Raise InputError for a text with bytes that are not UTF-8, of which Python makes characters that are none."""
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise InputError(f"{name} {quoted(text)} is not UTF-8: give it in that encoding") from None
 
 
 class Command(TyperCommand):

@@ -13,7 +13,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 import typer
 
 from loretta import wording
-from loretta.cli.options import Cpu, Json, MaxNewTokens, Model, RunFolder, Temperature, TopP
+from loretta.cli.options import Cpu, Json, MaxNewTokens, Model, RunFolder, Temperature, TopP, refuse_other_encodings
 from loretta.cli.output import answer, say, writing_output
 from loretta.errors import InputError
 from loretta.locks import hold_file
@@ -50,6 +50,8 @@ def predict(
         raise InputError("give either a FILE or --text (repeatable), and not both")
     if file is not None and text_pair:
         raise InputError(f"--text-pair goes with --text, and '{file}' has the second texts in a column: leave it out")
+    refuse_other_encodings("--text", *(text or []))
+    refuse_other_encodings("--text-pair", *(text_pair or []))
     with ExitStack() as stack:
         stack.enter_context(_holding(output, file, overwrite=overwrite))
         from loretta.training.predict import Sampling, answers, load_run, refuse_classifier, reply
