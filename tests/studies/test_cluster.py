@@ -28,6 +28,8 @@ def test_without_ray_the_option_says_how_to_get_it(monkeypatch, tmp_path):
         find_workers(tmp_path, 1, "auto")
     with pytest.raises(InputError, match=r"--ray-gpus 0.5 is for a cluster: give --ray auto"):
         find_workers(tmp_path, 1, None, 0.5)
+    with pytest.raises(InputError, match="--jobs 4 is for this machine, and a cluster runs what it has room for"):
+        find_workers(tmp_path, 4, "auto")
 
 
 def test_a_machine_that_does_not_see_the_folder_says_so(tmp_path):

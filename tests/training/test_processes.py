@@ -27,6 +27,7 @@ from loretta import InputError, processes
 from loretta.cli.main import main
 from loretta.owned import PARTS, find_foreign, is_whole
 from loretta.record import RunRecord
+from loretta.training.arguments import check_options
 from loretta.training.config import RunConfig
 from loretta.training.run import train, train_until
 
@@ -239,6 +240,20 @@ def test_an_engine_that_a_launcher_asks_for_and_is_not_installed_is_named(variab
     with pytest.raises(InputError, match=f"{variable} asks for the package {package}, which is not installed"):
         train(config_of(folder, "encoder", "rep", package))
     assert not (folder / package).exists()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp8"])
+def test_a_precision_of_the_launcher_is_refused(precision, folder, monkeypatch):
+    """The Trainer trained in it, and the record said float32."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    with pytest.raises(InputError, match=f"ACCELERATE_MIXED_PRECISION={precision} of the launcher"):
+        train(config_of(folder, "encoder", "rep", precision))
+    assert not (folder / precision).exists()
+
+
+def test_a_precision_that_the_run_has_too_is_welcome(folder, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    check_options(config_of(folder, "encoder", "rep", "both", bf16=True))
 
 
 def join_again_and_again(rank: int, port: int) -> None:

@@ -193,8 +193,10 @@ def carry_out(
     from loretta.studies.compare import check_data, verdict
     from loretta.studies.configs import Options
     from loretta.studies.expansion import expand
+    from loretta.studies.runner import check_workers
     from loretta.training.arguments import check_options
 
+    check_workers(jobs, ray, ray_gpus)
     together, is_comparison = population_size(population), study.view == "compare"
     whole = {"limit": given.pop("limit"), "data_dir": given.pop("data_dir"), "cpu": bool(given.pop("cpu"))}
     swept = sweep_options(sweep, search, rates, tries)

@@ -120,17 +120,24 @@ def run_study(
 def find_workers(root: Path, jobs: int, ray: str | None = None, ray_gpus: float | None = None) -> Workers:
     """Workers for ``jobs`` units at once, or those of the Ray cluster at an address.
 
-    Raises InputError for a number below 0, and for a cluster that cannot be reached.
+    Raises InputError where :func:`check_workers` does, and for a cluster that cannot be reached.
     """
-    if jobs < 0:
-        raise InputError(f"--jobs {jobs} must be 0 or more: the number of runs at once")
+    check_workers(jobs, ray, ray_gpus)
     if ray is not None:
         from loretta.studies.cluster import RayWorkers
 
         return RayWorkers(root, ray, gpus=ray_gpus)
-    if ray_gpus is not None:
-        raise InputError(f"--ray-gpus {ray_gpus:g} is for a cluster: give --ray auto, or leave it out")
     return Processes(root, jobs) if jobs else Here(root)
+
+
+def check_workers(jobs: int, ray: str | None, ray_gpus: float | None) -> None:
+    """Raise InputError for a number of jobs below 0 or beside a cluster, and for a cluster's GPUs without one."""
+    if jobs < 0:
+        raise InputError(f"--jobs {jobs} must be 0 or more: the number of runs at once")
+    if ray is not None and jobs != 1:
+        raise InputError(f"--jobs {jobs} is for this machine, and a cluster runs what it has room for: leave it out")
+    if ray is None and ray_gpus is not None:
+        raise InputError(f"--ray-gpus {ray_gpus:g} is for a cluster: give --ray auto, or leave it out")
 
 
 def _ready(root: Path, run: Planned, runs: dict[str, Planned]) -> bool:
