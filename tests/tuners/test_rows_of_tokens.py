@@ -293,6 +293,17 @@ def test_a_layer_that_is_tied_for_one_adapter_has_no_rows_of_its_own_for_another
         assert torch.equal(logits(model, inputs), expected)
 
 
+@every_method
+def test_rows_of_the_output_alone_do_not_follow_an_adapter_with_rows_of_the_embeddings(method):
+    """PEFT ended in a KeyError, with the second adapter half put in."""
+    model, inputs = with_tokens("gemma3_text", method, {"embed_tokens": [3], "lm_head": [4]})
+    expected, names = logits(trained(model), inputs), [name for name, _ in model.named_parameters()]
+    with pytest.raises(InputError, match=r"has no rows of 'model\.embed_tokens', of which another adapter"):
+        model.add_adapter("second", wrap_options(method, trainable_token_indices={"lm_head": [4]}))
+    assert torch.equal(logits(model, inputs), expected)
+    assert [name for name, _ in model.named_parameters()] == names
+
+
 def test_rows_of_a_weight_that_others_use_are_not_merged():
     """PEFT changes the weight in all of its places."""
     for given in {"lm_head": [3]}, {"embed_tokens": [3], "lm_head": [4]}:

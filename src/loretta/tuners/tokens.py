@@ -150,7 +150,8 @@ def rows_of_tokens(model: nn.Module, config: LorettaConfig) -> dict[str, int]:
         asked |= dict.fromkeys(_ending(modules, end), indices)
     sizes = {name: _size(name, modules[name], indices) for name, indices in asked.items()}
     tied: list[str] = []
-    if inputs in asked and BaseTuner.get_model_config(model).get("tie_word_embeddings"):
+    ties = BaseTuner.get_model_config(model).get("tie_word_embeddings")
+    if ties and inputs in asked:
         names = _tied_names(model)
         apart = [name for name in names if asked.get(name, asked[inputs]) != asked[inputs]]
         if apart and config.ensure_weight_tying:
@@ -169,6 +170,11 @@ def rows_of_tokens(model: nn.Module, config: LorettaConfig) -> dict[str, int]:
                     f"trainable_token_indices trains rows of '{name}', and {option} names it too: leave it out of one "
                     "of them"
                 )
+    if ties and inputs not in asked and isinstance(modules.get(inputs or ""), TrainableTokensWrapper):
+        raise InputError(  # PEFT looks up the rows of this adapter there, to tie other layers to them
+            f"trainable_token_indices has no rows of '{inputs}', of which another adapter of the model has some: name "
+            "rows of it too, or put the adapters on models of their own"
+        )
     return sizes
 
 
