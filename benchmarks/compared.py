@@ -301,7 +301,7 @@ def so_in_choosing() -> dict[str, bool]:
         "A fourth rate gave Uni-LoRA of 10,000 nothing.": uni.get("0.113") is not None
         and mean(uni["0.113"]) > min(map(mean, uni.values())),
         "No seed of it fails on CoLA, MRPC or STS-B at any of its rates.": (
-            {fallen(rate, "compact v, MLP + scales") for rate in ("0.003", "0.0015", "0.00075")} == {(0, 3)}
+            {fallen(rate, "compact + k,v scales") for rate in ("0.003", "0.0015", "0.00075")} == {(0, 3)}
         ),
         "and has seeds that fail from 1.5e-3 on.": (
             [fallen(rate, "shared r=4 + scales")[0] for rate in ("0.00075", "0.0015")] == [0, 1]
