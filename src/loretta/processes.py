@@ -28,6 +28,7 @@ _FSDP2 = {
 }
 # as ``accelerate launch --use_deepspeed`` sets them, and what each of them needs
 _ENGINES = {"ACCELERATE_USE_DEEPSPEED": "deepspeed", "ACCELERATE_USE_MEGATRON_LM": "megatron"}
+_PRECISION = "ACCELERATE_MIXED_PRECISION"  # as ``accelerate launch --mixed_precision`` sets it
 _MEETINGS = itertools.count()
 
 
@@ -58,17 +59,34 @@ def leave_it_to_the_first(seconds: float = 10) -> None:
 
 def is_sharded() -> bool:
     """Whether FSDP shares out the weights."""
-    return count() > 1 and os.environ.get(FSDP, "false").lower() in ("true", "1")
+    return count() > 1 and _is_asked(FSDP)
+
+
+def _is_asked(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("true", "1")
 
 
 def refuse_missing_engine() -> None:
     """Raise InputError where the launcher asks for DeepSpeed or Megatron and it is not installed."""
     for variable, package in _ENGINES.items():
-        if os.environ.get(variable, "false").lower() in ("true", "1") and importlib.util.find_spec(package) is None:
+        if _is_asked(variable) and importlib.util.find_spec(package) is None:
             raise InputError(
                 f"{variable} asks for the package {package}, which is not installed: install it, or leave it out of "
                 "the command or config of accelerate launch"
             )
+
+
+def refuse_other_precision(*, bf16: bool) -> None:
+    """Raise InputError where the launcher asks for a mixed precision that the run has not.
+
+    The Trainer would compute in it, and the run's scores would be of another precision than its record says.
+    """
+    asked = os.environ.get(_PRECISION, "no")
+    if asked != "no" and not (asked == "bf16" and bf16):
+        raise InputError(
+            f"{_PRECISION}={asked} of the launcher is no option of the run: give --bf16 for bfloat16, and leave mixed "
+            "precision out of the command or config of accelerate launch"
+        )
 
 
 def load_in_each() -> None:

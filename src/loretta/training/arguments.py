@@ -31,8 +31,6 @@ from loretta.tuners.config import LorettaConfig
 from loretta.tuners.shared import LorettaSharedConfig
 from loretta.wording import nearest, one_line, quoted
 
-MIXED_PRECISION = "ACCELERATE_MIXED_PRECISION"  # as ``accelerate launch --mixed_precision`` sets it
-
 
 def make_trainer(data: Data, model: Trained, folder: Path) -> TwoRateTrainer:
     """The Trainer of a run: AdamW, best checkpoint on validation, one line of progress with an ETA."""
@@ -98,13 +96,7 @@ def check_options(config: RunConfig) -> None:
         known_optimizer(config.optimizer)
     if config.bf16 and config.dtype == "float16":
         raise InputError("bf16 computes in bfloat16, and dtype='float16' rounds weights to float16: give one")
-    # the Trainer would compute in it, and the run's scores would be of another precision than its record says
-    asked = os.environ.get(MIXED_PRECISION, "no")
-    if asked != "no" and not (asked == "bf16" and config.bf16):
-        raise InputError(
-            f"{MIXED_PRECISION}={asked} of the launcher is no option of the run: give --bf16 for bfloat16, and leave "
-            "mixed precision out of the command or config of accelerate launch"
-        )
+    processes.refuse_other_precision(bf16=config.bf16)
     refuse_unknown_options(config.method, config.method_args.keys())
     if (budget := config.method_args.get("budget")) is not None:
         Budget.parse(budget)

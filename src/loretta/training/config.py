@@ -302,9 +302,9 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raw = read_yaml(read_plain(path).decode("utf-8"))
     except FileNotFoundError:
         raise InputError(f"the config file '{path}' does not exist: give the path of a YAML file") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        if isinstance(error, OSError):
-            raise InputError(f"the config file '{path}' cannot be read ({error.strerror}): give a YAML file") from None
+    except OSError as error:
+        raise InputError(f"the config file '{path}' cannot be read ({error.strerror}): give a YAML file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"the config file '{path}' is not YAML in UTF-8: {one_line(error)}") from None
     if not isinstance(raw, dict):
         raise InputError(f"the config file '{path}' holds no keys: write lines such as 'epochs: 3'")

@@ -219,7 +219,6 @@ class Head:
             return self._recorded(self._config.head_origins)
         inside = tuple(final + "." for final in self._finals)
         names = [name for name in self._modules if name not in self._finals and not name.startswith(inside)]
-        hidden = names if self._config.task_type == TaskType.SEQ_CLS else []
         leaves = [
             name
             for name in names
@@ -232,7 +231,8 @@ class Head:
         adapters = parts_of_adapters(self._model)  # transformers marks those that it loads, too
         knows = any(_is_marked(p) for n, p in self._model.named_parameters() if not n.startswith(adapters))
         fresh = [name for name in leaves if knows and is_fresh_layer(self._modules[name])]
-        hidden = [name for name in hidden if name.endswith(HIDDEN_LAYERS)]
+        with_hidden = self._config.task_type == TaskType.SEQ_CLS
+        hidden = [name for name in names if with_hidden and name.endswith(HIDDEN_LAYERS)]
         return [name for name in names if name in {*hidden, *around, *fresh}]
 
     def _recorded(self, origins: Iterable[str]) -> list[str]:
