@@ -70,7 +70,7 @@ bench: $(INSTALLED)
 
 # Kill 50 runs at random moments and go on with them, watch memory, feed 12,000 hostile files: about half an hour
 reliability: $(INSTALLED)
-	$(BIN)/python benchmarks/reliability.py --kills 50 --inputs 12000 --out $(RESULTS)/reliability.json
+	$(BIN)/python benchmarks/reliability.py --out $(RESULTS)/reliability.json
 
 # What needs a GPU. DATA=folder of sst2/ and MODEL=folder of all-MiniLM-L6-v2 add training end to end
 bench-gpu: $(INSTALLED)

@@ -304,7 +304,7 @@ def main() -> None:
     """Measure, or write the page from what was measured."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--inputs", type=int, default=20_000, help="of fuzzing")
+    parser.add_argument("--inputs", type=int, default=12_000, help="of fuzzing")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()

@@ -39,7 +39,7 @@ def test_equal_outputs_do_not_differ():
 def test_a_file_has_a_text_in_every_line_and_anything_else_is_a_text(tmp_path):
     (tmp_path / "texts.txt").write_text("one\n\n  \ntwo words\n", encoding="utf-8")
     assert read_texts(str(tmp_path / "texts.txt")) == ["one", "two words"]
-    for text in ("a text", "and/or", "/ is a slash", "x" * 10_000):
+    for text in ("a text", "and/or", "/ is a slash", "/word", "/s", "x" * 10_000):
         assert read_texts(text) == [text]
 
 
@@ -49,8 +49,9 @@ def test_a_path_that_leads_to_no_file_is_no_text(name, tmp_path):
     words = "is a folder" if not name else "leads to no file"
     with pytest.raises(InputError, match=words):
         read_texts(str(tmp_path / name))
-    with pytest.raises(InputError, match="leads to no file"):
-        read_texts("texts.txt")
+    for given in ("texts.txt", "/texts.txt", "~/texts", "./texts", "../texts", "/no/texts", "/texts/"):
+        with pytest.raises(InputError, match="leads to no file"):
+            read_texts(given)
 
 
 def test_a_file_without_text_is_refused(tmp_path):

@@ -16,7 +16,8 @@ from loretta.errors import InputError
 from loretta.pretrained import refusing_other_tokens
 
 MAX_TOKENS = 512  # of each text; the rest is cut off
-_LIKE_A_PATH = re.compile(r"(~|\.{1,2})?/\S+|\S+\.(txt|md)")
+# "/word" alone is a word more often than a file beside the root's folders
+_LIKE_A_PATH = re.compile(r"(~|\.{1,2}|/[^\s/]+)/\S*|\S+\.(txt|md)")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
