@@ -46,7 +46,7 @@ def jobs_of(entry: dict[str, Any], args: argparse.Namespace, made: "Made") -> It
     known = [row for row in made.rows(out) if row["model"] == entry["model"]]
     options = argparse.Namespace(
         model=model, data_dir=args.data_dir, max_steps=args.max_steps, limit=args.limit, cpu=args.cpu,
-        seeds=entry.get("seeds", 5), rates=entry.get("rates", 3), share=entry.get("share", 1.0),
+        seeds=entry.get("seeds", 5), rates=entry.get("rates", 3),
         epochs=entry.get("epochs"), tasks=entry.get("tasks", []), methods=entry.get("methods", []),
         cycles=entry.get("cycles", False),
     )  # fmt: skip

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from methods import GROUPS, METHODS, Method, grid
-from protocol import PER_RATE, TASKS, best_rate, cell_of, edge, interval
+from protocol import PER_RATE, TASKS, best_rate, cell_of, edge, epochs_of, interval
 
 Row = Mapping[str, Any]
 
@@ -85,7 +85,7 @@ def cells_of(orders: Sequence[str], args: argparse.Namespace, known: Sequence[Ro
                     method=name,
                     rates=grid(centred(METHODS[name], part.name, task, known), part.rates),
                     seeds=tuple(range(min(part.seeds, args.seeds))),
-                    epochs=args.epochs or part.epochs or TASKS[task].epochs * args.share,
+                    epochs=args.epochs or part.epochs or epochs_of(task, args.model),
                 )
     return list(cells.values())
 
@@ -106,12 +106,12 @@ def centred(method: Method, part: str, task: str, known: Sequence[Row]) -> Metho
 
 
 def left(cells: Sequence[Cell], model: str, known: Sequence[Row]) -> list[Cell]:
-    """The cells of which there is no row with as many seeds and epochs; of a row with fewer seeds, those it lacks."""
+    """The cells of which there is no row with these epochs and as many seeds; of a row with fewer seeds, those it lacks."""
     rows = {cell_of(row): row for row in known}
     found = []
     for cell in cells:
         row = rows.get((cell.part, model, cell.task, cell.method))
-        if row is None or row["epochs"] < cell.epochs or (TASKS[cell.task].kind == "words" and "wiki" not in row):
+        if row is None or row["epochs"] != cell.epochs or (TASKS[cell.task].kind == "words" and "wiki" not in row):
             found.append(cell)
         elif lacking := sorted({*cell.seeds} - {*row["seeds"]}):
             more = replace(cell, seeds=tuple(lacking), rates=tuple(row["rates"]), epochs=row["epochs"])

@@ -22,7 +22,7 @@ import torch
 import transformers
 from cells import Cell, joined_versions
 from methods import METHODS
-from protocol import TASKS
+from protocol import SHARES, epochs_of
 from torch import Tensor
 
 from loretta.population.loop import Loop
@@ -50,8 +50,7 @@ def jobs(
         if (row := rows.get(name)) is None:
             found.append((label, partial(measure, name, orders, seeds, options, split_of)))
             continue
-        as_before = argparse.Namespace(**{**vars(options), "share": row["share"]})
-        make = partial(measure, name, args=as_before, split_of=split_of)
+        make = partial(measure, name, args=options, split_of=split_of)
         if lacking := [order for order in orders if ">".join(order) not in row["scores"]]:
             found.append((f"{label}-orders", partial(_joined, row, partial(make, lacking, row["seeds"]))))
         elif more := sorted({*seeds} - {*row["seeds"]}):
@@ -108,7 +107,7 @@ def measure(
             ">".join(order): {task: [scores[order, seed][task] for seed in seeds] for task in SEQUENCE}
             for order in orders
         },
-        "share": args.share, "seconds": time.perf_counter() - begin,
+        "share": SHARES.get(Path(args.model).name, 1.0), "seconds": time.perf_counter() - begin,
         "device": "cpu" if args.cpu else torch.cuda.get_device_name(),
         "versions": {module.__name__: module.__version__ for module in (torch, transformers, peft)},
         "command": "python benchmarks/campaign.py --models FOLDER --data-dir DATA",
@@ -122,7 +121,7 @@ def turn(name: str, task: str, members: Sequence[tuple[Member, Tensor]], args: a
         method=name,
         rates=(METHODS[name].middle,),
         seeds=tuple(seed for (_, seed), _ in members),
-        epochs=TASKS[task].epochs * args.share,
+        epochs=epochs_of(task, args.model),
     )
     with tempfile.TemporaryDirectory() as folder:
         configs = forms.configs_of(cell, args, data, Path(folder))

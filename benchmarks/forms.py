@@ -341,7 +341,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--rates", type=int, default=3, help="learning rates of a grid")
     parser.add_argument("--epochs", type=float, help="of every task")
-    parser.add_argument("--share", type=float, default=1.0, help="of the epochs that a task has")
     parser.add_argument("--max-steps", type=int)
     parser.add_argument("--limit", type=int, help="rows of each split")
     parser.add_argument("--cpu", action="store_true")

@@ -282,6 +282,10 @@ WITH_SCALES = [
     with_scales(METHODS["shared r=3 attention"], "MLP"),
     with_scales(METHODS["shared r=3 attention"], "v"),
     with_scales(METHODS["shared r=2"], "v"),
+    with_scales(METHODS["shared r=4"], "v"),
+    with_scales(METHODS["compact v, MLP"], "v"),
+    with_scales(METHODS["compact"]),
+    with_scales(ours("rep of one mode", "rep", ONE_MODE, targets="all"), "k,v"),
 ]
 of_ranks = RANKS + STEADY + STEADY_DECODER + PAPER_BONDS
 METHODS |= {method.name: method for method in SCALED + BONDS + LARGER + SHAPES + HEADS + of_ranks + WITH_SCALES}

@@ -44,10 +44,16 @@ def runs_of(name: str, worth: Callable[[Row], float]) -> list[Best]:
 
 
 def _whole(middle: float, rates: dict[float, list[Row]]) -> dict[float, list[Row]]:
-    """The rates with the most seeds, the nearest to the middle of a grid first."""
-    most = max(map(len, rates.values()))
-    near = sorted(rates, key=lambda rate: abs(math.log(rate / middle)))
-    return {rate: rates[rate] for rate in near if len(rates[rate]) == most}
+    """The rates of three seeds or more with the seeds that all of them have, the nearest to the middle first.
+
+    So a seed that is run at some of the rates alone changes no choice. Where no rate has three seeds, the rates with the
+    most of them count.
+    """
+    enough = min(SEEDS_OF_TWO, max(map(len, rates.values())))
+    found = {rate: some for rate, some in rates.items() if len(some) >= enough}
+    seeds = set.intersection(*({row["seed"] for row in some} for some in found.values()))
+    near = sorted(found, key=lambda rate: abs(math.log(rate / middle)))
+    return {rate: [row for row in found[rate] if row["seed"] in seeds] for rate in near}
 
 
 def by_seed(some: list[Row], key: str) -> Scores:

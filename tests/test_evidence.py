@@ -161,7 +161,7 @@ def test_a_grid_goes_on_beyond_a_best_rate_at_its_edge():
 def test_the_seeds_that_a_row_lacks_are_measured_at_its_rates_and_stand_behind_its_own():
     some = {**ROW, "part": "front", "model": "m", "task": "cola", "method": "LoRA r=1", "epochs": 5, "seconds": 1}
     row = {**some, "seeds": [0, 1], "rates": [0.001, 0.002, 0.004], "command": "a", "versions": {"torch": "2.11"}}
-    args = argparse.Namespace(seeds=4, rates=3, epochs=None, share=1.0)
+    args = argparse.Namespace(seeds=4, rates=3, epochs=None, model="m")
     (cell,) = cells.left(cells.cells_of(["LoRA r=1:cola"], args), "m", [row])
     assert (cell.seeds, cell.rates, cell.epochs) == ((2, 3), (0.001, 0.002, 0.004), 5)
     assert cell.file != replace(cell, seeds=(0, 1)).file
@@ -188,13 +188,21 @@ def test_trains_of_one_mode_a_side_fit_an_update_as_its_svd_does():
     assert_near("singular values", values[1], values[0])
 
 
-def test_a_cell_with_more_seeds_or_epochs_is_run_again_and_a_peer_is_centred_where_six_rates_were_best():
-    args = argparse.Namespace(seeds=5, rates=3, epochs=None, share=1.0)
+def test_all_methods_of_a_model_are_trained_for_as_many_epochs():
+    args = argparse.Namespace(seeds=5, rates=3, epochs=None, model=pathlib.Path("models/all-mpnet-base-v2"))
+    found = {cell.epochs for cell in cells.cells_of(["LoRA r=1:cola", "table_1:cola"], args)}
+    assert found == {3}  # of the 5 of others
+
+
+def test_a_cell_with_more_seeds_or_other_epochs_is_run_again_and_a_peer_is_centred_where_six_rates_were_best():
+    args = argparse.Namespace(seeds=5, rates=3, epochs=None, model="m")
     wanted = cells.cells_of(["LoRA r=1:cola", "VeRA r=256:cola", "long:mrpc"], args)
     assert {cell.part for cell in wanted} == {"front", "long"}
     row = {"part": "front", "model": "m", "task": "cola", "method": "LoRA r=1", "epochs": 5, "rates": [1e-3]}
     left = [len(cells.left(wanted, "m", [{**row, "seeds": seeds}])) for seeds in ([0, 1, 2], [0, 1, 2, 3, 4])]
     assert left == [len(wanted), len(wanted) - 1]
+    row |= {"seeds": [0, 1, 2, 3, 4]}
+    assert [len(cells.left(wanted, "m", [{**row, "epochs": epochs}])) for epochs in (3, 8)] == [len(wanted)] * 2
     known = [{**row, "part": "rates", "task": "stsb", "method": "VeRA r=256", **ROW}]
     (cell,) = cells.cells_of(["VeRA r=256:cola"], args, known)
     assert cell.rates == (0.001, 0.002, 0.004)
@@ -325,6 +333,12 @@ def test_a_run_is_chosen_among_as_many_rates_as_every_other_method_has(tmp_path,
     (tmp_path / "some.json").write_text(json.dumps(found + rows("IA3", 2e-2, [1, 1, 1])[2:]))
     best = {method: rate for (_, method), rate, _ in runs.runs_of("some.json", lambda row: -row["held_out"])}
     assert best == {"LoRA r=8": 7.5e-4, "IA3": 2e-2}
+    begun = {"task": "t", "method": "LoRA r=8", "rate": 1.5e-3, "seed": 3, "held_out": 0}  # at one of two rates
+    (tmp_path / "some.json").write_text(json.dumps([*found, begun, *rows("IA3", 2e-2, [1, 1, 1])[2:]]))
+    best = {
+        method: (rate, len(some)) for (_, method), rate, some in runs.runs_of("some.json", lambda row: -row["held_out"])
+    }
+    assert best == {"LoRA r=8": (7.5e-4, 3), "IA3": (2e-2, 3)}
 
 
 def test_of_two_rates_the_held_out_loss_takes_one_and_not_the_score(tmp_path, monkeypatch):

@@ -30,9 +30,9 @@ def measured(monkeypatch):
     asked = []
 
     def measure(name, orders, seeds, args, split_of):
-        asked.append((name, names(orders), list(seeds), args.share))
+        asked.append((name, names(orders), list(seeds)))
         scores = {order: {task: [score(order, seed) for seed in seeds] for task in SEQUENCE} for order in names(orders)}
-        row = {"method": name, "scores": scores, "seeds": list(seeds), "seconds": 1.0, "share": args.share}
+        row = {"method": name, "scores": scores, "seeds": list(seeds), "seconds": 1.0}
         return {**row, "versions": {"torch": str(len(asked))}}
 
     monkeypatch.setattr(forgetting, "measure", measure)
@@ -44,7 +44,7 @@ def score(order, seed):
 
 
 def options(**more):
-    return argparse.Namespace(**{"methods": ["LoRA r=8"], "seeds": 2, "cycles": False, "share": 1.0, **more})
+    return argparse.Namespace(**{"methods": ["LoRA r=8"], "seeds": 2, "cycles": False, **more})
 
 
 def is_whole(row):
@@ -71,13 +71,13 @@ def test_seeds_that_a_method_lacks_join_its_row_in_the_orders_that_this_has(meas
 
 
 def test_orders_that_a_method_lacks_join_its_row_with_the_seeds_that_this_has(measured):
-    [(_, make)] = jobs(options(seeds=3, cycles=True, share=0.6), [], None)
+    [(_, make)] = jobs(options(seeds=3, cycles=True), [], None)
     half = make()
     [(name, make)] = jobs(options(seeds=5), [half], None)
     row = make()
     assert name == "LoRA-r=8-orders"
     lacking = [order for order in names(ORDERS) if order not in names(CYCLES)]
-    assert measured[-1] == ("LoRA r=8", lacking, [0, 1, 2], 0.6)  # as long as its other orders were trained
+    assert measured[-1] == ("LoRA r=8", lacking, [0, 1, 2])
     assert row["scores"].keys() == set(names(ORDERS))
     assert row["seeds"] == [0, 1, 2]
     assert is_whole(row)
@@ -105,7 +105,7 @@ def test_each_order_goes_on_from_the_values_of_its_own_beginning(orders, monkeyp
 
     monkeypatch.setattr(forgetting, "turn", turn)
     monkeypatch.setattr(forgetting, "accuracies", accuracies)
-    args = argparse.Namespace(model="tiny", share=1.0, cpu=True)
+    args = argparse.Namespace(model="tiny", cpu=True)
     row = forgetting.measure("LoRA r=8", orders, [4, 7], args, lambda task: None)
     digits = {order: "".join(str(1 + SEQUENCE.index(task)) for task in order) for order in orders}
     assert row["scores"] == {
