@@ -106,7 +106,7 @@ def centred(method: Method, part: str, task: str, known: Sequence[Row]) -> Metho
 
 
 def left(cells: Sequence[Cell], model: str, known: Sequence[Row]) -> list[Cell]:
-    """The cells of which there is no row with these epochs and as many seeds; of a row with fewer seeds, those it lacks."""
+    """The cells that have no row of these epochs and as many seeds; of a row with fewer seeds, those that it lacks."""
     rows = {cell_of(row): row for row in known}
     found = []
     for cell in cells:

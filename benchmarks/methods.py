@@ -316,9 +316,6 @@ GROUPS: dict[str, list[str]] = {
     "lead": [
         "LoRA r=1", "compact + norms", "norms", "LoRA r=8", "shared r=4 + norms", "adp + norms", "rep + norms", "rep",
     ],
-    "lead_more": [
-        "LoRA r=1 + norms", "head only", "compact", "shared r=2 + norms", "BitFit", "IA3", "shared r=2", "adapters b=4",
-    ],
     "decoder_lead": [
         "untrained", "LoRA r=1", "compact + norms", "LoRA r=8", "norms", "shared r=4 + norms", "compact", "adp + norms",
         "rep + norms", "rep",
@@ -331,10 +328,6 @@ GROUPS: dict[str, list[str]] = {
     # the smallest forms, and what a user with as few numbers would do without them: fewer places, fewer norms
     "small_encoder": [
         "shared r=1", "LoRA r=1 v", "shared r=6 attention", "LoRA r=1 last 3", "norms last 3",
-    ],
-    "small_wide_encoder": [
-        "shared r=2", "LoRA r=1 v", "shared r=1", "LoRA r=1 last 3", "norms last 3", "shared r=3 attention",
-        "LoRA r=1 v last 3", "norms of attention last 3",
     ],
     "small_decoder": [
         "shared r=1", "LoRA r=1 last 2", "norms last 4", "shared r=2", "LoRA r=1 last 5", "norms last 8", "shared r=4",
@@ -375,21 +368,12 @@ GROUPS: dict[str, list[str]] = {
         "shared r=2 + scales", "shared r=4 + norms + scales", "rep of one mode + scales", "shared r=1 + k,v scales",
         "shared r=4 + scales", "shared r=1 + scales", "shared r=2 + scales x2",
     ],
-    "scales_wide_encoder": [
-        "compact v, MLP + k,v scales", "compact v, MLP + scales", "shared r=4 + scales", "shared r=1 + v scales",
-        "compact + k,v scales",
-    ],
-    # the decoder's last layers, at rates at which LoRA there is the best of the other methods
-    "last_decoder": ["shared r=2 last 5", "compact last 5", "shared r=6 q,v last 5", "shared r=4 last 5"],
-    "scales_decoder": ["shared r=1 + v scales", "shared r=2 + k,v scales", "shared r=4 + scales"],
     # the rows of the paper's Table 1, and the forms that became the default
     "table_1": [
         "head only", "norms", FULL, "adapters b=64", "LoRA r=1", "LoRA r=4", "LoRA r=8", "BitFit", "IA3", "prefix 20",
         "prompt 20", "p-tuning 20", "rep", "rep + norms", "adp + norms", "compact", "compact + norms", "shared r=1",
         "shared r=4 + norms",
     ],
-    # what the claims are of
-    "claimed": ["LoRA r=8", "compact + norms", "adp + norms", "rep + norms", "norms"],
     "claimed_long": ["LoRA r=8", "adp + norms", "rep + norms", "compact + norms"],
     "long": [
         "LoRA r=8", "compact + norms", "adapters b=64", "rep + norms", "adp + norms", "shared r=4 + norms", "LoRA r=1",

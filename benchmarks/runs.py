@@ -46,8 +46,8 @@ def runs_of(name: str, worth: Callable[[Row], float]) -> list[Best]:
 def _whole(middle: float, rates: dict[float, list[Row]]) -> dict[float, list[Row]]:
     """The rates of three seeds or more with the seeds that all of them have, the nearest to the middle first.
 
-    So a seed that is run at some of the rates alone changes no choice. Where no rate has three seeds, the rates with the
-    most of them count.
+    So a seed that is run at some of the rates alone changes no choice. Where no rate has three, those with the most
+    count.
     """
     enough = min(SEEDS_OF_TWO, max(map(len, rates.values())))
     found = {rate: some for rate, some in rates.items() if len(some) >= enough}
