@@ -34,6 +34,14 @@ def test_a_folder_that_is_not_there_is_told_from_one_without_what_is_wanted(word
     assert "no folder" not in err
 
 
+def test_the_policy_of_a_head_is_not_for_a_decoder(llama, capsys, tmp_path):
+    (tmp_path / "text.txt").write_text("a good film\n\na dull plot\n\nfine cast\n\nlovely film\n")
+    given = ["--model", llama, "--data", tmp_path / "text.txt", "--cpu", "-o", tmp_path / "run"]
+    status, _, err = call(capsys, "train", *given, "--head-policy", "full")
+    assert_refused(status, err, ["head_policy='full' is for a head of labels, and 'text.txt' is language modeling"])
+    assert not (tmp_path / "run").exists()
+
+
 def test_second_texts_beside_a_file_are_refused(trained, reviews, capsys):
     status, _, err = call(capsys, "predict", trained, reviews, "--text-pair", "a film", "--cpu")
     assert_refused(status, err, ["--text-pair goes with --text", reviews])
@@ -58,6 +66,8 @@ ONCE = {
     "no budget": (["--methods", "compact", "--budget", "word"], "the budget 'word' is not a size"),
     "no optimizer": (["--optimizer", "adamw_trch"], "did you mean 'adamw_torch'"),
     "processes for each run": (["--fsdp"], "--fsdp shares a run out over several processes"),
+    "answers of a classifier": (["--max-new-tokens", 9], "max_new_tokens=9 is for answers that are written"),
+    "rows packed together": (["--packing"], "packing is for chats and completions, and 'reviews.csv'"),
     "no values to try": (["--try", "lora.r"], "--try 'lora.r' is not of the form KEY=VALUE,VALUE"),
     "an empty value to try": (["--try", "lora.r=2,,4"], "--try lora.r '2,,4' has a comma with nothing"),
     "an empty method": (["--methods", "lora,,compact"], "--methods 'lora,,compact' has a comma with nothing"),
@@ -85,6 +95,7 @@ def test_options_that_no_run_could_take_are_refused_before_the_first(case, dry, 
         (["plan", "--model", "{llama}", "--num-labels", 5], "--num-labels 5 is for a head of labels, which CAUSAL_LM"),
         (["train", "--bf16", "--dtype", "float16"], "dtype='float16' rounds weights to float16: give one"),
         (["train", "--head-learning-rate", 1e-3, "--set", "train_head=frozen"], "no final layer of a head is trained"),
+        (["train", "--max-new-tokens", 9], "max_new_tokens=9 is for answers that are written, and 'reviews.csv' is"),
     ],
 )
 def test_options_that_contradict_each_other_or_the_model_are_refused(

@@ -152,6 +152,7 @@ def test_a_chat_follows_the_template(teller, capsys, monkeypatch, tmp_path):
     [
         ("predict", ["--text", "a", "--temperature", "1"], ["goes on with no text", "leave --max-new-tokens"]),
         ("predict", ["--text", "a", "--top-p", "0"], ["--top-p 0 must be above 0"]),
+        ("predict", ["--text", "a", "--top-p", "0.5", "--temperature", "0"], ["--temperature 0 takes the likeliest"]),
         ("chat", [], ["use `loretta predict`"]),
     ],
 )

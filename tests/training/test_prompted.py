@@ -279,7 +279,7 @@ def test_an_encoder_cannot_go_on_with_a_prompt(bert, prompted, tmp_path):
 
 def test_a_run_of_labels_is_not_scored_on_prompts(bert, reviews, speller, prompted, tmp_path):
     config = config_for(speller, "copa", prompted, tmp_path / "run", max_steps=1)
-    labels = {"text": "review", "label": "mood", "data": reviews, "data_dir": None, "sample": {}}
+    labels = {"text": "review", "label": "mood", "data": reviews, "data_dir": None, "sample": {}, "max_new_tokens": 50}
     train(config.model_copy(update={**labels, "model": bert}))
     task = load_config_task(config)
     with pytest.raises(InputError, match="the run was trained on a classification task"):

@@ -25,7 +25,7 @@ from loretta.tasks.base import Task
 from loretta.tasks.glue import GLUE
 from loretta.training.arguments import make_trainer
 from loretta.training.config import RunConfig
-from loretta.training.data import check_tokens, encode_splits, load_config_task
+from loretta.training.data import check_tokens, encode_splits, load_task_to_train
 from loretta.training.finish import finish
 from loretta.training.finite import MEND, STATUS
 from loretta.training.folder import Place, find_place
@@ -243,7 +243,7 @@ def prepare(configs: Sequence[RunConfig], scratch: Path) -> Loop:
         # the seed chooses the rows held out of a table; GLUE tasks have splits of their own
         key = None if config.data in GLUE else config.seed
         if key not in known:
-            task = load_config_task(config)
+            task = load_task_to_train(config)
             if not isinstance(task, Task) or task.kind not in TOGETHER:
                 raise InputError(f"'{config.data}' is of the kind {task.kind}, which is trained one run at a time")
             if task.kind == "language_modeling" and virtual_tokens(config.method, config.method_args):

@@ -77,10 +77,10 @@ def _options(method: str, rank: int) -> dict[str, Any]:
 
 
 def check_data(study: Study, options: Options, root: Path) -> None:
-    """Load the data once, as the runs will. Raises InputError as ``loretta.training.data.load_config_task`` does."""
-    from loretta.training.data import load_config_task
+    """Load the data once, as the runs will. Raises InputError as ``loretta.training.data.load_task_to_train`` does."""
+    from loretta.training.data import load_task_to_train
 
-    load_config_task(expand(study, options, root).runs[0].run_config())
+    load_task_to_train(expand(study, options, root).runs[0].run_config())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

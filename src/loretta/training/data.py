@@ -114,13 +114,31 @@ def is_prompted(config: RunConfig) -> bool:
     return is_causal
 
 
-def check_loss(config: RunConfig, task: Task | PromptedTask) -> None:
+def load_task_to_train(config: RunConfig) -> Task | PromptedTask:
+    """As :func:`load_config_task`; raises InputError for options that do nothing in a training on this task, too."""
+    task = load_config_task(config)
+    _check_kind(config, task)
+    return task
+
+
+def _check_kind(config: RunConfig, task: Task | PromptedTask) -> None:
     """Raise InputError for a loss that the task does not have, and for options of other kinds of tasks."""
     if config.packing and task.kind not in ("chat", "completion"):
         raise InputError(f"packing is for chats and completions, and '{task.name}' is {_kind(task)}: leave it out")
     if config.beta != RunConfig.model_fields["beta"].default and task.kind != "preference":
         raise InputError(
             f"beta={config.beta} is for pairs of answers, and '{task.name}' is {_kind(task)}: leave it out"
+        )
+    has_labels = TASK_TYPES[task.kind] != "CAUSAL_LM"
+    if has_labels and config.max_new_tokens != RunConfig.model_fields["max_new_tokens"].default:
+        raise InputError(
+            f"max_new_tokens={config.max_new_tokens} is for answers that are written, and '{task.name}' is "
+            f"{_kind(task)}: leave it out"
+        )
+    if config.head_policy == "full" and not has_labels:
+        raise InputError(
+            f"head_policy='full' is for a head of labels, and '{task.name}' is {_kind(task)}, which has none: leave it "
+            "out"
         )
     if config.train_as == "classification" and task.kind == "generation":
         raise InputError(f"train_as='classification': '{task.name}' has no options to choose from, leave it out")

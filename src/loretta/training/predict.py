@@ -38,6 +38,8 @@ class Sampling:
             raise InputError(f"--temperature {self.temperature:g} must lie between 0 (the likeliest token) and 100")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise InputError(f"--top-p {self.top_p:g} must be above 0 and at most 1")
+        if self.temperature == 0 and self.top_p is not None:
+            raise InputError("--temperature 0 takes the likeliest token, and --top-p draws one: give one of them")
 
     def options(self, run: LoadedRun) -> dict[str, Any]:
         """Of ``generate``."""

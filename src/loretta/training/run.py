@@ -19,7 +19,7 @@ from loretta.record import RunRecord
 from loretta.training.arguments import check_options, check_processes, make_trainer
 from loretta.training.batches import stop_workers
 from loretta.training.config import RunConfig
-from loretta.training.data import check_loss, check_tokens, encode_splits, load_config_task
+from loretta.training.data import check_tokens, encode_splits, load_task_to_train
 from loretta.training.finish import finish
 from loretta.training.folder import ADAPTER, Place, find_place, noting_failure
 from loretta.training.forms import Data
@@ -149,8 +149,7 @@ def _prepare(config: RunConfig) -> tuple[Data, Trained, bool]:
     if config.push_to_hub is not None:
         check_hub(config.push_to_hub)
     check_processes(config)
-    task = load_config_task(config)
-    check_loss(config, task)
+    task = load_task_to_train(config)
     tokenizer = load_tokenizer(config.model)
     data = encode_splits(config, task, tokenizer)
     if TASK_TYPES[task.kind] != "CAUSAL_LM":  # a head keeps what it started from
