@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from loretta.errors import InputError
-from loretta.tuners.adapted import AdaptedModule, chain
+from loretta.tuners.adapted import AdaptedModule, chain, is_finite
 from loretta.tuners.rescaled import TrainedScale
 from loretta.wording import quoted
 
@@ -32,7 +32,7 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], whose: str) -> None:
     for key, tensor in tensors:
         if tensor.is_meta or not tensor.is_floating_point():
             continue
-        if not bool(torch.isfinite(tensor if tensor.element_size() > 1 else tensor.float()).all()):
+        if not is_finite(tensor if tensor.element_size() > 1 else tensor.float()):
             raise InputError(
                 f"{whose} holds NaN or infinity in {key[:200]!r}, so the training that wrote it failed or the file is "
                 "damaged: take an earlier checkpoint"

@@ -152,11 +152,7 @@ def hidden_from_checkpoints() -> AbstractContextManager:
     """
     if torch.compiler.is_dynamo_compiling():
         return nullcontext()
-    return torch.autograd.graph.saved_tensors_hooks(_with_version, _unless_written_to)
-
-
-def _with_version(tensor: Tensor) -> tuple[Tensor, int]:
-    return tensor, tensor._version
+    return torch.autograd.graph.saved_tensors_hooks(lambda tensor: (tensor, tensor._version), _unless_written_to)
 
 
 def _unless_written_to(saved: tuple[Tensor, int]) -> Tensor:

@@ -143,20 +143,13 @@ class Contraction:
     def contract(self, kept: Kept | None = None) -> dict[Pair, Factors]:
         """The factors of all active pairs, from ``kept`` where it has them."""
         groups = self._groups()
-        if kept is not None or calls.is_recorded():
-            groups = [(group, columns) for group, columns in groups if not group.is_sharded]
-        else:
-            return Joint([group for group, _ in groups], [columns for _, columns in groups]).contract(self.recordings)
+        if kept is None and not calls.is_recorded():
+            return Joint(groups).contract(self.recordings)
         found: dict[Pair, Factors] = {}
         for group, columns in groups:
-            dtype = group.dtype()
-            if kept is None:
-                factors: Sequence[Factors] = group.contract(columns, dtype)
-            else:
-                tensors = [tensor for column in columns for tensor in column]
-                contract = partial(group.contract, columns, dtype)
-                factors = kept.get(group.pairs, dtype, tensors, group.scales(), contract)
-            found.update(zip(group.pairs, factors, strict=True))
+            if not group.is_sharded:
+                factors = group.contract(columns) if kept is None else kept.get(group, columns)
+                found.update(zip(group.pairs, factors, strict=True))
         return found
 
     def _groups(self) -> list[tuple[Group, list[list[Tensor]]]]:

@@ -123,12 +123,11 @@ class Group:
         """The columns as they are now. Raises KeyError where an adapter is gone."""
         return [look_up(column) for column in self.columns]
 
-    def contract(self, columns: Sequence[Sequence[Tensor]], dtype: torch.dtype) -> list[Factors]:
+    def contract(self, columns: Sequence[Sequence[Tensor]]) -> list[Factors]:
         """The factors of each pair, in its order."""
-        kind = self.kind
-        stacks = kind.stack(columns)
-        factors = kind.contract_stacks(self.pairs, stacks, self.scale_of(stacks[0]), dtype)
-        return kind.unstack(factors, len(self.pairs))
+        stacks = self.kind.stack(columns)
+        factors = self.kind.contract_stacks(self.pairs, stacks, self.scale_of(stacks[0]), self.dtype())
+        return self.kind.unstack(factors, len(self.pairs))
 
     @property
     def kind(self) -> type[JointLayer]:
@@ -160,14 +159,14 @@ class Group:
 class Joint:
     """What one call contracts: a function from the stacked parameters of some groups to their stacked factors."""
 
-    def __init__(self, groups: Sequence[Group], columns: Sequence[Sequence[Sequence[Tensor]]]) -> None:
-        self.groups = tuple(groups)
-        gathered = iter(whole_stacks([c for g, own in zip(groups, columns, strict=True) if g.is_sharded for c in own]))
+    def __init__(self, groups: Sequence[tuple[Group, Sequence[Sequence[Tensor]]]]) -> None:
+        self.groups = tuple(group for group, _ in groups)
+        gathered = iter(whole_stacks([column for group, columns in groups if group.is_sharded for column in columns]))
         self.stacks = [
-            list(islice(gathered, len(own))) if group.is_sharded else group.kind.stack(own)
-            for group, own in zip(groups, columns, strict=True)
+            list(islice(gathered, len(columns))) if group.is_sharded else group.kind.stack(columns)
+            for group, columns in groups
         ]
-        self.settings = [(g.scale_of(own[0]), g.dtype()) for g, own in zip(groups, self.stacks, strict=True)]
+        self.settings = [(g.scale_of(own[0]), g.dtype()) for g, own in zip(self.groups, self.stacks, strict=True)]
         self.counts = [len(own) for own in self.stacks]
         self.sizes: list[int] = []  # how many factors each group has
 

@@ -1,6 +1,6 @@
 """Factors that are kept from call to call, while nobody may write to the cores."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,15 +9,14 @@ from torch import Tensor
 
 from loretta.errors import InputError
 from loretta.tuners.calls import Factors, Pair
-
-_Stamp = tuple[Any, ...]
+from loretta.tuners.joint import Group
 
 
 @dataclass(frozen=True, slots=True)
 class _Entry:
     pairs: tuple[Pair, ...]
     tensors: Sequence[Tensor]  # kept alive, so that no other tensor gets their id or their memory
-    stamp: _Stamp
+    stamp: tuple[Any, ...]
     copies: Sequence[Tensor]
     factors: Sequence[Factors]
 
@@ -33,26 +32,20 @@ class Kept:
         self.refuses_writes = refuses_writes
         self._entries: dict[tuple[tuple[Pair, ...], torch.dtype], _Entry] = {}
 
-    def get(
-        self,
-        pairs: tuple[Pair, ...],
-        dtype: torch.dtype,
-        tensors: Sequence[Tensor],
-        scales: tuple[float, ...],
-        contract: Callable[[], Sequence[Factors]],
-    ) -> Sequence[Factors]:
-        """The factors of ``pairs``: those that are kept for the same ``tensors``, or else those of ``contract``.
+    def get(self, group: Group, columns: Sequence[Sequence[Tensor]]) -> Sequence[Factors]:
+        """The factors of a group's pairs with the parameters ``columns``: those that are kept, or new ones.
 
         Raises InputError where torch has counted a write and writes are refused.
         """
+        pairs, dtype, tensors = group.pairs, group.dtype(), [tensor for column in columns for tensor in column]
         entry = self._entries.get((pairs, dtype))
-        stamp = (*scales, *((id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors))
+        stamp = (*group.scales(), *((id(t), t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors))
         if entry is not None:
             if entry.stamp == stamp:
                 return entry.factors
             if self.refuses_writes:
                 raise InputError(_written_to(pairs))
-        factors = contract()
+        factors = group.contract(columns)
         copies = [tensor.detach().clone() for tensor in tensors] if self.refuses_writes else []
         self._entries[pairs, dtype] = _Entry(pairs, tensors, stamp, copies, factors)
         return factors

@@ -103,10 +103,9 @@ class LorettaLayer(JointLayer, AdaptedModule):
 
         A layer that is called on its own, or whose cores are sharded or on another device, contracts them itself.
         """
-        if (pairs := self.n_pairs[adapter_name]) == 1:
-            return [find_factors(self, adapter_name, 0) or self._contract_alone(adapter_name, 0)]
         return [
-            find_factors(self, adapter_name, pair) or self._contract_alone(adapter_name, pair) for pair in range(pairs)
+            find_factors(self, adapter_name, pair) or self._contract_alone(adapter_name, pair)
+            for pair in range(self.n_pairs[adapter_name])
         ]
 
     def _contract_alone(self, adapter_name: str, pair: int) -> Factors:

@@ -7,7 +7,7 @@ end :meth:`RankedTrains.shrink` leaves an ordinary adapter with the final ranks 
 
 import heapq
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import cast
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from loretta import tt
 from loretta.errors import InputError
 from loretta.layers.trains import Cores
+from loretta.tuners.adapted import is_finite
 from loretta.tuners.contraction import note_change
 from loretta.tuners.placement import Placement, plan_trains, planner, rank_for
 from loretta.tuners.rep import LorettaRepConfig, RepLinear
@@ -86,9 +87,8 @@ class RankedTrains:
         found = {}
         for name, layer in self.layers.items():
             scale, factors = layer.scaling[self.adapter_name] ** 2, layer.factors(self.adapter_name)
-            lost = (
-                tt.discarded_mass(*factors, self.shapes[name]) if _finite(factors) else [0.0] * len(self.shapes[name])
-            )
+            shapes = self.shapes[name]
+            lost = tt.discarded_mass(*factors, shapes) if all(map(is_finite, factors)) else [0.0] * len(shapes)
             found[name] = [scale * mass for mass in lost]
         return found
 
@@ -101,7 +101,7 @@ class RankedTrains:
                 continue
             pair, shapes = self._trains(self.layers[name]), self.shapes[name][rank - 1]
             a_IR, b_RO = self.layers[name].factors(self.adapter_name)
-            if _finite((a_IR, b_RO)) and tt.product_norm(a_IR, b_RO) > 0:
+            if is_finite(a_IR) and is_finite(b_RO) and tt.product_norm(a_IR, b_RO) > 0:
                 cores = tt.fit_product(a_IR, b_RO, *shapes)
             else:  # before its first step, or where no gradient came: any part is as good, and of what is not finite
                 cores = _leading(pair[0], shapes[0]), _leading(pair[1], shapes[1])
@@ -188,10 +188,6 @@ def allot(masses: Mapping[str, Sequence[float]], sizes: Mapping[str, Sequence[in
 def _leading(cores: Cores, shape: tt.TTShape) -> list[Tensor]:
     """The first entries of each rank: the whole train where the rest is zero."""
     return [core[:left, :, :right] for core, (left, _, right) in zip(cores, shape.cores, strict=True)]
-
-
-def _finite(tensors: Iterable[Tensor]) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def _exactly(name: str) -> str:
