@@ -47,14 +47,14 @@ def is_first() -> bool:
     return rank() == 0
 
 
-def leave_it_to_the_first(seconds: float = 10) -> None:
+def leave_it_to_the_first() -> None:
     """Wait for the launcher to end this process, where it fails; return in the first one, and where no other failed.
 
     All processes mostly fail alike. The launcher ends the others as soon as one is gone, which has to be the one that
     speaks.
     """
     if not is_first():
-        time.sleep(seconds)
+        time.sleep(10)
 
 
 def is_sharded() -> bool:

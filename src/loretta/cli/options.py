@@ -37,7 +37,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what an ea
 
 
 def run_options(
-    *, but: Collection[str] = (), beside: Callable[..., None] | None = None, defaults: bool = True
+    *, but: Collection[str], beside: Callable[..., None] | None = None, defaults: bool = True
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Replace the ``**given`` of a verb by an option for each field of RunConfig except ``but``.
 

@@ -56,7 +56,7 @@ def trl(
 
     script = importlib.import_module(f"trl.scripts.{command}")
     (script_args, training_args, model_args, dataset_args), method, of_method = _parsed(command, script, options or [])
-    _check_options(command, method, of_method, script_args, training_args, model_args)
+    _check_options(command, method, of_method, training_args, model_args)
     _check_data(command, script_args, training_args, model_args, dataset_args)
     set_seed(training_args.seed)  # a new adapter is random
     # TRL's trainers take a model that is ready where their scripts hand on the name of one
@@ -154,9 +154,7 @@ def _of_the_user(frames: traceback.StackSummary) -> traceback.StackSummary:
     return traceback.StackSummary.from_list(frames[first:])
 
 
-def _check_options(
-    command: str, method: str, options: dict[str, Any], script_args: Any, training_args: Any, model_args: Any
-) -> None:
+def _check_options(command: str, method: str, options: dict[str, Any], training_args: Any, model_args: Any) -> None:
     """Refuse what TRL's trainers would not do with a method, or would do to other ends than asked for."""
     from peft import PrefixTuningConfig
 

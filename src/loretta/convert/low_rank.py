@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from loretta.convert.load import WEIGHTS, SavedAdapter, base_name, is_trained_whole, readable_weights
 from loretta.errors import InputError
 from loretta.layers.fit import Update
+from loretta.tuners.adapted import is_finite
 from loretta.tuners.adapter_file import PREFIX, check_finite
 from loretta.wording import quoted
 
@@ -58,7 +59,7 @@ def read_updates(saved: SavedAdapter) -> Updates:
     if not by_module:
         raise InputError(f"the adapter in '{saved.folder}' changes no linear layer: there is nothing to compress")
     for name, factors in by_module.items():
-        if not all(bool(torch.isfinite(factor).all()) for factor in factors):
+        if not all(map(is_finite, factors)):
             raise InputError(f"the update of '{name}' in '{saved.folder}' holds values that are not finite")
     check_finite(tensors.items(), f"'{saved.folder / WEIGHTS}'")
     # VeRA's projections lie outside the base model: all modules share them, and nobody trains them

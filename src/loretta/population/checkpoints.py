@@ -20,7 +20,7 @@ from torch import Tensor
 from loretta.errors import InputError
 from loretta.folders import set_aside, stopping_if_not_written, temporary_folder
 from loretta.owned import find_foreign, forget, publish
-from loretta.population.loop import Loop, Member
+from loretta.population.loop import Loop
 from loretta.training.checkpoints import GO_ON
 from loretta.training.folder import CHECKPOINTS
 
@@ -47,11 +47,12 @@ class Checkpoints:
 
 def has_checkpoint(folder: Path) -> bool:
     """Whether the run in a folder goes on as a member of a population."""
-    return any((folder / CHECKPOINTS).glob("population-*.safetensors"))
+    return bool(_files(folder))
 
 
-def _files(member: Member) -> dict[int, Path]:
-    found = (member.config.folder / CHECKPOINTS).glob("population-*.safetensors")
+def _files(folder: Path) -> dict[int, Path]:
+    """The checkpoints in the folder of a run by their steps, the last one last."""
+    found = (folder / CHECKPOINTS).glob("population-*.safetensors")
     return dict(sorted((int(file.stem.rpartition("-")[2]), file) for file in found))
 
 
@@ -83,7 +84,7 @@ def save(loop: Loop) -> None:
 
     for_all(write, range(len(loop.members)))
     for member in loop.members:
-        for file in list(_files(member).values())[:-KEPT]:
+        for file in list(_files(member.config.folder).values())[:-KEPT]:
             forget(file)
 
 
@@ -106,9 +107,9 @@ def restore(loop: Loop) -> None:
 
     Files that somebody has changed are set aside under another name.
     """
-    common = set.intersection(*(set(_files(member)) for member in loop.members))
-    for step in sorted(common, reverse=True):
-        files = [_files(member)[step] for member in loop.members]
+    found = [_files(member.config.folder) for member in loop.members]
+    for step in sorted(set.intersection(*map(set, found)), reverse=True):
+        files = [of_member[step] for of_member in found]
         damaged = [file for file in files if find_foreign(file)]
         if not damaged:
             _load(loop, files)
@@ -146,7 +147,7 @@ def _load(loop: Loop, files: Sequence[Path]) -> None:
 
 def remove_files(folder: Path) -> None:
     """Forget the checkpoints in the folder of a run."""
-    for file in (folder / CHECKPOINTS).glob("population-*.safetensors"):
+    for file in _files(folder).values():
         forget(file)
     with suppress(OSError):  # it has other files in it, or was never made
         (folder / CHECKPOINTS).rmdir()

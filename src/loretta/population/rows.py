@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from loretta.layers.fused import HALF
 from loretta.tasks.prompted.encoding import IGNORED
+from loretta.training.batches import bucket
 
 
 class Rows:
@@ -118,8 +119,7 @@ def near(length: int) -> int:
 
     Above 16 tokens it is at most 12.5% more than ``length``.
     """
-    step = max(2, 1 << max(0, (length - 1).bit_length() - 4))
-    return -(-length // step) * step
+    return bucket(length, least=2, per_octave=8)
 
 
 def row_losses(logits: Tensor, labels: Tensor, kind: str) -> tuple[Tensor, Tensor]:

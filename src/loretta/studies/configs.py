@@ -186,7 +186,7 @@ def total_steps(raw: Mapping[str, Any]) -> int | None:
 
 @cache
 def file_rows(
-    data: str, options: tuple[tuple[str, str | None], ...], model: str, max_length: int, limit: int | None = None
+    data: str, options: tuple[tuple[str, str | None], ...], model: str, max_length: int, limit: int | None
 ) -> int | None:
     """Training rows (or blocks of tokens) of a user's file; None for plain text where there is no tokenizer.
 

@@ -162,9 +162,27 @@ class _RowOnModel:
             for order in itertools.permutations(tasks) if self.options.orders else [tasks]:
                 yield from self._sequence(order)
         else:
-            candidates = _candidates(self.study, self.options, self.row)
+            candidates = self.candidates()
             for task in tasks:
                 yield from self._swept(task, candidates)
+
+    def candidates(self) -> list[dict[str, Any]]:
+        """The settings that a sweep tries; a single empty one when there is nothing to choose."""
+        options, tries = self.options, tried_by(self.options, self.row)
+        grid = self.study.grids.get(full_name(self.row.method))
+        rates = options.rates or (grid.learning_rate if grid and (options.sweep or options.batches) else ())
+        axes: dict[str, Sequence[Any]] = {}
+        if rates and "learning_rate" not in options.sets:
+            axes["learning_rate"] = tuple(dict.fromkeys(rates))
+        if options.batches and grid and grid.batch_size and "batch_size" not in options.sets:
+            axes["batch_size"] = grid.batch_size
+        axes |= tries
+        found: list[dict[str, Any]] = []
+        for values in itertools.product(*axes.values()):
+            chosen = dict(zip(axes, values, strict=True))
+            of_method = {key.partition(".")[2]: chosen.pop(key) for key in axes if "." in key}
+            found.append(chosen | ({"method_args": of_method} if of_method else {}))
+        return found
 
     def _swept(self, task: str, candidates: Sequence[dict[str, Any]], order: tuple[str, ...] = ()) -> Iterator[Planned]:
         """The candidates with the first seed, then the chosen one with the other seeds."""
@@ -213,7 +231,7 @@ class _RowOnModel:
 
     def _sequence(self, order: tuple[str, ...]) -> Iterator[Planned]:
         """One task after the other, each from the adapter of the one before. The first task's sweep serves them all."""
-        candidates = _candidates(self.study, self.options, self.row)
+        candidates = self.candidates()
         first = list(self._swept(order[0], candidates, order))
         yield from first
         for run in first:
@@ -264,27 +282,6 @@ class _RowOnModel:
             evaluate=order,
             order=order,
         )
-
-
-def _candidates(study: Study, options: Options, row: Row) -> list[dict[str, Any]]:
-    """The settings that a sweep tries for a row; a single empty one when there is nothing to choose."""
-    tries = tried_by(options, row)
-    if not (options.sweep or options.rates or options.batches or tries):
-        return [{}]
-    grid = study.grids.get(full_name(row.method))
-    rates = options.rates or (grid.learning_rate if grid and (options.sweep or options.batches) else ())
-    axes: dict[str, Sequence[Any]] = {}
-    if rates and "learning_rate" not in options.sets:
-        axes["learning_rate"] = tuple(dict.fromkeys(rates))
-    if options.batches and grid and grid.batch_size and "batch_size" not in options.sets:
-        axes["batch_size"] = grid.batch_size
-    axes |= tries
-    found: list[dict[str, Any]] = []
-    for values in itertools.product(*axes.values()):
-        chosen = dict(zip(axes, values, strict=True))
-        of_method = {key.partition(".")[2]: chosen.pop(key) for key in axes if "." in key}
-        found.append(chosen | ({"method_args": of_method} if of_method else {}))
-    return found
 
 
 def choose(root: Path, candidates: Sequence[Planned], *, metric: str | None = None) -> int | None:

@@ -55,10 +55,6 @@ class Row:
     label: Any = None
 
 
-def _texts_of(row: Row) -> tuple[str, ...]:
-    return row.texts
-
-
 def _dataset(rows: Sequence[Row]) -> "datasets.Dataset":
     from datasets import Dataset
 
@@ -121,7 +117,7 @@ def load_table(
         path,
         rows,
         read,
-        key=_texts_of,
+        key=lambda row: row.texts,
         label=(lambda row: row.label) if scheme.classes else None,
         share=TABLE_SHARE,
         **files,
@@ -211,7 +207,7 @@ def load_text(path: Source, *, text: str | None = None, **files: Unpack[OtherFil
         path,
         _documents(path, text),
         lambda other: _documents(other, text),
-        key=_texts_of,
+        key=lambda row: row.texts,
         share=TEXT_SHARE,
         **files,
         called="documents",

@@ -25,18 +25,13 @@ def tags_of(columns: Sequence[str]) -> str | None:
 
 
 def load_tokens(
-    path: Source,
-    *,
-    tokens: str | None = None,
-    tags: str | None = None,
-    known: Known | None = None,
-    **files: Unpack[OtherFiles],
+    path: Source, *, tokens: str | None, tags: str | None, known: Known | None, **files: Unpack[OtherFiles]
 ) -> Task:
     """Rows of a list of tokens and a list of as many tags, from JSON Lines or Parquet.
 
     The columns are "tokens" and "tags" or "ner_tags" where they are not given. The tags are ``known`` ones, or those of
-    the file. Tags as B-PER, I-PER and O are scored by
-    entity, others by token. Without a validation file 10% of the rows are held out by ``seed``.
+    the file. Tags as B-PER, I-PER and O are scored by entity, others by token. Without a validation file 10% of the
+    rows are held out by ``seed``.
 
     Raises InputError: a file or column that cannot be read, lists that do not match, a tag that the training file
     lacks, or too few rows to split.

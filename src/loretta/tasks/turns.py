@@ -7,7 +7,7 @@ from typing import Any, Unpack
 from loretta.errors import InputError
 from loretta.tasks.base import Kind, Task
 from loretta.tasks.read import require
-from loretta.tasks.sources import Source, column_names, place, read_columns
+from loretta.tasks.sources import Source, column_names, read_columns, wrong_cell
 from loretta.tasks.split import OtherFiles, split_rows, text_key
 from loretta.wording import listed, quoted
 
@@ -71,7 +71,7 @@ def load_turns(path: Source, *, kind: Kind | None = None, **files: Unpack[OtherF
     )
 
 
-def read_turns(path: Source, kind: Kind | None = None) -> list[Row]:
+def read_turns(path: Source, kind: Kind | None) -> list[Row]:
     """The rows of a file: "messages", or "prompt" with "completion" or with "chosen" and "rejected".
 
     Prompts and answers are text, or lists of messages. Raises InputError as :func:`load_turns` does.
@@ -84,7 +84,7 @@ def read_turns(path: Source, kind: Kind | None = None) -> list[Row]:
     columns = read_columns(path, (*names, *also))
     rows = []
     for at, cells in enumerate(zip(*columns.values(), strict=True)):
-        row = READERS[names](Cells(*place(path, at), dict(zip(columns, cells, strict=True))))
+        row = READERS[names](Cells(path, at, dict(zip(columns, cells, strict=True))))
         if kind == "chat" and "completion" in row and isinstance(row["prompt"], str):
             row = {"messages": [turn("user", row["prompt"]), turn("assistant", row["completion"])]}
         rows.append(row)
@@ -104,13 +104,13 @@ def turn(role: str, content: str) -> Message:
 
 
 class Cells:
-    """One row of a file. A bad cell is refused with its row and column."""
+    """One row of a file, ``at`` counts from 0. A bad cell is refused with its row and column."""
 
-    def __init__(self, path: object, number: int, values: Mapping[str, Any]) -> None:
-        self.path, self.number, self.values = path, number, values
+    def __init__(self, source: Source, at: int, values: Mapping[str, Any]) -> None:
+        self.source, self.at, self.values = source, at, values
 
     def wrong(self, column: str, what: str) -> InputError:
-        return InputError(f"row {self.number} of '{self.path}', column {quoted(column)}: {what}")
+        return wrong_cell(self.source, self.at, column, what)
 
     def text(self, column: str) -> str:
         """A cell with text in it."""
@@ -217,7 +217,7 @@ def asked_of(columns: Mapping[str, list[Any]], file: Path, *, column: str) -> li
     ``column`` is read where the file has the columns of none of these forms.
     """
     rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
-    return [_asked(Cells(file, number, row), column) for number, row in enumerate(rows, start=1)]
+    return [_asked(Cells(file, at, row), column) for at, row in enumerate(rows)]
 
 
 def _asked(row: Cells, column: str) -> Any:
@@ -232,8 +232,8 @@ def _asked(row: Cells, column: str) -> Any:
     if "prompt" in row.values:
         return row.text("prompt") if isinstance(row.values["prompt"], str) else row.messages("prompt")
     if "instruction" in row.values:
-        return _alpaca(Cells(row.path, row.number, {**row.values, "output": "-"}))["messages"][:-1]
-    require(row.path, (column,), tuple(row.values))
+        return _alpaca(Cells(row.source, row.at, {**row.values, "output": "-"}))["messages"][:-1]
+    require(row.source, (column,), tuple(row.values))
     return row.text(column)
 
 

@@ -17,12 +17,13 @@ Shapes = tuple[tuple[str, torch.Size, torch.dtype], ...]
 FILLS = {"attention_mask": 0, "token_type_ids": 0, "position_ids": 0, "special_tokens_mask": 1, "labels": IGNORED}
 
 
-def bucket(length: int) -> int:
+def bucket(length: int, *, least: int = 8, per_octave: int = 4) -> int:
     """The length to which a batch of ``length`` tokens is padded: 8, 16, ..., 64, then four lengths an octave.
 
-    ``length`` or at most 25 % more above 32 tokens, and 28 different lengths up to 2048.
+    ``length`` or at most 25 % more above 32 tokens, and 28 different lengths up to 2048. ``least`` is the shortest
+    length, ``per_octave`` a power of 2.
     """
-    step = max(8, 1 << max(0, (length - 1).bit_length() - 3))
+    step = max(least, 1 << max(0, (length - 1).bit_length() - per_octave.bit_length()))
     return -(-length // step) * step
 
 

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import ExportableState
 
 from loretta import processes
 from loretta.errors import Stopped
+from loretta.training.sharded import part_here
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ class FiniteSteps(TrainerCallback, ExportableState):
         if self.policy != "skip":
             return
         trained = [parameter for parameter in self.trainer.model.parameters() if parameter.grad is not None]
-        finite = [_part(parameter.grad).isfinite().all() for parameter in trained]
+        finite = [part_here(parameter.grad).isfinite().all() for parameter in trained]
         losses = self.trainer._tr_loss
         if not finite or not processes.in_any(not bool(torch.stack([*finite, losses.isfinite().all()]).all())):
             return
@@ -105,7 +105,7 @@ class FiniteSteps(TrainerCallback, ExportableState):
     def check_weights(self) -> None:
         """Stop where a trained parameter, or a loss since the last log, is not finite: what is saved now is lost."""
         trained = [parameter for parameter in self.trainer.model.parameters() if parameter.requires_grad]
-        finite = torch.stack([_part(parameter).isfinite().all() for parameter in trained]).all()
+        finite = torch.stack([part_here(parameter).isfinite().all() for parameter in trained]).all()
         if processes.in_any(not bool(finite & (self.trainer._tr_loss.isfinite() | (self.policy == "skip")))):
             self.stop(self._first_step(self.trainer.state.global_step))
 
@@ -172,10 +172,5 @@ def first_not_finite(trainer: Any) -> str | None:
     finally:
         for handle in handles:
             handle.remove()
-    found += [name for name, p in trainer.model.named_parameters() if not bool(_part(p).isfinite().all())]
+    found += [name for name, p in trainer.model.named_parameters() if not bool(part_here(p).isfinite().all())]
     return next((names[0] for names in processes.gather(found[:1]) if names), None)
-
-
-def _part(tensor: Tensor) -> Tensor:
-    """The part of a tensor that this process holds: all of it, unless FSDP shards it."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -21,7 +21,7 @@ _PACKAGES = {name: "torchao" if name in ("torchao-int8", "fp8") else "bitsandbyt
 _WHOLE = (*HEADS, "pre_classifier", *(name.partition(".")[0] for name in HIDDEN_LAYERS))
 
 
-def quantized_loading(name: str, *, task_type: str, dtype: str = "float32", cpu: bool = False) -> dict[str, Any]:
+def quantized_loading(name: str, *, task_type: str, dtype: str, cpu: bool) -> dict[str, Any]:
     """Options for ``from_pretrained`` with which it quantises the linear layers of a base while loading it.
 
     The base lands on the accelerator where there is one, unless ``cpu``: many quantised weights cannot be moved later.

@@ -25,24 +25,6 @@ def score_logits(task: Task, logits: np.ndarray, labels: Sequence[Any] | np.ndar
     return metrics.compute(task.metrics, predicted, labels)
 
 
-def prediction_rows(
-    logits: torch.Tensor, label_names: Sequence[str], *, all_of_them: bool = False
-) -> list[dict[str, Any]]:
-    """(B, labels) logits -> a "label" and its "probability" each; without label names a "score" each.
-
-    ``all_of_them`` adds "probability_NAME" of every class.
-    """
-    if not label_names:
-        return [{"score": float(score)} for score in logits[:, 0]]
-    probabilities = logits.float().softmax(-1)
-    best = probabilities.max(-1)
-    keys = [f"probability_{name}" for name in label_names] if all_of_them else []
-    return [
-        {"label": label_names[int(k)], "probability": float(p), **dict(zip(keys, each.tolist(), strict=False))}
-        for p, k, each in zip(best.values, best.indices, probabilities, strict=True)
-    ]
-
-
 def named_values(raw: Mapping[str, float], task: Task | PromptedTask, prefix: str) -> dict[str, float]:
     """Loss and metrics out of the Trainer's prefixed names, with perplexity where the task has it."""
     values = {

@@ -94,6 +94,11 @@ def _shared_as(tensor: Tensor, model: Tensor) -> Tensor:
     return distribute_tensor(tensor.to(model.device), model.device_mesh, model.placements)
 
 
+def part_here(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this process holds: all of it, unless FSDP shards it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def _place(tensor: Tensor) -> tuple[int, torch.Size]:
     """Where the part of a tensor in this process lies."""
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).data_ptr(), tensor.shape
+    return part_here(tensor).data_ptr(), tensor.shape

@@ -40,7 +40,7 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], whose: str) -> None:
 
 
 def check_tensors(
-    model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor], own: Collection[str], *, resized: bool = False
+    model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor], own: Collection[str], *, resized: bool
 ) -> None:
     """Refuse tensors that are not finite, and those that would overwrite the base model.
 

@@ -355,7 +355,7 @@ def keep_differentiable(model: nn.Module) -> None:
             layer.state_dict()  # unpacks what an earlier evaluation has packed
 
 
-def starting_cores(down: Cores, up: Cores, init_weights: str, *, n_experts: int = 0) -> None:
+def starting_cores(down: Cores, up: Cores, init_weights: str, *, n_experts: int) -> None:
     """Assign starting values to a pair of trains; ``init_weights`` as in the config.
 
     "zero": the last core of ``up`` is zero. The others are random orthonormal maps scaled so that an input with

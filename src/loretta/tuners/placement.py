@@ -198,7 +198,7 @@ def layers_asked(config: Any) -> set[int]:
     return {given} if isinstance(given, int) else set(given or ())
 
 
-def layer_of(name: str, pattern: str | Sequence[str] | None = None) -> int | None:
+def layer_of(name: str, pattern: str | Sequence[str] | None) -> int | None:
     """The number of the layer in which a module lies, as PEFT reads it for ``layers_pattern``; None for none."""
     patterns = [pattern] if isinstance(pattern, str) else pattern
     stacks = [rf"(?:^|.*?\.){each}" for each in patterns or ()] or [r".*?\.[^.]*"]

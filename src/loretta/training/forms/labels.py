@@ -21,7 +21,7 @@ from loretta.tasks.base import Task
 from loretta.training.config import RunConfig
 from loretta.training.forms.base import Asked, Data, Form, MakeTrainer, Recipe, Row, text_columns
 from loretta.training.loaded import LoadedRun
-from loretta.training.scores import logits_alone, named_values, prediction_rows, score_logits
+from loretta.training.scores import logits_alone, named_values, score_logits
 from loretta.training.trainer import TwoRateTrainer
 
 MISTAKES = 10  # kept of each run
@@ -68,8 +68,19 @@ class Labels(Form):
         return named_values(output.metrics or {}, task, f"{split}_"), answered
 
     def rows_of(self, logits: Tensor, names: Sequence[str], *, all_of_them: bool = False) -> list[Row]:
-        """(B, labels) logits as answers; ``all_of_them`` adds the probability of every class."""
-        return prediction_rows(logits, names, all_of_them=all_of_them)
+        """(B, labels) logits -> a "label" and its "probability" each; without label names a "score" each.
+
+        ``all_of_them`` adds "probability_NAME" of every class.
+        """
+        if not names:
+            return [{"score": float(score)} for score in logits[:, 0]]
+        probabilities = logits.float().softmax(-1)
+        best = probabilities.max(-1)
+        keys = [f"probability_{name}" for name in names] if all_of_them else []
+        return [
+            {"label": names[int(k)], "probability": float(p), **dict(zip(keys, each.tolist(), strict=False))}
+            for p, k, each in zip(best.values, best.indices, probabilities, strict=True)
+        ]
 
     def golds_of(self, task: Task, split: str) -> list[Any]:
         """The right answers of a split, in words."""

@@ -10,7 +10,7 @@ from loretta.record import Answers
 from loretta.tasks import metrics
 from loretta.tasks.base import Task
 from loretta.training.forms.base import Data, Row
-from loretta.training.forms.labels import Labels, finite, only_one, shown_texts, worst
+from loretta.training.forms.labels import Labels, count_classes, finite, only_one, shown_texts, worst
 from loretta.training.trainer import TwoRateTrainer
 
 
@@ -18,10 +18,7 @@ class MultiLabel(Labels):
     """A label is answered where its probability is above one half."""
 
     def counts(self, task: Task) -> dict[str, list[int]]:
-        splits = {
-            split: data for split in ("train", "validation", "test") if (data := getattr(task, split)) is not None
-        }
-        return {split: np.array(data["label"]).sum(0).astype(int).tolist() for split, data in splits.items()}
+        return count_classes(task, lambda data: [k for row in data["label"] for k, there in enumerate(row) if there])
 
     def rows_of(self, logits: Tensor, names: Sequence[str], *, all_of_them: bool = True) -> list[Row]:
         """(B, labels) logits -> the "labels" above one half; ``all_of_them`` adds "probability_NAME" of every label."""

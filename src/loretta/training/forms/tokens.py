@@ -20,6 +20,7 @@ from loretta.tasks import metrics
 from loretta.tasks.base import Task
 from loretta.tasks.prompted.encoding import IGNORED
 from loretta.tasks.read import require
+from loretta.tasks.sources import wrong_cell
 from loretta.tasks.split import text_key
 from loretta.tasks.tokens import ENTITY_METRICS
 from loretta.training.config import RunConfig
@@ -126,9 +127,9 @@ class Tokens(Form):
     def asked(self, config: RunConfig, columns: Mapping[str, list[Any]], file: Path) -> list[list[Any]]:
         name = config.text or "tokens"
         require(file, (name,), tuple(columns))
-        for row, cell in enumerate(columns[name], start=1):
+        for at, cell in enumerate(columns[name]):
             if not cell or not (isinstance(cell, str) or all(isinstance(word, str) for word in cell)):
-                raise InputError(f"row {row} of '{file}', column {quoted(name)}: {quoted(cell)} is no list of tokens")
+                raise wrong_cell(file, at, name, f"{quoted(cell)} is no list of tokens")
         return [columns[name]]
 
     @torch.inference_mode()
