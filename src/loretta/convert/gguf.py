@@ -5,6 +5,7 @@ Axes: I input features, O output features, R rank of the update.
 
 import importlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,18 +75,22 @@ def export_gguf_lora(
         tensors |= {f"{target}.weight.lora_a": a_RI.float(), f"{target}.weight.lora_b": b_OR.float()}
     base = base_config.name_or_path
     with writing(Path(file), file=True, overwrite=overwrite, keep=[base]) as new:
-        writer = gguf.GGUFWriter(new, gguf.MODEL_ARCH_NAMES[arch])
-        writer.add_type(gguf.GGUFType.ADAPTER)
-        writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
-        writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
-        if base:
-            writer.add_base_model_count(1)
-            writer.add_base_model_name(0, Path(base).name)
-        for name, tensor in tensors.items():
-            writer.add_tensor(name, own_memory(tensor).numpy())
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+        _write(gguf, new, gguf.MODEL_ARCH_NAMES[arch], tensors, alpha=alpha, base=base)
     before = get_peft_model_state_dict(model, adapter_name=adapter_name)
     return report_of("gguf-lora", file, base, ranks, copies, torch.float32, before.values(), tensors.values())
+
+
+def _write(gguf: Any, file: Path, arch: str, tensors: Mapping[str, Tensor], *, alpha: int, base: str | None) -> None:
+    writer = gguf.GGUFWriter(file, arch)
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, float(alpha))
+    if base:
+        writer.add_base_model_count(1)
+        writer.add_base_model_name(0, Path(base).name)
+    for name, tensor in tensors.items():
+        writer.add_tensor(name, own_memory(tensor).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()

@@ -17,11 +17,10 @@ from peft.utils.other import ModulesToSaveWrapper
 from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.nn.functional import pad
 from transformers.pytorch_utils import Conv1D
 
 from loretta.convert.load import CONFIG, WEIGHTS
-from loretta.convert.rep_adapter import expert_pair, lora_pair, read_adapter, trained_norms, trained_scales
+from loretta.convert.rep_adapter import expert_pair, filled, lora_pair, read_adapter, trained_norms, trained_scales
 from loretta.convert.written import Export, own_memory, report_of, writing
 from loretta.errors import InputError
 from loretta.tuners.adapted import AdaptedModule
@@ -55,7 +54,7 @@ def export_lora(
     ranks |= {parameters[name]: layer.factors(adapter_name)[0].shape[1] for name, layer in experts.items()}
     rank = max(ranks.values())
     # PEFT's patterns are for modules: the parameters of a smaller rank are filled up with zeros
-    pairs |= {name: _filled(*pairs[name], rank) for name in linear.keys() - modules}
+    pairs |= {name: filled(*pairs[name], rank) for name in linear.keys() - modules}
     pairs |= {name: expert_pair(layer, adapter_name, rank) for name, layer in experts.items()}
     pattern = _rank_pattern({**ranks, **dict.fromkeys(parameters.values(), rank)}, rank)
     lora = LoraConfig(
@@ -151,11 +150,6 @@ def _taken_for_experts(names: Collection[str], base: nn.Module) -> set[str]:
         else:
             taken |= {ending} - set(config.target_modules or ())
     return {name for name in names if _ending(name) in taken}
-
-
-def _filled(a_RI: Tensor, b_OR: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    more = rank - a_RI.shape[0]
-    return pad(a_RI, (0, 0, 0, more)), pad(b_OR, (0, more))
 
 
 def _target_modules(adapted: Collection[str], base: nn.Module, modules_to_save: list[str]) -> set[str] | str:

@@ -105,9 +105,14 @@ def expert_pair(layer: RepExperts, adapter_name: str, rank: int) -> tuple[Tensor
     left, right = layer._operands(*layer.factors(adapter_name))  # (E, rows, R) and (E, R, columns)
     left = layer.scaling[adapter_name] * left
     a_ERI, b_EOR = (left.mT, right.mT) if getattr(base, "is_transposed", False) else (right, left)
-    more = rank - a_ERI.shape[1]
-    a_ERI, b_EOR = pad(a_ERI, (0, 0, 0, more)), pad(b_EOR, (0, more))
+    a_ERI, b_EOR = filled(a_ERI, b_EOR, rank)
     return a_ERI.flatten(0, 1), b_EOR.permute(1, 2, 0).flatten(1)
+
+
+def filled(a_RI: Tensor, b_OR: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The same update as a LoRA of a higher rank, by zeros. Dimensions in front of the last two stay in front."""
+    more = rank - a_RI.shape[-2]
+    return pad(a_RI, (0, 0, 0, more)), pad(b_OR, (0, more))
 
 
 def tied_to_embeddings(model: PeftModel, layers: Mapping[str, RepLinear]) -> str | None:

@@ -27,6 +27,7 @@ from loretta.training.data import is_prompted
 from loretta.training.methods import FULL, find_method, peft_config
 from loretta.training.model import TASK_TYPES, wrap
 from loretta.tuners.config import LorettaConfig
+from loretta.wording import grouped
 
 USE_OF_PEAK = 0.4  # the share of a large product's rate that the small products of a training step reach
 KEPT_PER_UNIT = 17  # numbers kept for the backward pass per token, layer and unit of width (34 bytes in 16 bits)
@@ -73,16 +74,11 @@ class Estimate:
 
 def estimate(root: Path, runs: Iterable[Planned]) -> tuple[list[Estimate], list[str]]:
     """Each run's size, steps, time and memory, and sentences on what these figures rest on."""
-    estimates = []
-    rates: dict[str, tuple[float, bool]] = {}
-    known = True
-    basis: dict[str, None] = {}
+    estimates, known = [], True
     runs = list(runs)
+    rates = {model: _rate(root, own) for model, own in grouped(runs, lambda run: run.model).items()}
+    basis = dict.fromkeys(words for _, _, words in rates.values())
     for run in runs:
-        if run.model not in rates:
-            rate, measured, words = _rate(root, [other for other in runs if other.model == run.model])
-            rates[run.model] = rate, measured
-            basis[words] = None
         # a run whose rate a sweep has still to choose is as long as the others of its row
         alike = (other.config for other in runs if (other.model, other.row) == (run.model, run.row))
         config = RunConfig(**(run.config or next(filter(None, alike))))
@@ -99,7 +95,7 @@ def estimate(root: Path, runs: Iterable[Planned]) -> tuple[list[Estimate], list[
                 run=run,
                 size=size,
                 steps=steps,
-                seconds=None if steps is None else steps * step_seconds(size, config, lengths, *rates[run.model]),
+                seconds=None if steps is None else steps * step_seconds(size, config, lengths, *rates[run.model][:2]),
                 memory_bytes=memory(size, config, lengths),
             )
         )

@@ -217,16 +217,14 @@ class WholeCheckpointsTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if self.is_fsdp_enabled and checkpoint is not None:
-            self._load_whole(Path(checkpoint))
-        else:
+        if not self.is_fsdp_enabled or checkpoint is None:
             super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _load_whole(self, checkpoint: Path) -> None:
+            return
         assert self.lr_scheduler is not None
-        read = lambda name: torch.load(checkpoint / name, map_location="cpu", weights_only=True)  # noqa: E731
-        load_optimizer(self.optimizer, read(OPTIMIZER_NAME))
-        self.lr_scheduler.load_state_dict(read(SCHEDULER_NAME))
+        files = (Path(checkpoint) / name for name in (OPTIMIZER_NAME, SCHEDULER_NAME))
+        optimizer, schedule = (torch.load(file, map_location="cpu", weights_only=True) for file in files)
+        load_optimizer(self.optimizer, optimizer)
+        self.lr_scheduler.load_state_dict(schedule)
 
     def _early_stopping(self) -> list[EarlyStoppingCallback]:
         return [callback for callback in self.callback_handler.callbacks if isinstance(callback, EarlyStoppingCallback)]
