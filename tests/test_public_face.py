@@ -113,6 +113,14 @@ def test_what_a_type_checker_sees_is_what_a_program_gets(package):
     assert set(package.__all__) <= set(dir(package))
 
 
+def test_the_readme_names_what_the_package_offers():
+    """But for the tuners, which PEFT makes by itself."""
+    readme = (pathlib.Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    tuners = {name for name in loretta.__all__ if name.startswith("Loretta") and name.endswith("Model")}
+    assert len(tuners) == 3
+    assert [name for name in set(loretta.__all__) - tuners if name not in readme] == []
+
+
 def test_a_name_that_does_not_exist_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'loretta' has no attribute 'LorettaRep'"):
         _ = loretta.LorettaRep

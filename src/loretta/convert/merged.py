@@ -24,7 +24,8 @@ def export_merged(
 ) -> Export:
     """Merge a rep or shared adapter into its base model, *in place*, and write the whole model in the base's dtype.
 
-    Trained norms and heads are written whole. ``tokenizer`` is saved beside the model.
+    Trained norms and heads are written whole. ``tokenizer`` is saved beside the model. Returns what was written: ranks,
+    and bytes of tensors.
 
     Raises InputError when the adapter is of another method, an adapted weight is also the input embeddings' or not
     finite, a copy of a tied module would not come back from the file, or ``folder`` is taken.

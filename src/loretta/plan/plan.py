@@ -210,6 +210,8 @@ def method_name(config: LorettaConfig) -> str:
 def plan_model(model: nn.Module, config: LorettaConfig) -> Plan:
     """Plan ``config`` on a model that is not wrapped yet; the meta device is enough. Nothing is changed.
 
+    The plan counts numbers, not bytes: what trains, what is saved, and per token FLOPs and what is kept beside LoRA's.
+
     Raises InputError when the targets match nothing or a shape does not fit.
     """
     tuner = cast(type[LorettaModel], PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)])
