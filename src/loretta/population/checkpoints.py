@@ -31,6 +31,8 @@ EVERY = 30.0  # least seconds of training between two checkpoints, of which each
 KEPT = 2
 WRITERS = 16  # threads, which mostly wait for the disk
 RANDOM, RANDOM_CUDA = "random", "random_cuda"
+# of each member's Trainer
+OF_STATE = ("global_step", "epoch", "best_metric", "best_global_step", "log_history", "stateful_callbacks")
 
 
 class Checkpoints:
@@ -65,19 +67,13 @@ def save(loop: Loop) -> None:
 
     def write(k: int) -> None:
         member = loop.members[k]
-        state = member.trainer.state
         words = {
             "logged": loop.logged,
             "seconds": loop.seconds,
             "stopped": loop.stopped[k],
             "not_finite": loop.not_finite.get(k),
-            "global_step": state.global_step,
-            "epoch": state.epoch,
-            "best_metric": state.best_metric,
-            "best_global_step": state.best_global_step,
-            "log_history": state.log_history,
-            "stateful_callbacks": state.stateful_callbacks,
             "together": len(loop.members),
+            **{name: getattr(member.trainer.state, name) for name in OF_STATE},
         }
         tensors = {name: tensor[k].detach().cpu().contiguous() for name, tensor in loop.tensors().items()}
         _write(member.config.folder / CHECKPOINTS / f"population-{loop.step}.safetensors", tensors | random, words)
@@ -132,17 +128,16 @@ def _load(loop: Loop, files: Sequence[Path]) -> None:
                 raise InputError(f"'{files[k]}' is of another adapter: remove it")
             tensor[k].copy_(tensors[name])
     # in a population of another size each member draws other numbers anyway
-    if {words.pop("together") for words, _ in read} == {len(loop.members)}:
+    if {words["together"] for words, _ in read} == {len(loop.members)}:
         torch.set_rng_state(read[0][1][RANDOM])
         if loop.device.type == "cuda" and RANDOM_CUDA in read[0][1]:
             torch.cuda.set_rng_state(read[0][1][RANDOM_CUDA], loop.device)
     for k, (member, (words, _)) in enumerate(zip(loop.members, read, strict=True)):
-        loop.logged, loop.seconds = words.pop("logged"), words.pop("seconds")
-        loop.stopped[k] = words.pop("stopped")
-        if (step := words.pop("not_finite")) is not None:
-            loop.not_finite[k] = step
-        for name, value in words.items():
-            setattr(member.trainer.state, name, value)
+        loop.logged, loop.seconds, loop.stopped[k] = words["logged"], words["seconds"], words["stopped"]
+        if words["not_finite"] is not None:
+            loop.not_finite[k] = words["not_finite"]
+        for name in OF_STATE:
+            setattr(member.trainer.state, name, words[name])
 
 
 def remove_files(folder: Path) -> None:

@@ -65,9 +65,9 @@ def _reference(config: RunConfig, model: Any) -> nn.Module | None:
 
     None stands for the model with its adapter switched off. Raises InputError where the run it started from is gone.
     """
-    if config.start_from is not None and not (Path(config.start_from) / ADAPTER).is_dir():
-        raise InputError(f"the pairs are held to the run '{config.start_from}', which is gone: put it back")
     before = None if config.start_from is None else Path(config.start_from) / ADAPTER
+    if before is not None and not before.is_dir():
+        raise InputError(f"the pairs are held to the run '{config.start_from}', which is gone: put it back")
     if not isinstance(model, PeftModel) or (before is None and trains_base(model)):
         base = load_base(
             str(before or config.model), "preference", dtype=config.dtype, quantize=config.quantize, cpu=config.cpu
