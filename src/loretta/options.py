@@ -1,4 +1,4 @@
-"""``--set key=value``: one word of the command line into a key and a value."""
+"""``--set key=value``: one word of the command line into a key and a value; and what a wrong value should have been."""
 
 import math
 import re
@@ -9,8 +9,33 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 import yaml
 
 from loretta.errors import InputError
+from loretta.wording import nearest
 
 MOST_VALUES = 1_000_000
+
+# pydantic's kinds of mistakes
+_WANTED = {
+    "string_type": "a text, in quotes",
+    **dict.fromkeys(("int_type", "int_parsing", "int_parsing_size", "int_from_float"), "a whole number"),
+    **dict.fromkeys(("float_type", "float_parsing"), "a number"),
+    **dict.fromkeys(("bool_type", "bool_parsing"), "true or false"),
+    "finite_number": "a finite number",
+    "dict_type": "keys with values",
+    "greater_than": "above {gt:,.10g}",
+    "greater_than_equal": "at least {ge:,.10g}",
+    "less_than": "below {lt:,.10g}",
+    "less_than_equal": "at most {le:,.10g}",
+    "literal_error": "{expected}",
+}
+
+
+def wanted(mistake: Mapping[str, Any]) -> str:
+    """``must be ...``, of one of the ``errors()`` of pydantic, whose own words speak of inputs and parsing."""
+    limits = mistake.get("ctx", {})
+    if (words := _WANTED.get(mistake["type"])) is None:  # of a check of our own
+        return str(mistake["msg"])
+    names = re.findall(r"'(.+?)'", limits.get("expected", ""))
+    return f"must be {words.format(**limits)}{nearest(str(mistake['input']), names) if names else ''}"
 
 
 def parse_option(word: str) -> tuple[str, Any]:

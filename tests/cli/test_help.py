@@ -108,7 +108,7 @@ def test_every_option_of_a_run_is_in_the_help_of_train(loretta):
         (["train", "--dev", "a.csv"], "--validation)"),
         (["train", "--num_train_epochs", "3"], "--epochs)"),
         (["train", "--lora_target", "q_proj"], "--set target_modules=query,value)"),
-        (["train", "--batch_size", "0", "--model", "m", "--data", "d.csv"], "batch_size=0: input should be"),
+        (["train", "--batch_size", "0", "--model", "m", "--data", "d.csv"], "batch_size=0 must be at least 1"),
         (["train", "--lora-r", "3"], "--set r=N)"),
     ],
 )
@@ -118,11 +118,30 @@ def test_a_typo_gets_the_nearest_word(arguments, guess, capsys):
     assert guess in err.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["train", "--epochs", "x"], "'x' must be a number"),
+        (["train", "--limit", "1.5"], "'1.5' must be a whole number"),
+        (["compare", "--seeds", "0"], "'0' must be at least 1"),
+        (["reproduce", "--ray-gpus", "-1"], "'-1' must be at least 0"),
+        (["predict", "run", "--top-p", "x"], "'x' must be a number"),
+        (["plan", "--num-labels", "x"], "'x' must be a whole number"),
+        (["compress", "lora", "--rank", "x"], "'x' must be a whole number"),
+    ],
+)
+def test_a_flag_with_a_wrong_number_says_what_it_must_be(arguments, words, capsys):
+    """Typer reads values by pydantic, whose words are of inputs that should be valid."""
+    status, out, err = call(capsys, *arguments)
+    assert (status, out) == (2, "")
+    assert words in err.splitlines()[-1]
+
+
 def test_options_are_checked_before_torch_is_imported(loretta):
     status, out, err = loretta("train", "--model", "m", "--epoch", "0", "--schedule", "zigzag")
     assert (status, out) == (2, "")
-    assert err.startswith("loretta: run options: data is missing: give --data; epochs=0.0: ")
-    assert "schedule='zigzag': input should be 'linear', 'cosine' or 'constant_with_warmup'" in err
+    assert err.startswith("loretta: run options: data is missing: give --data; epochs=0.0 must be above 0; ")
+    assert "schedule='zigzag' must be 'linear', 'cosine' or 'constant_with_warmup'" in err
 
 
 @pytest.mark.parametrize(

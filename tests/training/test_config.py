@@ -177,16 +177,45 @@ def test_a_word_alone_is_the_end_of_a_name(method):
 @pytest.mark.parametrize("key", ["batch_size", "eval_batch_size", "max_length", "max_steps", "epochs"])
 def test_a_number_that_overflows_is_refused(key):
     """Loaders, tokenizers and clocks raised OverflowError, some of them behind the first step."""
-    with pytest.raises(InputError, match=rf"{key}=1.*: input should be less than"):
+    with pytest.raises(InputError, match=rf"{key}=1.* must be below"):
         read_config(None, BASE, [f"{key}={10**25}"])
 
 
 @pytest.mark.parametrize("key", ["epochs", "seed", "limit", "learning_rate"])
 def test_true_is_no_number(key):
     """Pydantic takes it for 1: one row of the data, seed 1."""
-    with pytest.raises(InputError, match=f"{key}=True: input should be a number"):
+    with pytest.raises(InputError, match=f"{key}=True must be a number"):
         read_config(None, BASE, [f"{key}=true"])
     assert read_config(None, BASE, ["cpu=yes"]).cpu
+
+
+GIVEN = ["[1]", "-1", "{a: 1}", "x y", "1.5", "0", ".nan", ".inf", "null", "true"]
+
+
+def _refusal(key: str, given: str) -> str | None:
+    try:
+        read_config(None, BASE, [f"{key}={given}"])
+    except InputError as error:
+        return str(error)
+    return None
+
+
+@pytest.mark.parametrize("key", RunConfig.model_fields)
+def test_a_wrong_value_is_told_in_our_words(key):
+    """Pydantic's own speak of inputs that should be valid, and of parsing."""
+    told = [words for given in GIVEN if (words := _refusal(key, given)) is not None]
+    assert told or key in ("budget", "adaptive_ranks")  # options of the method, which reads them
+    assert all(words.startswith(f"run options: {key}=") and " must " in words for words in told)
+    assert "input" not in " ".join(told)
+
+
+@pytest.mark.parametrize(
+    "given", ["train", "train=x", "train=0", "tset=3", "train=1,train=2", "train=3,,test=4", "train=1.5", "=3", "[1]"]
+)
+def test_a_wrong_sample_is_refused_once(given):
+    with pytest.raises(InputError, match=r"^run options: sample=[^;]* must say how many .* write train=100,test=50$"):
+        read_config(None, {**BASE, "sample": given})
+    assert read_config(None, {**BASE, "sample": "train=3, test=4"}).sample == {"train": 3, "test": 4}
 
 
 @pytest.mark.parametrize("method", sorted(set(METHODS) - {"ft"}))

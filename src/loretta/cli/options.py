@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import typer
+from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from typer.core import TyperCommand
 
 from loretta import processes
 from loretta.cli.output import answer_json
 from loretta.errors import InputError, OutOfMemory, Stopped
+from loretta.options import wanted
 from loretta.training.config import ALIASES, GROUPS, RunConfig
 from loretta.wording import printable, quoted
 
@@ -230,7 +232,10 @@ class Command(TyperCommand):
         try:
             return super().parse_args(ctx, args)
         except Exception as error:
-            # by typer's version the error is of its own class or of click's
+            # by typer's version the error is of its own class or of click's, and pydantic reads the values
+            if isinstance(error.__cause__, ValidationError):
+                mistake: Any = error.__cause__.errors()[0]
+                error.message = f"{quoted(mistake['input'])} {wanted(mistake)}"  # type: ignore[attr-defined]
             ours = ELSEWHERE.get(str(getattr(error, "option_name", "")))
             known = {flag for option in self.params for flag in option.opts}
             if ours is not None and hasattr(error, "possibilities") and ours.split()[0] in known:

@@ -1,6 +1,7 @@
 """The options of one run as plain frozen data: from a YAML file, the command line, and ``--set key=value``."""
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -19,10 +20,10 @@ from pydantic_core import PydanticCustomError
 
 from loretta.errors import InputError
 from loretta.files import read_plain
-from loretta.options import parse_option, read_yaml
+from loretta.options import parse_option, read_yaml, wanted
 from loretta.tasks.base import Kind
 from loretta.tasks.read import short_name
-from loretta.wording import one_line
+from loretta.wording import one_line, quoted
 
 Quantization = Literal["nf4", "fp4", "int8", "torchao-int8", "fp8"]
 HeadPolicy = Literal["method", "full", "frozen"]
@@ -31,14 +32,16 @@ HeadPolicy = Literal["method", "full", "frozen"]
 OF_A_TABLE = ("text", "text_pair", "label", "kind", "validation", "test", "separator", "split")
 # other words for an option, wherever an option may stand
 ALIASES = {"lr": "learning_rate", "epoch": "epochs", "eval": "validation", "batch": "batch_size"}
+_SAMPLE = re.compile(r"\s*\w+=\d{1,9}\s*(,\s*\w+=\d{1,9}\s*)*", re.ASCII)
 
 
 def read_sample(given: object) -> object:
     """``train=100,test=50``, as a command line says it, as a mapping; anything else as it is."""
-    if not isinstance(given, str):
+    if not isinstance(given, str) or not _SAMPLE.fullmatch(given):
         return given
-    pairs = [word.strip().partition("=") for word in given.split(",")]
-    return {key: int(number) if number.isdecimal() else number for key, _, number in pairs}
+    pairs = [word.strip().split("=") for word in given.split(",")]
+    found = {split: int(number) for split, number in pairs}
+    return found if len(found) == len(pairs) else given
 
 
 def _kinds(hint: Any) -> Iterator[Any]:
@@ -221,10 +224,10 @@ class RunConfig(BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
     def _no_word_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         kinds = {*_kinds(cls.model_fields[str(info.field_name)].annotation)}
         if isinstance(value, bool) and kinds & {int, float}:
-            raise PydanticCustomError("number", "input should be a number")
+            raise PydanticCustomError("number", "must be a number")
         # beyond 32 bits tokenizers, loaders and clocks overflow; a seed has a bound of its own
         if isinstance(value, int) and int in kinds and value >= 1 << 31 and info.field_name != "seed":
-            raise PydanticCustomError("number", "input should be less than 2147483648")
+            raise PydanticCustomError("number", "must be below 2,147,483,648")
         return value
 
     @property
@@ -273,7 +276,7 @@ def read_config(path: Path | None, options: Mapping[str, Any], sets: Sequence[st
     try:
         return RunConfig(**raw)
     except ValidationError as error:
-        raise InputError(_all_mistakes(error)) from None
+        raise InputError(f"run options: {_all_mistakes(error, raw)}") from None
 
 
 def recorded_config(options: Mapping[str, Any], file: Path) -> RunConfig:
@@ -281,9 +284,9 @@ def recorded_config(options: Mapping[str, Any], file: Path) -> RunConfig:
     try:
         return RunConfig(**options)
     except (ValidationError, TypeError) as error:
+        reason = _all_mistakes(error, options) if isinstance(error, ValidationError) else one_line(error)
         raise InputError(
-            f"'{file}' holds options that this version does not take ({one_line(error)}): upgrade loretta, or do the "
-            "run again"
+            f"'{file}' holds options that this version does not take ({reason}): upgrade loretta, or do the run again"
         ) from None
 
 
@@ -316,7 +319,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return {str(key): value for key, value in raw.items()}
 
 
-def _all_mistakes(error: ValidationError) -> str:
+def _all_mistakes(error: ValidationError, raw: Mapping[str, Any]) -> str:
     problems = []
     for mistake in error.errors():
         key = ".".join(map(str, mistake["loc"]))
@@ -324,6 +327,11 @@ def _all_mistakes(error: ValidationError) -> str:
             problems.append(f"{key} is missing: give --{key.replace('_', '-')}")
         elif mistake["type"] == "extra_forbidden":
             problems.append(f"unknown key {key!r}: put a method's options under method_args")
+        elif mistake["loc"][0] == "sample":
+            problems.append(
+                f"sample={quoted(raw['sample'])} must say how many examples of train, validation and test: write "
+                "train=100,test=50"
+            )
         else:
-            problems.append(f"{key}={mistake['input']!r}: {mistake['msg'][:1].lower()}{mistake['msg'][1:]}")
-    return "run options: " + "; ".join(problems)
+            problems.append(f"{key}={quoted(mistake['input'])} {wanted(mistake)}")
+    return "; ".join(dict.fromkeys(problems))
