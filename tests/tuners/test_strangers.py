@@ -152,6 +152,29 @@ def test_an_adapter_that_is_not_finite_is_refused(bad, method, tmp_path):
 
 
 @every_method
+@pytest.mark.parametrize("count", [1, 5])
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_a_file_that_lacks_tensors_says_which(family, count, method, tmp_path):
+    """It was told to be of another base model."""
+    trained(get_peft_model(build(family)[0], config_for(method, task_type=natural_task(family)))).save_pretrained(
+        tmp_path
+    )
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    own = [key for key in tensors if ".loretta_" in key]
+    gone = own[:count]
+    save_file({key: tensor for key, tensor in tensors.items() if key not in gone}, path, metadata={"format": "pt"})
+    counted = "1 tensor (" if count == 1 else f"{count} tensors ("
+    with pytest.raises(InputError, match="the adapter's file lacks") as refused:
+        PeftModel.from_pretrained(build(family)[0], tmp_path)
+    assert counted in str(refused.value)
+    named = re.findall(r"'(base_model[^']+)'", str(refused.value))
+    assert len(named) == min(count, 3)
+    assert {key.replace(".default", "") for key in named} <= {*gone}
+    assert "another base" not in str(refused.value)
+
+
+@every_method
 @pytest.mark.parametrize("key", ["model.layers.0.mlp.up_proj.weight", "model.layers.0.self_attn.k_proj.weight"])
 @pytest.mark.parametrize("again", [False, True])
 def test_a_file_cannot_overwrite_the_base_model(again, key, method, tmp_path):

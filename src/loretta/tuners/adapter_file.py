@@ -1,9 +1,10 @@
 """Checks of an adapter's file: it may hold finite numbers only, under the keys of the adapter only."""
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -37,6 +38,28 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], whose: str) -> None:
                 f"{whose} holds NaN or infinity in {key[:200]!r}, so the training that wrote it failed or the file is "
                 "damaged: take an earlier checkpoint"
             )
+
+
+def check_own(config: PeftConfig, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+    """Raise InputError where an adapter's file has its ``own`` tensors in other sizes than here, or lacks some."""
+    base = config.base_model_name_or_path or "the model it was trained on"
+    for key, tensor in own.items():
+        if key in tensors and tensors[key].shape != tensor.shape:
+            raise InputError(
+                f"this adapter was trained for another base model: '{key}' needs {tuple(tensor.shape)} here and the "
+                f"file holds {tuple(tensors[key].shape)}; load it with '{base}'"
+            )
+    if lacking := [key for key in own if key not in tensors]:
+        raise InputError(
+            f"the adapter's file lacks {_some(lacking)} of the adapter's {len(own)}: it and the config beside it "
+            f"are not of one adapter, or this is not its base model, '{base}'"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    """How many names there are, and the first of them."""
+    tensors = "1 tensor" if len(names) == 1 else f"{len(names)} tensors"
+    return f"{tensors} ({', '.join(map(repr, names[:3]))}{', ...' if len(names) > 3 else ''})"
 
 
 def check_tensors(
@@ -105,7 +128,7 @@ def check_whole(model: nn.Module, adapter_name: str, loaded: Any, source: Any) -
     ]
     beyond = [key for key in sorted(loaded.unexpected_keys) if "loretta_" in key]  # others reach no train
     if lacking or beyond:
-        what = f"lacks {quoted(lacking[0])}" if lacking else f"also holds {quoted(beyond[0])}"
+        what = f"lacks {_some(lacking)}" if lacking else f"also holds {_some(beyond)}"
         raise InputError(
             f"the file of the adapter {str(source or adapter_name)!r} {what}: it and the config beside it are not of "
             "one adapter, or another method's layer lies there already, where PeftModel.from_pretrained loads it"

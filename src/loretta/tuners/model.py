@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from loretta.errors import InputError
 from loretta.tuners.adapted import AdaptedModule, base_of, settle
-from loretta.tuners.adapter_file import check_not_merged, check_tensors, names_alone, renamed
+from loretta.tuners.adapter_file import check_not_merged, check_own, check_tensors, names_alone, renamed
 from loretta.tuners.apart import check_apart
 from loretta.tuners.biases import biases_alone, biases_here, of_other_methods, without_merged
 from loretta.tuners.bypassed import check_called, under_other_names
@@ -365,15 +365,7 @@ class LorettaModel(MergingTuner):
         loaded = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         prefixes = _get_tuner_state_dict_key_prefixes(model, adapter_name=adapter_name)
         expected = _filter_state_dict_by_key_prefixes(model.state_dict(), prefixes)
-        for key, parameter in expected.items():
-            found = loaded.get(key)
-            if found is None or found.shape != parameter.shape:
-                what = "does not hold it" if found is None else f"holds {tuple(found.shape)}"
-                base = config.base_model_name_or_path or "the model it was trained on"
-                raise InputError(
-                    f"this adapter was trained for another base model: '{key}' needs {tuple(parameter.shape)} here "
-                    f"and the file {what}; load it with '{base}'"
-                )
+        check_own(config, expected, loaded)
         # PEFT's option for copies, which it does not hand on
         resized = bool(sys._getframe(1).f_locals.get("ignore_mismatched_sizes"))
         check_tensors(model, adapter_name, loaded, own=expected.keys(), resized=resized)
