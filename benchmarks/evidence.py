@@ -18,7 +18,7 @@ from missing import not_run
 from named import named_table
 from peers import PEERS
 from predictions import predicted
-from protocol import LEAKS, METRICS, at_edge, best_rate, interval, read_rows
+from protocol import LEAKS, METRICS, alike, at_edge, best_rate, interval, read_rows
 from rates import heads_table, one_rate_table, ranks_table, rates_table, shapes_table
 from retention import forgetting_rows, forgetting_table, overfitting_table, reading_table
 from runs import adaptive_table, answers_table, conditioning_tables, instruct_table, two_rates_table
@@ -50,7 +50,7 @@ DEPTH = 0.12  # below the best of them, so that those that learn little do not p
 
 def rows() -> list[Row]:
     files = sorted((*RESULTS.glob("forms_*.json"), *RESULTS.glob("peers_*.json")))
-    found = [row for row in read_rows(files) if row["model"] in MODELS]
+    found = alike([row for row in read_rows(files) if row["model"] in MODELS])
     searched = [row for row in found if row.get("part") == "rates"]
     centres = {(row["model"], row["method"]): float(best_rate(row)) for row in searched}
     peers = {method.name: method.like or method.name for method in PEERS if method.method.startswith("peft:")}

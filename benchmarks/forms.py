@@ -94,7 +94,7 @@ def heads_alike(tokens: Sequence[int], *, hidden: bool = False) -> Iterator[None
     with (
         mock.patch.object(population_training, "prepare_model", frozen),
         mock.patch.object(
-            population_training, "load_config_task", lambda config: encoded_once(data_options(config)).task
+            population_training, "load_task_to_train", lambda config: encoded_once(data_options(config)).task
         ),
         mock.patch.object(
             # a dictionary of its own: show_official puts other rows into it, and later cells of the process would be

@@ -20,10 +20,13 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 
+Row = dict[str, Any]
+
 HELD_OUT = 0.1
 BATCH = 32
 HEAD_RATE = 1e-2  # of the final layer, the same for all methods
 OFFICIAL_LENGTH = 128  # tokens of the texts that are scored at the end
+SAME = ("epochs", "batch", "length", "rows", "metric")  # of all methods on a task
 PER_RATE = ("held_out", "official", "curve", "losses", "train_loss", "wiki")  # what a row has by rate, and then by seed
 
 
@@ -112,10 +115,25 @@ def lines_of(file: Path) -> list[str]:
         return [line for line in lines if line.strip()]
 
 
-def read_rows(files: Sequence[Path]) -> list[dict[str, Any]]:
+def read_rows(files: Sequence[Path]) -> list[Row]:
     """The rows of several result files; of two rows of one cell the later one."""
     found = {cell_of(row): row for file in files if file.exists() for row in json.loads(file.read_text())}
     return list(found.values())
+
+
+def alike(found: list[Row]) -> list[Row]:
+    """The rows, where those of one part, model and task were trained and scored in the same way, but for their method.
+
+    Raises ValueError naming the first that was not: a method with more epochs would look better than it is.
+    """
+    first: dict[tuple[Any, ...], Row] = {}
+    for row in found:
+        other = first.setdefault((row.get("part"), row["model"], row["task"]), row)
+        for key in SAME:
+            if row.get(key) != other.get(key):
+                ways = f"{row.get(key)} in the rows of {row['method']}, {other.get(key)} in those of {other['method']}"
+                raise ValueError(f"{key} on {row['task']} of {row['model']}: {ways}; run one of them again")
+    return found
 
 
 def cell_of(row: Mapping[str, Any]) -> tuple[Any, ...]:

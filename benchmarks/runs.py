@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 from board import Row, Scores, markdown, paired, signed, words
 from methods import METHODS, UNTRAINED
-from protocol import METRICS
+from protocol import METRICS, alike, read_rows
 from tables import RESULTS
 
 NONE = "Not measured yet.\n"
@@ -20,9 +20,8 @@ SEEDS_OF_TWO = 3  # that both rates have
 
 def by_rate(name: str) -> dict[str, dict[str, dict[float, list[Row]]]]:
     """The runs of a file by task, method and rate, in the order of their seeds."""
-    file = RESULTS / name
     found: dict[str, dict[str, dict[float, list[Row]]]] = {}
-    for row in sorted(json.loads(file.read_text()) if file.exists() else [], key=lambda row: row["seed"]):
+    for row in sorted(alike(read_rows([RESULTS / name])), key=lambda row: row["seed"]):
         found.setdefault(row["task"], {}).setdefault(row["method"], {}).setdefault(row["rate"], []).append(row)
     return found
 

@@ -54,6 +54,17 @@ def test_a_mean_is_of_the_same_tasks_for_all():
     }
 
 
+@pytest.mark.parametrize(
+    "change", [{"epochs": 5}, {"length": 64}, {"rows": {"train": 1}}], ids=["epochs", "length", "rows"]
+)
+def test_rows_that_were_not_trained_alike_are_not_put_side_by_side(change):
+    some = [{**row, "epochs": 3, "length": 24, "rows": {"train": 2}} for row in BOARD]
+    assert protocol.alike(some) == some
+    with pytest.raises(ValueError, match=f"{next(iter(change))} on mrpc of all-MiniLM-L6-v2: .* compact, .* LoRA r=1"):
+        protocol.alike([some[4], {**some[3], **change}])
+    protocol.alike([some[4], {**some[3], **change, "part": "long"}])  # another part is compared with its own
+
+
 def test_methods_are_compared_on_the_seeds_that_all_of_them_have_each_with_itself():
     """One row has more seeds, in another order; the other task has one seed less."""
     long = {**row_of("norms", "base", 500, [0.9, 0.2, 0.7, 0.1, 0.3]), "seeds": [4, 1, 3, 0, 2]}

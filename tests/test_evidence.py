@@ -320,7 +320,7 @@ def test_what_is_planned_is_of_methods_that_are_there():
 def test_a_run_is_chosen_among_as_many_rates_as_every_other_method_has(tmp_path, monkeypatch):
     def rows(method, rate, losses):
         return [
-            {"task": "t", "method": method, "rate": rate, "seed": seed, "held_out": loss}
+            {"model": "m", "task": "t", "method": method, "rate": rate, "seed": seed, "held_out": loss}
             for seed, loss in enumerate(losses)
         ]
 
@@ -333,7 +333,7 @@ def test_a_run_is_chosen_among_as_many_rates_as_every_other_method_has(tmp_path,
     (tmp_path / "some.json").write_text(json.dumps(found + rows("IA3", 2e-2, [1, 1, 1])[2:]))
     best = {method: rate for (_, method), rate, _ in runs.runs_of("some.json", lambda row: -row["held_out"])}
     assert best == {"LoRA r=8": 7.5e-4, "IA3": 2e-2}
-    begun = {"task": "t", "method": "LoRA r=8", "rate": 1.5e-3, "seed": 3, "held_out": 0}  # at one of two rates
+    begun = {**rows("LoRA r=8", 1.5e-3, [0])[0], "seed": 3}  # at one of two rates
     (tmp_path / "some.json").write_text(json.dumps([*found, begun, *rows("IA3", 2e-2, [1, 1, 1])[2:]]))
     best = {
         method: (rate, len(some)) for (_, method), rate, some in runs.runs_of("some.json", lambda row: -row["held_out"])
@@ -343,7 +343,7 @@ def test_a_run_is_chosen_among_as_many_rates_as_every_other_method_has(tmp_path,
 
 def test_of_two_rates_the_held_out_loss_takes_one_and_not_the_score(tmp_path, monkeypatch):
     def rows(method, rate, losses, scores):
-        of = {"task": "t", "method": method, "rate": rate, "trained": len(method)}
+        of = {"model": "m", "task": "t", "method": method, "rate": rate, "trained": len(method)}
         return [
             of | {"seed": k, "held_out": x, "official": y} for k, (x, y) in enumerate(zip(losses, scores, strict=True))
         ]
