@@ -112,6 +112,17 @@ def test_matched_modules_are_those_that_are_replaced(method):
 
 
 @every_method
+@pytest.mark.parametrize("targets", ["all-linear", ["fc"], "fc"])
+def test_a_model_without_linear_layers_is_told(targets, method):
+    """The list of linear layers was empty, and nothing said why."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+    with pytest.raises(
+        InputError, match=r"no linear layers.*\(its weights are in Conv2d, BatchNorm2d\): give a method"
+    ):
+        get_peft_model(model, config_for(method, target_modules=targets))
+
+
+@every_method
 def test_nothing_matched_says_what_there_is(method):
     model, _ = build("llama")
     with pytest.raises(InputError) as error:

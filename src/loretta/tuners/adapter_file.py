@@ -13,6 +13,7 @@ from transformers import AutoConfig
 from loretta.errors import InputError
 from loretta.tuners.adapted import AdaptedModule, chain, is_finite
 from loretta.tuners.rescaled import TrainedScale
+from loretta.tuners.task_types import base_class
 from loretta.wording import quoted
 
 PREFIX = "base_model.model."  # begins the keys of the files that PeftModel writes
@@ -49,10 +50,11 @@ def check_own(config: PeftConfig, own: Mapping[str, Tensor], tensors: Mapping[st
                 f"this adapter was trained for another base model: '{key}' needs {tuple(tensor.shape)} here and the "
                 f"file holds {tuple(tensors[key].shape)}; load it with '{base}'"
             )
+    kind = base_class(config.to_dict())  # of a model without its head all names are others
     if lacking := [key for key in own if key not in tensors]:
         raise InputError(
             f"the adapter's file lacks {_some(lacking)} of the adapter's {len(own)}: it and the config beside it "
-            f"are not of one adapter, or this is not its base model, '{base}'"
+            f"are not of one adapter, or this is not its base model, '{base}'{f' as {kind}' if kind else ''}"
         )
 
 

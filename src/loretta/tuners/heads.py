@@ -241,7 +241,8 @@ class Head:
             kind = AUTO_CLASSES.get(self._config.task_type or "")
             raise InputError(
                 f"this adapter was trained for another base model, or with its head: it holds '{lacking[0]}' of one, "
-                f"which this model does not have; load it with '{self._config.base_model_name_or_path}'"
+                f"which this model does not have; load it with "
+                f"'{self._config.base_model_name_or_path or 'the model it was trained on'}'"
                 f"{f' as {kind}' if kind else ''}"
             )
         return recorded

@@ -40,6 +40,7 @@ from loretta.tuners.norms import TrainedNorm, is_norm, norms_of
 from loretta.tuners.placement import Placement, check_signature, expand_targets, matched_modules, sign, unused_options
 from loretta.tuners.rescaled import check_scales_load, put_scales, scaled_modules
 from loretta.tuners.targets import chosen_targets
+from loretta.tuners.task_types import WithoutHead
 from loretta.tuners.tokens import TokenWrapper, adopt_tokens
 from loretta.tuners.watch import Watch
 
@@ -203,6 +204,16 @@ class LorettaModel(MergingTuner):
         """As PEFT's. Where it was active, all layers go on with the same one."""
         self._settle()  # another method's tuner tells ours of none that it has deleted
         super().delete_adapter(adapter_name)
+
+    def __getattr__(self, name: str) -> Any:
+        """As PEFT's. Raises InputError where PEFT's classes for models that write ask for what only those have."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "prepare_inputs_for_generation" and "model" in self._modules:
+                kinds = [config.task_type for config in self.peft_config.values() if config.task_type]
+                raise WithoutHead.of(self.model, kinds[0] if kinds else "CAUSAL_LM") from None
+            raise
 
     @property
     def get_input_embeddings(self) -> Any:

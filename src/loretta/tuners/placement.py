@@ -24,8 +24,8 @@ from loretta.layers.trains import Cores
 from loretta.tuners.bypassed import read_only
 from loretta.tuners.config import EVEN_RANK, LorettaConfig
 from loretta.tuners.schema import check_expressions, check_size
-from loretta.tuners.task_types import HEADS
-from loretta.wording import nearest, quoted
+from loretta.tuners.task_types import HEADS, base_class
+from loretta.wording import distinct, nearest, quoted
 
 Halves = tuple[Tensor, Tensor]
 
@@ -304,6 +304,18 @@ def _nothing_matched(config: LorettaConfig, model: nn.Module) -> str:
     # the layer inside an earlier adapter's is no target of its own
     linear = [name for name, module in model.named_modules() if linear_size(module) and ".base_layer" not in name]
     linear += [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    if not linear:
+        kinds = distinct(type(module).__name__ for module in model.modules() if [*module.parameters(recurse=False)])
+        return (
+            f"the model has no linear layers, at which trains lie (its weights are in {kinds or 'no module'}): give a "
+            "method of PEFT that adapts such modules, or train them whole"
+        )
+    of_whole = {f"{getattr(model, 'base_model_prefix', '')}.{name}" for name in linear}
+    if not isinstance(wanted, str) and of_whole & {*(wanted or ())}:
+        return (
+            f"the adapter was made for a model with its head, and this {type(model).__name__} is loaded without: load "
+            f"it as {base_class(config.to_dict()) or 'the class that it had then'}"
+        )
     matched = [] if isinstance(wanted, str) else [name for name in linear if name.endswith(tuple(wanted or []))]
     within = [[whole for whole in config.modules_to_save or [] if f".{whole}." in f".{name}."] for name in matched]
     if within and all(within):

@@ -4,6 +4,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from loretta.errors import InputError
+
 # PEFT's task types, and "IMAGE_CLS", for which PEFT has none
 AUTO_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
@@ -25,6 +27,18 @@ HEADS = tuple(dict.fromkeys(name for names in FINAL_LAYERS.values() for name in 
 # The hidden layer of the head where it lies outside of these
 HIDDEN_LAYERS = ("pooler.dense", "head.dense")
 _WRAPPING = re.compile(r"^base_model\.(model\.)?")  # PEFT's, the second part for methods that replace layers
+
+
+class WithoutHead(InputError, AttributeError):
+    """A base model that gives out no words, under an adapter whose task is to write them."""
+
+    @classmethod
+    def of(cls, model: object, task_type: str) -> "WithoutHead":
+        return cls(
+            f"task_type={getattr(task_type, 'value', task_type)!r} is for a model that writes, and this "
+            f"{type(model).__name__} is loaded without its head: load it as {AUTO_CLASSES.get(task_type)}, or leave "
+            "task_type out for a model of your own"
+        )
 
 
 def base_class(config: Mapping[str, Any]) -> str | None:
