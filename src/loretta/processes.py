@@ -29,6 +29,7 @@ _FSDP2 = {
 # as ``accelerate launch --use_deepspeed`` sets them, and what each of them needs
 _ENGINES = {"ACCELERATE_USE_DEEPSPEED": "deepspeed", "ACCELERATE_USE_MEGATRON_LM": "megatron"}
 _PRECISION = "ACCELERATE_MIXED_PRECISION"  # as ``accelerate launch --mixed_precision`` sets it
+_COUNTS_OF_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 _MEETINGS = itertools.count()
 
 
@@ -66,6 +67,23 @@ def _is_asked(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() in ("true", "1")
 
 
+def refuse_uncounted() -> None:
+    """Raise InputError where a launcher was asked for several processes that would not train together.
+
+    ``accelerate launch`` starts one process on a CPU, whatever ``--num_processes`` says, and leaves the address at
+    which several would have met; those of ``mpirun`` would each train a run of its own.
+    """
+    if "WORLD_SIZE" in os.environ:
+        return
+    alone = _PRECISION in os.environ and "MASTER_ADDR" in os.environ
+    what = "accelerate launch started one process where several were asked for, as it does on a CPU" if alone else None
+    for variable in _COUNTS_OF_MPI:
+        if os.environ.get(variable, "1") != "1":
+            what = f"{variable}={os.environ[variable]} of mpirun is of processes that would each train alone"
+    if what is not None:
+        raise InputError(f"{what}: start them with torchrun --nproc-per-node N -m loretta, or one without a launcher")
+
+
 def refuse_missing_engine() -> None:
     """Raise InputError where the launcher asks for DeepSpeed or Megatron and it is not installed."""
     for variable, package in _ENGINES.items():
@@ -101,9 +119,11 @@ def load_in_each() -> None:
 def joined(*, cpu: bool = False, fsdp: bool = False) -> Iterator[None]:
     """Let the processes of a launcher talk to each other until the block ends; of one process nothing changes.
 
-    Raises InputError where ``fsdp`` is asked of one process, FSDP 1 of any, or an engine that is not installed.
+    Raises InputError where ``fsdp`` is asked of one process, FSDP 1 of any, an engine that is not installed, or several
+    processes that a launcher has not counted.
     """
     refuse_missing_engine()
+    refuse_uncounted()
     if count() == 1:
         if fsdp:
             raise InputError(

@@ -242,6 +242,22 @@ def test_an_engine_that_a_launcher_asks_for_and_is_not_installed_is_named(variab
     assert not (folder / package).exists()
 
 
+@pytest.mark.parametrize(
+    ("variables", "words"),
+    [
+        ({"ACCELERATE_MIXED_PRECISION": "no", "MASTER_ADDR": "127.0.0.1"}, "accelerate launch started one process"),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "1"}, "OMPI_COMM_WORLD_SIZE=2 of mpirun"),
+    ],
+)
+def test_processes_that_a_launcher_has_not_counted_do_not_train(variables, words, folder, monkeypatch):
+    """`accelerate launch --cpu --num_processes 2` trained as one process, and mpirun as two runs."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=f"{words}.*: start them with torchrun"):
+        train(config_of(folder, "encoder", "rep", "uncounted"))
+    assert not (folder / "uncounted").exists()
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp8"])
 def test_a_precision_of_the_launcher_is_refused(precision, folder, monkeypatch):
     """The Trainer trained in it, and the record said float32."""
