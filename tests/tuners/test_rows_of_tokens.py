@@ -345,3 +345,21 @@ def test_an_exported_lora_keeps_the_rows(family, tmp_path):
     assert json.loads((tmp_path / "lora/adapter_config.json").read_text())["trainable_token_indices"] == TOKENS
     again = PeftModel.from_pretrained(build(family, dtype=torch.float64)[0], tmp_path / "lora").eval()
     assert_near("logits", logits(again.double(), inputs), expected)
+
+
+@every_method
+@pytest.mark.parametrize("family", ["llama", "gpt2"])  # the latter's output layer has the rows too
+def test_rows_of_two_adapters_do_not_act_at_once(family, method):
+    """PEFT says so, and prints the whole module."""
+    model, inputs = with_tokens(family, method, dtype=torch.float32)
+    model.add_adapter("other", config_for(method, task_type="CAUSAL_LM", trainable_token_indices=[7]))
+    before, names = logits(model, inputs), {*trainable(model)}
+    words = (
+        r"only one of the adapters 'default', 'other' can be active at a time, for each has rows of tokens of '\S+'$"
+    )
+    with pytest.raises(InputError, match=words):
+        model.base_model.set_adapter(["default", "other"])
+    assert torch.equal(logits(model, inputs), before)
+    assert {*trainable(model)} == names
+    model.base_model.set_adapter(["default", "default"])
+    assert torch.equal(logits(model, inputs), before)

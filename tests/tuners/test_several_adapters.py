@@ -144,7 +144,8 @@ def test_one_of_three_active_adapters_is_deleted(method):
 def test_two_heads_at_once_are_refused_and_nothing_is_switched(method):
     model, inputs = pair("bert", method)
     before, names = logits(model, inputs), set(trainable(model))
-    with pytest.raises(ValueError, match="Only one adapter can be set"):
+    words = r"only one of the adapters 'default', 'other' can be active at a time, for each has a copy of '\S+'$"
+    with pytest.raises(InputError, match=words):
         model.base_model.set_adapter(["default", "other"])
     assert torch.equal(logits(model, inputs), before)
     assert set(trainable(model)) == names

@@ -8,7 +8,7 @@ from operator import attrgetter
 from typing import Any, cast
 
 import torch
-from peft.utils.other import ModulesToSaveWrapper, _set_layer_requires_grad
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, _set_layer_requires_grad
 from torch import Tensor, nn
 
 from loretta import tt
@@ -18,6 +18,7 @@ from loretta.layers.trains import TTLinear
 from loretta.tuners.layer import freeze_in_dtype, is_offloaded
 from loretta.tuners.mixed import in_turn
 from loretta.tuners.norms import call_here
+from loretta.wording import listed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +32,18 @@ class CopyPolicy:
     widened: bool = True  # of a base in half precision what trains holds float32
     rank: int = 1
     shapes: Mapping[str, Sequence[int]] = field(default_factory=dict)
+
+
+def check_one_of_each(model: nn.Module, adapter_names: Sequence[str]) -> None:
+    """Raise InputError where several adapters have their own copy of a module, or of its rows: one of them can act."""
+    for name, wrapper in model.named_modules():
+        if isinstance(wrapper, AuxiliaryTrainingWrapper):
+            held = [each for each in dict.fromkeys(adapter_names) if each in wrapper._get_available_adapters()]
+            if len(held) > 1:
+                what = "a copy" if isinstance(wrapper, ModulesToSaveWrapper) else "rows of tokens"
+                raise InputError(
+                    f"only one of the adapters {listed(held)} can be active at a time, for each has {what} of '{name}'"
+                )
 
 
 class ChangedLinear(TTLinear):

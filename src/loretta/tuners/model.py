@@ -28,7 +28,7 @@ from loretta.tuners.card import TAGS
 from loretta.tuners.changes import put_changes
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.contraction import Contraction
-from loretta.tuners.copies import AdapterCopy, check_copies_are_here, rename_copy
+from loretta.tuners.copies import AdapterCopy, check_copies_are_here, check_one_of_each, rename_copy
 from loretta.tuners.heads import agree_on_origins, copy_cost, head_names, install_head
 from loretta.tuners.in_place import take_over
 from loretta.tuners.labels import fit_final_layer, note_labels
@@ -275,15 +275,16 @@ class LorettaModel(MergingTuner):
             super()._replace_module(parent, child_name, new_module, child)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
-        """As PEFT's. Raises ValueError, before anything is switched, for unknown names and for several with a head."""
+        """As PEFT's. Raises ValueError, before anything is switched, for unknown names and several with one copy."""
         parts: list[Any] = [m for m in self.model.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
         known = dict.fromkeys([*self.peft_config, *(name for part in parts for name in part._get_available_adapters())])
-        asked = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        asked = [adapter_name] if isinstance(adapter_name, str) else list(dict.fromkeys(adapter_name))
         if unknown := [name for name in asked if name not in known]:
             raise InputError(f"cannot activate {unknown}: loaded are {', '.join(known)}")
+        check_one_of_each(self.model, asked)  # PEFT prints the whole module
         for copied in self._layers(AuxiliaryTrainingWrapper):
-            copied.check_set_adapter(adapter_name)
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
+            copied.check_set_adapter(asked)
+        super().set_adapter(adapter_name if isinstance(adapter_name, str) else asked, inference_mode=inference_mode)
         self._follow_merge()  # PEFT has unmerged the layers
 
     def rename_adapter(self, old: str, new: str) -> None:
