@@ -38,9 +38,18 @@ OFFICIAL: tuple[Pair, ...] = (
     (MINILM, "adapters b=64", "adp + norms", None),
     (MPNET, "adapters b=64", "adp + norms", None),
     (MINILM, "adapters b=64", "compact + norms", None),
+    (MPNET, "compact + k,v scales", "IA3", None),
+    (MINILM, "rep of one mode + k,v scales", "IA3", None),
+    (MINILM, "rep of one mode + k,v scales", "LoRA r=1 all linear", None),
     *((model, one, other, SEEN) for one, other in OF_SEEN for model in (MINILM, MPNET)),
 )
 HELD_OUT: tuple[Pair, ...] = (
+    (MPNET, "LoRA r=1 all linear", "full fine-tuning", None),
+    (MPNET, "compact + k,v scales", "IA3", None),
+    (MPNET, "compact + k,v scales", "compact + norms", None),
+    (MINILM, "compact + k,v scales", "compact + norms", None),
+    (SMOLLM2, "compact + k,v scales", "compact + norms", None),
+    (MINILM, "rep of one mode + k,v scales", "IA3", None),
     (MPNET, "compact v, MLP + k,v scales", "compact v, MLP", None),
     (MPNET, "rep", "LoRA r=1 v", None),
     (MPNET, "full fine-tuning", "LoRA r=8", ("cola",)),

@@ -75,11 +75,21 @@ PREDICTED: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("VB-LoRA h=90, b=192", "shared r=1", {"SmolLM2-135M-Instruct": "not above .01"}),
     ("VeRA r=256", "shared r=1", {"SmolLM2-135M-Instruct": "not above .01"}),
     ("FourierFT n=1000", "shared r=1", {"SmolLM2-135M-Instruct": "not above .01"}),
-    # the eighth round: the decoder's last layers at high rates
+    # the seventh, too: the decoder's last layers at high rates
     ("shared r=2 last 5", "LoRA r=1 last 5", {"SmolLM2-135M-Instruct": "level"}),
     ("shared r=6 q,v last 5", "LoRA r=1 last 5", {"SmolLM2-135M-Instruct": "level"}),
     ("compact last 5", "LoRA r=1 last 5", {"SmolLM2-135M-Instruct": "better"}),
     ("shared r=4 last 5", "shared r=4", {"SmolLM2-135M-Instruct": "not above .01"}),
+    # the eighth round of choosing.md
+    ("LoRA r=1 all linear", "full fine-tuning", {"all-mpnet-base-v2": "worse"}),
+    ("compact + k,v scales", "IA3", {"all-mpnet-base-v2": "level"}),
+    ("compact + k,v scales", "LoRA r=8", {"all-mpnet-base-v2": "better"}),
+    ("compact + k,v scales", "compact + norms", {"all-MiniLM-L6-v2": "better", "SmolLM2-135M-Instruct": "level"}),
+    ("compact + k,v scales", "shared r=4 + scales", {"all-MiniLM-L6-v2": "level"}),
+    ("shared r=4 + v scales", "LoRA r=1", {"all-mpnet-base-v2": "better"}),
+    ("compact + scales", "LoRA r=1 all linear", {"all-MiniLM-L6-v2": "level"}),
+    ("compact + scales", "IA3", {"all-MiniLM-L6-v2": "better"}),
+    ("rep of one mode + k,v scales", "rep of one mode + scales", {"all-MiniLM-L6-v2": "level"}),
 )
 
 

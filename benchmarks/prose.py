@@ -40,7 +40,7 @@ SO = {PAGE: (so_in_results, not_run_in_results), CHOOSING: (so_in_choosing,), RE
 # headings below which no figure is today's, by the reason
 LEFT_OUT = {
     f"The {which} round": "what was predicted before the runs, and what came of it then"
-    for which in ("second", "third", "fourth", "fifth", "sixth", "seventh")
+    for which in ("second", "third", "fourth", "fifth", "sixth", "seventh", "eighth")
 }
 # pieces of sentences whose figures no file here has, by the reason
 UNSOURCED = {

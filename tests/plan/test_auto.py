@@ -346,9 +346,9 @@ def test_a_model_whose_values_are_no_layer_of_their_own_gets_another_form():
     model = meta_model(config, "SEQ_CLS")
     with pytest.raises(InputError, match="no values"):
         values_and_mlps(model)
-    assert "values" not in auto_config(model, "44k", task_type="SEQ_CLS", train_head="frozen").why
+    assert "values" not in auto_config(model, "24k", task_type="SEQ_CLS", train_head="frozen").why
     # of the same kind and width, and the best of this size where it was measured
-    assert "on the values" in auto_config("bert-base", "44k", train_head="frozen").why
+    assert "on the values" in auto_config("bert-base", "24k", train_head="frozen").why
 
 
 def test_cross_attention_is_attention():
