@@ -124,8 +124,8 @@ def read_rows(files: Sequence[Path]) -> list[Row]:
 def alike(found: list[Row]) -> list[Row]:
     """The rows, where those of one part, model and task were trained and scored in the same way, but for their method.
 
-    Raises ValueError naming the first that was not: a method with more epochs would look better than it is. Searches for
-    a rate may have other epochs: they say where a method's own peak lies, and no score of theirs is compared.
+    Raises ValueError naming the first that was not: a method with more epochs would look better than it is. Searches
+    for a rate may have other epochs: they say where a method's own peak lies, and no score of theirs is compared.
     """
     first: dict[tuple[Any, ...], Row] = {}
     for row in found:
