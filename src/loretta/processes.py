@@ -7,6 +7,7 @@ have to come to them, in the same order.
 import importlib.util
 import itertools
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ _ENGINES = {"ACCELERATE_USE_DEEPSPEED": "deepspeed", "ACCELERATE_USE_MEGATRON_LM
 _PRECISION = "ACCELERATE_MIXED_PRECISION"  # as ``accelerate launch --mixed_precision`` sets it
 _COUNTS_OF_MPI = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 _MEETINGS = itertools.count()
+# how gloo, NCCL and the launcher's store say that nobody is there any more
+_GONE = re.compile("(closed|reset) by peer|broken pipe|remote process exited|likely closed", re.IGNORECASE)
 
 
 def count() -> int:
@@ -116,6 +119,25 @@ def load_in_each() -> None:
 
 
 @contextmanager
+def missing_others() -> Iterator[None]:
+    """Raise Stopped where another process of the run is gone, for which collectives fail in torch's words.
+
+    In all but the first process that is later, as of any error that the launcher ends them for.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if count() == 1 or not _GONE.search(str(error)):
+            raise
+        leave_it_to_the_first()
+        raise Stopped(
+            "another process of the run is gone, of which the launcher says more (signal 9: killed, often for lack of "
+            "memory): go on with the same command and --resume",
+            exit_status=70,  # EX_SOFTWARE of sysexits.h
+        ) from error
+
+
+@contextmanager
 def joined(*, cpu: bool = False, fsdp: bool = False) -> Iterator[None]:
     """Let the processes of a launcher talk to each other until the block ends; of one process nothing changes.
 
@@ -155,7 +177,8 @@ def joined(*, cpu: bool = False, fsdp: bool = False) -> Iterator[None]:
             # the launcher's store still has the addresses of an earlier run in these processes
             store = dist.PrefixStore(f"meeting {next(_MEETINGS)}", store)
             dist.init_process_group(backend, store=store, rank=own, world_size=size)
-        yield
+        with missing_others():
+            yield
         if is_ours:  # a process that failed leaves without the others
             dist.destroy_process_group()
     finally:

@@ -25,6 +25,7 @@ from training_data import sentences
 
 from loretta import InputError, processes
 from loretta.cli.main import main
+from loretta.errors import Stopped
 from loretta.owned import PARTS, find_foreign, is_whole
 from loretta.record import RunRecord
 from loretta.training.arguments import check_options
@@ -270,6 +271,41 @@ def test_a_precision_of_the_launcher_is_refused(precision, folder, monkeypatch):
 def test_a_precision_that_the_run_has_too_is_welcome(folder, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     check_options(config_of(folder, "encoder", "rep", "both", bf16=True))
+
+
+def gather_until_killed(rank: int, lost: int) -> None:
+    with processes.joined(cpu=True):
+        processes.gather(rank)
+        if rank == lost:
+            os.kill(os.getpid(), signal.SIGKILL)
+        while True:
+            processes.gather(rank)
+
+
+def lose_the_other(rank: int, port: int, lost: int) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(N), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    waits: list[float] = []
+    processes.time.sleep = waits.append
+    with pytest.raises(Stopped, match=r"another process of the run is gone.* --resume") as stopped:
+        gather_until_killed(rank, lost)
+    assert (stopped.value.exit_status, waits) == (70, [10] * rank)
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_process_whose_other_one_was_killed_ends_in_one_sentence(lost):
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    found = mp.start_processes(lose_the_other, (store.port, lost), nprocs=N, join=False, start_method="fork")
+    for process in found.processes:
+        process.join(20)
+        process.kill()
+    assert [process.exitcode for process in found.processes] == [-signal.SIGKILL if k == lost else 0 for k in range(N)]
+
+
+def test_other_errors_of_several_processes_stay_what_they_are(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RuntimeError, match="sizes differ"), processes.missing_others():
+        raise RuntimeError("sizes differ")
 
 
 def join_again_and_again(rank: int, port: int) -> None:

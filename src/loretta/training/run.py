@@ -102,7 +102,8 @@ def _train(
         say = lambda line: None  # noqa: E731
     if resume and place.goes_on:
         say(f"going on from the end of '{place.folder}': the learning rate follows the schedule of the longer run")
-    with noting_failure(place.work) if processes.is_first() else nullcontext(), helping():
+    noting = noting_failure(place.work) if processes.is_first() else nullcontext()
+    with noting, processes.missing_others(), helping():
         computed = replace(data, config=config.model_copy(update={"bf16": bf16}))
         trainer = make_trainer(computed, model, place.work)
         trainer.add_callback(stop)
