@@ -128,6 +128,7 @@ def test_columns_that_cannot_be_guessed_have_to_be_named(table, refused):
         ("a.txt", {"label": "x"}, ["--label does not fit 'a.txt'"]),
         ("a.txt", {"kind": "regression"}, ["--kind regression does not fit 'a.txt'"]),
         ("a.csv", {"kind": "language_modeling", "label": "x"}, ["--label does not fit --kind language_modeling"]),
+        ("a.csv", {"kind": "clasification"}, ["'clasification'", "did you mean 'classification'?"]),
     ],
 )
 def test_options_that_do_not_fit_the_data_are_refused(refused, data, options, pieces):

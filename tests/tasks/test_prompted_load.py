@@ -189,6 +189,10 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(why_no_hub, refused):
     refused(lambda: load_prompted("copa"), "'copa'", why_no_hub, "network", "--data-dir", "copa/train.jsonl")
 
 
+def test_an_unknown_task_is_refused_with_the_nearest_name(refused):
+    refused(lambda: load_prompted("Bool-Q"), "'Bool-Q'", "did you mean 'boolq'?", "'record'")
+
+
 def test_a_missing_file_is_named(folder, refused, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     refused(lambda: load_prompted("cb", data_dir=elsewhere), f"'{elsewhere}/cb/train.jsonl.gz'", "give a --data-dir")
@@ -227,6 +231,11 @@ def test_too_few_rows_are_refused(folder, refused, train, validation):
 def test_rows_with_one_text_are_refused(folder, refused):
     data_dir = folder("cb", [ROWS["cb"]] * 5)
     refused(lambda: load_prompted("cb", data_dir=data_dir), "too few different texts", "add rows with different texts")
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_a_sample_of_nothing_is_refused(refused, split):
+    refused(lambda: Sample(**{split: 0}), f"1 {split} example", "got 0")
 
 
 @pytest.mark.skipif(not Path(DATA_DIR).is_dir(), reason=f"no data at LORETTA_DATA_DIR={DATA_DIR}")

@@ -164,3 +164,8 @@ def test_scores_have_the_keys_of_the_metrics():
     for name, spec in PROMPTED.items():
         prediction = 0 if spec.kind == "choice" else "x"
         assert tuple(task(name).score([prediction], [gold])) == spec.metrics
+
+
+@pytest.mark.parametrize(("predictions", "n"), [([], 0), ([0], 2)])
+def test_predictions_that_are_not_as_many_as_the_examples_are_refused(refused, predictions, n):
+    refused(lambda: task("boolq").score(predictions, choices(*[0] * n)), f"{len(predictions)} predictions", f"{n} ex")

@@ -88,6 +88,10 @@ def test_a_hub_that_cannot_be_reached_is_one_sentence(why_no_hub, refused):
     refused(lambda: glue.load("rte"), "'rte'", why_no_hub, "network", "--data-dir", "rte/train.jsonl.gz")
 
 
+def test_an_unknown_task_is_refused_with_the_nearest_name(refused):
+    refused(lambda: glue.load("SST-2"), "'SST-2'", "did you mean 'sst2'?", "'mnli'")
+
+
 def test_a_missing_folder_or_file_is_named(folder, refused):
     elsewhere = folder / "elsewhere"
     refused(lambda: glue.load("rte", data_dir=elsewhere), f"'{elsewhere}/rte/train.jsonl.gz'", "give a --data-dir with")

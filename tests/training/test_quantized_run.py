@@ -79,6 +79,8 @@ def test_a_missing_package_is_named_with_its_mend(bert, quantize, monkeypatch):
 def test_an_unknown_form_is_refused_with_those_that_exist(bert, reviews, tmp_path):
     with pytest.raises(InputError, match=r"quantize='int4' must be 'nf4', 'fp4', 'int8', 'torchao-int8' or 'fp8'"):
         config(bert, reviews, tmp_path, quantize="int4")
+    with pytest.raises(InputError, match="quantize='int4' is none of nf4, fp4, int8, torchao-int8, fp8"):
+        load_base(bert, "classification", quantize="int4")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="needs torchao")

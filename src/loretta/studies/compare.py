@@ -35,6 +35,8 @@ def comparison(
     """
     if any(rank < 1 for rank in ranks):
         raise InputError(f"--ranks {','.join(map(str, ranks))}: a rank is a whole number of at least 1")
+    if not methods:
+        raise InputError("--methods is empty: give at least two, for example lora,loretta_adp,loretta_rep,ia3")
     rows: dict[str, Row] = {}
     for given in methods:
         method = full_name(given)

@@ -8,7 +8,7 @@ from typing import Any
 
 from loretta.errors import InputError
 from loretta.tasks import glue, stdlib
-from loretta.tasks.base import Kind, Known, Task
+from loretta.tasks.base import KINDS, Kind, Known, Task
 from loretta.tasks.files import load_table, load_text
 from loretta.tasks.read import ENDINGS_IN_WORDS, TEXT_ENDINGS
 from loretta.tasks.sources import (
@@ -72,6 +72,8 @@ def load_task(
         "--separator": separator,
         "--split": split,
     }
+    if kind is not None and kind not in KINDS:
+        raise InputError(f"unknown kind {quoted(kind)}{nearest(kind, KINDS)}: give --kind {' or '.join(KINDS)}")
     if data in glue.GLUE:
         _refuse(options, set(options) - {"--data-dir"}, f"'{data}', a GLUE task with its own columns and splits")
         return glue.load(data, data_dir=None if data_dir is None else Path(os.path.expanduser(data_dir)))

@@ -9,7 +9,7 @@ from typing import Any
 from loretta.errors import InputError
 from loretta.tasks.base import Task
 from loretta.tasks.sources import load_official
-from loretta.wording import quoted
+from loretta.wording import listed, nearest, quoted
 
 HUB_NAME = "nyu-mll/glue"
 
@@ -57,8 +57,10 @@ def load(name: str, *, data_dir: Path | None = None) -> Task:
     (MNLI: ``validation_matched.jsonl.gz``), with the Hub's field names and label ids. Sizes that differ from
     the official ones are noted in the task, not refused.
 
-    Raises InputError: a missing or broken file, or a Hub that cannot be reached.
+    Raises InputError: an unknown name, a missing or broken file, or a Hub that cannot be reached.
     """
+    if name not in GLUE:
+        raise InputError(f"unknown GLUE task {quoted(name)}{nearest(name, tuple(GLUE))}: give one of {listed(GLUE)}")
     glue_task = GLUE[name]
     splits = ("train", glue_task.validation_split)
     columns = load_official(name, (HUB_NAME, name), splits, (*glue_task.columns, "label"), data_dir)

@@ -25,8 +25,10 @@ def quantized_loading(name: str, *, task_type: str, dtype: str, cpu: bool) -> di
     """Options for ``from_pretrained`` with which it quantises the linear layers of a base while loading it.
 
     The base lands on the accelerator where there is one, unless ``cpu``: many quantised weights cannot be moved later.
-    Raises InputError for a missing package.
+    Raises InputError for an unknown name and for a missing package.
     """
+    if name not in _PACKAGES:
+        raise InputError(f"quantize={name!r} is none of {', '.join(_PACKAGES)}")
     if importlib.util.find_spec(_PACKAGES[name]) is None:
         raise InputError(f"quantize={name!r} needs the package {_PACKAGES[name]}: pip install 'loretta-peft[quantize]'")
     quantizer_logs.show()

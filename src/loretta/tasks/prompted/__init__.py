@@ -8,10 +8,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
+from loretta.errors import InputError
 from loretta.tasks.prompted.base import STOP, Example, PromptedSpec, PromptedTask, Sample
 from loretta.tasks.prompted.choices import CHOICES
 from loretta.tasks.prompted.generation import QUESTIONS
 from loretta.tasks.prompted.sampling import draw, read_splits
+from loretta.wording import listed, nearest, quoted
 
 __all__ = ["PROMPTED", "STOP", "Example", "PromptedTask", "Sample", "load_prompted"]
 
@@ -30,8 +32,12 @@ def load_prompted(
     With ``data_dir`` the rows come from ``<data_dir>/<name>/train.jsonl.gz`` and ``validation.jsonl.gz``, with the
     Hub's field names and label ids. What differs from the official sizes or from ``sample`` is noted in the task.
 
-    Raises InputError: a missing or broken file, too few rows, or a Hub that cannot be reached.
+    Raises InputError: an unknown name, a missing or broken file, too few rows, or a Hub that cannot be reached.
     """
+    if name not in PROMPTED:
+        raise InputError(
+            f"unknown prompted task {quoted(name)}{nearest(name, tuple(PROMPTED))}: give one of {listed(PROMPTED)}"
+        )
     spec = PROMPTED[name]
     folder = None if data_dir is None else Path(os.path.expanduser(data_dir))
     train, validation = read_splits(spec, folder)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from loretta.errors import InputError
 from loretta.tasks.metrics import compute
 
 Kind = Literal["choice", "generation"]
@@ -45,6 +46,11 @@ class Sample:
     validation: int = 500
     test: int = 1000
 
+    def __post_init__(self) -> None:
+        for split in ("train", "validation", "test"):
+            if getattr(self, split) < 1:
+                raise InputError(f"the sample needs at least 1 {split} example, got {getattr(self, split)}: raise it")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PromptedTask:
@@ -62,7 +68,15 @@ class PromptedTask:
     scorer: Scorer = field(repr=False)
 
     def score(self, predictions: Sequence[Any], examples: Sequence[Example]) -> dict[str, float]:
-        """Metric -> fraction from 0 to 1. A prediction is the index of an option, or text up to :data:`STOP`."""
+        """Metric -> fraction from 0 to 1. A prediction is the index of an option, or generated text up to :data:`STOP`.
+
+        Raises InputError: no examples, or not as many predictions as examples.
+        """
+        if len(predictions) != len(examples) or not len(examples):
+            raise InputError(
+                f"scoring needs one prediction for each of at least one example, "
+                f"got {len(predictions)} predictions and {len(examples)} examples"
+            )
         if self.kind == "generation":
             predictions = [text.lstrip().partition(STOP)[0].rstrip() for text in predictions]
         return self.scorer(predictions, examples)
