@@ -267,7 +267,7 @@ def so_in_choosing() -> dict[str, bool]:
             at_sizes("better") == {("MPNet", size) for size in ("10,000", "20,000", "80,000")}
         ),
         "at 80,000 one train of rank 4 with scales.": best["MPNet"] == "shared r=4 + scales",
-        "less numbers it is level with compact with norms on both encoders": (everywhere("level", SCALED, COMPACT)),
+        "less numbers it is level with compact with norms on both encoders": everywhere("level", SCALED, COMPACT),
         "(56,064) is above IA3 (55,296) there,": verdict_of("official", "MPNet", SCALED, "IA3") == "better",
         "the official rows it is level with the best in all 15": not ahead,
         "By the loss on texts it wins four of five sizes of the decoder, and is level at 5,000.": texts,

@@ -20,8 +20,6 @@ import numpy as np
 import pandas as pd
 from scipy.stats import t as student
 
-Row = dict[str, Any]
-
 HELD_OUT = 0.1
 BATCH = 32
 HEAD_RATE = 1e-2  # of the final layer, the same for all methods
@@ -115,19 +113,19 @@ def lines_of(file: Path) -> list[str]:
         return [line for line in lines if line.strip()]
 
 
-def read_rows(files: Sequence[Path]) -> list[Row]:
+def read_rows(files: Sequence[Path]) -> list[dict[str, Any]]:
     """The rows of several result files; of two rows of one cell the later one."""
     found = {cell_of(row): row for file in files if file.exists() for row in json.loads(file.read_text())}
     return list(found.values())
 
 
-def alike(found: list[Row]) -> list[Row]:
+def alike(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows, where those of one part, model and task were trained and scored in the same way, but for their method.
 
     Raises ValueError naming the first that was not: a method with more epochs would look better than it is. Searches
     for a rate may have other epochs: they say where a method's own peak lies, and no score of theirs is compared.
     """
-    first: dict[tuple[Any, ...], Row] = {}
+    first: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in found:
         other = first.setdefault((row.get("part"), row["model"], row["task"]), row)
         for key in SAME:

@@ -34,16 +34,18 @@ def runs_of(name: str, worth: Callable[[Row], float]) -> list[Best]:
     """
     best = []
     for task, methods in by_rate(name).items():
-        whole = {method: _whole(METHODS[method].middle, rates) for method, rates in methods.items()}
+        whole = {method: _whole(rates) for method, rates in methods.items()}
         least = min((len(rates) for method, rates in whole.items() if method != UNTRAINED), default=1)
         for method, rates in sorted(whole.items()):
-            rate = max(list(rates)[:least], key=lambda rate: mean(worth(row) for row in rates[rate]))
+            middle = METHODS[method].middle
+            near = sorted(rates, key=lambda rate: abs(math.log(rate / middle)))[:least]
+            rate = max(near, key=lambda rate: mean(worth(row) for row in rates[rate]))
             best.append(((task, method), rate, rates[rate]))
     return best
 
 
-def _whole(middle: float, rates: dict[float, list[Row]]) -> dict[float, list[Row]]:
-    """The rates of three seeds or more with the seeds that all of them have, the nearest to the middle first.
+def _whole(rates: dict[float, list[Row]]) -> dict[float, list[Row]]:
+    """The rates of three seeds or more with the seeds that all of them have, the lowest first.
 
     So a seed that is run at some of the rates alone changes no choice. Where no rate has three, those with the most
     count.
@@ -51,8 +53,7 @@ def _whole(middle: float, rates: dict[float, list[Row]]) -> dict[float, list[Row
     enough = min(SEEDS_OF_TWO, max(map(len, rates.values())))
     found = {rate: some for rate, some in rates.items() if len(some) >= enough}
     seeds = set.intersection(*({row["seed"] for row in some} for some in found.values()))
-    near = sorted(found, key=lambda rate: abs(math.log(rate / middle)))
-    return {rate: [row for row in found[rate] if row["seed"] in seeds] for rate in near}
+    return {rate: [row for row in found[rate] if row["seed"] in seeds] for rate in sorted(found)}
 
 
 def by_seed(some: list[Row], key: str) -> Scores:
@@ -190,14 +191,12 @@ def two_rates_table() -> str:
     """Where a task with answers was run at two rates: what the held-out loss chooses, and what is chosen then."""
     lines = []
     for task, methods in sorted(by_rate("answers.json").items()):
-        both: dict[str, dict[float, list[Row]]] = {}
-        for method, at_rates in methods.items():
-            rates = {rate: some for rate, some in at_rates.items() if len(some) >= SEEDS_OF_TWO}
-            if len(rates) != 2:
-                continue
-            seeds = set.intersection(*({row["seed"] for row in some} for some in rates.values()))
-            if len(seeds) >= SEEDS_OF_TWO:
-                both[method] = {rate: [row for row in rates[rate] if row["seed"] in seeds] for rate in sorted(rates)}
+        whole = {method: _whole(rates) for method, rates in methods.items()}
+        both = {
+            method: rates
+            for method, rates in whole.items()
+            if len(rates) == 2 and all(len(some) >= SEEDS_OF_TWO for some in rates.values())
+        }
         taken = {method: min(rates, key=lambda rate: _loss(rates[rate])) for method, rates in both.items()}
         at_best = {method: by_seed(both[method][rate], "official") for method, rate in taken.items()}
         for method, rate in sorted(taken.items(), key=lambda one: both[one[0]][one[1]][0]["trained"]):
