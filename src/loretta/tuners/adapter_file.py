@@ -13,7 +13,7 @@ from transformers import AutoConfig
 from loretta.errors import InputError
 from loretta.tuners.adapted import AdaptedModule, chain, is_finite
 from loretta.tuners.rescaled import TrainedScale
-from loretta.tuners.task_types import base_class
+from loretta.tuners.task_types import base_class, named_base
 from loretta.wording import quoted
 
 PREFIX = "base_model.model."  # begins the keys of the files that PeftModel writes
@@ -43,7 +43,7 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], whose: str) -> None:
 
 def check_own(config: PeftConfig, own: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
     """Raise InputError where an adapter's file has its ``own`` tensors in other sizes than here, or lacks some."""
-    base = config.base_model_name_or_path or "the model it was trained on"
+    base = named_base(config)
     for key, tensor in own.items():
         if key in tensors and tensors[key].shape != tensor.shape:
             raise InputError(

@@ -22,7 +22,7 @@ from loretta.tuners.copies import AdapterCopy, CopyPolicy
 from loretta.tuners.names import parts_of_adapters
 from loretta.tuners.norms import is_norm, named_whole, norms_of, outer_modules, own_parameters
 from loretta.tuners.schema import check_size
-from loretta.tuners.task_types import AUTO_CLASSES, FINAL_LAYERS, HIDDEN_LAYERS, is_final
+from loretta.tuners.task_types import AUTO_CLASSES, FINAL_LAYERS, HIDDEN_LAYERS, is_final, named_base
 from loretta.tuners.tokens import rows_of_tokens
 from loretta.wording import quoted
 
@@ -241,8 +241,7 @@ class Head:
             kind = AUTO_CLASSES.get(self._config.task_type or "")
             raise InputError(
                 f"this adapter was trained for another base model, or with its head: it holds '{lacking[0]}' of one, "
-                f"which this model does not have; load it with "
-                f"'{self._config.base_model_name_or_path or 'the model it was trained on'}'"
+                f"which this model does not have; load it with '{named_base(self._config)}'"
                 f"{f' as {kind}' if kind else ''}"
             )
         return recorded
@@ -263,7 +262,7 @@ class Head:
             if origin == "loaded" and not is_plan and self._origin_of(name, module) == "fresh":
                 raise InputError(
                     f"this adapter was trained for a base model that brings '{name}', which is random here: load it "
-                    f"with '{self._config.base_model_name_or_path or 'the model it was trained on'}'"
+                    f"with '{named_base(self._config)}'"
                 )
         else:
             origin = self._origin_of(name, module)

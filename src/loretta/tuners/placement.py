@@ -24,7 +24,7 @@ from loretta.layers.trains import Cores
 from loretta.tuners.bypassed import read_only
 from loretta.tuners.config import EVEN_RANK, LorettaConfig
 from loretta.tuners.schema import check_expressions, check_size
-from loretta.tuners.task_types import HEADS, base_class
+from loretta.tuners.task_types import HEADS, base_class, named_base
 from loretta.wording import distinct, nearest, quoted
 
 Halves = tuple[Tensor, Tensor]
@@ -359,8 +359,7 @@ def check_signature(config: LorettaConfig, placements: list[Placement]) -> None:
     """Refuse an adapter of another base model."""
     signature = _signature(placements)
     if config.base_signature not in (None, signature):
-        base = config.base_model_name_or_path or "the model it was trained on"
         raise InputError(
             f"this adapter was trained for another base model: it adapts {config.base_signature}, and this model has "
-            f"{signature}; load it with '{base}'"
+            f"{signature}; load it with '{named_base(config)}'"
         )

@@ -41,6 +41,11 @@ class WithoutHead(InputError, AttributeError):
         )
 
 
+def named_base(config: Any) -> str:
+    """The base model of an adapter, by the name that its PEFT config has of it, or else in words."""
+    return str(config.base_model_name_or_path or "the model it was trained on")
+
+
 def base_class(config: Mapping[str, Any]) -> str | None:
     """transformers' class for the base model of a saved adapter, by the content of its ``adapter_config.json``.
 
