@@ -18,6 +18,11 @@ TARGETS: dict[str, dict[str, Any]] = {
         "mpnet": r".*(attn\.v|intermediate\.dense|\d\.output\.dense)",
         "llama": ["v_proj", "gate_proj", "up_proj", "down_proj"],
     },
+    "attention, MLP out": {
+        "bert": ["query", "key", "value", "output.dense"],
+        "mpnet": ["attn.q", "attn.k", "attn.v", "attn.o", "output.dense"],
+        "llama": ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"],
+    },
     "attention": {
         "bert": ["query", "key", "value", "attention.output.dense"],
         "mpnet": ["attn.q", "attn.k", "attn.v", "attn.o"],
@@ -137,14 +142,14 @@ def ours(name: str, method: str, options: dict[str, Any] | None = None, **more: 
 
 def compact(rank: int = 1, *, inner: int = INNER, targets: str = "all", last: int | None = None, **more: Any) -> Method:
     name = "compact" + (f" r={rank}" if rank > 1 else "") + (f" inner {inner}" if inner != INNER else "")
-    name += (" v, MLP" if targets == "v, MLP" else "") + (f" last {last}" if last else "")
+    name += ("" if targets == "all" else f" {targets}") + (f" last {last}" if last else "")
     inner = max(inner, rank)
     options = {"r": rank, "tensor_rank": inner, "modes_per_side": 2, "lora_alpha": 2 * inner}
     return ours(name, "rep", options, targets=targets, last=last, **more)
 
 
 def shared(rank: int, targets: str = "all", *, last: int | None = None, **more: Any) -> Method:
-    name = f"shared r={rank}" + {"all": "", "qv": " q,v", "attention": " attention"}[targets]
+    name = f"shared r={rank}" + {"all": "", "qv": " q,v"}.get(targets, f" {targets}")
     name += f" last {last}" if last else ""
     options = {"tensor_rank": rank, "lora_alpha": 2 * rank}
     return ours(name, "shared", options, targets=targets, last=last, **more)
@@ -207,7 +212,9 @@ METHODS: dict[str, Method] = {
         *(compact(inner=8, norms=norms) for norms in (False, True)), compact(targets="v, MLP", norms=False),
         *(shared(rank, norms=norms) for rank in (2, 4, 8) for norms in (False, True)),
         *(shared(rank, norms=False) for rank in (1, 16, 32)), shared(16, "qv", norms=False), shared(1, norms=True),
-        *(shared(rank, "attention", norms=False) for rank in (3, 6)),
+        *(shared(rank, "attention", norms=False) for rank in (3, 6, 2)),
+        *(shared(rank, "attention, MLP out", norms=False, middle=3e-3) for rank in (1, 2)),
+        compact(targets="v", norms=False, middle=3e-3),
         small_lora("v"), small_lora("q"), *(small_lora("qv", last) for last in (2, 3, 5, 6, 10, 20)),
         *(small_lora("v", last) for last in (3, 6)), *(some_norms(last) for last in (3, 4, 8, 16)),
         some_norms(3, "attention"),
@@ -286,6 +293,8 @@ WITH_SCALES = [
     with_scales(METHODS["compact v, MLP"], "v"),
     with_scales(METHODS["compact"]),
     with_scales(ours("rep of one mode", "rep", ONE_MODE, targets="all"), "k,v"),
+    with_scales(METHODS["shared r=2 attention"], "MLP", middle=3e-3),
+    with_scales(METHODS["compact v"], "v", middle=3e-3),
 ]
 of_ranks = RANKS + STEADY + STEADY_DECODER + PAPER_BONDS
 METHODS |= {method.name: method for method in SCALED + BONDS + LARGER + SHAPES + HEADS + of_ranks + WITH_SCALES}
