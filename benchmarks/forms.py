@@ -48,6 +48,7 @@ from loretta.training.methods import virtual_tokens
 from loretta.training.model import load_tokenizer
 from loretta.tuners.adp.layer import AdpLinear
 from loretta.tuners.rep.layer import RepLinear
+from loretta.tuners.shared.layer import SharedLinear
 
 # tokens of all members: as many as one part of a step has, and as are scored at once; of large models fewer, so that
 # eight processes find room on one GPU
@@ -171,7 +172,7 @@ def measure(cell: Cell, args: argparse.Namespace, data: Path) -> dict[str, Any]:
         "rates": list(cell.rates), "seeds": list(cell.seeds), "epochs": cell.epochs, "batch": TASKS[cell.task].batch,
         "length": TASKS[cell.task].length,
     }  # fmt: skip
-    if method.family == "LoRETTA" and not method.factors:  # no option of the package
+    if method.family == "LoRETTA" and not method.factors and method.small_cores == 1:  # no options of the package
         row["config"] = {
             "method": method.method,
             "options": {"tensor_rank": 5, "train_norms": method.norms, **method.options, **targets_of(method, args)},
@@ -207,7 +208,7 @@ def in_halves(
 
 def set_factors(loop: Loop, method: Method) -> None:
     """Put a method's factors on the rates of parameters, and of the cores of its trains."""
-    if not method.factors and not method.bonds:
+    if not method.factors and not method.bonds and method.small_cores == 1:
         return
     of_numbers = loop.optimizer.of_numbers(loop.optimizer.rates)
     rates = loop.optimizer.rates = of_numbers.expand_as(loop.population.values).clone()
@@ -215,6 +216,13 @@ def set_factors(loop: Loop, method: Method) -> None:
         for word, factor in method.factors.items():
             if word in name:
                 rates[:, where] *= factor
+    if method.small_cores != 1:
+        skeleton: Any = loop.population.model
+        with loop.population.released(0):
+            (shape,) = {m.placements["default"].seat.train for m in skeleton.modules() if isinstance(m, SharedLinear)}
+        (where,) = (w for name, w in loop.population.slices.items() if name.endswith("shared_train.default.values"))
+        before, small = sum(side.n_params for side in shape.left), (shape.layers + shape.projections) * shape.rank**2
+        rates[:, where][:, before : before + small] *= method.small_cores
     if method.bonds:
         skeleton: Any = loop.population.model
         with loop.population.released(0):

@@ -74,7 +74,8 @@ class Method:
     the middle of its grid of rates; where the best of six was searched for, of this method or of the one that it is
     ``like``, that is. ``factors`` are on the rates of what has a word in its name. ``bonds`` is a power: the rate of
     each core of rep is divided by that power of how many numbers are summed when it meets the ones before it, beside
-    those of compact's rank of 1. At most ``together`` members are trained at once, so that they leave room on a GPU.
+    those of compact's rank of 1. ``small_cores`` is a factor on the rates of the cores of a shared train that are a rank
+    wide on both sides, which start as the identity. At most ``together`` members are trained at once, so that they leave room on a GPU.
     """
 
     name: str
@@ -88,6 +89,7 @@ class Method:
     like: str = ""
     factors: dict[str, float] = field(default_factory=dict)
     bonds: float = 0.0
+    small_cores: float = 1.0
     together: int = 1000
     head: str = ""
 
@@ -169,6 +171,12 @@ def with_scales(method: Method, places: str = "", *, middle: float = 1.5e-3, tim
     return replace(
         method, name=name, options=options, middle=middle, factors={"_scale_": factor} if factor != 1 else {}
     )
+
+
+def with_fast_cores(method: Method, factor: float = TIMES) -> Method:
+    """A shared train whose small cores, which are factors on the others, learn as much faster as scales do."""
+    form, *beside = method.name.split(" + ")
+    return replace(method, name=" + ".join([f"{form} cores x{factor:g}", *beside]), small_cores=factor)
 
 
 def scaled(method: Method, rank: int, power: float) -> Method:
@@ -293,11 +301,20 @@ WITH_SCALES = [
     with_scales(METHODS["compact v, MLP"], "v"),
     with_scales(METHODS["compact"]),
     with_scales(ours("rep of one mode", "rep", ONE_MODE, targets="all"), "k,v"),
-    with_scales(METHODS["shared r=2 attention"], "MLP", middle=3e-3),
-    with_scales(METHODS["compact v"], "v", middle=3e-3),
+    with_scales(METHODS["shared r=2 attention"], "MLP"),
+    with_scales(replace(METHODS["compact v"], middle=1.5e-3), "v"),
 ]
 of_ranks = RANKS + STEADY + STEADY_DECODER + PAPER_BONDS
 METHODS |= {method.name: method for method in SCALED + BONDS + LARGER + SHAPES + HEADS + of_ranks + WITH_SCALES}
+FAST_CORES = [
+    *(with_fast_cores(METHODS[name]) for name in (
+        "shared r=1", "shared r=2", "shared r=4", "shared r=8", "shared r=3 attention", "shared r=2 + v scales",
+        "shared r=2 + scales", "shared r=4 + v scales", "shared r=4 + scales", "shared r=3 attention + v scales",
+        "shared r=2 + k,v scales", "shared r=1 + v scales", "shared r=2 attention + MLP scales",
+    )),
+    *(with_fast_cores(METHODS[f"shared r={rank}"], factor) for rank in (1, 4) for factor in (2, 4)),
+]  # fmt: skip
+METHODS |= {method.name: method for method in FAST_CORES}
 # the ends of the ranks by their rules, and the same at a scale as many times smaller as the weights of Gemma are
 ENDS = ["LoRA r=1", "compact", "shared r=1", "LoRA^0.75 r=32", "compact cores^1 r=32", "shared^0.75 r=32"]
 SMALLER = [times(METHODS[name], 0.53) for name in ENDS]
