@@ -3,7 +3,15 @@
 import torch
 from draws import seeded
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM, set_seed
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    set_seed,
+)
 
 from loretta.population.population import Population, Start
 from loretta.training.model import wrap
@@ -40,6 +48,16 @@ def llama() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).double()
 
 
+def gpt2() -> GPT2LMHeadModel:
+    """Its queries, keys and values come from one layer."""
+    options = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_inner": 48, "initializer_range": 0.2}
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return GPT2LMHeadModel(GPT2Config(vocab_size=32, **options, **dropout)).double()
+
+
+WRITES = (gpt2, llama)
+
+
 def member(make, method, options, seed):
     """A wrapped model whose base is that of all, but for the head, and whose adapter is its own."""
     set_seed(0)
@@ -47,7 +65,7 @@ def member(make, method, options, seed):
     set_seed(seed)
     model = make()
     model.load_state_dict(shared, strict=False)
-    kind = "language_modeling" if make is llama else "classification"
+    kind = "language_modeling" if make in WRITES else "classification"
     return wrap(model, method, kind, options).double().eval()
 
 

@@ -25,7 +25,7 @@ from loretta.tuners.names import name_in_base
 from loretta.tuners.norms import named_whole, norms_of, outer_modules
 from loretta.tuners.placement import Placement, linear_size, matched_modules, not_adaptable, unused_options
 from loretta.tuners.rep import LorettaRepModel
-from loretta.tuners.rescaled import TrainedScale, scaled_modules
+from loretta.tuners.rescaled import Scaled, TrainedScale, scaled_modules
 
 LORA_RANK = 8  # what everything is compared with
 DENSE_BOTTLENECK = 64
@@ -52,7 +52,7 @@ class Plan:
     not_adaptable: Mapping[str, str] = field(default_factory=dict)  # class -> reason
     unused: tuple[str, ...] = ()  # what was asked for and has no effect, a sentence each
     lora: Cost | None = None  # LoRA r=8 on PEFT's default targets of the same model
-    scaled: tuple[tuple[str, str, int], ...] = ()  # as of scaled_modules
+    scaled: tuple[Scaled, ...] = ()
     base_biases: int = 0  # numbers in the biases of the base model that are trained
     dense: Cost | None = None  # bottleneck-64 adapters with dense matrices at adp's default places
 
@@ -75,7 +75,7 @@ class Plan:
     @property
     def scales(self) -> int:
         """Numbers in the trained scales."""
-        return sum(size for _, _, size in self.scaled)
+        return sum(scaled.size for scaled in self.scaled)
 
     @property
     def parts(self) -> dict[str, int]:
@@ -101,12 +101,14 @@ class Plan:
 
     @property
     def cost(self) -> Cost:
-        # what is scaled is kept as it was before, but for inputs that a train of the same layer keeps
-        inputs = {placement.name for placement in self.placements if placement.where == "update"}
-        before = sum(size for name, side, size in self.scaled if side == "out" or name not in inputs)
+        # factors are multiplied with all inputs or outputs of a layer, keys' and values' with its outputs at once;
+        # these are kept as they were before, but for inputs that a train of the same layer keeps
+        inputs = {(placement.name, True) for placement in self.placements if placement.where == "update"}
+        multiplied = {(scaled.name, scaled.side == "in"): scaled.width for scaled in self.scaled}
+        before = sum(width for place, width in multiplied.items() if place not in inputs)
         return Cost(
             parameters=self.trainable,
-            flops_per_token=sum(flops_per_token(placement) for placement in self.placements) + self.scales,
+            flops_per_token=sum(flops_per_token(placement) for placement in self.placements) + sum(multiplied.values()),
             kept_per_token=sum(kept_per_token(placement) for placement in self.placements) + before,
         )
 
@@ -289,10 +291,10 @@ def read_plan(model: PeftModel, adapter_name: str = "default") -> Plan:
         placements=placements,
         copies=CopyCost(norms=counts["norms"], head=counts["head"], tokens=counts["tokens"], frozen=held.frozen),
         scaled=tuple(
-            (name_in_base(name), side, change.numel())
+            module.scaled[side]._replace(name=name_in_base(name))
             for name, module in model.get_base_model().named_modules()
             if isinstance(module, TrainedScale)
-            for side, change in module.change(adapter_name).items()
+            for side in module.change(adapter_name)
         ),
         base_biases=counts["biases"] - sum(placement.bias_params for placement in placements),
         model_parameters=held.of_base,

@@ -148,14 +148,19 @@ class MemberScale(Members):
     module: Any
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        ((name, values),) = self.values.items()
-        if isinstance(self.module, TrainedScale):
-            before, factors_PH = "_scale_in." in name, 1 + TIMES * values
-        else:
-            before, factors_PH = self.module.is_feedforward, values.flatten(1)
+        before, factors_PH = self._factors()
         y = x if before else self.module.base_layer(x, *args, **kwargs)
         scaled = (y.reshape(self.size, -1, y.shape[-1]) * factors_PH[:, None]).to(y.dtype).view(y.shape)
         return self.module.base_layer(scaled, *args, **kwargs) if before else scaled
+
+    def _factors(self) -> tuple[bool, Tensor]:
+        """Whether they are factors on the input, and (P, H): those of each member."""
+        if not isinstance(self.module, TrainedScale):
+            (values,) = self.values.values()
+            return self.module.is_feedforward, values.flatten(1)
+        scaled = {self.module.scaled_by(name.partition(".")[0]): values for name, values in self.values.items()}
+        changes = torch.stack([each.spread(values) for each, values in scaled.items()]).sum(0)
+        return next(iter(scaled)).side == "in", 1 + TIMES * changes
 
 
 class MemberNorm(Members):

@@ -194,7 +194,7 @@ class Population(nn.Module):
         in_base = any(name.startswith("base_layer.") for name in values)
         if type(norm) is nn.LayerNorm and norm.weight is not None and norm.bias is not None and not in_base:
             return MemberNorm(module, values)
-        if isinstance(module, IA3Layer | TrainedScale) and len(values) == 1:
+        if isinstance(module, TrainedScale) or (isinstance(module, IA3Layer) and len(values) == 1):
             return MemberScale(module, values)
         return (MemberVBLoRA if isinstance(module, VBLoRALayer) else Members)(module, values)
 

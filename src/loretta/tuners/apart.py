@@ -68,7 +68,7 @@ def _changed(model: nn.Module, config: LorettaConfig, whole: Collection[str]) ->
         return [
             *whole,
             *(name for name, _ in matched_modules(targeted, model, required=False)),
-            *(name for name, _, _ in scaled_modules(model, config)),
+            *(scaled.name for scaled in scaled_modules(model, config)),
             *(norms_of(model) if config.train_norms else ()),
             *(name for name, _ in model.named_parameters() if name.endswith(ends) and ends),
         ]

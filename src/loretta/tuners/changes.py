@@ -49,8 +49,8 @@ class ChangedModule(AdaptedModule):
         self.other_param_names = ("known",)
         self.unmerged: dict[str, Tensor] = {}  # the base's own values, while adapters are merged into them
 
-    def update_layer(self, adapter_name: str, prefix: str, *side: str) -> None:
-        """Add one adapter, of the method with this ``prefix``, whose changes are zeros."""
+    def update_layer(self, adapter_name: str, prefix: str, *scaled: Any) -> None:
+        """Add one adapter, of the method with this ``prefix``, whose changes are zeros: of scales, these of a layer."""
         raise NotImplementedError
 
     def hold(self, adapter_name: str, prefix: str, likes: Mapping[str, Tensor]) -> None:
@@ -201,7 +201,7 @@ def _has_rows_of(value: Any, x: Tensor) -> bool:
     return isinstance(value, Tensor) and value.dim() == x.dim() and len(value) == len(x)
 
 
-def put_changes(tuner: Any, kind: type[ChangedModule], name: str, adapter_name: str, *side: str) -> ChangedModule:
+def put_changes(tuner: Any, kind: type[ChangedModule], name: str, adapter_name: str, *scaled: Any) -> ChangedModule:
     """Add one adapter's changes to the module of this name in a tuner's model, which becomes one of that ``kind``."""
     module = tuner.model.get_submodule(name)
     if not isinstance(module, kind):
@@ -209,7 +209,7 @@ def put_changes(tuner: Any, kind: type[ChangedModule], name: str, adapter_name: 
         module.set_adapter(tuner.active_adapters)
         tuner.model.set_submodule(name, module)
     if adapter_name not in module.held:
-        module.update_layer(adapter_name, tuner.prefix, *side)
+        module.update_layer(adapter_name, tuner.prefix, *scaled)
         is_active = adapter_name in tuner.active_adapters
         module.set_requires_grad(adapter_name, is_active and not tuner.peft_config[adapter_name].inference_mode)
     return module

@@ -47,9 +47,10 @@ class LorettaConfig(PeftConfig):
             "values", and on the inputs of the last layer of every "mlp", before the update of the trains is added.
             ``exclude_modules`` and ``layers_to_transform`` choose among them too.
             They take the learning rate of the trains: what is held of them is multiplied by eight.
-            Where keys and values come from one layer (GPT-2, Phi-3), "mlp" is the only place, and "keys" and "values"
-            are the only ones of a mixture of experts. An adapter with scales merges, but not into quantised weights,
-            and is no LoRA. Each scaled layer costs a product with a vector, whose input is kept for the backward pass.
+            Where keys and values come from one layer (GPT-2, Phi-3), those of its outputs have factors. "keys" and
+            "values" are the only places in a mixture of experts, "mlp" in DeBERTa 1. An adapter with scales merges, but
+            not into quantised weights, and is no LoRA. Each scaled layer costs a product with a vector, whose input is
+            kept for the backward pass.
         train_head: what happens to a classification head (task types SEQ_CLS, TOKEN_CLS and QUESTION_ANS):
             "tensorized": the head's hidden layer (``pooler.dense``, ``classifier.dense``, ``head.dense``, ...) gets a
             tensor train, and the final layer is trained; "tensorized_only": the same with the final layer frozen, as

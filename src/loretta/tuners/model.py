@@ -38,7 +38,7 @@ from loretta.tuners.mixed import check_rows_first, naming, passing
 from loretta.tuners.names import check_adapter_name, check_endings
 from loretta.tuners.norms import TrainedNorm, is_norm, norms_of
 from loretta.tuners.placement import Placement, check_signature, expand_targets, matched_modules, sign, unused_options
-from loretta.tuners.rescaled import check_scales_load, put_scales, scaled_modules
+from loretta.tuners.rescaled import Scaled, check_scales_load, put_scales, scaled_modules
 from loretta.tuners.targets import chosen_targets
 from loretta.tuners.task_types import WithoutHead
 from loretta.tuners.tokens import TokenWrapper, adopt_tokens
@@ -89,7 +89,7 @@ class LorettaModel(MergingTuner):
         head = head_names(model, config)
         whole = [*(config.modules_to_save or []), *head]
         check_apart(model, config, adapter_name, head)
-        scaled = {name: side for name, side, _ in scaled_modules(model, config)}
+        scaled = list(scaled_modules(model, config))
         check_scales_load(model, scaled, self.prefix)
         if state_dict is None:
             self._plan(model, config, asked, whole, scaled)
@@ -131,18 +131,17 @@ class LorettaModel(MergingTuner):
             model.add_model_tags([*TAGS])  # which are in every card that transformers or TRL writes
 
     def _plan(
-        self, model: nn.Module, config: LorettaConfig, asked: Any, whole: list[str], scaled: Iterable[str]
+        self, model: nn.Module, config: LorettaConfig, asked: Any, whole: list[str], scaled: Iterable[Scaled]
     ) -> None:
         """Plan the trains of all targets. Refuses what cannot be adapted, and warns of options without effect.
 
-        ``asked`` are the targets as the user gave them, ``whole`` the modules that are copied, ``scaled`` those with
-        scales.
+        ``asked`` are the targets as the user gave them, and ``whole`` the modules that are copied.
         """
         targeted = copy.copy(config)
         targeted.modules_to_save = whole
         modules = matched_modules(targeted, model, required=not config.target_parameters)
         placements = self.place_all(config, [(n, base_of(m)) for n, m in modules])
-        names = list(dict.fromkeys([*(placement.name for placement in placements), *scaled]))
+        names = list(dict.fromkeys([*(p.name for p in placements), *(each.name for each in scaled)]))
         placements += self.place_parameters(config, model)
         self.planned = {placement.name: placement for placement in placements}
         check_signature(config, placements)

@@ -87,7 +87,7 @@ class TrainedNorm(ChangedModule):
         self.parameter_names = tuple(own)
         self.in_features = self.out_features = max(parameter.shape[-1] for parameter in own.values())
 
-    def update_layer(self, adapter_name: str, prefix: str, *side: str) -> None:
+    def update_layer(self, adapter_name: str, prefix: str, *scaled: Any) -> None:
         self.hold(adapter_name, prefix, {name: self._own(name) for name in self.parameter_names})
 
     def with_changes(self, weights: Mapping[str, float]) -> dict[str, Tensor]:

@@ -241,8 +241,9 @@ class LorettaRepModel(LorettaModel):
     @torch.no_grad()
     def _combine_changes_and_heads(self, adapters: Sequence[str], weights: Sequence[float], adapter_name: str) -> None:
         for module in self._layers(ChangedModule):
+            changes = [module.change(adapter) for adapter in adapters]
             for name, change in module.change(adapter_name).items():
-                terms = [w * module.change(a)[name] for a, w in zip(adapters, weights, strict=True) if a in module.held]
+                terms = [w * own[name] for own, w in zip(changes, weights, strict=True) if name in own]
                 change.copy_(sum(terms, torch.zeros_like(change)))
         for head in self._layers(ModulesToSaveWrapper):
             having = [a for a in adapters if a in head.modules_to_save]
