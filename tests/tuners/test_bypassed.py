@@ -7,10 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from draws import seed_torch
 from peft import PeftModel
 from tolerances import assert_near
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from tt.trains import randn
 from tuners.families import OPTIONS, build, loss_of, natural_task, randomise
 from tuners.wrapped import CONFIGS, config_for, every_method, own_trains, trained
 
@@ -251,6 +253,45 @@ def test_what_nothing_depends_on_is_named(kind, unknown, method):
     model.set_requires_grad("default", requires_grad=False)
     names = " ".join(all_told(model, x))
     assert "early" not in names, "it is not to get one"
+
+
+REFORMER = {
+    "vocab_size": 64, "hidden_size": 32, "attention_head_size": 8, "num_attention_heads": 4, "feed_forward_size": 48,
+    "axial_pos_embds": False, "attn_layers": ["local", "local"], "local_attn_chunk_length": 4, "is_decoder": True,
+    "max_position_embeddings": 64, "hidden_dropout_prob": 0.0, "local_attention_probs_dropout_prob": 0.0,
+}  # fmt: skip
+
+
+def test_layers_that_the_backward_pass_computes_again_are_told_how_to_train():
+    """Reformer's layers have no graph before: they were said to get no gradient where they got one, too."""
+    sentences, grads = {}, {}
+    for asks in (False, True):
+        with torch.random.fork_rng(devices=[]):
+            seed_torch(0)
+            base = AutoModelForCausalLM.from_config(AutoConfig.for_model("reformer", **REFORMER))
+        model = get_peft_model(base, config_for("rep", target_modules=["query", "value"])).double()
+        trained(model).train()
+        if asks:
+            model.enable_input_require_grads()
+        x, own = torch.arange(4, 12)[None], dict(model.named_parameters())
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model(input_ids=x).logits.square().mean().backward()
+        sentences[asks] = [str(w.message) for w in caught if "get no gradient" in str(w.message)]
+        grads[asks] = {name: p.grad for name, p in own.items() if "_down.default" in name and p.grad is not None}
+    assert grads[False] == {}
+    (sentence,) = sentences[False]
+    assert "call enable_input_require_grads() if the model computes its layers again" in sentence
+    assert sentences[True] == []
+    for name, got in grads[True].items():  # by differences: dense weights would have to be leaves of their own
+        along, losses, step = randn(*got.shape, seed=3), [], 1e-5
+        for sign in (1, -2):
+            with torch.no_grad():
+                own[name].add_(along, alpha=sign * step)
+                losses.append(model(input_ids=x).logits.square().mean().item())
+        own[name].data.add_(along, alpha=step)
+        assert (got * along).sum().item() == pytest.approx((losses[0] - losses[1]) / (2 * step), rel=1e-6)
+    assert len(grads[True]) == 4
 
 
 class Normed(nn.Module):

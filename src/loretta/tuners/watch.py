@@ -1,5 +1,6 @@
 """The first calls of a model show which adapters it bypasses; see :mod:`loretta.tuners.bypassed`."""
 
+import re
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -122,9 +123,15 @@ class Watch:
         reached = _reached(output)
         lost = _without_effect(reached, self.called)
         if names := [name for name, layer in working.items() if layer in lost]:
+            mend = "leave them out with exclude_modules"
+            if any(not any(self.called[layers[name]]) for name in names):  # they had no graph
+                mend = (
+                    "call enable_input_require_grads() if the model computes its layers again in the backward pass, as "
+                    f"Reformer does, or else {mend}"
+                )
             yield (
                 f"the adapters on {len(names)} modules get no gradient, for nothing that this call returned depends on "
-                f"what these modules returned: {', '.join(names)}; leave them out with exclude_modules"
+                f"what these modules returned: {', '.join(names)}; {mend}"
             )
         if names := [name for name, layer in layers.items() if layer.narrowed()]:
             yield (
@@ -172,7 +179,10 @@ def _should_add(layer: LorettaLayer) -> bool:
 
 
 def _reached(output: Any) -> set[Any]:
-    """Autograd's nodes that the model's ``output`` depends on, but for those within a reentrant checkpoint."""
+    """Autograd's nodes that the model's ``output`` depends on, but for those that the backward pass will make.
+
+    Those are within a reentrant checkpoint, or within the layers of Reformer.
+    """
     pending = [tensor.grad_fn for tensor in _tensors(output) if tensor.grad_fn is not None]
     seen: set[Any] = set(pending)
     while pending:
@@ -187,7 +197,7 @@ def _without_effect(seen: set[Any], called: Mapping[LorettaLayer, Sequence[set[A
     if not seen:
         return set()
     lost = {layer for layer, calls in called.items() if not any(nodes & seen for nodes in calls)}
-    if any("Checkpoint" in node.name() for node in seen):
+    if any(re.search("Checkpoint|Reversible", node.name()) for node in seen):
         return {layer for layer in lost if all(called[layer])}
     return {layer for layer in lost if _has_gradients(layer)}
 
