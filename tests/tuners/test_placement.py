@@ -3,6 +3,8 @@
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.pytorch_utils import Conv1D
 from tuners.families import OPTIONS, build
 from tuners.wrapped import config_for, every_method, own_trains, wrap
@@ -16,6 +18,7 @@ from loretta import (
     get_peft_model,
     tt,
 )
+from loretta.plan import plan_model
 from loretta.tuners.layer import LorettaLayer
 from loretta.tuners.placement import Placement, linear_size, matched_modules, rank_for, require_linear
 
@@ -38,6 +41,37 @@ def test_linear_size(module, size):
     assert linear_size(module) == size
 
 
+_EXPERTS = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4, "num_experts_per_tok": 1, "pad_token_id": 0,
+    "intermediate_size_mlp": 48, "max_position_embeddings": 64,
+}  # fmt: skip
+_GROUPS = {"q_lora_rank": 8, "moe_intermediate_size": 16, "n_routed_experts": 4, "o_groups": 2, "o_lora_rank": 8}
+# classes of linear layers that give no row of numbers for a row, and a model of each
+NO_MATRIX = {"Llama4Router": "llama4_text", "PhimoeTopKRouter": "phimoe", "DeepseekV4GroupedLinear": "deepseek_v4"}
+
+
+@every_method
+@pytest.mark.parametrize("cls", NO_MATRIX)
+def test_what_is_no_matrix_is_known_before_there_are_numbers(cls, method, monkeypatch):
+    """Plans on the meta device counted the routers, and DeepSeek V4 with all-linear failed at its first call."""
+    kind = NO_MATRIX[cls]
+    if kind not in CONFIG_MAPPING_NAMES:
+        pytest.skip(f"this transformers has no {kind}")
+    config = AutoConfig.for_model(kind, **{**_EXPERTS, **_GROUPS})
+    ours = config_for(method, target_modules="all-linear")
+    with torch.device("meta"):
+        monkeypatch.setattr("loretta.tuners.placement._tried", {})
+        planned = plan_model(AutoModelForCausalLM.from_config(config), ours)
+    base = AutoModelForCausalLM.from_config(config)
+    assert cls in {type(module).__name__ for module in base.modules()}
+    assert len(planned.placements) == sum(type(module) is nn.Linear for module in base.modules()) - 1  # the head
+    monkeypatch.setattr("loretta.tuners.placement._tried", {})
+    model = get_peft_model(base, ours).eval()
+    assert planned.trainable == model.get_nb_trainable_parameters()[0]
+    assert model(input_ids=torch.arange(4, 12)[None]).logits.requires_grad
+
+
 def test_require_linear_names_the_module_and_the_mend():
     assert require_linear("a.b", nn.Linear(3, 5)) == (3, 5)
     with pytest.raises(InputError, match=r"'a\.b' is a LayerNorm.*exclude_modules"):
@@ -56,8 +90,8 @@ def test_rank_for_matches_ends_of_names_and_expressions(method, name, rank):
 
 def test_the_costs_of_a_placement():
     shape = tt.plan_shape(768, 64, rank=5)
-    placement = Placement(name="x", where="after", down=shape, up=tt.plan_shape(64, 768, rank=5), bias_params=832)
-    assert (placement.core_params, placement.n_params) == (1560, 2392)
+    place = Placement(name="x", where="after", down=shape, up=tt.plan_shape(64, 768, rank=5), bias_params=832)
+    assert (place.core_params, place.n_params) == (1560, 2392)
     assert Placement(name="x", where="update", down=shape, up=shape).n_params == 2 * shape.n_params
 
 

@@ -1,5 +1,6 @@
 """Where an adapter's trains go and what they cost, decided from names and sizes before any module is replaced."""
 
+import copy
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -110,8 +111,12 @@ def _trial(module: nn.Linear) -> str:
     cls, weight = type(module), module.weight
     if cls.forward is nn.Linear.forward or cls in _tried:
         return _tried.get(cls, "linear")
-    if weight.is_meta or not weight.numel() or not weight.is_floating_point() or resolve_quantization_backend(module):
+    if not weight.numel() or not weight.is_floating_point() or resolve_quantization_backend(module):
         return "linear"
+    if not _keeps_rows(module):
+        _tried[cls] = "no matrix"
+    if weight.is_meta or cls in _tried:
+        return _tried.get(cls, "linear")
     row_1I = torch.linspace(-1, 1, module.in_features).to(weight)[None]
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         try:
@@ -119,11 +124,31 @@ def _trial(module: nn.Linear) -> str:
         except Exception:  # it wants other inputs; the first call of the model will say so
             return "linear"
         wanted = nn.functional.linear(row_1I, weight, module.bias)
-    if not isinstance(found, torch.Tensor) or found.shape != wanted.shape:
+    if not isinstance(found, Tensor) or found.shape != wanted.shape:
         _tried[cls] = "no matrix"
     else:
         _tried[cls] = "linear" if (found - wanted).abs().max() <= 0.02 * wanted.abs().max() else "other"
     return _tried[cls]
+
+
+@torch.no_grad()
+def _keeps_rows(module: nn.Linear) -> bool:
+    """Whether rows become rows of ``out_features`` numbers, which shapes alone tell, so that plans know it too.
+
+    DeepSeek V4 has layers that take as many rows at once as they have groups, and give shorter ones.
+    """
+    bare: Any = copy.copy(module)
+    for of in ("_parameters", "_buffers"):
+        own = getattr(module, of).items()
+        setattr(bare, of, {name: None if value is None else value.to("meta") for name, value in own})
+    for rows in ((), *((2**k,) for k in range(8))):
+        x = torch.empty(1, *rows, module.in_features, dtype=module.weight.dtype, device="meta")
+        try:
+            found = type(module).forward(bare, x)
+        except Exception:  # it wants other inputs
+            continue
+        return isinstance(found, Tensor) and found.shape == (*x.shape[:-1], module.out_features)
+    return True
 
 
 def rank_for(config: LorettaConfig, name: str) -> int:
