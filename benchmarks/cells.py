@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from methods import GROUPS, METHODS, Method, grid
+from groups import GROUPS
+from methods import METHODS, Method, grid
 from protocol import PER_RATE, TASKS, best_rate, cell_of, edge, epochs_of, interval
 
 Row = Mapping[str, Any]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import campaign
 from board import Row, markdown
 from cells import PARTS
-from methods import GROUPS
+from groups import GROUPS
 from tables import RESULTS
 from verdicts import MODELS
 

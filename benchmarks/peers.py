@@ -14,7 +14,8 @@ on the middle of the method's grid in that file, for what is published is of oth
 from collections.abc import Sequence
 from typing import Any
 
-from methods import GROUPS, METHODS, Method
+from groups import GROUPS
+from methods import METHODS, Method
 
 # of BERT, MPNet and LLaMA; few of these methods can be told to leave out a linear layer of the head
 QUERIES, VALUES = ["query", "attn.q", "q_proj"], ["value", "attn.v", "v_proj"]

@@ -5,7 +5,7 @@ from statistics import mean
 
 import pandas as pd
 from board import Board, Row, markdown, paired, signed, words
-from methods import GROUPS
+from groups import GROUPS
 from protocol import best_rate, by_seed, chosen, edge, mean_by_seed
 from verdicts import MODELS
 
