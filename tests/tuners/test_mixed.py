@@ -1,9 +1,11 @@
 """One adapter per row of a batch."""
 
+import threading
 import warnings
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from peft import PeftModel
 from tolerances import assert_near
 from torch import Tensor, nn
@@ -16,7 +18,7 @@ from transformers import (
 )
 from tuners.families import OPTIONS, inputs_for, logits
 from tuners.pairs import expected_rows, pair
-from tuners.wrapped import CONFIGS, config_for, every_method, trained
+from tuners.wrapped import CONFIGS, config_for, every_method, one_method, trained
 
 from loretta import InputError, get_peft_model
 from loretta.layers import fused
@@ -267,3 +269,35 @@ def test_rows_that_compute_with_trained_biases_of_another_adapter_are_said(metho
             str(each.message) for each in caught if "stay as the adapter 'default' has trained" in str(each.message)
         ]
         assert len(said) == (set(names) != {"default"})
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@one_method
+def test_what_was_compiled_for_one_adapter_is_not_taken_for_a_batch_of_several(method, whole):
+    """Dynamo does not see hooks that come later: every row was computed with the active adapter, without a word."""
+    torch._dynamo.reset()
+    model, inputs = pair("llama", method)
+    batches = [ROWS, ROWS[::-1]]
+    expected, plain = [expected_rows(model, inputs, rows) for rows in batches], logits(model, inputs)
+    compiled = torch.compile(model, backend="eager") if whole else model
+    for block in () if whole else model.get_base_model().model.layers:
+        block.compile(backend="eager")
+    for _ in range(2):
+        assert_near("plain", logits(compiled, inputs), plain)
+        for rows, values in zip(batches, expected, strict=True):
+            assert_near("mixed", logits(compiled, inputs, adapter_names=rows), values)
+    found: list[Tensor] = []
+
+    with model.base_model._enable_peft_forward_hooks(adapter_names=ROWS):  # a mixed batch of this thread
+        thread = threading.Thread(target=lambda: found.append(logits(compiled, inputs)))
+        thread.start()
+        thread.join()
+    assert_near("beside it", found[0], plain)
+
+
+@every_method
+def test_norms_whose_forward_accelerate_has_bound_take_rows_too(method):
+    model, inputs = pair("llama", method)
+    expected = expected_rows(model, inputs, ROWS)
+    dispatch_model(model, {"": "cpu"}, main_device="cpu", force_hooks=True)
+    assert_near("dispatched", logits(model, inputs, adapter_names=ROWS), expected)

@@ -109,6 +109,7 @@ class AdaptedModule(BaseTunerLayer, nn.Module):
         self.known = {}
         self._active_adapter: list[str] = []
         self._disable_adapters = False
+        self.is_mixed = False  # whether some thread passes this layer the adapters of the rows of a batch
         self.merged_adapters: list[str] = []
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -170,6 +171,13 @@ class AdaptedModule(BaseTunerLayer, nn.Module):
             copied.enable_adapters(enabled)
         if self.biases is not None:
             self.biases.leave(self.active_adapters if enabled else ())
+
+    def _take_names(self, kwargs: dict[str, Any]) -> list[str] | None:
+        """The adapters of the rows, where they are passed; what is compiled for other batches is not for such a one.
+
+        It asks for ``is_mixed`` because Dynamo does not look for hooks that were not there when it compiled.
+        """
+        return kwargs.pop("adapter_names", None) if kwargs or self.is_mixed else None
 
     def _check_mixed_batch(self, x: Tensor, adapter_names: Sequence[str]) -> None:
         if len(x) != len(adapter_names):

@@ -104,7 +104,7 @@ class ChangedModule(AdaptedModule):
 
         ``adapter_names`` (one for each row of the first dimension) replace the active ones, as in PEFT.
         """
-        adapter_names = kwargs.pop("adapter_names", None)
+        adapter_names = self._take_names(kwargs)
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -124,7 +124,7 @@ class ChangedModule(AdaptedModule):
         self._check_mixed_batch(x, adapter_names)
 
         def compute(name: str, rows: list[int]) -> Tensor:
-            own = [value[rows] if _has_rows_of(value, x) else value for value in (x, *args)]
+            own = tuple(value[rows] if _has_rows_of(value, x) else value for value in (x, *args))
             named = {key: value[rows] if _has_rows_of(value, x) else value for key, value in kwargs.items()}
             return self._call_base({name: 1.0}, own, named)
 

@@ -4,7 +4,7 @@ The cost of a batch does not grow with the number of adapters in it, beyond that
 """
 
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, cast
@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from loretta.errors import InputError
+from loretta.tuners.adapted import AdaptedModule
 from loretta.tuners.calls import Factors
 
 
@@ -74,23 +75,33 @@ def passing(rows: Mapping[nn.Module, list[str]], model_type: str | None) -> Iter
             layer.register_forward_pre_hook(partial(_pass, names, model_type, threading.get_ident()), with_kwargs=True)
             for layer, names in rows.items()
         ]
+        _note(rows)
     try:
         yield
     finally:
         with _hooking:
             for handle in handles:
                 handle.remove()
+            _note(rows)
+
+
+def _note(layers: Iterable[nn.Module]) -> None:
+    for layer in layers:
+        if isinstance(layer, AdaptedModule):
+            hooks = layer._forward_pre_hooks.values()
+            layer.is_mixed = any(getattr(hook, "func", None) is _pass for hook in hooks)
 
 
 _hooking = threading.Lock()  # torch numbers hooks without one
 
 
+@torch.compiler.disable  # whose thread it is, no graph can know
 def _pass(
     names: list[str], model_type: str | None, thread: int, module: nn.Module, args: Any, kwargs: dict | None = None
 ) -> tuple[Any, dict] | None:
     if kwargs is None:  # the thread of the hook is just setting or removing it
         return None
-    if not torch.compiler.is_dynamo_compiling() and thread != threading.get_ident():
+    if thread != threading.get_ident():
         return None
     flat = model_type in _FLATTENS and names and args and args[0].dim() == 2
     positions, rest = divmod(len(args[0]), len(names)) if flat else (1, 0)

@@ -146,7 +146,7 @@ class AdpLinear(LorettaLayer):
         Raises ValueError where they are not as many as the rows.
         """
         base_layer: Any = self.base_layer
-        adapter_names = kwargs.pop("adapter_names", None) if kwargs else None
+        adapter_names = self._take_names(kwargs)
         if self._disable_adapters:
             return base_layer(x, *args, **kwargs)
         if adapter_names is not None:

@@ -137,7 +137,7 @@ class RepExperts(RepLinear):
         return self._base_dtype()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        adapter_names = kwargs.pop("adapter_names", None)
+        adapter_names = self._take_names(kwargs)
         if self.disable_adapters and self.merged:
             self.unmerge()
         names = self._running()

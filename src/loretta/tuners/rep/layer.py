@@ -93,7 +93,7 @@ class RepLinear(LorettaLayer):
 
         Raises ValueError where they are not as many as the rows, or an adapter is merged.
         """
-        adapter_names, base_layer = kwargs.pop("adapter_names", None) if kwargs else None, self.base_layer
+        adapter_names, base_layer = self._take_names(kwargs), self.base_layer
         if self._disable_adapters and self.merged_adapters:
             self.unmerge()
         if adapter_names is not None and not self._disable_adapters:
