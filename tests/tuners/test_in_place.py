@@ -1,6 +1,7 @@
 """Other names and other values for adapters that are already loaded."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -194,3 +195,15 @@ def test_gradients_reach_the_norms_of_both_active_adapters(method):
     norms = [value for name, value in trainable(model).items() if "_norm_" in name]
     assert norms
     assert all(value.grad.any() for value in norms)
+
+
+def test_names_that_peft_has_repeated_are_no_other_option(tmp_path):
+    """PEFT adds those of the head to the list of both configs, where one was made from the other."""
+    model, inputs = wrap("bert", "rep")
+    expected = logits(trained(model), inputs)
+    model.save_pretrained(tmp_path)
+    model.add_adapter("other", replace(model.peft_config["default"], tensor_rank=2))
+    assert len(model.peft_config["default"].modules_to_save) > len({*model.peft_config["default"].modules_to_save})
+    trained(model, seed=7)
+    loretta.hotswap_adapter(model, tmp_path)
+    assert torch.equal(logits(model, inputs), expected)

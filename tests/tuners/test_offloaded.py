@@ -1,5 +1,7 @@
 """On a base whose weights accelerate brings in for the length of a call, adapters compute as on a resident one."""
 
+from functools import partial
+
 import pytest
 import torch
 from accelerate import cpu_offload
@@ -8,7 +10,7 @@ from tolerances import assert_near
 from tuners.families import build, logits, loss_of, natural_task
 from tuners.wrapped import config_for, every_method, trained, wrap
 
-from loretta import InputError, get_peft_model
+from loretta import InputError, get_peft_model, hotswap_adapter
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*copying from a non-meta parameter.*:UserWarning")
 ALONE = {"train_norms": False}  # no norms beside the trains: there is nothing to copy of an offloaded module
@@ -84,3 +86,21 @@ def test_scaled_layers_compute_where_they_are_offloaded_and_are_not_merged_there
     with pytest.raises(InputError, match=r"k_proj', which is scaled and which accelerate has offloaded"):
         model.merge_adapter()
     assert_near("offloaded", logits(model, inputs), expected)
+
+
+@every_method
+@pytest.mark.parametrize("family", ["llama", "bert"])
+def test_an_offloaded_adapter_is_saved_and_takes_no_other_values(family, method, tmp_path):
+    """Saving ended in torch's NotImplementedError, and what was swapped in was lost without a word."""
+    model, inputs = wrap(family, method, train_scales=["mlp"])
+    trained(model, seed=5).save_pretrained(tmp_path / "other")
+    expected = logits(trained(model), inputs)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    model.save_pretrained(tmp_path / "saved")
+    loaded = PeftModel.from_pretrained(build(family)[0], tmp_path / "saved").eval()
+    assert torch.equal(logits(loaded, inputs), expected)
+    other = str(tmp_path / "other")
+    for swap in (hotswap_adapter, PeftModel.load_adapter, partial(PeftModel.load_adapter, hotswap=True)):
+        with pytest.raises(InputError, match="cannot load other values into the adapter 'default', for accelerate has"):
+            swap(model, other, adapter_name="default")
+    assert_near("as before", logits(model, inputs), expected)

@@ -12,6 +12,7 @@ from transformers import AutoConfig
 
 from loretta.errors import InputError
 from loretta.tuners.adapted import AdaptedModule, chain, is_finite
+from loretta.tuners.layer import is_offloaded
 from loretta.tuners.rescaled import TrainedScale
 from loretta.tuners.task_types import base_class, named_base
 from loretta.wording import quoted
@@ -20,8 +21,16 @@ PREFIX = "base_model.model."  # begins the keys of the files that PeftModel writ
 OF_BASE = (".base_weight", ".base_bias")  # what a layer of the head with a train holds of the base
 
 
-def check_not_merged(model: nn.Module, adapter_name: str) -> None:
-    """Refuse to give other values to an adapter that is merged: unmerging would subtract them from the base weights."""
+def check_takes_values(model: nn.Module, adapter_name: str) -> None:
+    """Refuse to give other values to an adapter that is merged, or whose values accelerate has offloaded.
+
+    Unmerging would subtract them from the base weights; what is not here would take none, without a word.
+    """
+    if name := next((n for n, m in model.named_modules() if adapter_name in n.split(".") and is_offloaded(m)), None):
+        raise InputError(
+            f"cannot load other values into the adapter {adapter_name!r}, for accelerate has offloaded '{name}': load "
+            "them before the model is offloaded"
+        )
     if any(adapter_name in m.merged_adapters for m in model.modules() if isinstance(m, BaseTunerLayer)):
         raise InputError(
             f"cannot load other values into the adapter {adapter_name!r} while it is merged: call unmerge_adapter() "

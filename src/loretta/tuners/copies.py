@@ -15,7 +15,7 @@ from loretta import tt
 from loretta.errors import InputError
 from loretta.layers.fused import HALF
 from loretta.layers.trains import TTLinear
-from loretta.tuners.layer import freeze_in_dtype, is_offloaded
+from loretta.tuners.layer import brought_here, freeze_in_dtype, is_offloaded
 from loretta.tuners.mixed import in_turn
 from loretta.tuners.norms import call_here
 from loretta.wording import listed
@@ -200,7 +200,8 @@ class AdapterCopy(ModulesToSaveWrapper):
     ) -> dict[str, Tensor]:
         """As PEFT's, without the dense layers that came with the base model."""
         tensors = super().adapter_state_dict(adapter_name, state_dict)
-        return {key: value for key, value in tensors.items() if self._is_saved(adapter_name, key)}
+        saved = {key: value for key, value in tensors.items() if self._is_saved(adapter_name, key)}
+        return brought_here(self.modules_to_save[adapter_name], saved) if saved else {}
 
     def _is_saved(self, adapter_name: str, key: str) -> bool:
         policy = self._policy(adapter_name)

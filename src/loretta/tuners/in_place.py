@@ -11,7 +11,7 @@ from peft.utils import load_peft_weights
 from torch import nn
 
 from loretta.errors import InputError
-from loretta.tuners.adapter_file import check_not_merged
+from loretta.tuners.adapter_file import check_takes_values
 from loretta.tuners.config import LorettaConfig
 from loretta.tuners.layer import LorettaLayer
 
@@ -45,7 +45,7 @@ def hotswap_adapter(model: PeftModel, folder: str | Path, adapter_name: str = "d
     """
     if adapter_name not in model.peft_config:
         raise InputError(f"there is no adapter {adapter_name!r} to swap: loaded are {', '.join(model.peft_config)}")
-    check_not_merged(model, adapter_name)
+    check_takes_values(model, adapter_name)
     now, new = model.peft_config[adapter_name], read_config(folder, **load_kwargs)
     check_takes_place(now, new, adapter_name, folder)
     values = load_peft_weights(str(folder), device="cpu", **load_kwargs)
@@ -79,6 +79,8 @@ def check_takes_place(now: Any, new: Any, adapter_name: str, source: Any) -> Non
 
 def _comparable(option: str, value: Any) -> Any:
     has_order = option == "trainable_token_indices"  # as the rows in the file
+    if option == "modules_to_save":  # PEFT adds the head's names once more for each adapter that is made of a list
+        value = {*(value or ())}
     return sorted(value) if isinstance(value, set | list | tuple) and not has_order else value
 
 

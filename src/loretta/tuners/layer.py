@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
@@ -313,6 +313,17 @@ def parameter_of(module: nn.Module, name: str) -> Tensor:
     """A parameter of a module that is not called, brought here where accelerate offloads it."""
     with align_module_device(module) if is_offloaded(module) else nullcontext():
         return getattr(module, name)
+
+
+def brought_here(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """All tensors, by their names in ``model``; those that accelerate has offloaded are copied from where they lie."""
+    found = dict(tensors)
+    for key in (key for key, tensor in tensors.items() if tensor.is_meta):
+        path, _, name = key.rpartition(".")
+        if is_offloaded(module := model.get_submodule(path)):
+            with align_module_device(module):
+                found[key] = getattr(module, name).detach().clone()
+    return found
 
 
 def lies_in_rows(x: Tensor) -> bool:

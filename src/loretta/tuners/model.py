@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from loretta.errors import InputError
 from loretta.tuners.adapted import AdaptedModule, base_of, settle
-from loretta.tuners.adapter_file import check_not_merged, check_own, check_tensors, names_alone, renamed
+from loretta.tuners.adapter_file import check_own, check_takes_values, check_tensors, names_alone, renamed
 from loretta.tuners.apart import check_apart
 from loretta.tuners.biases import biases_alone, biases_here, of_other_methods, without_merged
 from loretta.tuners.bypassed import check_called, under_other_names
@@ -32,7 +32,14 @@ from loretta.tuners.copies import AdapterCopy, check_copies_are_here, check_one_
 from loretta.tuners.heads import agree_on_origins, copy_cost, head_names, install_head
 from loretta.tuners.in_place import take_over
 from loretta.tuners.labels import fit_final_layer, note_labels
-from loretta.tuners.layer import LorettaLayer, at_least_float32, is_offloaded, keep_differentiable, within_updates
+from loretta.tuners.layer import (
+    LorettaLayer,
+    at_least_float32,
+    brought_here,
+    is_offloaded,
+    keep_differentiable,
+    within_updates,
+)
 from loretta.tuners.merging import MergingTuner
 from loretta.tuners.mixed import check_rows_first, naming, passing
 from loretta.tuners.names import check_adapter_name, check_endings
@@ -362,12 +369,13 @@ class LorettaModel(MergingTuner):
                 f"as {next(iter(state_dict))!r}, are not those of the model: leave state_dict out, or give that of "
                 "the model within (model.module of DistributedDataParallel, model._orig_mod of torch.compile)"
             )
+        found = brought_here(model, found)
         return _uncompiled(renamed(found, names_alone(model, cls.prefix, adapter_name)))
 
     @classmethod
     def _remap_adapter_state_dict_for_load(cls, model, config, adapter_name, state_dict):
         """PEFT's key translation, then a check that the adapter was made for this base model."""
-        check_not_merged(model, adapter_name)
+        check_takes_values(model, adapter_name)
         compiled = [name for name, _ in model.named_modules() if name.endswith("._orig_mod")]
         state_dict = renamed(_uncompiled(state_dict), {name.removesuffix("_orig_mod"): name + "." for name in compiled})
         alone = names_alone(model, cls.prefix, adapter_name)
