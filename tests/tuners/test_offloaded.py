@@ -89,6 +89,17 @@ def test_scaled_layers_compute_where_they_are_offloaded_and_are_not_merged_there
 
 
 @every_method
+def test_an_adapter_that_is_offloaded_itself_is_said_to_get_no_gradient(method):
+    model, inputs = wrap("llama", method)
+    cpu_offload(model, execution_device=torch.device("cpu")).train()
+    with pytest.warns(
+        UserWarning, match=r"^what trains of \d+ modules \(such as .* gets no gradient, for accelerate has"
+    ):
+        loss_of(model, inputs).backward()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@every_method
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_an_offloaded_adapter_is_saved_and_takes_no_other_values(family, method, tmp_path):
     """Saving ended in torch's NotImplementedError, and what was swapped in was lost without a word."""

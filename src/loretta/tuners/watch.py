@@ -15,7 +15,7 @@ from loretta.layers.fused import HALF
 from loretta.tuners.calls import remove_hooks
 from loretta.tuners.copies import AdapterCopy, shares_weights
 from loretta.tuners.joint import look_up
-from loretta.tuners.layer import LorettaLayer
+from loretta.tuners.layer import LorettaLayer, is_offloaded
 
 
 class Watch:
@@ -23,9 +23,9 @@ class Watch:
 
     It warns once of modules whose weight others read while nobody called them. A module that was neither read nor
     called is passed over: an expert may get no token, a layer may be dropped. In training it also warns of modules that
-    were called and on whose output nothing depends, as one that picks tokens by their rank; of cores that somebody has
-    cast to half precision, as TRL does beside a quantised base; of a base that writes to its own buffers; and of copied
-    modules that were not called, where others hold the same weight.
+    were called and on whose output nothing depends, as one that picks tokens by their rank; of parameters that
+    accelerate has offloaded; of cores that somebody has cast to half precision, as TRL does beside a quantised base; of
+    a base that writes to its own buffers; and of copied modules that were not called, where others hold the weight.
     """
 
     def __init__(self) -> None:
@@ -120,6 +120,13 @@ class Watch:
             )
         if not model.training:
             return
+        offloaded = {name: module for name, module in model.named_modules() if is_offloaded(module)}
+        away = [name for name, module in offloaded.items() if any(p.requires_grad for p in module.parameters(False))]
+        if away:
+            yield (
+                f"what trains of {len(away)} modules (such as '{away[0]}') gets no gradient, for accelerate has "
+                "offloaded it: put the adapter on the model after it is offloaded"
+            )
         reached = _reached(output)
         lost = _without_effect(reached, self.called)
         if names := [name for name, layer in working.items() if layer in lost]:
