@@ -18,7 +18,7 @@ from loretta.errors import InputError
 from loretta.tuners.adapted import rename_in
 from loretta.tuners.changes import Change
 from loretta.tuners.config import LorettaConfig
-from loretta.tuners.layer import is_offloaded
+from loretta.tuners.layer import brought_here, is_offloaded
 from loretta.tuners.norms import named_whole
 from loretta.wording import nearest
 
@@ -49,6 +49,11 @@ class TokenRows(TrainableTokensLayer):
         return super().forward_adapters(x, names, *args, **kwargs)
 
     def get_merged_weights(self, active_adapters: Sequence[str]) -> Tensor:
+        if any(map(is_offloaded, self.modules())):  # PEFT reads weights past the calls that accelerate brings them for
+            raise InputError(
+                "rows of tokens do not compute where accelerate has offloaded them or their embedding: keep the "
+                "embedding on a device, or leave trainable_token_indices out"
+            )
         silent = self.disable_adapters or self.merged
         return super().get_merged_weights([] if silent else self.held_of(active_adapters))
 
@@ -81,7 +86,8 @@ class TokenWrapper(TrainableTokensWrapper):
         self, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         # under PEFT's own name, as every adapter's file has it
-        named = {name.removesuffix(".values"): value for name, value in state_dict.items()}
+        rows = {name: value for name, value in state_dict.items() if name.endswith(f".{adapter_name}.values")}
+        named = {name.removesuffix(".values"): value for name, value in brought_here(self, rows).items()}
         return super().adapter_state_dict(adapter_name, named) if adapter_name in self._adapters else {}
 
     @property
