@@ -15,6 +15,11 @@ ROOM = 1.1  # of a size that a method may use
 NEAR = 1.02  # counts so much apart are one
 
 
+def with_cores(found: Sequence[Row]) -> list[Row]:
+    """The rows, of which the shared trains with fast small cores count among the forms: they are no option."""
+    return [row | {"part": "front"} if row.get("part") == "cores" else row for row in found]
+
+
 class Board:
     """The methods on one model: their scores on the tasks that the most of them were run on, or on ``common``.
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from groups import GROUPS
-from methods import METHODS, Method, grid
+from methods import FAST_CORES, METHODS, Method, grid
 from protocol import PER_RATE, TASKS, best_rate, cell_of, edge, epochs_of, interval
 
 Row = Mapping[str, Any]
@@ -23,8 +23,10 @@ class Part:
     epochs: int | None = None
 
 
-# the groups of methods (methods.py, peers.py) that are parts
+# the groups of methods (groups.py, peers.py) and the methods that are parts
 PARTS = {
+    # what is no option of the package
+    **{method.name: Part(name="cores", rates=3, seeds=5) for method in FAST_CORES},
     "rates": Part(name="rates", rates=6, seeds=2),
     "scales": Part(name="rates", rates=6, seeds=2),
     "steady": Part(name="rates", rates=6, seeds=2),
@@ -171,7 +173,9 @@ def joined_versions(other: Row, row: Row) -> dict[str, str]:
 
 def command_of(cell: Cell, args: argparse.Namespace) -> str:
     """What makes this row alone."""
-    groups = [group for group, part in PARTS.items() if part.name == cell.part and cell.method in GROUPS[group]]
+    groups = [
+        group for group, part in PARTS.items() if part.name == cell.part and cell.method in GROUPS.get(group, [group])
+    ]
     group = groups[0] if groups else cell.method
     words = [f"--model {Path(args.model).name} --data-dir DATA --order '{group}:{cell.task}'"]
     words += [f"--seeds {cell.seeds[-1] + 1} --rates {len(cell.rates)} --epochs {cell.epochs:g} --out FILE"]

@@ -174,8 +174,8 @@ def with_scales(method: Method, places: str = "", *, middle: float = 1.5e-3, tim
     )
 
 
-def with_fast_cores(method: Method, factor: float = TIMES) -> Method:
-    """A shared train whose small cores, which are factors on the others, learn as much faster as scales do."""
+def with_fast_cores(method: Method, factor: float) -> Method:
+    """A shared train whose small cores, which are factors on its sides, learn so many times as fast as these."""
     form, *beside = method.name.split(" + ")
     return replace(method, name=" + ".join([f"{form} cores x{factor:g}", *beside]), small_cores=factor)
 
@@ -308,12 +308,15 @@ WITH_SCALES = [
 of_ranks = RANKS + STEADY + STEADY_DECODER + PAPER_BONDS
 METHODS |= {method.name: method for method in SCALED + BONDS + LARGER + SHAPES + HEADS + of_ranks + WITH_SCALES}
 FAST_CORES = [
-    *(with_fast_cores(METHODS[name]) for name in (
-        "shared r=1", "shared r=2", "shared r=4", "shared r=8", "shared r=3 attention", "shared r=2 + v scales",
-        "shared r=2 + scales", "shared r=4 + v scales", "shared r=4 + scales", "shared r=3 attention + v scales",
-        "shared r=2 + k,v scales", "shared r=1 + v scales", "shared r=2 attention + MLP scales",
-    )),
-    *(with_fast_cores(METHODS[f"shared r={rank}"], factor) for rank in (1, 4) for factor in (2, 4)),
+    with_fast_cores(METHODS[name], factor)
+    for factor, names in (
+        (TIMES, (
+            "shared r=1", "shared r=2", "shared r=8", "shared r=3 attention", "shared r=2 + v scales",
+            "shared r=2 + scales", "shared r=4 + v scales", "shared r=4 + scales", "shared r=3 attention + v scales",
+        )),
+        (0.25, ("shared r=4 + scales", "shared r=4 + v scales", "shared r=2")),
+    )
+    for name in names
 ]  # fmt: skip
 METHODS |= {method.name: method for method in FAST_CORES}
 # the ends of the ranks by their rules, and the same at a scale as many times smaller as the weights of Gemma are
