@@ -112,6 +112,8 @@ LEFT_OUT = {
     "test_save_pretrained_targeting_lora_to_embedding_layer_non_transformers": "adapts embeddings",
     "test_default_target_modules_not_set_raises": "asks for PEFT's words; ours say the same in others",
     "test_default_target_modules_not_set_model_type_set_raises": "as the one before",
+    "test_multiple_active_adapters_with_same_modules_to_save_raises": "as those before (test_several_adapters.py)",
+    "test_multiple_active_adapters_with_overlapping_modules_to_save_raises": "as the one before",
     "test_default_target_modules_list_of_str": "writes to LoRA's own table of targets",
     "test_default_target_modules_str": "as the one before",
 }
