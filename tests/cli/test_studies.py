@@ -7,7 +7,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from commands import call
+from commands import assert_refused, call
 from training_data import sentences
 
 from loretta.record import RunRecord
@@ -90,9 +90,12 @@ def test_a_tiny_run_of_every_target(target, bert, llama, data_dir, capsys, tmp_p
     """One step of each run, through the command, into cells that all have a number."""
     model = llama if target in DECODER else bert
     methods, tasks = CUT[target]
-    narrow = ["--model", model, "--data-dir", data_dir, "--methods", methods, "--tasks", tasks, "--seeds", 1, "--cpu"]
-    sets = ["--set", "max_steps=1", "--set", "max_length=24", "--limit", 4]
-    sets += ["--set", "max_new_tokens=2"] if target in DECODER else []
+    narrow = ["--model", model, "--methods", methods, "--tasks", tasks, "--seeds", 1, "--cpu"]
+    sets = ["--set", "max_length=24"] if load_study(target).kind != "count" else []
+    if load_study(target).kind == "train":
+        narrow += ["--data-dir", data_dir]
+        sets += ["--set", "max_steps=1", "--limit", 4]
+        sets += ["--set", "max_new_tokens=2"] if target in DECODER else []
     status, out, _ = call(capsys, "reproduce", target, *narrow, *sets, "--jobs", 0, "-o", tmp_path, "--json")
     content = json.loads(out)
     assert status == 0, [outcome for outcome in content["outcomes"] if outcome["state"] != "finished"]
@@ -216,6 +219,53 @@ def test_lists_that_name_nothing_do_not_mean_all(capsys, tmp_path):
         status, _, err = call(capsys, "reproduce", "table1", option, " ,", "--dry-run", "-o", tmp_path / "runs")
         assert status == 2
         assert f"loretta: {option} ' ,' names nothing" in err, err
+
+
+OF_PROMPTS = ["--sample", "train=4"], ["--train-as", "language_modeling"]
+OF_ANSWERS, OF_TURNS = ["--max-new-tokens", "3"], (["--packing"], ["--beta", "0.3"])
+OF_A_HEAD = ["--head-policy", "full"], ["--head-learning-rate", "1e-3"]
+OF_ALL = (
+    ["--on-nan", "skip", "--cuda-graph"],
+    ["--adaptive-ranks"],
+    *(["--set", f"{key}=1"] for key in ("text", "text_pair", "label", "kind", "validation", "test", "separator")),
+)
+OF_SCORES = (
+    ["--limit", "4"],
+    ["--epochs", "2"],
+    ["--sweep"],
+    ["--rates", "1e-3"],
+    ["--try", "epochs=1,2"],
+    ["--seeds", "2"],
+)
+# target -> what none of its runs could take, or would do anything with
+REFUSED = {
+    "table1": [*OF_PROMPTS, OF_ANSWERS, *OF_TURNS, *OF_ALL, ["--prompted"], ["--orders"]],
+    "table2": [*OF_TURNS, *OF_A_HEAD, *OF_ALL, ["--train-as", "classification"], ["--no-prompted"], ["--orders"]],
+    "table4": [*OF_PROMPTS, OF_ANSWERS, *OF_TURNS, *OF_ALL, ["--adaptive-ranks", "--budget", "3k"]],
+    "table5": [*OF_SCORES, *OF_TURNS, OF_ANSWERS, ["--quantize", "int8"], ["--sweep-batches"]],
+    "figure5": [*OF_SCORES, *OF_TURNS, OF_ANSWERS, ["--max-length", "64"], ["--batch-size", "8"]],
+}
+
+
+@pytest.mark.parametrize("dry", [True, False])
+@pytest.mark.parametrize(("target", "words"), [(target, words) for target in REFUSED for words in REFUSED[target]])
+def test_what_no_run_of_a_study_takes_is_refused_once(target, words, dry, bert, llama, capsys, tmp_path):
+    """Each run failed with it, one after the other, or it did nothing."""
+    narrow = ["--model", llama if target in DECODER else bert, "--methods", "loretta_rep"]
+    status, _, err = call(capsys, "reproduce", target, *narrow, *words, "-o", tmp_path / "runs", *["--dry-run"] * dry)
+    assert_refused(status, err, [])
+    if words not in (["--prompted"], ["--no-prompted"]):
+        assert any(mend in err for mend in (": leave ", ", leave ", ": give "))
+        name = words[-1].partition("=")[0] if words[0] == "--set" else words[0].removeprefix("--")
+        assert name in err.replace("_", "-").replace(" sweep", "-sweep") or name.replace("-", "_") in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_sweep_without_a_grid_is_refused(bert, capsys, tmp_path):
+    sweep = ["--methods", "ia3", "--sweep", "--dry-run", "-o", tmp_path / "runs"]
+    status, _, err = call(capsys, "reproduce", "table1", "--model", bert, *sweep)
+    assert_refused(status, err, ["no grid of learning rates to sweep for ia3: give --rates"])
+    assert call(capsys, "reproduce", "table1", "--model", bert, *sweep, "--rates", "1e-3,1e-2")[0] == 0
 
 
 OWN = {

@@ -193,8 +193,7 @@ def carry_out(
     from loretta.studies.compare import check_data, verdict
     from loretta.studies.configs import Options
     from loretta.studies.expansion import expand
-    from loretta.studies.runner import check_workers
-    from loretta.training.arguments import check_options
+    from loretta.studies.runner import check_runs, check_workers
 
     check_workers(jobs, ray, ray_gpus)
     together, is_comparison = population_size(population), study.view == "compare"
@@ -207,9 +206,7 @@ def carry_out(
         )
     _refuse_fixed(settings, swept, batches=bool(narrowed.get("batches")))
     options = Options(**narrowed, **whole, **swept, sets=settings)
-    # once for each method, and not in each of its runs
-    for run in {run.method: run for run in expand(study, options, root).runs if run.config is not None}.values():
-        check_options(run.run_config())
+    check_runs(expand(study, options, root).runs)
     if is_comparison:
         check_data(study, options, root)
     if dry_run:

@@ -17,7 +17,7 @@ from loretta.tasks.prompted import PROMPTED, Sample
 from loretta.tasks.prompted.sampling import validation_rows
 from loretta.tasks.read import text_of
 from loretta.tasks.sources import names_files
-from loretta.training.config import RunConfig, read_config
+from loretta.training.config import OF_A_TABLE, RunConfig, read_config
 from loretta.training.methods import refuse_unknown_options, virtual_tokens
 from loretta.tt.modes import most_balanced
 from loretta.wording import nearest
@@ -125,8 +125,35 @@ def refuse_wrong_sets(study: Study, options: Options, rows: Sequence[Row]) -> No
                 refuse_unknown_options(name, {option})
         elif key in OF_EACH_RUN:
             raise InputError(f"{flag} {key}={value}: the study gives each run its own {key}: leave it out")
+        elif key in OF_A_TABLE and study.view != "compare":
+            raise InputError(f"{flag} {key}={value}: the tasks of {study.name} have their own rows: leave it out")
         elif key not in RunConfig.model_fields:
             raise InputError(f"{flag} {key}={value}: no option of a run; one of a method is METHOD.{key}")
+
+
+# options of a run that a study without training reads
+_READ = {"cost": ("batch_size", "max_length", "dtype", "prompted", "head_policy"), "count": ("prompted", "head_policy")}
+_FLAGS = {"batches": "--sweep-batches", "tries": "--try"}  # of the fields of Options that are not named after theirs
+
+
+def refuse_idle(study: Study, options: Options, rows: Sequence[Row]) -> None:
+    """Raise InputError for options that would do nothing in this study, and nothing said."""
+    if study.kind != "train":
+        given = [key for key in options.sets if "." not in key and key not in (*_READ[study.kind], "cpu")]
+        given += [
+            name for name in ("limit", "data_dir", "sweep", "rates", "batches", "tries") if getattr(options, name)
+        ]
+        given += ["seeds"] if (options.seeds or 1) > 1 else []
+        if given:
+            flags = (_FLAGS.get(name, f"--{name.replace('_', '-')}") for name in given)
+            does = "measures single steps on random tokens" if study.kind == "cost" else "counts parameters"
+            raise InputError(f"{', '.join(flags)}: {study.name} {does} and trains nothing: leave that out")
+    if options.orders and not study.sequence:
+        raise InputError(f"--orders is for tasks in a sequence (table4), and {study.name} has none: leave it out")
+    searched = (options.sweep or options.batches) and not options.rates
+    if searched and not any(full_name(row.method) in study.grids for row in rows):
+        methods = ", ".join(dict.fromkeys(row.method for row in rows))
+        raise InputError(f"{study.name} has no grid of learning rates to sweep for {methods}: give --rates")
 
 
 def _method_args(options: Options, base: Base, row: Row) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from loretta.studies.configs import (
     config_of,
     full_name,
     rate_suffix,
+    refuse_idle,
     refuse_wrong_sets,
     total_steps,
     tried_by,
@@ -54,7 +55,9 @@ def expand(study: Study, options: Options, root: Path) -> Expansion:
         raise InputError(f"--seeds {options.seeds}: give 1000 at most")
     bases = _bases(study, options)
     rows = {base.folder: _rows(study, options, base) for base in bases}
-    refuse_wrong_sets(study, options, [row for found in rows.values() for row in found])
+    every = [row for found in rows.values() for row in found]
+    refuse_wrong_sets(study, options, every)
+    refuse_idle(study, options, every)
     notes: dict[str, None] = {}
     runs = [
         run

@@ -23,7 +23,8 @@ from loretta.studies.study import Planned, Study
 from loretta.studies.together import MOST_TOGETHER, units, words_before
 from loretta.studies.unit import Unit
 from loretta.studies.workers import Here, Processes, Workers, visible_gpus
-from loretta.training.data import is_prompted
+from loretta.training.arguments import check_options
+from loretta.training.data import NAMED_TASKS, check_named_task
 from loretta.training.sources import differing
 from loretta.training.stop import stopping_at_signals
 from loretta.wording import one_line
@@ -79,10 +80,8 @@ def run_study(
     """
     expansion = expand(study, options, root)
     refuse_other_options(root, expansion.runs)
+    check_runs(expansion.runs)
     _refuse_missing_weights(root, study, expansion)
-    for run in expansion.runs:
-        if study.kind == "train" and run.config is not None:
-            is_prompted(run.run_config())  # refuses what every seed and method of the task would refuse later
     if root.exists() and not root.is_dir():
         raise InputError(f"the output '{root}' is a file: give a folder with --output")
     root.mkdir(parents=True, exist_ok=True)
@@ -115,6 +114,17 @@ def run_study(
             for outcome in outcomes:
                 watch(outcome.folder, outcome, ended, len(runs))
     return Summary(expansion=expansion, outcomes=tuple(_outcome(root, run, tried, runs) for run in runs.values()))
+
+
+def check_runs(runs: Sequence[Planned]) -> None:
+    """Raise InputError for options that a run would refuse, before its weights and its data are there."""
+    # once for the seeds and rates of a method on a task
+    alike = {(run.sizes, run.task, run.method, bool(run.after)): run for run in runs if run.config is not None}
+    for run in alike.values():
+        config = run.run_config()
+        check_options(config)
+        if run.kind == "train" and config.data in NAMED_TASKS:
+            check_named_task(config.model_copy(update={"model": run.sizes}))
 
 
 def find_workers(root: Path, jobs: int, ray: str | None = None, ray_gpus: float | None = None) -> Workers:

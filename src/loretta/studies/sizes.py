@@ -218,8 +218,7 @@ def kind_and_labels(config: RunConfig, sizes: str) -> tuple[str, int]:
     if is_prompted(config.model_copy(update={"model": sizes})):
         return "generation", 0
     if config.data in GLUE:
-        names = GLUE[config.data].label_names
-        return "classification" if names else "regression", len(names)
+        return GLUE[config.data].kind, len(GLUE[config.data].label_names)
     return _kind_of_file(config.data, tuple((key, getattr(config, key)) for key in OF_A_FILE))
 
 

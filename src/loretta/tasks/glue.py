@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from loretta.errors import InputError
-from loretta.tasks.base import Task
+from loretta.tasks.base import Kind, Task
 from loretta.tasks.sources import load_official
 from loretta.wording import listed, nearest, quoted
 
@@ -24,6 +24,10 @@ class GlueTask:
     train_rows: int
     validation_rows: int
     validation_split: str = "validation"
+
+    @property
+    def kind(self) -> Kind:
+        return "classification" if self.label_names else "regression"
 
 
 # Metrics as in the LoRETTA paper (Yang et al., NAACL 2024, arXiv:2402.11417): matched accuracy for MNLI,
@@ -71,7 +75,7 @@ def load(name: str, *, data_dir: Path | None = None) -> Task:
     official = {"train": glue_task.train_rows, "validation": glue_task.validation_rows}
     return Task(
         name=name,
-        kind="classification" if glue_task.label_names else "regression",
+        kind=glue_task.kind,
         columns=_text_columns(glue_task),
         label_names=glue_task.label_names,
         metrics=glue_task.metrics,

@@ -24,7 +24,7 @@ from loretta.training.config import RunConfig
 from loretta.training.folder import CHECKPOINTS, TENSORBOARD
 from loretta.training.forms import Data, form_of
 from loretta.training.graphs import CudaGraphTrainer
-from loretta.training.methods import METHODS, find_method, refuse_unknown_options, starting_rate
+from loretta.training.methods import METHODS, NO_BUDGET, find_method, refuse_unknown_options, starting_rate
 from loretta.training.model import Trained
 from loretta.training.trainer import TwoRateTrainer
 from loretta.tuners.config import LorettaConfig
@@ -37,8 +37,6 @@ def make_trainer(data: Data, model: Trained, folder: Path) -> TwoRateTrainer:
     config, task = data.config, data.task
     if "tensorboard" in reporters(config):
         os.environ["TENSORBOARD_LOGGING_DIR"] = str(folder / TENSORBOARD)
-    if config.on_nan == "skip" and config.cuda_graph:
-        raise InputError("on_nan=skip looks at the gradients of each step, which cuda_graph replays: give one of them")
     common: dict[str, Any] = {
         "on_nan": config.on_nan,
         "auto_batch": config.auto_batch,
@@ -96,10 +94,20 @@ def check_options(config: RunConfig) -> None:
         known_optimizer(config.optimizer)
     if config.bf16 and config.dtype == "float16":
         raise InputError("bf16 computes in bfloat16, and dtype='float16' rounds weights to float16: give one")
+    if config.on_nan == "skip" and config.cuda_graph:
+        raise InputError("on_nan=skip looks at the gradients of each step, which cuda_graph replays: give one of them")
     processes.refuse_other_precision(bf16=config.bf16)
     refuse_unknown_options(config.method, config.method_args.keys())
     if (budget := config.method_args.get("budget")) is not None:
         Budget.parse(budget)
+    if config.method_args.get("adaptive_ranks"):
+        if budget is None:
+            raise InputError(NO_BUDGET)
+        if config.start_from is not None:
+            raise InputError(
+                f"adaptive_ranks begins with higher ranks than '{config.start_from}' ended with, from which the "
+                "training starts: leave one of the two out"
+            )
 
 
 def check_processes(config: RunConfig) -> None:

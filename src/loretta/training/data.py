@@ -24,6 +24,9 @@ from loretta.training.forms import Data, form_of
 from loretta.training.model import TASK_TYPES
 from loretta.training.sources import NAMED, was_trained_on
 
+NAMED_TASKS = {*GLUE, *PROMPTED}
+NO_FINAL_LAYER = "head_learning_rate: no final layer of a head is trained, which it would be for: leave it out"
+
 
 def load_other_task(config: RunConfig, record: RunRecord, data: str) -> Task | PromptedTask:
     """Other data for a finished run, read with its columns, its kind and its labels; of a file all rows in each split.
@@ -57,16 +60,9 @@ def load_config_task(config: RunConfig, known: Known | None = None) -> Task | Pr
     data_dir = Path(config.data_dir) if config.data_dir else None
     of_table: dict[str, Any] = {key: getattr(config, key) for key in OF_A_TABLE}
     task: Task | PromptedTask
-    if is_prompted(config):
-        if given := [f"{key}={value!r}" for key, value in of_table.items() if value is not None]:
-            raise InputError(f"'{config.data}' is put in words and has its own splits: leave out {', '.join(given)}")
+    if _has_prompts(config):
         task = load_prompted(config.data, data_dir=data_dir, sample=Sample(**config.sample), seed=config.seed)
     else:
-        if config.sample or config.train_as != "auto":
-            raise InputError(
-                f"sample and train_as are for prompted tasks ({', '.join(PROMPTED)}) on a causal language model, and "
-                f"'{config.data}' on '{config.model}' is none: leave them out"
-            )
         task = load_task(config.data, data_dir=data_dir, seed=config.seed, known=known, **of_table)
     found = find_config(config.model) if TASK_TYPES[task.kind] == "CAUSAL_LM" else None
     if found is not None and default_task_type(found) == "SEQ_CLS" and not getattr(found, "is_decoder", False):
@@ -114,38 +110,54 @@ def is_prompted(config: RunConfig) -> bool:
     return is_causal
 
 
+def _has_prompts(config: RunConfig) -> bool:
+    """As :func:`is_prompted`; raises InputError for options of the other form, too."""
+    if is_prompted(config):
+        given = [f"{key}={value!r}" for key in OF_A_TABLE if (value := getattr(config, key)) is not None]
+        if given:
+            raise InputError(f"'{config.data}' is put in words and has its own splits: leave out {', '.join(given)}")
+        return True
+    if config.sample or config.train_as != "auto":
+        raise InputError(
+            f"sample and train_as are for prompted tasks ({', '.join(PROMPTED)}) on a causal language model, and "
+            f"'{config.data}' on '{config.model}' is none: leave them out"
+        )
+    return False
+
+
 def load_task_to_train(config: RunConfig) -> Task | PromptedTask:
     """As :func:`load_config_task`; raises InputError for options that do nothing in a training on this task, too."""
     task = load_config_task(config)
-    _check_kind(config, task)
+    _check_kind(config, task.name, task.kind)
     return task
 
 
-def _check_kind(config: RunConfig, task: Task | PromptedTask) -> None:
-    """Raise InputError for a loss that the task does not have, and for options of other kinds of tasks."""
-    if config.packing and task.kind not in ("chat", "completion"):
-        raise InputError(f"packing is for chats and completions, and '{task.name}' is {_kind(task)}: leave it out")
-    if config.beta != RunConfig.model_fields["beta"].default and task.kind != "preference":
-        raise InputError(
-            f"beta={config.beta} is for pairs of answers, and '{task.name}' is {_kind(task)}: leave it out"
-        )
-    has_labels = TASK_TYPES[task.kind] != "CAUSAL_LM"
+def check_named_task(config: RunConfig) -> None:
+    """Raise as :func:`load_task_to_train` does for options that a GLUE or prompted task does not take, unloaded."""
+    prompted = _has_prompts(config)
+    _check_kind(config, config.data, PROMPTED[config.data].kind if prompted else GLUE[config.data].kind)
+
+
+def _check_kind(config: RunConfig, name: str, kind: str) -> None:
+    """Raise InputError for a loss that a task of this kind does not have, and for options of other kinds."""
+    words, has_labels = kind.replace("_", " "), TASK_TYPES[kind] != "CAUSAL_LM"
+    if config.packing and kind not in ("chat", "completion"):
+        raise InputError(f"packing is for chats and completions, and '{name}' is {words}: leave it out")
+    if config.beta != RunConfig.model_fields["beta"].default and kind != "preference":
+        raise InputError(f"beta={config.beta} is for pairs of answers, and '{name}' is {words}: leave it out")
     if has_labels and config.max_new_tokens != RunConfig.model_fields["max_new_tokens"].default:
         raise InputError(
-            f"max_new_tokens={config.max_new_tokens} is for answers that are written, and '{task.name}' is "
-            f"{_kind(task)}: leave it out"
+            f"max_new_tokens={config.max_new_tokens} is for answers that are written, and '{name}' is {words}: leave "
+            "it out"
         )
     if config.head_policy == "full" and not has_labels:
         raise InputError(
-            f"head_policy='full' is for a head of labels, and '{task.name}' is {_kind(task)}, which has none: leave it "
-            "out"
+            f"head_policy='full' is for a head of labels, and '{name}' is {words}, which has none: leave it out"
         )
-    if config.train_as == "classification" and task.kind == "generation":
-        raise InputError(f"train_as='classification': '{task.name}' has no options to choose from, leave it out")
-
-
-def _kind(task: Task | PromptedTask) -> str:
-    return task.kind.replace("_", " ")
+    if config.head_learning_rate is not None and not has_labels:
+        raise InputError(NO_FINAL_LAYER)
+    if config.train_as == "classification" and kind == "generation":
+        raise InputError(f"train_as='classification': '{name}' has no options to choose from, leave it out")
 
 
 def check_tokens(data: Data, model: nn.Module) -> None:

@@ -92,6 +92,7 @@ OF_RUN = {
     "auto_mapping", "base_model_name_or_path", "base_signature", "head_origins", "inference_mode", "label_names",
     "peft_type", "peft_version", "revision", "task_type",
 }  # fmt: skip
+NO_BUDGET = "adaptive_ranks needs a budget to end within: give one, such as --budget 20k"
 START = 2  # how much higher adaptive ranks start than constant ones within the same budget
 _TRAIN_HEAD: dict[HeadPolicy, TrainHead] = {"full": "dense", "frozen": "frozen"}
 # 20 virtual tokens, and 768 in the prompt's encoder, as in the paper
@@ -321,7 +322,7 @@ def _within(
 def _wider(config: PeftConfig, budget: Any) -> PeftConfig:
     """The config that adaptive ranks start from."""
     if budget is None:
-        raise InputError("adaptive_ranks needs a budget to end within: give one, such as --budget 20k")
+        raise InputError(NO_BUDGET)
     if not isinstance(config, LorettaRepConfig):
         kind = type(config).__name__.removesuffix("Config")
         raise InputError(f"adaptive_ranks is for rep, and this is {kind}: give --method compact or --method rep")
