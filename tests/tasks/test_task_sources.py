@@ -89,7 +89,8 @@ def test_another_separator(folder, refused):
     assert "good, really" in texts(task)
     (folder / "t.csv").write_bytes((folder / "b.tsv").read_bytes())
     assert texts(load_task(folder / "t.csv", label="label", separator="tab")) == [f"text {k}" for k in range(6, 10)]
-    refused(lambda: load_task(path, label="label", text="text"), "separated by ';'", "give --separator ';'")
+    for columns in ({"label": "label", "text": "text"}, {"text": "text"}, {}):
+        refused(lambda given=columns: load_task(path, **given), "separated by ';'", "give --separator ';'")
     refused(lambda: load_task(path, label="label", separator=";;"), "';;' is not one character")
     (folder / "x.txt").write_text("One.")
     refused(lambda: load_task(folder / "x.txt", separator=";"), "--separator is for .csv and .tsv")

@@ -10,7 +10,7 @@ from loretta.errors import InputError
 from loretta.tasks import glue, stdlib
 from loretta.tasks.base import KINDS, Kind, Known, Task
 from loretta.tasks.files import load_table, load_text
-from loretta.tasks.read import ENDINGS_IN_WORDS, TEXT_ENDINGS
+from loretta.tasks.read import ENDINGS_IN_WORDS, TEXT_ENDINGS, other_separator
 from loretta.tasks.sources import (
     HubSplit,
     Source,
@@ -99,8 +99,8 @@ def load_task(
     if kind == "token_classification" or (kind is None and label is None and text is None and tags_of(columns)):
         _refuse(options, {"--text-pair"}, f"'{data}', which has tokens and tags")
         return load_tokens(path, tokens=text, tags=label, known=known, **more)
-    label = label or _own_label(data, columns)
-    # where there is one column only, load_table says that the separator may be wrong
+    # where the separator may be wrong load_table says so
+    label = label or ("label" if other_separator(path, columns) else _own_label(data, columns))
     if text is None and "text" not in columns and len(columns) > 1:
         raise InputError(f"'{data}' has no column 'text': give --text COLUMN, one of {listed(columns)}")
     unlabelled = _has_no_labels(more["test_path"], label)

@@ -179,7 +179,7 @@ def _parse_csv(path: Path, separator: str) -> Columns:
             if len(row) not in (0, len(header)):
                 raise InputError(
                     f"'{path}' line {begin} has {len(row)} cell{'s' * (len(row) > 1)} where the header has "
-                    f"{len(header)}{_other_separator(path, header)}: "
+                    f"{len(header)}{other_separator(path, header)}: "
                     f"put cells that hold {quoted(separator)} or line ends in double quotes"
                 )
             if row:
@@ -346,11 +346,11 @@ def require(path: object, names: Sequence[str], existing: Sequence[str]) -> None
     for name in names:
         if name in existing:
             continue
-        hint = _other_separator(path, existing) or nearest(name, existing)
+        hint = other_separator(path, existing) or nearest(name, existing)
         raise InputError(f"'{path}' has no column {quoted(name)}{hint}: its columns are {listed(existing)}")
 
 
-def _other_separator(path: object, header: Sequence[str]) -> str:
+def other_separator(path: object, header: Sequence[str]) -> str:
     """A hint, in brackets, where the header is one cell that holds another common separator; else ""."""
     other = next((mark for mark in (";", "\t", "|", ",") if len(header) == 1 and mark in header[0]), None)
     if other is None or not isinstance(path, Path) or ending(path) not in SEPARATORS:
