@@ -32,7 +32,7 @@ TEXTS = "stories"  # of a decoder: its loss tells forms apart that answer alike
 ONE_MODE = {"r": 1, "tensor_rank": 1, "modes_per_side": 1, "lora_alpha": 2}
 SCALED = {method.name: method for method in WITH_SCALES if not method.factors}  # at the package's own rates
 INNER = {name: COMPACT[name] for name in ("tensor_rank", "modes_per_side")}
-# what the package calls the places of a run on any model; where it has no word these are a method's own
+# what the package calls the places of a run on any model; where it has no word no form of another model is the same
 PLACES: dict[str, str] = {"all": "all-linear", "attention": ATTENTION, "v, MLP": VALUES_AND_MLPS}
 AS_REP: dict[str, dict[str, Any]] = {
     "LoRA r=1 + norms": {**ONE_MODE, "train_norms": True},
@@ -42,19 +42,21 @@ AS_REP: dict[str, dict[str, Any]] = {
 
 
 def options_of(row: Row) -> tuple[str, dict[str, Any]] | None:
-    """The method of the package and its options on any model, where a row is of a form."""
+    """The method of the package and its options on any model, where a row is of a form whose places have a word."""
     if row["method"] in AS_REP:
         return "rep", AS_REP[row["method"]]
     method = SCALED.get(row["method"])
     if method is not None:  # measured before the package had scales
         made, options = method.method, {**method.options, "train_norms": method.norms}
-        options |= {"target_modules": PLACES[method.targets]} if method.targets in PLACES else {}
+        options |= {} if method.targets is None else {"target_modules": PLACES.get(method.targets, ())}
     elif (config := row.get("config")) is not None:
         made, options = config["method"], dict(config["options"])
         for targets, place in PLACES.items():
             if options.get("target_modules") in TARGETS[targets].values():
                 options["target_modules"] = place
     else:
+        return None
+    if not isinstance(options.get("target_modules"), str | None):
         return None
     if {name: options.get(name) for name in INNER} == INNER:
         options["even_rates"] = True  # the same at these ranks, and the same learning rate at those of a larger budget

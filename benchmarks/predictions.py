@@ -98,7 +98,19 @@ PREDICTED: tuple[tuple[str, str, dict[str, str]], ...] = (
     ("shared r=2 cores x8 + v scales", "LoRA r=1", {"all-MiniLM-L6-v2": "better"}),
     ("shared r=2 cores x8", "shared r=2", {"SmolLM2-135M-Instruct": "not above .01"}),
     ("shared r=8 cores x8", "shared r=8", {"SmolLM2-135M-Instruct": "not above .01"}),
-)
+    ("shared r=2 cores x0.25", "shared r=2", {"all-MiniLM-L6-v2": "level"}),
+    (
+        "shared r=4 cores x0.25 + scales", "shared r=4 + scales",
+        {"all-MiniLM-L6-v2": "level", "all-mpnet-base-v2": "level"},
+    ),
+    ("shared r=4 cores x0.25 + v scales", "shared r=4 + v scales", {"all-mpnet-base-v2": "level"}),
+    ("compact v", "Uni-LoRA d=5000", {"all-mpnet-base-v2": "level"}),
+    ("shared r=1 attention, MLP out", "Uni-LoRA d=5000", {"all-mpnet-base-v2": "level"}),
+    ("shared r=2 attention + MLP scales", "LoRA r=1", {"all-MiniLM-L6-v2": "better"}),
+    ("shared r=2 attention, MLP out", "Uni-LoRA d=5000", {"all-MiniLM-L6-v2": "level"}),
+    ("compact v + v scales", "Uni-LoRA d=5000", {"all-MiniLM-L6-v2": "level"}),
+    ("shared r=2 + k,v scales", "LoRA r=1", {"all-mpnet-base-v2": "better"}),
+)  # fmt: skip
 
 
 def judged(gaps: Collection[float], expected: str) -> str:

@@ -178,6 +178,8 @@ def verdict_sentence(model: str, task: str, found: Sequence[Row]) -> str:
         of_all = (
             f"No method is above the constant answer ({CONSTANT[task]}) by its interval: this task says nothing here."
         )
+    if "LoRA r=8" not in of_task.methods:
+        of_best += " LoRA r=8 was not run here."
     return " ".join([of_best, of_all] if verdict(difference) == "worse" else [of_all, of_best]).strip()
 
 

@@ -87,12 +87,13 @@ def test_a_form_is_the_one_that_was_measured(name):
 
 @pytest.mark.parametrize("name", SIZES)
 def test_every_measured_form_that_the_package_can_make_is_offered(name):
-    """Left out are those whose scales learned at another rate beside the trains than the package's do."""
+    """But for those whose scales or cores learn at another rate than the package's, or whose places have no word."""
     board = generator.board_of(evidence.rows(), name)
     names = [method for method in board.complete() if board.family(method) == "LoRETTA"]
     offered = {form.scores[name].count for form in read_front().forms if name in form.scores}
     missing = {method for method in names if board.trained(method) not in offered}
-    assert missing == {method for method in names if METHODS[method].factors}
+    of_names = {"compact v", "compact v + v scales", "shared r=1 attention, MLP out", "shared r=2 attention, MLP out"}
+    assert missing == {method for method in names if METHODS[method].factors or method in of_names}
 
 
 @functools.cache
