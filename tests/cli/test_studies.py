@@ -223,6 +223,7 @@ def test_lists_that_name_nothing_do_not_mean_all(capsys, tmp_path):
 
 OF_PROMPTS = ["--sample", "train=4"], ["--train-as", "language_modeling"]
 OF_ANSWERS, OF_TURNS = ["--max-new-tokens", "3"], (["--packing"], ["--beta", "0.3"])
+ADAPTIVE = ["--adaptive-ranks", "--budget", "3k", "--methods", "loretta_adp"]  # which rep alone has
 OF_A_HEAD = ["--head-policy", "full"], ["--head-learning-rate", "1e-3"]
 OF_ALL = (
     ["--on-nan", "skip", "--cuda-graph"],
@@ -239,7 +240,7 @@ OF_SCORES = (
 )
 # target -> what none of its runs could take, or would do anything with
 REFUSED = {
-    "table1": [*OF_PROMPTS, OF_ANSWERS, *OF_TURNS, *OF_ALL, ["--prompted"], ["--orders"]],
+    "table1": [*OF_PROMPTS, OF_ANSWERS, *OF_TURNS, *OF_ALL, OF_A_HEAD[1], ADAPTIVE, ["--prompted"], ["--orders"]],
     "table2": [*OF_TURNS, *OF_A_HEAD, *OF_ALL, ["--train-as", "classification"], ["--no-prompted"], ["--orders"]],
     "table4": [*OF_PROMPTS, OF_ANSWERS, *OF_TURNS, *OF_ALL, ["--adaptive-ranks", "--budget", "3k"]],
     "table5": [*OF_SCORES, *OF_TURNS, OF_ANSWERS, ["--quantize", "int8"], ["--sweep-batches"]],

@@ -87,7 +87,7 @@ def test_a_form_is_the_one_that_was_measured(name):
 
 @pytest.mark.parametrize("name", SIZES)
 def test_every_measured_form_that_the_package_can_make_is_offered(name):
-    """But for those whose scales or cores learn at another rate than the package's, or whose places have no word."""
+    """But for those whose scales learn at another rate than the package's, or whose places have no word."""
     board = generator.board_of(evidence.rows(), name)
     names = [method for method in board.complete() if board.family(method) == "LoRETTA"]
     offered = {form.scores[name].count for form in read_front().forms if name in form.scores}

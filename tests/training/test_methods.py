@@ -20,7 +20,7 @@ from loretta.errors import InputError
 from loretta.plan import trainable_by_kind
 from loretta.training.config import RunConfig
 from loretta.training.data import load_config_task
-from loretta.training.methods import METHODS, find_method
+from loretta.training.methods import METHODS, find_method, trains_final_layer
 from loretta.training.model import load_base, load_tokenizer, wrap
 from loretta.training.predict import evaluate, load_run
 from loretta.training.run import train
@@ -207,6 +207,28 @@ def test_the_head_policy_is_the_same_for_all_methods(method):
     assert own == ({"final", "train"} if tensorised else {"final", "hidden"} if method == "ft" else {"final"})
     if method != "ft":
         assert head_of(wrap(build("bert")[0], method, "classification", {}, "frozen")) == set()
+
+
+@pytest.mark.parametrize(
+    ("method", "policy", "options"),
+    [
+        *((method, policy, {}) for method in sorted(METHODS) for policy in ("method", "full", "frozen")),
+        *(
+            (method, "method", {"train_head": head})
+            for method in ("rep", "adp", "shared", "compact")
+            for head in ("tensorized", "tensorized_only", "dense", "frozen")
+        ),
+    ],
+)
+def test_whether_the_final_layer_trains_is_known_without_a_model(method, policy, options):
+    known = trains_final_layer(method, options, policy)
+    try:
+        model = wrap(build("bert")[0], method, "classification", options, policy)
+    except InputError:  # full fine-tuning without the head, and a head that is not trained
+        assert policy == "frozen"
+        assert method in ("ft", "head")
+        return
+    assert known == ("final" in head_of(model))
 
 
 def test_a_policy_trains_and_stays_frozen_when_a_checkpoint_is_loaded(bert, reviews, tmp_path):

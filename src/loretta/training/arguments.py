@@ -24,10 +24,19 @@ from loretta.training.config import RunConfig
 from loretta.training.folder import CHECKPOINTS, TENSORBOARD
 from loretta.training.forms import Data, form_of
 from loretta.training.graphs import CudaGraphTrainer
-from loretta.training.methods import METHODS, NO_BUDGET, find_method, refuse_unknown_options, starting_rate
+from loretta.training.methods import (
+    METHODS,
+    NO_FINAL_LAYER,
+    check_adaptive,
+    find_method,
+    refuse_unknown_options,
+    starting_rate,
+    trains_final_layer,
+)
 from loretta.training.model import Trained
 from loretta.training.trainer import TwoRateTrainer
 from loretta.tuners.config import LorettaConfig
+from loretta.tuners.rep.config import LorettaRepConfig
 from loretta.tuners.shared import LorettaSharedConfig
 from loretta.wording import nearest, one_line, quoted
 
@@ -98,11 +107,16 @@ def check_options(config: RunConfig) -> None:
         raise InputError("on_nan=skip looks at the gradients of each step, which cuda_graph replays: give one of them")
     processes.refuse_other_precision(bf16=config.bf16)
     refuse_unknown_options(config.method, config.method_args.keys())
+    if config.head_learning_rate is not None and not trains_final_layer(
+        config.method, config.method_args, config.head_policy
+    ):
+        raise InputError(NO_FINAL_LAYER.format(config.method))
     if (budget := config.method_args.get("budget")) is not None:
         Budget.parse(budget)
     if config.method_args.get("adaptive_ranks"):
-        if budget is None:
-            raise InputError(NO_BUDGET)
+        form = find_method(config.method).config
+        # the form of "auto" follows from the budget
+        check_adaptive(LorettaRepConfig if form in (None, LorettaConfig) else form, config.method_args)
         if config.start_from is not None:
             raise InputError(
                 f"adaptive_ranks begins with higher ranks than '{config.start_from}' ended with, from which the "

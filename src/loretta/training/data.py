@@ -21,11 +21,11 @@ from loretta.tasks.sources import ending, find_files, is_hub_id, is_saved
 from loretta.training.config import OF_A_TABLE, RunConfig
 from loretta.training.folder import CONFIG
 from loretta.training.forms import Data, form_of
+from loretta.training.methods import NO_FINAL_LAYER
 from loretta.training.model import TASK_TYPES
 from loretta.training.sources import NAMED, was_trained_on
 
 NAMED_TASKS = {*GLUE, *PROMPTED}
-NO_FINAL_LAYER = "head_learning_rate: no final layer of a head is trained, which it would be for: leave it out"
 
 
 def load_other_task(config: RunConfig, record: RunRecord, data: str) -> Task | PromptedTask:
@@ -155,7 +155,7 @@ def _check_kind(config: RunConfig, name: str, kind: str) -> None:
             f"head_policy='full' is for a head of labels, and '{name}' is {words}, which has none: leave it out"
         )
     if config.head_learning_rate is not None and not has_labels:
-        raise InputError(NO_FINAL_LAYER)
+        raise InputError(NO_FINAL_LAYER.format(config.method))
     if config.train_as == "classification" and kind == "generation":
         raise InputError(f"train_as='classification': '{name}' has no options to choose from, leave it out")
 

@@ -92,7 +92,7 @@ OF_RUN = {
     "auto_mapping", "base_model_name_or_path", "base_signature", "head_origins", "inference_mode", "label_names",
     "peft_type", "peft_version", "revision", "task_type",
 }  # fmt: skip
-NO_BUDGET = "adaptive_ranks needs a budget to end within: give one, such as --budget 20k"
+NO_FINAL_LAYER = "head_learning_rate: no final layer of a head is trained by {}, which it would be for: leave it out"
 START = 2  # how much higher adaptive ranks start than constant ones within the same budget
 _TRAIN_HEAD: dict[HeadPolicy, TrainHead] = {"full": "dense", "frozen": "frozen"}
 # 20 virtual tokens, and 768 in the prompt's encoder, as in the paper
@@ -204,7 +204,8 @@ def peft_config(
     try:
         config = _within(budget, method.config, model, task_type, merged)
         if adaptive:
-            config = _wider(config, budget)
+            check_adaptive(type(config), {**vars(config), "budget": budget})
+            config = _wider(config)
     except InputError:
         raise
     except (TypeError, ValueError) as error:
@@ -319,15 +320,19 @@ def _within(
     return config
 
 
-def _wider(config: PeftConfig, budget: Any) -> PeftConfig:
-    """The config that adaptive ranks start from."""
-    if budget is None:
-        raise InputError(NO_BUDGET)
-    if not isinstance(config, LorettaRepConfig):
-        kind = type(config).__name__.removesuffix("Config")
-        raise InputError(f"adaptive_ranks is for rep, and this is {kind}: give --method compact or --method rep")
-    if config.rank_pattern or config.alpha_pattern:
+def check_adaptive(kind: type[PeftConfig], options: Mapping[str, Any]) -> None:
+    """Raise InputError for adaptive ranks where an adapter of this kind, with these options, cannot have them."""
+    if options.get("budget") is None:
+        raise InputError("adaptive_ranks needs a budget to end within: give one, such as --budget 20k")
+    if not issubclass(kind, LorettaRepConfig):
+        form = kind.__name__.removesuffix("Config")
+        raise InputError(f"adaptive_ranks is for rep, and this is {form}: give --method compact or --method rep")
+    if options.get("rank_pattern") or options.get("alpha_pattern"):
         raise InputError("adaptive_ranks choose the rank of each module: leave rank_pattern and alpha_pattern out")
+
+
+def _wider(config: LorettaRepConfig) -> PeftConfig:
+    """The config that adaptive ranks start from."""
     rank = START * config.tensor_rank
     # by patterns, for a train in the head has tensor_rank too, and keeps it
     wider = dataclasses.replace(
@@ -338,6 +343,15 @@ def _wider(config: PeftConfig, budget: Any) -> PeftConfig:
     )
     wider.__dict__["_why"] = f"{config.why}; its ranks start at {rank} and adapt"
     return wider
+
+
+def trains_final_layer(name: str, options: Mapping[str, Any], head_policy: HeadPolicy) -> bool:
+    """Whether a method trains the final layer of a head, where a model has one."""
+    method = find_method(name)
+    if method.config is None or not issubclass(method.config, LorettaConfig):
+        return head_policy != "frozen"
+    own = {"train_head": LorettaConfig.train_head, **method.options, **options}["train_head"]
+    return _TRAIN_HEAD.get(head_policy, own) not in ("frozen", "tensorized_only")
 
 
 def frozen_head(config: PeftConfig, model: nn.Module, head_policy: HeadPolicy) -> list[str]:

@@ -19,12 +19,13 @@ from loretta.record import RunRecord
 from loretta.training.arguments import check_options, check_processes, make_trainer
 from loretta.training.batches import stop_workers
 from loretta.training.config import RunConfig
-from loretta.training.data import NO_FINAL_LAYER, check_tokens, encode_splits, load_task_to_train
+from loretta.training.data import check_tokens, encode_splits, load_task_to_train
 from loretta.training.finish import finish
 from loretta.training.folder import ADAPTER, Place, find_place, noting_failure
 from loretta.training.forms import Data
 from loretta.training.hub import check_hub, push
 from loretta.training.lines import first_lines, say_lines
+from loretta.training.methods import NO_FINAL_LAYER
 from loretta.training.model import TASK_TYPES, Trained, check_positions, load_tokenizer, prepare_model
 from loretta.training.pause import PauseBehind, Paused, paused_at, step_of
 from loretta.training.stop import StopAtSignal, stopping_at_signals
@@ -159,7 +160,7 @@ def _prepare(config: RunConfig) -> tuple[Data, Trained, bool]:
     model, bf16 = prepare_model(config, task, tokenizer)
     named = model.named_parameters()
     if config.head_learning_rate is not None and not any(p.requires_grad and is_final_layer(name) for name, p in named):
-        raise InputError(NO_FINAL_LAYER)
+        raise InputError(NO_FINAL_LAYER.format(config.method))
     check_positions(config, model, data.splits)
     check_tokens(data, model)
     return data, model, bf16
